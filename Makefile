@@ -1,0 +1,49 @@
+# Everything happens in .venv, which `make venv` makes; every other target makes it first if it has to.
+#
+#   PYTHON=python3.12      interpreter to make it from (3.10 to 3.13)
+#   TORCH=2.9.1            another torch; TORCH_INDEX=URL takes it from there
+#   TRANSFORMERS=4.57.6    another transformers;  MLFLOW=3.1.4  another MLflow
+#   ARGS='-k serve'        handed to pytest by `make test`
+
+PYTHON ?= python3
+JOBS   ?= 2
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.made
+
+export TORCH TORCH_INDEX TRANSFORMERS MLFLOW
+
+# No test and no example asks a hub or reports usage to anybody.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
+# One thread a test process: `-n $(JOBS)` already fills the cores, and sums come in one order.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help venv test check bench demo clean
+
+help:  ## say what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+venv: $(STAMP)  ## make .venv with everything in it (about 4 minutes, once)
+
+$(STAMP): setup.cfg pyproject.toml tools/install.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python tools/install.py
+	@touch $@
+
+demo: $(STAMP)  ## log a real model, serve it, compare host and server
+	@$(OFFLINE) $(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## run the tests
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+check: $(STAMP)  ## lint, format, types, direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(STAMP)  ## time loading, side by side with MLflow's own flavor
+	@$(OFFLINE) $(BIN)/python benchmarks/load.py
+
+clean:  ## remove all that make made
+	rm -rf $(VENV) .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

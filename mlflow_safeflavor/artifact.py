@@ -1,0 +1,217 @@
+"""The files of a saved model: their names, how they become visible at once, and their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mlflow_safeflavor.errors import IntegrityError
+
+__all__ = [
+    "Layout",
+    "digest_json",
+    "digest_of_file",
+    "find_broken_files",
+    "read_json",
+    "read_manifest",
+    "staging",
+    "write_json",
+    "write_manifest",
+]
+
+_CHUNK = 1 << 20
+_MANIFEST_VERSION = 1
+WAY_OUT = "fetch the artifact again, or log the model again; files of a saved model are not meant to be edited"
+
+
+class Layout:
+    """Where each file of an artifact lies below its root folder."""
+
+    MLMODEL = "MLmodel"
+    CODE = "code"
+    DATA = "safeflavor"
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.mlmodel = self.root / self.MLMODEL
+        self.requirements = self.root / "requirements.txt"
+        self.conda = self.root / "conda.yaml"
+        self.python_env = self.root / "python_env.yaml"
+        self.code = self.root / self.CODE
+        self.data = self.root / self.DATA
+        self.config = self.data / "config.json"
+        self.structure = self.data / "structure.json"
+        self.structure_pickle = self.data / "structure.pkl"
+        self.tensors = self.data / "tensors.json"
+        self.tokenizer = self.data / "tokenizer"
+        self.environment = self.data / "environment.json"
+        self.parity = self.data / "parity.json"
+        self.parity_tensors = self.data / "parity.safetensors"
+        self.manifest = self.data / "manifest.json"
+
+    def is_weights(self, name: str) -> bool:
+        """Whether a name of the manifest is a file of weights, which are hashed tensor by tensor."""
+        pure = PurePosixPath(name)
+        return pure.parent.as_posix() == self.DATA and pure.match("model*.safetensors")
+
+    def name_of(self, path: Path) -> str:
+        """The plain relative name of a file, as messages and the manifest use it."""
+        return path.relative_to(self.root).as_posix()
+
+
+@contextmanager
+def staging(target: str | Path) -> Iterator[Path]:
+    """A folder beside ``target`` that becomes ``target`` in one rename, or vanishes on any error.
+
+    An empty folder at ``target`` is replaced: MLflow hands one over in ``log_model``.
+
+    Raises:
+        IntegrityError: ``target`` exists and is not an empty folder.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise IntegrityError(
+            "There is something at the target path already",
+            where=target,
+            wanted="a path that does not exist, or an empty folder",
+            way_out="choose another path or remove it first",
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".staging", dir=target.parent))
+    try:
+        yield stage
+        # mkdtemp makes the folder private (0700); a model has the mode any new folder would have.
+        umask = os.umask(0)
+        os.umask(umask)
+        stage.chmod(0o777 & ~umask)
+        os.replace(stage, target)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` as JSON that is the same bytes for the same value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of an artifact.
+
+    Raises:
+        IntegrityError: The file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise IntegrityError("A file of the artifact is missing", where=path, way_out=WAY_OUT) from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise IntegrityError(
+            "A file of the artifact cannot be read as JSON", where=path, found=error, way_out=WAY_OUT
+        ) from None
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()
+
+
+def digest_json(value: object) -> str:
+    """SHA-256 of a JSON-able value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    for path in sorted(root.rglob("*")):
+        # Running vendored code leaves byte code behind; it is no part of the artifact.
+        if not path.is_dir() and "__pycache__" not in path.parts:
+            yield path
+
+
+def write_manifest(layout: Layout, *, mlmodel: Mapping[str, Any]) -> None:
+    """Record size and SHA-256 of every file, and the parts of ``MLmodel`` that predictions depend on.
+
+    ``MLmodel`` itself cannot be listed: MLflow adds run, model and registry ids to it later.
+    """
+    files = {
+        layout.name_of(path): {"sha256": digest_of_file(path), "size": path.stat().st_size}
+        for path in _files_below(layout.root)
+        if path not in (layout.manifest, layout.mlmodel)
+    }
+    write_json(layout.manifest, {"version": _MANIFEST_VERSION, "mlmodel": digest_json(mlmodel), "files": files})
+
+
+def read_manifest(layout: Layout) -> dict[str, Any]:
+    """The manifest, with its shape and its names checked.
+
+    Raises:
+        IntegrityError: It is missing or malformed, or a name in it points outside the artifact.
+    """
+    manifest = read_json(layout.manifest)
+    where = layout.name_of(layout.manifest)
+    try:
+        version, files, mlmodel = manifest["version"], manifest["files"], manifest["mlmodel"]
+        well_formed = (
+            set(manifest) == {"version", "files", "mlmodel"}
+            and version == _MANIFEST_VERSION
+            and isinstance(mlmodel, str)
+            and all(
+                set(entry) == {"sha256", "size"} and type(entry["size"]) is int and type(entry["sha256"]) is str
+                for entry in files.values()
+            )
+        )
+    except (KeyError, TypeError, AttributeError):
+        well_formed = False
+    if not well_formed:
+        raise IntegrityError("The manifest is malformed", where=where, way_out=WAY_OUT)
+    for name in files:
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name or "\\" in name:
+            raise IntegrityError("The manifest names a path outside the artifact", where=where, found=repr(name))
+    return dict(manifest)
+
+
+def find_broken_files(
+    layout: Layout, *, mlmodel: Mapping[str, Any], digests: bool, elsewhere: frozenset[str] = frozenset()
+) -> Iterator[str]:
+    """Differences between the manifest and the files, one sentence each.
+
+    Args:
+        layout: The artifact.
+        mlmodel: The parts of ``MLmodel`` that ``write_manifest`` was given.
+        digests: Also read and hash every file; otherwise only names and sizes are compared.
+        elsewhere: Names whose bytes somebody else hashes (the weights, tensor by tensor).
+    """
+    manifest = read_manifest(layout)
+    files = manifest["files"]
+    if manifest["mlmodel"] != digest_json(mlmodel):
+        yield f"{layout.MLMODEL}: its flavors or signature are not the ones that were saved"
+    for name, entry in files.items():
+        path = layout.root / name
+        if path.is_symlink():
+            yield f"{name}: is a symbolic link, wanted a plain file"
+        elif not path.is_file():
+            yield f"{name}: is missing"
+        elif (size := path.stat().st_size) != entry["size"]:
+            yield f"{name}: has {size} bytes, wanted {entry['size']}"
+        elif digests and name not in elsewhere and (found := digest_of_file(path)) != entry["sha256"]:
+            yield f"{name}: has SHA-256 {found[:12]}…, wanted {entry['sha256'][:12]}…"
+    # A file nobody recorded could be imported (code/) or read in place of another (safeflavor/).
+    for folder in (layout.data, layout.code):
+        for path in _files_below(folder):
+            if (name := layout.name_of(path)) not in files and path != layout.manifest:
+                yield f"{name}: was not there when the model was saved"

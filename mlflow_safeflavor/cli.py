@@ -1,0 +1,106 @@
+"""``mlflow-safeflavor``: look at a saved model, and prove that it still answers as it did."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from mlflow_safeflavor.artifact import Layout, read_json
+from mlflow_safeflavor.environment import Environment
+from mlflow_safeflavor.errors import SafeFlavorError
+from mlflow_safeflavor.load import locate, read_spec
+from mlflow_safeflavor.version import __version__
+
+__all__ = ["main"]
+
+
+class _Errors(click.Group):
+    """Says our errors on stderr and exits with status 2, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SafeFlavorError as error:
+            Console(stderr=True).print(f"{type(error).__name__}: {error.message}", markup=False, style="red")
+            ctx.exit(2)
+
+
+@click.group(cls=_Errors)
+@click.version_option(__version__)
+def main() -> None:
+    """Models that answer the same everywhere, or say why not."""
+
+
+@main.command()
+@click.argument("uri")
+@click.option("--pins", is_flag=True, help="List every pinned distribution.")
+@click.option("--tensors", "rows", is_flag=True, help="List every tensor.")
+def inspect(uri: str, pins: bool, rows: bool) -> None:
+    """Say what the model at URI is. Nothing of the artifact is run, built or imported."""
+    console = Console()
+    layout = Layout(locate(uri))
+    spec, _ = read_spec(layout)
+    environment = Environment.from_json(read_json(layout.environment))
+    inventory = read_json(layout.tensors)
+    table = Table(show_header=False, title=uri, title_justify="left")
+    for name, value in {
+        "task": spec.task,
+        "model class": spec.model_class,
+        "structure": f"{spec.structure} (runs {_runs(spec.structure)})",
+        "serving dtype": spec.dtype,
+        "input columns": ", ".join(f"{field} ← {column}" for field, column in spec.input_columns.items()),
+        "tensors": f"{len(inventory['tensors'])} in {len(inventory['data'])} alias groups",
+        "weights": f"{_size_of_weights(layout, inventory) / 1e6:.1f} MB",
+        "all files": f"{sum(f.stat().st_size for f in layout.root.rglob('*') if f.is_file()) / 1e6:.1f} MB",
+        "python": f"{environment.implementation} {environment.python}, {environment.system} {environment.machine}",
+        "pins": f"{len(environment.distributions)} distributions",
+        "torch": environment.torch_build.get("version"),
+        "run-time options": ", ".join(f"{k}={v!r}" for k, v in spec.model_config.items()),
+        "saved by": f"mlflow-safeflavor {spec.loader_version}, format {spec.format_version}",
+    }.items():
+        table.add_row(name, str(value))
+    console.print(table)
+    if pins:
+        console.print("\n".join(f"{name}=={version}" for name, version in environment.distributions.items()))
+    if rows:
+        console.print(_tensor_table(inventory))
+
+
+def _runs(structure: str) -> str:
+    return {"transformers": "no code of its own", "import": "its own code", "pickle": "a pickle"}[structure]
+
+
+def _size_of_weights(layout: Layout, inventory: dict[str, Any]) -> int:
+    return sum((layout.data / name).stat().st_size for name in inventory["files"])
+
+
+def _tensor_table(inventory: dict[str, Any]) -> Table:
+    table = Table("tensor", "kind", "dtype", "shape", "shares memory with")
+    for row in inventory["tensors"]:
+        kind = row["kind"] if row["persistent"] else f"non-persistent {row['kind']}"
+        shared = row["data"] if row["data"] != row["path"] else ""
+        table.add_row(row["path"], kind, row["dtype"], str(row["shape"]), shared)
+    return table
+
+
+@main.command()
+@click.argument("uri")
+@click.option("--device", default="auto", show_default=True, help="Where to load the model.")
+def verify(uri: str, device: str) -> None:
+    """Load the model at URI, replay its golden rows, and exit with status 1 on any difference."""
+    from mlflow_safeflavor.verify import verify_model
+
+    console = Console()
+    with Console(stderr=True).status(f"loading {uri}"):
+        report = verify_model(uri, device=device)
+    table = Table("golden row", "largest difference", "verdict", title=uri, title_justify="left")
+    for row in report.rows:
+        verdict = row.problem or ("bit-identical" if row.bit_identical else "within tolerance")
+        table.add_row(str(row.row), f"{row.max_difference:.3g}", verdict, style="red" if row.problem else None)
+    console.print(table)
+    console.print(f"tolerance: atol {report.atol:g}, rtol {report.rtol:g}")
+    sys.exit(0 if report.ok else 1)

@@ -1,0 +1,769 @@
+"""What a model was saved with: the exact closure of pins, the files MLflow installs it from, and every difference.
+
+Save records the closure of *installed* distributions (never inferred imports) and writes the three
+files that MLflow installs from. Load compares before torch is imported, so nothing here may import
+torch or transformers.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias
+from urllib.parse import unquote, urlsplit
+
+import yaml
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.version import InvalidVersion, Version
+
+from mlflow_safeflavor.errors import EnvironmentMismatchError, IntegrityError
+
+__all__ = [
+    "DEFAULT_ROOTS",
+    "POLICIES",
+    "Difference",
+    "Environment",
+    "default_conda_env",
+    "default_requirements",
+    "environment_files",
+    "find_differences",
+    "format_differences",
+    "record",
+    "require_same",
+    "requirement_lines",
+]
+
+StrPath: TypeAlias = "str | os.PathLike[str]"
+
+_logger = logging.getLogger(__name__)
+
+DEFAULT_ROOTS = ("torch", "transformers", "tokenizers", "safetensors", "mlflow", "cloudpickle")
+"""What every saved model needs; the user's own requirements are added to these."""
+
+POLICIES = ("ignore", "warn", "error")
+"""What ``require_same`` may do about differences."""
+
+_OWN_NAME = canonicalize_name("mlflow-safeflavor")
+_MLFLOW_NAMES = frozenset({"mlflow", "mlflow-skinny"})
+_TORCH_FAMILY = frozenset({"torch", "torchaudio", "torchvision"})
+_TORCH_WHEELS = "https://download.pytorch.org/whl"
+_TORCH_LABEL = re.compile(r"cpu|xpu|cu\d+|rocm\d+(\.\d+)*")
+_UNSAFE = re.compile(r"[\s#]")
+_HARDWARE = frozenset({"cpu_capability", "threads"})
+_MISSING = "not installed"
+_CONSTRAINTS = "constraints.txt"
+_WAY_OUT = (
+    "install requirements.txt of the model (`pip install -r requirements.txt`) under the Python of its "
+    "python_env.yaml, or let MLflow do both with --env-manager uv"
+)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What was installed, and on what, when a model was saved.
+
+    Attributes:
+        python: Full version, such as ``3.11.7``.
+        implementation: Such as ``CPython``.
+        system: Such as ``Linux``.
+        machine: Such as ``x86_64``.
+        libc: Such as ``glibc 2.36``; empty where the platform does not tell.
+        distributions: Canonical name → exact version with its local label (``2.13.0+cpu``), sorted by name.
+        torch_build: Facts about torch that only torch itself knows, handed in by the caller; JSON scalars.
+    """
+
+    python: str
+    implementation: str
+    system: str
+    machine: str
+    libc: str
+    distributions: Mapping[str, str]
+    torch_build: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("distributions", "torch_build"):
+            object.__setattr__(self, name, MappingProxyType(dict(sorted(getattr(self, name).items()))))
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON-able value of ``environment.json``; ``from_json`` reads it back."""
+        facts = {name: getattr(self, name) for name in _PLATFORM_KEYS}
+        return facts | {"distributions": dict(self.distributions), "torch_build": dict(self.torch_build)}
+
+    @classmethod
+    def from_json(cls, value: object) -> Environment:
+        """Read the value of ``environment.json``; keys that this release does not know are ignored.
+
+        Raises:
+            IntegrityError: A key is missing or of the wrong type.
+        """
+        entry = value if isinstance(value, Mapping) else {}
+        for key in _PLATFORM_KEYS:
+            _check(isinstance(entry.get(key), str), key, "a string", entry.get(key))
+        for key in ("distributions", "torch_build"):
+            found = entry.get(key)
+            _check(isinstance(found, Mapping) and all(isinstance(k, str) for k in found), key, "an object", found)
+        for name, version in entry["distributions"].items():
+            _check(isinstance(version, str), f"distributions, {name}", "a version as a string", version)
+        return cls(**{key: entry[key] for key in (*_PLATFORM_KEYS, "distributions", "torch_build")})
+
+
+_PLATFORM_KEYS = ("python", "implementation", "system", "machine", "libc")
+
+
+def _check(ok: bool, where: str, wanted: str, found: object) -> None:
+    if not ok:
+        raise IntegrityError(
+            "environment.json does not say what its format asks for",
+            where=f"environment.json, {where}",
+            wanted=wanted,
+            found="nothing" if found is None else repr(found),
+            way_out="fetch the artifact again, or log the model again",
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One fact that is not as it was at save.
+
+    Attributes:
+        kind: ``python`` (another minor version), ``python-patch``, ``implementation``, ``system``, ``machine``,
+            ``libc``, ``distribution``, ``missing``, ``torch-build`` (same torch release, other build) or
+            ``hardware`` (CPU capability and threads, which no installation can change).
+        name: The distribution or fact.
+        wanted: What was recorded.
+        found: What is there now.
+    """
+
+    kind: str
+    name: str
+    wanted: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: wanted {self.wanted}, found {self.found}"
+
+
+# Recording
+
+
+def record(
+    roots: Iterable[str],
+    *,
+    torch_build: Mapping[str, Any],
+    editable_ok: Collection[str] = (),
+    strict: bool = True,
+    path: Sequence[str] | None = None,
+) -> Environment:
+    """Record this interpreter and the exact closure of installed distributions that the roots need.
+
+    mlflow-safeflavor itself is vendored in every artifact and so never part of the closure; what it
+    requires is followed only where it is a root. A requirement *of a distribution* that is not
+    installed at all is left out with a warning: metadata that names something the program runs
+    without is common, and pip fetches it anyway. An installed version that contradicts a requirement is
+    refused, because pip would refuse the same pins later, in the container.
+
+    Args:
+        roots: Names or requirement strings, extras included (``"mlflow[extras]"``).
+        torch_build: Facts that only torch knows; stored as they are.
+        editable_ok: Names that may be editable, VCS, folder or archive installs, since the caller pins them.
+        strict: False logs contradictions and accepts every kind of install: for pins that the user wrote.
+        path: Folders to search instead of ``sys.path``.
+
+    Raises:
+        EnvironmentMismatchError: A root is not installed, two requirements contradict each other, or a
+            distribution of the closure cannot be pinned.
+    """
+    installed = _installed(path)
+    closure, missing, conflicts = _closure(roots, installed)
+    if missing:
+        _logger.warning("Not installed and so not pinned, although something requires it: %s", "; ".join(missing))
+    if conflicts and strict:
+        _raise_conflicts(conflicts)
+    if conflicts:
+        found = "; ".join(f"{wanted}, found {version}" for wanted, version in conflicts)
+        _logger.warning("Installed versions contradict what is required: %s", found)
+    if strict:
+        _require_releases([installed[name] for name in closure - set(map(canonicalize_name, editable_ok))])
+    pins = {name: installed[name].version for name in closure}
+    return Environment(**_platform_facts(), distributions=pins, torch_build=torch_build)
+
+
+def _platform_facts() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "implementation": platform.python_implementation(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "libc": " ".join(filter(None, platform.libc_ver())),
+    }
+
+
+def _search(path: Sequence[str] | None, **context: str) -> Iterator[importlib.metadata.Distribution]:
+    where: dict[str, Any] = dict(context) if path is None else {**context, "path": list(path)}
+    yield from importlib.metadata.distributions(**where)
+
+
+def _installed(path: Sequence[str] | None) -> dict[str, importlib.metadata.Distribution]:
+    """Canonical name → distribution; the first on the path wins, as it does for imports."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    for distribution in _search(path):
+        name, version = _name_and_version(distribution)
+        if name and version:
+            found.setdefault(canonicalize_name(name), distribution)
+    return found
+
+
+def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[str | None, str | None]:
+    """Both None for what a broken uninstall left behind."""
+    try:
+        metadata = distribution.metadata  # parsed anew at each access
+    except FileNotFoundError:  # the importlib_metadata backport, whose finder MLflow puts on sys.meta_path
+        return None, None
+    names, versions = metadata.get_all("Name"), metadata.get_all("Version")
+    return (names[0], versions[0]) if names and versions else (None, None)
+
+
+def _closure(
+    roots: Iterable[str], installed: Mapping[str, importlib.metadata.Distribution]
+) -> tuple[set[str], list[str], list[tuple[str, str]]]:
+    """Names reached from the roots, requirements nothing installed answers, and (wanted, found) of contradictions."""
+    queue = [("", requirement) for requirement in _roots(roots, installed)]
+    done: dict[str, set[str]] = {}
+    missing: dict[str, None] = {}
+    conflicts: dict[tuple[str, str], None] = {}
+    while queue:
+        origin, requirement = queue.pop()
+        name = canonicalize_name(requirement.name)
+        wanted = f"{origin or 'this model'} requires {requirement}"
+        if name not in installed:
+            missing[wanted] = None
+            continue
+        if not _satisfies(requirement, installed[name].version):
+            conflicts[wanted, f"{name} {installed[name].version}"] = None
+        extras = {"", *map(canonicalize_name, requirement.extras)} - done.setdefault(name, set())
+        done[name] |= extras
+        if name != _OWN_NAME or not origin:
+            queue.extend((name, needed) for needed in _requires(installed[name], extras))
+    return done.keys() - {_OWN_NAME}, sorted(missing), sorted(conflicts)
+
+
+def _roots(roots: Iterable[str], installed: Mapping[str, object]) -> Iterator[Requirement]:
+    for requirement in map(Requirement, roots):
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        if canonicalize_name(requirement.name) not in installed:
+            raise EnvironmentMismatchError(
+                "A distribution that the model needs is not installed",
+                where=requirement.name,
+                wanted=str(requirement),
+                found=_MISSING,
+                way_out=f"pip install '{requirement}'",
+            )
+        yield requirement
+
+
+def _requires(distribution: importlib.metadata.Distribution, extras: Collection[str]) -> Iterator[Requirement]:
+    """Requirements that hold on this machine for any of the extras; ``""`` stands for no extra."""
+    for line in distribution.requires or ():
+        try:
+            requirement = Requirement(line)
+        except InvalidRequirement:
+            _logger.warning("Metadata of %s holds a requirement nobody can read: %s", distribution.name, line)
+            continue
+        if requirement.marker is None:
+            if "" in extras:
+                yield requirement
+        elif any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+            yield requirement
+
+
+def _satisfies(requirement: Requirement, version: str) -> bool:
+    try:
+        return not requirement.specifier or requirement.specifier.contains(Version(version), prereleases=True)
+    except InvalidVersion:
+        return False
+
+
+def _raise_conflicts(conflicts: Sequence[tuple[str, str]]) -> None:
+    wanted, found = zip(*conflicts, strict=True)
+    raise EnvironmentMismatchError(
+        "Installed versions contradict what is required, so pip could never install these pins",
+        wanted="; ".join(wanted),
+        found="; ".join(dict.fromkeys(found)),
+        way_out="install versions that agree (`pip check` tells), or write all pins yourself with pip_requirements",
+    )
+
+
+def _require_releases(distributions: Iterable[importlib.metadata.Distribution]) -> None:
+    """Refuse what no index could deliver to another machine."""
+    sources = {d.name: (d.version, source) for d in distributions if (source := _find_source(d)) is not None}
+    if not sources:
+        return
+    name, (version, _) = next(iter(sorted(sources.items())))
+    raise EnvironmentMismatchError(
+        "Distributions that the model needs were not installed as releases, so no pin could bring them back",
+        where=", ".join(sorted(sources)),
+        wanted="releases installed by name and version",
+        found="; ".join(f"{n} {v}: {source}" for n, (v, source) in sorted(sources.items())),
+        way_out=(
+            "publish it, or build a wheel (`pip wheel --no-deps -w FOLDER SOURCE`) and install that with "
+            f"`pip install {name}=={version} --find-links FOLDER`; or say where others get it, as in "
+            f"extra_pip_requirements=['{name} @ git+https://HOST/REPOSITORY@COMMIT']; "
+            "or write all pins yourself with pip_requirements"
+        ),
+    )
+
+
+def _find_source(distribution: importlib.metadata.Distribution) -> str | None:
+    """Where a distribution came from if not as a release from an index (PEP 610)."""
+    # conda writes the folder of its build machine into direct_url.json; those are releases all the same.
+    if (distribution.read_text("INSTALLER") or "").strip() == "conda":
+        return None
+    text = distribution.read_text("direct_url.json")
+    if text is None:
+        return _find_source_tree(distribution)
+    try:
+        facts = dict(json.loads(text))
+    except (ValueError, TypeError):
+        return "an install whose direct_url.json cannot be read"
+    url, vcs, folder = facts.get("url"), facts.get("vcs_info"), facts.get("dir_info")
+    if isinstance(vcs, dict):
+        return f"VCS install of {vcs.get('vcs')}+{url}@{vcs.get('commit_id')}"
+    if isinstance(folder, dict):
+        return f"{'editable install' if folder.get('editable') else 'install'} of the folder {url}"
+    return f"install of the archive {url}"
+
+
+def _find_source_tree(distribution: importlib.metadata.Distribution) -> str | None:
+    """The folder of an old-style editable install: an egg-info beside its setup.py."""
+    if distribution.read_text("METADATA") is not None:
+        return None
+    folder = Path(str(distribution.locate_file("")))
+    is_source = any((folder / name).is_file() for name in ("setup.py", "setup.cfg", "pyproject.toml"))
+    return f"editable install of the folder {folder}" if is_source else None
+
+
+# Writing requirements
+
+
+def requirement_lines(environment: Environment, *, torch_index: StrPath | None = "auto") -> list[str]:
+    """The lines of requirements.txt: one exact pin a distribution, and where to find torch's build.
+
+    Args:
+        environment: What ``record`` found.
+        torch_index: ``"auto"`` keeps a ``+cpu``/``+cuNNN``/``+rocmX.Y``/``+xpu`` label and names PyTorch's own wheel
+            index for it. A URL or a folder is named instead, labels stay. None drops the labels, names nothing.
+
+    Raises:
+        EnvironmentMismatchError: torch_index is none of these, or "auto" meets a label that PyTorch does not publish.
+    """
+    return _lines(environment.distributions, torch_index)
+
+
+def _lines(pins: Mapping[str, str], torch_index: StrPath | None) -> list[str]:
+    labelled = {name: version for name, version in pins.items() if name in _TORCH_FAMILY and "+" in version}
+    if torch_index is None:
+        pins = {**pins, **{name: version.partition("+")[0] for name, version in labelled.items()}}
+        options = []
+    elif torch_index == "auto":
+        options = sorted({f"--extra-index-url {_wheel_index(name, version)}" for name, version in labelled.items()})
+    else:
+        options = [_index_option(str(torch_index))]
+    return [*options, *(f"{name}=={version}" for name, version in sorted(pins.items()))]
+
+
+def _wheel_index(name: str, version: str) -> str:
+    label = version.partition("+")[2]
+    if not _TORCH_LABEL.fullmatch(label):
+        raise EnvironmentMismatchError(
+            "PyTorch publishes no wheels with this label",
+            where=f"{name}=={version}",
+            wanted="+cpu, +cuNNN, +rocmX.Y or +xpu, or no label",
+            found=f"+{label}",
+            way_out="say where the wheel is with torch_index=URL or FOLDER, or drop the label with torch_index=None",
+        )
+    return f"{_TORCH_WHEELS}/{'nightly/' if Version(version).is_devrelease else ''}{label}"
+
+
+def _index_option(torch_index: str) -> str:
+    url = urlsplit(torch_index)
+    if url.scheme in ("http", "https") and url.netloc and not _UNSAFE.search(torch_index):
+        _require_no_password(torch_index)
+        return f"--extra-index-url {torch_index}"
+    if url.scheme == "file" and not _UNSAFE.search(torch_index):
+        return f"--find-links {torch_index}"
+    if torch_index and os.path.isdir(torch_index):
+        folder = Path(os.path.abspath(torch_index))
+        # Blanks would end the option and # would start a comment; a file URL has neither.
+        return f"--find-links {folder.as_uri() if _UNSAFE.search(str(folder)) else folder}"
+    raise EnvironmentMismatchError(
+        "torch_index says nothing that pip could use",
+        where="torch_index",
+        wanted='"auto", None, an http(s):// or file:// URL, or a folder that exists',
+        found=repr(torch_index),
+    )
+
+
+def _require_no_password(torch_index: str) -> None:
+    password = urlsplit(torch_index).password
+    if password and not re.fullmatch(r"\$\{[A-Z0-9_]+\}", password):
+        raise EnvironmentMismatchError(
+            "torch_index holds a password, and requirements.txt is readable by everybody who can read the model",
+            where="torch_index",
+            way_out="write the password as ${NAME_OF_A_VARIABLE}, which pip expands, or leave it to pip's own settings",
+        )
+
+
+def default_requirements(*, torch_index: StrPath | None = "auto", path: Sequence[str] | None = None) -> list[str]:
+    """Pins of what every saved model needs directly, as ``get_default_pip_requirements`` gives them."""
+    found = {name: _installed_version(name, path) for name in DEFAULT_ROOTS}
+    return _lines({name: version for name, version in found.items() if version is not None}, torch_index)
+
+
+def default_conda_env() -> dict[str, Any]:
+    """A conda environment that holds ``default_requirements``."""
+    return _with_pip_section(_bare_conda_env(), default_requirements())
+
+
+def environment_files(
+    folder: str | Path,
+    roots: Iterable[str] = DEFAULT_ROOTS,
+    *,
+    torch_build: Mapping[str, Any],
+    torch_index: StrPath | None = "auto",
+    pip_requirements: StrPath | Iterable[str] | None = None,
+    extra_pip_requirements: StrPath | Iterable[str] | None = None,
+    conda_env: StrPath | Mapping[str, Any] | None = None,
+    path: Sequence[str] | None = None,
+) -> Environment:
+    """Write requirements.txt, conda.yaml and python_env.yaml (and constraints.txt where the user has any).
+
+    Args:
+        folder: Root of the artifact.
+        roots: What the model needs directly.
+        torch_build: See ``record``.
+        torch_index: See ``requirement_lines``; not used where the user writes the lines.
+        pip_requirements: Replaces all lines: requirement strings, or the path of a requirements file.
+        extra_pip_requirements: Adds to them. What is installed is pinned exactly, with what it requires; URLs,
+            options and what is not installed stay as written.
+        conda_env: Used as it is: a dict, or the path of a YAML file.
+        path: Folders to search instead of ``sys.path``.
+
+    Returns:
+        What belongs into environment.json.
+
+    Raises:
+        EnvironmentMismatchError: The arguments exclude each other or cannot be read, or see ``record``.
+    """
+    conda = _parse_conda_env(conda_env, pip_requirements, extra_pip_requirements)
+    given = pip_requirements if conda is None else _pip_section(conda)
+    if given is not None:
+        lines, constraints = _parse_requirements(given, "pip_requirements" if conda is None else "conda_env")
+        lines = _with_mlflow(lines, path)
+        environment = record([*roots, *_installed_roots(lines, path)], torch_build=torch_build, strict=False, path=path)
+    else:
+        extra, constraints = _parse_requirements(extra_pip_requirements or (), "extra_pip_requirements")
+        environment, lines = _pin(roots, extra, torch_build, torch_index, path)
+    _write_files(Path(folder), lines, constraints, _bare_conda_env() if conda is None else conda)
+    return environment
+
+
+def _pin(
+    roots: Iterable[str],
+    extra: Sequence[str],
+    torch_build: Mapping[str, Any],
+    torch_index: StrPath | None,
+    path: Sequence[str] | None,
+) -> tuple[Environment, list[str]]:
+    """The closure of the roots and of what is installed of ``extra``; the rest of ``extra`` follows as written."""
+    verbatim = [line for line in extra if not _is_pinnable(line, path)]
+    elsewhere = {name for line in verbatim if _applies(line) and (name := _name_of(line)) is not None}
+    environment = record(
+        [*roots, *_installed_roots(extra, path)], torch_build=torch_build, editable_ok=elsewhere, path=path
+    )
+    pins = {name: version for name, version in environment.distributions.items() if name not in elsewhere}
+    return environment, [*_lines(pins, torch_index), *verbatim]
+
+
+def _parse_requirements(given: StrPath | Iterable[str], argument: str) -> tuple[list[str], list[str]]:
+    """Requirement lines and constraint lines; ``-r`` and ``-c`` are read and replaced by what they hold."""
+    # MLflow's own reader, so that a line means here what it means at load.
+    from mlflow.utils.requirements_utils import _parse_requirements as parse
+
+    try:
+        source = os.fspath(given) if isinstance(given, (str, os.PathLike)) else [*map(_require_text, given)]
+        parsed = list(parse(source, is_constraint=False))  # type: ignore[no-untyped-call]
+    except (OSError, TypeError, UnicodeDecodeError) as error:
+        raise EnvironmentMismatchError(
+            f"{argument} cannot be read",
+            where=argument,
+            wanted="a list of requirement strings, or the path of a requirements file",
+            found=error,
+        ) from None
+    lines: tuple[list[str], list[str]] = [], []
+    for requirement in parsed:
+        lines[requirement.is_constraint].append(requirement.req_str)
+    return lines
+
+
+def _require_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no string")
+    return value
+
+
+def _split_options(line: str) -> tuple[str, str]:
+    """A requirement and the options behind it, such as ``--hash``; either may be empty."""
+    found = re.search(r"(^|\s)-", line)
+    return (line[: found.start()].strip(), line[found.start() :]) if found else (line, "")
+
+
+def _requirement_of(line: str) -> Requirement | None:
+    try:
+        return Requirement(_split_options(line)[0])
+    except InvalidRequirement:
+        return None
+
+
+def _applies(line: str) -> bool:
+    requirement = _requirement_of(line)
+    return requirement is None or requirement.marker is None or requirement.marker.evaluate()
+
+
+def _is_pinnable(line: str, path: Sequence[str] | None) -> bool:
+    """Whether the line is a plain requirement that this environment can answer with an exact version."""
+    requirement = _requirement_of(line)
+    if requirement is None or requirement.url or _split_options(line)[1] or not _applies(line):
+        return False
+    if canonicalize_name(requirement.name) == _OWN_NAME or _installed_version(requirement.name, path) is not None:
+        return True
+    _logger.warning("%s is not installed here, so it stays as written and is not pinned any further", line)
+    return False
+
+
+def _installed_roots(lines: Iterable[str], path: Sequence[str] | None) -> Iterator[str]:
+    for line in lines:
+        name, requirement = _name_of(line), _requirement_of(line)
+        if name is not None and _installed_version(name, path) is not None:
+            yield name if requirement is None else str(requirement)
+
+
+def _name_of(line: str) -> str | None:
+    """The distribution that a line of a requirements file is about, as far as the line tells."""
+    requirement = _requirement_of(line)
+    if requirement is not None:
+        return canonicalize_name(requirement.name)
+    target = re.sub(r"^(-e|--editable)[\s=]+", "", line)
+    if egg := re.search(r"[#&]egg=([\w.-]+)", target):
+        return canonicalize_name(egg[1])
+    last = re.split(r"[\\/]", re.split(r"[#?\s]", target)[0].rstrip("/"))[-1]
+    if target.startswith(("git+", "hg+", "svn+", "bzr+")):
+        return canonicalize_name(re.sub(r"(\.git)?(@.*)?$", "", last))
+    try:
+        return parse_wheel_filename(unquote(last))[0]
+    except InvalidWheelFilename:
+        return None
+
+
+def _with_mlflow(lines: list[str], path: Sequence[str] | None) -> list[str]:
+    """MLflow has to be in every environment that serves a model; its own flavors add it in the same way."""
+    if _MLFLOW_NAMES & {_name_of(line) for line in lines}:
+        return lines
+    version = _installed_version("mlflow", path)
+    return ["mlflow" if version is None else f"mlflow=={version}", *lines]
+
+
+def _parse_conda_env(conda_env: object, pip_requirements: object, extra: object) -> dict[str, Any] | None:
+    arguments = {"conda_env": conda_env, "pip_requirements": pip_requirements, "extra_pip_requirements": extra}
+    given = [name for name, value in arguments.items() if value is not None]
+    if len(given) > 1:
+        raise EnvironmentMismatchError(
+            "Only one of conda_env, pip_requirements and extra_pip_requirements can be used",
+            where=", ".join(given),
+            way_out=f"keep {given[0]}, and write the rest into it",
+        )
+    if conda_env is None:
+        return None
+    if isinstance(conda_env, (str, os.PathLike)):
+        conda_env = _read_yaml(Path(conda_env))
+    if not isinstance(conda_env, Mapping) or not isinstance(conda_env.get("dependencies"), list):
+        raise EnvironmentMismatchError(
+            "conda_env describes no conda environment",
+            where="conda_env",
+            wanted="a mapping with a list of dependencies, or the path of a YAML file that holds one",
+            found=repr(conda_env)[:200],
+        )
+    return dict(conda_env)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise EnvironmentMismatchError("conda_env cannot be read", where=path, found=error) from None
+
+
+def _pip_section(conda: Mapping[str, Any]) -> list[str]:
+    sections = [part["pip"] for part in conda["dependencies"] if isinstance(part, Mapping) and "pip" in part]
+    return [*sections[0]] if sections and sections[0] else []
+
+
+def _with_pip_section(conda: Mapping[str, Any], lines: Sequence[str]) -> dict[str, Any]:
+    others = [part for part in conda["dependencies"] if not (isinstance(part, Mapping) and "pip" in part)]
+    return {**conda, "dependencies": [*others, {"pip": [*lines]}]}
+
+
+def _bare_conda_env() -> dict[str, Any]:
+    pip = _installed_version("pip", None)
+    # At most this pip, as MLflow writes it: conda-forge gets a new pip later than others do.
+    dependencies = [f"python={_python_release()}", f"pip<={pip}" if pip else "pip"]
+    return {"name": "mlflow-env", "channels": ["conda-forge"], "dependencies": dependencies}
+
+
+def _python_release() -> str:
+    return ".".join(map(str, sys.version_info[:3]))
+
+
+def _write_files(folder: Path, lines: Sequence[str], constraints: Sequence[str], conda: Mapping[str, Any]) -> None:
+    if constraints:
+        (folder / _CONSTRAINTS).write_text("\n".join(constraints) + "\n", encoding="utf-8")
+        lines = [*lines, f"-c {_CONSTRAINTS}"]
+    (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    # No build dependencies: MLflow would put pip, setuptools and wheel on the same pip command line, where they
+    # contradict pins of the closure, break hash checking, and are looked for in folders that only hold the pins.
+    python_env = {"python": _python_release(), "build_dependencies": [], "dependencies": ["-r requirements.txt"]}
+    for name, value in (("conda.yaml", _with_pip_section(conda, lines)), ("python_env.yaml", python_env)):
+        (folder / name).write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
+
+
+# Comparing
+
+
+def find_differences(
+    recorded: Environment, *, torch_build: Mapping[str, Any] | None = None, path: Sequence[str] | None = None
+) -> list[Difference]:
+    """Compare this interpreter and what is installed with what was recorded; imports nothing.
+
+    The C library counts only when its family differs (glibc or another): its version is the choice of
+    whoever builds the base image, and the recorded predictions prove more than it could.
+
+    Args:
+        recorded: From environment.json.
+        torch_build: The same facts as at save, where torch is imported already.
+        path: Folders to search instead of ``sys.path``.
+    """
+    return [
+        *_platform_differences(recorded),
+        *_distribution_differences(recorded.distributions, path),
+        *_build_differences(recorded.torch_build, torch_build or {}),
+    ]
+
+
+def _platform_differences(recorded: Environment) -> Iterator[Difference]:
+    facts = _platform_facts()
+    for name in _PLATFORM_KEYS:
+        wanted, found = getattr(recorded, name), facts[name]
+        if name == "libc":
+            wanted, found = wanted.partition(" ")[0], found.partition(" ")[0]
+        if wanted != found:
+            is_patch = name == "python" and wanted.split(".")[:2] == found.split(".")[:2]
+            yield Difference("python-patch" if is_patch else name, name, wanted or "unknown", found or "unknown")
+
+
+def _distribution_differences(pins: Mapping[str, str], path: Sequence[str] | None) -> Iterator[Difference]:
+    listed = _listed_versions(sys.path if path is None else path)
+    for name, wanted in pins.items():
+        if _same_version(wanted, listed.get(name)):
+            continue
+        # The slow question, asked only where a folder name did not settle it: other formats, zip files, finders.
+        found = _installed_version(name, path)
+        if found is None:
+            yield Difference("missing", name, wanted, _MISSING)
+        elif not _same_version(wanted, found):
+            is_build = name in _TORCH_FAMILY and wanted.partition("+")[0] == found.partition("+")[0]
+            yield Difference("torch-build" if is_build else "distribution", name, wanted, found)
+
+
+def _build_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Difference]:
+    for key in sorted(wanted.keys() & found.keys()):
+        if wanted[key] != found[key]:
+            kind = "hardware" if key in _HARDWARE else "torch-build"
+            yield Difference(kind, f"torch {key}", str(wanted[key]), str(found[key]))
+
+
+def _listed_versions(path: Iterable[str]) -> dict[str, str]:
+    """Canonical name → version, from the names of the dist-info folders alone: a hundred times faster than reading."""
+    found: dict[str, str] = {}
+    for folder in path:
+        try:
+            entries = os.listdir(folder or ".")
+        except OSError:
+            continue
+        for entry in entries:
+            if entry.endswith(".dist-info") and os.path.isfile(os.path.join(folder, entry, "METADATA")):
+                name, _, version = entry.removesuffix(".dist-info").rpartition("-")
+                found.setdefault(canonicalize_name(name), version)
+    return found
+
+
+def _installed_version(name: str, path: Sequence[str] | None) -> str | None:
+    """The version that is imported under this name, read from the metadata; None if there is none."""
+    versions = (_name_and_version(distribution)[1] for distribution in _search(path, name=name))
+    return next(filter(None, versions), None)
+
+
+def _same_version(wanted: str, found: str | None) -> bool:
+    try:
+        return wanted == found or (found is not None and Version(wanted) == Version(found))
+    except InvalidVersion:
+        return False
+
+
+def format_differences(differences: Sequence[Difference]) -> str:
+    """The differences as an aligned table with one way out; empty for none."""
+    return f"{_table(differences)}\n  way out: {_WAY_OUT}" if differences else ""
+
+
+def _table(differences: Sequence[Difference]) -> str:
+    names, wanted = (max(len(getattr(d, part)) for d in differences) for part in ("name", "wanted"))
+    rows = [f"  {d.name:<{names}}  wanted {d.wanted:<{wanted}}  found {d.found}" for d in differences]
+    count = "1 difference" if len(rows) == 1 else f"{len(rows)} differences"
+    return "\n".join([f"This is not the environment that the model was saved in ({count})", *rows])
+
+
+def require_same(recorded: Environment, *, policy: str, path: Sequence[str] | None = None) -> list[Difference]:
+    """Act on differences as the policy says.
+
+    Args:
+        recorded: From environment.json.
+        policy: ``"ignore"`` does not even look, ``"warn"`` logs the table, ``"error"`` raises it.
+        path: Folders to search instead of ``sys.path``.
+
+    Returns:
+        What differs.
+
+    Raises:
+        EnvironmentMismatchError: Something differs under ``"error"``, or there is no such policy.
+    """
+    if policy not in POLICIES:
+        raise EnvironmentMismatchError(
+            "Unknown policy for a differing environment", where="environment", wanted=list(POLICIES), found=repr(policy)
+        )
+    differences = [] if policy == "ignore" else find_differences(recorded, path=path)
+    if differences and policy == "error":
+        raise EnvironmentMismatchError(
+            _table(differences), way_out=f'{_WAY_OUT}; or accept the differences with environment="warn"'
+        )
+    if differences:
+        _logger.warning("%s", format_differences(differences))
+    return differences

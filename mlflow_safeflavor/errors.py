@@ -1,0 +1,110 @@
+"""Every error a user can meet, as one tree.
+
+::
+
+    SafeFlavorError                     (also an ``MlflowException``)
+    ├── EnvironmentMismatchError        pins, platform or interpreter differ, or cannot be pinned
+    ├── TrustError                      the artifact wants to run something nobody agreed to
+    ├── FormatVersionError              written by a newer release than this one reads
+    ├── IntegrityError                  a file is missing, extra, cut short or has other bytes
+    ├── WeightsError                    a tensor is missing, extra, or not the one that was saved
+    ├── StructureError                  the module cannot be described, or not built again
+    ├── ParityError                     recorded rows are answered differently now
+    ├── RehearsalError                  the clean process could not load what was about to be published
+    ├── InputError                      rows or parameters that no model could answer (HTTP 400)
+    └── PlacementError                  no such device, or the model does not fit on it
+
+Each message says what happened, where, what was wanted, what was found, and the way out.
+"""
+
+from __future__ import annotations
+
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+__all__ = [
+    "EnvironmentMismatchError",
+    "FormatVersionError",
+    "InputError",
+    "IntegrityError",
+    "ParityError",
+    "PlacementError",
+    "RehearsalError",
+    "SafeFlavorError",
+    "StructureError",
+    "TrustError",
+    "WeightsError",
+]
+
+
+class SafeFlavorError(MlflowException):
+    """Root of the tree.
+
+    It is an ``MlflowException`` with ``INVALID_PARAMETER_VALUE``, because MLflow's scoring server
+    answers 500 with a full traceback to every other kind of exception.
+
+    Args:
+        what: One sentence: what is wrong.
+        where: The file, tensor, row, column or distribution it is about.
+        wanted: What was recorded or required.
+        found: What is there instead.
+        way_out: What the reader can do now.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        wanted: object = None,
+        found: object = None,
+        way_out: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.wanted = wanted
+        self.found = found
+        self.way_out = way_out
+        details = {"where": where, "wanted": wanted, "found": found, "way out": way_out}
+        lines = [what, *(f"  {name}: {value}" for name, value in details.items() if value is not None)]
+        super().__init__("\n".join(lines), error_code=INVALID_PARAMETER_VALUE)
+
+
+class EnvironmentMismatchError(SafeFlavorError):
+    """Pins, platform or interpreter differ from what was recorded, or cannot be recorded."""
+
+
+class TrustError(SafeFlavorError):
+    """The artifact would run code or a pickle that the caller did not agree to."""
+
+
+class FormatVersionError(SafeFlavorError):
+    """The artifact was written in a format this release does not read."""
+
+
+class IntegrityError(SafeFlavorError):
+    """A file of the artifact is missing, extra, cut short, malformed or has other bytes."""
+
+
+class WeightsError(SafeFlavorError):
+    """A tensor is missing, extra, on meta, or differs from what was recorded."""
+
+
+class StructureError(SafeFlavorError):
+    """A module or tokenizer cannot be described at save, or not built again at load."""
+
+
+class ParityError(SafeFlavorError):
+    """Recorded rows are answered differently from when they were recorded."""
+
+
+class RehearsalError(SafeFlavorError):
+    """A clean process could not load the staged artifact, so nothing was published."""
+
+
+class InputError(SafeFlavorError):
+    """Rows, columns or parameters that cannot be answered; the server says 400."""
+
+
+class PlacementError(SafeFlavorError):
+    """The requested device does not exist, or the model cannot be placed on it."""

@@ -1,0 +1,435 @@
+"""Inventory of every tensor a module holds: where it is, what it is, and what it shares memory with.
+
+Three records describe a module's memory:
+
+* a ``Slot`` is a place in a live module that holds a tensor;
+* a ``Row`` says what must be in that place: kind, dtype, shape, and which data it looks at;
+* a ``Data`` entry is one run of values in a safetensors file, with its SHA-256.
+
+Rows that look at the same data are one alias group: tied weights, declared or not, views of one buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from mlflow_safeflavor.errors import StructureError, WeightsError
+
+__all__ = [
+    "STORABLE",
+    "Data",
+    "Inventory",
+    "Row",
+    "Slot",
+    "contiguous_stride",
+    "dtype_name",
+    "fill",
+    "find_differences",
+    "find_meta",
+    "find_slots",
+    "nbytes_of",
+    "require_saveable",
+    "some",
+    "take_inventory",
+]
+
+_TENSOR_TYPES = (
+    (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    if hasattr(torch.nn, "Buffer")
+    else (
+        torch.Tensor,
+        torch.nn.Parameter,
+    )
+)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in a live module that holds a tensor.
+
+    Attributes:
+        path: ``encoder.layer.0.weight``; inside containers ``cache[0]['key']``.
+        kind: ``parameter``, ``buffer`` or ``attribute``.
+        persistent: Whether ``state_dict`` lists it.
+        tensor: What is there now.
+        put: Puts another tensor there.
+    """
+
+    path: str
+    kind: str
+    persistent: bool
+    tensor: torch.Tensor
+    put: Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What must be in one slot.
+
+    Attributes:
+        path, kind, persistent: As in ``Slot``.
+        dtype: Like ``float32``.
+        shape: Sizes.
+        data: Name of the ``Data`` it looks at; equal names are one alias group.
+        stride: In elements, for a tensor that is not contiguous; else None.
+        offset: In elements from the start of the data.
+        parameter: Whether the tensor is an ``nn.Parameter``.
+        requires_grad: As it was when saved; a loaded model never requires gradients.
+    """
+
+    path: str
+    kind: str
+    persistent: bool
+    dtype: str
+    shape: tuple[int, ...]
+    data: str
+    stride: tuple[int, ...] | None = None
+    offset: int = 0
+    parameter: bool = False
+    requires_grad: bool = False
+
+
+@dataclass(frozen=True)
+class Data:
+    """One run of values in a file.
+
+    Attributes:
+        dtype: Like ``float32``.
+        shape: Sizes in the file.
+        file: Name of the safetensors file, beside ``tensors.json``.
+        sha256: Of the values as stored, little endian.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str = ""
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Everything a module's memory holds.
+
+    Attributes:
+        rows: Path → row.
+        data: Name → data.
+        files: File name → SHA-256 of its header. Header and data together are every byte of the file.
+    """
+
+    rows: Mapping[str, Row]
+    data: Mapping[str, Data]
+    files: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all data."""
+        return sum(nbytes_of(entry.dtype, entry.shape) for entry in self.data.values())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` → ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def nbytes_of(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a dense tensor."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count * int(getattr(torch, dtype).itemsize)
+
+
+# --- slots ---------------------------------------------------------------------------------------
+
+
+def find_slots(module: torch.nn.Module) -> list[Slot]:
+    """Every place in the module that holds a tensor, in a fixed order.
+
+    Parameters, buffers and plain attributes of every submodule, also inside lists, tuples and dicts,
+    and inside modules that such containers hide from ``named_modules``. A module that is shared is
+    listed once, under its first path.
+    """
+    slots: list[Slot] = []
+    seen: set[int] = set()
+    _walk_module(module, "", slots, seen)
+    return slots
+
+
+_OWN_STATE = frozenset(vars(torch.nn.Module()))
+"""Attributes every ``nn.Module`` has: registries and hooks, walked separately or not at all."""
+
+
+def _walk_module(module: torch.nn.Module, prefix: str, slots: list[Slot], seen: set[int]) -> None:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    for kind, registry in (("parameter", module._parameters), ("buffer", module._buffers)):
+        for name, tensor in registry.items():
+            if tensor is not None:
+                persistent = kind == "parameter" or name not in module._non_persistent_buffers_set
+                put = _putter(registry, name)
+                slots.append(Slot(_join(prefix, name), kind, persistent, tensor, put))
+    attributes = vars(module)
+    for name in list(attributes):
+        if name not in _OWN_STATE:
+            _walk_value(attributes[name], _join(prefix, name), _putter(attributes, name), slots, seen)
+    for name, child in module._modules.items():
+        if child is not None:
+            _walk_module(child, _join(prefix, name), slots, seen)
+
+
+def _walk_value(value: Any, path: str, put: Callable[[Any], None], slots: list[Slot], seen: set[int]) -> None:
+    if isinstance(value, torch.Tensor):
+        slots.append(Slot(path, "attribute", False, value, put))
+    elif isinstance(value, torch.nn.Module):
+        _walk_module(value, path, slots, seen)
+    elif isinstance(value, (list, dict)) and id(value) not in seen:
+        seen.add(id(value))
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            _walk_value(item, f"{path}[{key!r}]", _putter(value, key), slots, seen)
+    elif isinstance(value, tuple):
+        # A tuple cannot be changed: putting an item means putting a new tuple in its place.
+        items = list(value)
+
+        def put_item(index: int, item: Any) -> None:
+            items[index] = item
+            put(type(value)(*items) if hasattr(value, "_fields") else type(value)(items))
+
+        for index, item in enumerate(value):
+            _walk_value(item, f"{path}[{index}]", partial(put_item, index), slots, seen)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _putter(container: Any, key: Any) -> Callable[[Any], None]:
+    return lambda value: container.__setitem__(key, value)
+
+
+def find_meta(slots: Sequence[Slot]) -> list[str]:
+    """Paths of the tensors that have no memory."""
+    return [slot.path for slot in slots if slot.tensor.is_meta]
+
+
+def require_saveable(slots: Sequence[Slot]) -> None:
+    """Refuse tensors that cannot be stored as plain values.
+
+    Raises:
+        WeightsError: A tensor is on the meta device: it has no values.
+        StructureError: A tensor is sparse, quantised, a lazy or unknown subclass, or a lazy view.
+    """
+    if meta := find_meta(slots):
+        raise WeightsError(
+            "The module holds tensors without values",
+            where=some(meta),
+            wanted="tensors in memory",
+            found=f"{len(meta)} of {len(slots)} on the meta device",
+            way_out="load the checkpoint with mlflow_safeflavor.from_pretrained, "
+            "or fill the module with mlflow_safeflavor.materialize, then save it",
+        )
+    for slot in slots:
+        tensor = slot.tensor
+        odd = (
+            f"a {type(tensor).__name__}" if type(tensor) not in _TENSOR_TYPES
+            else f"layout {tensor.layout}" if tensor.layout != torch.strided
+            else "a quantised tensor" if tensor.is_quantized
+            else "a conjugated or negated view" if tensor.is_conj() or tensor.is_neg()
+            else f"dtype {tensor.dtype}" if tensor.dtype not in STORABLE
+            else None
+        )  # fmt: skip
+        if odd:
+            raise StructureError(
+                "The module holds a tensor that cannot be stored as plain values",
+                where=slot.path,
+                wanted="a dense torch.Tensor, nn.Parameter or buffer",
+                found=odd,
+                way_out="replace it by a dense tensor before saving (dequantise, .to_dense(), .resolve_conj())",
+            )
+
+
+STORABLE = frozenset(
+    getattr(torch, name)
+    for name in (
+        *("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"),
+        *("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "complex64"),
+    )
+    if hasattr(torch, name)
+)
+
+
+# --- inventory -----------------------------------------------------------------------------------
+
+
+def take_inventory(
+    slots: Sequence[Slot], dtypes: Mapping[str, torch.dtype] | None = None
+) -> tuple[Inventory, dict[str, torch.Tensor]]:
+    """Describe the slots, and give the values to store.
+
+    Args:
+        slots: From ``find_slots``.
+        dtypes: Path → dtype to store it in, where that is another than the tensor's own.
+
+    Returns:
+        The inventory, without files and digests, and data name → dense tensor on its present device.
+        Values are views of the module's memory where no cast or copy is needed.
+
+    Raises:
+        StructureError: Tensors share memory but differ in dtype.
+    """
+    rows: dict[str, Row] = {}
+    data: dict[str, Data] = {}
+    values: dict[str, torch.Tensor] = {}
+    for group in _storage_groups(slots):
+        name = group[0].path
+        target = _dtype_of(group, dtypes or {})
+        start, dense = _dense_values(group)
+        values[name] = dense.to(target)
+        data[name] = Data(dtype_name(target), tuple(dense.shape))
+        for slot in group:
+            tensor = slot.tensor
+            as_is = dense.shape == tensor.shape
+            rows[slot.path] = Row(
+                path=slot.path,
+                kind=slot.kind,
+                persistent=slot.persistent,
+                dtype=dtype_name(target),
+                shape=tuple(tensor.shape),
+                data=name,
+                stride=None if as_is or tensor.is_contiguous() else tuple(tensor.stride()),
+                offset=0 if as_is else int(tensor.storage_offset()) - start,
+                parameter=isinstance(tensor, torch.nn.Parameter),
+                requires_grad=tensor.requires_grad,
+            )
+    order = {slot.path: i for i, slot in enumerate(slots)}
+    return Inventory(dict(sorted(rows.items(), key=lambda item: order[item[0]])), data, {}), values
+
+
+def _storage_groups(slots: Sequence[Slot]) -> list[list[Slot]]:
+    """Slots that share memory, together."""
+    groups: dict[object, list[Slot]] = {}
+    for slot in slots:
+        pointer = 0 if slot.tensor.is_meta else slot.tensor.untyped_storage().data_ptr()
+        # No memory, nothing shared: except for the very same object, which may stand in two places.
+        key = (slot.tensor.device, pointer) if pointer else id(slot.tensor)
+        groups.setdefault(key, []).append(slot)
+    return list(groups.values())
+
+
+def _view(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Where a tensor lies in its storage; strides of dimensions of size one mean nothing."""
+    stride = tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset()), tuple(tensor.shape), stride
+
+
+def _dense_values(group: Sequence[Slot]) -> tuple[int, torch.Tensor]:
+    """The values a storage group needs, and where they start in the storage (in elements)."""
+    first = group[0].tensor.detach()
+    if len({_view(slot.tensor) for slot in group}) == 1 and (first.is_contiguous() or not _is_dense(first)):
+        return int(first.storage_offset()), first.contiguous()
+    start = min(int(slot.tensor.storage_offset()) for slot in group)
+    stop = max(_last_offset(slot.tensor) for slot in group) + 1
+    return start, torch.as_strided(first, (stop - start,), (1,), start)
+
+
+def _last_offset(tensor: torch.Tensor) -> int:
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return int(tensor.storage_offset()) + sum((size - 1) * step for size, step in steps)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """A permutation of a contiguous tensor: its memory order is kept, as kernels may depend on it."""
+    return _last_offset(tensor) - tensor.storage_offset() + 1 == tensor.numel()
+
+
+def _dtype_of(group: Sequence[Slot], dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    targets = {dtypes.get(slot.path, slot.tensor.dtype) for slot in group}
+    if len(targets) > 1 or len({slot.tensor.dtype for slot in group}) > 1:
+        raise StructureError(
+            "Tensors share memory but not a dtype",
+            where=some([slot.path for slot in group]),
+            found=", ".join(sorted(dtype_name(dtype) for dtype in targets)),
+            way_out="give each its own memory (.clone()) before saving",
+        )
+    return targets.pop()
+
+
+# --- back into a module ---------------------------------------------------------------------------
+
+
+def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, torch.Tensor]) -> None:
+    """Put the stored tensors into the module, by assignment.
+
+    Each alias group becomes one object again, and whatever the constructor had put there is dropped.
+
+    Raises:
+        WeightsError: The module has other places for tensors than the inventory lists.
+    """
+    slots = {slot.path: slot for slot in find_slots(module)}
+    for path in sorted(slots.keys() ^ inventory.rows.keys()):
+        raise WeightsError(
+            "The rebuilt module has other tensors than the saved one",
+            where=path,
+            wanted=_describe(inventory.rows.get(path)),
+            found=f"{slots[path].kind} {list(slots[path].tensor.shape)}" if path in slots else "no such tensor",
+            way_out="the class has changed since the model was saved: install the pinned versions, or save it again",
+        )
+    made: dict[object, torch.Tensor] = {}
+    for path, row in inventory.rows.items():
+        key = (row.data, row.shape, row.stride, row.offset, row.parameter)
+        if key not in made:
+            made[key] = _look_at(values[row.data], row)
+        slots[path].put(made[key])
+
+
+def _look_at(value: torch.Tensor, row: Row) -> torch.Tensor:
+    if row.stride is not None or row.shape != tuple(value.shape):
+        stride = row.stride or contiguous_stride(row.shape)
+        value = torch.as_strided(value.reshape(-1), row.shape, stride, value.storage_offset() + row.offset)
+    return torch.nn.Parameter(value, requires_grad=False) if row.parameter else value
+
+
+def find_differences(module: torch.nn.Module, inventory: Inventory) -> Iterator[str]:
+    """What is not as recorded in the module now, one sentence each. Values are the digests' matter."""
+    slots = find_slots(module)
+    found, _ = take_inventory([slot for slot in slots if not slot.tensor.is_meta])
+    meta = set(find_meta(slots))
+    for path in sorted(found.rows.keys() | inventory.rows.keys() | meta):
+        row, wanted = found.rows.get(path), inventory.rows.get(path)
+        if path in meta:
+            yield f"{path}: is on the meta device, it has no values"
+        elif row is None or wanted is None or _facts(row) != _facts(wanted):
+            yield f"{path}: wanted {_describe(wanted)}, found {_describe(row)}"
+        elif row.data != wanted.data:
+            yield f"{path}: wanted to share memory with {wanted.data}, found {row.data}"
+
+
+def _facts(row: Row) -> tuple[object, ...]:
+    return row.kind, row.persistent, row.dtype, row.shape, row.stride, row.offset, row.parameter
+
+
+def _describe(row: Row | None) -> str:
+    if row is None:
+        return "no such tensor"
+    layout = "" if row.stride is None else f" stride {list(row.stride)} offset {row.offset}"
+    return f"{'' if row.persistent else 'non-persistent '}{row.kind} {row.dtype}{list(row.shape)}{layout}"
+
+
+def some(paths: Sequence[str], most: int = 5) -> str:
+    """The first few of many, for a message."""
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(paths[:most]) + more
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """Stride of a contiguous tensor of this shape, in elements."""
+    steps, step = [], 1
+    for size in reversed(shape):
+        steps.append(step)
+        step *= size
+    return tuple(reversed(steps))

@@ -1,0 +1,241 @@
+"""The load story: locate, look, and only then build, fill, compare, place and replay."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mlflow_safeflavor import environment as environments
+from mlflow_safeflavor.artifact import WAY_OUT, Layout, find_broken_files, read_json, read_manifest
+from mlflow_safeflavor.errors import InputError, IntegrityError, WeightsError
+from mlflow_safeflavor.report import LoadReport
+from mlflow_safeflavor.spec import FLAVOR_NAME, ModelSpec
+from mlflow_safeflavor.trust import require_trust
+
+# torch, and what is built on it, is imported inside the functions below: the environment check comes
+# first, so that a wrong environment is named before it fails to import, and so that what torch reads
+# only once can still be set.
+if TYPE_CHECKING:
+    import torch
+
+    from mlflow_safeflavor.inventory import Inventory
+    from mlflow_safeflavor.model import LoadedModel
+
+__all__ = ["LoadOptions", "bind", "guarded_parts", "load_folder", "load_model", "locate", "read_spec", "rebuild"]
+
+_VERIFY = ("full", "structure", "off")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load; see ``load_model``."""
+
+    device: str | int | torch.device = "auto"
+    dtype: str | torch.dtype | None = None
+    verify: str = "full"
+    environment: str = "warn"
+    max_batch_tokens: int = 512
+    trust: Collection[str] = field(default_factory=frozenset)
+    replay: bool = True
+
+
+def load_model(
+    model_uri: str,
+    dst_path: str | None = None,
+    *,
+    device: str | int | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    verify: str = "full",
+    environment: str = "warn",
+    trust: Collection[str] = (),
+) -> LoadedModel:
+    """Load a model that ``save_model`` or ``log_model`` wrote, or raise an error that says why not.
+
+    Args:
+        model_uri: A folder, or any URI that MLflow resolves (``models:/name@champion``, ``runs:/…``).
+        dst_path: Folder to download to; a temporary one by default.
+        device: "auto", "cpu", "cuda:0", an index of an accelerator, or a ``torch.device``.
+        dtype: Cast to this dtype after everything was compared; None keeps the saved one.
+        verify: "full" hashes every byte; "structure" compares names, sizes and all tensors' facts;
+            both replay the golden rows. "off" still compares the tensors' facts.
+        environment: "error", "warn" or "ignore" when this environment is not the recorded one.
+        trust: Kinds of the artifact's own code that may run: "code", "pickle".
+
+    Returns:
+        The model, on its device, in eval mode, without gradients, warmed up.
+
+    Raises:
+        SafeFlavorError: One of its kinds, each naming what was wanted and what was found.
+    """
+    options = LoadOptions(device=device, dtype=dtype, verify=verify, environment=environment, trust=frozenset(trust))
+    return load_folder(locate(model_uri, dst_path), options)
+
+
+def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
+    """Load an artifact from a local folder: the one path that native loading and pyfunc share."""
+    layout, report = Layout(root), LoadReport()
+    with report.timed("look"):
+        spec = _look(layout, options, report)
+    with report.timed("import"):
+        from mlflow_safeflavor import tensors  # and with it torch
+    with report.timed("digest"):
+        inventory = tensors.read_inventory(layout)
+        _check_digests(inventory, layout, options, report)
+    with report.timed("rebuild"):
+        module = rebuild(inventory, layout, report)
+    with report.timed("place"):
+        device = _place(module, layout, options, report)
+    model = bind(module, device, spec, layout, options, report)
+    with report.timed("replay"):
+        _replay(model, layout, options, report)
+    return model
+
+
+def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> ModelSpec:
+    """Everything that can be refused before torch is imported or anything is built."""
+    if options.verify not in _VERIFY:
+        raise InputError("Unknown value", where="verify", wanted=" | ".join(_VERIFY), found=repr(options.verify))
+    spec, guarded = read_spec(layout)
+    require_trust(spec, options.trust)
+    _check_files(layout, guarded, options, report)
+    recorded = environments.Environment.from_json(read_json(layout.environment))
+    differences = environments.require_same(recorded, policy=options.environment)
+    report.environment = tuple(str(difference) for difference in differences)
+    return spec
+
+
+def read_spec(layout: Layout) -> tuple[ModelSpec, dict[str, Any]]:
+    """The spec in ``MLmodel``, and the parts of that file that the manifest guards.
+
+    Raises:
+        IntegrityError: ``MLmodel`` is missing, malformed, or of another flavor.
+        FormatVersionError: A newer release wrote it.
+    """
+    try:
+        content = yaml.safe_load(layout.mlmodel.read_text(encoding="utf-8"))
+        entry = content["flavors"][FLAVOR_NAME]
+    except FileNotFoundError:
+        raise IntegrityError(
+            "There is no MLflow model", where=layout.root, wanted=layout.MLMODEL, way_out=WAY_OUT
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise IntegrityError("MLmodel cannot be read", where=layout.mlmodel, found=error, way_out=WAY_OUT) from None
+    except (KeyError, TypeError):
+        raise IntegrityError(
+            "This MLflow model was not saved by mlflow-safeflavor",
+            where=layout.mlmodel,
+            wanted=f"a flavor named {FLAVOR_NAME}",
+            way_out="load it with the flavor that saved it",
+        ) from None
+    return ModelSpec.from_flavor(entry), guarded_parts(content)
+
+
+def guarded_parts(mlmodel: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of ``MLmodel`` that predictions depend on; MLflow adds ids and dates to the rest."""
+    return {name: mlmodel.get(name) for name in ("flavors", "signature")}
+
+
+def _check_files(layout: Layout, guarded: Mapping[str, Any], options: LoadOptions, report: LoadReport) -> None:
+    files = read_manifest(layout)["files"]
+    weights = frozenset(name for name in files if layout.is_weights(name))
+    full = options.verify == "full"
+    broken = list(find_broken_files(layout, mlmodel=guarded, digests=full, elsewhere=weights))
+    _require_none(broken, "Files of the artifact are not the ones that were saved")
+    report.files = len(files)
+    report.hashed_bytes = sum(files[name]["size"] for name in files.keys() - weights) if full else 0
+
+
+def _check_digests(inventory: Inventory, layout: Layout, options: LoadOptions, report: LoadReport) -> None:
+    from mlflow_safeflavor.tensors import find_wrong_digests
+
+    if options.verify == "full":
+        _require_none(list(find_wrong_digests(inventory, layout)), "Weights are not the ones that were saved")
+        report.hashed_bytes += sum((layout.data / name).stat().st_size for name in inventory.files)
+
+
+def _require_none(problems: Collection[str], what: str) -> None:
+    if problems:
+        shown = "; ".join(list(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise IntegrityError(what, where=shown, way_out=WAY_OUT)
+
+
+def rebuild(inventory: Inventory, layout: Layout, report: LoadReport) -> torch.nn.Module:
+    """Build on real memory, fill by assignment, compare every tensor's facts with the inventory."""
+    from mlflow_safeflavor import inventory as inventories
+    from mlflow_safeflavor import structure, tensors
+
+    module = structure.build(structure.read_structure(layout))
+    inventories.fill(module, inventory, tensors.read_tensors(inventory, layout))
+    if differences := list(inventories.find_differences(module, inventory)):
+        raise WeightsError(
+            "The rebuilt module is not the one that was saved",
+            where=differences[0],
+            found=f"{len(differences)} differences",
+            way_out="install the pinned versions (mlflow-safeflavor inspect shows them)",
+        )
+    report.tensors, report.alias_groups = len(inventory.rows), len(inventory.data)
+    report.weight_bytes = inventory.nbytes
+    return module
+
+
+def _place(module: torch.nn.Module, layout: Layout, options: LoadOptions, report: LoadReport) -> torch.device:
+    from mlflow_safeflavor import inventory, placement, structure
+
+    device = placement.resolve_device(options.device)
+    casts = {}
+    if options.dtype:
+        dtype = placement.resolve_dtype(options.dtype)
+        described = structure.read_structure(layout)
+        casts = placement.dtype_plan(module, described, dtype, inventory.find_slots(module))
+    placement.place(module, device, casts)
+    report.device = str(device)
+    return device
+
+
+def bind(
+    module: torch.nn.Module,
+    device: torch.device,
+    spec: ModelSpec,
+    layout: Layout,
+    options: LoadOptions,
+    report: LoadReport,
+) -> LoadedModel:
+    """A module, and what the spec says can be asked of it."""
+    from mlflow_safeflavor.engine import ModuleEngine
+    from mlflow_safeflavor.model import LoadedModel, make_task
+
+    return LoadedModel(
+        module=module,
+        spec=spec,
+        report=report,
+        task=make_task(spec, layout.tokenizer),
+        engine=ModuleEngine(module, device),
+        folder=layout.root,
+        max_batch_tokens=options.max_batch_tokens,
+    )
+
+
+def _replay(model: LoadedModel, layout: Layout, options: LoadOptions, report: LoadReport) -> None:
+    from mlflow_safeflavor import parity
+
+    if options.verify == "off" or not options.replay:
+        return
+    result = parity.replay(model, layout)
+    if not options.dtype or str(options.dtype).removeprefix("torch.") == model.spec.dtype:
+        # After a cast on request the answers are meant to differ from the recorded ones.
+        parity.require_parity(result, layout)
+    report.golden_rows = len(result.rows)
+    report.max_difference, report.bit_identical = result.max_difference, result.bit_identical
+
+
+def locate(model_uri: str | Path, dst_path: str | None = None) -> Path:
+    """A local folder for any URI that MLflow resolves."""
+    if Path(model_uri).is_dir() and dst_path is None:
+        return Path(model_uri)
+    from mlflow.artifacts import download_artifacts
+
+    return Path(download_artifacts(artifact_uri=str(model_uri), dst_path=dst_path))

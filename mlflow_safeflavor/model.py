@@ -1,0 +1,82 @@
+"""What loading gives back: a module that was checked, and what can be asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.batching import predict_rows
+from mlflow_safeflavor.engine import Engine
+from mlflow_safeflavor.report import LoadReport
+from mlflow_safeflavor.rows import rows_of
+from mlflow_safeflavor.spec import ModelSpec
+from mlflow_safeflavor.tasks import Task, task_class
+from mlflow_safeflavor.tasks.base import Row, RowOutput
+from mlflow_safeflavor.tokenizer import TextEncoder, load_tokenizer
+
+__all__ = ["LoadedModel", "make_task"]
+
+
+def make_task(spec: ModelSpec, tokenizer_folder: Path) -> Task:
+    """The task that a spec names, bound to what was recorded for it."""
+    encoder = TextEncoder(tokenizer_folder, spec.task_config["encoder"])
+    return task_class(spec.task)(spec.task_config, spec.input_columns, encoder)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A rebuilt, checked and placed model. ``predict`` may be called from many threads.
+
+    Attributes:
+        module: The rebuilt ``torch.nn.Module``, in eval mode, without gradients.
+        spec: What was saved.
+        report: What was checked.
+        task: Rows to tensors and back.
+        engine: Tensors to tensors.
+        folder: Root of the artifact.
+        max_batch_tokens: Padded tokens in one forward at the most.
+    """
+
+    module: torch.nn.Module
+    spec: ModelSpec
+    report: LoadReport
+    task: Task
+    engine: Engine
+    folder: Path
+    max_batch_tokens: int
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer that was saved; None if there was none. Made on first use."""
+        folder = Layout(self.folder).tokenizer
+        return load_tokenizer(folder) if folder.is_dir() else None
+
+    def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """Answer rows.
+
+        Args:
+            data: A DataFrame, Series, list, dict, string or numpy array; see ``rows.rows_of``.
+            params: Per-request parameters of the task, as declared in the signature.
+
+        Returns:
+            One row for each row of ``data``, in order, with the columns of the task's signature.
+
+        Raises:
+            InputError: A row, column or parameter cannot be answered; names which.
+        """
+        rows = rows_of(data, self.task.columns, self.task.required)
+        answers, _ = self.answer(rows, params)
+        return pd.DataFrame(answers, index=data.index if isinstance(data, (pd.DataFrame, pd.Series)) else None)
+
+    def answer(
+        self, rows: Sequence[Row], params: Mapping[str, Any] | None = None
+    ) -> tuple[list[dict[str, Any]], list[RowOutput]]:
+        """Answers and raw outputs of rows that are by field already; see ``Task``."""
+        return predict_rows(self.task, self.engine, rows, params, max_batch_tokens=self.max_batch_tokens)

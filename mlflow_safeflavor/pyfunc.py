@@ -1,0 +1,55 @@
+"""What MLflow's serving holds: rows in, rows out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from mlflow_safeflavor import cpu
+from mlflow_safeflavor.load import LoadOptions, load_folder
+from mlflow_safeflavor.options import run_time_options
+
+if TYPE_CHECKING:
+    from mlflow_safeflavor.model import LoadedModel
+
+__all__ = ["PyfuncModel", "load_pyfunc"]
+
+_logger = logging.getLogger(__name__)
+
+
+class PyfuncModel:
+    """A loaded model behind ``mlflow.pyfunc``; ``predict`` may be called from many threads."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """One row out for each row in; see ``LoadedModel.predict``."""
+        return self.model.predict(model_input, params)
+
+
+def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
+    """What ``mlflow.pyfunc.load_model`` and the scoring server call.
+
+    Under pyfunc the artifact's ``code/`` is already importable: MLflow has put it on the path, so
+    loading through it is the agreement to run that code.
+    """
+    options = run_time_options(model_config)
+    threads = cpu.limit_threads(options["num_threads"])
+    model = load_folder(
+        Path(path),
+        LoadOptions(
+            device=options["device"],
+            dtype=options["dtype"] or None,
+            verify=options["verify"],
+            environment=options["environment"],
+            max_batch_tokens=options["max_batch_tokens"],
+            trust=frozenset({"code"}),
+        ),
+    )
+    _logger.info("safeflavor: %s, %d threads; %s", model.spec.task, threads, model.report)
+    return PyfuncModel(model)

@@ -1,0 +1,57 @@
+"""What was checked when a model was loaded, in numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+__all__ = ["LoadReport"]
+
+
+@dataclass
+class LoadReport:
+    """Filled step by step by the load story, and kept as ``LoadedModel.report``.
+
+    Attributes:
+        files: Files compared with the manifest.
+        hashed_bytes: Bytes whose SHA-256 was compared; 0 unless ``verify="full"``.
+        tensors: Parameters, buffers and plain attributes compared with the inventory.
+        alias_groups: Distinct data they look at.
+        weight_bytes: Bytes of that data.
+        environment: Differences from the recorded environment, in words.
+        device: Where the model is.
+        golden_rows: Recorded rows answered again; 0 if ``verify="off"``.
+        max_difference: Largest absolute difference of a raw output from its recording.
+        bit_identical: Whether all raw outputs equal their recording bit for bit.
+        seconds: Step → wall time in seconds.
+    """
+
+    files: int = 0
+    hashed_bytes: int = 0
+    tensors: int = 0
+    alias_groups: int = 0
+    weight_bytes: int = 0
+    environment: tuple[str, ...] = ()
+    device: str = "cpu"
+    golden_rows: int = 0
+    max_difference: float = 0.0
+    bit_identical: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Record how long the block takes."""
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - start
+
+    def __str__(self) -> str:
+        exact = "bit-identical" if self.bit_identical else f"within {self.max_difference:.1e}"
+        return (
+            f"{self.tensors} tensors ({self.weight_bytes / 1e6:.1f} MB) as saved, "
+            f"{self.files} files ({self.hashed_bytes / 1e6:.1f} MB hashed), "
+            f"{f'{self.golden_rows} golden rows {exact}' if self.golden_rows else 'no golden rows replayed'}, "
+            f"{len(self.environment)} differences of environment, on {self.device}, {sum(self.seconds.values()):.2f} s"
+        )

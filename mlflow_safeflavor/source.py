@@ -1,0 +1,66 @@
+"""What the user handed over to be saved, as one thing: a module, its tokenizer and its task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlflow_safeflavor import checkpoint
+from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.tasks import infer_task, task_class
+
+__all__ = ["Source", "evaluating", "resolve_source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A module to save, with what belongs to it."""
+
+    module: torch.nn.Module
+    tokenizer: Any
+    task: str
+
+
+def resolve_source(model: Any, tokenizer: Any, task: str | None, dtype: str) -> Source:
+    """Take apart a module, a ``transformers.Pipeline`` or a local checkpoint folder.
+
+    Raises:
+        StructureError: It is none of these, or the tokenizer or task cannot be told.
+    """
+    if isinstance(model, (str, Path)):
+        tokenizer = tokenizer if tokenizer is not None else checkpoint.tokenizer_of(model)
+        model = checkpoint.from_pretrained(model, dtype=dtype)
+    elif hasattr(model, "model") and hasattr(model, "tokenizer") and hasattr(model, "task"):  # a Pipeline
+        tokenizer = tokenizer if tokenizer is not None else model.tokenizer
+        task = task or model.task
+        model = model.model
+    if not isinstance(model, torch.nn.Module):
+        raise StructureError(
+            "This cannot be saved as a model",
+            where="model",
+            wanted="a transformers.PreTrainedModel, a transformers.Pipeline, or the path of a checkpoint folder",
+            found=type(model).__name__,
+        )
+    task = task_class(task or infer_task(type(model).__name__)).name
+    if tokenizer is None:
+        raise StructureError(
+            "The task needs a tokenizer", where="tokenizer", wanted=f"the tokenizer of the {task} model", found="None"
+        )
+    return Source(model, tokenizer, task)
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """The module in eval mode; afterwards each submodule has the mode it had."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training

@@ -1,0 +1,44 @@
+"""What a model is asked: rows in, rows out. One file a task family, and the table below."""
+
+from __future__ import annotations
+
+from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.tasks.base import Task
+from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
+from mlflow_safeflavor.tasks.text_classification import TextClassification
+
+__all__ = ["TASKS", "Task", "infer_task", "task_class"]
+
+TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (FeatureExtraction, TextClassification)}
+
+_ALIASES = {"sentiment-analysis": "text-classification"}
+"""Other names that transformers' pipelines have for a task."""
+
+
+def task_class(name: str) -> type[Task]:
+    """The task of that name; its ``name`` is what is recorded, whatever alias was asked for.
+
+    Raises:
+        StructureError: There is none.
+    """
+    name = _ALIASES.get(name, name)
+    if name not in TASKS:
+        raise StructureError("Unknown task", where=name, wanted=" | ".join(sorted(TASKS)))
+    return TASKS[name]
+
+
+def infer_task(class_name: str) -> str:
+    """The task that a model class was made for, from its name (``BertForSequenceClassification`` …).
+
+    Raises:
+        StructureError: The class is made for something else.
+    """
+    for name, cls in TASKS.items():
+        if cls.serves(class_name):
+            return name
+    raise StructureError(
+        "The task cannot be told from the model class",
+        where=class_name,
+        wanted=" | ".join(sorted(TASKS)),
+        way_out="say it: save_model(..., task=...)",
+    )

@@ -1,0 +1,134 @@
+"""The shape every task has. Data flows one way: rows → features → tensors → row outputs → answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from mlflow.models import ModelSignature
+
+from mlflow_safeflavor.engine import Engine
+from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.rows import Row
+from mlflow_safeflavor.tasks.params import Param, check_params
+
+__all__ = ["Features", "Row", "RowOutput", "Task"]
+
+Features = Mapping[str, Any]
+"""One encoded row, unpadded: model argument → list of int (or array)."""
+
+RowOutput = Mapping[str, np.ndarray]
+"""What the model said of one row, float32 and without padding: output name → array. Compared by parity."""
+
+
+class Task(ABC):
+    """One task, bound to what ``describe`` recorded at save. Immutable, safe from many threads.
+
+    Args:
+        config: What ``describe`` returned.
+        columns: Field → column name, for every field this model uses.
+        encoder: The tokenizer, as ``mlflow_safeflavor.tokenizer.TextEncoder``; None for tasks without text.
+
+    Attributes:
+        columns: As given, in the order of ``fields``.
+
+    Raises:
+        InputError: ``columns`` are not what ``columns_for`` would return.
+    """
+
+    name: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]]
+    """All fields the task knows, required ones first."""
+    required: ClassVar[tuple[str, ...]]
+    """Fields that ``columns`` must have. Every field in ``columns`` must then be in every row."""
+    params: ClassVar[tuple[Param, ...]] = ()
+    """Per-request params."""
+    task_options: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the user's ``model_config`` that belong to the task and are fixed at save."""
+
+    def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str], encoder: Any = None) -> None:
+        self.config = config
+        self.columns = self.columns_for(columns)
+        self.encoder = encoder
+
+    @classmethod
+    def columns_for(cls, input_columns: Mapping[str, str] | None) -> dict[str, str]:
+        """Field → column name in the order of ``fields``, from what the user gave.
+
+        Args:
+            input_columns: None for the required fields under their own names.
+
+        Raises:
+            InputError: A field is unknown or a required one missing, or two share a column.
+        """
+        if input_columns is None:
+            return {field: field for field in cls.required}
+        names = list(input_columns.values())
+        right = set(cls.required) <= set(input_columns) <= set(cls.fields) and len(set(names)) == len(names)
+        if not right or not all(isinstance(name, str) and name for name in names):
+            raise InputError(
+                f"input_columns does not fit the task {cls.name}",
+                where="input_columns",
+                wanted=f"field → column name, each name once; fields: {_listed(cls.fields, cls.required)}",
+                found=repr(dict(input_columns)),
+            )
+        return {field: input_columns[field] for field in cls.fields if field in input_columns}
+
+    @classmethod
+    @abstractmethod
+    def serves(cls, class_name: str) -> bool:
+        """Whether a model class of this name was made for this task."""
+
+    @classmethod
+    @abstractmethod
+    def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What must be recorded at save to answer later; JSON only.
+
+        Args:
+            model: The module being saved; only looked at.
+            options: The user's ``model_config`` keys named in ``task_options``.
+
+        Raises:
+            InputError: An option is unknown or has a value that is not allowed.
+            StructureError: The model cannot do this task.
+        """
+
+    @abstractmethod
+    def signature(self) -> ModelSignature:
+        """Inputs by column name, outputs, and the per-request params with their defaults."""
+
+    @abstractmethod
+    def golden_rows(self) -> list[Row]:
+        """A few rows of different lengths whose answers are recorded at save and replayed at load."""
+
+    def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        """All params with defaults filled in. Raises ``InputError`` naming the param."""
+        return check_params(self.params, params)
+
+    @abstractmethod
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+        """Rows → features, one each, in order. Raises ``InputError`` naming row and column."""
+
+    @abstractmethod
+    def cost(self, features: Features) -> int:
+        """Length of one row in tokens (or what takes their place); rows of near cost share a batch."""
+
+    @abstractmethod
+    def forward(self, engine: Engine, batch: Sequence[Features]) -> list[RowOutput]:
+        """Pad, run, cut: one output a row.
+
+        Nothing of one row may depend on the rows beside it beyond rounding.
+        """
+
+    @abstractmethod
+    def decode(
+        self, rows: Sequence[Row], outputs: Sequence[RowOutput], params: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Outputs → answers, one dict a row with the same keys in every row; JSON-able values."""
+
+
+def _listed(fields: Sequence[str], required: Sequence[str]) -> str:
+    return ", ".join(f"{field} (required)" if field in required else field for field in fields)

@@ -1,0 +1,92 @@
+"""Texts → one embedding each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array
+
+from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.tasks.base import Row, RowOutput
+from mlflow_safeflavor.tasks.text import TextTask, describe_text_model, pick, require_finite
+
+__all__ = ["FeatureExtraction"]
+
+_POOLINGS = ("mean", "cls")
+_HEADS = re.compile(r"(LMHead|DoubleHeads|PreTrained|EncoderDecoder)Model$")
+
+
+class FeatureExtraction(TextTask):
+    """One vector a text, pooled from the last hidden state.
+
+    Options, fixed at save through ``model_config``: ``pooling``, "mean" over real tokens (default) or "cls", the
+    first real token; ``normalize``, whether to scale to length 1 (default False).
+
+    Answers: ``embedding``, a list of as many floats as the model's hidden size.
+    """
+
+    name = "feature-extraction"
+    task_options = frozenset({"pooling", "normalize"})
+    answer = Schema([ColSpec(Array(DataType.double), "embedding")])
+
+    @classmethod
+    def serves(cls, class_name: str) -> bool:
+        return class_name.endswith("Model") and not _HEADS.search(class_name)
+
+    @classmethod
+    def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise StructureError(
+                "The last hidden state of an encoder-decoder model is its decoder's, not that of the text",
+                where=type(model).__name__,
+                wanted="an encoder",
+                way_out="save the encoder alone, for example T5EncoderModel or model.get_encoder()",
+            )
+        chosen = {"pooling": "mean", "normalize": False, **options}
+        _require_option("pooling", chosen["pooling"] in _POOLINGS, " | ".join(_POOLINGS), chosen["pooling"])
+        _require_option("normalize", isinstance(chosen["normalize"], bool), "True | False", chosen["normalize"])
+        if unknown := sorted(chosen.keys() - cls.task_options):
+            _require_option(unknown[0], False, " | ".join(sorted(cls.task_options)), chosen[unknown[0]])
+        return {**describe_text_model(model), **chosen}
+
+    @property
+    def pad_id(self) -> int | None:
+        # Behind a mask it does not matter which token fills up, as long as there is a mask.
+        if "attention_mask" not in self.config["input_names"]:
+            return None
+        said = (self.config["pad_token_id"], self.encoder.config["pad_token_id"])
+        return next((pad_id for pad_id in said if pad_id is not None), 0)
+
+    def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
+        hidden = pick(outputs, "last_hidden_state", (*mask.shape, None))
+        mask = mask.to(hidden.device)
+        if self.config["pooling"] == "cls":
+            first = mask.int().argmax(dim=1)
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), first]
+        else:
+            # Masked out, not multiplied by zero: a padding position may hold NaN.
+            pooled = hidden.masked_fill(~mask[:, :, None], 0).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        if self.config["normalize"]:
+            pooled = torch.nn.functional.normalize(pooled, dim=1)
+        return [{"embedding": row} for row in pooled.cpu().numpy()]
+
+    def decode(
+        self, rows: Sequence[Row], outputs: Sequence[RowOutput], params: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        require_finite(np.stack([output["embedding"] for output in outputs]))
+        return [{"embedding": output["embedding"].tolist()} for output in outputs]
+
+
+def _require_option(name: str, right: bool, wanted: str, found: object) -> None:
+    if not right:
+        raise InputError(
+            "An option of feature-extraction is not allowed",
+            where=f"model_config, {name!r}",
+            wanted=wanted,
+            found=repr(found),
+        )

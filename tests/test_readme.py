@@ -1,0 +1,47 @@
+"""The README does what it says: its Python runs, its make targets and its links exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+def test_python_blocks_run_in_order(tmp_path):
+    # In a process of its own, as a reader would, in a folder of its own: the blocks write there.
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks("python")), encoding="utf-8")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_is_python_to_run():
+    assert blocks("python")
+
+
+def test_make_targets_exist():
+    named = set(re.findall(r"^make ([a-z]+)", "\n".join(blocks("bash")), re.MULTILINE))
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    assert {"demo", "test"} <= named <= set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+
+
+def test_commands_exist():
+    from mlflow_safeflavor.cli import main
+
+    named = set(re.findall(r"^mlflow-safeflavor ([a-z-]+)", "\n".join(blocks("bash")), re.MULTILINE))
+    assert named
+    assert named <= set(main.commands)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", README):
+        assert (REPOSITORY / target).exists(), target

@@ -1,0 +1,307 @@
+"""Tokenizers: JSON files only, the same ids as transformers, safe from many threads, never changed."""
+
+import copy
+import json
+import random
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
+
+from mlflow_safeflavor.errors import IntegrityError, StructureError
+from mlflow_safeflavor.tokenizer import TextEncoder, load_tokenizer, write_tokenizer
+
+NASTY = [
+    "",
+    " ",
+    "a",
+    "The quick brown fox jumps over the lazy dog.",
+    "  leading, trailing and  double spaces \t tabs \r\n newlines\n\n",
+    "naïve café ÅÄÖ ﬁ ½ e\u0301",
+    "日本語 中文 한국어 ไทย",
+    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽",
+    "مرحبا بالعالم \u202eabc\u202c שלום",
+    "nul \x00 bell \x07 zero\u200bwidth \ufeffbom \u00adsoft",
+    "[CLS] looks like [SEP] special [MASK] tokens </s> <s> <pad>",
+    "def f(x):\n    return {x: [1.5, 'a'], **{}}  # comment",
+    "word " * 400,
+    "x" * 2000,
+    "".join(chr(c) for c in range(32, 1000)),
+    "https://example.org/a?b=c&d=%20#e",
+]
+CORPUS = [text for text in NASTY if text.strip()] * 3 + ["the cat sat on the mat and the dog ran"] * 20
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+def _byte_level():
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+    )
+    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True)
+    return backend
+
+
+def _unigram():
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.train_from_iterator(
+        CORPUS, trainers.UnigramTrainer(vocab_size=2500, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return backend
+
+
+def _wrapped(backend, **settings):
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, **settings)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(minilm_folder):
+    """Name → tokenizer: three algorithms, both sides of truncation, special tokens split or not."""
+    return {
+        "wordpiece": AutoTokenizer.from_pretrained(minilm_folder, local_files_only=True),
+        "byte-level": _wrapped(_byte_level(), model_max_length=64, model_input_names=["input_ids", "attention_mask"]),
+        "unigram": _wrapped(_unigram()),
+        "left": _wrapped(_unigram(), truncation_side="left", padding_side="left", model_max_length=20),
+        "split": _wrapped(_byte_level(), split_special_tokens=True),
+        "bare": _wrapped(Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))),
+    }
+
+
+NAMES = ["wordpiece", "byte-level", "unigram", "left", "split", "bare"]
+
+
+@pytest.fixture(params=NAMES)
+def tokenizer(request, tokenizers):
+    """A copy, so that no test sees what another left behind in it."""
+    return copy.deepcopy(tokenizers[request.param])
+
+
+def _rows(batch, count):
+    return [{name: values[i] for name, values in batch.items()} for i in range(count)]
+
+
+def _files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("pairs", [None, NASTY[::-1]], ids=["single", "pairs"])
+def test_ids_are_those_of_transformers(tokenizer, pairs, tmp_path):
+    encoder = TextEncoder(tmp_path, write_tokenizer(tokenizer, tmp_path))
+    for length in (4, 5, 17, 64, 300):
+        wanted = _rows(tokenizer(NASTY, pairs, truncation=True, max_length=length), len(NASTY))
+        assert encoder.encode(NASTY, pairs, max_length=length) == wanted
+        assert max(len(row["input_ids"]) for row in wanted) <= length
+    uncut = _rows(tokenizer(NASTY, pairs, truncation=False, verbose=False), len(NASTY))
+    assert encoder.encode(NASTY, pairs, truncation=False) == uncut
+    assert encoder.encode(NASTY, pairs, max_length=5, truncation=False) == uncut
+    # Without a length, the one the tokenizer declares; without such a one, nothing is cut.
+    own = tokenizer(NASTY, pairs, truncation=True, max_length=min(tokenizer.model_max_length, 10**9))
+    assert encoder.encode(NASTY, pairs) == _rows(own, len(NASTY))
+
+
+def test_one_row_is_the_same_as_many(tokenizer, tmp_path):
+    encoder = TextEncoder(tmp_path, write_tokenizer(tokenizer, tmp_path))
+    assert [encoder.encode([text], max_length=9)[0] for text in NASTY] == encoder.encode(NASTY, max_length=9)
+
+
+def test_the_config_says_what_padding_needs(tokenizers, tmp_path):
+    config = write_tokenizer(tokenizers["wordpiece"], tmp_path / "a")
+    assert config == {
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        "model_max_length": 512,
+        "pad_token_id": 0,
+        "pad_token_type_id": 0,
+        "padding_side": "right",
+        "split_special_tokens": False,
+        "truncation_side": "right",
+    }
+    config = write_tokenizer(tokenizers["left"], tmp_path / "b")
+    assert (config["padding_side"], config["truncation_side"], config["pad_token_id"]) == ("left", "left", 1)
+    assert write_tokenizer(tokenizers["unigram"], tmp_path / "c")["model_max_length"] is None
+    assert write_tokenizer(tokenizers["split"], tmp_path / "d")["split_special_tokens"] is True
+
+
+def test_special_tokens_are_counted(tokenizers, tmp_path):
+    counts = {}
+    for name in ("wordpiece", "byte-level", "bare"):
+        encoder = TextEncoder(tmp_path / name, write_tokenizer(tokenizers[name], tmp_path / name))
+        counts[name] = (encoder.special_tokens(pair=False), encoder.special_tokens(pair=True))
+    assert counts == {"wordpiece": (2, 3), "byte-level": (2, 4), "bare": (0, 0)}
+
+
+def test_only_json_files_and_the_tokenizer_is_not_changed(tokenizer, tmp_path):
+    tokenizer(["a", "b b"], truncation=True, max_length=7, padding=True)
+    before = tokenizer.backend_tokenizer.to_str()
+    assert '"max_length":7' in before.replace(" ", "")
+    write_tokenizer(tokenizer, tmp_path)
+    assert tokenizer.backend_tokenizer.to_str() == before
+    assert set(_files(tmp_path)) <= {"special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"}
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert saved["truncation"] is None
+    assert saved["padding"] is None
+    assert "/" not in str(json.loads((tmp_path / "tokenizer_config.json").read_text()).get("name_or_path", ""))
+
+
+def test_a_vocabulary_file_of_the_class_is_not_written(minilm_folder, tmp_path):
+    class Copying(BertTokenizerFast):
+        def save_pretrained(self, save_directory, **options):
+            shutil.copy(minilm_folder / "vocab.txt", save_directory)
+            return super().save_pretrained(save_directory, **options)
+
+    # A class of the user's own is saved as the generic one, which gives the same ids.
+    tokenizer = Copying.from_pretrained(minilm_folder, local_files_only=True)
+    write_tokenizer(tokenizer, tmp_path)
+    assert "vocab.txt" not in _files(tmp_path)
+    assert type(load_tokenizer(tmp_path)).__module__.startswith("transformers.")
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0] }}", {"default": "{{ messages[0] }}", "tool_use": "{{ tools }}"}], ids=["one", "many"]
+)
+def test_a_chat_template_is_kept_in_json(tokenizers, template, tmp_path):
+    tokenizer = copy.deepcopy(tokenizers["byte-level"])
+    tokenizer.chat_template = template
+    write_tokenizer(tokenizer, tmp_path)
+    assert all(name.endswith(".json") for name in _files(tmp_path))
+    assert load_tokenizer(tmp_path).chat_template == template
+
+
+def test_the_transformers_tokenizer_comes_back(tokenizer, tmp_path):
+    write_tokenizer(tokenizer, tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.is_fast
+    assert loaded(NASTY, truncation=True, max_length=12) == tokenizer(NASTY, truncation=True, max_length=12)
+    for name in ("model_max_length", "padding_side", "truncation_side", "pad_token_id", "model_input_names"):
+        assert getattr(loaded, name) == getattr(tokenizer, name)
+
+
+def test_a_backend_changed_after_loading_comes_back_as_it_was_saved(minilm_folder, tmp_path):
+    """Classes of transformers 5 rebuild their backend from the vocabulary, so this needs the generic class."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder, local_files_only=True)
+    own = normalizers.Sequence([normalizers.Replace("o", "0"), tokenizer.backend_tokenizer.normalizer])
+    tokenizer.backend_tokenizer.normalizer = own
+    config = write_tokenizer(tokenizer, tmp_path)
+    wanted = tokenizer(["hello world"])["input_ids"]
+    assert load_tokenizer(tmp_path)(["hello world"])["input_ids"] == wanted
+    assert TextEncoder(tmp_path, config).encode(["hello world"])[0]["input_ids"] == wanted[0]
+
+
+def test_the_same_tokenizer_gives_the_same_bytes(tokenizer, tmp_path):
+    for name in ("a", "b"):
+        write_tokenizer(tokenizer, tmp_path / name)
+    for file in _files(tmp_path / "a"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+# Refusals.
+
+
+def test_a_tokenizer_without_a_fast_backend(tmp_path):
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(StructureError, match=r"no fast backend[\s\S]*Slow[\s\S]*way out"):
+        write_tokenizer(Slow(), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_tokenizer_whose_python_code_changes_the_ids(minilm_folder, tmp_path):
+    class Reversing(BertTokenizerFast):
+        def __call__(self, text=None, text_pair=None, **options):
+            return super().__call__([one[::-1] for one in text], text_pair, **options)
+
+    with pytest.raises(StructureError, match=r"other ids[\s\S]*Reversing[\s\S]*wanted[\s\S]*found"):
+        write_tokenizer(Reversing.from_pretrained(minilm_folder, local_files_only=True), tmp_path)
+
+
+def test_a_tokenizer_that_wants_more_than_text(minilm_folder, tmp_path):
+    class Boxes(BertTokenizerFast):
+        def __call__(self, text, text_pair=None, *, boxes, **options):
+            return super().__call__(text, text_pair, **options)
+
+    with pytest.raises(StructureError, match=r"does not take plain texts[\s\S]*Boxes[\s\S]*boxes"):
+        write_tokenizer(Boxes.from_pretrained(minilm_folder, local_files_only=True), tmp_path)
+
+
+def test_a_backend_with_parts_in_python(tokenizers, tmp_path):
+    class Upper:
+        def normalize(self, text):
+            text.uppercase()
+
+    tokenizer = copy.deepcopy(tokenizers["byte-level"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Normalizer.custom(Upper())
+    with pytest.raises(
+        StructureError, match=r"cannot be (copied|written)[\s\S]*PreTrainedTokenizerFast|TokenizersBackend"
+    ):
+        write_tokenizer(tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:900])])
+def test_a_damaged_file(tokenizers, damage, tmp_path):
+    config = write_tokenizer(tokenizers["byte-level"], tmp_path)
+    damage(tmp_path / "tokenizer.json")
+    for read in (lambda: TextEncoder(tmp_path, config), lambda: load_tokenizer(tmp_path)):
+        with pytest.raises(IntegrityError, match=r"tokenizer\.json"):
+            read()
+
+
+def test_a_config_without_a_key(tokenizers, tmp_path):
+    config = write_tokenizer(tokenizers["byte-level"], tmp_path)
+    del config["truncation_side"]
+    with pytest.raises(IntegrityError, match="truncation_side"):
+        TextEncoder(tmp_path, config)
+
+
+# Threads.
+
+
+def test_threads_with_mixed_lengths_get_single_threaded_encodings(tokenizers, tmp_path):
+    encoder = TextEncoder(tmp_path, write_tokenizer(tokenizers["byte-level"], tmp_path))
+    reference = TextEncoder(tmp_path, encoder.config)
+    draw = random.Random(0)
+    # More lengths than copies are kept, so that copies are dropped and made again meanwhile.
+    jobs = [(draw.sample(NASTY, 3), draw.choice([None, *range(5, 18)]), draw.random() < 0.8) for _ in range(600)]
+    wanted = [reference.encode(texts, max_length=length, truncation=cut) for texts, length, cut in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda job: encoder.encode(job[0], max_length=job[1], truncation=job[2]), jobs))
+    assert found == wanted
+
+
+def test_lengths_do_not_pile_up(tokenizers, tmp_path):
+    encoder = TextEncoder(tmp_path, write_tokenizer(tokenizers["bare"], tmp_path))
+    for length in range(1, 100):
+        encoder.encode(["a"], max_length=length)
+    assert len(encoder._truncating) == 8
+
+
+def test_encoding_imports_neither_transformers_nor_torch(tokenizers, tmp_path):
+    config = write_tokenizer(tokenizers["byte-level"], tmp_path)
+    code = (
+        "import json, sys; from mlflow_safeflavor.tokenizer import TextEncoder;"
+        "encoder = TextEncoder(sys.argv[1], json.loads(sys.argv[2]));"
+        "encoder.encode(['a'], max_length=4);"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), json.dumps(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"
