@@ -57,8 +57,8 @@ def step(text: str) -> Iterator[None]:
     console.print(f"[green]✓[/] {text} [dim]({time.monotonic() - started:.1f} s)[/]")
 
 
-def log_minilm() -> str:
-    """Log the model with its tokenizer; returns the URI it can be loaded and served by."""
+def log_minilm() -> tuple[str, str]:
+    """Log the model with its tokenizer; returns the URI it can be loaded by, and that of the store it is in."""
     with step("Importing MLflow, PyTorch and Transformers"):
         import mlflow
         import transformers
@@ -76,10 +76,11 @@ def log_minilm() -> str:
 
     with step("Opening the tracking store"):
         FOLDER.mkdir(exist_ok=True)
-        mlflow.set_tracking_uri(TRACKING_URI)
-        if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-            mlflow.create_experiment(EXPERIMENT, artifact_location=(FOLDER / "artifacts").as_uri())
-        mlflow.set_experiment(EXPERIMENT)
+        if "MLFLOW_RUN_ID" not in os.environ:  # `mlflow run` has made a run already, in a store of its own
+            mlflow.set_tracking_uri(TRACKING_URI)
+            if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+                mlflow.create_experiment(EXPERIMENT, artifact_location=(FOLDER / "artifacts").as_uri())
+            mlflow.set_experiment(EXPERIMENT)
 
     with step("Reading all-MiniLM-L6-v2 (22 million parameters)"):
         model = transformers.BertModel.from_pretrained(checkpoint, dtype="float32")
@@ -96,7 +97,7 @@ def log_minilm() -> str:
             task="feature-extraction",
             model_config={"pooling": "mean", "normalize": True},
         )
-    return str(info.model_uri)
+    return str(info.model_uri), str(mlflow.get_tracking_uri())
 
 
 def embed_on_host(model_uri: str) -> np.ndarray:
@@ -109,9 +110,9 @@ def embed_on_host(model_uri: str) -> np.ndarray:
     return as_matrix(pd.DataFrame(answers).to_dict(orient="records"))
 
 
-def embed_on_server(model_uri: str) -> np.ndarray:
+def embed_on_server(model_uri: str, tracking_uri: str) -> np.ndarray:
     """The same by ``mlflow models serve`` over HTTP."""
-    with serving(model_uri) as url, step(f"Asking {url}/invocations for {len(SENTENCES)} embeddings"):
+    with serving(model_uri, tracking_uri) as url, step(f"Asking {url}/invocations for {len(SENTENCES)} embeddings"):
         body = json.dumps({"dataframe_records": [{"text": text} for text in SENTENCES]}).encode()
         request = urllib.request.Request(f"{url}/invocations", data=body, headers={"Content-Type": "application/json"})
         try:
@@ -127,7 +128,7 @@ def as_matrix(rows: list[dict[str, list[float]]]) -> np.ndarray:
 
 
 @contextmanager
-def serving(model_uri: str) -> Iterator[str]:
+def serving(model_uri: str, tracking_uri: str) -> Iterator[str]:
     """A running ``mlflow models serve`` on a free loopback port; yields its URL and always stops it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -137,7 +138,7 @@ def serving(model_uri: str) -> Iterator[str]:
     command += ["--model-uri", model_uri, "--host", "127.0.0.1", "--port", str(port)]
     # MLflow looks for its server's command on PATH, where an environment that is not activated is not.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": TRACKING_URI}
+    environment = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": tracking_uri}
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     try:
@@ -202,17 +203,17 @@ def agree(host: np.ndarray, server: np.ndarray) -> bool:
 
 def main() -> int:
     """Run the demo; returns the exit status, which is 1 when host and server disagree."""
-    model_uri = log_minilm()
+    model_uri, tracking_uri = log_minilm()
     host = embed_on_host(model_uri)
-    server = embed_on_server(model_uri)
+    server = embed_on_server(model_uri, tracking_uri)
     show_similarities(server)
     same = agree(host, server)
 
     mlflow = Path(sys.executable).parent / "mlflow"
     for what, command in {
-        "see the run and its model in a browser": f"{mlflow} ui --backend-store-uri {TRACKING_URI}",
+        "see the run and its model in a browser": f"{mlflow} ui --backend-store-uri {tracking_uri}",
         "build an image that answers the same (needs a Docker engine)": (
-            f"MLFLOW_TRACKING_URI={TRACKING_URI} {mlflow} models build-docker"
+            f"MLFLOW_TRACKING_URI={tracking_uri} {mlflow} models build-docker"
             f" --model-uri {model_uri} --name minilm --env-manager local"
         ),
     }.items():
@@ -222,4 +223,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

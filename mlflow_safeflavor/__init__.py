@@ -15,10 +15,10 @@ from mlflow_safeflavor.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from mlflow_safeflavor.checkpoint import from_pretrained
-    from mlflow_safeflavor.environment import default_conda_env as get_default_conda_env
-    from mlflow_safeflavor.environment import default_requirements as get_default_pip_requirements
     from mlflow_safeflavor.load import load_model
     from mlflow_safeflavor.pyfunc import PyfuncModel
+    from mlflow_safeflavor.requirements import default_conda_env as get_default_conda_env
+    from mlflow_safeflavor.requirements import default_requirements as get_default_pip_requirements
     from mlflow_safeflavor.save import log_model, save_model
     from mlflow_safeflavor.spec import FLAVOR_NAME
     from mlflow_safeflavor.verify import verify_model
@@ -39,8 +39,8 @@ __all__ = [
 _HOMES = {
     "FLAVOR_NAME": ("spec", "FLAVOR_NAME"),
     "from_pretrained": ("checkpoint", "from_pretrained"),
-    "get_default_conda_env": ("environment", "default_conda_env"),
-    "get_default_pip_requirements": ("environment", "default_requirements"),
+    "get_default_conda_env": ("requirements", "default_conda_env"),
+    "get_default_pip_requirements": ("requirements", "default_requirements"),
     "load_model": ("load", "load_model"),
     "log_model": ("save", "log_model"),
     "save_model": ("save", "save_model"),

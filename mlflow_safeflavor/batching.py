@@ -64,7 +64,7 @@ def run_rows(
     """
     features = task.encode(rows, params)
     outputs: dict[int, RowOutput] = {}
-    for batch in cut_into_batches([task.cost(row) for row in features], max_batch_tokens):
+    for batch in cut_into_batches([task.cost(row) for row in features], task.batch_budget(max_batch_tokens)):
         outputs.update(zip(batch, task.forward(engine, [features[i] for i in batch]), strict=True))
     return [outputs[i] for i in range(len(features))]
 

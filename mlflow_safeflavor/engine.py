@@ -20,6 +20,8 @@ class Engine(Protocol):
 
     name: str
     device: torch.device
+    dtype: torch.dtype
+    """Serving dtype: what floating point inputs must be."""
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the model.
@@ -38,9 +40,10 @@ class ModuleEngine:
 
     name = "module"
 
-    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
+    def __init__(self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         self.module = module
         self.device = device
+        self.dtype = dtype
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with torch.inference_mode():

@@ -1,8 +1,7 @@
-"""What a model was saved with: the exact closure of pins, the files MLflow installs it from, and every difference.
+"""What a model was saved with: the exact closure of pins, and every difference from it.
 
-Save records the closure of *installed* distributions (never inferred imports) and writes the three
-files that MLflow installs from. Load compares before torch is imported, so nothing here may import
-torch or transformers.
+Save records the closure of *installed* distributions, never inferred imports. Load compares before
+torch is imported, so nothing here may import torch or transformers.
 """
 
 from __future__ import annotations
@@ -12,56 +11,45 @@ import json
 import logging
 import os
 import platform
-import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
-from urllib.parse import unquote, urlsplit
+from typing import Any
 
-import yaml
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from mlflow_safeflavor.errors import EnvironmentMismatchError, IntegrityError
 
 __all__ = [
-    "DEFAULT_ROOTS",
+    "OWN_NAME",
     "POLICIES",
+    "TORCH_FAMILY",
     "Difference",
     "Environment",
-    "default_conda_env",
-    "default_requirements",
-    "environment_files",
     "find_differences",
     "format_differences",
+    "installed_version",
     "record",
     "require_same",
-    "requirement_lines",
 ]
 
-StrPath: TypeAlias = "str | os.PathLike[str]"
-
 _logger = logging.getLogger(__name__)
-
-DEFAULT_ROOTS = ("torch", "transformers", "tokenizers", "safetensors", "mlflow", "cloudpickle")
-"""What every saved model needs; the user's own requirements are added to these."""
 
 POLICIES = ("ignore", "warn", "error")
 """What ``require_same`` may do about differences."""
 
-_OWN_NAME = canonicalize_name("mlflow-safeflavor")
-_MLFLOW_NAMES = frozenset({"mlflow", "mlflow-skinny"})
-_TORCH_FAMILY = frozenset({"torch", "torchaudio", "torchvision"})
-_TORCH_WHEELS = "https://download.pytorch.org/whl"
-_TORCH_LABEL = re.compile(r"cpu|xpu|cu\d+|rocm\d+(\.\d+)*")
-_UNSAFE = re.compile(r"[\s#]")
+OWN_NAME = canonicalize_name("mlflow-safeflavor")
+"""Vendored in every artifact, and so never pinned."""
+
+TORCH_FAMILY = frozenset({"torch", "torchaudio", "torchvision"})
+"""Released in several builds, told apart by a local label (``+cpu``)."""
+
 _HARDWARE = frozenset({"cpu_capability", "threads"})
 _MISSING = "not installed"
-_CONSTRAINTS = "constraints.txt"
 _WAY_OUT = (
     "install requirements.txt of the model (`pip install -r requirements.txt`) under the Python of its "
     "python_env.yaml, or let MLflow do both with --env-manager uv"
@@ -252,9 +240,9 @@ def _closure(
             conflicts[wanted, f"{name} {installed[name].version}"] = None
         extras = {"", *map(canonicalize_name, requirement.extras)} - done.setdefault(name, set())
         done[name] |= extras
-        if name != _OWN_NAME or not origin:
+        if name != OWN_NAME or not origin:
             queue.extend((name, needed) for needed in _requires(installed[name], extras))
-    return done.keys() - {_OWN_NAME}, sorted(missing), sorted(conflicts)
+    return done.keys() - {OWN_NAME}, sorted(missing), sorted(conflicts)
 
 
 def _roots(roots: Iterable[str], installed: Mapping[str, object]) -> Iterator[Requirement]:
@@ -353,299 +341,6 @@ def _find_source_tree(distribution: importlib.metadata.Distribution) -> str | No
     return f"editable install of the folder {folder}" if is_source else None
 
 
-# Writing requirements
-
-
-def requirement_lines(environment: Environment, *, torch_index: StrPath | None = "auto") -> list[str]:
-    """The lines of requirements.txt: one exact pin a distribution, and where to find torch's build.
-
-    Args:
-        environment: What ``record`` found.
-        torch_index: ``"auto"`` keeps a ``+cpu``/``+cuNNN``/``+rocmX.Y``/``+xpu`` label and names PyTorch's own wheel
-            index for it. A URL or a folder is named instead, labels stay. None drops the labels, names nothing.
-
-    Raises:
-        EnvironmentMismatchError: torch_index is none of these, or "auto" meets a label that PyTorch does not publish.
-    """
-    return _lines(environment.distributions, torch_index)
-
-
-def _lines(pins: Mapping[str, str], torch_index: StrPath | None) -> list[str]:
-    labelled = {name: version for name, version in pins.items() if name in _TORCH_FAMILY and "+" in version}
-    if torch_index is None:
-        pins = {**pins, **{name: version.partition("+")[0] for name, version in labelled.items()}}
-        options = []
-    elif torch_index == "auto":
-        options = sorted({f"--extra-index-url {_wheel_index(name, version)}" for name, version in labelled.items()})
-    else:
-        options = [_index_option(str(torch_index))]
-    return [*options, *(f"{name}=={version}" for name, version in sorted(pins.items()))]
-
-
-def _wheel_index(name: str, version: str) -> str:
-    label = version.partition("+")[2]
-    if not _TORCH_LABEL.fullmatch(label):
-        raise EnvironmentMismatchError(
-            "PyTorch publishes no wheels with this label",
-            where=f"{name}=={version}",
-            wanted="+cpu, +cuNNN, +rocmX.Y or +xpu, or no label",
-            found=f"+{label}",
-            way_out="say where the wheel is with torch_index=URL or FOLDER, or drop the label with torch_index=None",
-        )
-    return f"{_TORCH_WHEELS}/{'nightly/' if Version(version).is_devrelease else ''}{label}"
-
-
-def _index_option(torch_index: str) -> str:
-    url = urlsplit(torch_index)
-    if url.scheme in ("http", "https") and url.netloc and not _UNSAFE.search(torch_index):
-        _require_no_password(torch_index)
-        return f"--extra-index-url {torch_index}"
-    if url.scheme == "file" and not _UNSAFE.search(torch_index):
-        return f"--find-links {torch_index}"
-    if torch_index and os.path.isdir(torch_index):
-        folder = Path(os.path.abspath(torch_index))
-        # Blanks would end the option and # would start a comment; a file URL has neither.
-        return f"--find-links {folder.as_uri() if _UNSAFE.search(str(folder)) else folder}"
-    raise EnvironmentMismatchError(
-        "torch_index says nothing that pip could use",
-        where="torch_index",
-        wanted='"auto", None, an http(s):// or file:// URL, or a folder that exists',
-        found=repr(torch_index),
-    )
-
-
-def _require_no_password(torch_index: str) -> None:
-    password = urlsplit(torch_index).password
-    if password and not re.fullmatch(r"\$\{[A-Z0-9_]+\}", password):
-        raise EnvironmentMismatchError(
-            "torch_index holds a password, and requirements.txt is readable by everybody who can read the model",
-            where="torch_index",
-            way_out="write the password as ${NAME_OF_A_VARIABLE}, which pip expands, or leave it to pip's own settings",
-        )
-
-
-def default_requirements(*, torch_index: StrPath | None = "auto", path: Sequence[str] | None = None) -> list[str]:
-    """Pins of what every saved model needs directly, as ``get_default_pip_requirements`` gives them."""
-    found = {name: _installed_version(name, path) for name in DEFAULT_ROOTS}
-    return _lines({name: version for name, version in found.items() if version is not None}, torch_index)
-
-
-def default_conda_env() -> dict[str, Any]:
-    """A conda environment that holds ``default_requirements``."""
-    return _with_pip_section(_bare_conda_env(), default_requirements())
-
-
-def environment_files(
-    folder: str | Path,
-    roots: Iterable[str] = DEFAULT_ROOTS,
-    *,
-    torch_build: Mapping[str, Any],
-    torch_index: StrPath | None = "auto",
-    pip_requirements: StrPath | Iterable[str] | None = None,
-    extra_pip_requirements: StrPath | Iterable[str] | None = None,
-    conda_env: StrPath | Mapping[str, Any] | None = None,
-    path: Sequence[str] | None = None,
-) -> Environment:
-    """Write requirements.txt, conda.yaml and python_env.yaml (and constraints.txt where the user has any).
-
-    Args:
-        folder: Root of the artifact.
-        roots: What the model needs directly.
-        torch_build: See ``record``.
-        torch_index: See ``requirement_lines``; not used where the user writes the lines.
-        pip_requirements: Replaces all lines: requirement strings, or the path of a requirements file.
-        extra_pip_requirements: Adds to them. What is installed is pinned exactly, with what it requires; URLs,
-            options and what is not installed stay as written.
-        conda_env: Used as it is: a dict, or the path of a YAML file.
-        path: Folders to search instead of ``sys.path``.
-
-    Returns:
-        What belongs into environment.json.
-
-    Raises:
-        EnvironmentMismatchError: The arguments exclude each other or cannot be read, or see ``record``.
-    """
-    conda = _parse_conda_env(conda_env, pip_requirements, extra_pip_requirements)
-    given = pip_requirements if conda is None else _pip_section(conda)
-    if given is not None:
-        lines, constraints = _parse_requirements(given, "pip_requirements" if conda is None else "conda_env")
-        lines = _with_mlflow(lines, path)
-        environment = record([*roots, *_installed_roots(lines, path)], torch_build=torch_build, strict=False, path=path)
-    else:
-        extra, constraints = _parse_requirements(extra_pip_requirements or (), "extra_pip_requirements")
-        environment, lines = _pin(roots, extra, torch_build, torch_index, path)
-    _write_files(Path(folder), lines, constraints, _bare_conda_env() if conda is None else conda)
-    return environment
-
-
-def _pin(
-    roots: Iterable[str],
-    extra: Sequence[str],
-    torch_build: Mapping[str, Any],
-    torch_index: StrPath | None,
-    path: Sequence[str] | None,
-) -> tuple[Environment, list[str]]:
-    """The closure of the roots and of what is installed of ``extra``; the rest of ``extra`` follows as written."""
-    verbatim = [line for line in extra if not _is_pinnable(line, path)]
-    elsewhere = {name for line in verbatim if _applies(line) and (name := _name_of(line)) is not None}
-    environment = record(
-        [*roots, *_installed_roots(extra, path)], torch_build=torch_build, editable_ok=elsewhere, path=path
-    )
-    pins = {name: version for name, version in environment.distributions.items() if name not in elsewhere}
-    return environment, [*_lines(pins, torch_index), *verbatim]
-
-
-def _parse_requirements(given: StrPath | Iterable[str], argument: str) -> tuple[list[str], list[str]]:
-    """Requirement lines and constraint lines; ``-r`` and ``-c`` are read and replaced by what they hold."""
-    # MLflow's own reader, so that a line means here what it means at load.
-    from mlflow.utils.requirements_utils import _parse_requirements as parse
-
-    try:
-        source = os.fspath(given) if isinstance(given, (str, os.PathLike)) else [*map(_require_text, given)]
-        parsed = list(parse(source, is_constraint=False))  # type: ignore[no-untyped-call]
-    except (OSError, TypeError, UnicodeDecodeError) as error:
-        raise EnvironmentMismatchError(
-            f"{argument} cannot be read",
-            where=argument,
-            wanted="a list of requirement strings, or the path of a requirements file",
-            found=error,
-        ) from None
-    lines: tuple[list[str], list[str]] = [], []
-    for requirement in parsed:
-        lines[requirement.is_constraint].append(requirement.req_str)
-    return lines
-
-
-def _require_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no string")
-    return value
-
-
-def _split_options(line: str) -> tuple[str, str]:
-    """A requirement and the options behind it, such as ``--hash``; either may be empty."""
-    found = re.search(r"(^|\s)-", line)
-    return (line[: found.start()].strip(), line[found.start() :]) if found else (line, "")
-
-
-def _requirement_of(line: str) -> Requirement | None:
-    try:
-        return Requirement(_split_options(line)[0])
-    except InvalidRequirement:
-        return None
-
-
-def _applies(line: str) -> bool:
-    requirement = _requirement_of(line)
-    return requirement is None or requirement.marker is None or requirement.marker.evaluate()
-
-
-def _is_pinnable(line: str, path: Sequence[str] | None) -> bool:
-    """Whether the line is a plain requirement that this environment can answer with an exact version."""
-    requirement = _requirement_of(line)
-    if requirement is None or requirement.url or _split_options(line)[1] or not _applies(line):
-        return False
-    if canonicalize_name(requirement.name) == _OWN_NAME or _installed_version(requirement.name, path) is not None:
-        return True
-    _logger.warning("%s is not installed here, so it stays as written and is not pinned any further", line)
-    return False
-
-
-def _installed_roots(lines: Iterable[str], path: Sequence[str] | None) -> Iterator[str]:
-    for line in lines:
-        name, requirement = _name_of(line), _requirement_of(line)
-        if name is not None and _installed_version(name, path) is not None:
-            yield name if requirement is None else str(requirement)
-
-
-def _name_of(line: str) -> str | None:
-    """The distribution that a line of a requirements file is about, as far as the line tells."""
-    requirement = _requirement_of(line)
-    if requirement is not None:
-        return canonicalize_name(requirement.name)
-    target = re.sub(r"^(-e|--editable)[\s=]+", "", line)
-    if egg := re.search(r"[#&]egg=([\w.-]+)", target):
-        return canonicalize_name(egg[1])
-    last = re.split(r"[\\/]", re.split(r"[#?\s]", target)[0].rstrip("/"))[-1]
-    if target.startswith(("git+", "hg+", "svn+", "bzr+")):
-        return canonicalize_name(re.sub(r"(\.git)?(@.*)?$", "", last))
-    try:
-        return parse_wheel_filename(unquote(last))[0]
-    except InvalidWheelFilename:
-        return None
-
-
-def _with_mlflow(lines: list[str], path: Sequence[str] | None) -> list[str]:
-    """MLflow has to be in every environment that serves a model; its own flavors add it in the same way."""
-    if _MLFLOW_NAMES & {_name_of(line) for line in lines}:
-        return lines
-    version = _installed_version("mlflow", path)
-    return ["mlflow" if version is None else f"mlflow=={version}", *lines]
-
-
-def _parse_conda_env(conda_env: object, pip_requirements: object, extra: object) -> dict[str, Any] | None:
-    arguments = {"conda_env": conda_env, "pip_requirements": pip_requirements, "extra_pip_requirements": extra}
-    given = [name for name, value in arguments.items() if value is not None]
-    if len(given) > 1:
-        raise EnvironmentMismatchError(
-            "Only one of conda_env, pip_requirements and extra_pip_requirements can be used",
-            where=", ".join(given),
-            way_out=f"keep {given[0]}, and write the rest into it",
-        )
-    if conda_env is None:
-        return None
-    if isinstance(conda_env, (str, os.PathLike)):
-        conda_env = _read_yaml(Path(conda_env))
-    if not isinstance(conda_env, Mapping) or not isinstance(conda_env.get("dependencies"), list):
-        raise EnvironmentMismatchError(
-            "conda_env describes no conda environment",
-            where="conda_env",
-            wanted="a mapping with a list of dependencies, or the path of a YAML file that holds one",
-            found=repr(conda_env)[:200],
-        )
-    return dict(conda_env)
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise EnvironmentMismatchError("conda_env cannot be read", where=path, found=error) from None
-
-
-def _pip_section(conda: Mapping[str, Any]) -> list[str]:
-    sections = [part["pip"] for part in conda["dependencies"] if isinstance(part, Mapping) and "pip" in part]
-    return [*sections[0]] if sections and sections[0] else []
-
-
-def _with_pip_section(conda: Mapping[str, Any], lines: Sequence[str]) -> dict[str, Any]:
-    others = [part for part in conda["dependencies"] if not (isinstance(part, Mapping) and "pip" in part)]
-    return {**conda, "dependencies": [*others, {"pip": [*lines]}]}
-
-
-def _bare_conda_env() -> dict[str, Any]:
-    pip = _installed_version("pip", None)
-    # At most this pip, as MLflow writes it: conda-forge gets a new pip later than others do.
-    dependencies = [f"python={_python_release()}", f"pip<={pip}" if pip else "pip"]
-    return {"name": "mlflow-env", "channels": ["conda-forge"], "dependencies": dependencies}
-
-
-def _python_release() -> str:
-    return ".".join(map(str, sys.version_info[:3]))
-
-
-def _write_files(folder: Path, lines: Sequence[str], constraints: Sequence[str], conda: Mapping[str, Any]) -> None:
-    if constraints:
-        (folder / _CONSTRAINTS).write_text("\n".join(constraints) + "\n", encoding="utf-8")
-        lines = [*lines, f"-c {_CONSTRAINTS}"]
-    (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    # No build dependencies: MLflow would put pip, setuptools and wheel on the same pip command line, where they
-    # contradict pins of the closure, break hash checking, and are looked for in folders that only hold the pins.
-    python_env = {"python": _python_release(), "build_dependencies": [], "dependencies": ["-r requirements.txt"]}
-    for name, value in (("conda.yaml", _with_pip_section(conda, lines)), ("python_env.yaml", python_env)):
-        (folder / name).write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
-
-
 # Comparing
 
 
@@ -686,11 +381,11 @@ def _distribution_differences(pins: Mapping[str, str], path: Sequence[str] | Non
         if _same_version(wanted, listed.get(name)):
             continue
         # The slow question, asked only where a folder name did not settle it: other formats, zip files, finders.
-        found = _installed_version(name, path)
+        found = installed_version(name, path)
         if found is None:
             yield Difference("missing", name, wanted, _MISSING)
         elif not _same_version(wanted, found):
-            is_build = name in _TORCH_FAMILY and wanted.partition("+")[0] == found.partition("+")[0]
+            is_build = name in TORCH_FAMILY and wanted.partition("+")[0] == found.partition("+")[0]
             yield Difference("torch-build" if is_build else "distribution", name, wanted, found)
 
 
@@ -716,7 +411,7 @@ def _listed_versions(path: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _installed_version(name: str, path: Sequence[str] | None) -> str | None:
+def installed_version(name: str, path: Sequence[str] | None) -> str | None:
     """The version that is imported under this name, read from the metadata; None if there is none."""
     versions = (_name_and_version(distribution)[1] for distribution in _search(path, name=name))
     return next(filter(None, versions), None)

@@ -33,6 +33,7 @@ __all__ = [
     "find_meta",
     "find_slots",
     "nbytes_of",
+    "realise",
     "require_saveable",
     "some",
     "take_inventory",
@@ -54,7 +55,7 @@ class Slot:
 
     Attributes:
         path: ``encoder.layer.0.weight``; inside containers ``cache[0]['key']``.
-        kind: ``parameter``, ``buffer`` or ``attribute``.
+        kind: ``parameter``, ``buffer`` or ``attribute``; ``hidden`` where only a pickle reaches it.
         persistent: Whether ``state_dict`` lists it.
         tensor: What is there now.
         put: Puts another tensor there.
@@ -371,7 +372,8 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
         WeightsError: The module has other places for tensors than the inventory lists.
     """
     slots = {slot.path: slot for slot in find_slots(module)}
-    for path in sorted(slots.keys() ^ inventory.rows.keys()):
+    tensors = realise(inventory, values)
+    for path in sorted(slots.keys() ^ {path for path, row in inventory.rows.items() if row.kind != "hidden"}):
         raise WeightsError(
             "The rebuilt module has other tensors than the saved one",
             where=path,
@@ -379,12 +381,20 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
             found=f"{slots[path].kind} {list(slots[path].tensor.shape)}" if path in slots else "no such tensor",
             way_out="the class has changed since the model was saved: install the pinned versions, or save it again",
         )
+    for path, slot in slots.items():
+        slot.put(tensors[path])
+
+
+def realise(inventory: Inventory, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Path → tensor as its row says. Rows that say the same of the same data get one object."""
     made: dict[object, torch.Tensor] = {}
+    tensors = {}
     for path, row in inventory.rows.items():
         key = (row.data, row.shape, row.stride, row.offset, row.parameter)
         if key not in made:
             made[key] = _look_at(values[row.data], row)
-        slots[path].put(made[key])
+        tensors[path] = made[key]
+    return tensors
 
 
 def _look_at(value: torch.Tensor, row: Row) -> torch.Tensor:
@@ -399,8 +409,9 @@ def find_differences(module: torch.nn.Module, inventory: Inventory) -> Iterator[
     slots = find_slots(module)
     found, _ = take_inventory([slot for slot in slots if not slot.tensor.is_meta])
     meta = set(find_meta(slots))
-    for path in sorted(found.rows.keys() | inventory.rows.keys() | meta):
-        row, wanted = found.rows.get(path), inventory.rows.get(path)
+    recorded = {path: row for path, row in inventory.rows.items() if row.kind != "hidden"}
+    for path in sorted(found.rows.keys() | recorded.keys() | meta):
+        row, wanted = found.rows.get(path), recorded.get(path)
         if path in meta:
             yield f"{path}: is on the meta device, it has no values"
         elif row is None or wanted is None or _facts(row) != _facts(wanted):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from mlflow_safeflavor.artifact import WAY_OUT, Layout, find_broken_files, read_
 from mlflow_safeflavor.errors import InputError, IntegrityError, WeightsError
 from mlflow_safeflavor.report import LoadReport
 from mlflow_safeflavor.spec import FLAVOR_NAME, ModelSpec
-from mlflow_safeflavor.trust import require_trust
+from mlflow_safeflavor.trust import require_agreed, require_known
 
 # torch, and what is built on it, is imported inside the functions below: the environment check comes
 # first, so that a wrong environment is named before it fails to import, and so that what torch reads
@@ -86,10 +86,10 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
         inventory = tensors.read_inventory(layout)
         _check_digests(inventory, layout, options, report)
     with report.timed("rebuild"):
-        module = rebuild(inventory, layout, report)
+        module, hooks = rebuild(inventory, spec, layout, options, report)
     with report.timed("place"):
-        device = _place(module, layout, options, report)
-    model = bind(module, device, spec, layout, options, report)
+        device = _place(module, spec, layout, options, report)
+    model = bind(module, hooks, device, spec, layout, options, report)
     with report.timed("replay"):
         _replay(model, layout, options, report)
     return model
@@ -100,7 +100,9 @@ def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> ModelSpec
     if options.verify not in _VERIFY:
         raise InputError("Unknown value", where="verify", wanted=" | ".join(_VERIFY), found=repr(options.verify))
     spec, guarded = read_spec(layout)
-    require_trust(spec, options.trust)
+    require_known(options.trust)
+    for kind in spec.runs:
+        require_agreed(kind, options.trust, spec.model_class)
     _check_files(layout, guarded, options, report)
     recorded = environments.Environment.from_json(read_json(layout.environment))
     differences = environments.require_same(recorded, policy=options.environment)
@@ -163,14 +165,39 @@ def _require_none(problems: Collection[str], what: str) -> None:
         raise IntegrityError(what, where=shown, way_out=WAY_OUT)
 
 
-def rebuild(inventory: Inventory, layout: Layout, report: LoadReport) -> torch.nn.Module:
-    """Build on real memory, fill by assignment, compare every tensor's facts with the inventory."""
-    from mlflow_safeflavor import inventory as inventories
-    from mlflow_safeflavor import structure, tensors
+def rebuild(
+    inventory: Inventory, spec: ModelSpec, layout: Layout, options: LoadOptions, report: LoadReport
+) -> tuple[torch.nn.Module, dict[str, Callable[..., Any]]]:
+    """Build on real memory, fill by assignment, compare every tensor's facts with the inventory.
 
-    module = structure.build(structure.read_structure(layout))
-    inventories.fill(module, inventory, tensors.read_tensors(inventory, layout))
-    if differences := list(inventories.find_differences(module, inventory)):
+    Returns:
+        The module, and the user's hooks by name.
+    """
+    from mlflow_safeflavor import inventory as inventories
+    from mlflow_safeflavor import pickled, structure, tensors, usercode
+
+    described = structure.read_structure(layout, spec)
+    values = tensors.read_tensors(inventory, layout)
+    if "code" in options.trust:
+        usercode.make_importable(layout.code)
+    objects: dict[str, Any] = {}
+    if described["pickle"] is not None:
+        with structure.real_memory():
+            objects = pickled.load(layout, described["pickle"], inventories.realise(inventory, values), options.trust)
+    if described["kind"] == "pickle":
+        module = objects["module"].eval().requires_grad_(False)
+    else:
+        module = structure.build(described, trust=options.trust)
+        inventories.fill(module, inventory, values)
+    _check_tensors(module, inventory, report)
+    names = described["hooks"]
+    return module, {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
+
+
+def _check_tensors(module: torch.nn.Module, inventory: Inventory, report: LoadReport) -> None:
+    from mlflow_safeflavor.inventory import find_differences
+
+    if differences := list(find_differences(module, inventory)):
         raise WeightsError(
             "The rebuilt module is not the one that was saved",
             where=differences[0],
@@ -179,17 +206,18 @@ def rebuild(inventory: Inventory, layout: Layout, report: LoadReport) -> torch.n
         )
     report.tensors, report.alias_groups = len(inventory.rows), len(inventory.data)
     report.weight_bytes = inventory.nbytes
-    return module
 
 
-def _place(module: torch.nn.Module, layout: Layout, options: LoadOptions, report: LoadReport) -> torch.device:
+def _place(
+    module: torch.nn.Module, spec: ModelSpec, layout: Layout, options: LoadOptions, report: LoadReport
+) -> torch.device:
     from mlflow_safeflavor import inventory, placement, structure
 
     device = placement.resolve_device(options.device)
     casts = {}
     if options.dtype:
         dtype = placement.resolve_dtype(options.dtype)
-        described = structure.read_structure(layout)
+        described = structure.read_structure(layout, spec)
         casts = placement.dtype_plan(module, described, dtype, inventory.find_slots(module))
     placement.place(module, device, casts)
     report.device = str(device)
@@ -198,6 +226,7 @@ def _place(module: torch.nn.Module, layout: Layout, options: LoadOptions, report
 
 def bind(
     module: torch.nn.Module,
+    hooks: Mapping[str, Callable[..., Any]],
     device: torch.device,
     spec: ModelSpec,
     layout: Layout,
@@ -207,13 +236,14 @@ def bind(
     """A module, and what the spec says can be asked of it."""
     from mlflow_safeflavor.engine import ModuleEngine
     from mlflow_safeflavor.model import LoadedModel, make_task
+    from mlflow_safeflavor.placement import resolve_dtype
 
     return LoadedModel(
         module=module,
         spec=spec,
         report=report,
-        task=make_task(spec, layout.tokenizer),
-        engine=ModuleEngine(module, device),
+        task=make_task(spec, layout.tokenizer, hooks),
+        engine=ModuleEngine(module, device, resolve_dtype(options.dtype or spec.dtype)),
         folder=layout.root,
         max_batch_tokens=options.max_batch_tokens,
     )

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.batching import predict_rows
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.report import LoadReport
-from mlflow_safeflavor.rows import rows_of
 from mlflow_safeflavor.spec import ModelSpec
 from mlflow_safeflavor.tasks import Task, task_class
 from mlflow_safeflavor.tasks.base import Row, RowOutput
+from mlflow_safeflavor.tasks.custom import Custom
 from mlflow_safeflavor.tokenizer import TextEncoder, load_tokenizer
 
 __all__ = ["LoadedModel", "make_task"]
 
 
-def make_task(spec: ModelSpec, tokenizer_folder: Path) -> Task:
+def make_task(spec: ModelSpec, tokenizer_folder: Path, hooks: Mapping[str, Callable[..., Any]]) -> Task:
     """The task that a spec names, bound to what was recorded for it."""
-    encoder = TextEncoder(tokenizer_folder, spec.task_config["encoder"])
-    return task_class(spec.task)(spec.task_config, spec.input_columns, encoder)
+    cls = task_class(spec.task)
+    if issubclass(cls, Custom):
+        tokenizer = cache(lambda: load_tokenizer(tokenizer_folder) if tokenizer_folder.is_dir() else None)
+        return cls(spec.task_config, spec.input_columns, hooks=hooks, tokenizer=tokenizer)
+    config = spec.task_config["encoder"]
+    encoder = TextEncoder(tokenizer_folder, config) if config is not None else None
+    return cls(spec.task_config, spec.input_columns, encoder)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class LoadedModel:
         folder = Layout(self.folder).tokenizer
         return load_tokenizer(folder) if folder.is_dir() else None
 
-    def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
         """Answer rows.
 
         Args:
@@ -66,14 +70,14 @@ class LoadedModel:
             params: Per-request parameters of the task, as declared in the signature.
 
         Returns:
-            One row for each row of ``data``, in order, with the columns of the task's signature.
+            One row for each row of ``data``, in order, with the columns of the task's signature; for the
+            raw task a dict of arrays.
 
         Raises:
             InputError: A row, column or parameter cannot be answered; names which.
         """
-        rows = rows_of(data, self.task.columns, self.task.required)
-        answers, _ = self.answer(rows, params)
-        return pd.DataFrame(answers, index=data.index if isinstance(data, (pd.DataFrame, pd.Series)) else None)
+        answers, _ = self.answer(self.task.rows(data), params)
+        return self.task.result(answers, data)
 
     def answer(
         self, rows: Sequence[Row], params: Mapping[str, Any] | None = None

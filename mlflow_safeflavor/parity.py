@@ -91,8 +91,8 @@ class ParityReport:
         return max((row.max_difference for row in self.rows), default=0.0)
 
 
-def record(model: Predictor, rows: Sequence[Row], dtype: str, layout: Layout) -> None:
-    """Answer ``rows`` and write features, raw outputs and answers to the artifact."""
+def record(model: Predictor, rows: Sequence[Row], dtype: str, layout: Layout) -> list[dict[str, Any]]:
+    """Answer ``rows``, and write features, raw outputs and answers to the artifact. Returns the answers."""
     features = _features(model, rows)
     answers, outputs = model.answer(rows)
     arrays = {
@@ -104,13 +104,20 @@ def record(model: Predictor, rows: Sequence[Row], dtype: str, layout: Layout) ->
     write_arrays(arrays, layout.parity_tensors)
     write_json(
         layout.parity,
-        {"version": _VERSION, "rows": [dict(row) for row in rows], "answers": answers, "tolerance": TOLERANCES[dtype]},
+        {
+            "version": _VERSION,
+            "rows": [model.task.to_record(row) for row in rows],
+            "answers": [model.task.to_record(answer) for answer in answers],
+            "tolerance": TOLERANCES[dtype],
+        },
     )
+    return answers
 
 
 def _features(model: Predictor, rows: Sequence[Row]) -> list[Features]:
     """Rows as the tokenizer encodes them: recorded too, so that a tokenizer that drifted is named as such."""
-    return model.task.encode(rows, model.task.check_params(None))
+    encoded = model.task.encode(rows, model.task.check_params(None))
+    return [{name: v for name, v in row.items() if isinstance(v, (list, np.ndarray))} for row in encoded]
 
 
 def replay(model: Predictor, layout: Layout) -> ParityReport:
@@ -122,7 +129,10 @@ def replay(model: Predictor, layout: Layout) -> ParityReport:
     recorded = read_json(layout.parity)
     arrays = read_arrays(layout.parity_tensors)
     try:
-        rows, answers, tolerance = recorded["rows"], recorded["answers"], recorded["tolerance"]
+        answers, tolerance = recorded["answers"], recorded["tolerance"]
+        rows = [
+            model.task.from_record(row, _named(arrays, f"{index}.input.")) for index, row in enumerate(recorded["rows"])
+        ]
         atol, rtol = float(tolerance["atol"]), float(tolerance["rtol"])
         if recorded["version"] != _VERSION or len(rows) != len(answers) or not rows:
             raise ValueError(f"version {recorded['version']!r}, {len(rows)} rows, {len(answers)} answers")
@@ -137,7 +147,7 @@ def replay(model: Predictor, layout: Layout) -> ParityReport:
         problems = [
             *_differing_arrays(index, "input", features[index], arrays, 0.0, 0.0),
             *_differing_arrays(index, "output", outputs[index], arrays, atol, rtol),
-            *_differing_values(f"row {index}", answers[index], found[index], atol, rtol),
+            *_differing_values(f"row {index}", answers[index], model.task.to_record(found[index]), atol, rtol),
         ]
         differences = [
             _max_difference(arrays.get(f"{index}.output.{name}"), value) for name, value in outputs[index].items()
@@ -167,8 +177,7 @@ def require_parity(report: ParityReport, layout: Layout) -> None:
 def _differing_arrays(
     index: int, part: str, found: Mapping[str, Any], recorded: Mapping[str, np.ndarray], atol: float, rtol: float
 ) -> Iterator[str]:
-    prefix = f"{index}.{part}."
-    wanted = {name.removeprefix(prefix): value for name, value in recorded.items() if name.startswith(prefix)}
+    wanted = _named(recorded, f"{index}.{part}.")
     for name in sorted(wanted.keys() | found.keys()):
         where = f"row {index}, {part} {name}"
         if name not in wanted or name not in found:
@@ -179,6 +188,10 @@ def _differing_arrays(
             yield f"{where}: shape {list(new.shape)}, recorded {list(old.shape)}"
         elif not np.allclose(new, old, atol=atol, rtol=rtol, equal_nan=True):
             yield f"{where}: differs by up to {_max_difference(old, new):.3g}"
+
+
+def _named(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
 
 def _max_difference(old: np.ndarray | None, new: np.ndarray) -> float:

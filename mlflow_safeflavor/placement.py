@@ -83,21 +83,31 @@ def dtype_plan(
 
     Parameters take ``dtype``, except for the islands that the class keeps in float32. Buffers and
     plain attributes take the dtype that the constructor gives them when ``dtype`` is torch's default:
-    rotary frequencies, for instance, are float32 by their own code. Integers and booleans stay.
+    rotary frequencies, for instance, are float32 by their own code. Where no constructor can be
+    called, persistent buffers are cast, as ``nn.Module.to`` does. Integers and booleans stay.
     """
     floating = [slot for slot in slots if slot.tensor.is_floating_point()]
     parameters_differ = any(slot.tensor.dtype != dtype for slot in floating if slot.kind == "parameter")
     if not parameters_differ:
         return {}
     islands = _islands(module, dtype)
-    skeleton = {slot.path: slot.tensor.dtype for slot in find_slots(structures.build(structure, dtype=dtype))}
+    constructed = _constructed_dtypes(structure, dtype)
     plan = {}
     for slot in floating:
         if slot.kind == "parameter":
             plan[slot.path] = torch.float32 if islands and islands.search(f".{slot.path}.") else dtype
         else:
-            plan[slot.path] = skeleton.get(slot.path, slot.tensor.dtype)
+            as_nn_does = dtype if slot.kind == "buffer" and slot.persistent else slot.tensor.dtype
+            plan[slot.path] = constructed.get(slot.path, as_nn_does)
     return {slot.path: plan[slot.path] for slot in floating if plan[slot.path] != slot.tensor.dtype}
+
+
+def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    if structure["kind"] == "pickle":
+        return {}
+    # Whoever gets here has agreed to run the class already: it is being saved, or was just loaded.
+    skeleton = structures.build(structure, trust={"code"}, dtype=dtype)
+    return {slot.path: slot.tensor.dtype for slot in find_slots(skeleton)}
 
 
 def _islands(module: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import pandas as pd
 
 from mlflow_safeflavor import cpu
 from mlflow_safeflavor.load import LoadOptions, load_folder
@@ -27,7 +26,7 @@ class PyfuncModel:
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
 
-    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
         """One row out for each row in; see ``LoadedModel.predict``."""
         return self.model.predict(model_input, params)
 
@@ -36,9 +35,11 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
     """What ``mlflow.pyfunc.load_model`` and the scoring server call.
 
     Under pyfunc the artifact's ``code/`` is already importable: MLflow has put it on the path, so
-    loading through it is the agreement to run that code.
+    loading through it is the agreement to run that code. For pickles MLflow has a variable of its own,
+    which counts only where somebody set it: MLflow's default is to allow them.
     """
     options = run_time_options(model_config)
+    pickles = os.environ.get("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "").lower() in ("true", "1")
     threads = cpu.limit_threads(options["num_threads"])
     model = load_folder(
         Path(path),
@@ -48,7 +49,7 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
             verify=options["verify"],
             environment=options["environment"],
             max_batch_tokens=options["max_batch_tokens"],
-            trust=frozenset({"code"}),
+            trust=frozenset({"code", "pickle"} if pickles else {"code"}),
         ),
     )
     _logger.info("safeflavor: %s, %d threads; %s", model.spec.task, threads, model.report)

@@ -21,7 +21,6 @@ _KEPT = frozenset(
     (
         *("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "LD_LIBRARY_PATH"),
         *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_CORETYPE", "ATEN_CPU_CAPABILITY"),
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION",
     )
 )
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DO_NOT_TRACK": "true"}
@@ -49,7 +48,7 @@ with open(answer, "w", encoding="utf-8") as file:
 """
 
 
-def rehearse(staged: Path) -> None:
+def rehearse(staged: Path, *, allow_pickle: bool = False) -> None:
     """Load ``staged`` through pyfunc, in a process that shares nothing with this one but the installed packages.
 
     Its interpreter is isolated (``-I``), its environment stripped, its working and home folders are
@@ -61,6 +60,7 @@ def rehearse(staged: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="safeflavor-rehearsal-") as scratch:
         answer = Path(scratch) / "answer.json"
         environ = {name: value for name, value in os.environ.items() if name in _KEPT}
+        environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = str(allow_pickle).lower()
         environ |= {**_OFFLINE, "HOME": scratch, "HF_HOME": scratch, "MLFLOW_TRACKING_URI": f"file:{scratch}/mlruns"}
         command = [sys.executable, "-I", "-c", _SCRIPT, os.fspath(staged), os.fspath(answer)]
         try:

@@ -6,7 +6,8 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,20 @@ from mlflow.models.utils import _save_example
 from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 from mlflow.utils.model_utils import _validate_and_copy_code_paths
 
-from mlflow_safeflavor import environment as environments
 from mlflow_safeflavor import inventory as inventories
-from mlflow_safeflavor import parity, placement, structure, tensors
+from mlflow_safeflavor import parity, pickled, placement, requirements, structure, tensors, usercode
 from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_json, write_manifest
-from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.load import LoadOptions, bind, guarded_parts, rebuild
-from mlflow_safeflavor.model import make_task
 from mlflow_safeflavor.options import MODEL_CONFIG
 from mlflow_safeflavor.rehearsal import rehearse as rehearse_load
 from mlflow_safeflavor.report import LoadReport
-from mlflow_safeflavor.rows import rows_of
 from mlflow_safeflavor.source import Source, evaluating, resolve_source
 from mlflow_safeflavor.spec import FLAVOR_NAME, ModelSpec
 from mlflow_safeflavor.tasks import task_class
-from mlflow_safeflavor.tasks.base import Row, Task
+from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tokenizer import write_tokenizer
+from mlflow_safeflavor.trust import KINDS
 from mlflow_safeflavor.version import __version__
 
 __all__ = ["log_model", "save_model"]
@@ -52,14 +51,18 @@ def save_model(
     task: str | None = None,
     dtype: str | torch.dtype = "float32",
     input_columns: Mapping[str, str] | None = None,
+    preprocess: Callable[..., Any] | None = None,
+    postprocess: Callable[..., Any] | None = None,
     input_example: Any = None,
     signature: ModelSignature | None = None,
     model_config: Mapping[str, Any] | None = None,
+    init_args: Mapping[str, Any] | None = None,
     code_paths: Sequence[str] | None = None,
     pip_requirements: Sequence[str] | str | None = None,
     extra_pip_requirements: Sequence[str] | str | None = None,
     conda_env: Mapping[str, Any] | str | None = None,
     torch_index: str | None = "auto",
+    allow_pickle: bool = False,
     rehearse: bool = True,
     metadata: Mapping[str, Any] | None = None,
     mlflow_model: Model | None = None,
@@ -67,23 +70,32 @@ def save_model(
     """Save a model as a self-contained MLflow model, or raise an error and leave nothing behind.
 
     Args:
-        model: A ``transformers.PreTrainedModel``, a ``transformers.Pipeline`` or the path of a local
-            checkpoint folder. It is only looked at.
+        model: A ``torch.nn.Module``, a ``transformers.Pipeline`` or the path of a local checkpoint
+            folder. It is only looked at.
         path: Folder to create.
         tokenizer: Fast tokenizer of the model; not needed with a pipeline or folder.
-        task: "text-classification" or "feature-extraction"; by default told from the model's class.
+        task: "text-classification", "feature-extraction", "custom" or "raw"; by default told from the
+            model's class.
         dtype: Serving dtype that weights are stored in: "float32", "bfloat16" or "float16".
         input_columns: Field of the task → column name in requests, e.g. ``{"text": "buggy_code",
             "text_pair": "fixed_code"}``.
-        input_example: Rows as ``predict`` takes them; stored, checked, and replayed at each load.
+        preprocess: For the custom task: ``(rows, tokenizer) -> dict of tensors``, the keyword arguments
+            of ``forward``. Importable, or pickled with ``allow_pickle``.
+        postprocess: For the custom task: ``(outputs, rows) -> rows``.
+        input_example: Rows as ``predict`` takes them; stored, checked, and replayed at each load. The
+            custom and raw tasks need it.
         signature: By default the task's own; one given here must name the same inputs.
         model_config: Options of the task (``pooling``, ``normalize``) and defaults of run-time options.
-        code_paths: Files and folders to store with the model.
+        init_args: Constructor arguments of a class of yours, where they cannot be told from its config:
+            JSON values and transformers configs.
+        code_paths: Files and folders with the code of your classes and hooks.
         pip_requirements: Replaces the recorded pins.
         extra_pip_requirements: Adds to them.
         conda_env: Replaces them, as a conda environment.
-        torch_index: Where pip finds a torch with a local label: "auto" is PyTorch's own wheel index,
-            else a URL or folder; None drops the label.
+        torch_index: Where pip finds a torch with a local label: "auto" is PyTorch's own page of wheels,
+            else the URL of an index or a folder of wheels; None drops the label.
+        allow_pickle: Whether a module that no constructor gives back, or a hook that cannot be imported,
+            may be pickled (without its tensors). Whoever loads it must agree, too.
         rehearse: Load the staged artifact in a clean process before publishing it.
         metadata: Stored in ``MLmodel``.
         mlflow_model: ``MLmodel`` to add the flavor to; MLflow passes it.
@@ -93,21 +105,21 @@ def save_model(
     """
     serving_dtype = placement.resolve_dtype(dtype)
     source = resolve_source(model, tokenizer, task, inventories.dtype_name(serving_dtype))
+    source = replace(source, hooks=_hooks(source.task, preprocess, postprocess), example=input_example)
     options = _options(source.task, model_config)
     with staging(path) as stage:
         layout = Layout(stage)
-        cast = _write_module(source.module, serving_dtype, layout)
-        spec = _write_task(source, serving_dtype, input_columns, options, layout)
-        bound = make_task(spec, layout.tokenizer)
+        described, cast = _write_module(source, serving_dtype, init_args, allow_pickle, layout)
+        spec = _write_task(source, described, serving_dtype, input_columns, options, layout)
         _write_code(code_paths, layout)
-        _write_environment(layout, torch_index, pip_requirements, extra_pip_requirements, conda_env)
+        _write_environment(source, code_paths, layout, torch_index, pip_requirements, extra_pip_requirements, conda_env)
+        task_, answers = _write_parity(source, spec, cast, layout)
         mlmodel = mlflow_model or Model()
-        examples = _write_example(mlmodel, input_example, bound, layout)
-        mlmodel = _write_mlmodel(mlmodel, spec, bound, signature, metadata, layout)
-        _write_parity(source, spec, [*examples, *bound.golden_rows()], cast, layout)
+        _write_example(mlmodel, source.example, task_, layout)
+        _write_mlmodel(mlmodel, spec, _signature(signature, source.example, task_, answers), metadata, layout)
         write_manifest(layout, mlmodel=guarded_parts(yaml.safe_load(layout.mlmodel.read_text(encoding="utf-8"))))
         if rehearse:
-            rehearse_load(stage)
+            rehearse_load(stage, allow_pickle=allow_pickle)
 
 
 def log_model(
@@ -154,20 +166,57 @@ def _options(task: str, model_config: Mapping[str, Any] | None) -> dict[str, Any
     return options
 
 
-def _write_module(module: torch.nn.Module, dtype: torch.dtype, layout: Layout) -> bool:
-    """Structure and tensors. Returns whether any tensor was cast to the serving dtype."""
-    slots = inventories.find_slots(module)
+def _hooks(task: str, *given: Callable[..., Any] | None) -> dict[str, Callable[..., Any]]:
+    hooks = {name: hook for name, hook in zip(("preprocess", "postprocess"), given, strict=True) if hook is not None}
+    if len(hooks) != (2 if task == "custom" else 0):
+        raise InputError(
+            "preprocess and postprocess belong to the custom task, which needs both",
+            where=f"task {task!r}",
+            found=", ".join(hooks) or "none of them",
+            way_out='pass task="custom", preprocess=… and postprocess=…',
+        )
+    return hooks
+
+
+def _write_module(
+    source: Source,
+    dtype: torch.dtype,
+    init_args: Mapping[str, Any] | None,
+    allow_pickle: bool,
+    layout: Layout,
+) -> tuple[dict[str, Any], bool]:
+    """Structure, pickle and tensors. Returns the structure, and whether any tensor was cast to the serving dtype."""
+    slots = inventories.find_slots(source.module)
     inventories.require_saveable(slots)
-    described = structure.describe(module)
-    casts = placement.dtype_plan(module, described, dtype, slots)
+    described = structure.describe(source.module, init_args=init_args, allow_pickle=allow_pickle)
+    casts = placement.dtype_plan(source.module, described, dtype, slots)
+    names = {hook: usercode.importable_name(function) for hook, function in source.hooks.items()}
+    to_pickle = {hook: source.hooks[hook] for hook, name in names.items() if name is None}
+    if to_pickle and not allow_pickle:
+        raise StructureError(
+            "A hook cannot be imported anywhere else",
+            where=", ".join(to_pickle),
+            wanted="a function at the top of a module",
+            way_out="move it to a file and pass code_paths=[file], or pass allow_pickle=True",
+        )
+    if described["kind"] == "pickle":
+        to_pickle["module"] = source.module
+    facts = None
+    if to_pickle:
+        with evaluating(source.module):
+            content, slots, facts = pickled.dump(to_pickle, slots)
+        pickled.write_pickle(content, layout)
+        inventories.require_saveable(slots)
+    described |= {"hooks": names, "pickle": facts}
     inventory, values = inventories.take_inventory(slots, casts)
     structure.write_structure(described, layout)
     tensors.write_tensors(inventory, values, layout)
-    return bool(casts)
+    return described, bool(casts)
 
 
 def _write_task(
     source: Source,
+    described: Mapping[str, Any],
     dtype: torch.dtype,
     input_columns: Mapping[str, str] | None,
     options: Mapping[str, Any],
@@ -175,13 +224,23 @@ def _write_task(
 ) -> ModelSpec:
     """Tokenizer, and what the task must remember; together with the rest of the spec."""
     cls = task_class(source.task)
+    if cls.needs_example:
+        if source.example is None:
+            raise InputError(
+                f"The {source.task} task needs an example: nobody else knows its rows",
+                where="input_example",
+                way_out="pass input_example=… as predict takes it; its answers are recorded and replayed at each load",
+            )
+        input_columns = cls.columns_of(source.example) if input_columns is None else input_columns
     config = cls.describe(source.module, {key: options[key] for key in options.keys() & cls.task_options})
+    encoder = write_tokenizer(source.tokenizer, layout.tokenizer) if source.tokenizer is not None else None
     return ModelSpec(
         task=source.task,
         dtype=inventories.dtype_name(dtype),
-        structure="transformers",
-        model_class=structure.class_name(source.module),
-        task_config={**config, "encoder": write_tokenizer(source.tokenizer, layout.tokenizer)},
+        structure=described["kind"],
+        model_class=described["class"],
+        runs=structure.what_runs(described),
+        task_config={**config, "encoder": encoder},
         input_columns=cls.columns_for(input_columns),
         model_config={key: options.get(key, default) for key, default in MODEL_CONFIG.items()},
         loader_version=__version__,
@@ -208,14 +267,18 @@ def _write_code(code_paths: Sequence[str] | None, layout: Layout) -> None:
 
 
 def _write_environment(
+    source: Source,
+    code_paths: Sequence[str] | None,
     layout: Layout,
     torch_index: str | None,
     pip_requirements: Sequence[str] | str | None,
     extra_pip_requirements: Sequence[str] | str | None,
     conda_env: Mapping[str, Any] | str | None,
 ) -> None:
-    recorded = environments.environment_files(
+    with_model = {Path(path).stem for path in code_paths or ()}
+    recorded = requirements.environment_files(
         layout.root,
+        [*requirements.DEFAULT_ROOTS, *usercode.distributions_of(source.module, source.hooks, except_for=with_model)],
         torch_build={
             "version": torch.__version__,
             "cuda": torch.version.cuda,
@@ -230,25 +293,46 @@ def _write_environment(
     write_json(layout.environment, recorded.to_json())
 
 
-def _write_example(mlmodel: Model, example: Any, task: Task, layout: Layout) -> list[Row]:
-    """Store the user's example as MLflow does; give its rows by field."""
+def _write_parity(source: Source, spec: ModelSpec, cast: bool, layout: Layout) -> tuple[Task, list[dict[str, Any]]]:
+    """Record the golden rows from the very module the user handed over, unless it had to be cast.
+
+    A cast model exists only in the artifact, so there the rebuilt module answers.
+
+    Returns:
+        The task, and the answers to the user's example.
+    """
+    options = LoadOptions(max_batch_tokens=spec.model_config["max_batch_tokens"], trust=frozenset(KINDS))
+    module, hooks = source.module, source.hooks
+    if cast:
+        module, hooks = rebuild(tensors.read_inventory(layout), spec, layout, options, LoadReport())
+    device = next((slot.tensor.device for slot in inventories.find_slots(module)), torch.device("cpu"))
+    with evaluating(module):
+        model = bind(module, hooks, device, spec, layout, options, LoadReport())
+        examples = [] if source.example is None else model.task.rows(source.example)
+        answers = parity.record(model, [*examples, *model.task.golden_rows()], spec.dtype, layout)
+    return model.task, answers[: len(examples)]
+
+
+def _write_example(mlmodel: Model, example: Any, task: Task, layout: Layout) -> None:
+    """Store the user's example as MLflow does, under the model's column names."""
     if example is None:
-        return []
-    rows = rows_of(example, task.columns, task.required)
-    by_column = [{task.columns[field]: value for field, value in row.items()} for row in rows]
-    _save_example(mlmodel, pd.DataFrame(by_column), os.fspath(layout.root))
-    return rows
+        return
+    if task.columns:
+        rows = task.rows(example)
+        example = pd.DataFrame([{task.columns[field]: value for field, value in row.items()} for row in rows])
+    else:
+        example = dict(task.rows(example)[0])
+    _save_example(mlmodel, example, os.fspath(layout.root))
 
 
 def _write_mlmodel(
     mlmodel: Model,
     spec: ModelSpec,
-    task: Task,
-    signature: ModelSignature | None,
+    signature: ModelSignature,
     metadata: Mapping[str, Any] | None,
     layout: Layout,
-) -> Model:
-    mlmodel.signature = _checked_signature(signature, task)
+) -> None:
+    mlmodel.signature = signature
     if metadata is not None:
         mlmodel.metadata = dict(metadata)
     pyfunc.add_to_model(
@@ -262,11 +346,13 @@ def _write_mlmodel(
     mlmodel.add_flavor(FLAVOR_NAME, **spec.to_flavor())
     mlmodel.model_size_bytes = sum(file.stat().st_size for file in layout.root.rglob("*") if file.is_file())
     mlmodel.save(os.fspath(layout.mlmodel))
-    return mlmodel
 
 
-def _checked_signature(given: ModelSignature | None, task: Task) -> ModelSignature:
-    own = task.signature()
+def _signature(
+    given: ModelSignature | None, example: Any, task: Task, answers: Sequence[Mapping[str, Any]]
+) -> ModelSignature:
+    """The task's own signature, or the user's if it names the same inputs."""
+    own = task.signature(example, task.result(answers, example) if answers else None)
     if given is None:
         return own
     if given.inputs is None or set(given.inputs.input_names()) != set(own.inputs.input_names()):
@@ -278,18 +364,3 @@ def _checked_signature(given: ModelSignature | None, task: Task) -> ModelSignatu
             way_out="leave signature out, or rename columns with input_columns",
         )
     return given
-
-
-def _write_parity(source: Source, spec: ModelSpec, rows: Sequence[Row], cast: bool, layout: Layout) -> None:
-    """Record the golden rows from the very module the user handed over, unless it had to be cast.
-
-    A cast model exists only in the artifact, so there the rebuilt module answers.
-    """
-    module = source.module
-    if cast:
-        module = rebuild(tensors.read_inventory(layout), layout, LoadReport())
-    device = next((slot.tensor.device for slot in inventories.find_slots(module)), torch.device("cpu"))
-    options = LoadOptions(max_batch_tokens=spec.model_config["max_batch_tokens"])
-    with evaluating(module):
-        model = bind(module, device, spec, layout, options, LoadReport())
-        parity.record(model, rows, spec.dtype, layout)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ class Source:
     module: torch.nn.Module
     tokenizer: Any
     task: str
+    hooks: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    example: Any = None
 
 
 def resolve_source(model: Any, tokenizer: Any, task: str | None, dtype: str) -> Source:
@@ -43,11 +45,11 @@ def resolve_source(model: Any, tokenizer: Any, task: str | None, dtype: str) -> 
         raise StructureError(
             "This cannot be saved as a model",
             where="model",
-            wanted="a transformers.PreTrainedModel, a transformers.Pipeline, or the path of a checkpoint folder",
+            wanted="a torch.nn.Module, a transformers.Pipeline, or the path of a checkpoint folder",
             found=type(model).__name__,
         )
     task = task_class(task or infer_task(type(model).__name__)).name
-    if tokenizer is None:
+    if tokenizer is None and "text" in task_class(task).required:
         raise StructureError(
             "The task needs a tokenizer", where="tokenizer", wanted=f"the tokenizer of the {task} model", found="None"
         )

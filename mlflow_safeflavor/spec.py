@@ -41,6 +41,7 @@ class ModelSpec:
         model_config: Run-time options with their stored defaults.
         loader_version: Release of this package that wrote the artifact.
         loader_digest: SHA-256 over the vendored loader's source.
+        runs: What of its own the artifact runs when loaded: "code", "pickle"; the caller must agree.
         format_version: See ``FORMAT_VERSION``.
     """
 
@@ -50,6 +51,7 @@ class ModelSpec:
     model_class: str
     loader_version: str
     loader_digest: str
+    runs: tuple[str, ...] = ()
     task_config: Mapping[str, Any] = field(default_factory=dict)
     input_columns: Mapping[str, str] = field(default_factory=dict)
     model_config: Mapping[str, Any] = field(default_factory=dict)
@@ -58,11 +60,13 @@ class ModelSpec:
     def __post_init__(self) -> None:
         for name in ("task_config", "input_columns", "model_config"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        object.__setattr__(self, "runs", tuple(self.runs))
 
     def to_flavor(self) -> dict[str, Any]:
         """The JSON-able entry written to ``MLmodel``; ``from_flavor`` reads it back."""
         entry = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: dict(v) if isinstance(v, MappingProxyType) else v for k, v in entry.items()}
+        entry["runs"] = list(self.runs)
+        return {name: dict(value) if isinstance(value, MappingProxyType) else value for name, value in entry.items()}
 
     @classmethod
     def from_flavor(cls, entry: Mapping[str, Any]) -> ModelSpec:
@@ -91,7 +95,7 @@ class ModelSpec:
                 "The safeflavor entry of MLmodel is incomplete", where="MLmodel", wanted=name, found="no such key"
             )
         for name, type_name in types.items():
-            expected: type = {"str": str, "int": int}.get(str(type_name), Mapping)
+            expected: type = {"str": str, "int": int, "tuple[str, ...]": list}.get(str(type_name), Mapping)
             if not isinstance(entry[name], expected):
                 raise IntegrityError(
                     "A key of the safeflavor entry of MLmodel has the wrong type",

@@ -1,13 +1,21 @@
-"""Describe a module so that it can be built again on real memory, and build it."""
+"""Describe a module so that it can be built again on real memory, and build it.
+
+Three kinds of structure, tried in this order when a model is saved:
+
+* ``transformers``: a class of the transformers package and its config; runs no code of the artifact;
+* ``import``: any class that can be imported, and JSON arguments; runs the user's code;
+* ``pickle``: the module itself without its tensors (``pickled.py``), only if the user allows it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import itertools
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +23,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
-from mlflow_safeflavor.errors import IntegrityError, StructureError
+from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.inventory import find_slots
+from mlflow_safeflavor.spec import ModelSpec
+from mlflow_safeflavor.trust import require_agreed
+from mlflow_safeflavor.usercode import import_name, name_of
 
-__all__ = ["build", "class_name", "describe", "read_structure", "real_memory", "write_structure"]
+__all__ = ["build", "describe", "read_structure", "real_memory", "what_runs", "write_structure"]
 
 _build_lock = threading.RLock()
 
@@ -45,63 +56,89 @@ class _SkipRandomInit(TorchFunctionMode):
 
 
 @contextmanager
-def real_memory(dtype: torch.dtype = torch.float32) -> Iterator[None]:
+def real_memory(dtype: torch.dtype = torch.float32, *, initialise: bool = False) -> Iterator[None]:
     """Constructors inside allocate on the CPU, whatever device context or default is around.
 
     One at a time in the process, because torch's default dtype is global to it. The random state is
     left as it was.
+
+    Args:
+        dtype: Torch's default dtype inside.
+        initialise: Run random initialisers too; they are skipped where stored values follow.
     """
     with _build_lock, torch.random.fork_rng(devices=[]):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             # Innermost wins: an outer torch.device("meta") or set_default_device reaches nothing here.
-            with _SkipRandomInit(), torch.device("cpu"):
+            with contextlib.nullcontext() if initialise else _SkipRandomInit(), torch.device("cpu"):
                 yield
         finally:
             torch.set_default_dtype(before)
 
 
-def class_name(module: torch.nn.Module) -> str:
-    """``module:qualname`` of the module's class."""
-    cls = type(module)
-    return f"{cls.__module__}:{cls.__qualname__}"
+# --- describe ------------------------------------------------------------------------------------
 
 
-def describe(module: torch.nn.Module) -> dict[str, Any]:
-    """What ``build`` needs to make a module of the same structure; JSON only.
+def describe(
+    module: torch.nn.Module, *, init_args: Mapping[str, Any] | None = None, allow_pickle: bool = False
+) -> dict[str, Any]:
+    """What is needed to make a module of the same structure; JSON only.
+
+    Args:
+        module: Only looked at.
+        init_args: Arguments of its constructor, where they cannot be told: JSON values and configs.
+        allow_pickle: Whether the kind ``pickle`` may be used when no constructor gives the module back.
 
     Raises:
-        StructureError: The module is hooked, quantised or changed after construction, so that its
-            constructor does not give it back.
+        StructureError: The module is hooked, quantised, or no allowed kind can rebuild it.
     """
     _require_plain(module)
-    if not _is_transformers(module):
-        raise StructureError(
-            "The module's class does not come with transformers",
-            where=class_name(module),
-            wanted="a transformers.PreTrainedModel of the transformers package itself",
-            way_out="save the transformers model inside it, or convert your class to one",
-        )
-    config = module.config
-    structure = {
-        "kind": "transformers",
-        "class": type(module).__name__,
-        "module": type(module).__module__,
-        "config_class": type(config).__name__,
-        "config_module": type(config).__module__,
-        "config": _config_json(config),
+    try:
+        return _describe_constructor(module, init_args)
+    except SafeFlavorError as error:
+        if not allow_pickle or init_args is not None:
+            raise
+        return {"kind": "pickle", "class": name_of(type(module)), "reason": error.what}
+
+
+def _describe_constructor(module: torch.nn.Module, init_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    cls = type(module)
+    config = getattr(module, "config", None)
+    structure: dict[str, Any] = {
+        "kind": "transformers" if _is_transformers(cls) and init_args is None else "import",
+        "class": name_of(cls),
+        "config": None,
+        "config_class": None,
         # Not part of a saved config, but it decides which kernels run.
         "attn_implementation": getattr(config, "_attn_implementation", None),
         "arguments": {},
     }
-    structure["arguments"] = _find_arguments(module, structure)
+    if structure["kind"] == "import":
+        _require_importable(cls)
+    if init_args is not None:
+        structure["arguments"] = {name: _argument_to_json(name, value) for name, value in init_args.items()}
+        _require_same_shapes(module, structure)
+    else:
+        if hasattr(cls, "config_class") and config is not None:
+            structure |= {"config": _config_to_json(config), "config_class": name_of(type(config))}
+        structure["arguments"] = _find_arguments(module, structure)
     return structure
 
 
-def _is_transformers(module: torch.nn.Module) -> bool:
-    cls = type(module)
+def _is_transformers(cls: type) -> bool:
     return cls.__module__.startswith("transformers.models.") and hasattr(cls, "config_class")
+
+
+def _require_importable(cls: type) -> None:
+    if cls.__module__ == "__main__" or "<locals>" in cls.__qualname__:
+        raise StructureError(
+            "The module's class cannot be imported anywhere else",
+            where=name_of(cls),
+            wanted="a class at the top of a module",
+            found="a class of a script, notebook or function",
+            way_out="move it to a file and pass code_paths=[file], or pass allow_pickle=True",
+        )
 
 
 def _require_plain(module: torch.nn.Module) -> None:
@@ -113,92 +150,142 @@ def _require_plain(module: torch.nn.Module) -> None:
                 wanted="a plain module with all tensors in memory",
                 way_out="accelerate.hooks.remove_hook_from_module(model, recurse=True) after bringing all weights back",
             )
-    if getattr(module, "hf_quantizer", None) is not None or getattr(module, "is_quantized", False):
-        raise StructureError(
-            "The module is quantised, and its integer weights cannot be rebuilt from a config",
-            where=class_name(module),
-            wanted="floating point weights",
-            way_out="save the model before quantising it, or model.dequantize() first",
-        )
+        if getattr(child, "hf_quantizer", None) is not None or getattr(child, "is_quantized", False):
+            raise StructureError(
+                "The module is quantised, and its integer weights cannot be rebuilt from a config",
+                where=name or name_of(type(child)),
+                wanted="floating point weights",
+                way_out="save the model before quantising it, or model.dequantize() first",
+            )
 
 
-def _config_json(config: Any) -> dict[str, Any]:
+def _config_to_json(config: Any) -> dict[str, Any]:
     content = json.loads(config.to_json_string(use_diff=False))
     # A local path of the machine that saved the model; it means nothing anywhere else.
     content.pop("_name_or_path", None)
     return dict(content)
 
 
-def _find_arguments(module: torch.nn.Module, structure: Mapping[str, Any]) -> dict[str, bool]:
+def _argument_to_json(name: str, value: Any) -> dict[str, Any]:
+    if hasattr(value, "to_json_string"):
+        return {"config": _config_to_json(value), "config_class": name_of(type(value))}
+    try:
+        if json.loads(json.dumps(value, allow_nan=False)) == value:
+            return {"value": value}
+    except (TypeError, ValueError):
+        pass
+    raise StructureError(
+        "A constructor argument cannot be stored as JSON",
+        where=f"init_args, {name}",
+        wanted="numbers, strings, lists, dicts, None, or a transformers config",
+        found=type(value).__name__,
+        way_out="pass allow_pickle=True instead of init_args",
+    )
+
+
+def _find_arguments(module: torch.nn.Module, structure: Mapping[str, Any]) -> dict[str, Any]:
     """Boolean constructor arguments other than the defaults (``add_pooling_layer=False``).
 
     They are stored nowhere in a module, so they are found by building: the arguments are right when
     the same tensors come out.
     """
-    wanted = {slot.path: tuple(slot.tensor.shape) for slot in find_slots(module)}
     flags = [
-        (name, not parameter.default)
+        (name, {"value": not parameter.default})
         for name, parameter in inspect.signature(type(module).__init__).parameters.items()
         if isinstance(parameter.default, bool)
     ]
-    found: dict[str, tuple[int, ...]] = {}
+    first: StructureError | None = None
     for count in range(len(flags) + 1):
         for arguments in itertools.combinations(flags, count):
-            skeleton = build({**structure, "arguments": dict(arguments)})
-            shapes = {slot.path: tuple(slot.tensor.shape) for slot in find_slots(skeleton)}
-            if shapes == wanted:
+            try:
+                _require_same_shapes(module, {**structure, "arguments": dict(arguments)})
                 return dict(arguments)
-            found = found or shapes
+            except StructureError as error:
+                first = first or error
+    assert first is not None  # noqa: S101  (the combination of no flags was tried)
+    raise first
+
+
+def _require_same_shapes(module: torch.nn.Module, structure: Mapping[str, Any]) -> None:
+    """Refuse a constructor that makes other tensors than the module has."""
+    # The user's own class, in the user's own process: there is nothing to agree to.
+    built = build(structure, trust={"code"})
+    wanted = {slot.path: tuple(slot.tensor.shape) for slot in find_slots(built)}
+    found = {slot.path: tuple(slot.tensor.shape) for slot in find_slots(module)}
     odd = sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path))
-    raise StructureError(
-        "The constructor does not give back the module: it was changed after it was made",
-        where=f"{class_name(module)}, {odd[0]}",
-        wanted=f"{found.get(odd[0], 'no such tensor')} as {type(module).__name__}(config) makes it",
-        found=f"{wanted.get(odd[0], 'no such tensor')} in the module, and {len(odd) - 1} more differences",
-        way_out="merge adapters into the weights (merge_and_unload()), and keep config in step with the module",
-    )
+    if odd:
+        raise StructureError(
+            "The constructor does not give back the module: it was changed after it was made",
+            where=f"{structure['class']}, {odd[0]}",
+            wanted=f"{wanted.get(odd[0], 'no such tensor')} as the constructor makes it",
+            found=f"{found.get(odd[0], 'no such tensor')} in the module, and {len(odd) - 1} more differences",
+            way_out="merge adapters (merge_and_unload()) and keep config in step with the module, "
+            "pass init_args={…}, or pass allow_pickle=True",
+        )
 
 
-def build(structure: Mapping[str, Any], *, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+# --- build ---------------------------------------------------------------------------------------
+
+
+def build(
+    structure: Mapping[str, Any], *, trust: Collection[str] = (), dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
     """Call the constructor on real CPU memory, without random initialisation.
 
-    The values of its parameters mean nothing before ``tensors.fill``.
+    The values of its parameters mean nothing before ``inventory.fill``.
 
     Args:
-        structure: From ``describe`` or ``read_structure``.
+        structure: From ``describe`` or ``read_structure``, of a kind other than ``pickle``.
+        trust: What the caller agreed to run.
         dtype: Torch's default dtype during construction.
 
     Raises:
+        TrustError: The class is the user's own, and nobody agreed to run it.
         StructureError: The class is not there any more, or its constructor fails.
     """
+    lookup = _transformers_class
+    if structure["kind"] == "import":
+        require_agreed("code", trust, structure["class"])
+        lookup = import_name
     try:
-        cls = _transformers_class(structure["module"], structure["class"])
-        config = _transformers_class(structure["config_module"], structure["config_class"]).from_dict(
-            dict(structure["config"])
-        )
-        if structure["attn_implementation"] is not None:
-            config._attn_implementation = structure["attn_implementation"]
+        cls = lookup(structure["class"])
+        arguments = {
+            name: value["value"] if "value" in value else _config_from_json(value, lookup)
+            for name, value in structure["arguments"].items()
+        }
+        config = _config_from_json(structure, lookup)
         with real_memory(dtype):
-            module = cls(config, **structure["arguments"])
-    except StructureError:
+            module = cls(**arguments) if config is None else cls(config, **arguments)
+    except SafeFlavorError:
         raise
     except Exception as error:
         raise StructureError(
             "The constructor of the model failed",
-            where=f"{structure['module']}:{structure['class']}",
+            where=structure["class"],
             found=f"{type(error).__name__}: {error}",
-            way_out="install the pinned versions (mlflow-safeflavor inspect shows them)",
+            way_out="install the pinned versions (mlflow-safeflavor inspect shows them); "
+            "when saving, pass init_args={…} or allow_pickle=True",
         ) from error
     if not isinstance(module, torch.nn.Module):
-        raise StructureError("The class does not make a module", where=f"{structure['module']}:{structure['class']}")
+        raise StructureError("The class does not make a module", where=structure["class"])
     return module.eval().requires_grad_(False)
 
 
-def _transformers_class(module_name: str, name: str) -> Any:
+def _config_from_json(described: Mapping[str, Any], lookup: Callable[[str], Any]) -> Any:
+    if described["config_class"] is None:
+        return None
+    config = lookup(described["config_class"]).from_dict(dict(described["config"]))
+    if described.get("attn_implementation") is not None:
+        config._attn_implementation = described["attn_implementation"]
+    return config
+
+
+def _transformers_class(full_name: str) -> Any:
     """A class of the transformers package, by the module it was in or the package's own table.
 
     Nothing outside that package is ever imported for an artifact's sake.
     """
+    module_name, _, name = full_name.partition(":")
     if module_name.split(".")[0] == "transformers" and name.isidentifier():
         try:
             found = getattr(importlib.import_module(module_name), name, None)
@@ -210,49 +297,65 @@ def _transformers_class(module_name: str, name: str) -> Any:
             return found
     raise StructureError(
         "The model's class is not in the installed transformers",
-        where=f"{module_name}:{name}",
+        where=full_name,
         wanted="a class of the transformers package",
         way_out="install the pinned transformers (mlflow-safeflavor inspect shows it)",
     )
 
 
+# --- files ---------------------------------------------------------------------------------------
+
+
 def write_structure(structure: Mapping[str, Any], layout: Layout) -> None:
     """Write ``structure.json`` and, beside it, the config under the name other tools look for."""
-    rest = {key: value for key, value in structure.items() if key != "config"}
-    write_json(layout.structure, rest)
-    write_json(layout.config, structure["config"])
+    write_json(layout.structure, {key: value for key, value in structure.items() if key != "config"})
+    if structure.get("config") is not None:
+        write_json(layout.config, structure["config"])
 
 
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "kind": str,
     "class": str,
-    "module": str,
-    "config_class": str,
-    "config_module": str,
-    "config": dict,
+    "hooks": dict,
+    "pickle": (dict, type(None)),
+}
+_CONSTRUCTOR_KEYS: dict[str, type | tuple[type, ...]] = {
+    **_KEYS,
+    "config_class": (str, type(None)),
+    "config": (dict, type(None)),
     "attn_implementation": (str, type(None)),
     "arguments": dict,
 }
+_PICKLE_KEYS: dict[str, type | tuple[type, ...]] = {**_KEYS, "reason": str, "pickle": dict}
 
 
-def read_structure(layout: Layout) -> dict[str, Any]:
+def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
     """Read back what ``write_structure`` wrote.
 
     Raises:
-        IntegrityError: A file is missing or malformed.
+        IntegrityError: A file is missing or malformed, or wants to run more than ``MLmodel`` says,
+            which is what the caller agreed to.
     """
     content = read_json(layout.structure)
-    if isinstance(content, dict):
-        content["config"] = read_json(layout.config)
+    if isinstance(content, dict) and content.get("kind") != "pickle":
+        content["config"] = read_json(layout.config) if content.get("config_class") else None
+    keys = _PICKLE_KEYS if spec.structure == "pickle" else _CONSTRUCTOR_KEYS
     well_formed = (
         isinstance(content, dict)
-        and content.keys() == _KEYS.keys()
-        and all(isinstance(content[key], types) for key, types in _KEYS.items())
-        and content["kind"] == "transformers"
-        and all(isinstance(value, bool) for value in content["arguments"].values())
+        and content.keys() == keys.keys()
+        and all(isinstance(content[key], types) for key, types in keys.items())
+        and content["kind"] == spec.structure
+        and what_runs(content) == spec.runs
     )
     if not well_formed:
         raise IntegrityError(
             "The description of the module is malformed", where=layout.name_of(layout.structure), way_out=WAY_OUT
         )
     return dict(content)
+
+
+def what_runs(structure: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of its own the artifact runs: "code" for imported classes and hooks, "pickle" for pickles."""
+    names = [structure["class"] if structure["kind"] == "import" else None, *structure["hooks"].values()]
+    code = any(name is not None for name in names)
+    return tuple(kind for kind, runs in (("code", code), ("pickle", structure["pickle"] is not None)) if runs)

@@ -5,29 +5,44 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from mlflow_safeflavor.errors import TrustError
-from mlflow_safeflavor.spec import ModelSpec
 
-__all__ = ["require_trust"]
+__all__ = ["KINDS", "require_agreed", "require_known"]
 
-_NEEDED = {"transformers": None, "import": "code", "pickle": "pickle"}
-"""Structure kind → what the caller has to agree to; classes of transformers itself need nothing."""
+KINDS = ("code", "pickle")
+"""What an artifact may want to run: modules from its code folder, or a pickle."""
 
 
-def require_trust(spec: ModelSpec, trust: Collection[str]) -> None:
-    """Refuse a structure kind that the caller did not agree to.
+def require_known(trust: Collection[str]) -> None:
+    """Refuse agreement to something that does not exist, which is a typing mistake.
 
     Raises:
-        TrustError: The kind runs the artifact's own code or a pickle.
+        TrustError: Names the unknown kind.
     """
-    unknown = set(trust) - {"code", "pickle"}
-    if unknown:
-        raise TrustError("Unknown kind of trust", where="trust", wanted="code | pickle", found=sorted(unknown))
-    needed = _NEEDED[spec.structure]
-    if needed and needed not in trust:
+    if isinstance(trust, str) or not set(trust) <= set(KINDS):
         raise TrustError(
-            f"This model runs its own {needed} when it is loaded",
-            where=f"structure kind {spec.structure}, class {spec.model_class}",
-            wanted=f"trust={{{needed!r}}}",
+            "Unknown kind of trust", where="trust", wanted='a set of "code" and "pickle"', found=repr(trust)
+        )
+
+
+def require_agreed(kind: str, trust: Collection[str], what: str) -> None:
+    """Refuse to run something the caller did not agree to. Called first thing, and again at the very place.
+
+    Args:
+        kind: "code" or "pickle".
+        trust: What the caller agreed to.
+        what: What would run.
+
+    Raises:
+        TrustError: ``kind`` is not in ``trust``.
+    """
+    if kind not in trust:
+        way_out = f"if you know who saved it, pass trust={{{kind!r}}}; `mlflow-safeflavor inspect` runs nothing of it"
+        if kind == "pickle":
+            way_out += "; under pyfunc, set MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true"
+        raise TrustError(
+            f"This model runs its own {kind} when it is loaded",
+            where=what,
+            wanted=f"trust={{{kind!r}}}",
             found=f"trust={set(trust) or '{}'}",
-            way_out=f"if you know who saved it, pass trust={{{needed!r}}}; `mlflow-safeflavor inspect` runs nothing",
+            way_out=way_out,
         )

@@ -32,6 +32,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mlflow_safeflavor import environment
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -126,6 +128,41 @@ def tiny_bert() -> Callable[..., PreTrainedModel]:
             return cls(BertConfig(**{**shape, **config})).eval()
 
     return make
+
+
+# Installed distributions.
+
+
+class Site:
+    """A folder of installed distributions that hold nothing but metadata."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.path = [str(folder)]
+
+    def install(self, name, version="1.0", requires=(), *, direct_url=None, installer="pip"):
+        info = self.folder / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {line}" for line in requires)]) + "\n")
+        (info / "INSTALLER").write_text(installer)
+        if direct_url is not None:
+            (info / "direct_url.json").write_text(json.dumps(direct_url))
+        return info
+
+    def record(self, *roots, **options):
+        return environment.record(roots, torch_build={}, path=self.path, **options)
+
+    def closure(self, *roots, **options):
+        return dict(self.record(*roots, **options).distributions)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """``site.install(name, version, requires)``, and ``site.path`` to look there."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    return Site(folder)
 
 
 # MLflow.

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -28,9 +29,9 @@ NASTY = [
     "nul \x00 bell \x07 zero\u200bwidth \ufeffbom \u00adsoft",
     "[CLS] looks like [SEP] special [MASK] tokens </s> <s> <pad>",
     "def f(x):\n    return {x: [1.5, 'a'], **{}}  # comment",
-    "word " * 400,
-    "x" * 2000,
-    "".join(chr(c) for c in range(32, 1000)),
+    "word " * 150,
+    "x" * 300,
+    "".join(chr(c) for c in range(32, 600)),
     "https://example.org/a?b=c&d=%20#e",
 ]
 CORPUS = [text for text in NASTY if text.strip()] * 3 + ["the cat sat on the mat and the dog ran"] * 20
@@ -107,7 +108,7 @@ def _files(folder):
 @pytest.mark.parametrize("pairs", [None, NASTY[::-1]], ids=["single", "pairs"])
 def test_ids_are_those_of_transformers(tokenizer, pairs, tmp_path):
     encoder = TextEncoder(tmp_path, write_tokenizer(tokenizer, tmp_path))
-    for length in (4, 5, 17, 64, 300):
+    for length in (4, 5, 17, 64, 200):
         wanted = _rows(tokenizer(NASTY, pairs, truncation=True, max_length=length), len(NASTY))
         assert encoder.encode(NASTY, pairs, max_length=length) == wanted
         assert max(len(row["input_ids"]) for row in wanted) <= length
@@ -279,7 +280,6 @@ def test_threads_with_mixed_lengths_get_single_threaded_encodings(tokenizers, tm
     encoder = TextEncoder(tmp_path, write_tokenizer(tokenizers["byte-level"], tmp_path))
     reference = TextEncoder(tmp_path, encoder.config)
     draw = random.Random(0)
-    # More lengths than copies are kept, so that copies are dropped and made again meanwhile.
     jobs = [(draw.sample(NASTY, 3), draw.choice([None, *range(5, 18)]), draw.random() < 0.8) for _ in range(600)]
     wanted = [reference.encode(texts, max_length=length, truncation=cut) for texts, length, cut in jobs]
     with ThreadPoolExecutor(8) as pool:
@@ -287,11 +287,27 @@ def test_threads_with_mixed_lengths_get_single_threaded_encodings(tokenizers, tm
     assert found == wanted
 
 
-def test_lengths_do_not_pile_up(tokenizers, tmp_path):
-    encoder = TextEncoder(tmp_path, write_tokenizer(tokenizers["bare"], tmp_path))
-    for length in range(1, 100):
-        encoder.encode(["a"], max_length=length)
-    assert len(encoder._truncating) == 8
+def test_cutting_two_long_texts_is_cheap(tokenizers, tmp_path):
+    """tokenizers' own truncation builds every combination of what it cuts off a pair: here more than memory holds."""
+    encoder = TextEncoder(tmp_path, write_tokenizer(tokenizers["wordpiece"], tmp_path))
+    start = time.perf_counter()
+    row = encoder.encode(["left " * 20_000], ["right " * 20_000], max_length=8)[0]
+    assert time.perf_counter() - start < 5
+    assert row["input_ids"] == encoder.encode(["left left"], ["right right right"])[0]["input_ids"]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_every_way_to_cut_a_pair(side, tmp_path):
+    backend = Tokenizer(models.WordLevel({"[U]": 0, "[S]": 1, **{c: i for i, c in enumerate("abcdefghij", 2)}}, "[U]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing("[S] $A", "[S] $A [S] $B:1 [S]:1", [("[S]", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[U]", truncation_side=side)
+    encoder = TextEncoder(tmp_path, write_tokenizer(tokenizer, tmp_path))
+    texts = [" ".join("abcde"[:n]) for n in range(6) for m in range(6)]
+    pairs = [" ".join("fghij"[:m]) for n in range(6) for m in range(6)]
+    for length in range(3, 15):
+        wanted = _rows(tokenizer(texts, pairs, truncation=True, max_length=length), len(texts))
+        assert encoder.encode(texts, pairs, max_length=length) == wanted
 
 
 def test_encoding_imports_neither_transformers_nor_torch(tokenizers, tmp_path):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.tasks.base import Task
+from mlflow_safeflavor.tasks.custom import Custom
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
+from mlflow_safeflavor.tasks.raw import Raw
 from mlflow_safeflavor.tasks.text_classification import TextClassification
 
 __all__ = ["TASKS", "Task", "infer_task", "task_class"]
 
-TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (FeatureExtraction, TextClassification)}
+TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (Custom, FeatureExtraction, Raw, TextClassification)}
 
 _ALIASES = {"sentiment-analysis": "text-classification"}
 """Other names that transformers' pipelines have for a task."""

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 import torch
 from mlflow.models import ModelSignature
 
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.rows import Row
+from mlflow_safeflavor.rows import Row, rows_of
 from mlflow_safeflavor.tasks.params import Param, check_params
 
 __all__ = ["Features", "Row", "RowOutput", "Task"]
@@ -46,6 +47,8 @@ class Task(ABC):
     """Fields that ``columns`` must have. Every field in ``columns`` must then be in every row."""
     params: ClassVar[tuple[Param, ...]] = ()
     """Per-request params."""
+    needs_example: ClassVar[bool] = False
+    """Whether only the user's example tells columns, signature and golden rows."""
     task_options: ClassVar[frozenset[str]] = frozenset()
     """Keys of the user's ``model_config`` that belong to the task and are fixed at save."""
 
@@ -78,6 +81,11 @@ class Task(ABC):
         return {field: input_columns[field] for field in cls.fields if field in input_columns}
 
     @classmethod
+    def columns_of(cls, example: Any) -> dict[str, str] | None:
+        """Columns that an example has, for tasks whose ``needs_example`` is true."""
+        return None
+
+    @classmethod
     @abstractmethod
     def serves(cls, class_name: str) -> bool:
         """Whether a model class of this name was made for this task."""
@@ -97,12 +105,40 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def signature(self) -> ModelSignature:
-        """Inputs by column name, outputs, and the per-request params with their defaults."""
+    def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
+        """Inputs by column name, outputs, and the per-request params with their defaults.
 
-    @abstractmethod
+        Args:
+            example: The user's example, for tasks whose ``needs_example`` is true.
+            result: What was answered to it.
+        """
+
+    def rows(self, data: Any) -> list[Row]:
+        """What the user handed to ``predict``, as rows by field. Raises ``InputError`` naming row and column."""
+        return rows_of(data, self.columns, self.required)
+
+    def result(self, answers: Sequence[Mapping[str, Any]], data: Any) -> Any:
+        """What ``predict`` returns: a DataFrame with one row for each row of ``data``, under the same index."""
+        return pd.DataFrame(answers, index=data.index if isinstance(data, (pd.DataFrame, pd.Series)) else None)
+
     def golden_rows(self) -> list[Row]:
-        """A few rows of different lengths whose answers are recorded at save and replayed at load."""
+        """A few rows of different lengths whose answers are recorded at save and replayed at load.
+
+        None for tasks whose rows nobody but the user knows; their example is recorded.
+        """
+        return []
+
+    def to_record(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        """A golden row or its answer as JSON."""
+        return dict(value)
+
+    def from_record(self, value: Mapping[str, Any], features: Mapping[str, np.ndarray]) -> Row:
+        """A golden row back from its JSON and its recorded features."""
+        return value
+
+    def batch_budget(self, max_batch_tokens: int) -> int:
+        """Most ``cost`` of one forward, given the run-time option."""
+        return max_batch_tokens
 
     def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
         """All params with defaults filled in. Raises ``InputError`` naming the param."""

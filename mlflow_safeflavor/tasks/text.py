@@ -55,7 +55,7 @@ class TextTask(Task):
     answer: ClassVar[Schema]
     """The outputs part of the signature."""
 
-    def signature(self) -> ModelSignature:
+    def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
         inputs = Schema([ColSpec(DataType.string, column) for column in self.columns.values()])
         return ModelSignature(inputs=inputs, outputs=self.answer, params=param_schema(self.params))
 
@@ -144,7 +144,7 @@ class TextTask(Task):
 
     def _filled(self, rows: Sequence[Any], fill: int) -> torch.Tensor:
         longest = max(map(len, rows))
-        left = (self.config["padding_side"] or self.encoder.config["padding_side"]) == "left"
+        left = self.config["padding_side"] == "left"
         table: np.ndarray = np.full((len(rows), longest), fill, dtype=np.int64)
         for line, row in zip(table, rows, strict=True):
             start = longest - len(row) if left else 0
@@ -176,7 +176,7 @@ def describe_text_model(model: torch.nn.Module) -> dict[str, Any]:
 
     Returns:
         ``input_names`` that its forward takes, ``max_length`` in tokens or None, ``pad_token_id`` or None, and
-        ``padding_side`` where it must not be the tokenizer's.
+        ``padding_side`` ("right" or "left").
 
     Raises:
         StructureError: The model does not take token ids alone.
@@ -196,9 +196,10 @@ def describe_text_model(model: torch.nn.Module) -> dict[str, Any]:
         # The model's own and not the tokenizer's: RoBERTa counts positions, and GPT-like classifiers find the
         # last token, by comparing with it.
         "pad_token_id": _pad_token_id(config),
-        # Padding on the left shifts every real token to other positions; where positions are looked up in a
-        # table, that would change the answer. A table with a padding index counts from the first real token.
-        "padding_side": "right" if any(table.padding_idx is None for table in _position_tables(model)) else None,
+        # Whatever the tokenizer says: padding on the left shifts the positions of the real tokens where they are
+        # looked up in a table, and puts padding where classifiers look for the first token. Behind the last token it
+        # harms nobody, causal models included, but those that read the last place whatever it holds (XLNet).
+        "padding_side": "left" if getattr(config, "summary_type", None) == "last" else "right",
     }
 
 

@@ -1,0 +1,134 @@
+"""Any rows, through the user's own hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from mlflow.models import ModelSignature, infer_signature
+
+from mlflow_safeflavor.engine import Engine
+from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+
+__all__ = ["Custom"]
+
+_BATCH_ROWS = 32
+
+
+class _Answered(dict[str, np.ndarray]):
+    """Raw outputs of one row, with the answer that ``postprocess`` made of its batch."""
+
+    answer: dict[str, Any]
+
+
+class Custom(Task):
+    """Rows of any columns, through two hooks.
+
+    ``preprocess(rows, tokenizer)`` takes a list of dicts, by column name, and gives the keyword
+    arguments of ``forward``: a dict of tensors whose first dimension is the rows.
+    ``postprocess(outputs, rows)`` takes the dict of output tensors and the same rows, and gives one
+    dict a row, JSON-able. Both see whole batches, and may be called from many threads.
+    """
+
+    name = "custom"
+    fields = ()
+    required = ()
+    needs_example = True
+    task_options = frozenset({"batch_rows"})
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        columns: Mapping[str, str],
+        encoder: Any = None,
+        *,
+        hooks: Mapping[str, Callable[..., Any]],
+        tokenizer: Callable[[], Any],
+    ) -> None:
+        super().__init__(config, columns, encoder)
+        if not {"preprocess", "postprocess"} <= hooks.keys():
+            raise StructureError(
+                "The custom task needs both hooks", wanted="preprocess=… and postprocess=…", found=sorted(hooks)
+            )
+        self.preprocess, self.postprocess = hooks["preprocess"], hooks["postprocess"]
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def serves(cls, class_name: str) -> bool:
+        return False
+
+    @classmethod
+    def columns_for(cls, input_columns: Mapping[str, str] | None) -> dict[str, str]:
+        return dict(input_columns or {})
+
+    @classmethod
+    def columns_of(cls, example: Any) -> dict[str, str]:
+        first = example[0] if isinstance(example, Sequence) and not isinstance(example, str) and example else example
+        if not isinstance(first, (pd.DataFrame, Mapping)):
+            raise InputError(
+                "The columns cannot be told from the example",
+                where="input_example",
+                wanted="a DataFrame, a dict or a list of dicts",
+                found=type(example).__name__,
+            )
+        return {str(column): str(column) for column in first}
+
+    @classmethod
+    def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+        rows = options.get("batch_rows", _BATCH_ROWS)
+        if type(rows) is not int or rows < 1:
+            raise InputError("Not a number of rows", where="model_config, batch_rows", wanted="≥ 1", found=repr(rows))
+        return {"batch_rows": rows}
+
+    def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
+        frame = pd.DataFrame(
+            [{self.columns[field]: row[field] for field in self.columns} for row in self.rows(example)]
+        )
+        return infer_signature(frame, result)
+
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+        return [{"row": row} for row in rows]
+
+    def cost(self, features: Features) -> int:
+        return 1
+
+    def batch_budget(self, max_batch_tokens: int) -> int:
+        return int(self.config["batch_rows"])
+
+    def forward(self, engine: Engine, batch: Sequence[Features]) -> list[RowOutput]:
+        rows = [{self.columns[field]: value for field, value in features["row"].items()} for features in batch]
+        inputs = self.preprocess(rows, self.tokenizer())
+        if not isinstance(inputs, Mapping) or not all(isinstance(v, torch.Tensor) for v in inputs.values()):
+            raise StructureError(
+                "preprocess must give the keyword arguments of forward", wanted="a dict of tensors", found=type(inputs)
+            )
+        outputs = {name: tensor.cpu() for name, tensor in engine(inputs).items()}
+        answers = self.postprocess(outputs, rows)
+        if not isinstance(answers, Sequence) or len(answers) != len(rows):
+            raise StructureError(
+                "postprocess must give one dict a row",
+                wanted=f"a list of {len(rows)} dicts",
+                found=f"{type(answers).__name__} of {len(answers) if isinstance(answers, Sequence) else '?'}",
+            )
+        return [_answered(outputs, i, len(rows), dict(answer)) for i, answer in enumerate(answers)]
+
+    def decode(
+        self, rows: Sequence[Row], outputs: Sequence[RowOutput], params: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        return [output.answer for output in outputs if isinstance(output, _Answered)]
+
+
+def _answered(outputs: Mapping[str, torch.Tensor], i: int, rows: int, answer: dict[str, Any]) -> _Answered:
+    """Row ``i`` of every output whose first dimension is the rows; the rest says nothing of one row."""
+    arrays = {
+        name: (tensor[i].float() if tensor.is_floating_point() else tensor[i]).numpy()
+        for name, tensor in outputs.items()
+        if tensor.dim() and tensor.shape[0] == rows
+    }
+    answered = _Answered(arrays)
+    answered.answer = answer
+    return answered

@@ -1,0 +1,99 @@
+"""The user's own classes and functions, by name: from installed packages or from the artifact's ``code/``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from mlflow_safeflavor.artifact import digest_of_file
+from mlflow_safeflavor.errors import StructureError
+
+__all__ = ["distributions_of", "import_name", "importable_name", "make_importable", "name_of"]
+
+
+def name_of(thing: Any) -> str:
+    """``module:qualname`` of a class or function."""
+    return f"{thing.__module__}:{thing.__qualname__}"
+
+
+def importable_name(function: Callable[..., Any]) -> str | None:
+    """``module:qualname`` of a function at the top of a module; None for lambdas, closures and scripts."""
+    module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", "<none>")
+    return None if module in (None, "__main__") or "<" in qualname else f"{module}:{qualname}"
+
+
+def distributions_of(
+    module: torch.nn.Module, hooks: Mapping[str, Callable[..., Any]], *, except_for: Collection[str]
+) -> list[str]:
+    """Installed distributions that define the classes in ``module`` and the hooks.
+
+    Args:
+        module: Its submodules are looked at, too.
+        hooks: The user's functions.
+        except_for: Top-level names that are stored with the model.
+    """
+    names = {type(child).__module__.partition(".")[0] for child in module.modules()}
+    names |= {(getattr(hook, "__module__", None) or "").partition(".")[0] for hook in hooks.values()}
+    # Looking up who owns a name reads every distribution's file list, so only for names in question.
+    names -= {*except_for, "", "__main__", "mlflow_safeflavor", "torch", "transformers"}
+    owners = importlib.metadata.packages_distributions() if names else {}
+    return sorted({owner for name in names for owner in owners.get(name, ())})
+
+
+def make_importable(code: Path) -> None:
+    """Put an artifact's code folder first on the path, as MLflow does, and refuse what that cannot mean.
+
+    Raises:
+        StructureError: A module of the same name but other content is imported already, so that the
+            artifact's own would be shadowed.
+    """
+    if not code.is_dir():
+        return
+    for file in sorted(code.rglob("*.py")):
+        name = ".".join(file.relative_to(code).with_suffix("").parts).removesuffix(".__init__")
+        if not name.startswith("mlflow_safeflavor"):
+            _require_same_module(sys.modules.get(name), name, file)
+    if str(code) not in sys.path:
+        sys.path.insert(0, str(code))
+        importlib.invalidate_caches()
+
+
+def _require_same_module(imported: ModuleType | None, name: str, file: Path) -> None:
+    origin = getattr(imported, "__file__", None)
+    if imported is None or (origin and Path(origin).is_file() and digest_of_file(Path(origin)) == digest_of_file(file)):
+        return
+    raise StructureError(
+        "Another module of the same name is imported already",
+        where=name,
+        wanted=file,
+        found=origin or "a module without a file",
+        way_out="load models whose code differs under the same module name in separate processes",
+    )
+
+
+def import_name(full_name: str) -> Any:
+    """The class or function that ``module:qualname`` names.
+
+    Raises:
+        StructureError: It cannot be imported.
+    """
+    module_name, _, qualname = full_name.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise StructureError(
+            "The model's own code cannot be imported",
+            where=full_name,
+            found=f"{type(error).__name__}: {error}",
+            way_out="when saving, pass code_paths=[…] with the file or package that defines it",
+        ) from error
+    return found

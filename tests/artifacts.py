@@ -1,0 +1,63 @@
+"""Damage to files of a saved model, and a manifest made anew by somebody who may write."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlflow_safeflavor.artifact import Layout, write_manifest
+from mlflow_safeflavor.load import guarded_parts
+
+TEXTS = ["the cat sat", "a dog ran on the mat", "return x + y"]
+
+
+def rewrite(path: Path, content: bytes | str) -> None:
+    """Put other bytes at ``path`` and leave alone what other hard links show."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def flip(path: Path, position: int | None = None) -> None:
+    """Change one bit of one byte, by default in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if position is None else position] ^= 1
+    rewrite(path, bytes(content))
+
+
+def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
+    """Let ``change`` work on the content of a JSON file; what it returns, unless None, takes its place."""
+    content = json.loads(path.read_text())
+    changed = change(content)
+    rewrite(path, json.dumps(content if changed is None else changed))
+
+
+def edit_mlmodel(root: Path, change: Callable[[Any], Any]) -> None:
+    """The same for ``MLmodel``."""
+    path = Layout(root).mlmodel
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    rewrite(path, yaml.safe_dump(content))
+
+
+def reseal(root: Path) -> None:
+    """Make the manifest anew, as somebody would who changed files on purpose."""
+    layout = Layout(root)
+    layout.manifest.unlink()
+    write_manifest(layout, mlmodel=guarded_parts(yaml.safe_load(layout.mlmodel.read_text())))
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a safetensors file."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def write_header(path: Path, header: dict[str, Any], data: bytes) -> None:
+    """Write a safetensors file without any check."""
+    text = json.dumps(header).encode()
+    rewrite(path, struct.pack("<Q", len(text)) + text + data)

@@ -1,0 +1,32 @@
+"""A saved model to look at and copies of it to damage, for test modules that say ``pytest_plugins = "saved_models"``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import mlflow_safeflavor
+import pytest
+from artifacts import TEXTS
+
+_made: dict[str, Path] = {}
+
+
+@pytest.fixture
+def saved(tmp_path_factory, tiny_bert, tiny_tokenizer) -> Path:
+    """A saved tiny classifier with an input example; made once a process, so nobody may change it."""
+    if "saved" not in _made:
+        path = tmp_path_factory.mktemp("artifact") / "model"
+        example = [{"text": text} for text in TEXTS]
+        mlflow_safeflavor.save_model(
+            tiny_bert(), path, tokenizer=tiny_tokenizer, input_example=example, metadata={"a": 1}, rehearse=False
+        )
+        _made["saved"] = path
+    return _made["saved"]
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    """A copy of ``saved`` that a test may damage: hard links, so change files with ``rewrite`` alone."""
+    return Path(shutil.copytree(saved, tmp_path / "copy", copy_function=os.link))
