@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ __all__ = [
     "find_broken_files",
     "read_json",
     "read_manifest",
+    "read_plain_file",
     "staging",
     "write_json",
     "write_manifest",
@@ -28,6 +30,7 @@ __all__ = [
 
 _CHUNK = 1 << 20
 _MANIFEST_VERSION = 1
+_MAX_GUARDED = 10**7  # characters; the largest ever seen had some thousand
 WAY_OUT = "fetch the artifact again, or log the model again; files of a saved model are not meant to be edited"
 
 
@@ -111,13 +114,38 @@ def read_json(path: Path) -> Any:
         IntegrityError: The file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = read_plain_file(path)
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise IntegrityError("A file of the artifact is missing", where=path, way_out=WAY_OUT) from None
     except (ValueError, RecursionError, OSError) as error:
         raise IntegrityError(
             "A file of the artifact cannot be read as JSON", where=path, found=error, way_out=WAY_OUT
         ) from None
+
+
+def read_plain_file(path: Path) -> str:
+    """Text of a file that is no pipe or device: opening those could block for ever, or never end.
+
+    Raises:
+        OSError: There is none, or it is something else.
+        ValueError: It is not UTF-8.
+    """
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise OSError("not a plain file")
+    return path.read_text(encoding="utf-8")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Readers disagree on which of two equal keys counts, so what one checked another would not use."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def digest_of_file(path: Path) -> str:
@@ -131,14 +159,31 @@ def digest_of_file(path: Path) -> str:
 
 
 def digest_json(value: object) -> str:
-    """SHA-256 of a JSON-able value, independent of key order."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    """SHA-256 of a JSON-able value, independent of key order.
+
+    Raises:
+        IntegrityError: It is no JSON, or larger than anything that was ever meant: a few lines of YAML
+            can name one list a billion times.
+    """
+    digest, size = hashlib.sha256(), 0
+    try:
+        for part in json.JSONEncoder(sort_keys=True, default=str).iterencode(value):
+            digest.update(part.encode())
+            size += len(part)
+            if size > _MAX_GUARDED:
+                raise ValueError(f"more than {_MAX_GUARDED} characters")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise IntegrityError(
+            "MLmodel holds something that no model was saved with", where=Layout.MLMODEL, found=error, way_out=WAY_OUT
+        ) from None
+    return digest.hexdigest()
 
 
 def _files_below(root: Path) -> Iterator[Path]:
     for path in sorted(root.rglob("*")):
         # Running vendored code leaves byte code behind; it is no part of the artifact.
-        if not path.is_dir() and "__pycache__" not in path.parts:
+        # A link to a folder counts as a file: nobody would look at what is behind it.
+        if (path.is_symlink() or not path.is_dir()) and "__pycache__" not in path.parts:
             yield path
 
 
@@ -180,8 +225,9 @@ def read_manifest(layout: Layout) -> dict[str, Any]:
         raise IntegrityError("The manifest is malformed", where=where, way_out=WAY_OUT)
     for name in files:
         pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name or "\\" in name:
-            raise IntegrityError("The manifest names a path outside the artifact", where=where, found=repr(name))
+        too_long = any(len(part.encode(errors="replace")) > 255 for part in pure.parts) or len(name) > 4096
+        if too_long or pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name or "\\" in name:
+            raise IntegrityError("The manifest names no path inside the artifact", where=where, found=repr(name[:300]))
     return dict(manifest)
 
 
@@ -212,6 +258,8 @@ def find_broken_files(
             yield f"{name}: has SHA-256 {found[:12]}…, wanted {entry['sha256'][:12]}…"
     # A file nobody recorded could be imported (code/) or read in place of another (safeflavor/).
     for folder in (layout.data, layout.code):
+        if folder.is_symlink():
+            yield f"{layout.name_of(folder)}: is a symbolic link, wanted a plain folder"
         for path in _files_below(folder):
             if (name := layout.name_of(path)) not in files and path != layout.manifest:
                 yield f"{name}: was not there when the model was saved"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mlflow_safeflavor import environment as environments
-from mlflow_safeflavor.artifact import WAY_OUT, Layout, find_broken_files, read_json, read_manifest
-from mlflow_safeflavor.errors import InputError, IntegrityError, WeightsError
+from mlflow_safeflavor.artifact import WAY_OUT, Layout, find_broken_files, read_json, read_manifest, read_plain_file
+from mlflow_safeflavor.errors import InputError, IntegrityError, PlacementError, WeightsError
 from mlflow_safeflavor.report import LoadReport
 from mlflow_safeflavor.spec import FLAVOR_NAME, ModelSpec
 from mlflow_safeflavor.trust import require_agreed, require_known
@@ -36,6 +36,7 @@ class LoadOptions:
 
     device: str | int | torch.device = "auto"
     dtype: str | torch.dtype | None = None
+    device_map: str | Mapping[str, Any] | None = None
     verify: str = "full"
     environment: str = "warn"
     max_batch_tokens: int = 512
@@ -49,6 +50,7 @@ def load_model(
     *,
     device: str | int | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
     verify: str = "full",
     environment: str = "warn",
     trust: Collection[str] = (),
@@ -60,6 +62,8 @@ def load_model(
         dst_path: Folder to download to; a temporary one by default.
         device: "auto", "cpu", "cuda:0", an index of an accelerator, or a ``torch.device``.
         dtype: Cast to this dtype after everything was compared; None keeps the saved one.
+        device_map: Spread over several devices instead of one: "auto", "balanced", "sequential", or a dict
+            of submodule name → device, index or "disk". Needs accelerate.
         verify: "full" hashes every byte; "structure" compares names, sizes and all tensors' facts;
             both replay the golden rows. "off" still compares the tensors' facts.
         environment: "error", "warn" or "ignore" when this environment is not the recorded one.
@@ -71,7 +75,14 @@ def load_model(
     Raises:
         SafeFlavorError: One of its kinds, each naming what was wanted and what was found.
     """
-    options = LoadOptions(device=device, dtype=dtype, verify=verify, environment=environment, trust=frozenset(trust))
+    options = LoadOptions(
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        verify=verify,
+        environment=environment,
+        trust=frozenset(trust),
+    )
     return load_folder(locate(model_uri, dst_path), options)
 
 
@@ -88,7 +99,7 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
     with report.timed("rebuild"):
         module, hooks = rebuild(inventory, spec, layout, options, report)
     with report.timed("place"):
-        device = _place(module, spec, layout, options, report)
+        device = _place(module, inventory, spec, layout, options, report)
     model = bind(module, hooks, device, spec, layout, options, report)
     with report.timed("replay"):
         _replay(model, layout, options, report)
@@ -118,13 +129,14 @@ def read_spec(layout: Layout) -> tuple[ModelSpec, dict[str, Any]]:
         FormatVersionError: A newer release wrote it.
     """
     try:
-        content = yaml.safe_load(layout.mlmodel.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_plain_file(layout.mlmodel))
         entry = content["flavors"][FLAVOR_NAME]
     except FileNotFoundError:
         raise IntegrityError(
             "There is no MLflow model", where=layout.root, wanted=layout.MLMODEL, way_out=WAY_OUT
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, OSError) as error:
+        # ValueError: not UTF-8, or a date that no calendar has.
         raise IntegrityError("MLmodel cannot be read", where=layout.mlmodel, found=error, way_out=WAY_OUT) from None
     except (KeyError, TypeError):
         raise IntegrityError(
@@ -209,18 +221,34 @@ def _check_tensors(module: torch.nn.Module, inventory: Inventory, report: LoadRe
 
 
 def _place(
-    module: torch.nn.Module, spec: ModelSpec, layout: Layout, options: LoadOptions, report: LoadReport
+    module: torch.nn.Module,
+    inventory: Inventory,
+    spec: ModelSpec,
+    layout: Layout,
+    options: LoadOptions,
+    report: LoadReport,
 ) -> torch.device:
-    from mlflow_safeflavor import inventory, placement, structure
+    from mlflow_safeflavor import placement, structure
+    from mlflow_safeflavor.inventory import find_slots
 
+    if options.device_map is not None and (options.device != "auto" or options.dtype):
+        raise PlacementError(
+            "device_map says where everything goes, in the dtype it was saved in",
+            where="device_map",
+            found=f"device={options.device!r}, dtype={options.dtype!r}",
+            way_out="leave device and dtype out, or device_map",
+        )
     device = placement.resolve_device(options.device)
     casts = {}
     if options.dtype:
         dtype = placement.resolve_dtype(options.dtype)
         described = structure.read_structure(layout, spec)
-        casts = placement.dtype_plan(module, described, dtype, inventory.find_slots(module))
-    placement.place(module, device, casts)
-    report.device = str(device)
+        casts = placement.dtype_plan(module, described, dtype, find_slots(module))
+    if options.device_map is None:
+        placement.place(module, device, casts)
+    else:
+        device = placement.dispatch(module, options.device_map, inventory, layout.data)
+    report.device = str(device) if options.device_map is None else f"{device}, by device_map"
     return device
 
 

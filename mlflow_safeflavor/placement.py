@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mlflow_safeflavor import structure as structures
 from mlflow_safeflavor.errors import PlacementError
-from mlflow_safeflavor.inventory import Slot, fill, find_slots, take_inventory
+from mlflow_safeflavor.inventory import Inventory, Slot, fill, find_slots, some, take_inventory
 from mlflow_safeflavor.spec import DTYPES
 
-__all__ = ["dtype_plan", "place", "resolve_device", "resolve_dtype"]
+__all__ = ["dispatch", "dtype_plan", "place", "resolve_device", "resolve_dtype"]
 
 
 def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -142,3 +143,108 @@ def place(module: torch.nn.Module, device: torch.device, dtypes: Mapping[str, to
             found=error,
             way_out="device='cpu', or a smaller serving dtype when saving",
         ) from error
+
+
+# --- several devices -------------------------------------------------------------------------------
+
+
+def dispatch(
+    module: torch.nn.Module, device_map: str | Mapping[str, Any], inventory: Inventory, folder: Path
+) -> torch.device:
+    """Spread a filled and compared module over devices, through accelerate's hooks.
+
+    Tensors that are offloaded to disk stay where they are: in the artifact's safetensors files, from
+    which accelerate reads them whenever their module runs.
+
+    Args:
+        module: In memory, on the CPU.
+        device_map: "auto", "balanced", "sequential", or submodule name → device, index or "disk".
+        inventory: Says which file holds which tensor.
+        folder: With the safetensors files.
+
+    Returns:
+        Where inputs go.
+
+    Raises:
+        PlacementError: accelerate is not installed, a device or submodule does not exist, or the map
+            leaves tensors without a place.
+    """
+    try:
+        import accelerate
+    except ImportError:
+        raise PlacementError(
+            "device_map needs accelerate", way_out="pip install 'mlflow-safeflavor[accelerate]'"
+        ) from None
+    devices = _device_map(module, device_map, accelerate)
+    real = [device for device in devices.values() if isinstance(device, torch.device)]
+    if len(set(devices.values())) == 1 and real:
+        place(module, real[0], {})
+        return real[0]
+    main = next((device for device in real if device.type != "cpu"), torch.device("cpu"))
+    try:
+        accelerate.dispatch_model(
+            module,
+            device_map={name: _as_accelerate(device) for name, device in devices.items()},
+            main_device=_as_accelerate(main),
+            offload_index=_offload_index(inventory, folder) if "disk" in devices.values() else None,
+        )
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise PlacementError(
+            "accelerate cannot spread the model like this", where="device_map", found=error, way_out='device_map="auto"'
+        ) from error
+    return main
+
+
+def _automatic_map(module: torch.nn.Module, strategy: str, accelerate: Any) -> dict[str, Any]:
+    if strategy not in ("auto", "balanced", "sequential"):
+        raise PlacementError(
+            "Unknown device map", where="device_map", wanted="auto | balanced | sequential | a dict", found=strategy
+        )
+    if _accelerator() is None:
+        return {"": "cpu"}
+    whole = list(getattr(module, "_no_split_modules", None) or ())
+    balanced = strategy != "sequential"
+    memory = accelerate.utils.get_balanced_memory(module, no_split_module_classes=whole) if balanced else None
+    return dict(accelerate.infer_auto_device_map(module, max_memory=memory, no_split_module_classes=whole))
+
+
+def _device_map(
+    module: torch.nn.Module, given: str | Mapping[str, Any], accelerate: Any
+) -> dict[str, torch.device | str]:
+    device_map = _automatic_map(module, given, accelerate) if isinstance(given, str) else dict(given)
+    names = dict(module.named_modules()) | dict(module.named_parameters()) | dict(module.named_buffers())
+    if unknown := sorted(set(device_map) - set(names)):
+        raise PlacementError(
+            "The device map names something the model does not have",
+            where=f"device_map, {unknown[0]!r}",
+            wanted=f"submodules such as {', '.join(repr(name) for name, _ in module.named_children())}, or ''",
+        )
+    homeless = [
+        slot.path
+        for slot in find_slots(module)
+        if slot.kind != "attribute"
+        and not any(name == "" or f"{slot.path}.".startswith(f"{name}.") for name in device_map)
+    ]
+    if homeless:
+        raise PlacementError(
+            "The device map leaves tensors without a place",
+            where=some(homeless),
+            wanted="a device for every submodule",
+            found=f"{len(homeless)} tensors without one",
+        )
+    return {name: "disk" if device == "disk" else resolve_device(device) for name, device in device_map.items()}
+
+
+def _as_accelerate(device: torch.device | str) -> str | int:
+    if isinstance(device, str):
+        return device
+    return device.index or 0 if device.type == "cuda" else str(device)
+
+
+def _offload_index(inventory: Inventory, folder: Path) -> dict[str, dict[str, str]]:
+    index = {}
+    for path, row in inventory.rows.items():
+        data = inventory.data[row.data]
+        if row.stride is None and row.shape == data.shape:
+            index[path] = {"safetensors_file": str(folder / data.file), "weight_name": row.data, "dtype": row.dtype}
+    return index

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mlflow_safeflavor import cpu
 from mlflow_safeflavor.load import LoadOptions, load_folder
 from mlflow_safeflavor.options import run_time_options
+from mlflow_safeflavor.rows import unfold_columns
 
 if TYPE_CHECKING:
     from mlflow_safeflavor.model import LoadedModel
@@ -28,7 +29,11 @@ class PyfuncModel:
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
         """One row out for each row in; see ``LoadedModel.predict``."""
-        return self.model.predict(model_input, params)
+        from mlflow_safeflavor.tasks.text import TextTask
+
+        # Only where a list can be no value of a cell: other tasks may take one.
+        data = unfold_columns(model_input) if isinstance(self.model.task, TextTask) else model_input
+        return self.model.predict(data, params)
 
 
 def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:

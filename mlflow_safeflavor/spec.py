@@ -76,6 +76,10 @@ class ModelSpec:
             FormatVersionError: A newer release wrote it.
             IntegrityError: A key is missing or of the wrong type.
         """
+        if not isinstance(entry, Mapping):
+            raise IntegrityError(
+                "The safeflavor entry of MLmodel is malformed", where="MLmodel", wanted="a mapping", found=repr(entry)
+            )
         version = entry.get("format_version")
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise IntegrityError(
@@ -103,6 +107,10 @@ class ModelSpec:
                     wanted=expected.__name__,
                     found=type(entry[name]).__name__,
                 )
+        if not all(isinstance(kind, str) for kind in entry["runs"]):
+            raise IntegrityError(
+                "A key of the safeflavor entry of MLmodel has the wrong type", where="MLmodel, runs", wanted="strings"
+            )
         for name, allowed in (("dtype", DTYPES), ("structure", STRUCTURE_KINDS)):
             if entry[name] not in allowed:
                 raise IntegrityError(

@@ -14,6 +14,7 @@ import importlib
 import inspect
 import itertools
 import json
+import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -249,6 +250,9 @@ def build(
         lookup = import_name
     try:
         cls = lookup(structure["class"])
+        # Looked at before it is called: os.system is no model, and a call would be too late to tell.
+        if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+            raise StructureError("The class is no module", where=structure["class"], wanted="a torch.nn.Module")
         arguments = {
             name: value["value"] if "value" in value else _config_from_json(value, lookup)
             for name, value in structure["arguments"].items()
@@ -266,7 +270,7 @@ def build(
             way_out="install the pinned versions (mlflow-safeflavor inspect shows them); "
             "when saving, pass init_args={…} or allow_pickle=True",
         ) from error
-    if not isinstance(module, torch.nn.Module):
+    if not isinstance(module, torch.nn.Module):  # a class may have a __new__ of its own
         raise StructureError("The class does not make a module", where=structure["class"])
     return module.eval().requires_grad_(False)
 
@@ -280,20 +284,24 @@ def _config_from_json(described: Mapping[str, Any], lookup: Callable[[str], Any]
     return config
 
 
-def _transformers_class(full_name: str) -> Any:
-    """A class of the transformers package, by the module it was in or the package's own table.
+_DEFINES_MODELS = re.compile(r"transformers\.models(\.\w+)+\.(modeling|configuration)_\w+", re.ASCII)
 
-    Nothing outside that package is ever imported for an artifact's sake.
+
+def _transformers_class(full_name: str) -> Any:
+    """A model or config class of the transformers package, by the module it was in or the package's own table.
+
+    Nothing outside that package is ever imported for an artifact's sake, and of that package only
+    modules that define models and configs: others hold command lines, downloads and what they import.
     """
     module_name, _, name = full_name.partition(":")
-    if module_name.split(".")[0] == "transformers" and name.isidentifier():
+    if _DEFINES_MODELS.fullmatch(module_name) and name.isidentifier():
         try:
             found = getattr(importlib.import_module(module_name), name, None)
         except ImportError:
             found = None
         if found is None:  # moved between releases
             found = getattr(importlib.import_module("transformers"), name, None)
-        if isinstance(found, type):
+        if isinstance(found, type) and found.__module__.startswith("transformers.models."):
             return found
     raise StructureError(
         "The model's class is not in the installed transformers",
@@ -346,12 +354,25 @@ def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
         and all(isinstance(content[key], types) for key, types in keys.items())
         and content["kind"] == spec.structure
         and what_runs(content) == spec.runs
+        and (spec.task == "custom" or not content["hooks"])
+        and all(type(name) is str or (name is None and content["pickle"]) for name in content["hooks"].values())
+        and not _loads_kernels(content)
     )
     if not well_formed:
         raise IntegrityError(
             "The description of the module is malformed", where=layout.name_of(layout.structure), way_out=WAY_OUT
         )
     return dict(content)
+
+
+def _loads_kernels(content: Any) -> bool:
+    """Whether any config names an implementation on a hub (``owner/name``): transformers would fetch and run it."""
+    if isinstance(content, dict):
+        return any(
+            (str(key).endswith("_implementation") and "/" in str(value)) or _loads_kernels(value)
+            for key, value in content.items()
+        )
+    return isinstance(content, list) and any(map(_loads_kernels, content))
 
 
 def what_runs(structure: Mapping[str, Any]) -> tuple[str, ...]:

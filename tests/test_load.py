@@ -1,0 +1,439 @@
+"""What loading gives back, how it can be told to, and what it leaves alone."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlflow
+import mlflow_safeflavor
+import pandas as pd
+import pytest
+import torch
+import yaml
+from artifacts import TEXTS, edit_json, edit_mlmodel, reseal
+from mlflow_safeflavor.errors import (
+    EnvironmentMismatchError,
+    FormatVersionError,
+    InputError,
+    IntegrityError,
+    PlacementError,
+    TrustError,
+)
+
+pytest_plugins = "saved_models"
+
+
+@pytest.fixture
+def wanted(saved):
+    return mlflow_safeflavor.load_model(str(saved)).predict(TEXTS)
+
+
+def load(path, **options):
+    return mlflow_safeflavor.load_model(str(path), **options)
+
+
+def served(path, **options):
+    """The loaded model behind pyfunc."""
+    return mlflow.pyfunc.load_model(str(path), **options).unwrap_python_model().model
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """Loading through pyfunc sets torch's threads for the process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# Answers
+
+
+def test_native_pyfunc_and_the_model_that_was_saved_answer_the_same(saved, wanted, tiny_bert, tiny_tokenizer):
+    behind_pyfunc = mlflow.pyfunc.load_model(str(saved)).predict(pd.DataFrame({"text": TEXTS}))
+    assert behind_pyfunc.equals(wanted)
+    with torch.inference_mode():
+        logits = tiny_bert()(**tiny_tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
+    scores, labels = logits.softmax(dim=1).max(dim=1)
+    assert wanted["label"].tolist() == [f"LABEL_{i}" for i in labels]
+    assert wanted["score"].tolist() == pytest.approx(scores.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [pd.DataFrame({"text": TEXTS}), {"text": TEXTS}, [{"text": text} for text in TEXTS]],
+    ids=["frame", "dict of lists", "dicts"],
+)
+def test_pyfunc_takes_rows_in_every_shape(saved, wanted, data):
+    assert mlflow.pyfunc.load_model(str(saved)).predict(data).equals(wanted)
+
+
+def test_params_reach_the_task_through_pyfunc(saved):
+    found = mlflow.pyfunc.load_model(str(saved)).predict(pd.DataFrame({"text": TEXTS}), params={"top_k": 2})
+    assert found["labels"].map(sorted).tolist() == [["LABEL_0", "LABEL_1"]] * len(TEXTS)
+    assert found["scores"].map(sum).tolist() == pytest.approx([1.0] * len(TEXTS))
+
+
+def test_the_module_is_the_one_that_was_saved(saved, tiny_bert):
+    original, module = tiny_bert(), load(saved).module
+    assert type(module) is type(original)
+    assert module.config.to_dict() == original.config.to_dict()
+    expected = dict(original.named_parameters()) | dict(original.named_buffers())
+    found = dict(module.named_parameters()) | dict(module.named_buffers())
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert not tensor.is_meta, name
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_the_tokenizer_is_the_one_that_was_saved(saved, tiny_tokenizer):
+    assert load(saved).tokenizer(TEXTS)["input_ids"] == tiny_tokenizer(TEXTS)["input_ids"]
+
+
+def test_no_gradients_and_no_training(saved):
+    module = load(saved).module
+    assert [name for name, tensor in module.named_parameters() if tensor.requires_grad] == []
+    assert [name for name, child in module.named_modules() if child.training] == []
+
+
+# Report and verification
+
+
+def test_the_report_says_in_numbers_what_was_checked(saved, tiny_bert):
+    report = load(saved).report
+    tensors = [*tiny_bert().parameters(), *tiny_bert().buffers()]
+    assert report.tensors == len(tensors)
+    assert report.weight_bytes == sum(tensor.nbytes for tensor in tensors)
+    listed = yaml.safe_load((saved / "safeflavor" / "manifest.json").read_text())["files"]
+    assert report.files == len(listed)
+    assert report.hashed_bytes == sum(entry["size"] for entry in listed.values())
+    assert report.golden_rows == len(yaml.safe_load((saved / "safeflavor" / "parity.json").read_text())["rows"])
+    assert report.bit_identical
+    assert report.max_difference == 0
+    assert report.environment == ()
+    assert report.device == "cpu"
+    assert all(seconds >= 0 for seconds in report.seconds.values())
+    assert {"digest", "rebuild", "replay"} <= report.seconds.keys()
+    assert f"{report.golden_rows} golden rows bit-identical" in str(report)
+
+
+def test_structure_hashes_nothing_but_replays(saved, wanted):
+    model = load(saved, verify="structure")
+    assert (model.report.hashed_bytes, model.report.golden_rows > 0) == (0, True)
+    assert model.predict(TEXTS).equals(wanted)
+
+
+def test_off_replays_nothing_but_still_compares_tensors(saved, wanted):
+    model = load(saved, verify="off")
+    assert (model.report.hashed_bytes, model.report.golden_rows, model.report.tensors > 0) == (0, 0, True)
+    assert "no golden rows" in str(model.report)
+    assert model.predict(TEXTS).equals(wanted)
+
+
+@pytest.mark.parametrize("verify", ["Full", "", None, "none"])
+def test_there_is_no_other_way_to_verify(saved, verify):
+    with pytest.raises(InputError, match=r"full \| structure \| off") as refused:
+        load(saved, verify=verify)
+    assert "where: verify" in refused.value.message
+    assert repr(verify) in refused.value.message
+
+
+def test_unknown_kinds_of_trust_are_refused(saved):
+    with pytest.raises(TrustError, match="code") as refused:
+        load(saved, trust={"everything"})
+    assert "everything" in refused.value.message
+
+
+# Device and dtype
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", "auto", torch.device("cpu")], ids=str)
+def test_devices_that_are_there(saved, wanted, device):
+    model = load(saved, device=device)
+    if device != "auto":
+        assert {tensor.device.type for tensor in model.module.parameters()} == {"cpu"}
+    assert model.predict(TEXTS)["label"].equals(wanted["label"])
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", 99, "meta", "cpu:1", True, None, ""], ids=repr)
+def test_devices_that_are_not_there_are_named(saved, device):
+    with pytest.raises(PlacementError) as refused:
+        load(saved, device=device)
+    assert "where: device" in refused.value.message
+    assert str(device) in refused.value.message
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16], ids=str)
+def test_another_dtype_on_request(saved, tiny_bert, dtype):
+    model = load(saved, dtype=dtype)
+    expected = torch.bfloat16 if dtype == "bfloat16" else torch.float16
+    for name, tensor in model.module.named_parameters():
+        assert tensor.dtype == expected, name
+        assert torch.equal(tensor, tiny_bert().get_parameter(name).to(expected)), name
+    assert len(model.predict(TEXTS)) == len(TEXTS)
+
+
+def test_the_saved_dtype_on_request_changes_nothing(saved, wanted):
+    model = load(saved, dtype="float32")
+    assert model.report.bit_identical
+    assert model.predict(TEXTS).equals(wanted)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int8", "float64"])
+def test_other_dtypes_are_refused(saved, dtype):
+    with pytest.raises(PlacementError, match=r"float32 \| bfloat16 \| float16") as refused:
+        load(saved, dtype=dtype)
+    assert repr(dtype) in refused.value.message
+
+
+# What is around
+
+
+def test_loading_leaves_the_process_as_it_was(saved):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
+    load(saved)
+    assert torch.equal(torch.rand(3), expected), "loading used random numbers"
+    assert (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()) == before
+
+
+def test_a_default_dtype_set_by_somebody_changes_nothing(saved, wanted):
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = load(saved)
+        assert torch.get_default_dtype() == torch.float64
+        assert model.report.bit_identical
+        assert model.predict(TEXTS).equals(wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def meta_by_default():
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("around", [lambda: torch.device("meta"), meta_by_default], ids=["context", "default device"])
+def test_a_meta_device_around_it_reaches_no_tensor(saved, wanted, around):
+    with around():
+        model = load(saved)
+        found = model.predict(TEXTS)
+        assert torch.empty(1).is_meta, "the context is gone"
+    assert not any(tensor.is_meta for tensor in model.module.state_dict().values())
+    assert found.equals(wanted)
+
+
+def test_a_meta_device_of_another_thread_reaches_no_tensor(saved, wanted):
+    inside, done = threading.Event(), threading.Event()
+
+    def stay_on_meta():
+        with torch.device("meta"):
+            inside.set()
+            done.wait(60)
+
+    other = threading.Thread(target=stay_on_meta)
+    other.start()
+    try:
+        assert inside.wait(60)
+        model = load(saved)
+    finally:
+        done.set()
+        other.join()
+    assert not any(tensor.is_meta for tensor in model.module.state_dict().values())
+    assert model.predict(TEXTS).equals(wanted)
+
+
+def test_many_threads_load_at_once(saved, wanted):
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda _: load(saved), range(8)))
+    assert len({id(model.module) for model in models}) == len(models)
+    for model in models:
+        assert model.report.bit_identical
+        assert model.predict(TEXTS).equals(wanted)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_many_threads_ask_one_model(saved, wanted):
+    model = load(saved)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: model.predict(TEXTS[i % 3 :]), range(60)))
+    for i, answer in enumerate(answers):
+        expected = wanted[i % 3 :].reset_index(drop=True)
+        assert answer["label"].equals(expected["label"]), i
+        assert answer["score"].tolist() == pytest.approx(expected["score"].tolist(), abs=1e-6), i
+
+
+# Memory
+
+
+def mapped_ranges(path):
+    """Address ranges of this process in which the file at ``path`` is mapped."""
+    with open("/proc/self/maps") as maps:
+        lines = [line.split() for line in maps if line.rstrip("\n").endswith(str(path))]
+    return [tuple(int(address, 16) for address in line[0].split("-")) for line in lines]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux shows what is mapped")
+def test_weights_are_the_mapped_file_and_no_copy_of_it(saved):
+    model = load(saved)
+    ranges = mapped_ranges(saved / "safeflavor" / "model.safetensors")
+    assert ranges, "the file is not mapped"
+    for name, tensor in model.module.state_dict().items():
+        inside = any(first <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= last for first, last in ranges)
+        assert inside, f"{name} is a copy"
+
+
+def test_changing_a_loaded_model_does_not_change_its_file(saved):
+    before = (saved / "safeflavor" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        load(saved).module.classifier.bias += 1
+    assert (saved / "safeflavor" / "model.safetensors").read_bytes() == before
+
+
+# What MLflow does to a saved model, and what others may not
+
+
+def test_what_mlflow_adds_to_the_mlmodel_is_no_damage(tracking, tiny_bert, tiny_tokenizer, tmp_path):
+    with mlflow.start_run():
+        info = mlflow_safeflavor.log_model(tiny_bert(), "tiny", tokenizer=tiny_tokenizer, rehearse=False)
+    model = mlflow_safeflavor.load_model(info.model_uri, str(tmp_path))
+    content = yaml.safe_load(next(tmp_path.rglob("MLmodel")).read_text())
+    assert content["model_id"] == info.model_id
+    assert content["run_id"] == info.run_id
+    assert model.report.golden_rows > 0
+
+
+def test_what_others_add_to_the_mlmodel_is_no_damage(copied, wanted):
+    edit_mlmodel(copied, lambda content: content.update(run_id="0" * 32, metadata={"x": 1}, prompts=["a"], note="b"))
+    assert load(copied).predict(TEXTS).equals(wanted)
+
+
+def test_a_newer_format_is_refused_with_the_release_that_reads_it(copied):
+    def newer(content):
+        content["flavors"]["safeflavor"].update(format_version=99, loader_version="7.1.0")
+
+    edit_mlmodel(copied, newer)
+    reseal(copied)
+    with pytest.raises(FormatVersionError, match="install mlflow-safeflavor 7.1.0 or newer") as refused:
+        load(copied)
+    assert "format_version 99" in refused.value.message
+    with pytest.raises(FormatVersionError):
+        mlflow.pyfunc.load_model(str(copied))
+
+
+@pytest.mark.parametrize("version", ["1", True, 0, -1, None, 1.0])
+def test_a_format_version_that_is_none_is_refused(copied, version):
+    edit_mlmodel(copied, lambda content: content["flavors"]["safeflavor"].update(format_version=version))
+    reseal(copied)
+    with pytest.raises(IntegrityError, match="format_version") as refused:
+        load(copied)
+    assert repr(version) in refused.value.message
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(IntegrityError, match="no MLflow model") as refused:
+        load(tmp_path)
+    assert str(tmp_path) in refused.value.message
+
+
+def test_a_model_of_another_flavor_is_refused(copied):
+    edit_mlmodel(copied, lambda content: content["flavors"].pop("safeflavor"))
+    with pytest.raises(IntegrityError, match="not saved by mlflow-safeflavor") as refused:
+        load(copied)
+    assert "load it with the flavor that saved it" in refused.value.message
+
+
+# Environment
+
+
+def other_environment(copied):
+    edit_json(copied / "safeflavor" / "environment.json", lambda content: content.update(python="3.9.1"))
+    reseal(copied)
+
+
+def test_another_environment_is_reported_and_served_unless_that_is_an_error(copied, wanted, caplog):
+    other_environment(copied)
+    model = load(copied)
+    assert len(model.report.environment) == 1
+    assert "wanted 3.9.1" in model.report.environment[0]
+    assert "3.9.1" in caplog.text
+    assert model.predict(TEXTS).equals(wanted)
+    with pytest.raises(EnvironmentMismatchError, match=r"3\.9\.1"):
+        load(copied, environment="error")
+    assert load(copied, environment="ignore").report.environment == ()
+
+
+def test_there_is_no_other_policy(saved):
+    with pytest.raises(EnvironmentMismatchError, match="where: environment"):
+        load(saved, environment="strict")
+
+
+# Options through pyfunc
+
+
+def test_options_come_through_model_config(saved):
+    model = served(saved, model_config={"verify": "off", "dtype": "bfloat16", "max_batch_tokens": 7, "num_threads": 2})
+    assert model.report.golden_rows == 0
+    assert {tensor.dtype for tensor in model.module.parameters()} == {torch.bfloat16}
+    assert model.max_batch_tokens == 7
+    assert torch.get_num_threads() == 2
+
+
+def test_variables_win_over_model_config(saved, monkeypatch):
+    for name, value in {"VERIFY": "structure", "DTYPE": "float16", "MAX_BATCH_TOKENS": "9", "NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(f"MLFLOW_SAFEFLAVOR_{name}", value)
+    model = served(saved, model_config={"verify": "off", "dtype": "bfloat16", "max_batch_tokens": 7, "num_threads": 2})
+    assert (model.report.hashed_bytes, model.report.golden_rows > 0) == (0, True)
+    assert {tensor.dtype for tensor in model.module.parameters()} == {torch.float16}
+    assert model.max_batch_tokens == 9
+    assert torch.get_num_threads() == 1
+
+
+def test_a_variable_set_to_nothing_is_not_set(saved, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SAFEFLAVOR_VERIFY", "")
+    assert served(saved, model_config={"verify": "off"}).report.golden_rows == 0
+
+
+def test_defaults_are_the_ones_stored_with_the_model(tmp_path, tiny_bert, tiny_tokenizer):
+    options = {"verify": "off", "max_batch_tokens": 7}
+    mlflow_safeflavor.save_model(
+        tiny_bert(), tmp_path / "model", tokenizer=tiny_tokenizer, model_config=options, rehearse=False
+    )
+    model = served(tmp_path / "model")
+    assert (model.report.golden_rows, model.max_batch_tokens) == (0, 7)
+
+
+WRONG = [
+    ("device", "tpu", PlacementError, "device"),
+    ("dtype", "auto", PlacementError, "dtype"),
+    ("engine", "turbo", InputError, "engine"),
+    ("num_threads", "many", InputError, "num_threads"),
+    ("num_threads", "-1", InputError, "num_threads"),
+    ("max_batch_tokens", "1.5", InputError, "max_batch_tokens"),
+    ("max_batch_tokens", "0", InputError, "max_batch_tokens"),
+    ("verify", "yes", InputError, "verify"),
+    ("environment", "strict", EnvironmentMismatchError, "environment"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "kind", "named"), WRONG, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("by", ["variable", "model_config"])
+def test_wrong_values_are_named(saved, monkeypatch, by, name, value, kind, named):
+    config = {}
+    if by == "variable":
+        monkeypatch.setenv(f"MLFLOW_SAFEFLAVOR_{name.upper()}", value)
+    else:
+        config = {name: value}
+    with pytest.raises(kind) as refused:
+        mlflow.pyfunc.load_model(str(saved), model_config=config)
+    assert f"where: {named}" in refused.value.message
+    assert value in refused.value.message
