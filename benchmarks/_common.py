@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -62,15 +64,21 @@ def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
 
 def timed_process(code: str, *arguments: str) -> tuple[float, float]:
     """Run Python code in a fresh process; seconds on the clock, and of CPU, until it is gone."""
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    _, errors = process.communicate()
-    wall = time.perf_counter() - start
-    if process.returncode:
-        raise SystemExit(f"A timed process failed:\n{errors}")
-    return wall, float("nan")
+    with tempfile.TemporaryDirectory() as cache:
+        # As on a new host: nobody remembers the digests of a file.
+        environment = {**os.environ, "XDG_CACHE_HOME": cache}
+        command = [sys.executable, "-c", code, *arguments]
+        cpu, start = _cpu_of_children(), time.perf_counter()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        spent = time.perf_counter() - start, _cpu_of_children() - cpu
+    if done.returncode:
+        raise SystemExit(f"A timed process failed:\n{done.stderr}")
+    return spent
+
+
+def _cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 # --- models --------------------------------------------------------------------------------------
@@ -152,7 +160,7 @@ def save_peer(model: Any, task: str, folder: Path) -> Path:
     mlflow.transformers.save_model(
         transformers.pipeline(task, model=model, tokenizer=tokenizer()),
         str(folder),
-        pip_requirements=[f"torch=={torch.__version__}", f"transformers=={transformers.__version__}", "mlflow"],
+        pip_requirements=[f"{library.__name__}=={library.__version__}" for library in (torch, transformers, mlflow)],
     )
     return folder
 

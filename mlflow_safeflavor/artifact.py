@@ -24,6 +24,7 @@ __all__ = [
     "read_manifest",
     "read_plain_file",
     "staging",
+    "without_duplicates",
     "write_json",
     "write_manifest",
 ]
@@ -107,15 +108,21 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, strict: bool = True) -> Any:
     """Read a JSON file of an artifact.
+
+    Args:
+        path: The file.
+        strict: Refuse what JSON does not have but Python reads: equal keys, NaN and infinities.
 
     Raises:
         IntegrityError: The file is missing or is not JSON.
     """
     try:
         text = read_plain_file(path)
-        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        if not strict:
+            return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_duplicates, parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise IntegrityError("A file of the artifact is missing", where=path, way_out=WAY_OUT) from None
     except (ValueError, RecursionError, OSError) as error:
@@ -131,12 +138,12 @@ def read_plain_file(path: Path) -> str:
         OSError: There is none, or it is something else.
         ValueError: It is not UTF-8.
     """
-    if not stat.S_ISREG(path.lstat().st_mode):
+    if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("not a plain file")
     return path.read_text(encoding="utf-8")
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Readers disagree on which of two equal keys counts, so what one checked another would not use."""
     content = dict(pairs)
     if len(content) != len(pairs):
@@ -257,9 +264,10 @@ def find_broken_files(
         elif digests and name not in elsewhere and (found := digest_of_file(path)) != entry["sha256"]:
             yield f"{name}: has SHA-256 {found[:12]}…, wanted {entry['sha256'][:12]}…"
     # A file nobody recorded could be imported (code/) or read in place of another (safeflavor/).
+    for path in (layout.data, layout.code, layout.manifest):
+        if path.is_symlink():
+            yield f"{layout.name_of(path)}: is a symbolic link"
     for folder in (layout.data, layout.code):
-        if folder.is_symlink():
-            yield f"{layout.name_of(folder)}: is a symbolic link, wanted a plain folder"
         for path in _files_below(folder):
             if (name := layout.name_of(path)) not in files and path != layout.manifest:
                 yield f"{name}: was not there when the model was saved"

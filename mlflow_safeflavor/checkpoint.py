@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -183,6 +184,7 @@ def _recipe_for(cls: type[Any], folder: Path, kwargs: dict[str, Any]) -> Recipe:
     config = copy.deepcopy(config)
     if attention is not None:
         config._attn_implementation = attention
+    config.name_or_path = os.fspath(folder)
     _require_model_type(cls, folder)
     if getattr(config, "quantization_config", None) is not None:
         raise StructureError(
@@ -196,7 +198,8 @@ def _recipe_for(cls: type[Any], folder: Path, kwargs: dict[str, Any]) -> Recipe:
 
 def _require_model_type(cls: type[Any], folder: Path) -> None:
     """Refuse another family's class. Keys of BERT fit RoBERTa, whose positions count from elsewhere."""
-    found = read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
+    config = folder / "config.json"
+    found = read_json(config, strict=False).get("model_type") if config.is_file() else None
     wanted = getattr(cls.config_class, "model_type", None)
     if found and wanted and found != wanted:
         raise StructureError(
@@ -289,7 +292,8 @@ def _fit_or_convert(
     """Fit the state dict as it is, or else as transformers' loader converts it."""
     plain = _fit(module, state, computed, new)
     must = is_converted(module, state)
-    if not must and (not plain.problems or not hasattr(recipe.cls, "from_pretrained")):
+    # Another name or layout shows as a key without a place; nothing else can be helped by converting.
+    if not must and not (plain.unexpected and hasattr(recipe.cls, "from_pretrained")):
         return plain
     try:
         converted, unexpected = convert(recipe, module, state)

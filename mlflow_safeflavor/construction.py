@@ -143,8 +143,8 @@ def construct(
     for attempt in range(_TRIES):
         watch = _Watch(dtype, mark)
         with real_memory(dtype, initialise=seed is not None), watch:
-            if seed is not None:
-                torch.manual_seed(seed)  # real_memory puts the random state back
+            # Other random values at each mark; real_memory puts the random state back.
+            torch.manual_seed(mark if seed is None else seed)
             module = recipe.make(dtype)
         if not watch.disturbed:
             _tie(module)
@@ -160,7 +160,7 @@ def construct(
 
 
 def construct_twice(recipe: Recipe, dtype: torch.dtype) -> tuple[torch.nn.Module, set[str]]:
-    """A module with random initialisers skipped, and the paths of all that its constructor computes."""
+    """A module with random initialisers skipped where they can be, and the paths of all that is not random in it."""
     module = construct(recipe, dtype)
     return module, find_agreement(module, construct(recipe, dtype, mark=_SECOND_MARK))
 
@@ -226,7 +226,10 @@ def _embedding_tie(module: torch.nn.Module) -> dict[str, str]:
     """In transformers 4.57 methods declare one pair: output and input embeddings."""
     if not getattr(getattr(module, "config", None), "tie_word_embeddings", False):
         return {}
-    ends = [getattr(module, f"get_{end}_embeddings", lambda: None)() for end in ("output", "input")]
+    try:
+        ends = [getattr(module, f"get_{end}_embeddings", lambda: None)() for end in ("output", "input")]
+    except NotImplementedError:  # a class of the user's that has no embeddings where 4.57 looks for them
+        return {}
     wanted = [getattr(end, "weight", None) for end in ends]
     names = {id(tensor): name for name, tensor in module.named_parameters(remove_duplicate=False)}
     pair = [names.get(id(tensor)) for tensor in wanted]

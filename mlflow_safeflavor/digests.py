@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mlflow_safeflavor.artifact import WAY_OUT
+from mlflow_safeflavor.artifact import WAY_OUT, without_duplicates
 from mlflow_safeflavor.cpu import available_cpus
 from mlflow_safeflavor.errors import IntegrityError
 
@@ -69,7 +69,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[str, dict[str, tuple[int, 
     header, start = file.read(length), 8 + length
     ranges = {}
     try:
-        for name, entry in json.loads(header).items():
+        for name, entry in json.loads(header, object_pairs_hook=without_duplicates).items():
             if name != "__metadata__":
                 first, stop = entry["data_offsets"]
                 if type(first) is not int or type(stop) is not int or not 0 <= first <= stop <= size - start:

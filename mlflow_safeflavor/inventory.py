@@ -234,11 +234,21 @@ def require_saveable(slots: Sequence[Slot]) -> None:
             way_out="load the checkpoint with mlflow_safeflavor.from_pretrained, "
             "or fill the module with mlflow_safeflavor.materialize, then save it",
         )
+    seen: set[str] = set()
     for slot in slots:
         tensor = slot.tensor
+        if slot.path in seen:
+            raise StructureError(
+                "Two tensors of the module have the same path",
+                where=slot.path,
+                found="an attribute whose name has dots or brackets in it",
+                way_out="rename that attribute",
+            )
+        seen.add(slot.path)
         odd = (
             f"a {type(tensor).__name__}" if type(tensor) not in _TENSOR_TYPES
             else f"layout {tensor.layout}" if tensor.layout != torch.strided
+            else "a nested tensor" if tensor.is_nested
             else "a quantised tensor" if tensor.is_quantized
             else "a conjugated or negated view" if tensor.is_conj() or tensor.is_neg()
             else f"dtype {tensor.dtype}" if tensor.dtype not in STORABLE
@@ -289,12 +299,11 @@ def take_inventory(
     for group in _storage_groups(slots):
         name = group[0].path
         target = _dtype_of(group, dtypes or {})
-        start, dense = _dense_values(group)
+        start, dense, as_is = _dense_values(group)
         values[name] = dense.to(target)
         data[name] = Data(dtype_name(target), tuple(dense.shape))
         for slot in group:
             tensor = slot.tensor
-            as_is = dense.shape == tensor.shape
             rows[slot.path] = Row(
                 path=slot.path,
                 kind=slot.kind,
@@ -315,8 +324,10 @@ def _storage_groups(slots: Sequence[Slot]) -> list[list[Slot]]:
     """Slots that share memory, together."""
     groups: dict[object, list[Slot]] = {}
     for slot in slots:
-        pointer = 0 if slot.tensor.is_meta else slot.tensor.untyped_storage().data_ptr()
-        # No memory, nothing shared: except for the very same object, which may stand in two places.
+        # No memory, nothing shared: except for the very same object, which may stand in two places. A tensor
+        # without elements has an address nevertheless, in a mapped file that of the next tensor.
+        none = slot.tensor.is_meta or not slot.tensor.numel()
+        pointer = 0 if none else slot.tensor.untyped_storage().data_ptr()
         key = (slot.tensor.device, pointer) if pointer else id(slot.tensor)
         groups.setdefault(key, []).append(slot)
     return list(groups.values())
@@ -328,14 +339,17 @@ def _view(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return int(tensor.storage_offset()), tuple(tensor.shape), stride
 
 
-def _dense_values(group: Sequence[Slot]) -> tuple[int, torch.Tensor]:
-    """The values a storage group needs, and where they start in the storage (in elements)."""
+def _dense_values(group: Sequence[Slot]) -> tuple[int, torch.Tensor, bool]:
+    """The values of a storage group, where they start in the storage (in elements), and whether every tensor is they.
+
+    If not, each tensor is a view of the values by its own shape, stride and offset.
+    """
     first = group[0].tensor.detach()
     if len({_view(slot.tensor) for slot in group}) == 1 and (first.is_contiguous() or not _is_dense(first)):
-        return int(first.storage_offset()), first.contiguous()
+        return int(first.storage_offset()), first.contiguous(), True
     start = min(int(slot.tensor.storage_offset()) for slot in group)
     stop = max(_last_offset(slot.tensor) for slot in group) + 1
-    return start, torch.as_strided(first, (stop - start,), (1,), start)
+    return start, torch.as_strided(first, (stop - start,), (1,), start), False
 
 
 def _last_offset(tensor: torch.Tensor) -> int:
@@ -372,8 +386,10 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
         WeightsError: The module has other places for tensors than the inventory lists.
     """
     slots = {slot.path: slot for slot in find_slots(module)}
-    tensors = realise(inventory, values)
-    for path in sorted(slots.keys() ^ {path for path, row in inventory.rows.items() if row.kind != "hidden"}):
+    wanted = {path: row.shape for path, row in inventory.rows.items() if row.kind != "hidden"}
+    found = {path: tuple(slot.tensor.shape) for path, slot in slots.items()}
+    # Shapes too, before anything works on them: a view with a stride of 0 is of any size and costs nothing.
+    for path in sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path)):
         raise WeightsError(
             "The rebuilt module has other tensors than the saved one",
             where=path,
@@ -381,6 +397,7 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
             found=f"{slots[path].kind} {list(slots[path].tensor.shape)}" if path in slots else "no such tensor",
             way_out="the class has changed since the model was saved: install the pinned versions, or save it again",
         )
+    tensors = realise(inventory, values)
     for path, slot in slots.items():
         slot.put(tensors[path])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,17 @@ import yaml
 
 from mlflow_safeflavor import environment as environments
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, find_broken_files, read_json, read_manifest, read_plain_file
-from mlflow_safeflavor.errors import InputError, IntegrityError, PlacementError, WeightsError
+from mlflow_safeflavor.errors import (
+    InputError,
+    IntegrityError,
+    ParityError,
+    PlacementError,
+    SafeFlavorError,
+    WeightsError,
+)
 from mlflow_safeflavor.report import LoadReport
 from mlflow_safeflavor.spec import FLAVOR_NAME, ModelSpec
-from mlflow_safeflavor.trust import require_agreed, require_known
+from mlflow_safeflavor.trust import require_agreed, require_known, require_no_shadows
 
 # torch, and what is built on it, is imported inside the functions below: the environment check comes
 # first, so that a wrong environment is named before it fails to import, and so that what torch reads
@@ -95,14 +103,16 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
         from mlflow_safeflavor import tensors  # and with it torch
     with report.timed("digest"):
         inventory = tensors.read_inventory(layout)
+        _check_dtype(inventory, spec)
         _check_digests(inventory, layout, options, report)
     with report.timed("rebuild"):
         module, hooks = rebuild(inventory, spec, layout, options, report)
     with report.timed("place"):
         device = _place(module, inventory, spec, layout, options, report)
-    model = bind(module, hooks, device, spec, layout, options, report)
-    with report.timed("replay"):
-        _replay(model, layout, options, report)
+    with _naming_failures(layout):
+        model = bind(module, hooks, device, spec, layout, options, report)
+        with report.timed("replay"):
+            _replay(model, layout, options, report)
     return model
 
 
@@ -114,6 +124,7 @@ def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> ModelSpec
     require_known(options.trust)
     for kind in spec.runs:
         require_agreed(kind, options.trust, spec.model_class)
+    require_no_shadows(layout.code)
     _check_files(layout, guarded, options, report)
     recorded = environments.Environment.from_json(read_json(layout.environment))
     differences = environments.require_same(recorded, policy=options.environment)
@@ -163,6 +174,19 @@ def _check_files(layout: Layout, guarded: Mapping[str, Any], options: LoadOption
     report.hashed_bytes = sum(files[name]["size"] for name in files.keys() - weights) if full else 0
 
 
+def _check_dtype(inventory: Inventory, spec: ModelSpec) -> None:
+    """Refuse a serving dtype that no parameter has; some may be kept in float32 beside it."""
+    rows = [row for row in inventory.rows.values() if row.kind == "parameter" and "float" in row.dtype]
+    if rows and all(row.dtype != spec.dtype for row in rows):
+        raise WeightsError(
+            "The weights are not of the dtype that MLmodel says",
+            where=rows[0].path,
+            wanted=spec.dtype,
+            found=rows[0].dtype,
+            way_out=WAY_OUT,
+        )
+
+
 def _check_digests(inventory: Inventory, layout: Layout, options: LoadOptions, report: LoadReport) -> None:
     from mlflow_safeflavor.tensors import find_wrong_digests
 
@@ -199,7 +223,7 @@ def rebuild(
     if described["kind"] == "pickle":
         module = objects["module"].eval().requires_grad_(False)
     else:
-        module = structure.build(described, trust=options.trust)
+        module = structure.build(described, trust=options.trust, inventory=inventory)
         inventories.fill(module, inventory, values)
     _check_tensors(module, inventory, report)
     names = described["hooks"]
@@ -288,6 +312,24 @@ def _replay(model: LoadedModel, layout: Layout, options: LoadOptions, report: Lo
         parity.require_parity(result, layout)
     report.golden_rows = len(result.rows)
     report.max_difference, report.bit_identical = result.max_difference, result.bit_identical
+
+
+@contextmanager
+def _naming_failures(layout: Layout) -> Iterator[None]:
+    """Whatever tasks, tokenizers and forwards raise over a record that is not what was saved, under a name of ours."""
+    try:
+        yield
+    except BaseException as error:
+        # Rows are at fault only when users hand them over. tokenizers panics with what is no Exception.
+        named = isinstance(error, SafeFlavorError) and not isinstance(error, InputError)
+        if named or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        raise ParityError(
+            "The model cannot answer the rows that were recorded with it",
+            where=layout.name_of(layout.parity),
+            found=f"{type(error).__name__}: {error}",
+            way_out="install the pinned versions, or save the model again in this environment",
+        ) from error
 
 
 def locate(model_uri: str | Path, dst_path: str | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -77,13 +78,14 @@ def _find_values(module: torch.nn.Module, state: Mapping[str, torch.Tensor], whe
     meta = [slot for slot in find_slots(module) if slot.tensor.is_meta]
     groups = find_groups(module, declared_ties(module))
     tensors = module.state_dict(keep_vars=True)
-    recipe, skeleton, computed = _skeleton(module) if meta else (None, None, {})
+    skeleton, reason = _skeleton_of(module) if meta else (None, "")
+    computed = skeleton.computed if skeleton is not None else {}
     # A state dict made by hand may hold what state_dict() would not list.
     given = {slot.path: state[slot.path] for slot in meta if not slot.persistent and slot.path in state}
     rest = {key: value for key, value in state.items() if key not in given}
     result = _fit_meta(module, groups, rest)
-    if result.problems and recipe is not None and skeleton is not None:
-        result = _fit_meta_converted(recipe, skeleton, module, groups, rest, result)
+    if result.unexpected and skeleton is not None and hasattr(skeleton.recipe.cls, "from_pretrained"):
+        result = _fit_meta_converted(skeleton, module, groups, rest, result)
     result.missing = [name for name in result.missing if not (name in computed and is_optional(module, name))]
     require_fit(result, tensors, where, _WAY_OUT_META)
     found: dict[int, torch.Tensor] = {}
@@ -98,7 +100,7 @@ def _find_values(module: torch.nn.Module, state: Mapping[str, torch.Tensor], whe
         value = given.get(slot.path, computed.get(slot.path))
         if id(slot.tensor) not in found and value is not None and value.shape == slot.tensor.shape:
             found[id(slot.tensor)] = _new_memory(value, slot.tensor, slot.path)
-    _require_all([slot.path for slot in meta if id(slot.tensor) not in found], where)
+    _require_all([slot.path for slot in meta if id(slot.tensor) not in found], where, reason)
     return found
 
 
@@ -107,29 +109,43 @@ _WAY_OUT_META = (
 )
 
 
-def _require_all(paths: Sequence[str], where: object) -> None:
+def _require_all(paths: Sequence[str], where: object, reason: str) -> None:
     if paths:
         raise WeightsError(
             "There is no data for tensors on the meta device",
             where=some(paths),
             wanted=f"values in {where}, or a constructor that computes them",
-            found="neither, or a constructor that gives other values each time",
+            found=reason or "neither: the constructor gives random values, or no such tensor",
             way_out="build the module without torch.device('meta') and load the state dict into it, "
             "or add the values to the state dict under these names",
         )
 
 
-def _skeleton(module: torch.nn.Module) -> tuple[Recipe | None, torch.nn.Module | None, dict[str, torch.Tensor]]:
-    """The same class on real memory, and what its constructor computes; nothing where it cannot be called."""
+@dataclass(frozen=True)
+class _Skeleton:
+    """The same class on real memory.
+
+    Attributes:
+        recipe, module: How it was made, and what came out.
+        computed: Path → what its constructor computes.
+    """
+
+    recipe: Recipe
+    module: torch.nn.Module
+    computed: Mapping[str, torch.Tensor]
+
+
+def _skeleton_of(module: torch.nn.Module) -> tuple[_Skeleton | None, str]:
+    """Nothing where the constructor cannot be called, and then the reason."""
     recipe = recipe_of(module)
+    if recipe is None:
+        return None, f"how {type(module).__name__} was constructed is stored nowhere"
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     try:
-        skeleton, computed = construct_twice(recipe, dtype) if recipe is not None else (None, set())
-    except StructureError:
-        return None, None, {}
-    if skeleton is None:
-        return None, None, {}
-    return recipe, skeleton, {slot.path: slot.tensor for slot in find_slots(skeleton) if slot.path in computed}
+        built, computed = construct_twice(recipe, dtype)
+    except StructureError as error:
+        return None, f"{error.what} ({error.found})"
+    return _Skeleton(recipe, built, {s.path: s.tensor for s in find_slots(built) if s.path in computed}), ""
 
 
 def _fit_meta(module: torch.nn.Module, groups: Sequence[Group], state: Mapping[str, torch.Tensor]) -> Fit:
@@ -142,15 +158,14 @@ def _fit_meta(module: torch.nn.Module, groups: Sequence[Group], state: Mapping[s
 
 
 def _fit_meta_converted(
-    recipe: Recipe,
-    skeleton: torch.nn.Module,
+    skeleton: _Skeleton,
     module: torch.nn.Module,
     groups: Sequence[Group],
     state: Mapping[str, torch.Tensor],
     plain: Fit,
 ) -> Fit:
     try:
-        converted, unexpected = convert(recipe, skeleton, state)
+        converted, unexpected = convert(skeleton.recipe, skeleton.module, state)
     except WeightsError:
         raise
     except Exception:

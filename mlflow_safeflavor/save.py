@@ -24,6 +24,7 @@ from mlflow.utils.model_utils import _validate_and_copy_code_paths
 from mlflow_safeflavor import inventory as inventories
 from mlflow_safeflavor import parity, pickled, placement, requirements, structure, tensors, usercode
 from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_json, write_manifest
+from mlflow_safeflavor.damage import require_undamaged
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.load import LoadOptions, bind, guarded_parts, rebuild
 from mlflow_safeflavor.options import MODEL_CONFIG
@@ -63,6 +64,7 @@ def save_model(
     conda_env: Mapping[str, Any] | str | None = None,
     torch_index: str | None = "auto",
     allow_pickle: bool = False,
+    on_damage: str = "error",
     rehearse: bool = True,
     metadata: Mapping[str, Any] | None = None,
     mlflow_model: Model | None = None,
@@ -96,6 +98,8 @@ def save_model(
             else the URL of an index or a folder of wheels; None drops the label.
         allow_pickle: Whether a module that no constructor gives back, or a hook that cannot be imported,
             may be pickled (without its tensors). Whoever loads it must agree, too.
+        on_damage: "error" or "warn" when the model looks damaged already: buffers that its constructor does
+            not compute, broken ties, values that look unwritten.
         rehearse: Load the staged artifact in a clean process before publishing it.
         metadata: Stored in ``MLmodel``.
         mlflow_model: ``MLmodel`` to add the flavor to; MLflow passes it.
@@ -107,6 +111,8 @@ def save_model(
     source = resolve_source(model, tokenizer, task, inventories.dtype_name(serving_dtype))
     source = replace(source, hooks=_hooks(source.task, preprocess, postprocess), example=input_example)
     options = _options(source.task, model_config)
+    inventories.require_saveable(inventories.find_slots(source.module))
+    require_undamaged(source.module, on_damage)
     with staging(path) as stage:
         layout = Layout(stage)
         described, cast = _write_module(source, serving_dtype, init_args, allow_pickle, layout)
@@ -187,7 +193,6 @@ def _write_module(
 ) -> tuple[dict[str, Any], bool]:
     """Structure, pickle and tensors. Returns the structure, and whether any tensor was cast to the serving dtype."""
     slots = inventories.find_slots(source.module)
-    inventories.require_saveable(slots)
     described = structure.describe(source.module, init_args=init_args, allow_pickle=allow_pickle)
     casts = placement.dtype_plan(source.module, described, dtype, slots)
     names = {hook: usercode.importable_name(function) for hook, function in source.hooks.items()}

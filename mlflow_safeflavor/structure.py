@@ -15,9 +15,11 @@ import inspect
 import itertools
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
-from mlflow_safeflavor.inventory import find_slots
+from mlflow_safeflavor.inventory import Inventory, find_slots
 from mlflow_safeflavor.spec import ModelSpec
 from mlflow_safeflavor.trust import require_agreed
 from mlflow_safeflavor.usercode import import_name, name_of
@@ -51,9 +53,51 @@ class _SkipRandomInit(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", None) in self._NAMES:
+        if getattr(func, "__name__", None) in self._NAMES and not _truncates():
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
+
+
+def _truncates() -> bool:
+    """Whether ``trunc_normal_`` is drawing: since torch 2.13 it draws until every value is within bounds.
+
+    On memory that nobody writes it would never end, and it is the one initialiser that no mode sees.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(8):  # other modes may stand in between
+        if frame is None or frame.f_code.co_name == "_no_grad_trunc_normal_":
+            return frame is not None
+        frame = frame.f_back
+    return False
+
+
+class _Bounded(TorchFunctionMode):
+    """Refuses to allocate far more than the stored tensors take: a config may say anything of sizes and layers.
+
+    It looks after each allocation: memory costs nothing before something is written to it.
+    """
+
+    _ALLOCATORS = frozenset(("empty", "full", "ones", "rand", "randn", "zeros"))
+
+    def __init__(self, inventory: Inventory) -> None:
+        super().__init__()
+        # Generous: stored dtypes are narrower than float32, and constructors make tensors they do not keep.
+        self.most_bytes = 8 * inventory.nbytes + 2**30
+        self.most_tensors = 10 * len(inventory.rows) + 1000
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", None) in self._ALLOCATORS and isinstance(result, torch.Tensor):
+            self.most_bytes -= result.nbytes
+            self.most_tensors -= 1
+            if self.most_bytes < 0 or self.most_tensors < 0:
+                raise StructureError(
+                    "The constructor wants far more memory than the stored tensors take",
+                    where="a config or constructor argument",
+                    found=f"a tensor of shape {list(result.shape)}",
+                    way_out=WAY_OUT,
+                )
+        return result
 
 
 @contextmanager
@@ -164,6 +208,8 @@ def _config_to_json(config: Any) -> dict[str, Any]:
     content = json.loads(config.to_json_string(use_diff=False))
     # A local path of the machine that saved the model; it means nothing anywhere else.
     content.pop("_name_or_path", None)
+    # Names code of the repository that the config came from; it is not stored.
+    content.pop("auto_map", None)
     return dict(content)
 
 
@@ -229,7 +275,11 @@ def _require_same_shapes(module: torch.nn.Module, structure: Mapping[str, Any]) 
 
 
 def build(
-    structure: Mapping[str, Any], *, trust: Collection[str] = (), dtype: torch.dtype = torch.float32
+    structure: Mapping[str, Any],
+    *,
+    trust: Collection[str] = (),
+    dtype: torch.dtype = torch.float32,
+    inventory: Inventory | None = None,
 ) -> torch.nn.Module:
     """Call the constructor on real CPU memory, without random initialisation.
 
@@ -239,6 +289,7 @@ def build(
         structure: From ``describe`` or ``read_structure``, of a kind other than ``pickle``.
         trust: What the caller agreed to run.
         dtype: Torch's default dtype during construction.
+        inventory: What the module must hold; bounds what its constructor may allocate.
 
     Raises:
         TrustError: The class is the user's own, and nobody agreed to run it.
@@ -258,7 +309,7 @@ def build(
             for name, value in structure["arguments"].items()
         }
         config = _config_from_json(structure, lookup)
-        with real_memory(dtype):
+        with real_memory(dtype), contextlib.nullcontext() if inventory is None else _Bounded(inventory):
             module = cls(**arguments) if config is None else cls(config, **arguments)
     except SafeFlavorError:
         raise
@@ -348,6 +399,10 @@ def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
     if isinstance(content, dict) and content.get("kind") != "pickle":
         content["config"] = read_json(layout.config) if content.get("config_class") else None
     keys = _PICKLE_KEYS if spec.structure == "pickle" else _CONSTRUCTOR_KEYS
+    try:
+        kernels = _loads_kernels(content)
+    except RecursionError:
+        kernels = True
     well_formed = (
         isinstance(content, dict)
         and content.keys() == keys.keys()
@@ -356,7 +411,8 @@ def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
         and what_runs(content) == spec.runs
         and (spec.task == "custom" or not content["hooks"])
         and all(type(name) is str or (name is None and content["pickle"]) for name in content["hooks"].values())
-        and not _loads_kernels(content)
+        and not kernels
+        and "auto_map" not in (content.get("config") or ())
     )
     if not well_formed:
         raise IntegrityError(

@@ -177,7 +177,10 @@ def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor
         path = layout.data / file
         try:
             with safe_open(path, framework="pt") as opened:
-                values.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    if name in values:
+                        raise ValueError(f"{name!r} is in another file, too")
+                    values[name] = opened.get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise IntegrityError(
                 "A safetensors file cannot be read", where=layout.name_of(path), found=error, way_out=WAY_OUT

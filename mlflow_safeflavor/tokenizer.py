@@ -199,6 +199,10 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     backend = _read_backend(Path(folder) / _TOKENIZER)
+    if "auto_map" in read_json(Path(folder) / _CONFIG):
+        raise IntegrityError(
+            "The tokenizer names code to run", where=Path(folder) / _CONFIG, found="auto_map", way_out=WAY_OUT
+        )
     wanted = backend.encode_batch(list(_PROBES))
     failure: object = None
     # Classes of transformers 5 build their own backend from the vocabulary and may disregard parts of

@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import sys
 from collections.abc import Callable, Collection, Mapping
+from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,9 +25,19 @@ def name_of(thing: Any) -> str:
 
 
 def importable_name(function: Callable[..., Any]) -> str | None:
-    """``module:qualname`` of a function at the top of a module; None for lambdas, closures and scripts."""
+    """``module:qualname`` of a function at the top of a module; None for whatever its name does not give back.
+
+    That is lambdas, closures, functions of scripts, methods of an object, and functions that were wrapped.
+    """
     module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", "<none>")
-    return None if module in (None, "__main__") or "<" in qualname else f"{module}:{qualname}"
+    if module in (None, "__main__") or "<" in qualname:
+        return None
+    name = f"{module}:{qualname}"
+    try:
+        # Equal, not identical: a class method is a new object each time.
+        return name if import_name(name) == function else None
+    except StructureError:
+        return None
 
 
 def distributions_of(
@@ -56,13 +67,38 @@ def make_importable(code: Path) -> None:
     """
     if not code.is_dir():
         return
+    code = code.absolute()
     for file in sorted(code.rglob("*.py")):
         name = ".".join(file.relative_to(code).with_suffix("").parts).removesuffix(".__init__")
-        if not name.startswith("mlflow_safeflavor"):
+        if name.partition(".")[0] != "mlflow_safeflavor":
             _require_same_module(sys.modules.get(name), name, file)
+    if str(code) not in _read_from_source:
+        _read_from_source.add(str(code))
+        sys.path_hooks.insert(0, _source_finder(code))
+        for path in [path for path in sys.path_importer_cache if Path(path).is_relative_to(code)]:
+            del sys.path_importer_cache[path]
     if str(code) not in sys.path:
         sys.path.insert(0, str(code))
-        importlib.invalidate_caches()
+    importlib.invalidate_caches()
+
+
+_read_from_source: set[str] = set()
+
+
+class _SourceLoader(SourceFileLoader):
+    """Neither reads nor writes byte code: what lies in ``__pycache__`` is in no manifest, and Python would run it."""
+
+    def path_stats(self, path: str) -> Mapping[str, Any]:
+        raise OSError
+
+
+def _source_finder(code: Path) -> Callable[[str], FileFinder]:
+    def find(path: str) -> FileFinder:
+        if not Path(path).is_relative_to(code):
+            raise ImportError(path)
+        return FileFinder(path, (ExtensionFileLoader, EXTENSION_SUFFIXES), (_SourceLoader, SOURCE_SUFFIXES))
+
+    return find
 
 
 def _require_same_module(imported: ModuleType | None, name: str, file: Path) -> None:

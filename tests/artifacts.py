@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from mlflow_safeflavor.artifact import Layout, write_manifest
 from mlflow_safeflavor.load import guarded_parts
 
@@ -22,8 +23,8 @@ def rewrite(path: Path, content: bytes | str) -> None:
 
 
 def flip(path: Path, position: int | None = None) -> None:
-    """Change one bit of one byte, by default in the middle."""
-    content = bytearray(path.read_bytes())
+    """Change one bit of one byte, by default in the middle; an empty file becomes one byte."""
+    content = bytearray(path.read_bytes() or b"\0")
     content[len(content) // 2 if position is None else position] ^= 1
     rewrite(path, bytes(content))
 

@@ -6,7 +6,6 @@ import json
 
 import accelerate
 import mlflow
-import mlflow_safeflavor
 import pandas as pd
 import pytest
 import torch
@@ -14,9 +13,6 @@ import yaml
 from artifacts import TEXTS
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
-from mlflow_safeflavor import save
-from mlflow_safeflavor.artifact import read_json
-from mlflow_safeflavor.errors import InputError, IntegrityError, PlacementError, StructureError, WeightsError
 from safetensors import safe_open
 from transformers import (
     BertForMaskedLM,
@@ -27,6 +23,11 @@ from transformers import (
     T5EncoderModel,
     TextClassificationPipeline,
 )
+
+import mlflow_safeflavor
+from mlflow_safeflavor import save
+from mlflow_safeflavor.artifact import read_json
+from mlflow_safeflavor.errors import InputError, IntegrityError, PlacementError, StructureError, WeightsError
 
 pytest_plugins = "saved_models"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 import traceback
 import warnings
@@ -15,6 +16,8 @@ import torch
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import SafeFlavorError
+
+CPU_SECONDS = 60
 
 
 def answer(job: dict[str, str]) -> dict[str, object]:
@@ -29,18 +32,26 @@ def answer(job: dict[str, str]) -> dict[str, object]:
     }
 
 
+def _stop(*_: object) -> None:
+    raise TimeoutError(f"more than {CPU_SECONDS} seconds")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     lines = sys.stdout
+    signal.signal(signal.SIGPROF, _stop)
     for line in sys.stdin:
         with contextlib.redirect_stdout(sys.stderr):
             try:
+                signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
                 reply = answer(json.loads(line))
             except SafeFlavorError as error:
                 reply = {"error": type(error).__name__, "message": str(error)}
             except Exception:
                 reply = {"error": "crash", "message": traceback.format_exc(limit=-4)}
+            finally:
+                signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(reply), file=lines, flush=True)
 
 

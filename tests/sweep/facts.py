@@ -24,7 +24,7 @@ def inventory(module: torch.nn.Module) -> Facts:
     listed = set(module.state_dict(keep_vars=True))
     first: dict[tuple[int, int], str] = {}
     found: Facts = {}
-    for path, kind, tensor in _tensors(module):
+    for path, kind, tensor in tensors_of(module):
         # The address of the first element: equal for tied weights, and different for two views of one storage.
         place = (tensor.data_ptr(), tensor.untyped_storage().data_ptr()) if tensor.numel() else (id(tensor), 0)
         stride = [step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
@@ -34,7 +34,7 @@ def inventory(module: torch.nn.Module) -> Facts:
     return found
 
 
-def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+def tensors_of(module: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
     for path, parameter in module.named_parameters(remove_duplicate=False):
         yield path, "parameter", parameter
     for path, buffer in module.named_buffers(remove_duplicate=False):
@@ -42,9 +42,10 @@ def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]
     own = set(vars(torch.nn.Module()))
     seen: set[int] = set()
     for path, child in module.named_modules():
-        rest = {name: value for name, value in vars(child).items() if name not in own}
-        for name, tensor in output_tensors(rest, path, seen):
-            yield name.removeprefix("."), "attribute", tensor
+        for name, value in vars(child).items():
+            if name not in own:
+                for full_name, tensor in output_tensors(value, f"{path}.{name}", seen):
+                    yield full_name.removeprefix("."), "attribute", tensor
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -16,12 +16,12 @@ Arrays = dict[str, np.ndarray]
 BATCH, LENGTH, CHOICES = 2, 12, 2
 
 
-def find_inputs(module: torch.nn.Module, most: int = 24) -> tuple[Arrays | None, str]:
+def find_inputs(module: torch.nn.Module, most: int = 60) -> tuple[Arrays | None, str]:
     """The first made-up inputs that ``forward`` takes and answers with tensors; else None, and why not.
 
     The richest come first: text with images or sound, then text alone.
     """
-    problem, tried = "no main input that is known here", 0
+    problem, tried = "", 0
     for arrays in candidates(module):
         for _ in range(3):  # a model may say how many image tokens it wants
             tried += 1
@@ -30,19 +30,19 @@ def find_inputs(module: torch.nn.Module, most: int = 24) -> tuple[Arrays | None,
                     outputs = module(**tensors(arrays, torch.float32))
                 if any(True for _ in output_tensors(outputs)):
                     return arrays, ""
-                problem = "forward gives no tensors"
+                problem = problem or "forward gives no tensors"
                 break
             except TimeoutError:
                 raise
             except Exception as error:  # every model has its own way to refuse
-                problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                problem = problem or f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 again = _with_tokens(module, arrays, str(error))
                 if again is None:
                     break
                 arrays = again
         if tried >= most:
             break
-    return None, problem
+    return None, problem or "no main input that is known here"
 
 
 def tensors(arrays: Arrays, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -83,13 +83,24 @@ def candidates(module: torch.nn.Module) -> Iterator[Arrays]:
     choices = {name: made for name in names if (made := make.choices(name))}
     main = getattr(module, "main_input_name", "input_ids")
     text = {"input_ids", "attention_mask", "decoder_input_ids"}
-    rich = set(choices) - {"decoder_attention_mask", "token_type_ids"}
+    grids = {"image_grid_thw", "grid_thw", "mm_token_type_ids"}
+    if "input_ids" not in names:
+        choices.pop("attention_mask", None)  # it would be as long as the sound, or the number of patches
+    rich, plain = set(choices), set(choices) - grids
     seen: list[list[str]] = []
-    for wanted in (rich, rich - {"attention_mask"}, {main} | required | text, {main} | required, required, text):
+    for wanted in (
+        plain,
+        rich,
+        plain - {"attention_mask"},
+        {main} | required | text,
+        {main} | required,
+        required,
+        text,
+    ):
         chosen = [name for name in names if name in wanted and name in choices]
         if chosen and chosen not in seen:
             seen.append(chosen)
-            for combination in itertools.islice(itertools.product(*(choices[name] for name in chosen)), 12):
+            for combination in itertools.islice(itertools.product(*(choices[name] for name in chosen)), 8):
                 yield dict(zip(chosen, combination, strict=True))
 
 
@@ -163,7 +174,7 @@ class _Maker:
         return (
             self._floats(BATCH, channels, size, size),
             self._floats(BATCH, frames, channels, size, size),
-            self._floats(16, flat * _integer(self.config, 1, "temporal_patch_size")),
+            self._floats(32, flat * _integer(self.config, 1, "temporal_patch_size")),
             self._floats(BATCH, 1, channels, size, size),
             self._floats(BATCH, 16, flat),
             self._floats(BATCH, channels, 224, 224),
@@ -177,16 +188,17 @@ class _Maker:
     _pixel_values_video = _pixel_values_videos
 
     def _image_grid_thw(self) -> Sequence[np.ndarray]:
-        return (np.array([[1, 4, 4]]),)
+        return (np.array([[1, 4, 4]] * BATCH),)
 
     _grid_thw = _image_grid_thw
+
+    def _mm_token_type_ids(self) -> Sequence[np.ndarray]:
+        return (np.zeros((BATCH, LENGTH), np.int64),)
 
     def _hidden_states(self) -> Sequence[np.ndarray]:
         flat = self.channels * self.patch**2 * _integer(self.config, 1, "temporal_patch_size")
         width = _integer(self.config, 64, "hidden_size", "d_model")
-        return self._floats(16, flat), self._floats(BATCH, LENGTH, width), self._floats(BATCH, width, LENGTH)
-
-    _inputs_embeds_only = _hidden_states
+        return self._floats(32, flat), self._floats(BATCH, LENGTH, width), self._floats(BATCH, width, LENGTH)
 
     def _input_values(self) -> Sequence[np.ndarray]:
         length = _integer(self.config, 0, "max_length") or 128
@@ -265,14 +277,15 @@ class _Maker:
 
 # --- image and audio tokens -----------------------------------------------------------------------
 
-_COUNTS = re.compile(r"tokens?:?\s*(?:torch\.Size\(\[)?(\d+)[^\d]*features?:?\s*(?:torch\.Size\(\[)?(\d+)", re.IGNORECASE)
-_PLACEHOLDERS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index", "video_token_id")
+_COUNTS = re.compile(
+    r"tokens?:?\s*(?:torch\.Size\(\[)?(\d+)[^\d]*features?:?\s*(?:torch\.Size\(\[)?(\d+)", re.IGNORECASE
+)
 
 
 def _with_tokens(module: torch.nn.Module, arrays: Arrays, message: str) -> Arrays | None:
     """The same text with as many image tokens as the model says it has image features."""
     found = _COUNTS.search(message)
-    if found is None or "input_ids" not in arrays or int(found[1]) == int(found[2]):
+    if found is None or np.ndim(arrays.get("input_ids")) != 2 or int(found[1]) == int(found[2]):
         return None
     what = "audio" if "audio" in message.lower() else "video" if "video" in message.lower() else "image"
     token = next((t for t in fields(module.config, f"{what}_token_id", f"{what}_token_index") if type(t) is int), None)
@@ -282,4 +295,5 @@ def _with_tokens(module: torch.nn.Module, arrays: Arrays, message: str) -> Array
     ids = arrays["input_ids"]
     block = np.full((rows, count // rows), token, ids.dtype)
     ids = np.concatenate([ids[:, :2], block, ids[:, 2:]], axis=1)
-    return arrays | {"input_ids": ids} | ({"attention_mask": np.ones_like(ids)} if "attention_mask" in arrays else {})
+    beside = {"attention_mask": np.ones_like(ids), "mm_token_type_ids": (ids == token).astype(np.int64)}
+    return arrays | {"input_ids": ids} | {name: value for name, value in beside.items() if name in arrays}

@@ -41,6 +41,8 @@ def configs(class_name: str, model_type: str) -> Iterator[tuple[str, Any]]:
     for rule in (_fixed, _fixed_wide_heads, _divided, _short):
         try:
             yield rule.__name__.strip("_"), _shrunk(config_class, class_name, rule)
+        except TimeoutError:
+            raise
         except Exception as error:  # each config has its own way to refuse
             yield f"{rule.__name__.strip('_')}: {type(error).__name__}: {error}", None
 
@@ -80,17 +82,27 @@ class _SpecialIds:
         return self.given.setdefault(token, FIRST_SPECIAL + len(self.given))
 
 
-_TOKEN = re.compile(r"token_(id|index|ids|indices)$|(^|_)(start|end|begin)_id$|^(pad|bos|eos|sep|cls|mask|decoder_start)_token")
+_TOKEN = re.compile(
+    r"token_(id|index|ids|indices)$|(^|_)(start|end|begin)_id$|^(pad|bos|eos|sep|cls|mask|decoder_start)_token"
+)
 _VOCABULARY = re.compile(r"vocab_size|^n_vocab$|^n_?words$|text_config_vocab|codebook_size|vocab_size_per_layer")
 _LAYERS = re.compile(
     r"(^|_)n(um)?_(\w+_)?(layers?|blocks?|stacks)$|_layers$|^layers$|^n_layers?$|^depth$|^encoder_depth$|_depth$"
 )
-_NOT_LAYERS = re.compile(r"feature_layer|mlp_only|feat_extract|skip|fpn|down|upsampl|layers_block|conv_layers|fusion|keep|index|swap|global_attn|drop|adapter")
-_HEADS = re.compile(r"(^|_)n(um)?_(\w+_)?(attention_)?heads?(_\w+)?$|attention_heads$|^n_head$|^heads$|_heads$|^num_v_heads$")
+_NOT_LAYERS = re.compile(
+    r"feature_layer|mlp_only|feat_extract|skip|fpn|down|upsampl|layers_block|conv_layers|fusion|keep|index|swap|global_attn|drop|adapter"
+)
+_HEADS = re.compile(
+    r"(^|_)n(um)?_(\w+_)?(attention_)?heads?(_\w+)?$|attention_heads$|^n_head$|^heads$|_heads$|^num_v_heads$"
+)
 _KV = re.compile(r"key_value|kv_heads?|num_kv|query_groups|multi_query_group")
-_HEAD_DIM = re.compile(r"head_dim$|^d_kv$|head_size$|_head_dim_?\w*$|^attention_head_dim$|^qk_nope|^qk_rope|^v_head|^attention_key_dim$")
+_HEAD_DIM = re.compile(
+    r"head_dim$|d_head$|^d_kv$|head_size$|_head_dim_?\w*$|^attention_head_dim$|^qk_nope|^qk_rope|^v_head|^attention_key_dim$"
+)
 _EXPERTS = re.compile(r"(^|_)n(um)?_(\w+_)?experts$|n_routed_experts|num_local_experts|moe_num_experts|expert_num")
-_TOPK = re.compile(r"experts_per_tok|num_experts_per_token|moe_topk|moe_k$|top_k_experts|num_selected_experts|experts_top_?k|moe_top_k")
+_TOPK = re.compile(
+    r"experts_per_tok|num_experts_per_token|moe_topk|moe_k$|top_k_experts|num_selected_experts|experts_top_?k|moe_top_k"
+)
 _GROUPS = re.compile(r"^n_group$|^topk_group$|^num_expert_group")
 _WIDTH = re.compile(
     r"hidden_size|hidden_dim|(^|_)d_model$|^n_embd$|^dim$|embed_dim|embedding_size|(^|_)d_embed$|_dim$|_size_per_head|"
@@ -99,7 +111,9 @@ _WIDTH = re.compile(
 )  # fmt: skip
 _NOT_WIDTH = re.compile(r"num_channels|in_channels|input_channels|out_channels$|^channels$|audio_channels|kernel_dim|conv_dim_|"
                         r"max_2d|scale|head_dim|rotary|_mel|num_freq|input_dim|^input_size|temporal|patch_dim|num_dim|batch")  # fmt: skip
-_POSITIONS = re.compile(r"max_position|n_positions|max_\w*positions|^n_ctx$|max_seq_len|max_sequence_length|max_source|max_target|block_size")
+_POSITIONS = re.compile(
+    r"max_position|n_positions|max_\w*positions|^n_ctx$|max_seq_len|max_sequence_length|max_source|max_target|block_size"
+)
 _IMAGE = re.compile(r"(^|_)(image|img|input_image|crop)_(size|resolution|dim)$|^image_size")
 _PATCH = re.compile(r"patch_size$")
 _SECTIONS = re.compile(r"mrope_section|axes_dim|rope_section|sections?$")
@@ -111,19 +125,39 @@ def _walk(value: dict[str, Any], rule: Any, ids: _SpecialIds) -> dict[str, Any]:
     kept = _kept_layers(value, whole) if whole else []
     small: dict[str, Any] = {}
     for key, item in value.items():
-        if isinstance(item, dict) and key not in ("id2label", "label2id"):
-            small[key] = _backbone(item, rule, ids) if item.get("model_type") == "timm_backbone" else _walk(item, rule, ids)
-        elif isinstance(item, list) and item and len(item) == whole and whole > LAYERS and not _is_stages(key):
-            small[key] = [item[index] for index in kept]
+        if key == "per_layer_config":  # speaks of layers that are no longer there
+            continue
+        if key in ("out_features", "out_indices") and item and len(value.get("stage_names") or ()) == whole + 1:
+            stages = range(len(kept) - len(item) + 1, len(kept) + 1)  # every layer is a stage: take the last ones
+            small[key] = [f"stage{index}" for index in stages] if key == "out_features" else list(stages)
+        elif isinstance(item, dict) and key not in ("id2label", "label2id"):
+            small[key] = (
+                _backbone(item, rule, ids) if item.get("model_type") == "timm_backbone" else _walk(item, rule, ids)
+            )
+        elif (
+            isinstance(item, list) and item and len(item) == whole > LAYERS and not (len(item) < 8 and _is_stages(key))
+        ):
+            small[key] = [rule(key, item[i]) if type(item[i]) is int else item[i] for i in kept]
         elif isinstance(item, list) and item and all(type(entry) is int for entry in item):
             small[key] = _shrink_list(key, item, rule, ids)
         elif isinstance(item, list) and item and all(isinstance(entry, dict) for entry in item):
             small[key] = [_walk(entry, rule, ids) for entry in item]
+        elif item is None and key in _MISSING.get(rule.__name__, {}):
+            small[key] = _MISSING[rule.__name__][key]
         elif type(item) is int:
             small[key] = len(kept) if item == whole and kept and _is_layers(key) else _shrink(key, item, rule, ids)
         else:
             small[key] = item
     return small
+
+
+_FIRST_AID = {"vocab_size": VOCABULARY, "rope_theta": 10000.0}
+_MISSING: dict[str, dict[str, Any]] = {
+    "_fixed": _FIRST_AID,
+    "_fixed_wide_heads": _FIRST_AID | {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS // 2},
+    "_divided": _FIRST_AID,
+}
+"""What some configs leave open, to be read from a checkpoint's."""
 
 
 def _is_layers(key: str) -> bool:
@@ -150,14 +184,15 @@ def _kept_layers(value: dict[str, Any], whole: int) -> list[int]:
             first.setdefault(str(kind), index)
     kept = sorted(first.values())
     spare = [index for index in range(whole) if index not in kept]
-    return sorted([*kept, *spare[: max(0, LAYERS - len(kept))]])
+    least = max(LAYERS, len(value.get("out_indices") or ()))
+    return sorted([*kept, *spare[: max(0, least - len(kept))]])
 
 
 def _shrink(key: str, item: int, rule: Any, ids: _SpecialIds) -> int:
     if _TOKEN.search(key):
         return ids(item)
     if _VOCABULARY.search(key):
-        return min(item, VOCABULARY)
+        return min(item, 128 if "codebook" in key else VOCABULARY)  # some want a power of two
     if _is_layers(key):
         return min(item, LAYERS)
     return int(rule(key, item))

@@ -1,0 +1,223 @@
+"""Every attack of ``hostile.py`` ends as it says there, and none touches the canary."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import hostile
+import mlflow
+import pytest
+import torch
+from artifacts import rewrite
+from hostile import ATTACKS, Attack, Target
+
+from mlflow_safeflavor.errors import SafeFlavorError
+from mlflow_safeflavor.load import load_model
+
+pytest_plugins = "saved_models"
+
+LIGHT = [attack for attack in ATTACKS if not attack.heavy]
+HEAVY = [attack for attack in ATTACKS if attack.heavy]
+
+
+def names(attacks):
+    return [attack.name for attack in attacks]
+
+
+# Good artifacts.
+
+
+@pytest.fixture(scope="session")
+def coded(tmp_path_factory):
+    """A model with code of its own; made in another process, so that nobody here has imported it."""
+    folder = tmp_path_factory.mktemp("coded")
+    source = folder / "source" / f"{hostile.MODULE}.py"
+    source.parent.mkdir()
+    source.write_text(hostile.SOURCE)
+    script = f"""
+import sys; sys.path.insert(0, {str(source.parent)!r})
+import {hostile.MODULE} as user, mlflow_safeflavor, torch
+torch.manual_seed(0)
+rows = [{{"a": 1.0, "b": 2.0}}, {{"a": 3.0, "b": 4.0}}]
+common = dict(task="custom", preprocess=user.pre, postprocess=user.post, input_example=rows, rehearse=False)
+code = dict(code_paths=[{str(source)!r}])
+mlflow_safeflavor.save_model(user.Scale(), {str(folder / "coded")!r}, init_args={{"size": 4}}, **code, **common)
+class Local(user.Scale):
+    pass
+Local.__qualname__ = "f.<locals>.Local"
+mlflow_safeflavor.save_model(Local(), {str(folder / "pickled")!r}, allow_pickle=True, **code, **common)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    return folder
+
+
+@pytest.fixture
+def prepare(saved, coded, tmp_path):
+    """``prepare(attack)``: a damaged copy."""
+
+    def make(attack: Attack) -> Target:
+        base = {"classifier": saved, "coded": coded / "coded", "pickled": coded / "pickled"}[attack.base]
+        root = shutil.copytree(base, tmp_path / "model", copy_function=os.link)
+        target = Target(root, tmp_path / "canary")
+        attack.damage(target)
+        return target
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays(monkeypatch):
+    """Loading through pyfunc puts folders on the path, and sets torch's threads."""
+    monkeypatch.delenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", raising=False)
+    path, hooks, modules, threads = list(sys.path), list(sys.path_hooks), set(sys.modules), torch.get_num_threads()
+    yield
+    sys.path[:], sys.path_hooks[:] = path, hooks
+    for name in {name.partition(".")[0] for name in set(sys.modules) - modules}:
+        if name in (hostile.MODULE, "package") or name.startswith("their_"):
+            sys.modules.pop(name)
+    torch.set_num_threads(threads)
+
+
+# Attacks.
+
+
+def outcome(load, then=lambda model: None) -> str:
+    """How loading ends: the name of an error of ours, ``loads``, or what else was raised."""
+    try:
+        then(load())
+    except SafeFlavorError as error:
+        return type(error).__name__
+    except Exception as error:  # MLflow's own errors, where MLflow reads first
+        return f"any: {type(error).__name__}: {error}"
+    return "loads"
+
+
+def as_expected(found: str, wanted: str) -> bool:
+    return found == wanted or (wanted == "any" and found != "loads")
+
+
+@pytest.mark.parametrize("attack", LIGHT, ids=names(LIGHT))
+def test_attack_ends_in_its_error_and_leaves_the_canary_alone(attack, prepare):
+    target = prepare(attack)
+    found = outcome(lambda: load_model(str(target.root), **attack.options), attack.then)
+    assert as_expected(found, attack.native), found
+    assert not target.canary.exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow's, about files that are damaged on purpose
+@pytest.mark.parametrize("attack", LIGHT, ids=names(LIGHT))
+def test_attack_through_pyfunc(attack, prepare):
+    if attack.pyfunc is None:
+        pytest.skip("says nothing to pyfunc")
+    target = prepare(attack)
+
+    def load():
+        return mlflow.pyfunc.load_model(str(target.root), suppress_warnings=True, model_config=attack.config)
+
+    found = outcome(load)
+    assert as_expected(found, attack.pyfunc), found
+    assert not target.canary.exists()
+
+
+BOUNDED = """
+import resource, sys
+import mlflow.pyfunc, mlflow_safeflavor.load, mlflow_safeflavor.structure, mlflow_safeflavor.model, transformers
+import transformers.models.bert.modeling_bert
+from mlflow_safeflavor.errors import SafeFlavorError
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**30,) * 2)
+for load in (mlflow_safeflavor.load.load_model, lambda p: mlflow.pyfunc.load_model(p, suppress_warnings=True)):
+    try:
+        load(sys.argv[1])
+        print("loads")
+    except SafeFlavorError as error:
+        print(type(error).__name__)
+    except Exception as error:
+        print(f"any: {type(error).__name__}")
+    if sys.argv[2] == "native":
+        break
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", HEAVY, ids=names(HEAVY))
+def test_attack_on_time_or_memory_in_a_bounded_process(attack, prepare):
+    target = prepare(attack)
+    which = "native" if attack.pyfunc is None else "both"
+    done = subprocess.run(
+        [sys.executable, "-c", BOUNDED, str(target.root), which], capture_output=True, text=True, timeout=120
+    )
+    found = done.stdout.split("\n")[:-1]
+    assert as_expected(found[0] if found else "nothing", attack.native), done.stdout + done.stderr
+    if attack.pyfunc is not None:
+        assert as_expected(found[1] if len(found) > 1 else "nothing", attack.pyfunc), done.stdout + done.stderr
+    assert not target.canary.exists()
+
+
+# What no loader can prevent, and what does. See README.md.
+
+FRESH = """
+import sys
+{first}
+import mlflow.pyfunc
+try:
+    {load}
+    print("loads")
+except Exception as error:
+    print(type(error).__name__)
+"""
+PYFUNC = "mlflow.pyfunc.load_model(sys.argv[1], suppress_warnings=True)"
+NATIVE = "mlflow_safeflavor.load_model(sys.argv[1])"
+
+
+@pytest.fixture
+def in_a_new_process(saved, tmp_path):
+    """Put a file into code/, make the manifest anew, load: how it ended, and whether the payload ran."""
+
+    def run(file: str, load: str, first: str = "") -> tuple[str, bool]:
+        root = shutil.copytree(saved, tmp_path / "model", copy_function=os.link)
+        target = Target(root, tmp_path / "canary")
+        rewrite(target.code / file, target.payload + "def _load_pyfunc(path, model_config=None): pass\n")
+        target.reseal()
+        code = FRESH.format(first=first, load=load)
+        done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)
+        return done.stdout.strip(), target.canary.exists()
+
+    return run
+
+
+@pytest.mark.slow
+def test_our_loader_refuses_a_shadow_of_torch_before_torch_is_imported(in_a_new_process):
+    assert in_a_new_process("torch.py", PYFUNC) == ("StructureError", False)
+
+
+@pytest.mark.slow
+def test_limit_pyfunc_runs_the_loader_that_the_artifact_brings(in_a_new_process):
+    assert in_a_new_process("mlflow_safeflavor/__init__.py", PYFUNC) == ("loads", True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load", [PYFUNC, NATIVE], ids=["pyfunc", "native"])
+def test_an_installed_loader_that_was_imported_first_stays(in_a_new_process, load):
+    first = "import mlflow_safeflavor"
+    assert in_a_new_process("mlflow_safeflavor/__init__.py", load, first) == ("loads", False)
+
+
+def test_limit_golden_rows_do_not_see_words_that_they_do_not_use(saved, tmp_path):
+    target = Target(shutil.copytree(saved, tmp_path / "model", copy_function=os.link), tmp_path / "canary")
+    unused = -1  # the last word of the vocabulary
+    target.values(lambda arrays: arrays["bert.embeddings.word_embeddings.weight"].reshape(-1, 32)[unused].fill(9))
+    assert load_model(str(target.root)).report.golden_rows
+
+
+# The table.
+
+
+def test_readme_lists_every_attack():
+    readme = (Path(__file__).parent / "README.md").read_text()
+    missing = [a.name for a in ATTACKS if f"| {a.name} | {' '.join(a.attempt.split())} | {a.native} |" not in readme]
+    assert not missing, "run compare.py"

@@ -1,0 +1,175 @@
+"""Before it is published, a model is loaded in a process that shares nothing with this one."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+from artifacts import edit_json
+
+import mlflow_safeflavor
+from mlflow_safeflavor import parity, rehearsal, save
+from mlflow_safeflavor.errors import ParityError, RehearsalError
+
+pytest_plugins = "saved_models"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def save_tiny(tmp_path, tiny_bert, tiny_tokenizer):
+    """Save a tiny classifier at ``tmp_path/store/model`` with its rehearsal."""
+
+    def run(**options):
+        mlflow_safeflavor.save_model(tiny_bert(), tmp_path / "store" / "model", tokenizer=tiny_tokenizer, **options)
+        return tmp_path / "store" / "model"
+
+    return run
+
+
+def require_nothing_published(tmp_path):
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_a_good_model_is_published(save_tiny):
+    assert mlflow_safeflavor.load_model(str(save_tiny())).report.bit_identical
+
+
+def test_answers_that_only_this_process_gives_are_not_published(save_tiny, tmp_path, monkeypatch):
+    honest = parity.record
+
+    def record(*args, **kwargs):
+        honest(*args, **kwargs)
+        layout = args[-1]
+
+        def change(content):
+            content["answers"][0]["score"] += 0.1
+
+        edit_json(layout.parity, change)
+
+    monkeypatch.setattr(parity, "record", record)
+    with pytest.raises(RehearsalError, match="nothing was published") as refused:
+        save_tiny()
+    assert "ParityError" in refused.value.message
+    assert "row 0, score" in refused.value.message
+    require_nothing_published(tmp_path)
+
+
+def test_without_a_rehearsal_the_same_is_found_at_load(save_tiny, monkeypatch):
+    """What the test above needs to mean anything: nothing else at save would have found it."""
+    honest = parity.record
+
+    def record(*args, **kwargs):
+        honest(*args, **kwargs)
+        edit_json(args[-1].parity, lambda content: content["answers"][0].update(label="mine"))
+
+    monkeypatch.setattr(parity, "record", record)
+    path = save_tiny(rehearse=False)
+    with pytest.raises(ParityError, match="mine"):
+        mlflow_safeflavor.load_model(str(path))
+
+
+def test_a_file_that_is_lost_on_the_way_is_not_published(save_tiny, tmp_path, monkeypatch):
+    honest = save.write_manifest
+
+    def lose(layout, **kwargs):
+        honest(layout, **kwargs)
+        (layout.tokenizer / "tokenizer.json").unlink()
+
+    monkeypatch.setattr(save, "write_manifest", lose)
+    with pytest.raises(RehearsalError) as refused:
+        save_tiny()
+    assert "IntegrityError" in refused.value.message
+    assert "tokenizer/tokenizer.json" in refused.value.message
+    require_nothing_published(tmp_path)
+
+
+# The clean process itself, on an artifact that MLflow's own loader of Python functions opens.
+
+PROBE = """flavors:
+  python_function:
+    loader_module: probe
+    code: code
+    python_version: {python}
+"""
+
+
+@pytest.fixture
+def rehearsed(tmp_path):
+    """Rehearse an artifact whose loader runs the given code."""
+
+    def run(code):
+        root = tmp_path / "probe"
+        (root / "code").mkdir(parents=True)
+        (root / "MLmodel").write_text(PROBE.format(python=platform.python_version()))
+        indented = "".join(f"    {line}\n" for line in code.splitlines())
+        (root / "code" / "probe.py").write_text(f"def _load_pyfunc(path):\n{indented}    return print\n")
+        rehearsal.rehearse(root)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import socket; socket.create_connection(('192.0.2.1', 80), 5)",
+        "import urllib.request; urllib.request.urlopen('http://192.0.2.1/', timeout=5)",
+        "import socket; socket.socket(socket.AF_INET6).connect(('2001:db8::1', 80))",
+        "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 53))",
+    ],
+    ids=["socket", "urllib", "IPv6", "UDP"],
+)
+def test_a_connection_is_refused_and_named(rehearsed, code):
+    with pytest.raises(RehearsalError) as refused:
+        rehearsed(code)
+    assert "loading opened a connection to " in refused.value.message
+    assert "192.0.2.1" in refused.value.message or "2001:db8::1" in refused.value.message
+
+
+def test_loopback_is_no_network(rehearsed):
+    rehearsed(
+        "import socket\n"
+        "server = socket.create_server(('127.0.0.1', 0))\n"
+        "socket.create_connection(server.getsockname()).close()"
+    )
+
+
+def test_the_environment_of_this_process_does_not_reach_it(rehearsed, monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in ("HF_TOKEN", "HF_HOME", "MLFLOW_SAFEFLAVOR_VERIFY", "AWS_SECRET_ACCESS_KEY", "SECRET"):
+        monkeypatch.setenv(name, "mine")
+    monkeypatch.chdir(tmp_path)
+    rehearsed(
+        "import os, importlib.util\n"
+        "assert importlib.util.find_spec('mine') is None, 'sys.path'\n"
+        "mine = sorted(name for name, value in os.environ.items() if value == 'mine')\n"
+        "assert not mine, mine\n"
+        "assert os.environ['HF_HUB_OFFLINE'] == '1'\n"
+        "assert os.getcwd() == os.path.realpath(os.environ['HOME']), os.getcwd()\n"
+        f"assert os.getcwd() != {str(tmp_path)!r}"
+    )
+
+
+def test_the_test_above_can_fail(rehearsed):
+    with pytest.raises(RehearsalError, match="AssertionError: never"):
+        rehearsed("assert False, 'never'")
+
+
+def test_a_process_that_dies_is_no_success(rehearsed):
+    with pytest.raises(RehearsalError, match="died") as refused:
+        rehearsed("import os, sys\nsys.stderr.write('last words')\nsys.stderr.flush()\nos._exit(7)")
+    assert "exit status 7" in refused.value.message
+    assert "last words" in refused.value.message
+
+
+def test_a_process_that_hangs_is_no_success(rehearsed, monkeypatch):
+    monkeypatch.setattr(rehearsal, "_TIMEOUT", 1)
+    with pytest.raises(RehearsalError, match="within 1 s"):
+        rehearsed("import time; time.sleep(60)")
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit(0)", "raise KeyboardInterrupt"])
+def test_leaving_early_is_no_success(rehearsed, code):
+    with pytest.raises(RehearsalError):
+        rehearsed(code)
