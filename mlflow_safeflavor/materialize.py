@@ -29,9 +29,9 @@ def materialize(
 
     Every tensor without memory gets the values of the checkpoint; tensors that were one object stay
     one, and declared ties are tied. Buffers and plain tensors that no checkpoint holds are computed by
-    constructing a ``transformers.PreTrainedModel`` of the same config on real memory, and refused for
-    other modules. Nothing is changed before there is a value for everything. Tensors that have memory
-    keep their values.
+    constructing the class again on real memory, if its arguments can be told: a
+    ``transformers.PreTrainedModel`` has a config. Else they are refused. Nothing is changed before there
+    is a value for everything. Tensors that have memory keep their values.
 
     Args:
         module: What to fill.

@@ -15,7 +15,7 @@ import torch
 
 from mlflow_safeflavor import structure as structures
 from mlflow_safeflavor.errors import PlacementError
-from mlflow_safeflavor.inventory import Inventory, Slot, fill, find_slots, some, take_inventory
+from mlflow_safeflavor.inventory import Inventory, Slot, fill, find_meta, find_slots, some, take_inventory
 from mlflow_safeflavor.spec import DTYPES
 
 __all__ = ["dispatch", "dtype_plan", "place", "resolve_device", "resolve_dtype"]
@@ -82,10 +82,11 @@ def dtype_plan(
 ) -> dict[str, torch.dtype]:
     """Path → dtype, for every tensor that a module of this serving dtype holds in another dtype.
 
-    Parameters take ``dtype``, except for the islands that the class keeps in float32. Buffers and
-    plain attributes take the dtype that the constructor gives them when ``dtype`` is torch's default:
-    rotary frequencies, for instance, are float32 by their own code. Where no constructor can be
-    called, persistent buffers are cast, as ``nn.Module.to`` does. Integers and booleans stay.
+    As ``from_pretrained(dtype=…)`` decides: the islands that the class keeps in float32 are parameters
+    and persistent buffers (a router's correction bias); everything else takes the dtype that the
+    constructor gives it when ``dtype`` is torch's default: rotary frequencies, for instance, are
+    float32 by their own code. Parameters of other modules than transformers', and persistent buffers
+    where no constructor can be called, are cast, as ``nn.Module.to`` does. Integers and booleans stay.
     """
     floating = [slot for slot in slots if slot.tensor.is_floating_point()]
     parameters_differ = any(slot.tensor.dtype != dtype for slot in floating if slot.kind == "parameter")
@@ -95,32 +96,49 @@ def dtype_plan(
     constructed = _constructed_dtypes(structure, dtype)
     plan = {}
     for slot in floating:
-        if slot.kind == "parameter":
-            plan[slot.path] = torch.float32 if islands and islands.search(f".{slot.path}.") else dtype
+        stored = slot.kind == "parameter" or (slot.kind == "buffer" and slot.persistent)
+        if stored and islands and islands.search(f".{slot.path}."):
+            plan[slot.path] = torch.float32
+        elif slot.kind == "parameter" and not hasattr(module, "from_pretrained"):
+            plan[slot.path] = dtype
         else:
-            as_nn_does = dtype if slot.kind == "buffer" and slot.persistent else slot.tensor.dtype
-            plan[slot.path] = constructed.get(slot.path, as_nn_does)
+            plan[slot.path] = constructed.get(slot.path, dtype if stored else slot.tensor.dtype)
     return {slot.path: plan[slot.path] for slot in floating if plan[slot.path] != slot.tensor.dtype}
 
 
 def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
     if structure["kind"] == "pickle":
         return {}
+    described = {**structure, "config": _with_dtype(structure["config"], str(dtype).removeprefix("torch."))}
     # Whoever gets here has agreed to run the class already: it is being saved, or was just loaded.
-    skeleton = structures.build(structure, trust={"code"}, dtype=dtype)
+    skeleton = structures.build(described, trust={"code"}, dtype=dtype)
     return {slot.path: slot.tensor.dtype for slot in find_slots(skeleton)}
 
 
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """A config, as JSON, that says ``dtype`` at every level: submodels obey it more than torch's default."""
+    if not isinstance(config, Mapping):
+        return config
+    changed = {key: _with_dtype(value, dtype) for key, value in config.items()}
+    return changed | {key: dtype for key in ("dtype", "torch_dtype") if key in config and "model_type" in config}
+
+
 def _islands(module: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """Names of submodules that the class keeps in float32 (T5's ``wo``); transformers 4.57 and 5."""
+    """What the class keeps in float32 (T5's ``wo``), to be searched in ``.path.``; transformers 4.57 and 5."""
     names: set[str] = set()
     for child in module.modules():
         if dtype == torch.float16:
             names |= set(getattr(child, "_keep_in_fp32_modules", None) or ())
         if dtype in (torch.float16, torch.bfloat16):
             names |= set(getattr(child, "_keep_in_fp32_modules_strict", None) or ())
-    # Names are whole components of a path, as in transformers' own loader.
-    return re.compile("|".join(rf"\.{re.escape(name)}\." for name in sorted(names))) if names else None
+    if not names:
+        return None
+    # As in transformers' own loader: whole components of a path before 5, any part of it since, * for anything.
+    import transformers
+
+    whole = int(transformers.__version__.partition(".")[0]) < 5
+    patterns = [rf"\.{name}\." if whole else name.replace("*", ".*") for name in sorted(names)]
+    return re.compile("|".join(patterns))
 
 
 def place(module: torch.nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -181,17 +199,25 @@ def dispatch(
         place(module, real[0], {})
         return real[0]
     main = next((device for device in real if device.type != "cpu"), torch.device("cpu"))
+    index = _offload_index(inventory, folder)
     try:
         accelerate.dispatch_model(
             module,
             device_map={name: _as_accelerate(device) for name, device in devices.items()},
             main_device=_as_accelerate(main),
-            offload_index=_offload_index(inventory, folder) if "disk" in devices.values() else None,
+            offload_index=index if "disk" in devices.values() else None,
         )
     except (ValueError, RuntimeError, KeyError) as error:
         raise PlacementError(
             "accelerate cannot spread the model like this", where="device_map", found=error, way_out='device_map="auto"'
         ) from error
+    if lost := [path for path in find_meta(find_slots(module)) if path not in index]:
+        raise PlacementError(
+            "Tensors that lie inside other tensors, or not in order, cannot be offloaded to disk",
+            where=some(lost),
+            wanted="a tensor that a file holds by itself",
+            way_out="map their modules to a device",
+        )
     return main
 
 
@@ -211,8 +237,10 @@ def _automatic_map(module: torch.nn.Module, strategy: str, accelerate: Any) -> d
 def _device_map(
     module: torch.nn.Module, given: str | Mapping[str, Any], accelerate: Any
 ) -> dict[str, torch.device | str]:
-    device_map = _automatic_map(module, given, accelerate) if isinstance(given, str) else dict(given)
-    names = dict(module.named_modules()) | dict(module.named_parameters()) | dict(module.named_buffers())
+    device_map = _automatic_map(module, given, accelerate) if isinstance(given, str) else _unnested(module, given)
+    names = dict(module.named_modules())
+    if isinstance(given, str):  # accelerate's own maps name tensors, too
+        names |= dict(module.named_parameters()) | dict(module.named_buffers())
     if unknown := sorted(set(device_map) - set(names)):
         raise PlacementError(
             "The device map names something the model does not have",
@@ -233,6 +261,19 @@ def _device_map(
             found=f"{len(homeless)} tensors without one",
         )
     return {name: "disk" if device == "disk" else resolve_device(device) for name, device in device_map.items()}
+
+
+def _unnested(module: torch.nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """No part on disk with a part elsewhere inside it: accelerate would take all of it away first."""
+    device_map = dict(given)
+    modules = dict(module.named_modules())
+    for name in modules:  # outermost first
+        inside = [other for other in device_map if other != name and (not name or other.startswith(f"{name}."))]
+        if device_map.get(name) == "disk" and any(device_map[other] != "disk" for other in inside):
+            del device_map[name]
+            for child, _ in modules[name].named_children():
+                device_map.setdefault(f"{name}.{child}" if name else child, "disk")
+    return device_map
 
 
 def _as_accelerate(device: torch.device | str) -> str | int:

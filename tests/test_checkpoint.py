@@ -199,7 +199,7 @@ def test_another_model_type_is_refused_although_all_keys_fit(checkpoint, tiny_be
 def test_integers_in_the_place_of_weights(checkpoint):
     folder, _ = checkpoint
     rewrite(folder, lambda state: {**state, "classifier.bias": torch.zeros(2, dtype=torch.int8)})
-    with pytest.raises(WeightsError, match="classifier.bias is int8, wanted float32"):
+    with pytest.raises(WeightsError, match=r"classifier.bias is int8, wanted float32"):
         from_pretrained(folder)
 
 
@@ -335,7 +335,7 @@ def test_dtype_is_never_auto(checkpoint):
 
 
 def test_damaged_files(checkpoint, tmp_path):
-    folder, model = checkpoint
+    folder, _ = checkpoint
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(IntegrityError, match="cannot be read"):

@@ -19,19 +19,25 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import trigger_models as models
 from packaging.version import Version
 from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaModel, T5Config, T5EncoderModel
+from trigger_models import WIDTH, SmallConfig
 
 import mlflow_safeflavor
-import trigger_models as models
 from mlflow_safeflavor.checkpoint import from_pretrained
 from mlflow_safeflavor.damage import find_damage
 from mlflow_safeflavor.errors import PlacementError, SafeFlavorError, StructureError, WeightsError
 from mlflow_safeflavor.inventory import find_slots
 from mlflow_safeflavor.materialize import materialize
 from mlflow_safeflavor.statedict import bits_equal
-from trigger_models import WIDTH, SmallConfig
+
+pytestmark = [
+    # What MLflow warns of itself, at its first import and with pandas 3.
+    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
+    pytest.mark.filterwarnings("ignore:Operation with range is deprecated"),
+]
 
 TROUBLE = Version(transformers.__version__).major == 5
 """Whether the trouble looks as it is asserted here."""
@@ -269,18 +275,19 @@ def test_threads_that_change_the_default_dtype(tiny_gpt2):
     thread.start()
     try:
         dtypes = {GPT2LMHeadModel(model.config).lm_head.weight.dtype for _ in range(100)}
-        outcomes = []
+        outcomes, refusals = [], []
         for _ in range(10):
             try:
                 outcomes.append(differing(from_pretrained(folder), model))
             except StructureError as error:
-                assert "default dtype changed" in str(error)
+                refusals.append(error.what)
     finally:
         stop.set()
         thread.join()
         torch.set_default_dtype(torch.float32)
     assert torch.float16 in dtypes  # silent
     assert all(outcome == [] for outcome in outcomes)
+    assert set(refusals) <= {"Torch's default dtype changed while the model was constructed"}
 
 
 # Keys.
@@ -318,7 +325,8 @@ def test_an_undeclared_tie(tmp_path):
     save_model(model, str(tmp_path / "one.safetensors"))  # safetensors keeps one of two equal tensors
     with torch.device("meta"):
         empty = models.Tied()
-    load_model(empty, str(tmp_path / "one.safetensors"), strict=False)
+    with pytest.warns(UserWarning, match="is a no-op"):
+        load_model(empty, str(tmp_path / "one.safetensors"), strict=False)
     assert empty.embed.weight.is_meta  # nothing was loaded
     untied = models.Tied()
     untied.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
@@ -368,9 +376,9 @@ def test_to_empty_and_a_strict_load(tmp_path):
     assert differing(materialize(empty, model.state_dict()), model) == []
 
     with torch.device("meta"):
-        own = models.Rotary()
-    with pytest.raises(WeightsError, match=r"no data(?s:.*)rotary.inv_freq"):
-        materialize(own, models.Rotary().state_dict())
+        own = models.Rotary(WIDTH)
+    with pytest.raises(WeightsError, match=r"no data(?s:.*)rotary.inv_freq(?s:.*)stored nowhere"):
+        materialize(own, models.Rotary(WIDTH).state_dict())
     assert own.body.weight.is_meta  # nothing half filled
 
 
@@ -398,12 +406,11 @@ def test_empty_like_in_the_place_of_values(tiny_gpt2):
 
 def test_torch_computes_with_meta_weights_and_real_inputs():
     with torch.device("meta"):
-        layer = torch.nn.Linear(WIDTH, WIDTH, bias=False)
-    try:
-        answered = not layer(torch.from_numpy(X)).is_meta  # torch 2.13: a CPU tensor of garbage, no error
-    except (RuntimeError, NotImplementedError):
-        answered = False  # other releases refuse
-    assert answered in (True, False)
+        layer, convolution = torch.nn.Linear(WIDTH, WIDTH, bias=False), torch.nn.Conv1d(2, 2, 1)
+        index = torch.arange(WIDTH)
+    if torch.__version__.startswith("2.13"):  # a CPU tensor of memory that nobody wrote, and no error
+        x = torch.from_numpy(X)
+        assert [answer.is_meta for answer in (layer(x), convolution(x), x[..., index])] == [False] * 3
     with pytest.raises(WeightsError, match="without values"):
         mlflow_safeflavor.save_model(layer, "never", task="raw", input_example={"input": X})
 
@@ -421,9 +428,9 @@ def test_nan_that_does_not_reach_the_answer(tmp_path):
 def test_disk_offload(tiny_gpt2, tmp_path):
     folder, model = tiny_gpt2
     offloaded = accelerate.disk_offload(copy.deepcopy(model), str(tmp_path / "offload"), execution_device="cpu")
-    with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta|offloaded"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta|offloaded"):
         offloaded.to("cpu")
-    with pytest.raises(SafeFlavorError, match="without values|hooks"):
+    with pytest.raises(SafeFlavorError, match=r"without values|hooks"):
         mlflow_safeflavor.save_model(offloaded, tmp_path / "never", task="raw", input_example={})
     with pytest.raises(StructureError, match="hooks"):
         materialize(offloaded, folder)
@@ -436,15 +443,13 @@ def test_an_offloaded_encoder_logged_by_mlflow_pytorch(tiny_gpt2, tmp_path):
     ids = torch.arange(4)[None]
     offloaded = accelerate.disk_offload(copy.deepcopy(model), str(tmp_path / "offload"), execution_device="cpu")
     pins = ["torch", "transformers", "accelerate"]
-    mlflow.pytorch.save_model(
-        offloaded, str(tmp_path / "theirs"), pip_requirements=pins, serialization_format="pickle"
-    )
+    mlflow.pytorch.save_model(offloaded, str(tmp_path / "theirs"), pip_requirements=pins, serialization_format="pickle")
     theirs = mlflow.pytorch.load_model(str(tmp_path / "theirs"))
     assert torch.equal(theirs(ids).logits, model(ids).logits)  # on this host, so far
     (tmp_path / "offload").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError):
         mlflow.pytorch.load_model(str(tmp_path / "theirs"))(ids)
-    with pytest.raises(SafeFlavorError, match="without values|hooks"):
+    with pytest.raises(SafeFlavorError, match=r"without values|hooks"):
         mlflow_safeflavor.save_model(offloaded, tmp_path / "never", task="raw", input_example={})
 
 

@@ -154,10 +154,10 @@ class Scaled(nn.Module):
 class Rotary(nn.Module):
     """Not of transformers, but with its rotary embedding inside."""
 
-    def __init__(self):
+    def __init__(self, width):
         super().__init__()
-        config = LlamaConfig(hidden_size=WIDTH, num_attention_heads=1, max_position_embeddings=32)
-        self.body = nn.Linear(WIDTH, WIDTH)
+        config = LlamaConfig(hidden_size=width, num_attention_heads=1, max_position_embeddings=32)
+        self.body = nn.Linear(width, width)
         self.rotary = LlamaRotaryEmbedding(config)
 
     def forward(self, x):

@@ -1,4 +1,4 @@
-"""The clean process: it never saw an original. One line of JSON in is one artifact to load, one line out what it holds."""
+"""The clean process, which never saw an original: a line of JSON in is an artifact, a line out is what it holds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import traceback
 import warnings
 from pathlib import Path
 
-import facts
 import numpy as np
 import torch
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import SafeFlavorError
+from sweep import facts
 
 CPU_SECONDS = 60
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from inputs import Arrays, output_tensors, tensors
+
+from sweep.inputs import Arrays, output_tensors, tensors
 
 Facts = dict[str, list[Any]]
 

@@ -88,15 +88,8 @@ def candidates(module: torch.nn.Module) -> Iterator[Arrays]:
         choices.pop("attention_mask", None)  # it would be as long as the sound, or the number of patches
     rich, plain = set(choices), set(choices) - grids
     seen: list[list[str]] = []
-    for wanted in (
-        plain,
-        rich,
-        plain - {"attention_mask"},
-        {main} | required | text,
-        {main} | required,
-        required,
-        text,
-    ):
+    poorer = ({main} | required | text, {main} | required, required, text)
+    for wanted in (plain, rich, plain - {"attention_mask"}, *poorer):
         chosen = [name for name in names if name in wanted and name in choices]
         if chosen and chosen not in seen:
             seen.append(chosen)
@@ -277,9 +270,7 @@ class _Maker:
 
 # --- image and audio tokens -----------------------------------------------------------------------
 
-_COUNTS = re.compile(
-    r"tokens?:?\s*(?:torch\.Size\(\[)?(\d+)[^\d]*features?:?\s*(?:torch\.Size\(\[)?(\d+)", re.IGNORECASE
-)
+_COUNTS = re.compile(r"tokens?:?\s*(?:torch\.Size\(\[)?(\d+)[^\d]*features?:?\s*(?:torch\.Size\(\[)?(\d+)", re.I)
 
 
 def _with_tokens(module: torch.nn.Module, arrays: Arrays, message: str) -> Arrays | None:

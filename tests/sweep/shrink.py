@@ -82,37 +82,50 @@ class _SpecialIds:
         return self.given.setdefault(token, FIRST_SPECIAL + len(self.given))
 
 
-_TOKEN = re.compile(
-    r"token_(id|index|ids|indices)$|(^|_)(start|end|begin)_id$|^(pad|bos|eos|sep|cls|mask|decoder_start)_token"
+def _any(*parts: str) -> re.Pattern[str]:
+    return re.compile("|".join(parts))
+
+
+_TOKEN = _any(r"token_(id|index|ids|indices)$", r"(^|_)(start|end|begin)_id$", r"^(pad|bos|eos|sep|cls|mask)_token")
+_VOCABULARY = _any(r"vocab_size", r"^n_vocab$", r"^n_?words$", r"codebook_size")
+_LAYERS = _any(
+    *(r"(^|_)n(um)?_(\w+_)?(layers?|blocks?|stacks)$", r"_layers$", r"^layers$", r"^n_layers?$", r"^depth$", r"_depth$")
 )
-_VOCABULARY = re.compile(r"vocab_size|^n_vocab$|^n_?words$|text_config_vocab|codebook_size|vocab_size_per_layer")
-_LAYERS = re.compile(
-    r"(^|_)n(um)?_(\w+_)?(layers?|blocks?|stacks)$|_layers$|^layers$|^n_layers?$|^depth$|^encoder_depth$|_depth$"
+_NOT_LAYERS = _any(
+    *("feature_layer", "mlp_only", "feat_extract", "skip", "fpn", "down", "upsampl", "layers_block", "conv_layers"),
+    *("fusion", "keep", "index", "swap", "global_attn", "drop", "adapter"),
 )
-_NOT_LAYERS = re.compile(
-    r"feature_layer|mlp_only|feat_extract|skip|fpn|down|upsampl|layers_block|conv_layers|fusion|keep|index|swap|global_attn|drop|adapter"
+_HEADS = _any(
+    r"(^|_)n(um)?_(\w+_)?(attention_)?heads?(_\w+)?$", r"attention_heads$", r"^n_head$", r"^heads$", r"_heads$"
 )
-_HEADS = re.compile(
-    r"(^|_)n(um)?_(\w+_)?(attention_)?heads?(_\w+)?$|attention_heads$|^n_head$|^heads$|_heads$|^num_v_heads$"
+_KV = _any("key_value", "kv_heads?", "num_kv", "query_groups", "multi_query_group")
+_HEAD_DIM = _any(
+    *(r"head_dim$", r"d_head$", r"^d_kv$", r"head_size$", r"_head_dim_?\w*$", r"^attention_head_dim$"),
+    *(r"^qk_nope", r"^qk_rope", r"^v_head", r"^attention_key_dim$"),
 )
-_KV = re.compile(r"key_value|kv_heads?|num_kv|query_groups|multi_query_group")
-_HEAD_DIM = re.compile(
-    r"head_dim$|d_head$|^d_kv$|head_size$|_head_dim_?\w*$|^attention_head_dim$|^qk_nope|^qk_rope|^v_head|^attention_key_dim$"
+_EXPERTS = _any(
+    r"(^|_)n(um)?_(\w+_)?experts$", "n_routed_experts", "num_local_experts", "moe_num_experts", "expert_num"
 )
-_EXPERTS = re.compile(r"(^|_)n(um)?_(\w+_)?experts$|n_routed_experts|num_local_experts|moe_num_experts|expert_num")
-_TOPK = re.compile(
-    r"experts_per_tok|num_experts_per_token|moe_topk|moe_k$|top_k_experts|num_selected_experts|experts_top_?k|moe_top_k"
+_TOPK = _any(
+    *("experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k$", "top_k_experts", "num_selected_experts"),
+    *("experts_top_?k", "moe_top_k"),
 )
-_GROUPS = re.compile(r"^n_group$|^topk_group$|^num_expert_group")
-_WIDTH = re.compile(
-    r"hidden_size|hidden_dim|(^|_)d_model$|^n_embd$|^dim$|embed_dim|embedding_size|(^|_)d_embed$|_dim$|_size_per_head|"
-    r"intermediate_size|ffn_dim|ffn_size|^d_ff$|_ff_dim|^n_inner$|^d_inner$|mlp_dim|inner_dim|feed_forward|channels$|_width$|^width$|"
-    r"lora_rank|latent_size|bottleneck|_rank$|proj_size|projection_size|output_size|feature_size|^q_lora|^kv_lora|(^|_)filters$|hid_dim"
-)  # fmt: skip
-_NOT_WIDTH = re.compile(r"num_channels|in_channels|input_channels|out_channels$|^channels$|audio_channels|kernel_dim|conv_dim_|"
-                        r"max_2d|scale|head_dim|rotary|_mel|num_freq|input_dim|^input_size|temporal|patch_dim|num_dim|batch")  # fmt: skip
-_POSITIONS = re.compile(
-    r"max_position|n_positions|max_\w*positions|^n_ctx$|max_seq_len|max_sequence_length|max_source|max_target|block_size"
+_GROUPS = _any(r"^n_group$", r"^topk_group$", r"^num_expert_group")
+_WIDTH = _any(
+    *(r"hidden_size", r"hidden_dim", r"(^|_)d_model$", r"^n_embd$", r"^dim$", r"embed_dim", r"embedding_size"),
+    *(r"(^|_)d_embed$", r"_dim$", r"_size_per_head", r"intermediate_size", r"ffn_dim", r"ffn_size", r"^d_ff$"),
+    *(r"_ff_dim", r"^n_inner$", r"^d_inner$", r"mlp_dim", r"inner_dim", r"feed_forward", r"channels$", r"_width$"),
+    *(r"^width$", r"lora_rank", r"latent_size", r"bottleneck", r"_rank$", r"proj_size", r"projection_size"),
+    *(r"output_size", r"feature_size", r"^q_lora", r"^kv_lora", r"(^|_)filters$", r"hid_dim"),
+)
+_NOT_WIDTH = _any(
+    *("num_channels", "in_channels", "input_channels", "out_channels$", "^channels$", "audio_channels", "kernel_dim"),
+    *("conv_dim_", "max_2d", "scale", "head_dim", "rotary", "_mel", "num_freq", "input_dim", "^input_size", "temporal"),
+    *("patch_dim", "num_dim", "batch"),
+)
+_POSITIONS = _any(
+    *("max_position", "n_positions", r"max_\w*positions", "^n_ctx$", "max_seq_len", "max_sequence_length"),
+    *("max_source", "max_target", "block_size"),
 )
 _IMAGE = re.compile(r"(^|_)(image|img|input_image|crop)_(size|resolution|dim)$|^image_size")
 _PATCH = re.compile(r"patch_size$")
@@ -130,13 +143,11 @@ def _walk(value: dict[str, Any], rule: Any, ids: _SpecialIds) -> dict[str, Any]:
         if key in ("out_features", "out_indices") and item and len(value.get("stage_names") or ()) == whole + 1:
             stages = range(len(kept) - len(item) + 1, len(kept) + 1)  # every layer is a stage: take the last ones
             small[key] = [f"stage{index}" for index in stages] if key == "out_features" else list(stages)
+        elif isinstance(item, dict) and item.get("model_type") == "timm_backbone":
+            small[key] = _backbone(item)
         elif isinstance(item, dict) and key not in ("id2label", "label2id"):
-            small[key] = (
-                _backbone(item, rule, ids) if item.get("model_type") == "timm_backbone" else _walk(item, rule, ids)
-            )
-        elif (
-            isinstance(item, list) and item and len(item) == whole > LAYERS and not (len(item) < 8 and _is_stages(key))
-        ):
+            small[key] = _walk(item, rule, ids)
+        elif isinstance(item, list) and _is_layerwise(key, item, whole):
             small[key] = [rule(key, item[i]) if type(item[i]) is int else item[i] for i in kept]
         elif isinstance(item, list) and item and all(type(entry) is int for entry in item):
             small[key] = _shrink_list(key, item, rule, ids)
@@ -162,6 +173,10 @@ _MISSING: dict[str, dict[str, Any]] = {
 
 def _is_layers(key: str) -> bool:
     return bool(_LAYERS.search(key)) and not _NOT_LAYERS.search(key)
+
+
+def _is_layerwise(key: str, item: list[Any], layers: int) -> bool:
+    return len(item) == layers > LAYERS and not (len(item) < 8 and _is_stages(key))
 
 
 def _is_stages(key: str) -> bool:
@@ -284,7 +299,7 @@ def _short(key: str, item: int) -> int:
 # --- composed models, whose default config is empty ---------------------------------------------------------------
 
 
-def _backbone(item: dict[str, Any], rule: Any, ids: _SpecialIds) -> dict[str, Any]:
+def _backbone(item: dict[str, Any]) -> dict[str, Any]:
     """A small ResNet in the place of a timm model: timm is not a dependency."""
     small = transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1])
     plain = small.to_dict()

@@ -1,0 +1,398 @@
+"""Devices and device maps: answers equal to the plain load, and a clear word where there is no such device."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+
+import numpy as np
+import pytest
+import torch
+from artifacts import TEXTS
+from transformers import GPT2Config, GPT2LMHeadModel, ModernBertConfig, ModernBertModel
+
+import mlflow_safeflavor
+from mlflow_safeflavor import placement
+from mlflow_safeflavor.errors import PlacementError
+from mlflow_safeflavor.inventory import find_slots
+from mlflow_safeflavor.placement import resolve_device, resolve_dtype
+
+pytest_plugins = "saved_models"
+
+ONES = {"x": np.ones((3, 4), np.float32)}
+IDS = {"input_ids": np.array([[1, 5, 9, 4], [7, 2, 2, 3]])}
+
+
+def load(path, **options):
+    return mlflow_safeflavor.load_model(str(path), **options)
+
+
+def seeded(make):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().eval()
+
+
+_made = {}
+
+
+@pytest.fixture
+def gpt2(tmp_path_factory):
+    """A saved language model whose head is tied to its embedding."""
+    if "gpt2" not in _made:
+        config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        path = tmp_path_factory.mktemp("gpt2") / "model"
+        model = seeded(lambda: GPT2LMHeadModel(config))
+        mlflow_safeflavor.save_model(model, path, task="raw", input_example=IDS, rehearse=False)
+        _made["gpt2"] = path
+    return _made["gpt2"]
+
+
+@pytest.fixture
+def modernbert(tmp_path_factory):
+    """A saved model whose rotary frequencies are non-persistent buffers."""
+    if "modernbert" not in _made:
+        config = ModernBertConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
+            attn_implementation="eager",
+        )
+        path = tmp_path_factory.mktemp("modernbert") / "model"
+        model = seeded(lambda: ModernBertModel(config))
+        mlflow_safeflavor.save_model(model, path, task="raw", input_example=IDS, rehearse=False)
+        _made["modernbert"] = path
+    return _made["modernbert"]
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert np.array_equal(found[name], array), f"{name} differs from the plain load"
+
+
+# Device maps
+
+
+BERT_MAPS = {
+    "auto": "auto",
+    "balanced": "balanced",
+    "sequential": "sequential",
+    "one device": {"": "cpu"},
+    "one device, by parts": {"bert": "cpu", "classifier": "cpu", "dropout": "cpu"},
+    "cpu and disk": {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"},
+    "all on disk": {"": "disk"},
+    "all on disk, by parts": {"bert": "disk", "classifier": "disk"},
+    "nested": {"": "cpu", "bert.encoder": "disk", "bert.encoder.layer.1": "cpu"},
+    "nested, disk at the root": {"": "disk", "bert.encoder.layer.0.attention": "cpu", "classifier": "disk"},
+    "devices as objects": {"bert": torch.device("cpu"), "classifier": torch.device("cpu", 0)},
+}
+
+
+@pytest.mark.parametrize("case", BERT_MAPS)
+def test_answers_are_those_of_the_plain_load(saved, case):
+    expected = load(saved).predict(TEXTS)
+    model = load(saved, device_map=BERT_MAPS[case])
+    assert model.predict(TEXTS).equals(expected), "answers differ from the plain load"
+    assert model.predict(TEXTS).equals(expected), "answers differ the second time"
+    assert model.report.bit_identical
+    assert model.report.device == "cpu, by device_map"
+
+
+def test_what_is_offloaded_takes_no_memory(saved):
+    module = load(saved, device_map={"bert.encoder": "disk", "": "cpu"}).module
+    offloaded = {slot.path for slot in find_slots(module) if slot.tensor.is_meta}
+    assert offloaded == {name for name, _ in module.named_parameters() if name.startswith("bert.encoder.")}
+
+
+def test_offloaded_tensors_are_read_from_the_artifact_and_written_nowhere(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(saved.rglob("*"))
+    load(saved, device_map={"": "disk"}).predict(TEXTS)
+    assert sorted(saved.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        {"": "disk"},
+        {"transformer": "disk", "lm_head": "cpu"},
+        {"transformer": "cpu", "lm_head": "disk"},
+        {"transformer": "disk", "lm_head": "disk"},
+        {"": "cpu", "transformer.h": "disk"},
+        {"": "cpu", "transformer.wte": "disk"},
+    ],
+    ids=str,
+)
+def test_a_tied_model_offloaded_on_either_side_of_its_tie(gpt2, device_map):
+    expected = load(gpt2).predict(IDS)
+    model = load(gpt2, device_map=device_map)
+    for _ in range(2):
+        same(model.predict(IDS), expected)
+
+
+@pytest.mark.parametrize("device_map", [{"": "disk"}, {"": "cpu", "layers": "disk"}, {"": "cpu", "rotary_emb": "disk"}])
+def test_non_persistent_buffers_of_an_offloaded_model(modernbert, device_map):
+    plain = load(modernbert)
+    transient = {slot.path: slot.tensor for slot in find_slots(plain.module) if slot.kind == "buffer"}
+    assert transient, "the test is void: no buffers"
+    expected = plain.predict(IDS)
+    model = load(modernbert, device_map=device_map)
+    for _ in range(2):
+        same(model.predict(IDS), expected)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "where", "what"),
+    [
+        ({"": 0}, "device", "cuda:0"),
+        ({"bert": "cpu", "classifier": 1}, "device", "cuda:1"),
+        ({"": "cuda:3"}, "device", "cuda:3"),
+        ({"": "xpu"}, "device", "xpu"),
+        ({"": "cpu:1"}, "device", "cpu:1"),
+        ({"": "meta"}, "device", "meta"),
+    ],
+    ids=str,
+)
+def test_a_device_that_is_not_there(saved, device_map, where, what):
+    with pytest.raises(PlacementError, match="no such device here") as caught:
+        load(saved, device_map=device_map)
+    assert caught.value.where == where
+    assert caught.value.wanted == what
+    assert caught.value.found == "cpu only"
+    assert caught.value.way_out
+
+
+@pytest.mark.parametrize("device", ["gpu", "", None, 1.5, True, -1])
+def test_something_that_is_no_device(saved, device):
+    with pytest.raises(PlacementError, match="Not a device"):
+        load(saved, device_map={"": device})
+
+
+@pytest.mark.parametrize("name", ["bert.encodr", "bert.embeddings.word_embeddings.weight"])
+def test_a_submodule_that_is_not_there(saved, name):
+    """A tensor is none: accelerate ignores such a key with a warning."""
+    with pytest.raises(PlacementError, match="something the model does not have") as caught:
+        load(saved, device_map={"": "cpu", name: "disk"})
+    assert repr(name) in caught.value.where
+    assert "'bert'" in caught.value.wanted
+
+
+@pytest.mark.parametrize("name", ["", "ber", "bert.encoder.layer.1"])
+def test_a_map_that_leaves_tensors_out(saved, name):
+    with pytest.raises(PlacementError) as caught:
+        load(saved, device_map={"classifier": "cpu", **({name: "cpu"} if name else {})})
+    expected = "does not have" if name == "ber" else "without a place"
+    assert expected in caught.value.what
+    if name != "ber":
+        assert "bert.embeddings.word_embeddings.weight" in caught.value.where
+
+
+def test_an_empty_map_leaves_everything_out(saved):
+    with pytest.raises(PlacementError, match="without a place"):
+        load(saved, device_map={})
+
+
+def test_a_strategy_that_does_not_exist(saved):
+    with pytest.raises(PlacementError, match="Unknown device map") as caught:
+        load(saved, device_map="bogus")
+    assert caught.value.found == "bogus"
+    assert "auto" in caught.value.wanted
+
+
+@pytest.mark.parametrize("options", [{"device": "cpu"}, {"dtype": "bfloat16"}], ids=str)
+def test_a_map_together_with_a_device_or_dtype(saved, options):
+    with pytest.raises(PlacementError, match="device_map says where everything goes") as caught:
+        load(saved, device_map="auto", **options)
+    assert repr(next(iter(options.values()))) in caught.value.found
+
+
+def test_without_accelerate_the_extra_is_named(saved, monkeypatch):
+    original = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == "accelerate":
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "accelerate")
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(PlacementError, match="device_map needs accelerate") as caught:
+        load(saved, device_map="auto")
+    assert "mlflow-safeflavor[accelerate]" in caught.value.way_out
+    monkeypatch.undo()
+    assert load(saved, device_map="auto").report.bit_identical
+
+
+class Sliced(torch.nn.Module):
+    """A parameter that no file holds by itself: it is part of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.whole = torch.nn.Linear(4, 4, bias=False)
+        self.part = torch.nn.Linear(4, 2, bias=False)
+        self.part.weight = torch.nn.Parameter(self.whole.weight[:2])
+        self.turned = torch.nn.Linear(4, 4, bias=False)
+        self.turned.weight = torch.nn.Parameter(torch.randn(4, 4).t())
+        self.last = torch.nn.Linear(2, 2)
+        self.scale = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
+
+    def forward(self, x):
+        return self.scale * self.last(self.turned(self.whole(x))[:, :2] + self.part(x))
+
+
+@pytest.fixture
+def sliced(tmp_path):
+    path = tmp_path / "model"
+    model = seeded(Sliced)
+    mlflow_safeflavor.save_model(model, path, task="raw", init_args={}, input_example=ONES, rehearse=False)
+    return path
+
+
+@pytest.mark.parametrize("name", ["part", "whole", "turned"])
+def test_views_cannot_be_offloaded(sliced, name):
+    """They are no tensors of the file, so accelerate could only read something else."""
+    with pytest.raises(PlacementError, match="cannot be offloaded to disk") as caught:
+        load(sliced, trust={"code"}, device_map={"": "cpu", name: "disk"})
+    assert caught.value.where == f"{name}.weight"
+
+
+def test_the_rest_of_a_model_with_views_can_be_offloaded(sliced):
+    expected = load(sliced, trust={"code"}).predict(ONES)
+    same(load(sliced, trust={"code"}, device_map={"": "cpu", "last": "disk"}).predict(ONES), expected)
+
+
+def test_a_tied_model_with_an_exception_from_disk(gpt2):
+    expected = load(gpt2).predict(IDS)
+    same(load(gpt2, device_map={"": "disk", "transformer.h.0.attn": "cpu"}).predict(IDS), expected)
+
+
+def test_tensors_beside_an_exception_from_disk_have_no_place(sliced):
+    """The part on disk is split around the exception; what belongs to none of its submodules is then left over."""
+    with pytest.raises(PlacementError, match="without a place") as caught:
+        load(sliced, trust={"code"}, device_map={"": "disk", "last": "cpu"})
+    assert caught.value.where == "scale"
+
+
+# Devices, told apart without having any
+
+
+@pytest.fixture
+def having(monkeypatch):
+    """``having(cuda=2)``: torch sees that many."""
+
+    def have(**counts):
+        monkeypatch.setattr(placement, "_device_count", lambda kind: counts.get(kind, 0))
+
+    have()
+    return have
+
+
+def test_auto_takes_what_there_is(having):
+    assert resolve_device("auto") == torch.device("cpu")
+    having(mps=1)
+    assert resolve_device("auto") == torch.device("mps")
+    having(cuda=2, xpu=1)
+    assert resolve_device() == torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cuda", "cuda"),
+        ("cuda:1", "cuda:1"),
+        (1, "cuda:1"),
+        (0, "cuda:0"),
+        (torch.device("cuda", 1), "cuda:1"),
+        ("cpu", "cpu"),
+        (torch.device("cpu"), "cpu"),
+    ],
+    ids=str,
+)
+def test_devices_as_int_str_or_object(having, device, expected):
+    having(cuda=2)
+    assert resolve_device(device) == torch.device(expected)
+
+
+def test_an_int_is_an_index_of_the_accelerator_there_is(having):
+    having(xpu=2)
+    assert resolve_device(1) == torch.device("xpu", 1)
+
+
+@pytest.mark.parametrize("device", [2, "cuda:2", "cuda:7", "xpu", "mps", "meta", "cpu:1"])
+def test_an_index_beyond_the_last_names_what_is_there(having, device):
+    having(cuda=2)
+    with pytest.raises(PlacementError, match="no such device here") as caught:
+        resolve_device(device)
+    assert caught.value.found == "cpu, cuda × 2"
+
+
+def test_without_any_accelerator_an_int_is_refused(having):
+    with pytest.raises(PlacementError) as caught:
+        resolve_device(0)
+    assert caught.value.wanted == "cuda:0"
+    assert caught.value.found == "cpu only"
+
+
+@pytest.mark.parametrize("device", ["gpu", "", None, True, False, 1.5, "cuda:-1", -1, "cuda:x", [], "CPU"], ids=repr)
+def test_no_device_at_all(having, device):
+    having(cuda=2)
+    with pytest.raises(PlacementError, match="Not a device") as caught:
+        resolve_device(device)
+    assert repr(device) in caught.value.found
+
+
+def test_the_count_is_torchs_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert resolve_device(2) == torch.device("cuda", 2)
+    with pytest.raises(PlacementError):
+        resolve_device(3)
+    with pytest.raises(PlacementError):
+        resolve_device("mps")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        ("torch.float16", torch.float16),
+    ],
+)
+def test_serving_dtypes(dtype, expected):
+    assert resolve_dtype(dtype) is expected
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float64", "int8", "half", "", None, torch.float64, 16, "FLOAT32"], ids=repr)
+def test_no_serving_dtype(dtype):
+    with pytest.raises(PlacementError, match="Not a serving dtype") as caught:
+        resolve_dtype(dtype)
+    assert caught.value.found == repr(dtype)
+    assert "float32" in caught.value.wanted
+
+
+def test_a_model_that_does_not_fit_is_a_placement_error(saved, monkeypatch):
+    original = torch.Tensor.to
+
+    def full(self, target, *args, **kwargs):
+        if isinstance(target, torch.device):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, target, *args, **kwargs)
+
+    module = load(saved).module
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    with pytest.raises(PlacementError, match="does not fit") as caught:
+        placement.place(module, torch.device("cuda", 0), {})
+    assert caught.value.where == "cuda:0"
+    assert "GB" in caught.value.wanted
