@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 import resource
 import shutil
@@ -156,6 +157,7 @@ def save_peer(model: Any, task: str, folder: Path) -> Path:
     import torch
     import transformers
 
+    logging.getLogger("mlflow").setLevel(logging.ERROR)  # it looks for a model card on the hub, and says so
     shutil.rmtree(folder, ignore_errors=True)
     mlflow.transformers.save_model(
         transformers.pipeline(task, model=model, tokenizer=tokenizer()),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -81,9 +80,9 @@ def rebuild(size: str, dtype: str, rounds: int, cache: Path) -> None:
     from mlflow_safeflavor.load import read_spec
 
     checkpoint, layout = roberta_checkpoint(size, dtype, cache), Layout(our_roberta(size, dtype, cache))
+    spec, _ = read_spec(layout)  # MLmodel, which from_pretrained has no counterpart of
 
     def fill() -> tuple[torch.nn.Module, inventory.Inventory]:
-        spec, _ = read_spec(layout)
         recorded = tensors.read_inventory(layout)
         module = structure.build(structure.read_structure(layout, spec))
         inventory.fill(module, recorded, tensors.read_tensors(recorded, layout))
@@ -259,13 +258,10 @@ WORKERS = 4
 # Three stops: after imports, after loading and reading every weight, and the end.
 WORKER = """
 import json, sys
-import torch
+import mlflow.pyfunc, mlflow.transformers, torch
 from transformers import RobertaModel, pipeline
+import mlflow_safeflavor
 how, path = sys.argv[1:]
-if how == "ours":
-    import mlflow_safeflavor
-else:
-    import mlflow.transformers
 print(json.dumps([]), flush=True)
 input()
 if how == "ours":
@@ -393,8 +389,6 @@ def main() -> None:
     options = parser.parse_args()
     parts, cache = options.only.split(","), options.cache
     cache.mkdir(parents=True, exist_ok=True)
-    for name in ("mlflow", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     facts = machine()
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
     for size in SIZES if options.large else list(SIZES)[:1]:

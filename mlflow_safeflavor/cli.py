@@ -6,12 +6,12 @@ import sys
 from typing import Any
 
 import click
+from mlflow.exceptions import MlflowException
 from rich.console import Console
 from rich.table import Table
 
 from mlflow_safeflavor.artifact import Layout, read_json
 from mlflow_safeflavor.environment import Environment
-from mlflow_safeflavor.errors import SafeFlavorError
 from mlflow_safeflavor.load import locate, read_spec
 from mlflow_safeflavor.version import __version__
 
@@ -19,12 +19,12 @@ __all__ = ["main"]
 
 
 class _Errors(click.Group):
-    """Says our errors on stderr and exits with status 2, without a traceback."""
+    """Says errors, ours and MLflow's, on stderr and exits with status 2, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except SafeFlavorError as error:
+        except MlflowException as error:  # ours are of this kind too
             Console(stderr=True).print(f"{type(error).__name__}: {error.message}", markup=False, style="red")
             ctx.exit(2)
 

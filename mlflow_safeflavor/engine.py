@@ -54,14 +54,22 @@ class ModuleEngine:
 def _named_tensors(outputs: Any) -> dict[str, torch.Tensor]:
     """The tensors of a forward's result under the names the model gives them, else ``output_0`` ….
 
-    Caches and tuples of hidden states are left out: no task reads them.
+    Caches and tuples of hidden states are left out, since no task reads them: unless they are all there
+    is, as with the feature maps of a backbone, which become ``feature_maps_0`` ….
     """
     if isinstance(outputs, torch.Tensor):
         return {"output_0": outputs}
-    if isinstance(outputs, Mapping):
-        return {str(name): value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
     if isinstance(outputs, (tuple, list)):
-        return {f"output_{i}": value for i, value in enumerate(outputs) if isinstance(value, torch.Tensor)}
+        outputs = {f"output_{i}": value for i, value in enumerate(outputs)}
+    if isinstance(outputs, Mapping):
+        single = {str(name): value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+        return single or {
+            f"{name}_{i}": item
+            for name, value in outputs.items()
+            if isinstance(value, (tuple, list))
+            for i, item in enumerate(value)
+            if isinstance(item, torch.Tensor)
+        }
     raise StructureError(
         "The module's forward returns something without named tensors",
         where=type(outputs).__name__,

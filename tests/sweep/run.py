@@ -1,11 +1,11 @@
 """Save every architecture of transformers that can be made small, load it in a clean process, compare everything.
 
-    make sweep                                        all of them, on two cores
-    cd tests
-    python -m sweep.run --only 'Bert|Llama'     some of them, by class name
-    python -m sweep.run --part 0/2              every second one, to share the work
+    make sweep                                                all of them, on two cores
+    cd tests; python -m sweep.run --only 'Bert|Llama'         some of them, by class name
+    cd tests; python -m sweep.run --jobs 4 --results x.jsonl  shared among four processes
 
-Results go to ``tests/sweep/results.jsonl``, one line a class as it is done; ``--table`` turns them into README's table.
+Results go to ``tests/sweep/results.jsonl``, one line a class as it is done, and in the end to ``results.md``. It ends
+with 1 if any class came back different, or if the package raised an alarm about a sound one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import transformers  # noqa: E402
 import mlflow_safeflavor  # noqa: E402
 from mlflow_safeflavor import requirements  # noqa: E402
 from mlflow_safeflavor.errors import SafeFlavorError, WeightsError  # noqa: E402
-from sweep import facts, inputs, shrink  # noqa: E402
+from sweep import facts, inputs, report, shrink  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
 CPU_SECONDS = 60  # for one class to be made and run; other processes on the machine do not count
@@ -341,21 +341,51 @@ def _once(function: Any) -> Any:
     return remembered
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="regular expression on class names")
-    parser.add_argument("--part", default="0/1", help="k/n: every n-th class, beginning with the k-th")
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
-    arguments = parser.parse_args()
+def sweep(only: str, part: int, parts: int, results: Path) -> None:
+    """Check every ``parts``-th class, and write its row as soon as it is known."""
     transformers.logging.set_verbosity_error()
-    part, parts = map(int, arguments.part.split("/"))
-    wanted = [item for item in shrink.architectures().items() if re.search(arguments.only, item[0])][part::parts]
-    with sweeping() as (clean, folder), arguments.results.open("w", encoding="utf-8") as results:
+    wanted = [item for item in shrink.architectures().items() if re.search(only, item[0])][part::parts]
+    with sweeping() as (clean, folder), results.open("w", encoding="utf-8") as file:
         for class_name, model_type in wanted:
             row = check(class_name, model_type, clean, folder)
-            print(json.dumps(row), file=results, flush=True)
+            print(json.dumps(row), file=file, flush=True)
             print(*(row[dtype]["result"] for dtype in DTYPES), class_name, sep="\t", flush=True)
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="regular expression on class names")
+    parser.add_argument("--part", default="0/1", help="k/n: every n-th class, beginning with the k-th")
+    parser.add_argument("--jobs", type=int, default=1, help="share the work among so many processes")
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    arguments = parser.parse_args()
+    part, parts = map(int, arguments.part.split("/"))
+    if arguments.jobs == 1:
+        sweep(arguments.only, part, parts, arguments.results)
+    else:
+        _share(arguments.only, arguments.jobs, arguments.results)
+    rows = report.read(arguments.results)
+    arguments.results.with_suffix(".md").write_text(report.as_text(rows), encoding="utf-8")
+    wrong = report.wrong(rows)
+    print(f"{len(rows)} classes, {len(report.equal(rows))} equal in both dtypes, {len(wrong)} wrong: {' '.join(wrong)}")
+    return bool(wrong)
+
+
+def _share(only: str, jobs: int, results: Path) -> None:
+    files = [results.with_suffix(f".{job}.jsonl") for job in range(jobs)]
+    command = [sys.executable, "-W", "ignore", "-m", "sweep.run", "--only", only]
+    workers = [
+        subprocess.Popen([*command, "--part", f"{job}/{jobs}", "--results", str(file)], cwd=HERE.parent)
+        for job, file in enumerate(files)
+    ]
+    for worker in workers:
+        worker.wait()
+    rows = sorted((row for file in files for row in report.read(file)), key=lambda row: row["class"])
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for file in files:
+        file.unlink()
+        file.with_suffix(".md").unlink(missing_ok=True)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -165,7 +165,8 @@ def _walk(value: dict[str, Any], rule: Any, ids: _SpecialIds) -> dict[str, Any]:
 _FIRST_AID = {"vocab_size": VOCABULARY, "rope_theta": 10000.0}
 _MISSING: dict[str, dict[str, Any]] = {
     "_fixed": _FIRST_AID,
-    "_fixed_wide_heads": _FIRST_AID | {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS // 2},
+    "_fixed_wide_heads": _FIRST_AID
+    | {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS // 2, "pad_token_id": 0, "mask_token_id": 3},
     "_divided": _FIRST_AID,
 }
 """What some configs leave open, to be read from a checkpoint's."""

@@ -1,0 +1,318 @@
+"""Serving dtypes: what is cast, what stays, and when."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from artifacts import TEXTS
+from memory import all_bits, memory
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
+)
+
+import mlflow_safeflavor
+from mlflow_safeflavor import load as loading
+from mlflow_safeflavor import placement
+from mlflow_safeflavor.errors import WeightsError
+from mlflow_safeflavor.inventory import find_slots
+
+pytest_plugins = "saved_models"
+
+IDS = {"input_ids": np.array([[1, 5, 9, 4], [7, 2, 2, 3]])}
+X = {"x": np.array([[1.0, 2.0, 3.0, 4.0]], dtype=np.float32)}
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def seeded(make):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().eval()
+
+
+def dtypes(module):
+    return {slot.path: slot.tensor.dtype for slot in find_slots(module)}
+
+
+def load(path, **options):
+    return mlflow_safeflavor.load_model(str(path), **options)
+
+
+@pytest.fixture
+def save(tmp_path):
+    def run(model, name="model", **options):
+        options = {"task": "raw", "input_example": IDS, "rehearse": False, **options}
+        mlflow_safeflavor.save_model(model, tmp_path / name, **options)
+        return tmp_path / name
+
+    return run
+
+
+def t5(**config):
+    return seeded(
+        lambda: T5EncoderModel(
+            T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, **config)
+        )
+    )
+
+
+def modernbert():
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    shape = {"vocab_size": 30, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3}
+    config = ModernBertConfig(num_attention_heads=2, attn_implementation="eager", **shape, **special)
+    return seeded(lambda: ModernBertModel(config))
+
+
+class Mixed(nn.Module):
+    """Something of every dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.linspace(0, 1, 3))
+        self.register_buffer("fixed", torch.linspace(0, 1, 3, dtype=torch.float32))
+        self.register_buffer("transient", torch.linspace(0, 1, 3), persistent=False)
+        self.register_buffer("count", torch.arange(3))
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+        self.register_buffer("bytes", torch.arange(3, dtype=torch.uint8), persistent=False)
+        self.exact = torch.linspace(0, 1, 3, dtype=torch.float64)
+        self.plain = torch.linspace(0, 1, 3)
+        self.phase = torch.ones(3, dtype=torch.complex64)
+
+    def forward(self, x):
+        return self.layer(x) * self.mask + self.count + self.exact.to(x.dtype) + self.plain + self.transient
+
+
+KEPT = {
+    "count": torch.int64,
+    "mask": torch.bool,
+    "bytes": torch.uint8,
+    "exact": torch.float64,
+    "phase": torch.complex64,
+    "fixed": torch.float32,
+}
+CAST = {"layer.weight", "layer.bias", "mean", "transient", "plain"}
+
+
+# At save
+
+
+@pytest.mark.parametrize("dtype", ["float32", *HALVES], ids=str)
+def test_the_serving_dtype_is_stored_and_comes_back(save, dtype):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=16, n_embd=16, n_layer=1, n_head=2)).eval()
+    path = save(model, dtype=dtype)
+    loaded = load(path)
+    wanted = torch.float32 if dtype == "float32" else dtype
+    assert loaded.spec.dtype == str(dtype).removeprefix("torch.")
+    assert {p.dtype for p in loaded.module.parameters()} == {wanted}
+    with safe_open(path / "safeflavor" / "model.safetensors", framework="pt") as file:
+        stored = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (not a dict)
+    assert stored == {wanted}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}, "saving changed the module"
+    assert loaded.report.bit_identical
+
+
+def test_a_module_in_half_precision_is_not_stored_as_float32_by_accident(save):
+    """The default dtype is explicit, whatever the module happens to be in."""
+    model = seeded(Mixed).to(torch.bfloat16)
+    loaded = load(save(model, init_args={}, input_example=X), trust={"code"})
+    assert loaded.module.layer.weight.dtype == torch.float32
+    assert torch.equal(loaded.module.layer.weight, model.layer.weight.float())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_kind_of_tensor_in_half_precision(save, dtype):
+    model = seeded(Mixed)
+    found = load(save(model, init_args={}, input_example=X, dtype=dtype), trust={"code"}).module
+    assert dtypes(found) == KEPT | dict.fromkeys(CAST, dtype)
+    for path, tensor in ((slot.path, slot.tensor) for slot in find_slots(found)):
+        original = next(slot.tensor for slot in find_slots(model) if slot.path == path)
+        assert torch.equal(tensor, original.to(tensor.dtype)), f"{path} is not the original, cast"
+
+
+def test_of_a_pickled_module_parameters_and_persistent_buffers_are_cast(save):
+    """No constructor says what its other tensors would be, so they stay; as nn.Module.to does it."""
+
+    class Local(Mixed):
+        pass
+
+    found = load(save(seeded(Local), allow_pickle=True, input_example=X, dtype="bfloat16"), trust={"pickle"}).module
+    wanted = dict.fromkeys(("layer.weight", "layer.bias", "mean", "fixed"), torch.bfloat16)
+    assert dtypes(found) == {**KEPT, "transient": torch.float32, "plain": torch.float32, **wanted}
+
+
+def test_rotary_frequencies_stay_float32(save):
+    model = modernbert()
+    frequencies = {path: dtype for path, dtype in dtypes(model).items() if "inv_freq" in path}
+    assert frequencies, "the test is void"
+    found = load(save(model, dtype="bfloat16")).module
+    assert {path: dtype for path, dtype in dtypes(found).items() if "inv_freq" in path} == frequencies
+    assert set(frequencies.values()) == {torch.float32}
+    for path in frequencies:
+        assert all_bits(found)[path] == all_bits(model)[path], f"{path} went through half precision"
+    assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
+
+
+# Islands in float32
+
+
+def test_t5_keeps_wo_in_float32_under_float16_only(save):
+    model = t5()
+    for dtype, island in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        found = load(save(model, str(dtype), dtype=dtype)).module
+        for path, there in dtypes(found).items():
+            assert there == (island if ".wo." in path else dtype), f"{path} under {dtype}"
+        wo = found.encoder.block[1].layer[1].DenseReluDense.wo.weight
+        assert torch.equal(wo, model.encoder.block[1].layer[1].DenseReluDense.wo.weight.to(island))
+
+
+class Strict(PreTrainedModel):
+    config_class = BertConfig
+    _keep_in_fp32_modules = ["loose"]
+    _keep_in_fp32_modules_strict = ["router"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = nn.Linear(4, 4)
+        self.loose = nn.Linear(4, 4)
+        self.router = nn.Linear(4, 4)
+        self.router.register_buffer("correction", torch.zeros(4))
+        self.post_init()
+
+    def forward(self, x):
+        routed = self.router(x.float()) + self.router.correction
+        return self.layer(self.loose(x.to(self.loose.weight.dtype)).to(x.dtype)) * routed.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_strict_islands_hold_in_both_halves(save, dtype):
+    path = save(seeded(lambda: Strict(BertConfig())), dtype=dtype, input_example=X)
+    found = dtypes(load(path, trust={"code"}).module)
+    assert found["router.weight"] == found["router.bias"] == found["router.correction"] == torch.float32
+    assert found["layer.weight"] == dtype
+    assert found["loose.weight"] == (torch.float32 if dtype == torch.float16 else dtype)
+
+
+def test_islands_of_a_module_that_is_in_half_precision_already(save):
+    """It is stored in another dtype, so the islands are as the class wants them."""
+    model = t5().to(torch.bfloat16)
+    found = load(save(model, dtype="float16")).module
+    assert {dtype for path, dtype in dtypes(found).items() if ".wo." in path} == {torch.float32}
+
+
+# At load
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_cast_at_load_is_a_cast_at_save(save, dtype):
+    for name, model in (("t5", t5()), ("modernbert", modernbert())):
+        at_load = load(save(model, f"{name}-32"), dtype=dtype)
+        at_save = load(save(model, f"{name}-16", dtype=dtype))
+        assert all_bits(at_load.module) == all_bits(at_save.module), name
+        assert memory(at_load.module) == memory(at_save.module), name
+        ours, theirs = at_load.predict(IDS), at_save.predict(IDS)
+        assert all(np.array_equal(ours[key], theirs[key]) for key in theirs), name
+
+
+def test_a_cast_at_load_casts_inputs_too(save):
+    path = save(seeded(Mixed), init_args={}, input_example=X)
+    loaded = load(path, trust={"code"}, dtype="bfloat16")
+    assert dtypes(loaded.module) == KEPT | dict.fromkeys(CAST, torch.bfloat16)
+    assert loaded.predict(X)["output_0"].dtype == np.float32
+    assert loaded.engine.dtype == torch.bfloat16
+
+
+def test_a_cast_answers_nearly_the_same(saved):
+    plain, cast = load(saved).predict(TEXTS), load(saved, dtype=torch.bfloat16).predict(TEXTS)
+    assert cast["score"].tolist() == pytest.approx(plain["score"].tolist(), abs=0.02)
+    assert cast["score"].tolist() != plain["score"].tolist(), "nothing was cast"
+
+
+def test_the_dtype_it_was_saved_in_casts_nothing_and_copies_nothing(saved):
+    loaded = load(saved, dtype="float32")
+    assert loaded.report.bit_identical
+    assert all_bits(loaded.module) == all_bits(load(saved).module)
+
+
+def test_the_cast_comes_after_the_comparison(saved, monkeypatch):
+    """A module that is not the saved one is refused before anything is cast."""
+    order = []
+    for module, name in ((loading, "_check_tensors"), (placement, "place")):
+        original = getattr(module, name)
+
+        def noting(*args, _name=name, _original=original, **kwargs):
+            order.append(_name)
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, noting)
+    load(saved, dtype="bfloat16")
+    assert order == ["_check_tensors", "place"]
+
+    def refuse(*args):
+        raise WeightsError("not the same")
+
+    monkeypatch.setattr(loading, "_check_tensors", refuse)
+    order.clear()
+    with pytest.raises(WeightsError, match="not the same"):
+        load(saved, dtype="bfloat16")
+    assert order == []
+
+
+def test_alias_groups_survive_a_cast(save):
+    config = GPT2Config(vocab_size=30, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    path = save(seeded(lambda: GPT2LMHeadModel(config)))
+    plain, cast = load(path).module, load(path, dtype="bfloat16").module
+    assert cast.lm_head.weight is cast.transformer.wte.weight
+    assert cast.lm_head.weight.dtype == torch.bfloat16
+    groups = [{name: where[0] for name, where in memory(module).items()} for module in (plain, cast)]
+    assert groups[0] == groups[1]
+
+
+class Views(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("base", torch.linspace(0, 2, 8))
+        self.view = self.base[2:6]
+        self.turned = nn.Parameter(torch.arange(16.0).view(4, 4).t())
+        self.again = self.turned
+
+    def forward(self, x):
+        return x @ self.turned + self.view + self.again[0] + self.base[:4]
+
+
+def test_views_and_strides_survive_a_cast(save):
+    model = seeded(Views)
+    path = save(model, init_args={}, input_example=X)
+    found = load(path, trust={"code"}, dtype="bfloat16").module
+    assert {dtype for dtype in dtypes(found).values()} == {torch.bfloat16}
+    wanted = {name: (leader, offset // 2, stride) for name, (leader, offset, stride) in memory(model).items()}
+    assert memory(found) == wanted, "half the bytes a number, so half the distance"
+    assert torch.equal(found.view, model.view.bfloat16())
+    assert found.again is found.turned
+    assert found.turned.stride() == (1, 4)
+
+
+def test_float64_attributes_and_parameters(save):
+    class Doubles(Mixed):
+        pass
+
+    globals()["Doubles"] = Doubles
+    Doubles.__qualname__ = "Doubles"
+    try:
+        model = seeded(Doubles).double()
+        found = load(save(model, init_args={}, input_example=X), trust={"code"}).module
+    finally:
+        del globals()["Doubles"]
+    assert found.layer.weight.dtype == torch.float32, "float64 is no serving dtype"
+    assert found.exact.dtype == torch.float64
+    assert torch.equal(found.exact, model.exact)
+    assert found.mean.dtype == torch.float32, "the constructor makes it in the serving dtype"
