@@ -16,7 +16,7 @@ from mlflow_safeflavor.version import __version__ as __version__
 if TYPE_CHECKING:
     from mlflow_safeflavor.checkpoint import from_pretrained
     from mlflow_safeflavor.load import load_model
-    from mlflow_safeflavor.materialize import materialize
+    from mlflow_safeflavor.meta import materialize
     from mlflow_safeflavor.pyfunc import PyfuncModel
     from mlflow_safeflavor.requirements import default_conda_env as get_default_conda_env
     from mlflow_safeflavor.requirements import default_requirements as get_default_pip_requirements
@@ -45,7 +45,7 @@ _HOMES = {
     "get_default_pip_requirements": ("requirements", "default_requirements"),
     "load_model": ("load", "load_model"),
     "log_model": ("save", "log_model"),
-    "materialize": ("materialize", "materialize"),
+    "materialize": ("meta", "materialize"),
     "save_model": ("save", "save_model"),
     "verify_model": ("verify", "verify_model"),
 }
@@ -64,7 +64,6 @@ def __dir__() -> list[str]:
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
     """What MLflow calls: ``loader_module`` of every saved model is this package."""
-    from mlflow_safeflavor.materialize import materialize
     from mlflow_safeflavor.pyfunc import load_pyfunc
 
     return load_pyfunc(path, model_config)

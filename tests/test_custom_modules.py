@@ -185,7 +185,7 @@ def test_code_needs_trust_and_nothing_of_it_runs_before(save, user_code, tmp_pat
         assert not any(str(path) in entry for entry in sys.path), "the code can be imported before anybody agreed"
 
 
-@pytest.mark.parametrize("trust", ["code", {"kode"}, {"code", "all"}], ids=str)
+@pytest.mark.parametrize("trust", ["code", {"kode"}, {"code", "all"}], ids=["text", "unknown", "one unknown"])
 def test_trust_in_something_that_does_not_exist(save, user_code, trust):
     code, file = user_code("own_net", NET)
     path = save(seeded(lambda: code.Net(8)), init_args={"hidden": 8}, code_paths=[file], input_example=X)
@@ -300,7 +300,7 @@ def test_a_class_of_an_installed_package_is_pinned(save, tmp_path):
         ({"hidden": 8, "scales": {1, 2}}, "cannot be stored as JSON"),
         ({"hidden": float("nan")}, "cannot be stored as JSON"),
     ],
-    ids=str,
+    ids=["wrong size", "wrong kind", "missing", "function", "set", "nan"],
 )
 def test_arguments_that_do_not_give_back_the_module(save, user_code, tmp_path, init_args, what):
     code, file = user_code("own_net", NET)

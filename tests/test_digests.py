@@ -23,7 +23,6 @@ from mlflow_safeflavor import digests
 from mlflow_safeflavor.digests import FileDigests, cached_digests_of, digests_of
 from mlflow_safeflavor.errors import IntegrityError
 
-
 pytest_plugins = "saved_models"
 
 

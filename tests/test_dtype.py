@@ -177,8 +177,8 @@ def test_t5_keeps_wo_in_float32_under_float16_only(save):
 
 class Strict(PreTrainedModel):
     config_class = BertConfig
-    _keep_in_fp32_modules = ["loose"]
-    _keep_in_fp32_modules_strict = ["router"]
+    _keep_in_fp32_modules = ("loose",)
+    _keep_in_fp32_modules_strict = ("router",)
 
     def __init__(self, config):
         super().__init__(config)
@@ -293,7 +293,7 @@ def test_views_and_strides_survive_a_cast(save):
     model = seeded(Views)
     path = save(model, init_args={}, input_example=X)
     found = load(path, trust={"code"}, dtype="bfloat16").module
-    assert {dtype for dtype in dtypes(found).values()} == {torch.bfloat16}
+    assert set(dtypes(found).values()) == {torch.bfloat16}
     wanted = {name: (leader, offset // 2, stride) for name, (leader, offset, stride) in memory(model).items()}
     assert memory(found) == wanted, "half the bytes a number, so half the distance"
     assert torch.equal(found.view, model.view.bfloat16())

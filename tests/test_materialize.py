@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCau
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import IntegrityError, PlacementError, StructureError, TrustError, WeightsError
 from mlflow_safeflavor.inventory import find_meta, find_slots
-from mlflow_safeflavor.materialize import materialize
+from mlflow_safeflavor.meta import materialize
 from mlflow_safeflavor.statedict import bits_equal
 
 

@@ -30,7 +30,7 @@ from mlflow_safeflavor.checkpoint import from_pretrained
 from mlflow_safeflavor.damage import find_damage
 from mlflow_safeflavor.errors import PlacementError, SafeFlavorError, StructureError, WeightsError
 from mlflow_safeflavor.inventory import find_slots
-from mlflow_safeflavor.materialize import materialize
+from mlflow_safeflavor.meta import materialize
 from mlflow_safeflavor.statedict import bits_equal
 
 pytestmark = [

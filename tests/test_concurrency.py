@@ -1,0 +1,271 @@
+"""Many threads load while others are in transformers' own loader: every model right or refused by name, none wrong.
+
+That loader swaps torch's default dtype and ``PreTrainedModel.tie_weights`` for the whole process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from artifacts import TEXTS
+from memory import all_bits, memory
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, ModernBertConfig, ModernBertModel, PreTrainedModel
+
+import mlflow_safeflavor
+from mlflow_safeflavor.errors import SafeFlavorError
+
+pytest_plugins = "saved_models"
+
+IDS = {"input_ids": np.array([[1, 5, 9, 4], [7, 2, 2, 3]])}
+X = {"x": np.array([[1.0, 2.0, 3.0, 4.0]], dtype=np.float32)}
+SECONDS = 60
+THREADS, LOADS = 32, 64
+
+
+class Sensitive(nn.Module):
+    """Its constructor obeys torch's default dtype everywhere."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.Linear(4, width)
+        self.register_buffer("transient", torch.linspace(0, 1, width), persistent=False)
+        self.register_buffer("fixed", torch.linspace(0, 1, width, dtype=torch.float32), persistent=False)
+        self.plain = [torch.linspace(1, 2, width)]
+
+    def forward(self, x):
+        return self.layer(x) * self.transient + self.plain[0]
+
+
+def seeded(make):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().eval()
+
+
+def gpt2():
+    return seeded(lambda: GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=16, n_embd=16, n_layer=2, n_head=2)))
+
+
+def modernbert():
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    shape = {"vocab_size": 30, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3}
+    config = ModernBertConfig(num_attention_heads=2, attn_implementation="eager", **shape, **special)
+    return seeded(lambda: ModernBertModel(config))
+
+
+def pickled():
+    class Local(Sensitive):
+        pass
+
+    return seeded(lambda: Local(3))
+
+
+def picture(model, data):
+    """All that can be told of a loaded model: bits, sharing of memory, answers."""
+    answers = model.predict(data)
+    if not isinstance(answers, dict):
+        answers = {"frame": answers.to_json()}
+    shared = {path: where[0] for path, where in memory(model.module).items()}
+    return all_bits(model.module), shared, {name: np.asarray(value).tobytes() for name, value in answers.items()}
+
+
+@pytest.fixture
+def cases(tmp_path, saved):
+    """Name → (path, options, data), for models that another thread could spoil, each in its own way."""
+
+    def save(name, model, example, **options):
+        mlflow_safeflavor.save_model(
+            model, tmp_path / name, task="raw", input_example=example, rehearse=False, **options
+        )
+        return str(tmp_path / name)
+
+    tied = save("tied", gpt2(), IDS)
+    sensitive = save("sensitive", seeded(lambda: Sensitive(3)), X, init_args={"width": 3})
+    code = {"trust": {"code"}}
+    return {
+        "classifier": (str(saved), {}, TEXTS),
+        "tied": (tied, {}, IDS),
+        "tied, cast": (tied, {"dtype": "bfloat16"}, IDS),
+        "tied, saved in half precision": (save("half", gpt2(), IDS, dtype="bfloat16"), {}, IDS),
+        "rotary": (save("rotary", modernbert(), IDS), {}, IDS),
+        "rotary, cast": (str(tmp_path / "rotary"), {"dtype": "float16"}, IDS),
+        "custom": (sensitive, code, X),
+        "custom, cast": (sensitive, {**code, "dtype": "bfloat16"}, X),
+        "pickled": (save("pickled", pickled(), X, allow_pickle=True), {"trust": {"pickle"}}, X),
+    }
+
+
+class Background:
+    """Two threads in transformers' loader, in different dtypes, for as long as the block lasts."""
+
+    def __init__(self, folder):
+        self.folder, self.stop, self.loads = str(folder), threading.Event(), [0, 0]
+
+    def _run(self, i):
+        while not self.stop.is_set():
+            with contextlib.suppress(Exception):
+                GPT2LMHeadModel.from_pretrained(self.folder, dtype=(torch.bfloat16, torch.float32)[i])
+            self.loads[i] += 1
+
+    def __enter__(self):
+        self.threads = [threading.Thread(target=self._run, args=(i,)) for i in range(2)]
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    gpt2().save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture(autouse=True)
+def _process_as_before():
+    """A storm must not leave the process changed, and if it does, not for the next test."""
+    before = torch.get_default_dtype(), PreTrainedModel.tie_weights
+    yield
+    torch.set_default_dtype(before[0])
+    PreTrainedModel.tie_weights = before[1]
+
+
+def storm(cases, load):
+    """``load`` each case many times from many threads. Gives problems, and how many loads were refused."""
+    names = [list(cases)[i % len(cases)] for i in range(LOADS)]
+    barrier = threading.Barrier(THREADS)
+    problems, refused = [], []
+
+    def work(i):
+        if i < THREADS:
+            barrier.wait()
+        try:
+            problem = load(names[i])
+        except SafeFlavorError as error:
+            refused.append(f"{names[i]}: {type(error).__name__}: {error.what}")
+        except Exception as error:
+            problems.append(f"{names[i]}: {type(error).__name__}: {error}")
+        else:
+            problems.extend([f"{names[i]}: {problem}"] if problem else [])
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(work, range(LOADS)))
+    return problems, refused
+
+
+def test_thirty_two_threads_beside_transformers_own_loader(cases, checkpoint):
+    expected = {
+        name: picture(mlflow_safeflavor.load_model(path, **options), data)
+        for name, (path, options, data) in cases.items()
+    }
+    parts = ("values", "sharing of memory", "answers")
+
+    def load(name):
+        path, options, data = cases[name]
+        found = picture(mlflow_safeflavor.load_model(path, **options), data)
+        return ", ".join(part for part, new, old in zip(parts, found, expected[name], strict=True) if new != old)
+
+    started = time.monotonic()
+    with Background(checkpoint) as background:
+        problems, refused = storm(cases, load)
+    seconds = time.monotonic() - started
+    assert problems == [], "loads came back wrong, or failed without a name"
+    assert min(background.loads) >= 2, "the test is void: nobody was in the other loader"
+    assert len(refused) < LOADS / 2, f"refused instead of right: {sorted(set(refused))}"
+    assert seconds < SECONDS
+    for name in cases:
+        assert load(name) == "", "the process stayed broken"
+
+
+def test_the_process_is_left_as_it_was(cases, checkpoint):
+    """Whoever restores a global out of turn would leave another thread's value behind for good."""
+    names = [name for name in cases if cases[name][1] in ({}, {"trust": {"code"}})]
+    chosen = {name: cases[name] for name in names}
+    tie = PreTrainedModel.tie_weights
+
+    def load(name):
+        path, options, _ = chosen[name]
+        mlflow_safeflavor.load_model(path, verify="off", **options)
+
+    for _ in range(3):
+        with Background(checkpoint):
+            problems, _ = storm(chosen, load)
+        assert problems == []
+        assert torch.get_default_dtype() == torch.float32, "torch's default dtype stayed another"
+    PreTrainedModel.tie_weights = tie  # the other loader's own matter
+    assert nn.Linear(1, 1).weight.dtype == torch.float32
+
+
+def test_an_outer_device_or_dtype_of_this_thread_reaches_nothing(cases):
+    expected = {
+        name: picture(mlflow_safeflavor.load_model(path, **options), data)
+        for name, (path, options, data) in cases.items()
+    }
+    for name, (path, options, data) in cases.items():
+        with torch.device("meta"):
+            model = mlflow_safeflavor.load_model(path, **options)
+        assert picture(model, data) == expected[name], f"{name} under torch.device('meta')"
+        torch.set_default_dtype(torch.float64)
+        try:
+            model = mlflow_safeflavor.load_model(path, **options)
+            assert torch.get_default_dtype() == torch.float64, "the caller's default dtype was not put back"
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert picture(model, data) == expected[name], f"{name} under another default dtype"
+
+
+def test_one_loaded_model_from_many_threads(cases):
+    path, options, data = cases["classifier"]
+    model = mlflow_safeflavor.load_model(path, **options)
+    expected = [model.predict([text])["score"].item() for text in data]
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda i: model.predict([data[i % len(data)]])["score"].item(), range(160)))
+    assert found == [expected[i % len(data)] for i in range(160)]
+
+
+def test_saving_beside_loading(cases, checkpoint, tmp_path):
+    """Saved while others load: the same bytes as saved alone."""
+    lock, written = threading.Lock(), []
+
+    def save(name):
+        with lock:
+            path = tmp_path / f"again-{len(written)}"
+            written.append(path)
+        mlflow_safeflavor.save_model(
+            seeded(lambda: Sensitive(3)),
+            path,
+            task="raw",
+            init_args={"width": 3},
+            input_example=X,
+            dtype="bfloat16",
+            rehearse=False,
+        )
+
+    mlflow_safeflavor.save_model(
+        seeded(lambda: Sensitive(3)),
+        tmp_path / "alone",
+        task="raw",
+        init_args={"width": 3},
+        input_example=X,
+        dtype="bfloat16",
+        rehearse=False,
+    )
+    wanted = (tmp_path / "alone" / "safeflavor" / "model.safetensors").read_bytes()
+    with Background(checkpoint), ThreadPoolExecutor(4) as pool:
+        outcomes = [pool.submit(save, "") for _ in range(8)]
+    errors = [outcome.exception() for outcome in outcomes if outcome.exception() is not None]
+    assert all(isinstance(error, SafeFlavorError) for error in errors), f"failed without a name: {errors}"
+    for path in written:
+        file = path / "safeflavor" / "model.safetensors"
+        assert not file.exists() or file.read_bytes() == wanted, "saved in another dtype"
