@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mlflow_safeflavor.artifact import WAY_OUT, without_duplicates
 from mlflow_safeflavor.cpu import available_cpus
@@ -110,13 +111,22 @@ def cached_digests_of(path: Path) -> FileDigests:
     entry = folder / f"{hashlib.sha256(repr(identity).encode()).hexdigest()}.json"
     with _locked(entry.with_suffix(".lock")):
         try:
-            return FileDigests(**json.loads(entry.read_text(encoding="utf-8")))
+            return _remembered(json.loads(entry.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             digests = digests_of(path)
             scratch = entry.with_suffix(".new")
-            scratch.write_text(json.dumps(asdict(digests)), encoding="utf-8")
-            os.replace(scratch, entry)
+            with contextlib.suppress(OSError):  # a full disk costs time, nothing else
+                scratch.write_text(json.dumps(asdict(digests)), encoding="utf-8")
+                os.replace(scratch, entry)
             return digests
+
+
+def _remembered(content: Any) -> FileDigests:
+    digests = FileDigests(**content)
+    texts = [digests.header, *digests.tensors.values()] if isinstance(digests.tensors, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("not digests")
+    return digests
 
 
 def _private_folder() -> Path | None:

@@ -38,13 +38,14 @@ def test_answers_that_only_this_process_gives_are_not_published(save_tiny, tmp_p
     honest = parity.record
 
     def record(*args, **kwargs):
-        honest(*args, **kwargs)
+        answers = honest(*args, **kwargs)
         layout = args[-1]
 
         def change(content):
             content["answers"][0]["score"] += 0.1
 
         edit_json(layout.parity, change)
+        return answers
 
     monkeypatch.setattr(parity, "record", record)
     with pytest.raises(RehearsalError, match="nothing was published") as refused:
@@ -59,8 +60,9 @@ def test_without_a_rehearsal_the_same_is_found_at_load(save_tiny, monkeypatch):
     honest = parity.record
 
     def record(*args, **kwargs):
-        honest(*args, **kwargs)
+        answers = honest(*args, **kwargs)
         edit_json(args[-1].parity, lambda content: content["answers"][0].update(label="mine"))
+        return answers
 
     monkeypatch.setattr(parity, "record", record)
     path = save_tiny(rehearse=False)
@@ -102,7 +104,8 @@ def rehearsed(tmp_path):
         (root / "code").mkdir(parents=True)
         (root / "MLmodel").write_text(PROBE.format(python=platform.python_version()))
         indented = "".join(f"    {line}\n" for line in code.splitlines())
-        (root / "code" / "probe.py").write_text(f"def _load_pyfunc(path):\n{indented}    return print\n")
+        model = "type('Model', (), {'predict': print})()"
+        (root / "code" / "probe.py").write_text(f"def _load_pyfunc(path):\n{indented}    return {model}\n")
         rehearsal.rehearse(root)
 
     return run

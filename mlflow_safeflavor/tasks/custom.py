@@ -104,11 +104,11 @@ class Custom(Task):
         inputs = self.preprocess(rows, self.tokenizer())
         if not isinstance(inputs, Mapping) or not all(isinstance(v, torch.Tensor) for v in inputs.values()):
             raise StructureError(
-                "preprocess must give the keyword arguments of forward", wanted="a dict of tensors", found=type(inputs)
+                "preprocess must give the keyword arguments of forward", wanted="a dict of tensors", found=_kinds(inputs)
             )
         outputs = {name: tensor.cpu() for name, tensor in engine(inputs).items()}
         answers = self.postprocess(outputs, rows)
-        if not isinstance(answers, Sequence) or len(answers) != len(rows):
+        if not _is_one_dict_a_row(answers, len(rows)):
             raise StructureError(
                 "postprocess must give one dict a row",
                 wanted=f"a list of {len(rows)} dicts",
@@ -120,6 +120,16 @@ class Custom(Task):
         self, rows: Sequence[Row], outputs: Sequence[RowOutput], params: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
         return [output.answer for output in outputs if isinstance(output, _Answered)]
+
+
+def _kinds(inputs: Any) -> str:
+    if not isinstance(inputs, Mapping):
+        return type(inputs).__name__
+    return ", ".join(f"{name}: {type(value).__name__}" for name, value in inputs.items())
+
+
+def _is_one_dict_a_row(answers: Any, rows: int) -> bool:
+    return isinstance(answers, Sequence) and len(answers) == rows and all(isinstance(a, Mapping) for a in answers)
 
 
 def _answered(outputs: Mapping[str, torch.Tensor], i: int, rows: int, answer: dict[str, Any]) -> _Answered:
