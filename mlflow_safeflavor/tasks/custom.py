@@ -104,7 +104,9 @@ class Custom(Task):
         inputs = self.preprocess(rows, self.tokenizer())
         if not isinstance(inputs, Mapping) or not all(isinstance(v, torch.Tensor) for v in inputs.values()):
             raise StructureError(
-                "preprocess must give the keyword arguments of forward", wanted="a dict of tensors", found=_kinds(inputs)
+                "preprocess must give the keyword arguments of forward",
+                wanted="a dict of tensors",
+                found=_kinds(inputs),
             )
         outputs = {name: tensor.cpu() for name, tensor in engine(inputs).items()}
         answers = self.postprocess(outputs, rows)
