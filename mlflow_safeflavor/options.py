@@ -39,18 +39,18 @@ def run_time_options(model_config: Mapping[str, Any] | None, environ: Mapping[st
         name: environ[_PREFIX + name.upper()] for name in MODEL_CONFIG if environ.get(_PREFIX + name.upper())
     }
     options: dict[str, Any] = {**MODEL_CONFIG, **given, **from_environment}
-    for name in ("num_threads", "max_batch_tokens"):
-        options[name] = _whole_number(name, options[name])
+    for name, least in (("num_threads", 0), ("max_batch_tokens", 1)):
+        options[name] = _whole_number(name, options[name], least)
     if options["engine"] not in _ENGINES:
         raise InputError("Unknown engine", where="engine", wanted=" | ".join(_ENGINES), found=repr(options["engine"]))
     return options
 
 
-def _whole_number(name: str, value: Any) -> int:
+def _whole_number(name: str, value: Any, least: int) -> int:
     try:
         number = int(value)
     except (TypeError, ValueError):
         number = -1
-    if number < 0 or isinstance(value, (bool, float)):
-        raise InputError("Not a usable run-time option", where=name, wanted="a whole number ≥ 0", found=repr(value))
+    if number < least or isinstance(value, (bool, float)):
+        raise InputError("Not a usable run-time option", where=name, wanted=f"a whole number ≥ {least}", found=repr(value))
     return number
