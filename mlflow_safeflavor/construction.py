@@ -28,7 +28,7 @@ __all__ = [
     "require_memory",
 ]
 
-_TRIES = 40
+_TRIES = 25
 FIRST_MARK, _SECOND_MARK = 3, 5
 """What is written into memory before a constructor gets it."""
 
@@ -128,8 +128,8 @@ def construct(
     """Call a constructor on real CPU memory, again if another thread got in between.
 
     transformers' loader swaps torch's default dtype and ``PreTrainedModel.tie_weights`` for the whole
-    process while any thread loads. The first is noticed, and the constructor called again; declared
-    ties that the second left out are tied here.
+    process while any thread loads, and transformers 4 even where parameters are allocated. The first and
+    last are noticed, and the constructor called again; declared ties that the second left out are tied here.
 
     Args:
         recipe: What to call.
@@ -139,6 +139,7 @@ def construct(
 
     Raises:
         StructureError: The constructor fails, or the default dtype keeps changing.
+        WeightsError: Its tensors are on the meta device nevertheless.
     """
     for attempt in range(_TRIES):
         watch = _Watch(dtype, mark)
@@ -146,10 +147,11 @@ def construct(
             # Other random values at each mark; real_memory puts the random state back.
             torch.manual_seed(mark if seed is None else seed)
             module = recipe.make(dtype)
-        if not watch.disturbed:
+        if not watch.disturbed and not find_meta(find_slots(module)):
             _tie(module)
             return module
         time.sleep(0.01 * attempt)
+    require_memory(module)
     raise StructureError(
         "Torch's default dtype changed while the model was constructed",
         where=name_of(recipe.cls),
@@ -206,7 +208,8 @@ def require_memory(module: torch.nn.Module) -> None:
         raise WeightsError(
             "Tensors are on the meta device although the model was constructed on real memory",
             where=some(meta),
-            way_out="its constructor itself asks for the meta device: take that out",
+            way_out="its constructor itself asks for the meta device: take that out; or another thread was inside "
+            "transformers' or accelerate's loader, which can break a process for good: load in a new one",
         )
 
 

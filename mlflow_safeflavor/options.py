@@ -52,5 +52,7 @@ def _whole_number(name: str, value: Any, least: int) -> int:
     except (TypeError, ValueError):
         number = -1
     if number < least or isinstance(value, (bool, float)):
-        raise InputError("Not a usable run-time option", where=name, wanted=f"a whole number ≥ {least}", found=repr(value))
+        raise InputError(
+            "Not a usable run-time option", where=name, wanted=f"a whole number ≥ {least}", found=repr(value)
+        )
     return number

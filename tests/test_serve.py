@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -103,7 +103,9 @@ def test_what_is_no_row_is_answered_with_400_and_nothing_of_the_server(serve, sa
             problems = [
                 f"status {answer.status}" if answer.status != 400 else "",
                 "a traceback" if "Traceback" in answer.text or 'File "' in answer.text else "",
-                "a path" if re.search(r"/\S+\.py\b|site-packages", answer.text) or str(saved.parent) in answer.text else "",
+                "a path"
+                if re.search(r"/\S+\.py\b|site-packages", answer.text) or str(saved.parent) in answer.text
+                else "",
                 f"no {named}" if named.lower() not in answer.text.lower() else "",
             ]
             if any(problems):

@@ -8,6 +8,7 @@ what this package does: the right model, or an error that names the tensor.
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -206,43 +207,65 @@ def test_a_further_file_read_in_the_constructor(tmp_path):
 # Threads.
 
 
-def hammer(work: Callable[[], None], count: int = 6) -> None:
-    threads = [threading.Thread(target=work) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+THREADS = """
+import json, logging, sys, threading, torch
+from transformers import GPT2LMHeadModel
+from mlflow_safeflavor import from_pretrained
+from mlflow_safeflavor.errors import SafeFlavorError
+logging.disable(logging.CRITICAL)
+torch.set_num_threads(1)
+folder = sys.argv[1]
+counts = dict.fromkeys(("right", "refused", "wrong", "theirs"), 0)
+wanted = {
+    dtype: {k: v.clone() for k, v in from_pretrained(folder, dtype=dtype).state_dict().items()}
+    for dtype in ("float32", "bfloat16")
+}
+stop = threading.Event()
+
+def same(model, dtype):
+    found = model.state_dict()
+    tied = model.lm_head.weight is model.transformer.wte.weight
+    return tied and all(
+        found[key].dtype == value.dtype and not found[key].is_meta and torch.equal(found[key], value)
+        for key, value in wanted[dtype].items()
+    )
+
+def theirs(dtype):
+    while not stop.is_set():
+        try:
+            right = same(GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, dtype)), dtype)
+        except Exception:
+            right = False
+        counts["theirs"] += not right
+
+def ours(dtype):
+    for _ in range(5):
+        try:
+            counts["right" if same(from_pretrained(folder, dtype=dtype), dtype) else "wrong"] += 1
+        except SafeFlavorError:
+            counts["refused"] += 1
+
+background = [threading.Thread(target=theirs, args=(dtype,)) for dtype in wanted]
+foreground = [threading.Thread(target=ours, args=(dtype,)) for dtype in [*wanted, *wanted]]
+for thread in background + foreground:
+    thread.start()
+for thread in foreground:
+    thread.join()
+stop.set()
+for thread in background:
+    thread.join()
+print("COUNTS", json.dumps(counts))
+"""
 
 
-def test_threads_with_tied_models(tiny_gpt2):
-    folder, model = tiny_gpt2
-    intact = transformers.PreTrainedModel.tie_weights
-    broken: list[bool] = []
-    problems: list[object] = []
-
-    def background():
-        for _ in range(4):
-            try:
-                broken.append(GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).lm_head.weight.is_meta)
-            except Exception:
-                broken.append(True)
-
-    def ours():
-        for _ in range(4):
-            try:
-                problems.extend(differing(from_pretrained(folder), model))
-            except Exception as error:
-                problems.append(error)
-
-    others = [threading.Thread(target=background) for _ in range(2)]
-    for thread in others:
-        thread.start()
-    hammer(ours, 3)
-    for thread in others:
-        thread.join()
-    # Whether the race breaks transformers' own loads is chance, so that is shown the sure way below.
-    assert [problem for problem in problems if not isinstance(problem, SafeFlavorError)] == []
-    transformers.PreTrainedModel.tie_weights = intact
+def test_threads_with_tied_models_and_mixed_dtypes(tiny_gpt2, clean_process):
+    """In a process of its own: what the race does to transformers' own loads may stay for good."""
+    folder, _ = tiny_gpt2
+    printed = clean_process(THREADS, str(folder)).stdout
+    counts = json.loads(printed.split("COUNTS")[1])
+    # How many of transformers' own loads were wrong ("theirs") is chance; the sure way to see it is the next test.
+    assert counts["wrong"] == 0
+    assert counts["right"] + counts["refused"] == 20
 
 
 def test_a_process_that_a_race_left_broken(tiny_gpt2, monkeypatch):
