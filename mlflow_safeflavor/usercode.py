@@ -75,8 +75,9 @@ def make_importable(code: Path) -> None:
     if str(code) not in _read_from_source:
         _read_from_source.add(str(code))
         sys.path_hooks.insert(0, _source_finder(code))
-        for path in [path for path in sys.path_importer_cache if Path(path).is_relative_to(code)]:
-            del sys.path_importer_cache[path]
+        # A copy first: other threads import meanwhile.
+        for path in [path for path in list(sys.path_importer_cache) if Path(path).is_relative_to(code)]:
+            sys.path_importer_cache.pop(path, None)
     if str(code) not in sys.path:
         sys.path.insert(0, str(code))
     importlib.invalidate_caches()
