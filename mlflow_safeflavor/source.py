@@ -58,11 +58,19 @@ def resolve_source(model: Any, tokenizer: Any, task: str | None, dtype: str) -> 
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """The module in eval mode; afterwards each submodule has the mode it had."""
+    """The module as it is served: in eval mode, gradients off; afterwards everything is as it was.
+
+    Gradients matter to the bits: torch chooses other kernels for weights that require them.
+    """
     modes = [(child, child.training) for child in module.modules()]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.eval()
     try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
         yield
     finally:
         for child, training in modes:
             child.training = training
+        for parameter in trained:
+            parameter.requires_grad_(True)
