@@ -84,7 +84,7 @@ def rebuild(size: str, dtype: str, rounds: int, cache: Path) -> None:
 
     def fill() -> tuple[torch.nn.Module, inventory.Inventory]:
         recorded = tensors.read_inventory(layout)
-        module = structure.build(structure.read_structure(layout, spec))
+        module = structure.build(structure.read_structure(layout, spec), inventory=recorded)
         inventory.fill(module, recorded, tensors.read_tensors(recorded, layout))
         return module, recorded
 
@@ -314,7 +314,7 @@ def _memory_of_workers(how: str, folder: Path) -> tuple[float, float]:
             [sys.executable, "-c", WORKER, how, str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,  # some lines of warnings, read only if it fails
             text=True,
         )
         for _ in range(WORKERS)
@@ -341,7 +341,7 @@ def _answer(process: subprocess.Popen[str]) -> list[tuple[int, int]]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise SystemExit("A worker failed")
+        raise SystemExit(f"A worker failed:\n{process.communicate()[1]}")
     return [(first, size) for first, size in json.loads(line)]
 
 

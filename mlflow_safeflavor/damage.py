@@ -38,9 +38,8 @@ def find_damage(module: torch.nn.Module) -> list[str]:
     """
     slots = find_slots(module)
     found = [f"{slot.path}: is on the meta device, it has no values" for slot in slots if slot.tensor.is_meta]
-    if found:
-        return found
-    computed, drawn = _constructed(module, slots)
+    slots = [slot for slot in slots if not slot.tensor.is_meta]
+    computed, drawn = _constructed(module)
     found += _find_changed(slots, computed)
     found += _find_broken_ties(module)
     for slot in slots:
@@ -48,7 +47,7 @@ def find_damage(module: torch.nn.Module) -> list[str]:
     return found
 
 
-def _constructed(module: torch.nn.Module, slots: Sequence[Slot]) -> tuple[dict[str, list[torch.Tensor]], set[str]]:
+def _constructed(module: torch.nn.Module) -> tuple[dict[str, list[torch.Tensor]], set[str]]:
     """Path → what the constructor computes, in float32 and in the module's dtype; and paths of random tensors."""
     try:
         recipe = recipe_of(module)
@@ -76,8 +75,10 @@ def _float_dtype(module: torch.nn.Module) -> torch.dtype:
 
 def _find_changed(slots: Sequence[Slot], computed: Mapping[str, Sequence[torch.Tensor]]) -> Iterator[str]:
     """Non-persistent buffers and plain tensors; others are learned, so they may differ."""
+    # An LSTM lists its own weights once more, as plain tensors.
+    learned = {slot.tensor.untyped_storage().data_ptr() for slot in slots if slot.persistent}
     for slot in slots:
-        expected = computed.get(slot.path, ())
+        expected = computed.get(slot.path, ()) if slot.tensor.untyped_storage().data_ptr() not in learned else ()
         if not slot.persistent and expected and not any(_is_close(slot.tensor, value) for value in expected):
             yield (
                 f"{slot.path}: this {'non-persistent buffer' if slot.kind == 'buffer' else 'plain tensor'} "
@@ -105,9 +106,8 @@ def _find_broken_ties(module: torch.nn.Module) -> Iterator[str]:
     # transformers drops a pair from this list when a checkpoint holds both with different values on purpose.
     tied = getattr(module, "all_tied_weights_keys", None)
     for name, source in declared_ties(module).items():
-        if name not in tensors or source not in tensors or (tied is not None and name not in tied):
-            continue
-        if not bits_equal(tensors[name], tensors[source]):
+        pair = [tensors[key] for key in (name, source) if key in tensors and not tensors[key].is_meta]
+        if len(pair) == 2 and (tied is None or name in tied) and not bits_equal(*pair):
             yield f"{name}: is declared to be tied to {source}, but has other values"
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "dtype_name",
     "fill",
     "find_differences",
+    "find_empty",
     "find_meta",
     "find_slots",
     "nbytes_of",
@@ -213,6 +214,20 @@ def _putter(container: Any, key: Any) -> Callable[[Any], None]:
     return lambda value: container.__setitem__(key, value)
 
 
+def find_empty(module: torch.nn.Module) -> dict[str, Callable[[Any], None]]:
+    """Attributes of submodules that are None, each with what puts something there.
+
+    Some models keep what a forward pass computed (``rope_deltas``), so a model that was used may hold
+    plain tensors where a new one holds None.
+    """
+    return {
+        _join(prefix, name): _putter(vars(child), name)
+        for prefix, child in module.named_modules()
+        for name, value in vars(child).items()
+        if value is None and name not in _OWN_STATE
+    }
+
+
 def find_meta(slots: Sequence[Slot]) -> list[str]:
     """Paths of the tensors that have no memory."""
     return [slot.path for slot in slots if slot.tensor.is_meta]
@@ -385,6 +400,10 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
     Raises:
         WeightsError: The module has other places for tensors than the inventory lists.
     """
+    for path, put in find_empty(module).items():
+        row = inventory.rows.get(path)
+        if row is not None and row.kind == "attribute" and row.stride is None:
+            put(torch.empty(row.shape, device="meta"))  # a place for what a forward pass had left there
     slots = {slot.path: slot for slot in find_slots(module)}
     wanted = {path: row.shape for path, row in inventory.rows.items() if row.kind != "hidden"}
     found = {path: tuple(slot.tensor.shape) for path, slot in slots.items()}

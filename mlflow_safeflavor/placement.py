@@ -7,11 +7,13 @@ attributes, which ``nn.Module.to`` forgets, move along.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor import structure as structures
 from mlflow_safeflavor.errors import PlacementError
@@ -110,9 +112,42 @@ def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dic
     if structure["kind"] == "pickle":
         return {}
     described = {**structure, "config": _with_dtype(structure["config"], str(dtype).removeprefix("torch."))}
-    # Whoever gets here has agreed to run the class already: it is being saved, or was just loaded.
-    skeleton = structures.build(described, trust={"code"}, dtype=dtype)
-    return {slot.path: slot.tensor.dtype for slot in find_slots(skeleton)}
+    seen = []
+    for attempt in range(_TRIES):
+        with _Watch(dtype) as watch:
+            # Whoever gets here has agreed to run the class already: it is being saved, or was just loaded.
+            skeleton = structures.build(described, trust={"code"}, dtype=dtype)
+        seen.append({slot.path: slot.tensor.dtype for slot in find_slots(skeleton)})
+        if not watch.disturbed:
+            return seen[-1]
+        time.sleep(0.01 * attempt)
+    if any(other != seen[0] for other in seen):
+        raise PlacementError(
+            "Torch's default dtype kept changing while the model was constructed",
+            where=structure["class"],
+            wanted=str(dtype),
+            way_out="do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, meanwhile",
+        )
+    return seen[0]  # the constructor itself changes it, always in the same way
+
+
+_TRIES = 10
+
+
+class _Watch(TorchFunctionMode):
+    """Sees other threads change torch's default dtype, as transformers' loader does for the whole process."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.disturbed = dtype, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = torch.get_default_dtype()
+        result = func(*args, **(kwargs or {}))
+        # requires_grad_ is called after construction, with the default that was there before.
+        if getattr(func, "__name__", "") != "requires_grad_":
+            self.disturbed |= before != self.dtype or torch.get_default_dtype() != self.dtype
+        return result
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:

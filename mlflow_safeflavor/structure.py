@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
-from mlflow_safeflavor.inventory import Inventory, find_slots
+from mlflow_safeflavor.inventory import Inventory, find_empty, find_slots
 from mlflow_safeflavor.spec import ModelSpec
 from mlflow_safeflavor.trust import require_agreed
 from mlflow_safeflavor.usercode import import_name, name_of
@@ -153,10 +153,7 @@ def _describe_constructor(module: torch.nn.Module, init_args: Mapping[str, Any] 
     structure: dict[str, Any] = {
         "kind": "transformers" if _is_transformers(cls) and init_args is None else "import",
         "class": name_of(cls),
-        "config": None,
-        "config_class": None,
-        # Not part of a saved config, but it decides which kernels run.
-        "attn_implementation": getattr(config, "_attn_implementation", None),
+        **_NO_CONFIG,
         "arguments": {},
     }
     if structure["kind"] == "import":
@@ -166,7 +163,7 @@ def _describe_constructor(module: torch.nn.Module, init_args: Mapping[str, Any] 
         _require_same_shapes(module, structure)
     else:
         if hasattr(cls, "config_class") and config is not None:
-            structure |= {"config": _config_to_json(config), "config_class": name_of(type(config))}
+            structure |= _describe_config(config)
         structure["arguments"] = _find_arguments(module, structure)
     return structure
 
@@ -204,6 +201,39 @@ def _require_plain(module: torch.nn.Module) -> None:
             )
 
 
+_NO_CONFIG: dict[str, Any] = {
+    "config": None,
+    "config_class": None,
+    "attn_implementation": {},
+    "experts_implementation": {},
+}
+
+
+def _describe_config(config: Any) -> dict[str, Any]:
+    # Implementations are no part of a saved config, but they decide which kernels run, part by part: a
+    # backbone may use another than the model around it, and may not even know the model's.
+    return {
+        "config": _config_to_json(config),
+        "config_class": name_of(type(config)),
+        **{
+            kind: {path: getattr(part, f"_{kind}") for path, part in _parts(config) if hasattr(part, f"_{kind}")}
+            for kind in _IMPLEMENTATIONS
+        },
+    }
+
+
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+
+
+def _parts(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """A config and the configs of its parts, outer first, each with its path: ``text_config``."""
+    yield path, config
+    for name in getattr(config, "sub_configs", None) or ():
+        part = getattr(config, name, None)
+        if part is not None:
+            yield from _parts(part, f"{path}.{name}".removeprefix("."))
+
+
 def _config_to_json(config: Any) -> dict[str, Any]:
     content = json.loads(config.to_json_string(use_diff=False))
     # A local path of the machine that saved the model; it means nothing anywhere else.
@@ -215,7 +245,7 @@ def _config_to_json(config: Any) -> dict[str, Any]:
 
 def _argument_to_json(name: str, value: Any) -> dict[str, Any]:
     if hasattr(value, "to_json_string"):
-        return {"config": _config_to_json(value), "config_class": name_of(type(value))}
+        return _describe_config(value)
     try:
         if json.loads(json.dumps(value, allow_nan=False)) == value:
             return {"value": value}
@@ -259,7 +289,11 @@ def _require_same_shapes(module: torch.nn.Module, structure: Mapping[str, Any]) 
     built = build(structure, trust={"code"})
     wanted = {slot.path: tuple(slot.tensor.shape) for slot in find_slots(built)}
     found = {slot.path: tuple(slot.tensor.shape) for slot in find_slots(module)}
-    odd = sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path))
+    # What a forward pass left in a place that the constructor leaves empty is stored and put back.
+    left = find_empty(built).keys() & {
+        slot.path for slot in find_slots(module) if slot.kind == "attribute" and slot.tensor.is_contiguous()
+    }
+    odd = sorted(path for path in (wanted.keys() | found.keys()) - left if wanted.get(path) != found.get(path))
     if odd:
         raise StructureError(
             "The constructor does not give back the module: it was changed after it was made",
@@ -329,9 +363,14 @@ def build(
 def _config_from_json(described: Mapping[str, Any], lookup: Callable[[str], Any]) -> Any:
     if described["config_class"] is None:
         return None
-    config = lookup(described["config_class"]).from_dict(dict(described["config"]))
-    if described.get("attn_implementation") is not None:
-        config._attn_implementation = described["attn_implementation"]
+    config_class = lookup(described["config_class"])
+    # Infinities are written as objects, and read by from_json_file but not by from_dict (transformers 5).
+    decode = getattr(config_class, "_decode_special_floats", dict)
+    config = config_class.from_dict(decode(dict(described["config"])))
+    for kind in _IMPLEMENTATIONS:
+        for path, part in _parts(config):  # outer first: setting one sets those of its parts, too
+            if path in described.get(kind, {}):
+                setattr(part, f"_{kind}", described[kind][path])
     return config
 
 
@@ -382,7 +421,8 @@ _CONSTRUCTOR_KEYS: dict[str, type | tuple[type, ...]] = {
     **_KEYS,
     "config_class": (str, type(None)),
     "config": (dict, type(None)),
-    "attn_implementation": (str, type(None)),
+    "attn_implementation": dict,
+    "experts_implementation": dict,
     "arguments": dict,
 }
 _PICKLE_KEYS: dict[str, type | tuple[type, ...]] = {**_KEYS, "reason": str, "pickle": dict}

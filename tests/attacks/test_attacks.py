@@ -172,6 +172,13 @@ except Exception as error:
 """
 PYFUNC = "mlflow.pyfunc.load_model(sys.argv[1], suppress_warnings=True)"
 NATIVE = "mlflow_safeflavor.load_model(sys.argv[1])"
+THEIR_LOADER = """
+class Model:
+    def predict(self, data, params=None):
+        return data
+def _load_pyfunc(path, model_config=None):
+    return Model()
+"""
 
 
 @pytest.fixture
@@ -181,7 +188,7 @@ def in_a_new_process(saved, tmp_path):
     def run(file: str, load: str, first: str = "") -> tuple[str, bool]:
         root = shutil.copytree(saved, tmp_path / "model", copy_function=os.link)
         target = Target(root, tmp_path / "canary")
-        rewrite(target.code / file, target.payload + "def _load_pyfunc(path, model_config=None): pass\n")
+        rewrite(target.code / file, target.payload + THEIR_LOADER)
         target.reseal()
         code = FRESH.format(first=first, load=load)
         done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)

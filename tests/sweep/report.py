@@ -48,6 +48,12 @@ def as_text(rows: list[Row]) -> str:
         f"Equal in both dtypes: {len(equal(rows))}. "
         f"Of those in bfloat16, `from_pretrained(dtype=torch.bfloat16)` gives the same tensors for {same['equal']}.",
     ]
+    rounded = [row["class"] for row in rows if row["float32"].get("without_gradients")]
+    if rounded:
+        lines += [
+            "",
+            f"Equal in float32 once the original's parameters require no gradients, {len(rounded)}: {', '.join(rounded)}.",
+        ]
     lines += [
         "",
         "Classes that were built small but could not be fed: "
