@@ -52,7 +52,8 @@ def as_text(rows: list[Row]) -> str:
     if rounded:
         lines += [
             "",
-            f"Equal in float32 once the original's parameters require no gradients, {len(rounded)}: {', '.join(rounded)}.",
+            f"Equal in float32 once the original's parameters require no gradients, {len(rounded)}: "
+            f"{', '.join(rounded)}.",
         ]
     lines += [
         "",
