@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -10,8 +11,9 @@ from mlflow.exceptions import MlflowException
 from rich.console import Console
 from rich.table import Table
 
-from mlflow_safeflavor.artifact import Layout, read_json
+from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json
 from mlflow_safeflavor.environment import Environment
+from mlflow_safeflavor.errors import IntegrityError
 from mlflow_safeflavor.load import locate, read_spec
 from mlflow_safeflavor.version import __version__
 
@@ -45,7 +47,7 @@ def inspect(uri: str, pins: bool, rows: bool) -> None:
     layout = Layout(locate(uri))
     spec, _ = read_spec(layout)
     environment = Environment.from_json(read_json(layout.environment))
-    inventory = read_json(layout.tensors)
+    inventory = _read_inventory(layout)
     table = Table(show_header=False, title=uri, title_justify="left")
     for name, value in {
         "task": spec.task,
@@ -54,7 +56,7 @@ def inspect(uri: str, pins: bool, rows: bool) -> None:
         "serving dtype": spec.dtype,
         "input columns": ", ".join(f"{field} ← {column}" for field, column in spec.input_columns.items()),
         "tensors": f"{len(inventory['tensors'])} in {len(inventory['data'])} alias groups",
-        "weights": f"{_size_of_weights(layout, inventory) / 1e6:.1f} MB",
+        "weights": f"{_size_of_weights(layout, inventory['files']) / 1e6:.1f} MB",
         "all files": f"{sum(f.stat().st_size for f in layout.root.rglob('*') if f.is_file()) / 1e6:.1f} MB",
         "python": f"{environment.implementation} {environment.python}, {environment.system} {environment.machine}",
         "pins": f"{len(environment.distributions)} distributions",
@@ -74,8 +76,27 @@ def _runs(structure: str) -> str:
     return {"transformers": "no code of its own", "import": "its own code", "pickle": "a pickle"}[structure]
 
 
-def _size_of_weights(layout: Layout, inventory: dict[str, Any]) -> int:
-    return sum((layout.data / name).stat().st_size for name in inventory["files"])
+def _read_inventory(layout: Layout) -> dict[str, Any]:
+    """``tensors.json`` to be shown; ``tensors.read_inventory``, which refuses more, would import torch."""
+    content = read_json(layout.tensors)
+    fields = {"path": str, "kind": str, "persistent": bool, "dtype": str, "shape": list, "data": str}
+    try:
+        sound = isinstance(content["data"], dict) and all(isinstance(name, str) for name in content["files"])
+        sound &= all(isinstance(row[name], kind) for row in content["tensors"] for name, kind in fields.items())
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise IntegrityError(
+            "The inventory of tensors is malformed", where=layout.name_of(layout.tensors), way_out=WAY_OUT
+        )
+    return dict(content)
+
+
+def _size_of_weights(layout: Layout, files: Iterable[str]) -> int:
+    try:
+        return sum((layout.data / name).stat().st_size for name in files)
+    except OSError as error:
+        raise IntegrityError("A file of the artifact is missing", where=error.filename, way_out=WAY_OUT) from None
 
 
 def _tensor_table(inventory: dict[str, Any]) -> Table:

@@ -33,6 +33,7 @@ __all__ = [
     "find_empty",
     "find_meta",
     "find_slots",
+    "hidden_slot",
     "nbytes_of",
     "realise",
     "require_saveable",
@@ -165,22 +166,25 @@ def find_slots(module: torch.nn.Module) -> list[Slot]:
 _OWN_STATE = frozenset(vars(torch.nn.Module()))
 """Attributes every ``nn.Module`` has: registries and hooks, walked separately or not at all."""
 
+_HOLDERS = (torch.Tensor, torch.nn.Module, list, dict, tuple)
+"""What is a tensor or may hold one; most attributes are numbers."""
+
 
 def _walk_module(module: torch.nn.Module, prefix: str, slots: list[Slot], seen: set[int]) -> None:
     if id(module) in seen:
         return
     seen.add(id(module))
     for kind, registry in (("parameter", module._parameters), ("buffer", module._buffers)):
-        for name, tensor in registry.items():
+        for name, tensor in list(registry.items()):
             if tensor is not None:
                 persistent = kind == "parameter" or name not in module._non_persistent_buffers_set
                 put = _putter(registry, name)
                 slots.append(Slot(_join(prefix, name), kind, persistent, tensor, put))
     attributes = vars(module)
-    for name in list(attributes):
-        if name not in _OWN_STATE:
-            _walk_value(attributes[name], _join(prefix, name), _putter(attributes, name), slots, seen)
-    for name, child in module._modules.items():
+    for name, value in list(attributes.items()):
+        if isinstance(value, _HOLDERS) and name not in _OWN_STATE:
+            _walk_value(value, _join(prefix, name), _putter(attributes, name), slots, seen)
+    for name, child in list(module._modules.items()):
         if child is not None:
             _walk_module(child, _join(prefix, name), slots, seen)
 
@@ -214,6 +218,11 @@ def _putter(container: Any, key: Any) -> Callable[[Any], None]:
     return lambda value: container.__setitem__(key, value)
 
 
+def hidden_slot(path: str, tensor: torch.Tensor) -> Slot:
+    """The place of a tensor that only a pickle reaches; nothing else can be put there."""
+    return Slot(path, "hidden", False, tensor, lambda new: None)
+
+
 def find_empty(module: torch.nn.Module) -> dict[str, Callable[[Any], None]]:
     """Attributes of submodules that are None, each with what puts something there.
 
@@ -223,7 +232,7 @@ def find_empty(module: torch.nn.Module) -> dict[str, Callable[[Any], None]]:
     return {
         _join(prefix, name): _putter(vars(child), name)
         for prefix, child in module.named_modules()
-        for name, value in vars(child).items()
+        for name, value in list(vars(child).items())
         if value is None and name not in _OWN_STATE
     }
 
@@ -440,12 +449,20 @@ def _look_at(value: torch.Tensor, row: Row) -> torch.Tensor:
     return torch.nn.Parameter(value, requires_grad=False) if row.parameter else value
 
 
-def find_differences(module: torch.nn.Module, inventory: Inventory) -> Iterator[str]:
-    """What is not as recorded in the module now, one sentence each. Values are the digests' matter."""
-    slots = find_slots(module)
+def find_differences(
+    module: torch.nn.Module, inventory: Inventory, hidden: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[str]:
+    """What is not as recorded in the module now, one sentence each. Values are the digests' matter.
+
+    Args:
+        module: Rebuilt.
+        inventory: What was saved.
+        hidden: Path → tensor that only a pickle reaches. Tensors of the module may be views of one.
+    """
+    slots = [*find_slots(module), *(hidden_slot(path, tensor) for path, tensor in (hidden or {}).items())]
     found, _ = take_inventory([slot for slot in slots if not slot.tensor.is_meta])
     meta = set(find_meta(slots))
-    recorded = {path: row for path, row in inventory.rows.items() if row.kind != "hidden"}
+    recorded = {path: row for path, row in inventory.rows.items() if row.kind != "hidden" or path in (hidden or {})}
     for path in sorted(found.rows.keys() | recorded.keys() | meta):
         row, wanted = found.rows.get(path), recorded.get(path)
         if path in meta:

@@ -217,23 +217,28 @@ def rebuild(
     if "code" in options.trust:
         usercode.make_importable(layout.code)
     objects: dict[str, Any] = {}
+    hidden: dict[str, torch.Tensor] = {}
     if described["pickle"] is not None:
+        realised = inventories.realise(inventory, values)
         with structure.real_memory():
-            objects = pickled.load(layout, described["pickle"], inventories.realise(inventory, values), options.trust)
+            objects = pickled.load(layout, described["pickle"], realised, options.trust)
     if described["kind"] == "pickle":
         module = objects["module"].eval().requires_grad_(False)
+        hidden = {path: realised[path] for path, row in inventory.rows.items() if row.kind == "hidden"}
     else:
         module = structure.build(described, trust=options.trust, inventory=inventory)
         inventories.fill(module, inventory, values)
-    _check_tensors(module, inventory, report)
+    _check_tensors(module, inventory, hidden, report)
     names = described["hooks"]
     return module, {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
 
 
-def _check_tensors(module: torch.nn.Module, inventory: Inventory, report: LoadReport) -> None:
+def _check_tensors(
+    module: torch.nn.Module, inventory: Inventory, hidden: Mapping[str, torch.Tensor], report: LoadReport
+) -> None:
     from mlflow_safeflavor.inventory import find_differences
 
-    if differences := list(find_differences(module, inventory)):
+    if differences := list(find_differences(module, inventory, hidden)):
         raise WeightsError(
             "The rebuilt module is not the one that was saved",
             where=differences[0],

@@ -17,7 +17,7 @@ import torch
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout
 from mlflow_safeflavor.errors import IntegrityError, StructureError
-from mlflow_safeflavor.inventory import Slot
+from mlflow_safeflavor.inventory import Slot, hidden_slot
 from mlflow_safeflavor.trust import require_agreed
 
 __all__ = ["dump", "load", "write_pickle"]
@@ -68,7 +68,7 @@ def dump(objects: Mapping[str, Any], slots: Sequence[Slot]) -> tuple[bytes, list
     paths = {id(slot.tensor): slot.path for slot in reversed(slots)}
     hidden = [tensor for tensor in pickler.tensors if id(tensor) not in paths]
     names = {id(tensor): f"<hidden {number}>" for number, tensor in enumerate(hidden)}
-    all_slots = [*slots, *(Slot(names[id(t)], "hidden", False, t, lambda new: None) for t in hidden)]
+    all_slots = [*slots, *(hidden_slot(names[id(tensor)], tensor) for tensor in hidden)]
     facts = {
         "tensors": [(paths | names)[id(tensor)] for tensor in pickler.tensors],
         # Functions and classes pickled by value are byte code, which belongs to one minor version.

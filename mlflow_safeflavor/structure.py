@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
@@ -37,25 +38,84 @@ __all__ = ["build", "describe", "read_structure", "real_memory", "what_runs", "w
 _build_lock = threading.RLock()
 
 
-class _SkipRandomInit(TorchFunctionMode):
-    """Random initialisers leave their tensor untouched: every value is replaced by a stored one.
+class _Constructing(TorchFunctionMode):
+    """What torch's functions do while a constructor runs whose every tensor is replaced by a stored one.
 
-    This needs no patching, so other threads see nothing of it. The initialisers arrive as functions
-    of ``torch.nn.init``, of ``transformers.initialization`` and as tensor methods.
+    One mode, because each costs some microseconds for each of thousands of calls. Modes belong to a
+    thread, so other threads see nothing of it.
+
+    * Random initialisers leave their tensor untouched. They arrive as functions of ``torch.nn.init``,
+      of ``transformers.initialization`` and as tensor methods.
+    * Allocating far more than the stored tensors take is refused: a config may say anything of sizes
+      and layers. This looks after each allocation: memory costs nothing before something is written to it.
     """
 
-    _NAMES = frozenset(
+    _RANDOM = frozenset(
         (
             *("uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_"),
             *("kaiming_uniform_", "kaiming_normal_", "orthogonal_", "sparse_"),
         )
     )
+    _ALLOCATORS = frozenset(("empty", "full", "ones", "rand", "randn", "zeros"))
+
+    def __init__(self, inventory: Inventory | None = None) -> None:
+        super().__init__()
+        # Generous: stored dtypes are narrower than float32, and constructors make tensors they do not keep.
+        self.most_bytes = 8 * inventory.nbytes + 2**30 if inventory else sys.maxsize
+        self.most_tensors = 10 * len(inventory.rows) + 1000 if inventory else sys.maxsize
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", None) in self._NAMES and not _truncates():
+        name = getattr(func, "__name__", None)
+        if name in self._RANDOM and not _truncates():
             return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if name in self._ALLOCATORS and isinstance(result, torch.Tensor):
+            self._count(result)
+        return result
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        self.most_bytes -= tensor.nbytes
+        self.most_tensors -= 1
+        if self.most_bytes < 0 or self.most_tensors < 0:
+            raise StructureError(
+                "The constructor wants far more memory than the stored tensors take",
+                where="a config or constructor argument",
+                found=f"a tensor of shape {list(tensor.shape)}",
+                way_out=WAY_OUT,
+            )
+
+
+class _DefaultDtype(TorchFunctionMode):
+    """Torch's default dtype for what this thread makes, whatever it is in the process.
+
+    Torch has one for all threads. Where another thread (transformers' loader does this) has changed it for a
+    moment, setting it would spoil that thread's model, and putting it back would keep that moment's value for good.
+    """
+
+    _FACTORIES = frozenset(
+        (
+            *("arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn"),
+            *("scalar_tensor", "tensor", "zeros"),
+        )
+    )
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        asked = kwargs.get("dtype") is not None or any(isinstance(value, torch.Tensor) for value in args)
+        if (
+            getattr(func, "__name__", None) in self._FACTORIES
+            and not asked
+            and result.is_floating_point()
+            and result.dtype == torch.get_default_dtype()
+        ):
+            return func(*args, **{**kwargs, "dtype": self.dtype})
+        return result
 
 
 def _truncates() -> bool:
@@ -71,55 +131,52 @@ def _truncates() -> bool:
     return False
 
 
-class _Bounded(TorchFunctionMode):
-    """Refuses to allocate far more than the stored tensors take: a config may say anything of sizes and layers.
+_constructing = threading.local()
 
-    It looks after each allocation: memory costs nothing before something is written to it.
+
+def _mark_initialised(module: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
+    """Tell transformers that the ``_init_weights`` of a submodule need not run: half the time of building.
+
+    Registered once and for all: torch walks its dict of hooks without a lock, and taking one out again
+    would break whatever another thread is constructing at that moment.
     """
+    if child is not None and getattr(_constructing, "on", False):
+        child.__dict__["_is_hf_initialized"] = True
 
-    _ALLOCATORS = frozenset(("empty", "full", "ones", "rand", "randn", "zeros"))
 
-    def __init__(self, inventory: Inventory) -> None:
-        super().__init__()
-        # Generous: stored dtypes are narrower than float32, and constructors make tensors they do not keep.
-        self.most_bytes = 8 * inventory.nbytes + 2**30
-        self.most_tensors = 10 * len(inventory.rows) + 1000
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", None) in self._ALLOCATORS and isinstance(result, torch.Tensor):
-            self.most_bytes -= result.nbytes
-            self.most_tensors -= 1
-            if self.most_bytes < 0 or self.most_tensors < 0:
-                raise StructureError(
-                    "The constructor wants far more memory than the stored tensors take",
-                    where="a config or constructor argument",
-                    found=f"a tensor of shape {list(result.shape)}",
-                    way_out=WAY_OUT,
-                )
-        return result
+register_module_module_registration_hook(_mark_initialised)
 
 
 @contextmanager
-def real_memory(dtype: torch.dtype = torch.float32, *, initialise: bool = False) -> Iterator[None]:
+def real_memory(
+    dtype: torch.dtype = torch.float32, *, initialise: bool = False, inventory: Inventory | None = None
+) -> Iterator[None]:
     """Constructors inside allocate on the CPU, whatever device context or default is around.
 
-    One at a time in the process, because torch's default dtype is global to it. The random state is
-    left as it was.
+    One at a time in the process, because torch's default dtype is global to it; only another than float32 is
+    set there. The random state is left as it was.
 
     Args:
         dtype: Torch's default dtype inside.
-        initialise: Run random initialisers too; they are skipped where stored values follow.
+        initialise: Run initialisers too; they are skipped where stored values follow.
+        inventory: What is constructed; bounds what may be allocated.
     """
-    with _build_lock, torch.random.fork_rng(devices=[]):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_build_lock)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            # Innermost wins: an outer torch.device("meta") or set_default_device reaches nothing here.
-            with contextlib.nullcontext() if initialise else _SkipRandomInit(), torch.device("cpu"):
-                yield
-        finally:
-            torch.set_default_dtype(before)
+        if dtype != before and dtype == torch.float32:
+            stack.enter_context(_DefaultDtype(dtype))
+        elif dtype != before:
+            torch.set_default_dtype(dtype)
+            stack.callback(torch.set_default_dtype, before)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(setattr, _constructing, "on", getattr(_constructing, "on", False))
+        _constructing.on = not initialise
+        if not initialise:
+            stack.enter_context(_Constructing(inventory))
+        yield
 
 
 # --- describe ------------------------------------------------------------------------------------
@@ -343,7 +400,7 @@ def build(
             for name, value in structure["arguments"].items()
         }
         config = _config_from_json(structure, lookup)
-        with real_memory(dtype), contextlib.nullcontext() if inventory is None else _Bounded(inventory):
+        with real_memory(dtype, inventory=inventory):
             module = cls(**arguments) if config is None else cls(config, **arguments)
     except SafeFlavorError:
         raise

@@ -185,18 +185,22 @@ def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor
             raise IntegrityError(
                 "A safetensors file cannot be read", where=layout.name_of(path), found=error, way_out=WAY_OUT
             ) from None
-    wanted = {name: f"{entry.dtype}{list(entry.shape)}" for name, entry in inventory.data.items()}
-    found = {name: f"{dtype_name(value.dtype)}{list(value.shape)}" for name, value in values.items()}
+    wanted = {name: (entry.dtype, entry.shape) for name, entry in inventory.data.items()}
+    found = {name: (dtype_name(value.dtype), tuple(value.shape)) for name, value in values.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise WeightsError(
                 "The files do not hold the tensors that were saved",
                 where=name,
-                wanted=wanted.get(name, "no such tensor"),
-                found=found.get(name, "no such tensor"),
+                wanted=_describe(wanted.get(name)),
+                found=_describe(found.get(name)),
                 way_out=WAY_OUT,
             )
     return values
+
+
+def _describe(facts: tuple[str, tuple[int, ...]] | None) -> str:
+    return "no such tensor" if facts is None else f"{facts[0]}{list(facts[1])}"
 
 
 # --- plain arrays --------------------------------------------------------------------------------

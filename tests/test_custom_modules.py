@@ -908,7 +908,7 @@ def test_preprocess_that_gives_something_else(hooked, wrong, named):
     [
         (lambda outputs, rows: None, "NoneType"),
         (lambda outputs, rows: {"score": 1.0}, "dict"),
-        (lambda outputs, rows: [{"score": 1.0}], "list of 1"),
+        (lambda outputs, rows: [{"score": 1.0}], "a list of 1: dict"),
         (lambda outputs, rows: [0.5 for _ in rows], "float"),
         (lambda outputs, rows: outputs["y"].numpy(), "ndarray"),
         (lambda outputs, rows: "ab", "str"),

@@ -12,6 +12,7 @@ from mlflow.models import ModelSignature, infer_signature
 
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.rows import rows_of
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 
 __all__ = ["Custom"]
@@ -90,6 +91,9 @@ class Custom(Task):
         )
         return infer_signature(frame, result)
 
+    def rows(self, data: Any) -> list[Row]:
+        return rows_of(data, self.columns)  # every column of the example: hooks rely on them
+
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
         return [{"row": row} for row in rows]
 
@@ -114,7 +118,7 @@ class Custom(Task):
             raise StructureError(
                 "postprocess must give one dict a row",
                 wanted=f"a list of {len(rows)} dicts",
-                found=f"{type(answers).__name__} of {len(answers) if isinstance(answers, Sequence) else '?'}",
+                found=_kinds_of(answers),
             )
         return [_answered(outputs, i, len(rows), dict(answer)) for i, answer in enumerate(answers)]
 
@@ -128,6 +132,13 @@ def _kinds(inputs: Any) -> str:
     if not isinstance(inputs, Mapping):
         return type(inputs).__name__
     return ", ".join(f"{name}: {type(value).__name__}" for name, value in inputs.items())
+
+
+def _kinds_of(answers: Any) -> str:
+    if not isinstance(answers, (list, tuple)):
+        return type(answers).__name__
+    kinds = sorted({type(answer).__name__ for answer in answers})
+    return f"a {type(answers).__name__} of {len(answers)}: {', '.join(kinds)}"
 
 
 def _is_one_dict_a_row(answers: Any, rows: int) -> bool:

@@ -89,7 +89,7 @@ class Raw(Task):
         inputs = {name: t.to(engine.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
         try:
             outputs = engine(inputs)
-        except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError) as error:
             shapes = {name: f"{value.dtype}{list(value.shape)}" for name, value in features.items()}
             raise InputError("forward refused the arrays", where=shapes, found=str(error) or repr(error)) from error
         if not outputs:

@@ -152,8 +152,8 @@ class CleanProcess:
 
     def __exit__(self, *_: object) -> None:
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+            with self.process:  # closes its pipes, and waits
+                self.process.kill()
             self.process = None
 
     def ask(self, artifact: Path, dtype: str) -> None:
