@@ -1,51 +1,192 @@
-"""How many threads this process may use: CPU affinity and the container's quota, not the host's cores."""
+"""How many threads this process may keep busy: affinity, the container's quota, and the workers beside it.
+
+All of it is decided before torch is imported, since torch and its OpenMP read their variables once.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["available_cpus", "limit_threads"]
+__all__ = ["Budget", "available_cpus", "find_budget", "limit_threads"]
 
-_CGROUP = Path("/sys/fs/cgroup")
+SPIN_COUNT = 10_000
+"""Turns that an idle OpenMP thread waits busily before it sleeps.
+
+With GNU OpenMP's default a second thread makes everything slower as soon as another process wants its core; without
+any waiting, short texts take twice as long on an idle machine. ``benchmarks/threads.py`` shows both, and this between.
+"""
+
+_ROOT = Path("/")
+_SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
-def available_cpus(cgroup: Path = _CGROUP) -> int:
-    """Cores this process may keep busy: affinity, cut by the cgroup quota (v2 or v1), at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota(cgroup)
-    return max(1, cores if quota is None else min(cores, math.floor(quota)))
+@dataclass(frozen=True)
+class Budget:
+    """What was found, and what was chosen.
+
+    Attributes:
+        cores: Cores that affinity allows.
+        quota: Cores' worth of CPU time that the cgroup grants; None without a limit.
+        workers: Server processes that share them.
+        threads: Torch's threads in this process.
+        source: What decided: "num_threads", "OMP_NUM_THREADS" or "found".
+        spin_count: What an idle OpenMP thread waits; None where it was left as it is.
+    """
+
+    cores: int
+    quota: float | None
+    workers: int
+    threads: int
+    source: str
+    spin_count: int | None = None
+
+    def __str__(self) -> str:
+        quota = "no quota" if self.quota is None else f"a quota of {self.quota:g}"
+        spin = "" if self.spin_count is None else f", spinning {self.spin_count} turns"
+        return (
+            f"{self.cores} cores, {quota}, {self.workers} workers: "
+            f"{self.threads} threads{'' if self.source == 'found' else f' by {self.source}'}{spin}"
+        )
 
 
-def _quota(cgroup: Path) -> float | None:
-    """Cores' worth of CPU time a cgroup grants, or None without a limit."""
+def available_cpus(root: Path = _ROOT) -> int:
+    """Cores that this process may keep busy, whoever else wants them: affinity, cut by the quota; at least 1."""
+    cores, quota = _cores(), _quota(root)
+    return cores if quota is None else max(1, min(cores, math.floor(quota)))
+
+
+def find_budget(requested: int = 0, *, environ: Mapping[str, str] = os.environ, root: Path = _ROOT) -> Budget:
+    """How many threads torch should use in this process; changes nothing.
+
+    Args:
+        requested: The run-time option ``num_threads``; 0 for as many as there is room for.
+        environ: Variables of this process. ``OMP_NUM_THREADS`` counts, where the user has set it.
+        root: Where ``proc`` and ``sys`` are.
+    """
+    cores, quota, workers = _cores(), _quota(root), _workers(environ, root)
+    room = cores if quota is None else min(cores, quota)
+    if requested:
+        return Budget(cores, quota, workers, requested, "num_threads")
+    if by_user := _positive(environ.get("OMP_NUM_THREADS", "")):
+        return Budget(cores, quota, workers, by_user, "OMP_NUM_THREADS")
+    return Budget(cores, quota, workers, max(1, math.floor(room / workers)), "found")
+
+
+def limit_threads(requested: int = 0) -> Budget:
+    """Make torch use no more threads than there is room for, and let idle ones sleep soon.
+
+    Before torch is imported this sets ``OMP_NUM_THREADS`` and ``GOMP_SPINCOUNT``; afterwards only
+    ``torch.set_num_threads`` is left. Variables for waiting that the user has set stay.
+
+    Args:
+        requested: See ``find_budget``.
+    """
+    budget = find_budget(requested)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        if torch.get_num_threads() != budget.threads:
+            torch.set_num_threads(budget.threads)
+        return budget
+    os.environ["OMP_NUM_THREADS"] = str(budget.threads)
+    if budget.threads == 1 or any(name in os.environ for name in _SPIN_VARIABLES):
+        return budget
+    os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+    return replace(budget, spin_count=SPIN_COUNT)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# Quota.
+
+
+def _quota(root: Path) -> float | None:
+    """The tightest quota of this process's cgroup and those around it, version 2 or 1."""
+    return min((quota for folder in _cgroups(root) if (quota := _quota_of(folder)) is not None), default=None)
+
+
+def _cgroups(root: Path) -> Iterator[Path]:
+    """Folders that may hold this process's quota, outermost last. In a container the path may be the host's."""
     try:
-        if (cgroup / "cpu.max").exists():
-            limit, period = (cgroup / "cpu.max").read_text().split()
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        for mount in _mounts(root, controllers):
+            inner = Path(path.lstrip("/"))
+            for part in (inner, *inner.parents):
+                yield mount / part
+
+
+def _mounts(root: Path, controllers: str) -> list[Path]:
+    top = root / "sys/fs/cgroup"
+    if controllers == "":
+        return [top, top / "unified"]
+    return [top / controllers, top / "cpu"] if "cpu" in controllers.split(",") else []
+
+
+def _quota_of(folder: Path) -> float | None:
+    try:
+        if (folder / "cpu.max").exists():
+            limit, period = (folder / "cpu.max").read_text().split()
         else:
-            limit = (cgroup / "cpu" / "cpu.cfs_quota_us").read_text().strip()
-            period = (cgroup / "cpu" / "cpu.cfs_period_us").read_text().strip()
+            limit = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text().strip()
         return None if limit in ("max", "-1") else int(limit) / int(period)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ZeroDivisionError):
         return None
 
 
-def limit_threads(requested: int = 0) -> int:
-    """Set torch's threads for this process: as requested, else no more than ``available_cpus``.
+# Workers.
 
-    Before torch is imported this sets ``OMP_NUM_THREADS``, which torch reads once, unless the user
-    set it; afterwards it calls ``torch.set_num_threads``.
+_WORKERS_OPTION = re.compile(r"^(?:--workers|-w)(?:=(\d+))?$")
+_SERVERS = ("uvicorn", "gunicorn")
 
-    Returns:
-        The number of threads chosen.
+
+def _workers(environ: Mapping[str, str], root: Path) -> int:
+    """Server processes that share this machine or container with this one, itself included.
+
+    The server's command line says so: it is this process's own where there is one worker, else that of
+    its parent. Where none is found, the variable that MLflow's container start reads counts.
     """
-    from_user = os.environ.get("OMP_NUM_THREADS", "")
-    chosen = requested or (int(from_user) if from_user.isdigit() and int(from_user) else available_cpus())
-    torch = sys.modules.get("torch")
-    if torch is None:
-        os.environ["OMP_NUM_THREADS"] = str(chosen)
-    elif torch.get_num_threads() != chosen:
-        torch.set_num_threads(chosen)
-    return chosen
+    process = "self"
+    while process != "0":
+        command = _command_line(root, process)
+        if any(os.path.basename(part) in _SERVERS for part in command[:3]):
+            return _workers_option(command) or _positive(environ.get("WEB_CONCURRENCY", "")) or 1
+        process = _parent(root, process)
+    return _positive(environ.get("MLFLOW_MODELS_WORKERS", "")) or 1
+
+
+def _workers_option(command: Sequence[str]) -> int | None:
+    for part, following in zip(command, [*command[1:], ""], strict=True):
+        if match := _WORKERS_OPTION.match(part):
+            return _positive(match[1] or following)
+    return None
+
+
+def _positive(text: str) -> int | None:
+    return int(text) if text.isdigit() and int(text) else None
+
+
+def _command_line(root: Path, process: str) -> list[str]:
+    try:
+        return (root / "proc" / process / "cmdline").read_text(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def _parent(root: Path, process: str) -> str:
+    try:
+        # The command's name, in brackets, may hold blanks and brackets itself.
+        return (root / "proc" / process / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+    except (OSError, IndexError):
+        return "0"

@@ -220,7 +220,7 @@ def rebuild(
     hidden: dict[str, torch.Tensor] = {}
     if described["pickle"] is not None:
         realised = inventories.realise(inventory, values)
-        with structure.real_memory():
+        with structure.real_memory(inventory=inventory):
             objects = pickled.load(layout, described["pickle"], realised, options.trust)
     if described["kind"] == "pickle":
         module = objects["module"].eval().requires_grad_(False)

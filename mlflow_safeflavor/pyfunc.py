@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PyfuncModel", "load_pyfunc"]
 
-_logger = logging.getLogger(__name__)
+# Below MLflow's own logger, which serving sets up to print: one line in the server's or container's log.
+_logger = logging.getLogger("mlflow.safeflavor")
 
 
 class PyfuncModel:
@@ -45,7 +46,7 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
     """
     options = run_time_options(model_config)
     pickles = os.environ.get("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "").lower() in ("true", "1")
-    threads = cpu.limit_threads(options["num_threads"])
+    budget = cpu.limit_threads(options["num_threads"])
     model = load_folder(
         Path(path),
         LoadOptions(
@@ -57,5 +58,5 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
             trust=frozenset({"code", "pickle"} if pickles else {"code"}),
         ),
     )
-    _logger.info("safeflavor: %s, %d threads; %s", model.spec.task, threads, model.report)
+    _logger.info("safeflavor: %s; %s; %s", model.spec.task, budget, model.report)
     return PyfuncModel(model)

@@ -91,6 +91,7 @@ class _DefaultDtype(TorchFunctionMode):
 
     Torch has one for all threads. Where another thread (transformers' loader does this) has changed it for a
     moment, setting it would spoil that thread's model, and putting it back would keep that moment's value for good.
+    Code that asks for the default dtype still sees the other one; what it then makes is replaced or compared.
     """
 
     _FACTORIES = frozenset(
@@ -153,19 +154,20 @@ def real_memory(
 ) -> Iterator[None]:
     """Constructors inside allocate on the CPU, whatever device context or default is around.
 
-    One at a time in the process, because torch's default dtype is global to it; only another than float32 is
-    set there. The random state is left as it was.
+    One at a time in the process, because torch's default dtype is global to it. The random state is left
+    as it was.
 
     Args:
         dtype: Torch's default dtype inside.
-        initialise: Run initialisers too; they are skipped where stored values follow.
-        inventory: What is constructed; bounds what may be allocated.
+        initialise: Run random initialisers, too.
+        inventory: What every tensor will be replaced by. This bounds what may be allocated, initialisers of any
+            kind are skipped, and the default dtype of other threads is left alone.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_build_lock)
         stack.enter_context(torch.random.fork_rng(devices=[]))
         before = torch.get_default_dtype()
-        if dtype != before and dtype == torch.float32:
+        if dtype != before and inventory is not None:
             stack.enter_context(_DefaultDtype(dtype))
         elif dtype != before:
             torch.set_default_dtype(dtype)
@@ -173,7 +175,7 @@ def real_memory(
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.callback(setattr, _constructing, "on", getattr(_constructing, "on", False))
-        _constructing.on = not initialise
+        _constructing.on = inventory is not None
         if not initialise:
             stack.enter_context(_Constructing(inventory))
         yield

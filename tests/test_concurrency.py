@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, ModernBertConfig, ModernBe
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import SafeFlavorError
+from mlflow_safeflavor.inventory import Inventory
 from mlflow_safeflavor.structure import real_memory
 
 pytest_plugins = "saved_models"
@@ -224,7 +225,7 @@ def test_what_another_thread_had_set_for_a_moment_is_not_put_back():
     thread = threading.Thread(target=other_loader)
     thread.start()
     entered.wait()
-    with real_memory():
+    with real_memory(inventory=Inventory({}, {}, {})):
         thread.join()
         assert torch.get_default_dtype() == torch.float32
     assert torch.get_default_dtype() == torch.float32
