@@ -166,8 +166,8 @@ def find_slots(module: torch.nn.Module) -> list[Slot]:
 _OWN_STATE = frozenset(vars(torch.nn.Module()))
 """Attributes every ``nn.Module`` has: registries and hooks, walked separately or not at all."""
 
-_HOLDERS = (torch.Tensor, torch.nn.Module, list, dict, tuple)
-"""What is a tensor or may hold one; most attributes are numbers."""
+_HOLD_NOTHING = frozenset((bool, int, float, str, type(None)))
+"""Types of most attributes, told apart faster than by asking what else they are."""
 
 
 def _walk_module(module: torch.nn.Module, prefix: str, slots: list[Slot], seen: set[int]) -> None:
@@ -182,7 +182,7 @@ def _walk_module(module: torch.nn.Module, prefix: str, slots: list[Slot], seen: 
                 slots.append(Slot(_join(prefix, name), kind, persistent, tensor, put))
     attributes = vars(module)
     for name, value in list(attributes.items()):
-        if isinstance(value, _HOLDERS) and name not in _OWN_STATE:
+        if name not in _OWN_STATE and type(value) not in _HOLD_NOTHING:
             _walk_value(value, _join(prefix, name), _putter(attributes, name), slots, seen)
     for name, child in list(module._modules.items()):
         if child is not None:
