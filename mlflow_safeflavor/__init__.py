@@ -15,6 +15,7 @@ from mlflow_safeflavor.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from mlflow_safeflavor.checkpoint import from_pretrained
+    from mlflow_safeflavor.docker import generate_dockerfile
     from mlflow_safeflavor.load import load_model
     from mlflow_safeflavor.meta import materialize
     from mlflow_safeflavor.pyfunc import PyfuncModel
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FLAVOR_NAME",
     "from_pretrained",
+    "generate_dockerfile",
     "get_default_conda_env",
     "get_default_pip_requirements",
     "load_model",
@@ -41,6 +43,7 @@ __all__ = [
 _HOMES = {
     "FLAVOR_NAME": ("spec", "FLAVOR_NAME"),
     "from_pretrained": ("checkpoint", "from_pretrained"),
+    "generate_dockerfile": ("docker", "generate_dockerfile"),
     "get_default_conda_env": ("requirements", "default_conda_env"),
     "get_default_pip_requirements": ("requirements", "default_requirements"),
     "load_model": ("load", "load_model"),

@@ -125,3 +125,24 @@ def verify(uri: str, device: str) -> None:
     console.print(table)
     console.print(f"tolerance: atol {report.atol:g}, rtol {report.rtol:g}")
     sys.exit(0 if report.ok else 1)
+
+
+@main.command()
+@click.argument("uri")
+@click.option("-o", "--output", "folder", required=True, type=click.Path(), help="Folder to create.")
+@click.option("--target", default="cpu", show_default=True, help="cpu refuses pins that install CUDA; cuda keeps them.")
+@click.option("--user", default="mlflow", show_default=True, help="Name of the user, not root, that serves.")
+@click.option("--base-image", help="Instead of python:X.Y.Z-slim.")
+@click.option("--hashes/--no-hashes", default=True, show_default=True, help="Lock the pins with hashes.")
+@click.option("--allow-pickle", is_flag=True, help="The image may run the pickle that the model holds.")
+def dockerfile(
+    uri: str, folder: str, target: str, user: str, base_image: str | None, hashes: bool, allow_pickle: bool
+) -> None:
+    """Write a folder from which `docker build` makes an image that serves the model at URI."""
+    from mlflow_safeflavor.docker import generate_dockerfile
+
+    trust = {"pickle"} if allow_pickle else set()
+    options = {"target": target, "user": user, "base_image": base_image, "hashes": hashes, "trust": trust}
+    with Console(stderr=True).status("looking up the hashes of all pins" if hashes else "copying"):
+        path = generate_dockerfile(uri, folder, **options)  # type: ignore[arg-type]
+    Console().print(f"wrote {path}\nnow: docker build -t NAME {path.parent}", soft_wrap=True)

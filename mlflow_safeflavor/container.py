@@ -1,0 +1,40 @@
+"""What runs inside an image of ``docker.py``: MLflow's own scoring server, as many workers as there is CPU for."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from typing import Any
+
+from mlflow_safeflavor.cpu import available_cpus
+
+__all__ = ["check", "serve"]
+
+MODEL = "/opt/ml/model"
+PORT = 8080
+"""Where MLflow's image has the model, and listens."""
+
+
+def check() -> None:
+    """Load the model with every check, and replay its golden rows; while the image is built."""
+    from mlflow_safeflavor.pyfunc import load_pyfunc
+
+    print(f"safeflavor: {load_pyfunc(MODEL).model.report}")
+
+
+def serve() -> None:
+    """Become MLflow's scoring server.
+
+    ``MLFLOW_MODELS_WORKERS`` is the number of workers; by default one for each core that affinity and quota
+    allow, where MLflow's own image starts one for each core of the host.
+    """
+    from mlflow.pyfunc import scoring_server
+
+    workers = int(os.environ.get("MLFLOW_MODELS_WORKERS") or available_cpus())
+    everywhere: Any = "0.0.0.0"  # noqa: S104  (a container's own; MLflow's annotation says int)
+    command, environ = scoring_server.get_cmd(model_uri=MODEL, port=PORT, host=everywhere, nworkers=workers)
+    program, *arguments = shlex.split(command)
+    sys.stdout.flush()
+    # In place of this process, so that it is the one that gets the signals of `docker stop`.
+    os.execvpe(program, [program, *arguments], environ)  # noqa: S606  (no shell is wanted)

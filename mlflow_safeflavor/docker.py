@@ -1,0 +1,184 @@
+"""An image for one model: its own environment in a layer below its weights, checked while it is built."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
+from mlflow_safeflavor.artifact import Layout, read_json, staging
+from mlflow_safeflavor.environment import Environment
+from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
+from mlflow_safeflavor.load import locate, read_spec
+from mlflow_safeflavor.lock import lock, read_lines
+from mlflow_safeflavor.trust import require_agreed, require_known
+
+__all__ = ["TARGETS", "generate_dockerfile"]
+
+TARGETS = ("cpu", "cuda")
+
+_CUDA_ONLY = re.compile(r"nvidia-.*|cuda-.*|triton|pytorch-triton.*")
+_PINNED = re.compile(r"([A-Za-z0-9][\w.-]*)==([^\s;\\]+)")
+_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+_WHEELS = "wheels"
+
+_DOCKERFILE = """\
+# {what}
+# Build: docker build -t NAME .
+# Run:   docker run --rm -p 5001:8080 --read-only --tmpfs /tmp NAME
+ARG PYTHON_IMAGE={base_image}
+
+# Changes only when the pins do: retraining the model does not install anything anew.
+FROM ${{PYTHON_IMAGE}} AS environment
+COPY environment /build
+WORKDIR /build
+RUN python -m venv --without-pip /opt/venv \\
+ && python -m pip --python /opt/venv/bin/python install --no-cache-dir{hashes} -r requirements.txt
+
+FROM ${{PYTHON_IMAGE}}
+RUN useradd --system --uid 10001 --no-create-home {user}
+COPY --from=environment /opt/venv /opt/venv
+# Everything that is written goes below /tmp, so the rest may be read-only. What is installed here is what was
+# recorded, so another environment is an error.
+ENV PATH=/opt/venv/bin:$PATH \\
+    HOME=/tmp XDG_CACHE_HOME=/tmp/.cache HF_HOME=/tmp/.cache/huggingface MPLCONFIGDIR=/tmp/.cache/matplotlib \\
+    PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \\
+    HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 MLFLOW_DISABLE_ENV_CREATION=true \\
+    {options}
+WORKDIR /tmp
+COPY model /opt/ml/model
+# Digests, every tensor and the golden rows: a damaged model fails the build.
+RUN python -c "{imports}; container.check()" && rm -rf /tmp/.cache
+USER {user}
+EXPOSE 8080
+HEALTHCHECK --interval=30s --timeout=10s --start-period=120s \\
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/ping', timeout=8)"]
+ENTRYPOINT ["python", "-c", "{imports}; container.serve()"]
+"""
+
+_IMPORTS = "import sys; sys.path.insert(0, '/opt/ml/model/code'); from mlflow_safeflavor import container"
+
+
+def generate_dockerfile(
+    model_uri: str,
+    output_dir: str | Path,
+    *,
+    target: str = "cpu",
+    user: str = "mlflow",
+    base_image: str | None = None,
+    hashes: bool = True,
+    trust: Collection[str] = (),
+) -> Path:
+    """Write a folder from which ``docker build`` makes an image that serves a model.
+
+    It serves as the image of ``mlflow models build-docker`` does: MLflow's scoring server on port 8080, the model
+    at ``/opt/ml/model``. It differs in what is around it; ``docs/docker.md`` compares them.
+
+    Args:
+        model_uri: See ``load_model``.
+        output_dir: Folder to create.
+        target: "cpu" refuses pins that install CUDA; "cuda" keeps them.
+        user: Name of the user, not root, that serves.
+        base_image: By default ``python:X.Y.Z-slim`` of the Python that saved the model.
+        hashes: Lock the pins with the hashes of the files that may be installed; needs uv and an index.
+        trust: {"pickle"} where the model holds a pickle that the image may run.
+
+    Returns:
+        The Dockerfile.
+
+    Raises:
+        SafeFlavorError: The model is none of ours, its pins do not fit the target or cannot be locked, or it
+            holds a pickle that nobody agreed to run; nothing is written then.
+    """
+    _require_sane(target, user)
+    require_known(trust)
+    layout = Layout(locate(model_uri))
+    spec, _ = read_spec(layout)
+    if "pickle" in spec.runs:
+        require_agreed("pickle", trust, spec.model_class)
+    environment = Environment.from_json(read_json(layout.environment))
+    lines = read_lines(layout.requirements)
+    _require_target(_pins(lines), target)
+    if hashes:
+        lines = lock(lines, python=environment.python)
+        _require_target(_pins(lines), target)
+    with staging(output_dir) as stage:
+        _write_environment(lines, stage / "environment")
+        shutil.copytree(layout.root, stage / "model", ignore=shutil.ignore_patterns("__pycache__"))
+        (stage / "Dockerfile").write_text(
+            _DOCKERFILE.format(
+                what=f"{spec.task}, {spec.model_class.rpartition(':')[2]}, saved in {spec.dtype}",
+                base_image=base_image or f"python:{environment.python}-slim",
+                hashes=" --no-deps --require-hashes" if hashes else "",
+                user=user,
+                options=_variables(trust),
+                imports=_IMPORTS,
+            ),
+            encoding="utf-8",
+        )
+    return Path(output_dir) / "Dockerfile"
+
+
+def _require_sane(target: str, user: str) -> None:
+    if target not in TARGETS:
+        raise InputError("Unknown target", where="target", wanted=" | ".join(TARGETS), found=repr(target))
+    if not _NAME.fullmatch(user) or user == "root":
+        raise InputError(
+            "Not a name for the user that serves", where="user", wanted="lower case letters, not root", found=repr(user)
+        )
+
+
+def _variables(trust: Iterable[str]) -> str:
+    values = {"MLFLOW_SAFEFLAVOR_ENVIRONMENT": "error"}
+    if "pickle" in trust:
+        values["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "true"
+    return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _pins(lines: Iterable[str]) -> dict[str, str]:
+    found = (_PINNED.match(line) for line in lines)
+    return {canonicalize_name(match[1]): match[2] for match in found if match}
+
+
+def _require_target(pins: dict[str, str], target: str) -> None:
+    """Refuse CUDA in an image for CPUs: several GB that nothing would use."""
+    if target != "cpu":
+        return
+    cuda = sorted(name for name in pins if _CUDA_ONLY.fullmatch(name))
+    label = pins.get("torch", "").partition("+")[2]
+    if cuda or label.startswith(("cu", "rocm", "xpu")):
+        raise EnvironmentMismatchError(
+            "The pins install a torch for accelerators",
+            where="requirements.txt",
+            wanted="a torch for CPUs, such as torch==…+cpu, and no nvidia-* or triton",
+            found=", ".join([f"torch=={pins.get('torch')}", *cuda[:5]]),
+            way_out='target="cuda" for an image with CUDA; or save the model where the CPU build of torch is '
+            'installed, with torch_index="auto", which keeps its label',
+        )
+
+
+def _write_environment(lines: Iterable[str], folder: Path) -> None:
+    """requirements.txt, and the wheels that only a folder of this machine has."""
+    lines = list(lines)
+    pins = _pins(lines)
+    (folder / _WHEELS).mkdir(parents=True)
+    for i, line in enumerate(lines):
+        wheels = _local_folder(line)
+        if wheels is not None:
+            lines[i] = f"--find-links /build/{_WHEELS}"
+            for wheel in sorted(wheels.glob("*.whl")):
+                name, version, *_ = parse_wheel_filename(wheel.name)
+                if pins.get(name) == str(version):
+                    shutil.copy2(wheel, folder / _WHEELS)
+    (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _local_folder(line: str) -> Path | None:
+    option, _, place = line.partition(" ")
+    url = urlsplit(place)
+    folder = Path(unquote(url.path) if url.scheme == "file" else place)
+    return folder if option == "--find-links" and url.scheme in ("", "file") and folder.is_dir() else None
