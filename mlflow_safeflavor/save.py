@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_js
 from mlflow_safeflavor.damage import require_undamaged
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.load import LoadOptions, bind, guarded_parts, rebuild
+from mlflow_safeflavor.lock import lock, read_lines
 from mlflow_safeflavor.options import MODEL_CONFIG
 from mlflow_safeflavor.rehearsal import rehearse as rehearse_load
 from mlflow_safeflavor.report import LoadReport
@@ -63,6 +65,7 @@ def save_model(
     extra_pip_requirements: Sequence[str] | str | None = None,
     conda_env: Mapping[str, Any] | str | None = None,
     torch_index: str | None = "auto",
+    hashes: bool = False,
     allow_pickle: bool = False,
     on_damage: str = "error",
     rehearse: bool = True,
@@ -96,6 +99,8 @@ def save_model(
         conda_env: Replaces them, as a conda environment.
         torch_index: Where pip finds a torch with a local label: "auto" is PyTorch's own page of wheels,
             else the URL of an index or a folder of wheels; None drops the label.
+        hashes: Write the hash of every file that may be installed into requirements.txt, so that pip, also that of
+            ``mlflow models build-docker``, refuses any other; needs uv and an index.
         allow_pickle: Whether a module that no constructor gives back, or a hook that cannot be imported,
             may be pickled (without its tensors). Whoever loads it must agree, too.
         on_damage: "error" or "warn" when the model looks damaged already: buffers that its constructor does
@@ -119,6 +124,9 @@ def save_model(
         spec = _write_task(source, described, serving_dtype, input_columns, options, layout)
         _write_code(code_paths, layout)
         _write_environment(source, code_paths, layout, torch_index, pip_requirements, extra_pip_requirements, conda_env)
+        if hashes:
+            locked = lock(read_lines(layout.requirements), python=platform.python_version())
+            layout.requirements.write_text("\n".join(locked) + "\n", encoding="utf-8")
         task_, answers = _write_parity(source, spec, cast, layout)
         mlmodel = mlflow_model or Model()
         _write_example(mlmodel, source.example, task_, layout)
