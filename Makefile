@@ -45,8 +45,9 @@ check: $(STAMP)  ## lint, format, types, direction of imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: $(STAMP)  ## time loading, side by side with MLflow's own flavor
+bench: $(STAMP)  ## time loading, side by side with MLflow's own flavor, and threads
 	@$(OFFLINE) $(BIN)/python benchmarks/load.py
+	@$(OFFLINE) $(BIN)/python benchmarks/threads.py
 
 clean:  ## remove all that make made
 	rm -rf $(VENV) .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
