@@ -11,6 +11,8 @@ Rows that look at the same data are one alias group: tied weights, declared or n
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +32,8 @@ __all__ = [
     "dtype_name",
     "fill",
     "find_differences",
-    "find_empty",
     "find_meta",
+    "find_places",
     "find_slots",
     "hidden_slot",
     "nbytes_of",
@@ -223,18 +225,36 @@ def hidden_slot(path: str, tensor: torch.Tensor) -> Slot:
     return Slot(path, "hidden", False, tensor, lambda new: None)
 
 
-def find_empty(module: torch.nn.Module) -> dict[str, Callable[[Any], None]]:
-    """Attributes of submodules that are None, each with what puts something there.
+def find_places(module: torch.nn.Module) -> Callable[[str], Callable[[Any], None] | None]:
+    """Where a forward pass may have left a tensor: attributes of submodules that are None, and keys of empty dicts.
 
-    Some models keep what a forward pass computed (``rope_deltas``), so a model that was used may hold
-    plain tensors where a new one holds None.
+    Some models keep what a forward pass computed (``rope_deltas``, ``attention_bias_cache``), so a model that was
+    used may hold plain tensors where a new one holds nothing.
+
+    Returns:
+        Path → what puts something there, or None where nothing may be.
     """
-    return {
-        _join(prefix, name): _putter(vars(child), name)
-        for prefix, child in module.named_modules()
-        for name, value in list(vars(child).items())
-        if value is None and name not in _OWN_STATE
-    }
+    attributes: dict[str, Callable[[Any], None]] = {}
+    dicts: dict[str, dict[Any, Any]] = {}
+    for prefix, child in module.named_modules():
+        for name, value in list(vars(child).items()):
+            if name in _OWN_STATE:
+                continue
+            if value is None:
+                attributes[_join(prefix, name)] = _putter(vars(child), name)
+            elif type(value) is dict and not value:
+                dicts[_join(prefix, name)] = value
+
+    def place(path: str) -> Callable[[Any], None] | None:
+        found = _KEY.fullmatch(path)
+        if found and found[1] in dicts:
+            return _putter(dicts[found[1]], ast.literal_eval(found[2]))
+        return attributes.get(path)
+
+    return place
+
+
+_KEY = re.compile(r"(.+)\[('[^'\\]*'|-?[0-9]+)\]")
 
 
 def find_meta(slots: Sequence[Slot]) -> list[str]:
@@ -409,9 +429,9 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
     Raises:
         WeightsError: The module has other places for tensors than the inventory lists.
     """
-    for path, put in find_empty(module).items():
-        row = inventory.rows.get(path)
-        if row is not None and row.kind == "attribute" and row.stride is None:
+    place = find_places(module)
+    for path, row in inventory.rows.items():
+        if row.kind == "attribute" and row.stride is None and (put := place(path)):
             put(torch.empty(row.shape, device="meta"))  # a place for what a forward pass had left there
     slots = {slot.path: slot for slot in find_slots(module)}
     wanted = {path: row.shape for path, row in inventory.rows.items() if row.kind != "hidden"}

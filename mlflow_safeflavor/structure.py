@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
-from mlflow_safeflavor.inventory import Inventory, find_empty, find_slots
+from mlflow_safeflavor.inventory import Inventory, find_places, find_slots
 from mlflow_safeflavor.spec import ModelSpec
 from mlflow_safeflavor.trust import require_agreed
 from mlflow_safeflavor.usercode import import_name, name_of
@@ -349,8 +349,11 @@ def _require_same_shapes(module: torch.nn.Module, structure: Mapping[str, Any]) 
     wanted = {slot.path: tuple(slot.tensor.shape) for slot in find_slots(built)}
     found = {slot.path: tuple(slot.tensor.shape) for slot in find_slots(module)}
     # What a forward pass left in a place that the constructor leaves empty is stored and put back.
-    left = find_empty(built).keys() & {
-        slot.path for slot in find_slots(module) if slot.kind == "attribute" and slot.tensor.is_contiguous()
+    place = find_places(built)
+    left = {
+        slot.path
+        for slot in find_slots(module)
+        if slot.kind == "attribute" and slot.tensor.is_contiguous() and place(slot.path)
     }
     odd = sorted(path for path in (wanted.keys() | found.keys()) - left if wanted.get(path) != found.get(path))
     if odd:

@@ -18,6 +18,7 @@ from mlflow_safeflavor.inventory import (
     dtype_name,
     fill,
     find_differences,
+    find_places,
     find_slots,
     require_saveable,
     take_inventory,
@@ -544,3 +545,35 @@ def test_the_judge_of_these_tests_sees_sharing():
     assert memory(tied(0)) != memory(tied(0, tie=False))
     assert memory(ALIASES["an offset"](0))["view"] == ("base", 20, (1,))
     assert memory(ALIASES["transposed"](0))["view"] == ("base", 0, (1, 4))
+
+
+class Remembers(nn.Module):
+    """Keeps what a forward pass computed, as some models of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Linear(2, 2)
+        self.child.last, self.cache = None, {}
+
+    def forward(self, x):
+        self.child.last = self.child(x).detach()
+        self.cache.update({"cpu": x + 1, 3: x + 2})
+        return x
+
+
+def test_what_a_forward_left_behind_comes_back():
+    used, fresh = Remembers(), Remembers()
+    used(torch.ones(2))
+    inventory, values = take_inventory(find_slots(used))
+    assert {"child.last", "cache['cpu']", "cache[3]"} <= inventory.rows.keys()
+    fill(fresh, inventory, values)
+    assert list(find_differences(fresh, inventory)) == []
+    assert torch.equal(fresh.cache[3], torch.full((2,), 3.0))
+    assert torch.equal(fresh.child.last, used.child.last)
+
+
+@pytest.mark.parametrize(
+    "path", ["cache['a']['b']", "cache[__import__('os')]", "cache['it\\'s']", "other['cpu']", "cache"]
+)
+def test_nothing_else_finds_a_place(path):
+    assert find_places(Remembers())(path) is None
