@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from mlflow.exceptions import MlflowException
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json
 from mlflow_safeflavor.environment import Environment
-from mlflow_safeflavor.errors import IntegrityError
+from mlflow_safeflavor.errors import InputError, IntegrityError
 from mlflow_safeflavor.load import locate, read_spec
 from mlflow_safeflavor.version import __version__
 
+if TYPE_CHECKING:
+    from mlflow_safeflavor.parity import ParityReport
+
 __all__ = ["main"]
+
+_MOST_SHOWN = 20
 
 
 class _Errors(click.Group):
@@ -110,21 +118,83 @@ def _tensor_table(inventory: dict[str, Any]) -> Table:
 
 @main.command()
 @click.argument("uri")
-@click.option("--device", default="auto", show_default=True, help="Where to load the model.")
-def verify(uri: str, device: str) -> None:
-    """Load the model at URI, replay its golden rows, and exit with status 1 on any difference."""
+@click.option("--endpoint", metavar="URL", help="Ask this running MLflow server, and load nothing for the golden rows.")
+@click.option(
+    "--rows",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Rows of yours for the server and the model loaded here: .json (records), .jsonl, .csv or .parquet.",
+)
+@click.option("--report", "page", type=click.Path(dir_okay=False), help="Write an HTML page.")
+@click.option("--device", default="auto", show_default=True, help="Where to load the model here.")
+@click.option("--trust", multiple=True, metavar="KIND", help="Let the model's own code or pickle run here; repeatable.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for each answer of the server.",
+)
+def verify(
+    uri: str,
+    endpoint: str | None,
+    rows: str | None,
+    page: str | None,
+    device: str,
+    trust: tuple[str, ...],
+    timeout: float,
+) -> None:
+    """Replay the golden rows of the model at URI, loaded here or behind a running server.
+
+    Exit status: 0 if all answers are equal or within tolerance, 1 if any is different, 2 for an error.
+    """
     from mlflow_safeflavor.verify import verify_model
 
     console = Console()
-    with Console(stderr=True).status(f"loading {uri}"):
-        report = verify_model(uri, device=device)
-    table = Table("golden row", "largest difference", "verdict", title=uri, title_justify="left")
-    for row in report.rows:
-        verdict = row.problem or ("bit-identical" if row.bit_identical else "within tolerance")
-        table.add_row(str(row.row), f"{row.max_difference:.3g}", verdict, style="red" if row.problem else None)
-    console.print(table)
+    with Console(stderr=True).status("asking the server" if endpoint else f"loading {uri}"):
+        report = verify_model(uri, endpoint=endpoint, rows=rows, device=device, trust=trust, timeout=timeout)
+    console.print(_golden_table(report, uri))
     console.print(f"tolerance: atol {report.atol:g}, rtol {report.rtol:g}")
+    if endpoint:
+        _print_comparison(report, console)
+    if page:
+        _write_page(page, report, uri, endpoint)
     sys.exit(0 if report.ok else 1)
+
+
+def _golden_table(report: ParityReport, title: str) -> Table:
+    table = Table("golden row", "largest difference", "verdict", title=Text(title), title_justify="left")
+    for row in report.rows:
+        if row.golden:
+            verdict = Text(row.problem or row.verdict)  # of a server's making, and so no markup
+            table.add_row(str(row.row), f"{row.max_difference:.3g}", verdict, style="red" if row.problem else None)
+    return table
+
+
+def _print_comparison(report: ParityReport, console: Console) -> None:
+    """What was asked of a server; in words that may be a stranger's, and so without markup."""
+    own = [row for row in report.rows if not row.golden]
+    if own:
+        counts = Counter(row.verdict for row in own)
+        listed = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        console.print(f"{len(own)} rows of yours: {listed}")
+    for row in [row for row in own if row.problem][:_MOST_SHOWN]:
+        console.print(str(row.problem), markup=False, style="red")
+    console.print(f"verdict: {report.verdict}", style=None if report.ok else "red")
+    if report.first_difference:
+        console.print(f"first difference: {report.first_difference}", markup=False)
+    if report.environments["server"] is None:
+        console.print("the server does not tell its environment: see MLFLOW_SAFEFLAVOR_TELL_ENVIRONMENT")
+
+
+def _write_page(path: str, report: ParityReport, uri: str, endpoint: str | None) -> None:
+    from mlflow_safeflavor.endpoint import Endpoint
+    from mlflow_safeflavor.parity_page import render
+
+    server = str(Endpoint(endpoint)) if endpoint else None  # which leaves out a password
+    try:
+        Path(path).write_text(render(report, model=uri, endpoint=server), encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError("The page cannot be written", where=path, found=error.strerror) from None
 
 
 @main.command()
@@ -141,8 +211,14 @@ def dockerfile(
     """Write a folder from which `docker build` makes an image that serves the model at URI."""
     from mlflow_safeflavor.docker import generate_dockerfile
 
-    trust = {"pickle"} if allow_pickle else set()
-    options = {"target": target, "user": user, "base_image": base_image, "hashes": hashes, "trust": trust}
     with Console(stderr=True).status("looking up the hashes of all pins" if hashes else "copying"):
-        path = generate_dockerfile(uri, folder, **options)  # type: ignore[arg-type]
-    Console().print(f"wrote {path}\nnow: docker build -t NAME {path.parent}", soft_wrap=True)
+        path = generate_dockerfile(
+            uri,
+            folder,
+            target=target,
+            user=user,
+            base_image=base_image,
+            hashes=hashes,
+            trust={"pickle"} if allow_pickle else (),
+        )
+    Console().print(f"wrote {path}\nnow: docker build -t NAME {path.parent}", soft_wrap=True, markup=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlflow_safeflavor.errors import InputError
 
-__all__ = ["MODEL_CONFIG", "run_time_options"]
+__all__ = ["MODEL_CONFIG", "run_time_options", "tells_environment"]
 
 MODEL_CONFIG: dict[str, Any] = {
     "device": "auto",
@@ -44,6 +44,14 @@ def run_time_options(model_config: Mapping[str, Any] | None, environ: Mapping[st
     if options["engine"] not in _ENGINES:
         raise InputError("Unknown engine", where="engine", wanted=" | ".join(_ENGINES), found=repr(options["engine"]))
     return options
+
+
+def tells_environment(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a server may say what it runs on.
+
+    No key of ``model_config``: that is stored by whoever saved the model, and this is for whoever runs the server.
+    """
+    return environ.get(f"{_PREFIX}TELL_ENVIRONMENT", "").lower() in ("true", "1")
 
 
 def _whole_number(name: str, value: Any, least: int) -> int:

@@ -1,12 +1,13 @@
-"""Golden rows: recorded when a model is saved, replayed whenever it is loaded.
+"""Golden rows: recorded when a model is saved, replayed whenever it is loaded, compared with what a server answers.
 
 A replay is the proof that matters to a user, and it warms the model up on the way.
 """
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,18 @@ from mlflow_safeflavor.errors import IntegrityError, ParityError
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 from mlflow_safeflavor.tensors import read_arrays, write_arrays
 
-__all__ = ["TOLERANCES", "ParityReport", "Predictor", "Replayed", "record", "replay", "require_parity"]
+__all__ = [
+    "TOLERANCES",
+    "Golden",
+    "ParityReport",
+    "Predictor",
+    "Replayed",
+    "compare_answers",
+    "read_golden",
+    "record",
+    "replay",
+    "require_parity",
+]
 
 # Other CPUs, thread counts and kernels round differently; 1e-5 was seen in float32. A wrong or
 # unwritten weight is orders of magnitude away. A half precision number has 8 or 11 bits.
@@ -47,34 +59,55 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class Replayed:
-    """One golden row, then and now.
+    """One row, answered twice: recorded and now, or here and there.
 
     Attributes:
         row: Index of the row.
-        max_difference: Largest absolute difference over the raw outputs; ``inf`` for another shape.
-        bit_identical: Whether raw outputs are equal bit for bit.
+        max_difference: Largest absolute difference over the raw outputs, or over the answer where a server gave
+            it; ``inf`` for another shape or anything that is no number.
+        bit_identical: Whether all of that is equal bit for bit.
         problem: What is beyond tolerance, in words; None where nothing is.
+        first: The first value that is not the same, tolerated or not, in words; None where all are.
+        golden: Whether the row was recorded with the model; False for a row of the user's.
+        differences: All absolute differences, shape (values,), float64; ``inf`` as above.
     """
 
     row: int
     max_difference: float
     bit_identical: bool
     problem: str | None
+    first: str | None = None
+    golden: bool = True
+    differences: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
+
+    @property
+    def verdict(self) -> str:
+        """``different``, ``bit-identical`` or ``within tolerance``."""
+        return _verdict(self.problem is None, self.bit_identical)
+
+
+def _verdict(ok: bool, identical: bool) -> str:
+    if not ok:
+        return "different"
+    return "bit-identical" if identical else "within tolerance"
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """All golden rows, then and now.
+    """All rows, answered twice.
 
     Attributes:
-        rows: One entry a golden row.
+        rows: One entry a row; golden rows first.
         atol: Absolute tolerance, in units of the outputs.
         rtol: Relative tolerance.
+        environments: Side ("saved", "here", "server") → what it runs on, as ``process.describe_process`` has it;
+            None for a server that does not tell. Sides that took no part are not there.
     """
 
     rows: tuple[Replayed, ...]
     atol: float
     rtol: float
+    environments: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict, compare=False)
 
     @property
     def ok(self) -> bool:
@@ -87,8 +120,19 @@ class ParityReport:
         return all(row.bit_identical for row in self.rows)
 
     @property
+    def verdict(self) -> str:
+        """``different``, ``bit-identical`` or ``within tolerance``: that of the worst row."""
+        return _verdict(self.ok, self.bit_identical)
+
+    @property
+    def first_difference(self) -> str | None:
+        """The first value beyond tolerance, else the first that is not the same, in words; None where all are."""
+        found = [row.problem for row in self.rows if row.problem] + [row.first for row in self.rows if row.first]
+        return found[0] if found else None
+
+    @property
     def max_difference(self) -> float:
-        """Largest absolute difference of any raw output."""
+        """Largest absolute difference of any value."""
         return max((row.max_difference for row in self.rows), default=0.0)
 
 
@@ -96,8 +140,9 @@ def record(model: Predictor, rows: Sequence[Row], dtype: str, layout: Layout) ->
     """Answer ``rows``, and write features, raw outputs and answers to the artifact. Returns the answers."""
     features = _features(model, rows)
     answers, outputs = model.answer(rows)
+    # Not ascontiguousarray, which would give a single number a dimension.
     arrays = {
-        f"{index}.{part}.{name}": np.ascontiguousarray(value)
+        f"{index}.{part}.{name}": np.asarray(value, order="C")
         for part, rowwise in (("input", features), ("output", outputs))
         for index, named in enumerate(rowwise)
         for name, value in named.items()
@@ -121,8 +166,35 @@ def _features(model: Predictor, rows: Sequence[Row]) -> list[Features]:
     return [{name: v for name, v in row.items() if isinstance(v, (list, np.ndarray))} for row in encoded]
 
 
-def replay(model: Predictor, layout: Layout) -> ParityReport:
-    """Answer the recorded rows again and compare.
+@dataclass(frozen=True)
+class Golden:
+    """What ``record`` wrote.
+
+    Attributes:
+        rows: Rows as JSON.
+        answers: What was answered to them, as JSON.
+        arrays: Encoded inputs and raw outputs, ``INDEX.input.NAME`` and ``INDEX.output.NAME``.
+        atol: Absolute tolerance, in units of the outputs.
+        rtol: Relative tolerance.
+    """
+
+    rows: list[Any]
+    answers: list[Any]
+    arrays: Mapping[str, np.ndarray]
+    atol: float
+    rtol: float
+
+    def inputs(self, index: int) -> dict[str, np.ndarray]:
+        """Encoded inputs of one row, by name."""
+        return _named(self.arrays, f"{index}.input.")
+
+    def outputs(self, index: int) -> dict[str, np.ndarray]:
+        """Raw outputs of one row, by name."""
+        return _named(self.arrays, f"{index}.output.")
+
+
+def read_golden(layout: Layout) -> Golden:
+    """Read the golden rows of an artifact.
 
     Raises:
         IntegrityError: The recording is malformed.
@@ -130,10 +202,7 @@ def replay(model: Predictor, layout: Layout) -> ParityReport:
     recorded = read_json(layout.parity)
     arrays = read_arrays(layout.parity_tensors)
     try:
-        answers, tolerance = recorded["answers"], recorded["tolerance"]
-        rows = [
-            model.task.from_record(row, _named(arrays, f"{index}.input.")) for index, row in enumerate(recorded["rows"])
-        ]
+        rows, answers, tolerance = list(recorded["rows"]), recorded["answers"], recorded["tolerance"]
         atol, rtol = float(tolerance["atol"]), float(tolerance["rtol"])
         if recorded["version"] != _VERSION or len(rows) != len(answers) or not rows:
             raise ValueError(f"version {recorded['version']!r}, {len(rows)} rows, {len(answers)} answers")
@@ -143,6 +212,18 @@ def replay(model: Predictor, layout: Layout) -> ParityReport:
         raise IntegrityError(
             "The golden rows are malformed", where=layout.name_of(layout.parity), found=error, way_out=WAY_OUT
         ) from None
+    return Golden(rows, answers, arrays, atol, rtol)
+
+
+def replay(model: Predictor, layout: Layout) -> ParityReport:
+    """Answer the recorded rows again and compare.
+
+    Raises:
+        IntegrityError: The recording is malformed.
+    """
+    golden = read_golden(layout)
+    answers, arrays, atol, rtol = golden.answers, golden.arrays, golden.atol, golden.rtol
+    rows = [model.task.from_record(row, golden.inputs(index)) for index, row in enumerate(golden.rows)]
     features = _features(model, rows)
     found, outputs = model.answer(rows)
     replayed = []
@@ -153,11 +234,26 @@ def replay(model: Predictor, layout: Layout) -> ParityReport:
             *_differing_values(f"row {index}", answers[index], model.task.to_record(found[index]), atol, rtol),
         ]
         differences = [
-            _max_difference(arrays.get(f"{index}.output.{name}"), value) for name, value in outputs[index].items()
+            _differences(arrays.get(f"{index}.output.{name}"), value) for name, value in outputs[index].items()
         ]
-        identical = not any(_differing_arrays(index, "output", outputs[index], arrays, 0.0, 0.0))
-        replayed.append(Replayed(index, max(differences, default=0.0), identical, problems[0] if problems else None))
+        inexact = list(_differing_arrays(index, "output", outputs[index], arrays, 0.0, 0.0))
+        first = next(iter([*inexact, *problems]), None)
+        problem = problems[0] if problems else None
+        replayed.append(_replayed(index, differences, problem, first, identical=not inexact))
     return ParityReport(tuple(replayed), atol, rtol)
+
+
+def _replayed(
+    row: int,
+    differences: Sequence[np.ndarray],
+    problem: str | None,
+    first: str | None,
+    *,
+    identical: bool,
+    golden: bool = True,
+) -> Replayed:
+    all_ = np.concatenate([np.zeros(0), *differences])
+    return Replayed(row, float(all_.max(initial=0.0)), identical, problem, first, golden, all_)
 
 
 def require_parity(report: ParityReport, layout: Layout) -> None:
@@ -198,13 +294,18 @@ def _named(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarra
 
 
 def _max_difference(old: np.ndarray | None, new: np.ndarray) -> float:
+    return float(_differences(old, new).max(initial=0.0))
+
+
+def _differences(old: np.ndarray | None, new: np.ndarray) -> np.ndarray:
+    """Absolute differences, flat; a single ``inf`` for another shape."""
     if old is None or old.shape != new.shape:
-        return float("inf")
+        return np.full(1, np.inf)
     with np.errstate(invalid="ignore"):
         difference = np.abs(np.asarray(new, dtype=np.float64) - np.asarray(old, dtype=np.float64))
     same = np.isclose(new, old, atol=0, rtol=0, equal_nan=True)  # infinities and NaNs that agree
-    worst = np.where(same, 0.0, np.where(np.isnan(difference), np.inf, difference))
-    return float(worst.max(initial=0.0))
+    worst: np.ndarray = np.where(same, 0.0, np.where(np.isnan(difference), np.inf, difference))
+    return np.ravel(worst)
 
 
 def _differing_values(where: str, wanted: Any, found: Any, atol: float, rtol: float) -> Iterator[str]:
@@ -219,3 +320,92 @@ def _differing_values(where: str, wanted: Any, found: Any, atol: float, rtol: fl
             yield f"{where}: {found!r}, recorded {wanted!r}"
     elif wanted != found:
         yield f"{where}: {found!r}, recorded {wanted!r}"
+
+
+# Answers against answers: what went over the wire is JSON on both sides.
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+
+
+def compare_answers(
+    wanted: Sequence[Any], found: Sequence[Any], atol: float, rtol: float, *, golden: bool, start: int = 0
+) -> list[Replayed]:
+    """Compare answers value by value.
+
+    Args:
+        wanted: Recorded answers, or those of the model loaded here; JSON.
+        found: The server's, one each; JSON.
+        atol: Absolute tolerance of floating point numbers. Whole numbers, truth values and texts must be equal.
+        rtol: Relative tolerance.
+        golden: Whether the rows were recorded with the model; otherwise they are the user's.
+        start: Index of the first row.
+    """
+    name, source = ("row", "recorded") if golden else ("your row", "here")
+    rows = []
+    for index, (old, new) in enumerate(zip(wanted, found, strict=True), start):
+        values = list(_compared(f"{name} {index}", old, new, atol, rtol, source))
+        problem = next((value.words for value in values if not value.tolerated), None)
+        first = next((value.words for value in values if not value.identical), None)
+        identical = all(value.identical for value in values)
+        differences = [value.differences for value in values]
+        rows.append(_replayed(index, differences, problem, first, identical=identical, golden=golden))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One value of an answer, or one list of numbers; ``words`` say the worst of it."""
+
+    differences: np.ndarray
+    identical: bool
+    tolerated: bool
+    words: str
+
+
+def _compared(where: str, wanted: Any, found: Any, atol: float, rtol: float, source: str) -> Iterator[_Compared]:
+    if isinstance(wanted, dict) and isinstance(found, dict) and wanted.keys() == found.keys():
+        for key in wanted:
+            yield from _compared(f"{where}, {key}", wanted[key], found[key], atol, rtol, source)
+        return
+    old, new = _numbers(wanted), _numbers(found)
+    if old is not None and new is not None and old.shape == new.shape:
+        yield _compared_numbers(where, old, new, atol, rtol, source)
+    elif isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
+        for index, pair in enumerate(zip(wanted, found, strict=True)):
+            yield from _compared(f"{where}[{index}]", *pair, atol, rtol, source)
+    else:
+        # True == 1 in Python, and they are not the same answer.
+        same = type(wanted) is type(found) and wanted == found
+        words = f"{where}: {_SHORT.repr(found)}, {source} {_SHORT.repr(wanted)}"
+        yield _Compared(np.array([0.0 if same else np.inf]), same, same, words)
+
+
+def _numbers(value: Any) -> np.ndarray | None:
+    """A number or regular lists of them; None for anything else. JSON's null is what pandas makes of a missing NaN."""
+    if value is None:
+        return np.full((), np.nan)
+    if isinstance(value, bool) or not isinstance(value, (int, float, list)):
+        return None
+    try:
+        array: np.ndarray = np.asarray(value)
+    except (ValueError, OverflowError):  # ragged
+        return None
+    if array.dtype.kind not in "iuf" or not array.size:
+        return None
+    return array
+
+
+def _compared_numbers(where: str, old: np.ndarray, new: np.ndarray, atol: float, rtol: float, source: str) -> _Compared:
+    whole = old.dtype.kind in "iu" and new.dtype.kind in "iu"
+    equal = (old == new) | (np.isnan(old) & np.isnan(new))
+    # Equal numbers can still be different bits: 0.0 and -0.0. The sign of a NaN says nothing.
+    same = equal if whole else equal & ((np.signbit(old) == np.signbit(new)) | np.isnan(old))
+    near = equal if whole else np.isclose(new, old, atol=atol, rtol=rtol, equal_nan=True)
+    worst = np.argwhere(~near) if not near.all() else np.argwhere(~same)
+    words = ""
+    if len(worst):
+        place = tuple(worst[0])
+        index = "".join(f"[{i}]" for i in place)
+        words = f"{where}{index}: {new[place].item()!r}, {source} {old[place].item()!r}"
+    return _Compared(_differences(old, new), bool(same.all()), bool(near.all()), words)

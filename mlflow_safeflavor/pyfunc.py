@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor import cpu
+from mlflow_safeflavor.artifact import Layout, read_json
+from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.load import LoadOptions, load_folder
-from mlflow_safeflavor.options import run_time_options
+from mlflow_safeflavor.options import run_time_options, tells_environment
+from mlflow_safeflavor.process import ENVIRONMENT_LABEL, asks_environment, describe_process
 from mlflow_safeflavor.rows import unfold_columns
 
 if TYPE_CHECKING:
@@ -23,15 +26,23 @@ _logger = logging.getLogger("mlflow.safeflavor")
 
 
 class PyfuncModel:
-    """A loaded model behind ``mlflow.pyfunc``; ``predict`` may be called from many threads."""
+    """A loaded model behind ``mlflow.pyfunc``; ``predict`` may be called from many threads.
 
-    def __init__(self, model: LoadedModel) -> None:
+    Args:
+        model: What answers.
+        facts: What is told to the request that asks for the environment; None where that is no special request.
+    """
+
+    def __init__(self, model: LoadedModel, facts: Mapping[str, Any] | None = None) -> None:
         self.model = model
+        self.facts = facts
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
         """One row out for each row in; see ``LoadedModel.predict``."""
         from mlflow_safeflavor.tasks.text import TextTask
 
+        if self.facts is not None and asks_environment(model_input):
+            return {ENVIRONMENT_LABEL: dict(self.facts)}
         # Only where a list can be no value of a cell: other tasks may take one.
         data = unfold_columns(model_input) if isinstance(self.model.task, TextTask) else model_input
         return self.model.predict(data, params)
@@ -59,4 +70,9 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
         ),
     )
     _logger.info("safeflavor: %s; %s; %s", model.spec.task, budget, model.report)
-    return PyfuncModel(model)
+    return PyfuncModel(model, _facts(model, budget) if tells_environment() else None)
+
+
+def _facts(model: LoadedModel, budget: cpu.Budget) -> dict[str, Any]:
+    pins = Environment.from_json(read_json(Layout(model.folder).environment)).distributions
+    return describe_process(pins, device=model.report.device, budget=budget)

@@ -1,26 +1,238 @@
-"""The verify story: does a saved model still answer as it did?"""
+"""The verify story: does a saved model still answer as it did, here or on a server?"""
 
 from __future__ import annotations
 
-from mlflow_safeflavor.artifact import Layout
-from mlflow_safeflavor.load import LoadOptions, load_folder, locate
-from mlflow_safeflavor.parity import ParityReport, replay
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from mlflow.models import Model
+from mlflow.types import DataType, Schema
+
+from mlflow_safeflavor.artifact import WAY_OUT, Layout, find_broken_files, read_json, read_manifest
+from mlflow_safeflavor.endpoint import Endpoint, as_served, request_of_arrays, request_of_rows
+from mlflow_safeflavor.environment import Environment
+from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError
+from mlflow_safeflavor.load import LoadOptions, load_folder, locate, read_spec
+from mlflow_safeflavor.parity import Golden, ParityReport, Replayed, compare_answers, read_golden, replay
+from mlflow_safeflavor.process import arrays_asking, describe_process, describe_recorded, labelled_row, told_environment
+from mlflow_safeflavor.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from mlflow_safeflavor.model import LoadedModel
 
 __all__ = ["verify_model"]
 
+_ROWS_PER_REQUEST = 100
+"""The same rows go together here and there, since the rows of a batch decide how sums are rounded."""
 
-def verify_model(model_uri: str, *, device: str = "auto") -> ParityReport:
-    """Load a model with every check but the last, answer its golden rows, and say how they compare.
+
+def verify_model(
+    model_uri: str,
+    *,
+    endpoint: str | None = None,
+    rows: pd.DataFrame | str | Path | None = None,
+    device: str = "auto",
+    trust: Collection[str] = (),
+    timeout: float = 60.0,
+) -> ParityReport:
+    """Answer the golden rows again, here or on a server, and say how they compare with what was recorded.
+
+    Without ``endpoint`` the model is loaded here, with every check but the last. With it the model is loaded only where
+    ``rows`` are given, whose answers nobody has recorded.
 
     Args:
         model_uri: See ``load_model``.
-        device: See ``load_model``.
+        endpoint: Address of a running MLflow scoring server, such as ``http://127.0.0.1:5000``.
+        rows: Rows of yours, by the model's column names, to be answered here and there: a DataFrame, or a file of JSON
+            records, JSON lines, CSV or Parquet. For a model of named arrays each row is one request, and each cell
+            an array or nested lists.
+        device: Where to load the model here; see ``load_model``.
+        trust: See ``load_model``.
+        timeout: Seconds to wait for each answer of the server.
 
     Returns:
         The comparison, whether it is good or bad.
 
     Raises:
-        SafeFlavorError: The model cannot be loaded.
+        InputError: ``rows`` without an endpoint, rows that no model could answer, or an address that is none.
+        SafeFlavorError: The model cannot be loaded, or the server cannot be asked.
     """
-    root = locate(model_uri)
-    return replay(load_folder(root, LoadOptions(device=device, replay=False)), Layout(root))
+    options = LoadOptions(device=device, replay=False, trust=frozenset(trust))
+    if endpoint is not None:
+        return _verify_server(Endpoint(endpoint, timeout), Layout(locate(model_uri)), rows, options)
+    if rows is not None:
+        raise InputError(
+            "There is nothing to compare your rows with",
+            where="rows",
+            wanted="the address of a server, too",
+            way_out="pass endpoint=… (--endpoint URL), or leave the rows out",
+        )
+    layout = Layout(locate(model_uri))
+    model = load_folder(layout.root, options)
+    return replace(replay(model, layout), environments={"saved": _saved(model.spec, layout), "here": _here(model)})
+
+
+def _verify_server(
+    server: Endpoint, layout: Layout, rows: pd.DataFrame | str | Path | None, options: LoadOptions
+) -> ParityReport:
+    spec = _read_intact_spec(layout)
+    golden = read_golden(layout)
+    # First of all, so that a mistyped file or column is told before anybody waits for a model or a server.
+    schema = Model.load(str(layout.root)).get_input_schema()  # type: ignore[no-untyped-call]  # MLflow's
+    frame = None if rows is None else _require_some(rows if isinstance(rows, pd.DataFrame) else _read(rows, schema))
+    compared = list(_compare_golden(server, golden, spec, layout))
+    environments: dict[str, Any] = {"saved": _saved(spec, layout)}
+    if frame is not None:
+        model = load_folder(layout.root, options)
+        compared += _compare_rows(server, model, frame, schema, golden)
+        environments["here"] = _here(model)
+    environments["server"] = _ask_environment(server, golden, spec, layout)
+    return ParityReport(tuple(compared), golden.atol, golden.rtol, environments)
+
+
+def _read_intact_spec(layout: Layout) -> ModelSpec:
+    """The spec of a model that need not be loaded here: its golden rows count only if nobody changed them."""
+    spec, guarded = read_spec(layout)
+    # Loading hashes the weights, too; the golden rows do not need them.
+    weights = frozenset(name for name in read_manifest(layout)["files"] if layout.is_weights(name))
+    for broken in find_broken_files(layout, mlmodel=guarded, digests=True, elsewhere=weights):
+        raise IntegrityError("Files of the artifact are not the ones that were saved", where=broken, way_out=WAY_OUT)
+    return spec
+
+
+# Golden rows
+
+
+def _compare_golden(server: Endpoint, golden: Golden, spec: ModelSpec, layout: Layout) -> Iterator[Replayed]:
+    if not spec.input_columns:
+        for index in range(len(golden.rows)):
+            wanted = as_served(golden.outputs(index))
+            found = server.ask(request_of_arrays(golden.inputs(index)))
+            yield from compare_answers([wanted], [found], golden.atol, golden.rtol, golden=True, start=index)
+        return
+    rows, answers = _records(golden, spec, layout)
+    # All in one request, as they were recorded.
+    found = _ask_rows(server, request_of_rows(pd.DataFrame(rows, dtype=object)), len(rows))
+    # As a frame, since that is what tasks return: it gives each column one type.
+    yield from compare_answers(as_served(pd.DataFrame(answers)), found, golden.atol, golden.rtol, golden=True)
+
+
+def _records(golden: Golden, spec: ModelSpec, layout: Layout) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Golden rows by column name, and their answers."""
+    try:
+        rows = [{column: row[name] for name, column in spec.input_columns.items()} for row in golden.rows]
+        answers = [dict(answer) for answer in golden.answers]
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            "The golden rows are not rows of this model",
+            where=layout.name_of(layout.parity),
+            wanted=", ".join(spec.input_columns),
+            found=repr(error),
+            way_out=WAY_OUT,
+        ) from None
+    return rows, answers
+
+
+def _ask_rows(server: Endpoint, request: Mapping[str, Any], count: int) -> list[Any]:
+    found = server.ask(request)
+    if not isinstance(found, list) or len(found) != count:
+        raise SafeFlavorError(
+            "The server does not answer row by row",
+            where=server,
+            wanted=f"{count} predictions",
+            found=f"{len(found)} predictions" if isinstance(found, list) else f"a {type(found).__name__}",
+            way_out="see that it serves this very model",
+        )
+    return found
+
+
+# Rows of the user's
+
+
+def _compare_rows(
+    server: Endpoint, model: LoadedModel, frame: pd.DataFrame, schema: Schema, golden: Golden
+) -> Iterator[Replayed]:
+    from mlflow.pyfunc.scoring_server import infer_and_parse_data  # takes a second to import
+
+    by_column = bool(model.task.columns)
+    size = _ROWS_PER_REQUEST if by_column else 1
+    for start in range(0, len(frame), size):
+        part = frame.iloc[start : start + size]
+        request = request_of_rows(part) if by_column else request_of_arrays(part.iloc[0].to_dict())
+        # Read by MLflow's own parser, so that both sides see the same values in the same types.
+        wanted = as_served(model.predict(infer_and_parse_data(request, schema)))
+        found = _ask_rows(server, request, len(part)) if by_column else [server.ask(request)]
+        yield from compare_answers(
+            wanted if by_column else [wanted], found, golden.atol, golden.rtol, golden=False, start=start
+        )
+
+
+def _require_some(frame: pd.DataFrame) -> pd.DataFrame:
+    if frame.empty:
+        raise InputError("There are no rows to compare", where="rows", wanted="at least one row", found="none")
+    return frame
+
+
+def _read(path: str | Path, schema: Schema) -> pd.DataFrame:
+    """Rows of a file. What the model knows as texts stays text, as ``007`` and ``NA`` in a CSV file."""
+    texts = [spec.name for spec in schema.inputs if spec.type == DataType.string]
+    readers: dict[str, Callable[[], pd.DataFrame]] = {
+        ".csv": lambda: pd.read_csv(
+            path, dtype=dict.fromkeys(texts, str), keep_default_na=len(texts) < len(schema.inputs)
+        ),
+        ".json": lambda: _read_json(path, lines=False),
+        ".jsonl": lambda: _read_json(path, lines=True),
+        ".ndjson": lambda: _read_json(path, lines=True),
+        ".parquet": lambda: pd.read_parquet(path),
+    }
+    ending = Path(path).suffix.lower()
+    if ending not in readers:
+        raise InputError("Rows cannot be read from this file", where=path, wanted=" | ".join(readers), found=ending)
+    try:
+        return readers[ending]()
+    except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:  # what pandas and pyarrow raise
+        raise InputError("Rows cannot be read from this file", where=path, wanted=ending[1:], found=error) from None
+
+
+def _read_json(path: str | Path, *, lines: bool) -> pd.DataFrame:
+    """Values as they stand there: ``read_json`` of pandas makes dates and numbers of texts that look like them."""
+    text = Path(path).read_text(encoding="utf-8-sig")
+    # Not splitlines, which also cuts at line separators within texts.
+    records = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError("not a list of objects")
+    return pd.DataFrame(records)
+
+
+# Environments
+
+
+def _saved(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
+    return describe_recorded(_recorded_environment(layout), spec.loader_version)
+
+
+def _here(model: LoadedModel) -> dict[str, Any]:
+    pins = _recorded_environment(Layout(model.folder)).distributions
+    return describe_process(pins, device=model.report.device)
+
+
+def _recorded_environment(layout: Layout) -> Environment:
+    return Environment.from_json(read_json(layout.environment))
+
+
+def _ask_environment(server: Endpoint, golden: Golden, spec: ModelSpec, layout: Layout) -> dict[str, Any] | None:
+    """What the server tells of itself; None where it does not, for whatever reason: nothing depends on it."""
+    if spec.input_columns:
+        row = _records(golden, spec, layout)[0][0]
+        request: dict[str, Any] | None = labelled_row(list(row), list(row.values()))
+    else:
+        request = arrays_asking({name: np.asarray(value) for name, value in golden.inputs(0).items()})
+    try:
+        return told_environment(server.ask(request)) if request else None
+    except SafeFlavorError:
+        return None
