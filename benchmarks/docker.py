@@ -1,0 +1,215 @@
+"""Images side by side: `mlflow models build-docker` of mlflow.transformers' model, and ours of the same weights.
+
+    python benchmarks/docker.py [--requests 40] [--json FILE]
+
+Needs a Docker engine, or root and an installed dockerd. Both containers run as they come, and are asked in turn,
+one request at a time. What the tables mean, and what was seen, is in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", MLFLOW_DISABLE_TELEMETRY="true")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# This folder last: MLflow imports a library that has the name of this file.
+sys.path.append(sys.path.pop(0))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "docker"))
+
+import requests
+from _common import (
+    SIZES,
+    machine,
+    median_and_spread,
+    minilm_classifier,
+    ratio,
+    save_peer,
+    tokenizer,
+)
+from base_image import base_image
+from containers import Container, running
+from engine import IMAGES, Engine, running_engine
+from pip_settings import torch_wheels
+from rich.console import Console
+from rich.table import Table
+
+WHO = ("ours", "mlflow.transformers")
+SHORT = "the cat sat on the mat, and then it slept"
+LONG = " ".join(f"def function_{i}(x): return x + {i}" for i in range(40))
+
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+def save_both(model: Any, folder: Path, torch_index: str) -> dict[str, Path]:
+    """The same weights, as each flavor saves them."""
+    import mlflow_safeflavor
+
+    ours = folder / "ours"
+    mlflow_safeflavor.save_model(model, ours, tokenizer=tokenizer(), torch_index=torch_index, rehearse=False)
+    peer = save_peer(model, "text-classification", folder / "peer")
+    lines = (peer / "requirements.txt").read_text().splitlines()
+    if torch_index != "auto":  # so that pip finds torch's build in the image
+        lines.insert(0, f"--find-links {torch_index}")
+    (peer / "requirements.txt").write_text("\n".join(lines) + "\n")
+    return dict(zip(WHO, (ours, peer), strict=True))
+
+
+def roberta_classifier() -> Any:
+    """Seeded, of the shape of RoBERTa-base: 498 MB."""
+    import torch
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    hidden, layers, heads = SIZES["0.5 GB"]
+    config = RobertaConfig(
+        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, hidden_size=hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, intermediate_size=4 * hidden,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return RobertaForSequenceClassification(config).eval()
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def build_peer(engine: Engine, model: Path) -> str:
+    """As `mlflow models build-docker` does it, with plain pip."""
+    image = f"{IMAGES}:bench-peer"
+    command = [sys.executable, "-m", "mlflow", "models", "build-docker", "--env-manager", "local"]
+    command += ["--model-uri", str(model), "--name", image]
+    subprocess.run(command, env=engine.environ, check=True, capture_output=True)
+    return image
+
+
+def build_ours(engine: Engine, model: Path) -> str:
+    """Our folder, and `docker build`."""
+    import mlflow_safeflavor
+
+    image = f"{IMAGES}:bench-ours"
+    with TemporaryDirectory() as folder:
+        path = mlflow_safeflavor.generate_dockerfile(str(model), Path(folder, "image"))
+        engine.docker("build", "--tag", image, path.parent, timeout=1800)
+    return image
+
+
+BUILD: dict[str, Callable[[Engine, Path], str]] = {WHO[0]: build_ours, WHO[1]: build_peer}
+
+
+def timed(run: Callable[[], str]) -> tuple[float, str]:
+    """Seconds, and what it gave."""
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
+
+
+# --- asking --------------------------------------------------------------------------------------
+
+
+def latencies(containers: dict[str, Container], text: str, count: int) -> dict[str, list[float]]:
+    """Milliseconds of single requests, the containers in turn."""
+    urls = {name: f"{container.url()}/invocations" for name, container in containers.items()}
+    body = {"dataframe_records": [{"text": text}]}
+    times: dict[str, list[float]] = {name: [] for name in urls}
+    with requests.Session() as session:
+        for turn in range(count + 5):
+            for name, url in urls.items():
+                start = time.perf_counter()
+                session.post(url, json=body, timeout=120).raise_for_status()
+                if turn >= 5:
+                    times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def memory_of(container: Container) -> float:
+    """Proportional set size of all processes of a container, in MB."""
+    lines = container.engine.docker("top", container.name, "-eo", "pid").split()[1:]
+    total = 0
+    for pid in lines:
+        rollup = Path("/proc", pid, "smaps_rollup").read_text()
+        total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+    return total / 1e3
+
+
+@contextmanager
+def both(engine: Engine, images: dict[str, str], *options: str, **more: Any) -> Iterator[dict[str, Container]]:
+    """Containers of both images, serving."""
+    with ExitStack() as stack:
+        containers = {
+            name: stack.enter_context(running(engine, image, *options, *more.get("mounts", {}).get(name, ())))
+            for name, image in images.items()
+        }
+        for container in containers.values():
+            container.wait_until_serving(timeout=600)
+        yield containers
+
+
+# --- the story -----------------------------------------------------------------------------------
+
+
+def compare(engine: Engine, torch_index: str, count: int) -> list[tuple[str, ...]]:
+    """Rows of the table."""
+    rows = []
+
+    def add(what: str, ours: list[float], theirs: list[float], unit: str, digits: int, goal: float) -> None:
+        middle, low, high = ratio(ours, theirs)
+        verdict = f"≤ {goal:g} {'met' if middle <= goal else 'missed'}" if goal else ""
+        cells = (f"{median_and_spread(values, digits=digits)} {unit}" for values in (ours, theirs))
+        rows.append((what, *cells, f"{middle:.2f} ({low:.2f}–{high:.2f})", verdict))
+
+    with TemporaryDirectory() as folder:
+        model = minilm_classifier()
+        first = save_both(model, Path(folder, "first"), torch_index)
+        built = {name: timed(lambda n=name: BUILD[n](engine, first[n])) for name in WHO}
+        add("first build", *([built[name][0]] for name in WHO), "s", 0, 0)
+        again: dict[str, list[float]] = {name: [] for name in WHO}
+        for turn in range(3):
+            model.classifier.weight.data.add_(0.01)
+            changed = save_both(model, Path(folder, f"changed-{turn}"), torch_index)
+            for name in WHO:
+                again[name].append(timed(lambda n=name, c=changed: BUILD[n](engine, c[n]))[0])
+        add("build after a change of weights", *again.values(), "s", 1, 0.1)
+        images = {name: built[name][1] for name in WHO}
+        sizes = [[engine.inspect("image", images[name])["Size"] / 1e6] for name in WHO]
+        add("size of the image", *sizes, "MB", 0, 1.0)
+        with both(engine, images, "--cpus=1") as containers:
+            for what, text, goal in (("one short text, --cpus=1", SHORT, 0.4), ("one long text, --cpus=1", LONG, 0.55)):
+                add(what, *latencies(containers, text, count).values(), "ms", 1, goal)
+        large = save_both(roberta_classifier(), Path(folder, "large"), torch_index)
+        mounts = {name: ("--volume", f"{path}:/opt/ml/model:ro") for name, path in large.items()}
+        four = ("--env", "MLFLOW_MODELS_WORKERS=4")
+        with both(engine, images, *four, mounts=mounts) as containers:
+            for _ in range(12):  # every worker has answered
+                latencies(containers, SHORT, 1)
+            add("memory of four workers, 498 MB", *([memory_of(containers[n])] for n in WHO), "MB", 0, 0.5)
+    return rows
+
+
+def main() -> None:
+    """Build, run and ask; print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=40, help="requests of each kind")
+    parser.add_argument("--json", type=Path, help="write the table there, too")
+    arguments = parser.parse_args()
+    with running_engine() as engine, base_image(engine) as stands_in:
+        wheels = torch_wheels() if stands_in else None
+        rows = compare(engine, "auto" if wheels is None else str(wheels), arguments.requests)
+    console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    table = Table("what", *WHO, "ratio", "goal")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
