@@ -1,0 +1,37 @@
+"""A Docker engine with the base image in it; without an engine, tests here are skipped, in CI they fail.
+
+This folder is no package: as one it would stand in the way of the library that MLflow imports as ``docker``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from base_image import base_image
+from engine import NoEngineError, running_engine
+from pip_settings import torch_wheels
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """A running engine; whatever tests make in it is removed."""
+    try:
+        context = running_engine()
+        engine = context.__enter__()
+    except NoEngineError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"Docker tests cannot be skipped in CI: {error}")
+        pytest.skip(str(error))
+    try:
+        yield engine
+    finally:
+        context.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def torch_index(engine):
+    """What models are saved with, so that pip finds torch's build inside the image; the base image is there, too."""
+    with base_image(engine) as stands_in:
+        folder = torch_wheels()
+        yield "auto" if folder is None or not stands_in else str(folder)

@@ -1,0 +1,359 @@
+"""Plain ``mlflow models build-docker --env-manager local``: the image answers as this machine, or does not serve."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from artifacts import edit_json, flip, reseal
+from containers import running
+from engine import IMAGES
+from safetensors.numpy import load_file, save_file
+from torch import nn
+from transformers import AutoModel, AutoTokenizer
+
+import mlflow_safeflavor
+
+pytest_plugins = "saved_models"
+# One group: one worker of pytest-xdist runs them all, on one engine, with each image built once.
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.xdist_group("docker")]
+
+# The same on both sides, so that sums come in the same order.
+ONE_THREAD = {"MLFLOW_SAFEFLAVOR_NUM_THREADS": "1", "MLFLOW_MODELS_WORKERS": "1"}
+PICKLES = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "true"}
+STRICT = {"MLFLOW_SAFEFLAVOR_ENVIRONMENT": "error"}
+ROWS = 200
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved model, rows to ask, what this machine answers, and variables that it needs to be loaded."""
+
+    path: Path
+    rows: list[dict[str, Any]]
+    here: list[Any]
+    env: dict[str, str]
+
+    @property
+    def body(self):
+        return {"dataframe_records": self.rows}
+
+    @property
+    def volume(self):
+        return [] if self is _saved.get(FIRST) else in_its_place(self.path)
+
+
+def in_its_place(path: Path) -> list[str]:
+    """Options that put another model in the place of the image's own."""
+    return ["--volume", f"{path}:/opt/ml/model:ro"]
+
+
+# Models
+
+
+def sentences(words: str, longest: int) -> list[str]:
+    """Texts of one word up to ``longest``, most of them short, in no order."""
+    chance, choice = random.Random(0), words.split()
+    lengths = [max(1, round(longest ** chance.random())) for _ in range(ROWS - 1)] + [longest]
+    return [" ".join(chance.choices(choice, k=length)) for length in lengths]
+
+
+def save_minilm(path, options, request):
+    """Real weights; texts beyond the limit of 512 tokens, several scripts, and none at all."""
+    folder = request.getfixturevalue("minilm_folder")
+    mlflow_safeflavor.save_model(
+        AutoModel.from_pretrained(folder, dtype="float32"),
+        path,
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        task="feature-extraction",
+        model_config={"pooling": "mean", "normalize": True},
+        **options,
+    )
+    words = "the cat sat; naïve Straße привет 你好 🙂 return x[0] + y if else def f(x): 3.14 https://example.org/a?b=c"
+    return [{"text": text} for text in [*sentences(words, 600)[:-1], ""]]
+
+
+def save_pickled(path, options, request):
+    """A class of a notebook, with hooks, whose constructor reads a checkpoint that the image will not have."""
+    tokenizer = request.getfixturevalue("tiny_tokenizer")
+    checkpoint = request.getfixturevalue("tmp_path") / "encoder"
+    request.getfixturevalue("tiny_bert")(None, initializer_range=0.5).save_pretrained(checkpoint)
+
+    class Scorer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = AutoModel.from_pretrained(checkpoint, dtype="float32")
+            self.out = nn.Linear(self.encoder.config.hidden_size + 1, 1)
+
+        def forward(self, input_ids, attention_mask, weight):
+            hidden = self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
+            return {"score": self.out(torch.cat([hidden, weight[:, None]], dim=1))[:, 0]}
+
+    def preprocess(rows, tokenizer):
+        found = tokenizer([row["code"] for row in rows], padding=True, truncation=True, return_tensors="pt")
+        weight = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
+        return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"], "weight": weight}
+
+    def postprocess(outputs, rows):
+        return [{"score": float(score), "code": row["code"]} for score, row in zip(outputs["score"], rows, strict=True)]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Scorer().eval()
+    chance = random.Random(1)
+    texts = sentences("the cat sat on x = y + ( z ) if else", 60)
+    rows = [{"code": text, "weight": chance.uniform(-2, 2)} for text in texts]
+    hooks = {"preprocess": preprocess, "postprocess": postprocess, "input_example": rows[:3]}
+    mlflow_safeflavor.save_model(model, path, tokenizer=tokenizer, task="custom", allow_pickle=True, **hooks, **options)
+    shutil.rmtree(checkpoint)
+    assert json.loads((path / "safeflavor" / "structure.json").read_text())["kind"] == "pickle"
+    return rows
+
+
+def save_pair(path, options, request):
+    """A classifier of pairs, with the user's own names of columns."""
+    mlflow_safeflavor.save_model(
+        request.getfixturevalue("tiny_bert")(initializer_range=0.5),
+        path,
+        tokenizer=request.getfixturevalue("tiny_tokenizer"),
+        task="text-classification",
+        input_columns={"text": "buggy_code", "text_pair": "fixed_code"},
+        **options,
+    )
+    left, right = (sentences(words, 40) for words in ("return x + y", "if x else y - ( cat ) = tree zebra"))
+    return [{"buggy_code": a, "fixed_code": b} for a, b in zip(left, right, strict=True)]
+
+
+MODELS: dict[str, tuple[Callable[..., list[dict[str, Any]]], dict[str, str]]] = {
+    "minilm": (save_minilm, {}),
+    "pickled": (save_pickled, PICKLES),
+    "pair": (save_pair, {}),
+}
+FIRST = "minilm"
+_saved: dict[str, Saved] = {}
+_images: list[str] = []
+
+
+@pytest.fixture
+def saved_as(torch_index, tmp_path_factory, request, monkeypatch) -> Callable[[str], Saved]:
+    """``saved_as("minilm")``: saved, and asked here, once a session."""
+
+    def get(name: str) -> Saved:
+        if name not in _saved:
+            save, env = MODELS[name]
+            path = tmp_path_factory.mktemp("docker") / "model"
+            rows = save(path, {"torch_index": torch_index, "rehearse": False}, request)
+            assert len(rows) == ROWS
+            here = answers_here(path, rows, {**ONE_THREAD, **env}, monkeypatch)
+            _saved[name] = Saved(path, rows, here, env)
+        return _saved[name]
+
+    return get
+
+
+@pytest.fixture
+def image(engine, saved_as) -> str:
+    """The image of the first model, built once a session.
+
+    A build takes minutes and downloads everything anew, because MLflow copies the model before it installs what
+    the model requires. So the other models are put in the place of the first: where all of them require the same,
+    ``build-docker`` would install the same for each.
+    """
+    if not _images:
+        started = time.monotonic()
+        build(engine, saved_as(FIRST).path, f"{IMAGES}:{FIRST}")
+        _images.append(f"{IMAGES}:{FIRST}")
+        print(f"image built in {time.monotonic() - started:.0f} s")
+    return _images[0]
+
+
+def answers_here(path, rows, env, monkeypatch):
+    """What pyfunc answers in this process, written and read as the server writes and its callers read."""
+    from mlflow.pyfunc.scoring_server import predictions_to_json  # warns, so not while tests are collected
+
+    with monkeypatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        answers = mlflow.pyfunc.load_model(str(path)).predict(pd.DataFrame(rows))
+    text = io.StringIO()
+    predictions_to_json(answers, text)
+    return json.loads(text.getvalue())["predictions"]
+
+
+def build(engine, path, image):
+    command = [sys.executable, "-m", "mlflow", "models", "build-docker", "--env-manager", "local"]
+    command += ["--model-uri", str(path), "--name", image]
+    # Its output is pytest's to show, where the test fails.
+    done = subprocess.run(command, env=engine.environ, timeout=900)
+    assert done.returncode == 0, f"{' '.join(command)}: exit status {done.returncode}"
+
+
+# Comparison
+
+
+def require_same(found, wanted):
+    """Equal in every row and field; JSON holds all digits, so equal numbers are equal bit for bit."""
+    different = [i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b]
+    assert different == [], (
+        f"{len(different)} rows differ, row {different[0]}: {found[different[0]]} is not {wanted[different[0]]}"
+    )
+
+
+def require_close(found, wanted, tolerance):
+    """Equal but for numbers, and these within the tolerance that was recorded when the model was saved."""
+    assert type(found) is type(wanted)
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            require_close(found[key], wanted[key], tolerance)
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted)
+        for a, b in zip(found, wanted, strict=True):
+            require_close(a, b, tolerance)
+    elif isinstance(wanted, float):
+        assert math.isclose(found, wanted, rel_tol=tolerance["rtol"], abs_tol=tolerance["atol"])
+    else:
+        assert found == wanted
+
+
+def recorded_tolerance(path):
+    parity = json.loads((path / "safeflavor" / "parity.json").read_text())
+    return {"atol": parity["tolerance"]["atol"], "rtol": parity["tolerance"]["rtol"]}
+
+
+def test_all_models_require_the_same(saved_as):
+    """So that one image serves them all as its own would."""
+    needed = {name: (saved_as(name).path / "requirements.txt").read_text() for name in MODELS}
+    assert set(needed.values()) == {needed[FIRST]}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_image_pyfunc_and_server_answer_the_same_bits(engine, image, saved_as, serve, name):
+    model = saved_as(name)
+    assert len({json.dumps(row) for row in model.here}) > ROWS / 2, "rows that answer alike prove little"
+    with serve(model.path, env={**ONE_THREAD, **model.env}) as server:
+        there = server.invoke(model.body)
+        assert there.status == 200, there.text
+        require_same(there.json()["predictions"], model.here)
+    # With STRICT an image with any other version than what was recorded does not start.
+    with running(engine, image, *model.volume, env={**ONE_THREAD, **STRICT, **model.env}) as container:
+        container.wait_until_serving()
+        require_same(container.invoke(model.body)["predictions"], model.here)
+        assert "1 threads by num_threads" in container.log()
+
+
+LESS = {
+    "--cpus=1": (["--cpus=1"], {}),
+    "--cpus=0.5": (["--cpus=0.5"], {}),
+    "oldest kernels": ([], {"ATEN_CPU_CAPABILITY": "default"}),
+}
+
+
+@pytest.mark.parametrize("less", LESS)
+@pytest.mark.parametrize("name", MODELS)
+def test_with_less_of_the_machine_the_answers_are_within_tolerance(engine, image, saved_as, name, less):
+    model, (options, env) = saved_as(name), LESS[less]
+    env = {"MLFLOW_MODELS_WORKERS": "1", **env, **model.env}
+    with running(engine, image, *model.volume, *options, env=env) as container:
+        container.wait_until_serving()
+        require_close(container.invoke(model.body)["predictions"], model.here, recorded_tolerance(model.path))
+        if options:
+            quota = options[0].partition("=")[2]
+            assert f" cores, a quota of {quota}, 1 workers: 1 threads" in container.log()
+
+
+def test_without_any_network_it_answers(engine, image, saved_as):
+    model = saved_as(FIRST)
+    with running(engine, image, "--network", "none", env=ONE_THREAD) as container:
+        container.wait_until_serving(inside=True)
+        require_same(container.invoke_inside(model.body)["predictions"], model.here)
+
+
+# What must not be served
+
+
+@pytest.fixture
+def damaged(saved_as, tmp_path):
+    """``damaged(change)``: options that put a changed copy of the model in the place of the image's own."""
+
+    def copy(change: Callable[[Path], object]) -> list[str]:
+        path = Path(shutil.copytree(saved_as(FIRST).path, tmp_path / "copy", copy_function=os.link))
+        change(path)
+        return in_its_place(path)
+
+    return copy
+
+
+def other_golden_outputs(path):
+    """As if the image computed something else than what was recorded."""
+    file = path / "safeflavor" / "parity.safetensors"
+    arrays = load_file(file)
+    changed = {name: array * np.float32(1.5) if array.dtype == np.float32 else array for name, array in arrays.items()}
+    assert any(not np.array_equal(changed[name], array) for name, array in arrays.items())
+    file.unlink()
+    save_file(changed, file)
+    reseal(path)
+
+
+def other_platform(path):
+    def change(environment):
+        environment["machine"] = "riscv64"
+        environment["distributions"]["tokenizers"] = "0.0.1"
+
+    edit_json(path / "safeflavor" / "environment.json", change)
+    reseal(path)
+
+
+def test_an_untouched_copy_is_served(engine, image, damaged):
+    """So that what the next tests see comes from the damage alone."""
+    with running(engine, image, *damaged(reseal), env={**ONE_THREAD, **STRICT}) as container:
+        container.wait_until_serving()
+
+
+REFUSED = {
+    "golden outputs": (other_golden_outputs, "ParityError", {}),
+    "a flipped bit": (lambda path: flip(path / "safeflavor" / "model.safetensors"), "IntegrityError", {}),
+    "another platform": (other_platform, "EnvironmentMismatchError", STRICT),
+}
+
+
+@pytest.mark.parametrize("damage", REFUSED)
+def test_a_model_that_fails_a_check_ends_the_container(engine, image, damaged, damage):
+    change, error, env = REFUSED[damage]
+    options = damaged(change)
+    with running(engine, image, *options, env={"MLFLOW_MODELS_WORKERS": "1", **env}) as container:
+        log = container.wait_until_refused()
+        assert error in log
+        assert not container.state()["Running"]
+
+
+def test_workers_that_are_started_again_do_not_serve_either(engine, image, damaged):
+    """With several workers the server starts a new one for each that ends; none gets as far as /ping."""
+    options = damaged(other_golden_outputs)
+    with running(engine, image, *options, env={"MLFLOW_MODELS_WORKERS": "2"}) as container:
+        container.wait_until_refused("ParityError: ", times=3)
+
+
+def test_without_enough_memory_it_ends_and_does_not_serve(engine, image):
+    limit = ["--memory=200m", "--memory-swap=200m"]
+    with running(engine, image, *limit, env={"MLFLOW_MODELS_WORKERS": "1"}) as container:
+        container.wait_until_refused()
+        state = container.state()
+        assert not state["Running"]
+        assert state["OOMKilled"], f"{state}\n{container.log()}"
