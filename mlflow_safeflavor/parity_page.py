@@ -18,6 +18,17 @@ _UNTOLD = "not told"
 _PIN = "pin "
 _SIDES = {"saved": "when it was saved", "here": "here", "server": "server"}
 _MOST_ROWS = 200
+_SMALLEST, _LARGEST = -12, 6
+"""Powers of ten that have a bar of their own; what lies beyond joins the outermost."""
+
+_BUDGET = {
+    "cores": "CPU cores",
+    "quota": "CPU quota",
+    "workers": "server workers",
+    "threads": "threads chosen",
+    "source": "chosen by",
+    "spin_count": "turns before idle threads sleep",
+}
 _WIDTH, _HEIGHT, _MARGIN, _FOOT = 760, 220, 36, 44
 
 
@@ -104,12 +115,13 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, str]:
         return value if isinstance(value, Mapping) else {}
 
     environment, budget = part("environment"), part("budget")
-    flat = {name: environment.get(name) for name in ("python", "implementation", "system", "machine", "libc")}
+    flat = {name: environment.get(name, "") for name in ("python", "implementation", "system", "machine", "libc")}
     flat |= {f"torch {name}": value for name, value in part("environment", "torch_build").items()}
-    flat |= {"mlflow-safeflavor": facts.get("loader_version"), "device": facts.get("device")}
-    flat |= {name if name in ("cores", "workers") else f"CPU {name}": value for name, value in budget.items()}
+    flat |= {"mlflow-safeflavor": facts.get("loader_version", ""), "device": facts.get("device", "")}
+    flat |= {name: budget[key] for key, name in _BUDGET.items() if key in budget}
     flat |= {f"{_PIN}{name}": value for name, value in part("environment", "distributions").items()}
-    return {name: str(value) for name, value in flat.items() if isinstance(value, (str, int, float))}
+    told = {name: "none" if value is None else value for name, value in flat.items()}
+    return {name: str(value) for name, value in told.items() if isinstance(value, (str, int, float))}
 
 
 # Distribution of the differences
@@ -130,10 +142,10 @@ def _plot(report: ParityReport) -> dict[str, Any]:
     """Bars: how many values are equal, how many differ by each power of ten, how many are no number."""
     values = np.concatenate([np.zeros(0), *(row.differences for row in report.rows)])
     finite = values[np.isfinite(values) & (values > 0)]
-    powers = Counter(math.floor(power) for power in np.log10(finite).tolist())
+    powers = Counter(min(max(math.floor(power), _SMALLEST), _LARGEST) for power in np.log10(finite).tolist())
     bins = [("0", int((values == 0).sum()), "same")]
     if powers:
-        bins += [(f"1e{p}", powers[p], "some") for p in range(min(powers), max(powers) + 1)]
+        bins += [(_power(p), powers[p], "some") for p in range(min(powers), max(powers) + 1)]
     if other := int(np.isinf(values).sum()):
         bins.append(("other", other, "other"))
     highest = max(1, max(count for _, count, _ in bins))
@@ -144,7 +156,11 @@ def _plot(report: ParityReport) -> dict[str, Any]:
         height = (_HEIGHT - _FOOT - _MARGIN) * (count / highest) ** 0.25
         x = _MARGIN + i * step + step * 0.12
         bars.append(_Bar(x, step * 0.76, _HEIGHT - _FOOT - height, height, label, count, kind))
-    return {"bars": bars, "width": _WIDTH, "height": _HEIGHT, "floor": _HEIGHT - _FOOT, "values": len(values)}
+    return {"bars": bars, "width": _WIDTH, "height": _HEIGHT, "floor": _HEIGHT - _FOOT, "total": len(values)}
+
+
+def _power(power: int) -> str:
+    return f"{'≤ ' if power == _SMALLEST else '≥ ' if power == _LARGEST else ''}1e{power}"
 
 
 _PAGE = """<!doctype html>
@@ -162,6 +178,7 @@ h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin-t
 code, td, th { overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+#rows td:not(:last-child), #environments td:first-child { white-space: nowrap; }
 .verdict { font-size: 1.2rem; font-weight: 600; padding: .6rem .9rem; border-left: .4rem solid; }
 .bit-identical { color: var(--good); } .within { color: var(--fair); } .different { color: var(--bad); }
 tr.differs td { background: #d2992233; } tr.differs td:first-child::before { content: "\\2260\\00a0"; }
@@ -199,7 +216,7 @@ width="{{ "%.1f"|format(bar.width) }}" height="{{ "%.1f"|format(bar.height) }}"/
 <line x1="0" x2="{{ plot.width }}" y1="{{ plot.floor }}" y2="{{ plot.floor }}" stroke="currentColor"/>
 <text x="{{ plot.width / 2 }}" y="{{ plot.floor + 36 }}">absolute difference, by powers of ten</text>
 </svg>
-<p class="note">{{ plot.values }} values. Bars grow with the fourth root of their number, so that a single one is \
+<p class="note">{{ plot.total }} values. Bars grow with the fourth root of their number, so that a single one is \
 seen. “0” is equal; “other” is another text, another shape or no number.</p>
 
 <h2>Environments</h2>

@@ -134,6 +134,31 @@ def test_verify_takes_a_device(run, saved):
     assert run("verify", saved, "--device", "cpu").exit_code == 0
 
 
+def test_verify_of_a_server_that_is_not_there(run, saved):
+    # tests/test_parity_endpoint.py asks those that are.
+    done = run("verify", saved, "--endpoint", "http://127.0.0.1:1")
+    assert done.exit_code == 2, done.output
+    assert "SafeFlavorError: The server cannot be reached\n  where: http://127.0.0.1:1/invocations" in done.stderr
+    assert "Traceback" not in done.output
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rows", "nothing.csv"], "does not exist"),
+        (["--timeout", "0"], "--timeout"),
+        (["--trust", "everything"], "TrustError"),
+    ],
+    ids=["a file that is not there", "no time", "an unknown kind"],
+)
+def test_verify_with_options_that_are_none(run, saved, options, said):
+    done = run("verify", saved, *options)
+    assert done.exit_code == 2, done.output
+    assert said in done.stderr
+    assert "Traceback" not in done.output
+
+
 # Errors: status 2, on stderr, without a traceback
 
 

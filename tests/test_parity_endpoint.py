@@ -23,7 +23,7 @@ from click.testing import CliRunner
 import mlflow_safeflavor
 from mlflow_safeflavor.cli import main
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError, TrustError
-from mlflow_safeflavor.parity import compare_answers
+from mlflow_safeflavor.parity import ParityReport, compare_answers
 from mlflow_safeflavor.parity_page import render
 
 pytest_plugins = "saved_models"
@@ -182,7 +182,7 @@ def test_a_server_of_the_same_model_tells_what_it_runs_on(run, serve, saved, tmp
     facts = facts_in(page.read_text())
     assert facts[""][0] == ["when it was saved", "here", "server"]
     assert facts["python"] == ([platform.python_version()] * 3, False)
-    assert facts["CPU threads"][0] == ["", "", "1"]
+    assert facts["threads chosen"][0] == ["", "", "1"]
 
 
 @pytest.mark.serve
@@ -395,6 +395,7 @@ def test_within_tolerance(run, saved, tmp_path):
     assert bars[:2] == [str(len(recorded)), "0"]
     assert {"1e-7", "1e-6"} & set(bars)
     assert "other" not in bars
+    assert f"{2 * len(recorded)} values." in page.read_text()
 
 
 def test_beyond_tolerance(run, saved):
@@ -625,6 +626,25 @@ def test_differences_of_environments_are_marked_and_told_facts_escaped(saved, tm
     assert "<b>" not in content
     assert "<u>" not in content
     assert "<i>" not in content
+
+
+def test_the_plot_has_no_bar_for_every_power_there_is():
+    found = [{"a": value} for value in (1.0, 1 + 1e-5, 3.0, 1e300, "x")]
+    tiny = compare_answers([{"a": 0.0}], [{"a": 1e-300}], 1e-4, 1e-4, golden=True)
+    rows = [*tiny, *compare_answers([{"a": 1.0}] * 5, found, 1e-4, 1e-4, golden=True, start=1)]
+    content = render(ParityReport(tuple(rows), 1e-4, 1e-4), model="m")
+    svg = ET.fromstring(re.search(r"<svg.*</svg>", content, re.DOTALL)[0])
+    texts = [text.text for text in svg.iter("text")][:-1]
+    bars = dict(zip(texts[1::2], texts[::2], strict=True))
+    assert {label: count for label, count in bars.items() if count != "0"} == {
+        "0": "1",
+        "≤ 1e-12": "1",
+        "1e-5": "1",
+        "1e0": "1",
+        "≥ 1e6": "1",
+        "other": "1",
+    }
+    assert len(bars) == 21
 
 
 def test_a_page_of_a_model_loaded_here(run, saved, tmp_path):
