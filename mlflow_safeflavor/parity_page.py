@@ -120,6 +120,8 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, str]:
     flat |= {"mlflow-safeflavor": facts.get("loader_version", ""), "device": facts.get("device", "")}
     flat |= {name: budget[key] for key, name in _BUDGET.items() if key in budget}
     flat |= {f"{_PIN}{name}": value for name, value in part("environment", "distributions").items()}
+    if flat.get(_BUDGET["spin_count"], "") is None:
+        flat[_BUDGET["spin_count"]] = "left as it was"
     told = {name: "none" if value is None else value for name, value in flat.items()}
     return {name: str(value) for name, value in told.items() if isinstance(value, (str, int, float))}
 

@@ -183,6 +183,7 @@ def test_a_server_of_the_same_model_tells_what_it_runs_on(run, serve, saved, tmp
     assert facts[""][0] == ["when it was saved", "here", "server"]
     assert facts["python"] == ([platform.python_version()] * 3, False)
     assert facts["threads chosen"][0] == ["", "", "1"]
+    assert facts["turns before idle threads sleep"][0] == ["", "", "left as it was"]
 
 
 @pytest.mark.serve
