@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from engine import Engine
 from pip_settings import pip_settings, wheels_of_installed
@@ -34,7 +35,7 @@ _IS_DEBIANS = sys.base_prefix == "/usr"
 _LEFT_OUT = ("site-packages", "test", "tests", "idlelib", "turtledemo", "config-*", "*.a")
 
 # Run in the new system; the import proves that every library is there which the interpreter was linked against.
-_CHECK = f"""set -e; ldconfig
+_CHECK = f"""
 python -c 'import bz2, ctypes, lzma, sqlite3, ssl, sys, uuid, zlib; assert "{platform.python_version()}" in sys.version'
 pip --version"""
 _PIP = f"ln -sf {_PYTHON} /usr/local/bin/python; python -m ensurepip; ln -sf pip3 /usr/local/bin/pip"
@@ -43,6 +44,7 @@ _SETTINGS = (
     "ENV PATH=/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin",
     "ENV LANG=C.UTF-8",
     'CMD ["python"]',
+    f"LABEL {_STAND_IN}=1",
 )
 
 
@@ -53,7 +55,7 @@ def base_image(engine: Engine) -> Iterator[bool]:
     The stand-in stays in the engine under a name of its own, for the next run. The tag goes: nobody else
     should build on it unawares.
     """
-    if engine.inspect("image", TAG) is not None or _pulled(engine):
+    if _is_real(engine.inspect("image", TAG)) or _pulled(engine):
         yield False
         return
     engine.docker("tag", _stand_in(engine), TAG)
@@ -61,6 +63,11 @@ def base_image(engine: Engine) -> Iterator[bool]:
         yield True
     finally:
         engine.docker("rmi", TAG)
+
+
+def _is_real(image: dict[str, Any] | None) -> bool:
+    """Whether there is one, and it is no stand-in whose tag a killed run has left."""
+    return image is not None and _STAND_IN not in (image["Config"]["Labels"] or {})
 
 
 def _pulled(engine: Engine) -> bool:
@@ -101,7 +108,9 @@ def _make_system(folder: Path) -> Path:
     """One tar file with everything in it."""
     _write_files(folder / "files")
     script = folder / "script"
-    script.write_text(f"export PATH=/usr/local/bin:$PATH; {_DEBIANS_PIP if _IS_DEBIANS else _PIP}; {_CHECK}")
+    script.write_text(
+        f"set -e; export PATH=/usr/local/bin:$PATH; ldconfig; {_DEBIANS_PIP if _IS_DEBIANS else _PIP}{_CHECK}"
+    )
     packages = [*_PACKAGES, *(["python3", "python3-pip", "python-is-python3"] if _IS_DEBIANS else [])]
     command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(packages)}"]
     command += [f'--customize-hook=cp -a "{folder}/files/." "$1"', f'--customize-hook=chroot "$1" sh <"{script}"']
