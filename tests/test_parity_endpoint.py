@@ -59,6 +59,8 @@ def answering(answer):
             status, kind, content = answer(body)
             self.send_response(status)
             self.send_header("Content-Type", kind)
+            if status == 302:
+                self.send_header("Location", "/elsewhere")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
