@@ -204,7 +204,8 @@ def write_manifest(layout: Layout, *, mlmodel: Mapping[str, Any]) -> None:
         for path in _files_below(layout.root)
         if path not in (layout.manifest, layout.mlmodel)
     }
-    write_json(layout.manifest, {"version": _MANIFEST_VERSION, "mlmodel": digest_json(mlmodel), "files": files})
+    content = {"version": _MANIFEST_VERSION, "mlmodel": digest_json(mlmodel), "files": files}
+    write_json(layout.manifest, {**content, "sha256": digest_json(content)})
 
 
 def read_manifest(layout: Layout) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def read_manifest(layout: Layout) -> dict[str, Any]:
     try:
         version, files, mlmodel = manifest["version"], manifest["files"], manifest["mlmodel"]
         well_formed = (
-            set(manifest) == {"version", "files", "mlmodel"}
+            set(manifest) == {"version", "files", "mlmodel", "sha256"}
             and version == _MANIFEST_VERSION
             and isinstance(mlmodel, str)
             and all(
@@ -235,6 +236,9 @@ def read_manifest(layout: Layout) -> dict[str, Any]:
         too_long = any(len(part.encode(errors="replace")) > 255 for part in pure.parts) or len(name) > 4096
         if too_long or pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name or "\\" in name:
             raise IntegrityError("The manifest names no path inside the artifact", where=where, found=repr(name[:300]))
+    # Some of its lines nobody compares with anything: the weights are hashed tensor by tensor.
+    if manifest["sha256"] != digest_json({name: manifest[name] for name in manifest.keys() - {"sha256"}}):
+        raise IntegrityError("The manifest is not the one that was saved", where=where, way_out=WAY_OUT)
     return dict(manifest)
 
 
