@@ -15,12 +15,6 @@ from artifacts import TEXTS
 import mlflow_safeflavor
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Let pass what MLflow warns of itself: at its first import, and when it writes an example's JSON with pandas 3."""
-    for message in (".*Any type hint is inferred as AnyType", "Operation with range is deprecated"):
-        config.addinivalue_line("filterwarnings", f"ignore:{message}")
-
-
 _made: dict[str, Path] = {}
 
 
