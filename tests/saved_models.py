@@ -14,7 +14,6 @@ from artifacts import TEXTS
 
 import mlflow_safeflavor
 
-
 _made: dict[str, Path] = {}
 
 
