@@ -34,7 +34,7 @@ demo: $(STAMP)  ## log a real model, serve it, compare host and server
 	@$(OFFLINE) $(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## run the tests
-	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 sweep: $(STAMP)  ## save and load every architecture of transformers that can be made small (an hour)
 	@cd tests && $(OFFLINE) $(ONE_THREAD) ../$(BIN)/python -W ignore -m sweep.run --jobs $(JOBS)

@@ -32,8 +32,7 @@ from transformers import AutoModel, AutoTokenizer
 import mlflow_safeflavor
 
 pytest_plugins = "saved_models"
-# One group: one worker of pytest-xdist runs them all, on one engine, with each image built once.
-pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.xdist_group("docker")]
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
 # The same on both sides, so that sums come in the same order.
 ONE_THREAD = {"MLFLOW_SAFEFLAVOR_NUM_THREADS": "1", "MLFLOW_MODELS_WORKERS": "1"}
