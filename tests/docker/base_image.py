@@ -62,7 +62,7 @@ def base_image(engine: Engine) -> Iterator[bool]:
     try:
         yield True
     finally:
-        engine.docker("rmi", TAG)
+        engine.remove_images(TAG)
 
 
 def _is_real(image: dict[str, Any] | None) -> bool:
