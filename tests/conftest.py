@@ -37,22 +37,7 @@ from mlflow_safeflavor import environment
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-# The processes that run the tests: one of them for Docker; one thread, nothing but loopback.
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Give all Docker tests to one worker: they share an engine and images that take minutes to build.
-
-    The mark ``xdist_group`` would say the same, but pytest-xdist 3.8 disregards it under pytest 9.2.
-    """
-    from xdist.scheduler import LoadScopeScheduling
-
-    class OneWorkerForDocker(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            return "docker" if nodeid.startswith("tests/docker/") else nodeid
-
-    return None if config.getoption("dist") == "each" else OneWorkerForDocker(config, log)
+# The process that runs the tests: one thread, nothing but loopback.
 
 
 @pytest.fixture(scope="session", autouse=True)
