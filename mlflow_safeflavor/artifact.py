@@ -23,6 +23,7 @@ __all__ = [
     "read_json",
     "read_manifest",
     "read_plain_file",
+    "set_modes",
     "staging",
     "without_duplicates",
     "write_json",
@@ -91,14 +92,23 @@ def staging(target: str | Path) -> Iterator[Path]:
     stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".staging", dir=target.parent))
     try:
         yield stage
-        # mkdtemp makes the folder private (0700); a model has the mode any new folder would have.
+        # mkdtemp makes the folder private (0700), and safetensors its files (0600); a model has the modes that
+        # any new folder and file would have.
         umask = os.umask(0)
         os.umask(umask)
-        stage.chmod(0o777 & ~umask)
+        set_modes(stage, umask)
         os.replace(stage, target)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+def set_modes(root: Path, umask: int) -> None:
+    """Give a folder and all below it the modes that new ones get under ``umask``; scripts stay executable."""
+    for path in (root, *root.rglob("*")):
+        if not path.is_symlink():
+            executable = 0o111 if path.is_dir() else path.stat().st_mode & 0o111
+            path.chmod((0o666 | executable) & ~umask)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from mlflow_safeflavor.artifact import Layout, read_json, staging
+from mlflow_safeflavor.artifact import Layout, read_json, set_modes, staging
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
 from mlflow_safeflavor.load import locate, read_spec
@@ -120,6 +120,7 @@ def generate_dockerfile(
             ),
             encoding="utf-8",
         )
+    set_modes(Path(output_dir), 0o022)  # the image's user must be able to read what root copies
     return Path(output_dir) / "Dockerfile"
 
 

@@ -86,6 +86,7 @@ def test_the_copied_model_is_the_model(model, tmp_path):
         path.relative_to(model) for path in model.rglob("*") if path.is_file() and "__pycache__" not in path.parts
     }
     assert all((folder / path).read_bytes() == (model / path).read_bytes() for path in there)
+    assert {(folder / path).stat().st_mode & 0o777 for path in there} == {0o644}, "readable for the image's user"
 
 
 def test_choices_reach_the_dockerfile(model, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import accelerate
 import mlflow
@@ -509,3 +510,15 @@ def test_a_log_that_fails_registers_nothing(tracking, tiny_bert, tiny_tokenizer)
 
 def test_pipelines_are_what_this_release_of_transformers_calls_so():
     assert issubclass(TextClassificationPipeline, Pipeline)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_modes_are_those_of_any_new_file(tmp_path, tiny_bert, tiny_tokenizer, umask):
+    """Other users' servers must be able to read what this one saves, as far as it lets them."""
+    before = os.umask(umask)
+    try:
+        mlflow_safeflavor.save_model(tiny_bert(), tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False)
+    finally:
+        os.umask(before)
+    for path in [tmp_path / "model", *(tmp_path / "model").rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
