@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from _common import machine
 from rich.console import Console
@@ -66,8 +66,6 @@ def _process(code: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
 
 def measure(rounds: int, repeats: int) -> dict[tuple[str, str, int], list[float]]:
     """Milliseconds by neighbour, setting and tokens, one a round. Only one process is asked at a time."""
-    from contextlib import ExitStack
-
     found: dict[tuple[str, str, int], list[float]] = {}
     cores = str(len(os.sched_getaffinity(0)))
     with ExitStack() as stack:

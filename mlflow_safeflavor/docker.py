@@ -163,11 +163,14 @@ def _require_target(pins: dict[str, str], target: str) -> None:
 
 
 def _write_environment(lines: Iterable[str], folder: Path) -> None:
-    """requirements.txt, and the wheels that only a folder of this machine has."""
+    """requirements.txt, and what it names that only this machine has: constraints, and wheels of a folder."""
     lines = list(lines)
     pins = _pins(lines)
     (folder / _WHEELS).mkdir(parents=True)
     for i, line in enumerate(lines):
+        if line.startswith("-c "):
+            shutil.copyfile(line[3:], folder / "constraints.txt")
+            lines[i] = "-c constraints.txt"
         wheels = _local_folder(line)
         if wheels is not None:
             lines[i] = f"--find-links /build/{_WHEELS}"

@@ -19,7 +19,7 @@ from mlflow_safeflavor.rows import unfold_columns
 if TYPE_CHECKING:
     from mlflow_safeflavor.model import LoadedModel
 
-__all__ = ["PyfuncModel", "load_pyfunc"]
+__all__ = ["PyfuncModel", "facts_of", "load_pyfunc"]
 
 # Below MLflow's own logger, which serving sets up to print: one line in the server's or container's log.
 _logger = logging.getLogger("mlflow.safeflavor")
@@ -70,9 +70,10 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
         ),
     )
     _logger.info("safeflavor: %s; %s; %s", model.spec.task, budget, model.report)
-    return PyfuncModel(model, _facts(model, budget) if tells_environment() else None)
+    return PyfuncModel(model, facts_of(model, budget) if tells_environment() else None)
 
 
-def _facts(model: LoadedModel, budget: cpu.Budget) -> dict[str, Any]:
+def facts_of(model: LoadedModel, budget: cpu.Budget | None = None) -> dict[str, Any]:
+    """What a loaded model runs on here; see ``describe_process``."""
     pins = Environment.from_json(read_json(Layout(model.folder).environment)).distributions
     return describe_process(pins, device=model.report.device, budget=budget)

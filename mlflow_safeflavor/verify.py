@@ -19,7 +19,8 @@ from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError
 from mlflow_safeflavor.load import LoadOptions, load_folder, locate, read_spec
 from mlflow_safeflavor.parity import Golden, ParityReport, Replayed, compare_answers, read_golden, replay
-from mlflow_safeflavor.process import arrays_asking, describe_process, describe_recorded, labelled_row, told_environment
+from mlflow_safeflavor.process import arrays_asking, describe_recorded, labelled_row, told_environment
+from mlflow_safeflavor.pyfunc import facts_of
 from mlflow_safeflavor.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def verify_model(
         )
     layout = Layout(locate(model_uri))
     model = load_folder(layout.root, options)
-    return replace(replay(model, layout), environments={"saved": _saved(model.spec, layout), "here": _here(model)})
+    return replace(replay(model, layout), environments={"saved": _saved(model.spec, layout), "here": facts_of(model)})
 
 
 def _verify_server(
@@ -90,7 +91,7 @@ def _verify_server(
     if frame is not None:
         model = load_folder(layout.root, options)
         compared += _compare_rows(server, model, frame, schema, golden)
-        environments["here"] = _here(model)
+        environments["here"] = facts_of(model)
     environments["server"] = _ask_environment(server, golden, spec, layout)
     return ParityReport(tuple(compared), golden.atol, golden.rtol, environments)
 
@@ -213,16 +214,7 @@ def _read_json(path: str | Path, *, lines: bool) -> pd.DataFrame:
 
 
 def _saved(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
-    return describe_recorded(_recorded_environment(layout), spec.loader_version)
-
-
-def _here(model: LoadedModel) -> dict[str, Any]:
-    pins = _recorded_environment(Layout(model.folder)).distributions
-    return describe_process(pins, device=model.report.device)
-
-
-def _recorded_environment(layout: Layout) -> Environment:
-    return Environment.from_json(read_json(layout.environment))
+    return describe_recorded(Environment.from_json(read_json(layout.environment)), spec.loader_version)
 
 
 def _ask_environment(server: Endpoint, golden: Golden, spec: ModelSpec, layout: Layout) -> dict[str, Any] | None:

@@ -194,6 +194,14 @@ def test_constraints_are_named_by_where_they_are(tmp_path, wheels, monkeypatch):
         lock(read_lines(tmp_path / "requirements.txt"), python="3.11.0")
 
 
+def test_constraints_come_along(model, wheels, tmp_path):
+    (model / "constraints.txt").write_text("small<2\n")
+    rewrite(Layout(model).requirements, f"--find-links {wheels.as_uri()}\nsmall==1.0\n-c constraints.txt\n")
+    folder = generate_dockerfile(str(model), tmp_path / "image", hashes=False).parent / "environment"
+    assert (folder / "requirements.txt").read_text().splitlines()[-1] == "-c constraints.txt"
+    assert (folder / "constraints.txt").read_text() == "small<2\n"
+
+
 def test_the_command(model, tmp_path):
     done = CliRunner().invoke(main, ["dockerfile", str(model), "-o", str(tmp_path / "image")])
     assert done.exit_code == 0, done.output
