@@ -23,7 +23,6 @@ __all__ = [
     "read_json",
     "read_manifest",
     "read_plain_file",
-    "set_modes",
     "staging",
     "without_duplicates",
     "write_json",
@@ -72,10 +71,14 @@ class Layout:
 
 
 @contextmanager
-def staging(target: str | Path) -> Iterator[Path]:
+def staging(target: str | Path, *, umask: int | None = None) -> Iterator[Path]:
     """A folder beside ``target`` that becomes ``target`` in one rename, or vanishes on any error.
 
     An empty folder at ``target`` is replaced: MLflow hands one over in ``log_model``.
+
+    Args:
+        target: Folder to create.
+        umask: Decides on the modes of all files; by default this process's own.
 
     Raises:
         IntegrityError: ``target`` exists and is not an empty folder.
@@ -94,16 +97,20 @@ def staging(target: str | Path) -> Iterator[Path]:
         yield stage
         # mkdtemp makes the folder private (0700), and safetensors its files (0600); a model has the modes that
         # any new folder and file would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        set_modes(stage, umask)
+        _set_modes(stage, _own_umask() if umask is None else umask)
         os.replace(stage, target)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
 
 
-def set_modes(root: Path, umask: int) -> None:
+def _own_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _set_modes(root: Path, umask: int) -> None:
     """Give a folder and all below it the modes that new ones get under ``umask``; scripts stay executable."""
     for path in (root, *root.rglob("*")):
         if not path.is_symlink():

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from mlflow_safeflavor.artifact import Layout, read_json, set_modes, staging
+from mlflow_safeflavor.artifact import Layout, read_json, staging
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
 from mlflow_safeflavor.load import locate, read_spec
@@ -106,7 +106,8 @@ def generate_dockerfile(
     if hashes:
         lines = lock(lines, python=environment.python)
         _require_target(_pins(lines), target)
-    with staging(output_dir) as stage:
+    # The image's user must be able to read what root copies, whatever modes this process gives.
+    with staging(output_dir, umask=0o022) as stage:
         _write_environment(lines, stage / "environment")
         shutil.copytree(layout.root, stage / "model", ignore=shutil.ignore_patterns("__pycache__"))
         (stage / "Dockerfile").write_text(
@@ -120,7 +121,6 @@ def generate_dockerfile(
             ),
             encoding="utf-8",
         )
-    set_modes(Path(output_dir), 0o022)  # the image's user must be able to read what root copies
     return Path(output_dir) / "Dockerfile"
 
 
