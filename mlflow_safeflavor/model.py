@@ -17,7 +17,6 @@ from mlflow_safeflavor.report import LoadReport
 from mlflow_safeflavor.spec import ModelSpec
 from mlflow_safeflavor.tasks import Task, task_class
 from mlflow_safeflavor.tasks.base import Row, RowOutput
-from mlflow_safeflavor.tasks.custom import Custom
 from mlflow_safeflavor.tokenizer import TextEncoder, load_tokenizer
 
 __all__ = ["LoadedModel", "make_task"]
@@ -26,12 +25,12 @@ __all__ = ["LoadedModel", "make_task"]
 def make_task(spec: ModelSpec, tokenizer_folder: Path, hooks: Mapping[str, Callable[..., Any]]) -> Task:
     """The task that a spec names, bound to what was recorded for it."""
     cls = task_class(spec.task)
-    if issubclass(cls, Custom):
-        tokenizer = cache(lambda: load_tokenizer(tokenizer_folder) if tokenizer_folder.is_dir() else None)
-        return cls(spec.task_config, spec.input_columns, hooks=hooks, tokenizer=tokenizer)
-    config = spec.task_config["encoder"]
-    encoder = TextEncoder(tokenizer_folder, config) if config is not None else None
-    return cls(spec.task_config, spec.input_columns, encoder)
+    make: dict[str, Callable[[], Any]] = {
+        "encoder": lambda: TextEncoder(tokenizer_folder, spec.task_config["encoder"]),
+        "tokenizer": lambda: cache(lambda: load_tokenizer(tokenizer_folder) if tokenizer_folder.is_dir() else None),
+        "hooks": lambda: hooks,
+    }
+    return cls(spec.task_config, spec.input_columns, **{name: make[name]() for name in cls.reads})
 
 
 @dataclass(frozen=True)

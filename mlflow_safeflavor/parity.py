@@ -139,7 +139,7 @@ class ParityReport:
 def record(model: Predictor, rows: Sequence[Row], dtype: str, layout: Layout) -> list[dict[str, Any]]:
     """Answer ``rows``, and write features, raw outputs and answers to the artifact. Returns the answers."""
     features = _features(model, rows)
-    answers, outputs = model.answer(rows)
+    answers, outputs = model.answer(rows, model.task.golden_params)
     # Not ascontiguousarray, which would give a single number a dimension.
     arrays = {
         f"{index}.{part}.{name}": np.asarray(value, order="C")
@@ -162,8 +162,18 @@ def record(model: Predictor, rows: Sequence[Row], dtype: str, layout: Layout) ->
 
 def _features(model: Predictor, rows: Sequence[Row]) -> list[Features]:
     """Rows as the tokenizer encodes them: recorded too, so that a tokenizer that drifted is named as such."""
-    encoded = model.task.encode(rows, model.task.check_params(None))
-    return [{name: v for name, v in row.items() if isinstance(v, (list, np.ndarray))} for row in encoded]
+    encoded = model.task.encode(rows, model.task.check_params(model.task.golden_params))
+    return [_recordable(model.task.pieces(row)) for row in encoded]
+
+
+def _recordable(pieces: Sequence[Features]) -> Features:
+    """The lists and arrays of all pieces of a row; those of the second piece on under its number."""
+    return {
+        f"{i}.{name}" if i else name: value
+        for i, piece in enumerate(pieces)
+        for name, value in piece.items()
+        if isinstance(value, (list, np.ndarray))
+    }
 
 
 @dataclass(frozen=True)
@@ -225,7 +235,7 @@ def replay(model: Predictor, layout: Layout) -> ParityReport:
     answers, arrays, atol, rtol = golden.answers, golden.arrays, golden.atol, golden.rtol
     rows = [model.task.from_record(row, golden.inputs(index)) for index, row in enumerate(golden.rows)]
     features = _features(model, rows)
-    found, outputs = model.answer(rows)
+    found, outputs = model.answer(rows, model.task.golden_params)
     replayed = []
     for index in range(len(rows)):
         problems = [

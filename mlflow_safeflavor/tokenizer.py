@@ -99,8 +99,10 @@ class TextEncoder:
         *,
         max_length: int | None = None,
         truncation: bool = True,
-    ) -> list[dict[str, list[int]]]:
-        """Encode with special tokens and without padding.
+        special: bool = True,
+        spans: bool = False,
+    ) -> list[dict[str, list[Any]]]:
+        """Encode without padding.
 
         Args:
             texts: The (first) texts.
@@ -109,22 +111,31 @@ class TextEncoder:
                 are never cut, so it should be more than ``special_tokens``.
             truncation: Cut what is longer, the longer text of a pair first. Otherwise rows keep their
                 length, and the caller compares ``len(row["input_ids"])``.
+            special: Add the special tokens.
+            spans: Also say where in the texts each token is from.
 
         Returns:
-            One dict a row: name in ``input_names`` → list of int, all equally long.
+            One dict a row: name in ``input_names`` → list of int, all equally long. With ``spans`` also ``offsets``
+            (``[start, end]`` in characters of its text), ``word_ids`` (number of the pre-tokenized word) and
+            ``sequence_ids`` (0 for the text, 1 for the second one); the latter two are -1 for special tokens.
         """
         limit = (max_length or self.max_length) if truncation else None
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        # No offsets into the text are asked for, so the faster call is used; its ids are the same.
-        return [self._named(encoding, limit) for encoding in self._tokenizer.encode_batch_fast(inputs)]
+        # Offsets cost time; the ids are the same.
+        encode = self._tokenizer.encode_batch if spans else self._tokenizer.encode_batch_fast
+        return [self._named(encoding, limit, spans) for encoding in encode(inputs, add_special_tokens=special)]
 
     def special_tokens(self, *, pair: bool) -> int:
         """How many special tokens are added to a text, or to a pair."""
         return int(self._tokenizer.num_special_tokens_to_add(pair))
 
-    def _named(self, encoding: Any, limit: int | None) -> dict[str, list[int]]:
+    def _named(self, encoding: Any, limit: int | None, spans: bool) -> dict[str, list[Any]]:
         made = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
-        row: dict[str, list[int]] = {name: getattr(encoding, made[name]) for name in self.input_names}
+        row: dict[str, list[Any]] = {name: getattr(encoding, made[name]) for name in self.input_names}
+        if spans:
+            row["offsets"] = [list(span) for span in encoding.offsets]
+            row["word_ids"] = [-1 if word is None else word for word in encoding.word_ids]
+            row["sequence_ids"] = [-1 if text is None else text for text in encoding.sequence_ids]
         if limit is None or len(encoding) <= limit:
             return row
         kept = self._kept(encoding.sequence_ids, limit)

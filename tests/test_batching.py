@@ -56,14 +56,20 @@ class Echo:
     def cost(self, features):
         return len(features["input_ids"])
 
+    def pieces(self, features):
+        return [features]
+
+    def join(self, outputs):
+        return outputs[0]
+
     def batch_budget(self, max_batch_tokens):
         return max_batch_tokens
 
-    def forward(self, engine, batch):
+    def forward(self, engine, batch, params):
         self.batches.append(len(batch))
         return [{"joined": "".join(row["input_ids"])} for row in batch]
 
-    def decode(self, rows, outputs, params):
+    def decode(self, rows, features, outputs, params):
         return [{"text": output["joined"] + params["suffix"]} for output in outputs]
 
 
@@ -87,8 +93,8 @@ def test_the_budget_is_passed_on():
 
 def test_a_forward_that_loses_a_row_is_no_answer():
     class Lossy(Echo):
-        def forward(self, engine, batch):
-            return super().forward(engine, batch)[1:]
+        def forward(self, engine, batch, params):
+            return super().forward(engine, batch, params)[1:]
 
     with pytest.raises(ValueError, match="shorter"):
         predict_rows(Lossy(), None, [{"text": "a"}, {"text": "b"}])

@@ -133,12 +133,12 @@ def test_sigmoid_and_softmax_of_large_logits_do_not_overflow(classifier):
     logits = [{"logits": np.array([800.0, -800.0, 0.0], np.float32)}]
     for function in ("sigmoid", "softmax"):
         params = classifier.task.check_params({"function_to_apply": function})
-        assert classifier.task.decode([{}], logits, params) == [{"label": "LABEL_0", "score": 1.0}]
+        assert classifier.task.decode([{}], [{}], logits, params) == [{"label": "LABEL_0", "score": 1.0}]
 
 
 def test_equal_scores_go_to_the_first_label(classifier):
     params = classifier.task.check_params({"top_k": -1})
-    answer = classifier.task.decode([{}], [{"logits": np.zeros(3, np.float32)}], params)[0]
+    answer = classifier.task.decode([{}], [{}], [{"logits": np.zeros(3, np.float32)}], params)[0]
     assert answer["labels"] == ["LABEL_0", "LABEL_1", "LABEL_2"]
 
 
@@ -444,7 +444,7 @@ def test_max_length_leaves_room_for_special_tokens_and_both_texts(pair_classifie
 def test_an_answer_that_is_no_number_names_the_row(classifier):
     outputs = [{"logits": np.array([0, 1, 2], np.float32)}, {"logits": np.array([0, np.nan, 2], np.float32)}]
     with pytest.raises(InputError, match=r"not a number[\s\S]*row 1[\s\S]*1 of 2 rows[\s\S]*float32"):
-        classifier.task.decode([{}, {}], outputs, classifier.task.check_params({}))
+        classifier.task.decode([{}, {}], [{}, {}], outputs, classifier.task.check_params({}))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""The shape every task has. Data flows one way: rows → features → tensors → row outputs → answers."""
+"""The shape every task has. Data flows one way: rows → features → pieces → tensors → row outputs → answers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,10 +20,10 @@ from mlflow_safeflavor.tasks.params import Param, check_params
 __all__ = ["Features", "Row", "RowOutput", "Task"]
 
 Features = Mapping[str, Any]
-"""One encoded row, unpadded: model argument → list of int (or array)."""
+"""One encoded row, or a piece of one, unpadded: model argument → list of int (or array)."""
 
 RowOutput = Mapping[str, np.ndarray]
-"""What the model said of one row, float32 and without padding: output name → array. Compared by parity."""
+"""What the model said of one row or piece, float32 and without padding: output name → array. Compared by parity."""
 
 
 class Task(ABC):
@@ -31,7 +32,8 @@ class Task(ABC):
     Args:
         config: What ``describe`` returned.
         columns: Field → column name, for every field this model uses.
-        encoder: The tokenizer, as ``mlflow_safeflavor.tokenizer.TextEncoder``; None for tasks without text.
+        encoder: The tokenizer, as ``mlflow_safeflavor.tokenizer.TextEncoder``; None for tasks without text. Tasks that
+            read something else name it in ``reads``.
 
     Attributes:
         columns: As given, in the order of ``fields``.
@@ -47,6 +49,12 @@ class Task(ABC):
     """Fields that ``columns`` must have. Every field in ``columns`` must then be in every row."""
     params: ClassVar[tuple[Param, ...]] = ()
     """Per-request params."""
+    forward_params: ClassVar[frozenset[str]] = frozenset()
+    """Names of those that ``forward`` looks at: only requests that agree in them may share a batch."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """What else the constructor takes by name: ``encoder``, ``tokenizer``, ``hooks``, ``processor``."""
+    golden_params: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Params that golden rows are asked with, other than the defaults."""
     needs_example: ClassVar[bool] = False
     """Whether only the user's example tells columns, signature and golden rows."""
     task_options: ClassVar[frozenset[str]] = frozenset()
@@ -148,22 +156,46 @@ class Task(ABC):
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
         """Rows → features, one each, in order. Raises ``InputError`` naming row and column."""
 
+    def pieces(self, features: Features) -> Sequence[Features]:
+        """What the model must see of one row, at least one piece: a long text in windows, a text with each label …."""
+        return (features,)
+
     @abstractmethod
     def cost(self, features: Features) -> int:
-        """Length of one row in tokens (or what takes their place); rows of near cost share a batch."""
+        """Length of one piece in tokens (or what takes their place); pieces of near cost share a batch."""
 
     @abstractmethod
-    def forward(self, engine: Engine, batch: Sequence[Features]) -> list[RowOutput]:
-        """Pad, run, cut: one output a row.
+    def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
+        """Pad, run, cut: one output a piece.
 
-        Nothing of one row may depend on the rows beside it beyond rounding.
+        Nothing of one piece may depend on the pieces beside it beyond rounding.
+
+        Args:
+            engine: What runs the model.
+            batch: Pieces, of any rows of any requests.
+            params: Of one of these requests; all agree in ``forward_params``, so nothing else may be read.
         """
+
+    def join(self, outputs: Sequence[RowOutput]) -> RowOutput:
+        """The outputs of one row's pieces, in order, as one."""
+        return outputs[0]
 
     @abstractmethod
     def decode(
-        self, rows: Sequence[Row], outputs: Sequence[RowOutput], params: Mapping[str, Any]
+        self,
+        rows: Sequence[Row],
+        features: Sequence[Features],
+        outputs: Sequence[RowOutput],
+        params: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
-        """Outputs → answers, one dict a row with the same keys in every row; JSON-able values."""
+        """Outputs → answers, one dict a row with the same keys in every row; JSON-able values.
+
+        Args:
+            rows: As asked.
+            features: What ``encode`` made of them.
+            outputs: What ``join`` made of their pieces' outputs.
+            params: What ``check_params`` returned.
+        """
 
 
 def _listed(fields: Sequence[str], required: Sequence[str]) -> str:

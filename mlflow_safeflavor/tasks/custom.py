@@ -38,6 +38,7 @@ class Custom(Task):
     name = "custom"
     fields = ()
     required = ()
+    reads = ("hooks", "tokenizer")
     needs_example = True
     task_options = frozenset({"batch_rows"})
 
@@ -45,12 +46,11 @@ class Custom(Task):
         self,
         config: Mapping[str, Any],
         columns: Mapping[str, str],
-        encoder: Any = None,
         *,
         hooks: Mapping[str, Callable[..., Any]],
         tokenizer: Callable[[], Any],
     ) -> None:
-        super().__init__(config, columns, encoder)
+        super().__init__(config, columns)
         if not {"preprocess", "postprocess"} <= hooks.keys():
             raise StructureError(
                 "The custom task needs both hooks", wanted="preprocess=… and postprocess=…", found=sorted(hooks)
@@ -103,7 +103,7 @@ class Custom(Task):
     def batch_budget(self, max_batch_tokens: int) -> int:
         return int(self.config["batch_rows"])
 
-    def forward(self, engine: Engine, batch: Sequence[Features]) -> list[RowOutput]:
+    def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
         rows = [{self.columns[field]: value for field, value in features["row"].items()} for features in batch]
         inputs = self.preprocess(rows, self.tokenizer())
         if not isinstance(inputs, Mapping) or not all(isinstance(v, torch.Tensor) for v in inputs.values()):
@@ -123,7 +123,11 @@ class Custom(Task):
         return [_answered(outputs, i, len(rows), dict(answer)) for i, answer in enumerate(answers)]
 
     def decode(
-        self, rows: Sequence[Row], outputs: Sequence[RowOutput], params: Mapping[str, Any]
+        self,
+        rows: Sequence[Row],
+        features: Sequence[Features],
+        outputs: Sequence[RowOutput],
+        params: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
         return [output.answer for output in outputs if isinstance(output, _Answered)]
 

@@ -12,7 +12,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.tasks.base import Row, RowOutput
+from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.text import TextTask, describe_text_model, pick, require_finite
 
 __all__ = ["FeatureExtraction"]
@@ -76,7 +76,11 @@ class FeatureExtraction(TextTask):
         return [{"embedding": row} for row in pooled.cpu().numpy()]
 
     def decode(
-        self, rows: Sequence[Row], outputs: Sequence[RowOutput], params: Mapping[str, Any]
+        self,
+        rows: Sequence[Row],
+        features: Sequence[Features],
+        outputs: Sequence[RowOutput],
+        params: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
         require_finite(np.stack([output["embedding"] for output in outputs]))
         return [{"embedding": output["embedding"].tolist()} for output in outputs]

@@ -22,6 +22,7 @@ class Param:
     Attributes:
         name: As users write it.
         kind: Its type in the signature.
+        many: Whether it is a list of that type.
         default: Used where a request does not give it. Never None: a signature's default has a type, and clients
             read from it what they may send.
         wanted: What values are allowed, in words.
@@ -30,16 +31,22 @@ class Param:
     """
 
     name: str
-    kind: Literal["long", "boolean", "string"]
+    kind: Literal["long", "boolean", "string", "double"]
     default: Any
     wanted: str
     allows: Callable[[Any], bool] = lambda value: True
     none_is: Any = None
+    many: bool = False
 
 
 def param_schema(declared: Sequence[Param]) -> ParamSchema:
     """The params part of a signature."""
-    return ParamSchema([ParamSpec(param.name, DataType[param.kind], param.default) for param in declared])
+    return ParamSchema(
+        [
+            ParamSpec(param.name, DataType[param.kind], param.default, (-1,) if param.many else None)
+            for param in declared
+        ]
+    )
 
 
 def check_params(declared: Sequence[Param], given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -66,7 +73,9 @@ def check_params(declared: Sequence[Param], given: Mapping[str, Any] | None) -> 
 
 
 def _checked(param: Param, value: Any) -> Any:
-    plain = param.none_is if value is None else _plain(param.kind, value)
+    plain = (
+        param.none_is if value is None else _plain_list(param.kind, value) if param.many else _plain(param.kind, value)
+    )
     if plain is None or not param.allows(plain):
         raise InputError(
             "A param has a value that is not allowed",
@@ -77,6 +86,11 @@ def _checked(param: Param, value: Any) -> Any:
     return plain
 
 
+def _plain_list(kind: str, value: Any) -> list[Any] | None:
+    items = [_plain(kind, item) for item in value] if isinstance(value, (list, tuple, np.ndarray)) else [None]
+    return None if None in items else items
+
+
 def _plain(kind: str, value: Any) -> Any:
     """The value as the Python type of ``kind``; None where it is of another type. A bool is no number."""
     if kind == "boolean":
@@ -85,6 +99,8 @@ def _plain(kind: str, value: Any) -> Any:
         return str(value) if isinstance(value, str) else None
     if isinstance(value, (bool, np.bool_)):
         return None
+    if kind == "double":
+        return float(value) if isinstance(value, (int, float, np.integer, np.floating)) and np.isfinite(value) else None
     try:
         return operator.index(value)
     except TypeError:

@@ -81,7 +81,7 @@ class Raw(Task):
     def batch_budget(self, max_batch_tokens: int) -> int:
         return 1
 
-    def forward(self, engine: Engine, batch: Sequence[Features]) -> list[RowOutput]:
+    def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
         return [self._forward(engine, features) for features in batch]
 
     def _forward(self, engine: Engine, features: Features) -> RowOutput:
@@ -97,7 +97,11 @@ class Raw(Task):
         return {name: (t.float() if t.is_floating_point() else t).cpu().numpy() for name, t in outputs.items()}
 
     def decode(
-        self, rows: Sequence[Row], outputs: Sequence[RowOutput], params: Mapping[str, Any]
+        self,
+        rows: Sequence[Row],
+        features: Sequence[Features],
+        outputs: Sequence[RowOutput],
+        params: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
         return [dict(output) for output in outputs]
 

@@ -51,6 +51,7 @@ class TextTask(Task):
 
     fields: ClassVar[tuple[str, ...]] = ("text",)
     required = ("text",)
+    reads = ("encoder",)
     params: ClassVar[tuple[Param, ...]] = (MAX_LENGTH, TRUNCATION)
     answer: ClassVar[Schema]
     """The outputs part of the signature."""
@@ -138,7 +139,11 @@ class TextTask(Task):
             The model's arguments, each int64 of shape (rows, longest), and the same-shaped mask of real tokens.
         """
         fill = {"input_ids": self.pad_id or 0, "token_type_ids": self.encoder.config["pad_token_type_id"]}
-        tables = {name: self._filled([row[name] for row in batch], fill.get(name, 0)) for name in batch[0]}
+        tables = {
+            name: self._filled([row[name] for row in batch], fill.get(name, 0))
+            for name in self.config["input_names"]
+            if name in batch[0]
+        }
         mask = self._filled([np.ones(self.cost(row), np.int64) for row in batch], 0)
         return tables, mask.bool()
 
@@ -151,7 +156,7 @@ class TextTask(Task):
             line[start : start + len(row)] = row
         return torch.from_numpy(table)
 
-    def forward(self, engine: Engine, batch: Sequence[Features]) -> list[RowOutput]:
+    def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
         # Without a mask or a padding token the model would read the padding, so each row goes alone.
         parts = [batch] if self.pad_id is not None else [[row] for row in batch]
         outputs: list[RowOutput] = []

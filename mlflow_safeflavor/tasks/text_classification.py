@@ -10,7 +10,7 @@ import torch
 from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.tasks.base import Row, RowOutput
+from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model, pick, require_finite
 
@@ -69,7 +69,11 @@ class TextClassification(TextTask):
         return [{"logits": row} for row in logits.cpu().numpy()]
 
     def decode(
-        self, rows: Sequence[Row], outputs: Sequence[RowOutput], params: Mapping[str, Any]
+        self,
+        rows: Sequence[Row],
+        features: Sequence[Features],
+        outputs: Sequence[RowOutput],
+        params: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
         logits = np.stack([output["logits"] for output in outputs])
         require_finite(logits)
