@@ -455,13 +455,13 @@ def test_an_answer_that_is_no_number_names_the_row(classifier):
 def test_a_model_that_returns_something_else(classifier, outputs):
     with pytest.raises(StructureError, match=r"does not return[\s\S]*logits, shape \(1, 3\)"):
         classifier.task.forward(
-            lambda inputs: outputs, classifier.task.encode([{"text": "a"}], {"max_length": 0, "truncation": True})
+            lambda inputs: outputs, classifier.task.encode([{"text": "a"}], {"max_length": 0, "truncation": True}), {}
         )
 
 
 def test_a_module_that_names_no_outputs_is_read_by_position(classifier):
     features = classifier.task.encode([{"text": "a"}], classifier.task.check_params({}))
-    (output,) = classifier.task.forward(lambda inputs: {"output_0": torch.ones(1, 3)}, features)
+    (output,) = classifier.task.forward(lambda inputs: {"output_0": torch.ones(1, 3)}, features, {})
     assert output["logits"].tolist() == [1, 1, 1]
 
 
