@@ -41,6 +41,9 @@ _ATTRIBUTES = (
     "truncation_side",
 )
 
+_CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+"""Where ``clean_up_tokenization`` takes spaces away, in its order."""
+
 _PROBES = (
     "",
     "The quick brown fox jumps over the lazy dog.",
@@ -99,6 +102,7 @@ class TextEncoder:
         *,
         max_length: int | None = None,
         truncation: bool = True,
+        only: int | None = None,
         special: bool = True,
         spans: bool = False,
     ) -> list[dict[str, list[Any]]]:
@@ -111,6 +115,7 @@ class TextEncoder:
                 are never cut, so it should be more than ``special_tokens``.
             truncation: Cut what is longer, the longer text of a pair first. Otherwise rows keep their
                 length, and the caller compares ``len(row["input_ids"])``.
+            only: Cut this text of a pair (0 or 1) and never the other; a row stays longer where that does not do.
             special: Add the special tokens.
             spans: Also say where in the texts each token is from.
 
@@ -123,13 +128,41 @@ class TextEncoder:
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         # Offsets cost time; the ids are the same.
         encode = self._tokenizer.encode_batch if spans else self._tokenizer.encode_batch_fast
-        return [self._named(encoding, limit, spans) for encoding in encode(inputs, add_special_tokens=special)]
+        return [self._named(encoding, limit, only, spans) for encoding in encode(inputs, add_special_tokens=special)]
 
     def special_tokens(self, *, pair: bool) -> int:
         """How many special tokens are added to a text, or to a pair."""
         return int(self._tokenizer.num_special_tokens_to_add(pair))
 
-    def _named(self, encoding: Any, limit: int | None, spans: bool) -> dict[str, list[Any]]:
+    # And back.
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Token ids → text, as ``decode`` of the tokenizer that was saved makes it."""
+        text = str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
+        for spaced in _CLEANED_UP if self.config["clean_up"] else ():
+            text = text.replace(spaced, spaced.strip())
+        return text
+
+    def join(self, tokens: Sequence[str]) -> str:
+        """Tokens → text, as ``convert_tokens_to_string`` makes it."""
+        decoder = self._tokenizer.decoder
+        return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
+
+    def token(self, token_id: int) -> str:
+        """Token of that id, as the vocabulary writes it; empty if there is none."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token as the vocabulary writes it; None if there is none."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    @property
+    def marks_subwords(self) -> bool:
+        """Whether tokens that go on with a word are marked as such, like "##ing"."""
+        return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))
+
+    def _named(self, encoding: Any, limit: int | None, only: int | None, spans: bool) -> dict[str, list[Any]]:
         made = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
         row: dict[str, list[Any]] = {name: getattr(encoding, made[name]) for name in self.input_names}
         if spans:
@@ -138,14 +171,15 @@ class TextEncoder:
             row["sequence_ids"] = [-1 if text is None else text for text in encoding.sequence_ids]
         if limit is None or len(encoding) <= limit:
             return row
-        kept = self._kept(encoding.sequence_ids, limit)
+        kept = self._kept(encoding.sequence_ids, limit, only)
         return {name: [values[i] for i in kept] for name, values in row.items()}
 
-    def _kept(self, sequence_ids: Sequence[int | None], limit: int) -> list[int]:
+    def _kept(self, sequence_ids: Sequence[int | None], limit: int, only: int | None) -> list[int]:
         """Positions that stay when a row is cut to ``limit``: special tokens (None) and the near end of each text."""
         places = [[i for i, text in enumerate(sequence_ids) if text == wanted] for wanted in (0, 1)]
         special = [i for i, text in enumerate(sequence_ids) if text is None]
-        lengths = _longest_first(len(places[0]), len(places[1]), max(0, limit - len(special)))
+        whole, budget = [len(positions) for positions in places], max(0, limit - len(special))
+        lengths = _longest_first(whole[0], whole[1], budget) if only is None else _only(only, whole, budget)
         for positions, length in zip(places, lengths, strict=True):
             special += positions[len(positions) - length :] if self._left else positions[:length]
         return sorted(special)
@@ -163,6 +197,13 @@ def _longest_first(first: int, second: int, budget: int) -> tuple[int, int]:
         return (shorter, longer) if first <= second else (longer, shorter)
     half = budget // 2
     return (half, budget - half) if first <= second else (budget - half, half)
+
+
+def _only(cut: int, lengths: Sequence[int], budget: int) -> list[int]:
+    """How many tokens of each text are kept when one alone is cut, down to a single token if it must be."""
+    kept = list(lengths)
+    kept[cut] = min(kept[cut], max(1, budget - kept[1 - cut]))
+    return kept
 
 
 def write_tokenizer(tokenizer: Any, folder: str | Path) -> dict[str, Any]:
@@ -271,12 +312,24 @@ def _encoder_config(tokenizer: Any) -> dict[str, Any]:
         # Other names (boxes, pixels) are not made from text; a model that needs them fails at save.
         "model_input_names": [name for name in made if name in {"input_ids", *tokenizer.model_input_names}],
         "model_max_length": int(limit) if limit is not None and 0 < limit < _UNLIMITED else None,
+        "clean_up": _cleans_up(tokenizer),
+        "cls_token_id": tokenizer.cls_token_id,
+        "mask_token": tokenizer.mask_token,
+        "mask_token_id": tokenizer.mask_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "pad_token_type_id": int(tokenizer.pad_token_type_id),
         "padding_side": str(tokenizer.padding_side),
         "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
         "truncation_side": str(tokenizer.truncation_side),
+        "unk_token_id": tokenizer.unk_token_id,
     }
+
+
+def _cleans_up(tokenizer: Any) -> bool:
+    """Whether decoding takes away spaces before punctuation; transformers 5 never does it for BPE unless forced."""
+    forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    spared = type(tokenizer.backend_tokenizer.model).__name__ == "BPE" and not getattr(tokenizer, forced, True)
+    return bool(tokenizer.clean_up_tokenization_spaces) and not spared
 
 
 def _write_files(tokenizer: Any, folder: Path) -> None:

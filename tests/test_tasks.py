@@ -12,10 +12,10 @@ import transformers
 from tokenizers import Tokenizer, models
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
-from mlflow_safeflavor.batching import predict_rows
 from mlflow_safeflavor.engine import ModuleEngine
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.rows import rows_of
+from mlflow_safeflavor.scheduler import Scheduler, predict_rows
 from mlflow_safeflavor.tasks import TASKS, infer_task, task_class
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
 from mlflow_safeflavor.tasks.text_classification import TextClassification
@@ -52,7 +52,8 @@ class Bound:
         return [dict(zip(self.task.columns, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def ask(self, *columns, budget=512, **params):
-        return predict_rows(self.task, self, self.rows(*columns), params, max_batch_tokens=budget)
+        scheduler = Scheduler(self.task, self, max_batch_tokens=budget)
+        return predict_rows(self.task, scheduler, self.rows(*columns), params)
 
     def answers(self, *columns, **params):
         return self.ask(*columns, **params)[0]
@@ -183,12 +184,12 @@ def _reference(minilm, pooling, normalize):
     with torch.inference_mode():
         for text in SENTENCES:
             hidden = model(**tokenizer([text], truncation=True, max_length=512, return_tensors="pt"))[0][0]
-            vector = hidden.mean(dim=0) if pooling == "mean" else hidden[0]
+            vector = {"mean": hidden.mean(dim=0), "cls": hidden[0], "last": hidden[-1]}[pooling]
             yield (vector / vector.norm() if normalize else vector).numpy()
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 def test_embeddings_of_real_weights(minilm, pooling, normalize):
     answers, outputs = minilm[2](pooling=pooling, normalize=normalize).ask(SENTENCES, budget=4000)
     wanted = np.stack(list(_reference(minilm, pooling, normalize)))
@@ -322,6 +323,14 @@ def test_a_model_is_given_only_what_its_forward_takes(bound, tiny_tokenizer):
         assert set(task.batches[0]) == wanted
 
 
+@pytest.mark.parametrize(("pooling", "wanted"), [("cls", [[1.0], [5.0]]), ("last", [[2.0], [6.0]])])
+def test_the_first_and_last_real_token_on_either_side_of_padding(pooling, wanted):
+    task = FeatureExtraction({"pooling": pooling, "normalize": False}, {"text": "text"})
+    hidden = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
+    mask = torch.tensor([[True, True, False], [False, True, True]])
+    assert [output["embedding"].tolist() for output in task.read({"last_hidden_state": hidden}, mask)] == wanted
+
+
 def test_nan_at_padding_positions_does_not_reach_the_mean(classifier):
     task = FeatureExtraction({"pooling": "mean", "normalize": False}, {"text": "text"})
     hidden = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [float("nan")] * 2]])
@@ -393,7 +402,7 @@ def test_a_text_without_any_token_names_row_and_column(bound, tiny_bert):
 def test_a_bad_value_names_row_and_column(pair_classifier, value):
     rows = [{"text": "a", "text_pair": "b"}, {"text": "a", "text_pair": value}]
     with pytest.raises(InputError, match=r"not a text[\s\S]*where: row 1, column 'after'"):
-        predict_rows(pair_classifier.task, pair_classifier, rows)
+        predict_rows(pair_classifier.task, Scheduler(pair_classifier.task, pair_classifier), rows)
     assert not pair_classifier.batches
 
 
@@ -492,7 +501,7 @@ def test_labels_that_are_no_numbering_are_refused(tiny_bert):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pooling": "max"}, r"'pooling'[\s\S]*mean \| cls[\s\S]*'max'"),
+        ({"pooling": "max"}, r"'pooling'[\s\S]*mean \| cls \| last[\s\S]*'max'"),
         ({"normalize": 1}, r"'normalize'[\s\S]*True \| False[\s\S]*1"),
         ({"pool": "cls"}, r"'pool'[\s\S]*normalize \| pooling"),
     ],

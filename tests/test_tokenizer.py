@@ -120,6 +120,46 @@ def test_ids_are_those_of_transformers(tokenizer, pairs, tmp_path):
     assert encoder.encode(NASTY, pairs) == _rows(own, len(NASTY))
 
 
+@pytest.mark.parametrize("only", [0, 1])
+def test_one_text_of_a_pair_is_cut_as_transformers_does(tokenizer, only, tmp_path):
+    encoder = TextEncoder(tmp_path, write_tokenizer(tokenizer, tmp_path))
+    other = "the cat"
+    for text in (NASTY[3], NASTY[12], NASTY[11]):
+        texts = [text, other] if only == 0 else [other, text]
+        uncut = len(tokenizer(*texts, verbose=False)["input_ids"])
+        length = uncut - len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1
+        for limit in (length, length + 3, uncut + 1):
+            wanted = tokenizer(*texts, truncation=("only_first", "only_second")[only], max_length=limit)
+            (found,) = encoder.encode(texts[:1], texts[1:], max_length=limit, only=only)
+            assert found == dict(wanted)
+        # transformers gives up where one token more must go.
+        (longer,) = encoder.encode(texts[:1], texts[1:], max_length=length - 1, only=only)
+        assert len(longer["input_ids"]) == length
+
+
+def test_texts_from_ids_and_from_tokens_are_those_of_transformers(tokenizer, tmp_path):
+    tokenizer.clean_up_tokenization_spaces = True
+    encoder = TextEncoder(tmp_path, write_tokenizer(tokenizer, tmp_path))
+    for text in (*NASTY, "it 's , they 've n't ' . ? ! ' m 'm 're ."):
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        for skip in (True, False):
+            assert encoder.decode(ids, skip_special=skip) == tokenizer.decode(ids, skip_special_tokens=skip)
+        tokens = [encoder.token(i) for i in ids]
+        assert tokens == tokenizer.convert_ids_to_tokens(ids)
+        assert encoder.join(tokens) == tokenizer.convert_tokens_to_string(tokens)
+        assert [encoder.token_id(token) for token in tokens] == ids
+    assert encoder.token_id("no such token") is None
+    assert encoder.token(10**6) == ""
+
+
+def test_whether_subwords_are_marked(tokenizers, tmp_path):
+    marked = {
+        name: TextEncoder(tmp_path / name, write_tokenizer(tokenizers[name], tmp_path / name)).marks_subwords
+        for name in NAMES
+    }
+    assert [name for name, marks in marked.items() if marks] == ["wordpiece"]
+
+
 def test_one_row_is_the_same_as_many(tokenizer, tmp_path):
     encoder = TextEncoder(tmp_path, write_tokenizer(tokenizer, tmp_path))
     assert [encoder.encode([text], max_length=9)[0] for text in NASTY] == encoder.encode(NASTY, max_length=9)
@@ -128,6 +168,10 @@ def test_one_row_is_the_same_as_many(tokenizer, tmp_path):
 def test_the_config_says_what_padding_needs(tokenizers, tmp_path):
     config = write_tokenizer(tokenizers["wordpiece"], tmp_path / "a")
     assert config == {
+        "clean_up": False,
+        "cls_token_id": 101,
+        "mask_token": "[MASK]",
+        "mask_token_id": 103,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         "model_max_length": 512,
         "pad_token_id": 0,
@@ -135,6 +179,7 @@ def test_the_config_says_what_padding_needs(tokenizers, tmp_path):
         "padding_side": "right",
         "split_special_tokens": False,
         "truncation_side": "right",
+        "unk_token_id": 100,
     }
     config = write_tokenizer(tokenizers["left"], tmp_path / "b")
     assert (config["padding_side"], config["truncation_side"], config["pad_token_id"]) == ("left", "left", 1)

@@ -17,15 +17,15 @@ from mlflow_safeflavor.tasks.text import TextTask, describe_text_model, pick, re
 
 __all__ = ["FeatureExtraction"]
 
-_POOLINGS = ("mean", "cls")
+_POOLINGS = ("mean", "cls", "last")
 _HEADS = re.compile(r"(LMHead|DoubleHeads|PreTrained|EncoderDecoder)Model$")
 
 
 class FeatureExtraction(TextTask):
     """One vector a text, pooled from the last hidden state.
 
-    Options, fixed at save through ``model_config``: ``pooling``, "mean" over real tokens (default) or "cls", the
-    first real token; ``normalize``, whether to scale to length 1 (default False).
+    Options, fixed at save through ``model_config``: ``pooling``, "mean" over real tokens (default), "cls", the
+    first real token, or "last", the last one; ``normalize``, whether to scale to length 1 (default False).
 
     Answers: ``embedding``, a list of as many floats as the model's hidden size.
     """
@@ -65,12 +65,7 @@ class FeatureExtraction(TextTask):
     def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
         hidden = pick(outputs, "last_hidden_state", (*mask.shape, None))
         mask = mask.to(hidden.device)
-        if self.config["pooling"] == "cls":
-            first = mask.int().argmax(dim=1)
-            pooled = hidden[torch.arange(len(hidden), device=hidden.device), first]
-        else:
-            # Masked out, not multiplied by zero: a padding position may hold NaN.
-            pooled = hidden.masked_fill(~mask[:, :, None], 0).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        pooled = _pooled(hidden, mask, self.config["pooling"])
         if self.config["normalize"]:
             pooled = torch.nn.functional.normalize(pooled, dim=1)
         return [{"embedding": row} for row in pooled.cpu().numpy()]
@@ -84,6 +79,16 @@ class FeatureExtraction(TextTask):
     ) -> list[dict[str, Any]]:
         require_finite(np.stack([output["embedding"] for output in outputs]))
         return [{"embedding": output["embedding"].tolist()} for output in outputs]
+
+
+def _pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """One vector a row; ``hidden`` has the shape (rows, longest, size) and ``mask`` (rows, longest)."""
+    if pooling == "mean":
+        # Masked out, not multiplied by zero: a padding position may hold NaN.
+        return hidden.masked_fill(~mask[:, :, None], 0).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    first = mask.int().argmax(dim=1)
+    chosen = first if pooling == "cls" else first + mask.sum(dim=1) - 1
+    return hidden[torch.arange(len(hidden), device=hidden.device), chosen]
 
 
 def _require_option(name: str, right: bool, wanted: str, found: object) -> None:

@@ -18,7 +18,19 @@ from mlflow_safeflavor.rows import place, require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 from mlflow_safeflavor.tasks.params import Param, param_schema
 
-__all__ = ["MAX_LENGTH", "TRUNCATION", "TextTask", "describe_text_model", "pick", "require_finite"]
+__all__ = [
+    "MAX_LENGTH",
+    "SPANS",
+    "TRUNCATION",
+    "TextTask",
+    "describe_text_model",
+    "pick",
+    "require_finite",
+    "windows",
+]
+
+SPANS = ("offsets", "word_ids", "sequence_ids")
+"""What ``TextEncoder.encode`` adds with ``spans``."""
 
 MAX_LENGTH = Param(
     "max_length",
@@ -53,6 +65,8 @@ class TextTask(Task):
     required = ("text",)
     reads = ("encoder",)
     params: ClassVar[tuple[Param, ...]] = (MAX_LENGTH, TRUNCATION)
+    spans: ClassVar[bool] = False
+    """Whether features also say where in the text each token is from; see ``TextEncoder.encode``."""
     answer: ClassVar[Schema]
     """The outputs part of the signature."""
 
@@ -74,17 +88,30 @@ class TextTask(Task):
 
     def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
         checked = super().check_params(params)
-        length, most = checked["max_length"], self.limit
+        if "max_length" in checked:
+            self.require_length("max_length", checked["max_length"], texts=len(self.columns))
+        return checked
+
+    def require_length(self, name: str, length: int, *, texts: int) -> None:
+        """Refuse a param that leaves no token of room for each text, or that is more than the model takes.
+
+        Args:
+            name: The param.
+            length: Its value; 0 says nothing.
+            texts: How many texts make up what is encoded, 1 or 2.
+
+        Raises:
+            InputError: Names the param.
+        """
         # Below this, tokenizers do not cut at all and say nothing.
-        least = self.encoder.special_tokens(pair=len(self.columns) > 1) + len(self.columns)
+        least, most = self.encoder.special_tokens(pair=texts > 1) + texts, self.limit
         if length and (length < least or (most and length > most)):
             raise InputError(
                 "A param has a value that is not allowed",
-                where="params, 'max_length'",
+                where=f"params, {name!r}",
                 wanted=f"{least} to {most or 'any'} tokens, or 0 for as many as the model takes",
                 found=length,
             )
-        return checked
 
     # Rows → features → tensors.
 
@@ -93,15 +120,23 @@ class TextTask(Task):
         pairs = [row["text_pair"] for row in rows] if "text_pair" in self.columns else None
         limit = params["max_length"] or self.limit
         encoded = self.encoder.encode(
-            [row["text"] for row in rows], pairs, max_length=limit, truncation=params["truncation"]
+            [row["text"] for row in rows],
+            pairs,
+            max_length=limit,
+            truncation=params["truncation"],
+            spans=self.spans,
         )
-        names = self.config["input_names"]
-        features: list[Features] = [{name: row[name] for name in names if name in row} for row in encoded]
-        for i, row in enumerate(features):
-            self._require_fitting(i, len(row["input_ids"]), limit)
-        return features
+        for i, row in enumerate(encoded):
+            self.require_fitting(i, len(row["input_ids"]), limit)
+        return [self.known(row) for row in encoded]
 
-    def _require_fitting(self, i: int, length: int, limit: int | None) -> None:
+    def known(self, row: Mapping[str, list[Any]]) -> Features:
+        """What the model takes of an encoded row, and where its tokens are from if that is told."""
+        names = (*self.config["input_names"], *SPANS)
+        return {name: row[name] for name in names if name in row}
+
+    def require_fitting(self, i: int, length: int, limit: int | None) -> None:
+        """Refuse row ``i`` if it has no tokens, or more than ``limit``. Raises ``InputError`` naming it."""
         if length == 0:
             # Alone it would crash the model; beside longer rows it would be all padding, and its answer noise.
             raise InputError(
@@ -172,7 +207,7 @@ class TextTask(Task):
 
         Args:
             outputs: What the engine returned for one batch.
-            mask: Real tokens, bool of shape (rows, longest), on the CPU.
+            mask: What ``collate`` returned: real tokens, bool of shape (rows, longest), on the CPU.
         """
 
 
@@ -245,18 +280,42 @@ def _max_length(model: torch.nn.Module, config: Any) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
-def pick(outputs: Mapping[str, torch.Tensor], name: str, shape: Sequence[int | None]) -> torch.Tensor:
-    """An output of the model in float32, by its name, or the first of a model that names none.
+def windows(row: Mapping[str, list[Any]], sequence: int, room: int, overlap: int) -> list[dict[str, list[Any]]]:
+    """Cut one text of an encoded row into windows; each has all the other tokens, too.
+
+    The windows are those of transformers' tokenizers with ``stride`` and ``return_overflowing_tokens``.
+
+    Args:
+        row: What ``TextEncoder.encode`` made, uncut and with spans.
+        sequence: Which text is cut: 0, or 1 for the second one.
+        room: Most tokens of that text in a window.
+        overlap: How many tokens two neighbours share; less than ``room``.
+
+    Returns:
+        At least one row, from left to right.
+    """
+    body = [i for i, text in enumerate(row["sequence_ids"]) if text == sequence]
+    rest = [i for i, text in enumerate(row["sequence_ids"]) if text != sequence]
+    starts = range(0, max(1, len(body) - overlap), room - overlap)
+    kept = [sorted(rest + body[start : start + room]) for start in starts]
+    return [{name: [values[i] for i in positions] for name, values in row.items()} for positions in kept]
+
+
+def pick(
+    outputs: Mapping[str, torch.Tensor], name: str, shape: Sequence[int | None], position: int = 0
+) -> torch.Tensor:
+    """An output of the model in float32, by its name, or by its position where the model names none.
 
     Args:
         outputs: What the engine returned.
         name: As transformers calls it.
         shape: Wanted lengths; None where any will do.
+        position: Its place in a tuple.
 
     Raises:
         StructureError: There is none, or it has another shape.
     """
-    tensor = outputs.get(name, outputs.get("output_0"))
+    tensor = outputs.get(name, outputs.get(f"output_{position}"))
     found = None if tensor is None else tuple(tensor.shape)
     if found is None or len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found, strict=True)):
         raise StructureError(
@@ -270,20 +329,20 @@ def pick(outputs: Mapping[str, torch.Tensor], name: str, shape: Sequence[int | N
     return tensor.float()
 
 
-def require_finite(values: np.ndarray) -> None:
+def require_finite(values: Sequence[np.ndarray] | np.ndarray) -> None:
     """Refuse answers that are no numbers, which half precision overflow or broken weights make.
 
     Args:
-        values: One line a row, shape (rows, any).
+        values: One array a row, of any shape.
 
     Raises:
         InputError: Names the first such row.
     """
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-    if len(bad):
+    bad = [i for i, value in enumerate(values) if not np.isfinite(value).all()]
+    if bad:
         raise InputError(
             "The model's answer to a row is not a number",
-            where=place(int(bad[0])),
+            where=place(bad[0]),
             wanted="finite numbers",
             found=f"NaN or infinity in {len(bad)} of {len(values)} rows",
             way_out="serve the model in float32: half precision overflows where float32 does not",

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from mlflow.types import ColSpec, DataType, Schema
 
-from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
+from mlflow_safeflavor.tasks.labels import labels_of, sigmoid, softmax
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model, pick, require_finite
 
 __all__ = ["TextClassification"]
 
-_FUNCTIONS = ("softmax", "sigmoid", "none")
+_SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "softmax": softmax,
+    "sigmoid": sigmoid,
+    "none": lambda logits: logits,
+}
 _TOP_K = Param(
     "top_k",
     "long",
@@ -29,8 +34,8 @@ _FUNCTION = Param(
     "function_to_apply",
     "string",
     default="default",
-    wanted=" | ".join(("default", *_FUNCTIONS)),
-    allows=lambda value: value in ("default", *_FUNCTIONS),
+    wanted=" | ".join(("default", *_SCORES)),
+    allows=lambda value: value in ("default", *_SCORES),
     none_is="default",
 )
 
@@ -55,7 +60,7 @@ class TextClassification(TextTask):
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
         if options:
             raise InputError("text-classification has no options", where="model_config", found=sorted(options))
-        labels = _labels(model)
+        labels = labels_of(model)
         problem_type = getattr(getattr(model, "config", None), "problem_type", None)
         return {
             **describe_text_model(model),
@@ -78,7 +83,7 @@ class TextClassification(TextTask):
         logits = np.stack([output["logits"] for output in outputs])
         require_finite(logits)
         function = params["function_to_apply"]
-        scores = _scores(logits, self.config["function_to_apply"] if function == "default" else function)
+        scores = _SCORES[self.config["function_to_apply"] if function == "default" else function](logits)
         return [self._answer(row, params["top_k"]) for row in scores]
 
     def _answer(self, scores: np.ndarray, top_k: int) -> dict[str, Any]:
@@ -93,37 +98,8 @@ class TextClassification(TextTask):
         return {**best, "labels": labels[:kept], "scores": ranked[:kept]}
 
 
-def _labels(model: torch.nn.Module) -> list[str]:
-    """Labels in the order of the logits."""
-    id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
-    labels = {int(i): str(label) for i, label in dict(id2label).items()}
-    if not labels or sorted(labels) != list(range(len(labels))):
-        raise StructureError(
-            "The model does not name its labels",
-            where=f"{type(model).__name__}.config.id2label",
-            wanted="a dict with the keys 0, 1, 2, … one for each logit",
-            found=repr(id2label),
-            way_out="set model.config.id2label before saving",
-        )
-    return [labels[i] for i in range(len(labels))]
-
-
 def _function(problem_type: str | None, num_labels: int) -> str:
     """What turns logits into scores, by the rules of transformers' pipeline."""
     if problem_type == "regression":
         return "none"
     return "sigmoid" if problem_type == "multi_label_classification" or num_labels == 1 else "softmax"
-
-
-def _scores(logits: np.ndarray, function: str) -> np.ndarray:
-    """Scores of each row; float32 in and out, shape (rows, labels)."""
-    if function == "none":
-        return logits
-    if function == "sigmoid":
-        # Two branches of the same function: exp of a large positive number would overflow.
-        small = np.exp(-np.abs(logits))
-        scores: np.ndarray = np.where(logits >= 0, 1, small) / (1 + small)
-        return scores
-    shifted: np.ndarray = np.exp(logits - logits.max(axis=1, keepdims=True))
-    scores = shifted / shifted.sum(axis=1, keepdims=True)
-    return scores
