@@ -55,6 +55,7 @@ class Layout:
         self.structure_pickle = self.data / "structure.pkl"
         self.tensors = self.data / "tensors.json"
         self.tokenizer = self.data / "tokenizer"
+        self.processor = self.data / "processor"
         self.environment = self.data / "environment.json"
         self.parity = self.data / "parity.json"
         self.parity_tensors = self.data / "parity.safetensors"

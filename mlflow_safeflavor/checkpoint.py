@@ -21,7 +21,7 @@ from mlflow_safeflavor.inventory import find_slots, some
 from mlflow_safeflavor.placement import _islands, resolve_dtype
 from mlflow_safeflavor.statedict import Fit, cast, find_groups, fit, read_state, require_fit, with_base_prefix
 
-__all__ = ["from_pretrained", "tokenizer_of"]
+__all__ = ["from_pretrained", "processor_of", "tokenizer_of"]
 
 # --- from_pretrained -----------------------------------------------------------------------------
 
@@ -308,7 +308,7 @@ def _fit_or_convert(
     return result if must or result.problems < plain.problems else plain
 
 
-# --- tokenizers ----------------------------------------------------------------------------------
+# --- tokenizers and processors -------------------------------------------------------------------
 
 
 def tokenizer_of(folder: str | Path) -> Any:
@@ -324,4 +324,24 @@ def tokenizer_of(folder: str | Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise StructureError(
             "The checkpoint has no readable tokenizer", where=folder, found=error, way_out="pass tokenizer=…"
+        ) from error
+
+
+def processor_of(folder: str | Path, *, sounds: bool) -> Any:
+    """The image processor, or feature extractor for sounds, in a local checkpoint folder.
+
+    Raises:
+        StructureError: There is none of transformers' own.
+    """
+    import transformers
+
+    pillow = {"backend": "pil"} if int(transformers.__version__.partition(".")[0]) >= 5 else {"use_fast": False}
+    auto: Any = transformers.AutoFeatureExtractor if sounds else transformers.AutoImageProcessor
+    try:
+        return auto.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **({} if sounds else pillow)
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise StructureError(
+            "The checkpoint has no readable processor", where=folder, found=error, way_out="pass processor=…"
         ) from error

@@ -13,6 +13,7 @@ import torch
 from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.batching import predict_rows
 from mlflow_safeflavor.engine import Engine
+from mlflow_safeflavor.processor import load_processor
 from mlflow_safeflavor.report import LoadReport
 from mlflow_safeflavor.spec import ModelSpec
 from mlflow_safeflavor.tasks import Task, task_class
@@ -29,6 +30,7 @@ def make_task(spec: ModelSpec, tokenizer_folder: Path, hooks: Mapping[str, Calla
         "encoder": lambda: TextEncoder(tokenizer_folder, spec.task_config["encoder"]),
         "tokenizer": lambda: cache(lambda: load_tokenizer(tokenizer_folder) if tokenizer_folder.is_dir() else None),
         "hooks": lambda: hooks,
+        "processor": lambda: load_processor(tokenizer_folder.with_name("processor")),
     }
     return cls(spec.task_config, spec.input_columns, **{name: make[name]() for name in cls.reads})
 
@@ -60,6 +62,12 @@ class LoadedModel:
         """The transformers tokenizer that was saved; None if there was none. Made on first use."""
         folder = Layout(self.folder).tokenizer
         return load_tokenizer(folder) if folder.is_dir() else None
+
+    @cached_property
+    def processor(self) -> Any:
+        """The image processor or feature extractor that was saved; None if there was none. Made on first use."""
+        folder = Layout(self.folder).processor
+        return load_processor(folder) if folder.is_dir() else None
 
     def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
         """Answer rows.

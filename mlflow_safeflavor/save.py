@@ -30,6 +30,7 @@ from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.load import LoadOptions, bind, guarded_parts, rebuild
 from mlflow_safeflavor.lock import lock, read_lines
 from mlflow_safeflavor.options import MODEL_CONFIG
+from mlflow_safeflavor.processor import requirements_of, write_processor
 from mlflow_safeflavor.rehearsal import rehearse as rehearse_load
 from mlflow_safeflavor.report import LoadReport
 from mlflow_safeflavor.source import Source, evaluating, resolve_source
@@ -51,6 +52,7 @@ def save_model(
     path: str | Path,
     *,
     tokenizer: Any = None,
+    processor: Any = None,
     task: str | None = None,
     dtype: str | torch.dtype = "float32",
     input_columns: Mapping[str, str] | None = None,
@@ -79,6 +81,8 @@ def save_model(
             folder. It is only looked at.
         path: Folder to create.
         tokenizer: Fast tokenizer of the model; not needed with a pipeline or folder.
+        processor: Image processor or feature extractor of a model of images or sounds; not needed with a pipeline or
+            folder.
         task: "text-classification", "feature-extraction", "custom" or "raw"; by default told from the
             model's class.
         dtype: Serving dtype that weights are stored in: "float32", "bfloat16" or "float16".
@@ -113,7 +117,7 @@ def save_model(
         SafeFlavorError: One of its kinds; nothing is left at ``path`` then.
     """
     serving_dtype = placement.resolve_dtype(dtype)
-    source = resolve_source(model, tokenizer, task, inventories.dtype_name(serving_dtype))
+    source = resolve_source(model, tokenizer, task, inventories.dtype_name(serving_dtype), processor)
     source = replace(source, hooks=_hooks(source.task, preprocess, postprocess), example=input_example)
     options = _options(source.task, model_config)
     inventories.require_saveable(inventories.find_slots(source.module))
@@ -247,6 +251,8 @@ def _write_task(
         input_columns = cls.columns_of(source.example) if input_columns is None else input_columns
     config = cls.describe(source.module, {key: options[key] for key in options.keys() & cls.task_options})
     encoder = write_tokenizer(source.tokenizer, layout.tokenizer) if source.tokenizer is not None else None
+    if source.processor is not None:
+        write_processor(source.processor, layout.processor)
     return ModelSpec(
         task=source.task,
         dtype=inventories.dtype_name(dtype),
@@ -289,9 +295,11 @@ def _write_environment(
     conda_env: Mapping[str, Any] | str | None,
 ) -> None:
     with_model = {Path(path).stem for path in code_paths or ()}
+    imported = usercode.distributions_of(source.module, source.hooks, except_for=with_model)
+    processing = [] if source.processor is None else requirements_of(source.processor)
     recorded = requirements.environment_files(
         layout.root,
-        [*requirements.DEFAULT_ROOTS, *usercode.distributions_of(source.module, source.hooks, except_for=with_model)],
+        [*requirements.DEFAULT_ROOTS, *imported, *processing],
         torch_build={
             "version": torch.__version__,
             "cuda": torch.version.cuda,
@@ -332,7 +340,9 @@ def _write_example(mlmodel: Model, example: Any, task: Task, layout: Layout) -> 
         return
     if task.columns:
         rows = task.rows(example)
-        example = pd.DataFrame([{task.columns[field]: value for field, value in row.items()} for row in rows])
+        # As JSON: files in base64.
+        records = [task.to_record(row) for row in rows]
+        example = pd.DataFrame([{task.columns[field]: value for field, value in row.items()} for row in records])
     else:
         example = dict(task.rows(example)[0])
     _save_example(mlmodel, example, os.fspath(layout.root))

@@ -24,22 +24,26 @@ class Source:
     module: torch.nn.Module
     tokenizer: Any
     task: str
+    processor: Any = None
     hooks: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     example: Any = None
 
 
-def resolve_source(model: Any, tokenizer: Any, task: str | None, dtype: str) -> Source:
+def resolve_source(model: Any, tokenizer: Any, task: str | None, dtype: str, processor: Any = None) -> Source:
     """Take apart a module, a ``transformers.Pipeline`` or a local checkpoint folder.
 
     Raises:
-        StructureError: It is none of these, or the tokenizer or task cannot be told.
+        StructureError: It is none of these, or the tokenizer, processor or task cannot be told.
     """
-    if isinstance(model, (str, Path)):
-        tokenizer = tokenizer if tokenizer is not None else checkpoint.tokenizer_of(model)
-        model = checkpoint.from_pretrained(model, dtype=dtype)
+    folder = model if isinstance(model, (str, Path)) else None
+    if folder is not None:
+        model = checkpoint.from_pretrained(folder, dtype=dtype)
     elif hasattr(model, "model") and hasattr(model, "tokenizer") and hasattr(model, "task"):  # a Pipeline
         tokenizer = tokenizer if tokenizer is not None else model.tokenizer
         task = task or model.task
+        parts = (getattr(model, name, None) for name in ("image_processor", "feature_extractor"))
+        if processor is None and "processor" in task_class(task).reads:
+            processor = next((part for part in parts if part is not None), None)
         model = model.model
     if not isinstance(model, torch.nn.Module):
         raise StructureError(
@@ -48,12 +52,34 @@ def resolve_source(model: Any, tokenizer: Any, task: str | None, dtype: str) -> 
             wanted="a torch.nn.Module, a transformers.Pipeline, or the path of a checkpoint folder",
             found=type(model).__name__,
         )
-    task = task_class(task or infer_task(type(model).__name__)).name
-    if tokenizer is None and "text" in task_class(task).required:
+    task = task_class(task or infer_task(type(model).__name__, getattr(model, "main_input_name", "input_ids"))).name
+    if folder is not None:
+        tokenizer, processor = _parts_of(folder, task, tokenizer, processor)
+    _require_parts(task, tokenizer, processor)
+    return Source(model, tokenizer, task, processor)
+
+
+def _parts_of(folder: str | Path, task: str, tokenizer: Any, processor: Any) -> tuple[Any, Any]:
+    """Tokenizer and processor of a checkpoint, as far as the task needs them and they are not given."""
+    cls = task_class(task)
+    if "processor" not in cls.reads:
+        return checkpoint.tokenizer_of(folder) if tokenizer is None else tokenizer, processor
+    return tokenizer, checkpoint.processor_of(folder, sounds=cls.hears) if processor is None else processor
+
+
+def _require_parts(task: str, tokenizer: Any, processor: Any) -> None:
+    cls = task_class(task)
+    if tokenizer is None and "text" in cls.required:
         raise StructureError(
             "The task needs a tokenizer", where="tokenizer", wanted=f"the tokenizer of the {task} model", found="None"
         )
-    return Source(model, tokenizer, task)
+    if ("processor" in cls.reads) != (processor is not None):
+        raise StructureError(
+            "Tasks of images and sounds need a processor, and others have none",
+            where="processor",
+            wanted=f"the processor of the {task} model" if processor is None else f"None for {task}",
+            found=type(processor).__name__,
+        )
 
 
 @contextmanager

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.tasks.audio_classification import AudioClassification
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.custom import Custom
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
+from mlflow_safeflavor.tasks.image_classification import ImageClassification
 from mlflow_safeflavor.tasks.raw import Raw
 from mlflow_safeflavor.tasks.text_classification import TextClassification
 
 __all__ = ["TASKS", "Task", "infer_task", "task_class"]
 
-TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (Custom, FeatureExtraction, Raw, TextClassification)}
+TASKS: dict[str, type[Task]] = {
+    cls.name: cls
+    for cls in (AudioClassification, Custom, FeatureExtraction, ImageClassification, Raw, TextClassification)
+}
 
 _ALIASES = {"sentiment-analysis": "text-classification"}
 """Other names that transformers' pipelines have for a task."""
@@ -29,14 +34,18 @@ def task_class(name: str) -> type[Task]:
     return TASKS[name]
 
 
-def infer_task(class_name: str) -> str:
+def infer_task(class_name: str, main_input: str = "input_ids") -> str:
     """The task that a model class was made for, from its name (``BertForSequenceClassification`` …).
+
+    Args:
+        class_name: Name of the class.
+        main_input: Its ``main_input_name``; tells Wav2Vec2ForSequenceClassification, which listens, from BERT's.
 
     Raises:
         StructureError: The class is made for something else.
     """
     for name, cls in TASKS.items():
-        if cls.serves(class_name):
+        if cls.serves(class_name) and cls.hears == (main_input in ("input_values", "input_features")):
             return name
     raise StructureError(
         "The task cannot be told from the model class",

@@ -55,6 +55,8 @@ class Task(ABC):
     """What else the constructor takes by name: ``encoder``, ``tokenizer``, ``hooks``, ``processor``."""
     golden_params: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Params that golden rows are asked with, other than the defaults."""
+    hears: ClassVar[bool] = False
+    """Whether it is about sounds: for ``infer_task``, since the names of classes do not always tell."""
     needs_example: ClassVar[bool] = False
     """Whether only the user's example tells columns, signature and golden rows."""
     task_options: ClassVar[frozenset[str]] = frozenset()

@@ -1,0 +1,116 @@
+"""Sounds → labels with scores, as ``transformers.pipeline("audio-classification")`` gives them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.sounds import read_sound, record_sound, to_wav
+from mlflow_safeflavor.tasks.base import Features, Row
+from mlflow_safeflavor.tasks.classification import describe_labels
+from mlflow_safeflavor.tasks.processed import ProcessedTask, arguments_of
+
+__all__ = ["AudioClassification"]
+
+_MAX_SECONDS = 60.0
+"""Attention takes memory by the square of the length: a minute has 3000 places, an hour would have 180,000."""
+_NUMBERS = 320
+"""Of what the model reads, they count as a token for ``max_batch_tokens``: the step of Wav2Vec2 and its relatives."""
+_GOLDEN_SECONDS = (0.1, 0.25, 0.15)
+
+_PADDABLE = ("hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm")
+"""Where padding under a mask was seen to change nothing, with feature maps normalised step by step ("layer"). The first
+layer of the others, and of these with "group", normalises over the whole length, or convolutions see the padding."""
+
+
+class AudioClassification(ProcessedTask):
+    """Labels of a sound: a WAV file (bytes, base64, ``pathlib.Path``) or samples; see ``read_sound``.
+
+    Some extractors (Whisper, AST) make features of a fixed length and cut off what is behind it, as in transformers.
+
+    Options, fixed at save through ``model_config``: ``max_seconds`` (default 60); longer sounds are refused.
+
+    Answers: see ``rank_labels``.
+    """
+
+    name = "audio-classification"
+    field = "audio"
+    fields = ("audio",)
+    required = ("audio",)
+    hears = True
+    task_options = frozenset({"max_seconds"})
+
+    @classmethod
+    def serves(cls, class_name: str) -> bool:
+        return class_name.endswith(("ForAudioClassification", "ForSequenceClassification"))
+
+    @classmethod
+    def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+        seconds = options.get("max_seconds", _MAX_SECONDS)
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+            raise InputError(
+                "Not a number of seconds", where="model_config, max_seconds", wanted="> 0", found=repr(seconds)
+            )
+        config = getattr(model, "config", None)
+        by_step = getattr(config, "feat_extract_norm", None) == "layer"
+        return {
+            **describe_labels(model, one_label="softmax"),
+            "arguments": arguments_of(model),
+            "max_seconds": float(seconds),
+            "min_samples": _receptive_field(config),
+            "pads": by_step and getattr(config, "model_type", None) in _PADDABLE,
+        }
+
+    @property
+    def rate(self) -> int:
+        """Samples a second that the model was trained with."""
+        return int(self.processor.sampling_rate)
+
+    def golden_rows(self) -> list[Row]:
+        """Noise that swells and fades."""
+        random = np.random.default_rng(0)
+        waves = [np.hanning(n) * random.normal(0, 6000, n) for n in (int(s * self.rate) for s in _GOLDEN_SECONDS)]
+        return [{"audio": to_wav(wave.clip(-32768, 32767).astype(np.int16), self.rate)} for wave in waves]
+
+    def read(self, value: Any, where: str) -> np.ndarray:
+        samples = read_sound(value, self.rate, where, self.config["max_seconds"])
+        if len(samples) < self.config["min_samples"]:
+            raise InputError(
+                "A sound is too short for the model",
+                where=where,
+                wanted=f"at least {self.config['min_samples']} samples at {self.rate} Hz",
+                found=f"{len(samples)}",
+            )
+        return samples
+
+    def record(self, value: Any, where: str) -> str:
+        return record_sound(value, self.rate, where, self.config["max_seconds"])
+
+    def cost(self, features: Features) -> int:
+        numbers: int = max(tensor.numel() for tensor in features.values())
+        return max(1, numbers // _NUMBERS)
+
+    def groups(self, batch: Sequence[Features]) -> list[list[int]]:
+        return [list(range(len(batch)))] if self.config["pads"] else super().groups(batch)
+
+    def collate(self, batch: Sequence[Features]) -> dict[str, torch.Tensor]:
+        if len({len(features["input_values"]) for features in batch if self.config["pads"]}) < 2:
+            return super().collate(batch)
+        # A mask even where the processor makes none: without it, it would be as if all were real.
+        masks = [torch.ones(len(features["input_values"]), dtype=torch.long) for features in batch]
+        tables = {"input_values": [features["input_values"] for features in batch], "attention_mask": masks}
+        return {name: torch.nn.utils.rnn.pad_sequence(table, batch_first=True) for name, table in tables.items()}
+
+
+def _receptive_field(config: Any) -> int:
+    """Fewest samples of which the convolutions at the front make anything; 1 where there are none."""
+    layers = zip(getattr(config, "conv_kernel", ()), getattr(config, "conv_stride", ()), strict=True)
+    samples = 1
+    for kernel, stride in reversed(list(layers)):
+        samples = (samples - 1) * int(stride) + int(kernel)
+    return samples

@@ -1,0 +1,99 @@
+"""What classifiers of one thing share, be it a text, an image or a sound: the best labels with their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mlflow.types import ColSpec, DataType, Schema
+
+from mlflow_safeflavor.tasks.base import RowOutput
+from mlflow_safeflavor.tasks.labels import labels_of, sigmoid, softmax
+from mlflow_safeflavor.tasks.params import Param
+from mlflow_safeflavor.tasks.text import require_finite
+
+__all__ = ["FUNCTION", "LABEL_AND_SCORE", "TOP_K", "describe_labels", "rank_labels"]
+
+_FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "softmax": softmax,
+    "sigmoid": sigmoid,
+    "none": lambda logits: logits,
+}
+
+TOP_K = Param(
+    "top_k",
+    "long",
+    default=1,
+    wanted="a whole number of at least 1, or -1 for all labels",
+    allows=lambda value: value >= 1 or value == -1,
+    none_is=-1,
+)
+FUNCTION = Param(
+    "function_to_apply",
+    "string",
+    default="default",
+    wanted=" | ".join(("default", *_FUNCTIONS)),
+    allows=lambda value: value in ("default", *_FUNCTIONS),
+    none_is="default",
+)
+LABEL_AND_SCORE = Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "score")])
+"""The outputs part of the signature."""
+
+
+def describe_labels(model: torch.nn.Module, *, one_label: str = "sigmoid") -> dict[str, Any]:
+    """What ``rank_labels`` needs to know of a model; JSON only.
+
+    Args:
+        model: A classifier.
+        one_label: What turns a single logit into a score, where the config does not say. transformers' pipelines
+            disagree on that: text and images have "sigmoid", sounds "softmax".
+
+    Returns:
+        ``labels`` in the order of the logits, ``problem_type`` and ``function_to_apply``.
+
+    Raises:
+        StructureError: The model does not name its labels.
+    """
+    labels = labels_of(model)
+    problem_type = getattr(model.config, "problem_type", None)
+    said = {"regression": "none", "multi_label_classification": "sigmoid"}.get(str(problem_type))
+    function = said or ("softmax" if len(labels) > 1 else one_label)
+    return {"labels": labels, "problem_type": problem_type, "function_to_apply": function}
+
+
+def rank_labels(
+    config: Mapping[str, Any], outputs: Sequence[RowOutput], params: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Logits → answers, one a row.
+
+    Args:
+        config: With what ``describe_labels`` returned.
+        outputs: One a row, with ``logits`` of shape (labels,).
+        params: With ``TOP_K`` and ``FUNCTION``.
+
+    Returns:
+        ``label`` and ``score``, the best one. With ``top_k`` other than 1 also ``labels`` and ``scores``, lists of the
+        ``top_k`` best, best first.
+
+    Raises:
+        InputError: A logit is not a number; names the row.
+    """
+    logits = np.stack([output["logits"] for output in outputs])
+    require_finite(logits)
+    function = params["function_to_apply"]
+    scores = _FUNCTIONS[config["function_to_apply"] if function == "default" else function](logits)
+    return [_answer(config["labels"], row, params["top_k"]) for row in scores]
+
+
+def _answer(names: Sequence[str], scores: np.ndarray, top_k: int) -> dict[str, Any]:
+    # Stable, so that of equal scores the first label wins, as in transformers.
+    order = np.argsort(-scores, kind="stable")
+    labels = [names[i] for i in order]
+    ranked = scores[order].tolist()
+    best = {"label": labels[0], "score": ranked[0]}
+    if top_k == 1:
+        return best
+    kept = len(labels) if top_k == -1 else top_k
+    return {**best, "labels": labels[:kept], "scores": ranked[:kept]}

@@ -1,0 +1,58 @@
+"""Images → labels with scores, as ``transformers.pipeline("image-classification")`` gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.images import read_image, record_image
+from mlflow_safeflavor.tasks.base import Features, Row
+from mlflow_safeflavor.tasks.classification import describe_labels
+from mlflow_safeflavor.tasks.processed import ProcessedTask, arguments_of
+
+__all__ = ["ImageClassification"]
+
+_TOKENS = 64
+"""What an image counts for ``max_batch_tokens``: 8 images by default, of which a CPU does not run more any faster."""
+_GOLDEN_SIZES = ((48, 64), (40, 40), (90, 32))
+
+
+class ImageClassification(ProcessedTask):
+    """Labels of an image: a file (bytes, base64, ``pathlib.Path``), a PIL image or an array; see ``read_image``.
+
+    Answers: see ``rank_labels``.
+    """
+
+    name = "image-classification"
+    field = "image"
+    fields = ("image",)
+    required = ("image",)
+
+    @classmethod
+    def serves(cls, class_name: str) -> bool:
+        return "ForImageClassification" in class_name
+
+    @classmethod
+    def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+        if options:
+            raise InputError("image-classification has no options", where="model_config", found=sorted(options))
+        return {**describe_labels(model), "arguments": arguments_of(model)}
+
+    def golden_rows(self) -> list[Row]:
+        """Squares of random colours: small as files, with edges that show how they are scaled."""
+        random = np.random.default_rng(0)
+        colours = [random.integers(0, 256, (h // 8, w // 8, 3), np.uint8) for h, w in _GOLDEN_SIZES]
+        return [{"image": colour.repeat(8, axis=0).repeat(8, axis=1)} for colour in colours]
+
+    def read(self, value: Any, where: str) -> Any:
+        return read_image(value, where)
+
+    def record(self, value: Any, where: str) -> str:
+        return record_image(value, where)
+
+    def cost(self, features: Features) -> int:
+        return _TOKENS

@@ -1,0 +1,124 @@
+"""What classifiers of images and of sounds share: a processor makes arrays, and arrays of one shape run together."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any, ClassVar
+
+import torch
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
+
+from mlflow_safeflavor.engine import Engine
+from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.processor import apply
+from mlflow_safeflavor.rows import place
+from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+from mlflow_safeflavor.tasks.classification import FUNCTION, LABEL_AND_SCORE, TOP_K, rank_labels
+from mlflow_safeflavor.tasks.params import param_schema
+from mlflow_safeflavor.tasks.text import pick
+
+__all__ = ["ProcessedTask", "arguments_of"]
+
+
+class ProcessedTask(Task):
+    """Labels of a file in a single column, which a processor of transformers turns into arrays.
+
+    Its column has MLflow's type binary. That takes base64 text over HTTP; in one process MLflow lets every other form
+    of a cell pass, too.
+
+    Features are tensors: they are too large to be recorded with golden rows.
+
+    Args:
+        config: See ``Task``.
+        columns: See ``Task``.
+        processor: What ``mlflow_safeflavor.processor.load_processor`` returned.
+    """
+
+    params = (TOP_K, FUNCTION)
+    reads = ("processor",)
+    field: ClassVar[str]
+    """The only field."""
+
+    def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str], processor: Any) -> None:
+        super().__init__(config, columns)
+        self.processor = processor
+
+    def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
+        inputs = Schema([ColSpec(DataType.binary, self.columns[self.field])])
+        return ModelSignature(inputs=inputs, outputs=LABEL_AND_SCORE, params=param_schema(self.params))
+
+    @abstractmethod
+    def read(self, value: Any, where: str) -> Any:
+        """What the processor takes, from a cell. Raises ``InputError`` naming ``where``."""
+
+    @abstractmethod
+    def record(self, value: Any, where: str) -> str:
+        """A cell as base64 text of a file, from which ``read`` reads the same."""
+
+    def rows(self, data: Any) -> list[Row]:
+        return super().rows([data] if isinstance(data, (bytes, bytearray, PathLike)) else data)
+
+    def to_record(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        cells = {self.field: self.record(value[self.field], self.columns[self.field])} if self.field in value else {}
+        return {**value, **cells}
+
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+        return [self._features(row[self.field], place(i, self.columns[self.field])) for i, row in enumerate(rows)]
+
+    def _features(self, value: Any, where: str) -> Features:
+        readable = self.read(value, where)
+        try:
+            made = apply(self.processor, readable)
+        except Exception as error:  # each processor has its own ways to fail
+            raise InputError(
+                "The processor refuses a value", where=where, found=f"{type(error).__name__}: {error}"
+            ) from error
+        if unknown := made.keys() - set(self.config["arguments"]):
+            raise StructureError(
+                "The processor does not belong to the model",
+                where=type(self.processor).__name__,
+                wanted=f"arguments of forward: {', '.join(self.config['arguments'])}",
+                found=", ".join(sorted(unknown)),
+                way_out="pass the processor the model was trained with: processor=…",
+            )
+        return made
+
+    def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
+        found: dict[int, RowOutput] = {}
+        for group in self.groups(batch):
+            inputs = self.collate([batch[i] for i in group])
+            inputs = {name: t.to(engine.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+            with torch.inference_mode():
+                logits = pick(engine(inputs), "logits", (len(group), len(self.config["labels"]))).cpu().numpy()
+            found.update(zip(group, ({"logits": row} for row in logits), strict=True))
+        return [found[i] for i in range(len(batch))]
+
+    def groups(self, batch: Sequence[Features]) -> list[list[int]]:
+        """Indices of rows that ``collate`` can put together: those of one shape."""
+        by_shape: dict[tuple[Any, ...], list[int]] = {}
+        for i, features in enumerate(batch):
+            by_shape.setdefault(tuple(tensor.shape for tensor in features.values()), []).append(i)
+        return list(by_shape.values())
+
+    def collate(self, batch: Sequence[Features]) -> dict[str, torch.Tensor]:
+        """The model's arguments, with rows as the first dimension."""
+        return {name: torch.stack([features[name] for features in batch]) for name in batch[0]}
+
+    def decode(
+        self,
+        rows: Sequence[Row],
+        features: Sequence[Features],
+        outputs: Sequence[RowOutput],
+        params: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        return rank_labels(self.config, outputs, params)
+
+
+def arguments_of(model: torch.nn.Module) -> list[str]:
+    """Names of what ``forward`` takes."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
