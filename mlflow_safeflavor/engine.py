@@ -5,7 +5,8 @@ Tasks and batching see only this seam. ``ModuleEngine`` runs the rebuilt module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,34 @@ class Engine(Protocol):
         """
         ...
 
+    def generate(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        settings: Mapping[str, Any],
+        *,
+        processors: Sequence[Callable[..., torch.Tensor]] = (),
+        stopping: Sequence[Callable[..., torch.Tensor]] = (),
+        keep_logits: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """Let the model write, token by token.
+
+        Args:
+            inputs: ``input_ids`` and, if the model takes it, ``attention_mask``, shape (rows, longest).
+            settings: All there is to a generation config; what the module says of its own counts for nothing.
+            processors: Applied in turn to the scores of each step, (ids so far, scores) → scores, after those that the
+                settings ask for.
+            stopping: (ids so far, scores) → which rows are done, bool of shape (rows,).
+            keep_logits: Also return what the model said at each step, before any processing.
+
+        Returns:
+            ``sequences``, int64 of shape (rows, length): the prompts as given, or the decoder's start token, and
+            what was written. With ``keep_logits`` also ``logits``, shape (rows, steps, vocabulary).
+
+        Raises:
+            StructureError: The model cannot write, or not with this engine.
+        """
+        ...
+
 
 class ModuleEngine:
     """Runs a module's ``forward``."""
@@ -49,6 +78,49 @@ class ModuleEngine:
         with torch.inference_mode():
             outputs = self.module(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
         return _named_tensors(outputs)
+
+    def generate(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        settings: Mapping[str, Any],
+        *,
+        processors: Sequence[Callable[..., torch.Tensor]] = (),
+        stopping: Sequence[Callable[..., torch.Tensor]] = (),
+        keep_logits: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        from transformers import LogitsProcessorList, StoppingCriteriaList
+
+        view = _with_settings(self.module, {**settings, "return_dict_in_generate": True, "output_logits": keep_logits})
+        with torch.inference_mode():
+            found = view.generate(
+                **{name: tensor.to(self.device) for name, tensor in inputs.items()},
+                generation_config=view.generation_config,
+                logits_processor=LogitsProcessorList(processors),
+                stopping_criteria=StoppingCriteriaList(stopping),
+            )
+        kept = {"logits": torch.stack(found.logits, dim=1)} if keep_logits else {}
+        return {"sequences": found.sequences, **kept}
+
+
+def _with_settings(module: torch.nn.Module, settings: Mapping[str, Any]) -> Any:
+    """The same module, parameters and all, with another generation config.
+
+    Whatever a config given to ``generate`` leaves open, transformers takes from the module's own; and that one is
+    not rebuilt with the module. A copy for each call also keeps what ``generate`` leaves behind on its module from
+    the calls of other threads.
+    """
+    if getattr(module, "generation_config", None) is None or not callable(getattr(module, "generate", None)):
+        raise StructureError(
+            "The model cannot write text",
+            where=type(module).__name__,
+            wanted="a transformers model with generate() and a generation_config",
+            way_out="choose the task this model was made for: task=...",
+        )
+    from transformers import GenerationConfig
+
+    view: Any = copy.copy(module)
+    view.generation_config = GenerationConfig.from_dict(dict(settings))
+    return view
 
 
 def _named_tensors(outputs: Any) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from mlflow_safeflavor.tasks.text import TextTask, describe_text_model, pick, re
 __all__ = ["FeatureExtraction"]
 
 _POOLINGS = ("mean", "cls", "last")
-_HEADS = re.compile(r"(LMHead|DoubleHeads|PreTrained|EncoderDecoder)Model$")
+_HEADS = re.compile(r"(LMHead|DoubleHeads|PreTrained|EncoderDecoder|MT)Model$")
 
 
 class FeatureExtraction(TextTask):

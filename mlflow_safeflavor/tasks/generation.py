@@ -1,0 +1,416 @@
+"""What all tasks that write text share: their params, the model's generation config, decoding, and when to stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
+
+from mlflow_safeflavor.engine import Engine, ModuleEngine
+from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
+from mlflow_safeflavor.tasks.params import Param, check_params, param_schema
+from mlflow_safeflavor.tasks.sampling import SAMPLING, sampler
+from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model, require_finite
+
+__all__ = ["GENERATION_PARAMS", "Generation"]
+
+_MOST_NEW_TOKENS = 32768
+"""Of models that count no positions: a request cannot ask for hours."""
+
+GENERATION_PARAMS = (
+    Param(
+        "max_new_tokens",
+        "long",
+        default=64,
+        wanted=f"a whole number from 1 to {_MOST_NEW_TOKENS}",
+        allows=lambda value: 1 <= value <= _MOST_NEW_TOKENS,
+    ),
+    Param("do_sample", "boolean", default=False, wanted="true or false"),
+    Param("temperature", "double", default=1.0, wanted="a number above 0", allows=lambda value: value > 0),
+    Param("top_p", "double", default=1.0, wanted="a number above 0, up to 1", allows=lambda value: 0 < value <= 1),
+    Param(
+        "top_k",
+        "long",
+        default=50,
+        wanted="a whole number of at least 1, or 0 for all tokens",
+        allows=lambda value: value >= 0,
+        none_is=0,
+    ),
+    Param("num_beams", "long", default=1, wanted="a whole number from 1 to 64", allows=lambda value: 1 <= value <= 64),
+    Param("repetition_penalty", "double", default=1.0, wanted="a number above 0", allows=lambda value: value > 0),
+    Param(
+        "seed",
+        "long",
+        default=-1,
+        wanted="a whole number of at least 0, or -1 for other draws each time",
+        allows=lambda value: -1 <= value < 2**63,
+        none_is=-1,
+    ),
+    Param("stop", "string", default=[], wanted="a list of texts, none of them empty", allows=all, many=True),
+    MAX_LENGTH,
+    TRUNCATION,
+)
+
+_KEEP_LOGITS = Param("keep_logits", "boolean", default=False, wanted="true or false")
+"""For golden rows, which are compared by them; beside many rows they would fill the memory. In no signature."""
+
+_REPLACED = frozenset(
+    (
+        *("max_length", "max_new_tokens", "stop_strings", "do_sample", "num_beams", "repetition_penalty"),
+        *("num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
+        *("output_hidden_states", "transformers_version", "_from_model_config", "pad_token_id"),
+        *("cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile"),
+        *("continuous_batching_config", "max_time"),
+    )
+)
+"""Of a generation config, what params say instead, and what is about speed or shape and not about answers."""
+
+_REFUSED = frozenset(
+    (
+        *("assistant_early_exit", "constraints", "dola_layers", "eta_cutoff", "force_words_ids", "penalty_alpha"),
+        *("prompt_lookup_num_tokens", "token_healing", "top_h", "use_mtp", "watermarking_config"),
+    )
+)
+"""What is not done here, or only with code that transformers would download."""
+
+_COUNT_PADDING = ("no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "min_length")
+"""Settings that look at the prompt's tokens, padding included."""
+
+
+class Generation(TextTask):
+    """Rows to texts, token by token, by the model's own generation config wherever a request says nothing.
+
+    Answers: ``generated_text``, and ``finish_reason``: "stop" where the model ended the text or a text of ``stop`` was
+    met, "length" where ``max_new_tokens`` were used up. The text ends before the text of ``stop``, whose tokens may
+    lie anywhere. A character of which the last token that there was room for is only a part is dropped.
+
+    Greedy decoding and beams give the same whatever is beside a row, up to rounding. With ``do_sample`` and a
+    ``seed``, rows run one by one, so that each text depends on its own row and the seed alone.
+    """
+
+    params: ClassVar[tuple[Param, ...]] = GENERATION_PARAMS
+    forward_params = frozenset(param.name for param in GENERATION_PARAMS) - {"max_length", "truncation"} | {
+        _KEEP_LOGITS.name
+    }
+    # Few tokens: enough to see that what the model keeps of earlier tokens is kept well.
+    golden_params = MappingProxyType(
+        {"max_new_tokens": 4, "do_sample": False, "num_beams": 1, "truncation": True, _KEEP_LOGITS.name: True}
+    )
+    answer = Schema([ColSpec(DataType.string, "generated_text"), ColSpec(DataType.string, "finish_reason")])
+    encoder_decoder: ClassVar[bool]
+    """Whether the prompt goes to an encoder, and not before what is written."""
+
+    def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str], encoder: Any = None) -> None:
+        super().__init__(config, columns, encoder)
+        said = config["defaults"]
+        self.asked = tuple(replace(param, default=said.get(param.name, param.default)) for param in self.params)
+
+    # What is recorded.
+
+    @classmethod
+    def describe_generation(cls, model: torch.nn.Module, specific: Mapping[str, Any]) -> dict[str, Any]:
+        """What must be known of a model that writes.
+
+        Args:
+            model: The module being saved.
+            specific: What goes before the model's own generation config.
+
+        Returns:
+            What ``describe_text_model`` does, and ``generation``, all of the generation config that no param says;
+            ``defaults`` of params; and ``pads``, whether rows of different lengths may share a batch.
+
+        Raises:
+            InputError: The generation config has a value that its param does not allow.
+            StructureError: The model cannot write, or not as its generation config says.
+        """
+        text = describe_text_model(model)
+        if bool(getattr(model.config, "is_encoder_decoder", False)) is not cls.encoder_decoder:
+            raise StructureError(
+                "The model is not of the kind that its task writes with",
+                where=f"task {cls.name!r}, {type(model).__name__}",
+                wanted="an encoder-decoder model" if cls.encoder_decoder else "a decoder alone",
+                way_out='choose task="text-generation" for decoders, "text2text-generation" for encoder-decoders',
+            )
+        said = {**_generation_config(model), **specific}
+        config = {
+            **text,
+            "input_names": [name for name in text["input_names"] if name != "token_type_ids"],
+            "padding_side": "right" if cls.encoder_decoder else "left",
+            "generation": {name: value for name, value in said.items() if name not in _REPLACED},
+            "defaults": cls._defaults(said, text["max_length"]),
+            "pads": True,
+        }
+        masked = "attention_mask" in text["input_names"]
+        return {**config, "pads": masked and _ignores_padding(cls, model, config)}
+
+    @classmethod
+    def _defaults(cls, said: Mapping[str, Any], positions: int | None) -> dict[str, Any]:
+        """Defaults of params, from what the generation config says of them."""
+        kinds = {param.name: float if param.kind == "double" else lambda value: value for param in cls.params}
+        known = {name: kinds[name](value) for name, value in said.items() if name in kinds and name != "max_length"}
+        if said.get("stop_strings"):
+            stop = said["stop_strings"]
+            known["stop"] = [stop] if isinstance(stop, str) else list(stop)
+        if "max_new_tokens" not in known:
+            # A decoder's max_length counts the prompt, too, so it says nothing of what may be written.
+            length = said.get("max_length") if cls.encoder_decoder else None
+            known["max_new_tokens"] = length - 1 if length and length > 1 else 64
+        if positions:
+            most = positions if cls.encoder_decoder else positions // 2
+            known["max_new_tokens"] = max(1, min(known["max_new_tokens"], most))
+        _require_one_way(check_params(cls.params, known))
+        return known
+
+    # Params.
+
+    def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
+        return ModelSignature(inputs=self.inputs(), outputs=self.answer, params=param_schema(self.asked))
+
+    def inputs(self) -> Schema:
+        """The inputs part of the signature."""
+        return Schema([ColSpec(DataType.string, column) for column in self.columns.values()])
+
+    def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        checked = check_params((*self.asked, _KEEP_LOGITS), params)
+        self.require_length("max_length", checked["max_length"], texts=1)
+        _require_one_way(checked)
+        positions = self.config["max_length"]
+        # A prompt has at least one token beside the special ones.
+        room = positions if self.encoder_decoder else (positions or 0) - self.encoder.special_tokens(pair=False) - 1
+        if positions and checked["max_new_tokens"] > room:
+            raise InputError(
+                "A param has a value that is not allowed",
+                where="params, 'max_new_tokens'",
+                wanted=f"1 to {room}, which is what the model's {positions} positions have room for",
+                found=checked["max_new_tokens"],
+            )
+        return checked
+
+    # Prompts → features.
+
+    def prompt_limit(self, params: Mapping[str, Any]) -> int | None:
+        """Most tokens of a prompt, beside which everything that may be written still fits into the positions."""
+        positions = None if self.encoder_decoder else self.config["max_length"]
+        room = positions and positions - params["max_new_tokens"]
+        return min((length for length in (self.limit, params["max_length"], room) if length), default=None)
+
+    def featured(self, ids: Sequence[int], params: Mapping[str, Any]) -> Features:
+        """What is handed to ``forward`` of a prompt's tokens."""
+        return {"input_ids": list(ids), "cost": (len(ids) + params["max_new_tokens"]) * params["num_beams"]}
+
+    def cost(self, features: Features) -> int:
+        cost: int = features["cost"]
+        return cost
+
+    # Features → tokens.
+
+    @property
+    def pad_id(self) -> int:
+        # The model's own where there is one, as some find padding by it; behind a mask any other will do.
+        said: int | None = self.config["pad_token_id"]
+        return self._filler if said is None else said
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end a text."""
+        ends = self.config["generation"].get("eos_token_id")
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+    @property
+    def _filler(self) -> int:
+        """Token behind a text that ended before those beside it: the end once more, so that nothing follows an end."""
+        return next(iter(self.ends), self.config["pad_token_id"] or 0)
+
+    def collate(self, batch: Sequence[Features]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        ids = [row["input_ids"] for row in batch]
+        mask = self._filled([[1] * len(row) for row in ids], 0)
+        inputs = {"input_ids": self._filled(ids, self.pad_id)}
+        if "attention_mask" in self.config["input_names"]:
+            inputs["attention_mask"] = mask
+        return inputs, mask.bool()
+
+    def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
+        outputs: dict[int, RowOutput] = {}
+        for part in self._parts(batch, params):
+            inputs, mask = self.collate([batch[i] for i in part])
+            found = engine.generate(
+                inputs,
+                self._settings(params),
+                processors=self._processors(params, len(part)),
+                stopping=[_Stop(self.encoder.decode, params["stop"], self._start(mask))] if params["stop"] else [],
+                keep_logits=params[_KEEP_LOGITS.name],
+            )
+            outputs.update(zip(part, self.read(found, mask), strict=True))
+        return [outputs[i] for i in range(len(batch))]
+
+    def _parts(self, batch: Sequence[Features], params: Mapping[str, Any]) -> list[list[int]]:
+        """Rows that may run together."""
+        # Draws do not depend on other rows, but scores do by rounding, and one other token changes all that follow.
+        drawn = params["do_sample"] and params["seed"] >= 0
+        if drawn or not self.config["pads"]:
+            return [[i] for i in range(len(batch))]
+        kept = self.config["generation"]
+        if params["repetition_penalty"] == 1 and not any(kept.get(name) for name in _COUNT_PADDING):
+            return [list(range(len(batch)))]
+        lengths = [len(row["input_ids"]) for row in batch]
+        order = sorted(range(len(batch)), key=lengths.__getitem__)
+        return [list(part) for _, part in groupby(order, key=lengths.__getitem__)]
+
+    def _settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        beams = params["num_beams"]
+        unused = {*SAMPLING, *(("early_stopping", "length_penalty") if beams == 1 else ())}
+        return {
+            **{name: value for name, value in self.config["generation"].items() if name not in unused},
+            "max_new_tokens": params["max_new_tokens"],
+            "num_beams": beams,
+            "repetition_penalty": params["repetition_penalty"],
+            "do_sample": False,  # drawn by ``sampler``
+            "pad_token_id": self._filler,
+        }
+
+    def _processors(self, params: Mapping[str, Any], rows: int) -> list[Any]:
+        if not params["do_sample"]:
+            return []
+        return sampler({**self.config["generation"], **params}, rows, params["seed"])
+
+    def _start(self, mask: torch.Tensor) -> int:
+        """Where in a sequence that which was written starts."""
+        return 1 if self.encoder_decoder else mask.shape[1]
+
+    def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
+        written = outputs["sequences"][:, self._start(mask) :].cpu().numpy()
+        rows: list[RowOutput] = [{"ids": self._until_end(line)} for line in written]
+        if "logits" not in outputs:
+            return rows
+        logits = outputs["logits"].float().cpu().numpy()
+        return [{**row, "logits": said[: len(row["ids"])]} for row, said in zip(rows, logits, strict=True)]
+
+    def _until_end(self, ids: np.ndarray) -> np.ndarray:
+        ends = np.flatnonzero(np.isin(ids, self.ends))
+        return ids[: ends[0] + 1] if len(ends) else ids
+
+    def comparable(self, recorded: RowOutput, found: RowOutput) -> tuple[RowOutput, RowOutput] | None:
+        """Logits up to the first token that is not the same.
+
+        If they are near each other there, it was a near tie, which another CPU may decide otherwise. Behind it, the
+        model continues other texts. A wrong weight shows in all logits, a broken cache in those of the second token.
+        """
+        old, new = recorded.get("ids", np.zeros(0)), found["ids"]
+        if np.array_equal(old, new):
+            return None
+        both = min(len(old), len(new))
+        same = int((old[:both] == new[:both]).cumprod().sum()) + 1
+        return {"logits": recorded["logits"][:same]}, {"logits": found["logits"][:same]}
+
+    # Tokens → texts.
+
+    def decode(
+        self,
+        rows: Sequence[Row],
+        features: Sequence[Features],
+        outputs: Sequence[RowOutput],
+        params: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        # Masked tokens may be minus infinity; a largest one that is not finite is broken.
+        require_finite([output["logits"].max(axis=-1) for output in outputs if "logits" in output])
+        answers = []
+        for output in outputs:
+            ids = output["ids"].tolist()
+            text = self.encoder.decode(ids)
+            stop = _first(text, params["stop"])
+            ended = stop is not None or bool(ids and ids[-1] in self.ends)
+            text = text[:stop] if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")
+            answers.append({"generated_text": text, "finish_reason": "stop" if ended else "length"})
+        return answers
+
+
+class _Stop:
+    """Which rows have written one of the texts to stop at."""
+
+    def __init__(self, text_of: Callable[[Sequence[int]], str], stop: Sequence[str], start: int) -> None:
+        self.text_of, self.stop, self.start = text_of, stop, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Bool of shape (rows,)."""
+        written = input_ids[:, self.start :].tolist()
+        done = [_first(self.text_of(ids), self.stop) is not None for ids in written]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def _first(text: str, stop: Sequence[str]) -> int | None:
+    """Where in ``text`` the first of the texts to stop at begins."""
+    return min((place for word in stop if (place := text.find(word)) >= 0), default=None)
+
+
+def _require_one_way(params: Mapping[str, Any]) -> None:
+    if params["do_sample"] and params["num_beams"] > 1:
+        raise InputError(
+            "Beams are searched, not sampled",
+            where="params, 'do_sample' and 'num_beams'",
+            wanted="num_beams 1 with do_sample, or do_sample false with beams",
+            found=f"num_beams {params['num_beams']}",
+        )
+
+
+def _generation_config(model: Any) -> dict[str, Any]:
+    """All that the model's generation config says, JSON only."""
+    config = getattr(model, "generation_config", None)
+    if config is None or not callable(getattr(model, "generate", None)):
+        raise StructureError(
+            "The model cannot write text",
+            where=type(model).__name__,
+            wanted="a transformers model with generate() and a generation_config",
+        )
+    said = {name: value for name, value in json.loads(config.to_json_string()).items() if value is not None}
+    odd = sorted(name for name in said.keys() & _REFUSED if said[name])
+    if odd or said.get("num_beam_groups", 1) != 1:
+        raise StructureError(
+            "The generation config asks for what this task does not do",
+            where=f"generation_config, {', '.join(odd) or 'num_beam_groups'}",
+            wanted="greedy decoding, beams or sampling",
+            way_out="set it to None in model.generation_config before saving",
+        )
+    return said
+
+
+def _ignores_padding(cls: type[Generation], model: Any, config: Mapping[str, Any]) -> bool:
+    """Whether a prompt is continued alike alone and filled up beside a longer one.
+
+    Tried, because no attribute says so: recurrent models read what is masked, or mix the rows of a batch up, and some
+    decoders count positions from the padding on.
+    """
+    task = cls(config, {"text": "text"})
+    special = {config["pad_token_id"], config["generation"].get("bos_token_id"), *task.ends}
+    size = min(7, (config["max_length"] or 9) - 2)
+    ids = [token for token in range(model.config.get_text_config().vocab_size) if token not in special][-size:]
+    if len(ids) < 4:
+        return False
+    params = {param.name: param.default for param in cls.params} | {"max_new_tokens": 2, _KEEP_LOGITS.name: True}
+    short, long = (task.featured(part, params) for part in (ids[:3], ids))
+    first = next(model.parameters())
+    engine = ModuleEngine(model, first.device, first.dtype)
+    with _evaluating(model):
+        alone, beside = (task.forward(engine, batch, params)[0]["logits"] for batch in ([short], [short, long]))
+    tolerance = 1e-4 if first.dtype in (torch.float32, torch.float64) else 2e-2
+    return alone.shape == beside.shape and bool(np.abs(alone - beside).max() <= tolerance * np.abs(alone).max())
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    modes = [(child, child.training) for child in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training

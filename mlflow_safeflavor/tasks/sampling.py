@@ -1,0 +1,62 @@
+"""Drawing tokens at random, without the one random generator that torch has for the whole process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["SAMPLING", "Draw", "sampler"]
+
+SAMPLING: Mapping[str, tuple[str, Any]] = {
+    "temperature": ("TemperatureLogitsWarper", 1.0),
+    "top_k": ("TopKLogitsWarper", 0),
+    "top_p": ("TopPLogitsWarper", 1.0),
+    "min_p": ("MinPLogitsWarper", 0.0),
+    "typical_p": ("TypicalLogitsWarper", 1.0),
+    "epsilon_cutoff": ("EpsilonLogitsWarper", 0.0),
+}
+"""Setting → what transformers applies for it, in its order, and the value for which it applies nothing."""
+
+
+class Draw:
+    """Makes greedy decoding sample: of scores plus Gumbel noise, the largest is a sample of their softmax.
+
+    transformers draws from torch's global generator, which threads share: a seed there promises nothing to a request
+    beside which another one runs, and setting it disturbs everybody else. Here each row has a generator of its own,
+    on the CPU, so that a seed means the same on every device.
+
+    Args:
+        generators: One a row.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = generators
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores with noise, shape (rows, vocabulary)."""
+        rows = [torch.empty(scores.shape[1]).exponential_(generator=generator) for generator in self.generators]
+        # A draw of exactly 0 would be infinite noise, and not a number where a score is minus infinity.
+        noise = torch.stack(rows).clamp_min(torch.finfo(torch.float32).tiny).log()
+        return scores - noise.to(scores.device)
+
+
+def sampler(settings: Mapping[str, Any], rows: int, seed: int) -> list[Any]:
+    """What is to be done to the scores of each step so that greedy decoding samples.
+
+    Args:
+        settings: Values for names in ``SAMPLING``; what is missing does nothing.
+        rows: How many rows are decoded together.
+        seed: Of every row; negative for another one each time.
+    """
+    from transformers.generation import logits_process
+
+    generators = [torch.Generator() for _ in range(rows)]
+    for generator in generators:
+        generator.manual_seed(seed) if seed >= 0 else generator.seed()
+    asked = {name: value for name in SAMPLING if (value := settings.get(name)) is not None}
+    warpers = [
+        getattr(logits_process, SAMPLING[name][0])(value) for name, value in asked.items() if value != SAMPLING[name][1]
+    ]
+    return [*warpers, Draw(generators)]

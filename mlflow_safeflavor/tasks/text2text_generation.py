@@ -1,0 +1,68 @@
+"""Texts → what an encoder-decoder makes of them: summaries, translations, answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+
+from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.rows import require_texts
+from mlflow_safeflavor.tasks.base import Features, Row
+from mlflow_safeflavor.tasks.generation import Generation
+
+__all__ = ["Text2TextGeneration", "specific_task"]
+
+_SPECIFIC = re.compile(r"summarization|translation(_\w+_to_\w+)?", re.ASCII)
+
+
+class Text2TextGeneration(Generation):
+    """What an encoder-decoder writes about a text.
+
+    Option, fixed at save through ``model_config``: ``prefix``, put before each text. Saved as ``summarization``,
+    ``translation`` or ``translation_xx_to_yy``, the task also takes prefix and generation settings of that name from
+    the ``task_specific_params`` of the model's config, as transformers' pipelines do.
+
+    A text longer than the model takes is cut where its tokenizer cuts.
+    """
+
+    name = "text2text-generation"
+    task_options = frozenset({"prefix"})
+    encoder_decoder = True
+    specific: ClassVar[str | None] = None
+    """Key of ``task_specific_params``."""
+
+    @classmethod
+    def serves(cls, class_name: str) -> bool:
+        return class_name.endswith(("ForConditionalGeneration", "MTModel"))
+
+    @classmethod
+    def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+        if unknown := sorted(options.keys() - cls.task_options):
+            raise InputError("Unknown option", where=f"model_config, {unknown[0]!r}", wanted="prefix")
+        named = getattr(getattr(model, "config", None), "task_specific_params", None) or {}
+        specific = dict(named.get(cls.specific) or {})
+        prefix = {"prefix": specific.pop("prefix", None) or "", **options}["prefix"]
+        if not isinstance(prefix, str):
+            raise InputError("The prefix is not a text", where="model_config, 'prefix'", found=repr(prefix))
+        return {**cls.describe_generation(model, specific), "prefix": prefix}
+
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+        require_texts(rows, self.columns)
+        limit = self.prompt_limit(params)
+        texts = [self.config["prefix"] + row["text"] for row in rows]
+        encoded = self.encoder.encode(texts, max_length=limit, truncation=params["truncation"])
+        for i, row in enumerate(encoded):
+            self.require_fitting(i, len(row["input_ids"]), limit)
+        return [self.featured(row["input_ids"], params) for row in encoded]
+
+
+@cache
+def specific_task(name: str) -> type[Text2TextGeneration] | None:
+    """The task under one of the names that pipelines have for what a model was trained to do; None for other names."""
+    if not _SPECIFIC.fullmatch(name):
+        return None
+    return type(Text2TextGeneration.__name__, (Text2TextGeneration,), {"name": name, "specific": name})

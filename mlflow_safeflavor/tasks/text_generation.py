@@ -1,0 +1,197 @@
+"""Prompts, or chats → what a decoder writes next, as ``transformers.pipeline("text-generation")`` gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array, Object, Property
+
+from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.rows import describe_value, place, require_texts
+from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
+from mlflow_safeflavor.tasks.generation import GENERATION_PARAMS, Generation
+from mlflow_safeflavor.tasks.params import Param
+
+__all__ = ["TextGeneration"]
+
+_FULL_TEXT = Param("return_full_text", "boolean", default=True, wanted="true or false")
+_MESSAGE = Object([Property("role", DataType.string), Property("content", DataType.string)])
+
+_GOLDEN_CHATS = ("Hello!", "Where does a model answer the same way as here? Name three places. 東京, Zürich 😀?")
+
+
+class TextGeneration(Generation):
+    """What a decoder writes after a text, or as the next turn of a chat.
+
+    A model reads one or the other, as ``input_columns`` says when it is saved: ``{"text": …}``, the default, or
+    ``{"messages": …}`` for a model whose tokenizer has a chat template. A cell of ``messages`` is a list of dicts with
+    ``role`` and ``content``. Where the last one is the assistant's, it is continued.
+
+    Params: ``return_full_text`` puts the prompt in front, as it was given (default True; False for chats, whose prompt
+    is what the template made). A prompt beside which ``max_new_tokens`` do not fit into the model's positions is cut
+    at its beginning, so that its end is continued; without ``truncation``, and by default for chats, it is refused.
+    """
+
+    name = "text-generation"
+    fields = ("text", "messages")
+    params: ClassVar[tuple[Param, ...]] = (_FULL_TEXT, *GENERATION_PARAMS)
+    reads = ("encoder", "tokenizer")
+    encoder_decoder = False
+
+    @classmethod
+    def serves(cls, class_name: str) -> bool:
+        return class_name.endswith(("ForCausalLM", "LMHeadModel")) and not class_name.endswith("WithLMHeadModel")
+
+    @classmethod
+    def columns_for(cls, input_columns: Mapping[str, str] | None) -> dict[str, str]:
+        if input_columns is not None and "messages" in input_columns:
+            if list(input_columns) == ["messages"] and input_columns["messages"]:
+                return dict(input_columns)
+            raise InputError(
+                "A model reads texts or chats, not both",
+                where="input_columns",
+                wanted='{"text": column} or {"messages": column}',
+                found=repr(dict(input_columns)),
+            )
+        return super().columns_for(input_columns)
+
+    @classmethod
+    def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+        if options:
+            raise InputError("text-generation has no options", where="model_config", found=sorted(options))
+        return cls.describe_generation(model, {})
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        columns: Mapping[str, str],
+        encoder: Any = None,
+        tokenizer: Callable[[], Any] | None = None,
+    ) -> None:
+        super().__init__(config, columns, encoder)
+        self.tokenizer = tokenizer
+        self._chat = "messages" in self.columns
+        if self._chat:
+            # A chat without its beginning, where the template puts who speaks, is another one.
+            off = {"return_full_text", "truncation"}
+            self.asked = tuple(replace(param, default=False) if param.name in off else param for param in self.asked)
+
+    def inputs(self) -> Schema:
+        if not self._chat:
+            return super().inputs()
+        return Schema([ColSpec(Array(_MESSAGE), self.columns["messages"])])
+
+    def rows(self, data: Any) -> list[Row]:
+        if not self._chat:
+            return super().rows(data)
+        column = self.columns["messages"]
+        # A dict with one chat, which anywhere else would be a dict of as many rows as the chat has messages.
+        if isinstance(data, Mapping) and list(data) == [column] and _is_chat(data[column]):
+            data = [dict(data)]
+        rows = super().rows(data)
+        return [{"messages": _messages(i, column, row.get("messages"))} for i, row in enumerate(rows)]
+
+    def golden_rows(self) -> list[Row]:
+        if not self._chat:
+            return super().golden_rows()
+        return [{"messages": [{"role": "user", "content": text}]} for text in _GOLDEN_CHATS]
+
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+        prompts, limit = self._prompts(rows), self.prompt_limit(params)
+        special = not self._chat  # the template has put them in
+        features = []
+        encoded = self.encoder.encode(prompts, truncation=False, special=special)
+        for i, (prompt, row) in enumerate(zip(prompts, encoded, strict=True)):
+            ids = row["input_ids"] or self._beginning()
+            if limit and len(ids) > limit and params["truncation"]:
+                ids = self._end_of(prompt, limit, special=special)
+            self.require_fitting(i, len(ids), limit)
+            features.append(self.featured(ids, params))
+        return features
+
+    def _beginning(self) -> list[int]:
+        """What stands for an empty prompt, as in transformers: the token at the beginning of texts, if there is one."""
+        first = self.config["generation"].get("bos_token_id")
+        return [] if first is None else [first]
+
+    def _end_of(self, prompt: str, limit: int, *, special: bool) -> list[int]:
+        """The last tokens of a prompt, and its special ones."""
+        (row,) = self.encoder.encode([prompt], truncation=False, special=special, spans=True)
+        added = [i for i, text in enumerate(row["sequence_ids"]) if text == -1]
+        own = [i for i, text in enumerate(row["sequence_ids"]) if text != -1]
+        kept = sorted(added + own[len(own) - max(0, limit - len(added)) :])
+        return [row["input_ids"][i] for i in kept]
+
+    def _prompts(self, rows: Sequence[Row]) -> list[str]:
+        (field,) = self.columns
+        if self._chat:
+            rows = [{field: self._rendered(i, row[field])} for i, row in enumerate(rows)]
+        require_texts(rows, self.columns)
+        return [row[field] for row in rows]
+
+    def _rendered(self, i: int, messages: Sequence[Mapping[str, str]]) -> str:
+        tokenizer = self.tokenizer() if self.tokenizer else None
+        if tokenizer is None or tokenizer.chat_template is None:
+            raise StructureError(
+                "The tokenizer has no chat template",
+                where=f"input_columns, {self.columns}",
+                way_out='set tokenizer.chat_template, or save the model with input_columns={"text": …}',
+            )
+        goes_on = messages[-1]["role"] == "assistant"
+        try:
+            rendered: str = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
+            )
+        except Exception as error:  # templates refuse what they do not know, each in its own way
+            raise InputError(
+                "The chat template refuses a chat",
+                where=place(i, self.columns["messages"]),
+                found=f"{type(error).__name__}: {error}",
+            ) from error
+        return rendered
+
+    def decode(
+        self,
+        rows: Sequence[Row],
+        features: Sequence[Features],
+        outputs: Sequence[RowOutput],
+        params: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        answers = super().decode(rows, features, outputs, params)
+        if not params["return_full_text"]:
+            return answers
+        prompts = self._prompts(rows)
+        return [
+            {**answer, "generated_text": prompt + answer["generated_text"]}
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0 and isinstance(value[0], Mapping)
+
+
+def _messages(i: int, column: str, value: Any) -> list[dict[str, str]]:
+    """A cell as a plain list of messages."""
+    if not _is_chat(value):
+        raise _no_chat(i, column, value)
+    for message in value:
+        texts = isinstance(message, Mapping) and [message.get("role"), message.get("content")]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise _no_chat(i, column, message)
+        require_texts([{}] * i + [{"role": texts[0], "content": texts[1]}], {})
+    return [dict(message) for message in value]
+
+
+def _no_chat(i: int, column: str, value: Any) -> InputError:
+    return InputError(
+        "A value is not a chat",
+        where=place(i, column),
+        wanted='a list of messages, each {"role": text, "content": text}',
+        found=describe_value(value),
+    )
