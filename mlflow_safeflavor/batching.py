@@ -1,85 +1,86 @@
-"""Rows → batches → rows: encode all, run rows of near length together, answer in the order asked."""
+"""Which pieces run together, so that time goes into tokens and neither into padding nor into calls."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from mlflow_safeflavor.engine import Engine
-from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.tasks.base import Row, RowOutput, Task
+from mlflow_safeflavor.tasks.base import Row, Task
 
-__all__ = ["DEFAULT_MAX_BATCH_TOKENS", "cut_into_batches", "predict_rows"]
+__all__ = ["cut_into_batches", "measure_forward_cost"]
 
-# Measured on a CPU with a 22 M parameter encoder and 256 texts of mixed length: sorted by length, 512 tokens a
-# batch ran 1.5 to 1.8 times faster than row by row. Larger batches only grow activations out of the caches.
-DEFAULT_MAX_BATCH_TOKENS = 512
+_MOST = 4096
+"""Tokens; on an accelerator a call may cost more, but no batch is that large."""
 
 
-def predict_rows(
-    task: Task,
-    engine: Engine,
-    rows: Sequence[Row],
-    params: Mapping[str, Any] | None = None,
-    *,
-    max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
-) -> tuple[list[dict[str, Any]], list[RowOutput]]:
-    """Answers and raw outputs, one of each for each row, in order. Safe from many threads.
+def cut_into_batches(costs: Sequence[int], max_batch_tokens: int, forward_cost: int = 0) -> list[list[int]]:
+    """Indices of ``costs`` in the batches that take the least time together.
+
+    A batch takes ``forward_cost`` and, for each of its pieces, the cost of its longest one. Sorted by cost, the best
+    batches are runs of neighbours; which runs is found by dynamic programming over their ends.
 
     Args:
-        task: What is asked.
-        engine: What runs the model.
-        rows: Rows by field, as ``rows_of`` makes them.
-        params: Per-request params; missing ones take their defaults.
-        max_batch_tokens: Most tokens of one forward, padding included. A longer single row runs by itself.
+        costs: Tokens of each piece; none of them needs more than one place in a batch.
+        max_batch_tokens: Most tokens of a batch when its pieces are padded; a longer single piece goes alone.
+        forward_cost: What a batch costs beside its tokens, in tokens.
 
-    Raises:
-        InputError: A row or param cannot be answered; names it.
+    Returns:
+        Batches, the longest pieces first.
     """
-    checked = task.check_params(params)
-    features = task.encode(rows, checked)
-    pieces = [list(task.pieces(row)) for row in features]
-    flat = [piece for row in pieces for piece in row]
-    found: dict[int, RowOutput] = {}
-    for batch in cut_into_batches([task.cost(piece) for piece in flat], task.batch_budget(max_batch_tokens)):
-        found.update(zip(batch, task.forward(engine, [flat[i] for i in batch], checked), strict=True))
-    in_order = (found[i] for i in range(len(flat)))
-    outputs = [task.join([next(in_order) for _ in row]) for row in pieces]
-    return task.decode(rows, features, outputs, checked), outputs
-
-
-def cut_into_batches(costs: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
-    """Indices of ``costs`` in batches of near cost, each at most ``max_batch_tokens`` when padded to its longest.
-
-    The most expensive come first, so that a batch's padded length is known when it is opened, and what
-    does not fit into memory fails at once and not after minutes.
-
-    Raises:
-        InputError: ``max_batch_tokens`` is no positive whole number.
-    """
-    budget = _positive(max_batch_tokens)
+    order = sorted(range(len(costs)), key=lambda i: -costs[i])
+    lengths = np.array([max(1, costs[i]) for i in order], dtype=np.float64)
+    # best[i]: least cost of the first i pieces; before[i]: where the last batch of these begins.
+    best, before = np.zeros(len(order) + 1), [0] * (len(order) + 1)
+    low = 0
+    for i in range(1, len(order) + 1):
+        while low < i - 1 and (i - low) * lengths[low] > max_batch_tokens:
+            low += 1
+        starts = np.arange(low, i)
+        totals = best[low:i] + forward_cost + (i - starts) * lengths[low:i]
+        chosen = int(totals.argmin())
+        best[i], before[i] = totals[chosen], low + chosen
     batches: list[list[int]] = []
-    room = 0
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        if room < 1:
-            batches.append([])
-            room = max(1, budget // max(1, costs[i]))
-        batches[-1].append(i)
-        room -= 1
+    end = len(order)
+    while end:
+        batches.insert(0, order[before[end] : end])
+        end = before[end]
     return batches
 
 
-def _positive(max_batch_tokens: Any) -> int:
-    try:
-        value = 0 if isinstance(max_batch_tokens, bool) else operator.index(max_batch_tokens)
-    except TypeError:
-        value = 0
-    if value < 1:
-        raise InputError(
-            "max_batch_tokens is out of range",
-            where="max_batch_tokens",
-            wanted="a whole number of at least 1",
-            found=repr(max_batch_tokens),
-        )
-    return value
+def measure_forward_cost(task: Task, engine: Engine, rows: Sequence[Row], max_batch_tokens: int) -> int:
+    """What a call of the model costs beside its tokens, as the number of tokens that take as long.
+
+    Two forwards are timed, that of the shortest piece and that of as many of the longest as a batch takes, and a line
+    drawn through both. The number is rounded to a power of two, since a factor of two hardly changes the batches.
+
+    Args:
+        task: What is asked.
+        engine: What runs the model; it has answered these rows before, so that it is warm.
+        rows: Golden rows.
+        max_batch_tokens: As in ``cut_into_batches``.
+    """
+    params = task.check_params(task.golden_params)
+    pieces = [piece for row in task.encode(rows, params) for piece in task.pieces(row)]
+    shortest, longest = min(pieces, key=task.cost), max(pieces, key=task.cost)
+    count = max(1, task.batch_budget(max_batch_tokens) // max(1, task.cost(longest)))
+    few, many = task.cost(shortest), count * task.cost(longest)
+    if task.cost(shortest) == task.cost(longest):
+        return 0  # there is nothing to choose: batches are as large as they may be
+    small = _seconds(lambda: task.forward(engine, [shortest], params))
+    large = _seconds(lambda: task.forward(engine, [longest] * count, params))
+    token = (large - small) / (many - few)
+    tokens = min(_MOST, small / token - few) if token > 0 else 0
+    return 1 << round(np.log2(tokens)) if tokens >= 1 else 0
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The fastest of three: everything that disturbs makes it slower."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)

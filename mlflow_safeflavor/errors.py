@@ -12,6 +12,8 @@
     ├── ParityError                     recorded rows are answered differently now
     ├── RehearsalError                  the clean process could not load what was about to be published
     ├── InputError                      rows or parameters that no model could answer (HTTP 400)
+    ├── OverloadedError                 more requests wait than may be queued (HTTP 503)
+    ├── DeadlineError                   the model did not answer in the time it was given (HTTP 504)
     └── PlacementError                  no such device, or the model does not fit on it
 
 Each message says what happened, where, what was wanted, what was found, and the way out.
@@ -19,14 +21,18 @@ Each message says what happened, where, what was wanted, what was found, and the
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import DEADLINE_EXCEEDED, INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
 __all__ = [
+    "DeadlineError",
     "EnvironmentMismatchError",
     "FormatVersionError",
     "InputError",
     "IntegrityError",
+    "OverloadedError",
     "ParityError",
     "PlacementError",
     "RehearsalError",
@@ -40,7 +46,7 @@ __all__ = [
 class SafeFlavorError(MlflowException):
     """Root of the tree.
 
-    It is an ``MlflowException`` with ``INVALID_PARAMETER_VALUE``, because MLflow's scoring server
+    It is an ``MlflowException``, most kinds with ``INVALID_PARAMETER_VALUE``, because MLflow's scoring server
     answers 500 with a full traceback to every other kind of exception.
 
     Args:
@@ -50,6 +56,8 @@ class SafeFlavorError(MlflowException):
         found: What is there instead.
         way_out: What the reader can do now.
     """
+
+    status: ClassVar[int] = INVALID_PARAMETER_VALUE
 
     def __init__(
         self,
@@ -67,7 +75,7 @@ class SafeFlavorError(MlflowException):
         self.way_out = way_out
         details = {"where": where, "wanted": wanted, "found": found, "way out": way_out}
         lines = [what, *(f"  {name}: {value}" for name, value in details.items() if value is not None)]
-        super().__init__("\n".join(lines), error_code=INVALID_PARAMETER_VALUE)
+        super().__init__("\n".join(lines), error_code=self.status)
 
 
 class EnvironmentMismatchError(SafeFlavorError):
@@ -104,6 +112,18 @@ class RehearsalError(SafeFlavorError):
 
 class InputError(SafeFlavorError):
     """Rows, columns or parameters that cannot be answered; the server says 400."""
+
+
+class OverloadedError(SafeFlavorError):
+    """More requests wait at the model than it may queue; the server says 503."""
+
+    status = TEMPORARILY_UNAVAILABLE
+
+
+class DeadlineError(SafeFlavorError):
+    """The model did not answer in the time it was given; the server says 504."""
+
+    status = DEADLINE_EXCEEDED
 
 
 class PlacementError(SafeFlavorError):

@@ -20,6 +20,7 @@ from mlflow_safeflavor.errors import (
     SafeFlavorError,
     WeightsError,
 )
+from mlflow_safeflavor.options import run_time_options
 from mlflow_safeflavor.report import LoadReport
 from mlflow_safeflavor.spec import FLAVOR_NAME, ModelSpec
 from mlflow_safeflavor.trust import require_agreed, require_known, require_no_shadows
@@ -47,7 +48,7 @@ class LoadOptions:
     device_map: str | Mapping[str, Any] | None = None
     verify: str = "full"
     environment: str = "warn"
-    max_batch_tokens: int = 512
+    model_config: Mapping[str, Any] = field(default_factory=dict)
     trust: Collection[str] = field(default_factory=frozenset)
     replay: bool = True
 
@@ -62,6 +63,7 @@ def load_model(
     verify: str = "full",
     environment: str = "warn",
     trust: Collection[str] = (),
+    model_config: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Load a model that ``save_model`` or ``log_model`` wrote, or raise an error that says why not.
 
@@ -76,6 +78,8 @@ def load_model(
             both replay the golden rows. "off" still compares the tensors' facts.
         environment: "error", "warn" or "ignore" when this environment is not the recorded one.
         trust: Kinds of the artifact's own code that may run: "code", "pickle".
+        model_config: Run-time options other than those above, e.g. ``{"deterministic": True}``; by default those
+            stored with the model.
 
     Returns:
         The model, on its device, in eval mode, without gradients, warmed up.
@@ -90,6 +94,7 @@ def load_model(
         verify=verify,
         environment=environment,
         trust=frozenset(trust),
+        model_config=dict(model_config or {}),
     )
     return load_folder(locate(model_uri, dst_path), options)
 
@@ -113,6 +118,7 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
         model = bind(module, hooks, device, spec, layout, options, report)
         with report.timed("replay"):
             _replay(model, layout, options, report)
+            _measure(model, layout, options)
     return model
 
 
@@ -294,16 +300,14 @@ def bind(
     from mlflow_safeflavor.engine import ModuleEngine
     from mlflow_safeflavor.model import LoadedModel, make_task
     from mlflow_safeflavor.placement import resolve_dtype
+    from mlflow_safeflavor.scheduler import Scheduler
 
-    return LoadedModel(
-        module=module,
-        spec=spec,
-        report=report,
-        task=make_task(spec, layout.tokenizer, hooks),
-        engine=ModuleEngine(module, device, resolve_dtype(options.dtype or spec.dtype)),
-        folder=layout.root,
-        max_batch_tokens=options.max_batch_tokens,
-    )
+    chosen = run_time_options(options.model_config, stored=spec.model_config)
+    task = make_task(spec, layout.tokenizer, hooks)
+    engine = ModuleEngine(module, device, resolve_dtype(options.dtype or spec.dtype))
+    names = ("max_batch_tokens", "forward_cost", "deterministic", "max_queue")
+    scheduler = Scheduler(task, engine, **{name: chosen[name] for name in names})
+    return LoadedModel(module, spec, report, task, engine, layout.root, scheduler, chosen)
 
 
 def _replay(model: LoadedModel, layout: Layout, options: LoadOptions, report: LoadReport) -> None:
@@ -317,6 +321,20 @@ def _replay(model: LoadedModel, layout: Layout, options: LoadOptions, report: Lo
         parity.require_parity(result, layout)
     report.golden_rows = len(result.rows)
     report.max_difference, report.bit_identical = result.max_difference, result.bit_identical
+
+
+def _measure(model: LoadedModel, layout: Layout, options: LoadOptions) -> None:
+    """Measure what a forward costs where nobody has, or only on another kind of device: the CPU it was saved on."""
+    from mlflow_safeflavor import batching, parity
+
+    known = model.scheduler.forward_cost and model.engine.device.type == "cpu"
+    if known or options.verify == "off" or not options.replay:
+        return
+    golden = parity.read_golden(layout)
+    rows = [model.task.from_record(row, golden.inputs(i)) for i, row in enumerate(golden.rows)]
+    model.scheduler.forward_cost = batching.measure_forward_cost(
+        model.task, model.engine, rows, model.options["max_batch_tokens"]
+    )
 
 
 @contextmanager

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.artifact import Layout
-from mlflow_safeflavor.batching import predict_rows
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.processor import load_processor
+from mlflow_safeflavor.progress import shown
 from mlflow_safeflavor.report import LoadReport
+from mlflow_safeflavor.rows import without_extra_columns
+from mlflow_safeflavor.scheduler import Scheduler, predict_rows
 from mlflow_safeflavor.spec import ModelSpec
 from mlflow_safeflavor.tasks import Task, task_class
 from mlflow_safeflavor.tasks.base import Row, RowOutput
@@ -46,7 +48,8 @@ class LoadedModel:
         task: Rows to tensors and back.
         engine: Tensors to tensors.
         folder: Root of the artifact.
-        max_batch_tokens: Padded tokens in one forward at the most.
+        scheduler: What runs the engine for many callers.
+        options: Run-time options that it was loaded with; see ``options.MODEL_CONFIG``.
     """
 
     module: torch.nn.Module
@@ -55,7 +58,8 @@ class LoadedModel:
     task: Task
     engine: Engine
     folder: Path
-    max_batch_tokens: int
+    scheduler: Scheduler
+    options: Mapping[str, Any]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -69,12 +73,21 @@ class LoadedModel:
         folder = Layout(self.folder).processor
         return load_processor(folder) if folder.is_dir() else None
 
-    def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
+    def predict(
+        self,
+        data: Any,
+        params: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        progress: bool | None = None,
+    ) -> Any:
         """Answer rows.
 
         Args:
             data: A DataFrame, Series, list, dict, string or numpy array; see ``rows.rows_of``.
             params: Per-request parameters of the task, as declared in the signature.
+            timeout: Seconds that the model may take; None for what the model was loaded with.
+            progress: Whether to show a progress bar; None for on a terminal or in a notebook, when it takes longer.
 
         Returns:
             One row for each row of ``data``, in order, with the columns of the task's signature; for the
@@ -82,12 +95,19 @@ class LoadedModel:
 
         Raises:
             InputError: A row, column or parameter cannot be answered; names which.
+            OverloadedError: Too many requests wait at the model.
+            DeadlineError: The model took longer than ``timeout``.
         """
-        answers, _ = self.answer(self.task.rows(data), params)
+        if self.options["extra_columns"] == "ignore":
+            data = without_extra_columns(data, self.task.columns.values())
+        rows = self.task.rows(data)
+        timeout = self.options["timeout"] if timeout is None else timeout
+        with shown(progress) as watch:
+            answers, _ = predict_rows(self.task, self.scheduler, rows, params, timeout=timeout, watch=watch)
         return self.task.result(answers, data)
 
     def answer(
         self, rows: Sequence[Row], params: Mapping[str, Any] | None = None
     ) -> tuple[list[dict[str, Any]], list[RowOutput]]:
         """Answers and raw outputs of rows that are by field already; see ``Task``."""
-        return predict_rows(self.task, self.engine, rows, params, max_batch_tokens=self.max_batch_tokens)
+        return predict_rows(self.task, self.scheduler, rows, params)

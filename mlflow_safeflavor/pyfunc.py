@@ -45,7 +45,7 @@ class PyfuncModel:
             return {ENVIRONMENT_LABEL: dict(self.facts)}
         # Only where a list can be no value of a cell: other tasks may take one.
         data = unfold_columns(model_input) if isinstance(self.model.task, TextTask) else model_input
-        return self.model.predict(data, params)
+        return self.model.predict(data, params, progress=False)
 
 
 def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
@@ -65,7 +65,7 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
             dtype=options["dtype"] or None,
             verify=options["verify"],
             environment=options["environment"],
-            max_batch_tokens=options["max_batch_tokens"],
+            model_config=options,
             trust=frozenset({"code", "pickle"} if pickles else {"code"}),
         ),
     )

@@ -14,7 +14,7 @@ import pandas as pd
 
 from mlflow_safeflavor.errors import InputError
 
-__all__ = ["Row", "place", "require_texts", "rows_of", "unfold_columns"]
+__all__ = ["Row", "place", "require_texts", "rows_of", "unfold_columns", "without_extra_columns"]
 
 Row = Mapping[str, Any]
 """One row of the user's, by *field* of the task (``text``), not by column name (``buggy_code``)."""
@@ -96,6 +96,22 @@ def unfold_columns(data: Any) -> Any:
         return data
     cells = {name: data[name].iloc[0] for name in data.columns}
     return cells if cells and all(isinstance(cell, list) for cell in cells.values()) else data
+
+
+def without_extra_columns(data: Any, known: Collection[str]) -> Any:
+    """A table or its rows without the columns that nobody knows; anything else untouched.
+
+    Args:
+        data: What the user handed over.
+        known: Columns of the model.
+    """
+    if isinstance(data, pd.DataFrame):
+        return data[[name for name in data.columns if name in known]]
+    if isinstance(data, Mapping):
+        return {name: value for name, value in data.items() if name in known}
+    if isinstance(data, list):
+        return [without_extra_columns(row, known) if isinstance(row, Mapping) else row for row in data]
+    return data
 
 
 def place(row: int, *columns: str) -> str:

@@ -25,6 +25,7 @@ from mlflow.utils.model_utils import _validate_and_copy_code_paths
 from mlflow_safeflavor import inventory as inventories
 from mlflow_safeflavor import parity, pickled, placement, requirements, structure, tensors, usercode
 from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_json, write_manifest
+from mlflow_safeflavor.batching import measure_forward_cost
 from mlflow_safeflavor.damage import require_undamaged
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.load import LoadOptions, bind, guarded_parts, rebuild
@@ -131,7 +132,7 @@ def save_model(
         if hashes:
             locked = lock(read_lines(layout.requirements), python=platform.python_version())
             layout.requirements.write_text("\n".join(locked) + "\n", encoding="utf-8")
-        task_, answers = _write_parity(source, spec, cast, layout)
+        task_, answers, spec = _write_parity(source, spec, cast, layout)
         mlmodel = mlflow_model or Model()
         _write_example(mlmodel, source.example, task_, layout)
         _write_mlmodel(mlmodel, spec, _signature(signature, source.example, task_, answers), metadata, layout)
@@ -314,15 +315,17 @@ def _write_environment(
     write_json(layout.environment, recorded.to_json())
 
 
-def _write_parity(source: Source, spec: ModelSpec, cast: bool, layout: Layout) -> tuple[Task, list[dict[str, Any]]]:
+def _write_parity(
+    source: Source, spec: ModelSpec, cast: bool, layout: Layout
+) -> tuple[Task, list[dict[str, Any]], ModelSpec]:
     """Record the golden rows from the very module the user handed over, unless it had to be cast.
 
     A cast model exists only in the artifact, so there the rebuilt module answers.
 
     Returns:
-        The task, and the answers to the user's example.
+        The task, the answers to the user's example, and the spec with what was measured.
     """
-    options = LoadOptions(max_batch_tokens=spec.model_config["max_batch_tokens"], trust=frozenset(KINDS))
+    options = LoadOptions(trust=frozenset(KINDS))
     module, hooks = source.module, source.hooks
     if cast:
         module, hooks = rebuild(tensors.read_inventory(layout), spec, layout, options, LoadReport())
@@ -330,8 +333,16 @@ def _write_parity(source: Source, spec: ModelSpec, cast: bool, layout: Layout) -
     with evaluating(module):
         model = bind(module, hooks, device, spec, layout, options, LoadReport())
         examples = [] if source.example is None else model.task.rows(source.example)
-        answers = parity.record(model, [*examples, *model.task.golden_rows()], spec.dtype, layout)
-    return model.task, answers[: len(examples)]
+        rows = [*examples, *model.task.golden_rows()]
+        if not model.scheduler.forward_cost and device.type == "cpu":
+            # Stored, so that all hosts make the same batches: the bits of an answer depend on what shares its batch.
+            model.answer(rows, model.task.golden_params)
+            model.scheduler.forward_cost = measure_forward_cost(
+                model.task, model.engine, rows, model.options["max_batch_tokens"]
+            )
+        answers = parity.record(model, rows, spec.dtype, layout)
+    spec = replace(spec, model_config={**spec.model_config, "forward_cost": model.scheduler.forward_cost})
+    return model.task, answers[: len(examples)], spec
 
 
 def _write_example(mlmodel: Model, example: Any, task: Task, layout: Layout) -> None:

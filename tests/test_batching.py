@@ -2,11 +2,10 @@
 
 import random
 
-import numpy as np
 import pytest
 
-from mlflow_safeflavor.batching import DEFAULT_MAX_BATCH_TOKENS, cut_into_batches, predict_rows
-from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.batching import cut_into_batches
+from mlflow_safeflavor.scheduler import Scheduler, predict_rows
 
 
 @pytest.mark.parametrize("budget", [1, 7, 64, 512, 10**9])
@@ -20,29 +19,59 @@ def test_every_row_is_in_one_batch_within_the_budget(budget):
 
 
 def test_near_lengths_share_a_batch_and_the_longest_come_first():
-    assert cut_into_batches([2, 50, 3, 49, 2, 200], 100) == [[5], [1, 3], [2, 0, 4]]
+    assert cut_into_batches([2, 50, 3, 49, 2, 200], 100, 10) == [[5], [1, 3], [2, 0, 4]]
+
+
+def test_no_padding_is_computed_where_calls_are_free():
+    assert cut_into_batches([2, 50, 3, 49, 2, 3], 1000) == [[1], [3], [2, 5], [0, 4]]
+
+
+def test_one_call_where_calls_are_dear():
+    assert cut_into_batches([2, 50, 3, 49, 2, 3], 1000, 10_000) == [[1, 3, 2, 5, 0, 4]]
 
 
 def test_a_batch_is_filled_to_the_budget():
-    assert [len(batch) for batch in cut_into_batches([8] * 130, 512)] == [64, 64, 2]
+    assert sorted(len(batch) for batch in cut_into_batches([8] * 130, 512, 10)) == [2, 64, 64]
 
 
 def test_no_rows_no_batches():
     assert cut_into_batches([], 512) == []
 
 
-@pytest.mark.parametrize("budget", [0, -1, True, 1.5, "512", None])
-def test_a_budget_that_is_no_positive_whole_number(budget):
-    with pytest.raises(InputError, match="max_batch_tokens"):
-        cut_into_batches([1], budget)
+def _cost(batches, costs, forward_cost):
+    return sum(forward_cost + len(batch) * max(1, *(costs[i] for i in batch)) for batch in batches)
 
 
-def test_a_numpy_budget_is_fine():
-    assert cut_into_batches([1, 1], np.int64(1)) == [[0], [1]]
+def _all_partitions(places):
+    """Every way to part a few places into batches, neighbours or not."""
+    if not places:
+        yield []
+        return
+    first, *rest = places
+    for others in _all_partitions(rest):
+        yield [[first], *others]
+        for i, batch in enumerate(others):
+            yield [*others[:i], [first, *batch], *others[i + 1 :]]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_no_other_way_to_part_the_rows_costs_less(seed):
+    draw = random.Random(seed)
+    costs = [draw.randint(0, 30) for _ in range(7)]
+    budget, forward_cost = draw.choice([1, 20, 60, 500]), draw.choice([0, 1, 8, 50])
+    found = _cost(cut_into_batches(costs, budget, forward_cost), costs, forward_cost)
+    allowed = [
+        batches
+        for batches in _all_partitions(list(range(7)))
+        if all(len(b) == 1 or len(b) * max(1, *(costs[i] for i in b)) <= budget for b in batches)
+    ]
+    assert found == min(_cost(batches, costs, forward_cost) for batches in allowed)
 
 
 class Echo:
     """A task whose output is its input: what comes back shows where it went."""
+
+    forward_params = frozenset()
 
     def __init__(self):
         self.batches = []
@@ -77,7 +106,7 @@ def test_answers_and_outputs_come_in_the_order_asked():
     draw = random.Random(0)
     texts = ["x" * draw.randint(1, 90) + str(i) for i in range(200)]
     task = Echo()
-    answers, outputs = predict_rows(task, None, [{"text": text} for text in texts], {"suffix": "!"})
+    answers, outputs = predict_rows(task, Scheduler(task, None), [{"text": text} for text in texts], {"suffix": "!"})
     assert [answer["text"] for answer in answers] == [text + "!" for text in texts]
     assert [output["joined"] for output in outputs] == texts
     assert 1 < len(task.batches) < 200
@@ -85,9 +114,9 @@ def test_answers_and_outputs_come_in_the_order_asked():
 
 def test_the_budget_is_passed_on():
     rows = [{"text": "x" * 10}] * 20
-    for budget, wanted in ((10, [1] * 20), (200, [20]), (DEFAULT_MAX_BATCH_TOKENS, [20])):
+    for budget, wanted in ((10, [1] * 20), (200, [20]), (512, [20])):
         task = Echo()
-        predict_rows(task, None, rows, max_batch_tokens=budget)
+        predict_rows(task, Scheduler(task, None, max_batch_tokens=budget), rows)
         assert task.batches == wanted
 
 
@@ -97,4 +126,4 @@ def test_a_forward_that_loses_a_row_is_no_answer():
             return super().forward(engine, batch, params)[1:]
 
     with pytest.raises(ValueError, match="shorter"):
-        predict_rows(Lossy(), None, [{"text": "a"}, {"text": "b"}])
+        predict_rows(Lossy(), Scheduler(Lossy(), None), [{"text": "a"}, {"text": "b"}])

@@ -259,8 +259,9 @@ def test_an_outer_default_dtype_reaches_nothing_and_is_put_back(cases):
 
 
 def test_one_loaded_model_from_many_threads(cases):
+    """Bit by bit: each row is run by itself. What merging does to the bits is in test_scheduler.py."""
     path, options, data = cases["classifier"]
-    model = mlflow_safeflavor.load_model(path, **options)
+    model = mlflow_safeflavor.load_model(path, **options, model_config={"deterministic": True})
     expected = [model.predict([text])["score"].item() for text in data]
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda i: model.predict([data[i % len(data)]])["score"].item(), range(160)))

@@ -391,7 +391,7 @@ def test_options_come_through_model_config(saved):
     model = served(saved, model_config={"verify": "off", "dtype": "bfloat16", "max_batch_tokens": 7, "num_threads": 2})
     assert model.report.golden_rows == 0
     assert {tensor.dtype for tensor in model.module.parameters()} == {torch.bfloat16}
-    assert model.max_batch_tokens == 7
+    assert model.options["max_batch_tokens"] == 7
     assert torch.get_num_threads() == 2
 
 
@@ -401,7 +401,7 @@ def test_variables_win_over_model_config(saved, monkeypatch):
     model = served(saved, model_config={"verify": "off", "dtype": "bfloat16", "max_batch_tokens": 7, "num_threads": 2})
     assert (model.report.hashed_bytes, model.report.golden_rows > 0) == (0, True)
     assert {tensor.dtype for tensor in model.module.parameters()} == {torch.float16}
-    assert model.max_batch_tokens == 9
+    assert model.options["max_batch_tokens"] == 9
     assert torch.get_num_threads() == 1
 
 
@@ -416,7 +416,7 @@ def test_defaults_are_the_ones_stored_with_the_model(tmp_path, tiny_bert, tiny_t
         tiny_bert(), tmp_path / "model", tokenizer=tiny_tokenizer, model_config=options, rehearse=False
     )
     model = served(tmp_path / "model")
-    assert (model.report.golden_rows, model.max_batch_tokens) == (0, 7)
+    assert (model.report.golden_rows, model.options["max_batch_tokens"]) == (0, 7)
 
 
 WRONG = [

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from architectures import ARCHITECTURES, tiny_model
 from tokenizers import Tokenizer, models
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
@@ -52,7 +53,8 @@ class Bound:
         return [dict(zip(self.task.columns, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def ask(self, *columns, budget=512, **params):
-        scheduler = Scheduler(self.task, self, max_batch_tokens=budget)
+        # Calls so dear that all rows share one, as far as the budget goes.
+        scheduler = Scheduler(self.task, self, max_batch_tokens=budget, forward_cost=10_000)
         return predict_rows(self.task, scheduler, self.rows(*columns), params)
 
     def answers(self, *columns, **params):
@@ -224,46 +226,12 @@ def test_half_precision_is_pooled_in_float32(bound, tiny_bert, tiny_tokenizer, d
 # Nothing of one row depends on the rows beside it.
 
 
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-SMALL = {"vocab_size": 40, "max_position_embeddings": 34, "pad_token_id": 0, **SHAPE}
-DIM = {"vocab_size": 40, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 34}
-GPT = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 34}
-XLNET = {"vocab_size": 40, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}
-
-ARCHITECTURES = {
-    "Bert": SMALL,
-    "Roberta": SMALL,
-    "DistilBert": DIM,
-    "Electra": {**SMALL, "embedding_size": 16},
-    "Albert": {**SMALL, "embedding_size": 16},
-    "MPNet": SMALL,
-    "DebertaV2": {**SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-    "ModernBert": {**SMALL, "global_attn_every_n_layers": 2, "local_attention": 8},
-    "GPT2": {**GPT, "pad_token_id": 0},
-    "Llama": {**SMALL, "num_key_value_heads": 2},
-    "XLNet": {**XLNET, "pad_token_id": 0},
-    "FNet": SMALL,  # takes no attention mask
-}
-
-
-def _model(architecture, head, **changes):
-    config = getattr(transformers, f"{architecture}Config")(**{**ARCHITECTURES[architecture], **changes})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = getattr(transformers, f"{architecture}{head}")(config)
-        # Spread out, so that a wrong position or a token read from the padding shows.
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_batch_answers_as_each_row_alone(bound, tiny_tokenizer, architecture, head, side):
     tiny_tokenizer.padding_side = side
-    model = _model(architecture, head)
+    model = tiny_model(architecture, head)
     task = bound(TASKS[infer_task(type(model).__name__)], model, tiny_tokenizer)
     (name,) = task.ask(TEXTS[:1])[1][0]
     together = [output[name] for output in task.ask(TEXTS, budget=10_000)[1]]
@@ -283,7 +251,7 @@ def test_padding_is_put_where_the_model_does_not_read_it(bound, tiny_tokenizer):
     for tokenizers_side in ("left", "right"):
         tiny_tokenizer.padding_side = tokenizers_side
         for architecture, wanted in (("Bert", [1, 1, 1, 0, 0]), ("Llama", [1, 1, 1, 0, 0]), ("XLNet", [0, 0, 1, 1, 1])):
-            task = bound(TextClassification, _model(architecture, "ForSequenceClassification"), tiny_tokenizer)
+            task = bound(TextClassification, tiny_model(architecture, "ForSequenceClassification"), tiny_tokenizer)
             task.ask(["dog", "the cat sat"])
             (batch,) = task.batches
             assert batch["attention_mask"].tolist() == [[1] * 5, wanted], architecture
@@ -294,7 +262,7 @@ def test_padding_is_put_where_the_model_does_not_read_it(bound, tiny_tokenizer):
 
 def test_rows_are_filled_up_with_the_models_padding_token(bound, tiny_tokenizer):
     for cls, head in ((TextClassification, "ForSequenceClassification"), (FeatureExtraction, "Model")):
-        task = bound(cls, _model("GPT2", head, pad_token_id=7), tiny_tokenizer)
+        task = bound(cls, tiny_model("GPT2", head, pad_token_id=7), tiny_tokenizer)
         task.ask(["dog", "the cat sat"])
         (batch,) = task.batches
         assert batch["input_ids"][1].tolist()[-2:] == [7, 7]
@@ -302,12 +270,12 @@ def test_rows_are_filled_up_with_the_models_padding_token(bound, tiny_tokenizer)
 
 
 def test_a_classifier_without_padding_token_runs_row_by_row(bound, tiny_tokenizer):
-    task = bound(TextClassification, _model("GPT2", "ForSequenceClassification", pad_token_id=None), tiny_tokenizer)
+    task = bound(TextClassification, tiny_model("GPT2", "ForSequenceClassification", pad_token_id=None), tiny_tokenizer)
     answers = task.answers(TEXTS)
     assert [len(batch["input_ids"]) for batch in task.batches] == [1] * len(TEXTS)
     assert answers == [task.answers([text])[0] for text in TEXTS]
     # Behind a mask the tokenizer's padding token does as well.
-    task = bound(FeatureExtraction, _model("Llama", "Model", pad_token_id=None), tiny_tokenizer)
+    task = bound(FeatureExtraction, tiny_model("Llama", "Model", pad_token_id=None), tiny_tokenizer)
     task.ask(TEXTS)
     assert [len(batch["input_ids"]) for batch in task.batches] == [len(TEXTS)]
 
@@ -318,7 +286,7 @@ def test_a_model_is_given_only_what_its_forward_takes(bound, tiny_tokenizer):
         ("DistilBert", {"input_ids", "attention_mask"}),
         ("FNet", {"input_ids", "token_type_ids"}),
     ):
-        task = bound(FeatureExtraction, _model(architecture, "Model"), tiny_tokenizer)
+        task = bound(FeatureExtraction, tiny_model(architecture, "Model"), tiny_tokenizer)
         task.ask(TEXTS)
         assert set(task.batches[0]) == wanted
 
@@ -349,7 +317,7 @@ def test_the_longest_text_a_model_takes(bound, tiny_tokenizer, architecture, lim
     # Positions of RoBERTa and MPNet start behind their padding index, here 0; MPNet's is always 1.
     limit = 32 if architecture == "MPNet" else limit
     tiny_tokenizer.model_max_length = 10**30
-    task = bound(FeatureExtraction, _model(architecture, "Model"), tiny_tokenizer)
+    task = bound(FeatureExtraction, tiny_model(architecture, "Model"), tiny_tokenizer)
     assert task.task.limit == limit
     task.ask(["dog " * 50])
     assert task.batches[0]["input_ids"].shape == (1, limit or 52)
@@ -531,7 +499,11 @@ def test_models_that_do_not_read_text_are_refused():
         ("XLMWithLMHeadModel", None),
         ("GPT2DoubleHeadsModel", None),
         ("EncoderDecoderModel", None),
-        ("BertForTokenClassification", None),
+        ("BertForTokenClassification", "token-classification"),
+        ("DistilBertForQuestionAnswering", "question-answering"),
+        ("XLNetForQuestionAnsweringSimple", "question-answering"),
+        ("RobertaForMaskedLM", "fill-mask"),
+        ("BertForMultipleChoice", None),
         ("Linear", None),
     ],
 )
@@ -546,6 +518,7 @@ def test_the_task_of_a_model_class(name, task):
 def test_tasks_by_name():
     assert all(cls.name == name for name, cls in TASKS.items())
     assert task_class("sentiment-analysis").name == "text-classification"
+    assert task_class("ner").name == "token-classification"
     with pytest.raises(StructureError, match=r"Unknown task[\s\S]*feature-extraction \| [\s\S]*text-classification"):
         task_class("chess")
 

@@ -1,0 +1,318 @@
+"""All callers of a model, served by one thread: whatever waits when it is free is run together.
+
+Nobody is made to wait for company: a request that comes alone is run at once, and those that arrive meanwhile make
+the next pass. A single thread, because torch's threads already use every core: two forwards at a time would only
+take them from each other.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlflow_safeflavor.batching import cut_into_batches
+from mlflow_safeflavor.cpu import available_cpus
+from mlflow_safeflavor.engine import Engine
+from mlflow_safeflavor.errors import DeadlineError, OverloadedError
+from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+
+__all__ = ["Scheduler", "Ticket", "predict_rows"]
+
+_PASS = 4
+"""Full batches that one request may fill in a pass. More would let a table of a million rows keep everybody
+waiting; fewer would leave little choice of which pieces share a batch. A request's pieces come in order of length, so
+that nothing is lost by cutting it here."""
+
+_WATCH = 0.2
+"""Seconds between two looks at how far a request is."""
+
+
+def predict_rows(
+    task: Task,
+    scheduler: Scheduler,
+    rows: Sequence[Row],
+    params: Mapping[str, Any] | None = None,
+    *,
+    timeout: float | None = None,
+    watch: Callable[[int, int], None] | None = None,
+) -> tuple[list[dict[str, Any]], list[RowOutput]]:
+    """Answers and raw outputs, one of each for each row, in order. Safe from many threads.
+
+    Args:
+        task: What is asked.
+        scheduler: What runs the model.
+        rows: Rows by field, as ``task.rows`` makes them; at least one.
+        params: Per-request params; missing ones take their defaults.
+        timeout: Seconds that the model may take; None or 0 for as long as it does.
+        watch: Called now and then with the number of pieces that are answered, and of all.
+
+    Raises:
+        InputError: A row or param cannot be answered; names it.
+        OverloadedError: Too many requests wait already.
+        DeadlineError: The model took longer than ``timeout``.
+    """
+    checked = task.check_params(params)
+    with scheduler.room:
+        features = task.encode(rows, checked)
+        pieces = [list(task.pieces(row)) for row in features]
+    ticket = scheduler.submit([piece for row in pieces for piece in row], checked)
+    found = iter(scheduler.run(ticket, timeout, watch))
+    with scheduler.room:
+        outputs = [task.join([next(found) for _ in row]) for row in pieces]
+        return task.decode(rows, features, outputs, checked), outputs
+
+
+class Ticket:
+    """A request at the model. Its pieces are answered in any order, and forgotten once nobody waits for them.
+
+    Args:
+        pieces: What the model must see.
+        costs: Of each piece.
+        params: What ``task.check_params`` returned.
+        key: The params that ``forward`` looks at; only tickets of the same key share a batch.
+    """
+
+    def __init__(
+        self, pieces: Sequence[Features], costs: Sequence[int], params: Mapping[str, Any], key: object
+    ) -> None:
+        self.pieces, self.costs, self.params, self.key = pieces, costs, params, key
+        self.waiting = deque(sorted(range(len(pieces)), key=lambda i: -costs[i]))
+        self.outputs: dict[int, RowOutput] = {}
+        self.error: BaseException | None = None
+        self.abandoned = False
+        self._over = threading.Event()
+
+    def wait(self, seconds: float | None) -> bool:
+        """Whether it is answered, or has failed, within so many seconds."""
+        return self._over.wait(seconds)
+
+    def result(self) -> list[RowOutput]:
+        """One output a piece, in order. Raises what the model raised."""
+        if self.error is not None:
+            raise self.error
+        return [self.outputs[i] for i in range(len(self.pieces))]
+
+    def take(self, tokens: int) -> Iterable[tuple[Ticket, int]]:
+        """The next pieces, as many as ``tokens`` hold but at least one."""
+        while self.waiting:
+            i = self.waiting.popleft()
+            yield self, i
+            tokens -= self.costs[i]
+            if tokens <= 0:
+                return
+
+    def give(self, i: int, output: RowOutput) -> None:
+        """Answer piece ``i``."""
+        self.outputs[i] = output
+        if len(self.outputs) == len(self.pieces):
+            self._over.set()
+
+    def fail(self, error: BaseException) -> None:
+        """Answer everything else with an exception."""
+        self.error, self.abandoned = error, True
+        self._over.set()
+
+
+@dataclass(eq=False)
+class _State:
+    """What the model's thread holds. Not the scheduler: else neither that nor the model could ever be freed."""
+
+    task: Task
+    engine: Engine
+    max_batch_tokens: int
+    forward_cost: int
+    deterministic: bool
+    room: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(available_cpus()))
+    arrived: threading.Condition = field(default_factory=threading.Condition)
+    tickets: list[Ticket] = field(default_factory=list)
+    stopped: bool = False
+    thread: threading.Thread | None = None
+
+
+class Scheduler:
+    """Runs pieces of many callers on one model; safe from many threads, and after a fork.
+
+    Args:
+        task: What is asked.
+        engine: What runs the model.
+        max_batch_tokens: Most tokens of one forward, padding included. A longer single piece runs by itself.
+        forward_cost: What a forward costs beside its tokens, in tokens; see ``cut_into_batches``.
+        deterministic: Run every piece by itself, so that its bits depend on nothing else that is asked.
+        max_queue: Most requests that may wait; 0 for no limit.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        engine: Engine,
+        *,
+        max_batch_tokens: int = 512,
+        forward_cost: int = 0,
+        deterministic: bool = False,
+        max_queue: int = 0,
+    ) -> None:
+        self.max_queue = max_queue
+        self._task = task
+        self._state = _State(task, engine, task.batch_budget(max_batch_tokens), forward_cost, deterministic)
+        _STATES.add(self._state)
+        weakref.finalize(self, _stop, self._state)
+
+    @property
+    def room(self) -> threading.BoundedSemaphore:
+        """Held while rows are encoded or decoded, by one caller a core.
+
+        More of them would only take the interpreter from the model's thread.
+        """
+        return self._state.room
+
+    @property
+    def forward_cost(self) -> int:
+        """As given, or set since."""
+        return self._state.forward_cost
+
+    @forward_cost.setter
+    def forward_cost(self, tokens: int) -> None:
+        self._state.forward_cost = tokens
+
+    def submit(self, pieces: Sequence[Features], params: Mapping[str, Any]) -> Ticket:
+        """Queue pieces, at least one.
+
+        Raises:
+            OverloadedError: Too many requests wait already.
+        """
+        key = tuple(repr(params[name]) for name in sorted(self._task.forward_params))
+        ticket = Ticket(pieces, [self._task.cost(piece) for piece in pieces], params, key)
+        state = self._state
+        with state.arrived:
+            if self.max_queue and len(state.tickets) >= self.max_queue:
+                raise OverloadedError(
+                    "More requests wait at the model than it may queue",
+                    where="max_queue",
+                    wanted=f"at most {self.max_queue}",
+                    found=f"{len(state.tickets)} are waiting",
+                    way_out="ask again later, run more workers, or raise max_queue",
+                )
+            state.tickets.append(ticket)
+            if state.thread is None:
+                state.thread = threading.Thread(target=_serve, args=(state,), name="safeflavor-model", daemon=True)
+                state.thread.start()
+            state.arrived.notify()
+        return ticket
+
+    def run(
+        self, ticket: Ticket, timeout: float | None = None, watch: Callable[[int, int], None] | None = None
+    ) -> list[RowOutput]:
+        """Wait until a ticket is answered. A caller that gives up costs no further forward.
+
+        Args:
+            ticket: From ``submit``.
+            timeout: Seconds; None or 0 for as long as it takes.
+            watch: See ``predict_rows``.
+
+        Raises:
+            DeadlineError: It took longer.
+        """
+        until = time.monotonic() + timeout if timeout else None
+        try:
+            while watch is not None and not ticket.wait(_WATCH if until is None else min(_WATCH, _left(until))):
+                watch(len(ticket.outputs), len(ticket.pieces))
+                if until is not None and not _left(until):
+                    break
+            if not ticket.wait(None if until is None else _left(until)):
+                raise DeadlineError(
+                    "The model did not answer in time",
+                    where="timeout",
+                    wanted=f"within {timeout:g} seconds",
+                    found=f"{len(ticket.outputs)} of {len(ticket.pieces)} pieces were answered",
+                    way_out="send fewer rows at once, run more workers, or raise timeout",
+                )
+        finally:
+            ticket.abandoned = True
+        return ticket.result()
+
+
+def _left(until: float) -> float:
+    return max(0.0, until - time.monotonic())
+
+
+# The model's thread.
+
+
+def _serve(state: _State) -> None:
+    while True:
+        with state.arrived:
+            while not state.tickets and not state.stopped:
+                state.arrived.wait()
+            if state.stopped:
+                return
+            tickets = [ticket for ticket in state.tickets if not ticket.abandoned]
+            taken = [list(ticket.take(_PASS * state.max_batch_tokens)) for ticket in tickets]
+            state.tickets[:] = [ticket for ticket in tickets if ticket.waiting]
+        try:
+            _run_pass(state, [piece for pieces in taken for piece in pieces])
+        except BaseException as error:  # a task's bug must not leave anybody waiting for ever
+            for ticket in tickets:
+                ticket.fail(error)
+        del tickets, taken  # until the next request, which may come much later
+
+
+def _run_pass(state: _State, taken: Sequence[tuple[Ticket, int]]) -> None:
+    by_key: dict[object, list[tuple[Ticket, int]]] = {}
+    for ticket, i in taken:
+        by_key.setdefault(ticket.key, []).append((ticket, i))
+    for group in by_key.values():
+        if state.deterministic:
+            batches = [[place] for place in range(len(group))]
+        else:
+            costs = [ticket.costs[i] for ticket, i in group]
+            batches = cut_into_batches(costs, state.max_batch_tokens, state.forward_cost)
+        for batch in reversed(batches):  # the short ones first: most callers are answered soonest
+            _run_batch(state, [group[place] for place in batch])
+
+
+def _run_batch(state: _State, batch: Sequence[tuple[Ticket, int]]) -> None:
+    """One forward. If it fails, every request alone, so that only those fail that are to blame."""
+    batch = [(ticket, i) for ticket, i in batch if not ticket.abandoned]
+    if not batch:
+        return
+    tickets = list(dict.fromkeys(ticket for ticket, _ in batch))
+    try:
+        outputs = state.task.forward(state.engine, [ticket.pieces[i] for ticket, i in batch], tickets[0].params)
+        for (ticket, i), output in zip(batch, outputs, strict=True):
+            ticket.give(i, output)
+    except BaseException as error:
+        if len(tickets) == 1:
+            tickets[0].fail(error)
+            return
+        for one in tickets:
+            _run_batch(state, [(ticket, i) for ticket, i in batch if ticket is one])
+
+
+def _stop(state: _State) -> None:
+    """End the thread; at the end of the process a forward must not be cut off inside torch."""
+    with state.arrived:
+        state.stopped = True
+        state.arrived.notify()
+    if state.thread not in (None, threading.current_thread()):
+        state.thread.join(timeout=10)
+
+
+# A fork takes along neither the thread nor what it was about to do.
+
+_STATES: weakref.WeakSet[_State] = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    for state in list(_STATES):
+        state.arrived, state.tickets, state.thread = threading.Condition(), [], None
+        state.room = threading.BoundedSemaphore(available_cpus())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
