@@ -167,10 +167,12 @@ def _transformers_class(processor: Any) -> type[Any]:
 
 
 def _image(size: int) -> Any:
+    """Squares of random colours, which keep their range at any scale, under noise."""
     from PIL import Image
 
-    pixels = np.random.default_rng(0).integers(0, 256, (60 * size, 80 * size, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    random = np.random.default_rng(0)
+    squares = random.integers(0, 256, (3, 4, 3)).repeat(20 * size, axis=0).repeat(20 * size, axis=1)
+    return Image.fromarray((squares + random.normal(0, 10, squares.shape)).clip(0, 255).astype(np.uint8))
 
 
 def _sound(size: int, rate: int) -> np.ndarray:

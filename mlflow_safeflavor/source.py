@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor import checkpoint
-from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.processor import hears
 from mlflow_safeflavor.tasks import infer_task, task_class
 
 __all__ = ["Source", "evaluating", "resolve_source"]
@@ -73,11 +74,13 @@ def _require_parts(task: str, tokenizer: Any, processor: Any) -> None:
         raise StructureError(
             "The task needs a tokenizer", where="tokenizer", wanted=f"the tokenizer of the {task} model", found="None"
         )
-    if ("processor" in cls.reads) != (processor is not None):
+    if processor is not None and "processor" not in cls.reads:
+        raise InputError("The task has no processor", where=f"task {task!r}", wanted="processor=None")
+    if "processor" in cls.reads and (processor is None or hears(processor) != cls.hears):
         raise StructureError(
-            "Tasks of images and sounds need a processor, and others have none",
+            "The task needs a processor",
             where="processor",
-            wanted=f"the processor of the {task} model" if processor is None else f"None for {task}",
+            wanted=f"one for {'sounds, a feature extractor' if cls.hears else 'images'}",
             found=type(processor).__name__,
         )
 

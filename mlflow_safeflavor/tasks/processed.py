@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from typing import Any, ClassVar
 
 import torch
@@ -60,7 +59,7 @@ class ProcessedTask(Task):
         """A cell as base64 text of a file, from which ``read`` reads the same."""
 
     def rows(self, data: Any) -> list[Row]:
-        return super().rows([data] if isinstance(data, (bytes, bytearray, PathLike)) else data)
+        return super().rows([data] if isinstance(data, (bytes, bytearray)) else data)
 
     def to_record(self, value: Mapping[str, Any]) -> dict[str, Any]:
         cells = {self.field: self.record(value[self.field], self.columns[self.field])} if self.field in value else {}
