@@ -22,6 +22,7 @@ from mlflow_safeflavor.parity import Golden, ParityReport, Replayed, compare_ans
 from mlflow_safeflavor.process import arrays_asking, describe_recorded, labelled_row, told_environment
 from mlflow_safeflavor.pyfunc import facts_of
 from mlflow_safeflavor.spec import ModelSpec
+from mlflow_safeflavor.tasks import task_class
 
 if TYPE_CHECKING:
     from mlflow_safeflavor.model import LoadedModel
@@ -118,9 +119,17 @@ def _compare_golden(server: Endpoint, golden: Golden, spec: ModelSpec, layout: L
         return
     rows, answers = _records(golden, spec, layout)
     # All in one request, as they were recorded.
-    found = _ask_rows(server, request_of_rows(pd.DataFrame(rows, dtype=object)), len(rows))
+    request, params = request_of_rows(pd.DataFrame(rows, dtype=object)), _golden_params(spec, layout)
+    found = _ask_rows(server, {**request, **({"params": params} if params else {})}, len(rows))
     # As a frame, since that is what tasks return: it gives each column one type.
     yield from compare_answers(as_served(pd.DataFrame(answers)), found, golden.atol, golden.rtol, golden=True)
+
+
+def _golden_params(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
+    """What the golden rows were asked with, as far as a request may say it."""
+    schema = Model.load(str(layout.root)).get_params_schema()  # type: ignore[no-untyped-call]  # MLflow's
+    declared = {param.name for param in schema.params} if schema else set()
+    return {name: value for name, value in task_class(spec.task).golden_params.items() if name in declared}
 
 
 def _records(golden: Golden, spec: ModelSpec, layout: Layout) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -245,7 +245,7 @@ class Generation(TextTask):
             inputs, mask = self.collate([batch[i] for i in part])
             found = engine.generate(
                 inputs,
-                self._settings(params),
+                self._settings(params, self._start(mask)),
                 processors=self._processors(params, len(part)),
                 stopping=[_Stop(self.encoder.decode, params["stop"], self._start(mask))] if params["stop"] else [],
                 keep_logits=params[_KEEP_LOGITS.name],
@@ -266,12 +266,15 @@ class Generation(TextTask):
         order = sorted(range(len(batch)), key=lengths.__getitem__)
         return [list(part) for _, part in groupby(order, key=lengths.__getitem__)]
 
-    def _settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        beams = params["num_beams"]
-        unused = {*SAMPLING, *(("early_stopping", "length_penalty") if beams == 1 else ())}
+    def _settings(self, params: Mapping[str, Any], start: int) -> dict[str, Any]:
+        kept, beams, most = self.config["generation"], params["num_beams"], params["max_new_tokens"]
+        unused = {*SAMPLING, "min_length", *(("early_stopping", "length_penalty") if beams == 1 else ())}
+        # As many tokens at the least as the model wants, but transformers warns where a request wants fewer.
+        least = kept.get("min_new_tokens") or kept.get("min_length", 0) - start
         return {
-            **{name: value for name, value in self.config["generation"].items() if name not in unused},
-            "max_new_tokens": params["max_new_tokens"],
+            **{name: value for name, value in kept.items() if name not in unused},
+            "max_new_tokens": most,
+            "min_new_tokens": min(most, least) if least > 0 else None,
             "num_beams": beams,
             "repetition_penalty": params["repetition_penalty"],
             "do_sample": False,  # drawn by ``sampler``
@@ -323,12 +326,14 @@ class Generation(TextTask):
     ) -> list[dict[str, Any]]:
         # Masked tokens may be minus infinity; a largest one that is not finite is broken.
         require_finite([output["logits"].max(axis=-1) for output in outputs if "logits" in output])
+        # A forced end says nothing but that the length is used up.
+        forced, most = self.config["generation"].get("forced_eos_token_id") is not None, params["max_new_tokens"]
         answers = []
         for output in outputs:
             ids = output["ids"].tolist()
             text = self.encoder.decode(ids)
             stop = _first(text, params["stop"])
-            ended = stop is not None or bool(ids and ids[-1] in self.ends)
+            ended = stop is not None or bool(ids and ids[-1] in self.ends and not (forced and len(ids) == most))
             text = text[:stop] if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")
             answers.append({"generated_text": text, "finish_reason": "stop" if ended else "length"})
         return answers
