@@ -146,6 +146,14 @@ class Task(ABC):
         """A golden row back from its JSON and its recorded features."""
         return value
 
+    def comparable(self, recorded: RowOutput, found: RowOutput) -> tuple[RowOutput, RowOutput] | None:
+        """The parts of two outputs for the same golden row that must be near each other, answers included.
+
+        None where outputs and answers must be near in all; else the answers, which follow from what was left out
+        here, are not compared.
+        """
+        return None
+
     def batch_budget(self, max_batch_tokens: int) -> int:
         """Most ``cost`` of one forward, given the run-time option."""
         return max_batch_tokens

@@ -62,8 +62,8 @@ class TextTask(Task):
     """Rows of one text, or of two, through a tokenizer and a model that takes token ids."""
 
     fields: ClassVar[tuple[str, ...]] = ("text",)
-    required = ("text",)
-    reads = ("encoder",)
+    required: ClassVar[tuple[str, ...]] = ("text",)
+    reads: ClassVar[tuple[str, ...]] = ("encoder",)
     params: ClassVar[tuple[Param, ...]] = (MAX_LENGTH, TRUNCATION)
     spans: ClassVar[bool] = False
     """Whether features also say where in the text each token is from; see ``TextEncoder.encode``."""
