@@ -9,13 +9,24 @@ from mlflow_safeflavor.tasks.custom import Custom
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
 from mlflow_safeflavor.tasks.image_classification import ImageClassification
 from mlflow_safeflavor.tasks.raw import Raw
+from mlflow_safeflavor.tasks.text2text_generation import Text2TextGeneration, specific_task
 from mlflow_safeflavor.tasks.text_classification import TextClassification
+from mlflow_safeflavor.tasks.text_generation import TextGeneration
 
 __all__ = ["TASKS", "Task", "infer_task", "task_class"]
 
 TASKS: dict[str, type[Task]] = {
     cls.name: cls
-    for cls in (AudioClassification, Custom, FeatureExtraction, ImageClassification, Raw, TextClassification)
+    for cls in (
+        AudioClassification,
+        Custom,
+        FeatureExtraction,
+        ImageClassification,
+        Raw,
+        Text2TextGeneration,
+        TextClassification,
+        TextGeneration,
+    )
 }
 
 _ALIASES = {"sentiment-analysis": "text-classification"}
@@ -29,6 +40,8 @@ def task_class(name: str) -> type[Task]:
         StructureError: There is none.
     """
     name = _ALIASES.get(name, name)
+    if specific := specific_task(name):
+        return specific
     if name not in TASKS:
         raise StructureError("Unknown task", where=name, wanted=" | ".join(sorted(TASKS)))
     return TASKS[name]
