@@ -7,11 +7,15 @@ from mlflow_safeflavor.tasks.audio_classification import AudioClassification
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.custom import Custom
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
+from mlflow_safeflavor.tasks.fill_mask import FillMask
 from mlflow_safeflavor.tasks.image_classification import ImageClassification
+from mlflow_safeflavor.tasks.question_answering import QuestionAnswering
 from mlflow_safeflavor.tasks.raw import Raw
 from mlflow_safeflavor.tasks.text2text_generation import Text2TextGeneration, specific_task
 from mlflow_safeflavor.tasks.text_classification import TextClassification
 from mlflow_safeflavor.tasks.text_generation import TextGeneration
+from mlflow_safeflavor.tasks.token_classification import TokenClassification
+from mlflow_safeflavor.tasks.zero_shot_classification import ZeroShotClassification
 
 __all__ = ["TASKS", "Task", "infer_task", "task_class"]
 
@@ -21,15 +25,19 @@ TASKS: dict[str, type[Task]] = {
         AudioClassification,
         Custom,
         FeatureExtraction,
+        FillMask,
         ImageClassification,
+        QuestionAnswering,
         Raw,
         Text2TextGeneration,
         TextClassification,
         TextGeneration,
+        TokenClassification,
+        ZeroShotClassification,
     )
 }
 
-_ALIASES = {"sentiment-analysis": "text-classification"}
+_ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
 """Other names that transformers' pipelines have for a task."""
 
 

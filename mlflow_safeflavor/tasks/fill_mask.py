@@ -1,0 +1,182 @@
+"""Texts with gaps → what fills them, as ``transformers.pipeline("fill-mask")`` gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array, Object, Property
+
+from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.rows import place
+from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
+from mlflow_safeflavor.tasks.labels import softmax
+from mlflow_safeflavor.tasks.params import Param
+from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model, pick, require_finite
+
+__all__ = ["FillMask"]
+
+_TOP_K = Param("top_k", "long", 5, "a whole number of at least 1", allows=lambda value: value >= 1, none_is=5)
+_TARGETS = Param(
+    "targets",
+    "string",
+    default=[],
+    wanted="a list of tokens to choose from, or an empty list for the whole vocabulary",
+    none_is=[],
+    many=True,
+)
+
+_PREDICTION = {
+    "token_str": DataType.string,
+    "token": DataType.long,
+    "score": DataType.double,
+    "sequence": DataType.string,
+}
+
+# Gaps come early, where no tokenizer is so fine that they would be cut off.
+_GOLDEN_TEXTS = (
+    "{} world.",
+    "The {} brown fox jumps over the lazy dog while the cat sleeps.",
+    "{} Zürich: 3 € for 😀👍, naïve café!",
+    "A {} is {} once it is logged, and answers the same way in a notebook, behind a server and on a cluster.",
+)
+
+
+class FillMask(TextTask):
+    """Tokens for the gaps of a text, each written as the tokenizer's mask token ("[MASK]", "<mask>").
+
+    Answers: ``token_str``, ``token``, ``score`` and ``sequence`` of the best token for the (first) gap, and
+    ``predictions``: for each gap, in order, a list of the ``top_k`` best, each a dict of the same four keys. In a
+    ``sequence`` one gap is filled, and others are left as they are, as transformers has it.
+    """
+
+    name = "fill-mask"
+    params = (_TOP_K, _TARGETS, MAX_LENGTH, TRUNCATION)
+    answer = Schema(
+        [
+            *(ColSpec(kind, name) for name, kind in _PREDICTION.items()),
+            ColSpec(Array(Array(Object([Property(name, kind) for name, kind in _PREDICTION.items()]))), "predictions"),
+        ]
+    )
+
+    @classmethod
+    def serves(cls, class_name: str) -> bool:
+        return class_name.endswith("ForMaskedLM")
+
+    @classmethod
+    def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+        if options:
+            raise InputError("fill-mask has no options", where="model_config", found=sorted(options))
+        return describe_text_model(model)
+
+    @property
+    def mask_token(self) -> str:
+        """What stands for a gap. Raises ``StructureError`` for a tokenizer without such a token."""
+        mask_token: str | None = self.encoder.config["mask_token"]
+        if mask_token is None:
+            raise StructureError(
+                "The tokenizer has no mask token",
+                where="tokenizer.mask_token",
+                wanted="the token this model was trained to fill",
+                way_out="set tokenizer.mask_token before saving",
+            )
+        return mask_token
+
+    def golden_rows(self) -> list[Row]:
+        return [{"text": text.replace("{}", self.mask_token)} for text in _GOLDEN_TEXTS]
+
+    def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        checked = super().check_params(params)
+        self._target_ids(checked["targets"])
+        return checked
+
+    def _target_ids(self, targets: Sequence[str]) -> list[int]:
+        """The targets' ids, each once. Raises ``InputError`` for one that is no single token."""
+        return list(dict.fromkeys(self._target_id(target) for target in targets))
+
+    def _target_id(self, target: str) -> int:
+        if (token_id := self.encoder.token_id(target)) is not None:
+            return int(token_id)
+        ids: list[int] = self.encoder.encode([target], special=False, truncation=False)[0]["input_ids"]
+        if len(ids) != 1 or ids[0] == self.encoder.config["unk_token_id"]:
+            raise InputError(
+                "A target is no token of the vocabulary",
+                where=f"params, 'targets', {target!r}",
+                wanted="texts that are one token each",
+                found=" ".join(self.encoder.token(i) for i in ids) or "no token",
+            )
+        return ids[0]
+
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+        features = super().encode(rows, params)
+        for i, (row, encoded) in enumerate(zip(rows, features, strict=True)):
+            self._require_gaps(i, row["text"], encoded["input_ids"], params["max_length"] or self.limit)
+        return features
+
+    def _require_gaps(self, i: int, text: str, ids: Sequence[int], limit: int | None) -> None:
+        """Refuse a text without gaps, or one that lost some when it was cut."""
+        read = ids.count(self.encoder.config["mask_token_id"])
+        written = text.count(self.mask_token) if len(ids) == limit else read
+        if read == 0 or read < written:
+            raise InputError(
+                "A text has a gap beyond what the model reads" if written else "A text has no gap to fill",
+                where=place(i, self.columns["text"]),
+                wanted=f"{self.mask_token!r} where a token is missing",
+                found=f"{read} of {written} within {limit} tokens" if written else "none",
+                way_out="shorten the text before the gap" if written else f"write {self.mask_token!r} into the text",
+            )
+
+    def collate(self, batch: Sequence[Features]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """As any text, but the mask tells the gaps: no other place is read."""
+        inputs, mask = super().collate(batch)
+        return inputs, mask & (inputs["input_ids"] == self.encoder.config["mask_token_id"])
+
+    def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
+        # Gaps first: in float32 the scores of a whole vocabulary at every place would be gigabytes.
+        gaps = {name: tensor[mask.to(tensor.device)] for name, tensor in outputs.items() if _covers(tensor, mask)}
+        logits = pick(gaps, "logits", (int(mask.sum()), None)).cpu().numpy()
+        return [{"logits": row} for row in np.split(logits, np.cumsum(mask.sum(dim=1).numpy())[:-1])]
+
+    def decode(
+        self,
+        rows: Sequence[Row],
+        features: Sequence[Features],
+        outputs: Sequence[RowOutput],
+        params: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        require_finite([output["logits"] for output in outputs])
+        targets = self._target_ids(params["targets"])
+        predicted = [
+            self._predictions(encoded["input_ids"], softmax(output["logits"]), targets, params["top_k"])
+            for encoded, output in zip(features, outputs, strict=True)
+        ]
+        return [{**gaps[0][0], "predictions": gaps} for gaps in predicted]
+
+    def _predictions(
+        self, ids: Sequence[int], scores: np.ndarray, targets: Sequence[int], top_k: int
+    ) -> list[list[dict[str, Any]]]:
+        gaps = [i for i, token_id in enumerate(ids) if token_id == self.encoder.config["mask_token_id"]]
+        chosen = np.asarray(targets or range(scores.shape[1]))
+        ranked = [chosen[np.argsort(-row[chosen], kind="stable")[:top_k]] for row in scores]
+        return [
+            [self._prediction(ids, gap, int(token), float(row[token]), alone=len(gaps) == 1) for token in best]
+            for gap, row, best in zip(gaps, scores, ranked, strict=True)
+        ]
+
+    def _prediction(self, ids: Sequence[int], gap: int, token: int, score: float, *, alone: bool) -> dict[str, Any]:
+        filled = [*ids[:gap], token, *ids[gap + 1 :]]
+        shown = [i for i in filled if i != self.encoder.config["pad_token_id"]]
+        return {
+            "token_str": self.encoder.decode([token], skip_special=False),
+            "token": token,
+            "score": score,
+            # Other gaps are special tokens, and would vanish.
+            "sequence": self.encoder.decode(shown, skip_special=alone),
+        }
+
+
+def _covers(tensor: torch.Tensor, mask: torch.Tensor) -> bool:
+    return tensor.shape[:2] == mask.shape and tensor.dim() == 3

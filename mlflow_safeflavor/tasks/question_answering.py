@@ -1,0 +1,231 @@
+"""A question and a context → the answer in the context, as transformers' question-answering pipeline gave it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mlflow.types import ColSpec, DataType, Schema
+
+from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.rows import place, require_texts
+from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
+from mlflow_safeflavor.tasks.labels import softmax
+from mlflow_safeflavor.tasks.params import Param
+from mlflow_safeflavor.tasks.text import TextTask, describe_text_model, pick, require_finite, windows
+
+__all__ = ["QuestionAnswering"]
+
+_TOP_K = Param("top_k", "long", 1, "a whole number of at least 1", allows=lambda value: value >= 1)
+_MAX_ANSWER_LEN = Param("max_answer_len", "long", 15, "at least 1 token", allows=lambda value: value >= 1)
+_DOC_STRIDE = Param(
+    "doc_stride",
+    "long",
+    default=0,
+    wanted="how many tokens neighbouring windows share, or 0 for half of max_seq_len, at most 128",
+    allows=lambda value: value >= 0,
+    none_is=0,
+)
+_MAX_SEQ_LEN = Param(
+    "max_seq_len",
+    "long",
+    default=0,
+    wanted="a whole number of tokens, or 0 for as many as the model takes, at most 384",
+    allows=lambda value: value >= 0,
+    none_is=0,
+)
+_IMPOSSIBLE = Param("handle_impossible_answer", "boolean", default=False, wanted="true or false")
+_ALIGN = Param("align_to_words", "boolean", default=True, wanted="true or false")
+
+_USUAL_LENGTH, _USUAL_STRIDE = 384, 128
+
+_GOLDEN_QUESTIONS = ("Where?", "Who jumps?", "What costs 3 €?")
+_GOLDEN_CONTEXTS = (
+    "Anna lives in Zürich.",
+    "The quick brown fox jumps over the lazy dog while the cat sleeps, and nobody else is there to see it.",
+    "Once upon a time 😀 everything was cheap. Today a café in Zürich takes 3 € for the smallest cup of tea, and "
+    "more for anything that has to be cooked. The naïve visitor pays; all others drink the water of the fountains, "
+    "which costs nothing, and is better than the tea.",
+)
+
+
+class QuestionAnswering(TextTask):
+    """The part of a context that answers a question.
+
+    A long context is read in windows that overlap. Answers: ``answer``, ``score``, and ``start`` and ``end``, its place
+    in characters of the context. With ``top_k`` other than 1 also ``answers``, ``scores``, ``starts`` and ``ends``,
+    lists of the ``top_k`` best, best first; fewer where there are not so many.
+
+    Scores of answers that read the same are added up, as transformers 4.57 does, so that a score may exceed 1.
+    """
+
+    name = "question-answering"
+    fields = ("question", "context")
+    required = ("question", "context")
+    params = (_TOP_K, _MAX_ANSWER_LEN, _DOC_STRIDE, _MAX_SEQ_LEN, _IMPOSSIBLE, _ALIGN)
+    answer = Schema(
+        [
+            ColSpec(DataType.string, "answer"),
+            ColSpec(DataType.double, "score"),
+            ColSpec(DataType.long, "start"),
+            ColSpec(DataType.long, "end"),
+        ]
+    )
+
+    @classmethod
+    def serves(cls, class_name: str) -> bool:
+        return class_name.endswith(("ForQuestionAnswering", "ForQuestionAnsweringSimple"))
+
+    @classmethod
+    def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+        if options:
+            raise InputError("question-answering has no options", where="model_config", found=sorted(options))
+        return describe_text_model(model)
+
+    def golden_rows(self) -> list[Row]:
+        pairs = zip(_GOLDEN_QUESTIONS, _GOLDEN_CONTEXTS, strict=True)
+        return [{"question": question, "context": context} for question, context in pairs]
+
+    def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        checked = super().check_params(params)
+        self.require_length("max_seq_len", checked["max_seq_len"], texts=2)
+        return checked
+
+    @property
+    def _context(self) -> int:
+        """Which text of the pair the context is: tokenizers that pad on the left are for models that read it first."""
+        return 1 if self.encoder.config["padding_side"] == "right" else 0
+
+    # A row → windows.
+
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+        require_texts(rows, self.columns)
+        fields = ("question", "context") if self._context == 1 else ("context", "question")
+        first, second = ([row[field] for row in rows] for field in fields)
+        encoded = self.encoder.encode(first, second, truncation=False, spans=True)
+        return [{"windows": self._windows(i, row, params)} for i, row in enumerate(encoded)]
+
+    def _windows(self, i: int, row: Mapping[str, list[Any]], params: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
+        limit = params["max_seq_len"] or min(self.limit or _USUAL_LENGTH, _USUAL_LENGTH)
+        context = row["sequence_ids"].count(self._context)
+        for field, tokens in (("question", row["sequence_ids"].count(1 - self._context)), ("context", context)):
+            if not tokens:
+                raise InputError(
+                    "A text has no tokens, so there is nothing to ask or to find",
+                    where=place(i, self.columns[field]),
+                    wanted="at least one token",
+                    found="0 tokens",
+                )
+        room = limit - (len(row["input_ids"]) - context)
+        if room < 1:
+            raise InputError(
+                "A question leaves no room for its context",
+                where=place(i, self.columns["question"]),
+                wanted=f"fewer tokens: {limit} are read at once",
+                found=f"{limit - room} tokens with the special ones",
+                way_out="shorten the question, or raise max_seq_len if the model takes more",
+            )
+        return windows(self.known(row), self._context, room, self._overlap(i, room, limit, context, params))
+
+    def _overlap(self, i: int, room: int, limit: int, context: int, params: Mapping[str, Any]) -> int:
+        given: int = params["doc_stride"]
+        if given >= room and context > room:
+            raise InputError(
+                "Windows would share all they have",
+                where=f"params, 'doc_stride', for {place(i, self.columns['question'])}",
+                wanted=f"less than the {room} tokens of context that fit beside the question",
+                found=given,
+            )
+        usual = min(limit // 2, _USUAL_STRIDE)
+        # Beside a long question the usual overlap may be more than a whole window, where the pipeline fails.
+        return min(given, room - 1) if given else usual if usual < room else room // 2
+
+    def pieces(self, features: Features) -> Sequence[Features]:
+        pieces: Sequence[Features] = features["windows"]
+        return pieces
+
+    # Logits of windows → answers.
+
+    def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
+        start = pick(outputs, "start_logits", mask.shape).cpu()
+        end = pick(outputs, "end_logits", mask.shape, position=1).cpu()
+        return [
+            {"start_logits": starts[real].numpy(), "end_logits": ends[real].numpy()}
+            for starts, ends, real in zip(start, end, mask, strict=True)
+        ]
+
+    def join(self, outputs: Sequence[RowOutput]) -> RowOutput:
+        return {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
+
+    def decode(
+        self,
+        rows: Sequence[Row],
+        features: Sequence[Features],
+        outputs: Sequence[RowOutput],
+        params: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        require_finite([np.concatenate([*output.values()]) for output in outputs])
+        return [
+            _answer(self._found(row["context"], self.pieces(encoded), output, params), params["top_k"])
+            for row, encoded, output in zip(rows, features, outputs, strict=True)
+        ]
+
+    def _found(
+        self, text: str, pieces: Sequence[Features], output: RowOutput, params: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Answers of all windows, best first."""
+        cuts = np.cumsum([self.cost(piece) for piece in pieces])[:-1]
+        starts, ends = (np.split(output[name], cuts) for name in ("start_logits", "end_logits"))
+        found: dict[str, dict[str, Any]] = {}
+        impossible = []
+        for piece, start, end in zip(pieces, starts, ends, strict=True):
+            possible, null = self._spans(piece, start, end, params)
+            impossible.append(null)
+            for first, last, score in possible:
+                a, b = _characters(piece, first, last, self._context, align=params["align_to_words"])
+                answer = {"answer": text[a:b], "score": 0.0, "start": a, "end": b}
+                found.setdefault(text[a:b].lower(), answer)["score"] += score
+        answers = [*found.values()]
+        if params["handle_impossible_answer"]:
+            answers.append({"answer": "", "score": min(impossible), "start": 0, "end": 0})
+        return sorted(answers, key=lambda answer: -answer["score"])
+
+    def _spans(
+        self, piece: Features, start: np.ndarray, end: np.ndarray, params: Mapping[str, Any]
+    ) -> tuple[list[tuple[int, int, float]], float]:
+        """Best spans of one window, as first and last token and score; and the score of there being none."""
+        text = np.asarray(piece["sequence_ids"])
+        context = text == self._context
+        # Models that know unanswerable questions say so at this token, so it takes its part of the probability.
+        cls = (text < 0) & (np.asarray(piece["input_ids"]) == self.encoder.config["cls_token_id"])
+        read = np.flatnonzero(context | cls)
+        starts, ends = np.zeros_like(start), np.zeros_like(end)
+        starts[read], ends[read] = softmax(start[read]), softmax(end[read])
+        null = float((starts * ends)[cls].max(initial=0))
+        scores = np.outer(starts[context], ends[context])
+        allowed = np.triu(np.tril(np.ones_like(scores, dtype=bool), params["max_answer_len"] - 1))
+        first, last = np.nonzero(allowed)
+        # More than asked for, as several spans may turn out to be of the same words.
+        kept = params["top_k"] * 2 + 10 if params["align_to_words"] else params["top_k"]
+        best = np.argsort(-scores[first, last], kind="stable")[:kept]
+        places = np.flatnonzero(context)
+        return [(int(places[first[i]]), int(places[last[i]]), float(scores[first[i], last[i]])) for i in best], null
+
+
+def _characters(piece: Features, first: int, last: int, context: int, *, align: bool) -> tuple[int, int]:
+    """Where a span of tokens is in the text; with ``align`` from the start of its first word to the end of its last."""
+    words, texts = piece["word_ids"], piece["sequence_ids"]
+    if align and words[first] >= 0 and words[last] >= 0:
+        while first > 0 and (texts[first - 1], words[first - 1]) == (context, words[first]):
+            first -= 1
+        while last + 1 < len(words) and (texts[last + 1], words[last + 1]) == (context, words[last]):
+            last += 1
+    return piece["offsets"][first][0], piece["offsets"][last][1]
+
+
+def _answer(found: Sequence[dict[str, Any]], top_k: int) -> dict[str, Any]:
+    if top_k == 1:
+        return found[0]
+    return {**found[0], **{f"{name}s": [answer[name] for answer in found[:top_k]] for name in found[0]}}

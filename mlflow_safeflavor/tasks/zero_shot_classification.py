@@ -1,0 +1,182 @@
+"""Texts → the candidate labels that fit, as ``transformers.pipeline("zero-shot-classification")`` gives them."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array
+
+from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.rows import require_texts
+from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
+from mlflow_safeflavor.tasks.labels import labels_of, softmax
+from mlflow_safeflavor.tasks.params import Param, check_params
+from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model, pick, require_finite
+
+__all__ = ["ZeroShotClassification"]
+
+_LABELS = Param(
+    "candidate_labels",
+    "string",
+    default=[],
+    wanted="a list of labels, none of them empty; an empty list for those that were saved with the model",
+    allows=all,
+    none_is=[],
+    many=True,
+)
+_TEMPLATE = Param(
+    "hypothesis_template",
+    "string",
+    default="This example is {}.",
+    wanted="a text with {} where the label goes",
+    allows=lambda value: "{}" in value,
+)
+_MULTI_LABEL = Param("multi_label", "boolean", default=False, wanted="true or false")
+
+
+class ZeroShotClassification(TextTask):
+    """Labels of a text, of any that the request names, through a model of natural language inference.
+
+    The model is asked, for each label, whether the text entails "This example is LABEL.".
+
+    Options, fixed at save through ``model_config``: ``candidate_labels``, for requests that name none.
+
+    Answers: ``label`` and ``score``, the best one, and ``labels`` and ``scores``, all of them, best first. Scores add
+    up to 1, unless ``multi_label`` (or a single label) has each judged by itself.
+    """
+
+    name = "zero-shot-classification"
+    params = (_LABELS, _TEMPLATE, _MULTI_LABEL, MAX_LENGTH, TRUNCATION)
+    golden_params = MappingProxyType({"candidate_labels": ["travel", "science", "food"]})
+    task_options = frozenset({"candidate_labels"})
+    answer = Schema(
+        [
+            ColSpec(DataType.string, "label"),
+            ColSpec(DataType.double, "score"),
+            ColSpec(Array(DataType.string), "labels"),
+            ColSpec(Array(DataType.double), "scores"),
+        ]
+    )
+
+    @classmethod
+    def serves(cls, class_name: str) -> bool:
+        # Whether a classifier was made for inference, its class does not tell.
+        return False
+
+    @classmethod
+    def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+        if unknown := sorted(options.keys() - cls.task_options):
+            raise InputError(
+                "zero-shot-classification has no such option",
+                where="model_config",
+                wanted="candidate_labels",
+                found=unknown,
+            )
+        return {
+            **describe_text_model(model),
+            **check_params([_LABELS], options),
+            "labels": labels_of(model),
+            "entailment": _entailment(model),
+        }
+
+    def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        checked = super().check_params(params)
+        self.require_length("max_length", checked["max_length"], texts=2)
+        labels = checked["candidate_labels"] or self.config["candidate_labels"]
+        if not labels:
+            raise InputError(
+                "There are no labels to choose from",
+                where="params, 'candidate_labels'",
+                wanted="at least one label",
+                way_out="pass params={'candidate_labels': […]}, or save the model with "
+                "model_config={'candidate_labels': […]}",
+            )
+        return {**checked, "candidate_labels": list(labels)}
+
+    # A row → one piece for each label.
+
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+        require_texts(rows, self.columns)
+        # Not format, which would let a request read attributes and fill the memory.
+        asked = [params["hypothesis_template"].replace("{}", label) for label in params["candidate_labels"]]
+        limit = params["max_length"] or self.limit
+        encoded = self.encoder.encode(
+            [row["text"] for row in rows for _ in asked],
+            asked * len(rows),
+            max_length=limit,
+            truncation=params["truncation"],
+            only=0,
+        )
+        for i, pair in enumerate(encoded):
+            if limit and params["truncation"] and len(pair["input_ids"]) > limit:
+                raise _too_long(params["candidate_labels"][i % len(asked)], limit)
+            self.require_fitting(i // len(asked), len(pair["input_ids"]), limit)
+        pieces = [self.known(pair) for pair in encoded]
+        return [{"pairs": pieces[i : i + len(asked)]} for i in range(0, len(pieces), len(asked))]
+
+    def pieces(self, features: Features) -> Sequence[Features]:
+        pieces: Sequence[Features] = features["pairs"]
+        return pieces
+
+    def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
+        logits = pick(outputs, "logits", (len(mask), len(self.config["labels"])))
+        return [{"logits": row} for row in logits.cpu().numpy()]
+
+    def join(self, outputs: Sequence[RowOutput]) -> RowOutput:
+        """Logits of shape (candidate labels, labels of the model)."""
+        return {"logits": np.stack([output["logits"] for output in outputs])}
+
+    def decode(
+        self,
+        rows: Sequence[Row],
+        features: Sequence[Features],
+        outputs: Sequence[RowOutput],
+        params: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        require_finite([output["logits"] for output in outputs])
+        return [self._answer(self._scores(output["logits"], params), params) for output in outputs]
+
+    def _scores(self, logits: np.ndarray, params: Mapping[str, Any]) -> np.ndarray:
+        entailment = self.config["entailment"]
+        if params["multi_label"] or len(logits) == 1:
+            contradiction = -1 if entailment == 0 else 0
+            by_itself: np.ndarray = softmax(logits[:, [contradiction, entailment]])[:, 1]
+            return by_itself
+        return softmax(logits[:, entailment])
+
+    def _answer(self, scores: np.ndarray, params: Mapping[str, Any]) -> dict[str, Any]:
+        order = np.argsort(-scores, kind="stable")
+        labels, ranked = [params["candidate_labels"][i] for i in order], scores[order].tolist()
+        return {"label": labels[0], "score": ranked[0], "labels": labels, "scores": ranked}
+
+
+def _too_long(label: str, limit: int) -> InputError:
+    return InputError(
+        "A label leaves no room for the text",
+        where="params, 'candidate_labels'",
+        wanted=f"labels that leave room within {limit} tokens, together with hypothesis_template",
+        found=reprlib.repr(label),
+        way_out="shorten the label or the template: texts are cut, hypotheses are not",
+    )
+
+
+def _entailment(model: torch.nn.Module) -> int:
+    """Which logit means that the hypothesis follows from the text."""
+    label2id = dict(getattr(getattr(model, "config", None), "label2id", None) or {})
+    found = [int(i) for label, i in label2id.items() if str(label).lower().startswith("entail")]
+    if not found or len(label2id) < 2:
+        # transformers' pipeline warns and takes the last one.
+        raise StructureError(
+            "The model does not say which of its labels is entailment",
+            where=f"{type(model).__name__}.config.label2id",
+            wanted="two labels or more, one of them starting with 'entail'",
+            found=repr(label2id),
+            way_out="set model.config.id2label and label2id to what the model was trained with, before saving",
+        )
+    return found[0]
