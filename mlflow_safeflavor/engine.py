@@ -6,12 +6,14 @@ Tasks and batching see only this seam. ``ModuleEngine`` runs the rebuilt module.
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.errors import PlacementError, StructureError
 
 __all__ = ["Engine", "ModuleEngine"]
 
@@ -65,18 +67,32 @@ class Engine(Protocol):
 
 
 class ModuleEngine:
-    """Runs a module's ``forward``."""
+    """Runs a module's ``forward``.
+
+    Args:
+        module: Rebuilt, checked and placed.
+        device: Where it is.
+        dtype: Its serving dtype.
+        compile: Run ``forward`` through ``torch.compile``, which takes a minute at first and rounds differently.
+            ``generate`` runs as it is.
+
+    Raises:
+        PlacementError: There is no compiler.
+    """
 
     name = "module"
 
-    def __init__(self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, compile: bool = False
+    ) -> None:
         self.module = module
+        self._forward = _compiled(module) if compile else module
         self.device = device
         self.dtype = dtype
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with torch.inference_mode():
-            outputs = self.module(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
+            outputs = self._forward(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
         return _named_tensors(outputs)
 
     def generate(
@@ -121,6 +137,19 @@ def _with_settings(module: torch.nn.Module, settings: Mapping[str, Any]) -> Any:
     view: Any = copy.copy(module)
     view.generation_config = GenerationConfig.from_dict(dict(settings))
     return view
+
+
+def _compiled(module: torch.nn.Module) -> Callable[..., Any]:
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name):
+        raise PlacementError(
+            "compile needs a C++ compiler, and this machine has none",
+            where="compile",
+            wanted="g++ or clang++ on the PATH, or its name in CXX",
+            way_out="install one (Debian: apt-get install g++), or leave compile out",
+        )
+    # Sizes are symbols: otherwise every new length of a batch would be compiled anew.
+    forward: Callable[..., Any] = torch.compile(module, dynamic=True)
+    return forward
 
 
 def _named_tensors(outputs: Any) -> dict[str, torch.Tensor]:

@@ -304,7 +304,8 @@ def bind(
 
     chosen = run_time_options(options.model_config, stored=spec.model_config)
     task = make_task(spec, layout.tokenizer, hooks)
-    engine = ModuleEngine(module, device, resolve_dtype(options.dtype or spec.dtype))
+    dtype = resolve_dtype(options.dtype or spec.dtype)
+    engine = ModuleEngine(module, device, dtype, compile=chosen["compile"])
     names = ("max_batch_tokens", "forward_cost", "deterministic", "max_queue")
     scheduler = Scheduler(task, engine, **{name: chosen[name] for name in names})
     return LoadedModel(module, spec, report, task, engine, layout.root, scheduler, chosen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -13,11 +13,12 @@ import torch
 from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.processor import load_processor
-from mlflow_safeflavor.progress import shown
+from mlflow_safeflavor.progress import Watch, shown
 from mlflow_safeflavor.report import LoadReport
 from mlflow_safeflavor.rows import without_extra_columns
 from mlflow_safeflavor.scheduler import Scheduler, predict_rows
 from mlflow_safeflavor.spec import ModelSpec
+from mlflow_safeflavor.stream import parquet_chunks, stream
 from mlflow_safeflavor.tasks import Task, task_class
 from mlflow_safeflavor.tasks.base import Row, RowOutput
 from mlflow_safeflavor.tokenizer import TextEncoder, load_tokenizer
@@ -84,27 +85,48 @@ class LoadedModel:
         """Answer rows.
 
         Args:
-            data: A DataFrame, Series, list, dict, string or numpy array; see ``rows.rows_of``.
+            data: A DataFrame, Series, list, dict, string or numpy array; see ``rows.rows_of``. Also an iterator of
+                any of these, or the ``pathlib.Path`` of a Parquet file.
             params: Per-request parameters of the task, as declared in the signature.
             timeout: Seconds that the model may take; None for what the model was loaded with.
             progress: Whether to show a progress bar; None for on a terminal or in a notebook, when it takes longer.
 
         Returns:
             One row for each row of ``data``, in order, with the columns of the task's signature; for the
-            raw task a dict of arrays.
+            raw task a dict of arrays. For an iterator or a path an iterator, with the answers to a chunk at a time.
 
         Raises:
             InputError: A row, column or parameter cannot be answered; names which.
             OverloadedError: Too many requests wait at the model.
             DeadlineError: The model took longer than ``timeout``.
         """
+        timeout = self.options["timeout"] if timeout is None else timeout
+        if isinstance(data, Path):
+            return self._stream(*parquet_chunks(data), params, timeout, progress)
+        if isinstance(data, Iterator):
+            return self._stream(data, None, params, timeout, progress)
+        with shown(progress) as watch:
+            return self._predict(data, params, timeout, watch)
+
+    def _predict(
+        self, data: Any, params: Mapping[str, Any] | None, timeout: float | None, watch: Watch | None = None
+    ) -> Any:
         if self.options["extra_columns"] == "ignore":
             data = without_extra_columns(data, self.task.columns.values())
         rows = self.task.rows(data)
-        timeout = self.options["timeout"] if timeout is None else timeout
-        with shown(progress) as watch:
-            answers, _ = predict_rows(self.task, self.scheduler, rows, params, timeout=timeout, watch=watch)
+        answers, _ = predict_rows(self.task, self.scheduler, rows, params, timeout=timeout, watch=watch)
         return self.task.result(answers, data)
+
+    def _stream(
+        self,
+        chunks: Iterator[Any],
+        total: int | None,
+        params: Mapping[str, Any] | None,
+        timeout: float | None,
+        progress: bool | None,
+    ) -> Iterator[Any]:
+        with shown(progress) as watch:
+            yield from stream(lambda chunk: self._predict(chunk, params, timeout), chunks, total, watch)
 
     def answer(
         self, rows: Sequence[Row], params: Mapping[str, Any] | None = None

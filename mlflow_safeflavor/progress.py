@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["shown"]
+__all__ = ["Watch", "shown"]
+
+Watch = Callable[["int", "int | None"], None]
+"""Told how much of how much is done; None where nobody knows how much there is."""
 
 _PATIENCE = 2.0
 """Seconds before anything is shown."""
 
 
 @contextmanager
-def shown(wanted: bool | None) -> Iterator[Callable[[int, int], None] | None]:
+def shown(wanted: bool | None) -> Iterator[Watch | None]:
     """A function to be told how much of how much is done; None where nobody looks.
 
     Args:
@@ -30,7 +33,7 @@ def shown(wanted: bool | None) -> Iterator[Callable[[int, int], None] | None]:
     bar = Progress(*columns, console=console, transient=True, auto_refresh=False)
     task, begun = bar.add_task("predict"), time.monotonic()
 
-    def watch(done: int, total: int) -> None:
+    def watch(done: int, total: int | None) -> None:
         if wanted or time.monotonic() - begun > _PATIENCE:
             bar.start()
             bar.update(task, completed=done, total=total, refresh=True)

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from mlflow_safeflavor.batching import cut_into_batches
 from mlflow_safeflavor.cpu import available_cpus
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import DeadlineError, OverloadedError
+from mlflow_safeflavor.progress import Watch
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 
 __all__ = ["Scheduler", "Ticket", "predict_rows"]
@@ -40,7 +41,7 @@ def predict_rows(
     params: Mapping[str, Any] | None = None,
     *,
     timeout: float | None = None,
-    watch: Callable[[int, int], None] | None = None,
+    watch: Watch | None = None,
 ) -> tuple[list[dict[str, Any]], list[RowOutput]]:
     """Answers and raw outputs, one of each for each row, in order. Safe from many threads.
 
@@ -205,9 +206,7 @@ class Scheduler:
             state.arrived.notify()
         return ticket
 
-    def run(
-        self, ticket: Ticket, timeout: float | None = None, watch: Callable[[int, int], None] | None = None
-    ) -> list[RowOutput]:
+    def run(self, ticket: Ticket, timeout: float | None = None, watch: Watch | None = None) -> list[RowOutput]:
         """Wait until a ticket is answered. A caller that gives up costs no further forward.
 
         Args:
