@@ -510,6 +510,14 @@ def test_question_answering_of_real_weights(asked, minilm):
         _same(_likely(answer(rows, **params)), list(_answered(model, tokenizer, rows, **params)))
 
 
+def test_logits_of_a_module_that_names_no_outputs_are_read_by_position(asked, tiny_tokenizer):
+    answer = asked("question-answering", tiny_model("Bert", "ForQuestionAnswering"), tiny_tokenizer)
+    named = answer(QUESTIONS)
+    module = answer.engine
+    answer.engine = lambda inputs: {f"output_{i}": value for i, value in enumerate(module(inputs).values())}
+    assert answer(QUESTIONS) == named
+
+
 def test_an_answer_is_found_in_the_last_of_many_windows(asked, tiny_tokenizer):
     """Offsets count from the start of the whole context, wherever the window is."""
     model = tiny_model("Bert", "ForQuestionAnswering")
