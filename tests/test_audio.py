@@ -144,8 +144,18 @@ def test_rows_of_different_lengths_share_a_forward_where_that_changes_nothing(mo
         assert output["logits"] == pytest.approx(alone["logits"], abs=1e-4)
 
 
+SINCE_5 = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="pipelines of transformers 4 disregard the problem type"
+)
+
+
 @pytest.mark.parametrize(
-    "config", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}, {"problem_type": "regression"}]
+    "config",
+    [
+        {"num_labels": 1},
+        pytest.param({"problem_type": "multi_label_classification"}, marks=SINCE_5),
+        pytest.param({"problem_type": "regression"}, marks=SINCE_5),
+    ],
 )
 def test_functions_are_those_of_the_pipeline(tmp_path, config):
     reference = pipeline("audio-classification", model=make_model(**config), feature_extractor=masked)
@@ -314,6 +324,7 @@ def test_how_long_a_sound_may_be_is_fixed_at_save(tmp_path):
 # Saved models.
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # SEW-D of transformers 4, when imported
 def test_the_task_of_every_audio_class_of_transformers():
     for name in set(AUDIO_MODELS.values()):
         cls = getattr(transformers, name)

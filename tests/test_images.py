@@ -25,6 +25,9 @@ from mlflow_safeflavor.errors import InputError, IntegrityError, ParityError, St
 from mlflow_safeflavor.images import read_image
 from mlflow_safeflavor.tasks import infer_task
 
+SINCE_5 = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="pipelines of transformers 4 disregard the problem type"
+)
 SMALL = {"height": 32, "width": 32}
 TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37}
 STAGES = {"depths": [1, 1], "hidden_sizes": [8, 16], "num_stages": 2}
@@ -108,7 +111,7 @@ def test_labels_and_scores_are_those_of_the_pipeline(tmp_path, name):
     [
         ({"num_labels": 1}, None),
         ({"problem_type": "multi_label_classification"}, None),
-        ({"problem_type": "regression"}, None),
+        pytest.param({"problem_type": "regression"}, None, marks=SINCE_5),
         ({}, "none"),
         ({}, "sigmoid"),
     ],
