@@ -495,7 +495,7 @@ def test_models_that_do_not_read_text_are_refused():
         ("GPT2ForSequenceClassification", "text-classification"),
         ("BertModel", "feature-extraction"),
         ("T5EncoderModel", "feature-extraction"),
-        ("GPT2LMHeadModel", None),
+        ("GPT2LMHeadModel", "text-generation"),
         ("XLMWithLMHeadModel", None),
         ("GPT2DoubleHeadsModel", None),
         ("EncoderDecoderModel", None),

@@ -81,5 +81,6 @@ def writer(name, *, seed=0, generation=None, **config):
         torch.manual_seed(seed)
         model = cls(cls.config_class(**{**_TOKENS, **ALL[name], **config})).eval()
     said = {"bos_token_id": 1, "eos_token_id": 2, **model.generation_config.to_diff_dict()}
-    model.generation_config = GenerationConfig(**{**said, **(generation or {})})
+    said.pop("_from_model_config", None)
+    model.generation_config = GenerationConfig.from_dict({**said, **(generation or {})})
     return model
