@@ -201,9 +201,10 @@ def test_token_classification_where_subwords_are_not_marked(asked, other_tokeniz
     model = tiny_model("Roberta", "ForTokenClassification", id2label=NER, vocab_size=2600)
     reference = _reference("token-classification", model, tokenizer)
     ner = asked("ner", model, tokenizer)
+    texts = [*TEXTS, "the cat☃dog☃"]  # an unknown token is a word of its own, also without a space
     for strategy in STRATEGIES:
-        wanted = [{"entities": reference(text, aggregation_strategy=strategy)} for text in TEXTS]
-        _same(ner.texts(TEXTS, aggregation_strategy=strategy), wanted)
+        wanted = [{"entities": reference(text, aggregation_strategy=strategy)} for text in texts]
+        _same(ner.texts(texts, aggregation_strategy=strategy), wanted)
 
 
 def test_token_classification_of_real_weights(asked, minilm):
