@@ -84,8 +84,8 @@ def save_model(
         tokenizer: Fast tokenizer of the model; not needed with a pipeline or folder.
         processor: Image processor or feature extractor of a model of images or sounds; not needed with a pipeline or
             folder.
-        task: "text-classification", "feature-extraction", "custom" or "raw"; by default told from the
-            model's class.
+        task: A name in ``mlflow_safeflavor.tasks.TASKS``, as transformers' pipelines call them, or "custom" or "raw";
+            by default told from the model's class.
         dtype: Serving dtype that weights are stored in: "float32", "bfloat16" or "float16".
         input_columns: Field of the task → column name in requests, e.g. ``{"text": "buggy_code",
             "text_pair": "fixed_code"}``.

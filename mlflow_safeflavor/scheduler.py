@@ -1,18 +1,19 @@
 """All callers of a model, served by one thread: whatever waits when it is free is run together.
 
-Nobody is made to wait for company: a request that comes alone is run at once, and those that arrive meanwhile make
-the next pass. A single thread, because torch's threads already use every core: two forwards at a time would only
-take them from each other.
+Nobody is made to wait for company: a request that comes alone is run at once. Before each forward, everything that
+waits is cut into the batches that cost least, and the one of the request that has waited longest is run. A single
+thread, because torch's threads already use every core: two forwards at a time would only take them from each other.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +26,9 @@ from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 
 __all__ = ["Scheduler", "Ticket", "predict_rows"]
 
-_PASS = 4
-"""Full batches that one request may fill in a pass. More would let a table of a million rows keep everybody
-waiting; fewer would leave little choice of which pieces share a batch. A request's pieces come in order of length, so
-that nothing is lost by cutting it here."""
+_AHEAD = 4
+"""Full batches' worth of a request's pieces that are looked at before each forward. A request's pieces come in order
+of length, so that more would change nothing but the time it takes."""
 
 _WATCH = 0.2
 """Seconds between two looks at how far a request is."""
@@ -84,6 +84,7 @@ class Ticket:
     ) -> None:
         self.pieces, self.costs, self.params, self.key = pieces, costs, params, key
         self.waiting = deque(sorted(range(len(pieces)), key=lambda i: -costs[i]))
+        self.turn = 0
         self.outputs: dict[int, RowOutput] = {}
         self.error: BaseException | None = None
         self.abandoned = False
@@ -99,14 +100,13 @@ class Ticket:
             raise self.error
         return [self.outputs[i] for i in range(len(self.pieces))]
 
-    def take(self, tokens: int) -> Iterable[tuple[Ticket, int]]:
+    def take(self, tokens: int) -> list[int]:
         """The next pieces, as many as ``tokens`` hold but at least one."""
-        while self.waiting:
-            i = self.waiting.popleft()
-            yield self, i
-            tokens -= self.costs[i]
-            if tokens <= 0:
-                return
+        taken: list[int] = []
+        while self.waiting and (tokens > 0 or not taken):
+            taken.append(self.waiting.popleft())
+            tokens -= self.costs[taken[-1]]
+        return taken
 
     def give(self, i: int, output: RowOutput) -> None:
         """Answer piece ``i``."""
@@ -132,6 +132,7 @@ class _State:
     room: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(available_cpus()))
     arrived: threading.Condition = field(default_factory=threading.Condition)
     tickets: list[Ticket] = field(default_factory=list)
+    turns: Iterator[int] = field(default_factory=itertools.count)
     stopped: bool = False
     thread: threading.Thread | None = None
 
@@ -191,14 +192,16 @@ class Scheduler:
         ticket = Ticket(pieces, [self._task.cost(piece) for piece in pieces], params, key)
         state = self._state
         with state.arrived:
-            if self.max_queue and len(state.tickets) >= self.max_queue:
+            waiting = [other for other in state.tickets if other.waiting and not other.abandoned]
+            if self.max_queue and len(waiting) >= self.max_queue:
                 raise OverloadedError(
                     "More requests wait at the model than it may queue",
                     where="max_queue",
                     wanted=f"at most {self.max_queue}",
-                    found=f"{len(state.tickets)} are waiting",
+                    found=f"{len(waiting)} are waiting",
                     way_out="ask again later, run more workers, or raise max_queue",
                 )
+            ticket.turn = next(state.turns)
             state.tickets.append(ticket)
             if state.thread is None:
                 state.thread = threading.Thread(target=_serve, args=(state,), name="safeflavor-model", daemon=True)
@@ -246,33 +249,42 @@ def _left(until: float) -> float:
 def _serve(state: _State) -> None:
     while True:
         with state.arrived:
+            state.tickets[:] = [ticket for ticket in state.tickets if ticket.waiting and not ticket.abandoned]
             while not state.tickets and not state.stopped:
                 state.arrived.wait()
             if state.stopped:
                 return
-            tickets = [ticket for ticket in state.tickets if not ticket.abandoned]
-            taken = [list(ticket.take(_PASS * state.max_batch_tokens)) for ticket in tickets]
-            state.tickets[:] = [ticket for ticket in tickets if ticket.waiting]
+            tickets = list(state.tickets)
         try:
-            _run_pass(state, [piece for pieces in taken for piece in pieces])
+            _run_batch(state, _next_batch(state, tickets))
         except BaseException as error:  # a task's bug must not leave anybody waiting for ever
             for ticket in tickets:
                 ticket.fail(error)
-        del tickets, taken  # until the next request, which may come much later
+        tickets.clear()  # until the next request, which may come much later
 
 
-def _run_pass(state: _State, taken: Sequence[tuple[Ticket, int]]) -> None:
-    by_key: dict[object, list[tuple[Ticket, int]]] = {}
-    for ticket, i in taken:
-        by_key.setdefault(ticket.key, []).append((ticket, i))
-    for group in by_key.values():
-        if state.deterministic:
-            batches = [[place] for place in range(len(group))]
-        else:
-            costs = [ticket.costs[i] for ticket, i in group]
-            batches = cut_into_batches(costs, state.max_batch_tokens, state.forward_cost)
-        for batch in reversed(batches):  # the short ones first: most callers are answered soonest
-            _run_batch(state, [group[place] for place in batch])
+def _next_batch(state: _State, tickets: Sequence[Ticket]) -> list[tuple[Ticket, int]]:
+    """The batch of whoever's turn it is, with all that it is cheap to run along.
+
+    A request is served again only after all that came or were served before it, so that a table of a million rows
+    keeps nobody waiting for more than a few forwards.
+    """
+    first = min(tickets, key=lambda ticket: ticket.turn)
+    if state.deterministic:
+        batch = [(first, first.waiting.popleft())]
+    else:
+        agreeing = [first, *(ticket for ticket in tickets if ticket.key == first.key and ticket is not first)]
+        pool = [(ticket, i) for ticket in agreeing for i in ticket.take(_AHEAD * state.max_batch_tokens)]
+        costs = [ticket.costs[i] for ticket, i in pool]
+        batches = cut_into_batches(costs, state.max_batch_tokens, state.forward_cost)
+        chosen = next(set(places) for places in batches if 0 in places)  # 0 is the longest piece of the first
+        batch = [pool[place] for place in sorted(chosen)]
+        for place in reversed(range(len(pool))):
+            if place not in chosen:
+                pool[place][0].waiting.appendleft(pool[place][1])
+    for ticket, _ in batch:
+        ticket.turn = next(state.turns)
+    return batch
 
 
 def _run_batch(state: _State, batch: Sequence[tuple[Ticket, int]]) -> None:

@@ -70,7 +70,7 @@ def _parts_of(folder: str | Path, task: str, tokenizer: Any, processor: Any) -> 
 
 def _require_parts(task: str, tokenizer: Any, processor: Any) -> None:
     cls = task_class(task)
-    if tokenizer is None and "text" in cls.required:
+    if tokenizer is None and "encoder" in cls.reads:
         raise StructureError(
             "The task needs a tokenizer", where="tokenizer", wanted=f"the tokenizer of the {task} model", found="None"
         )

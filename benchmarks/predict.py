@@ -1,0 +1,411 @@
+"""Predictions side by side: ours, mlflow.transformers' and the bare module, of the same weights.
+
+    python benchmarks/predict.py [--rounds 5] [--only throughput,single,callers,http,limit] [--json FILE] [--plot FILE]
+
+All candidates run in turn in one process, servers one after the other on the same cores as the clients. What the
+tables mean, and what was seen, is in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", MLFLOW_DISABLE_TELEMETRY="true")
+os.environ.update(MLFLOW_ALLOW_PICKLE_DESERIALIZATION="true")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# This folder last: MLflow imports a library that has the name of a file here.
+sys.path.append(sys.path.pop(0))
+
+# ruff: noqa: E402  (torch reads these variables once, when it is imported)
+from mlflow_safeflavor import cpu
+
+cpu.limit_threads()  # before torch: both run with the same threads, and idle ones that sleep soon
+
+import mlflow
+import pandas as pd
+import torch
+from _common import (
+    alternate,
+    machine,
+    median_and_spread,
+    minilm_classifier,
+    ratio,
+    save_ours,
+    save_peer,
+    tokenizer,
+)
+from rich.console import Console
+from rich.table import Table
+
+import mlflow_safeflavor
+
+PEER = "mlflow.transformers"
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+# --- texts ---------------------------------------------------------------------------------------
+
+
+def texts_of(lengths: Sequence[int], seed: int = 0) -> list[str]:
+    """Texts of so many tokens each, special ones included: words that are one token."""
+    draw = random.Random(seed)
+    words = [word for word in tokenizer().get_vocab() if word.isalpha() and word.isascii()]
+    return [" ".join(draw.choices(words, k=max(0, length - 2))) for length in lengths]
+
+
+def natural_lengths(count: int, seed: int = 0) -> list[int]:
+    """Log-normal, median 16 tokens, up to 400."""
+    draw = random.Random(seed)
+    return [min(400, max(3, round(draw.lognormvariate(2.77, 0.9)))) for _ in range(count)]
+
+
+def between(count: int, low: int, high: int) -> list[int]:
+    draw = random.Random(1)
+    return [draw.randint(low, high) for _ in range(count)]
+
+
+def bodies(texts: Sequence[str]) -> list[bytes]:
+    return [json.dumps({"dataframe_records": [{"text": text}]}).encode() for text in texts]
+
+
+# --- rows of the table ---------------------------------------------------------------------------
+
+Row = dict[str, Any]
+
+
+def row(
+    what: str, ours: list[float], theirs: list[float], unit: str, *, at_least: float = 0, at_most: float = 0
+) -> Row:
+    """One comparison; the ratio is that of ours to theirs, in the unit that is shown."""
+    middle, low, high = ratio(ours, theirs)
+    met = middle >= at_least if at_least else middle <= at_most if at_most else None
+    goal = f"≥ {at_least:g}" if at_least else f"≤ {at_most:g}" if at_most else ""
+    return {
+        "what": what,
+        "ours": ours,
+        "theirs": theirs,
+        "unit": unit,
+        "ratio": [middle, low, high],
+        "goal": goal,
+        "met": met,
+    }
+
+
+def rates(times: list[float], count: int) -> list[float]:
+    return [count / seconds for seconds in times]
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+class Models:
+    """Saved and loaded once, by both flavors."""
+
+    def __init__(self, folder: Path) -> None:
+        module = minilm_classifier()
+        self.module = module
+        self.ours_path = save_ours(module, folder / "ours")
+        self.half_path = save_ours(module, folder / "half", "bfloat16")
+        self.peer_path = save_peer(module, "text-classification", folder / "peer")
+        self.native = mlflow_safeflavor.load_model(str(self.ours_path))
+        self.ours = mlflow.pyfunc.load_model(str(self.ours_path))
+        self.half = mlflow.pyfunc.load_model(str(self.half_path))
+        self.peer = mlflow.pyfunc.load_model(str(self.peer_path))
+
+
+def frame(texts: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame({"text": texts})
+
+
+# --- what is compared ----------------------------------------------------------------------------
+
+
+def throughput(models: Models, rounds: int) -> Iterator[Row]:
+    cases = (
+        ("1,024 texts of natural lengths", natural_lengths(1024), {"at_least": 1.8}),
+        ("256 short texts, up to 16 tokens", between(256, 4, 16), {"at_least": 4.0}),
+        ("64 long texts, 180 tokens or more", between(64, 180, 400), {"at_least": 1.15}),
+    )
+    for what, lengths, goal in cases:
+        data = frame(texts_of(lengths))
+        runs = {
+            "ours": lambda data=data: models.ours.predict(data),
+            "half": lambda data=data: models.half.predict(data),
+            "peer": lambda data=data: models.peer.predict(data),
+        }
+        times = alternate(runs, rounds)
+        done = {name: rates(found.wall, len(data)) for name, found in times.items()}
+        yield row(what, done["ours"], done["peer"], "rows/s", **goal)
+        if len(lengths) == 1024:
+            yield row("the same, ours in bfloat16", done["half"], done["peer"], "rows/s", at_least=4.0)
+
+
+def single(models: Models, rounds: int) -> Iterator[Row]:
+    """One row, against the tokenizer and the module called by hand; 40 calls a round."""
+    read = tokenizer()
+    for tokens in (12, 128):
+        (text,) = texts_of([tokens])
+
+        def bare(text: str = text) -> None:
+            with torch.inference_mode():
+                models.module(**read([text], return_tensors="pt")).logits.softmax(1).tolist()
+
+        def many(run: Callable[[], object]) -> Callable[[], object]:
+            return lambda: [run() for _ in range(40)]
+
+        runs = {
+            "native": many(lambda text=text: models.native.predict([text], progress=False)),
+            "bare": many(bare),
+            "pyfunc": many(lambda text=text: models.ours.predict(frame([text]))),
+        }
+        times = alternate(runs, max(rounds, 9))
+        ms = {name: [seconds / 40 * 1e3 for seconds in found.wall] for name, found in times.items()}
+        yield row(
+            f"one row of {tokens} tokens, native predict, against the bare module",
+            ms["native"],
+            ms["bare"],
+            "ms",
+            at_most=1.05,
+        )
+        yield row(
+            f"one row of {tokens} tokens, pyfunc, against the bare module", ms["pyfunc"], ms["bare"], "ms", at_most=1.2
+        )
+
+
+def _ask_from_threads(
+    predict: Callable[[str], object], texts: Sequence[str], threads: int
+) -> tuple[float, list[float]]:
+    """Requests a second, and the seconds of each."""
+
+    def ask(text: str) -> float:
+        begun = time.perf_counter()
+        predict(text)
+        return time.perf_counter() - begun
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(ask, texts[:threads]))
+        begun = time.perf_counter()
+        latencies = list(pool.map(ask, texts))
+        return len(texts) / (time.perf_counter() - begun), latencies
+
+
+def p99(latencies: list[float]) -> float:
+    return statistics.quantiles(latencies, n=100, method="inclusive")[98] * 1e3
+
+
+def callers(models: Models, rounds: int) -> Iterator[Row]:
+    """One row a request, from many threads of this process."""
+    texts = texts_of(natural_lengths(384))
+    runs: dict[str, tuple[Callable[[str], object], int]] = {
+        "ours": (lambda text: models.ours.predict(frame([text])), 16),
+        "peer": (lambda text: models.peer.predict(frame([text])), 16),
+        "many": (lambda text: models.ours.predict(frame([text])), 64),
+    }
+    found: dict[str, list[tuple[float, list[float]]]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, (predict, threads) in runs.items():
+            found[name].append(_ask_from_threads(predict, texts, threads))
+    rate = {name: [rate for rate, _ in results] for name, results in found.items()}
+    slowest = {name: [p99(latencies) for _, latencies in results] for name, results in found.items()}
+    yield row("16 callers in process", rate["ours"], rate["peer"], "requests/s", at_least=2.0)
+    yield row("16 callers in process, 99 of 100 within", slowest["ours"], slowest["peer"], "ms", at_most=0.5)
+    yield row("64 callers, against ours with 16", rate["many"], rate["ours"], "requests/s", at_least=0.9)
+
+
+def limit(models: Models, rounds: int) -> Iterator[Row]:
+    """Tokens a second, against bare forwards of the same batches in which every row is as long as the mean.
+
+    These have the same tokens and no padding, and nobody tokenizes, sorts or decodes.
+    """
+    from mlflow_safeflavor.batching import cut_into_batches
+
+    lengths = natural_lengths(1024)
+    data, options = frame(texts_of(lengths)), models.native.options
+    batches = cut_into_batches(lengths, options["max_batch_tokens"], models.native.scheduler.forward_cost)
+    packed = []
+    for batch in batches:
+        mean = max(1, round(sum(lengths[i] for i in batch) / len(batch)))
+        ids = torch.randint(1000, 20000, (len(batch), mean))
+        packed.append(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        )
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for inputs in packed:
+                models.module(**inputs)
+
+    times = alternate({"ours": lambda: models.ours.predict(data), "bare": bare}, rounds)
+    done = sum(inputs["input_ids"].numel() for inputs in packed)
+    yield row(
+        "tokens a second, against bare forwards of perfectly packed batches",
+        rates(times["ours"].wall, sum(lengths)), rates(times["bare"].wall, done), "tokens/s", at_least=0.9,
+    )  # fmt: skip
+
+
+# --- over HTTP -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def served(path: Path) -> Iterator[int]:
+    """`mlflow models serve`, with as many workers as it starts by itself; gives the port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "--env-manager",
+        "local",
+        "-m",
+        str(path),
+        "-p",
+        str(port),
+    ]
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):  # set for this process by ourselves
+        environ.pop(name, None)
+    process = subprocess.Popen(
+        command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        until = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).close()
+                break
+            except OSError:
+                if time.monotonic() > until or process.poll() is not None:
+                    raise SystemExit(f"No server came up for {path}") from None
+                time.sleep(0.2)
+        yield port
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait()
+
+
+HEAD = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+
+async def _ask_over_http(port: int, requests: Sequence[bytes], connections: int) -> float:
+    """Requests a second over so many connections that stay open."""
+    queue = list(requests)
+
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while queue:
+            body = queue.pop()
+            writer.write(HEAD % len(body) + body)
+            answer = await reader.readuntil(b"\r\n\r\n")
+            if b" 200 " not in answer.split(b"\r\n", 1)[0]:
+                raise SystemExit(f"The server answered {answer!r}")
+            length = next(line for line in answer.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            await reader.readexactly(int(length.split(b":")[1]))
+        writer.close()
+
+    begun = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(connections)))
+    return len(requests) / (time.perf_counter() - begun)
+
+
+def http(models: Models, rounds: int) -> Iterator[Row]:
+    requests = bodies(texts_of(natural_lengths(384)))
+    found: dict[str, list[float]] = {"ours": [], "peer": []}
+    with served(models.ours_path) as ours, served(models.peer_path) as peer:
+        for turn in range(rounds + 1):
+            for name, port in (("ours", ours), ("peer", peer)):
+                rate = asyncio.run(_ask_over_http(port, requests, 16))
+                if turn:
+                    found[name].append(rate)
+    yield row("over HTTP, 16 connections", found["ours"], found["peer"], "requests/s", at_least=1.3)
+
+
+# --- the story -----------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[Models, int], Iterator[Row]]] = {
+    "throughput": throughput, "single": single, "callers": callers, "limit": limit, "http": http,
+}  # fmt: skip
+
+
+def show(rows: Sequence[Row]) -> None:
+    table = Table("what", "ours", f"{PEER}, or as said", "ratio", "goal")
+    for found in rows:
+        digits = 1 if found["unit"] == "ms" else 0
+        cells = (f"{median_and_spread(found[side], digits=digits)} {found['unit']}" for side in ("ours", "theirs"))
+        middle, low, high = found["ratio"]
+        verdict = "" if found["met"] is None else " met" if found["met"] else " missed"
+        table.add_row(found["what"], *cells, f"{middle:.2f} ({low:.2f}–{high:.2f})", found["goal"] + verdict)
+    console.print(table)
+
+
+def plot(rows: Sequence[Row], file: Path) -> None:
+    """Ratios as bars on a log axis, goals as marks; faster to the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def speed(number: float, unit: str) -> float:
+        return 1 / number if unit == "ms" else number
+
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(rows) + 1.2), layout="constrained")
+    for place, found in enumerate(reversed(rows)):
+        middle, low, high = (
+            sorted(speed(value, found["unit"]) for value in found["ratio"])[1],
+            *sorted(speed(value, found["unit"]) for value in found["ratio"][1:]),
+        )
+        axes.barh(place, middle - 1, left=1, color="#3b75af" if found["met"] is not False else "#c44e52", height=0.6)
+        axes.plot([low, high], [place, place], color="black", linewidth=1)
+        if found["goal"]:
+            goal = speed(float(found["goal"].split()[1]), found["unit"])
+            axes.plot([goal, goal], [place - 0.4, place + 0.4], color="black", linestyle=":")
+    axes.set_yticks(range(len(rows)), [found["what"] for found in reversed(rows)])
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times as fast (line: middle half of the rounds; dots: goal)")
+    figure.savefig(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, separated by commas")
+    parser.add_argument("--json", type=Path, help="write all figures there, too")
+    parser.add_argument("--plot", type=Path, help="draw the ratios into this file (.svg or .png)")
+    arguments = parser.parse_args()
+    console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    rows: list[Row] = []
+    with TemporaryDirectory() as folder:
+        models = Models(Path(folder))
+        console.print(f"a forward costs as much as {models.native.scheduler.forward_cost} tokens; {cpu.find_budget()}")
+        for part in arguments.only.split(","):
+            rows += PARTS[part](models, arguments.rounds)
+    show(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1, ensure_ascii=False))
+    if arguments.plot:
+        plot(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

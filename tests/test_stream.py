@@ -1,0 +1,149 @@
+"""Long tables: chunk by chunk, in order, read no further ahead than they are answered; progress for who waits."""
+
+import io
+import sys
+import threading
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+import mlflow_safeflavor
+from mlflow_safeflavor import progress
+from mlflow_safeflavor.errors import InputError, PlacementError
+
+TEXTS = [f"the cat sat on {'the mat ' * (i % 7)}{i}" for i in range(40)]
+
+
+@pytest.fixture
+def model(tiny_bert, tiny_tokenizer, tmp_path):
+    bert = tiny_bert(num_labels=3, initializer_range=0.3)
+    mlflow_safeflavor.save_model(bert, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False)
+    return mlflow_safeflavor.load_model(tmp_path / "model", model_config={"deterministic": True})
+
+
+@pytest.fixture
+def table():
+    return pd.DataFrame({"text": TEXTS})
+
+
+def test_an_iterator_is_answered_chunk_by_chunk(model, table):
+    chunks = [table[i : i + 12] for i in range(0, 40, 12)]
+    answers = list(model.predict(iter(chunks)))
+    assert [list(found.index) for found in answers] == [list(chunk.index) for chunk in chunks]
+    pd.testing.assert_frame_equal(pd.concat(answers), model.predict(table))
+
+
+def test_it_is_read_no_further_ahead_than_two_chunks(model, table):
+    read = []
+
+    def chunks():
+        for i in range(10):
+            read.append(i)
+            yield table[i : i + 1]
+
+    answers = model.predict(chunks())
+    assert read == []
+    next(answers)
+    assert len(read) == 2
+    answers.close()
+    assert len(read) == 2
+
+
+def test_chunks_may_be_anything_that_predict_takes(model, table):
+    answers = list(model.predict(iter([TEXTS[:2], {"text": TEXTS[2]}, TEXTS[3]])))
+    assert [len(found) for found in answers] == [2, 1, 1]
+
+
+def test_a_bad_chunk_is_an_error_where_it_stands(model, table):
+    answers = model.predict(iter([table[:2], pd.DataFrame({"text": [None]}), table[2:4]]))
+    assert len(next(answers)) == 2
+    with pytest.raises(InputError, match="row 0"):
+        next(answers)
+
+
+def test_no_chunks_no_answers(model):
+    assert list(model.predict(iter([]))) == []
+
+
+def test_a_parquet_file_is_answered_with_the_rows_numbers(model, table, tmp_path, monkeypatch):
+    table.to_parquet(tmp_path / "rows.parquet")
+    monkeypatch.setattr("mlflow_safeflavor.stream._CHUNK", 15)
+    answers = list(model.predict(tmp_path / "rows.parquet"))
+    assert [len(found) for found in answers] == [15, 15, 10]
+    pd.testing.assert_frame_equal(pd.concat(answers), model.predict(table))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text\nhello\n"])
+def test_a_path_that_is_no_parquet_file(model, tmp_path, content):
+    if content is not None:
+        (tmp_path / "rows.parquet").write_bytes(content)
+    with pytest.raises(InputError, match=r"Parquet file[\s\S]*rows\.parquet"):
+        model.predict(tmp_path / "rows.parquet")
+
+
+def test_the_name_of_a_file_is_a_text(model, table, tmp_path):
+    table.to_parquet(tmp_path / "rows.parquet")
+    assert len(model.predict(str(tmp_path / "rows.parquet"))) == 1
+
+
+# Progress.
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """What a terminal would show."""
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=screen, force_terminal=True, width=80))
+    return screen
+
+
+def test_a_bar_is_shown_on_a_terminal_when_it_takes_long(model, table, terminal, monkeypatch):
+    model.predict(table)
+    assert terminal.getvalue() == ""
+    monkeypatch.setattr(progress, "_PATIENCE", 0)
+    gate, forward = threading.Event(), type(model.task).forward
+
+    def held(self, *arguments):
+        gate.wait(20)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(type(model.task), "forward", held)
+    threading.Timer(0.6, gate.set).start()
+    model.predict(table)
+    assert "0/40" in terminal.getvalue()
+
+
+def test_streams_count_rows(model, table, terminal, tmp_path, monkeypatch):
+    table.to_parquet(tmp_path / "rows.parquet")
+    monkeypatch.setattr("mlflow_safeflavor.stream._CHUNK", 15)
+    list(model.predict(tmp_path / "rows.parquet", progress=True))
+    assert "40/40" in terminal.getvalue()
+
+
+def test_nothing_is_shown_without_a_terminal_or_if_not_wanted(model, table, terminal, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_PATIENCE", 0)
+    list(model.predict(iter([table]), progress=False))
+    assert terminal.getvalue() == ""
+    monkeypatch.undo()
+    list(model.predict(iter([table])))
+    assert capsys.readouterr() == ("", "")
+
+
+# torch.compile.
+
+
+def test_compile_needs_a_compiler(model, monkeypatch):
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(PlacementError, match=r"compile needs a C\+\+ compiler[\s\S]*way out"):
+        mlflow_safeflavor.load_model(model.folder, model_config={"compile": True})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_model_answers_within_tolerance(model, table):
+    compiled = mlflow_safeflavor.load_model(model.folder, model_config={"compile": True})
+    assert compiled.report.golden_rows > 0
+    pd.testing.assert_frame_equal(compiled.predict(table), model.predict(table), check_exact=False, atol=1e-5)
