@@ -47,8 +47,9 @@ check: $(STAMP)  ## lint, format, types, direction of imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: $(STAMP)  ## time loading, side by side with MLflow's own flavor, and threads
+bench: $(STAMP)  ## time loading, predictions and threads, side by side with MLflow's own flavor
 	@$(OFFLINE) $(BIN)/python benchmarks/load.py
+	@$(OFFLINE) $(BIN)/python benchmarks/predict.py
 	@$(OFFLINE) $(BIN)/python benchmarks/threads.py
 
 clean:  ## remove all that make made

@@ -31,17 +31,19 @@ def cut_into_batches(costs: Sequence[int], max_batch_tokens: int, forward_cost: 
         Batches, the longest pieces first.
     """
     order = sorted(range(len(costs)), key=lambda i: -costs[i])
-    lengths = np.array([max(1, costs[i]) for i in order], dtype=np.float64)
+    lengths = np.array([max(1, costs[i]) for i in order], dtype=np.int64)
+    # Of batches that cost the same the fewest: a batch costs one more, where everything else counts n + 1 times.
+    unit = len(order) + 1
     # best[i]: least cost of the first i pieces; before[i]: where the last batch of these begins.
-    best, before = np.zeros(len(order) + 1), [0] * (len(order) + 1)
+    best, before = np.zeros(unit, dtype=np.int64), [0] * unit
     low = 0
     for i in range(1, len(order) + 1):
         while low < i - 1 and (i - low) * lengths[low] > max_batch_tokens:
             low += 1
         starts = np.arange(low, i)
-        totals = best[low:i] + forward_cost + (i - starts) * lengths[low:i]
-        chosen = int(totals.argmin())
-        best[i], before[i] = totals[chosen], low + chosen
+        totals = best[low:i] + 1 + unit * (forward_cost + (i - starts) * lengths[low:i])
+        chosen = i - 1 - int(totals[::-1].argmin())  # the last one, so that full batches come first
+        best[i], before[i] = totals[chosen - low], chosen
     batches: list[list[int]] = []
     end = len(order)
     while end:

@@ -37,14 +37,13 @@ def resolve_source(model: Any, tokenizer: Any, task: str | None, dtype: str, pro
         StructureError: It is none of these, or the tokenizer, processor or task cannot be told.
     """
     folder = model if isinstance(model, (str, Path)) else None
+    processors: list[Any] = []
     if folder is not None:
         model = checkpoint.from_pretrained(folder, dtype=dtype)
     elif hasattr(model, "model") and hasattr(model, "tokenizer") and hasattr(model, "task"):  # a Pipeline
         tokenizer = tokenizer if tokenizer is not None else model.tokenizer
         task = task or model.task
-        parts = (getattr(model, name, None) for name in ("image_processor", "feature_extractor"))
-        if processor is None and "processor" in task_class(task).reads:
-            processor = next((part for part in parts if part is not None), None)
+        processors = [getattr(model, name, None) for name in ("image_processor", "feature_extractor")]
         model = model.model
     if not isinstance(model, torch.nn.Module):
         raise StructureError(
@@ -54,6 +53,8 @@ def resolve_source(model: Any, tokenizer: Any, task: str | None, dtype: str, pro
             found=type(model).__name__,
         )
     task = task_class(task or infer_task(type(model).__name__, getattr(model, "main_input_name", "input_ids"))).name
+    if processor is None and "processor" in task_class(task).reads:
+        processor = next((part for part in processors if part is not None), None)
     if folder is not None:
         tokenizer, processor = _parts_of(folder, task, tokenizer, processor)
     _require_parts(task, tokenizer, processor)

@@ -74,7 +74,10 @@ def test_nothing_that_is_sent_breaks_a_server(serve, saved):
             answer = server.invoke(body, content_type)
             sent.append(answer.status)
             assert answer.status < 500, f"{answer.status} {answer.text[:500]}"
-            assert "Traceback" not in answer.text, answer.text[:2000]
+            # MLflow itself answers a table of CSV that pandas cannot read with a stack trace of its own.
+            if "parse_csv_input" not in answer.text:
+                assert "Traceback" not in answer.text, answer.text[:2000]
+            assert "safeflavor" not in answer.text, answer.text[:2000]
 
         until = time.monotonic() + SECONDS
         while time.monotonic() < until:

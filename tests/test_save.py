@@ -16,7 +16,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 from safetensors import safe_open
 from transformers import (
-    BertForMaskedLM,
+    BertForNextSentencePrediction,
     Pipeline,
     PretrainedConfig,
     PreTrainedModel,
@@ -355,8 +355,8 @@ def test_a_text_model_without_a_tokenizer_is_refused(save_tiny):
 
 def test_a_class_of_no_known_task_is_refused(save_tiny, tiny_bert):
     with pytest.raises(StructureError, match="task=") as refused:
-        save_tiny(BertForMaskedLM(tiny_bert().config))
-    assert "BertForMaskedLM" in refused.value.message
+        save_tiny(BertForNextSentencePrediction(tiny_bert().config))
+    assert "BertForNextSentencePrediction" in refused.value.message
 
 
 class Unknown(PreTrainedModel):

@@ -1,7 +1,9 @@
 """Long tables: chunk by chunk, in order, read no further ahead than they are answered; progress for who waits."""
 
 import io
+import shutil
 import sys
+import sysconfig
 import threading
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import mlflow_safeflavor
 from mlflow_safeflavor import progress
 from mlflow_safeflavor.errors import InputError, PlacementError
 
+COMPILER = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
 TEXTS = [f"the cat sat on {'the mat ' * (i % 7)}{i}" for i in range(40)]
 
 
@@ -142,6 +145,7 @@ def test_compile_needs_a_compiler(model, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not COMPILER, reason="needs g++ and Python's headers")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_a_compiled_model_answers_within_tolerance(model, table):
     compiled = mlflow_safeflavor.load_model(model.folder, model_config={"compile": True})

@@ -596,3 +596,12 @@ def test_many_threads_with_mixed_lengths_and_params_get_single_threaded_answers(
             assert (one.keys(), one["label"], one.get("labels")) == (other.keys(), other["label"], other.get("labels"))
             _close(one["score"], other["score"])
             _close(one.get("scores", [0]), other.get("scores", [0]))
+
+
+def test_a_text_of_a_million_characters_is_cut_and_an_empty_one_is_a_text(classifier):
+    long = "the cat sat on the mat 😀 " * 40_000
+    answers = classifier.answers([long, "", long[:200]])
+    assert len(long) >= 1_000_000
+    assert answers[0] == pytest.approx(answers[2])
+    with pytest.raises(InputError, match=r"row 1[\s\S]*longer than the model takes|longer than[\s\S]*row 1"):
+        classifier.answers(["dog", long], truncation=False)
