@@ -1,4 +1,4 @@
-"""Whatever is sent to a real server: no 5xx, no traceback in a body, and afterwards it answers as before.
+"""Whatever is sent to a real server: no 5xx or traceback from this package, and afterwards it answers as before.
 
 FUZZ_SECONDS=600 pytest tests/test_hostile_requests.py     ten minutes instead of a few seconds
 """
@@ -71,9 +71,16 @@ def test_nothing_that_is_sent_breaks_a_server(serve, saved):
         def send(body, content_type):
             if time.monotonic() > until:
                 return
+            logged = server.log.stat().st_size
             answer = server.invoke(body, content_type)
             sent.append(answer.status)
-            assert answer.status < 500, f"{answer.status} {answer.text[:500]}"
+            if answer.status >= 500:
+                # MLflow's parser lets some of pandas' exceptions through; nothing of this package ran then.
+                with server.log.open("rb") as log:
+                    log.seek(logged)
+                    trace = log.read().decode(errors="replace")
+                assert "infer_and_parse_data" in trace, f"{answer.status} {answer.text[:500]}\n{trace}"
+                assert "mlflow_safeflavor" not in trace, trace
             # MLflow itself answers a table of CSV that pandas cannot read with a stack trace of its own.
             if "parse_csv_input" not in answer.text:
                 assert "Traceback" not in answer.text, answer.text[:2000]
