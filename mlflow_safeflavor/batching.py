@@ -35,7 +35,8 @@ def cut_into_batches(costs: Sequence[int], max_batch_tokens: int, forward_cost: 
     # Of batches that cost the same the fewest: a batch costs one more, where everything else counts n + 1 times.
     unit = len(order) + 1
     # best[i]: least cost of the first i pieces; before[i]: where the last batch of these begins.
-    best, before = np.zeros(unit, dtype=np.int64), [0] * unit
+    best: np.ndarray = np.zeros(unit, dtype=np.int64)
+    before = [0] * unit
     low = 0
     for i in range(1, len(order) + 1):
         while low < i - 1 and (i - low) * lengths[low] > max_batch_tokens:
