@@ -8,14 +8,15 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
 from mlflow_safeflavor.errors import PlacementError, StructureError
 
-__all__ = ["Engine", "ModuleEngine"]
+__all__ = ["Engine", "ModuleEngine", "evaluating"]
 
 
 class Engine(Protocol):
@@ -116,6 +117,26 @@ class ModuleEngine:
             )
         kept = {"logits": torch.stack(found.logits, dim=1)} if keep_logits else {}
         return {"sequences": found.sequences, **kept}
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """The module as it is served: in eval mode, gradients off; afterwards everything is as it was.
+
+    Gradients matter to the bits: torch chooses other kernels for weights that require them.
+    """
+    modes = [(child, child.training) for child in module.modules()]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.eval()
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _with_settings(module: torch.nn.Module, settings: Mapping[str, Any]) -> Any:

@@ -303,7 +303,7 @@ def bind(
     from mlflow_safeflavor.scheduler import Scheduler
 
     chosen = run_time_options(options.model_config, stored=spec.model_config)
-    task = make_task(spec, layout.tokenizer, hooks)
+    task = make_task(spec, layout, hooks)
     dtype = resolve_dtype(options.dtype or spec.dtype)
     engine = ModuleEngine(module, device, dtype, compile=chosen["compile"])
     names = ("max_batch_tokens", "forward_cost", "deterministic", "max_queue")

@@ -26,14 +26,14 @@ from mlflow_safeflavor.tokenizer import TextEncoder, load_tokenizer
 __all__ = ["LoadedModel", "make_task"]
 
 
-def make_task(spec: ModelSpec, tokenizer_folder: Path, hooks: Mapping[str, Callable[..., Any]]) -> Task:
+def make_task(spec: ModelSpec, layout: Layout, hooks: Mapping[str, Callable[..., Any]]) -> Task:
     """The task that a spec names, bound to what was recorded for it."""
     cls = task_class(spec.task)
     make: dict[str, Callable[[], Any]] = {
-        "encoder": lambda: TextEncoder(tokenizer_folder, spec.task_config["encoder"]),
-        "tokenizer": lambda: cache(lambda: load_tokenizer(tokenizer_folder) if tokenizer_folder.is_dir() else None),
+        "encoder": lambda: TextEncoder(layout.tokenizer, spec.task_config["encoder"]),
+        "tokenizer": lambda: cache(lambda: load_tokenizer(layout.tokenizer) if layout.tokenizer.is_dir() else None),
         "hooks": lambda: hooks,
-        "processor": lambda: load_processor(tokenizer_folder.with_name("processor")),
+        "processor": lambda: load_processor(layout.processor),
     }
     return cls(spec.task_config, spec.input_columns, **{name: make[name]() for name in cls.reads})
 

@@ -39,12 +39,9 @@ class PyfuncModel:
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
         """One row out for each row in; see ``LoadedModel.predict``."""
-        from mlflow_safeflavor.tasks.text import TextTask
-
         if self.facts is not None and asks_environment(model_input):
             return {ENVIRONMENT_LABEL: dict(self.facts)}
-        # Only where a list can be no value of a cell: other tasks may take one.
-        data = unfold_columns(model_input) if isinstance(self.model.task, TextTask) else model_input
+        data = unfold_columns(model_input) if self.model.task.folds else model_input
         return self.model.predict(data, params, progress=False)
 
 

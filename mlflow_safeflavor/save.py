@@ -27,6 +27,7 @@ from mlflow_safeflavor import parity, pickled, placement, requirements, structur
 from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_json, write_manifest
 from mlflow_safeflavor.batching import measure_forward_cost
 from mlflow_safeflavor.damage import require_undamaged
+from mlflow_safeflavor.engine import evaluating
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.load import LoadOptions, bind, guarded_parts, rebuild
 from mlflow_safeflavor.lock import lock, read_lines
@@ -34,7 +35,7 @@ from mlflow_safeflavor.options import MODEL_CONFIG
 from mlflow_safeflavor.processor import requirements_of, write_processor
 from mlflow_safeflavor.rehearsal import rehearse as rehearse_load
 from mlflow_safeflavor.report import LoadReport
-from mlflow_safeflavor.source import Source, evaluating, resolve_source
+from mlflow_safeflavor.source import Source, resolve_source
 from mlflow_safeflavor.spec import FLAVOR_NAME, ModelSpec
 from mlflow_safeflavor.tasks import task_class
 from mlflow_safeflavor.tasks.base import Task

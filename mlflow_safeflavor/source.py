@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.processor import hears
 from mlflow_safeflavor.tasks import infer_task, task_class
 
-__all__ = ["Source", "evaluating", "resolve_source"]
+__all__ = ["Source", "resolve_source"]
 
 
 @dataclass(frozen=True)
@@ -84,23 +83,3 @@ def _require_parts(task: str, tokenizer: Any, processor: Any) -> None:
             wanted=f"one for {'sounds, a feature extractor' if cls.hears else 'images'}",
             found=type(processor).__name__,
         )
-
-
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """The module as it is served: in eval mode, gradients off; afterwards everything is as it was.
-
-    Gradients matter to the bits: torch chooses other kernels for weights that require them.
-    """
-    modes = [(child, child.training) for child in module.modules()]
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    module.eval()
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -114,6 +114,16 @@ class Task(ABC):
             StructureError: The model cannot do this task.
         """
 
+    @classmethod
+    def require_known(cls, options: Mapping[str, Any]) -> None:
+        """Refuse options that are none of ``task_options``. Raises ``InputError`` naming them."""
+        if unknown := sorted(options.keys() - cls.task_options):
+            raise InputError(
+                f"{cls.name} has {'no such option' if cls.task_options else 'no options'}",
+                where=f"model_config, {', '.join(map(repr, unknown))}",
+                wanted=" | ".join(sorted(cls.task_options)) or None,
+            )
+
     @abstractmethod
     def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
         """Inputs by column name, outputs, and the per-request params with their defaults.
@@ -130,6 +140,11 @@ class Task(ABC):
     def result(self, answers: Sequence[Mapping[str, Any]], data: Any) -> Any:
         """What ``predict`` returns: a DataFrame with one row for each row of ``data``, under the same index."""
         return pd.DataFrame(answers, index=data.index if isinstance(data, (pd.DataFrame, pd.Series)) else None)
+
+    @property
+    def folds(self) -> bool:
+        """Whether a list in a cell can only be a whole column; see ``rows.unfold_columns``."""
+        return False
 
     def golden_rows(self) -> list[Row]:
         """A few rows of different lengths whose answers are recorded at save and replayed at load.

@@ -1,4 +1,4 @@
-"""What classifiers of one thing share, be it a text, an image or a sound: the best labels with their scores."""
+"""What classifiers share, be it of texts, images or sounds: their labels, and the best of them with their scores."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from mlflow.types import ColSpec, DataType, Schema
 
+from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.tasks.base import RowOutput
-from mlflow_safeflavor.tasks.labels import labels_of, sigmoid, softmax
+from mlflow_safeflavor.tasks.outputs import pick, require_finite, sigmoid, softmax
 from mlflow_safeflavor.tasks.params import Param
-from mlflow_safeflavor.tasks.text import require_finite
 
-__all__ = ["FUNCTION", "LABEL_AND_SCORE", "TOP_K", "describe_labels", "rank_labels"]
+__all__ = ["FUNCTION", "LABEL_AND_SCORE", "TOP_K", "describe_labels", "labels_of", "rank_labels", "read_logits"]
 
 _FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "softmax": softmax,
@@ -40,6 +40,30 @@ FUNCTION = Param(
 )
 LABEL_AND_SCORE = Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "score")])
 """The outputs part of the signature."""
+
+
+def labels_of(model: torch.nn.Module) -> list[str]:
+    """Labels in the order of the logits.
+
+    Raises:
+        StructureError: The model's config does not name one for each.
+    """
+    id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
+    labels = {int(i): str(label) for i, label in dict(id2label).items()}
+    if not labels or sorted(labels) != list(range(len(labels))):
+        raise StructureError(
+            "The model does not name its labels",
+            where=f"{type(model).__name__}.config.id2label",
+            wanted="a dict with the keys 0, 1, 2, … one for each logit",
+            found=repr(id2label),
+            way_out="set model.config.id2label before saving",
+        )
+    return [labels[i] for i in range(len(labels))]
+
+
+def read_logits(outputs: Mapping[str, torch.Tensor], rows: int, labels: Sequence[str]) -> list[RowOutput]:
+    """``logits`` of each row, shape (labels,). Raises ``StructureError`` for a model that returns something else."""
+    return [{"logits": row} for row in pick(outputs, "logits", (rows, len(labels))).cpu().numpy()]
 
 
 def describe_labels(model: torch.nn.Module, *, one_label: str = "sigmoid") -> dict[str, Any]:

@@ -13,7 +13,8 @@ from mlflow.types.schema import Array
 
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
-from mlflow_safeflavor.tasks.text import TextTask, describe_text_model, pick, require_finite
+from mlflow_safeflavor.tasks.outputs import pick, require_finite
+from mlflow_safeflavor.tasks.text import TextTask, describe_text_model
 
 __all__ = ["FeatureExtraction"]
 
@@ -47,11 +48,10 @@ class FeatureExtraction(TextTask):
                 wanted="an encoder",
                 way_out="save the encoder alone, for example T5EncoderModel or model.get_encoder()",
             )
+        cls.require_known(options)
         chosen = {"pooling": "mean", "normalize": False, **options}
         _require_option("pooling", chosen["pooling"] in _POOLINGS, " | ".join(_POOLINGS), chosen["pooling"])
         _require_option("normalize", isinstance(chosen["normalize"], bool), "True | False", chosen["normalize"])
-        if unknown := sorted(chosen.keys() - cls.task_options):
-            _require_option(unknown[0], False, " | ".join(sorted(cls.task_options)), chosen[unknown[0]])
         return {**describe_text_model(model), **chosen}
 
     @property

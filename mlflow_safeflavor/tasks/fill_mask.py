@@ -13,9 +13,9 @@ from mlflow.types.schema import Array, Object, Property
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.rows import place
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
-from mlflow_safeflavor.tasks.labels import softmax
+from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
-from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model, pick, require_finite
+from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
 
 __all__ = ["FillMask"]
 
@@ -68,8 +68,7 @@ class FillMask(TextTask):
 
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-        if options:
-            raise InputError("fill-mask has no options", where="model_config", found=sorted(options))
+        cls.require_known(options)
         return describe_text_model(model)
 
     @property

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from types import MappingProxyType
@@ -15,12 +14,13 @@ import torch
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
-from mlflow_safeflavor.engine import Engine, ModuleEngine
+from mlflow_safeflavor.engine import Engine, ModuleEngine, evaluating
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
+from mlflow_safeflavor.tasks.outputs import require_finite
 from mlflow_safeflavor.tasks.params import Param, check_params, param_schema
 from mlflow_safeflavor.tasks.sampling import SAMPLING, sampler
-from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model, require_finite
+from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
 
 __all__ = ["GENERATION_PARAMS", "Generation"]
 
@@ -404,18 +404,7 @@ def _ignores_padding(cls: type[Generation], model: Any, config: Mapping[str, Any
     short, long = (task.featured(part, params) for part in (ids[:3], ids))
     first = next(model.parameters())
     engine = ModuleEngine(model, first.device, first.dtype)
-    with _evaluating(model):
+    with evaluating(model):
         alone, beside = (task.forward(engine, batch, params)[0]["logits"] for batch in ([short], [short, long]))
     tolerance = 1e-4 if first.dtype in (torch.float32, torch.float64) else 2e-2
     return alone.shape == beside.shape and bool(np.abs(alone - beside).max() <= tolerance * np.abs(alone).max())
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    modes = [(child, child.training) for child in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.images import read_image, record_image
 from mlflow_safeflavor.tasks.base import Features, Row
 from mlflow_safeflavor.tasks.classification import describe_labels
@@ -39,8 +38,7 @@ class ImageClassification(ProcessedTask):
 
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-        if options:
-            raise InputError("image-classification has no options", where="model_config", found=sorted(options))
+        cls.require_known(options)
         return {**describe_labels(model), "arguments": arguments_of(model)}
 
     def golden_rows(self) -> list[Row]:

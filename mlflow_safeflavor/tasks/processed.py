@@ -16,9 +16,8 @@ from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.processor import apply
 from mlflow_safeflavor.rows import place
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
-from mlflow_safeflavor.tasks.classification import FUNCTION, LABEL_AND_SCORE, TOP_K, rank_labels
+from mlflow_safeflavor.tasks.classification import FUNCTION, LABEL_AND_SCORE, TOP_K, rank_labels, read_logits
 from mlflow_safeflavor.tasks.params import param_schema
-from mlflow_safeflavor.tasks.text import pick
 
 __all__ = ["ProcessedTask", "arguments_of"]
 
@@ -92,8 +91,8 @@ class ProcessedTask(Task):
             inputs = self.collate([batch[i] for i in group])
             inputs = {name: t.to(engine.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
             with torch.inference_mode():
-                logits = pick(engine(inputs), "logits", (len(group), len(self.config["labels"]))).cpu().numpy()
-            found.update(zip(group, ({"logits": row} for row in logits), strict=True))
+                read = read_logits(engine(inputs), len(group), self.config["labels"])
+            found.update(zip(group, read, strict=True))
         return [found[i] for i in range(len(batch))]
 
     def groups(self, batch: Sequence[Features]) -> list[list[int]]:

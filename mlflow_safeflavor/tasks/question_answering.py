@@ -12,9 +12,9 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.rows import place, require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
-from mlflow_safeflavor.tasks.labels import softmax
+from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
-from mlflow_safeflavor.tasks.text import TextTask, describe_text_model, pick, require_finite, windows
+from mlflow_safeflavor.tasks.text import TextTask, describe_text_model, windows
 
 __all__ = ["QuestionAnswering"]
 
@@ -80,8 +80,7 @@ class QuestionAnswering(TextTask):
 
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-        if options:
-            raise InputError("question-answering has no options", where="model_config", found=sorted(options))
+        cls.require_known(options)
         return describe_text_model(model)
 
     def golden_rows(self) -> list[Row]:

@@ -24,8 +24,6 @@ __all__ = [
     "TRUNCATION",
     "TextTask",
     "describe_text_model",
-    "pick",
-    "require_finite",
     "windows",
 ]
 
@@ -77,6 +75,10 @@ class TextTask(Task):
     def golden_rows(self) -> list[Row]:
         texts = {"text": _GOLDEN_TEXTS, "text_pair": _GOLDEN_PAIRS}
         return [{field: texts[field][i] for field in self.columns} for i in range(len(_GOLDEN_TEXTS))]
+
+    @property
+    def folds(self) -> bool:
+        return True
 
     # Length.
 
@@ -299,51 +301,3 @@ def windows(row: Mapping[str, list[Any]], sequence: int, room: int, overlap: int
     starts = range(0, max(1, len(body) - overlap), room - overlap)
     kept = [sorted(rest + body[start : start + room]) for start in starts]
     return [{name: [values[i] for i in positions] for name, values in row.items()} for positions in kept]
-
-
-def pick(
-    outputs: Mapping[str, torch.Tensor], name: str, shape: Sequence[int | None], position: int = 0
-) -> torch.Tensor:
-    """An output of the model in float32, by its name, or by its position where the model names none.
-
-    Args:
-        outputs: What the engine returned.
-        name: As transformers calls it.
-        shape: Wanted lengths; None where any will do.
-        position: Its place in a tuple.
-
-    Raises:
-        StructureError: There is none, or it has another shape.
-    """
-    tensor = outputs.get(name, outputs.get(f"output_{position}"))
-    found = None if tensor is None else tuple(tensor.shape)
-    if found is None or len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found, strict=True)):
-        raise StructureError(
-            f"The model does not return what its task reads: {name}",
-            where="output of forward",
-            wanted=f"{name}, shape ({', '.join('any' if length is None else str(length) for length in shape)})",
-            found=", ".join(f"{key} {tuple(value.shape)}" for key, value in outputs.items()) or "no tensor",
-            way_out="choose the task this model was made for: task=...",
-        )
-    assert tensor is not None  # noqa: S101  (for mypy; found says so)
-    return tensor.float()
-
-
-def require_finite(values: Sequence[np.ndarray] | np.ndarray) -> None:
-    """Refuse answers that are no numbers, which half precision overflow or broken weights make.
-
-    Args:
-        values: One array a row, of any shape.
-
-    Raises:
-        InputError: Names the first such row.
-    """
-    bad = [i for i, value in enumerate(values) if not np.isfinite(value).all()]
-    if bad:
-        raise InputError(
-            "The model's answer to a row is not a number",
-            where=place(bad[0]),
-            wanted="finite numbers",
-            found=f"NaN or infinity in {len(bad)} of {len(values)} rows",
-            way_out="serve the model in float32: half precision overflows where float32 does not",
-        )

@@ -41,8 +41,7 @@ class Text2TextGeneration(Generation):
 
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-        if unknown := sorted(options.keys() - cls.task_options):
-            raise InputError("Unknown option", where=f"model_config, {unknown[0]!r}", wanted="prefix")
+        cls.require_known(options)
         named = getattr(getattr(model, "config", None), "task_specific_params", None) or {}
         specific = dict(named.get(cls.specific) or {})
         prefix = {"prefix": specific.pop("prefix", None) or "", **options}["prefix"]

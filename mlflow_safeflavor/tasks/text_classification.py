@@ -7,10 +7,16 @@ from typing import Any
 
 import torch
 
-from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
-from mlflow_safeflavor.tasks.classification import FUNCTION, LABEL_AND_SCORE, TOP_K, describe_labels, rank_labels
-from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model, pick
+from mlflow_safeflavor.tasks.classification import (
+    FUNCTION,
+    LABEL_AND_SCORE,
+    TOP_K,
+    describe_labels,
+    rank_labels,
+    read_logits,
+)
+from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
 
 __all__ = ["TextClassification"]
 
@@ -32,13 +38,11 @@ class TextClassification(TextTask):
 
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-        if options:
-            raise InputError("text-classification has no options", where="model_config", found=sorted(options))
+        cls.require_known(options)
         return {**describe_text_model(model), **describe_labels(model)}
 
     def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
-        logits = pick(outputs, "logits", (len(mask), len(self.config["labels"])))
-        return [{"logits": row} for row in logits.cpu().numpy()]
+        return read_logits(outputs, len(mask), self.config["labels"])
 
     def decode(
         self,

@@ -62,8 +62,7 @@ class TextGeneration(Generation):
 
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-        if options:
-            raise InputError("text-generation has no options", where="model_config", found=sorted(options))
+        cls.require_known(options)
         return cls.describe_generation(model, {})
 
     def __init__(
@@ -80,6 +79,10 @@ class TextGeneration(Generation):
             # A chat without its beginning, where the template puts who speaks, is another one.
             off = {"return_full_text", "truncation"}
             self.asked = tuple(replace(param, default=False) if param.name in off else param for param in self.asked)
+
+    @property
+    def folds(self) -> bool:
+        return not self._chat  # a chat is a list
 
     def inputs(self) -> Schema:
         if not self._chat:
@@ -184,7 +187,6 @@ def _messages(i: int, column: str, value: Any) -> list[dict[str, str]]:
         texts = isinstance(message, Mapping) and [message.get("role"), message.get("content")]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise _no_chat(i, column, message)
-        require_texts([{}] * i + [{"role": texts[0], "content": texts[1]}], {})
     return [dict(message) for message in value]
 
 

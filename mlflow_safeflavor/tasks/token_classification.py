@@ -13,15 +13,14 @@ from mlflow.types.schema import Array, Object, Property
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.rows import require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
-from mlflow_safeflavor.tasks.labels import labels_of, softmax
+from mlflow_safeflavor.tasks.classification import labels_of
+from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text import (
     MAX_LENGTH,
     TRUNCATION,
     TextTask,
     describe_text_model,
-    pick,
-    require_finite,
     windows,
 )
 
@@ -85,8 +84,7 @@ class TokenClassification(TextTask):
 
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-        if options:
-            raise InputError("token-classification has no options", where="model_config", found=sorted(options))
+        cls.require_known(options)
         return {**describe_text_model(model), "labels": labels_of(model)}
 
     def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from mlflow.types.schema import Array
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.rows import require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
-from mlflow_safeflavor.tasks.labels import labels_of, softmax
+from mlflow_safeflavor.tasks.classification import labels_of, read_logits
+from mlflow_safeflavor.tasks.outputs import require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param, check_params
-from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model, pick, require_finite
+from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
 
 __all__ = ["ZeroShotClassification"]
 
@@ -71,13 +72,7 @@ class ZeroShotClassification(TextTask):
 
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-        if unknown := sorted(options.keys() - cls.task_options):
-            raise InputError(
-                "zero-shot-classification has no such option",
-                where="model_config",
-                wanted="candidate_labels",
-                found=unknown,
-            )
+        cls.require_known(options)
         return {
             **describe_text_model(model),
             **check_params([_LABELS], options),
@@ -125,8 +120,7 @@ class ZeroShotClassification(TextTask):
         return pieces
 
     def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
-        logits = pick(outputs, "logits", (len(mask), len(self.config["labels"])))
-        return [{"logits": row} for row in logits.cpu().numpy()]
+        return read_logits(outputs, len(mask), self.config["labels"])
 
     def join(self, outputs: Sequence[RowOutput]) -> RowOutput:
         """Logits of shape (candidate labels, labels of the model)."""

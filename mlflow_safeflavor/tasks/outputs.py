@@ -1,0 +1,76 @@
+"""What a model returned: the output that a task reads, whether it is numbers at all, and logits → scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.rows import place
+
+__all__ = ["pick", "require_finite", "sigmoid", "softmax"]
+
+
+def pick(
+    outputs: Mapping[str, torch.Tensor], name: str, shape: Sequence[int | None], position: int = 0
+) -> torch.Tensor:
+    """An output of the model in float32, by its name, or by its position where the model names none.
+
+    Args:
+        outputs: What the engine returned.
+        name: As transformers calls it.
+        shape: Wanted lengths; None where any will do.
+        position: Its place in a tuple.
+
+    Raises:
+        StructureError: There is none, or it has another shape.
+    """
+    tensor = outputs.get(name, outputs.get(f"output_{position}"))
+    found = None if tensor is None else tuple(tensor.shape)
+    if found is None or len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found, strict=True)):
+        raise StructureError(
+            f"The model does not return what its task reads: {name}",
+            where="output of forward",
+            wanted=f"{name}, shape ({', '.join('any' if length is None else str(length) for length in shape)})",
+            found=", ".join(f"{key} {tuple(value.shape)}" for key, value in outputs.items()) or "no tensor",
+            way_out="choose the task this model was made for: task=...",
+        )
+    assert tensor is not None  # noqa: S101  (for mypy; found says so)
+    return tensor.float()
+
+
+def require_finite(values: Sequence[np.ndarray] | np.ndarray) -> None:
+    """Refuse answers that are no numbers, which half precision overflow or broken weights make.
+
+    Args:
+        values: One array a row, of any shape.
+
+    Raises:
+        InputError: Names the first such row.
+    """
+    bad = [i for i, value in enumerate(values) if not np.isfinite(value).all()]
+    if bad:
+        raise InputError(
+            "The model's answer to a row is not a number",
+            where=place(bad[0]),
+            wanted="finite numbers",
+            found=f"NaN or infinity in {len(bad)} of {len(values)} rows",
+            way_out="serve the model in float32: half precision overflows where float32 does not",
+        )
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Scores that add up to 1 along the last axis; any shape, float32 stays float32."""
+    shifted: np.ndarray = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    scores: np.ndarray = shifted / shifted.sum(axis=-1, keepdims=True)
+    return scores
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """A score for each logit by itself; any shape, float32 stays float32."""
+    # Two branches of the same function: exp of a large positive number would overflow.
+    small = np.exp(-np.abs(logits))
+    scores: np.ndarray = np.where(logits >= 0, 1, small) / (1 + small)
+    return scores
