@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -57,13 +58,16 @@ def measure_forward_cost(task: Task, engine: Engine, rows: Sequence[Row], max_ba
     """What a call of the model costs beside its tokens, as the number of tokens that take as long.
 
     Two forwards are timed, that of the shortest piece and that of as many of the longest as a batch takes, and a line
-    drawn through both. The number is rounded to a power of two, since a factor of two hardly changes the batches.
+    drawn through both. The number is rounded to a power of two: more digits would be noise.
 
     Args:
         task: What is asked.
         engine: What runs the model; it has answered these rows before, so that it is warm.
         rows: Golden rows.
         max_batch_tokens: As in ``cut_into_batches``.
+
+    Returns:
+        At least 1: a stored 0 says that nobody has measured.
     """
     params = task.check_params(task.golden_params)
     pieces = [piece for row in task.encode(rows, params) for piece in task.pieces(row)]
@@ -71,12 +75,12 @@ def measure_forward_cost(task: Task, engine: Engine, rows: Sequence[Row], max_ba
     count = max(1, task.batch_budget(max_batch_tokens) // max(1, task.cost(longest)))
     few, many = task.cost(shortest), count * task.cost(longest)
     if task.cost(shortest) == task.cost(longest):
-        return 0  # there is nothing to choose: batches are as large as they may be
+        return 1  # there is nothing to choose: batches are as large as they may be
     small = _seconds(lambda: task.forward(engine, [shortest], params))
     large = _seconds(lambda: task.forward(engine, [longest] * count, params))
     token = (large - small) / (many - few)
     tokens = min(_MOST, small / token - few) if token > 0 else 0
-    return 1 << round(np.log2(tokens)) if tokens >= 1 else 0
+    return 1 << round(math.log2(max(1, tokens)))
 
 
 def _seconds(run: Callable[[], object]) -> float:

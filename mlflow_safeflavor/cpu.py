@@ -94,7 +94,7 @@ def limit_threads(requested: int = 0) -> Budget:
             torch.set_num_threads(budget.threads)
         return budget
     os.environ["OMP_NUM_THREADS"] = str(budget.threads)
-    # Else tokenizers starts a thread a core of its own, for what takes a hundredth of a forward.
+    # Else tokenizers starts a thread a core of its own, beside torch's.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if budget.threads == 1 or any(name in os.environ for name in _SPIN_VARIABLES):
         return budget

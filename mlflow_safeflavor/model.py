@@ -111,7 +111,7 @@ class LoadedModel:
     def _predict(
         self, data: Any, params: Mapping[str, Any] | None, timeout: float | None, watch: Watch | None = None
     ) -> Any:
-        if self.options["extra_columns"] == "ignore":
+        if self.options["extra_columns"] == "ignore" and self.task.columns:  # named arrays are no columns
             data = without_extra_columns(data, self.task.columns.values())
         rows = self.task.rows(data)
         answers, _ = predict_rows(self.task, self.scheduler, rows, params, timeout=timeout, watch=watch)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import mlflow_safeflavor
 from mlflow_safeflavor import batching
@@ -100,11 +101,14 @@ def model():
     made.pool.shutdown()
 
 
-def test_a_lone_request_is_run_at_once_by_the_models_thread(model):
-    thread = []
-    model.task.cost = lambda features: thread.append(threading.current_thread().name) or 1
+def test_a_lone_request_is_run_at_once_by_the_models_thread(model, monkeypatch):
+    forward, threads = model.task.forward, []
+    monkeypatch.setattr(
+        model.task, "forward", lambda *args: threads.append(threading.current_thread().name) or forward(*args)
+    )
     assert model.ask("abc", "de") == [{"length": 3, "by": "en"}, {"length": 2, "by": "en"}]
     assert [sorted(batch) for batch in model.task.batches] == [["abc", "de"]]
+    assert threads == ["safeflavor-model"]
 
 
 def test_whatever_waits_is_run_together(model):
@@ -330,10 +334,11 @@ def test_the_same_bits_whatever_else_is_in_flight(saved, texts):
     assert model.predict(texts[::-1])["score"].tolist() == alone[::-1]
 
 
-def test_what_a_forward_costs_is_measured_once_and_stored(saved):
-    model = mlflow_safeflavor.load_model(saved)
-    stored = model.spec.model_config["forward_cost"]
-    assert model.scheduler.forward_cost == stored
+def test_what_a_forward_costs_is_measured_once_and_stored(saved, monkeypatch):
+    stored = mlflow_safeflavor.load_model(saved).spec.model_config["forward_cost"]
+    assert stored >= 1  # 0 would be measured again by every host, and each would make other batches
+    monkeypatch.setattr("mlflow_safeflavor.batching.measure_forward_cost", lambda *_: pytest.fail("measured again"))
+    assert mlflow_safeflavor.load_model(saved).scheduler.forward_cost == stored
     assert mlflow_safeflavor.load_model(saved, model_config={"forward_cost": 48}).scheduler.forward_cost == 48
 
 
@@ -343,7 +348,7 @@ def test_what_a_forward_costs_is_measured_where_it_is_not_known(saved, monkeypat
     assert model.scheduler.forward_cost == 77
 
 
-@pytest.mark.parametrize(("call", "token", "wanted"), [(2.0, 0.1, 16), (2.0, 0.05, 32), (0.0, 0.1, 0), (9.0, 0.0, 0)])
+@pytest.mark.parametrize(("call", "token", "wanted"), [(2.0, 0.1, 16), (2.0, 0.05, 32), (0.0, 0.1, 1), (9.0, 0.0, 1)])
 def test_the_measure_finds_what_a_call_costs(saved, monkeypatch, call, token, wanted):
     model, clock = mlflow_safeflavor.load_model(saved), [0.0]
     monkeypatch.setattr(batching.time, "perf_counter", lambda: clock[0])
@@ -354,7 +359,7 @@ def test_the_measure_finds_what_a_call_costs(saved, monkeypatch, call, token, wa
 
     rows = [{"text": "a"}, {"text": "the cat sat on the mat " * 4}]
     assert batching.measure_forward_cost(model.task, engine, rows, 128) == wanted
-    assert batching.measure_forward_cost(model.task, engine, rows[:1], 128) == 0
+    assert batching.measure_forward_cost(model.task, engine, rows[:1], 128) == 1
 
 
 def test_extra_columns_are_ignored_only_if_asked(saved, texts):
@@ -368,6 +373,16 @@ def test_extra_columns_are_ignored_only_if_asked(saved, texts):
     pd.testing.assert_frame_equal(model.predict(table.to_dict("records")), wanted)
     with pytest.raises(InputError, match="missing"):
         model.predict(table[["id"]])
+
+
+def test_named_arrays_are_no_columns_to_ignore(tmp_path):
+    arrays = {"input": np.ones((2, 3), np.float32)}
+    mlflow_safeflavor.save_model(
+        torch.nn.Linear(3, 1), tmp_path / "raw", task="raw", input_example=arrays, rehearse=False,
+        init_args={"in_features": 3, "out_features": 1},
+    )  # fmt: skip
+    model = mlflow_safeflavor.load_model(tmp_path / "raw", model_config={"extra_columns": "ignore"}, trust={"code"})
+    assert model.predict(arrays)["output_0"].shape == (2, 1)
 
 
 def test_a_timeout_of_the_model_or_of_the_call(saved, texts):
