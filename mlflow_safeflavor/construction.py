@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError, WeightsError
 from mlflow_safeflavor.inventory import find_meta, find_slots, some
 from mlflow_safeflavor.statedict import bits_equal
-from mlflow_safeflavor.structure import describe, real_memory
+from mlflow_safeflavor.structure import asks_for_dtype, describe, real_memory
 from mlflow_safeflavor.usercode import name_of
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 _TRIES = 25
+_PAIRS = 3
 FIRST_MARK, _SECOND_MARK = 3, 5
 """What is written into memory before a constructor gets it."""
 
@@ -41,16 +42,22 @@ class _Watch(TorchFunctionMode):
     """
 
     _ALLOCATORS = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
+    _FACTORIES = frozenset(("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "zeros"))
 
     def __init__(self, dtype: torch.dtype, mark: int) -> None:
         super().__init__()
         self.dtype, self.mark, self.disturbed = dtype, mark, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         before = torch.get_default_dtype()
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         self.disturbed |= before != self.dtype or torch.get_default_dtype() != self.dtype
-        if getattr(func, "__name__", None) in self._ALLOCATORS and isinstance(result, torch.Tensor):
+        name = getattr(func, "__name__", None)
+        # The other thread may come and go while func runs.
+        if name in self._FACTORIES and not asks_for_dtype(args, kwargs):
+            self.disturbed |= result.is_floating_point() and result.dtype != self.dtype
+        if name in self._ALLOCATORS and isinstance(result, torch.Tensor):
             _write_marks(result, self.mark)
         return result
 
@@ -163,8 +170,7 @@ def construct(
 
 def construct_twice(recipe: Recipe, dtype: torch.dtype) -> tuple[torch.nn.Module, set[str]]:
     """A module with random initialisers skipped where they can be, and the paths of all that is not random in it."""
-    module = construct(recipe, dtype)
-    return module, find_agreement(module, construct(recipe, dtype, mark=_SECOND_MARK))
+    return _agreeing(lambda mark: construct(recipe, dtype, mark=mark))
 
 
 def construct_fresh(recipe: Recipe, dtype: torch.dtype) -> tuple[torch.nn.Module, set[str]]:
@@ -174,8 +180,20 @@ def construct_fresh(recipe: Recipe, dtype: torch.dtype) -> tuple[torch.nn.Module
     The seed is drawn from torch's generator, so that ``torch.manual_seed`` decides as ever.
     """
     seed = int(torch.randint(2**31, (), device="cpu"))
-    module = construct(recipe, dtype, seed=seed)
-    return module, find_agreement(module, construct(recipe, dtype, mark=_SECOND_MARK, seed=seed))
+    return _agreeing(lambda mark: construct(recipe, dtype, mark=mark, seed=seed))
+
+
+def _agreeing(make: Callable[[int], torch.nn.Module]) -> tuple[torch.nn.Module, set[str]]:
+    """A module, and what is equal in two of them; again if their structures differ, as another thread can cause."""
+    for attempt in range(_PAIRS):
+        module, other = make(FIRST_MARK), make(_SECOND_MARK)
+        try:
+            agreed = find_agreement(module, other)
+            break
+        except StructureError:
+            if attempt == _PAIRS - 1:
+                raise
+    return module, agreed
 
 
 def find_agreement(module: torch.nn.Module, other: torch.nn.Module) -> set[str]:

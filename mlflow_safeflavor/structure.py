@@ -17,7 +17,7 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -33,7 +33,7 @@ from mlflow_safeflavor.spec import ModelSpec
 from mlflow_safeflavor.trust import require_agreed
 from mlflow_safeflavor.usercode import import_name, name_of
 
-__all__ = ["build", "describe", "read_structure", "real_memory", "what_runs", "write_structure"]
+__all__ = ["asks_for_dtype", "build", "describe", "read_structure", "real_memory", "what_runs", "write_structure"]
 
 _build_lock = threading.RLock()
 
@@ -108,15 +108,19 @@ class _DefaultDtype(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        asked = kwargs.get("dtype") is not None or any(isinstance(value, torch.Tensor) for value in args)
         if (
             getattr(func, "__name__", None) in self._FACTORIES
-            and not asked
+            and not asks_for_dtype(args, kwargs)
             and result.is_floating_point()
             and result.dtype == torch.get_default_dtype()
         ):
             return func(*args, **{**kwargs, "dtype": self.dtype})
         return result
+
+
+def asks_for_dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether arguments of a factory say which dtype it makes, so that torch's default does not."""
+    return kwargs.get("dtype") is not None or any(isinstance(value, torch.Tensor) for value in args)
 
 
 def _truncates() -> bool:
