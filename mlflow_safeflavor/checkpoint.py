@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mlflow_safeflavor import hub
 from mlflow_safeflavor.artifact import read_json
 from mlflow_safeflavor.construction import Recipe, construct_fresh, construct_twice, require_memory
 from mlflow_safeflavor.conversion import base_prefix, convert, ignored_keys, is_converted, is_optional
@@ -115,9 +114,9 @@ def _folder_of(name_or_path: str | Path, revision: str | None, kwargs: dict[str,
     options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name_or_path)):
+    if not hub.is_hub_id(name_or_path):
         raise StructureError("There is no such checkpoint", where=name_or_path, wanted="a folder, or a hub id")
-    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+    if not hub.is_commit(revision):
         raise StructureError(
             "There is no such folder, and a hub repository needs a pinned revision, as its branches and tags move",
             where=name_or_path,
@@ -130,20 +129,12 @@ def _folder_of(name_or_path: str | Path, revision: str | None, kwargs: dict[str,
 
 
 def _download(name: str, revision: str, options: Mapping[str, Any]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        fetch = partial(snapshot_download, name, revision=revision, **options)
-        folder = Path(fetch(allow_patterns=list(_HUB_FILES)))
-        # Pickled weights only where there are no others.
-        return folder if any(folder.glob("*.safetensors")) else Path(fetch(allow_patterns=["*.json", "*.bin"]))
-    except (OSError, ValueError) as error:
-        raise StructureError(
-            "The hub repository cannot be read",
-            where=f"{name} at {revision}",
-            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-            way_out="check the id, the revision and the network, or give a local folder",
-        ) from error
+    folder = hub.download(name, revision, _HUB_FILES, **options)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return hub.download(
+        name, revision, ["*.json", "*.bin"], **options
+    )  # pickled weights only where there are no others
 
 
 def _class_of(folder: Path) -> type[Any]:

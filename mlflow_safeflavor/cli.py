@@ -222,3 +222,27 @@ def dockerfile(
             trust={"pickle"} if allow_pickle else (),
         )
     Console().print(f"wrote {path}\nnow: docker build -t NAME {path.parent}", soft_wrap=True, markup=False)
+
+
+@main.command()
+@click.argument("model_id")
+@click.option("--revision", metavar="COMMIT", help="Commit of the repository, 40 hexadecimal digits.")
+@click.option("-o", "--output", "folder", required=True, type=click.Path(), help="Folder to create.")
+@click.option("--resolve", is_flag=True, help="Take also a branch or tag, and record which commit it is now.")
+@click.option("--convert", is_flag=True, help="Store pickled weights as safetensors where there are no others.")
+@click.option("--model-class", metavar="NAME", help="Class of transformers to load it as, for the check.")
+@click.option("--dtype", default="float32", show_default=True, help="To load it in, for the check.")
+@click.option("--new", multiple=True, metavar="PATTERN", help="Tensors that the checkpoint may lack; repeatable.")
+@click.option("--drop", multiple=True, metavar="PATTERN", help="Keys of the checkpoint to leave out; repeatable.")
+def prefetch(model_id: str, folder: str, **options: Any) -> None:
+    """Download weights, config and tokenizer of MODEL_ID, a hub repository or local folder, and load them once.
+
+    For build stages: the folder appears when all of it is there and right. A second run only checks it.
+    """
+    from mlflow_safeflavor.prefetch import prefetch
+
+    with Console(stderr=True).status(f"fetching {model_id}"):
+        done = prefetch(model_id, folder, **options)
+    what = f"{done.source} at {done.revision}" if done.source else model_id
+    verb = "wrote" if done.fresh else "already there, and as it was written:"
+    Console().print(f"{verb} {done.folder}: {len(done.files)} files of {what}", soft_wrap=True, markup=False)
