@@ -31,7 +31,7 @@ import psycopg2
 from background import Background, NotReadyError, wait_until
 from botocore.client import Config
 
-__all__ = ["BUCKET", "LocalParts", "MissingPartError", "free_port"]
+__all__ = ["BUCKET", "LocalParts", "MissingPartError", "free_port", "stop_everything"]
 
 BUCKET = "codebuggy"
 _DATABASE = "mlflow"
@@ -39,6 +39,14 @@ _PORTS = ("postgres", "s3", "mlflow", *(f"{part}.port" for part in ("master", "v
 _PORTS += tuple(f"{part}.port.grpc" for part in ("master", "volume", "filer", "s3"))
 _STARTING = 120.0
 """Seconds that a part may take to start on a slow machine."""
+
+
+_SIGNALS = {
+    # SIGTERM would wait for clients.
+    "postgres": signal.SIGINT,
+    # A polite end takes 15 s, in which its filer waits for itself; what it acknowledged outlives a kill.
+    "s3": signal.SIGKILL,
+}
 
 
 class MissingPartError(Exception):
@@ -76,6 +84,23 @@ def _user_of_postgres() -> str | None:
     if "postgres" not in {entry.pw_name for entry in pwd.getpwall()}:
         raise MissingPartError("PostgreSQL does not run as root: adduser --system --group postgres")
     return "postgres"
+
+
+def stop_everything(folder: Path, *names: str) -> list[str]:
+    """Stop what was started in a folder, clients before what they ask, also if whoever started it has crashed.
+
+    Args:
+        folder: Of ``LocalParts``, which others may have put their pid files into.
+        names: What to stop; by default all of it.
+
+    Returns:
+        Names of what had been started.
+    """
+    order = ("app", "model", "mlflow", "s3", "postgres")
+    found = {path.stem for path in folder.glob("*.pid")} & set(names or order)
+    for name in sorted(found, key=order.index):
+        Background(name, folder).stop(_SIGNALS.get(name, signal.SIGTERM))
+    return sorted(found, key=order.index)
 
 
 @dataclass
@@ -187,11 +212,8 @@ class LocalParts:
             raise
 
     def stop(self) -> None:
-        """Stop what runs, in the order that keeps each part's clients from waiting for it."""
-        self.tracking.stop()
-        # A polite end takes 15 s, in which its filer waits for itself; what it acknowledged outlives a kill.
-        self.s3.stop(signal.SIGKILL)
-        self.postgres.stop(signal.SIGINT)  # SIGTERM would wait for clients
+        """Stop what runs."""
+        stop_everything(self.folder, *(part.name for part in (self.tracking, self.s3, self.postgres)))
 
     def start_postgres(self) -> None:
         """Start PostgreSQL and wait for it; its data folder and the database are made at the first start."""
@@ -288,8 +310,9 @@ class LocalParts:
         environ = {
             **os.environ,
             **self.client_environ(),
-            # As variables: whoever may list processes sees their arguments.
-            "MLFLOW_BACKEND_STORE_URI": f"postgresql://{_DATABASE}:{self._settings['secrets']['postgres']}@{database}",
+            # As variables: whoever may list processes sees their arguments. The driver said: SQLAlchemy 2.1 has
+            # another default than 2.0.
+            "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2://{_DATABASE}:{self._settings['secrets']['postgres']}@{database}",
             "MLFLOW_FLASK_SERVER_SECRET_KEY": self._settings["secrets"]["flask"],
             "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{BUCKET}/proxied",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

@@ -1,0 +1,286 @@
+"""PostgreSQL, S3 and an MLflow tracking server: the same answers on every way to a model, and no half models.
+
+Interruptions happen at a byte and not at a time: a proxy cuts, or kills the real server, in the middle of an upload or
+a download.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+from conftest import WORDS
+from mlflow.exceptions import MlflowException
+
+import mlflow_safeflavor
+from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError
+
+pytest_plugins = "stack_fixtures"
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stack")]
+
+NAME = "codebuggy"
+CHAMPION = f"models:/{NAME}@champion"
+COLUMNS = {"text": "buggy_code", "text_pair": "fixed_code"}
+
+
+# Ways to the artifacts.
+
+PROXIED = {"MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false"}
+"""All bytes go through the tracking server."""
+
+PRESIGNED = {"MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "true"}
+"""Uploads do; downloads are from S3, at an address that the tracking server has signed."""
+
+
+@pytest.fixture
+def client(parts, to_tracking, to_s3, monkeypatch):
+    """This process as a client: its requests go through the proxies."""
+    for name, value in {**parts.client_environ(), **parts.server_environ, **PROXIED}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(to_tracking.url)
+    mlflow.set_registry_uri(to_tracking.url)
+    yield mlflow.MlflowClient()
+    while mlflow.active_run():
+        to_tracking.mend()
+        mlflow.end_run("KILLED")
+    mlflow.set_tracking_uri(None)
+    mlflow.set_registry_uri(None)
+    os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
+
+
+@pytest.fixture
+def log(client, parts, tiny_bert, tiny_tokenizer):
+    """``log(name, direct=False)``: log and register a tiny classifier of two texts; gives MLflow's info."""
+
+    def run(name, *, direct=False):
+        experiment = "direct" if direct else "proxied"
+        if client.get_experiment_by_name(experiment) is None:
+            client.create_experiment(experiment, artifact_location=parts.direct_artifacts if direct else None)
+        mlflow.set_experiment(experiment)
+        with mlflow.start_run():
+            return mlflow_safeflavor.log_model(
+                tiny_bert(initializer_range=0.5),
+                "model",
+                tokenizer=tiny_tokenizer,
+                input_columns=COLUMNS,
+                model_config={"deterministic": True},
+                registered_model_name=name,
+                rehearse=False,
+            )
+
+    return run
+
+
+@pytest.fixture
+def champion(log, client, parts, to_tracking, to_s3):
+    """URI of a registered model, and how many bytes its upload and its download are; made once."""
+    known = parts.__dict__.setdefault("known", {})
+    if not known:
+        before = dict(to_tracking.passed)
+        info = log(NAME)
+        known["upload"] = to_tracking.passed["upload"] - before["upload"]
+        client.set_registered_model_alias(NAME, "champion", info.registered_model_version)
+        known["model_id"] = info.model_id
+        known["direct"] = log("direct", direct=True).model_id
+    return known
+
+
+def rows(count):
+    """Pairs of texts of up to 12 words."""
+    chosen = random.Random(0)
+    text = lambda: " ".join(chosen.choices(WORDS, k=chosen.randint(1, 12)))  # noqa: E731
+    return pd.DataFrame([{"buggy_code": text(), "fixed_code": text()} for _ in range(count)])
+
+
+def answers_of(model, table):
+    return pd.DataFrame(model.predict(table)).to_dict(orient="records")
+
+
+# Parity.
+
+
+def test_every_way_to_the_champion_gives_the_same_bits(champion, parts, client, serve):
+    table = rows(200)
+    native = mlflow_safeflavor.load_model(CHAMPION)
+    assert native.report.bit_identical, "what the module answered when it was logged"
+    wanted = answers_of(native, table)
+    assert len({row["score"] for row in wanted}) > 150, "answers that are all alike prove nothing"
+    assert answers_of(mlflow.pyfunc.load_model(CHAMPION), table) == wanted
+    environ = {"MLFLOW_TRACKING_URI": parts.tracking_uri}
+    with serve(CHAMPION, env=environ) as server:
+        body = {"dataframe_split": {"columns": list(table.columns), "data": table.values.tolist()}}
+        assert server.invoke(body).json()["predictions"] == wanted
+        report = mlflow_safeflavor.verify_model(CHAMPION, endpoint=server.url)
+    assert report.verdict == "bit-identical"
+
+
+@pytest.mark.parametrize("way", ["presigned", "direct"])
+def test_other_ways_to_the_artifacts(champion, client, to_tracking, to_s3, monkeypatch, way):
+    for name, value in PRESIGNED.items():
+        monkeypatch.setenv(name, value)
+    before = to_tracking.passed["download"]
+    model = mlflow_safeflavor.load_model(CHAMPION if way == "presigned" else f"models:/{champion['direct']}")
+    assert model.report.bit_identical
+    assert to_tracking.passed["download"] - before < model.report.weight_bytes, "the weights came past the server"
+
+
+# Uploads that break off.
+
+
+def half_models(client):
+    """Ids of logged models that are not READY."""
+    experiments = [client.get_experiment_by_name(name) for name in ("proxied", "direct")]
+    found = client.search_logged_models([experiment.experiment_id for experiment in experiments if experiment])
+    return {model.model_id for model in found if model.status != "READY"}
+
+
+def require_nothing_of(name, client, before):
+    """No version of ``name`` is registered, and what was uploaded of the model cannot be loaded."""
+    assert list(client.search_model_versions(f"name = '{name}'")) == []
+    (half,) = half_models(client) - before
+    with pytest.raises(MlflowException) as caught:
+        mlflow_safeflavor.load_model(f"models:/{half}")
+    assert_named(caught.value)
+    return half
+
+
+def assert_named(error):
+    """The error says which file, or that there is no model at all."""
+    told = str(error)
+    assert any(word in told for word in ("safeflavor/", "code/", "MLmodel", "manifest", "No such artifact")), told
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["through the server", "to S3"])
+def test_an_upload_that_is_cut(champion, log, client, to_tracking, to_s3, direct):
+    before = half_models(client)
+    (to_s3 if direct else to_tracking).arm(champion["upload"] // 2, upload=True)
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # whatever MLflow and boto3 raise
+        log("cut", direct=direct)
+    assert caught.type is not AssertionError
+    to_s3.mend()
+    to_tracking.mend()
+    half = require_nothing_of("cut", client, before)
+    if direct:
+        return
+    # MLflow itself registers whatever it is told to; the load refuses.
+    version = mlflow.register_model(f"models:/{half}", "by-hand")
+    with pytest.raises(MlflowException) as caught:
+        mlflow_safeflavor.load_model(f"models:/by-hand/{version.version}")
+    assert_named(caught.value)
+    with pytest.raises(MlflowException):
+        mlflow.pyfunc.load_model(f"models:/by-hand/{version.version}")
+
+
+def test_the_s3_server_is_killed_in_an_upload_and_in_a_download(champion, log, client, parts, to_s3):
+    before = half_models(client)
+    to_s3.arm(champion["upload"] // 2, upload=True, action=parts.s3.kill)
+    with pytest.raises(MlflowException):
+        log("killed-s3")
+    assert to_s3.triggered.is_set()
+    assert not parts.s3.is_running()
+    parts.start()
+    to_s3.mend()
+    require_nothing_of("killed-s3", client, before)
+    to_s3.arm(champion["upload"] // 2, upload=False, action=parts.s3.kill)
+    with pytest.raises(MlflowException):
+        mlflow_safeflavor.load_model(CHAMPION)
+    assert to_s3.triggered.is_set()
+    parts.start()
+    to_s3.mend()
+    # What it had acknowledged before is whole.
+    assert mlflow_safeflavor.load_model(CHAMPION).report.bit_identical
+
+
+def test_the_tracking_server_is_killed_in_an_upload(champion, log, client, parts, to_tracking):
+    before = half_models(client)
+    to_tracking.arm(champion["upload"] // 2, upload=True, action=parts.tracking.kill)
+    with pytest.raises(MlflowException):
+        log("killed-tracking")
+    assert to_tracking.triggered.is_set()
+    assert not parts.tracking.is_running()
+    parts.postgres.kill()  # and the database with it: what was committed is there again
+    parts.start()
+    to_tracking.mend()
+    require_nothing_of("killed-tracking", client, before)
+    assert client.get_model_version_by_alias(NAME, "champion").model_id == champion["model_id"]
+
+
+LOG = """
+import sys, mlflow, mlflow_safeflavor
+from transformers import AutoTokenizer, BertForSequenceClassification
+mlflow.set_experiment("proxied")
+with mlflow.start_run():
+    mlflow_safeflavor.log_model(
+        sys.argv[1], "model", tokenizer=AutoTokenizer.from_pretrained(sys.argv[1]), task="text-classification",
+        registered_model_name="killed-client", rehearse=False,
+    )
+"""
+
+
+def test_the_client_is_killed_in_an_upload(champion, client, to_tracking, tiny_bert, tiny_tokenizer, tmp_path):
+    before = half_models(client)
+    tiny_bert().save_pretrained(tmp_path / "checkpoint")
+    tiny_tokenizer.save_pretrained(tmp_path / "checkpoint")
+    environ = {**os.environ, "MLFLOW_TRACKING_URI": to_tracking.url}
+    with (tmp_path / "log").open("wb") as output:
+        command = [sys.executable, "-c", LOG, str(tmp_path / "checkpoint")]
+        process = subprocess.Popen(command, env=environ, stdout=output, stderr=output)
+        to_tracking.arm(champion["upload"] // 2, upload=True, action=process.kill)
+        status = process.wait(timeout=120)
+    assert to_tracking.triggered.is_set(), (tmp_path / "log").read_text()
+    assert status == -9
+    to_tracking.mend()
+    require_nothing_of("killed-client", client, before)
+
+
+# Downloads that break off.
+
+
+@pytest.mark.parametrize("way", ["through the server", "presigned", "direct"])
+def test_a_download_that_is_cut(champion, client, to_tracking, to_s3, monkeypatch, tmp_path, way):
+    for name, value in (PROXIED if way == "through the server" else PRESIGNED).items():
+        monkeypatch.setenv(name, value)
+    uri = f"models:/{champion['direct']}" if way == "direct" else CHAMPION
+    proxy = to_tracking if way == "through the server" else to_s3
+    before = proxy.passed["download"]
+    whole = Path(mlflow.artifacts.download_artifacts(uri))
+    proxy.arm((proxy.passed["download"] - before) // 2, upload=False)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        mlflow_safeflavor.load_model(uri, str(tmp_path))
+    assert proxy.triggered.is_set()
+    assert isinstance(caught.value, (MlflowException, OSError))
+    proxy.mend()
+    # What lies there is not taken for a model by anybody who finds it.
+    assert any(tmp_path.rglob("*"))
+    for load in (mlflow_safeflavor.load_model, mlflow.pyfunc.load_model):
+        with pytest.raises(MlflowException):
+            load(str(tmp_path))
+    with pytest.raises(SafeFlavorError) as refused:
+        mlflow_safeflavor.load_model(str(tmp_path))
+    assert_named(refused.value)
+    # Asked again, it comes whole, into the same folder.
+    assert mlflow_safeflavor.load_model(uri, str(tmp_path)).report.bit_identical
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_half_an_object_in_the_store(champion, log, client, parts):
+    uri = log("half-object").model_uri
+    s3 = parts.s3_client()
+    listed = s3.list_objects_v2(Bucket="codebuggy", Prefix="proxied/")["Contents"]
+    model_id = uri.rpartition("/")[2]
+    (key,) = (
+        entry["Key"] for entry in listed if model_id in entry["Key"] and entry["Key"].endswith("/model.safetensors")
+    )
+    content = s3.get_object(Bucket="codebuggy", Key=key)["Body"].read()
+    s3.put_object(Bucket="codebuggy", Key=key, Body=content[: len(content) // 2])
+    with pytest.raises(IntegrityError, match=r"safeflavor/model\.safetensors: has \d+ bytes, wanted"):
+        mlflow_safeflavor.load_model(uri)
+    with pytest.raises(MlflowException, match=r"model\.safetensors"):
+        mlflow.pyfunc.load_model(uri)
