@@ -4,6 +4,7 @@
 #   TORCH=2.9.1            another torch; TORCH_INDEX=URL takes it from there
 #   TRANSFORMERS=4.57.6    another transformers;  MLFLOW=3.1.4  another MLflow
 #   ARGS='-k serve'        handed to pytest by `make test`
+#   LOCAL=1                `make stack` with processes on loopback instead of containers
 
 PYTHON ?= python3
 JOBS   ?= 2
@@ -18,10 +19,10 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 ML
 # One thread a test process: `-n $(JOBS)` already fills the cores, and sums come in one order.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv test sweep check bench demo clean
+.PHONY: help venv test sweep check bench demo stack stack-down clean
 
 help:  ## say what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 venv: $(STAMP)  ## make .venv with everything in it (about 4 minutes, once)
 
@@ -33,9 +34,15 @@ $(STAMP): setup.cfg pyproject.toml tools/install.py
 demo: $(STAMP)  ## log a real model, serve it, compare host and server
 	@$(OFFLINE) $(BIN)/python examples/demo.py
 
-# The Docker tests apart, in one process: they share an engine, and images that take minutes to build.
+stack: $(STAMP)  ## start PostgreSQL, S3, MLflow, the model and the app, and ask one question (LOCAL=1: no containers)
+	@$(OFFLINE) $(BIN)/python examples/codebuggy/stack.py up $(if $(LOCAL),--local)
+
+stack-down: $(STAMP)  ## stop all that `make stack` started
+	@$(BIN)/python examples/codebuggy/stack.py down
+
+# One process for all tests of the stack (loadgroup), which share it. The Docker tests apart, in one process: they share an engine, and images that take minutes to build.
 test: $(STAMP)  ## run the tests
-	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "not docker" $(ARGS)
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not docker" $(ARGS)
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n 0 -m docker $(ARGS) || [ $$? = 5 ]  # 5: ARGS chose none
 
 sweep: $(STAMP)  ## save and load every architecture of transformers that can be made small (an hour)
@@ -53,4 +60,4 @@ bench: $(STAMP)  ## time loading, predictions and threads, side by side with MLf
 	@$(OFFLINE) $(BIN)/python benchmarks/threads.py
 
 clean:  ## remove all that make made
-	rm -rf $(VENV) .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .demo .stack build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -29,6 +29,7 @@ class CuttingProxy:
         self._left: int | None = None
         self._counts_up = True
         self._action: Callable[[], object] | None = None
+        self._once = False
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -39,17 +40,18 @@ class CuttingProxy:
         """Where clients find the server now."""
         return f"http://127.0.0.1:{self.port}"
 
-    def arm(self, after: int, *, upload: bool, action: Callable[[], object] | None = None) -> None:
+    def arm(self, after: int, *, upload: bool, action: Callable[[], object] | None = None, once: bool = False) -> None:
         """Pass on ``after`` more bytes, then do ``action`` once, then cut all connections, and each new one.
 
         Args:
             after: Bytes of all connections together.
             upload: Count what clients send, or else what they receive.
             action: Such as killing the server; nothing by default.
+            once: New connections are passed on again.
         """
         with self._lock:
             self.triggered.clear()
-            self._left, self._counts_up, self._action = after, upload, action
+            self._left, self._counts_up, self._action, self._once = after, upload, action, once
 
     def mend(self) -> None:
         """Pass everything on again."""
@@ -92,7 +94,7 @@ class CuttingProxy:
             return
         with self._lock:
             self._open.add(server)
-        if self.triggered.is_set():
+        if self.triggered.is_set() and not self._once:
             self._close(client, server)
             return
         self._start(self._pump, server, client, False)
@@ -114,8 +116,8 @@ class CuttingProxy:
         """How many bytes may pass, and whether this is the moment."""
         with self._lock:
             self.passed["upload" if upload else "download"] += size
-            if self._left is None or upload != self._counts_up:
-                return (0, False) if self.triggered.is_set() else (size, False)
+            if self._left is None or upload != self._counts_up or (self._once and self.triggered.is_set()):
+                return (0, False) if self.triggered.is_set() and not self._once else (size, False)
             before, self._left = self._left, max(self._left - size, 0)
             return min(size, before), size >= before > 0
 

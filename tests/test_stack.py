@@ -209,7 +209,7 @@ def test_the_tracking_server_is_killed_in_an_upload(champion, log, client, parts
     parts.start()
     to_tracking.mend()
     require_nothing_of("killed-tracking", client, before)
-    assert client.get_model_version_by_alias(NAME, "champion").model_id == champion["model_id"]
+    assert client.get_model_version_by_alias(NAME, "champion").source.endswith(champion["model_id"])
 
 
 LOG = """
@@ -243,10 +243,8 @@ def test_the_client_is_killed_in_an_upload(champion, client, to_tracking, tiny_b
 # Downloads that break off.
 
 
-@pytest.mark.parametrize("way", ["through the server", "presigned", "direct"])
-def test_a_download_that_is_cut(champion, client, to_tracking, to_s3, monkeypatch, tmp_path, way):
-    for name, value in (PROXIED if way == "through the server" else PRESIGNED).items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize("way", ["through the server", "direct"])
+def test_a_download_that_is_cut(champion, client, to_tracking, to_s3, tmp_path, way):
     uri = f"models:/{champion['direct']}" if way == "direct" else CHAMPION
     proxy = to_tracking if way == "through the server" else to_s3
     before = proxy.passed["download"]
@@ -270,17 +268,26 @@ def test_a_download_that_is_cut(champion, client, to_tracking, to_s3, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_half_an_object_in_the_store(champion, log, client, parts):
-    uri = log("half-object").model_uri
+def test_a_download_that_is_cut_once_comes_whole_at_the_second_try(champion, client, to_s3, monkeypatch):
+    # MLflow tries five times by itself here, and a minute passes before it gives up.
+    for name, value in PRESIGNED.items():
+        monkeypatch.setenv(name, value)
+    to_s3.arm(champion["upload"] // 2, upload=False, once=True)
+    assert mlflow_safeflavor.load_model(CHAMPION).report.bit_identical
+    assert to_s3.triggered.is_set()
+
+
+def test_half_an_object_in_the_store(champion, client, parts):
+    uri = f"models:/{champion['direct']}"
     s3 = parts.s3_client()
-    listed = s3.list_objects_v2(Bucket="codebuggy", Prefix="proxied/")["Contents"]
-    model_id = uri.rpartition("/")[2]
-    (key,) = (
-        entry["Key"] for entry in listed if model_id in entry["Key"] and entry["Key"].endswith("/model.safetensors")
-    )
+    listed = [entry["Key"] for entry in s3.list_objects_v2(Bucket="codebuggy", Prefix="direct/")["Contents"]]
+    (key,) = (key for key in listed if champion["direct"] in key and key.endswith("/model.safetensors"))
     content = s3.get_object(Bucket="codebuggy", Key=key)["Body"].read()
     s3.put_object(Bucket="codebuggy", Key=key, Body=content[: len(content) // 2])
-    with pytest.raises(IntegrityError, match=r"safeflavor/model\.safetensors: has \d+ bytes, wanted"):
-        mlflow_safeflavor.load_model(uri)
-    with pytest.raises(MlflowException, match=r"model\.safetensors"):
-        mlflow.pyfunc.load_model(uri)
+    try:
+        with pytest.raises(IntegrityError, match=r"safeflavor/model\.safetensors: has \d+ bytes, wanted"):
+            mlflow_safeflavor.load_model(uri)
+        with pytest.raises(MlflowException, match=r"model\.safetensors"):
+            mlflow.pyfunc.load_model(uri)
+    finally:
+        s3.put_object(Bucket="codebuggy", Key=key, Body=content)

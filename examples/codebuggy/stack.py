@@ -86,7 +86,7 @@ def run(command: list[Any], environ: Mapping[str, str]) -> None:
         NotReadyError: Its exit status is not 0.
     """
     words = [str(word) for word in command]
-    if subprocess.run(words, env=dict(environ), stdout=sys.stderr).returncode:
+    if subprocess.run(words, env=dict(environ), stdout=2).returncode:
         raise NotReadyError(f"this failed: {' '.join(words)}")
 
 
@@ -213,7 +213,7 @@ def up(folder: Path, local: bool, port: int, training: tuple[str, ...]) -> None:
             console.print("Where images cannot be pulled, or there is no engine: make stack LOCAL=1", markup=False)
         console.print("What runs already goes on; `make stack-down` stops it.", markup=False)
         sys.exit(1)
-    console.print(f"asked {url}/predict whether [{MODEL}] thinks this is a fix; it answered:", markup=False)
+    console.print(f"Asked {url}/predict about a pair of snippets; it answers:", markup=False)
     print(json.dumps(answer))
 
 
