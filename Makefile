@@ -18,7 +18,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 ML
 # One thread a test process: `-n $(JOBS)` already fills the cores, and sums come in one order.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv test sweep check bench demo clean
+.PHONY: help venv test sweep check bench demo codebuggy clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -32,6 +32,9 @@ $(STAMP): setup.cfg pyproject.toml tools/install.py
 
 demo: $(STAMP)  ## log a real model, serve it, compare host and server
 	@$(OFFLINE) $(BIN)/python examples/demo.py
+
+codebuggy: $(STAMP)  ## train CodeBuggy, log it, serve it, ask it about code it has never seen
+	@$(OFFLINE) $(BIN)/python examples/codebuggy/demo.py
 
 # The Docker tests apart, in one process: they share an engine, and images that take minutes to build.
 test: $(STAMP)  ## run the tests
