@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +54,11 @@ def answer(model: torch.nn.Module, tokenizer: Any) -> str:
     """Its logits for one change, or the error instead."""
     try:
         with torch.inference_mode():
-            logits = model(**tokenizer(BEFORE, AFTER, return_tensors="pt"))["logits"]
+            pair = tokenizer(BEFORE, AFTER, return_tensors="pt")
+            logits = model(pair["input_ids"], pair["attention_mask"])["logits"]
     except Exception as error:
         return describe(error)
-    return str([round(value, 6) for value in logits[0].tolist()])
+    return " and ".join(f"{value:.6f}" for value in logits[0].tolist())
 
 
 def describe(error: Exception) -> str:
@@ -76,19 +79,29 @@ def load_again(cls: type[Nested], folder: str, tokenizer: Any) -> None:
     console.print(f"  answers: [red]{answer(model.eval(), tokenizer)}[/]")
 
 
+@contextmanager
+def unwritten_memory_shows() -> Iterator[None]:
+    """Memory that nobody wrote holds whatever lay there, and other things in each run; here torch fills it.
+
+    With NaN, and with the largest whole number.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def main() -> None:
     """Save and load the model in three ways."""
     transformers.utils.logging.disable_progress_bar()
-    # Memory that nobody wrote holds whatever lay there. In this mode torch fills it with NaN, and the largest whole
-    # number, so that it shows each time; without it the answers are other ones in each run.
-    torch.use_deterministic_algorithms(True, warn_only=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint())
     console.print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     for cls in (Nested, NestedOnCpu, FromConfig):
         console.print(f"\n[bold]{cls.__name__}[/]: {str(cls.__doc__).partition(chr(10))[0]}")
         model = make(Nested, tokenizer)
         console.print(f"  saved, when it answered {answer(model, tokenizer)}")
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, unwritten_memory_shows():
             model.save_pretrained(folder)
             load_again(cls, folder, tokenizer)
 

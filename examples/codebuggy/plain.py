@@ -32,11 +32,9 @@ class Nested(PreTrainedModel):
         """The classifier, as it is."""
         return FixClassifier(config.encoder, config.separator)
 
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """``logits``, shape (rows, 2)."""
-        return dict(self.classifier(input_ids, attention_mask, token_type_ids))
+        return dict(self.classifier(input_ids, attention_mask))
 
 
 class NestedOnCpu(Nested):
