@@ -19,7 +19,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 ML
 # One thread a test process: `-n $(JOBS)` already fills the cores, and sums come in one order.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv test sweep check bench demo stack stack-down clean
+.PHONY: help venv test sweep check bench demo codebuggy stack stack-down clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -34,13 +34,17 @@ $(STAMP): setup.cfg pyproject.toml tools/install.py
 demo: $(STAMP)  ## log a real model, serve it, compare host and server
 	@$(OFFLINE) $(BIN)/python examples/demo.py
 
+codebuggy: $(STAMP)  ## train CodeBuggy, log it, serve it, ask it about code it has never seen
+	@$(OFFLINE) $(BIN)/python examples/codebuggy/demo.py
+
 stack: $(STAMP)  ## start PostgreSQL, S3, MLflow, the model and the app, and ask one question (LOCAL=1: no containers)
 	@$(OFFLINE) $(BIN)/python examples/codebuggy/stack.py up $(if $(LOCAL),--local)
 
 stack-down: $(STAMP)  ## stop all that `make stack` started
 	@$(BIN)/python examples/codebuggy/stack.py down
 
-# One process for all tests of the stack (loadgroup), which share it. The Docker tests apart, in one process: they share an engine, and images that take minutes to build.
+# `loadgroup`: tests that share a server run in one process. The Docker tests apart, in one process: they share an engine,
+# and images that take minutes to build.
 test: $(STAMP)  ## run the tests
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not docker" $(ARGS)
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n 0 -m docker $(ARGS) || [ $$? = 5 ]  # 5: ARGS chose none

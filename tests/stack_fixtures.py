@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 from cutting_proxy import CuttingProxy, cutting_proxy
-
-sys.path.insert(0, str(REPOSITORY / "examples" / "codebuggy"))
 
 PATIENCE = {
     # What is interrupted here stays so: nobody needs to try for minutes.

@@ -15,8 +15,10 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 import pytest
+import requests
 from conftest import WORDS
 from mlflow.exceptions import MlflowException
+from servers import service
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError
@@ -106,7 +108,7 @@ def answers_of(model, table):
 # Parity.
 
 
-def test_every_way_to_the_champion_gives_the_same_bits(champion, parts, client, serve):
+def test_every_way_to_the_champion_gives_the_same_bits(champion, parts, client, serve, tmp_path):
     table = rows(200)
     native = mlflow_safeflavor.load_model(CHAMPION)
     assert native.report.bit_identical, "what the module answered when it was logged"
@@ -118,6 +120,11 @@ def test_every_way_to_the_champion_gives_the_same_bits(champion, parts, client, 
         body = {"dataframe_split": {"columns": list(table.columns), "data": table.values.tolist()}}
         assert server.invoke(body).json()["predictions"] == wanted
         report = mlflow_safeflavor.verify_model(CHAMPION, endpoint=server.url)
+        with service(["--endpoint", server.url], tmp_path / "app.log") as app:
+            asked = [
+                requests.post(f"{app}/predict", json=row, timeout=60).json() for row in table[:20].to_dict("records")
+            ]
+    assert [{"label": row["label"], "score": row["score"]} for row in asked] == wanted[:20]
     assert report.verdict == "bit-identical"
 
 

@@ -10,20 +10,17 @@ import subprocess
 import sys
 import time
 
+import parts
 import psutil
 import pytest
+import stack
 import yaml
+from background import Background, NotReadyError, wait_until
 from click.testing import CliRunner
 from compose_spec import PyOptions
 from conftest import REPOSITORY
 
 EXAMPLE = REPOSITORY / "examples" / "codebuggy"
-sys.path.insert(0, str(EXAMPLE))
-
-import parts  # noqa: E402
-import stack  # noqa: E402
-from background import Background, NotReadyError, wait_until  # noqa: E402
-
 WORKER = "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); print('up', flush=True); time.sleep(600)"
 
 
@@ -209,3 +206,4 @@ def test_what_the_image_copies_is_all_that_the_build_sees():
     (copied,) = (line.split()[1:-1] for line in lines if line.startswith("COPY"))
     ignored = (EXAMPLE / ".dockerignore").read_text().split()
     assert ignored == ["*", *(f"!{name}" for name in copied)]
+    assert [name for name in copied if not (EXAMPLE / name).exists()] == []

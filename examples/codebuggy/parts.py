@@ -17,7 +17,6 @@ import pwd
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -30,8 +29,9 @@ import boto3
 import psycopg2
 from background import Background, NotReadyError, wait_until
 from botocore.client import Config
+from servers import free_port
 
-__all__ = ["BUCKET", "LocalParts", "MissingPartError", "free_port", "stop_everything"]
+__all__ = ["BUCKET", "LocalParts", "MissingPartError", "stop_everything"]
 
 BUCKET = "codebuggy"
 _DATABASE = "mlflow"
@@ -51,13 +51,6 @@ _SIGNALS = {
 
 class MissingPartError(Exception):
     """A program that a part needs is not installed; the message says which, and how to get it."""
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _postgres_programs() -> Path:

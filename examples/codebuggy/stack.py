@@ -27,8 +27,9 @@ from typing import Any
 
 import click
 from background import Background, NotReadyError, wait_until
-from parts import LocalParts, MissingPartError, free_port, stop_everything
+from parts import LocalParts, MissingPartError, stop_everything
 from rich.console import Console
+from servers import TRUST, free_port
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE.parent.parent / ".stack"
@@ -133,8 +134,7 @@ def start_locally(folder: Path, port: int, training: list[str]) -> str:
 def serve_model(process: Background, tracking_uri: str, url: str) -> None:
     """Start ``mlflow models serve`` of the champion, in place of one that runs."""
     process.stop()
-    # The model holds a pickle, without tensors: its own __init__ would load another checkpoint.
-    environ = {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "true"}
+    environ = {**TRUST, "MLFLOW_TRACKING_URI": tracking_uri}
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
     command += ["--model-uri", CHAMPION, "--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
     process.start(command, environment(environ))
