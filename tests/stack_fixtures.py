@@ -11,9 +11,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from cutting_proxy import CuttingProxy, cutting_proxy
+from parts import LocalParts, MissingPartError
 
 PATIENCE = {
     # What is interrupted here stays so: nobody needs to try for minutes.
@@ -24,27 +26,31 @@ PATIENCE = {
 """Variables of clients and of the tracking server."""
 
 
-@pytest.fixture(scope="session")
-def parts() -> Iterator:
-    """The running parts; a test that kills one of them starts it again. The tracking server asks S3 by ``to_s3``."""
-    from parts import LocalParts, MissingPartError
+class Running(NamedTuple):
+    """The parts, and a proxy before each of two; everybody, also the tracking server, asks S3 by ``to_s3``."""
 
+    parts: LocalParts
+    to_tracking: CuttingProxy
+    to_s3: CuttingProxy
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[Running]:
+    """The running parts; a test that kills one of them starts it again."""
     # Not below pytest's folder: where this is root, PostgreSQL's user could not enter it.
     folder = Path(tempfile.mkdtemp(prefix="stack-"))
     folder.chmod(0o755)
+    environ = dict(PATIENCE)
     try:
-        made = LocalParts(folder, server_environ=dict(PATIENCE))
+        parts = LocalParts(folder, server_environ=environ)
+        with cutting_proxy(port_of(parts.s3_url)) as to_s3:
+            environ["MLFLOW_S3_ENDPOINT_URL"] = to_s3.url
+            with parts, cutting_proxy(port_of(parts.tracking_uri)) as to_tracking:
+                yield Running(parts, to_tracking, to_s3)
     except MissingPartError as error:
-        folder.rmdir()
         if os.environ.get("CI"):
             pytest.fail(f"Tests of the stack cannot be skipped in CI: {error}", pytrace=False)
         pytest.skip(str(error))
-    try:
-        with cutting_proxy(port_of(made.s3_url)) as proxy:
-            made.server_environ["MLFLOW_S3_ENDPOINT_URL"] = proxy.url
-            made.to_s3 = proxy
-            with made, cutting_proxy(port_of(made.tracking_uri)) as made.to_tracking:
-                yield made
     finally:
         shutil.rmtree(folder)
 
@@ -55,14 +61,20 @@ def port_of(url: str) -> int:
 
 
 @pytest.fixture
-def to_tracking(parts) -> Iterator[CuttingProxy]:
-    """A proxy between clients and the tracking server."""
-    yield parts.to_tracking
-    parts.to_tracking.mend()
+def parts(running: Running) -> LocalParts:
+    """PostgreSQL, S3 and the tracking server."""
+    return running.parts
 
 
 @pytest.fixture
-def to_s3(parts) -> Iterator[CuttingProxy]:
-    """A proxy between everybody, also the tracking server, and the S3 server."""
-    yield parts.to_s3
-    parts.to_s3.mend()
+def to_tracking(running: Running) -> Iterator[CuttingProxy]:
+    """A proxy between clients and the tracking server."""
+    yield running.to_tracking
+    running.to_tracking.mend()
+
+
+@pytest.fixture
+def to_s3(running: Running) -> Iterator[CuttingProxy]:
+    """A proxy between everybody and the S3 server."""
+    yield running.to_s3
+    running.to_s3.mend()

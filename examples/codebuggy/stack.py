@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -112,33 +111,40 @@ def require_champion(tracking_uri: str, training: list[str]) -> None:
 
 
 def start_locally(folder: Path, port: int, training: list[str]) -> str:
-    """Start everything as processes that stay; gives the address of the app."""
+    """Start everything as processes that stay; gives the address of the app. All addresses are in ``stack.json``."""
     with step("Starting PostgreSQL, SeaweedFS and MLflow"):
         parts = LocalParts(folder, survive=True)
         parts.start()
     require_champion(parts.tracking_uri, training)
-    model_url = f"http://127.0.0.1:{free_port()}"
+    urls = {"mlflow": parts.tracking_uri, "s3": parts.s3_url}
     with step(f"Serving {CHAMPION}"):
-        serve_model(Background("model", folder), parts.tracking_uri, model_url)
-    url = f"http://127.0.0.1:{port or free_port()}"
+        urls["model"] = serve_model(Background("model", folder), parts.tracking_uri)
     with step("Starting the app"):
-        app = Background("app", folder)
-        app.stop()
-        command = [sys.executable, HERE / "serve.py", "--endpoint", model_url, "--port", url.rpartition(":")[2]]
-        app.start(command, environment({}))
-        wait_until(lambda: answers(f"{url}/health"), app, _STARTING)
-    console.print(f"MLflow: {parts.tracking_uri}   S3: {parts.s3_url}   model: {model_url}   logs: {folder}")
+        urls["app"] = serve_app(Background("app", folder), urls["model"], port)
+    (folder / "stack.json").write_text(json.dumps(urls), encoding="utf-8")
+    console.print("   ".join(f"{name}: {url}" for name, url in urls.items()), f"  logs: {folder}", soft_wrap=True)
+    return urls["app"]
+
+
+def serve_model(process: Background, tracking_uri: str) -> str:
+    """Start ``mlflow models serve`` of the champion, in place of one that runs; gives its address."""
+    process.stop()
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
+    command += ["--model-uri", CHAMPION, "--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
+    process.start(command, environment({**TRUST, "MLFLOW_TRACKING_URI": tracking_uri}))
+    wait_until(lambda: answers(f"{url}/ping"), process, _STARTING)
     return url
 
 
-def serve_model(process: Background, tracking_uri: str, url: str) -> None:
-    """Start ``mlflow models serve`` of the champion, in place of one that runs."""
+def serve_app(process: Background, model_url: str, port: int) -> str:
+    """Start the app before a model that is served, in place of one that runs; gives its address."""
     process.stop()
-    environ = {**TRUST, "MLFLOW_TRACKING_URI": tracking_uri}
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
-    command += ["--model-uri", CHAMPION, "--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
-    process.start(command, environment(environ))
-    wait_until(lambda: answers(f"{url}/ping"), process, _STARTING)
+    url = f"http://127.0.0.1:{port or free_port()}"
+    command = [sys.executable, HERE / "serve.py", "--endpoint", model_url, "--port", url.rpartition(":")[2]]
+    process.start(command, environment({}))
+    wait_until(lambda: answers(f"{url}/health"), process, _STARTING)
+    return url
 
 
 # As containers
@@ -161,15 +167,15 @@ def start_containers(folder: Path, port: int, training: list[str]) -> str:
 
 
 def compose() -> list[str]:
-    """The words that start docker compose.
+    """The words that start docker compose; version 1, ``docker-compose``, cannot wait.
 
     Raises:
-        MissingPartError: There is none, or no engine.
+        MissingPartError: There is none.
     """
-    for words in (["docker", "compose"], ["docker-compose"]):
-        if shutil.which(words[0]) and subprocess.run([*words, "version"], capture_output=True).returncode == 0:
-            return [*words, "--file", str(HERE / "compose.yaml")]
-    raise MissingPartError("docker compose is not installed")
+    words = ["docker", "compose"]
+    if shutil.which("docker") is None or subprocess.run([*words, "version"], capture_output=True).returncode:
+        raise MissingPartError("docker compose is not installed")
+    return [*words, "--file", str(HERE / "compose.yaml")]
 
 
 def container_settings(folder: Path) -> dict[str, str]:
@@ -207,7 +213,7 @@ def up(folder: Path, local: bool, port: int, training: tuple[str, ...]) -> None:
     try:
         url = (start_locally if local else start_containers)(folder, port, list(training))
         answer = fetch(f"{url}/predict", QUESTION)
-    except (MissingPartError, NotReadyError, urllib.error.URLError) as error:
+    except (MissingPartError, NotReadyError, OSError) as error:
         console.print(str(error), style="red", markup=False)
         if not local:
             console.print("Where images cannot be pulled, or there is no engine: make stack LOCAL=1", markup=False)
