@@ -39,7 +39,7 @@ test: $(STAMP)  ## run the tests
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n 0 -m docker $(ARGS) || [ $$? = 5 ]  # 5: ARGS chose none
 
 matrix: $(STAMP)  ## run what CI runs on other releases of transformers and MLflow, and on other Pythons
-	@$(BIN)/nox -t ci -- $(ARGS)
+	@$(BIN)/nox -t ci -j $(JOBS) -- $(ARGS)
 
 sweep: $(STAMP)  ## save and load every architecture of transformers that can be made small (an hour)
 	@cd tests && $(OFFLINE) $(ONE_THREAD) ../$(BIN)/python -W ignore -m sweep.run --jobs $(JOBS)

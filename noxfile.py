@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import nox
@@ -29,6 +28,7 @@ import install  # noqa: E402  (where torch comes from is known in one place)
 nox.needs_version = ">=2026.10"
 nox.options.default_venv_backend = "uv"
 nox.options.download_python = "never"
+nox.options.allow_parallel = True
 nox.options.error_on_missing_interpreters = False
 # pyenv's shims answer for those of its Pythons alone that are chosen.
 PYENV = sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.1[0-3].*"))
@@ -52,17 +52,28 @@ LEGS = [
     for mlflow in MLFLOW
     if (python, mlflow) != ("3.13", "2.9")
 ]
-# MLflow 2.9.2 imports pkg_resources, which setuptools 82 took away, without saying that it needs setuptools.
-OLD_SETUPTOOLS = "setuptools>=77,<82"
+# Import what newer ones of their requirements have lost (FallbackAsyncAdaptedQueuePool, pkg_resources), without a limit.
+LIMITS = {"2.9": ["sqlalchemy<2.1", "setuptools>=77,<82"], "2.22": ["sqlalchemy<2.1"]}
 
 LIGHT = ["test_cpu", "test_environment", "test_imports", "test_requirements", "test_rows", "matrix/test_without_torch"]
 """Tests that run where neither torch nor transformers is installed; the few of them that need torch skip."""
 
+SAVED = REPOSITORY / ".nox" / "saved"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-@nox.session
+@nox.session(venv_backend="none")
+def saved(session: nox.Session) -> None:
+    """Save the models of the matrix in the environment that runs nox, for all others to load."""
+    if importlib.util.find_spec("mlflow_safeflavor") is None:
+        session.error("this is not the main environment: `make venv`, and then .venv/bin/nox")
+    shutil.rmtree(SAVED, ignore_errors=True)
+    command = [sys.executable, "tests/matrix/matrix_models.py", "save", str(SAVED)]
+    session.run(*command, env={**OFFLINE, **ONE_THREAD}, external=True)
+
+
+@nox.session(requires=["saved"])
 @nox.parametrize("python,transformers,mlflow", LEGS)
 def matrix(session: nox.Session, transformers: str, mlflow: str) -> None:
     """Save, load and serve with other releases, and exchange models with the main environment."""
@@ -70,13 +81,13 @@ def matrix(session: nox.Session, transformers: str, mlflow: str) -> None:
     torch, _ = install.torch_arguments(
         os.environ.get("TORCH") or install.TORCH, os.environ.get("TORCH_INDEX", ""), python=str(session.python)
     )
-    session.install(*torch, OLD_SETUPTOOLS)
+    session.install(*torch)
     wanted = [f"transformers{TRANSFORMERS[transformers]}", f"mlflow{MLFLOW[mlflow]}"]
-    session.install("--editable", ".[demo]", *wanted, OLD_SETUPTOOLS, "pytest>=8.2")
+    session.install("--editable", ".[demo]", *wanted, *LIMITS.get(mlflow, []), "pytest>=8.2")
     _test(session, "matrix/test_other_releases")
 
 
-@nox.session(python=["3.10", "3.12", "3.13"], tags=["ci"])
+@nox.session(python=["3.10", "3.12", "3.13"], tags=["ci"], requires=["saved"])
 def light(session: nox.Session) -> None:
     """What needs no torch, on the Pythons that torch may not be at hand for."""
     _configure(session)
@@ -101,19 +112,7 @@ def _requirements_without_torch() -> list[str]:
 
 
 def _test(session: nox.Session, *files: str) -> None:
-    given = {"SAFEFLAVOR_MATRIX_PYTHON": sys.executable, "SAFEFLAVOR_MATRIX_SAVED": str(_saved_by_main())}
+    given = {"SAFEFLAVOR_MATRIX_PYTHON": sys.executable, "SAFEFLAVOR_MATRIX_SAVED": str(SAVED)}
     # Old releases warn about the new ones of what they are built on.
     command = ["python", "-m", "pytest", "-W", "default", *(f"tests/{file}.py" for file in files), *session.posargs]
     session.run(*command, env={**OFFLINE, **ONE_THREAD, **given})
-
-
-@cache
-def _saved_by_main() -> Path:
-    """The models of the matrix as the environment that runs nox saves them; made anew in each run."""
-    if importlib.util.find_spec("mlflow_safeflavor") is None:
-        raise SystemExit("This is not the main environment: `make venv`, and then .venv/bin/nox")
-    folder = REPOSITORY / ".nox" / "saved"
-    shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "tests/matrix/matrix_models.py", "save", str(folder)]
-    subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **OFFLINE, **ONE_THREAD}, check=True)
-    return folder

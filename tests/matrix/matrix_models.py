@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,16 @@ def records(answers: pd.DataFrame) -> list[dict[str, Any]]:
     return json.loads(json.dumps(answers.to_dict(orient="records")))
 
 
-def save(folder: Path) -> None:
-    """Save all models below ``folder``, and what they answer in ``answers.json``."""
+def save(folder: Path, rehearse: Collection[str] = ()) -> None:
+    """Save all models below ``folder``, and what they answer in ``answers.json``.
+
+    Args:
+        folder: Made if missing.
+        rehearse: Which of them to rehearse; each costs a clean process.
+    """
     answers = {}
     for name, make in MODELS.items():
-        mlflow_safeflavor.save_model(path=folder / name, **make())
+        mlflow_safeflavor.save_model(path=folder / name, rehearse=name in rehearse, **make())
         answers[name] = records(load(folder / name).predict(ROWS[name]))
     (folder / "answers.json").write_text(json.dumps(answers))
 
