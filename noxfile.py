@@ -52,10 +52,10 @@ LEGS = [
     for mlflow in MLFLOW
     if (python, mlflow) != ("3.13", "2.9")
 ]
-# Import what newer ones of their requirements have lost (FallbackAsyncAdaptedQueuePool, pkg_resources), without a limit.
+# They import what newer releases of their requirements lack (FallbackAsyncAdaptedQueuePool, pkg_resources).
 LIMITS = {"2.9": ["sqlalchemy<2.1", "setuptools>=77,<82"], "2.22": ["sqlalchemy<2.1"]}
 
-LIGHT = ["test_cpu", "test_environment", "test_imports", "test_requirements", "test_rows", "matrix/test_without_torch"]
+LIGHT = ["test_cpu", "test_environment", "test_requirements", "test_rows", "matrix/test_without_torch"]
 """Tests that run where neither torch nor transformers is installed; the few of them that need torch skip."""
 
 SAVED = REPOSITORY / ".nox" / "saved"
