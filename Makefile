@@ -19,7 +19,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 ML
 # One thread a test process: `-n $(JOBS)` already fills the cores, and sums come in one order.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv test sweep check bench demo codebuggy stack stack-down clean
+.PHONY: help venv test matrix sweep check bench demo codebuggy stack stack-down clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -43,11 +43,13 @@ stack: $(STAMP)  ## start PostgreSQL, S3, MLflow, the model and the app, and ask
 stack-down: $(STAMP)  ## stop all that `make stack` started
 	@$(BIN)/python examples/codebuggy/stack.py down
 
-# `loadgroup`: tests that share a server run in one process. The Docker tests apart, in one process: they share an engine,
-# and images that take minutes to build.
+# The Docker tests apart, in one process: they share an engine, and images that take minutes to build.
 test: $(STAMP)  ## run the tests
-	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not docker" $(ARGS)
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "not docker" $(ARGS)
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n 0 -m docker $(ARGS) || [ $$? = 5 ]  # 5: ARGS chose none
+
+matrix: $(STAMP)  ## run what CI runs on other releases of transformers and MLflow, and on other Pythons
+	@$(BIN)/nox -t ci -j $(JOBS) -- $(ARGS)
 
 sweep: $(STAMP)  ## save and load every architecture of transformers that can be made small (an hour)
 	@cd tests && $(OFFLINE) $(ONE_THREAD) ../$(BIN)/python -W ignore -m sweep.run --jobs $(JOBS)
@@ -64,4 +66,4 @@ bench: $(STAMP)  ## time loading, predictions and threads, side by side with MLf
 	@$(OFFLINE) $(BIN)/python benchmarks/threads.py
 
 clean:  ## remove all that make made
-	rm -rf $(VENV) .demo .stack build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .demo .nox .stack build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

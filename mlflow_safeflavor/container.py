@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from typing import Any
 
@@ -34,7 +33,7 @@ def serve() -> None:
     workers = int(os.environ.get("MLFLOW_MODELS_WORKERS") or available_cpus())
     everywhere: Any = "0.0.0.0"  # noqa: S104  (a container's own; MLflow's annotation says int)
     command, environ = scoring_server.get_cmd(model_uri=MODEL, port=PORT, host=everywhere, nworkers=workers)
-    program, *arguments = shlex.split(command)
     sys.stdout.flush()
-    # In place of this process, so that it is the one that gets the signals of `docker stop`.
-    os.execvpe(program, [program, *arguments], environ)  # noqa: S606  (no shell is wanted)
+    # In place of this process, so that it is the one that gets the signals of `docker stop`. Through a shell, because
+    # MLflow 2.9.2 wrote its command for one: it has a variable in it.
+    os.execvpe("sh", ["sh", "-c", f"exec {command}"], environ)  # noqa: S606, S607  (nothing of anybody else's is in it)

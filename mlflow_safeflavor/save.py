@@ -23,7 +23,7 @@ from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 from mlflow.utils.model_utils import _validate_and_copy_code_paths
 
 from mlflow_safeflavor import inventory as inventories
-from mlflow_safeflavor import parity, pickled, placement, requirements, structure, tensors, usercode
+from mlflow_safeflavor import parity, pickled, placement, releases, requirements, structure, tensors, usercode
 from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_json, write_manifest
 from mlflow_safeflavor.batching import measure_forward_cost
 from mlflow_safeflavor.damage import require_undamaged
@@ -154,7 +154,7 @@ def log_model(
 
     Args:
         model: See ``save_model``.
-        name: Name of the logged model.
+        name: Name of the logged model; before MLflow 3, where models have none, its place below the run's artifacts.
         registered_model_name: Also make a version of this registered model.
         await_registration_for: Seconds to wait until that version is ready.
         kwargs: See ``save_model``.
@@ -165,16 +165,14 @@ def log_model(
     Raises:
         SafeFlavorError: One of its kinds; nothing is logged then.
     """
-    info: ModelInfo = Model.log(
-        artifact_path=None,
-        name=name,
-        flavor=sys.modules[__name__],
+    return releases.log(
+        sys.modules[__name__],
+        name,
         registered_model_name=registered_model_name,
         await_registration_for=await_registration_for,
         model=model,
         **kwargs,
     )
-    return info
 
 
 def _options(task: str, model_config: Mapping[str, Any] | None) -> dict[str, Any]:

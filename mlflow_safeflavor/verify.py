@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from mlflow.models import Model
 from mlflow.types import DataType, Schema
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, find_broken_files, read_json, read_manifest
@@ -21,6 +20,7 @@ from mlflow_safeflavor.load import LoadOptions, load_folder, locate, read_spec
 from mlflow_safeflavor.parity import Golden, ParityReport, Replayed, compare_answers, read_golden, replay
 from mlflow_safeflavor.process import arrays_asking, describe_recorded, labelled_row, told_environment
 from mlflow_safeflavor.pyfunc import facts_of
+from mlflow_safeflavor.releases import read_mlmodel
 from mlflow_safeflavor.spec import ModelSpec
 from mlflow_safeflavor.tasks import task_class
 
@@ -85,7 +85,7 @@ def _verify_server(
     spec = _read_intact_spec(layout)
     golden = read_golden(layout)
     # First of all, so that a mistyped file or column is told before anybody waits for a model or a server.
-    schema = Model.load(str(layout.root)).get_input_schema()  # type: ignore[no-untyped-call]  # MLflow's
+    schema = read_mlmodel(layout.root).get_input_schema()
     frame = None if rows is None else _require_some(rows if isinstance(rows, pd.DataFrame) else _read(rows, schema))
     compared = list(_compare_golden(server, golden, spec, layout))
     environments: dict[str, Any] = {"saved": _saved(spec, layout)}
@@ -127,7 +127,7 @@ def _compare_golden(server: Endpoint, golden: Golden, spec: ModelSpec, layout: L
 
 def _golden_params(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
     """What the golden rows were asked with, as far as a request may say it."""
-    schema = Model.load(str(layout.root)).get_params_schema()  # type: ignore[no-untyped-call]  # MLflow's
+    schema = read_mlmodel(layout.root).get_params_schema()
     declared = {param.name for param in schema.params} if schema else set()
     return {name: value for name, value in task_class(spec.task).golden_params.items() if name in declared}
 

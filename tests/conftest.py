@@ -18,21 +18,16 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pytest
-import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
 
 from mlflow_safeflavor import environment
+
+# torch, and what is built on it, is imported where it is used: some tests also run without.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -42,7 +37,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    torch.set_num_threads(1)
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -89,6 +87,9 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 @pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A BERT tokenizer of 30 words, truncating at 32 tokens; a new one for each test."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS])}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -112,6 +113,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tiny_bert() -> Callable[..., PreTrainedModel]:
     """``tiny_bert(head="classifier" | None, seed=0, **config)``: a new, seeded BERT of some 30,000 weights."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
 
     def make(head: str | None = "classifier", *, seed: int = 0, **config: Any) -> PreTrainedModel:
         shape = {

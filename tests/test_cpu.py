@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 
 import pytest
 
@@ -145,6 +146,7 @@ print(json.dumps({"threads": torch.get_num_threads(), "said": budget.threads, **
 """
 
 
+@pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
 @pytest.mark.parametrize(("requested", "env", "threads", "spin"), [
     (0, {}, 2, str(cpu.SPIN_COUNT)),
     (1, {}, 1, None),

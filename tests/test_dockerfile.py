@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -225,8 +226,10 @@ def test_the_server_is_mlflows(monkeypatch, environ, workers):
     monkeypatch.setattr(container, "available_cpus", lambda: 3)
     container.serve()
     ((program, command, variables),) = started
-    assert program == command[0] == "uvicorn"
-    assert command[1:] == [
-        *("--host", "0.0.0.0", "--port", "8080", "--workers", str(workers)), "mlflow.pyfunc.scoring_server.app:app",
-    ]  # fmt: skip
+    assert program == command[0] == "sh"
+    assert command[1] == "-c"
+    assert shlex.split(command[2]) == [
+        *("exec", "uvicorn", "--host", "0.0.0.0", "--port", "8080", "--workers", str(workers)),
+        "mlflow.pyfunc.scoring_server.app:app",
+    ]
     assert "file:///opt/ml/model" in variables.values()

@@ -8,6 +8,7 @@ import json
 import logging
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from mlflow_safeflavor.errors import EnvironmentMismatchError, IntegrityError
 
 REPOSITORY = Path(__file__).parents[1]
 REAL_ROOTS = ("torch", "transformers", "tokenizers", "safetensors", "mlflow")
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch to be installed")
 
 
 def make_environment(**changes):
@@ -374,6 +376,7 @@ def real():
     return environment.record(REAL_ROOTS, torch_build={})
 
 
+@needs_torch
 def test_the_real_closure_is_closed(real):
     for name in real.distributions:
         for requirement in map(Requirement, importlib.metadata.requires(name) or []):
@@ -384,12 +387,14 @@ def test_the_real_closure_is_closed(real):
     assert "mlflow-safeflavor" not in real.distributions
 
 
+@needs_torch
 def test_the_real_environment_is_like_itself(real):
     assert environment.find_differences(real) == []
     changed = dataclasses.replace(real, distributions={**real.distributions, "torch": "0.1"})
     assert [d.name for d in environment.find_differences(changed)] == ["torch"]
 
 
+@needs_torch
 def test_importing_the_module_imports_neither_torch_nor_transformers():
     code = (
         "import sys, mlflow_safeflavor.environment as e; e.find_differences(e.record(['torch'], torch_build={}));"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 
 import pytest
 import yaml
@@ -277,6 +278,7 @@ def test_arguments_that_exclude_each_other_are_refused(flavor_site, tmp_path, na
         write_files(flavor_site, tmp_path / "m", **{name: values[name] for name in names})
 
 
+@pytest.mark.skipif(find_spec("torch") is None, reason="needs torch to be installed")
 def test_mlflow_finds_no_mismatch_in_the_real_pins(monkeypatch):
     from mlflow.utils import requirements_utils
 

@@ -22,6 +22,7 @@ import time
 TORCH = "2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 EXTRAS = "test,dev,accelerate"
+RUNNING = ".".join(platform.python_version_tuple()[:2])
 
 
 def has_nvidia_gpu() -> bool:
@@ -33,20 +34,21 @@ def has_nvidia_gpu() -> bool:
     return listing.returncode == 0 and "GPU" in listing.stdout
 
 
-def offered_torch_versions() -> set[str]:
+def offered_torch_versions(python: str) -> set[str]:
     """Every version of torch that pip, as it is configured here, would consider; downloads none."""
-    command = [sys.executable, "-m", "pip", "index", "versions", "torch"]
+    command = [sys.executable, "-m", "pip", "index", "versions", "torch", "--python-version", python]
     listing = subprocess.run(command, capture_output=True, text=True)
     versions = re.search(r"^Available versions: (.*)$", listing.stdout, re.MULTILINE)
     return set(versions[1].split(", ")) if versions else set()
 
 
-def torch_arguments(version: str, index: str) -> tuple[list[str], str]:
+def torch_arguments(version: str, index: str, python: str = RUNNING) -> tuple[list[str], str]:
     """What to tell pip about torch, and why.
 
     Args:
         version: With or without a local label such as ``+cpu``.
         index: An index URL, ``default``, or nothing to choose by what this machine is.
+        python: Release of the interpreter that is to have it, such as "3.11".
     """
     wanted = f"torch=={version}"
     if index and index != "default":
@@ -57,7 +59,7 @@ def torch_arguments(version: str, index: str) -> tuple[list[str], str]:
         return [wanted], "the build for this platform has no CUDA"
     if has_nvidia_gpu():
         return [wanted], "with CUDA: this machine has an NVIDIA GPU"
-    if f"{version}+cpu" in offered_torch_versions():
+    if f"{version}+cpu" in offered_torch_versions(python):
         return [f"{wanted}+cpu"], "CPU build, which pip is configured to find"
     return ["--index-url", CPU_INDEX, wanted], f"CPU build, from {CPU_INDEX}"
 

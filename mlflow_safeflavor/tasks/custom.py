@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from mlflow.models import ModelSignature, infer_signature
+from mlflow.models import ModelSignature
 
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.releases import inferred_signature
 from mlflow_safeflavor.rows import rows_of
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 
@@ -89,7 +90,7 @@ class Custom(Task):
         frame = pd.DataFrame(
             [{self.columns[field]: row[field] for field in self.columns} for row in self.rows(example)]
         )
-        return infer_signature(frame, result)
+        return inferred_signature(frame, result)
 
     def rows(self, data: Any) -> list[Row]:
         return rows_of(data, self.columns)  # every column of the example: hooks rely on them

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from mlflow.types import ColSpec, DataType, Schema
-from mlflow.types.schema import Array
+from mlflow.types import DataType
 
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.releases import Array, schema_of
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.outputs import pick, require_finite
 from mlflow_safeflavor.tasks.text import TextTask, describe_text_model
@@ -33,7 +33,7 @@ class FeatureExtraction(TextTask):
 
     name = "feature-extraction"
     task_options = frozenset({"pooling", "normalize"})
-    answer = Schema([ColSpec(Array(DataType.double), "embedding")])
+    answer = schema_of({"embedding": Array(DataType.double)})
 
     @classmethod
     def serves(cls, class_name: str) -> bool:

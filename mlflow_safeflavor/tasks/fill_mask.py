@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from mlflow.types import ColSpec, DataType, Schema
-from mlflow.types.schema import Array, Object, Property
+from mlflow.types import DataType
 
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.releases import Array, Object, Property, schema_of
 from mlflow_safeflavor.rows import place
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
@@ -55,11 +55,11 @@ class FillMask(TextTask):
 
     name = "fill-mask"
     params = (_TOP_K, _TARGETS, MAX_LENGTH, TRUNCATION)
-    answer = Schema(
-        [
-            *(ColSpec(kind, name) for name, kind in _PREDICTION.items()),
-            ColSpec(Array(Array(Object([Property(name, kind) for name, kind in _PREDICTION.items()]))), "predictions"),
-        ]
+    answer = schema_of(
+        {
+            **_PREDICTION,
+            "predictions": Array(Array(Object([Property(name, kind) for name, kind in _PREDICTION.items()]))),
+        }
     )
 
     @classmethod

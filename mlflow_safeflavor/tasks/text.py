@@ -65,7 +65,7 @@ class TextTask(Task):
     params: ClassVar[tuple[Param, ...]] = (MAX_LENGTH, TRUNCATION)
     spans: ClassVar[bool] = False
     """Whether features also say where in the text each token is from; see ``TextEncoder.encode``."""
-    answer: ClassVar[Schema]
+    answer: ClassVar[Schema | None]
     """The outputs part of the signature."""
 
     def signature(self, example: Any = None, result: Any = None) -> ModelSignature:

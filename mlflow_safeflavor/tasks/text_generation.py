@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from mlflow.types import ColSpec, DataType, Schema
-from mlflow.types.schema import Array, Object, Property
+from mlflow.types import DataType, Schema
 
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.releases import Array, Object, Property, require_schema
 from mlflow_safeflavor.rows import describe_value, place, require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.generation import GENERATION_PARAMS, Generation
@@ -87,7 +87,7 @@ class TextGeneration(Generation):
     def inputs(self) -> Schema:
         if not self._chat:
             return super().inputs()
-        return Schema([ColSpec(Array(_MESSAGE), self.columns["messages"])])
+        return require_schema({self.columns["messages"]: Array(_MESSAGE)})
 
     def rows(self, data: Any) -> list[Row]:
         if not self._chat:

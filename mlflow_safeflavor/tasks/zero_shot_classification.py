@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from mlflow.types import ColSpec, DataType, Schema
-from mlflow.types.schema import Array
+from mlflow.types import DataType
 
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.releases import Array, schema_of
 from mlflow_safeflavor.rows import require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.classification import labels_of, read_logits
@@ -56,13 +56,13 @@ class ZeroShotClassification(TextTask):
     params = (_LABELS, _TEMPLATE, _MULTI_LABEL, MAX_LENGTH, TRUNCATION)
     golden_params = MappingProxyType({"candidate_labels": ["travel", "science", "food"]})
     task_options = frozenset({"candidate_labels"})
-    answer = Schema(
-        [
-            ColSpec(DataType.string, "label"),
-            ColSpec(DataType.double, "score"),
-            ColSpec(Array(DataType.string), "labels"),
-            ColSpec(Array(DataType.double), "scores"),
-        ]
+    answer = schema_of(
+        {
+            "label": DataType.string,
+            "score": DataType.double,
+            "labels": Array(DataType.string),
+            "scores": Array(DataType.double),
+        }
     )
 
     @classmethod

@@ -1,0 +1,105 @@
+"""Where MLflow's releases from 2.9.2 on differ, as far as this package has to know."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature, infer_signature
+from mlflow.models.model import ModelInfo
+from mlflow.types import ColSpec, DataType, Schema
+
+from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
+
+__all__ = ["Array", "Object", "Property", "inferred_signature", "log", "read_mlmodel", "require_schema", "schema_of"]
+
+
+class _Unsayable:
+    """In place of a type of columns that this MLflow does not have."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+try:
+    from mlflow.types.schema import Array, Object, Property
+except ImportError:  # before 2.10
+    Array = Object = Property = _Unsayable  # type: ignore[assignment, misc]
+
+
+def schema_of(columns: Mapping[str, DataType | Array | Object]) -> Schema | None:
+    """Column → type, as a part of a signature; None where this MLflow has no such type."""
+    if any(isinstance(kind, _Unsayable) for kind in columns.values()):
+        return None
+    return Schema([ColSpec(kind, name) for name, kind in columns.items()])
+
+
+def require_schema(columns: Mapping[str, DataType | Array | Object]) -> Schema:
+    """As ``schema_of``, for inputs. Raises ``InputError`` where this MLflow has no such type."""
+    schema = schema_of(columns)
+    if schema is None:
+        raise _no_type(", ".join(columns))
+    return schema
+
+
+def inferred_signature(rows: pd.DataFrame, answers: Any) -> ModelSignature:
+    """The signature that MLflow infers; it is silent about answers that this MLflow has no types for.
+
+    Args:
+        rows: What was asked.
+        answers: What was answered, as ``predict`` returns it, or None.
+
+    Raises:
+        InputError: This MLflow has no type for a column of ``rows``.
+    """
+    if Array is not _Unsayable:
+        return infer_signature(rows, answers)
+    try:
+        inputs = infer_signature(rows).inputs
+    except MlflowException:
+        raise _no_type(", ".join(map(str, rows.columns))) from None
+    with suppress(MlflowException):
+        return infer_signature(rows, answers)
+    return ModelSignature(inputs=inputs)
+
+
+def _no_type(columns: str) -> InputError:
+    return InputError(
+        "This MLflow has no type for a column of lists or dicts",
+        where=columns,
+        wanted="MLflow 2.10 or newer",
+        found=f"MLflow {mlflow.__version__}",
+    )
+
+
+def log(flavor: ModuleType, name: str, **arguments: Any) -> ModelInfo:
+    """``Model.log``: under a name of its own, which models have since MLflow 3, else as an artifact of the run."""
+    named = "name" in inspect.signature(Model.log).parameters
+    place = {"artifact_path": None, "name": name} if named else {"artifact_path": name}
+    info: ModelInfo = Model.log(**place, flavor=flavor, **arguments)
+    return info
+
+
+def read_mlmodel(folder: Path) -> Model:
+    """``MLmodel`` as MLflow reads it.
+
+    Raises:
+        EnvironmentMismatchError: Its signature says what this MLflow does not know.
+    """
+    try:
+        return Model.load(str(folder))  # type: ignore[no-untyped-call]  # MLflow's
+    except TypeError as error:
+        raise EnvironmentMismatchError(
+            "A newer MLflow wrote the signature, and this one cannot read it",
+            where=folder / "MLmodel",
+            wanted="MLflow 2.10 or newer",
+            found=f"MLflow {mlflow.__version__}: {error}",
+            way_out="load it with mlflow_safeflavor.load_model, which does not need the signature, or install the pins",
+        ) from None

@@ -1,0 +1,118 @@
+"""The tests on other releases of transformers and MLflow, and on other Pythons: `make matrix`, or one by one.
+
+    .venv/bin/nox -l                                                 say what there is
+    .venv/bin/nox -s "matrix(py3.11-transformers4.57-mlflow2.9)"     the environment this package was born in
+    .venv/bin/nox -s light                                           what needs no torch
+
+Run it after `make venv`, whose environment is the other side of each comparison. Environments are made by uv, which
+keeps what it has unpacked: the first takes a minute, others seconds. A Python that is not installed is skipped.
+"""
+
+from __future__ import annotations
+
+import configparser
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+REPOSITORY = Path(__file__).parent
+sys.path.insert(0, str(REPOSITORY / "tools"))
+import install  # noqa: E402  (where torch comes from is known in one place)
+
+nox.needs_version = ">=2026.10"
+nox.options.default_venv_backend = "uv"
+nox.options.download_python = "never"
+nox.options.allow_parallel = True
+nox.options.error_on_missing_interpreters = False
+# pyenv's shims answer for those of its Pythons alone that are chosen.
+PYENV = sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.1[0-3].*"))
+os.environ.setdefault("PYENV_VERSION", ":".join(folder.name for folder in PYENV))
+
+TRANSFORMERS = {"4.57": "==4.57.5", "5.0": "==5.0.0", "5": ">=5,<6"}
+MLFLOW = {"2.9": "==2.9.2", "2.22": "==2.22.*", "3": ">=3,<4"}
+CORNERS = {("4.57", "2.9"), ("5", "2.9"), ("4.57", "3")}
+"""Run by CI. The fourth is the main environment."""
+# MLflow 2.9.2 wants numpy 1, of which there are wheels up to Python 3.12.
+LEGS = [
+    nox.param(
+        python,
+        transformers,
+        mlflow,
+        id=f"py{python}-transformers{transformers}-mlflow{mlflow}",
+        tags=["ci"] if python == "3.11" and (transformers, mlflow) in CORNERS else [],
+    )
+    for python in ("3.11", "3.10", "3.12", "3.13")
+    for transformers in TRANSFORMERS
+    for mlflow in MLFLOW
+    if (python, mlflow) != ("3.13", "2.9")
+]
+# They import what newer releases of their requirements lack (FallbackAsyncAdaptedQueuePool, pkg_resources).
+LIMITS = {"2.9": ["sqlalchemy<2.1", "setuptools>=77,<82"], "2.22": ["sqlalchemy<2.1"]}
+
+LIGHT = ["test_cpu", "test_environment", "test_requirements", "test_rows", "matrix/test_without_torch"]
+"""Tests that run where neither torch nor transformers is installed; the few of them that need torch skip."""
+
+SAVED = REPOSITORY / ".nox" / "saved"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@nox.session(venv_backend="none")
+def saved(session: nox.Session) -> None:
+    """Save the models of the matrix in the environment that runs nox, for all others to load."""
+    if importlib.util.find_spec("mlflow_safeflavor") is None:
+        session.error("this is not the main environment: `make venv`, and then .venv/bin/nox")
+    shutil.rmtree(SAVED, ignore_errors=True)
+    command = [sys.executable, "tests/matrix/matrix_models.py", "save", str(SAVED)]
+    session.run(*command, env={**OFFLINE, **ONE_THREAD}, external=True)
+
+
+@nox.session(requires=["saved"])
+@nox.parametrize("python,transformers,mlflow", LEGS)
+def matrix(session: nox.Session, transformers: str, mlflow: str) -> None:
+    """Save, load and serve with other releases, and exchange models with the main environment."""
+    _configure(session)
+    torch, _ = install.torch_arguments(
+        os.environ.get("TORCH") or install.TORCH, os.environ.get("TORCH_INDEX", ""), python=str(session.python)
+    )
+    session.install(*torch)
+    wanted = [f"transformers{TRANSFORMERS[transformers]}", f"mlflow{MLFLOW[mlflow]}"]
+    session.install("--editable", ".[demo]", *wanted, *LIMITS.get(mlflow, []), "pytest>=8.2")
+    _test(session, "matrix/test_other_releases")
+
+
+@nox.session(python=["3.10", "3.12", "3.13"], tags=["ci"], requires=["saved"])
+def light(session: nox.Session) -> None:
+    """What needs no torch, on the Pythons that torch may not be at hand for."""
+    _configure(session)
+    session.install(*_requirements_without_torch(), "pytest>=8.2")
+    session.install("--no-deps", "--editable", ".")
+    _test(session, *LIGHT)
+
+
+def _configure(session: nox.Session) -> None:
+    """Let uv find what pip finds: torch's CPU build may lie in a folder that pip is configured to look in."""
+    command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+    by_pip = os.environ.get("PIP_FIND_LINKS") or subprocess.run(command, capture_output=True, text=True).stdout
+    folders = ",".join(by_pip.split())
+    session.env.update({"UV_PYTHON_DOWNLOADS": "never", "UV_FIND_LINKS": os.environ.get("UV_FIND_LINKS", folders)})
+
+
+def _requirements_without_torch() -> list[str]:
+    metadata = configparser.ConfigParser()
+    metadata.read(REPOSITORY / "setup.cfg")
+    lines = metadata["options"]["install_requires"].split("\n")
+    return [line for line in lines if line and not re.match(r"(torch|transformers)\b", line)]
+
+
+def _test(session: nox.Session, *files: str) -> None:
+    given = {"SAFEFLAVOR_MATRIX_PYTHON": sys.executable, "SAFEFLAVOR_MATRIX_SAVED": str(SAVED)}
+    # Old releases warn about the new ones of what they are built on.
+    command = ["python", "-m", "pytest", "-W", "default", *(f"tests/{file}.py" for file in files), *session.posargs]
+    session.run(*command, env={**OFFLINE, **ONE_THREAD, **given})
