@@ -54,6 +54,8 @@ class Layout:
         self.structure = self.data / "structure.json"
         self.structure_pickle = self.data / "structure.pkl"
         self.tensors = self.data / "tensors.json"
+        self.graph = self.data / "graph.json"
+        self.graph_tensors = self.data / "graph.safetensors"
         self.tokenizer = self.data / "tokenizer"
         self.processor = self.data / "processor"
         self.environment = self.data / "environment.json"

@@ -81,7 +81,9 @@ def inspect(uri: str, pins: bool, rows: bool) -> None:
 
 
 def _runs(structure: str) -> str:
-    return {"transformers": "no code of its own", "import": "its own code", "pickle": "a pickle"}[structure]
+    return {"transformers": "no code of its own", "import": "its own code", "pickle": "a pickle", "graph": "no code"}[
+        structure
+    ]
 
 
 def _read_inventory(layout: Layout) -> dict[str, Any]:
