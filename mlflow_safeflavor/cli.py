@@ -49,7 +49,8 @@ def main() -> None:
 @click.argument("uri")
 @click.option("--pins", is_flag=True, help="List every pinned distribution.")
 @click.option("--tensors", "rows", is_flag=True, help="List every tensor.")
-def inspect(uri: str, pins: bool, rows: bool) -> None:
+@click.option("--graph", "calls", is_flag=True, help="Print the recorded graph, a call a line.")
+def inspect(uri: str, pins: bool, rows: bool, calls: bool) -> None:
     """Say what the model at URI is. Nothing of the artifact is run, built or imported."""
     console = Console()
     layout = Layout(locate(uri))
@@ -61,6 +62,7 @@ def inspect(uri: str, pins: bool, rows: bool) -> None:
         "task": spec.task,
         "model class": spec.model_class,
         "structure": f"{spec.structure} (runs {_runs(spec.structure)})",
+        "graph": _graph(layout),
         "serving dtype": spec.dtype,
         "input columns": ", ".join(f"{field} ← {column}" for field, column in spec.input_columns.items()),
         "tensors": f"{len(inventory['tensors'])} in {len(inventory['data'])} alias groups",
@@ -78,6 +80,26 @@ def inspect(uri: str, pins: bool, rows: bool) -> None:
         console.print("\n".join(f"{name}=={version}" for name, version in environment.distributions.items()))
     if rows:
         console.print(_tensor_table(inventory))
+    if calls:
+        from mlflow_safeflavor.graph import from_json, lines_of
+
+        for line in lines_of(from_json(read_json(layout.graph))):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _graph(layout: Layout) -> str:
+    """What there is of a graph, in words; the file is not checked here."""
+    if not layout.graph.exists():
+        return "none was asked for"
+    content = read_json(layout.graph)
+    try:
+        if "reason" in content:
+            return f"none: {content['reason']}"
+        operators = {call[0] for call in content["calls"]}
+        proven = content["facts"]["proven"]
+        return f"{len(content['calls'])} calls of {len(operators)} operators, proven on {proven} inputs"
+    except (KeyError, TypeError, IndexError):
+        raise IntegrityError("The graph is malformed", where=layout.name_of(layout.graph), way_out=WAY_OUT) from None
 
 
 def _runs(structure: str) -> str:

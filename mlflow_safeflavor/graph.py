@@ -26,6 +26,7 @@ from mlflow_safeflavor.tensors import read_constants, read_tensors, write_consta
 __all__ = [
     "DEVICE",
     "GETITEM",
+    "MOST_TEXT",
     "Call",
     "Constant",
     "Graph",
@@ -35,6 +36,7 @@ __all__ = [
     "describe_input",
     "find_faults",
     "from_json",
+    "lines_of",
     "read_graph",
     "reason_against",
     "refs_of",
@@ -46,7 +48,8 @@ __all__ = [
 _VERSION = 1
 _MOST_CALLS = 200_000
 _MOST_ITEMS = 10_000
-_MOST_TEXT = 200
+MOST_TEXT = 200
+"""Characters of a text that is an argument, or of a note."""
 _DEEPEST = 4
 _PLAIN_TEXT = re.compile(r"[a-z0-9_ ,.>-]*", re.ASCII)
 """Modes, paddings and the equations of einsum."""
@@ -105,11 +108,13 @@ class Call:
         operator: Full name, like ``aten.linear.default``; see ``operators``.
         args: By position.
         kwargs: By name.
+        note: What came out when it was recorded, like ``float32[rows, length, 384]``; for people, checked by nobody.
     """
 
     operator: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    note: str = ""
 
 
 class _Device:
@@ -159,9 +164,35 @@ class Graph:
         return None
 
 
-def describe_input(known: Input) -> str:
+def describe_input(known: Input | Constant) -> str:
     """``int64[rows, length]``."""
     return f"{known.dtype}[{', '.join(map(str, known.shape))}]"
+
+
+def lines_of(graph: Graph) -> Iterator[str]:
+    """The graph to be read: one line an input, a constant that is used, a call and an output."""
+    words = {
+        **{Ref("input", i): known.name for i, known in enumerate(graph.inputs)},
+        **{Ref("constant", i): known.tensor for i, known in enumerate(graph.constants)},
+        **{Ref("call", i): f"%{i}" for i in range(len(graph.calls))},
+    }
+
+    def word(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(word, value))}]"
+        return words[value] if isinstance(value, Ref) else str(value)
+
+    for name, (least, most) in graph.sizes.items():
+        yield f"size {name}: {least} to {'any' if most is None else most}"
+    for known in graph.inputs:
+        yield f"input {known.name}: {describe_input(known)}"
+    for constant in graph.constants:
+        yield f"constant {constant.tensor}: {describe_input(constant)}"
+    for i, call in enumerate(graph.calls):
+        arguments = [*map(word, call.args), *(f"{name}={word(value)}" for name, value in call.kwargs.items())]
+        yield f"%{i} = {call.operator}({', '.join(arguments)}){f'  → {call.note}' if call.note else ''}"
+    for name, ref in graph.outputs.items():
+        yield f"output {name}: {words[ref]}"
 
 
 # --- as a function -------------------------------------------------------------------------------
@@ -277,14 +308,14 @@ def find_faults(graph: Graph) -> Iterator[str]:
         try:
             results.append(_result_of(call, graph, results))
         except (ValueError, TypeError) as error:
-            yield f"call {i}, {call.operator[:_MOST_TEXT]}: {error}"
+            yield f"call {i}, {call.operator[:MOST_TEXT]}: {error}"
             return  # what the later ones use is unknown
     for name, ref in graph.outputs.items():
         try:
             if not _is_tensor(_type_of(ref, graph, results)):
-                yield f"output {name[:_MOST_TEXT]}: is no tensor"
+                yield f"output {name[:MOST_TEXT]}: is no tensor"
         except ValueError as error:
-            yield f"output {name[:_MOST_TEXT]}: {error}"
+            yield f"output {name[:MOST_TEXT]}: {error}"
 
 
 def _result_of(call: Call, graph: Graph, results: Sequence[Any]) -> Any:
@@ -325,7 +356,7 @@ def _check_arguments(call: Call, signature: Signature, graph: Graph, results: Se
         raise ValueError(f"{sorted(twice)[0]} is given twice")
     given |= call.kwargs
     if unknown := given.keys() - signature.arguments.keys():
-        raise ValueError(f"has no argument {sorted(unknown)[0][:_MOST_TEXT]!r}")
+        raise ValueError(f"has no argument {sorted(unknown)[0][:MOST_TEXT]!r}")
     if missing := signature.required - given.keys():
         raise ValueError(f"needs {sorted(missing)[0]}")
     if call.operator in WITHOUT_DROPOUT and given.get("dropout_p", 0) not in (0, 0.0):
@@ -333,7 +364,7 @@ def _check_arguments(call: Call, signature: Signature, graph: Graph, results: Se
     for name, value in given.items():
         wanted = signature.arguments[name]
         if not _fits(value, wanted, graph, results):
-            raise ValueError(f"{name} must be {wanted}, not {value!r:.{_MOST_TEXT}}")
+            raise ValueError(f"{name} must be {wanted}, not {value!r:.{MOST_TEXT}}")
 
 
 def _fits(value: Any, wanted: Any, graph: Graph, results: Sequence[Any]) -> bool:
@@ -434,7 +465,7 @@ def read_graph(inventory: Inventory, layout: Layout) -> tuple[Graph, list[torch.
         if tensor is None or found != (known.dtype, known.shape):
             raise IntegrityError(
                 "A constant of the graph is not in the artifact",
-                where=f"{layout.name_of(layout.graph)}, constant {i}, {known.tensor[:_MOST_TEXT]}",
+                where=f"{layout.name_of(layout.graph)}, constant {i}, {known.tensor[:MOST_TEXT]}",
                 wanted=f"{known.dtype}{list(known.shape)}",
                 found="no such tensor" if found is None else f"{found[0]}{list(found[1])}",
                 way_out=WAY_OUT,
@@ -458,7 +489,12 @@ def to_json(graph: Graph) -> dict[str, Any]:
             for known in graph.constants
         ],
         "calls": [
-            [call.operator, _value_to_json(call.args), {name: _value_to_json(v) for name, v in call.kwargs.items()}]
+            [
+                call.operator,
+                _value_to_json(call.args),
+                {name: _value_to_json(v) for name, v in call.kwargs.items()},
+                call.note,
+            ]
             for call in graph.calls
         ],
         "outputs": {name: _value_to_json(ref) for name, ref in graph.outputs.items()},
@@ -555,7 +591,7 @@ def _text(value: Any) -> str:
 
 def _whole(value: Any) -> int:
     if type(value) is not int or not -(2**63) <= value < 2**63:
-        raise ValueError(f"{value!r:.{_MOST_TEXT}} is no 64-bit number")
+        raise ValueError(f"{value!r:.{MOST_TEXT}} is no 64-bit number")
     return value
 
 
@@ -572,7 +608,7 @@ def _bounds(value: Any) -> tuple[int, int | None]:
 
 def _dtype(value: Any) -> str:
     if _text(value) not in _NAMED["dtype"]:
-        raise ValueError(f"{value[:_MOST_TEXT]!r} is no dtype")
+        raise ValueError(f"{value[:MOST_TEXT]!r} is no dtype")
     return str(value)
 
 
@@ -591,9 +627,9 @@ def _constant(entry: Any) -> Constant:
 
 
 def _call(entry: Any) -> Call:
-    name, args, kwargs = _list(entry)
+    name, args, kwargs, note = _list(entry)
     arguments = {_text(name): _value(value) for name, value in _dict(kwargs).items()}
-    return Call(_text(name), tuple(_value(value) for value in _list(args)), arguments)
+    return Call(_text(name), tuple(_value(value) for value in _list(args)), arguments, _text(note))
 
 
 def _value(value: Any, depth: int = 0) -> Any:
@@ -606,7 +642,7 @@ def _value(value: Any, depth: int = 0) -> Any:
     ((kind, name),) = _dict(value).items()
     if kind in ("input", "constant", "call"):
         return Ref(kind, _size(name))
-    if kind == "text" and type(name) is str and len(name) <= _MOST_TEXT and _PLAIN_TEXT.fullmatch(name):
+    if kind == "text" and type(name) is str and len(name) <= MOST_TEXT and _PLAIN_TEXT.fullmatch(name):
         return name
     return _NAMED[kind][_text(name)]
 

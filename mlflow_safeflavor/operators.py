@@ -44,7 +44,7 @@ SIZES: Mapping[str, Callable[..., Any]] = {
 
 _ATEN = """
 __and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Tensor _adaptive_avg_pool2d.default
-_softmax.default _log_softmax.default _to_copy.default _unsafe_view.default
+_softmax.default _weight_norm.default _log_softmax.default _to_copy.default _unsafe_view.default
 _native_batch_norm_legit_no_training.default _scaled_dot_product_flash_attention_for_cpu.default
 abs.default acos.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_max_pool2d.default
 add.Scalar add.Tensor addcmul.default addmm.default alias.default all.default all.dim amax.default amin.default

@@ -6,8 +6,9 @@ work, or the graph cannot be proven to give the same bits, the reason is kept, a
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.graph import (
     DEVICE,
+    MOST_TEXT,
     Call,
     Constant,
     Graph,
@@ -182,7 +184,8 @@ class _Tracer:
         return _pruned(graph, self.own)
 
     def _size(self, size: Any) -> int | str:
-        return size if isinstance(size, int) else str(size.node.expr)
+        # A symbol may turn out to have one value only.
+        return int(size) if isinstance(size, int) or size.node.expr.is_number else str(size.node.expr)
 
     def _bounds(self, inputs: Sequence[Input]) -> dict[str, tuple[int, int | None]]:
         """Sizes of 1 are proven like all others, although the tracer takes 2 for the least it knows of."""
@@ -233,8 +236,8 @@ class _Tracer:
         if name in _SAME or (name in _DROPOUTS and args[2] is False) or (name in _CASTS and _changes_nothing(node)):
             return args[0]
         kwargs = {key: self._value(value) for key, value in node.kwargs.items()}
-        call = Call(name, tuple(args), kwargs)
-        key = repr(call)
+        call = Call(name, tuple(args), kwargs, _note(node.meta.get("val")))
+        key = repr((name, args, kwargs))
         if key not in self.known:
             self.known[key] = self._folded(call) or Ref("call", len(self.calls))
             if self.known[key] == Ref("call", len(self.calls)):
@@ -253,6 +256,12 @@ class _Tracer:
             result = GraphModule(alone, self.tensors)()["it"]
         small = result.nbytes <= _MOST_FOLDED and result.is_contiguous()
         return self._stored(result) if small and result.dtype in STORABLE else None
+
+
+def _note(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{dtype_name(value.dtype)}[{', '.join(map(str, value.shape))}]"
+    return str(value) if isinstance(value, (torch.SymInt, int)) else ""
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -295,7 +304,7 @@ def _pruned(graph: Graph, own: dict[str, torch.Tensor]) -> tuple[Graph, dict[str
     constants = tuple(graph.constants[ref.index] for ref in kept["constant"])
     names = {constant.tensor for constant in constants if constant.own}
     calls = tuple(
-        Call(call.operator, tuple(moved(call.args)), {name: moved(value) for name, value in call.kwargs.items()})
+        replace(call, args=tuple(moved(call.args)), kwargs={name: moved(value) for name, value in call.kwargs.items()})
         for call in (graph.calls[ref.index] for ref in kept["call"])
     )
     outputs = {name: moved(ref) for name, ref in graph.outputs.items()}
@@ -328,11 +337,18 @@ def _tied(graph: Graph, examples: Sequence[Inputs]) -> Graph:
                 shape[i] = names.setdefault(key, key if isinstance(key, str) else size)
         inputs.append(Input(known.name, known.dtype, tuple(shape)))
     bounds: dict[str, tuple[int, int | None]] = {}
+    renamed: dict[str, str] = {}
     for before, after in zip(graph.inputs, inputs, strict=True):
         for old, new in zip(before.shape, after.shape, strict=True):
             if isinstance(old, str) and isinstance(new, str):
+                renamed[old] = new
                 bounds[new] = _both(graph.sizes[old], bounds.get(new))
-    return replace(graph, inputs=tuple(inputs), sizes=bounds)
+    calls = tuple(replace(call, note=_renamed(call.note, renamed)) for call in graph.calls)
+    return replace(graph, inputs=tuple(inputs), sizes=bounds, calls=calls)
+
+
+def _renamed(note: str, names: Mapping[str, str]) -> str:
+    return re.sub(r"\bs\d+\b", lambda found: names.get(found[0], found[0]), note)[:MOST_TEXT]
 
 
 def _both(one: tuple[int, int | None], other: tuple[int, int | None] | None) -> tuple[int, int | None]:

@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mlflow_safeflavor import environment
+from mlflow_safeflavor import environment, recording
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -68,6 +68,17 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+@pytest.fixture(autouse=True)
+def _graphs_where_wanted(request, monkeypatch):
+    """Recording a graph takes seconds, so it is left to the tests that are about graphs or what serves them."""
+
+    def refuse(*args: Any) -> Any:
+        raise recording.Refusal("this test does without")
+
+    if request.node.get_closest_marker("graphs") is None:
+        monkeypatch.setattr(recording, "examples_of", refuse)
 
 
 # Models.
