@@ -226,11 +226,19 @@ def _write_page(path: str, report: ParityReport, uri: str, endpoint: str | None)
 @click.option("-o", "--output", "folder", required=True, type=click.Path(), help="Folder to create.")
 @click.option("--target", default="cpu", show_default=True, help="cpu refuses pins that install CUDA; cuda keeps them.")
 @click.option("--user", default="mlflow", show_default=True, help="Name of the user, not root, that serves.")
+@click.option("--engine", default="auto", show_default=True, help="graph leaves transformers out of the image.")
 @click.option("--base-image", help="Instead of python:X.Y.Z-slim.")
 @click.option("--hashes/--no-hashes", default=True, show_default=True, help="Lock the pins with hashes.")
 @click.option("--allow-pickle", is_flag=True, help="The image may run the pickle that the model holds.")
 def dockerfile(
-    uri: str, folder: str, target: str, user: str, base_image: str | None, hashes: bool, allow_pickle: bool
+    uri: str,
+    folder: str,
+    target: str,
+    user: str,
+    engine: str,
+    base_image: str | None,
+    hashes: bool,
+    allow_pickle: bool,
 ) -> None:
     """Write a folder from which `docker build` makes an image that serves the model at URI."""
     from mlflow_safeflavor.docker import generate_dockerfile
@@ -241,6 +249,7 @@ def dockerfile(
             folder,
             target=target,
             user=user,
+            engine=engine,
             base_image=base_image,
             hashes=hashes,
             trust={"pickle"} if allow_pickle else (),

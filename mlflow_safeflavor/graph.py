@@ -38,7 +38,6 @@ __all__ = [
     "from_json",
     "lines_of",
     "read_graph",
-    "reason_against",
     "refs_of",
     "to_json",
     "write_graph",
@@ -435,17 +434,6 @@ def write_graph(graph: Graph, constants: Mapping[str, torch.Tensor], layout: Lay
 def write_reason(reason: str, layout: Layout) -> None:
     """Write why there is no graph, in its place."""
     write_json(layout.graph, {"version": _VERSION, "reason": reason})
-
-
-def reason_against(layout: Layout) -> str | None:
-    """Why an artifact has no graph, in words; None if it has one. Only looks, and imports nothing."""
-    if not layout.graph.exists():
-        return "none was asked for"
-    content = read_json(layout.graph)
-    if not isinstance(content, dict) or not isinstance(content.get("reason", ""), str):
-        raise IntegrityError("The graph is malformed", where=layout.name_of(layout.graph), way_out=WAY_OUT)
-    reason: str | None = content.get("reason")
-    return reason
 
 
 def read_graph(inventory: Inventory, layout: Layout) -> tuple[Graph, list[torch.Tensor]]:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mlflow_safeflavor import environment as environments
-from mlflow_safeflavor.artifact import WAY_OUT, Layout, find_broken_files, read_json, read_manifest, read_plain_file
+from mlflow_safeflavor.artifact import (
+    WAY_OUT,
+    Layout,
+    find_broken_files,
+    read_json,
+    read_manifest,
+    read_plain_file,
+    reason_against,
+)
 from mlflow_safeflavor.errors import (
     InputError,
     IntegrityError,
@@ -142,6 +150,8 @@ def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> ModelSpec
     require_no_shadows(layout.code)
     _check_files(layout, guarded, options, report)
     recorded = environments.Environment.from_json(read_json(layout.environment))
+    if run_time_options(options.model_config, stored=spec.model_config)["engine"] == "graph":
+        recorded = recorded.for_graph()
     differences = environments.require_same(recorded, policy=options.environment)
     report.environment = tuple(str(difference) for difference in differences)
     return spec
@@ -221,8 +231,6 @@ def _engine(spec: ModelSpec, layout: Layout, options: LoadOptions) -> str:
 
     A graph belongs to one dtype and one device; whatever else is asked for needs the module.
     """
-    from mlflow_safeflavor.graph import reason_against
-
     chosen = run_time_options(options.model_config, stored=spec.model_config)
     alone = spec.structure == "graph"
     asked = "graph" if alone and chosen["engine"] == "auto" else chosen["engine"]

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_js
 from mlflow_safeflavor.batching import measure_forward_cost
 from mlflow_safeflavor.damage import require_undamaged
 from mlflow_safeflavor.engine import evaluating
+from mlflow_safeflavor.environment import closure_of
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.graph import write_graph, write_reason
 from mlflow_safeflavor.load import LoadOptions, bind, guarded_parts, rebuild
@@ -141,7 +142,9 @@ def save_model(
         described, cast = _write_module(source, serving_dtype, how, allow_pickle, layout)
         spec = _write_task(source, described, serving_dtype, input_columns, options, layout)
         _write_code(code_paths, layout)
-        _write_environment(source, code_paths, layout, torch_index, pip_requirements, extra_pip_requirements, conda_env)
+        _write_environment(
+            source, structure, code_paths, layout, torch_index, pip_requirements, extra_pip_requirements, conda_env
+        )
         if hashes:
             locked = lock(read_lines(layout.requirements), python=platform.python_version())
             layout.requirements.write_text("\n".join(locked) + "\n", encoding="utf-8")
@@ -319,6 +322,7 @@ def _write_code(code_paths: Sequence[str] | None, layout: Layout) -> None:
 
 def _write_environment(
     source: Source,
+    structure: str,
     code_paths: Sequence[str] | None,
     layout: Layout,
     torch_index: str | None,
@@ -329,9 +333,12 @@ def _write_environment(
     with_model = {Path(path).stem for path in code_paths or ()}
     imported = usercode.distributions_of(source.module, source.hooks, except_for=with_model)
     processing = [] if source.processor is None else requirements_of(source.processor)
+    roots = [*requirements.DEFAULT_ROOTS, *imported, *processing]
+    graph_roots = _graph_roots(source, with_model)
+    only_module = set(closure_of(roots)) - set(closure_of(graph_roots))
     recorded = requirements.environment_files(
         layout.root,
-        [*requirements.DEFAULT_ROOTS, *imported, *processing],
+        graph_roots if structure == "graph" else roots,
         torch_build={
             "version": torch.__version__,
             "cuda": torch.version.cuda,
@@ -343,7 +350,18 @@ def _write_environment(
         extra_pip_requirements=extra_pip_requirements,
         conda_env=conda_env,
     )
+    there = only_module & recorded.distributions.keys()
+    recorded = replace(recorded, only_module=tuple(sorted(there)) if structure == "auto" else ())
     write_json(layout.environment, recorded.to_json())
+
+
+def _graph_roots(source: Source, with_model: Collection[str]) -> list[str]:
+    """What serving the graph needs directly: transformers only where its processors or tokenizers are called."""
+    hooks = usercode.distributions_of(torch.nn.Module(), source.hooks, except_for=with_model)
+    processing = [] if source.processor is None else requirements_of(source.processor)
+    calls = source.processor is not None or (source.task == "custom" and source.tokenizer is not None)
+    roots = [name for name in requirements.DEFAULT_ROOTS if calls or name != "transformers"]
+    return [*roots, *hooks, *processing]
 
 
 @contextmanager

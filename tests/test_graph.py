@@ -21,9 +21,9 @@ from torch import nn
 
 import mlflow_safeflavor
 from mlflow_safeflavor import cli, proof, recording
-from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.artifact import Layout, reason_against
 from mlflow_safeflavor.errors import PlacementError, StructureError
-from mlflow_safeflavor.graph import GraphModule, from_json, reason_against, to_json
+from mlflow_safeflavor.graph import GraphModule, from_json, to_json
 from mlflow_safeflavor.inventory import find_slots
 from mlflow_safeflavor.load import read_spec
 
