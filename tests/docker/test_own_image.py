@@ -81,7 +81,7 @@ def test_a_graph_is_served_without_transformers(engine, image, saved_minilm, mon
     assert "transformers" not in pins
     assert "tokenizers" in pins
     tag = f"{IMAGES}:lean"
-    assert ", graph, " in engine.docker("build", "--progress", "plain", "--tag", tag, path.parent, timeout=900)
+    assert ", graph, " in engine.docker("build", "--tag", tag, path.parent, timeout=900)
     with running(engine, tag, *HARDENED, env=ONE_THREAD) as container:
         container.wait_until_serving()
         found = container.invoke(BODY)["predictions"]
