@@ -23,6 +23,7 @@ __all__ = [
     "read_json",
     "read_manifest",
     "read_plain_file",
+    "reason_against",
     "staging",
     "without_duplicates",
     "write_json",
@@ -54,6 +55,8 @@ class Layout:
         self.structure = self.data / "structure.json"
         self.structure_pickle = self.data / "structure.pkl"
         self.tensors = self.data / "tensors.json"
+        self.graph = self.data / "graph.json"
+        self.graph_tensors = self.data / "graph.safetensors"
         self.tokenizer = self.data / "tokenizer"
         self.processor = self.data / "processor"
         self.environment = self.data / "environment.json"
@@ -147,6 +150,17 @@ def read_json(path: Path, *, strict: bool = True) -> Any:
         raise IntegrityError(
             "A file of the artifact cannot be read as JSON", where=path, found=error, way_out=WAY_OUT
         ) from None
+
+
+def reason_against(layout: Layout) -> str | None:
+    """Why an artifact has no graph, in words; None if it has one, which is not looked at any closer."""
+    if not layout.graph.exists():
+        return "none was asked for"
+    content = read_json(layout.graph)
+    if not isinstance(content, dict) or not isinstance(content.get("reason", ""), str):
+        raise IntegrityError("The graph is malformed", where=layout.name_of(layout.graph), way_out=WAY_OUT)
+    reason: str | None = content.get("reason")
+    return reason
 
 
 def read_plain_file(path: Path) -> str:

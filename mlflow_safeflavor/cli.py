@@ -49,7 +49,8 @@ def main() -> None:
 @click.argument("uri")
 @click.option("--pins", is_flag=True, help="List every pinned distribution.")
 @click.option("--tensors", "rows", is_flag=True, help="List every tensor.")
-def inspect(uri: str, pins: bool, rows: bool) -> None:
+@click.option("--graph", "calls", is_flag=True, help="Print the recorded graph, a call a line.")
+def inspect(uri: str, pins: bool, rows: bool, calls: bool) -> None:
     """Say what the model at URI is. Nothing of the artifact is run, built or imported."""
     console = Console()
     layout = Layout(locate(uri))
@@ -61,6 +62,7 @@ def inspect(uri: str, pins: bool, rows: bool) -> None:
         "task": spec.task,
         "model class": spec.model_class,
         "structure": f"{spec.structure} (runs {_runs(spec.structure)})",
+        "graph": _graph(layout),
         "serving dtype": spec.dtype,
         "input columns": ", ".join(f"{field} ← {column}" for field, column in spec.input_columns.items()),
         "tensors": f"{len(inventory['tensors'])} in {len(inventory['data'])} alias groups",
@@ -78,10 +80,32 @@ def inspect(uri: str, pins: bool, rows: bool) -> None:
         console.print("\n".join(f"{name}=={version}" for name, version in environment.distributions.items()))
     if rows:
         console.print(_tensor_table(inventory))
+    if calls:
+        from mlflow_safeflavor.graph import from_json, lines_of
+
+        for line in lines_of(from_json(read_json(layout.graph))):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _graph(layout: Layout) -> str:
+    """What there is of a graph, in words; the file is not checked here."""
+    if not layout.graph.exists():
+        return "none was asked for"
+    content = read_json(layout.graph)
+    try:
+        if "reason" in content:
+            return f"none: {content['reason']}"
+        operators = {call[0] for call in content["calls"]}
+        proven = content["facts"]["proven"]
+        return f"{len(content['calls'])} calls of {len(operators)} operators, proven on {proven} inputs"
+    except (KeyError, TypeError, IndexError):
+        raise IntegrityError("The graph is malformed", where=layout.name_of(layout.graph), way_out=WAY_OUT) from None
 
 
 def _runs(structure: str) -> str:
-    return {"transformers": "no code of its own", "import": "its own code", "pickle": "a pickle"}[structure]
+    return {"transformers": "no code of its own", "import": "its own code", "pickle": "a pickle", "graph": "no code"}[
+        structure
+    ]
 
 
 def _read_inventory(layout: Layout) -> dict[str, Any]:
@@ -202,11 +226,19 @@ def _write_page(path: str, report: ParityReport, uri: str, endpoint: str | None)
 @click.option("-o", "--output", "folder", required=True, type=click.Path(), help="Folder to create.")
 @click.option("--target", default="cpu", show_default=True, help="cpu refuses pins that install CUDA; cuda keeps them.")
 @click.option("--user", default="mlflow", show_default=True, help="Name of the user, not root, that serves.")
+@click.option("--engine", default="auto", show_default=True, help="graph leaves transformers out of the image.")
 @click.option("--base-image", help="Instead of python:X.Y.Z-slim.")
 @click.option("--hashes/--no-hashes", default=True, show_default=True, help="Lock the pins with hashes.")
 @click.option("--allow-pickle", is_flag=True, help="The image may run the pickle that the model holds.")
 def dockerfile(
-    uri: str, folder: str, target: str, user: str, base_image: str | None, hashes: bool, allow_pickle: bool
+    uri: str,
+    folder: str,
+    target: str,
+    user: str,
+    engine: str,
+    base_image: str | None,
+    hashes: bool,
+    allow_pickle: bool,
 ) -> None:
     """Write a folder from which `docker build` makes an image that serves the model at URI."""
     from mlflow_safeflavor.docker import generate_dockerfile
@@ -217,6 +249,7 @@ def dockerfile(
             folder,
             target=target,
             user=user,
+            engine=engine,
             base_image=base_image,
             hashes=hashes,
             trust={"pickle"} if allow_pickle else (),

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from mlflow_safeflavor.artifact import Layout, read_json, staging
+from mlflow_safeflavor.artifact import Layout, read_json, reason_against, staging
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
 from mlflow_safeflavor.load import locate, read_spec
@@ -20,6 +20,7 @@ from mlflow_safeflavor.trust import require_agreed, require_known
 __all__ = ["TARGETS", "generate_dockerfile"]
 
 TARGETS = ("cpu", "cuda")
+ENGINES = ("auto", "graph")
 
 _CUDA_ONLY = re.compile(r"nvidia-.*|cuda-.*|triton|pytorch-triton.*")
 _PINNED = re.compile(r"([A-Za-z0-9][\w.-]*)==([^\s;\\]+)")
@@ -69,6 +70,7 @@ def generate_dockerfile(
     *,
     target: str = "cpu",
     user: str = "mlflow",
+    engine: str = "auto",
     base_image: str | None = None,
     hashes: bool = True,
     trust: Collection[str] = (),
@@ -83,6 +85,7 @@ def generate_dockerfile(
         output_dir: Folder to create.
         target: "cpu" refuses pins that install CUDA; "cuda" keeps them.
         user: Name of the user, not root, that serves.
+        engine: "graph" installs only what the graph needs, without transformers; the model must have one.
         base_image: By default ``python:X.Y.Z-slim`` of the Python that saved the model.
         hashes: Lock the pins with the hashes of the files that may be installed; needs uv and an index.
         trust: {"pickle"} where the model holds a pickle that the image may run.
@@ -94,7 +97,7 @@ def generate_dockerfile(
         SafeFlavorError: The model is none of ours, its pins do not fit the target or cannot be locked, or it
             holds a pickle that nobody agreed to run; nothing is written then.
     """
-    _require_sane(target, user)
+    _require_sane(target, user, engine)
     require_known(trust)
     layout = Layout(locate(model_uri))
     spec, _ = read_spec(layout)
@@ -102,6 +105,9 @@ def generate_dockerfile(
         require_agreed("pickle", trust, spec.model_class)
     environment = Environment.from_json(read_json(layout.environment))
     lines = read_lines(layout.requirements)
+    if engine == "graph":
+        _require_graph(layout)
+        lines = [line for line in lines if not _pins([line]).keys() & set(environment.only_module)]
     _require_target(_pins(lines), target)
     if hashes:
         lines = lock(lines, python=environment.python)
@@ -116,7 +122,7 @@ def generate_dockerfile(
                 base_image=base_image or f"python:{environment.python}-slim",
                 hashes=" --no-deps --require-hashes" if hashes else "",
                 user=user,
-                options=_variables(trust),
+                options=_variables(trust, engine),
                 imports=_IMPORTS,
             ),
             encoding="utf-8",
@@ -124,7 +130,9 @@ def generate_dockerfile(
     return Path(output_dir) / "Dockerfile"
 
 
-def _require_sane(target: str, user: str) -> None:
+def _require_sane(target: str, user: str, engine: str) -> None:
+    if engine not in ENGINES:
+        raise InputError("Unknown engine", where="engine", wanted=" | ".join(ENGINES), found=repr(engine))
     if target not in TARGETS:
         raise InputError("Unknown target", where="target", wanted=" | ".join(TARGETS), found=repr(target))
     if not _NAME.fullmatch(user) or user == "root":
@@ -133,8 +141,20 @@ def _require_sane(target: str, user: str) -> None:
         )
 
 
-def _variables(trust: Iterable[str]) -> str:
+def _require_graph(layout: Layout) -> None:
+    if reason := reason_against(layout):
+        raise InputError(
+            "The model has no graph that an image could serve",
+            where="engine",
+            wanted="auto",
+            found=f"graph; the reason against one is: {reason}",
+        )
+
+
+def _variables(trust: Iterable[str], engine: str) -> str:
     values = {"MLFLOW_SAFEFLAVOR_ENVIRONMENT": "error"}
+    if engine == "graph":
+        values["MLFLOW_SAFEFLAVOR_ENGINE"] = "graph"
     if "pickle" in trust:
         values["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "true"
     return " ".join(f"{name}={value}" for name, value in values.items())

@@ -1,6 +1,6 @@
 """Engine: what turns a dict of input tensors into a dict of output tensors.
 
-Tasks and batching see only this seam. ``ModuleEngine`` runs the rebuilt module.
+Tasks and batching see only this seam. ``ModuleEngine`` runs the rebuilt module, ``GraphEngine`` the recorded graph.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -15,8 +16,9 @@ from typing import Any, Protocol
 import torch
 
 from mlflow_safeflavor.errors import PlacementError, StructureError
+from mlflow_safeflavor.graph import GraphModule
 
-__all__ = ["Engine", "ModuleEngine", "evaluating"]
+__all__ = ["Engine", "GraphEngine", "ModuleEngine", "evaluating", "named_tensors"]
 
 
 class Engine(Protocol):
@@ -94,7 +96,7 @@ class ModuleEngine:
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with torch.inference_mode():
             outputs = self._forward(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
-        return _named_tensors(outputs)
+        return named_tensors(outputs)
 
     def generate(
         self,
@@ -117,6 +119,68 @@ class ModuleEngine:
             )
         kept = {"logits": torch.stack(found.logits, dim=1)} if keep_logits else {}
         return {"sequences": found.sequences, **kept}
+
+
+class GraphEngine:
+    """Runs a recorded graph, and rebuilds the module only for what the graph does not take.
+
+    Args:
+        module: The graph with its constants, where they are to run.
+        device: Where that is.
+        dtype: Its serving dtype.
+        rebuild: Makes the engine of the module; None where the artifact holds a graph alone.
+    """
+
+    name = "graph"
+
+    def __init__(
+        self,
+        module: GraphModule,
+        device: torch.device,
+        dtype: torch.dtype,
+        rebuild: Callable[[], Engine] | None = None,
+    ) -> None:
+        self.module = module
+        self.device = device
+        self.dtype = dtype
+        self._rebuild = rebuild
+        self._rebuilt: Engine | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self._rebuild is not None and self.module.graph.misfit(inputs):
+            return self.fallback()(inputs)
+        with torch.inference_mode():
+            found: dict[str, torch.Tensor] = self.module(
+                **{name: tensor.to(self.device) for name, tensor in inputs.items()}
+            )
+        return found
+
+    def fallback(self) -> Engine:
+        """The engine of the module, rebuilt on first use. Raises ``StructureError`` where there is none."""
+        with self._lock:
+            if self._rebuilt is None:
+                if self._rebuild is None:
+                    raise StructureError(
+                        "The model was stored as a graph of one forward, which cannot do this",
+                        where="engine",
+                        way_out='save the model with its module, too: structure="auto"',
+                    )
+                self._rebuilt = self._rebuild()
+            return self._rebuilt
+
+    def generate(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        settings: Mapping[str, Any],
+        *,
+        processors: Sequence[Callable[..., torch.Tensor]] = (),
+        stopping: Sequence[Callable[..., torch.Tensor]] = (),
+        keep_logits: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        return self.fallback().generate(
+            inputs, settings, processors=processors, stopping=stopping, keep_logits=keep_logits
+        )
 
 
 @contextmanager
@@ -173,7 +237,7 @@ def _compiled(module: torch.nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def _named_tensors(outputs: Any) -> dict[str, torch.Tensor]:
+def named_tensors(outputs: Any) -> dict[str, torch.Tensor]:
     """The tensors of a forward's result under the names the model gives them, else ``output_0`` ….
 
     Caches and tuples of hidden states are left out, since no task reads them: unless they are all there

@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +30,7 @@ __all__ = [
     "TORCH_FAMILY",
     "Difference",
     "Environment",
+    "closure_of",
     "find_differences",
     "format_differences",
     "installed_version",
@@ -68,6 +69,7 @@ class Environment:
         libc: Such as ``glibc 2.36``; empty where the platform does not tell.
         distributions: Canonical name → exact version with its local label (``2.13.0+cpu``), sorted by name.
         torch_build: Facts about torch that only torch itself knows, handed in by the caller; JSON scalars.
+        only_module: Names among them that nobody needs who serves the graph and never rebuilds the module.
     """
 
     python: str
@@ -77,6 +79,7 @@ class Environment:
     libc: str
     distributions: Mapping[str, str]
     torch_build: Mapping[str, Any]
+    only_module: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("distributions", "torch_build"):
@@ -85,7 +88,13 @@ class Environment:
     def to_json(self) -> dict[str, Any]:
         """The JSON-able value of ``environment.json``; ``from_json`` reads it back."""
         facts = {name: getattr(self, name) for name in _PLATFORM_KEYS}
-        return facts | {"distributions": dict(self.distributions), "torch_build": dict(self.torch_build)}
+        pins = {"distributions": dict(self.distributions), "only_module": list(self.only_module)}
+        return facts | pins | {"torch_build": dict(self.torch_build)}
+
+    def for_graph(self) -> Environment:
+        """Without the distributions that only the module needs."""
+        kept = {name: version for name, version in self.distributions.items() if name not in self.only_module}
+        return replace(self, distributions=kept, only_module=())
 
     @classmethod
     def from_json(cls, value: object) -> Environment:
@@ -102,7 +111,11 @@ class Environment:
             _check(isinstance(found, Mapping) and all(isinstance(k, str) for k in found), key, "an object", found)
         for name, version in entry["distributions"].items():
             _check(isinstance(version, str), f"distributions, {name}", "a version as a string", version)
-        return cls(**{key: entry[key] for key in (*_PLATFORM_KEYS, "distributions", "torch_build")})
+        only_module = entry.get("only_module", [])
+        sound = isinstance(only_module, list) and all(isinstance(name, str) for name in only_module)
+        _check(sound, "only_module", "a list of names", only_module)
+        facts = {key: entry[key] for key in (*_PLATFORM_KEYS, "distributions", "torch_build")}
+        return cls(**facts, only_module=tuple(only_module))
 
 
 _PLATFORM_KEYS = ("python", "implementation", "system", "machine", "libc")
@@ -183,7 +196,12 @@ def record(
     if strict:
         _require_releases([installed[name] for name in closure - set(map(canonicalize_name, editable_ok))])
     pins = {name: installed[name].version for name in closure}
-    return Environment(**_platform_facts(), distributions=pins, torch_build=torch_build)
+    return Environment(**_platform_facts(), distributions=pins, torch_build=torch_build, only_module=())
+
+
+def closure_of(roots: Iterable[str], *, path: Sequence[str] | None = None) -> frozenset[str]:
+    """Canonical names of the installed distributions that the roots need, themselves among them."""
+    return frozenset(_closure(roots, _installed(path))[0])
 
 
 def _platform_facts() -> dict[str, str]:

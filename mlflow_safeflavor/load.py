@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mlflow_safeflavor import environment as environments
-from mlflow_safeflavor.artifact import WAY_OUT, Layout, find_broken_files, read_json, read_manifest, read_plain_file
+from mlflow_safeflavor.artifact import (
+    WAY_OUT,
+    Layout,
+    find_broken_files,
+    read_json,
+    read_manifest,
+    read_plain_file,
+    reason_against,
+)
 from mlflow_safeflavor.errors import (
     InputError,
     IntegrityError,
@@ -31,6 +39,8 @@ from mlflow_safeflavor.trust import require_agreed, require_known, require_no_sh
 if TYPE_CHECKING:
     import torch
 
+    from mlflow_safeflavor.engine import Engine
+    from mlflow_safeflavor.graph import GraphModule
     from mlflow_safeflavor.inventory import Inventory
     from mlflow_safeflavor.model import LoadedModel
 
@@ -51,6 +61,7 @@ class LoadOptions:
     model_config: Mapping[str, Any] = field(default_factory=dict)
     trust: Collection[str] = field(default_factory=frozenset)
     replay: bool = True
+    prefer_graph: bool = False
 
 
 def load_model(
@@ -110,10 +121,16 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
         inventory = tensors.read_inventory(layout)
         _check_dtype(inventory, spec)
         _check_digests(inventory, layout, options, report)
-    with report.timed("rebuild"):
-        module, hooks = rebuild(inventory, spec, layout, options, report)
-    with report.timed("place"):
-        device = _place(module, inventory, spec, layout, options, report)
+    report.engine = _engine(spec, layout, options)
+    module: torch.nn.Module
+    if report.engine == "graph":
+        with report.timed("rebuild"):
+            module, hooks, device = _read_graph(inventory, spec, layout, options, report)
+    else:
+        with report.timed("rebuild"):
+            module, hooks = rebuild(inventory, spec, layout, options, report)
+        with report.timed("place"):
+            device = _place(module, inventory, spec, layout, options, report)
     with _naming_failures(layout):
         model = bind(module, hooks, device, spec, layout, options, report)
         with report.timed("replay"):
@@ -133,6 +150,8 @@ def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> ModelSpec
     require_no_shadows(layout.code)
     _check_files(layout, guarded, options, report)
     recorded = environments.Environment.from_json(read_json(layout.environment))
+    if run_time_options(options.model_config, stored=spec.model_config)["engine"] == "graph":
+        recorded = recorded.for_graph()
     differences = environments.require_same(recorded, policy=options.environment)
     report.environment = tuple(str(difference) for difference in differences)
     return spec
@@ -205,6 +224,75 @@ def _require_none(problems: Collection[str], what: str) -> None:
     if problems:
         shown = "; ".join(list(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise IntegrityError(what, where=shown, way_out=WAY_OUT)
+
+
+def _engine(spec: ModelSpec, layout: Layout, options: LoadOptions) -> str:
+    """What is to answer, "graph" or "module": what was asked for, and can be had of what was saved.
+
+    A graph belongs to one dtype and one device; whatever else is asked for needs the module.
+    """
+    chosen = run_time_options(options.model_config, stored=spec.model_config)
+    alone = spec.structure == "graph"
+    asked = "graph" if alone and chosen["engine"] == "auto" else chosen["engine"]
+    other = {"dtype": _casts(spec, options), "device_map": options.device_map, "compile": chosen["compile"]}
+    needs_module = [name for name, value in other.items() if value]
+    reason = reason_against(layout)
+    if asked == "auto":
+        return "graph" if options.prefer_graph and not needs_module and reason is None else "module"
+    if asked == "module" and alone:
+        raise PlacementError(
+            "The model was stored as a graph alone, so there is no module to rebuild",
+            where="engine",
+            wanted="graph",
+            found="module",
+            way_out='leave it out, or save the model with structure="auto"',
+        )
+    if asked == "graph" and (needs_module or reason is not None):
+        raise PlacementError(
+            "The model cannot be served as a graph like this",
+            where=", ".join(needs_module) or "engine",
+            wanted="a graph, which belongs to one dtype and one device",
+            found=reason or ", ".join(f"{name}={other[name]!r}" for name in needs_module),
+            way_out='leave those out, or pass engine="module" where the model was saved with its module',
+        )
+    return asked
+
+
+def _casts(spec: ModelSpec, options: LoadOptions) -> str | None:
+    """The dtype that was asked for, if it is another than the saved one."""
+    asked = str(options.dtype or "").removeprefix("torch.")
+    return asked if asked and asked != spec.dtype else None
+
+
+def _read_graph(
+    inventory: Inventory, spec: ModelSpec, layout: Layout, options: LoadOptions, report: LoadReport
+) -> tuple[GraphModule, dict[str, Callable[..., Any]], torch.device]:
+    from mlflow_safeflavor import placement, structure
+    from mlflow_safeflavor.graph import GraphModule, read_graph
+
+    graph, constants = read_graph(inventory, layout)
+    device = placement.resolve_device(options.device)
+    report.tensors, report.alias_groups = len(inventory.rows), len(inventory.data)
+    report.weight_bytes, report.device = inventory.nbytes, str(device)
+    described = structure.read_structure(layout, spec)
+    return GraphModule(graph, constants, device), _hooks(described, inventory, layout, options), device
+
+
+def _hooks(
+    described: Mapping[str, Any], inventory: Inventory, layout: Layout, options: LoadOptions
+) -> dict[str, Callable[..., Any]]:
+    """The user's hooks by name, and no module."""
+    from mlflow_safeflavor import inventory as inventories
+    from mlflow_safeflavor import pickled, tensors, usercode
+
+    names = described["hooks"]
+    if names and "code" in options.trust:
+        usercode.make_importable(layout.code)
+    objects: dict[str, Any] = {}
+    if not all(names.values()):
+        realised = inventories.realise(inventory, tensors.read_tensors(inventory, layout))
+        objects = pickled.load(layout, described["pickle"], realised, options.trust)
+    return {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
 
 
 def rebuild(
@@ -297,7 +385,8 @@ def bind(
     report: LoadReport,
 ) -> LoadedModel:
     """A module, and what the spec says can be asked of it."""
-    from mlflow_safeflavor.engine import ModuleEngine
+    from mlflow_safeflavor.engine import GraphEngine, ModuleEngine
+    from mlflow_safeflavor.graph import GraphModule
     from mlflow_safeflavor.model import LoadedModel, make_task
     from mlflow_safeflavor.placement import resolve_dtype
     from mlflow_safeflavor.scheduler import Scheduler
@@ -305,10 +394,33 @@ def bind(
     chosen = run_time_options(options.model_config, stored=spec.model_config)
     task = make_task(spec, layout, hooks)
     dtype = resolve_dtype(options.dtype or spec.dtype)
-    engine = ModuleEngine(module, device, dtype, compile=chosen["compile"])
+    engine: Engine
+    if isinstance(module, GraphModule):
+        engine = GraphEngine(module, device, dtype, _rebuilding(spec, layout, options, dtype))
+    else:
+        engine = ModuleEngine(module, device, dtype, compile=chosen["compile"])
     names = ("max_batch_tokens", "forward_cost", "deterministic", "max_queue")
     scheduler = Scheduler(task, engine, **{name: chosen[name] for name in names})
     return LoadedModel(module, spec, report, task, engine, layout.root, scheduler, chosen)
+
+
+def _rebuilding(
+    spec: ModelSpec, layout: Layout, options: LoadOptions, dtype: torch.dtype
+) -> Callable[[], Engine] | None:
+    """What makes the engine of the module, for inputs that the graph does not take."""
+    if spec.structure == "graph":
+        return None
+
+    def make() -> Engine:
+        from mlflow_safeflavor import tensors
+        from mlflow_safeflavor.engine import ModuleEngine
+
+        report = LoadReport()
+        inventory = tensors.read_inventory(layout)
+        module, _ = rebuild(inventory, spec, layout, options, report)
+        return ModuleEngine(module, _place(module, inventory, spec, layout, options, report), dtype)
+
+    return make
 
 
 def _replay(model: LoadedModel, layout: Layout, options: LoadOptions, report: LoadReport) -> None:

@@ -109,7 +109,7 @@ def dtype_plan(
 
 
 def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    if structure["kind"] == "pickle":
+    if structure["kind"] in ("pickle", "graph"):
         return {}
     described = {**structure, "config": _with_dtype(structure["config"], str(dtype).removeprefix("torch."))}
     seen = []

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlflow_safeflavor.errors import RehearsalError
@@ -28,7 +29,7 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFF
 # Runs in the clean process. The audit hook sees every connection, whatever library makes it.
 _SCRIPT = """
 import json, sys
-path, answer = sys.argv[1:]
+path, engines, answer = sys.argv[1:]
 
 def no_network(event, args):
     if event == "socket.connect" and isinstance(args[1], tuple):
@@ -39,7 +40,8 @@ def no_network(event, args):
 sys.addaudithook(no_network)
 try:
     import mlflow.pyfunc
-    mlflow.pyfunc.load_model(path)
+    for engine in engines.split():
+        mlflow.pyfunc.load_model(path, model_config={"engine": engine})
     problem = None
 except BaseException as error:
     problem = {"kind": type(error).__name__, "message": str(error)}
@@ -48,9 +50,10 @@ with open(answer, "w", encoding="utf-8") as file:
 """
 
 
-def rehearse(staged: Path, *, allow_pickle: bool = False) -> None:
+def rehearse(staged: Path, engines: Sequence[str] = ("auto",), *, allow_pickle: bool = False) -> None:
     """Load ``staged`` through pyfunc, in a process that shares nothing with this one but the installed packages.
 
+    Once with each of the ``engines``.
     Its interpreter is isolated (``-I``), its environment stripped, its working and home folders are
     empty, the hub is offline, and any connection beyond loopback is an error. Loading replays the golden rows.
 
@@ -62,7 +65,7 @@ def rehearse(staged: Path, *, allow_pickle: bool = False) -> None:
         environ = {name: value for name, value in os.environ.items() if name in _KEPT}
         environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = str(allow_pickle).lower()
         environ |= {**_OFFLINE, "HOME": scratch, "HF_HOME": scratch, "MLFLOW_TRACKING_URI": f"file:{scratch}/mlruns"}
-        command = [sys.executable, "-I", "-c", _SCRIPT, os.fspath(staged), os.fspath(answer)]
+        command = [sys.executable, "-I", "-c", _SCRIPT, os.fspath(staged), " ".join(engines), os.fspath(answer)]
         try:
             process = subprocess.run(
                 command, cwd=scratch, env=environ, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT

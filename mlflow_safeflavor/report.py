@@ -22,6 +22,7 @@ class LoadReport:
         weight_bytes: Bytes of that data.
         environment: Differences from the recorded environment, in words.
         device: Where the model is.
+        engine: What answers: "module" or "graph".
         golden_rows: Recorded rows answered again; 0 if ``verify="off"``.
         max_difference: Largest absolute difference of a raw output from its recording.
         bit_identical: Whether all raw outputs equal their recording bit for bit.
@@ -35,6 +36,7 @@ class LoadReport:
     weight_bytes: int = 0
     environment: tuple[str, ...] = ()
     device: str = "cpu"
+    engine: str = "module"
     golden_rows: int = 0
     max_difference: float = 0.0
     bit_identical: bool = False
@@ -53,5 +55,6 @@ class LoadReport:
             f"{self.tensors} tensors ({self.weight_bytes / 1e6:.1f} MB) as saved, "
             f"{self.files} files ({self.hashed_bytes / 1e6:.1f} MB hashed), "
             f"{f'{self.golden_rows} golden rows {exact}' if self.golden_rows else 'no golden rows replayed'}, "
-            f"{len(self.environment)} differences of environment, on {self.device}, {sum(self.seconds.values()):.2f} s"
+            f"{len(self.environment)} differences of environment, on {self.device}, "
+            f"{self.engine}, {sum(self.seconds.values()):.2f} s"
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,18 @@ from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 from mlflow.utils.model_utils import _validate_and_copy_code_paths
 
 from mlflow_safeflavor import inventory as inventories
-from mlflow_safeflavor import parity, pickled, placement, releases, requirements, structure, tensors, usercode
+from mlflow_safeflavor import parity, pickled, placement, recording, releases, requirements, tensors, usercode
+from mlflow_safeflavor import structure as structures
 from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_json, write_manifest
 from mlflow_safeflavor.batching import measure_forward_cost
 from mlflow_safeflavor.damage import require_undamaged
 from mlflow_safeflavor.engine import evaluating
+from mlflow_safeflavor.environment import closure_of
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.graph import write_graph, write_reason
 from mlflow_safeflavor.load import LoadOptions, bind, guarded_parts, rebuild
 from mlflow_safeflavor.lock import lock, read_lines
+from mlflow_safeflavor.model import LoadedModel
 from mlflow_safeflavor.options import MODEL_CONFIG
 from mlflow_safeflavor.processor import requirements_of, write_processor
 from mlflow_safeflavor.rehearsal import rehearse as rehearse_load
@@ -64,6 +70,8 @@ def save_model(
     signature: ModelSignature | None = None,
     model_config: Mapping[str, Any] | None = None,
     init_args: Mapping[str, Any] | None = None,
+    structure: str = "auto",
+    require_graph: bool = False,
     code_paths: Sequence[str] | None = None,
     pip_requirements: Sequence[str] | str | None = None,
     extra_pip_requirements: Sequence[str] | str | None = None,
@@ -99,6 +107,9 @@ def save_model(
         model_config: Options of the task (``pooling``, ``normalize``) and defaults of run-time options.
         init_args: Constructor arguments of a class of yours, where they cannot be told from its config:
             JSON values and transformers configs.
+        structure: "auto" stores how the module is rebuilt and, where it gives the same bits, a graph of its forward;
+            "module" no graph; "graph" nothing but the graph, so that serving needs neither the class nor its code.
+        require_graph: Refuse to save a model whose forward has no graph.
         code_paths: Files and folders with the code of your classes and hooks.
         pip_requirements: Replaces the recorded pins.
         extra_pip_requirements: Adds to them.
@@ -120,26 +131,34 @@ def save_model(
     """
     serving_dtype = placement.resolve_dtype(dtype)
     source = resolve_source(model, tokenizer, task, inventories.dtype_name(serving_dtype), processor)
+    _require_structure(structure)
     source = replace(source, hooks=_hooks(source.task, preprocess, postprocess), example=input_example)
     options = _options(source.task, model_config)
     inventories.require_saveable(inventories.find_slots(source.module))
     require_undamaged(source.module, on_damage)
     with staging(path) as stage:
         layout = Layout(stage)
-        described, cast = _write_module(source, serving_dtype, init_args, allow_pickle, layout)
+        how = _how(source, structure, init_args, allow_pickle)
+        described, cast = _write_module(source, serving_dtype, how, allow_pickle, layout)
         spec = _write_task(source, described, serving_dtype, input_columns, options, layout)
         _write_code(code_paths, layout)
-        _write_environment(source, code_paths, layout, torch_index, pip_requirements, extra_pip_requirements, conda_env)
+        _write_environment(
+            source, structure, code_paths, layout, torch_index, pip_requirements, extra_pip_requirements, conda_env
+        )
         if hashes:
             locked = lock(read_lines(layout.requirements), python=platform.python_version())
             layout.requirements.write_text("\n".join(locked) + "\n", encoding="utf-8")
-        task_, answers, spec = _write_parity(source, spec, cast, layout)
+        with _answering(source, spec, described, cast, layout) as model:
+            answers, spec = _write_parity(model, source, spec, layout)
+            has_graph = structure != "module" and _write_graph(model, source, require_graph or structure == "graph")
+        task_ = model.task
         mlmodel = mlflow_model or Model()
         _write_example(mlmodel, source.example, task_, layout)
         _write_mlmodel(mlmodel, spec, _signature(signature, source.example, task_, answers), metadata, layout)
         write_manifest(layout, mlmodel=guarded_parts(yaml.safe_load(layout.mlmodel.read_text(encoding="utf-8"))))
         if rehearse:
-            rehearse_load(stage, allow_pickle=allow_pickle)
+            module = [] if structure == "graph" else ["module"]
+            rehearse_load(stage, [*module, *(["graph"] if has_graph else [])], allow_pickle=allow_pickle)
 
 
 def log_model(
@@ -196,16 +215,30 @@ def _hooks(task: str, *given: Callable[..., Any] | None) -> dict[str, Callable[.
     return hooks
 
 
+_STRUCTURES = ("auto", "module", "graph")
+
+
+def _require_structure(structure: str) -> None:
+    if structure not in _STRUCTURES:
+        raise InputError("Unknown value", where="structure", wanted=" | ".join(_STRUCTURES), found=repr(structure))
+
+
+def _how(source: Source, structure: str, init_args: Mapping[str, Any] | None, allow_pickle: bool) -> dict[str, Any]:
+    """How the module is rebuilt; for a graph it never is."""
+    if structure == "graph":
+        return {"kind": "graph", "class": usercode.name_of(type(source.module))}
+    return structures.describe(source.module, init_args=init_args, allow_pickle=allow_pickle)
+
+
 def _write_module(
     source: Source,
     dtype: torch.dtype,
-    init_args: Mapping[str, Any] | None,
+    described: dict[str, Any],
     allow_pickle: bool,
     layout: Layout,
 ) -> tuple[dict[str, Any], bool]:
     """Structure, pickle and tensors. Returns the structure, and whether any tensor was cast to the serving dtype."""
     slots = inventories.find_slots(source.module)
-    described = structure.describe(source.module, init_args=init_args, allow_pickle=allow_pickle)
     casts = placement.dtype_plan(source.module, described, dtype, slots)
     names = {hook: usercode.importable_name(function) for hook, function in source.hooks.items()}
     to_pickle = {hook: source.hooks[hook] for hook, name in names.items() if name is None}
@@ -226,7 +259,7 @@ def _write_module(
         inventories.require_saveable(slots)
     described |= {"hooks": names, "pickle": facts}
     inventory, values = inventories.take_inventory(slots, casts)
-    structure.write_structure(described, layout)
+    structures.write_structure(described, layout)
     tensors.write_tensors(inventory, values, layout)
     return described, bool(casts)
 
@@ -258,7 +291,7 @@ def _write_task(
         dtype=inventories.dtype_name(dtype),
         structure=described["kind"],
         model_class=described["class"],
-        runs=structure.what_runs(described),
+        runs=structures.what_runs(described),
         task_config={**config, "encoder": encoder},
         input_columns=cls.columns_for(input_columns),
         model_config={key: options.get(key, default) for key, default in MODEL_CONFIG.items()},
@@ -287,6 +320,7 @@ def _write_code(code_paths: Sequence[str] | None, layout: Layout) -> None:
 
 def _write_environment(
     source: Source,
+    structure: str,
     code_paths: Sequence[str] | None,
     layout: Layout,
     torch_index: str | None,
@@ -297,9 +331,12 @@ def _write_environment(
     with_model = {Path(path).stem for path in code_paths or ()}
     imported = usercode.distributions_of(source.module, source.hooks, except_for=with_model)
     processing = [] if source.processor is None else requirements_of(source.processor)
+    roots = [*requirements.DEFAULT_ROOTS, *imported, *processing]
+    graph_roots = _graph_roots(source, with_model)
+    only_module = set(closure_of(roots)) - set(closure_of(graph_roots))
     recorded = requirements.environment_files(
         layout.root,
-        [*requirements.DEFAULT_ROOTS, *imported, *processing],
+        graph_roots if structure == "graph" else roots,
         torch_build={
             "version": torch.__version__,
             "cuda": torch.version.cuda,
@@ -311,37 +348,80 @@ def _write_environment(
         extra_pip_requirements=extra_pip_requirements,
         conda_env=conda_env,
     )
+    there = only_module & recorded.distributions.keys()
+    recorded = replace(recorded, only_module=tuple(sorted(there)) if structure == "auto" else ())
     write_json(layout.environment, recorded.to_json())
 
 
-def _write_parity(
-    source: Source, spec: ModelSpec, cast: bool, layout: Layout
-) -> tuple[Task, list[dict[str, Any]], ModelSpec]:
-    """Record the golden rows from the very module the user handed over, unless it had to be cast.
+def _graph_roots(source: Source, with_model: Collection[str]) -> list[str]:
+    """What serving the graph needs directly: transformers only where its processors or tokenizers are called."""
+    hooks = usercode.distributions_of(torch.nn.Module(), source.hooks, except_for=with_model)
+    processing = [] if source.processor is None else requirements_of(source.processor)
+    calls = source.processor is not None or (source.task == "custom" and source.tokenizer is not None)
+    roots = [name for name in requirements.DEFAULT_ROOTS if calls or name != "transformers"]
+    return [*roots, *hooks, *processing]
+
+
+@contextmanager
+def _answering(
+    source: Source, spec: ModelSpec, described: Mapping[str, Any], cast: bool, layout: Layout
+) -> Iterator[LoadedModel]:
+    """The very module the user handed over, as it is served; unless it had to be cast.
 
     A cast model exists only in the artifact, so there the rebuilt module answers.
-
-    Returns:
-        The task, the answers to the user's example, and the spec with what was measured.
     """
     options = LoadOptions(trust=frozenset(KINDS))
     module, hooks = source.module, source.hooks
-    if cast:
-        module, hooks = rebuild(tensors.read_inventory(layout), spec, layout, options, LoadReport())
     device = next((slot.tensor.device for slot in inventories.find_slots(module)), torch.device("cpu"))
+    if cast and described["kind"] == "graph":
+        module = copy.deepcopy(module)
+        dtypes = placement.dtype_plan(
+            module, described, placement.resolve_dtype(spec.dtype), inventories.find_slots(module)
+        )
+        placement.place(module, device, dtypes)
+    elif cast:
+        device = torch.device("cpu")
+        module, hooks = rebuild(tensors.read_inventory(layout), spec, layout, options, LoadReport())
     with evaluating(module):
-        model = bind(module, hooks, device, spec, layout, options, LoadReport())
-        examples = [] if source.example is None else model.task.rows(source.example)
-        rows = [*examples, *model.task.golden_rows()]
-        if not model.scheduler.forward_cost and device.type == "cpu":
-            # Stored, so that all hosts make the same batches: the bits of an answer depend on what shares its batch.
-            model.answer(rows, model.task.golden_params)
-            model.scheduler.forward_cost = measure_forward_cost(
-                model.task, model.engine, rows, model.options["max_batch_tokens"]
-            )
-        answers = parity.record(model, rows, spec.dtype, layout)
+        yield bind(module, hooks, device, spec, layout, options, LoadReport())
+
+
+def _write_parity(
+    model: LoadedModel, source: Source, spec: ModelSpec, layout: Layout
+) -> tuple[list[dict[str, Any]], ModelSpec]:
+    """Record the golden rows. Returns the answers to the user's example, and the spec with what was measured."""
+    examples = [] if source.example is None else model.task.rows(source.example)
+    rows = [*examples, *model.task.golden_rows()]
+    if not model.scheduler.forward_cost and model.engine.device.type == "cpu":
+        # Stored, so that all hosts make the same batches: the bits of an answer depend on what shares its batch.
+        model.answer(rows, model.task.golden_params)
+        model.scheduler.forward_cost = measure_forward_cost(
+            model.task, model.engine, rows, model.options["max_batch_tokens"]
+        )
+    answers = parity.record(model, rows, spec.dtype, layout)
     spec = replace(spec, model_config={**spec.model_config, "forward_cost": model.scheduler.forward_cost})
-    return model.task, answers[: len(examples)], spec
+    return answers[: len(examples)], spec
+
+
+def _write_graph(model: LoadedModel, source: Source, required: bool) -> bool:
+    """Record the forward as a graph, or the reason why there is none. Returns whether there is one."""
+    layout, slots = Layout(model.folder), inventories.find_slots(model.module)
+    examples = [] if source.example is None else model.task.rows(source.example)
+    try:
+        inputs = recording.examples_of(model.task, model.engine, [*examples, *model.task.golden_rows()])
+        graph, constants = recording.record(model.module, slots, inputs, limit=getattr(model.task, "limit", None))
+    except recording.Refusal as refusal:
+        if required:
+            raise StructureError(
+                "The forward of the model cannot be stored as a graph",
+                where=model.spec.model_class,
+                found=refusal,
+                way_out='save it with structure="auto" and without require_graph',
+            ) from refusal
+        write_reason(str(refusal), layout)
+        return False
+    write_graph(graph, constants, layout)
+    return True
 
 
 def _write_example(mlmodel: Model, example: Any, task: Task, layout: Layout) -> None:

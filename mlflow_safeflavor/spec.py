@@ -24,7 +24,7 @@ READ_BY = {1: "0.1"}
 """First release that reads a format version; grows by one line with each version."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-STRUCTURE_KINDS = ("transformers", "import", "pickle")
+STRUCTURE_KINDS = ("transformers", "import", "pickle", "graph")
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,11 @@ def bits_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
         return True
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    first, second = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    first, second = (
+        # A single value counts as contiguous with any stride, and then has no bytes to look at.
+        tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+        for tensor in (one, other)
+    )
     return torch.equal(first, second)
 
 

@@ -1,6 +1,6 @@
 """Describe a module so that it can be built again on real memory, and build it.
 
-Three kinds of structure, tried in this order when a model is saved:
+Three kinds of structure, tried in this order when a model is saved (a fourth, ``graph``, has no module; see ``graph``):
 
 * ``transformers``: a class of the transformers package and its config; runs no code of the artifact;
 * ``import``: any class that can be imported, and JSON arguments; runs the user's code;
@@ -491,7 +491,10 @@ _CONSTRUCTOR_KEYS: dict[str, type | tuple[type, ...]] = {
     "experts_implementation": dict,
     "arguments": dict,
 }
-_PICKLE_KEYS: dict[str, type | tuple[type, ...]] = {**_KEYS, "reason": str, "pickle": dict}
+_KEYS_OF: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "pickle": {**_KEYS, "reason": str, "pickle": dict},
+    "graph": _KEYS,
+}
 
 
 def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
@@ -502,9 +505,9 @@ def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
             which is what the caller agreed to.
     """
     content = read_json(layout.structure)
-    if isinstance(content, dict) and content.get("kind") != "pickle":
+    if isinstance(content, dict) and spec.structure not in _KEYS_OF:
         content["config"] = read_json(layout.config) if content.get("config_class") else None
-    keys = _PICKLE_KEYS if spec.structure == "pickle" else _CONSTRUCTOR_KEYS
+    keys = _KEYS_OF.get(spec.structure, _CONSTRUCTOR_KEYS)
     try:
         kernels = _loads_kernels(content)
     except RecursionError:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file as save_numpy
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
 from mlflow_safeflavor.digests import cached_digests_of, digests_of
@@ -23,9 +23,11 @@ from mlflow_safeflavor.inventory import STORABLE, Data, Inventory, Row, contiguo
 __all__ = [
     "find_wrong_digests",
     "read_arrays",
+    "read_constants",
     "read_inventory",
     "read_tensors",
     "write_arrays",
+    "write_constants",
     "write_tensors",
 ]
 
@@ -223,4 +225,31 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except (SafetensorError, OSError, ValueError) as error:
         raise IntegrityError(
             "A safetensors file cannot be read", where=path.name, found=error, way_out=WAY_OUT
+        ) from None
+
+
+# --- constants of a graph ------------------------------------------------------------------------
+
+
+def write_constants(constants: Mapping[str, torch.Tensor], layout: Layout) -> None:
+    """Write what a graph uses beside the model's own tensors."""
+    save_file({name: tensor.cpu().contiguous() for name, tensor in constants.items()}, layout.graph_tensors)
+
+
+def read_constants(layout: Layout) -> dict[str, torch.Tensor]:
+    """Read what ``write_constants`` wrote; nothing where it wrote nothing.
+
+    Raises:
+        IntegrityError: The file is not readable.
+    """
+    if not layout.graph_tensors.exists():
+        return {}
+    try:
+        return dict(load_file(layout.graph_tensors))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise IntegrityError(
+            "A safetensors file cannot be read",
+            where=layout.name_of(layout.graph_tensors),
+            found=error,
+            way_out=WAY_OUT,
         ) from None

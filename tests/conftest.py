@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import pytest
 
-from mlflow_safeflavor import environment
+from mlflow_safeflavor import environment, recording
 
 # torch, and what is built on it, is imported where it is used: some tests also run without.
 if TYPE_CHECKING:
@@ -66,6 +66,17 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+@pytest.fixture(autouse=True)
+def _graphs_where_wanted(request, monkeypatch):
+    """Recording a graph takes seconds, so it is left to the tests that are about graphs or what serves them."""
+
+    def refuse(*args: Any) -> Any:
+        raise recording.Refusal("this test does without")
+
+    if request.node.get_closest_marker("graphs") is None:
+        monkeypatch.setattr(recording, "examples_of", refuse)
 
 
 # Models.

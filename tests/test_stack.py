@@ -28,7 +28,7 @@ import mlflow_safeflavor
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError
 
 pytest_plugins = "stack_fixtures"
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stack")]
+pytestmark = pytest.mark.slow
 
 NAME = "codebuggy"
 CHAMPION = f"models:/{NAME}@champion"

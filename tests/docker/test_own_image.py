@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import mlflow_safeflavor
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow]
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.graphs]
 
 TEXTS = ["", "a cat on the mat", "naïve Straße 你好 🙂", "def f(x): return x + 1 " * 90]
 BODY = {"dataframe_records": [{"text": text} for text in TEXTS]}
@@ -70,6 +70,29 @@ def test_it_answers_as_this_machine_without_root_network_or_a_writable_disk(engi
         log = container.log()
     assert [row["embedding"] for row in found] == expected, "bit for bit, as JSON holds all digits"
     assert "safeflavor: feature-extraction" in log
+
+
+def test_a_graph_is_served_without_transformers(engine, image, saved_minilm, monkeypatch):
+    """The lean image: the same bits from a container in which transformers is not installed."""
+    path = mlflow_safeflavor.generate_dockerfile(
+        str(saved_minilm / "model"), saved_minilm / "lean", engine="graph", hashes=False
+    )
+    pins = (path.parent / "environment" / "requirements.txt").read_text()
+    assert "transformers" not in pins
+    assert "tokenizers" in pins
+    tag = f"{IMAGES}:lean"
+    assert ", graph, " in engine.docker("build", "--tag", tag, path.parent, timeout=900)
+    with running(engine, tag, *HARDENED, env=ONE_THREAD) as container:
+        container.wait_until_serving()
+        found = container.invoke(BODY)["predictions"]
+        looked = engine.docker(
+            "exec", container.name, "python", "-c", "import importlib.util as u; print(u.find_spec('transformers'))"
+        )
+    assert [row["embedding"] for row in found] == answers(saved_minilm / "model", monkeypatch)
+    assert looked.strip() == "None"
+    size = {name: int(engine.docker("image", "inspect", "--format", "{{.Size}}", name)) for name in (tag, image[0])}
+    print(size)
+    assert size[tag] < size[image[0]]
 
 
 def test_workers_are_as_many_as_the_quota_allows(engine, image):

@@ -1,0 +1,398 @@
+"""The graph engine: the same bits as the module, without its class, its code or transformers."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from test_audio import make_model as make_listener
+from test_audio import masked
+from test_images import make_model as make_viewer
+from test_images import make_processor
+from torch import nn
+
+import mlflow_safeflavor
+from mlflow_safeflavor import cli, proof, recording
+from mlflow_safeflavor.artifact import Layout, reason_against
+from mlflow_safeflavor.errors import PlacementError, StructureError
+from mlflow_safeflavor.graph import GraphModule, from_json, to_json
+from mlflow_safeflavor.inventory import find_slots
+from mlflow_safeflavor.load import read_spec
+
+pytestmark = pytest.mark.graphs
+
+TEXTS = ["the cat sat on the mat", "a dog", "", "red tree under green tree " * 9, "x = y + ( x - y )"]
+SHAPE = {
+    "vocab_size": 35,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+}
+
+
+def bert(head, **config):
+    torch.manual_seed(0)
+    return getattr(transformers, f"Bert{head}")(transformers.BertConfig(**SHAPE, initializer_range=0.5, **config))
+
+
+def engine_of(served):
+    return served._model_impl.model.engine
+
+
+def both(path, **options):
+    """The same artifact, served as a graph and as a module."""
+    served = [mlflow.pyfunc.load_model(str(path), model_config={"engine": name}) for name in ("auto", "module")]
+    assert [engine_of(model).name for model in served] == ["graph", "module"]
+    return served
+
+
+def same(one, other):
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+
+
+# Every task that is a forward.
+
+TASKS = {
+    "text-classification": ("ForSequenceClassification", pd.DataFrame({"text": TEXTS}), {}),
+    "text pairs": (
+        "ForSequenceClassification",
+        pd.DataFrame({"a": TEXTS, "b": TEXTS[::-1]}),
+        {"input_columns": {"text": "a", "text_pair": "b"}},
+    ),
+    "feature-extraction": ("Model", pd.DataFrame({"text": TEXTS}), {}),
+    "token-classification": ("ForTokenClassification", pd.DataFrame({"text": TEXTS}), {}),
+    "question-answering": (
+        "ForQuestionAnswering",
+        pd.DataFrame({"question": ["the cat", "a dog ran"], "context": [TEXTS[0], TEXTS[3]]}),
+        {},
+    ),
+    "fill-mask": ("ForMaskedLM", pd.DataFrame({"text": ["the [MASK] sat", "a [MASK]"]}), {}),
+    "zero-shot-classification": (
+        "ForSequenceClassification",
+        pd.DataFrame({"text": TEXTS[:2]}),
+        {
+            "task": "zero-shot-classification",
+            "model_config": {"candidate_labels": ["cat", "red tree"]},
+            "id2label": {0: "entailment", 1: "neutral", 2: "contradiction"},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_of_text(name, tiny_tokenizer, tmp_path):
+    head, rows, options = TASKS[name]
+    options = dict(options)
+    labels = {"id2label": options.pop("id2label")} if "id2label" in options else {}
+    model = bert(head, **labels)
+    if labels:
+        model.config.label2id = {label: i for i, label in labels["id2label"].items()}
+    mlflow_safeflavor.save_model(
+        model, tmp_path / "m", tokenizer=tiny_tokenizer, require_graph=True, rehearse=False, **options
+    )
+    graph, module = both(tmp_path / "m")
+    same(graph.predict(rows), module.predict(rows))
+    # One at a time, too: other shapes.
+    for i in range(len(rows)):
+        same(graph.predict(rows[i : i + 1]), module.predict(rows[i : i + 1]))
+    assert engine_of(graph)._rebuilt is None  # all of it was answered by the graph
+
+
+def test_images(tmp_path):
+    mlflow_safeflavor.save_model(
+        make_viewer(), tmp_path / "m", processor=make_processor(size={"height": 32, "width": 32}), require_graph=True,
+        rehearse=False,
+    )  # fmt: skip
+    graph, module = both(tmp_path / "m")
+    draw = np.random.default_rng(0)
+    images = [draw.integers(0, 256, (40 + i, 50, 3), np.uint8) for i in range(3)]
+    model, other = graph._model_impl.model, module._model_impl.model
+    same(model.predict(images, {"top_k": -1}), other.predict(images, {"top_k": -1}))
+    assert engine_of(graph)._rebuilt is None
+
+
+def test_sounds(tmp_path):
+    mlflow_safeflavor.save_model(make_listener(), tmp_path / "m", processor=masked, require_graph=True, rehearse=False)
+    graph, module = both(tmp_path / "m")
+    draw = np.random.default_rng(0)
+    sounds = [draw.normal(size=size).astype(np.float32) for size in (1600, 2400, 4000)]
+    model, other = graph._model_impl.model, module._model_impl.model
+    same(model.predict(sounds), other.predict(sounds))
+    assert engine_of(graph)._rebuilt is None
+
+
+def test_what_writes_stays_with_the_module(tiny_tokenizer, tmp_path):
+    config = transformers.GPT2Config(vocab_size=35, n_positions=32, n_embd=16, n_layer=1, n_head=2, pad_token_id=0)
+    model = transformers.GPT2LMHeadModel(config)
+    mlflow_safeflavor.save_model(model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+    assert "token by token" in reason_against(Layout(tmp_path / "m"))
+    assert engine_of(mlflow.pyfunc.load_model(str(tmp_path / "m"))).name == "module"
+    with pytest.raises(StructureError, match="cannot be stored as a graph"):
+        mlflow_safeflavor.save_model(
+            model, tmp_path / "n", tokenizer=tiny_tokenizer, require_graph=True, rehearse=False
+        )
+    assert not (tmp_path / "n").exists()
+
+
+# Modules of the user's own.
+
+
+def make_private(width=4):
+    """A class that nothing could import."""
+
+    class Private(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+            self.shift = torch.arange(3.0)  # neither parameter nor buffer
+
+        def forward(self, x, scale=None):
+            y = self.inner(x) + self.shift
+            return {"y": y if scale is None else y * scale}
+
+    torch.manual_seed(0)
+    return Private()
+
+
+X = {"x": np.array([[1.0, 2.0, 3.0, 4.0], [0.5, -1.0, 0.0, 2.0]], dtype=np.float32)}
+
+
+def test_a_graph_alone_needs_no_trust_and_no_class(tmp_path, clean_process):
+    model = make_private()
+    with torch.inference_mode():
+        wanted = model.eval()(torch.tensor(X["x"]))["y"].numpy()
+    mlflow_safeflavor.save_model(model, tmp_path / "m", task="raw", input_example=X, structure="graph")
+    layout = Layout(tmp_path / "m")
+    spec, _ = read_spec(layout)
+    assert (spec.structure, spec.runs) == ("graph", ())
+    assert not layout.structure_pickle.exists()
+    loaded = mlflow_safeflavor.load_model(str(tmp_path / "m"))
+    assert isinstance(loaded.module, GraphModule)
+    np.testing.assert_array_equal(loaded.predict(X)["y"], wanted)
+    printed = clean_process(
+        "import sys, json, mlflow.pyfunc, numpy as np\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
+        "y = model.predict({'x': np.array(json.loads(sys.argv[2]), dtype=np.float32)})['y']\n"
+        "there = [name for name in ('transformers', 'torch._dynamo') if name in sys.modules]\n"
+        "print('FOUND', json.dumps([y.tolist(), there]))",
+        str(tmp_path / "m"),
+        json.dumps(X["x"].tolist()),
+        env={"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+    ).stdout
+    found, there = json.loads(printed.split("FOUND")[1])
+    assert (np.array(found, dtype=np.float32) == wanted).all()
+    assert there == []
+
+
+def test_classifier_without_transformers(tiny_tokenizer, tmp_path, clean_process):
+    """Serving imports neither transformers nor the tracer: the latter costs seconds, the former is what drifts."""
+    mlflow_safeflavor.save_model(
+        bert("ForSequenceClassification"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False
+    )
+    wanted = mlflow_safeflavor.load_model(str(tmp_path / "m")).predict(TEXTS)
+    printed = clean_process(
+        "import sys, json\n"
+        "sys.modules['transformers'] = None  # as where it is not installed\n"
+        "import mlflow.pyfunc, pandas as pd\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
+        "rows = model.predict(pd.DataFrame({'text': json.loads(sys.argv[2])}))\n"
+        "print('FOUND', json.dumps([rows.to_dict('list'), 'torch._dynamo' in sys.modules]))",
+        str(tmp_path / "m"),
+        json.dumps(TEXTS),
+        env={"OMP_NUM_THREADS": "1"},
+    ).stdout
+    found, traced = json.loads(printed.split("FOUND")[1])
+    assert found == wanted.to_dict("list")
+    assert not traced
+
+
+def test_hooks(tmp_path):
+    mlflow_safeflavor.save_model(
+        make_private(),
+        tmp_path / "m",
+        task="custom",
+        preprocess=lambda rows, tokenizer: {"x": torch.tensor([[row["a"], row["b"], 0.0, 1.0] for row in rows])},
+        postprocess=lambda outputs, rows: [{"best": int(y.argmax())} for y in outputs["y"]],
+        input_example=[{"a": 1.0, "b": 2.0}, {"a": -3.0, "b": 0.5}],
+        structure="graph",
+        allow_pickle=True,  # for the hooks
+        rehearse=False,
+    )
+    loaded = mlflow_safeflavor.load_model(str(tmp_path / "m"), trust={"pickle"})
+    assert loaded.report.engine == "graph"
+    assert len(loaded.predict([{"a": float(i), "b": 0.0} for i in range(5)])) == 5
+
+
+def test_what_the_graph_does_not_take_goes_to_the_module(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
+    mlflow_safeflavor.save_model(
+        make_private(), tmp_path / "m", task="raw", input_example=X, allow_pickle=True, rehearse=False
+    )
+    served = mlflow.pyfunc.load_model(str(tmp_path / "m"))._model_impl.model
+    assert served.engine.name == "graph"
+    plain = served.predict(X)["y"]
+    assert served.engine._rebuilt is None
+    doubled = served.predict({**X, "scale": np.float32(2)})["y"]
+    np.testing.assert_array_equal(doubled, plain * 2)
+    assert served.engine._rebuilt is not None
+
+
+def test_a_graph_alone_says_what_it_takes(tmp_path):
+    mlflow_safeflavor.save_model(
+        make_private(), tmp_path / "m", task="raw", input_example=X, structure="graph", rehearse=False
+    )
+    loaded = mlflow_safeflavor.load_model(str(tmp_path / "m"))
+    with pytest.raises(StructureError, match=r"wanted.*float32\[rows, 4\]"):
+        loaded.predict({**X, "scale": np.float32(2)})
+    with pytest.raises(StructureError, match="does not take this input"):
+        loaded.predict({"x": np.zeros((2, 5), np.float32)})
+    assert loaded.predict({"x": np.zeros((7, 4), np.float32)})["y"].shape == (7, 3)
+    for refused in ({"dtype": "bfloat16"}, {"model_config": {"compile": True}}, {"model_config": {"engine": "module"}}):
+        with pytest.raises(PlacementError):
+            mlflow_safeflavor.load_model(str(tmp_path / "m"), **refused)
+
+
+@pytest.mark.parametrize("structure", ["auto", "graph"])
+def test_half_precision(structure, tiny_tokenizer, tmp_path):
+    """The graph is recorded in the serving dtype, from the model that only the artifact has."""
+    model = bert("ForSequenceClassification")
+    mlflow_safeflavor.save_model(
+        model, tmp_path / "m", tokenizer=tiny_tokenizer, dtype="bfloat16", structure=structure, require_graph=True,
+        rehearse=False,
+    )  # fmt: skip
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    served = mlflow.pyfunc.load_model(str(tmp_path / "m"))._model_impl.model
+    assert served.engine.name == "graph"
+    assert served.report.bit_identical
+    with torch.inference_mode():
+        module = bert("ForSequenceClassification").to(torch.bfloat16).eval()
+        logits = module(**tiny_tokenizer([TEXTS[0]], return_tensors="pt")).logits.float().softmax(1)
+    assert served.predict([TEXTS[0]])["score"][0] == pytest.approx(logits.max().item(), abs=1e-6)
+
+
+# Recording and its proof.
+
+
+class Decides(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return {"y": self.linear(x) if x.sum() > 0 else x}
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return {"y": x + self.calls}
+
+
+class Shouts(nn.Module):
+    """Another answer for one shape, which the tracer does not see."""
+
+    def forward(self, x):
+        return {"y": x * (2 if int(x.shape[0]) == 7 else 1)}
+
+
+class Random(nn.Module):
+    def forward(self, x):
+        return {"y": x + torch.rand_like(x)}
+
+
+@pytest.mark.parametrize(("cls", "reason"), [(Decides, "torch.export"), (Counts, "changes"), (Random, "rand_like")])
+def test_forwards_without_a_graph(cls, reason):
+    module = cls().eval().requires_grad_(False)
+    with pytest.raises(recording.Refusal, match=reason):
+        recording.record(module, find_slots(module), [{"x": torch.ones(3, 4)}])
+
+
+def test_other_bits_are_found(monkeypatch):
+    """The proof, not the tracer, is what decides."""
+    wrapped = make_private().eval().requires_grad_(False)
+    graph, own = recording._Tracer(wrapped, find_slots(wrapped), {"x": torch.ones(3, 4)}).graph()
+    with pytest.raises(recording.Refusal, match="other bits"):
+        proof.prove(Scaled(wrapped), graph, own, find_slots(wrapped), {"x": torch.ones(3, 4)}, None)
+
+
+class Scaled(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return {"y": self.inner(x)["y"] * (1 + 2**-20)}
+
+
+def test_a_shape_that_the_module_treats_apart():
+    module = Shouts().eval()
+    with pytest.raises(recording.Refusal):
+        recording.record(module, [], [{"x": torch.ones(3, 4)}, {"x": torch.ones(2, 4)}])
+
+
+def test_json_and_back(tiny_tokenizer):
+    module = bert("Model").eval().requires_grad_(False)
+    ids = torch.randint(5, 35, (3, 9))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    graph, own = recording.record(
+        module, find_slots(module), [inputs, {n: t[:1, :4] for n, t in inputs.items()}], limit=32
+    )
+    assert from_json(json.loads(json.dumps(to_json(graph)))) == graph
+    assert own.keys() == {known.tensor for known in graph.constants if known.own}
+    # Dropout, asserts and casts that change nothing are gone, and nothing is computed that no output needs.
+    assert not any("dropout" in call.operator or "assert" in call.operator for call in graph.calls)
+    assert graph.facts["proven"] > 20
+    assert {known.shape for known in graph.inputs} == {("rows", "length")}
+
+
+def test_many_threads(tiny_tokenizer, tmp_path):
+    mlflow_safeflavor.save_model(
+        bert("ForSequenceClassification"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False, structure="graph"
+    )
+    engine = mlflow_safeflavor.load_model(str(tmp_path / "m")).engine
+    batches = [dict(tiny_tokenizer([text, "a"], padding=True, truncation=True, return_tensors="pt")) for text in TEXTS]
+    wanted = [engine(batch)["logits"] for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        for i, found in enumerate(pool.map(lambda i: engine(batches[i % 5])["logits"], range(400))):
+            assert torch.equal(found, wanted[i % 5])
+
+
+# Seen from outside.
+
+
+def test_inspect_shows_it(tiny_tokenizer, tmp_path):
+    mlflow_safeflavor.save_model(bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+    shown = CliRunner().invoke(cli.main, ["inspect", str(tmp_path / "m"), "--graph"], catch_exceptions=False).output
+    assert "operators, proven on" in shown
+    assert "input input_ids: int64[rows, length]" in shown
+    assert "aten.layer_norm.default" in shown
+    assert "→ float32[rows, length, 32]" in shown
+    assert "output last_hidden_state:" in shown
+
+
+def test_a_damaged_graph_is_refused(tiny_tokenizer, tmp_path):
+    mlflow_safeflavor.save_model(bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+    file = Layout(tmp_path / "m").graph
+    file.write_text(file.read_text().replace("aten.gelu.default", "aten.relu.default"))
+    with pytest.raises(mlflow_safeflavor.errors.IntegrityError, match=r"graph\.json"):
+        mlflow.pyfunc.load_model(str(tmp_path / "m"))
+
+
+def test_unknown_structure(tmp_path):
+    with pytest.raises(mlflow_safeflavor.errors.InputError, match=r"auto \| module \| graph"):
+        mlflow_safeflavor.save_model(make_private(), tmp_path / "m", task="raw", input_example=X, structure="jit")
+    assert not Path(tmp_path / "m").exists()
