@@ -68,6 +68,8 @@ def saved(session: nox.Session) -> None:
     """Save the models of the matrix in the environment that runs nox, for all others to load."""
     if importlib.util.find_spec("mlflow_safeflavor") is None:
         session.error("this is not the main environment: `make venv`, and then .venv/bin/nox")
+    if "CI" in os.environ and sys.version_info[:2] != (3, 11):
+        session.error("the corners are on Python 3.11, and would be skipped")
     shutil.rmtree(SAVED, ignore_errors=True)
     command = [sys.executable, "tests/matrix/matrix_models.py", "save", str(SAVED)]
     session.run(*command, env={**OFFLINE, **ONE_THREAD}, external=True)
@@ -114,5 +116,5 @@ def _requirements_without_torch() -> list[str]:
 def _test(session: nox.Session, *files: str) -> None:
     given = {"SAFEFLAVOR_MATRIX_PYTHON": sys.executable, "SAFEFLAVOR_MATRIX_SAVED": str(SAVED)}
     # Old releases warn about the new ones of what they are built on.
-    command = ["python", "-m", "pytest", "-W", "default", *(f"tests/{file}.py" for file in files), *session.posargs]
+    command = ["python", "-m", "pytest", "-W", "ignore", *(f"tests/{file}.py" for file in files), *session.posargs]
     session.run(*command, env={**OFFLINE, **ONE_THREAD, **given})

@@ -30,8 +30,11 @@ class _Unsayable:
 
 try:
     from mlflow.types.schema import Array, Object, Property
+
+    _SAYS_LISTS = True
 except ImportError:  # before 2.10
     Array = Object = Property = _Unsayable  # type: ignore[assignment, misc]
+    _SAYS_LISTS = False
 
 
 def schema_of(columns: Mapping[str, DataType | Array | Object]) -> Schema | None:
@@ -59,7 +62,7 @@ def inferred_signature(rows: pd.DataFrame, answers: Any) -> ModelSignature:
     Raises:
         InputError: This MLflow has no type for a column of ``rows``.
     """
-    if Array is not _Unsayable:
+    if _SAYS_LISTS:
         return infer_signature(rows, answers)
     try:
         inputs = infer_signature(rows).inputs
@@ -94,7 +97,7 @@ def read_mlmodel(folder: Path) -> Model:
         EnvironmentMismatchError: Its signature says what this MLflow does not know.
     """
     try:
-        return Model.load(str(folder))  # type: ignore[no-untyped-call]  # MLflow's
+        model: Model = Model.load(str(folder))
     except TypeError as error:
         raise EnvironmentMismatchError(
             "A newer MLflow wrote the signature, and this one cannot read it",
@@ -103,3 +106,4 @@ def read_mlmodel(folder: Path) -> Model:
             found=f"MLflow {mlflow.__version__}: {error}",
             way_out="load it with mlflow_safeflavor.load_model, which does not need the signature, or install the pins",
         ) from None
+    return model

@@ -85,7 +85,7 @@ def _verify_server(
     spec = _read_intact_spec(layout)
     golden = read_golden(layout)
     # First of all, so that a mistyped file or column is told before anybody waits for a model or a server.
-    schema = read_mlmodel(layout.root).get_input_schema()
+    schema = read_mlmodel(layout.root).get_input_schema()  # type: ignore[no-untyped-call]  # MLflow's
     frame = None if rows is None else _require_some(rows if isinstance(rows, pd.DataFrame) else _read(rows, schema))
     compared = list(_compare_golden(server, golden, spec, layout))
     environments: dict[str, Any] = {"saved": _saved(spec, layout)}
@@ -127,7 +127,7 @@ def _compare_golden(server: Endpoint, golden: Golden, spec: ModelSpec, layout: L
 
 def _golden_params(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
     """What the golden rows were asked with, as far as a request may say it."""
-    schema = read_mlmodel(layout.root).get_params_schema()
+    schema = read_mlmodel(layout.root).get_params_schema()  # type: ignore[no-untyped-call]  # MLflow's
     declared = {param.name for param in schema.params} if schema else set()
     return {name: value for name, value in task_class(spec.task).golden_params.items() if name in declared}
 

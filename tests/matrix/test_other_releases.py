@@ -85,6 +85,9 @@ def test_a_server_answers_the_same_and_refuses_with_400(here, name, serve):
             answer = server.invoke({"dataframe_records": [good], "params": {"max_length": -1}})
             assert (answer.status, "max_length" in answer.text) == (400, True), answer.text
             assert "Traceback" not in answer.text
+        answer = server.invoke({"dataframe_records": [{"other": "a"}]})  # refused by MLflow itself
+        assert (answer.status, first in answer.text) == (400 if SAYS_LISTS else 500, True), answer.text
+        assert "Traceback" not in answer.text
         assert server.invoke({"dataframe_records": [good]}).status == 200
 
 
