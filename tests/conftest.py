@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import pytest
 
-from mlflow_safeflavor import environment, recording
+from mlflow_safeflavor import environment
 
 # torch, and what is built on it, is imported where it is used: some tests also run without.
 if TYPE_CHECKING:
@@ -71,12 +71,14 @@ def _is_loopback(host: str) -> bool:
 @pytest.fixture(autouse=True)
 def _graphs_where_wanted(request, monkeypatch):
     """Recording a graph takes seconds, so it is left to the tests that are about graphs or what serves them."""
+    if importlib.util.find_spec("torch") is None or request.node.get_closest_marker("graphs"):
+        return
+    from mlflow_safeflavor import recording
 
     def refuse(*args: Any) -> Any:
         raise recording.Refusal("this test does without")
 
-    if request.node.get_closest_marker("graphs") is None:
-        monkeypatch.setattr(recording, "examples_of", refuse)
+    monkeypatch.setattr(recording, "examples_of", refuse)
 
 
 # Models.
