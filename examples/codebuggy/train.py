@@ -199,11 +199,12 @@ def main(
     with mlflow.start_run() as run:
         mlflow.log_params(
             {
-                "encoder": encoder or "all-MiniLM-L6-v2",
-                "encoder_revision": revision,
+                "checkpoint": encoder or "all-MiniLM-L6-v2",
+                "checkpoint_revision": revision,
                 "python": platform.python_version(),  # whose standard library the pairs are from
                 **{f"pairs_{split}": count for split, count in counts.items()},
-                **vars(recipe),
+                # `mlflow run` has logged its own parameters, in the user's own spelling, which cannot be logged again.
+                **{f"recipe_{name}": value for name, value in vars(recipe).items()},
             }
         )
         majority, bag = (score(splits["train"], splits["heldout"]) for score in (score_majority, score_bag_of_tokens))
