@@ -17,6 +17,7 @@ from typing import Any
 import click
 import pandas as pd
 import requests
+import torch
 
 import mlflow_safeflavor
 
@@ -56,6 +57,7 @@ class Agreement:
 
 def compare(model_uri: str, endpoint: str, app: str, rows: Sequence[Mapping[str, Any]]) -> Agreement:
     """Answer ``rows`` by the model loaded here, by a scoring server, and by ``POST /predict`` of the service."""
+    torch.set_num_threads(1)  # as servers do, by the model's `num_threads`: more threads round sums in another order
     frame = pd.DataFrame([{name: row[name] for name in ("buggy_code", "fixed_code")} for row in rows])
     report = mlflow_safeflavor.verify_model(model_uri, endpoint=endpoint, rows=frame, trust=TRUST)
     here = mlflow_safeflavor.load_model(model_uri, trust=TRUST).predict(frame).to_dict(orient="records")

@@ -123,8 +123,10 @@ def golden_rows(logits: torch.Tensor, pairs: Sequence[Pair], count: int = 6) -> 
 
 def log(model: FixClassifier, tokenizer: Any, example: pd.DataFrame, registered_model_name: str) -> Any:
     """Log the model with its weights, tokenizer and code, and promote it if it has a name; returns MLflow's info."""
+    # What is recorded now is compared with servers, which use one thread and no gradients.
+    torch.set_num_threads(MODEL_CONFIG["num_threads"])
     info = mlflow_safeflavor.log_model(
-        model,
+        model.requires_grad_(False),
         "codebuggy",
         tokenizer=tokenizer,
         task="text-classification",
