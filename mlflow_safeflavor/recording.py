@@ -184,8 +184,10 @@ class _Tracer:
         return _pruned(graph, self.own)
 
     def _size(self, size: Any) -> int | str:
-        # A symbol may turn out to have one value only.
-        return int(size) if isinstance(size, int) or size.node.expr.is_number else str(size.node.expr)
+        """A name only for what is free: the forward may have fixed a size, or bound it to others (twice another)."""
+        if isinstance(size, int):
+            return size
+        return str(size.node.expr) if size.node.expr.is_symbol else int(size.node.hint)
 
     def _bounds(self, inputs: Sequence[Input]) -> dict[str, tuple[int, int | None]]:
         """Sizes of 1 are proven like all others, although the tracer takes 2 for the least it knows of."""
