@@ -3,9 +3,9 @@
     make graphs                                                  all of them
     cd tests; python -m sweep.graphs --only 'Bert|ViT'           some of them, by class name
 
-Each class is built as in ``run.py``, and its forward recorded, proven and written to JSON as ``save_model`` does it. The
-graph that is read back from the JSON then answers fresh inputs of other sizes, which it must do with the module's bits.
-Rows go to ``tests/sweep/graphs.jsonl`` as they are done, and are not done again; ``graphs.md`` is made of them at the
+Each class is built as in ``run.py``, and its forward recorded, proven and written to JSON as ``save_model`` does it.
+The graph that is read back from the JSON then answers fresh inputs of other sizes, with the module's bits or it is a
+bug. Rows go to ``tests/sweep/graphs.jsonl`` as they are done, and are not done again; ``graphs.md`` is made of them at the
 end. It ends with 1 if any graph that was proven gave other bits, or if something broke that is no refusal.
 """
 
@@ -20,7 +20,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,8 +60,16 @@ Tensors = dict[str, torch.Tensor]
 
 def encoders(only: str = "") -> list[tuple[str, str]]:
     """Class name and model type of all that do not write, those first that are served most."""
-    found = [item for item in shrink.architectures().items() if not WRITES.search(item[0]) and re.search(only, item[0])]
-    return sorted(found, key=lambda item: next(i for i, kind in enumerate(KINDS) if item[0].endswith(kind)))
+    known = shrink.architectures()
+    found = [item for item in known.items() if not WRITES.search(item[0]) and re.search(only, item[0])]
+    families = {kind for name, kind in known.items() if re.search("MaskedLM|(Image|Audio)Classification", name)}
+    return sorted(
+        found,
+        key=lambda item: (
+            item[1] not in families,
+            next(i for i, kind in enumerate(KINDS) if item[0].endswith(kind)),
+        ),
+    )
 
 
 # --- one class --------------------------------------------------------------------------------------
@@ -186,7 +193,12 @@ def _values(name: str, shape: Sequence[int], like: torch.Tensor, generator: torc
     if like.is_floating_point():
         return torch.randn(shape, generator=generator) * 0.5
     chosen = torch.randint(like.numel(), tuple(shape), generator=generator)  # ids that the model knows
-    return like.reshape(-1)[chosen]
+    values = like.reshape(-1)[chosen]
+    if name == "input_ids" and len(shape) == 2 and len(like.shape) == 2:
+        # A text ends with its own token, and some models look for it.
+        values[values == like[0, -1]] = like[0, 0]
+        values[:, -1] = like[0, -1]
+    return values
 
 
 # --- all of them ------------------------------------------------------------------------------------
@@ -262,7 +274,7 @@ def sweep(wanted: Sequence[tuple[str, str]], results: Path) -> None:
 def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Counts, a table by kind of class, every class that is proven, and why the others are not."""
     results = ("proven", "refused", "left out", "differs")
-    counts = {kind: {name: 0 for name in results} for kind in [*KINDS, "all"]}
+    counts = {kind: dict.fromkeys(results, 0) for kind in [*KINDS, "all"]}
     for row in rows:
         kind = next(kind for kind in KINDS if row["class"].endswith(kind))
         counts[kind][row["result"]] += 1
@@ -290,7 +302,8 @@ def _grouped(rows: Sequence[Mapping[str, Any]], result: str, title: str) -> list
     groups: dict[str, list[str]] = {}
     for row in rows:
         if row["result"] == result:
-            groups.setdefault(report._short(re.sub(r"\b[us]\d+\b", "s", row.get("reason", ""))), []).append(row["class"])
+            reason = report._short(re.sub(r"\b[us]\d+\b", "s", row.get("reason", "")))
+            groups.setdefault(reason, []).append(row["class"])
     body = [f"- {reason}: {', '.join(sorted(names))}" for reason, names in sorted(groups.items())]
     return ["", f"## {title}", "", *body] if body else []
 
