@@ -25,7 +25,7 @@ class TooMuch(Exception):
     """What an operator wants, in words."""
 
 
-class Allowance(TorchDispatchMode):
+class Allowance(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls operators while what they made and somebody still holds is within a number of bytes.
 
     A bound from the arguments comes first, which costs microseconds and is never too low. Where it is beyond the
@@ -40,7 +40,7 @@ class Allowance(TorchDispatchMode):
     """
 
     def __init__(self, most_bytes: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.left = most_bytes
 
     @classmethod
@@ -133,7 +133,7 @@ def _of_broadcast(given: Sequence[Any]) -> int:
         sizes += [1] * (len(shape) - len(sizes))
         for i, size in enumerate(shape):
             sizes[i] = max(sizes[i], size)
-    return math.prod(sizes)
+    return int(math.prod(sizes))
 
 
 def _of_numbers(given: Sequence[Any]) -> int:

@@ -23,7 +23,7 @@ from mlflow_safeflavor.allowance import Allowance, TooMuch
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
 from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.inventory import STORABLE, Inventory, dtype_name, realise
-from mlflow_safeflavor.operators import SIZES, WITHOUT_DROPOUT, Signature, allowed, signature_of
+from mlflow_safeflavor.operators import KEPT_FALSE, SIZES, WITHOUT_DROPOUT, Signature, allowed, signature_of
 from mlflow_safeflavor.tensors import read_constants, read_tensors, write_constants
 
 __all__ = [
@@ -392,6 +392,9 @@ def _check_arguments(call: Call, signature: Signature, graph: Graph, results: Se
         raise ValueError(f"needs {sorted(missing)[0]}")
     if call.operator in WITHOUT_DROPOUT and given.get("dropout_p", 0) not in (0, 0.0):
         raise ValueError("drops values at random")
+    for name, why in (KEPT_FALSE.get(call.operator) or {}).items():
+        if given.get(name) is not False and any(given.get(written) is not None for written in why):
+            raise ValueError(f"{name} must be false, or it writes to {', '.join(why)}")
     for name, value in given.items():
         wanted = signature.arguments[name]
         if not _fits(value, wanted, graph, results):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SIZES", "WITHOUT_DROPOUT", "Signature", "allowed", "signature_of"]
+__all__ = ["KEPT_FALSE", "SIZES", "WITHOUT_DROPOUT", "Signature", "allowed", "signature_of"]
 
 
 def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,6 +123,11 @@ WITHOUT_DROPOUT = frozenset(
 )
 """Random only in their dropout, which must be 0."""
 
+KEPT_FALSE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "aten.batch_norm.default": {"training": ("running_mean", "running_var")},
+    "aten.instance_norm.default": {"use_input_stats": ("running_mean", "running_var")},
+}
+"""Operators that write to arguments although their schema does not say so, unless one argument is false."""
 
 _NAMES = frozenset(_ATEN.split())
 _PREFIX = "aten."

@@ -5,8 +5,8 @@
 
 Each class is built as in ``run.py``, and its forward recorded, proven and written to JSON as ``save_model`` does it.
 The graph that is read back from the JSON then answers fresh inputs of other sizes, with the module's bits or it is a
-bug. Rows go to ``tests/sweep/graphs.jsonl`` as they are done, and are not done again; ``graphs.md`` is made of them at the
-end. It ends with 1 if any graph that was proven gave other bits, or if something broke that is no refusal.
+bug. Rows go to ``tests/sweep/graphs.jsonl`` as they are done, and are not done again; ``graphs.md`` is made of them
+at the end. It ends with 1 if any graph that was proven gave other bits, or if something broke that is no refusal.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _recorded(module: torch.nn.Module, example: Tensors) -> dict[str, Any]:
     shapes = {known.name: [str(size) for size in known.shape] for known in read.inputs}
     known = {"calls": len(read.calls), "proven_on": read.facts["proven"], "fresh": compared, "inputs": shapes}
     if reason is None and not compared:
-        reason = "no fresh input could be compared"
+        return {"result": "left out", "reason": "the module takes none of the fresh inputs", **known}
     return {"result": "differs", "reason": reason, **known} if reason else {"result": "proven", **known}
 
 
