@@ -167,7 +167,7 @@ def _of_index(given: Sequence[Any]) -> int:
         indices = [None] * (dim % max(1, tensor.dim())) + list(_tensors(given[1:]))
     picked = sum(isinstance(index, torch.Tensor) for index in indices)
     kept = [size for i, size in enumerate(tensor.shape) if i >= len(indices) or indices[i] is None]
-    return max(1, _of_broadcast(indices)) * math.prod(kept) if picked else tensor.numel()
+    return int(max(1, _of_broadcast(indices)) * math.prod(kept) if picked else tensor.numel())
 
 
 def _of_convolution(given: Sequence[Any]) -> int:
