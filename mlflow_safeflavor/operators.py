@@ -92,7 +92,8 @@ upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_linear1d.vec upsample_ne
 upsample_trilinear3d.vec absolute.default clip.default concatenate.default divide.Scalar divide.Tensor greater.Scalar
 greater.Tensor greater_equal.Scalar less.Scalar less.Tensor less_equal.Scalar moveaxis.int multiply.Scalar
 multiply.Tensor negative.default not_equal.Scalar special_erf.default special_expit.default subtract.Scalar
-subtract.Tensor swapdims.default var.correction var.dim var_mean.correction view.default view.dtype reshape_as.default view_as.default
+subtract.Tensor swapdims.default var.correction var.dim var_mean.correction view.default
+view.dtype reshape_as.default view_as.default
 view_as_complex.default view_as_real.default vstack.default where.self where.Scalar
 where.ScalarOther where.ScalarSelf xlogy.Tensor zeros.default zeros_like.default
 """
