@@ -19,7 +19,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 ML
 # One thread a test process: `-n $(JOBS)` already fills the cores, and sums come in one order.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv test matrix sweep check bench demo codebuggy stack stack-down clean
+.PHONY: help venv test matrix sweep graphs check bench demo codebuggy stack stack-down clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -53,6 +53,9 @@ matrix: $(STAMP)  ## run what CI runs on other releases of transformers and MLfl
 
 sweep: $(STAMP)  ## save and load every architecture of transformers that can be made small (an hour)
 	@cd tests && $(OFFLINE) $(ONE_THREAD) ../$(BIN)/python -W ignore -m sweep.run --jobs $(JOBS)
+
+graphs: $(STAMP)  ## record the forward of every encoder of transformers that can be made small (hours)
+	@cd tests && $(OFFLINE) $(ONE_THREAD) ../$(BIN)/python -W ignore -m sweep.graphs
 
 check: $(STAMP)  ## lint, format, types, direction of imports
 	@$(BIN)/ruff check .

@@ -11,16 +11,19 @@ import json
 import math
 import operator
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from mlflow_safeflavor.allowance import Allowance, TooMuch
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
 from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.inventory import STORABLE, Inventory, dtype_name, realise
-from mlflow_safeflavor.operators import SIZES, WITHOUT_DROPOUT, Signature, allowed, signature_of
+from mlflow_safeflavor.operators import KEPT_FALSE, SIZES, WITHOUT_DROPOUT, Signature, allowed, signature_of
 from mlflow_safeflavor.tensors import read_constants, read_tensors, write_constants
 
 __all__ = [
@@ -211,6 +214,7 @@ class GraphModule(torch.nn.Module):
         self.graph = graph
         self.constants = [tensor.to(device) for tensor in constants]
         self._run = _as_function(graph, self.constants, torch.device(device))
+        self._most_bytes: int | None = None
         self.eval()
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -227,8 +231,36 @@ class GraphModule(torch.nn.Module):
                 found=misfit,
                 way_out='save the model with its module, too: structure="auto"',
             )
-        results = self._run(*(inputs[known.name] for known in self.graph.inputs))
+        try:
+            with nullcontext() if self._most_bytes is None else Allowance(self._most_bytes):
+                results = self._run(*(inputs[known.name] for known in self.graph.inputs))
+        except TooMuch as error:
+            raise StructureError(
+                "The graph of the model wants far more memory than its weights take",
+                where=f"graph.json, {self._call_of(error)}",
+                wanted=f"at most {self._most_bytes:,} bytes at once",
+                found=error,
+                way_out=WAY_OUT,
+            ) from None
         return dict(zip(self.graph.outputs, results, strict=True))
+
+    @contextmanager
+    def bounded(self) -> Iterator[None]:
+        """While a graph that nobody has run yet is tried: no run may hold far more memory than the weights take."""
+        self._most_bytes = 8 * sum(tensor.nbytes for tensor in self.constants) + 2**30
+        try:
+            yield
+        finally:
+            self._most_bytes = None
+
+    def _call_of(self, error: BaseException) -> str:
+        lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code is self._run.__code__]
+        i = lines[0] - _FIRST_LINE
+        return f"call {i}, {self.graph.calls[i].operator}"
+
+
+_FIRST_LINE = 2
+"""Of the function below: call 0 is there, and each later call on a line of its own."""
 
 
 def _as_function(graph: Graph, constants: Sequence[torch.Tensor], device: torch.device) -> Callable[..., Any]:
@@ -256,7 +288,7 @@ def _as_function(graph: Graph, constants: Sequence[torch.Tensor], device: torch.
         keywords = [f"{name}={source(call.kwargs[name])}" for name in _names_of_torch(call)]
         lines.append(f" v{i} = o{i}({', '.join([*map(source, call.args), *keywords])})")
         done = {source(ref) for ref in refs_of(call) if ref.kind == "call" and last[ref] == i and ref not in kept}
-        lines += [f" del {', '.join(sorted(done))}"] if done else []
+        lines[-1] += f"; del {', '.join(sorted(done))}" if done else ""
     lines.append(f" return [{', '.join(source(ref) for ref in graph.outputs.values())}]")
     exec("\n".join(lines), space)  # noqa: S102  (x, c, v, k and o with numbers of ours; see above)
     run: Callable[..., Any] = space["run"]
@@ -360,6 +392,9 @@ def _check_arguments(call: Call, signature: Signature, graph: Graph, results: Se
         raise ValueError(f"needs {sorted(missing)[0]}")
     if call.operator in WITHOUT_DROPOUT and given.get("dropout_p", 0) not in (0, 0.0):
         raise ValueError("drops values at random")
+    for name, why in (KEPT_FALSE.get(call.operator) or {}).items():
+        if given.get(name) is not False and any(given.get(written) is not None for written in why):
+            raise ValueError(f"{name} must be false, or it writes to {', '.join(why)}")
     for name, value in given.items():
         wanted = signature.arguments[name]
         if not _fits(value, wanted, graph, results):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SIZES", "WITHOUT_DROPOUT", "Signature", "allowed", "signature_of"]
+__all__ = ["KEPT_FALSE", "SIZES", "WITHOUT_DROPOUT", "Signature", "allowed", "signature_of"]
 
 
 def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,8 +89,12 @@ tan.default tanh.default tensor_split.indices tensor_split.sections tensordot.de
 to.device to.dtype to.dtype_layout to.other topk.default transpose.int tril.default triu.default true_divide.Tensor
 type_as.default unbind.int unflatten.int unfold.default unsafe_chunk.default unsafe_split.Tensor unsqueeze.default
 upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_linear1d.vec upsample_nearest1d.vec upsample_nearest2d.vec
-upsample_trilinear3d.vec var.correction var.dim var_mean.correction view.default
-view.dtype view_as.default view_as_complex.default view_as_real.default vstack.default where.self where.Scalar
+upsample_trilinear3d.vec absolute.default clip.default concatenate.default divide.Scalar divide.Tensor greater.Scalar
+greater.Tensor greater_equal.Scalar less.Scalar less.Tensor less_equal.Scalar moveaxis.int multiply.Scalar
+multiply.Tensor negative.default not_equal.Scalar special_erf.default special_expit.default subtract.Scalar
+subtract.Tensor swapdims.default var.correction var.dim var_mean.correction view.default
+view.dtype reshape_as.default view_as.default
+view_as_complex.default view_as_real.default vstack.default where.self where.Scalar
 where.ScalarOther where.ScalarSelf xlogy.Tensor zeros.default zeros_like.default
 """
 
@@ -120,6 +124,11 @@ WITHOUT_DROPOUT = frozenset(
 )
 """Random only in their dropout, which must be 0."""
 
+KEPT_FALSE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "aten.batch_norm.default": {"training": ("running_mean", "running_var")},
+    "aten.instance_norm.default": {"use_input_stats": ("running_mean", "running_var")},
+}
+"""Operators that write to arguments although their schema does not say so, unless one argument is false."""
 
 _NAMES = frozenset(_ATEN.split())
 _PREFIX = "aten."

@@ -73,6 +73,7 @@ def prove(
     device = next((tensor.device for tensor in example.values()), torch.device("cpu"))
     ours, theirs = GraphModule(graph, constants, device), Forward(module)
     proven = 0
+    taken: dict[str, set[int]] = {name: set() for name in graph.sizes}
     with torch.inference_mode():
         for inputs in _probes(graph, example, limit):
             try:
@@ -81,9 +82,26 @@ def prove(
                 continue
             _require_same(wanted, ours, inputs)
             proven += 1
+            for name, size in _sizes_of(graph, inputs).items():
+                taken[name].add(size)
     if not proven:
         raise Refusal("no input could be found on which the module runs")
-    return replace(graph, facts={"proven": proven})
+    return replace(_narrowed(graph, taken), facts={"proven": proven})
+
+
+def _sizes_of(graph: Graph, inputs: Inputs) -> dict[str, int]:
+    pairs = (pair for known in graph.inputs for pair in zip(known.shape, inputs[known.name].shape, strict=True))
+    return {name: size for name, size in pairs if isinstance(name, str)}
+
+
+def _narrowed(graph: Graph, taken: Mapping[str, set[int]]) -> Graph:
+    """Without the freedom of sizes of which only one was proven: other ones may be what the module refuses."""
+    only = {name: min(sizes) for name, sizes in taken.items() if len(sizes) == 1}
+    if fixed := only.keys() & {"rows", "length"}:
+        raise Refusal(f"the module took no inputs of another number of {min(fixed)} to prove the graph on")
+    inputs = [replace(known, shape=tuple(only.get(str(size), size) for size in known.shape)) for known in graph.inputs]
+    sizes = {name: bounds for name, bounds in graph.sizes.items() if name not in only}
+    return replace(graph, inputs=tuple(inputs), sizes=sizes)
 
 
 def _require_same(wanted: Inputs, ours: GraphModule, inputs: Inputs) -> None:
@@ -150,8 +168,14 @@ def _values(known: Input, sizes: Mapping[str, int], like: torch.Tensor, draw: to
         return _MASKS[i % len(_MASKS)](shape, draw).to(like)
     if known.name == "token_type_ids" and i % 2:
         return torch.zeros(shape).to(like)
-    chosen = torch.randint(like.numel(), shape, generator=draw)
-    return like.reshape(-1)[chosen.to(like.device)]
+    chosen = torch.randint(like.numel(), shape, generator=draw).to(like.device)
+    values = like.reshape(-1)[chosen]
+    if known.name in TEXT and like.dim() == 2 and min(shape[1], like.shape[1]) > 2:
+        # Some models look for the token that ends a text, which stands in one place.
+        inner = like[:, 1:-1].reshape(-1)
+        values = inner[chosen % inner.numel()]
+        values[:, 0], values[:, -1] = like[0, 0], like[0, -1]
+    return values
 
 
 def _padded(shape: tuple[int, ...], draw: torch.Generator, *, left: bool, empty: bool = False) -> torch.Tensor:

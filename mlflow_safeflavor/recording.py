@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -55,9 +56,9 @@ def record(
     if len({tuple(sorted(inputs)) for inputs in examples}) != 1:
         raise Refusal("the forward is not always called with the same arguments")
     reasons = []
-    for example in _candidates(examples):
+    for example, free in product(_candidates(examples), _freedoms(examples)):
         try:
-            graph, own = _Tracer(module, slots, example).graph()
+            graph, own = _Tracer(module, slots, example, free).graph()
             graph = _tied(graph, examples)
             if fault := next(find_faults(graph), None):
                 raise Refusal(fault)
@@ -116,8 +117,19 @@ def _candidates(examples: Sequence[Inputs]) -> Iterator[Inputs]:
     yield largest
 
 
-def _export(module: torch.nn.Module, example: Inputs) -> torch.export.ExportedProgram:
-    free = {name: dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO) for name, tensor in example.items()}
+def _freedoms(examples: Sequence[Inputs]) -> list[Mapping[str, set[int]]]:
+    """Dimensions to be free, by input: all of them; then rows, lengths and what differed between the examples."""
+    every = {name: set(range(tensor.dim())) for name, tensor in examples[0].items()}
+    some = {
+        name: {i for i in dims if i == 0 or (name in TEXT and i == 1) or len({e[name].shape[i] for e in examples}) > 1}
+        for name, dims in every.items()
+    }
+    return [every] if some == every else [every, some]
+
+
+def _export(module: torch.nn.Module, example: Inputs, dims: Mapping[str, set[int]]) -> torch.export.ExportedProgram:
+    auto, static = torch.export.Dim.AUTO, torch.export.Dim.STATIC
+    free = {name: {i: auto if i in dims[name] else static for i in range(t.dim())} for name, t in example.items()}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -136,9 +148,11 @@ def _is_mutable(target: Any) -> bool:
 class _Tracer:
     """Turns what ``torch.export`` found into calls; see ``record``."""
 
-    def __init__(self, module: torch.nn.Module, slots: Sequence[Slot], example: Inputs) -> None:
+    def __init__(
+        self, module: torch.nn.Module, slots: Sequence[Slot], example: Inputs, free: Mapping[str, set[int]]
+    ) -> None:
         self.example = example
-        self.program = _export(module, example)
+        self.program = _export(module, example, free)
         self.module = module
         self.paths = {_place(slot.tensor): slot.path for slot in reversed(slots) if slot.tensor.numel()}
         self.values: dict[Any, Any] = {}
@@ -184,8 +198,10 @@ class _Tracer:
         return _pruned(graph, self.own)
 
     def _size(self, size: Any) -> int | str:
-        # A symbol may turn out to have one value only.
-        return int(size) if isinstance(size, int) or size.node.expr.is_number else str(size.node.expr)
+        """A name only for what is free: the forward may have fixed a size, or bound it to others (twice another)."""
+        if isinstance(size, int):
+            return size
+        return str(size.node.expr) if size.node.expr.is_symbol else int(size.node.hint)
 
     def _bounds(self, inputs: Sequence[Input]) -> dict[str, tuple[int, int | None]]:
         """Sizes of 1 are proven like all others, although the tracer takes 2 for the least it knows of."""
@@ -323,6 +339,7 @@ def _tied(graph: Graph, examples: Sequence[Inputs]) -> Graph:
         for known in graph.inputs
         for i in range(len(known.shape))
     }
+    texts = {sizes[k.name, 1] for k in graph.inputs if k.name in TEXT and len(k.shape) == 2}
     names: dict[Any, str] = {}
     inputs = []
     for known in graph.inputs:
@@ -332,7 +349,8 @@ def _tied(graph: Graph, examples: Sequence[Inputs]) -> Graph:
             if isinstance(size, int) and len(set(seen)) > 1:
                 raise Refusal(f"the forward takes one size of {known.name} only, in dimension {i}: {size}")
             if isinstance(size, str):
-                text = known.name in TEXT and len(shape) == 2
+                # Boxes of words are as many as the words.
+                text = (known.name in TEXT and len(shape) == 2) or (seen in texts and len(set(seen)) > 1)
                 key = "rows" if i == 0 else "length" if text else seen if len(set(seen)) > 1 else size
                 shape[i] = names.setdefault(key, key if isinstance(key, str) else size)
         inputs.append(Input(known.name, known.dtype, tuple(shape)))

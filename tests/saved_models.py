@@ -13,7 +13,9 @@ import pytest
 from artifacts import TEXTS
 
 import mlflow_safeflavor
+from mlflow_safeflavor import recording
 
+_examples_of = recording.examples_of  # most tests do without graphs, see conftest
 _made: dict[str, Path] = {}
 
 
@@ -30,6 +32,22 @@ def saved(tmp_path_factory, tiny_bert, tiny_tokenizer) -> Path:
         )
         _made["saved"] = path
     return _made["saved"]
+
+
+@pytest.fixture
+def saved_with_graph(tmp_path_factory, tiny_bert, tiny_tokenizer, monkeypatch) -> Path:
+    """The same model with its graph; made once a process."""
+    if "graph" not in _made:
+        path = tmp_path_factory.mktemp("artifact") / "graph"
+        example = [{"text": text} for text in TEXTS]
+        model = tiny_bert(initializer_range=0.5)
+        with monkeypatch.context() as patch:
+            patch.setattr(recording, "examples_of", _examples_of)
+            mlflow_safeflavor.save_model(
+                model, path, tokenizer=tiny_tokenizer, input_example=example, rehearse=False, require_graph=True
+            )
+        _made["graph"] = path
+    return _made["graph"]
 
 
 @pytest.fixture

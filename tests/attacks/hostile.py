@@ -55,7 +55,7 @@ class Attack:
         damage: Takes ``Target``.
         native: How ``mlflow_safeflavor.load_model`` must end; the name of an error.
         pyfunc: How ``mlflow.pyfunc.load_model`` must end; None where it does not apply.
-        base: Which good artifact is damaged: "classifier", "coded" or "pickled".
+        base: Which good artifact is damaged: "classifier", "graph", "coded" or "pickled".
         options: Arguments of ``load_model``.
         config: ``model_config`` for pyfunc.
         heavy: Whether it is after memory or time, and so runs in a bounded process.
@@ -859,3 +859,265 @@ json_attack("tokenizer_vocabulary", "two words change places", "tokenizer/tokeni
             "ParityError")  # fmt: skip
 text_attack("tokenizer_not_json", "a tokenizer.json that is none", "tokenizer/tokenizer.json", lambda text: "{",
             "IntegrityError")  # fmt: skip
+
+
+# --- a graph --------------------------------------------------------------------------------------
+
+GRAPH: Mapping[str, Any] = {"base": "graph", "options": {"model_config": {"engine": "graph"}}}
+HERE = {"device": {"device": "here"}}
+FLOATS = {"dtype": {"dtype": "float32"}, **HERE}
+"""Native loading rebuilds the module unless it is asked for the graph; pyfunc takes the graph."""
+
+
+def graph_attack(native: str = "StructureError", **more: Any) -> Callable[[Callable[[Any], Any]], Any]:
+    """Register a change of graph.json, made by a function whose docstring is what is attempted."""
+
+    def register(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def damage(target: Target) -> None:
+            def with_canary(content: Any) -> Any:
+                changed = change(content)
+                text = json.dumps(content if changed is None else changed)
+                return json.loads(text.replace("CANARY", str(target.canary)))
+
+            target.json(target.graph, with_canary)
+
+        damage.__name__, damage.__doc__ = f"graph_{change.__name__}", change.__doc__
+        attack(native, **{**GRAPH, **more})(damage)
+        return change
+
+    return register
+
+
+def use(content: Any, *calls: tuple[Any, ...]) -> None:
+    """Let these calls run last, and the last of them be what the graph answers; ``-1`` is the call before."""
+    for name, args, kwargs in calls:
+        before = {"call": len(content["calls"]) - 1}
+        args = [before if arg == -1 else [before if item == -1 else item for item in arg] if isinstance(arg, list)
+                else arg for arg in args]  # fmt: skip
+        content["calls"].append([name, args, kwargs, ""])
+    name = next(iter(content["outputs"]))
+    content["outputs"][name] = {"call": len(content["calls"]) - 1}
+
+
+def call_attack(name: str, doc: str, *calls: tuple[Any, ...], native: str = "StructureError") -> None:
+    """The answer of the graph goes through these calls."""
+
+    def change(content: Any) -> None:
+        use(content, *calls)
+
+    change.__name__, change.__doc__ = name, doc
+    graph_attack(native)(change)
+
+
+TOUCH = "__import__('os').system('touch CANARY')"
+
+call_attack("calls_os", "an operator is os.system", ("os.system", [{"text": "touch"}], {}))
+call_attack("calls_eval", "an operator is eval", ("builtins.eval", [{"text": "a"}], {}))
+call_attack("calls_aten_os", "an operator of aten by the name of os.system", ("aten.os.system", [-1], {}))
+call_attack("calls_dunder", "an operator is a dunder name of aten", ("aten.__init__.__globals__", [-1], {}))
+call_attack("calls_code", "the name of an operator is Python code", (f"aten.relu.default({TOUCH})", [-1], {}))
+call_attack("calls_line", "the name of an operator has a line of code", (f"aten.relu.default\n{TOUCH}", [-1], {}))
+call_attack("calls_other_namespace", "an operator of another namespace of torch", ("prims.relu.default", [-1], {}))
+call_attack("calls_from_file", "an operator that reads a file", ("aten.from_file.default", [{"text": "etc"}], {}))
+call_attack("calls_random", "an operator that draws at random", ("aten.rand.default", [[2, 2]], FLOATS))
+call_attack("calls_in_place", "an operator that writes to its argument", ("aten.add_.Tensor", [-1, 1], {}))
+call_attack("calls_out", "an operator that writes to out=", ("aten.add.out", [-1, 1], {"out": {"constant": 0}}))
+call_attack("calls_empty", "an operator whose memory nobody wrote", ("aten.empty.memory_format", [[2, 2]], FLOATS))
+call_attack("calls_strided", "an operator that looks past a tensor", ("aten.as_strided.default", [-1, [9], [1]], {}))
+call_attack("calls_resize", "an operator that changes a constant's size", ("aten.resize_.default", [-1, [9]], {}))
+call_attack("arity", "too many arguments", ("aten.relu.default", [-1, 1], {}))
+call_attack("arity_missing", "too few arguments", ("aten.linear.default", [-1], {}))
+call_attack("keyword_unknown", "an argument that the operator does not have", ("aten.relu.default", [-1], {"x": 1}))
+call_attack("keyword_code", "the name of an argument is code", ("aten.relu.default", [-1], {f"self={TOUCH}": 1}))
+call_attack("keyword_twice", "an argument by place and by name", ("aten.relu.default", [-1], {"self": {"call": 0}}))
+call_attack("type_text", "a text in the place of a tensor", ("aten.relu.default", [{"text": "a"}], {}))
+call_attack("type_list", "a list in the place of a number", ("aten.softmax.int", [-1, [1]], {}))
+call_attack("text_code", "a text that is code", ("aten.gelu.default", [-1], {"approximate": {"text": TOUCH}}))
+call_attack("int_huge", "a number beyond 64 bits", ("aten.add.Scalar", [-1, 10**4000], {}))
+call_attack("deep", "a list nested 900 deep", ("aten.view.default", [-1, json.loads("[" * 900 + "]" * 900)], {}))
+call_attack("kind_unknown", "a value of a kind that nobody knows", ("aten.relu.default", [{"eval": TOUCH}], {}))
+call_attack("dtype_unknown", "a dtype that is another attribute of torch", ("aten.zeros.default", [[1]],
+            {"dtype": {"dtype": "load"}, **HERE}))  # fmt: skip
+call_attack("device_unknown", "a device of its choice", ("aten.zeros.default", [[1]], {"device": {"device": "cuda:9"}}))
+call_attack("dropout", "attention that drops half of its values", ("aten.unsqueeze.default", [-1, 0], {}),
+            ("aten.scaled_dot_product_attention.default", [-1, -1, -1], {"dropout_p": 0.5}))  # fmt: skip
+call_attack("batch_norm_trains", "a norm that writes to its running mean", ("aten.batch_norm.default",
+            [-1, None, None, {"constant": 0}, {"constant": 0}, True, 0.1, 1e-5, False], {}))  # fmt: skip
+call_attack("item_out_of_range", "a result that an operator does not have", ("aten.topk.default", [-1, 1], {}),
+            ("operator.getitem", [-1, 7], {}))  # fmt: skip
+call_attack("item_by_name", "an item by a name", ("operator.getitem", [-1, {"text": "a"}], {}))
+call_attack("answers_a_number", "a number is answered", ("aten.sym_size.int", [-1, 0], {}))
+call_attack("memory", "4 TB in one call", ("aten.zeros.default", [[2**40]], FLOATS))
+call_attack("memory_by_repeat", "a tensor repeated 10^12 times", ("aten.repeat.default", [-1, [10**12, 1]], {}))
+call_attack("memory_by_range", "a range of 10^12 numbers", ("aten.arange.default", [10**12], FLOATS))
+call_attack("memory_by_steps", "a range of tiny steps", ("aten.arange.start_step", [0, 1, 1e-12], FLOATS))
+call_attack("memory_by_padding", "10^12 zeros beside a tensor", ("aten.pad.default", [-1, [0, 10**12]], {}))
+call_attack("memory_by_eye", "a matrix of a million rows", ("aten.eye.default", [10**6], FLOATS))
+call_attack("memory_by_broadcast", "a column plus a row, each small", ("aten.zeros.default", [[10**6]], FLOATS),
+            ("aten.outer.default", [-1, -1], {}))  # fmt: skip
+call_attack("memory_by_doubling", "a tensor beside itself, 40 times", ("aten.zeros.default", [[2**20]], FLOATS),
+            *[("aten.cat.default", [[-1, -1]], {})] * 40)  # fmt: skip
+call_attack("memory_by_sum", "many small tensors, all kept", *[("aten.zeros.default", [[2**22]], FLOATS)] * 200)
+call_attack("memory_by_size", "a size times itself", ("aten.sym_size.int", [{"input": 0}, 0], {}),
+            ("operator.add", [-1, 10**7], {}), ("operator.mul", [-1, -1], {}),
+            ("aten.zeros.default", [[-1]], FLOATS))  # fmt: skip
+call_attack("product_explodes", "sizes multiplied until their digits fill the memory",
+            ("aten.sym_size.int", [{"input": 0}, 1], {}), ("operator.add", [-1, 2**40], {}),
+            *[("operator.mul", [-1, -1], {})] * 60, ("aten.zeros.default", [[-1]], FLOATS),
+            native="ParityError")  # fmt: skip
+
+
+@graph_attack()
+def forward_reference(content):
+    """a call uses what comes after it"""
+    content["calls"][0][1] = [{"call": 5}]
+
+
+@graph_attack()
+def self_reference(content):
+    """a call uses itself"""
+    content["calls"][3][1] = [{"call": 3}]
+
+
+@graph_attack()
+def negative_reference(content):
+    """a reference before the first"""
+    content["calls"][0][1] = [{"constant": -1}]
+
+
+@graph_attack()
+def no_such_constant(content):
+    """a constant that is not listed"""
+    content["calls"][0][1] = [{"constant": 10**6}]
+
+
+@graph_attack("IntegrityError")
+def constant_dtype(content):
+    """a constant of another dtype than its tensor"""
+    content["constants"][0]["dtype"] = "float64"
+
+
+@graph_attack("IntegrityError")
+def constant_shape(content):
+    """a constant of another shape than its tensor"""
+    content["constants"][0]["shape"].append(1)
+
+
+@graph_attack("IntegrityError")
+def constant_renamed(content):
+    """a constant that is no tensor of the model"""
+    content["constants"][0] |= {"tensor": "no.such.tensor", "own": False}
+
+
+@graph_attack("IntegrityError")
+def constant_outside(content):
+    """a constant named like a path outside"""
+    content["constants"][0] |= {"tensor": "../../../etc/passwd", "own": True}
+
+
+@graph_attack("IntegrityError")
+def constant_not_own(content):
+    """a constant that is to be in a file which is not there"""
+    content["constants"][-1] |= {"tensor": "constant_99", "own": True}
+
+
+@graph_attack()
+def constant_size_huge(content):
+    """a constant with a size beyond 64 bits"""
+    content["constants"][0]["shape"] = [2**70]
+
+
+@graph_attack("loads")
+def input_code(content):
+    """an input and a size are named like code; the module answers what the graph does not take"""
+    content["inputs"][0]["name"] = TOUCH
+    content["sizes"][TOUCH] = [1, None]
+    content["inputs"][0]["shape"][0] = TOUCH
+
+
+@graph_attack("loads")
+def input_missing(content):
+    """an input has another name, which is code; the module answers what the graph does not take"""
+    content["inputs"][-1]["name"] = "x); import os; os.system('touch CANARY'"
+
+
+@graph_attack()
+def output_code(content):
+    """an output is named like code"""
+    content["outputs"] = {TOUCH: next(iter(content["outputs"].values()))}
+
+
+@graph_attack()
+def output_missing(content):
+    """an output of a call that does not exist"""
+    content["outputs"]["logits"] = {"call": 10**6}
+
+
+@graph_attack()
+def version_of_the_future(content):
+    """a version that nobody reads yet"""
+    content["version"] = 99
+
+
+@graph_attack()
+def key_unknown(content):
+    """a key that nobody knows"""
+    content["code"] = TOUCH
+
+
+@graph_attack()
+def calls_300000(content):
+    """300,000 calls"""
+    content["calls"] += [["aten.relu.default", [{"call": 0}], {}, ""]] * 300_000
+
+
+@graph_attack()
+def list_huge(content):
+    """a list of 100,000 sizes"""
+    use(content, ("aten.view.default", [-1, [1] * 100_000], {}))
+
+
+@graph_attack("PlacementError", pyfunc="loads")
+def reason_instead(content):
+    """a reason in the place of the graph, so that the module is rebuilt"""
+    return {"version": 1, "reason": TOUCH}
+
+
+@graph_attack("ParityError")
+def other_answer(content):
+    """a graph that is right in form, and answers something else"""
+    use(content, ("aten.neg.default", [-1], {}))
+
+
+@attack("IntegrityError", **GRAPH)
+def graph_twice(target):
+    """a key of the graph stands there twice, so that readers differ"""
+    rewrite(target.graph, target.graph.read_text().replace('"version"', '"version": 1, "version"', 1))
+    target.reseal()
+
+
+@attack("IntegrityError", **GRAPH)
+def graph_nan(target):
+    """a NaN in the graph"""
+    target.json(target.graph, lambda content: use(content, ("aten.add.Scalar", [-1, float("nan")], {})))
+
+
+@attack("IntegrityError", **GRAPH)
+def graph_is_a_link(target):
+    """the graph is a symbolic link"""
+    shutil.move(target.graph, target.canary.parent / "graph.json")
+    target.graph.symlink_to(target.canary.parent / "graph.json")
+
+
+@attack("IntegrityError", **GRAPH)
+def graph_unsealed(target):
+    """the graph is changed, the manifest is not"""
+    edit_json(target.graph, lambda content: use(content, ("aten.neg.default", [-1], {})))
+
+
+@attack("IntegrityError", **GRAPH)
+def graph_tensors_pickled(target):
+    """the graph's own constants are a pickle"""
+    target.graph_tensors.unlink(missing_ok=True)
+    torch.save(Touch(target.canary), target.graph_tensors)
+    target.reseal()

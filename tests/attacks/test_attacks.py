@@ -56,11 +56,12 @@ mlflow_safeflavor.save_model(Local(), {str(folder / "pickled")!r}, allow_pickle=
 
 
 @pytest.fixture
-def prepare(saved, coded, tmp_path):
+def prepare(saved, saved_with_graph, coded, tmp_path):
     """``prepare(attack)``: a damaged copy."""
 
     def make(attack: Attack) -> Target:
-        base = {"classifier": saved, "coded": coded / "coded", "pickled": coded / "pickled"}[attack.base]
+        bases = {"classifier": saved, "graph": saved_with_graph}
+        base = {**bases, "coded": coded / "coded", "pickled": coded / "pickled"}[attack.base]
         root = shutil.copytree(base, tmp_path / "model", copy_function=os.link)
         target = Target(root, tmp_path / "canary")
         attack.damage(target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sweep import run, shrink
+from sweep import graphs, run, shrink
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +48,16 @@ def test_comes_back_bit_for_bit_in_a_clean_process(class_name, model_types, swee
     # XLNet and its like cannot run in bfloat16 at all; nothing in this sample may be left out of float32.
     assert row["float32"]["result"] == "equal", row["float32"]
     assert row["bfloat16"]["result"] in ("equal", "left out"), row["bfloat16"]
+
+
+@pytest.mark.parametrize("class_name", ["BertForSequenceClassification", "ViTForImageClassification"])
+def test_its_forward_is_a_graph_of_the_same_bits(class_name, model_types):
+    row = graphs.check(class_name, model_types[class_name])
+    assert row["result"] == "proven", row
+    assert row["fresh"] == graphs.FRESH
+
+
+def test_what_writes_is_no_encoder():
+    names = [name for name, _ in graphs.encoders()]
+    assert "BertModel" in names
+    assert not {"GPT2LMHeadModel", "T5ForConditionalGeneration", "LlamaForCausalLM"} & set(names)

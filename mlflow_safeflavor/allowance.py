@@ -1,0 +1,212 @@
+"""How much memory a graph from a file may hold at once.
+
+Sizes in a graph are numbers of the file, and products of them: a few calls can ask for more than any machine has.
+Torch allocates before anybody can look, and the system may kill a process that then writes to it. So while a model is
+loaded and answers its golden rows, what an operator would make is looked at before it is called.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Allowance", "TooMuch"]
+
+_WIDEST = 16
+"""Bytes of a complex128."""
+
+
+class TooMuch(Exception):
+    """What an operator wants, in words."""
+
+
+class Allowance(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Calls operators while what they made and somebody still holds is within a number of bytes.
+
+    A bound from the arguments comes first, which costs microseconds and is never too low. Where it is beyond the
+    allowance, torch computes the size without memory, which imports the compiler and is rare. What an operator
+    uses inside and lets go again is not seen.
+
+    Args:
+        most_bytes: The allowance.
+
+    Raises:
+        TooMuch: Before the call that is beyond it.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.left = most_bytes
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its compiler, to keep it out of here."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:  # composed operators are looked at call by call
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        if _WIDEST * _most_values(func, args, kwargs) > self.left:
+            self._require(_exact_bytes(func, args, kwargs))
+        result = func(*args, **kwargs)
+        known = {_storage(tensor) for tensor in _tensors((args, tuple(kwargs.values())))}
+        for tensor in _tensors(result):
+            if _storage(tensor) not in known and not tensor.is_meta:
+                self._hold(tensor)
+        return result
+
+    def _require(self, nbytes: int) -> None:
+        if nbytes > self.left:
+            raise TooMuch(f"wants {nbytes:,} bytes, and {max(0, self.left):,} are left of what a graph may hold")
+
+    def _hold(self, tensor: torch.Tensor) -> None:
+        nbytes = tensor.untyped_storage().nbytes()
+        self._require(nbytes)
+        self.left -= nbytes
+        weakref.finalize(tensor, self._let_go, nbytes)
+
+    def _let_go(self, nbytes: int) -> None:
+        self.left += nbytes
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _exact_bytes(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
+    """What torch says without memory; 0 where only the values tell, which is looked at afterwards."""
+
+    def empty(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        if isinstance(value, (list, tuple)):
+            return [empty(item) for item in value]
+        return torch.device("meta") if isinstance(value, torch.device) else value
+
+    arguments = {name: empty(value) for name, value in kwargs.items()}
+    if any(argument.name == "device" for argument in func._schema.arguments):
+        arguments["device"] = torch.device("meta")
+    try:
+        result = func(*empty(args), **arguments)
+    except (NotImplementedError, RuntimeError):
+        return 0
+    return sum(tensor.untyped_storage().nbytes() for tensor in _tensors(result) if not _is_view(func))
+
+
+def _is_view(func: Any) -> bool:
+    return any(result.alias_info is not None for result in func._schema.returns)
+
+
+# --- a bound from the arguments ------------------------------------------------------------------
+
+
+def _most_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """At least as many values as the result has."""
+    if _is_view(func):
+        return 0
+    given = (*args, *kwargs.values())
+    rule = _RULES.get(func._schema.name.removeprefix("aten::"))
+    return _of_broadcast(given) if rule is None else rule(given)
+
+
+def _of_broadcast(given: Sequence[Any]) -> int:
+    """Each dimension as large as the largest; so for products of matrices, reductions and whatever keeps its size."""
+    sizes: list[int] = []
+    for tensor in _tensors(given):
+        shape = tensor.shape[::-1]
+        sizes += [1] * (len(shape) - len(sizes))
+        for i, size in enumerate(shape):
+            sizes[i] = max(sizes[i], size)
+    return int(math.prod(sizes))
+
+
+def _of_numbers(given: Sequence[Any]) -> int:
+    """Whatever is given may be a factor."""
+    return max(1, _of_broadcast(given)) * math.prod(math.ceil(abs(number)) + 1 for number in _numbers(given))
+
+
+def _of_square(given: Sequence[Any]) -> int:
+    return _of_numbers(given) ** 2
+
+
+def _of_range(given: Sequence[Any]) -> int:
+    first, *more = [number for number in given if type(number) in (int, float)]
+    start, end, step = (0, first, 1) if not more else (first, more[0], more[1] if len(more) > 1 else 1)
+    return math.ceil(abs((end - start) / step)) + 1 if step else 0
+
+
+def _of_all(given: Sequence[Any]) -> int:
+    return math.prod(max(1, tensor.numel()) for tensor in _tensors(given))
+
+
+def _of_sum(given: Sequence[Any]) -> int:
+    return sum(tensor.numel() for tensor in _tensors(given))
+
+
+def _of_index(given: Sequence[Any]) -> int:
+    """As many rows as there are indices."""
+    tensor, indices = given[0], given[1]
+    if not isinstance(indices, (list, tuple)):  # embedding(weight, indices), index_select(tensor, dim, indices)
+        dim = indices if type(indices) is int else 0
+        indices = [None] * (dim % max(1, tensor.dim())) + list(_tensors(given[1:]))
+    picked = sum(isinstance(index, torch.Tensor) for index in indices)
+    kept = [size for i, size in enumerate(tensor.shape) if i >= len(indices) or indices[i] is None]
+    return int(max(1, _of_broadcast(indices)) * math.prod(kept) if picked else tensor.numel())
+
+
+def _of_convolution(given: Sequence[Any]) -> int:
+    inputs, weight = given[0], given[1]
+    stride, padding, dilation, _, more, groups = given[3:9]
+    count = inputs.shape[0] * max(weight.shape[0], weight.shape[1] * groups)
+    for i, size in enumerate(inputs.shape[2:]):
+        at = [values[min(i, len(values) - 1)] for values in (stride, padding, dilation, more)]
+        count *= size * max(1, at[0]) + 2 * abs(at[1]) + at[2] * weight.shape[2 + i] + abs(at[3]) + 1
+    return int(count)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if type(value) in (int, float) and math.isfinite(value):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _numbers(item)
+
+
+def _named(rule: Callable[[Sequence[Any]], int], names: str) -> dict[str, Callable[[Sequence[Any]], int]]:
+    return dict.fromkeys(names.split(), rule)
+
+
+_RULES: Mapping[str, Callable[[Sequence[Any]], int]] = {
+    **_named(
+        _of_numbers,
+        "zeros ones full empty empty_strided new_zeros new_ones new_full new_empty new_empty_strided linspace logspace "
+        "hann_window repeat repeat_interleave constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
+        "replication_pad1d replication_pad2d replication_pad3d _pad_circular im2col upsample_nearest1d "
+        "upsample_nearest2d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
+        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d "
+        "avg_pool2d max_pool2d_with_indices unfold_copy one_hot stft _fft_r2c _fft_c2r _fft_c2c pixel_unshuffle",
+    ),
+    **_named(_of_square, "eye diag_embed diag"),
+    **_named(_of_range, "arange"),
+    **_named(_of_sum, "cat stack"),
+    **_named(_of_index, "embedding index index_select"),
+    **_named(_of_all, "grid_sampler_2d grid_sampler_3d searchsorted bucketize cross tensordot"),
+    "convolution": _of_convolution,
+}
+"""Operators whose results can be larger than a broadcast of their arguments."""
