@@ -85,7 +85,7 @@ sigmoid.default sign.default silu.default sin.default sinh.default slice.Tensor 
 softplus.default sort.default sort.stable split.Tensor split.sizes split_with_sizes.default sqrt.default
 square.default squeeze.default squeeze.dim squeeze.dims stack.default std.correction std.dim stft.default
 stft.center sub.Scalar sub.Tensor sum.default sum.dim_IntList swapaxes.default sym_numel.default sym_size.int t.default
-tan.default tanh.default tensor_split.indices tensor_split.sections tensordot.default threshold.default tile.default
+tan.default tanh.default tensor_split.indices tensordot.default threshold.default tile.default
 to.device to.dtype to.dtype_layout to.other topk.default transpose.int tril.default triu.default true_divide.Tensor
 type_as.default unbind.int unflatten.int unfold.default unsafe_chunk.default unsafe_split.Tensor unsqueeze.default
 upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_linear1d.vec upsample_nearest1d.vec upsample_nearest2d.vec
