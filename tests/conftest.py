@@ -206,6 +206,8 @@ def tracking(tmp_path: Path, _empty_store: Path) -> Iterator[str]:
         mlflow.end_run("KILLED")
     mlflow.set_tracking_uri(None)
     mlflow.set_registry_uri(None)
+    os.environ.pop("MLFLOW_REGISTRY_URI", None)  # which that leaves, for processes of other tests
+    mlflow.set_registry_uri(None)
     os.environ.pop("MLFLOW_EXPERIMENT_ID", None)  # set_experiment leaves it there, for processes of other tests
 
 

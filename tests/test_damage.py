@@ -33,7 +33,7 @@ from mlflow_safeflavor.errors import (
 pytest_plugins = "saved_models"
 
 PACKAGE = Path(mlflow_safeflavor.__file__).parent
-DATA = [f"{name}.json" for name in ("config", "structure", "tensors", "environment", "parity", "manifest")]
+DATA = [f"{name}.json" for name in ("config", "structure", "tensors", "environment", "parity", "graph", "manifest")]
 DATA += ["model.safetensors", "parity.safetensors", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
 TOP = ["MLmodel", "requirements.txt", "conda.yaml", "python_env.yaml", "input_example.json"]
 TOP += ["serving_input_example.json"]

@@ -20,7 +20,6 @@ import pytest
 import requests
 import stack
 from click.testing import CliRunner
-from conftest import WORDS
 from mlflow.exceptions import MlflowException
 from parts import stop_everything
 
@@ -29,6 +28,7 @@ from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError
 
 pytest_plugins = "stack_fixtures"
 pytestmark = pytest.mark.slow
+WORDS = "the a cat dog sat ran on under mat tree red green return x y = + - ( ) def if else".split()
 
 NAME = "codebuggy"
 CHAMPION = f"models:/{NAME}@champion"

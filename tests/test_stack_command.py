@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import parts
 import psutil
@@ -18,8 +19,8 @@ import yaml
 from background import Background, NotReadyError, wait_until
 from click.testing import CliRunner
 from compose_spec import PyOptions
-from conftest import REPOSITORY
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLE = REPOSITORY / "examples" / "codebuggy"
 WORKER = "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); print('up', flush=True); time.sleep(600)"
 

@@ -49,7 +49,10 @@ def free_port() -> int:
 def running(
     command: Sequence[str], url: str, path: str, log: Path, env: Mapping[str, str] | None, seconds: float = 180
 ) -> Iterator[str]:
-    """A command that serves ``url``, from the moment ``path`` answers 200; raises ``RuntimeError`` if it never does."""
+    """A command that serves ``url``, from the moment ``path`` answers 200; raises ``RuntimeError`` if it never does.
+
+    ``env`` is its whole environment, but for where MLflow finds its server and the agreement to run the pickle.
+    """
     # MLflow looks for its server's command on PATH, where an environment that is not activated is not.
     binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     with log.open("wb") as output:
@@ -57,7 +60,7 @@ def running(
             command,
             stdout=output,
             stderr=output,
-            env={**os.environ, **TRUST, "PATH": binaries, **(env or {})},
+            env={**(os.environ if env is None else env), **TRUST, "PATH": binaries},
             start_new_session=True,
         )
     try:
