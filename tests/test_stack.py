@@ -147,7 +147,8 @@ def test_other_ways_to_the_artifacts(champion, client, to_tracking, to_s3, monke
     before = to_tracking.passed["download"]
     model = mlflow_safeflavor.load_model(CHAMPION if way == "presigned" else f"models:/{champion['direct']}")
     assert model.report.bit_identical
-    assert to_tracking.passed["download"] - before < model.report.weight_bytes, "the weights came past the server"
+    # A few hundred bytes a file, to be told where it is, and not the files.
+    assert to_tracking.passed["download"] - before < model.report.hashed_bytes / 3, "the files came past the server"
 
 
 # Uploads that break off.
