@@ -6,9 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 __all__ = ["Watch", "shown"]
 
 Watch = Callable[["int", "int | None"], None]
@@ -25,8 +22,18 @@ def shown(wanted: bool | None) -> Iterator[Watch | None]:
     Args:
         wanted: None for a terminal or a notebook only, and only if it takes longer than two seconds.
     """
+    if wanted is False:
+        yield None
+        return
+    try:
+        # Not among the pins of a model: servers show no bar, and a model must answer without.
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        yield None
+        return
     console = Console(stderr=True)
-    if wanted is False or (wanted is None and not (console.is_terminal or console.is_jupyter)):
+    if wanted is None and not (console.is_terminal or console.is_jupyter):
         yield None
         return
     columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from packaging.utils import canonicalize_name
 from test_audio import make_model as make_listener
 from test_audio import masked
 from test_images import make_model as make_viewer
@@ -21,7 +23,8 @@ from torch import nn
 
 import mlflow_safeflavor
 from mlflow_safeflavor import cli, proof, recording
-from mlflow_safeflavor.artifact import Layout, reason_against
+from mlflow_safeflavor.artifact import Layout, read_json, reason_against
+from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import PlacementError, StructureError
 from mlflow_safeflavor.graph import GraphModule, from_json, to_json
 from mlflow_safeflavor.inventory import find_slots
@@ -214,6 +217,24 @@ def test_classifier_without_transformers(tiny_tokenizer, tmp_path, clean_process
     found, traced = json.loads(printed.split("FOUND")[1])
     assert found == wanted.to_dict("list")
     assert not traced
+
+
+def test_serving_needs_nothing_but_the_pins(tiny_tokenizer, tmp_path, clean_process):
+    """As in the lean image: what no pin brings along cannot be imported."""
+    mlflow_safeflavor.save_model(bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+    pins = Environment.from_json(read_json(Layout(tmp_path / "m").environment)).for_graph().distributions
+    owners = importlib.metadata.packages_distributions()
+    others = [name for name, there in owners.items() if not pins.keys() & set(map(canonicalize_name, there))]
+    assert "transformers" in others
+    clean_process(
+        "import sys, json\n"
+        "sys.modules.update(dict.fromkeys(json.loads(sys.argv[2])))\n"
+        "import mlflow.pyfunc, pandas as pd\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[1], model_config={'engine': 'graph'})\n"
+        "assert len(model.predict(pd.DataFrame({'text': ['a cat', 'a dog']}))) == 2\n",
+        str(tmp_path / "m"),
+        json.dumps([name for name in others if name not in ("mlflow_safeflavor", "pkg_resources", "setuptools")]),
+    )
 
 
 def test_hooks(tmp_path):

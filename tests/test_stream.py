@@ -98,7 +98,7 @@ def test_the_name_of_a_file_is_a_text(model, table, tmp_path):
 def terminal(monkeypatch):
     """What a terminal would show."""
     screen = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=screen, force_terminal=True, width=80))
+    monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=80))
     return screen
 
 
