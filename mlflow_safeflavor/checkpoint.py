@@ -132,9 +132,8 @@ def _download(name: str, revision: str, options: Mapping[str, Any]) -> Path:
     folder = hub.download(name, revision, _HUB_FILES, **options)
     if any(folder.glob("*.safetensors")):
         return folder
-    return hub.download(
-        name, revision, ["*.json", "*.bin"], **options
-    )  # pickled weights only where there are no others
+    # Pickled weights only where there are no others.
+    return hub.download(name, revision, ["*.json", "*.bin"], **options)
 
 
 def _class_of(folder: Path) -> type[Any]:

@@ -329,11 +329,8 @@ def _write_environment(
     conda_env: Mapping[str, Any] | str | None,
 ) -> None:
     with_model = {Path(path).stem for path in code_paths or ()}
-    imported = usercode.distributions_of(source.module, source.hooks, except_for=with_model)
-    processing = [] if source.processor is None else requirements_of(source.processor)
-    roots = [*requirements.DEFAULT_ROOTS, *imported, *processing]
-    graph_roots = _graph_roots(source, with_model)
-    only_module = set(closure_of(roots)) - set(closure_of(graph_roots))
+    roots, graph_roots = (_roots(source, with_model, graph=graph) for graph in (False, True))
+    only_module = closure_of(roots) - closure_of(graph_roots)
     recorded = requirements.environment_files(
         layout.root,
         graph_roots if structure == "graph" else roots,
@@ -353,13 +350,15 @@ def _write_environment(
     write_json(layout.environment, recorded.to_json())
 
 
-def _graph_roots(source: Source, with_model: Collection[str]) -> list[str]:
-    """What serving the graph needs directly: transformers only where its processors or tokenizers are called."""
-    hooks = usercode.distributions_of(torch.nn.Module(), source.hooks, except_for=with_model)
-    processing = [] if source.processor is None else requirements_of(source.processor)
-    calls = source.processor is not None or (source.task == "custom" and source.tokenizer is not None)
-    roots = [name for name in requirements.DEFAULT_ROOTS if calls or name != "transformers"]
-    return [*roots, *hooks, *processing]
+def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[str]:
+    """What serving needs directly; for a graph transformers only where its processors or tokenizers are called."""
+    module = torch.nn.Module() if graph else source.module
+    calls = not graph or source.processor is not None or (source.task == "custom" and source.tokenizer is not None)
+    return [
+        *(name for name in requirements.DEFAULT_ROOTS if calls or name != "transformers"),
+        *usercode.distributions_of(module, source.hooks, except_for=with_model),
+        *([] if source.processor is None else requirements_of(source.processor)),
+    ]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -177,16 +178,11 @@ def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor
     values: dict[str, torch.Tensor] = {}
     for file in inventory.files:
         path = layout.data / file
-        try:
-            with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    if name in values:
-                        raise ValueError(f"{name!r} is in another file, too")
-                    values[name] = opened.get_tensor(name)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise IntegrityError(
-                "A safetensors file cannot be read", where=layout.name_of(path), found=error, way_out=WAY_OUT
-            ) from None
+        with _reading(layout.name_of(path)), safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                if name in values:
+                    raise ValueError(f"{name!r} is in another file, too")
+                values[name] = opened.get_tensor(name)
     wanted = {name: (entry.dtype, entry.shape) for name, entry in inventory.data.items()}
     found = {name: (dtype_name(value.dtype), tuple(value.shape)) for name, value in values.items()}
     for name in sorted(wanted.keys() | found.keys()):
@@ -199,6 +195,14 @@ def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor
                 way_out=WAY_OUT,
             )
     return values
+
+
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        raise IntegrityError("A safetensors file cannot be read", where=where, found=error, way_out=WAY_OUT) from None
 
 
 def _describe(facts: tuple[str, tuple[int, ...]] | None) -> str:
@@ -220,12 +224,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises:
         IntegrityError: The file is missing or not readable.
     """
-    try:
+    with _reading(path.name):
         return dict(load_numpy(path))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise IntegrityError(
-            "A safetensors file cannot be read", where=path.name, found=error, way_out=WAY_OUT
-        ) from None
 
 
 # --- constants of a graph ------------------------------------------------------------------------
@@ -244,12 +244,5 @@ def read_constants(layout: Layout) -> dict[str, torch.Tensor]:
     """
     if not layout.graph_tensors.exists():
         return {}
-    try:
+    with _reading(layout.name_of(layout.graph_tensors)):
         return dict(load_file(layout.graph_tensors))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise IntegrityError(
-            "A safetensors file cannot be read",
-            where=layout.name_of(layout.graph_tensors),
-            found=error,
-            way_out=WAY_OUT,
-        ) from None
