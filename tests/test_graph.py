@@ -345,7 +345,7 @@ def test_forwards_without_a_graph(cls, reason):
 def test_other_bits_are_found(monkeypatch):
     """The proof, not the tracer, is what decides."""
     wrapped = make_private().eval().requires_grad_(False)
-    graph, own = recording._Tracer(wrapped, find_slots(wrapped), {"x": torch.ones(3, 4)}).graph()
+    graph, own = recording._Tracer(wrapped, find_slots(wrapped), {"x": torch.ones(3, 4)}, {"x": {0, 1}}).graph()
     with pytest.raises(recording.Refusal, match="other bits"):
         proof.prove(Scaled(wrapped), graph, own, find_slots(wrapped), {"x": torch.ones(3, 4)}, None)
 
