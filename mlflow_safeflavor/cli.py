@@ -81,7 +81,8 @@ def inspect(uri: str, pins: bool, rows: bool, calls: bool) -> None:
     if rows:
         console.print(_tensor_table(inventory))
     if calls:
-        from mlflow_safeflavor.graph import from_json, lines_of
+        from mlflow_safeflavor.graph import lines_of
+        from mlflow_safeflavor.graph_file import from_json
 
         for line in lines_of(from_json(read_json(layout.graph))):
             console.print(line, markup=False, highlight=False, soft_wrap=True)

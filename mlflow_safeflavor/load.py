@@ -268,7 +268,8 @@ def _read_graph(
     inventory: Inventory, spec: ModelSpec, layout: Layout, options: LoadOptions, report: LoadReport
 ) -> tuple[GraphModule, dict[str, Callable[..., Any]], torch.device]:
     from mlflow_safeflavor import placement, structure
-    from mlflow_safeflavor.graph import GraphModule, read_graph
+    from mlflow_safeflavor.graph import GraphModule
+    from mlflow_safeflavor.graph_file import read_graph
 
     graph, constants = read_graph(inventory, layout)
     device = placement.resolve_device(options.device)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.engine import Engine
+from mlflow_safeflavor.faults import find_faults
 from mlflow_safeflavor.graph import (
     DEVICE,
     MOST_TEXT,
@@ -25,7 +26,6 @@ from mlflow_safeflavor.graph import (
     GraphModule,
     Input,
     Ref,
-    find_faults,
     refs_of,
 )
 from mlflow_safeflavor.inventory import STORABLE, Slot, dtype_name

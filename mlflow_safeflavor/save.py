@@ -33,7 +33,7 @@ from mlflow_safeflavor.damage import require_undamaged
 from mlflow_safeflavor.engine import evaluating
 from mlflow_safeflavor.environment import closure_of
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.graph import write_graph, write_reason
+from mlflow_safeflavor.graph_file import write_graph, write_reason
 from mlflow_safeflavor.load import LoadOptions, bind, guarded_parts, rebuild
 from mlflow_safeflavor.lock import lock, read_lines
 from mlflow_safeflavor.model import LoadedModel

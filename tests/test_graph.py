@@ -26,7 +26,8 @@ from mlflow_safeflavor import cli, proof, recording
 from mlflow_safeflavor.artifact import Layout, read_json, reason_against
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import PlacementError, StructureError
-from mlflow_safeflavor.graph import GraphModule, from_json, to_json
+from mlflow_safeflavor.graph import GraphModule
+from mlflow_safeflavor.graph_file import from_json, to_json
 from mlflow_safeflavor.inventory import find_slots
 from mlflow_safeflavor.load import read_spec
 

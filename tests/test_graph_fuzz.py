@@ -22,7 +22,8 @@ from torch import nn
 
 from mlflow_safeflavor import operators
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.graph import GraphModule, from_json, to_json
+from mlflow_safeflavor.graph import GraphModule
+from mlflow_safeflavor.graph_file import from_json, to_json
 from mlflow_safeflavor.inventory import find_slots
 from mlflow_safeflavor.recording import record
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mlflow_safeflavor.graph import GraphModule, from_json, to_json
+from mlflow_safeflavor.graph import GraphModule
+from mlflow_safeflavor.graph_file import from_json, to_json
 from mlflow_safeflavor.inventory import find_slots
 from mlflow_safeflavor.recording import Refusal, record
 

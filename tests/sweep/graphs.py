@@ -32,7 +32,7 @@ import torch
 import transformers
 
 from mlflow_safeflavor import graph as graphs
-from mlflow_safeflavor import inventory, recording
+from mlflow_safeflavor import graph_file, inventory, recording
 from mlflow_safeflavor.engine import named_tensors
 
 HERE = Path(__file__).resolve().parent
@@ -107,7 +107,7 @@ def _recorded(module: torch.nn.Module, example: Tensors) -> dict[str, Any]:
         return {"result": "refused", "reason": str(refusal)[:400]}
     except Exception as error:
         return {"result": "differs", "reason": f"{type(error).__name__}: {error}"[:2000]}
-    read = graphs.from_json(json.loads(json.dumps(graphs.to_json(graph), allow_nan=False)))
+    read = graph_file.from_json(json.loads(json.dumps(graph_file.to_json(graph), allow_nan=False)))
     tensors = {slot.path: slot.tensor.detach() for slot in slots}
     again = graphs.GraphModule(read, [(own if known.own else tensors)[known.tensor] for known in read.constants])
     compared, reason = _compared(module, again, examples[0])
