@@ -16,9 +16,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # --- timing --------------------------------------------------------------------------------------
+
+
+class Spent(NamedTuple):
+    """Seconds that a candidate has measured itself: a process of its own, say."""
+
+    wall: float
+    cpu: float
 
 
 @dataclass
@@ -33,7 +40,7 @@ def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int) -> di
     """Run every candidate once a round: A B A B …, so that a noisy minute hits all of them.
 
     The first round warms up and is not counted. What a candidate returns is freed off the clock.
-    A candidate that returns a ``(wall, cpu)`` tuple has timed itself.
+    A candidate that returns what it has :class:`Spent` has timed itself.
     """
     times = {name: Times() for name in candidates}
     for turn in range(rounds + 1):
@@ -41,11 +48,11 @@ def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int) -> di
             gc.collect()
             cpu, wall = time.process_time(), time.perf_counter()
             result: Any = run()
-            spent = time.perf_counter() - wall, time.process_time() - cpu
+            spent = Spent(time.perf_counter() - wall, time.process_time() - cpu)
             if turn:
-                own = result if isinstance(result, tuple) else spent
-                times[name].wall.append(own[0])
-                times[name].cpu.append(own[1])
+                spent = result if isinstance(result, Spent) else spent
+                times[name].wall.append(spent.wall)
+                times[name].cpu.append(spent.cpu)
             del result
     return times
 
@@ -63,15 +70,17 @@ def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
     return statistics.median(ours) / statistics.median(theirs), low, high
 
 
-def timed_process(code: str, *arguments: str) -> tuple[float, float]:
+def timed_process(code: str, *arguments: str) -> Spent:
     """Run Python code in a fresh process; seconds on the clock, and of CPU, until it is gone."""
     with tempfile.TemporaryDirectory() as cache:
         # As on a new host: nobody remembers the digests of a file.
         environment = {**os.environ, "XDG_CACHE_HOME": cache}
+        # Neither side compiles itself anew in each process.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         command = [sys.executable, "-c", code, *arguments]
         cpu, start = _cpu_of_children(), time.perf_counter()
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        spent = time.perf_counter() - start, _cpu_of_children() - cpu
+        spent = Spent(time.perf_counter() - start, _cpu_of_children() - cpu)
     if done.returncode:
         raise SystemExit(f"A timed process failed:\n{done.stderr}")
     return spent

@@ -28,6 +28,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from _common import (
     SIZES,
+    Spent,
     alternate,
     machine,
     median_and_spread,
@@ -237,7 +238,7 @@ def start(rounds: int, cache: Path) -> None:
     )
 
 
-def _timed(*command: str) -> Callable[[], tuple[float, float]]:
+def _timed(*command: str) -> Callable[[], Spent]:
     return lambda: timed_process(*command)
 
 
