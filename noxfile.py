@@ -80,20 +80,27 @@ def saved(session: nox.Session) -> None:
 def matrix(session: nox.Session, transformers: str, mlflow: str) -> None:
     """Save, load and serve with other releases, and exchange models with the main environment."""
     _configure(session)
-    torch, _ = install.torch_arguments(
-        os.environ.get("TORCH") or install.TORCH, os.environ.get("TORCH_INDEX", ""), python=str(session.python)
-    )
-    session.install(*torch)
+    _install_torch(session)
     wanted = [f"transformers{TRANSFORMERS[transformers]}", f"mlflow{MLFLOW[mlflow]}"]
     session.install("--editable", ".[demo]", *wanted, *LIMITS.get(mlflow, []), "pytest>=8.2")
     _test(session, "matrix/test_other_releases")
+
+
+@nox.session(python="3.11", tags=["ci"], requires=["saved"])
+def without_transformers(session: nox.Session) -> None:
+    """Graphs where torch is installed and transformers is not: the same artifacts, the same bits."""
+    _configure(session)
+    _install_torch(session)
+    session.install(*_requirements_without("torch", "transformers"), "pytest>=8.2")
+    session.install("--no-deps", "--editable", ".")
+    _test(session, "matrix/test_without_transformers")
 
 
 @nox.session(python=["3.10", "3.12", "3.13"], tags=["ci"], requires=["saved"])
 def light(session: nox.Session) -> None:
     """What needs no torch, on the Pythons that torch may not be at hand for."""
     _configure(session)
-    session.install(*_requirements_without_torch(), "pytest>=8.2")
+    session.install(*_requirements_without("torch", "transformers"), "pytest>=8.2")
     session.install("--no-deps", "--editable", ".")
     _test(session, *LIGHT)
 
@@ -106,11 +113,18 @@ def _configure(session: nox.Session) -> None:
     session.env.update({"UV_PYTHON_DOWNLOADS": "never", "UV_FIND_LINKS": os.environ.get("UV_FIND_LINKS", folders)})
 
 
-def _requirements_without_torch() -> list[str]:
+def _install_torch(session: nox.Session) -> None:
+    torch, _ = install.torch_arguments(
+        os.environ.get("TORCH") or install.TORCH, os.environ.get("TORCH_INDEX", ""), python=str(session.python)
+    )
+    session.install(*torch)
+
+
+def _requirements_without(*names: str) -> list[str]:
     metadata = configparser.ConfigParser()
     metadata.read(REPOSITORY / "setup.cfg")
     lines = metadata["options"]["install_requires"].split("\n")
-    return [line for line in lines if line and not re.match(r"(torch|transformers)\b", line)]
+    return [line for line in lines if line and re.match(r"[\w.-]+", line).group() not in names]
 
 
 def _test(session: nox.Session, *files: str) -> None:

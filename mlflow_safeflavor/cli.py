@@ -151,6 +151,7 @@ def _tensor_table(inventory: dict[str, Any]) -> Table:
 )
 @click.option("--report", "page", type=click.Path(dir_okay=False), help="Write an HTML page.")
 @click.option("--device", default="auto", show_default=True, help="Where to load the model here.")
+@click.option("--engine", type=click.Choice(["module", "graph"]), help="What answers here; the module if there is one.")
 @click.option("--trust", multiple=True, metavar="KIND", help="Let the model's own code or pickle run here; repeatable.")
 @click.option(
     "--timeout",
@@ -165,6 +166,7 @@ def verify(
     rows: str | None,
     page: str | None,
     device: str,
+    engine: str | None,
     trust: tuple[str, ...],
     timeout: float,
 ) -> None:
@@ -176,7 +178,9 @@ def verify(
 
     console = Console()
     with Console(stderr=True).status("asking the server" if endpoint else f"loading {uri}"):
-        report = verify_model(uri, endpoint=endpoint, rows=rows, device=device, trust=trust, timeout=timeout)
+        report = verify_model(
+            uri, endpoint=endpoint, rows=rows, device=device, engine=engine, trust=trust, timeout=timeout
+        )
     console.print(_golden_table(report, uri))
     console.print(f"tolerance: atol {report.atol:g}, rtol {report.rtol:g}")
     if endpoint:

@@ -39,6 +39,7 @@ def verify_model(
     endpoint: str | None = None,
     rows: pd.DataFrame | str | Path | None = None,
     device: str = "auto",
+    engine: str | None = None,
     trust: Collection[str] = (),
     timeout: float = 60.0,
 ) -> ParityReport:
@@ -54,6 +55,7 @@ def verify_model(
             records, JSON lines, CSV or Parquet. For a model of named arrays each row is one request, and each cell
             an array or nested lists.
         device: Where to load the model here; see ``load_model``.
+        engine: What is to answer here: "module", which is the default where the model has one, or "graph".
         trust: See ``load_model``.
         timeout: Seconds to wait for each answer of the server.
 
@@ -64,7 +66,8 @@ def verify_model(
         InputError: ``rows`` without an endpoint, rows that no model could answer, or an address that is none.
         SafeFlavorError: The model cannot be loaded, or the server cannot be asked.
     """
-    options = LoadOptions(device=device, replay=False, trust=frozenset(trust))
+    chosen = {"engine": engine} if engine else {}
+    options = LoadOptions(device=device, replay=False, trust=frozenset(trust), model_config=chosen)
     if endpoint is not None:
         return _verify_server(Endpoint(endpoint, timeout), Layout(locate(model_uri)), rows, options)
     if rows is not None:

@@ -26,7 +26,11 @@ from data import MUTATIONS, REWORDINGS, make_pairs
 from filelock import FileLock
 from mlflow.projects.utils import load_project
 from model import LABELS, FixClassifier, split
+from train import COLUMNS, MODEL_CONFIG
 from training import Recipe, ask, calibrate, fit
+from transformers import AutoTokenizer
+
+import mlflow_safeflavor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLE = REPOSITORY / "examples" / "codebuggy"
@@ -258,7 +262,7 @@ def trained(tmp_path_factory):
 
 def make_tiny_encoder(folder: Path) -> None:
     """The real tokenizer, and a BERT of two narrow layers with seeded weights."""
-    from transformers import AutoTokenizer, BertConfig, BertModel
+    from transformers import BertConfig, BertModel
 
     tokenizer = AutoTokenizer.from_pretrained(before.checkpoint())
     tokenizer.save_pretrained(folder)
@@ -346,6 +350,24 @@ def test_host_server_and_service_say_the_same_bits_of_200_pairs(trained, app):
         assert done.returncode == 0, done.stdout + done.stderr
         assert "service: 200 of 200 rows answered as here, bit for bit" in done.stdout
         check_remote(endpoint, app, trained)
+
+
+@pytest.mark.slow
+@pytest.mark.serve
+@pytest.mark.graphs
+def test_as_a_graph_alone_it_is_served_without_its_class_and_without_trust(trained, rows, tmp_path, serve, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", trained["env"]["MLFLOW_TRACKING_URI"])
+    native = mlflow_safeflavor.load_model(trained["model_uri"], trust={"code", "pickle"})
+    tokenizer = AutoTokenizer.from_pretrained(trained["folder"] / "encoder")
+    options = {"input_columns": COLUMNS, "model_config": MODEL_CONFIG}
+    mlflow_safeflavor.save_model(native.module, tmp_path / "graph", tokenizer=tokenizer, structure="graph", **options)
+    assert not list((tmp_path / "graph").rglob("*.pkl"))
+    assert not list((tmp_path / "graph").rglob("model.py"))
+    wanted = native.predict(rows[:200]).to_dict(orient="records")
+    with serve(tmp_path / "graph", env={"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}) as server:
+        answer = server.invoke({"dataframe_records": rows[:200]})
+    assert answer.status == 200, answer.text
+    assert answer.json()["predictions"] == wanted
 
 
 def check_remote(endpoint: str, app: str, trained: dict[str, object]) -> None:

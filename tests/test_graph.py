@@ -24,6 +24,7 @@ from torch import nn
 import mlflow_safeflavor
 from mlflow_safeflavor import cli, proof, recording
 from mlflow_safeflavor.artifact import Layout, read_json, reason_against
+from mlflow_safeflavor.engine import GraphEngine, ModuleEngine
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import PlacementError, StructureError
 from mlflow_safeflavor.graph import GraphModule
@@ -218,6 +219,21 @@ def test_classifier_without_transformers(tiny_tokenizer, tmp_path, clean_process
     found, traced = json.loads(printed.split("FOUND")[1])
     assert found == wanted.to_dict("list")
     assert not traced
+
+
+def test_verify_asks_the_engine_that_is_wanted(tiny_tokenizer, tmp_path, monkeypatch):
+    mlflow_safeflavor.save_model(bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+    asked = []
+    for engine in (GraphEngine, ModuleEngine):
+        call = engine.__call__
+        monkeypatch.setattr(
+            engine, "__call__", lambda self, *a, call=call, **k: asked.append(self.name) or call(self, *a, **k)
+        )
+    for options, name in (([], "module"), (["--engine", "graph"], "graph"), (["--engine", "module"], "module")):
+        asked.clear()
+        done = CliRunner().invoke(cli.main, ["verify", str(tmp_path / "m"), *options])
+        assert done.exit_code == 0, done.output
+        assert set(asked) == {name}
 
 
 def test_serving_needs_nothing_but_the_pins(tiny_tokenizer, tmp_path, clean_process):

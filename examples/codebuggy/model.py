@@ -76,16 +76,17 @@ def split(input_ids: torch.Tensor, attention_mask: torch.Tensor, separator: int)
 
     ``[CLS] a [SEP] b [SEP]`` becomes ``[CLS] a [SEP]`` and ``[CLS] b [SEP]``; ``<s> a </s></s> b </s>`` likewise.
 
+    Each stays as long as the pair: a length that depends on the ids is nothing that a graph could be recorded of.
+
     Returns:
-        Ids and mask, each of shape (2 · rows, longest text), int64.
+        Ids and mask, each of shape (2 · rows, length of the pair), int64.
     """
-    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    length = input_ids.shape[1]  # `len()` would make it a number, and a graph for this length alone
+    places = torch.arange(length, device=input_ids.device)
     end = (input_ids == separator).int().argmax(1, keepdim=True)
-    twice = input_ids.gather(1, (end + 1).clamp(max=len(places) - 1)) == separator
+    twice = input_ids.gather(1, (end + 1).clamp(max=length - 1)) == separator
     shifted = places + end + twice
-    inside = shifted.clamp(max=len(places) - 1)
+    inside = shifted.clamp(max=length - 1)
     after = torch.where(places == 0, input_ids[:, :1], input_ids.gather(1, inside))
-    masks = (attention_mask * (places <= end), attention_mask.gather(1, inside) * (shifted < len(places)))
-    mask = torch.cat(masks)
-    longest = int(mask.sum(1).max())
-    return torch.cat((input_ids, after))[:, :longest], mask[:, :longest]
+    masks = (attention_mask * (places <= end), attention_mask.gather(1, inside) * (shifted < length))
+    return torch.cat((input_ids, after)), torch.cat(masks)

@@ -121,10 +121,14 @@ def golden_rows(logits: torch.Tensor, pairs: Sequence[Pair], count: int = 6) -> 
     return pd.DataFrame([{"buggy_code": pair.buggy_code, "fixed_code": pair.fixed_code} for pair in chosen])
 
 
-def log(model: FixClassifier, tokenizer: Any, example: pd.DataFrame, registered_model_name: str) -> Any:
-    """Log the model with its weights, tokenizer and code, and promote it if it has a name; returns MLflow's info."""
+def log(model: FixClassifier, tokenizer: Any, example: pd.DataFrame, structure: str, registered_model_name: str) -> Any:
+    """Log the model with its weights and tokenizer, and promote it if it has a name; returns MLflow's info."""
     # What is recorded now is compared with servers, which use one thread and no gradients.
     torch.set_num_threads(MODEL_CONFIG["num_threads"])
+    own: dict[str, Any] = {
+        "code_paths": [str(Path(__file__).with_name("model.py"))],
+        "allow_pickle": True,  # `__init__` loads the encoder, so that no constructor gives this module back
+    }
     info = mlflow_safeflavor.log_model(
         model.requires_grad_(False),
         "codebuggy",
@@ -133,9 +137,9 @@ def log(model: FixClassifier, tokenizer: Any, example: pd.DataFrame, registered_
         input_columns=COLUMNS,
         input_example=example,
         model_config=MODEL_CONFIG,
-        code_paths=[str(Path(__file__).with_name("model.py"))],
-        allow_pickle=True,  # `__init__` loads the encoder, so that no constructor gives this module back
+        structure=structure,
         registered_model_name=registered_model_name or None,
+        **({} if structure == "graph" else own),
     )
     if registered_model_name:
         version = str(info.registered_model_version)
@@ -162,6 +166,13 @@ def log(model: FixClassifier, tokenizer: Any, example: pd.DataFrame, registered_
     help="For matrix products of the training; by default told from the CPU.",
 )
 @click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--structure",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "graph"]),
+    help="graph: log no class, no code and no pickle.",
+)
 @click.option("--held-out", default="", help="Write held-out rows to this file (.jsonl).")
 def main(
     tracking_uri: str | None,
@@ -175,6 +186,7 @@ def main(
     frozen: int,
     bfloat16: bool | None,
     seed: int,
+    structure: str,
     held_out: str,
 ) -> None:
     """Train, compare with baselines, and log."""
@@ -220,7 +232,7 @@ def main(
         console.print(f"margin over the better baseline: {found - max(majority, bag):+.3f}")
         console.print(f"trained and judged in {time.monotonic() - started:.0f} s")
         with console.status("Logging the model, with a rehearsal of the load in a clean process"):
-            info = log(model, tokenizer, golden_rows(validated, splits["validation"]), registered_model_name)
+            info = log(model, tokenizer, golden_rows(validated, splits["validation"]), structure, registered_model_name)
     result = {
         "run_id": run.info.run_id,
         "model_uri": info.model_uri,

