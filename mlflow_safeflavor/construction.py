@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError, WeightsError
 from mlflow_safeflavor.inventory import find_meta, find_slots, some
+from mlflow_safeflavor.memory import asks_for_dtype, real_memory
 from mlflow_safeflavor.statedict import bits_equal
-from mlflow_safeflavor.structure import asks_for_dtype, describe, real_memory
+from mlflow_safeflavor.structure import describe
 from mlflow_safeflavor.usercode import name_of
 
 __all__ = [

@@ -11,8 +11,8 @@ import torch
 
 from mlflow_safeflavor.construction import Recipe
 from mlflow_safeflavor.errors import WeightsError
+from mlflow_safeflavor.memory import real_memory
 from mlflow_safeflavor.statedict import bits_equal, with_base_prefix
-from mlflow_safeflavor.structure import real_memory
 
 __all__ = ["base_prefix", "convert", "ignored_keys", "is_converted", "is_optional"]
 

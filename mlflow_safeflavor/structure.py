@@ -9,180 +9,25 @@ Three kinds of structure, tried in this order when a model is saved (a fourth, `
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 import itertools
 import json
 import re
-import sys
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.nn.modules.module import register_module_module_registration_hook
-from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.inventory import Inventory, find_places, find_slots
+from mlflow_safeflavor.memory import real_memory
 from mlflow_safeflavor.spec import ModelSpec
 from mlflow_safeflavor.trust import require_agreed
 from mlflow_safeflavor.usercode import import_name, name_of
 
-__all__ = ["asks_for_dtype", "build", "describe", "read_structure", "real_memory", "what_runs", "write_structure"]
-
-_build_lock = threading.RLock()
-
-
-class _Constructing(TorchFunctionMode):
-    """What torch's functions do while a constructor runs whose every tensor is replaced by a stored one.
-
-    One mode, because each costs some microseconds for each of thousands of calls. Modes belong to a
-    thread, so other threads see nothing of it.
-
-    * Random initialisers leave their tensor untouched. They arrive as functions of ``torch.nn.init``,
-      of ``transformers.initialization`` and as tensor methods.
-    * Allocating far more than the stored tensors take is refused: a config may say anything of sizes
-      and layers. This looks after each allocation: memory costs nothing before something is written to it.
-    """
-
-    _RANDOM = frozenset(
-        (
-            *("uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_"),
-            *("kaiming_uniform_", "kaiming_normal_", "orthogonal_", "sparse_"),
-        )
-    )
-    _ALLOCATORS = frozenset(("empty", "full", "ones", "rand", "randn", "zeros"))
-
-    def __init__(self, inventory: Inventory | None = None) -> None:
-        super().__init__()
-        # Generous: stored dtypes are narrower than float32, and constructors make tensors they do not keep.
-        self.most_bytes = 8 * inventory.nbytes + 2**30 if inventory else sys.maxsize
-        self.most_tensors = 10 * len(inventory.rows) + 1000 if inventory else sys.maxsize
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", None)
-        if name in self._RANDOM and not _truncates():
-            return args[0] if args else kwargs["tensor"]
-        result = func(*args, **kwargs)
-        if name in self._ALLOCATORS and isinstance(result, torch.Tensor):
-            self._count(result)
-        return result
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        self.most_bytes -= tensor.nbytes
-        self.most_tensors -= 1
-        if self.most_bytes < 0 or self.most_tensors < 0:
-            raise StructureError(
-                "The constructor wants far more memory than the stored tensors take",
-                where="a config or constructor argument",
-                found=f"a tensor of shape {list(tensor.shape)}",
-                way_out=WAY_OUT,
-            )
-
-
-class _DefaultDtype(TorchFunctionMode):
-    """Torch's default dtype for what this thread makes, whatever it is in the process.
-
-    Torch has one for all threads. Where another thread (transformers' loader does this) has changed it for a
-    moment, setting it would spoil that thread's model, and putting it back would keep that moment's value for good.
-    Code that asks for the default dtype still sees the other one; what it then makes is replaced or compared.
-    """
-
-    _FACTORIES = frozenset(
-        (
-            *("arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn"),
-            *("scalar_tensor", "tensor", "zeros"),
-        )
-    )
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if (
-            getattr(func, "__name__", None) in self._FACTORIES
-            and not asks_for_dtype(args, kwargs)
-            and result.is_floating_point()
-            and result.dtype == torch.get_default_dtype()
-        ):
-            return func(*args, **{**kwargs, "dtype": self.dtype})
-        return result
-
-
-def asks_for_dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether arguments of a factory say which dtype it makes, so that torch's default does not."""
-    return kwargs.get("dtype") is not None or any(isinstance(value, torch.Tensor) for value in args)
-
-
-def _truncates() -> bool:
-    """Whether ``trunc_normal_`` is drawing: since torch 2.13 it draws until every value is within bounds.
-
-    On memory that nobody writes it would never end, and it is the one initialiser that no mode sees.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(8):  # other modes may stand in between
-        if frame is None or frame.f_code.co_name == "_no_grad_trunc_normal_":
-            return frame is not None
-        frame = frame.f_back
-    return False
-
-
-_constructing = threading.local()
-
-
-def _mark_initialised(module: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
-    """Tell transformers that the ``_init_weights`` of a submodule need not run: half the time of building.
-
-    Registered once and for all: torch walks its dict of hooks without a lock, and taking one out again
-    would break whatever another thread is constructing at that moment.
-    """
-    if child is not None and getattr(_constructing, "on", False):
-        child.__dict__["_is_hf_initialized"] = True
-
-
-register_module_module_registration_hook(_mark_initialised)
-
-
-@contextmanager
-def real_memory(
-    dtype: torch.dtype = torch.float32, *, initialise: bool = False, inventory: Inventory | None = None
-) -> Iterator[None]:
-    """Constructors inside allocate on the CPU, whatever device context or default is around.
-
-    One at a time in the process, because torch's default dtype is global to it. The random state is left
-    as it was.
-
-    Args:
-        dtype: Torch's default dtype inside.
-        initialise: Run random initialisers, too.
-        inventory: What every tensor will be replaced by. This bounds what may be allocated, initialisers of any
-            kind are skipped, and the default dtype of other threads is left alone.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_build_lock)
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        before = torch.get_default_dtype()
-        if dtype != before and inventory is not None:
-            stack.enter_context(_DefaultDtype(dtype))
-        elif dtype != before:
-            torch.set_default_dtype(dtype)
-            stack.callback(torch.set_default_dtype, before)
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        stack.callback(setattr, _constructing, "on", getattr(_constructing, "on", False))
-        _constructing.on = inventory is not None
-        if not initialise:
-            stack.enter_context(_Constructing(inventory))
-        yield
+__all__ = ["build", "describe", "read_structure", "what_runs", "write_structure"]
 
 
 # --- describe ------------------------------------------------------------------------------------

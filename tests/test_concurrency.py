@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, ModernBertConfig, ModernBe
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import SafeFlavorError
 from mlflow_safeflavor.inventory import Inventory
-from mlflow_safeflavor.structure import real_memory
+from mlflow_safeflavor.memory import real_memory
 
 pytest_plugins = "saved_models"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,7 @@ from mlflow_safeflavor.errors import (
     InputError,
     IntegrityError,
     PlacementError,
+    SafeFlavorError,
     TrustError,
 )
 
@@ -53,6 +56,23 @@ def _threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(saved, tmp_path, collects):
+    """It is paused meanwhile; also where loading fails half-way."""
+    broken = Path(shutil.copytree(saved, tmp_path / "broken"))
+    edit_json(broken / "safeflavor" / "structure.json", lambda content: content["arguments"].clear())
+    reseal(broken)
+    try:
+        (gc.enable if collects else gc.disable)()
+        load(saved)
+        assert gc.isenabled() is collects
+        with pytest.raises(SafeFlavorError):
+            load(broken)
+        assert gc.isenabled() is collects
+    finally:
+        gc.enable()
 
 
 # Answers

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, MarianConfig, MarianModel
 
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.inventory import Inventory, find_slots, take_inventory
-from mlflow_safeflavor.structure import real_memory
+from mlflow_safeflavor.memory import real_memory
 
 NOTHING = Inventory({}, {}, {})
 RANDOM = ["uniform_", "normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_"]
