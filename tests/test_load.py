@@ -23,8 +23,8 @@ from mlflow_safeflavor.errors import (
     InputError,
     IntegrityError,
     PlacementError,
-    SafeFlavorError,
     TrustError,
+    WeightsError,
 )
 
 pytest_plugins = "saved_models"
@@ -62,13 +62,13 @@ def _threads():
 def test_the_garbage_collector_is_left_as_it_was(saved, tmp_path, collects):
     """It is paused meanwhile; also where loading fails half-way."""
     broken = Path(shutil.copytree(saved, tmp_path / "broken"))
-    edit_json(broken / "safeflavor" / "structure.json", lambda content: content["arguments"].clear())
+    edit_json(next(broken.rglob("config.json")), lambda config: config.update(num_hidden_layers=1))
     reseal(broken)
     try:
         (gc.enable if collects else gc.disable)()
         load(saved)
         assert gc.isenabled() is collects
-        with pytest.raises(SafeFlavorError):
+        with pytest.raises(WeightsError):
             load(broken)
         assert gc.isenabled() is collects
     finally:
