@@ -359,10 +359,10 @@ def test_as_a_graph_alone_it_is_served_without_its_class_and_without_trust(train
     monkeypatch.setenv("MLFLOW_TRACKING_URI", trained["env"]["MLFLOW_TRACKING_URI"])
     native = mlflow_safeflavor.load_model(trained["model_uri"], trust={"code", "pickle"})
     tokenizer = AutoTokenizer.from_pretrained(trained["folder"] / "encoder")
-    options = {"input_columns": COLUMNS, "model_config": MODEL_CONFIG}
-    mlflow_safeflavor.save_model(native.module, tmp_path / "graph", tokenizer=tokenizer, structure="graph", **options)
+    given = {"task": "text-classification", "input_columns": COLUMNS, "model_config": MODEL_CONFIG}
+    mlflow_safeflavor.save_model(native.module, tmp_path / "graph", tokenizer=tokenizer, structure="graph", **given)
     assert not list((tmp_path / "graph").rglob("*.pkl"))
-    assert not list((tmp_path / "graph").rglob("model.py"))
+    assert [entry.name for entry in (tmp_path / "graph" / "code").iterdir()] == ["mlflow_safeflavor"]
     wanted = native.predict(rows[:200]).to_dict(orient="records")
     with serve(tmp_path / "graph", env={"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}) as server:
         answer = server.invoke({"dataframe_records": rows[:200]})

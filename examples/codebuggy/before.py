@@ -54,7 +54,7 @@ def answer(model: torch.nn.Module, tokenizer: Any) -> str:
     """Its logits for one change, or the error instead."""
     try:
         with torch.inference_mode():
-            pair = tokenizer(BEFORE, AFTER, return_tensors="pt")
+            pair = tokenizer(BEFORE, AFTER, truncation=True, return_tensors="pt")
             logits = model(pair["input_ids"], pair["attention_mask"])["logits"]
     except Exception as error:
         return describe(error)
