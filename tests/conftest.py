@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# Loading through MLflow would write byte code into saved models, which tests share and compare file by file.
+sys.dont_write_bytecode = True
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+
 
 # The process that runs the tests: one thread, nothing but loopback.
 

@@ -662,7 +662,8 @@ def test_no_value_replaced_gives_other_answers_or_an_unnamed_error(copied, saved
 def sharded(tmp_path, tiny_bert, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(tensors, "SHARD_BYTES", 50_000)
     path = tmp_path / "sharded"
-    mlflow_safeflavor.save_model(tiny_bert(initializer_range=0.5), path, tokenizer=tiny_tokenizer, rehearse=False)
+    model = tiny_bert(initializer_range=0.5)
+    mlflow_safeflavor.save_model(model, path, tokenizer=tiny_tokenizer, model_config=SAME_BATCHES, rehearse=False)
     return path
 
 
