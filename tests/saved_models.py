@@ -10,15 +10,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from artifacts import TEXTS
+from artifacts import SAME_BATCHES, TEXTS
 
 import mlflow_safeflavor
 from mlflow_safeflavor import recording
 
 _examples_of = recording.examples_of  # most tests do without graphs, see conftest
 _made: dict[str, Path] = {}
-SAME_BATCHES = {"forward_cost": 512}
-"""Measured, it would now and then cut rows into other batches, whose answers have other last bits."""
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
-from artifacts import TEXTS, edit_json, edit_mlmodel, flip, read_header, reseal, rewrite, write_header
+from artifacts import SAME_BATCHES, TEXTS, edit_json, edit_mlmodel, flip, read_header, reseal, rewrite, write_header
 from mlflow.exceptions import MlflowException
 
 import mlflow_safeflavor
