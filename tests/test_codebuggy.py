@@ -15,6 +15,8 @@ from pathlib import Path
 import after
 import before
 import data
+import mlflow
+import pandas as pd
 import pytest
 import requests
 import serve
@@ -26,7 +28,7 @@ from data import MUTATIONS, REWORDINGS, make_pairs
 from filelock import FileLock
 from mlflow.projects.utils import load_project
 from model import LABELS, FixClassifier, split
-from train import COLUMNS, MODEL_CONFIG
+from train import log
 from training import Recipe, ask, calibrate, fit
 from transformers import AutoTokenizer
 
@@ -316,8 +318,6 @@ def rows(trained) -> list[dict[str, object]]:
 
 @pytest.mark.slow
 def test_training_logs_what_one_wants_to_see(trained, rows):
-    import mlflow
-
     client = mlflow.MlflowClient(trained["env"]["MLFLOW_TRACKING_URI"])
     run = client.get_run(trained["run_id"])
     metrics, params = run.data.metrics, run.data.params
@@ -359,12 +359,13 @@ def test_as_a_graph_alone_it_is_served_without_its_class_and_without_trust(train
     monkeypatch.setenv("MLFLOW_TRACKING_URI", trained["env"]["MLFLOW_TRACKING_URI"])
     native = mlflow_safeflavor.load_model(trained["model_uri"], trust={"code", "pickle"})
     tokenizer = AutoTokenizer.from_pretrained(trained["folder"] / "encoder")
-    given = {"task": "text-classification", "input_columns": COLUMNS, "model_config": MODEL_CONFIG}
-    mlflow_safeflavor.save_model(native.module, tmp_path / "graph", tokenizer=tokenizer, structure="graph", **given)
-    assert not list((tmp_path / "graph").rglob("*.pkl"))
-    assert [entry.name for entry in (tmp_path / "graph" / "code").iterdir()] == ["mlflow_safeflavor"]
+    example = pd.DataFrame(rows[:6], columns=["buggy_code", "fixed_code"])
+    logged = log(native.module, tokenizer, example, "graph", "").model_uri  # as `train.py --structure graph` does
+    graph = Path(mlflow.artifacts.download_artifacts(logged, dst_path=str(tmp_path / "graph")))
+    assert not list(graph.rglob("*.pkl"))
+    assert [entry.name for entry in (graph / "code").iterdir()] == ["mlflow_safeflavor"]
     wanted = native.predict(rows[:200]).to_dict(orient="records")
-    with serve(tmp_path / "graph", env={"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}) as server:
+    with serve(graph, env={"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}) as server:
         answer = server.invoke({"dataframe_records": rows[:200]})
     assert answer.status == 200, answer.text
     assert answer.json()["predictions"] == wanted
