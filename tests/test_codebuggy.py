@@ -355,9 +355,10 @@ def test_host_server_and_service_say_the_same_bits_of_200_pairs(trained, app):
 @pytest.mark.slow
 @pytest.mark.serve
 @pytest.mark.graphs
-def test_as_a_graph_alone_it_is_served_without_its_class_and_without_trust(trained, rows, tmp_path, serve, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", trained["env"]["MLFLOW_TRACKING_URI"])
-    native = mlflow_safeflavor.load_model(trained["model_uri"], trust={"code", "pickle"})
+def test_as_a_graph_alone_it_is_served_without_its_class_and_without_trust(trained, rows, tmp_path, tracking, serve):
+    store = mlflow.MlflowClient(trained["env"]["MLFLOW_TRACKING_URI"])
+    saved = store.get_logged_model(trained["model_uri"].removeprefix("models:/")).artifact_location
+    native = mlflow_safeflavor.load_model(saved, trust={"code", "pickle"})
     tokenizer = AutoTokenizer.from_pretrained(trained["folder"] / "encoder")
     example = pd.DataFrame(rows[:6], columns=["buggy_code", "fixed_code"])
     logged = log(native.module, tokenizer, example, "graph", "").model_uri  # as `train.py --structure graph` does
