@@ -3,6 +3,7 @@
     .venv/bin/nox -l                                                 say what there is
     .venv/bin/nox -s "matrix(py3.11-transformers4.57-mlflow2.9)"     the environment this package was born in
     .venv/bin/nox -s light                                           what needs no torch
+    .venv/bin/nox -s project                                         MLproject in an environment of its own
 
 Run it after `make venv`, whose environment is the other side of each comparison. Environments are made by uv, which
 keeps what it has unpacked: the first takes a minute, others seconds. A Python that is not installed is skipped.
@@ -52,13 +53,13 @@ LEGS = [
     for mlflow in MLFLOW
     if (python, mlflow) != ("3.13", "2.9")
 ]
-# They import what newer releases of their requirements lack (FallbackAsyncAdaptedQueuePool, pkg_resources).
-LIMITS = {"2.9": ["sqlalchemy<2.1", "setuptools>=77,<82"], "2.22": ["sqlalchemy<2.1"]}
+# They use what newer releases of their requirements lack (FallbackAsyncAdaptedQueuePool, pkg_resources, app.route).
+LIMITS = {"2.9": ["sqlalchemy<2.1", "setuptools>=77,<82"], "2.22": ["sqlalchemy<2.1", "starlette<1"]}
 
 LIGHT = ["test_cpu", "test_environment", "test_requirements", "test_rows", "matrix/test_without_torch"]
 """Tests that run where neither torch nor transformers is installed; the few of them that need torch skip."""
 
-SAVED = REPOSITORY / ".nox" / "saved"
+SAVED, OWN = REPOSITORY / ".nox" / "saved", REPOSITORY / ".nox" / "project"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -80,7 +81,7 @@ def saved(session: nox.Session) -> None:
 def matrix(session: nox.Session, transformers: str, mlflow: str) -> None:
     """Save, load and serve with other releases, and exchange models with the main environment."""
     _configure(session)
-    _install_torch(session)
+    session.install(*_torch(str(session.python)))
     wanted = [f"transformers{TRANSFORMERS[transformers]}", f"mlflow{MLFLOW[mlflow]}"]
     session.install("--editable", ".[demo]", *wanted, *LIMITS.get(mlflow, []), "pytest>=8.2")
     _test(session, "matrix/test_other_releases")
@@ -90,7 +91,7 @@ def matrix(session: nox.Session, transformers: str, mlflow: str) -> None:
 def without_transformers(session: nox.Session) -> None:
     """Graphs where torch is installed and transformers is not: the same artifacts, the same bits."""
     _configure(session)
-    _install_torch(session)
+    session.install(*_torch(str(session.python)))
     session.install(*_requirements_without("torch", "transformers"), "pytest>=8.2")
     session.install("--no-deps", "--editable", ".")
     _test(session, "matrix/test_without_transformers")
@@ -105,6 +106,24 @@ def light(session: nox.Session) -> None:
     _test(session, *LIGHT)
 
 
+@nox.session(venv_backend="none", tags=["ci"], requires=["saved"])
+def project(session: nox.Session) -> None:
+    """`mlflow run` of this project in an environment of its own, which MLflow makes as python_env.yaml says."""
+    _configure(session)
+    shutil.rmtree(OWN, ignore_errors=True)  # it would hold the package as it was
+    OWN.mkdir(parents=True)
+    *index, torch = _torch()
+    (OWN / "constraints.txt").write_text(torch)
+    made = {"MLFLOW_ENV_ROOT": str(OWN), "MLFLOW_TRACKING_URI": f"sqlite:///{OWN}/mlflow.db"}
+    made |= {"UV_CONSTRAINT": str(OWN / "constraints.txt")}
+    made |= {"PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}  # uv lies beside Python
+    if index:
+        made |= {"UV_INDEX": index[-1], "UV_INDEX_STRATEGY": "unsafe-best-match"}
+    command = [sys.executable, "-m", "mlflow", "run", ".", "-e", "verify", "--env-manager", "uv"]
+    given = ["-P", f"model_uri={SAVED / 'classifier'}"]
+    session.run(*command, *given, env={**OFFLINE, **ONE_THREAD, **made}, external=True)
+
+
 def _configure(session: nox.Session) -> None:
     """Let uv find what pip finds: torch's CPU build may lie in a folder that pip is configured to look in."""
     command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
@@ -113,11 +132,11 @@ def _configure(session: nox.Session) -> None:
     session.env.update({"UV_PYTHON_DOWNLOADS": "never", "UV_FIND_LINKS": os.environ.get("UV_FIND_LINKS", folders)})
 
 
-def _install_torch(session: nox.Session) -> None:
-    torch, _ = install.torch_arguments(
-        os.environ.get("TORCH") or install.TORCH, os.environ.get("TORCH_INDEX", ""), python=str(session.python)
-    )
-    session.install(*torch)
+def _torch(python: str = install.RUNNING) -> list[str]:
+    """What to tell uv about torch: where it comes from, if that has to be said, and which."""
+    wanted, index = os.environ.get("TORCH") or install.TORCH, os.environ.get("TORCH_INDEX", "")
+    arguments, _ = install.torch_arguments(wanted, index, python=python)
+    return arguments
 
 
 def _requirements_without(*names: str) -> list[str]:

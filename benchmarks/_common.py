@@ -6,7 +6,6 @@ import gc
 import importlib.util
 import logging
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -71,24 +70,22 @@ def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
 
 
 def timed_process(code: str, *arguments: str) -> Spent:
-    """Run Python code in a fresh process; seconds on the clock, and of CPU, until it is gone."""
-    with tempfile.TemporaryDirectory() as cache:
+    """Run Python code in a fresh process; seconds on the clock, and of CPU, from its start until it has run."""
+    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile("w+") as errors:
         # As on a new host: nobody remembers the digests of a file.
         environment = {**os.environ, "XDG_CACHE_HOME": cache}
         # Neither side compiles itself anew in each process.
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        command = [sys.executable, "-c", code, *arguments]
-        cpu, start = _cpu_of_children(), time.perf_counter()
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        spent = Spent(time.perf_counter() - start, _cpu_of_children() - cpu)
-    if done.returncode:
-        raise SystemExit(f"A timed process failed:\n{done.stderr}")
-    return spent
-
-
-def _cpu_of_children() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+        command = [sys.executable, "-c", f"{code}\nimport time; print(time.process_time(), flush=True)", *arguments]
+        start = time.perf_counter()
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
+            cpu = process.stdout.readline()
+            wall = time.perf_counter() - start
+        if process.returncode:
+            errors.seek(0)
+            raise SystemExit(f"A timed process failed:\n{errors.read()}")
+    return Spent(wall, float(cpu))
 
 
 # --- models --------------------------------------------------------------------------------------

@@ -186,7 +186,8 @@ PREDICT = """
 import sys
 import pandas
 import mlflow.pyfunc
-mlflow.pyfunc.load_model(sys.argv[1]).predict(pandas.DataFrame({"text": ["hello world"]}))
+options = {"model_config": {"engine": sys.argv[2]}} if sys.argv[2:] else {}
+mlflow.pyfunc.load_model(sys.argv[1], **options).predict(pandas.DataFrame({"text": ["hello world"]}))
 """
 EMPTY_LOADER = """
 class Empty:
@@ -208,14 +209,16 @@ def start(rounds: int, cache: Path) -> None:
     commands: dict[str, tuple[str, ...]] = {
         "imports": (IMPORTS,),
         "empty": (IMPORTS + PREDICT, str(empty)),
-        "ours": (PREDICT, str(ours)),
+        "ours": (PREDICT, str(ours), "module"),
+        "graph": (PREDICT, str(ours), "graph"),
         "peer": (PREDICT, str(peer)),
     }
     times = alternate({name: _timed(*command) for name, command in commands.items()}, rounds)
     names = {
         "imports": "bare imports: mlflow.pyfunc, torch, the model's class",
         "empty": "the same, and MLflow loading nothing with our pins",
-        "ours": "ours: digests, rebuild, compare, golden rows, predict",
+        "ours": "ours, module engine: digests, rebuild, compare, golden rows, predict",
+        "graph": "ours, graph engine",
         "peer": "mlflow.transformers: load, predict",
     }
     rows = [

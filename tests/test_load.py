@@ -17,6 +17,7 @@ import yaml
 from artifacts import TEXTS, edit_json, edit_mlmodel, reseal
 
 import mlflow_safeflavor
+from mlflow_safeflavor import load as loading
 from mlflow_safeflavor.errors import (
     EnvironmentMismatchError,
     FormatVersionError,
@@ -59,11 +60,13 @@ def _threads():
 
 
 @pytest.mark.parametrize("collects", [True, False])
-def test_the_garbage_collector_is_left_as_it_was(saved, tmp_path, collects):
-    """It is paused meanwhile; also where loading fails half-way."""
+def test_the_garbage_collector_is_paused_and_left_as_it_was(saved, tmp_path, monkeypatch, collects):
+    """Also where loading fails half-way."""
     broken = Path(shutil.copytree(saved, tmp_path / "broken"))
     edit_json(next(broken.rglob("config.json")), lambda config: config.update(num_hidden_layers=1))
     reseal(broken)
+    rebuild, seen = loading.rebuild, []
+    monkeypatch.setattr(loading, "rebuild", lambda *given: [seen.append(gc.isenabled()), rebuild(*given)][1])
     try:
         (gc.enable if collects else gc.disable)()
         load(saved)
@@ -73,6 +76,7 @@ def test_the_garbage_collector_is_left_as_it_was(saved, tmp_path, collects):
         assert gc.isenabled() is collects
     finally:
         gc.enable()
+    assert seen == [False, False]
 
 
 # Answers

@@ -55,6 +55,9 @@ WRITES = re.compile(
 )
 """Classes that write token by token: they stay with the module, see docs/limits.md."""
 
+ENCODERS = re.compile("MaskedLM|ImageClassification|AudioClassification|ForCTC")
+"""A model type is an encoder where transformers has such a class of it: its classes come first, and are counted."""
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -62,7 +65,7 @@ def encoders(only: str = "") -> list[tuple[str, str]]:
     """Class name and model type of all that do not write, those first that are served most."""
     known = shrink.architectures()
     found = [item for item in known.items() if not WRITES.search(item[0]) and re.search(only, item[0])]
-    families = {kind for name, kind in known.items() if re.search("MaskedLM|(Image|Audio)Classification", name)}
+    families = {kind for name, kind in known.items() if ENCODERS.search(name)}
     return sorted(
         found,
         key=lambda item: (
