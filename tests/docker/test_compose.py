@@ -1,0 +1,116 @@
+"""`make stack` with containers: docker compose runs the compose file, and the app answers as this process does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+import requests
+import stack
+from base_image import TAG
+from engine import IMAGES, NoEngineError
+
+import mlflow_safeflavor
+
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.graphs]
+
+POSTGRES = "postgres:17-alpine"
+PYTHON = "python:3.11-slim"
+OURS = ("codebuggy-parts", "codebuggy-model")
+PROJECT = {"COMPOSE_PROJECT_NAME": IMAGES}  # not that of a stack which somebody has running
+WORDS = "the a cat dog sat ran on under mat tree red green return x y = + - ( ) def if else".split()
+
+
+@pytest.fixture
+def images(engine, torch_index):
+    """The two images that the stack builds on: pulled, or where no hub can be reached stand-ins."""
+    stands_in = torch_index != "auto"
+    if stands_in:
+        folder = Path(__file__).with_name("postgres")
+        # The name goes with the tests.
+        engine.docker("build", "--build-arg", f"BASE={TAG}", "--tag", POSTGRES, folder, timeout=600)
+        engine.docker("tag", TAG, PYTHON)
+    yield
+    for name in OURS + ((POSTGRES, PYTHON) if stands_in else ()):
+        engine.remove_images(name)
+
+
+@pytest.fixture
+def environ(engine, images, tmp_path, monkeypatch):
+    """Variables of the compose file and of the engine, also of this process; what is started with them is removed."""
+    for name, value in {**engine.environ, **PROJECT, "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        compose = stack.compose()
+    except stack.MissingPartError as error:
+        raise NoEngineError(str(error)) from None
+    environ = stack.environment(stack.container_settings(tmp_path))
+    yield environ
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run([*compose, "down", "--volumes"], env=environ, timeout=120)
+    mlflow.set_tracking_uri(None)
+    mlflow.set_registry_uri(None)
+    os.environ.pop("MLFLOW_REGISTRY_URI", None)
+
+
+def log_champion(uri, model, tokenizer, torch_index):
+    """A tiny classifier of two texts, in the registry of the stack."""
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    client = mlflow.MlflowClient()
+    with mlflow.start_run(experiment_id=client.create_experiment("codebuggy")):
+        info = mlflow_safeflavor.log_model(
+            model,
+            "model",
+            tokenizer=tokenizer,
+            input_columns={"text": "buggy_code", "text_pair": "fixed_code"},
+            model_config={"deterministic": True, "num_threads": 1},
+            registered_model_name=stack.MODEL,
+            torch_index=torch_index,
+            rehearse=False,
+        )
+    client.set_registered_model_alias(stack.MODEL, "champion", info.registered_model_version)
+
+
+def rows(count):
+    """Pairs of texts of up to 12 words."""
+    chosen = random.Random(0)
+    return [
+        {name: " ".join(chosen.choices(WORDS, k=chosen.randint(1, 12))) for name in ("buggy_code", "fixed_code")}
+        for _ in range(count)
+    ]
+
+
+def test_the_whole_stack(engine, environ, tiny_bert, tiny_tokenizer, torch_index, tmp_path):
+    stack.run([*stack.compose(), "up", "--detach", "--wait", "postgres", "s3", "mlflow"], environ)
+    uri = f"http://127.0.0.1:{environ['MLFLOW_PORT']}"
+    log_champion(uri, tiny_bert(initializer_range=0.5), tiny_tokenizer, torch_index)
+    wanted = mlflow_safeflavor.load_model(stack.CHAMPION).predict(pd.DataFrame(rows(50))).to_dict(orient="records")
+
+    # What runs is left as it is, and there is a champion: this builds the model's image, and starts it and the app.
+    port = stack.free_port()
+    command = [sys.executable, stack.__file__, "--folder", tmp_path]
+    done = subprocess.run([*command, "up", "--port", str(port)], stdout=subprocess.PIPE, text=True, timeout=1500)
+    assert done.returncode == 0
+    (printed,) = done.stdout.splitlines()
+    assert json.loads(printed)["label"] in {row["label"] for row in wanted}
+
+    url = f"http://127.0.0.1:{port}/predict"
+    asked = [requests.post(url, json=row, timeout=60).json() for row in rows(50)]
+    assert [{"label": answer["label"], "score": answer["score"]} for answer in asked] == wanted
+    assert len({row["score"] for row in wanted}) > 35, "answers that are all alike prove nothing"
+    refused = requests.post(url, json={"buggy_code": "x"}, timeout=60)
+    assert refused.status_code == 422
+    assert "Traceback" not in refused.text
+
+    subprocess.run([*command, "down"], check=True, timeout=120)
+    running = engine.docker("ps", "--quiet", "--filter", f"label=com.docker.compose.project={IMAGES}")
+    assert not running.split()
