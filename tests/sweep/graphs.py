@@ -65,14 +65,19 @@ def encoders(only: str = "") -> list[tuple[str, str]]:
     """Class name and model type of all that do not write, those first that are served most."""
     known = shrink.architectures()
     found = [item for item in known.items() if not WRITES.search(item[0]) and re.search(only, item[0])]
-    families = {kind for name, kind in known.items() if ENCODERS.search(name)}
+    served = encoder_types(known)
     return sorted(
         found,
         key=lambda item: (
-            item[1] not in families,
+            item[1] not in served,
             next(i for i, kind in enumerate(KINDS) if item[0].endswith(kind)),
         ),
     )
+
+
+def encoder_types(known: Mapping[str, str]) -> set[str]:
+    """Model types that have an encoder's class, of class name → model type."""
+    return {model_type for name, model_type in known.items() if ENCODERS.search(name)}
 
 
 # --- one class --------------------------------------------------------------------------------------
@@ -282,8 +287,12 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
         kind = next(kind for kind in KINDS if row["class"].endswith(kind))
         counts[kind][row["result"]] += 1
         counts["all"][row["result"]] += 1
-    lines = ["# Graphs of the sweep", "", f"{len(rows)} of {len(encoders())} classes, transformers "]
-    lines[-1] += f"{transformers.__version__}, torch {torch.__version__.partition('+')[0]}. "
+    known, seen = encoders(), {row["class"] for row in rows}
+    served = encoder_types(dict(known))
+    those = {name for name, model_type in known if model_type in served}
+    lines = ["# Graphs of the sweep", "", f"{len(seen & those)} of {len(those)} classes of encoders and "]
+    lines[-1] += f"{len(seen - those)} of {len(known) - len(those)} others (decoders that classify, detectors, parts "
+    lines[-1] += f"of models), transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}. "
     fresh = sum(row.get("fresh", 0) for row in rows)
     proven = sum(row.get("proven_on", 0) for row in rows)
     lines[-1] += f"Proven on {proven:,} inputs when recorded, and compared on {fresh:,} fresh ones afterwards."

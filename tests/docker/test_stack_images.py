@@ -25,7 +25,9 @@ pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.graphs]
 POSTGRES = "postgres:17-alpine"
 PYTHON = "python:3.11-slim"
 OURS = ("codebuggy-parts", "codebuggy-model")
-PROJECT = {"COMPOSE_PROJECT_NAME": IMAGES}  # not that of a stack which somebody has running
+# Not the name of a stack which somebody has running; and with the builder of the other tests, which have installed
+# most of it already. (It was also run with BuildKit, the default.)
+SETTINGS = {"COMPOSE_PROJECT_NAME": IMAGES, "DOCKER_BUILDKIT": "0"}
 WORDS = "the a cat dog sat ran on under mat tree red green return x y = + - ( ) def if else".split()
 
 
@@ -46,7 +48,7 @@ def images(engine, torch_index):
 @pytest.fixture
 def environ(engine, images, tmp_path, monkeypatch):
     """Variables of the compose file and of the engine, also of this process; what is started with them is removed."""
-    for name, value in {**engine.environ, **PROJECT, "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false"}.items():
+    for name, value in {**engine.environ, **SETTINGS, "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false"}.items():
         monkeypatch.setenv(name, value)
     try:
         compose = stack.compose()
