@@ -1,8 +1,9 @@
-"""Damage to files of a saved model, and a manifest made anew by somebody who may write."""
+"""Rows for tiny models; damage to files of a saved model, and a manifest made anew by somebody who may write."""
 
 from __future__ import annotations
 
 import json
+import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,14 @@ from mlflow_safeflavor.load import guarded_parts
 TEXTS = ["the cat sat", "a dog ran on the mat", "return x + y"]
 SAME_BATCHES = {"forward_cost": 512}
 """Measured, it would now and then cut rows into other batches, whose answers have other last bits."""
+
+
+def changes(count: int) -> list[dict[str, str]]:
+    """Pairs of texts of up to 12 words that the tiny tokenizer knows; always the same ones."""
+    chosen = random.Random(0)
+    words = "the a cat dog sat ran on under mat tree red green return x y = + - ( ) def if else".split()
+    columns = ("buggy_code", "fixed_code")
+    return [{name: " ".join(chosen.choices(words, k=chosen.randint(1, 12))) for name in columns} for _ in range(count)]
 
 
 def rewrite(path: Path, content: bytes | str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ import pandas as pd
 import pytest
 import requests
 import stack
+from artifacts import changes
 from click.testing import CliRunner
 from mlflow.exceptions import MlflowException
 from parts import stop_everything
@@ -28,7 +28,6 @@ from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError
 
 pytest_plugins = "stack_fixtures"
 pytestmark = pytest.mark.slow
-WORDS = "the a cat dog sat ran on under mat tree red green return x y = + - ( ) def if else".split()
 
 NAME = "codebuggy"
 CHAMPION = f"models:/{NAME}@champion"
@@ -100,13 +99,6 @@ def champion(log, client, to_tracking):
 _made: dict[str, Any] = {}
 
 
-def rows(count):
-    """Pairs of texts of up to 12 words."""
-    chosen = random.Random(0)
-    text = lambda: " ".join(chosen.choices(WORDS, k=chosen.randint(1, 12)))  # noqa: E731
-    return pd.DataFrame([{"buggy_code": text(), "fixed_code": text()} for _ in range(count)])
-
-
 def answers_of(model, table):
     return pd.DataFrame(model.predict(table)).to_dict(orient="records")
 
@@ -115,7 +107,7 @@ def answers_of(model, table):
 
 
 def test_every_way_to_the_champion_gives_the_same_bits(champion, parts, client):
-    table = rows(200)
+    table = pd.DataFrame(changes(200))
     native = mlflow_safeflavor.load_model(CHAMPION)
     assert native.report.bit_identical, "what the module answered when it was logged"
     wanted = answers_of(native, table)

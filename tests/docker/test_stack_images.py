@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pandas as pd
 import pytest
 import requests
 import stack
+from artifacts import changes
 from base_image import TAG
 from engine import IMAGES, NoEngineError
 
@@ -28,7 +28,6 @@ OURS = ("codebuggy-parts", "codebuggy-model")
 # Not the name of a stack which somebody has running; and with the builder of the other tests, which have installed
 # most of it already. (It was also run with BuildKit, the default.)
 SETTINGS = {"COMPOSE_PROJECT_NAME": IMAGES, "DOCKER_BUILDKIT": "0"}
-WORDS = "the a cat dog sat ran on under mat tree red green return x y = + - ( ) def if else".split()
 
 
 @pytest.fixture
@@ -82,20 +81,11 @@ def log_champion(uri, model, tokenizer, torch_index):
     client.set_registered_model_alias(stack.MODEL, "champion", info.registered_model_version)
 
 
-def rows(count):
-    """Pairs of texts of up to 12 words."""
-    chosen = random.Random(0)
-    return [
-        {name: " ".join(chosen.choices(WORDS, k=chosen.randint(1, 12))) for name in ("buggy_code", "fixed_code")}
-        for _ in range(count)
-    ]
-
-
 def test_the_whole_stack(engine, environ, tiny_bert, tiny_tokenizer, torch_index, tmp_path):
     stack.run([*stack.compose(), "up", "--detach", "--wait", "postgres", "s3", "mlflow"], environ)
     uri = f"http://127.0.0.1:{environ['MLFLOW_PORT']}"
     log_champion(uri, tiny_bert(initializer_range=0.5), tiny_tokenizer, torch_index)
-    wanted = mlflow_safeflavor.load_model(stack.CHAMPION).predict(pd.DataFrame(rows(50))).to_dict(orient="records")
+    wanted = mlflow_safeflavor.load_model(stack.CHAMPION).predict(pd.DataFrame(changes(50))).to_dict(orient="records")
 
     # What runs is left as it is, and there is a champion: this builds the model's image, and starts it and the app.
     port = stack.free_port()
@@ -106,7 +96,7 @@ def test_the_whole_stack(engine, environ, tiny_bert, tiny_tokenizer, torch_index
     assert json.loads(printed)["label"] in {row["label"] for row in wanted}
 
     url = f"http://127.0.0.1:{port}/predict"
-    asked = [requests.post(url, json=row, timeout=60).json() for row in rows(50)]
+    asked = [requests.post(url, json=row, timeout=60).json() for row in changes(50)]
     assert [{"label": answer["label"], "score": answer["score"]} for answer in asked] == wanted
     assert len({row["score"] for row in wanted}) > 35, "answers that are all alike prove nothing"
     refused = requests.post(url, json={"buggy_code": "x"}, timeout=60)
