@@ -130,6 +130,18 @@ KEPT_FALSE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 """Operators that write to arguments although their schema does not say so, unless one argument is false."""
 
+
+def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """Torch's kernels for the first and the last dimension divide by its size and read as many norms, unasked."""
+    if dim in (0, v.dim() - 1) and not (v.numel() and g.numel() == v.shape[dim] and g.dtype == v.dtype):
+        raise ValueError(f"weight_norm of {list(v.shape)} by {list(g.shape)} norms along {dim}")
+    result: torch.Tensor = torch.ops.aten._weight_norm.default(v, g, dim)
+    return result
+
+
+_CHECKED: Mapping[str, Callable[..., Any]] = {"aten._weight_norm.default": _weight_norm}
+"""What is called in the place of operators that trust their arguments."""
+
 _NAMES = frozenset(_ATEN.split())
 _PREFIX = "aten."
 
@@ -150,4 +162,4 @@ def signature_of(name: str) -> Signature | None:
         return None
     if torch.Tag.nondeterministic_seeded in overload.tags and name not in WITHOUT_DROPOUT:
         return None
-    return Signature(overload, overload._schema)
+    return Signature(_CHECKED.get(name, overload), overload._schema)

@@ -943,6 +943,8 @@ call_attack("dropout", "attention that drops half of its values", ("aten.unsquee
             ("aten.scaled_dot_product_attention.default", [-1, -1, -1], {"dropout_p": 0.5}))  # fmt: skip
 call_attack("batch_norm_trains", "a norm that writes to its running mean", ("aten.batch_norm.default",
             [-1, None, None, {"constant": 0}, {"constant": 0}, True, 0.1, 1e-5, False], {}))  # fmt: skip
+call_attack("norms_missing", "a kernel that reads norms which are not there", ("aten.zeros.default", [[0, 3]], FLOATS),
+            ("aten._weight_norm.default", [-1, -1, 1], {}), native="ParityError")  # fmt: skip
 call_attack("item_out_of_range", "a result that an operator does not have", ("aten.topk.default", [-1, 1], {}),
             ("operator.getitem", [-1, 7], {}))  # fmt: skip
 call_attack("item_by_name", "an item by a name", ("operator.getitem", [-1, {"text": "a"}], {}))
