@@ -131,16 +131,71 @@ KEPT_FALSE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 """Operators that write to arguments although their schema does not say so, unless one argument is false."""
 
 
-def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """Torch's kernels for the first and the last dimension divide by its size and read as many norms, unasked."""
-    if dim in (0, v.dim() - 1) and not (v.numel() and g.numel() == v.shape[dim] and g.dtype == v.dtype):
-        raise ValueError(f"weight_norm of {list(v.shape)} by {list(g.shape)} norms along {dim}")
-    result: torch.Tensor = torch.ops.aten._weight_norm.default(v, g, dim)
-    return result
+# Torch's kernels for these read past the end of a tensor, or give back memory that nobody wrote, where arguments do not
+# fit each other; seen with torch 2.13. In their place is called what looks first.
 
 
-_CHECKED: Mapping[str, Callable[..., Any]] = {"aten._weight_norm.default": _weight_norm}
-"""What is called in the place of operators that trust their arguments."""
+def _require(fits: bool, what: str, *given: Any) -> None:
+    if not fits:
+        found = (list(value.shape) if isinstance(value, torch.Tensor) else value for value in given)
+        raise ValueError(f"{what} do not fit each other: {', '.join(map(str, found))}")
+
+
+def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> Any:
+    fits = dim not in (0, v.dim() - 1) or (v.numel() > 0 and g.numel() == v.shape[dim] and g.dtype == v.dtype)
+    _require(fits, "weights, their norms and the dimension", v, g, dim)
+    return torch.ops.aten._weight_norm.default(v, g, dim)
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *more: Any, **named: Any) -> Any:
+    _require(key.shape[-2:-1] == value.shape[-2:-1], "keys and values", key, value)
+    return torch.ops.aten.scaled_dot_product_attention.default(query, key, value, *more, **named)
+
+
+def _flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *more: Any, **named: Any) -> Any:
+    outer = query.dim() == 4 and query.shape[:2] == key.shape[:2]
+    fits = outer and key.shape == value.shape and query.shape[-1:] == key.shape[-1:]
+    _require(fits, "queries, keys and values", query, key, value)
+    if (mask := named.get("attn_mask")) is not None:
+        mask.expand(*query.shape[:3], key.shape[2])  # raises where it does not fit
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(query, key, value, *more, **named)
+
+
+def _batch_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    *more: Any,
+    **named: Any,
+) -> Any:
+    each = [tensor for tensor in (weight, bias, running_mean, running_var) if tensor is not None]
+    fits = input.dim() > 1 and all(tensor.shape == input.shape[1:2] for tensor in each)
+    _require(fits, "channels and their statistics", input, *each)
+    overload = torch.ops.aten._native_batch_norm_legit_no_training.default
+    return overload(input, weight, bias, running_mean, running_var, *more, **named)
+
+
+def _grid_sampler(overload: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(
+        input: torch.Tensor, grid: torch.Tensor, interpolation_mode: int, padding_mode: int, *more: Any, **named: Any
+    ) -> Any:
+        known = interpolation_mode in (0, 1, 2) and padding_mode in (0, 1, 2)
+        _require(known, "modes of interpolation and padding", interpolation_mode, padding_mode)
+        return overload(input, grid, interpolation_mode, padding_mode, *more, **named)
+
+    return checked
+
+
+_CHECKED: Mapping[str, Callable[..., Any]] = {
+    "aten._weight_norm.default": _weight_norm,
+    "aten.scaled_dot_product_attention.default": _attention,
+    "aten._scaled_dot_product_flash_attention_for_cpu.default": _flash_attention,
+    "aten._native_batch_norm_legit_no_training.default": _batch_norm,
+    "aten.grid_sampler.default": _grid_sampler(torch.ops.aten.grid_sampler.default),
+    "aten.grid_sampler_2d.default": _grid_sampler(torch.ops.aten.grid_sampler_2d.default),
+}
 
 _NAMES = frozenset(_ATEN.split())
 _PREFIX = "aten."
