@@ -138,7 +138,7 @@ KEPT_FALSE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 def _require(fits: bool, what: str, *given: Any) -> None:
     if not fits:
         found = (list(value.shape) if isinstance(value, torch.Tensor) else value for value in given)
-        raise ValueError(f"{what} do not fit each other: {', '.join(map(str, found))}")
+        raise ValueError(f"{what} that do not fit: {', '.join(map(str, found))}")
 
 
 def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> Any:

@@ -16,10 +16,8 @@ NORM, ONE = of(4), of(1)
 HEADS = of(2, 4, 9, 8)
 PIXELS, PLACES = of(2, 4, 6, 6), of(2, 5, 5, 2)
 WEIGHT_NORM, BATCH_NORM = "aten._weight_norm.default", "aten._native_batch_norm_legit_no_training.default"
-ATTENTION, FLASH = (
-    "aten.scaled_dot_product_attention.default",
-    "aten._scaled_dot_product_flash_attention_for_cpu.default",
-)
+ATTENTION = "aten.scaled_dot_product_attention.default"
+FLASH = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 GRIDS = ("aten.grid_sampler.default", "aten.grid_sampler_2d.default")
 
 FITS = [
@@ -71,5 +69,6 @@ def test_what_fits_has_the_bits_of_torch(name, args, kwargs):
 
 @pytest.mark.parametrize(("name", "args", "kwargs"), LIES, ids=names(LIES))
 def test_what_does_not_fit_never_reaches_the_kernel(name, args, kwargs):
-    with pytest.raises((ValueError, RuntimeError)):
+    # The second is torch's own, of a mask that is only looked at.
+    with pytest.raises((ValueError, RuntimeError), match=r"that do not fit|The expanded size of the tensor"):
         operators.signature_of(name).call(*args, **kwargs)
