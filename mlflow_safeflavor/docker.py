@@ -34,13 +34,13 @@ _DOCKERFILE = """\
 ARG PYTHON_IMAGE={base_image}
 
 # Changes only when the pins do: retraining the model does not install anything anew. Compiled with all cores, as pip
-# does not; that some files of some distributions are templates, and no Python, is no failure.
+# does not, and without the tests that come along; that some files are templates, and no Python, is no failure.
 FROM ${{PYTHON_IMAGE}} AS environment
 COPY environment /build
 WORKDIR /build
 RUN python -m venv --without-pip /opt/venv \\
  && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-compile{hashes} -r requirements.txt \\
- && {{ /opt/venv/bin/python -m compileall -qq -j 0 /opt/venv/lib || true; }}
+ && {{ /opt/venv/bin/python -m compileall -qq -j 0 -x '/tests?/' /opt/venv/lib || true; }}
 
 FROM ${{PYTHON_IMAGE}}
 RUN useradd --system --uid 10001 --no-create-home {user}

@@ -6,6 +6,8 @@ torch is imported, so nothing here may import torch or transformers.
 
 from __future__ import annotations
 
+import email.parser
+import functools
 import importlib.metadata
 import json
 import logging
@@ -219,28 +221,49 @@ def _search(path: Sequence[str] | None, **context: str) -> Iterator[importlib.me
     yield from importlib.metadata.distributions(**where)
 
 
-def _installed(path: Sequence[str] | None) -> dict[str, importlib.metadata.Distribution]:
+@dataclass(frozen=True)
+class _Installed:
+    """What a distribution says of itself, and the distribution, for what few questions are left."""
+
+    name: str
+    version: str
+    requires: tuple[str, ...]
+    distribution: importlib.metadata.Distribution
+
+
+def _installed(path: Sequence[str] | None) -> dict[str, _Installed]:
     """Canonical name → distribution; the first on the path wins, as it does for imports."""
-    found: dict[str, importlib.metadata.Distribution] = {}
-    for distribution in _search(path):
-        name, version = _name_and_version(distribution)
-        if name and version:
-            found.setdefault(canonicalize_name(name), distribution)
+    found: dict[str, _Installed] = {}
+    for one in filter(None, map(_read, _search(path))):
+        found.setdefault(canonicalize_name(one.name), one)
     return found
 
 
-def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[str | None, str | None]:
-    """Both None for what a broken uninstall left behind."""
-    try:
-        metadata = distribution.metadata  # parsed anew at each access
-    except FileNotFoundError:  # the importlib_metadata backport, whose finder MLflow puts on sys.meta_path
-        return None, None
-    names, versions = metadata.get_all("Name"), metadata.get_all("Version")
-    return (names[0], versions[0]) if names and versions else (None, None)
+def _read(distribution: importlib.metadata.Distribution) -> _Installed | None:
+    """None for what a broken uninstall left behind."""
+    text = distribution.read_text("METADATA")
+    if text is not None:
+        # After the blank line comes a description of many pages.
+        names, versions, requires = _parse(text.partition("\n\n")[0])
+    else:
+        try:
+            metadata = distribution.metadata
+        except FileNotFoundError:  # the importlib_metadata backport, whose finder MLflow puts on sys.meta_path
+            return None
+        names, versions, requires = metadata.get_all("Name"), metadata.get_all("Version"), distribution.requires
+    if not (names and versions and names[0] and versions[0]):
+        return None
+    return _Installed(names[0], versions[0], tuple(requires or ()), distribution)
+
+
+@functools.cache  # by what was just read, so never stale: importlib parses all anew at each access, for seconds
+def _parse(headers: str) -> tuple[list[str] | None, list[str] | None, list[str] | None]:
+    parsed = email.parser.HeaderParser().parsestr(headers)
+    return parsed.get_all("Name"), parsed.get_all("Version"), parsed.get_all("Requires-Dist")
 
 
 def _closure(
-    roots: Iterable[str], installed: Mapping[str, importlib.metadata.Distribution]
+    roots: Iterable[str], installed: Mapping[str, _Installed]
 ) -> tuple[set[str], list[str], list[tuple[str, str]]]:
     """Names reached from the roots, requirements nothing installed answers, and (wanted, found) of contradictions."""
     queue = [("", requirement) for requirement in _roots(roots, installed)]
@@ -278,11 +301,11 @@ def _roots(roots: Iterable[str], installed: Mapping[str, object]) -> Iterator[Re
         yield requirement
 
 
-def _requires(distribution: importlib.metadata.Distribution, extras: Collection[str]) -> Iterator[Requirement]:
+def _requires(distribution: _Installed, extras: Collection[str]) -> Iterator[Requirement]:
     """Requirements that hold on this machine for any of the extras; ``""`` stands for no extra."""
-    for line in distribution.requires or ():
+    for line in distribution.requires:
         try:
-            requirement = Requirement(line)
+            requirement = _parse_requirement(line)
         except InvalidRequirement:
             _logger.warning("Metadata of %s holds a requirement nobody can read: %s", distribution.name, line)
             continue
@@ -291,6 +314,9 @@ def _requires(distribution: importlib.metadata.Distribution, extras: Collection[
                 yield requirement
         elif any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
             yield requirement
+
+
+_parse_requirement = functools.cache(Requirement)
 
 
 def _satisfies(requirement: Requirement, version: str) -> bool:
@@ -310,9 +336,11 @@ def _raise_conflicts(conflicts: Sequence[tuple[str, str]]) -> None:
     )
 
 
-def _require_releases(distributions: Iterable[importlib.metadata.Distribution]) -> None:
+def _require_releases(distributions: Iterable[_Installed]) -> None:
     """Refuse what no index could deliver to another machine."""
-    sources = {d.name: (d.version, source) for d in distributions if (source := _find_source(d)) is not None}
+    sources = {
+        d.name: (d.version, source) for d in distributions if (source := _find_source(d.distribution)) is not None
+    }
     if not sources:
         return
     name, (version, _) = next(iter(sorted(sources.items())))
@@ -431,8 +459,7 @@ def _listed_versions(path: Iterable[str]) -> dict[str, str]:
 
 def installed_version(name: str, path: Sequence[str] | None) -> str | None:
     """The version that is imported under this name, read from the metadata; None if there is none."""
-    versions = (_name_and_version(distribution)[1] for distribution in _search(path, name=name))
-    return next(filter(None, versions), None)
+    return next((one.version for one in map(_read, _search(path, name=name)) if one), None)
 
 
 def _same_version(wanted: str, found: str | None) -> bool:

@@ -20,34 +20,13 @@ _TIMEOUT = 1800  # seconds; a model of several GB on a slow disk takes minutes
 # the author's PYTHONPATH, cache or token would not load anywhere else.
 _KEPT = frozenset(
     (
-        *("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "LD_LIBRARY_PATH"),
+        *("PATH", "LANG", "LC_ALL", "TZ", "SYSTEMROOT", "LD_LIBRARY_PATH"),
         *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_CORETYPE", "ATEN_CPU_CAPABILITY"),
     )
 )
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DO_NOT_TRACK": "true"}
 
-# Runs in the clean process. The audit hook sees every connection, whatever library makes it.
-_SCRIPT = """
-import json, sys
-path, engines, answer = sys.argv[1:]
-
-def no_network(event, args):
-    if event == "socket.connect" and isinstance(args[1], tuple):
-        host = str(args[1][0])
-        if not (host.startswith("127.") or host in ("::1", "localhost")):
-            raise PermissionError(f"loading opened a connection to {host}")
-
-sys.addaudithook(no_network)
-try:
-    import mlflow.pyfunc
-    for engine in engines.split():
-        mlflow.pyfunc.load_model(path, model_config={"engine": engine})
-    problem = None
-except BaseException as error:
-    problem = {"kind": type(error).__name__, "message": str(error)}
-with open(answer, "w", encoding="utf-8") as file:
-    json.dump(problem, file)
-"""
+_PROGRAM = Path(__file__).with_name("clean_process.py")
 
 
 def rehearse(staged: Path, engines: Sequence[str] = ("auto",), *, allow_pickle: bool = False) -> None:
@@ -55,7 +34,8 @@ def rehearse(staged: Path, engines: Sequence[str] = ("auto",), *, allow_pickle: 
 
     Once with each of the ``engines``.
     Its interpreter is isolated (``-I``), its environment stripped, its working and home folders are
-    empty, the hub is offline, and any connection beyond loopback is an error. Loading replays the golden rows.
+    empty, the hub is offline. A connection beyond loopback is an error, and so is to read a file that is neither part
+    of the model nor of what is installed: it would not be there in a container. Loading replays the golden rows.
 
     Raises:
         RehearsalError: It could not be loaded there, or answered differently.
@@ -64,8 +44,9 @@ def rehearse(staged: Path, engines: Sequence[str] = ("auto",), *, allow_pickle: 
         answer = Path(scratch) / "answer.json"
         environ = {name: value for name, value in os.environ.items() if name in _KEPT}
         environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = str(allow_pickle).lower()
-        environ |= {**_OFFLINE, "HOME": scratch, "HF_HOME": scratch, "MLFLOW_TRACKING_URI": f"file:{scratch}/mlruns"}
-        command = [sys.executable, "-I", "-c", _SCRIPT, os.fspath(staged), " ".join(engines), os.fspath(answer)]
+        environ |= dict.fromkeys(("HOME", "HF_HOME", "TMPDIR", "TEMP", "TMP"), scratch)
+        environ |= {**_OFFLINE, "MLFLOW_TRACKING_URI": f"file:{scratch}/mlruns"}
+        command = [sys.executable, "-I", str(_PROGRAM), os.fspath(staged), " ".join(engines), os.fspath(answer)]
         try:
             process = subprocess.run(
                 command, cwd=scratch, env=environ, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
@@ -81,8 +62,11 @@ def rehearse(staged: Path, engines: Sequence[str] = ("auto",), *, allow_pickle: 
             )
         problem = json.loads(answer.read_text(encoding="utf-8"))
     if problem:
+        # Libraries tell in words of their own of what they were refused.
+        refused = [what for what in dict.fromkeys(problem["refused"]) if what not in problem["message"]]
         raise RehearsalError(
             "A clean process cannot load the model as saved, so nothing was published",
-            found=f"{problem['kind']}: {problem['message']}",
-            way_out="make it load without this process's state: no __main__ classes, no local paths, no network",
+            found="; ".join([f"{problem['kind']}: {problem['message']}", *refused]),
+            way_out="make it load without this process's state: no __main__ classes, no network, no files of this "
+            'machine; structure="graph" keeps neither the class nor what its constructor reads',
         )

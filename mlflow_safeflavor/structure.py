@@ -4,17 +4,21 @@ Three kinds of structure, tried in this order when a model is saved (a fourth, `
 
 * ``transformers``: a class of the transformers package and its config; runs no code of the artifact;
 * ``import``: any class that can be imported, and JSON arguments; runs the user's code;
-* ``pickle``: the module itself without its tensors (``pickled.py``), only if the user allows it.
+* ``pickle``: the module itself without its tensors (``pickled.py``), only if the user allows it; then also where a
+  constructor would load a checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -41,18 +45,46 @@ def describe(
     Args:
         module: Only looked at.
         init_args: Arguments of its constructor, where they cannot be told: JSON values and configs.
-        allow_pickle: Whether the kind ``pickle`` may be used when no constructor gives the module back.
+        allow_pickle: Whether the kind ``pickle`` may be used when no constructor gives the module back by itself.
 
     Raises:
         StructureError: The module is hooked, quantised, or no allowed kind can rebuild it.
     """
     _require_plain(module)
-    try:
+    if not allow_pickle or init_args is not None:
         return _describe_constructor(module, init_args)
+    try:
+        with _calls("from_pretrained") as calls:
+            described = _describe_constructor(module, None)
     except SafeFlavorError as error:
-        if not allow_pickle or init_args is not None:
-            raise
-        return {"kind": "pickle", "class": name_of(type(module)), "reason": error.what}
+        reason = error.what
+    else:
+        if not calls:
+            return described
+        reason = "The constructor loads a checkpoint, which nobody else may have"
+    return {"kind": "pickle", "class": name_of(type(module)), "reason": reason}
+
+
+@contextlib.contextmanager
+def _calls(name: str) -> Iterator[list[str]]:
+    """A list that grows with each call of a function of that name, by this thread and inside the block.
+
+    It stays empty under another profiler, which could not be put back; the rehearsal finds the same later.
+    """
+    found: list[str] = []
+
+    def look(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_name == name:
+            found.append(name)
+
+    if sys.getprofile() is not None:
+        yield found
+        return
+    sys.setprofile(look)
+    try:
+        yield found
+    finally:
+        sys.setprofile(None)
 
 
 def _describe_constructor(module: torch.nn.Module, init_args: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -450,6 +450,17 @@ def test_a_constructor_that_gives_the_module_back_is_preferred_to_a_pickle(save,
     assert not (path / "safeflavor" / "structure.pkl").exists()
 
 
+def test_a_constructor_that_loads_a_checkpoint_is_no_way_to_give_the_module_back(save, user_code, predictor):
+    _, _, checkpoint = predictor
+    code, file = user_code("loads", PREDICTOR.replace("checkpoint, labels", f"checkpoint={str(checkpoint)!r}, labels"))
+    model = seeded(code.Predictor)
+    path = save(model, allow_pickle=True, code_paths=[file], input_example=IDS)
+    shutil.rmtree(checkpoint)
+    assert structure_of(path)["kind"] == "pickle"
+    assert structure_of(path)["reason"] == "The constructor loads a checkpoint, which nobody else may have"
+    same(load(path, "code", "pickle").predict(IDS), answer(model, IDS))
+
+
 def test_a_pickle_needs_trust_natively(save, predictor):
     model, file, _ = predictor
     path = save(model, allow_pickle=True, code_paths=[file], input_example=IDS)
@@ -1112,6 +1123,17 @@ def test_rehearsal_refuses_code_that_was_left_out(save, user_code, tmp_path):
     with pytest.raises(RehearsalError, match="left_out"):
         save(seeded(lambda: code.Net(8)), init_args={"hidden": 8}, input_example=X, rehearse=True)
     assert not (tmp_path / "store" / "model").exists()
+
+
+@pytest.mark.slow
+def test_rehearsal_refuses_a_checkpoint_that_only_this_machine_has(save, predictor, tmp_path):
+    model, file, checkpoint = predictor
+    arguments = {"init_args": {"checkpoint": str(checkpoint)}, "code_paths": [file], "input_example": IDS}
+    with pytest.raises(RehearsalError, match=r"loading read .*encoder/config\.json, which is no part of the model"):
+        save(model, rehearse=True, **arguments)
+    assert not (tmp_path / "store" / "model").exists()
+    path = save(model, **arguments)
+    same(load(path, "code").predict(IDS), answer(model, IDS))  # as long as the checkpoint is there
 
 
 @pytest.mark.slow

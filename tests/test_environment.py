@@ -72,6 +72,14 @@ def test_markers_decide_for_this_machine(site):
     assert set(site.closure("a", f"c; {elsewhere}")) == {"a", "b"}
 
 
+def test_what_is_installed_is_read_anew_each_time(site):
+    info = site.install("a", "1.0", ["b"])
+    site.install("b")
+    assert site.closure("a") == {"a": "1.0", "b": "1.0"}
+    (info / "METADATA").write_text("Name: a\nVersion: 2.0\n\nRequires-Dist: b\n")  # all but the first is description
+    assert site.closure("a") == {"a": "2.0"}
+
+
 def test_cycles_end(site):
     site.install("a", requires=["b[x]"])
     site.install("b", requires=["a", 'b[y]; extra == "x"', 'c; extra == "y"'])

@@ -136,6 +136,45 @@ def test_loopback_is_no_network(rehearsed):
     )
 
 
+@pytest.mark.parametrize(
+    "code", ["open({0!r}).close()", "import os; os.close(os.open({0!r}, os.O_RDONLY))", "open(os.path.relpath({0!r}))"]
+)
+def test_a_file_that_only_this_machine_has_is_refused_and_named(rehearsed, tmp_path, code):
+    (tmp_path / "words.txt").write_text("mine")
+    with pytest.raises(RehearsalError, match=r"loading read .*/words\.txt, which is no part of the model"):
+        rehearsed("import os\n" + code.format(str(tmp_path / "words.txt")))
+
+
+def test_what_a_library_was_refused_is_named_beside_its_own_words(rehearsed, tmp_path):
+    (tmp_path / "words.txt").write_text("mine")
+    with pytest.raises(RehearsalError, match=r"ValueError: no words; loading read .*/words\.txt"):
+        rehearsed(f"try: open({str(tmp_path / 'words.txt')!r})\nexcept OSError: raise ValueError('no words') from None")
+
+
+def test_who_can_do_without_a_file_may(rehearsed, tmp_path):
+    (tmp_path / "words.txt").write_text("mine")
+    file = str(tmp_path / "words.txt")
+    rehearsed(f"try: open({file!r})\nexcept OSError: pass\nelse: raise AssertionError('it was read')")
+
+
+def test_files_of_the_model_of_packages_and_of_its_own_are_read(rehearsed, tmp_path):
+    info = tmp_path / "editable.egg-info"
+    info.mkdir()
+    (info / "PKG-INFO").write_text("Name: editable")
+    rehearsed(
+        f"open({str(info / 'PKG-INFO')!r}).close()\n"
+        "import certifi, os, tempfile\n"
+        "open(os.path.join(os.path.dirname(__file__), 'probe.py')).close()\n"
+        "open(os.path.join(os.path.dirname(os.path.dirname(__file__)), 'MLmodel')).close()\n"
+        "open(certifi.where()).close()\n"
+        "with tempfile.NamedTemporaryFile('w', delete=False) as file: file.write('own')\n"
+        "assert open(file.name).read() == 'own'\n"
+        "open(os.path.expanduser('~/settings'), 'w').close()\n"
+        "open(os.path.expanduser('~/settings')).close()\n"
+        "open('/etc/passwd').close()"
+    )
+
+
 def test_the_environment_of_this_process_does_not_reach_it(rehearsed, monkeypatch, tmp_path):
     (tmp_path / "mine.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)

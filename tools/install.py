@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 
@@ -66,7 +67,7 @@ def torch_arguments(version: str, index: str, python: str = RUNNING) -> tuple[li
 
 def run(what: str, *arguments: str) -> None:
     """Run pip, quietly but for one line that says what it does and how long that took."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-qq", *arguments]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-qq", "--no-compile", *arguments]
     started = time.monotonic()
     done = threading.Event()
 
@@ -89,6 +90,13 @@ def run(what: str, *arguments: str) -> None:
         sys.exit(f"pip could not do it: {' '.join(command)}\nTORCH_INDEX=URL names another place to take torch from.")
 
 
+def compile_all() -> None:
+    """Byte code, with all cores, as pip does not; but for tests that come along, and templates that are no Python."""
+    print("byte code …", flush=True)
+    command = [sys.executable, "-m", "compileall", "-qq", "-j", "0", "-x", "/tests?/", sysconfig.get_path("purelib")]
+    subprocess.run([*command, "mlflow_safeflavor"])
+
+
 def main() -> None:
     """Install torch first, then everything else around it."""
     if not (3, 10) <= sys.version_info[:2] < (3, 14):
@@ -98,6 +106,7 @@ def main() -> None:
     run(f"torch {environ('TORCH') or TORCH} ({why})", *arguments)
     pins = [f"{name}=={version}" for name in ("transformers", "mlflow") if (version := environ(name.upper()))]
     run("mlflow-safeflavor and what it is tested with", "--editable", f".[{EXTRAS}]", *pins)
+    compile_all()
 
 
 if __name__ == "__main__":

@@ -41,10 +41,10 @@ def minilm() -> str:
 
 
 def classifier() -> dict[str, Any]:
-    """MiniLM with a head of two labels, for pairs of texts under column names of the user's."""
+    """Two layers of MiniLM with a head of two labels, for pairs of texts under column names of the user's."""
     from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
 
-    encoder = AutoModel.from_pretrained(minilm())
+    encoder = AutoModel.from_pretrained(minilm(), num_hidden_layers=2)
     config = encoder.config
     config.update({"id2label": {0: "no fix", 1: "a fix"}, "label2id": {"no fix": 0, "a fix": 1}})
     torch.manual_seed(0)
