@@ -43,6 +43,8 @@ class CuttingProxy:
     def arm(self, after: int, *, upload: bool, action: Callable[[], object] | None = None, once: bool = False) -> None:
         """Pass on ``after`` more bytes, then do ``action`` once, then cut all connections, and each new one.
 
+        ``triggered`` is set when the action is over, which may be after the client has failed: wait for it.
+
         Args:
             after: Bytes of all connections together.
             upload: Count what clients send, or else what they receive.

@@ -62,7 +62,8 @@ def port_of(url: str) -> int:
 
 @pytest.fixture
 def parts(running: Running) -> LocalParts:
-    """PostgreSQL, S3 and the tracking server."""
+    """PostgreSQL, S3 and the tracking server, all of them running: a test that failed may have left one dead."""
+    running.parts.start()
     return running.parts
 
 
