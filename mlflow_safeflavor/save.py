@@ -381,8 +381,28 @@ def _answering(
     elif cast:
         device = torch.device("cpu")
         module, hooks = rebuild(tensors.read_inventory(layout), spec, layout, options, LoadReport())
-    with evaluating(module):
+    with evaluating(module), _aligned(module, layout):
         yield bind(module, hooks, device, spec, layout, options, LoadReport())
+
+
+@contextmanager
+def _aligned(module: torch.nn.Module, layout: Layout) -> Iterator[None]:
+    """While inside, tensors that ``from_pretrained`` maps from anywhere in a file lie as they do after ``load_model``.
+
+    Else the recorded answers could differ from those of every load in their last bits: see ``tensors.ALIGNMENT``.
+    """
+    slots = [slot for slot in inventories.find_slots(module) if not tensors.is_aligned(slot.tensor)]
+    before = {id(slot.tensor): (slot.tensor, slot.tensor.data) for slot in slots}
+    if slots:
+        inventory = tensors.read_inventory(layout)
+        loaded = inventories.realise(inventory, tensors.read_tensors(inventory, layout))
+        for slot in slots:
+            slot.tensor.data = loaded[slot.path].data
+    try:
+        yield
+    finally:
+        for tensor, data in before.values():
+            tensor.data = data
 
 
 def _write_parity(

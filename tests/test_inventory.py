@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from memory import all_bits, memory, read_into, round_trip, write
+from memory import all_bits, bits, memory, read_into, round_trip, write
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from mlflow_safeflavor.errors import IntegrityError, StructureError, WeightsError
+from mlflow_safeflavor.errors import StructureError, WeightsError
 from mlflow_safeflavor.inventory import (
     STORABLE,
     dtype_name,
@@ -23,6 +25,7 @@ from mlflow_safeflavor.inventory import (
     require_saveable,
     take_inventory,
 )
+from mlflow_safeflavor.tensors import read_tensors
 
 
 class Holder(nn.Module):
@@ -282,8 +285,57 @@ def test_names_of_every_sort_come_back(tmp_path):
 
 def test_a_parameter_named_like_the_files_own_entry(tmp_path):
     """Safetensors keeps a place of that name for itself, so it must not swallow a tensor in silence."""
-    with pytest.raises(IntegrityError, match="header is malformed"):
+    with pytest.raises(StructureError, match="that safetensors keeps for itself"):
         round_trip(Holder(__metadata__=nn.Parameter(drawn(2))), Holder(__metadata__=nn.Parameter(drawn(2))), tmp_path)
+
+
+# Where the files have them
+
+
+def odd_and_even():
+    """Tensors whose sizes are multiples of 64 bytes, and between them, by name and by place, others."""
+    return Holder(
+        a=nn.Parameter(drawn(16)),
+        bias=nn.Parameter(drawn(2)),
+        c=nn.Parameter(drawn(3, 16)),
+        flags=nn.Buffer(torch.ones(3, dtype=torch.bool)),
+        five=nn.Parameter(drawn(5, dtype=torch.bfloat16)),
+        z=nn.Parameter(drawn(32, dtype=torch.float64)),
+    )
+
+
+def test_tensors_are_aligned_and_those_of_even_size_without_a_copy(tmp_path):
+    fresh = odd_and_even()
+    round_trip(odd_and_even(), fresh, tmp_path)
+    assert {slot.path for slot in find_slots(fresh) if slot.tensor.data_ptr() % 64} == set()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    spans = [line.split()[0].split("-") for line in maps if line.endswith(f"{tmp_path}/safeflavor/model.safetensors")]
+
+    def is_mapped(tensor):
+        return any(int(start, 16) <= tensor.data_ptr() < int(stop, 16) for start, stop in spans)
+
+    assert {slot.path for slot in find_slots(fresh) if is_mapped(slot.tensor)} >= {"a", "c", "z"}
+
+
+def test_what_other_writers_wrote_anywhere_is_aligned_too(tmp_path):
+    layout, inventory = write(odd_and_even(), tmp_path)
+    values = read_tensors(inventory, layout)
+    file = layout.data / "model.safetensors"
+    for spaces in range(0, 64, 8):
+        save_file(values, file.with_suffix(".new"), metadata={"format": "pt", "filled": " " * spaces})
+        file.with_suffix(".new").replace(file)
+        found = read_tensors(inventory, layout)
+        assert {name for name, value in found.items() if value.data_ptr() % 64} == set()
+        assert all(torch.equal(found[name], value) for name, value in values.items())
+
+
+def test_the_library_reads_every_dtype_as_it_was_written(tmp_path):
+    dtypes = sorted(STORABLE, key=str)
+    module = Holder(**{dtype_name(dtype): torch.arange(11).to(dtype) for dtype in dtypes})
+    write(module, tmp_path)
+    found = load_file(tmp_path / "safeflavor" / "model.safetensors")
+    assert {name: value.dtype for name, value in found.items()} == {dtype_name(dtype): dtype for dtype in dtypes}
+    assert all(bits(getattr(module, name)) == bits(value) for name, value in found.items())
 
 
 # What shares memory
