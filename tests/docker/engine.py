@@ -67,7 +67,7 @@ class Engine:
     def remove_images(self, repository: str) -> None:
         """Every image of that name; other names of the same image stay."""
         for name in self.docker("images", "--format", "{{.Repository}}:{{.Tag}}", repository).split():
-            self.docker("rmi", name)
+            self.docker("rmi", name, timeout=900)  # gigabytes, on a disk that others may be writing to
 
 
 @contextlib.contextmanager

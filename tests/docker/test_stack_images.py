@@ -25,9 +25,8 @@ pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.graphs]
 POSTGRES = "postgres:17-alpine"
 PYTHON = "python:3.11-slim"
 OURS = ("codebuggy-parts", "codebuggy-model")
-# Not the name of a stack which somebody has running; and with the builder of the other tests, which have installed
-# most of it already. (It was also run with BuildKit, the default.)
-SETTINGS = {"COMPOSE_PROJECT_NAME": IMAGES, "DOCKER_BUILDKIT": "0"}
+# Not the name of a stack which somebody has running.
+SETTINGS = {"COMPOSE_PROJECT_NAME": IMAGES}
 
 
 @pytest.fixture
