@@ -127,8 +127,9 @@ def _own_engine(timeout: float = 60) -> Iterator[Engine]:
             _wait_until_up(daemon, environ, log, timeout)
             engine = Engine(environ)
             # What a killed run left of a build has no name; all that lies in this engine is ours.
-            engine.docker("system", "prune", "--force", "--volumes")
+            engine.docker("system", "prune", "--force", "--volumes", timeout=900)
             yield engine
+            engine.docker("builder", "prune", "--all", "--force", timeout=900)
         finally:
             daemon.terminate()
             try:
