@@ -392,8 +392,8 @@ def _aligned(module: torch.nn.Module, layout: Layout) -> Iterator[None]:
     Else the recorded answers could differ from those of every load in their last bits: see ``tensors.ALIGNMENT``.
     Tensors made in inference mode stay where they are, as torch lets nobody move them.
     """
-    slots = [slot for slot in inventories.find_slots(module) if not tensors.is_aligned(slot.tensor)]
-    slots = [slot for slot in slots if not slot.tensor.is_inference()]
+    found = inventories.find_slots(module)
+    slots = [slot for slot in found if not (tensors.is_aligned(slot.tensor) or slot.tensor.is_inference())]
     before = {id(slot.tensor): (slot.tensor, slot.tensor.data) for slot in slots}
     if slots:
         inventory = tensors.read_inventory(layout)

@@ -1,4 +1,4 @@
-"""Tensors to disk and back: the only module that touches safetensors."""
+"""Tensors of an artifact to disk and back."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ __all__ = [
 SHARD_BYTES = 5 * 10**9
 
 ALIGNMENT = 64
-"""Bytes. Where a tensor begins decides on the last bits of what some kernels compute from it (seen: one row through a
-Linear, MKL on an AMD CPU), and MKL promises equal bits for multiples of this only. torch allocates such."""
+"""Bytes; what torch allocates begins at a multiple of them. Where a tensor begins decides on the last bits of what some
+kernels compute from it: seen for one row through a Linear, by MKL on an AMD CPU, at no multiple of 16."""
 
 
 # --- to disk -------------------------------------------------------------------------------------
