@@ -29,7 +29,7 @@ import boto3
 import psycopg2
 from background import Background, NotReadyError, wait_until
 from botocore.client import Config
-from servers import free_port
+from servers import free_ports
 
 __all__ = ["BUCKET", "LocalParts", "MissingPartError", "stop_everything"]
 
@@ -128,7 +128,7 @@ class LocalParts:
     def _remembered_settings(self) -> dict[str, Any]:
         file = self.folder / "settings.json"
         if not file.exists():
-            ports = {name: free_port() for name in _PORTS}
+            ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
             words = {name: secrets.token_hex(16) for name in ("postgres", "s3_id", "s3_secret", "flask")}
             file.touch(mode=0o600)
             file.write_text(json.dumps({"ports": ports, "secrets": words}), encoding="utf-8")
