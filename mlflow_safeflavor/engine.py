@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import torch
 
-from mlflow_safeflavor.errors import PlacementError, StructureError
+from mlflow_safeflavor.errors import AnswerError, PlacementError, SafeFlavorError, StructureError
 from mlflow_safeflavor.graph import GraphModule
 
-__all__ = ["Engine", "GraphEngine", "ModuleEngine", "evaluating", "named_tensors"]
+__all__ = ["Engine", "GraphEngine", "ModuleEngine", "evaluating", "named_failure", "named_tensors"]
 
 
 class Engine(Protocol):
@@ -181,6 +181,23 @@ class GraphEngine:
         return self.fallback().generate(
             inputs, settings, processors=processors, stopping=stopping, keep_logits=keep_logits
         )
+
+
+def named_failure(error: BaseException, where: str = "forward") -> SafeFlavorError:
+    """Name what a forward raised, so that each caller gets an error of its own; what has a name stays as it is.
+
+    ``SystemExit`` gets one, too: raised again in a caller's thread it would end the server.
+    """
+    if isinstance(error, SafeFlavorError):
+        return error
+    named = AnswerError(
+        "The model failed over the rows it was asked",
+        where=where,
+        found=f"{type(error).__name__}: {error}",
+        way_out="ask with fewer or other rows; the cause is chained to this error, and in the log of the server",
+    )
+    named.__cause__ = error
+    return named
 
 
 @contextmanager

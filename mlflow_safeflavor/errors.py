@@ -12,6 +12,7 @@
     ├── ParityError                     recorded rows are answered differently now
     ├── RehearsalError                  the clean process could not load what was about to be published
     ├── InputError                      rows or parameters that no model could answer (HTTP 400)
+    ├── AnswerError                     the model or a hook failed over rows it was asked (HTTP 500)
     ├── OverloadedError                 more requests wait than may be queued (HTTP 503)
     ├── DeadlineError                   the model did not answer in the time it was given (HTTP 504)
     └── PlacementError                  no such device, or the model does not fit on it
@@ -24,9 +25,15 @@ from __future__ import annotations
 from typing import ClassVar
 
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import DEADLINE_EXCEEDED, INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
+from mlflow.protos.databricks_pb2 import (
+    DEADLINE_EXCEEDED,
+    INTERNAL_ERROR,
+    INVALID_PARAMETER_VALUE,
+    TEMPORARILY_UNAVAILABLE,
+)
 
 __all__ = [
+    "AnswerError",
     "DeadlineError",
     "EnvironmentMismatchError",
     "FormatVersionError",
@@ -112,6 +119,12 @@ class RehearsalError(SafeFlavorError):
 
 class InputError(SafeFlavorError):
     """Rows, columns or parameters that cannot be answered; the server says 400."""
+
+
+class AnswerError(SafeFlavorError):
+    """The model's forward or a hook raised an exception of its own, kept as ``__cause__``; the server says 500."""
+
+    status = INTERNAL_ERROR
 
 
 class OverloadedError(SafeFlavorError):

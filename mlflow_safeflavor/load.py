@@ -22,6 +22,7 @@ from mlflow_safeflavor.artifact import (
     reason_against,
 )
 from mlflow_safeflavor.errors import (
+    AnswerError,
     InputError,
     IntegrityError,
     ParityError,
@@ -477,7 +478,7 @@ def _naming_failures(layout: Layout) -> Iterator[None]:
         yield
     except BaseException as error:
         # Rows are at fault only when users hand them over. tokenizers panics with what is no Exception.
-        named = isinstance(error, SafeFlavorError) and not isinstance(error, InputError)
+        named = isinstance(error, SafeFlavorError) and not isinstance(error, (InputError, AnswerError))
         if named or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         raise ParityError(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.artifact import Layout
-from mlflow_safeflavor.engine import Engine
+from mlflow_safeflavor.engine import Engine, named_failure
+from mlflow_safeflavor.errors import SafeFlavorError
 from mlflow_safeflavor.processor import load_processor
 from mlflow_safeflavor.progress import Watch, shown
 from mlflow_safeflavor.report import LoadReport
@@ -99,6 +100,7 @@ class LoadedModel:
             InputError: A row, column or parameter cannot be answered; names which.
             OverloadedError: Too many requests wait at the model.
             DeadlineError: The model took longer than ``timeout``.
+            AnswerError: The model or a hook raised something of its own, which is the cause.
         """
         timeout = self.options["timeout"] if timeout is None else timeout
         if isinstance(data, Path):
@@ -113,9 +115,14 @@ class LoadedModel:
     ) -> Any:
         if self.options["extra_columns"] == "ignore" and self.task.columns:  # named arrays are no columns
             data = without_extra_columns(data, self.task.columns.values())
-        rows = self.task.rows(data)
-        answers, _ = predict_rows(self.task, self.scheduler, rows, params, timeout=timeout, watch=watch)
-        return self.task.result(answers, data)
+        try:
+            rows = self.task.rows(data)
+            answers, _ = predict_rows(self.task, self.scheduler, rows, params, timeout=timeout, watch=watch)
+            return self.task.result(answers, data)
+        except (SafeFlavorError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers panics with what is no Exception
+            raise named_failure(error, "encoding or decoding") from error
 
     def _stream(
         self,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mlflow_safeflavor import cpu
 from mlflow_safeflavor.artifact import Layout, read_json
 from mlflow_safeflavor.environment import Environment
+from mlflow_safeflavor.errors import AnswerError
 from mlflow_safeflavor.load import LoadOptions, load_folder
 from mlflow_safeflavor.options import run_time_options, tells_environment
 from mlflow_safeflavor.process import ENVIRONMENT_LABEL, asks_environment, describe_process
@@ -42,7 +43,11 @@ class PyfuncModel:
         if self.facts is not None and asks_environment(model_input):
             return {ENVIRONMENT_LABEL: dict(self.facts)}
         data = unfold_columns(model_input) if self.model.task.folds else model_input
-        return self.model.predict(data, params, progress=False)
+        try:
+            return self.model.predict(data, params, progress=False)
+        except AnswerError:  # its cause is nobody's business over HTTP, and of whoever runs the server
+            _logger.exception("safeflavor: %s failed", self.model.spec.task)
+            raise
 
 
 def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:

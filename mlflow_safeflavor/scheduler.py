@@ -19,7 +19,7 @@ from typing import Any
 
 from mlflow_safeflavor.batching import cut_into_batches
 from mlflow_safeflavor.cpu import available_cpus
-from mlflow_safeflavor.engine import Engine
+from mlflow_safeflavor.engine import Engine, named_failure
 from mlflow_safeflavor.errors import DeadlineError, OverloadedError
 from mlflow_safeflavor.progress import Watch
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
@@ -259,7 +259,7 @@ def _serve(state: _State) -> None:
             _run_batch(state, _next_batch(state, tickets))
         except BaseException as error:  # a task's bug must not leave anybody waiting for ever
             for ticket in tickets:
-                ticket.fail(error)
+                ticket.fail(named_failure(error))
         tickets.clear()  # until the next request, which may come much later
 
 
@@ -299,7 +299,7 @@ def _run_batch(state: _State, batch: Sequence[tuple[Ticket, int]]) -> None:
             ticket.give(i, output)
     except BaseException as error:
         if len(tickets) == 1:
-            tickets[0].fail(error)
+            tickets[0].fail(named_failure(error))
             return
         for one in tickets:
             _run_batch(state, [(ticket, i) for ticket, i in batch if ticket is one])

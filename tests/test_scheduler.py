@@ -16,7 +16,7 @@ import torch
 
 import mlflow_safeflavor
 from mlflow_safeflavor import batching
-from mlflow_safeflavor.errors import DeadlineError, InputError, OverloadedError
+from mlflow_safeflavor.errors import AnswerError, DeadlineError, InputError, OverloadedError
 from mlflow_safeflavor.scheduler import Scheduler, predict_rows
 
 
@@ -147,8 +147,9 @@ def test_one_bad_request_fails_alone(model):
     model.task.open.set()
     assert [futures[i].result(20)[0]["length"] for i in (0, 2)] == [1, 3]
     for future in (futures[1], mixed):
-        with pytest.raises(ZeroDivisionError, match="bad row"):
+        with pytest.raises(AnswerError, match="bad row") as raised:
             future.result(20)
+        assert isinstance(raised.value.__cause__, ZeroDivisionError)
     assert model.ask("after")[0]["length"] == 5
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 from mlflow.models import ModelSignature
 
 from mlflow_safeflavor.engine import Engine
-from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.errors import AnswerError, InputError, SafeFlavorError, StructureError
 from mlflow_safeflavor.releases import inferred_signature
-from mlflow_safeflavor.rows import rows_of
+from mlflow_safeflavor.rows import place, rows_of
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 
 __all__ = ["Custom"]
@@ -27,6 +28,39 @@ class _Answered(dict[str, np.ndarray]):
     answer: dict[str, Any]
 
 
+class _Failed(Exception):
+    """What the user's code raised, and which part of it."""
+
+    def __init__(self, part: str, error: BaseException) -> None:
+        super().__init__(part)
+        self.part, self.error = part, error
+
+
+@contextmanager
+def _failing(part: str) -> Iterator[None]:
+    """Whatever the user's code raises, ``sys.exit()`` included, as ``_Failed``; the keyboard stays the keyboard."""
+    try:
+        yield
+    except (KeyboardInterrupt, SafeFlavorError):
+        raise
+    except BaseException as error:
+        raise _Failed(part, error) from error
+
+
+def _named(failure: _Failed, batch: Sequence[Features]) -> SafeFlavorError:
+    first, last = batch[0]["number"], batch[-1]["number"]
+    rows = place(first) if len(batch) == 1 else f"rows {first} to {last}, and none of them alone"
+    found = f"{type(failure.error).__name__}: {failure.error}"
+    if failure.part == "preprocess":
+        return InputError("preprocess refuses a row", where=rows, found=found)
+    return AnswerError(
+        f"{failure.part} failed over a row",
+        where=rows,
+        found=found,
+        way_out="the cause is chained to this error, and in the log of the server",
+    )
+
+
 class Custom(Task):
     """Rows of any columns, through two hooks.
 
@@ -34,6 +68,9 @@ class Custom(Task):
     arguments of ``forward``: a dict of tensors whose first dimension is the rows.
     ``postprocess(outputs, rows)`` takes the dict of output tensors and the same rows, and gives one
     dict a row, JSON-able. Both see whole batches, and may be called from many threads.
+
+    What ``preprocess`` raises is an ``InputError`` (400 over HTTP), what ``forward`` and ``postprocess`` raise an
+    ``AnswerError`` (500); both name the row. An ``InputError`` that a hook raises itself stays as it is.
     """
 
     name = "custom"
@@ -96,7 +133,7 @@ class Custom(Task):
         return rows_of(data, self.columns)  # every column of the example: hooks rely on them
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
-        return [{"row": row} for row in rows]
+        return [{"row": row, "number": i} for i, row in enumerate(rows)]
 
     def cost(self, features: Features) -> int:
         return 1
@@ -105,16 +142,29 @@ class Custom(Task):
         return int(self.config["batch_rows"])
 
     def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
+        try:
+            return self._forward(engine, batch)
+        except _Failed as failure:
+            half = len(batch) // 2
+            if half:  # which row it was shows by asking less, at the cost of two batches more at most
+                self.forward(engine, batch[:half], params)
+                self.forward(engine, batch[half:], params)
+            raise _named(failure, batch) from failure.error
+
+    def _forward(self, engine: Engine, batch: Sequence[Features]) -> list[RowOutput]:
         rows = [{self.columns[field]: value for field, value in features["row"].items()} for features in batch]
-        inputs = self.preprocess(rows, self.tokenizer())
+        with _failing("preprocess"):
+            inputs = self.preprocess(rows, self.tokenizer())
         if not isinstance(inputs, Mapping) or not all(isinstance(v, torch.Tensor) for v in inputs.values()):
             raise StructureError(
                 "preprocess must give the keyword arguments of forward",
                 wanted="a dict of tensors",
                 found=_kinds(inputs),
             )
-        outputs = {name: tensor.cpu() for name, tensor in engine(inputs).items()}
-        answers = self.postprocess(outputs, rows)
+        with _failing("forward"):
+            outputs = {name: tensor.cpu() for name, tensor in engine(inputs).items()}
+        with _failing("postprocess"):
+            answers = self.postprocess(outputs, rows)
         if not _is_one_dict_a_row(answers, len(rows)):
             raise StructureError(
                 "postprocess must give one dict a row",
