@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlflow_safeflavor.errors import IntegrityError
+from mlflow_safeflavor.scratch import scratch_folder
 
 __all__ = [
     "Layout",
@@ -96,16 +95,12 @@ def staging(target: str | Path, *, umask: int | None = None) -> Iterator[Path]:
             way_out="choose another path or remove it first",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".staging", dir=target.parent))
-    try:
+    with scratch_folder("staging", target.parent, stem=f".{target.name}") as stage:
         yield stage
-        # mkdtemp makes the folder private (0700), and safetensors its files (0600); a model has the modes that
+        # The folder is made private (0700), and safetensors' files are (0600); a model has the modes that
         # any new folder and file would have.
         _set_modes(stage, _own_umask() if umask is None else umask)
         os.replace(stage, target)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
 
 
 def _own_umask() -> int:

@@ -6,11 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlflow_safeflavor.errors import EnvironmentMismatchError
+from mlflow_safeflavor.scratch import scratch_folder
 
 __all__ = ["lock", "read_lines"]
 
@@ -32,7 +32,7 @@ def lock(lines: Sequence[str], *, python: str) -> list[str]:
     Raises:
         EnvironmentMismatchError: uv is not installed, or finds no files for the pins.
     """
-    with tempfile.TemporaryDirectory(prefix="safeflavor-lock-") as folder:
+    with scratch_folder("lock") as folder:
         source, target = Path(folder, "requirements.txt"), Path(folder, "requirements.lock")
         source.write_text("\n".join(lines) + "\n", encoding="utf-8")
         command = [_uv(), "pip", "compile", str(source), "--output-file", str(target), "--generate-hashes"]

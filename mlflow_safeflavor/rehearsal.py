@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlflow_safeflavor.errors import RehearsalError
+from mlflow_safeflavor.scratch import scratch_folder
 
 __all__ = ["rehearse"]
 
@@ -40,8 +41,8 @@ def rehearse(staged: Path, engines: Sequence[str] = ("auto",), *, allow_pickle: 
     Raises:
         RehearsalError: It could not be loaded there, or answered differently.
     """
-    with tempfile.TemporaryDirectory(prefix="safeflavor-rehearsal-") as scratch:
-        answer = Path(scratch) / "answer.json"
+    with scratch_folder("rehearsal") as folder, _lifeline() as lifeline:
+        scratch, answer = str(folder), folder / "answer.json"
         environ = {name: value for name, value in os.environ.items() if name in _KEPT}
         environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = str(allow_pickle).lower()
         environ |= dict.fromkeys(("HOME", "HF_HOME", "TMPDIR", "TEMP", "TMP"), scratch)
@@ -49,7 +50,14 @@ def rehearse(staged: Path, engines: Sequence[str] = ("auto",), *, allow_pickle: 
         command = [sys.executable, "-I", str(_PROGRAM), os.fspath(staged), " ".join(engines), os.fspath(answer)]
         try:
             process = subprocess.run(
-                command, cwd=scratch, env=environ, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
+                command,
+                cwd=scratch,
+                env=environ,
+                stdin=lifeline,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_TIMEOUT,
             )
         except subprocess.TimeoutExpired:
             raise RehearsalError(
@@ -70,3 +78,14 @@ def rehearse(staged: Path, engines: Sequence[str] = ("auto",), *, allow_pickle: 
             way_out="make it load without this process's state: no __main__ classes, no network, no files of this "
             'machine; structure="graph" keeps neither the class nor what its constructor reads',
         )
+
+
+@contextmanager
+def _lifeline() -> Iterator[int]:
+    """What the clean process reads to its end: nobody writes to it, and it ends with this process, whatever ends it."""
+    reads, writes = os.pipe()
+    try:
+        yield reads
+    finally:
+        os.close(reads)
+        os.close(writes)

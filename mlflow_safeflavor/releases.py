@@ -17,6 +17,7 @@ from mlflow.models.model import ModelInfo
 from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
+from mlflow_safeflavor.logged import noting
 
 __all__ = ["Array", "Object", "Property", "inferred_signature", "log", "read_mlmodel", "require_schema", "schema_of"]
 
@@ -86,7 +87,8 @@ def log(flavor: ModuleType, name: str, **arguments: Any) -> ModelInfo:
     """``Model.log``: under a name of its own, which models have since MLflow 3, else as an artifact of the run."""
     named = "name" in inspect.signature(Model.log).parameters
     place = {"artifact_path": None, "name": name} if named else {"artifact_path": name}
-    info: ModelInfo = Model.log(**place, flavor=flavor, **arguments)
+    with noting(flavor) as noted:
+        info: ModelInfo = Model.log(**place, flavor=noted, **arguments)
     return info
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer
 
 from mlflow_safeflavor.artifact import WAY_OUT, read_json, write_json
 from mlflow_safeflavor.errors import IntegrityError, StructureError
+from mlflow_safeflavor.scratch import scratch_folder
 
 __all__ = ["TextEncoder", "load_tokenizer", "write_tokenizer"]
 
@@ -334,14 +334,14 @@ def _cleans_up(tokenizer: Any) -> bool:
 
 def _write_files(tokenizer: Any, folder: Path) -> None:
     """Save elsewhere and take over the JSON files only: some classes add vocabularies, templates or code."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder("tokenizer") as scratch:
         try:
             tokenizer.save_pretrained(scratch, legacy_format=False, save_jinja_files=False)
         except Exception as error:  # each tokenizer class has its own save and its own ways to fail
             raise StructureError(
                 "The tokenizer cannot be written as JSON", where=type(tokenizer).__name__, found=error
             ) from error
-        config = read_json(Path(scratch) / _CONFIG)
+        config = read_json(scratch / _CONFIG)
         for name in _NOT_PORTABLE:
             config.pop(name, None)
         # transformers writes those that were given when the tokenizer was made, not those set since or fixed by
@@ -352,8 +352,8 @@ def _write_files(tokenizer: Any, folder: Path) -> None:
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         write_json(folder / _CONFIG, config)
         for name in (_TOKENIZER, _SPECIAL_TOKENS):
-            if (Path(scratch) / name).exists():
-                shutil.copyfile(Path(scratch) / name, folder / name)
+            if (scratch / name).exists():
+                shutil.copyfile(scratch / name, folder / name)
 
 
 # Probes: nasty texts, alone and in pairs, cut and uncut.

@@ -1,0 +1,171 @@
+"""Folders that end with their process: it removes them, or the next process that makes one there does.
+
+A signal ends Python without unwinding, so what a killed process leaves has to be found by another. A folder is locked
+(``flock`` on the folder itself, which the kernel gives up with the process) as long as it is in use. Locks are not seen
+from every other host of a shared file system, so its name tells the host, and elsewhere only age counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, so that there only age counts
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["NOTE", "add_companion", "dead_folders", "scratch_folder"]
+
+_OLD = 86_400.0
+"""Seconds without a write, after which a folder is swept whose process cannot be asked."""
+
+_COMPANION = "companion.json"
+NOTE = "note.json"
+"""A scratch folder that holds a file of this name is left to whoever reads it, until it is old."""
+
+
+@cache
+def _host() -> str:
+    """Names the running kernel, which is what keeps the locks: containers share it, another boot is another."""
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except OSError:
+        kernel = f"{platform.node()} {uuid.getnode()}"
+    return hashlib.sha256(kernel.encode()).hexdigest()[:8]
+
+
+_NAME = re.compile(r".+-(?P<host>[0-9a-f]{8})-[a-z0-9_]{8}\.(?P<kind>staging|rehearsal|lock|tokenizer|log)")
+
+
+@contextmanager
+def scratch_folder(kind: str, parent: Path | None = None, *, stem: str = "safeflavor") -> Iterator[Path]:
+    """A new folder, removed on leaving unless it was renamed; before that, what killed processes left is swept.
+
+    Args:
+        kind: The end of its name, one of those in ``_NAME``.
+        parent: Where to make it; by default the folder for temporary files, which is swept in any case.
+        stem: The start of its name.
+    """
+    temporary = Path(tempfile.gettempdir())
+    parent = temporary if parent is None else parent
+    for place in dict.fromkeys((parent, temporary)):
+        _sweep(place)
+    folder, lock = _make(parent, f"{stem[:200]}-{_host()}-", f".{kind}")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def add_companion(folder: Path, companion: Path) -> None:
+    """Have ``companion``, a folder that somebody else made for us, swept together with a scratch folder."""
+    facts = companion.stat()
+    content = {"path": os.path.abspath(companion), "device": facts.st_dev, "inode": facts.st_ino}
+    written = folder / "companion.new"
+    written.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(written, folder / _COMPANION)  # all of it, or nothing
+
+
+def dead_folders(parent: Path, kind: str | None = None) -> Iterator[Path]:
+    """Scratch folders of this user in ``parent`` whose process has ended, each locked until the next is asked for.
+
+    Args:
+        parent: Where to look.
+        kind: Only these; by default all.
+    """
+    try:
+        found = [(path, match) for path in parent.iterdir() if (match := _NAME.fullmatch(path.name))]
+    except OSError:
+        return
+    for path, match in found:
+        if kind in (None, match["kind"]):
+            with suppress(OSError), _locked(path) as locks:
+                if (locks and match["host"] == _host()) or _is_old(path):
+                    yield path
+
+
+def _sweep(parent: Path) -> None:
+    for folder in dead_folders(parent):
+        is_old = _is_old(folder)
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            content = json.loads((folder / _COMPANION).read_text(encoding="utf-8"))
+            companion = Path(content["path"])
+            facts = companion.lstat()
+            if (facts.st_dev, facts.st_ino) == (content["device"], content["inode"]):
+                shutil.rmtree(companion, ignore_errors=True)
+        if is_old or not (folder / NOTE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make(parent: Path, prefix: str, suffix: str) -> tuple[Path, int | None]:
+    """A new folder and what holds its lock; None where the file system has no locks."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
+        try:
+            lock = _lock(folder)
+        except OSError:  # a sweep came between, and removes it
+            continue
+        if lock is None or _is(folder, lock):
+            return folder, lock
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock; None where there are none.
+
+    Raises:
+        OSError: Somebody else holds it, or there is no such folder.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the lock of a folder of this user. Says whether there are locks; raises ``OSError`` as ``_lock`` does."""
+    lock = _lock(folder)
+    try:
+        if lock is not None and not _is(folder, lock):
+            raise FileNotFoundError(folder)
+        if hasattr(os, "geteuid") and folder.lstat().st_uid != os.geteuid():
+            raise PermissionError(folder)
+        yield lock is not None
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _is(folder: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), folder.lstat())
+    except OSError:
+        return False
+
+
+def _is_old(folder: Path) -> bool:
+    """Whether nothing of it was written for long; what vanishes meanwhile makes an ``OSError``."""
+    return all(time.time() - path.lstat().st_mtime > _OLD for path in (folder, *folder.rglob("*")))

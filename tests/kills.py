@@ -1,0 +1,146 @@
+"""Kills of save_model and log_model at random moments, then one more of each: what is left over?
+
+    python tests/kills.py FOLDER --kills 40 --seed 1
+
+Everything is imported once; each attempt is a fork. Prints one JSON object, and what happened as it goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SIGNALS = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
+
+
+class Attempts:
+    """Saves of one tiny model below ``folder``, each in a fork of this process."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.temporary = Path(tempfile.gettempdir())
+        self.uri = f"sqlite:///{folder / 'mlflow.db'}"
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+        self.example = {"input": np.ones((2, 4), "float32")}
+        self.noted = set()
+
+    def attempt(self, how, name, *, structure="module", killed_after=None, number=None):
+        """Run one in a fork; returns its exit status, negative for a signal."""
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                self._run(how, name, structure)
+                status = 0
+            finally:
+                os._exit(status)
+        if killed_after is not None:
+            time.sleep(killed_after)
+            os.kill(child, number)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for note in self.temporary.glob("*.log/note.json"):
+            with contextlib.suppress(ValueError, KeyError):
+                self.noted.add(json.loads(note.read_text())["model_id"])
+        return status
+
+    def _run(self, how, name, structure):
+        given = {"task": "raw", "input_example": self.example, "allow_pickle": True, "structure": structure}
+        if how == "save":
+            mlflow_safeflavor.save_model(self.model, self.folder / "store" / name, **given)
+        else:
+            os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "true"
+            mlflow.set_tracking_uri(self.uri)
+            with mlflow.start_run():
+                mlflow_safeflavor.log_model(self.model, name, registered_model_name=name, **given)
+
+    def rehearsing(self):
+        """Clean processes that run for this folder."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                line = process.read_text(errors="replace")
+                if "clean_process.py" in line and str(self.folder) in line:
+                    found.append(line)
+        return found
+
+    def left_over(self):
+        """What should not be there."""
+        from mlflow_safeflavor.artifact import Layout, find_broken_files
+        from mlflow_safeflavor.load import read_spec
+
+        mlflow.set_tracking_uri(self.uri)
+        client = mlflow.MlflowClient()
+        deadline = time.monotonic() + 5
+        while self.rehearsing() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        models = client.search_logged_models(["0"], max_results=200)
+        pending = {model.model_id for model in models if str(model.status) == "PENDING"}
+        ready = {model.model_id for model in models if str(model.status) == "READY"}
+        store = [path for path in (self.folder / "store").iterdir() if not path.name.startswith(".")]
+        layouts = [Layout(path) for path in store]
+        versions = client.search_model_versions()
+        empty = [path for path in self.temporary.iterdir() if path.is_dir() and not any(path.iterdir())]
+        return {
+            "processes": self.rehearsing(),
+            "beside": [path.name for path in (self.folder / "store").iterdir() if path.name.startswith(".")],
+            "temporary": sorted(str(path) for path in self.temporary.rglob("*") if path not in empty),
+            "broken": [x for y in layouts for x in find_broken_files(y, mlmodel=read_spec(y)[1], digests=True)],
+            "pending": sorted(pending & self.noted),
+            "half registered": [v.name for v in versions if v.source.rpartition("/")[2] not in ready],
+        }, {
+            "published": len(store),
+            "ready": len(ready),
+            "failed": len(models) - len(ready) - len(pending),
+            "versions": len(versions),
+            "noted": len(self.noted),
+            "empty folders of MLflow": len(empty),
+            "pending, killed before MLflow called us": len(pending - self.noted),
+        }
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longest", type=float, default=8, help="seconds after which at the latest a kill comes")
+    options = parser.parse_args()
+    attempts, draw = Attempts(options.folder), random.Random(options.seed)
+    (options.folder / "store").mkdir()
+    seen = {"beside": 0, "temporary": 0, "pending": 0}
+    for i in range(options.kills):
+        how, number = ("save", "log")[i % 2], draw.choice(SIGNALS)
+        after, structure = draw.uniform(0, options.longest), draw.choice(["module", "graph", "auto"])
+        status = attempts.attempt(how, f"killed-{i}", structure=structure, killed_after=after, number=number)
+        found = attempts.left_over()[0]
+        seen = {name: count + bool(found[name]) for name, count in seen.items()}
+        assert not found["processes"], found["processes"]
+        print(f"{i} {how} {structure} {number.name} after {after:.2f} s: {status}", file=sys.stderr)
+    assert [attempts.attempt("save", "last"), attempts.attempt("log", "last")] == [0, 0]
+    found, counted = attempts.left_over()
+    print(json.dumps({"left over": found, "counted": counted, "after how many kills": seen, "seed": options.seed}))
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    (folder / "tmp").mkdir(parents=True)
+    os.environ |= {"TMPDIR": str(folder / "tmp"), "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"}
+    import mlflow
+    import numpy as np
+    import torch
+
+    import mlflow_safeflavor
+
+    mlflow_safeflavor.save_model, mlflow_safeflavor.log_model  # noqa: B018  (imports all it needs, before any fork)
+    os.chdir(folder)
+    main()
