@@ -14,8 +14,8 @@ from mlflow.models import ModelSignature, infer_signature
 from mlflow.types import ParamSchema, ParamSpec
 from test_audio import make_model as listener
 from test_audio import masked, sound
-from test_images import make_model as viewer
 from test_images import SMALL, make_processor, pixels
+from test_images import make_model as viewer
 from transformers import GenerationConfig, TextClassificationPipeline, pipeline
 from writers import byte_tokenizer, writer
 
