@@ -5,23 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlflow_safeflavor.errors import IntegrityError
+from mlflow_safeflavor.plain_files import WAY_OUT, digest_of_plain, list_files, read_text, reason_to_refuse
 from mlflow_safeflavor.scratch import scratch_folder
 
 __all__ = [
+    "WAY_OUT",
     "Layout",
     "digest_json",
     "digest_of_file",
     "find_broken_files",
     "read_json",
     "read_manifest",
-    "read_plain_file",
     "reason_against",
     "staging",
     "without_duplicates",
@@ -29,10 +29,12 @@ __all__ = [
     "write_manifest",
 ]
 
-_CHUNK = 1 << 20
 _MANIFEST_VERSION = 1
 _MAX_GUARDED = 10**7  # characters; the largest ever seen had some thousand
-WAY_OUT = "fetch the artifact again, or log the model again; files of a saved model are not meant to be edited"
+_MAX_YAML = 2 * 10**6  # bytes; YAML is read at 100 kB/s, and 20,000 labels are half of this
+_MAX_LINES = 4 * 10**6  # requirements.txt with every hash that an index lists: some 200 kB
+_MAX_JSON = 64 * 10**6  # read whole, and some 20 times larger as objects
+_MAX_TOKENIZER = 256 * 10**6  # the largest ever seen had 34 MB
 
 
 class Layout:
@@ -67,6 +69,15 @@ class Layout:
         """Whether a name of the manifest is a file of weights, which are hashed tensor by tensor."""
         pure = PurePosixPath(name)
         return pure.parent.as_posix() == self.DATA and pure.match("model*.safetensors")
+
+    def limit_of(self, name: str) -> int | None:
+        """Bytes that a file may have which is read whole; None for weights, code and what nobody reads."""
+        pure = PurePosixPath(name)
+        if pure.parts[:2] == (self.DATA, self.tokenizer.name):
+            return _MAX_TOKENIZER
+        if name == self.MLMODEL or pure.suffix == ".yaml":
+            return _MAX_YAML
+        return {".json": _MAX_JSON, ".txt": _MAX_LINES}.get(pure.suffix) if pure.parts[0] != self.CODE else None
 
     def name_of(self, path: Path) -> str:
         """The plain relative name of a file, as messages and the manifest use it."""
@@ -129,19 +140,17 @@ def read_json(path: Path, *, strict: bool = True) -> Any:
 
     Args:
         path: The file.
-        strict: Refuse what JSON does not have but Python reads: equal keys, NaN and infinities.
+        strict: Refuse links, and what JSON does not have but Python reads: equal keys, NaN and infinities.
 
     Raises:
-        IntegrityError: The file is missing or is not JSON.
+        IntegrityError: The file is missing, no plain file, too large, or no JSON.
     """
+    text = read_text(path if strict else Path(os.path.realpath(path)), _MAX_JSON)
     try:
-        text = read_plain_file(path)
         if not strict:
             return json.loads(text)
         return json.loads(text, object_pairs_hook=without_duplicates, parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise IntegrityError("A file of the artifact is missing", where=path, way_out=WAY_OUT) from None
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(
             "A file of the artifact cannot be read as JSON", where=path, found=error, way_out=WAY_OUT
         ) from None
@@ -158,18 +167,6 @@ def reason_against(layout: Layout) -> str | None:
     return reason
 
 
-def read_plain_file(path: Path) -> str:
-    """Text of a file that is no pipe or device: opening those could block for ever, or never end.
-
-    Raises:
-        OSError: There is none, or it is something else.
-        ValueError: It is not UTF-8.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("not a plain file")
-    return path.read_text(encoding="utf-8")
-
-
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Readers disagree on which of two equal keys counts, so what one checked another would not use."""
     content = dict(pairs)
@@ -183,13 +180,8 @@ def _refuse_constant(name: str) -> None:
 
 
 def digest_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
-    digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(view[:count])
-    return digest.hexdigest()
+    """SHA-256 of the bytes of a file, or of the file that a link names, as hexadecimal digits."""
+    return digest_of_plain(Path(os.path.realpath(path)))
 
 
 def digest_json(value: object) -> str:
@@ -213,23 +205,16 @@ def digest_json(value: object) -> str:
     return digest.hexdigest()
 
 
-def _files_below(root: Path) -> Iterator[Path]:
-    for path in sorted(root.rglob("*")):
-        # Running vendored code leaves byte code behind; it is no part of the artifact.
-        # A link to a folder counts as a file: nobody would look at what is behind it.
-        if (path.is_symlink() or not path.is_dir()) and "__pycache__" not in path.parts:
-            yield path
-
-
 def write_manifest(layout: Layout, *, mlmodel: Mapping[str, Any]) -> None:
     """Record size and SHA-256 of every file, and the parts of ``MLmodel`` that predictions depend on.
 
     ``MLmodel`` itself cannot be listed: MLflow adds run, model and registry ids to it later.
     """
+    own = (layout.MLMODEL, layout.name_of(layout.manifest))
     files = {
-        layout.name_of(path): {"sha256": digest_of_file(path), "size": path.stat().st_size}
-        for path in _files_below(layout.root)
-        if path not in (layout.manifest, layout.mlmodel)
+        name: {"sha256": digest_of_file(layout.root / name), "size": facts.st_size}
+        for name, facts in list_files(layout.root).items()
+        if name not in own
     }
     content = {"version": _MANIFEST_VERSION, "mlmodel": digest_json(mlmodel), "files": files}
     write_json(layout.manifest, {**content, "sha256": digest_json(content)})
@@ -280,25 +265,31 @@ def find_broken_files(
         digests: Also read and hash every file; otherwise only names and sizes are compared.
         elsewhere: Names whose bytes somebody else hashes (the weights, tensor by tensor).
     """
-    manifest = read_manifest(layout)
+    manifest, there = read_manifest(layout), list_files(layout.root)
     files = manifest["files"]
     if manifest["mlmodel"] != digest_json(mlmodel):
         yield f"{layout.MLMODEL}: its flavors or signature are not the ones that were saved"
     for name, entry in files.items():
-        path = layout.root / name
-        if path.is_symlink():
-            yield f"{name}: is a symbolic link, wanted a plain file"
-        elif not path.is_file():
-            yield f"{name}: is missing"
-        elif (size := path.stat().st_size) != entry["size"]:
+        if name not in there:
+            yield f"{name}: is missing{_link_above(layout.root, name)}"
+        elif kind := reason_to_refuse(there[name].st_mode):
+            yield f"{name}: is {kind}, wanted a plain file"
+        elif (size := there[name].st_size) != entry["size"]:
             yield f"{name}: has {size} bytes, wanted {entry['size']}"
-        elif digests and name not in elsewhere and (found := digest_of_file(path)) != entry["sha256"]:
+        elif size > (limit := layout.limit_of(name) or size):
+            yield f"{name}: has {size} bytes, of such a file at most {limit} are read"
+        elif digests and name not in elsewhere and (found := digest_of_plain(layout.root / name)) != entry["sha256"]:
             yield f"{name}: has SHA-256 {found[:12]}…, wanted {entry['sha256'][:12]}…"
     # A file nobody recorded could be imported (code/) or read in place of another (safeflavor/).
-    for path in (layout.data, layout.code, layout.manifest):
-        if path.is_symlink():
-            yield f"{layout.name_of(path)}: is a symbolic link"
-    for folder in (layout.data, layout.code):
-        for path in _files_below(folder):
-            if (name := layout.name_of(path)) not in files and path != layout.manifest:
-                yield f"{name}: was not there when the model was saved"
+    manifest_name = layout.name_of(layout.manifest)
+    for name, facts in there.items():
+        if name.partition("/")[0] in (layout.CODE, layout.DATA) and name not in files and name != manifest_name:
+            kind = reason_to_refuse(facts.st_mode)
+            yield f"{name}: {f'is {kind}, and ' if kind else ''}was not there when the model was saved"
+
+
+def _link_above(root: Path, name: str) -> str:
+    """Names a folder that is a symbolic link: nobody would look at what is behind it."""
+    links = (parent for parent in PurePosixPath(name).parents if (root / parent).is_symlink())
+    link = next((parent.as_posix() for parent in links if parent.as_posix() != "."), None)
+    return f", as {link} is a symbolic link: copy the model with `cp -rL`" if link else ""

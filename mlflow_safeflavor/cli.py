@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json
-from mlflow_safeflavor.environment import Environment
-from mlflow_safeflavor.errors import InputError, IntegrityError
-from mlflow_safeflavor.load import locate, read_spec
+from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError, plain
+from mlflow_safeflavor.load import locate
+from mlflow_safeflavor.saved import read_saved
 from mlflow_safeflavor.version import __version__
 
 if TYPE_CHECKING:
@@ -35,8 +34,14 @@ class _Errors(click.Group):
         try:
             return super().invoke(ctx)
         except MlflowException as error:  # ours are of this kind too
-            Console(stderr=True).print(f"{type(error).__name__}: {error.message}", markup=False, style="red")
+            message = error.message if isinstance(error, SafeFlavorError) else plain(error.message)
+            _say(Console(stderr=True), f"{type(error).__name__}: {message}", style="red")
             ctx.exit(2)
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    """Print as it is: what an artifact or a server says may look like rich's markup."""
+    console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 @click.group(cls=_Errors)
@@ -53,11 +58,10 @@ def main() -> None:
 def inspect(uri: str, pins: bool, rows: bool, calls: bool) -> None:
     """Say what the model at URI is. Nothing of the artifact is run, built or imported."""
     console = Console()
-    layout = Layout(locate(uri))
-    spec, _ = read_spec(layout)
-    environment = Environment.from_json(read_json(layout.environment))
+    saved = read_saved(Layout(locate(uri)), weights=False)
+    layout, spec, environment = saved.layout, saved.spec, saved.environment
     inventory = _read_inventory(layout)
-    table = Table(show_header=False, title=uri, title_justify="left")
+    table = Table(show_header=False, title=Text(plain(uri)), title_justify="left")
     for name, value in {
         "task": spec.task,
         "model class": spec.model_class,
@@ -66,18 +70,18 @@ def inspect(uri: str, pins: bool, rows: bool, calls: bool) -> None:
         "serving dtype": spec.dtype,
         "input columns": ", ".join(f"{field} ← {column}" for field, column in spec.input_columns.items()),
         "tensors": f"{len(inventory['tensors'])} in {len(inventory['data'])} alias groups",
-        "weights": f"{_size_of_weights(layout, inventory['files']) / 1e6:.1f} MB",
-        "all files": f"{sum(f.stat().st_size for f in layout.root.rglob('*') if f.is_file()) / 1e6:.1f} MB",
+        "weights": f"{sum(saved.files[name]['size'] for name in saved.files if layout.is_weights(name)) / 1e6:.1f} MB",
+        "all files": f"{sum(entry['size'] for entry in saved.files.values()) / 1e6:.1f} MB",
         "python": f"{environment.implementation} {environment.python}, {environment.system} {environment.machine}",
         "pins": f"{len(environment.distributions)} distributions",
         "torch": environment.torch_build.get("version"),
         "run-time options": ", ".join(f"{k}={v!r}" for k, v in spec.model_config.items()),
         "saved by": f"mlflow-safeflavor {spec.loader_version}, format {spec.format_version}",
     }.items():
-        table.add_row(name, str(value))
+        table.add_row(name, Text(plain(value)))
     console.print(table)
     if pins:
-        console.print("\n".join(f"{name}=={version}" for name, version in environment.distributions.items()))
+        _say(console, "\n".join(f"{name}=={version}" for name, version in environment.distributions.items()))
     if rows:
         console.print(_tensor_table(inventory))
     if calls:
@@ -85,7 +89,7 @@ def inspect(uri: str, pins: bool, rows: bool, calls: bool) -> None:
         from mlflow_safeflavor.graph_file import from_json
 
         for line in lines_of(from_json(read_json(layout.graph))):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            _say(console, plain(line))
 
 
 def _graph(layout: Layout) -> str:
@@ -125,19 +129,13 @@ def _read_inventory(layout: Layout) -> dict[str, Any]:
     return dict(content)
 
 
-def _size_of_weights(layout: Layout, files: Iterable[str]) -> int:
-    try:
-        return sum((layout.data / name).stat().st_size for name in files)
-    except OSError as error:
-        raise IntegrityError("A file of the artifact is missing", where=error.filename, way_out=WAY_OUT) from None
-
-
 def _tensor_table(inventory: dict[str, Any]) -> Table:
     table = Table("tensor", "kind", "dtype", "shape", "shares memory with")
     for row in inventory["tensors"]:
         kind = row["kind"] if row["persistent"] else f"non-persistent {row['kind']}"
         shared = row["data"] if row["data"] != row["path"] else ""
-        table.add_row(row["path"], kind, row["dtype"], str(row["shape"]), shared)
+        cells = (row["path"], kind, row["dtype"], row["shape"], shared)
+        table.add_row(*(Text(plain(cell)) for cell in cells))
     return table
 
 
@@ -158,7 +156,7 @@ def _tensor_table(inventory: dict[str, Any]) -> Table:
     type=click.FloatRange(min=0, min_open=True),
     default=60.0,
     show_default=True,
-    help="Seconds to wait for each answer of the server.",
+    help="Seconds that all requests to the server may take together.",
 )
 def verify(
     uri: str,
@@ -191,10 +189,10 @@ def verify(
 
 
 def _golden_table(report: ParityReport, title: str) -> Table:
-    table = Table("golden row", "largest difference", "verdict", title=Text(title), title_justify="left")
+    table = Table("golden row", "largest difference", "verdict", title=Text(plain(title)), title_justify="left")
     for row in report.rows:
         if row.golden:
-            verdict = Text(row.problem or row.verdict)  # of a server's making, and so no markup
+            verdict = Text(plain(row.problem or row.verdict))  # of a server's making, and so no markup
             table.add_row(str(row.row), f"{row.max_difference:.3g}", verdict, style="red" if row.problem else None)
     return table
 
@@ -207,10 +205,10 @@ def _print_comparison(report: ParityReport, console: Console) -> None:
         listed = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         console.print(f"{len(own)} rows of yours: {listed}")
     for row in [row for row in own if row.problem][:_MOST_SHOWN]:
-        console.print(str(row.problem), markup=False, style="red")
+        _say(console, plain(row.problem), style="red")
     console.print(f"verdict: {report.verdict}", style=None if report.ok else "red")
     if report.first_difference:
-        console.print(f"first difference: {report.first_difference}", markup=False)
+        _say(console, f"first difference: {plain(report.first_difference)}")
     if report.environments["server"] is None:
         console.print("the server does not tell its environment: see MLFLOW_SAFEFLAVOR_TELL_ENVIRONMENT")
 
@@ -259,7 +257,7 @@ def dockerfile(
             hashes=hashes,
             trust={"pickle"} if allow_pickle else (),
         )
-    Console().print(f"wrote {path}\nnow: docker build -t NAME {path.parent}", soft_wrap=True, markup=False)
+    _say(Console(), f"wrote {path}\nnow: docker build -t NAME {path.parent}")
 
 
 @main.command()
@@ -283,4 +281,4 @@ def prefetch(model_id: str, folder: str, **options: Any) -> None:
         done = prefetch(model_id, folder, **options)
     what = f"{done.source} at {done.revision}" if done.source else model_id
     verb = "wrote" if done.fresh else "already there, and as it was written:"
-    Console().print(f"{verb} {done.folder}: {len(done.files)} files of {what}", soft_wrap=True, markup=False)
+    _say(Console(), f"{verb} {done.folder}: {len(done.files)} files of {what}")

@@ -34,6 +34,8 @@ def serve() -> None:
     everywhere: Any = "0.0.0.0"  # noqa: S104  (a container's own; MLflow's annotation says int)
     command, environ = scoring_server.get_cmd(model_uri=MODEL, port=PORT, host=everywhere, nworkers=workers)
     sys.stdout.flush()
+    # uvicorn imports from its working folder before any other, and that may be one that others write to.
+    os.chdir(os.path.dirname(MODEL))
     # In place of this process, so that it is the one that gets the signals of `docker stop`. Through a shell, because
     # MLflow 2.9.2 wrote its command for one: it has a variable in it.
     os.execvpe("sh", ["sh", "-c", f"exec {command}"], environ)  # noqa: S606, S607  (nothing of anybody else's is in it)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote
 
-from packaging.utils import canonicalize_name, parse_wheel_filename
-
-from mlflow_safeflavor.artifact import Layout, read_json, reason_against, staging
-from mlflow_safeflavor.environment import Environment
+from mlflow_safeflavor.artifact import Layout, reason_against, staging
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
-from mlflow_safeflavor.load import locate, read_spec
-from mlflow_safeflavor.lock import lock, read_lines
+from mlflow_safeflavor.load import locate
+from mlflow_safeflavor.lock import lock, missing_wheel, wheels_for
+from mlflow_safeflavor.pins import CONSTRAINTS, Pin, Pins, read_pins
+from mlflow_safeflavor.plain_files import digest_of_plain, open_plain
+from mlflow_safeflavor.saved import copy_saved
 from mlflow_safeflavor.trust import require_agreed, require_known
+from mlflow_safeflavor.wheels import folder_of
 
 __all__ = ["TARGETS", "generate_dockerfile"]
 
@@ -23,8 +25,8 @@ TARGETS = ("cpu", "cuda")
 ENGINES = ("auto", "graph")
 
 _CUDA_ONLY = re.compile(r"nvidia-.*|cuda-.*|triton|pytorch-triton.*")
-_PINNED = re.compile(r"([A-Za-z0-9][\w.-]*)==([^\s;\\]+)")
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+_IMAGE = re.compile(r"[A-Za-z0-9][\w./:@-]{0,300}")
 _WHEELS = "wheels"
 
 _DOCKERFILE = """\
@@ -39,7 +41,8 @@ FROM ${{PYTHON_IMAGE}} AS environment
 COPY environment /build
 WORKDIR /build
 RUN python -m venv --without-pip /opt/venv \\
- && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-compile{hashes} -r requirements.txt \\
+ && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-compile \\
+      --only-binary :all:{hashes} -r requirements.txt \\
  && {{ /opt/venv/bin/python -m compileall -qq -j 0 -x '/tests?/' /opt/venv/lib || true; }}
 
 FROM ${{PYTHON_IMAGE}}
@@ -52,7 +55,8 @@ ENV PATH=/opt/venv/bin:$PATH \\
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \\
     HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 MLFLOW_DISABLE_ENV_CREATION=true \\
     {options}
-WORKDIR /tmp
+# Nobody but root writes here: servers import from the folder they are started in.
+WORKDIR /opt/ml
 COPY model /opt/ml/model
 # Digests, every tensor and the golden rows: a damaged model fails the build.
 RUN python -c "{imports}; container.check()" && rm -rf /tmp/.cache \\
@@ -60,11 +64,12 @@ RUN python -c "{imports}; container.check()" && rm -rf /tmp/.cache \\
 USER {user}
 EXPOSE 8080
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s \\
-    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/ping', timeout=8)"]
+    CMD ["python", "-I", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/ping', timeout=8)"]
 ENTRYPOINT ["python", "-c", "{imports}; container.serve()"]
 """
 
-_IMPORTS = "import sys; sys.path.insert(0, '/opt/ml/model/code'); from mlflow_safeflavor import container"
+# In place of the working folder, which is first otherwise; Python 3.10 has no -P, and sys is built in.
+_IMPORTS = "import sys; sys.path[0] = '/opt/ml/model/code'; from mlflow_safeflavor import container"
 
 
 def generate_dockerfile(
@@ -100,30 +105,29 @@ def generate_dockerfile(
         SafeFlavorError: The model is none of ours, its pins do not fit the target or cannot be locked, or it
             holds a pickle that nobody agreed to run; nothing is written then.
     """
-    _require_sane(target, user, engine)
+    _require_sane(target, user, engine, base_image)
     require_known(trust)
-    layout = Layout(locate(model_uri))
-    spec, _ = read_spec(layout)
-    if "pickle" in spec.runs:
-        require_agreed("pickle", trust, spec.model_class)
-    environment = Environment.from_json(read_json(layout.environment))
-    lines = read_lines(layout.requirements)
-    if engine == "graph":
-        _require_graph(layout)
-        lines = [line for line in lines if not _pins([line]).keys() & set(environment.only_module)]
-    _require_target(_pins(lines), target)
-    if hashes:
-        lines = lock(lines, python=environment.python)
-        _require_target(_pins(lines), target)
     # The image's user must be able to read what root copies, whatever modes this process gives.
     with staging(output_dir, umask=0o022) as stage:
-        _write_environment(lines, stage / "environment")
-        shutil.copytree(layout.root, stage / "model", ignore=shutil.ignore_patterns("__pycache__"))
+        saved = copy_saved(Layout(locate(model_uri)), stage / "model")  # from here on nothing else is read
+        spec, environment = saved.spec, saved.environment
+        if "pickle" in spec.runs:
+            require_agreed("pickle", trust, spec.model_class)
+        pins = read_pins(saved.layout)
+        if engine == "graph":
+            _require_graph(saved.layout)
+            pins = replace(pins, pins=tuple(pin for pin in pins.pins if pin.name not in environment.only_module))
+        installed = environment.wheel_digests
+        _require_target(pins.versions, target)
+        if hashes:
+            pins = lock(pins, python=environment.python, installed=installed)
+            _require_target(pins.versions, target)
+        _write_environment(pins, installed, stage / "environment")
         (stage / "Dockerfile").write_text(
             _DOCKERFILE.format(
                 what=f"{spec.task}, {spec.model_class.rpartition(':')[2]}, saved in {spec.dtype}",
                 base_image=base_image or f"python:{environment.python}-slim",
-                hashes=" --no-deps --require-hashes" if hashes else "",
+                hashes=" --no-deps --require-hashes" if pins.are_locked else "",
                 user=user,
                 options=_variables(trust, engine),
                 imports=_IMPORTS,
@@ -133,7 +137,9 @@ def generate_dockerfile(
     return Path(output_dir) / "Dockerfile"
 
 
-def _require_sane(target: str, user: str, engine: str) -> None:
+def _require_sane(target: str, user: str, engine: str, base_image: str | None) -> None:
+    if base_image is not None and not _IMAGE.fullmatch(base_image):
+        raise InputError("Not a name of an image", where="base_image", wanted="NAME:TAG", found=repr(base_image))
     if engine not in ENGINES:
         raise InputError("Unknown engine", where="engine", wanted=" | ".join(ENGINES), found=repr(engine))
     if target not in TARGETS:
@@ -163,12 +169,7 @@ def _variables(trust: Iterable[str], engine: str) -> str:
     return " ".join(f"{name}={value}" for name, value in values.items())
 
 
-def _pins(lines: Iterable[str]) -> dict[str, str]:
-    found = (_PINNED.match(line) for line in lines)
-    return {canonicalize_name(match[1]): match[2] for match in found if match}
-
-
-def _require_target(pins: dict[str, str], target: str) -> None:
+def _require_target(pins: Mapping[str, str], target: str) -> None:
     """Refuse CUDA in an image for CPUs: several GB that nothing would use."""
     if target != "cpu":
         return
@@ -185,27 +186,41 @@ def _require_target(pins: dict[str, str], target: str) -> None:
         )
 
 
-def _write_environment(lines: Iterable[str], folder: Path) -> None:
+def _write_environment(pins: Pins, installed: Mapping[str, str], folder: Path) -> None:
     """requirements.txt, and what it names that only this machine has: constraints, and wheels of a folder."""
-    lines = list(lines)
-    pins = _pins(lines)
     (folder / _WHEELS).mkdir(parents=True)
-    for i, line in enumerate(lines):
-        if line.startswith("-c "):
-            shutil.copyfile(line[3:], folder / "constraints.txt")
-            lines[i] = "-c constraints.txt"
-        wheels = _local_folder(line)
-        if wheels is not None:
-            lines[i] = f"--find-links /build/{_WHEELS}"
-            for wheel in sorted(wheels.glob("*.whl")):
-                name, version, *_ = parse_wheel_filename(wheel.name)
-                if pins.get(name) == str(version):
-                    shutil.copy2(wheel, folder / _WHEELS)
+    there = _copy_wheels(pins, installed, folder / _WHEELS)
+    options = [option for option in pins.options if not folder_of(option)]
+    if there or len(options) < len(pins.options):
+        options.insert(0, f"--find-links /build/{_WHEELS}")
+    if pins.constraints:
+        (folder / CONSTRAINTS).write_text("".join(f"{pin}\n" for pin in pins.constraints), encoding="utf-8")
+    lines = [*options, *(_line(pin, installed, there) for pin in pins.pins)]
+    lines += [f"-c {CONSTRAINTS}"] if pins.constraints else []
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _local_folder(line: str) -> Path | None:
-    option, _, place = line.partition(" ")
-    url = urlsplit(place)
-    folder = Path(unquote(url.path) if url.scheme == "file" else place)
-    return folder if option == "--find-links" and url.scheme in ("", "file") and folder.is_dir() else None
+def _copy_wheels(pins: Pins, installed: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Copy the wheels that may be installed. Returns SHA-256 → name of each."""
+    allowed = {pin.name: pin.hashes or ((installed[pin.name],) if pin.name in installed else ()) for pin in pins.pins}
+    there: dict[str, str] = {}
+    for wheel in wheels_for(pins, installed):
+        copy = folder / wheel.path.name
+        with open_plain(wheel.path) as source, copy.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        digest = digest_of_plain(copy)
+        if allowed[wheel.name] and digest not in allowed[wheel.name]:
+            copy.unlink()
+        else:
+            there[digest] = copy.name
+    return there
+
+
+def _line(pin: Pin, installed: Mapping[str, str], there: Mapping[str, str]) -> str:
+    """The pin; without hashes, where it is known which wheel was installed, that very file: pip may prefer others."""
+    if pin.hashes or pin.name not in installed:
+        return str(pin)
+    if (digest := installed[pin.name]) not in there:
+        raise missing_wheel(pin, digest, [])
+    marker = f" ; {pin.requirement.marker}" if pin.requirement.marker else ""
+    return f"{pin.requirement.name} @ file:///build/{_WHEELS}/{quote(there[digest])}#sha256={digest}{marker}"

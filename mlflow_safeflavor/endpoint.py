@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import pandas as pd
@@ -19,6 +22,8 @@ __all__ = ["Endpoint", "as_served", "request_of_arrays", "request_of_rows"]
 
 _PATH = "/invocations"
 _SHOWN = 400
+_MAX_ANSWER = 256 * 10**6  # bytes
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Endpoint:
 
     Args:
         url: Address of the server, with or without ``/invocations``; a user and password in it are sent, never shown.
-        timeout: Seconds to wait for the connection, and for each answer.
+        timeout: Seconds that all its requests may take together.
 
     Raises:
         InputError: The address is none of a web server.
@@ -35,6 +40,7 @@ class Endpoint:
 
     url: str
     timeout: float = 60.0
+    _spent: list[float] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         try:
@@ -65,48 +71,85 @@ class Endpoint:
         Raises:
             SafeFlavorError: The server is not reachable, is no MLflow scoring server, or refuses the request.
         """
+        started = time.monotonic()
         try:
-            # Redirects would turn the question into a GET of something else.
-            response = requests.post(
-                self._address,
-                data=json.dumps(request).encode(),
-                headers={"Content-Type": "application/json"},
-                timeout=self.timeout,
-                allow_redirects=False,
-            )
+            status, kind, body = _in_time(lambda: self._post(request), self.timeout - sum(self._spent))
         except (requests.RequestException, OSError, UnicodeError) as error:
             raise SafeFlavorError(
                 "The server cannot be reached",
                 where=str(self),
-                wanted=f"an answer within {self.timeout:g} s",
+                wanted=f"all answers within {self.timeout:g} s",
                 found=_reason(error),
-                way_out="start it with `mlflow models serve`, and look at its log",
+                way_out="start it with `mlflow models serve`, and look at its log; or give it more time",
             ) from None
-        return self._predictions(response)
+        finally:
+            self._spent.append(time.monotonic() - started)
+        return self._predictions(status, kind, body)
 
-    def _predictions(self, response: requests.Response) -> Any:
+    def _post(self, request: Mapping[str, Any]) -> tuple[int, str, bytes]:
+        """Status, content type and body of the answer."""
+        # Redirects would turn the question into a GET of something else.
+        with requests.post(
+            self._address,
+            data=json.dumps(request).encode(),
+            headers={"Content-Type": "application/json"},
+            timeout=self.timeout,
+            allow_redirects=False,
+            stream=True,
+        ) as response:
+            body = bytearray()
+            for part in response.iter_content(1 << 16):
+                body += part
+                if len(body) > _MAX_ANSWER:
+                    raise requests.RequestException(f"an answer of more than {_MAX_ANSWER} bytes")
+            return response.status_code, response.headers.get("Content-Type", "no content type"), bytes(body)
+
+    def _predictions(self, status: int, kind: str, body: bytes) -> Any:
         try:
-            content = json.loads(response.content)
+            content = json.loads(body)
         except (ValueError, RecursionError):
             content = None
-        if response.status_code == 200 and isinstance(content, dict) and "predictions" in content:
+        if status == 200 and isinstance(content, dict) and "predictions" in content:
             return content["predictions"]
         if isinstance(content, dict) and {"error_code", "message"} <= content.keys():
             raise SafeFlavorError(
                 "The server refuses the request",
                 where=str(self),
                 wanted="predictions",
-                found=f"status {response.status_code}, {_shown(_cause(str(content['message'])))}",
+                found=f"status {status}, {_shown(_cause(str(content['message'])))}",
                 way_out="see that it serves this very model, and look at its log",
             )
-        kind = response.headers.get("Content-Type", "no content type")
         raise SafeFlavorError(
             "This is not an MLflow scoring server",
             where=str(self),
             wanted='status 200 and JSON with "predictions"',
-            found=f"status {response.status_code}, {_shown(kind)}: {_shown(response.text)}",
+            found=f"status {status}, {_shown(kind)}: {_shown(body.decode(errors='replace'))}",
             way_out="give the address that `mlflow models serve` or the container listens on",
         )
+
+
+def _in_time(ask: Callable[[], _Answer], seconds: float) -> _Answer:
+    """What ``ask`` returns or raises, unless it takes too long.
+
+    It runs in a thread that nobody waits for: a server that sends a byte now and then keeps every timeout of a socket
+    from ending.
+    """
+    done: queue.SimpleQueue[tuple[_Answer | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((ask(), None))
+        except BaseException as error:  # handed to whoever waits
+            done.put((None, error))
+
+    threading.Thread(target=run, name="safeflavor-endpoint", daemon=True).start()
+    try:
+        answer, error = done.get(timeout=max(0.0, seconds))
+    except queue.Empty:
+        raise requests.Timeout from None
+    if error is not None:
+        raise error
+    return cast("_Answer", answer)
 
 
 def _reason(error: BaseException) -> str:

@@ -13,9 +13,10 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +26,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from mlflow_safeflavor.errors import EnvironmentMismatchError, IntegrityError
+from mlflow_safeflavor.spec import is_plain_text, is_scalar
+from mlflow_safeflavor.wheels import installed_content, installed_wheels
 
 __all__ = [
     "OWN_NAME",
@@ -38,6 +41,7 @@ __all__ = [
     "installed_version",
     "record",
     "require_same",
+    "with_wheels",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -72,6 +76,8 @@ class Environment:
         distributions: Canonical name → exact version with its local label (``2.13.0+cpu``), sorted by name.
         torch_build: Facts about torch that only torch itself knows, handed in by the caller; JSON scalars.
         only_module: Names among them that nobody needs who serves the graph and never rebuilds the module.
+        wheels: Names among them that came from a wheel of a folder that requirements.txt names → its ``file``,
+            ``sha256``, and ``content``; see ``wheels.installed_content``.
     """
 
     python: str
@@ -82,21 +88,29 @@ class Environment:
     distributions: Mapping[str, str]
     torch_build: Mapping[str, Any]
     only_module: tuple[str, ...] = ()
+    wheels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("distributions", "torch_build"):
+        for name in ("distributions", "torch_build", "wheels"):
             object.__setattr__(self, name, MappingProxyType(dict(sorted(getattr(self, name).items()))))
 
     def to_json(self) -> dict[str, Any]:
         """The JSON-able value of ``environment.json``; ``from_json`` reads it back."""
         facts = {name: getattr(self, name) for name in _PLATFORM_KEYS}
         pins = {"distributions": dict(self.distributions), "only_module": list(self.only_module)}
-        return facts | pins | {"torch_build": dict(self.torch_build)}
+        wheels = {name: dict(wheel) for name, wheel in self.wheels.items()}
+        return facts | pins | {"torch_build": dict(self.torch_build), "wheels": wheels}
+
+    @property
+    def wheel_digests(self) -> dict[str, str]:
+        """Canonical name → SHA-256 of the wheel that was installed, where that is known."""
+        return {name: wheel["sha256"] for name, wheel in self.wheels.items()}
 
     def for_graph(self) -> Environment:
         """Without the distributions that only the module needs."""
         kept = {name: version for name, version in self.distributions.items() if name not in self.only_module}
-        return replace(self, distributions=kept, only_module=())
+        wheels = {name: wheel for name, wheel in self.wheels.items() if name in kept}
+        return replace(self, distributions=kept, only_module=(), wheels=wheels)
 
     @classmethod
     def from_json(cls, value: object) -> Environment:
@@ -106,30 +120,57 @@ class Environment:
             IntegrityError: A key is missing or of the wrong type.
         """
         entry = value if isinstance(value, Mapping) else {}
-        for key in _PLATFORM_KEYS:
-            _check(isinstance(entry.get(key), str), key, "a string", entry.get(key))
+        for key, (pattern, words) in _PLATFORM_KEYS.items():
+            value = entry.get(key)
+            _check(isinstance(value, str) and re.fullmatch(pattern, value), key, words, value)
         for key in ("distributions", "torch_build"):
             found = entry.get(key)
             _check(isinstance(found, Mapping) and all(isinstance(k, str) for k in found), key, "an object", found)
         for name, version in entry["distributions"].items():
-            _check(isinstance(version, str), f"distributions, {name}", "a version as a string", version)
+            _check(re.fullmatch(_DISTRIBUTION, name), "distributions", "names", name)
+            exact = re.fullmatch(_VERSION, version) if isinstance(version, str) else None
+            _check(exact, f"distributions, {name}", "a version as a string", version)
+        for name, fact in entry["torch_build"].items():
+            _check(is_plain_text(name) and is_scalar(fact), "torch_build", "names with numbers or short texts", fact)
         only_module = entry.get("only_module", [])
-        sound = isinstance(only_module, list) and all(isinstance(name, str) for name in only_module)
+        sound = isinstance(only_module, list) and all(map(is_plain_text, only_module))
         _check(sound, "only_module", "a list of names", only_module)
+        wheels = entry.get("wheels", {})
+        _check(isinstance(wheels, Mapping), "wheels", "an object", wheels)
+        for name, wheel in wheels.items():
+            _check(name in entry["distributions"] and _is_wheel(wheel), "wheels", "file, sha256 and content", wheel)
         facts = {key: entry[key] for key in (*_PLATFORM_KEYS, "distributions", "torch_build")}
-        return cls(**facts, only_module=tuple(only_module))
+        return cls(**facts, only_module=tuple(only_module), wheels=wheels)
 
 
-_PLATFORM_KEYS = ("python", "implementation", "system", "machine", "libc")
+# Used with fullmatch. Readers print these, and write them into Dockerfiles.
+_PLATFORM_KEYS = {
+    "python": (r"\d{1,2}\.\d{1,3}(\.\d{1,3}[0-9A-Za-z.+]{0,20})?", "a version as a string"),
+    "implementation": (r"[A-Za-z][\w.-]{0,40}", "a name as a string"),
+    "system": (r"[\w.-]{0,40}", "a name as a string"),
+    "machine": (r"[\w.-]{0,40}", "a name as a string"),
+    "libc": (r"[\w.+-]{0,20}( [\w.+-]{1,40})?", "a name and a version as a string"),
+}
+_DISTRIBUTION = r"[A-Za-z0-9]([\w.-]{0,200}[A-Za-z0-9])?"
+_VERSION = r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,100}"
 
 
-def _check(ok: bool, where: str, wanted: str, found: object) -> None:
+def _is_wheel(value: object) -> bool:
+    patterns = {"file": r"[\w.+!-]{1,250}\.whl", "sha256": r"[0-9a-f]{64}", "content": r"[0-9a-f]{64}"}
+    return (
+        isinstance(value, Mapping)
+        and value.keys() == patterns.keys()
+        and all(isinstance(value[key], str) and re.fullmatch(patterns[key], value[key]) for key in patterns)
+    )
+
+
+def _check(ok: object, where: str, wanted: str, found: object) -> None:
     if not ok:
         raise IntegrityError(
             "environment.json does not say what its format asks for",
             where=f"environment.json, {where}",
             wanted=wanted,
-            found="nothing" if found is None else repr(found),
+            found="nothing" if found is None else repr(found)[:200],
             way_out="fetch the artifact again, or log the model again",
         )
 
@@ -140,7 +181,8 @@ class Difference:
 
     Attributes:
         kind: ``python`` (another minor version), ``python-patch``, ``implementation``, ``system``, ``machine``,
-            ``libc``, ``distribution``, ``missing``, ``torch-build`` (same torch release, other build) or
+            ``libc``, ``distribution``, ``missing``, ``wheel`` (same version, other
+            content than the wheel it came from), ``torch-build`` (same torch release, other build) or
             ``hardware`` (CPU capability and threads, which no installation can change).
         name: The distribution or fact.
         wanted: What was recorded.
@@ -198,7 +240,16 @@ def record(
     if strict:
         _require_releases([installed[name] for name in closure - set(map(canonicalize_name, editable_ok))])
     pins = {name: installed[name].version for name in closure}
-    return Environment(**_platform_facts(), distributions=pins, torch_build=torch_build, only_module=())
+    return Environment(**_platform_facts(), distributions=pins, torch_build=torch_build, only_module=(), wheels={})
+
+
+def with_wheels(recorded: Environment, folders: Iterable[Path], *, path: Sequence[str] | None = None) -> Environment:
+    """Record which distributions came from a wheel of these folders: an index may have others of the same version."""
+    installed = {name: one.distribution for name, one in _installed(path).items() if name in recorded.distributions}
+    wheels: dict[str, dict[str, str]] = {}
+    for folder in folders:
+        wheels = installed_wheels(folder, installed) | wheels
+    return replace(recorded, wheels=wheels)
 
 
 def closure_of(roots: Iterable[str], *, path: Sequence[str] | None = None) -> frozenset[str]:
@@ -406,6 +457,7 @@ def find_differences(
     return [
         *_platform_differences(recorded),
         *_distribution_differences(recorded.distributions, path),
+        *_wheel_differences(recorded, path),
         *_build_differences(recorded.torch_build, torch_build or {}),
     ]
 
@@ -433,6 +485,15 @@ def _distribution_differences(pins: Mapping[str, str], path: Sequence[str] | Non
         elif not _same_version(wanted, found):
             is_build = name in TORCH_FAMILY and wanted.partition("+")[0] == found.partition("+")[0]
             yield Difference("torch-build" if is_build else "distribution", name, wanted, found)
+
+
+def _wheel_differences(recorded: Environment, path: Sequence[str] | None) -> Iterator[Difference]:
+    """Other builds of the same version: an index's in place of a folder's."""
+    for name, wheel in recorded.wheels.items():
+        one = next(filter(None, map(_read, _search(path, name=name))), None)
+        content = None if one is None else installed_content(one.distribution)
+        if one and content and content != wheel["content"] and _same_version(recorded.distributions[name], one.version):
+            yield Difference("wheel", name, f"the build of {wheel['file']}", f"another build of {one.version}")
 
 
 def _build_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Difference]:

@@ -47,7 +47,18 @@ __all__ = [
     "StructureError",
     "TrustError",
     "WeightsError",
+    "plain",
 ]
+
+
+def plain(text: object) -> str:
+    """A text as a terminal, a log and a reader can take it: no control characters, and no lines but its own.
+
+    Whatever else a stranger writes, such as escape sequences, is shown as Python would write it in a source. Lines
+    stay, but begin with blanks, so that none looks like one of ours.
+    """
+    lines = str(text).replace("\r\n", "\n").split("\n")
+    return "\n    ".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
 
 
 class SafeFlavorError(MlflowException):
@@ -81,7 +92,7 @@ class SafeFlavorError(MlflowException):
         self.found = found
         self.way_out = way_out
         details = {"where": where, "wanted": wanted, "found": found, "way out": way_out}
-        lines = [what, *(f"  {name}: {value}" for name, value in details.items() if value is not None)]
+        lines = [what, *(f"  {name}: {plain(value)}" for name, value in details.items() if value is not None)]
         super().__init__("\n".join(lines), error_code=self.status)
 
 

@@ -9,31 +9,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from mlflow_safeflavor import environment as environments
 from mlflow_safeflavor.artifact import (
     WAY_OUT,
     Layout,
-    find_broken_files,
     read_json,
     read_manifest,
-    read_plain_file,
     reason_against,
 )
 from mlflow_safeflavor.errors import (
     AnswerError,
     InputError,
-    IntegrityError,
     ParityError,
     PlacementError,
     SafeFlavorError,
     WeightsError,
 )
-from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.options import run_time_options
 from mlflow_safeflavor.report import LoadReport
-from mlflow_safeflavor.spec import FLAVOR_NAME, ModelSpec
+from mlflow_safeflavor.saved import require_intact, require_none
+from mlflow_safeflavor.spec import ModelSpec, guarded_parts, read_spec
 from mlflow_safeflavor.trust import require_agreed, require_known, require_no_shadows
 
 # torch, and what is built on it, is imported inside the functions below: the environment check comes
@@ -166,8 +161,8 @@ def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> ModelSpec
     require_known(options.trust)
     for kind in spec.runs:
         require_agreed(kind, options.trust, spec.model_class)
-    require_no_shadows(layout.code)
     _check_files(layout, guarded, options, report)
+    require_no_shadows(layout.code)
     recorded = environments.Environment.from_json(read_json(layout.environment))
     if run_time_options(options.model_config, stored=spec.model_config)["engine"] == "graph":
         recorded = recorded.for_graph()
@@ -176,44 +171,11 @@ def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> ModelSpec
     return spec
 
 
-def read_spec(layout: Layout) -> tuple[ModelSpec, dict[str, Any]]:
-    """The spec in ``MLmodel``, and the parts of that file that the manifest guards.
-
-    Raises:
-        IntegrityError: ``MLmodel`` is missing, malformed, or of another flavor.
-        FormatVersionError: A newer release wrote it.
-    """
-    try:
-        content = yaml.safe_load(read_plain_file(layout.mlmodel))
-        entry = content["flavors"][FLAVOR_NAME]
-    except FileNotFoundError:
-        raise IntegrityError(
-            "There is no MLflow model", where=layout.root, wanted=layout.MLMODEL, way_out=WAY_OUT
-        ) from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, OSError) as error:
-        # ValueError: not UTF-8, or a date that no calendar has.
-        raise IntegrityError("MLmodel cannot be read", where=layout.mlmodel, found=error, way_out=WAY_OUT) from None
-    except (KeyError, TypeError):
-        raise IntegrityError(
-            "This MLflow model was not saved by mlflow-safeflavor",
-            where=layout.mlmodel,
-            wanted=f"a flavor named {FLAVOR_NAME}",
-            way_out="load it with the flavor that saved it",
-        ) from None
-    return ModelSpec.from_flavor(entry), guarded_parts(content)
-
-
-def guarded_parts(mlmodel: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of ``MLmodel`` that predictions depend on; MLflow adds ids and dates to the rest."""
-    return {name: mlmodel.get(name) for name in ("flavors", "signature")}
-
-
 def _check_files(layout: Layout, guarded: Mapping[str, Any], options: LoadOptions, report: LoadReport) -> None:
     files = read_manifest(layout)["files"]
     weights = frozenset(name for name in files if layout.is_weights(name))
     full = options.verify == "full"
-    broken = list(find_broken_files(layout, mlmodel=guarded, digests=full, elsewhere=weights))
-    _require_none(broken, "Files of the artifact are not the ones that were saved")
+    require_intact(layout, guarded, digests=full, elsewhere=weights)
     report.files = len(files)
     report.hashed_bytes = sum(files[name]["size"] for name in files.keys() - weights) if full else 0
 
@@ -235,14 +197,8 @@ def _check_digests(inventory: Inventory, layout: Layout, options: LoadOptions, r
     from mlflow_safeflavor.tensors import find_wrong_digests
 
     if options.verify == "full":
-        _require_none(list(find_wrong_digests(inventory, layout)), "Weights are not the ones that were saved")
+        require_none(list(find_wrong_digests(inventory, layout)), "Weights are not the ones that were saved")
         report.hashed_bytes += sum((layout.data / name).stat().st_size for name in inventory.files)
-
-
-def _require_none(problems: Collection[str], what: str) -> None:
-    if problems:
-        shown = "; ".join(list(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise IntegrityError(what, where=shown, way_out=WAY_OUT)
 
 
 def _engine(spec: ModelSpec, layout: Layout, options: LoadOptions) -> str:
@@ -306,14 +262,13 @@ def _hooks(
     from mlflow_safeflavor import pickled, tensors, usercode
 
     names = described["hooks"]
+    if names and "code" in options.trust:
+        usercode.make_importable(layout.code)
     objects: dict[str, Any] = {}
-    with guarded(layout.root, unpickles=True):
-        if names and "code" in options.trust:
-            usercode.make_importable(layout.code)
-        if not all(names.values()):
-            realised = inventories.realise(inventory, tensors.read_tensors(inventory, layout))
-            objects = pickled.load(layout, described["pickle"], realised, options.trust)
-        return {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
+    if not all(names.values()):
+        realised = inventories.realise(inventory, tensors.read_tensors(inventory, layout))
+        objects = pickled.load(layout, described["pickle"], realised, options.trust)
+    return {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
 
 
 def rebuild(
@@ -329,25 +284,23 @@ def rebuild(
 
     described = structure.read_structure(layout, spec)
     values = tensors.read_tensors(inventory, layout)
+    if "code" in options.trust:
+        usercode.make_importable(layout.code)
     objects: dict[str, Any] = {}
     hidden: dict[str, torch.Tensor] = {}
-    with guarded(layout.root, unpickles=bool(spec.runs)):
-        if "code" in options.trust:
-            usercode.make_importable(layout.code)
-        if described["pickle"] is not None:
-            realised = inventories.realise(inventory, values)
-            with memory.real_memory(inventory=inventory):
-                objects = pickled.load(layout, described["pickle"], realised, options.trust)
-        if described["kind"] == "pickle":
-            module = objects["module"].eval().requires_grad_(False)
-            hidden = {path: realised[path] for path, row in inventory.rows.items() if row.kind == "hidden"}
-        else:
-            module = structure.build(described, trust=options.trust, inventory=inventory)
-            inventories.fill(module, inventory, values)
-        names = described["hooks"]
-        hooks = {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
+    if described["pickle"] is not None:
+        realised = inventories.realise(inventory, values)
+        with memory.real_memory(inventory=inventory):
+            objects = pickled.load(layout, described["pickle"], realised, options.trust)
+    if described["kind"] == "pickle":
+        module = objects["module"].eval().requires_grad_(False)
+        hidden = {path: realised[path] for path, row in inventory.rows.items() if row.kind == "hidden"}
+    else:
+        module = structure.build(described, trust=options.trust, inventory=inventory)
+        inventories.fill(module, inventory, values)
     _check_tensors(module, inventory, hidden, report)
-    return module, hooks
+    names = described["hooks"]
+    return module, {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
 
 
 def _check_tensors(

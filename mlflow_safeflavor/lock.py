@@ -1,70 +1,156 @@
-"""Pins with the hash of every file that may be installed for them, as ``pip install --require-hashes`` wants them."""
+"""Pins with the hash of every wheel that may be installed for them, as ``pip install --require-hashes`` wants them."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from mlflow_safeflavor.errors import EnvironmentMismatchError
-from mlflow_safeflavor.scratch import scratch_folder
+from packaging.utils import canonicalize_name
 
-__all__ = ["lock", "read_lines"]
+from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.environment import TORCH_FAMILY, Environment
+from mlflow_safeflavor.errors import EnvironmentMismatchError
+from mlflow_safeflavor.pins import Pin, Pins, parse_pins, read_pins
+from mlflow_safeflavor.scratch import scratch_folder
+from mlflow_safeflavor.wheels import Wheel, folder_of, wheels_in
+
+__all__ = ["lock", "lock_file", "missing_wheel", "wheels_for"]
 
 _TIMEOUT = 600  # seconds
 _AS_UV_SAYS = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_EXTRA_INDEX_URL", "find-links": "UV_FIND_LINKS"}
 """Settings of pip → uv's variables: uv reads no pip.conf."""
 
 
-def lock(lines: Sequence[str], *, python: str) -> list[str]:
-    r"""Resolve exact pins with uv, and add the hashes that the index publishes.
+def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None) -> Pins:
+    """Resolve pins with uv, from wheels alone, and add the hashes of all that may be installed.
+
+    Where a folder named by the pins holds a wheel of a pinned version, that wheel counts, and never an index's of the
+    same version. An index named by the pins is asked for builds of torch alone. All other names are looked up where
+    pip and uv are configured to, and only in the first index that has the name; where pip is configured to several, it
+    and we take them as one. Nothing is built: a source distribution runs its author's code.
 
     Args:
-        lines: Of a requirements.txt; options (``--find-links``) count, and stay in front.
+        pins: What to lock. Those that have hashes are left as they are.
         python: Version to resolve for, like "3.11.7".
-
-    Returns:
-        The same options, then ``name==version \\`` and one ``--hash=sha256:…`` a line.
+        installed: Canonical name → SHA-256 of the wheel that was installed when the model was saved, where that is
+            known; no other may be installed.
 
     Raises:
-        EnvironmentMismatchError: uv is not installed, or finds no files for the pins.
+        EnvironmentMismatchError: uv is not installed, or finds no wheels for the pins, or others than were installed.
     """
+    if pins.are_locked:
+        return pins
     with scratch_folder("lock") as folder:
-        source, target = Path(folder, "requirements.txt"), Path(folder, "requirements.lock")
-        source.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        command = [_uv(), "pip", "compile", str(source), "--output-file", str(target), "--generate-hashes"]
-        command += ["--python-version", python, "--no-header", "--no-annotate", "--quiet"]
-        # As pip looks: at all indexes for the pinned version, not only at the first that knows the name.
-        command += ["--index-strategy", "unsafe-best-match"]
         environ = {**_pip_settings(), **os.environ}
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
+        Path(folder, "pyproject.toml").write_text(_project(pins, installed or {}, environ), encoding="utf-8")
+        Path(folder, "constraints.txt").write_text("\n".join(map(str, pins.constraints)), encoding="utf-8")
+        command = [_uv(), "pip", "compile", "pyproject.toml", "--output-file", "lock.txt", "--generate-hashes"]
+        command += ["--constraint", "constraints.txt", "--python-version", python, "--only-binary", ":all:"]
+        command += ["--no-header", "--no-annotate", "--quiet"]
+        # Neither settings nor interpreters of the folders around this one, which others may write to.
+        command += ["--no-config", "--python", sys.executable, "--no-python-downloads"]
+        command += [f"--find-links={found}" for option in pins.options if (found := folder_of(option))]
+        done = subprocess.run(
+            command, cwd=folder, env=environ, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
+        )
         if done.returncode:
             raise EnvironmentMismatchError(
                 "The pins cannot be locked with hashes",
                 where="uv pip compile",
-                wanted="a file to install for each pin",
+                wanted="a wheel to install for each pin",
                 found=done.stderr.strip()[-1500:],
-                way_out="say where the files are (torch_index=… when saving, UV_DEFAULT_INDEX, UV_FIND_LINKS), "
-                "or do without hashes",
+                way_out="say where the wheels are (torch_index=… when saving, UV_DEFAULT_INDEX, UV_FIND_LINKS); where "
+                "several indexes have the name, UV_INDEX_STRATEGY=unsafe-best-match looks at all; or do without hashes",
             )
-        options = [line for line in lines if line.startswith("--")]
-        return [*options, *target.read_text(encoding="utf-8").splitlines()]
+        lines = Path(folder, "lock.txt").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+        locked = [_as_installed(pin, installed or {}) for pin in parse_pins(lines, "uv pip compile")]
+    return replace(pins, pins=tuple(locked), constraints=())
 
 
-def read_lines(requirements: Path) -> list[str]:
-    """Lines of a requirements.txt; constraints that it names by file are named by absolute path.
+def lock_file(layout: Layout, recorded: Environment) -> None:
+    """Lock the requirements.txt of an artifact that is being saved.
 
     Raises:
-        EnvironmentMismatchError: It cannot be read.
+        EnvironmentMismatchError: See ``lock``.
     """
-    try:
-        lines = requirements.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EnvironmentMismatchError("The pins cannot be read", where=requirements, found=error) from None
-    return [f"-c {requirements.parent / line[3:]}" if line.startswith("-c ") else line for line in lines]
+    locked = lock(read_pins(layout), python=recorded.python, installed=recorded.wheel_digests)
+    lines = [*locked.options, *map(str, locked.pins)]
+    layout.requirements.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _as_installed(pin: Pin, installed: Mapping[str, str]) -> Pin:
+    """The pin with no other hash than that of the wheel which was installed when the model was saved."""
+    if (wanted := installed.get(pin.name)) is None:
+        return pin
+    if wanted not in pin.hashes:
+        raise missing_wheel(pin, wanted, pin.hashes)
+    return replace(pin, hashes=(wanted,))
+
+
+def missing_wheel(pin: Pin, wanted: str, found: Sequence[str]) -> EnvironmentMismatchError:
+    """The error about a wheel that was installed when the model was saved, and that nobody has any more."""
+    return EnvironmentMismatchError(
+        "The wheel that was installed when the model was saved is not there any more",
+        where=pin.requirement,
+        wanted=f"SHA-256 {wanted}",
+        found=", ".join(found[:5]) or "none in the folders that the model and UV_FIND_LINKS name",
+        way_out="name the folder that holds it: UV_FIND_LINKS=FOLDER; or save the model again where another build is "
+        "installed",
+    )
+
+
+def _project(pins: Pins, installed: Mapping[str, str], environ: Mapping[str, str]) -> str:
+    """A pyproject.toml in which each distribution that a folder or index of the pins has comes from there alone.
+
+    Looking at other indexes too, uv was seen to take their wheel of the same version.
+    """
+    places: dict[str, str] = {}  # canonical name → index, the first counts
+    for wheel in wheels_for(pins, installed, environ):
+        places.setdefault(wheel.name, _index(wheel.path.parent.absolute().as_uri(), flat=True))
+    for option in pins.options:
+        name, _, place = option.partition(" ")
+        if not folder_of(option):
+            for served in _served(place, pins):
+                places.setdefault(served, _index(place, flat=name == "--find-links"))
+    indexes = list(dict.fromkeys(places.values()))
+    lines = ["[project]", 'name = "mlflow-safeflavor-image"', 'version = "0"']
+    lines += [f"dependencies = {json.dumps([str(pin.requirement) for pin in pins.pins])}", "[tool.uv.sources]"]
+    lines += [f'{name} = {{index = "place-{indexes.index(index)}"}}' for name, index in places.items()]
+    for i, index in enumerate(indexes):
+        lines += ["[[tool.uv.index]]", f'name = "place-{i}"', "explicit = true", index]
+    return "\n".join(lines) + "\n"
+
+
+def _index(url: str, *, flat: bool) -> str:
+    return f"url = {json.dumps(url)}" + ('\nformat = "flat"' if flat else "")
+
+
+def _served(place: str, pins: Pins) -> list[str]:
+    """Names that a place of ``torch_index`` is asked for: the one that its page is of, or all builds with a label."""
+    page = canonicalize_name(place.rstrip("/").rpartition("/")[2])
+    labelled = [name for name, version in pins.versions.items() if name in TORCH_FAMILY or "+" in version]
+    return [page] if page in pins.versions else labelled
+
+
+def wheels_for(pins: Pins, installed: Mapping[str, str], environ: Mapping[str, str] | None = None) -> Iterator[Wheel]:
+    """Wheels of the pinned versions in folders of this machine: those that the pins name.
+
+    For what is known to have been installed from a wheel also those that uv is told of (``UV_FIND_LINKS``).
+    """
+    given = [folder for option in pins.options if (folder := folder_of(option))]
+    told = (os.environ if environ is None else environ).get("UV_FIND_LINKS", "").split(",")
+    others = [folder for place in told if (folder := folder_of(f"--find-links {place}"))]
+    versions = pins.versions
+    for folders, names in ((given, versions.keys()), (others, versions.keys() & installed.keys())):
+        for wheel in (wheel for folder in folders for wheel in wheels_in(folder)):
+            if wheel.name in names and versions[wheel.name] == wheel.version:
+                yield wheel
 
 
 def _uv() -> str:
@@ -89,6 +175,8 @@ def _pip_settings() -> Mapping[str, str]:
         variable = _AS_UV_SAYS.get(name.rpartition(".")[2])
         if variable and value.startswith(("'", '"')):
             settings[variable] = " ".join(value[1:-1].replace("\\n", " ").split())
+    if "UV_EXTRA_INDEX_URL" in settings:  # beside the default one
+        settings["UV_INDEX_STRATEGY"] = "unsafe-best-match"
     if settings.get("UV_FIND_LINKS"):
         settings["UV_FIND_LINKS"] = settings["UV_FIND_LINKS"].replace(" ", ",")
     return settings

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mlflow_safeflavor.errors import plain
 from mlflow_safeflavor.parity import ParityReport
 
 __all__ = ["render"]
@@ -48,7 +49,7 @@ def render(report: ParityReport, *, model: str, endpoint: str | None = None) -> 
     facts, more = _environment_rows(report)
     shown = sorted(report.rows, key=lambda row: (row.problem is None, row.bit_identical))[:_MOST_ROWS]
     return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_plain)
         .from_string(_PAGE)
         .render(
             report=report,
@@ -64,6 +65,11 @@ def render(report: ParityReport, *, model: str, endpoint: str | None = None) -> 
             hidden=len(report.rows) - len(shown),
         )
     )
+
+
+def _plain(value: object) -> object:
+    """Texts without control characters, which could turn the order of what is read round."""
+    return plain(value) if isinstance(value, str) else value
 
 
 def _counts(report: ParityReport) -> list[tuple[str, Counter[str]]]:

@@ -19,8 +19,17 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
-from mlflow_safeflavor.environment import OWN_NAME, TORCH_FAMILY, Environment, installed_version, record
+from mlflow_safeflavor.environment import (
+    OWN_NAME,
+    TORCH_FAMILY,
+    Environment,
+    installed_version,
+    record,
+    with_wheels,
+)
 from mlflow_safeflavor.errors import EnvironmentMismatchError
+from mlflow_safeflavor.pins import CONSTRAINTS
+from mlflow_safeflavor.wheels import folder_of
 
 __all__ = ["DEFAULT_ROOTS", "default_conda_env", "default_requirements", "environment_files", "requirement_lines"]
 
@@ -37,7 +46,6 @@ _TORCH_LABEL = re.compile(r"cpu|xpu|cu\d+|rocm\d+(\.\d+)*")
 _TORCH_TRITON = re.compile(r"pytorch-triton|(pytorch-)?triton-(rocm|xpu)")  # what PyTorch builds and PyPI lacks
 _UNSAFE = re.compile(r"[\s#]")
 _OPTION = re.compile(r"(?:^|\s)-")  # begins the options behind a requirement, such as --hash
-_CONSTRAINTS = "constraints.txt"
 
 
 # Pins
@@ -163,7 +171,7 @@ def environment_files(
         extra, constraints = _parse_requirements(extra_pip_requirements or (), "extra_pip_requirements")
         environment, lines = _pin(roots, extra, torch_build, torch_index, path)
     _write_files(Path(folder), lines, constraints, _bare_conda_env() if conda is None else conda)
-    return environment
+    return with_wheels(environment, filter(None, map(folder_of, lines)), path=path)
 
 
 def _pin(
@@ -312,8 +320,8 @@ def _python_release() -> str:
 
 def _write_files(folder: Path, lines: Sequence[str], constraints: Sequence[str], conda: Mapping[str, Any]) -> None:
     if constraints:
-        (folder / _CONSTRAINTS).write_text("\n".join(constraints) + "\n", encoding="utf-8")
-        lines = [*lines, f"-c {_CONSTRAINTS}"]
+        (folder / CONSTRAINTS).write_text("\n".join(constraints) + "\n", encoding="utf-8")
+        lines = [*lines, f"-c {CONSTRAINTS}"]
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     # No build dependencies: MLflow would put pip, setuptools and wheel on the same pip command line, where they
     # contradict pins of the closure, break hash checking, and are looked for in folders that only hold the pins.

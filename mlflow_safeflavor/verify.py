@@ -12,15 +12,16 @@ import numpy as np
 import pandas as pd
 from mlflow.types import DataType, Schema
 
-from mlflow_safeflavor.artifact import WAY_OUT, Layout, find_broken_files, read_json, read_manifest
+from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json
 from mlflow_safeflavor.endpoint import Endpoint, as_served, request_of_arrays, request_of_rows
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError
-from mlflow_safeflavor.load import LoadOptions, load_folder, locate, read_spec
+from mlflow_safeflavor.load import LoadOptions, load_folder, locate
 from mlflow_safeflavor.parity import Golden, ParityReport, Replayed, compare_answers, read_golden, replay
 from mlflow_safeflavor.process import arrays_asking, describe_recorded, labelled_row, told_environment
 from mlflow_safeflavor.pyfunc import facts_of
 from mlflow_safeflavor.releases import read_mlmodel
+from mlflow_safeflavor.saved import read_saved
 from mlflow_safeflavor.spec import ModelSpec
 from mlflow_safeflavor.tasks import task_class
 
@@ -57,7 +58,7 @@ def verify_model(
         device: Where to load the model here; see ``load_model``.
         engine: What is to answer here: "module", which is the default where the model has one, or "graph".
         trust: See ``load_model``.
-        timeout: Seconds to wait for each answer of the server.
+        timeout: Seconds that all requests to the server may take together; loading a model here is not counted.
 
     Returns:
         The comparison, whether it is good or bad.
@@ -85,7 +86,8 @@ def verify_model(
 def _verify_server(
     server: Endpoint, layout: Layout, rows: pd.DataFrame | str | Path | None, options: LoadOptions
 ) -> ParityReport:
-    spec = _read_intact_spec(layout)
+    # The golden rows count only if nobody changed them; they do not need the weights, which loading hashes.
+    spec = read_saved(layout, weights=False).spec
     golden = read_golden(layout)
     # First of all, so that a mistyped file or column is told before anybody waits for a model or a server.
     schema = read_mlmodel(layout.root).get_input_schema()  # type: ignore[no-untyped-call]  # MLflow's
@@ -98,16 +100,6 @@ def _verify_server(
         environments["here"] = facts_of(model)
     environments["server"] = _ask_environment(server, golden, spec, layout)
     return ParityReport(tuple(compared), golden.atol, golden.rtol, environments)
-
-
-def _read_intact_spec(layout: Layout) -> ModelSpec:
-    """The spec of a model that need not be loaded here: its golden rows count only if nobody changed them."""
-    spec, guarded = read_spec(layout)
-    # Loading hashes the weights, too; the golden rows do not need them.
-    weights = frozenset(name for name in read_manifest(layout)["files"] if layout.is_weights(name))
-    for broken in find_broken_files(layout, mlmodel=guarded, digests=True, elsewhere=weights):
-        raise IntegrityError("Files of the artifact are not the ones that were saved", where=broken, way_out=WAY_OUT)
-    return spec
 
 
 # Golden rows
@@ -132,7 +124,7 @@ def _golden_params(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
     """What the golden rows were asked with, as far as a request may say it."""
     schema = read_mlmodel(layout.root).get_params_schema()  # type: ignore[no-untyped-call]  # MLflow's
     declared = {param.name for param in schema.params} if schema else set()
-    return {name: value for name, value in task_class(spec.task).golden(spec.task_config).items() if name in declared}
+    return {name: value for name, value in task_class(spec.task).golden_params.items() if name in declared}
 
 
 def _records(golden: Golden, spec: ModelSpec, layout: Layout) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mlflow_safeflavor.artifact import Layout, write_manifest
-from mlflow_safeflavor.load import guarded_parts
+from mlflow_safeflavor.spec import guarded_parts
 
 TEXTS = ["the cat sat", "a dog ran on the mat", "return x + y"]
 SAME_BATCHES = {"forward_cost": 512}

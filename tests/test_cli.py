@@ -97,6 +97,7 @@ def test_inspect_imports_neither_torch_nor_transformers_and_runs_no_code(clean_p
 
 def test_inspect_needs_no_trust(run, copied):
     edit_mlmodel(copied, lambda content: content["flavors"]["safeflavor"].update(structure="pickle", runs=["pickle"]))
+    reseal(copied)
     done = run("inspect", copied)
     assert done.exit_code == 0, done.output
     assert "pickle" in cells(done.output)["structure"]

@@ -2,56 +2,92 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
+from urllib.parse import quote
 
 import mlflow
 import pytest
-from artifacts import edit_json, rewrite
+from artifacts import edit_json, edit_mlmodel, reseal, rewrite
 from click.testing import CliRunner
 
 import mlflow_safeflavor
-from mlflow_safeflavor import container, docker, generate_dockerfile
-from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor import container, environment, generate_dockerfile
+from mlflow_safeflavor.artifact import Layout, digest_of_file
 from mlflow_safeflavor.cli import main
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError, IntegrityError, TrustError
-from mlflow_safeflavor.load import read_spec
-from mlflow_safeflavor.lock import lock, read_lines
+from mlflow_safeflavor.lock import lock
+from mlflow_safeflavor.pins import read_pins
 
 pytest_plugins = "saved_models"
 
 
+@pytest.fixture(autouse=True)
+def index(tmp_path, monkeypatch):
+    """The only index there is: an empty one in a folder, whatever pip and uv are configured to on this machine."""
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("UV_DEFAULT_INDEX", folder.as_uri())
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))
+    return folder
+
+
+def make_wheel(folder, name, version, requires=None, content=""):
+    """A wheel of one module."""
+    info = f"{name}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    files = {
+        f"{name}.py": content,
+        f"{info}/METADATA": metadata + (f"Requires-Dist: {requires}\n" if requires else ""),
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for file, text in files.items():
+            wheel.writestr(file, text)
+        wheel.writestr(f"{info}/RECORD", "".join(f"{file},{record_hash(text)}\n" for file, text in files.items()))
+    return path
+
+
+def record_hash(text):
+    digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")
+    return f"sha256={digest},{len(text)}"
+
+
 @pytest.fixture
 def wheels(tmp_path):
-    """A folder of wheels that hold nothing but metadata, one of them with a local label."""
+    """A folder of wheels that hold next to nothing, one of them with a local label."""
     folder = tmp_path / "wheel house"
-    folder.mkdir()
     for name, version, requires in [
         ("torch", "2.4.0+cpu", "small"), ("torch", "2.5.0+cpu", "small"), ("torch", "2.6.0", "nvidia-thing"),
         ("small", "1.0", None), ("nvidia_thing", "12.0", None), ("mlflow", mlflow.__version__, None),
     ]:  # fmt: skip
-        info = f"{name}-{version}.dist-info"
-        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(f"{info}/METADATA", metadata + (f"Requires-Dist: {requires}\n" if requires else ""))
-            wheel.writestr(
-                f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-            )
-            wheel.writestr(f"{info}/RECORD", "")
+        make_wheel(folder, name, version, requires)
     return folder
 
 
+def with_requirements(root, *lines):
+    """Another requirements.txt, and the manifest made anew."""
+    rewrite(Layout(root).requirements, "".join(f"{line}\n" for line in lines))
+    reseal(root)
+    return root
+
+
 @pytest.fixture
-def model(copied, wheels, monkeypatch):
+def model(copied, wheels):
     """A saved model with two pins, which that folder has."""
-    monkeypatch.setenv("UV_NO_INDEX", "1")
-    rewrite(Layout(copied).requirements, f"--find-links {wheels.as_uri()}\nsmall==1.0\ntorch==2.4.0+cpu\n")
-    return copied
+    return with_requirements(copied, f"--find-links {wheels.as_uri()}", "small==1.0", "torch==2.4.0+cpu")
 
 
 def test_what_is_written(model, tmp_path):
@@ -107,7 +143,7 @@ def test_choices_reach_the_dockerfile(model, tmp_path):
     (["torch==2.6.0"], "nvidia-thing"),  # only resolving it shows
 ])  # fmt: skip
 def test_cuda_in_an_image_for_cpus_is_refused(model, wheels, tmp_path, lines, named):
-    rewrite(Layout(model).requirements, "\n".join([f"--find-links {wheels.as_uri()}", *lines]) + "\n")
+    with_requirements(model, f"--find-links {wheels.as_uri()}", *lines)
     with pytest.raises(EnvironmentMismatchError, match="accelerators") as caught:
         generate_dockerfile(str(model), tmp_path / "image")
     assert named in str(caught.value)
@@ -115,12 +151,13 @@ def test_cuda_in_an_image_for_cpus_is_refused(model, wheels, tmp_path, lines, na
 
 
 def test_cuda_in_an_image_for_cuda_stays(model, wheels, tmp_path):
-    rewrite(Layout(model).requirements, f"--find-links {wheels.as_uri()}\ntorch==2.6.0\n")
+    with_requirements(model, f"--find-links {wheels.as_uri()}", "torch==2.6.0")
     path = generate_dockerfile(str(model), tmp_path / "image", target="cuda")
     assert "nvidia-thing==12.0" in (path.parent / "environment" / "requirements.txt").read_text()
 
 
-@pytest.mark.parametrize("options", [{"target": "tpu"}, {"user": "root"}, {"user": "a b"}, {"user": "x; rm -rf /"}])
+@pytest.mark.parametrize("options", [{"target": "tpu"}, {"user": "root"}, {"user": "a b"}, {"user": "x; rm -rf /"},
+    {"base_image": "python\nRUN id"}])  # fmt: skip
 def test_wrong_options(model, tmp_path, options):
     with pytest.raises(InputError):
         generate_dockerfile(str(model), tmp_path / "image", **options)
@@ -134,18 +171,17 @@ def test_nothing_is_overwritten(model, tmp_path):
     assert (tmp_path / "image" / "Dockerfile").read_text() == "mine"
 
 
-def test_a_pickle_needs_agreement(model, tmp_path, monkeypatch):
-    spec, guarded = read_spec(Layout(model))
-    monkeypatch.setattr(docker, "read_spec", lambda _: (dataclasses.replace(spec, runs=("pickle",)), guarded))
+def test_a_pickle_needs_agreement(model, tmp_path):
+    edit_mlmodel(model, lambda content: content["flavors"]["safeflavor"].update(runs=["pickle"]))
+    reseal(model)
     with pytest.raises(TrustError):
         generate_dockerfile(str(model), tmp_path / "image")
     text = generate_dockerfile(str(model), tmp_path / "image", trust={"pickle"}).read_text()
     assert "MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true" in text
 
 
-def test_hashes_in_the_model_itself(tmp_path, wheels, monkeypatch, tiny_bert, tiny_tokenizer):
+def test_hashes_in_the_model_itself(tmp_path, wheels, tiny_bert, tiny_tokenizer):
     """As `mlflow models build-docker` installs them: one hash makes pip want one for everything."""
-    monkeypatch.setenv("UV_NO_INDEX", "1")
     path = tmp_path / "model"
     lines = [f"--find-links {wheels.as_uri()}", "small==1.0"]
     mlflow_safeflavor.save_model(
@@ -165,10 +201,16 @@ def test_hashes_in_the_model_itself(tmp_path, wheels, monkeypatch, tiny_bert, ti
     assert mlflow.pyfunc.get_model_dependencies(str(path), format="pip").endswith("requirements.txt")
 
 
-def test_a_pin_that_nobody_has(wheels, monkeypatch):
-    monkeypatch.setenv("UV_NO_INDEX", "1")
+def pins_of(folder, *lines):
+    folder.mkdir(exist_ok=True)
+    (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in lines))
+    return read_pins(Layout(folder))
+
+
+def test_a_pin_that_nobody_has(wheels, tmp_path):
+    pins = pins_of(tmp_path / "m", f"--find-links {wheels.as_uri()}", "small==3.0")
     with pytest.raises(EnvironmentMismatchError, match="cannot be locked") as caught:
-        lock([f"--find-links {wheels}", "small==3.0"], python="3.11.0")
+        lock(pins, python="3.11.0")
     assert "small==3.0" in str(caught.value.found)
 
 
@@ -180,27 +222,115 @@ def test_no_uv(model, monkeypatch, tmp_path):
 
 def test_uv_looks_where_pip_is_configured_to(wheels, monkeypatch, tmp_path):
     config = tmp_path / "pip.conf"
-    config.write_text(f"[global]\nno-index = true\nfind-links = {wheels.as_uri()}\n")
+    config.write_text(f"[global]\nfind-links = {wheels.as_uri()}\n")
     monkeypatch.setenv("PIP_CONFIG_FILE", str(config))
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    monkeypatch.setenv("UV_NO_INDEX", "1")
-    assert lock(["small==1.0"], python="3.11.0")[0].startswith("small==1.0")
+    (pin,) = lock(pins_of(tmp_path / "m", "small==1.0"), python="3.11.0").pins
+    assert str(pin).startswith("small==1.0 \\\n    --hash=sha256:")
 
 
-def test_constraints_are_named_by_where_they_are(tmp_path, wheels, monkeypatch):
-    monkeypatch.setenv("UV_NO_INDEX", "1")
+def test_constraints_count(tmp_path, wheels):
     (tmp_path / "constraints.txt").write_text("small<1\n")
-    (tmp_path / "requirements.txt").write_text(f"--find-links {wheels.as_uri()}\nsmall==1.0\n-c constraints.txt\n")
+    pins = pins_of(tmp_path, f"--find-links {wheels.as_uri()}", "small==1.0", "-c constraints.txt")
     with pytest.raises(EnvironmentMismatchError, match="cannot be locked"):
-        lock(read_lines(tmp_path / "requirements.txt"), python="3.11.0")
+        lock(pins, python="3.11.0")
 
 
 def test_constraints_come_along(model, wheels, tmp_path):
     (model / "constraints.txt").write_text("small<2\n")
-    rewrite(Layout(model).requirements, f"--find-links {wheels.as_uri()}\nsmall==1.0\n-c constraints.txt\n")
+    with_requirements(model, f"--find-links {wheels.as_uri()}", "small==1.0", "-c constraints.txt")
     folder = generate_dockerfile(str(model), tmp_path / "image", hashes=False).parent / "environment"
     assert (folder / "requirements.txt").read_text().splitlines()[-1] == "-c constraints.txt"
     assert (folder / "constraints.txt").read_text() == "small<2\n"
+
+
+# A wheel of the model's folder, and others of the same version
+
+
+@pytest.fixture
+def shadow(index):
+    """What an index has under the same name and version as the folder."""
+    path = make_wheel(index / "small", "small", "1.0", "nvidia-thing", content="import os")
+    (index / "small" / "index.html").write_text(f'<a href="{path.name}">{path.name}</a>')
+    return path
+
+
+def test_an_index_never_replaces_a_wheel_of_the_folder(model, wheels, shadow, tmp_path):
+    folder = generate_dockerfile(str(model), tmp_path / "image").parent / "environment"
+    text = (folder / "requirements.txt").read_text()
+    assert digest_of_file(wheels / "small-1.0-py3-none-any.whl") in text
+    assert digest_of_file(shadow) not in text
+    assert "nvidia-thing" not in text
+
+
+@pytest.fixture
+def installed(model, wheels, site):
+    """The model, saved where `small` came from the folder's wheel."""
+    info = site.install("small")
+    with zipfile.ZipFile(wheels / "small-1.0-py3-none-any.whl") as wheel:
+        wheel.extractall(site.folder)
+    (info / "RECORD").write_text((info / "RECORD").read_text() + f"{info.name}/INSTALLER,sha256=x,3\n../bin/s,,\n")
+    recorded = environment.with_wheels(site.record("small"), [wheels], path=site.path)
+    assert recorded.wheel_digests == {"small": digest_of_file(wheels / "small-1.0-py3-none-any.whl")}
+
+    def note(content):
+        content["distributions"]["small"], content["wheels"] = "1.0", recorded.to_json()["wheels"]
+
+    edit_json(Layout(model).environment, note)
+    reseal(model)
+    return model
+
+
+def test_what_was_installed_decides(installed, wheels, tmp_path):
+    wanted = digest_of_file(wheels / "small-1.0-py3-none-any.whl")
+    make_wheel(wheels, "small", "1.0", content="another build")
+    for i, options in enumerate([{}, {"hashes": False}]):
+        with pytest.raises(EnvironmentMismatchError, match="is not there any more") as caught:
+            generate_dockerfile(str(installed), tmp_path / f"image-{i}", **options)
+        assert wanted in str(caught.value)
+
+
+def test_the_way_out_of_a_wheel_that_has_moved(installed, wheels, shadow, tmp_path, monkeypatch):
+    wheels.rename(tmp_path / "moved")
+    monkeypatch.setenv("UV_FIND_LINKS", str(tmp_path / "moved"))
+    folder = generate_dockerfile(str(with_requirements(installed, "small==1.0")), tmp_path / "image").parent
+    assert (
+        digest_of_file(tmp_path / "moved" / "small-1.0-py3-none-any.whl")
+        in (folder / "environment" / "requirements.txt").read_text()
+    )
+    assert (folder / "environment" / "wheels" / "small-1.0-py3-none-any.whl").exists()
+
+
+def test_without_hashes_pip_is_given_the_very_file(installed, wheels, shadow, tmp_path):
+    folder = generate_dockerfile(str(installed), tmp_path / "image", hashes=False).parent / "environment"
+    (line,) = [line for line in (folder / "requirements.txt").read_text().splitlines() if line.startswith("small")]
+    wheel = "small-1.0-py3-none-any.whl"
+    assert line == f"small @ file:///build/wheels/{wheel}#sha256={digest_of_file(wheels / wheel)}"
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--no-index"]
+    line = line.replace("/build/wheels", quote(str(folder / "wheels")))
+    assert subprocess.run([*command, line], check=False).returncode == 0
+    (folder / "wheels" / wheel).write_bytes(shadow.read_bytes())
+    done = subprocess.run([*command, line], capture_output=True, text=True, check=False)
+    assert "DO NOT MATCH THE HASHES" in done.stderr
+
+
+def test_another_build_of_the_same_version_is_a_difference(installed, wheels, site):
+    recorded = dataclasses.replace(
+        site.record("small"), wheels=environment.with_wheels(site.record("small"), [wheels], path=site.path).wheels
+    )
+    assert environment.find_differences(recorded, path=site.path) == []
+    record = site.folder / "small-1.0.dist-info" / "RECORD"
+    record.write_text(record.read_text().replace("small.py,sha256=", "small.py,sha256=0"))
+    (difference,) = environment.find_differences(recorded, path=site.path)
+    assert str(difference) == ("small: wanted the build of small-1.0-py3-none-any.whl, found another build of 1.0")
+
+
+def test_a_model_with_hashes_needs_no_uv(model, wheels, tmp_path, monkeypatch):
+    digest = digest_of_file(wheels / "small-1.0-py3-none-any.whl")
+    with_requirements(model, f"--find-links {wheels.as_uri()}", "small==1.0 \\", f"    --hash=sha256:{digest}")
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    folder = generate_dockerfile(str(model), tmp_path / "image").parent / "environment"
+    assert f"small==1.0 \\\n    --hash=sha256:{digest}\n" in (folder / "requirements.txt").read_text()
+    assert [path.name for path in (folder / "wheels").iterdir()] == ["small-1.0-py3-none-any.whl"]
 
 
 def test_the_command(model, tmp_path):
@@ -212,6 +342,7 @@ def test_the_command(model, tmp_path):
 
 def test_a_damaged_record_is_refused(model, tmp_path):
     edit_json(Layout(model).environment, lambda content: content.clear())
+    reseal(model)
     with pytest.raises(IntegrityError):
         generate_dockerfile(str(model), tmp_path / "image")
 
@@ -222,10 +353,12 @@ def test_the_server_is_mlflows(monkeypatch, environ, workers):
     monkeypatch.delenv("MLFLOW_MODELS_WORKERS", raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "chdir", lambda folder: started.append(folder))
     monkeypatch.setattr(os, "execvpe", lambda *arguments: started.append(arguments))
     monkeypatch.setattr(container, "available_cpus", lambda: 3)
     container.serve()
-    ((program, command, variables),) = started
+    folder, (program, command, variables) = started
+    assert folder == "/opt/ml", "a folder that only root writes to: uvicorn imports from where it is started"
     assert program == command[0] == "sh"
     assert command[1] == "-c"
     assert shlex.split(command[2]) == [

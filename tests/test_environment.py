@@ -209,8 +209,8 @@ def test_an_environment_survives_json(site):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"python": 3}, r"environment\.json, python\n  wanted: a string\n  found: 3"),
-        ({"libc": None}, r"environment\.json, libc\n  wanted: a string\n  found: nothing"),
+        ({"python": 3}, r"environment\.json, python\n  wanted: a version as a string\n  found: 3"),
+        ({"libc": None}, r"environment\.json, libc\n  wanted: a name and a version as a string\n  found: nothing"),
         ({"distributions": ["a"]}, r"environment\.json, distributions\n  wanted: an object"),
         ({"distributions": {"a": 1.0}}, r"distributions, a\n  wanted: a version as a string\n  found: 1\.0"),
         ({"torch_build": "x"}, r"environment\.json, torch_build"),

@@ -30,7 +30,7 @@ from mlflow_safeflavor.errors import PlacementError, StructureError
 from mlflow_safeflavor.graph import GraphModule
 from mlflow_safeflavor.graph_file import from_json, to_json
 from mlflow_safeflavor.inventory import find_slots
-from mlflow_safeflavor.load import read_spec
+from mlflow_safeflavor.spec import read_spec
 
 pytestmark = pytest.mark.graphs
 
@@ -87,7 +87,7 @@ TASKS = {
         pd.DataFrame({"text": TEXTS[:2]}),
         {
             "task": "zero-shot-classification",
-            "params": {"candidate_labels": ["cat", "red tree"]},
+            "model_config": {"candidate_labels": ["cat", "red tree"]},
             "id2label": {0: "entailment", 1: "neutral", 2: "contradiction"},
         },
     ),

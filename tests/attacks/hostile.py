@@ -228,7 +228,9 @@ def pickle_beside_weights(target):
     torch.save(Touch(target.canary), target.data / "pytorch_model.bin")
 
 
-def class_attack(class_name: str, doc: str, arguments: Mapping[str, Any] | None = None, **more: Any) -> None:
+def class_attack(
+    class_name: str, doc: str, arguments: Mapping[str, Any] | None = None, outcome: str = "StructureError", **more: Any
+) -> None:
     """A transformers artifact whose class is something else."""
 
     def damage(target: Target) -> None:
@@ -237,7 +239,7 @@ def class_attack(class_name: str, doc: str, arguments: Mapping[str, Any] | None 
 
     damage.__name__ = "class_" + re.sub(r"\W+", "_", class_name)
     damage.__doc__ = doc
-    attack("StructureError")(damage)
+    attack(outcome)(damage)
 
 
 NO_CONFIG = {"config_class": None, "config": None}
@@ -253,7 +255,8 @@ class_attack("transformers.testing_utils:TestCasePlus", "the class is in a trans
 class_attack("transformers.models.bert.tokenization_bert:BertTokenizer", "the class reads a file of its choice",
              {"vocab": "/etc/hostname"}, **NO_CONFIG)  # fmt: skip
 class_attack("transformers.models.bert.configuration_bert:BertConfig", "the class is no module", **NO_CONFIG)
-class_attack("transformers.models.bert.modeling_bert\n:BertModel", "the class name has a line break")
+class_attack("transformers.models.bert.modeling_bert\n:BertModel", "the class name has a line break",
+             outcome="IntegrityError")  # fmt: skip
 
 
 @attack("StructureError")
@@ -805,12 +808,12 @@ flavor_attack("version_text", "a version that is text", lambda e: e.update(forma
 flavor_attack("dtype_auto", "dtype auto", lambda e: e.update(dtype="auto"))
 flavor_attack("dtype_other", "another dtype than the weights have", lambda e: e.update(dtype="bfloat16"),
               "WeightsError")  # fmt: skip
-flavor_attack("task_unknown", "a task that nobody has", lambda e: e.update(task="os:system"), "StructureError")
+flavor_attack("task_unknown", "a task that nobody has", lambda e: e.update(task="os:system"))
 flavor_attack("task_switched", "another task", lambda e: e.update(task="feature-extraction"), "StructureError")
 flavor_attack("task_config_gone", "what the task recorded is gone", lambda e: e.update(task_config={}), "ParityError")
 flavor_attack("labels_swapped", "labels change places", lambda e: e["task_config"]["labels"].reverse(), "ParityError")
 flavor_attack("runs_nested", "runs is no list of words", lambda e: e.update(runs=[["code"]]))
-flavor_attack("runs_unknown", "runs something unheard of", lambda e: e.update(runs=["shell"]), "TrustError")
+flavor_attack("runs_unknown", "runs something unheard of", lambda e: e.update(runs=["shell"]))
 flavor_attack("key_missing", "a key is missing", lambda e: e.pop("runs"))
 
 

@@ -1,0 +1,148 @@
+"""Plain files of a folder that a stranger wrote: no links, pipes or devices, not too many, not too large."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlflow_safeflavor.errors import IntegrityError
+
+__all__ = ["WAY_OUT", "digest_of_plain", "list_files", "open_plain", "read_text", "reason_to_refuse"]
+
+WAY_OUT = "fetch the artifact again, or log the model again; files of a saved model are not meant to be edited"
+_MAX_FILES = 50_000
+_MAX_DEPTH = 64  # folders; Python's own walks recurse, and end in RecursionError
+_NO_BLOCKING = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+def reason_to_refuse(mode: int) -> str | None:
+    """What a file is if not a plain one: opening a pipe waits for ever, and a device never ends."""
+    kinds = {stat.S_ISLNK: "a symbolic link", stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe"}
+    kinds |= {stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
+    return next((words for is_kind, words in kinds.items() if is_kind(mode)), None)
+
+
+@contextmanager
+def open_plain(path: Path) -> Iterator[io.FileIO]:
+    """Open a file for reading, unless it is a link, a pipe or a device.
+
+    Raises:
+        IntegrityError: There is none, it is something else, or this user may not read it.
+    """
+    with _named(path):
+        descriptor = os.open(path, os.O_RDONLY | _NO_BLOCKING)
+    with io.FileIO(descriptor) as file:
+        if kind := reason_to_refuse(os.fstat(descriptor).st_mode):
+            raise _refusal(path, kind)
+        yield file
+
+
+def digest_of_plain(path: Path) -> str:
+    """SHA-256 of a plain file's bytes, as hexadecimal digits."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    view = memoryview(buffer)
+    with open_plain(path) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()
+
+
+def read_text(path: Path, limit: int) -> str:
+    """Read a plain file of UTF-8 whole, after its size was looked at.
+
+    Args:
+        path: The file.
+        limit: Bytes it may have.
+
+    Raises:
+        IntegrityError: See ``open_plain``; or it is larger, or no UTF-8.
+    """
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise IntegrityError(
+                "A file of the artifact is larger than any that was ever saved",
+                where=path,
+                wanted=f"at most {limit} bytes",
+                found=f"{size} bytes",
+                way_out=WAY_OUT,
+            )
+        content = _read_at_most(file, limit)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise IntegrityError(
+            "A file of the artifact is no text", where=path, found=str(error), way_out=WAY_OUT
+        ) from None
+
+
+def _read_at_most(file: io.FileIO, limit: int) -> bytes:
+    """What is there now: the file may grow while it is read."""
+    parts, left = [], limit
+    while left > 0 and (part := file.read(min(left, 1 << 20))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def list_files(root: Path) -> dict[str, os.stat_result]:
+    """Relative name → facts of everything below a folder that is no folder; follows no link.
+
+    Byte code in ``__pycache__`` is left out: running vendored code leaves it behind.
+
+    Raises:
+        IntegrityError: A folder cannot be read, or there are more files or deeper folders than in any model.
+    """
+    found: dict[str, os.stat_result] = {}
+    waiting = [("", 0)]
+    while waiting:
+        folder, depth = waiting.pop()
+        with _named(root / folder), os.scandir(root / folder) as entries:
+            for entry in entries:
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if not entry.is_dir(follow_symlinks=False):
+                    found[name] = entry.stat(follow_symlinks=False)
+                elif entry.name != "__pycache__":
+                    waiting.append((name, depth + 1))
+        if depth > _MAX_DEPTH or len(found) + len(waiting) > _MAX_FILES:
+            raise IntegrityError(
+                "The artifact holds more files or deeper folders than any model",
+                where=str(root / folder)[:300],
+                wanted=f"at most {_MAX_FILES} files, {_MAX_DEPTH} folders deep",
+                way_out=WAY_OUT,
+            )
+    return dict(sorted(found.items()))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What the system says about a file, under a name of ours."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise IntegrityError("A file of the artifact is missing", where=path, way_out=WAY_OUT) from None
+    except PermissionError:
+        raise IntegrityError(
+            "A file of the artifact may not be read by this user",
+            where=path,
+            way_out="let its owner run `chmod -R a+rX` on the model's folder, or load it as another user",
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.EMLINK):
+            raise _refusal(path, "a symbolic link") from None
+        raise IntegrityError(
+            "A file of the artifact cannot be read", where=str(path)[:300], found=error, way_out=WAY_OUT
+        ) from None
+
+
+def _refusal(path: Path, kind: str) -> IntegrityError:
+    link = "copy the model with `cp -rL`, which copies what links point to" if "link" in kind else WAY_OUT
+    return IntegrityError(
+        "A file of the artifact is no plain file", where=path, wanted="a plain file", found=kind, way_out=link
+    )
