@@ -25,6 +25,7 @@ from mlflow_safeflavor.errors import (
     SafeFlavorError,
     WeightsError,
 )
+from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.options import run_time_options
 from mlflow_safeflavor.report import LoadReport
 from mlflow_safeflavor.saved import require_intact, require_none
@@ -262,13 +263,14 @@ def _hooks(
     from mlflow_safeflavor import pickled, tensors, usercode
 
     names = described["hooks"]
-    if names and "code" in options.trust:
-        usercode.make_importable(layout.code)
     objects: dict[str, Any] = {}
-    if not all(names.values()):
-        realised = inventories.realise(inventory, tensors.read_tensors(inventory, layout))
-        objects = pickled.load(layout, described["pickle"], realised, options.trust)
-    return {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
+    with guarded(layout.root, unpickles=True):
+        if names and "code" in options.trust:
+            usercode.make_importable(layout.code)
+        if not all(names.values()):
+            realised = inventories.realise(inventory, tensors.read_tensors(inventory, layout))
+            objects = pickled.load(layout, described["pickle"], realised, options.trust)
+        return {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
 
 
 def rebuild(
@@ -284,23 +286,25 @@ def rebuild(
 
     described = structure.read_structure(layout, spec)
     values = tensors.read_tensors(inventory, layout)
-    if "code" in options.trust:
-        usercode.make_importable(layout.code)
     objects: dict[str, Any] = {}
     hidden: dict[str, torch.Tensor] = {}
-    if described["pickle"] is not None:
-        realised = inventories.realise(inventory, values)
-        with memory.real_memory(inventory=inventory):
-            objects = pickled.load(layout, described["pickle"], realised, options.trust)
-    if described["kind"] == "pickle":
-        module = objects["module"].eval().requires_grad_(False)
-        hidden = {path: realised[path] for path, row in inventory.rows.items() if row.kind == "hidden"}
-    else:
-        module = structure.build(described, trust=options.trust, inventory=inventory)
-        inventories.fill(module, inventory, values)
+    with guarded(layout.root, unpickles=bool(spec.runs)):
+        if "code" in options.trust:
+            usercode.make_importable(layout.code)
+        if described["pickle"] is not None:
+            realised = inventories.realise(inventory, values)
+            with memory.real_memory(inventory=inventory):
+                objects = pickled.load(layout, described["pickle"], realised, options.trust)
+        if described["kind"] == "pickle":
+            module = objects["module"].eval().requires_grad_(False)
+            hidden = {path: realised[path] for path, row in inventory.rows.items() if row.kind == "hidden"}
+        else:
+            module = structure.build(described, trust=options.trust, inventory=inventory)
+            inventories.fill(module, inventory, values)
+        names = described["hooks"]
+        hooks = {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
     _check_tensors(module, inventory, hidden, report)
-    names = described["hooks"]
-    return module, {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
+    return module, hooks
 
 
 def _check_tensors(

@@ -13,6 +13,7 @@ import torch
 from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.engine import Engine, named_failure
 from mlflow_safeflavor.errors import SafeFlavorError
+from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.processor import load_processor
 from mlflow_safeflavor.progress import Watch, shown
 from mlflow_safeflavor.report import LoadReport
@@ -36,7 +37,8 @@ def make_task(spec: ModelSpec, layout: Layout, hooks: Mapping[str, Callable[...,
         "hooks": lambda: hooks,
         "processor": lambda: load_processor(layout.processor),
     }
-    return cls(spec.task_config, spec.input_columns, **{name: make[name]() for name in cls.reads})
+    with guarded(layout.root):
+        return cls(spec.task_config, spec.input_columns, **{name: make[name]() for name in cls.reads})
 
 
 @dataclass(frozen=True)

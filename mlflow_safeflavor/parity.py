@@ -139,7 +139,7 @@ class ParityReport:
 def record(model: Predictor, rows: Sequence[Row], dtype: str, layout: Layout) -> list[dict[str, Any]]:
     """Answer ``rows``, and write features, raw outputs and answers to the artifact. Returns the answers."""
     features = _features(model, rows)
-    answers, outputs = model.answer(rows, model.task.golden_params)
+    answers, outputs = model.answer(rows, model.task.golden(model.task.config))
     # Not ascontiguousarray, which would give a single number a dimension.
     arrays = {
         f"{index}.{part}.{name}": np.asarray(value, order="C")
@@ -162,7 +162,7 @@ def record(model: Predictor, rows: Sequence[Row], dtype: str, layout: Layout) ->
 
 def _features(model: Predictor, rows: Sequence[Row]) -> list[Features]:
     """Rows as the tokenizer encodes them: recorded too, so that a tokenizer that drifted is named as such."""
-    encoded = model.task.encode(rows, model.task.check_params(model.task.golden_params))
+    encoded = model.task.encode(rows, model.task.check_params(model.task.golden(model.task.config)))
     return [_recordable(model.task.pieces(row)) for row in encoded]
 
 
@@ -235,7 +235,7 @@ def replay(model: Predictor, layout: Layout) -> ParityReport:
     answers, atol, rtol = golden.answers, golden.atol, golden.rtol
     rows = [model.task.from_record(row, golden.inputs(index)) for index, row in enumerate(golden.rows)]
     features = _features(model, rows)
-    found, outputs = model.answer(rows, model.task.golden_params)
+    found, outputs = model.answer(rows, model.task.golden(model.task.config))
     replayed = []
     for index in range(len(rows)):
         # Where the model chose another token at a near tie, what it said next is no longer an answer to the same.

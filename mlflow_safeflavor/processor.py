@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from mlflow_safeflavor.artifact import WAY_OUT, read_json, write_json
-from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
+from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError, TrustError
+from mlflow_safeflavor.guard import guarded
 
 __all__ = ["apply", "hears", "load_processor", "requirements_of", "write_processor"]
 
@@ -107,7 +108,10 @@ def load_processor(folder: str | Path) -> Any:
             way_out=WAY_OUT,
         )
     try:
-        return cls.from_dict(config)
+        with guarded(folder):
+            return cls.from_dict(config)
+    except TrustError:
+        raise
     except Exception as error:  # each class has its own ways to fail
         raise StructureError("The processor cannot be built again", where=path, found=error) from error
 

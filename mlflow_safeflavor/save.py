@@ -32,6 +32,7 @@ from mlflow_safeflavor.damage import require_undamaged
 from mlflow_safeflavor.engine import evaluating
 from mlflow_safeflavor.environment import Environment, closure_of
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.given import Source
 from mlflow_safeflavor.graph_file import write_graph, write_reason
 from mlflow_safeflavor.load import LoadOptions, bind, rebuild
 from mlflow_safeflavor.lock import lock_file
@@ -40,7 +41,8 @@ from mlflow_safeflavor.options import MODEL_CONFIG
 from mlflow_safeflavor.processor import requirements_of, write_processor
 from mlflow_safeflavor.rehearsal import rehearse as rehearse_load
 from mlflow_safeflavor.report import LoadReport
-from mlflow_safeflavor.source import Source, resolve_source
+from mlflow_safeflavor.signature import defaults_of, signature_of
+from mlflow_safeflavor.source import resolve_source
 from mlflow_safeflavor.spec import FLAVOR_NAME, ModelSpec, guarded_parts
 from mlflow_safeflavor.tasks import task_class
 from mlflow_safeflavor.tasks.base import Task
@@ -68,6 +70,7 @@ def save_model(
     input_example: Any = None,
     signature: ModelSignature | None = None,
     model_config: Mapping[str, Any] | None = None,
+    params: Mapping[str, Any] | None = None,
     init_args: Mapping[str, Any] | None = None,
     structure: str = "auto",
     require_graph: bool = False,
@@ -86,8 +89,8 @@ def save_model(
     """Save a model as a self-contained MLflow model, or raise an error and leave nothing behind.
 
     Args:
-        model: A ``torch.nn.Module``, a ``transformers.Pipeline`` or the path of a local checkpoint
-            folder. It is only looked at.
+        model: A ``torch.nn.Module``, a ``transformers.Pipeline``, the path of a local checkpoint
+            folder, or a dict with a ``model`` and its ``tokenizer`` or ``processor``. It is only looked at.
         path: Folder to create.
         tokenizer: Fast tokenizer of the model; not needed with a pipeline or folder.
         processor: Image processor or feature extractor of a model of images or sounds; not needed with a pipeline or
@@ -102,8 +105,10 @@ def save_model(
         postprocess: For the custom task: ``(outputs, rows) -> rows``.
         input_example: Rows as ``predict`` takes them; stored, checked, and replayed at each load. The
             custom and raw tasks need it.
-        signature: By default the task's own; one given here must name the same inputs.
+        signature: By default the task's own; one given here must name the same inputs, and params that the task
+            knows. Defaults in it count as ``params``.
         model_config: Options of the task (``pooling``, ``normalize``) and defaults of run-time options.
+        params: Param of the task → what it is where a request does not say, as ``{"top_k": None, "max_length": 64}``.
         init_args: Constructor arguments of a class of yours, where they cannot be told from its config:
             JSON values and transformers configs.
         structure: "auto" stores how the module is rebuilt and, where it gives the same bits, a graph of its forward;
@@ -132,14 +137,15 @@ def save_model(
     source = resolve_source(model, tokenizer, task, inventories.dtype_name(serving_dtype), processor)
     _require_structure(structure)
     source = replace(source, hooks=_hooks(source.task, preprocess, postprocess), example=input_example)
-    options = _options(source.task, model_config)
+    options = _options(source.task, {**source.options, **(model_config or {})})
+    defaults = {**source.params, **defaults_of(signature), **(params or {})}
     inventories.require_saveable(inventories.find_slots(source.module))
     require_undamaged(source.module, on_damage)
     with staging(path) as stage:
         layout = Layout(stage)
         how = _how(source, structure, init_args, allow_pickle)
         described, cast = _write_module(source, serving_dtype, how, allow_pickle, layout)
-        spec = _write_task(source, described, serving_dtype, input_columns, options, layout)
+        spec = _write_task(source, described, serving_dtype, input_columns, options, defaults, layout)
         _write_code(code_paths, layout)
         recorded = _write_environment(
             source, structure, code_paths, layout, torch_index, pip_requirements, extra_pip_requirements, conda_env
@@ -147,12 +153,13 @@ def save_model(
         if hashes:
             lock_file(layout, recorded)
         with _answering(source, spec, described, cast, layout) as model:
+            model.task.require_defaults()
             answers, spec = _write_parity(model, source, spec, layout)
             has_graph = structure != "module" and _write_graph(model, source, require_graph or structure == "graph")
         task_ = model.task
         mlmodel = mlflow_model or Model()
         _write_example(mlmodel, source.example, task_, layout)
-        _write_mlmodel(mlmodel, spec, _signature(signature, source.example, task_, answers), metadata, layout)
+        _write_mlmodel(mlmodel, spec, signature_of(task_, source.example, answers, signature), metadata, layout)
         write_manifest(layout, mlmodel=guarded_parts(yaml.safe_load(layout.mlmodel.read_text(encoding="utf-8"))))
         if rehearse:
             module = [] if structure == "graph" else ["module"]
@@ -268,6 +275,7 @@ def _write_task(
     dtype: torch.dtype,
     input_columns: Mapping[str, str] | None,
     options: Mapping[str, Any],
+    defaults: Mapping[str, Any],
     layout: Layout,
 ) -> ModelSpec:
     """Tokenizer, and what the task must remember; together with the rest of the spec."""
@@ -280,7 +288,9 @@ def _write_task(
                 way_out="pass input_example=… as predict takes it; its answers are recorded and replayed at each load",
             )
         input_columns = cls.columns_of(source.example) if input_columns is None else input_columns
+    input_columns = source.columns if input_columns is None else input_columns
     config = cls.describe(source.module, {key: options[key] for key in options.keys() & cls.task_options})
+    config = cls.with_params(config, defaults)
     encoder = write_tokenizer(source.tokenizer, layout.tokenizer) if source.tokenizer is not None else None
     if source.processor is not None:
         write_processor(source.processor, layout.processor)
@@ -414,7 +424,7 @@ def _write_parity(
     rows = [*examples, *model.task.golden_rows()]
     if not model.scheduler.forward_cost and model.engine.device.type == "cpu":
         # Stored, so that all hosts make the same batches: the bits of an answer depend on what shares its batch.
-        model.answer(rows, model.task.golden_params)
+        model.answer(rows, model.task.golden(model.task.config))
         model.scheduler.forward_cost = measure_forward_cost(
             model.task, model.engine, rows, model.options["max_batch_tokens"]
         )
@@ -479,21 +489,3 @@ def _write_mlmodel(
     mlmodel.add_flavor(FLAVOR_NAME, **spec.to_flavor())
     mlmodel.model_size_bytes = sum(file.stat().st_size for file in layout.root.rglob("*") if file.is_file())
     mlmodel.save(os.fspath(layout.mlmodel))
-
-
-def _signature(
-    given: ModelSignature | None, example: Any, task: Task, answers: Sequence[Mapping[str, Any]]
-) -> ModelSignature:
-    """The task's own signature, or the user's if it names the same inputs."""
-    own = task.signature(example, task.result(answers, example) if answers else None)
-    if given is None:
-        return own
-    if given.inputs is None or set(given.inputs.input_names()) != set(own.inputs.input_names()):
-        raise InputError(
-            "The signature does not fit the task",
-            where="signature",
-            wanted=f"inputs {own.inputs.input_names()}",
-            found=f"inputs {given.inputs.input_names() if given.inputs else None}",
-            way_out="leave signature out, or rename columns with input_columns",
-        )
-    return given

@@ -11,7 +11,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mlflow_safeflavor.artifact import WAY_OUT, read_json, write_json
-from mlflow_safeflavor.errors import IntegrityError, StructureError
+from mlflow_safeflavor.errors import IntegrityError, StructureError, TrustError
+from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.scratch import scratch_folder
 
 __all__ = ["TextEncoder", "load_tokenizer", "write_tokenizer"]
@@ -261,8 +262,11 @@ def load_tokenizer(folder: str | Path) -> Any:
     # tokenizer.json; the generic class takes it as it is.
     for cls in (AutoTokenizer, PreTrainedTokenizerFast):
         try:
-            tokenizer = cls.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            with guarded(folder):
+                tokenizer = cls.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
             found = tokenizer.backend_tokenizer.encode_batch(list(_PROBES))
+        except TrustError:
+            raise
         except Exception as error:  # each class has its own ways to fail; the last resort below names them
             failure = error
             continue

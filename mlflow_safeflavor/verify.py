@@ -124,7 +124,7 @@ def _golden_params(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
     """What the golden rows were asked with, as far as a request may say it."""
     schema = read_mlmodel(layout.root).get_params_schema()  # type: ignore[no-untyped-call]  # MLflow's
     declared = {param.name for param in schema.params} if schema else set()
-    return {name: value for name, value in task_class(spec.task).golden_params.items() if name in declared}
+    return {name: value for name, value in task_class(spec.task).golden(spec.task_config).items() if name in declared}
 
 
 def _records(golden: Golden, spec: ModelSpec, layout: Layout) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -87,7 +87,7 @@ TASKS = {
         pd.DataFrame({"text": TEXTS[:2]}),
         {
             "task": "zero-shot-classification",
-            "model_config": {"candidate_labels": ["cat", "red tree"]},
+            "params": {"candidate_labels": ["cat", "red tree"]},
             "id2label": {0: "entailment", 1: "neutral", 2: "contradiction"},
         },
     ),

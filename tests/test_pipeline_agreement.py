@@ -43,9 +43,9 @@ NER = {0: "O", 1: "B-PER", 2: "I-PER", 3: "I-LOC", 4: "misc"}
 class Asked:
     """A task bound to a model; all rows that are asked together share one padded batch."""
 
-    def __init__(self, folder, name, model, tokenizer, columns=None, **options):
+    def __init__(self, folder, name, model, tokenizer, columns=None, params=None, **options):
         cls = task_class(name)
-        config = json.loads(json.dumps(cls.describe(model, options)))
+        config = json.loads(json.dumps(cls.with_params(cls.describe(model, options), params or {})))
         encoder = TextEncoder(folder, write_tokenizer(tokenizer, folder))
         self.task = cls(config, cls.columns_for(columns), encoder)
         self.engine = ModuleEngine(model, torch.device("cpu"), torch.float32)
@@ -323,7 +323,7 @@ def _labelled(answer):
 def test_zero_shot_classification(asked, tiny_tokenizer, architecture):
     model = tiny_model(architecture, "ForSequenceClassification", id2label=NLI, label2id={v: k for k, v in NLI.items()})
     reference = _reference("zero-shot-classification", model, tiny_tokenizer)
-    zero_shot = asked("zero-shot-classification", model, tiny_tokenizer, candidate_labels=CANDIDATES)
+    zero_shot = asked("zero-shot-classification", model, tiny_tokenizer, params={"candidate_labels": CANDIDATES})
     texts = [text for text in TEXTS if text]  # the pipeline takes no empty text
     for labels, multi in ((CANDIDATES, False), (CANDIDATES, True), (CANDIDATES[:1], False)):
         params = {"hypothesis_template": TEMPLATE, "multi_label": multi}
@@ -355,9 +355,9 @@ def test_what_zero_shot_classification_refuses(asked, tiny_tokenizer):
     model = tiny_model("Bert", "ForSequenceClassification", id2label=NLI, label2id={v: k for k, v in NLI.items()})
     for labels in (["a", ""], "a", [1]):
         with pytest.raises(InputError, match="candidate_labels"):
-            asked("zero-shot-classification", model, tiny_tokenizer, candidate_labels=labels)
+            asked("zero-shot-classification", model, tiny_tokenizer, params={"candidate_labels": labels})
     zero_shot = asked("zero-shot-classification", model, tiny_tokenizer)
-    with pytest.raises(InputError, match=r"no labels[\s\S]*candidate_labels[\s\S]*model_config"):
+    with pytest.raises(InputError, match=r"no labels[\s\S]*candidate_labels[\s\S]*when the model is saved"):
         zero_shot.texts(["a"])
     with pytest.raises(InputError, match=r"'hypothesis_template'[\s\S]*\{\}"):
         zero_shot.texts(["a"], candidate_labels=["a"], hypothesis_template="about it")
@@ -598,13 +598,13 @@ def test_saved_loaded_and_asked_through_mlflow(name, tiny_tokenizer, tmp_path):
     head, columns, params = PER_TASK[name]
     config = {"id2label": NLI, "label2id": {v: k for k, v in NLI.items()}} if "zero" in name else {}
     model = tiny_model("Bert", head, **config)
-    options = {"candidate_labels": ["tree", "mat", "x"]} if "zero" in name else {}
+    defaults = {"candidate_labels": ["tree", "mat", "x"]} if "zero" in name else {}
     mlflow_safeflavor.save_model(
-        model, tmp_path / "model", tokenizer=tiny_tokenizer, task=name, model_config=options, rehearse=False
+        model, tmp_path / "model", tokenizer=tiny_tokenizer, task=name, params=defaults, rehearse=False
     )
     loaded = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     rows = pd.DataFrame({column: ["the [MASK] sat on a tree", "a 😀 [MASK]", "[MASK] [MASK]"] for column in columns})
-    asked = Asked(tmp_path / "tokenizer", name, model, tiny_tokenizer, **options)
+    asked = Asked(tmp_path / "tokenizer", name, model, tiny_tokenizer, params=defaults)
     fields = rows.to_dict(orient="records")
     outputs = loaded.metadata.get_output_schema()
     for given in ({}, params):
@@ -624,7 +624,7 @@ def test_golden_rows_suit_any_tokenizer(asked, tiny_tokenizer, other_tokenizers)
         for tokenizer in (tiny_tokenizer, *other_tokenizers.values()):
             config = {"id2label": NLI, "label2id": {v: k for k, v in NLI.items()}} if "zero" in name else {}
             task = asked(name, tiny_model("Bert", head, vocab_size=2600, **config), tokenizer)
-            assert len(task(task.task.golden_rows(), **task.task.golden_params)) >= 3
+            assert len(task(task.task.golden_rows(), **task.task.golden(task.task.config))) >= 3
 
 
 @pytest.mark.parametrize("name", PER_TASK)

@@ -112,49 +112,43 @@ def rehearsed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "code",
+    ("code", "tried"),
     [
-        "import socket; socket.create_connection(('192.0.2.1', 80), 5)",
-        "import urllib.request; urllib.request.urlopen('http://192.0.2.1/', timeout=5)",
-        "import socket; socket.socket(socket.AF_INET6).connect(('2001:db8::1', 80))",
-        "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 53))",
+        (
+            "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 53))",
+            "connection to ('192.0.2.1', 53)",
+        ),
+        ("socket.socket(socket.AF_UNIX).connect('/run/theirs.sock')", "connection to /run/theirs.sock"),
+        ("socket.create_connection(('127.0.0.1', 9))", "looked up 127.0.0.1"),
+        ("subprocess.run(['true'])", "started ['true']"),
     ],
-    ids=["socket", "urllib", "IPv6", "UDP"],
+    ids=["UDP", "unix", "loopback", "subprocess"],
 )
-def test_a_connection_is_refused_and_named(rehearsed, code):
+def test_what_a_load_may_not_do_is_refused_and_named(rehearsed, code, tried):
+    """All the rest that a guard refuses is in test_guard.py."""
     with pytest.raises(RehearsalError) as refused:
-        rehearsed(code)
-    assert "loading opened a connection to " in refused.value.message
-    assert "192.0.2.1" in refused.value.message or "2001:db8::1" in refused.value.message
+        rehearsed(f"import socket, subprocess\n{code}")
+    assert tried in refused.value.message
 
 
-def test_loopback_is_no_network(rehearsed):
-    rehearsed(
-        "import socket\n"
-        "server = socket.create_server(('127.0.0.1', 0))\n"
-        "socket.create_connection(server.getsockname()).close()"
-    )
-
-
-@pytest.mark.parametrize(
-    "code", ["open({0!r}).close()", "import os; os.close(os.open({0!r}, os.O_RDONLY))", "open(os.path.relpath({0!r}))"]
-)
+@pytest.mark.parametrize("code", ["open({0!r}).close()", "open(os.path.relpath({0!r}))"])
 def test_a_file_that_only_this_machine_has_is_refused_and_named(rehearsed, tmp_path, code):
     (tmp_path / "words.txt").write_text("mine")
-    with pytest.raises(RehearsalError, match=r"loading read .*/words\.txt, which is no part of the model"):
+    with pytest.raises(RehearsalError, match=r"read .*/words\.txt, which is no part of the model"):
         rehearsed("import os\n" + code.format(str(tmp_path / "words.txt")))
 
 
 def test_what_a_library_was_refused_is_named_beside_its_own_words(rehearsed, tmp_path):
     (tmp_path / "words.txt").write_text("mine")
-    with pytest.raises(RehearsalError, match=r"ValueError: no words; loading read .*/words\.txt"):
+    with pytest.raises(RehearsalError, match=r"ValueError: no words; read .*/words\.txt"):
         rehearsed(f"try: open({str(tmp_path / 'words.txt')!r})\nexcept OSError: raise ValueError('no words') from None")
 
 
-def test_who_can_do_without_a_file_may(rehearsed, tmp_path):
+def test_what_was_refused_and_caught_is_refused_all_the_same(rehearsed, tmp_path):
+    """The load of another machine, where there is no such file, would go another way."""
     (tmp_path / "words.txt").write_text("mine")
-    file = str(tmp_path / "words.txt")
-    rehearsed(f"try: open({file!r})\nexcept OSError: pass\nelse: raise AssertionError('it was read')")
+    with pytest.raises(RehearsalError, match=r"read .*/words\.txt"):
+        rehearsed(f"try: open({str(tmp_path / 'words.txt')!r})\nexcept OSError: pass")
 
 
 def test_files_of_the_model_of_packages_and_of_its_own_are_read(rehearsed, tmp_path):
@@ -171,6 +165,8 @@ def test_files_of_the_model_of_packages_and_of_its_own_are_read(rehearsed, tmp_p
         "assert open(file.name).read() == 'own'\n"
         "open(os.path.expanduser('~/settings'), 'w').close()\n"
         "open(os.path.expanduser('~/settings')).close()\n"
+        f"try: open({str(tmp_path / 'nowhere')!r})\n"
+        "except FileNotFoundError: pass\n"
         "open('/etc/passwd').close()"
     )
 

@@ -15,7 +15,7 @@ from mlflow.models import ModelSignature
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.rows import Row, rows_of
-from mlflow_safeflavor.tasks.params import Param, check_params
+from mlflow_safeflavor.tasks.params import Param, check_defaults, check_params, with_defaults
 
 __all__ = ["Features", "Row", "RowOutput", "Task"]
 
@@ -37,9 +37,11 @@ class Task(ABC):
 
     Attributes:
         columns: As given, in the order of ``fields``.
+        asked: The params with the defaults that they were saved with.
 
     Raises:
         InputError: ``columns`` are not what ``columns_for`` would return.
+        IntegrityError: A saved default is not allowed.
     """
 
     name: ClassVar[str]
@@ -48,13 +50,13 @@ class Task(ABC):
     required: ClassVar[tuple[str, ...]]
     """Fields that ``columns`` must have. Every field in ``columns`` must then be in every row."""
     params: ClassVar[tuple[Param, ...]] = ()
-    """Per-request params."""
+    """Per-request params, with the defaults of the task."""
     forward_params: ClassVar[frozenset[str]] = frozenset()
     """Names of those that ``forward`` looks at: only requests that agree in them may share a batch."""
     reads: ClassVar[tuple[str, ...]] = ()
     """What else the constructor takes by name: ``encoder``, ``tokenizer``, ``hooks``, ``processor``."""
     golden_params: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """Params that golden rows are asked with, other than the defaults."""
+    """What ``golden`` returns by default."""
     hears: ClassVar[bool] = False
     """Whether it is about sounds: for ``infer_task``, since the names of classes do not always tell."""
     needs_example: ClassVar[bool] = False
@@ -64,6 +66,7 @@ class Task(ABC):
 
     def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str], encoder: Any = None) -> None:
         self.config = config
+        self.asked = with_defaults(self.params, config.get("params", {}))
         self.columns = self.columns_for(columns)
         self.encoder = encoder
 
@@ -113,6 +116,21 @@ class Task(ABC):
             InputError: An option is unknown or has a value that is not allowed.
             StructureError: The model cannot do this task.
         """
+
+    @classmethod
+    def with_params(cls, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``describe`` returned, and with it the defaults of params to save: the model's own, and those given.
+
+        Raises:
+            InputError: The task does not know a param, or its value is not allowed; names it.
+        """
+        own = config.get("params", {})
+        return {**config, "params": {**own, **check_defaults(cls.name, cls.params, given)}}
+
+    @classmethod
+    def golden(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Params that golden rows of a model are asked with, other than its defaults. ``config`` as in ``Task``."""
+        return dict(cls.golden_params)
 
     @classmethod
     def require_known(cls, options: Mapping[str, Any]) -> None:
@@ -175,7 +193,11 @@ class Task(ABC):
 
     def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
         """All params with defaults filled in. Raises ``InputError`` naming the param."""
-        return check_params(self.params, params)
+        return check_params(self.asked, params)
+
+    def require_defaults(self) -> None:
+        """Refuse saved defaults of params that fit neither the model nor each other. Raises ``InputError``."""
+        self.check_params({**self.golden(self.config), **self.config.get("params", {})})
 
     @abstractmethod
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:

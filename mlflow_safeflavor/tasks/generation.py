@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -20,7 +19,7 @@ from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.outputs import require_finite
 from mlflow_safeflavor.tasks.params import Param, check_params, param_schema
 from mlflow_safeflavor.tasks.sampling import SAMPLING, sampler
-from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
+from mlflow_safeflavor.tasks.text import TRUNCATION, TextTask, describe_text_model
 
 __all__ = ["GENERATION_PARAMS", "Generation"]
 
@@ -57,9 +56,17 @@ GENERATION_PARAMS = (
         none_is=-1,
     ),
     Param("stop", "string", default=[], wanted="a list of texts, none of them empty", allows=all, many=True),
-    MAX_LENGTH,
+    Param(
+        "max_length",
+        "long",
+        default=0,
+        wanted="0: it would count what is read and what is written together; max_new_tokens says how much is written",
+        allows=lambda value: value == 0,
+        none_is=0,
+    ),
     TRUNCATION,
 )
+"""``max_length`` is declared so that MLflow does not drop it without an error: it may not be used."""
 
 _KEEP_LOGITS = Param("keep_logits", "boolean", default=False, wanted="true or false")
 """For golden rows, which are compared by them; beside many rows they would fill the memory. In no signature."""
@@ -110,27 +117,23 @@ class Generation(TextTask):
     encoder_decoder: ClassVar[bool]
     """Whether the prompt goes to an encoder, and not before what is written."""
 
-    def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str], encoder: Any = None) -> None:
-        super().__init__(config, columns, encoder)
-        said = config["defaults"]
-        self.asked = tuple(replace(param, default=said.get(param.name, param.default)) for param in self.params)
-
     # What is recorded.
 
     @classmethod
-    def describe_generation(cls, model: torch.nn.Module, specific: Mapping[str, Any]) -> dict[str, Any]:
+    def describe_generation(cls, model: torch.nn.Module, changes: Mapping[str, Any]) -> dict[str, Any]:
         """What must be known of a model that writes.
 
         Args:
             model: The module being saved.
-            specific: What goes before the model's own generation config.
+            changes: What goes before the model's own generation config.
 
         Returns:
             What ``describe_text_model`` does, and ``generation``, all of the generation config that no param says;
-            ``defaults`` of params; and ``pads``, whether rows of different lengths may share a batch.
+            its values of ``params``; and ``pads``, whether rows of different lengths may share a batch.
 
         Raises:
-            InputError: The generation config has a value that its param does not allow.
+            InputError: The generation config has a value that its param does not allow, or ``changes`` a key that
+                no generation config has.
             StructureError: The model cannot write, or not as its generation config says.
         """
         text = describe_text_model(model)
@@ -141,13 +144,13 @@ class Generation(TextTask):
                 wanted="an encoder-decoder model" if cls.encoder_decoder else "a decoder alone",
                 way_out='choose task="text-generation" for decoders, "text2text-generation" for encoder-decoders',
             )
-        said = {**_generation_config(model), **specific}
+        said = _generation_config(model, changes)
         config = {
             **text,
             "input_names": [name for name in text["input_names"] if name != "token_type_ids"],
             "padding_side": "right" if cls.encoder_decoder else "left",
             "generation": {name: value for name, value in said.items() if name not in _REPLACED},
-            "defaults": cls._defaults(said, text["max_length"]),
+            "params": cls._defaults(said, text["max_length"]),
             "pads": True,
         }
         masked = "attention_mask" in text["input_names"]
@@ -182,7 +185,6 @@ class Generation(TextTask):
 
     def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
         checked = check_params((*self.asked, _KEEP_LOGITS), params)
-        self.require_length("max_length", checked["max_length"], texts=1)
         _require_one_way(checked)
         positions = self.config["max_length"]
         # A prompt has at least one token beside the special ones.
@@ -202,7 +204,7 @@ class Generation(TextTask):
         """Most tokens of a prompt, beside which everything that may be written still fits into the positions."""
         positions = None if self.encoder_decoder else self.config["max_length"]
         room = positions and positions - params["max_new_tokens"]
-        return min((length for length in (self.limit, params["max_length"], room) if length), default=None)
+        return min((length for length in (self.limit, room) if length), default=None)
 
     def featured(self, ids: Sequence[int], params: Mapping[str, Any]) -> Features:
         """What is handed to ``forward`` of a prompt's tokens."""
@@ -367,8 +369,8 @@ def _require_one_way(params: Mapping[str, Any]) -> None:
         )
 
 
-def _generation_config(model: Any) -> dict[str, Any]:
-    """All that the model's generation config says, JSON only."""
+def _generation_config(model: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the model's generation config says after some changes, JSON only."""
     config = getattr(model, "generation_config", None)
     if config is None or not callable(getattr(model, "generate", None)):
         raise StructureError(
@@ -376,12 +378,21 @@ def _generation_config(model: Any) -> dict[str, Any]:
             where=type(model).__name__,
             wanted="a transformers model with generate() and a generation_config",
         )
-    said = {name: value for name, value in json.loads(config.to_json_string()).items() if value is not None}
+    if unknown := sorted(changes.keys() - vars(type(config)()).keys()):
+        raise InputError(
+            "Not a setting of a generation config",
+            where=f"model_config, 'generation', {', '.join(map(repr, unknown))}",
+            wanted="an attribute of transformers.GenerationConfig",
+            way_out="leave it out, also where a pipeline was made with it",
+        )
+    said = {**json.loads(config.to_json_string()), **changes}
+    said = {name: value for name, value in said.items() if value is not None}
     odd = sorted(name for name in said.keys() & _REFUSED if said[name])
-    if odd or said.get("num_beam_groups", 1) != 1:
+    odd += [name for name in ("num_beam_groups", "num_return_sequences") if said.get(name, 1) != 1]
+    if odd:
         raise StructureError(
             "The generation config asks for what this task does not do",
-            where=f"generation_config, {', '.join(odd) or 'num_beam_groups'}",
+            where=f"generation_config, {', '.join(odd)}",
             wanted="greedy decoding, beams or sampling",
             way_out="set it to None in model.generation_config before saving",
         )

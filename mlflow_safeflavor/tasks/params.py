@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from mlflow.types import DataType, ParamSchema, ParamSpec
 
-from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.artifact import WAY_OUT
+from mlflow_safeflavor.errors import InputError, IntegrityError
 
-__all__ = ["Param", "check_params", "param_schema"]
+__all__ = ["Param", "check_defaults", "check_params", "param_schema", "with_defaults"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,44 @@ def param_schema(declared: Sequence[Param]) -> ParamSchema:
             for param in declared
         ]
     )
+
+
+def check_defaults(task: str, declared: Sequence[Param], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults to save with a model, in plain Python types: those that are given, and no others.
+
+    Args:
+        task: Name of the task, for the message.
+        declared: What it knows.
+        given: Name → value, as a request would say it.
+
+    Raises:
+        InputError: The task does not know a param, or its value is of another type or out of range; names it.
+    """
+    known = {param.name for param in declared}
+    if unknown := [name for name in given if name not in known]:
+        raise InputError(
+            f"The task {task} does not know a param",
+            where=f"params, {', '.join(map(repr, unknown))}",
+            wanted=" | ".join(param.name for param in declared) or "none: this task has no params",
+            way_out="leave it out, or choose the task that knows it: task=…",
+        )
+    checked = check_params(declared, given)
+    return {name: checked[name] for name in given}
+
+
+def with_defaults(declared: Sequence[Param], saved: Mapping[str, Any]) -> tuple[Param, ...]:
+    """Params with the defaults that were saved with a model.
+
+    Raises:
+        IntegrityError: A default is none that ``check_defaults`` would have let pass.
+    """
+    try:
+        checked = check_params(declared, saved)
+    except InputError as error:
+        raise IntegrityError(
+            "A default of a param is malformed", where=f"task_config, {error.where}", way_out=WAY_OUT
+        ) from error
+    return tuple(replace(param, default=checked[param.name]) for param in declared)
 
 
 def check_params(declared: Sequence[Param], given: Mapping[str, Any] | None) -> dict[str, Any]:

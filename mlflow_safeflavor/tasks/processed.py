@@ -47,7 +47,7 @@ class ProcessedTask(Task):
 
     def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
         inputs = Schema([ColSpec(DataType.binary, self.columns[self.field])])
-        return ModelSignature(inputs=inputs, outputs=LABEL_AND_SCORE, params=param_schema(self.params))
+        return ModelSignature(inputs=inputs, outputs=LABEL_AND_SCORE, params=param_schema(self.asked))
 
     @abstractmethod
     def read(self, value: Any, where: str) -> Any:

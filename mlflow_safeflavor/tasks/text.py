@@ -70,7 +70,13 @@ class TextTask(Task):
 
     def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
         inputs = Schema([ColSpec(DataType.string, column) for column in self.columns.values()])
-        return ModelSignature(inputs=inputs, outputs=self.answer, params=param_schema(self.params))
+        return ModelSignature(inputs=inputs, outputs=self.answer, params=param_schema(self.asked))
+
+    @classmethod
+    def golden(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        # Golden rows may be longer than the model takes.
+        uncut = config.get("params", {}).get("truncation") is False
+        return {**super().golden(config), **({"truncation": True} if uncut else {})}
 
     def golden_rows(self) -> list[Row]:
         texts = {"text": _GOLDEN_TEXTS, "text_pair": _GOLDEN_PAIRS}

@@ -22,7 +22,8 @@ _SPECIFIC = re.compile(r"summarization|translation(_\w+_to_\w+)?", re.ASCII)
 class Text2TextGeneration(Generation):
     """What an encoder-decoder writes about a text.
 
-    Option, fixed at save through ``model_config``: ``prefix``, put before each text. Saved as ``summarization``,
+    Options, fixed at save through ``model_config``: ``prefix``, put before each text, and ``generation``, changes of
+    the model's generation config. Saved as ``summarization``,
     ``translation`` or ``translation_xx_to_yy``, the task also takes prefix and generation settings of that name from
     the ``task_specific_params`` of the model's config, as transformers' pipelines do.
 
@@ -30,7 +31,7 @@ class Text2TextGeneration(Generation):
     """
 
     name = "text2text-generation"
-    task_options = frozenset({"prefix"})
+    task_options = frozenset({"generation", "prefix"})
     encoder_decoder = True
     specific: ClassVar[str | None] = None
     """Key of ``task_specific_params``."""
@@ -47,7 +48,7 @@ class Text2TextGeneration(Generation):
         prefix = {"prefix": specific.pop("prefix", None) or "", **options}["prefix"]
         if not isinstance(prefix, str):
             raise InputError("The prefix is not a text", where="model_config, 'prefix'", found=repr(prefix))
-        return {**cls.describe_generation(model, specific), "prefix": prefix}
+        return {**cls.describe_generation(model, {**specific, **options.get("generation", {})}), "prefix": prefix}
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
         require_texts(rows, self.columns)

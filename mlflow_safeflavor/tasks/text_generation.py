@@ -32,6 +32,8 @@ class TextGeneration(Generation):
     ``{"messages": …}`` for a model whose tokenizer has a chat template. A cell of ``messages`` is a list of dicts with
     ``role`` and ``content``. Where the last one is the assistant's, it is continued.
 
+    Option, fixed at save through ``model_config``: ``generation``, changes of the model's generation config.
+
     Params: ``return_full_text`` puts the prompt in front, as it was given (default True; False for chats, whose prompt
     is what the template made). A prompt beside which ``max_new_tokens`` do not fit into the model's positions is cut
     at its beginning, so that its end is continued; without ``truncation``, and by default for chats, it is refused.
@@ -41,6 +43,7 @@ class TextGeneration(Generation):
     fields = ("text", "messages")
     params: ClassVar[tuple[Param, ...]] = (_FULL_TEXT, *GENERATION_PARAMS)
     reads = ("encoder", "tokenizer")
+    task_options = frozenset({"generation"})
     encoder_decoder = False
 
     @classmethod
@@ -63,7 +66,7 @@ class TextGeneration(Generation):
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
         cls.require_known(options)
-        return cls.describe_generation(model, {})
+        return cls.describe_generation(model, options.get("generation", {}))
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class TextGeneration(Generation):
         self._chat = "messages" in self.columns
         if self._chat:
             # A chat without its beginning, where the template puts who speaks, is another one.
-            off = {"return_full_text", "truncation"}
+            off = {"return_full_text", "truncation"} - config["params"].keys()
             self.asked = tuple(replace(param, default=False) if param.name in off else param for param in self.asked)
 
     @property

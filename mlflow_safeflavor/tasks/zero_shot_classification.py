@@ -17,7 +17,7 @@ from mlflow_safeflavor.rows import require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.classification import labels_of, read_logits
 from mlflow_safeflavor.tasks.outputs import require_finite, softmax
-from mlflow_safeflavor.tasks.params import Param, check_params
+from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
 
 __all__ = ["ZeroShotClassification"]
@@ -26,9 +26,8 @@ _LABELS = Param(
     "candidate_labels",
     "string",
     default=[],
-    wanted="a list of labels, none of them empty; an empty list for those that were saved with the model",
+    wanted="a list of labels, none of them empty",
     allows=all,
-    none_is=[],
     many=True,
 )
 _TEMPLATE = Param(
@@ -46,8 +45,6 @@ class ZeroShotClassification(TextTask):
 
     The model is asked, for each label, whether the text entails "This example is LABEL.".
 
-    Options, fixed at save through ``model_config``: ``candidate_labels``, for requests that name none.
-
     Answers: ``label`` and ``score``, the best one, and ``labels`` and ``scores``, all of them, best first. Scores add
     up to 1, unless ``multi_label`` (or a single label) has each judged by itself.
     """
@@ -55,7 +52,6 @@ class ZeroShotClassification(TextTask):
     name = "zero-shot-classification"
     params = (_LABELS, _TEMPLATE, _MULTI_LABEL, MAX_LENGTH, TRUNCATION)
     golden_params = MappingProxyType({"candidate_labels": ["travel", "science", "food"]})
-    task_options = frozenset({"candidate_labels"})
     answer = schema_of(
         {
             "label": DataType.string,
@@ -75,24 +71,26 @@ class ZeroShotClassification(TextTask):
         cls.require_known(options)
         return {
             **describe_text_model(model),
-            **check_params([_LABELS], options),
             "labels": labels_of(model),
             "entailment": _entailment(model),
         }
 
+    @classmethod
+    def golden(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        own = ("candidate_labels",) if config.get("params", {}).get("candidate_labels") else ()
+        return {name: value for name, value in super().golden(config).items() if name not in own}
+
     def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
         checked = super().check_params(params)
         self.require_length("max_length", checked["max_length"], texts=2)
-        labels = checked["candidate_labels"] or self.config["candidate_labels"]
-        if not labels:
+        if not checked["candidate_labels"]:
             raise InputError(
                 "There are no labels to choose from",
                 where="params, 'candidate_labels'",
                 wanted="at least one label",
-                way_out="pass params={'candidate_labels': […]}, or save the model with "
-                "model_config={'candidate_labels': […]}",
+                way_out="pass params={'candidate_labels': […]}, with the request or when the model is saved",
             )
-        return {**checked, "candidate_labels": list(labels)}
+        return checked
 
     # A row → one piece for each label.
 

@@ -1,0 +1,61 @@
+"""The signature of a saved model: the task's own, or the user's where it fits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlflow.models import ModelSignature
+
+from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.tasks.base import Task
+from mlflow_safeflavor.tasks.params import param_schema
+
+__all__ = ["defaults_of", "signature_of"]
+
+_logger = logging.getLogger("mlflow.safeflavor")
+
+
+def defaults_of(signature: ModelSignature | None) -> dict[str, Any]:
+    """Param → default, of a signature that the user gave."""
+    schema = None if signature is None else signature.params
+    return {} if schema is None else {param.name: param.default for param in schema.params}
+
+
+def signature_of(
+    task: Task, example: Any, answers: Sequence[Mapping[str, Any]], given: ModelSignature | None
+) -> ModelSignature:
+    """What goes into ``MLmodel``.
+
+    Args:
+        task: As saved, with its defaults of params.
+        example: The user's; None if there is none.
+        answers: What was answered to it.
+        given: The user's signature, whose params the task was found to know; None for the task's own. Its params get
+            the types and defaults that count here.
+
+    Raises:
+        InputError: It names other inputs.
+    """
+    own = task.signature(example, task.result(answers, example) if answers else None)
+    if given is None:
+        return own
+    if given.inputs is None or set(given.inputs.input_names()) != set(own.inputs.input_names()):
+        raise InputError(
+            "The signature does not fit the task",
+            where="signature",
+            wanted=f"inputs {own.inputs.input_names()}",
+            found=f"inputs {given.inputs.input_names() if given.inputs else None}",
+            way_out="leave signature out, or rename columns with input_columns",
+        )
+    kept = [param for param in task.asked if param.name in defaults_of(given)]
+    if left := [param.name for param in task.asked if param not in kept]:
+        _logger.warning(
+            "The signature does not declare %s, so MLflow drops %s from requests; leave signature out to have all "
+            "params of the task.",
+            ", ".join(left),
+            "them" if len(left) > 1 else "it",
+        )
+    params = {"params": param_schema(kept)} if kept else {}
+    return ModelSignature(given.inputs, given.outputs, **params)
