@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError, WeightsError
 from mlflow_safeflavor.inventory import find_meta, find_slots, some
+from mlflow_safeflavor.kept import seed_generators
 from mlflow_safeflavor.memory import asks_for_dtype, real_memory
 from mlflow_safeflavor.statedict import bits_equal
 from mlflow_safeflavor.structure import describe
@@ -152,8 +153,8 @@ def construct(
     for attempt in range(_TRIES):
         watch = _Watch(dtype, mark)
         with real_memory(dtype, initialise=seed is not None), watch:
-            # Other random values at each mark; real_memory puts the random state back.
-            torch.manual_seed(mark if seed is None else seed)
+            # Other random values at each mark; real_memory puts the random states back.
+            seed_generators(mark if seed is None else seed)
             module = recipe.make(dtype)
         if not watch.disturbed and not find_meta(find_slots(module)):
             _tie(module)

@@ -9,11 +9,13 @@ import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["Budget", "available_cpus", "find_budget", "limit_threads"]
+__all__ = ["Budget", "available_cpus", "find_budget", "is_scoring_server", "limit_threads", "use_threads"]
 
 SPIN_COUNT = 10_000
 """Turns that an idle OpenMP thread waits busily before it sleeps.
@@ -79,20 +81,15 @@ def find_budget(requested: int = 0, *, environ: Mapping[str, str] = os.environ, 
 
 
 def limit_threads(requested: int = 0) -> Budget:
-    """Make torch use no more threads than there is room for, and let idle ones sleep soon.
+    """Make torch, once it is imported, use no more threads than there is room for, and let idle ones sleep soon.
 
-    Before torch is imported this sets ``OMP_NUM_THREADS`` and ``GOMP_SPINCOUNT``; afterwards only
-    ``torch.set_num_threads`` is left. Variables for waiting that the user has set stay.
+    This sets ``OMP_NUM_THREADS`` and ``GOMP_SPINCOUNT``, so it is for processes that are there for nothing else: see
+    ``is_scoring_server``. Variables for waiting that the user has set stay.
 
     Args:
         requested: See ``find_budget``.
     """
     budget = find_budget(requested)
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        if torch.get_num_threads() != budget.threads:
-            torch.set_num_threads(budget.threads)
-        return budget
     os.environ["OMP_NUM_THREADS"] = str(budget.threads)
     # Else tokenizers starts a thread a core of its own, beside torch's.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -100,6 +97,29 @@ def limit_threads(requested: int = 0) -> Budget:
         return budget
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
     return replace(budget, spin_count=SPIN_COUNT)
+
+
+def is_scoring_server(root: Path = _ROOT) -> bool:
+    """Whether this process is MLflow's scoring server or a worker of it, and nobody else's."""
+    return any("mlflow.pyfunc.scoring_server" in part for command in _commands(root) for part in command)
+
+
+_one_at_a_time = threading.Lock()
+
+
+def use_threads(count: int) -> None:
+    """Make torch use so many threads for what the calling thread computes, and nowhere else; 0 changes nothing.
+
+    Torch counts for each thread, but what it is told is also the start for threads to come: that is put back.
+    """
+    torch = sys.modules.get("torch")
+    if not count or torch is None:
+        return
+    with _one_at_a_time, ThreadPoolExecutor(1) as another:
+        before = another.submit(torch.get_num_threads).result()
+        torch.get_num_threads()  # else torch begins with the common count at its first work here
+        torch.set_num_threads(count)
+        another.submit(torch.set_num_threads, before).result()
 
 
 def _cores() -> int:
@@ -159,12 +179,9 @@ def _workers(environ: Mapping[str, str], root: Path) -> int:
     The server's command line says so: it is this process's own where there is one worker, else that of
     its parent. Where none is found, the variable that MLflow's container start reads counts.
     """
-    process = "self"
-    while process != "0":
-        command = _command_line(root, process)
+    for command in _commands(root):
         if any(os.path.basename(part) in _SERVERS for part in command[:3]):
             return _workers_option(command) or _positive(environ.get("WEB_CONCURRENCY", "")) or 1
-        process = _parent(root, process)
     return _positive(environ.get("MLFLOW_MODELS_WORKERS", "")) or 1
 
 
@@ -177,6 +194,14 @@ def _workers_option(command: Sequence[str]) -> int | None:
 
 def _positive(text: str) -> int | None:
     return int(text) if text.isdigit() and int(text) else None
+
+
+def _commands(root: Path) -> Iterator[list[str]]:
+    """Command lines of this process and those around it, outermost last."""
+    process = "self"
+    while process != "0":
+        yield _command_line(root, process)
+        process = _parent(root, process)
 
 
 def _command_line(root: Path, process: str) -> list[str]:

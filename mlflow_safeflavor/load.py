@@ -116,6 +116,7 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
         spec = _look(layout, options, report)
     with report.timed("import"), _without_collecting():
         from mlflow_safeflavor import tensors  # and with it torch
+        from mlflow_safeflavor.kept import kept_random_state
     with report.timed("digest"):
         inventory = tensors.read_inventory(layout)
         _check_dtype(inventory, spec)
@@ -132,7 +133,7 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
             device = _place(module, inventory, spec, layout, options, report)
     with _naming_failures(layout):
         model = bind(module, hooks, device, spec, layout, options, report)
-        with report.timed("replay"):
+        with report.timed("replay"), kept_random_state():
             _replay(model, layout, options, report)
             _measure(model, layout, options)
     return model
@@ -379,7 +380,7 @@ def bind(
         engine = GraphEngine(module, device, dtype, _rebuilding(spec, layout, options, dtype))
     else:
         engine = ModuleEngine(module, device, dtype, compile=chosen["compile"])
-    names = ("max_batch_tokens", "forward_cost", "deterministic", "max_queue")
+    names = ("max_batch_tokens", "forward_cost", "deterministic", "max_queue", "num_threads")
     scheduler = Scheduler(task, engine, **{name: chosen[name] for name in names})
     return LoadedModel(module, spec, report, task, engine, layout.root, scheduler, chosen)
 

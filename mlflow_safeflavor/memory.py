@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from mlflow_safeflavor.artifact import WAY_OUT
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.inventory import Inventory
+from mlflow_safeflavor.kept import kept_random_state
 
 __all__ = ["asks_for_dtype", "real_memory"]
 
@@ -143,8 +144,8 @@ def real_memory(
 ) -> Iterator[None]:
     """Constructors inside allocate on the CPU, whatever device context or default is around.
 
-    One at a time in the process, because torch's default dtype is global to it. The random state is left
-    as it was.
+    One at a time in the process, because torch's default dtype is global to it. The random states
+    are left as they were.
 
     Args:
         dtype: Torch's default dtype inside.
@@ -154,7 +155,7 @@ def real_memory(
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_build_lock)
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(kept_random_state())
         before = torch.get_default_dtype()
         if dtype != before and inventory is not None:
             stack.enter_context(_DefaultDtype(dtype))

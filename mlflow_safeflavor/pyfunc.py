@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,9 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
     """
     options = run_time_options(model_config)
     pickles = os.environ.get("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "").lower() in ("true", "1")
-    budget = cpu.limit_threads(options["num_threads"])
+    budget = None
+    if "torch" not in sys.modules and cpu.is_scoring_server():  # any other process is its user's
+        budget = cpu.limit_threads(options["num_threads"])
     model = load_folder(
         Path(path),
         LoadOptions(
@@ -72,7 +75,7 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
             trust=frozenset({"code", "pickle"} if pickles else {"code"}),
         ),
     )
-    _logger.info("safeflavor: %s; %s; %s", model.spec.task, budget, model.report)
+    _logger.info("safeflavor: %s", "; ".join(str(fact) for fact in (model.spec.task, budget, model.report) if fact))
     return PyfuncModel(model, facts_of(model, budget) if tells_environment() else None)
 
 

@@ -34,6 +34,7 @@ from mlflow_safeflavor.environment import Environment, closure_of
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.given import Source
 from mlflow_safeflavor.graph_file import write_graph, write_reason
+from mlflow_safeflavor.kept import kept_module, kept_parameters
 from mlflow_safeflavor.load import LoadOptions, bind, rebuild
 from mlflow_safeflavor.lock import lock_file
 from mlflow_safeflavor.model import LoadedModel
@@ -141,7 +142,7 @@ def save_model(
     defaults = {**source.params, **defaults_of(signature), **(params or {})}
     inventories.require_saveable(inventories.find_slots(source.module))
     require_undamaged(source.module, on_damage)
-    with staging(path) as stage:
+    with kept_module(source.module), staging(path) as stage:
         layout = Layout(stage)
         how = _how(source, structure, init_args, allow_pickle)
         described, cast = _write_module(source, serving_dtype, how, allow_pickle, layout)
@@ -390,7 +391,7 @@ def _answering(
     elif cast:
         device = torch.device("cpu")
         module, hooks = rebuild(tensors.read_inventory(layout), spec, layout, options, LoadReport())
-    with evaluating(module), _aligned(module, layout):
+    with evaluating(module), _aligned(module, layout), kept_parameters(module, lambda: _stored(layout)):
         yield bind(module, hooks, device, spec, layout, options, LoadReport())
 
 
@@ -405,8 +406,7 @@ def _aligned(module: torch.nn.Module, layout: Layout) -> Iterator[None]:
     slots = [slot for slot in found if not (tensors.is_aligned(slot.tensor) or slot.tensor.is_inference())]
     before = {id(slot.tensor): (slot.tensor, slot.tensor.data) for slot in slots}
     if slots:
-        inventory = tensors.read_inventory(layout)
-        loaded = inventories.realise(inventory, tensors.read_tensors(inventory, layout))
+        loaded = _stored(layout)
         for slot in slots:
             slot.tensor.data = loaded[slot.path].data
     try:
@@ -414,6 +414,11 @@ def _aligned(module: torch.nn.Module, layout: Layout) -> Iterator[None]:
     finally:
         for tensor, data in before.values():
             tensor.data = data
+
+
+def _stored(layout: Layout) -> dict[str, torch.Tensor]:
+    inventory = tensors.read_inventory(layout)
+    return inventories.realise(inventory, tensors.read_tensors(inventory, layout))
 
 
 def _write_parity(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlflow_safeflavor.batching import cut_into_batches
-from mlflow_safeflavor.cpu import available_cpus
+from mlflow_safeflavor.cpu import available_cpus, use_threads
 from mlflow_safeflavor.engine import Engine, named_failure
 from mlflow_safeflavor.errors import DeadlineError, OverloadedError
 from mlflow_safeflavor.progress import Watch
@@ -129,6 +129,7 @@ class _State:
     max_batch_tokens: int
     forward_cost: int
     deterministic: bool
+    num_threads: int
     room: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(available_cpus()))
     arrived: threading.Condition = field(default_factory=threading.Condition)
     tickets: list[Ticket] = field(default_factory=list)
@@ -147,6 +148,7 @@ class Scheduler:
         forward_cost: What a forward costs beside its tokens, in tokens; see ``cut_into_batches``.
         deterministic: Run every piece by itself, so that its bits depend on nothing else that is asked.
         max_queue: Most requests that may wait; 0 for no limit.
+        num_threads: Torch's threads in a forward; 0 for as many as the process's other threads get.
     """
 
     def __init__(
@@ -158,10 +160,13 @@ class Scheduler:
         forward_cost: int = 0,
         deterministic: bool = False,
         max_queue: int = 0,
+        num_threads: int = 0,
     ) -> None:
         self.max_queue = max_queue
         self._task = task
-        self._state = _State(task, engine, task.batch_budget(max_batch_tokens), forward_cost, deterministic)
+        self._state = _State(
+            task, engine, task.batch_budget(max_batch_tokens), forward_cost, deterministic, num_threads
+        )
         _STATES.add(self._state)
         weakref.finalize(self, _stop, self._state)
 
@@ -247,6 +252,7 @@ def _left(until: float) -> float:
 
 
 def _serve(state: _State) -> None:
+    use_threads(state.num_threads)
     while True:
         with state.arrived:
             state.tickets[:] = [ticket for ticket in state.tickets if ticket.waiting and not ticket.abandoned]

@@ -134,6 +134,18 @@ def test_the_log_line_says_what_was_found_and_chosen(machine):
     assert str(find_budget(4, environ={}, root=root)) == "8 cores, a quota of 3.5, 2 workers: 4 threads by num_threads"
 
 
+@pytest.mark.parametrize(("processes", "serves"), [
+    ([["uvicorn", "--workers", "1", "mlflow.pyfunc.scoring_server.app:app"]], True),
+    ([["python", "-c", "spawn_main()"], ["python", "/bin/uvicorn", "mlflow.pyfunc.scoring_server.app:app"]], True),
+    ([["gunicorn", "-w", "3", "mlflow.pyfunc.scoring_server.wsgi:app"]], True),
+    ([["uvicorn", "my.own:app"]], False),
+    ([["python", "train.py"], ["bash"]], False),
+    ([], False),
+], ids=str)  # fmt: skip
+def test_what_is_a_scoring_server(machine, processes, serves):
+    assert cpu.is_scoring_server(machine(processes=processes)) == serves
+
+
 REPORT = """
 import json, os, sys
 from mlflow_safeflavor import cpu

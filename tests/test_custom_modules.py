@@ -54,13 +54,12 @@ ROWS = [{"a": 1.0, "b": 2.0}, {"a": -3.0, "b": 0.5}]
 def _as_before(monkeypatch):
     """Imports and paths of one test are none of another's; and nobody has allowed pickles."""
     monkeypatch.delenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", raising=False)
-    path, modules, threads = list(sys.path), set(sys.modules), torch.get_num_threads()
+    path, modules = list(sys.path), set(sys.modules)
     yield
     sys.path[:] = path
     for name in set(sys.modules) - modules:
         if not name.startswith(("torch", "transformers", "mlflow", "numpy", "pandas")):
             del sys.modules[name]
-    torch.set_num_threads(threads)  # loading through pyfunc sets them
 
 
 @pytest.fixture

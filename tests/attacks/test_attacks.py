@@ -11,7 +11,6 @@ from pathlib import Path
 import hostile
 import mlflow
 import pytest
-import torch
 from artifacts import rewrite
 from hostile import ATTACKS, Attack, Target
 
@@ -72,15 +71,14 @@ def prepare(saved, saved_with_graph, coded, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _nothing_stays(monkeypatch):
-    """Loading through pyfunc puts folders on the path, and sets torch's threads."""
+    """Loading through pyfunc puts folders on the path."""
     monkeypatch.delenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", raising=False)
-    path, hooks, modules, threads = list(sys.path), list(sys.path_hooks), set(sys.modules), torch.get_num_threads()
+    path, hooks, modules = list(sys.path), list(sys.path_hooks), set(sys.modules)
     yield
     sys.path[:], sys.path_hooks[:] = path, hooks
     for name in {name.partition(".")[0] for name in set(sys.modules) - modules}:
         if name in (hostile.MODULE, "package") or name.startswith("their_"):
             sys.modules.pop(name)
-    torch.set_num_threads(threads)
 
 
 # Attacks.
