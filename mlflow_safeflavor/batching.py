@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mlflow_safeflavor.engine import Engine
+from mlflow_safeflavor.kept import kept_random_state
 from mlflow_safeflavor.tasks.base import Row, Task
 
 __all__ = ["cut_into_batches", "measure_forward_cost"]
@@ -54,6 +55,7 @@ def cut_into_batches(costs: Sequence[int], max_batch_tokens: int, forward_cost: 
     return batches
 
 
+@kept_random_state()
 def measure_forward_cost(task: Task, engine: Engine, rows: Sequence[Row], max_batch_tokens: int) -> int:
     """What a call of the model costs beside its tokens, as the number of tokens that take as long.
 

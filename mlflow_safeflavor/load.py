@@ -116,7 +116,6 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
         spec = _look(layout, options, report)
     with report.timed("import"), _without_collecting():
         from mlflow_safeflavor import tensors  # and with it torch
-        from mlflow_safeflavor.kept import kept_random_state
     with report.timed("digest"):
         inventory = tensors.read_inventory(layout)
         _check_dtype(inventory, spec)
@@ -133,7 +132,7 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
             device = _place(module, inventory, spec, layout, options, report)
     with _naming_failures(layout):
         model = bind(module, hooks, device, spec, layout, options, report)
-        with report.timed("replay"), kept_random_state():
+        with report.timed("replay"):
             _replay(model, layout, options, report)
             _measure(model, layout, options)
     return model

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
 from mlflow_safeflavor.errors import IntegrityError, ParityError
+from mlflow_safeflavor.kept import kept_random_state
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 from mlflow_safeflavor.tensors import read_arrays, write_arrays
 
@@ -235,7 +236,8 @@ def replay(model: Predictor, layout: Layout) -> ParityReport:
     answers, atol, rtol = golden.answers, golden.atol, golden.rtol
     rows = [model.task.from_record(row, golden.inputs(index)) for index, row in enumerate(golden.rows)]
     features = _features(model, rows)
-    found, outputs = model.answer(rows, model.task.golden(model.task.config))
+    with kept_random_state():
+        found, outputs = model.answer(rows, model.task.golden(model.task.config))
     replayed = []
     for index in range(len(rows)):
         # Where the model chose another token at a near tie, what it said next is no longer an answer to the same.
