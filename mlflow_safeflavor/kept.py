@@ -24,7 +24,7 @@ def kept_random_state() -> Iterator[None]:
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
         stack.callback(torch.set_rng_state, torch.get_rng_state())
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
         yield
 
