@@ -64,6 +64,8 @@ class Layout:
         self.parity = self.data / "parity.json"
         self.parity_tensors = self.data / "parity.safetensors"
         self.manifest = self.data / "manifest.json"
+        self.held: dict[Path, Path] = {}
+        """Where to map a file of weights from, once it is held; see ``weights_files``."""
 
     def is_weights(self, name: str) -> bool:
         """Whether a name of the manifest is a file of weights, which are hashed tensor by tensor."""

@@ -151,6 +151,7 @@ def _tensor_table(inventory: dict[str, Any]) -> Table:
 @click.option("--device", default="auto", show_default=True, help="Where to load the model here.")
 @click.option("--engine", type=click.Choice(["module", "graph"]), help="What answers here; the module if there is one.")
 @click.option("--trust", multiple=True, metavar="KIND", help="Let the model's own code or pickle run here; repeatable.")
+@click.option("--rehash", is_flag=True, help="Hash all weights, also those that this host has hashed before.")
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -166,6 +167,7 @@ def verify(
     device: str,
     engine: str | None,
     trust: tuple[str, ...],
+    rehash: bool,
     timeout: float,
 ) -> None:
     """Replay the golden rows of the model at URI, loaded here or behind a running server.
@@ -177,7 +179,14 @@ def verify(
     console = Console()
     with Console(stderr=True).status("asking the server" if endpoint else f"loading {uri}"):
         report = verify_model(
-            uri, endpoint=endpoint, rows=rows, device=device, engine=engine, trust=trust, timeout=timeout
+            uri,
+            endpoint=endpoint,
+            rows=rows,
+            device=device,
+            engine=engine,
+            trust=trust,
+            rehash=rehash,
+            timeout=timeout,
         )
     console.print(_golden_table(report, uri))
     console.print(f"tolerance: atol {report.atol:g}, rtol {report.rtol:g}")

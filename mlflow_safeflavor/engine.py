@@ -17,6 +17,7 @@ import torch
 
 from mlflow_safeflavor.errors import AnswerError, PlacementError, SafeFlavorError, StructureError
 from mlflow_safeflavor.graph import GraphModule
+from mlflow_safeflavor.weights_files import HeldFile, require_unchanged
 
 __all__ = ["Engine", "GraphEngine", "ModuleEngine", "evaluating", "named_failure", "named_tensors"]
 
@@ -76,6 +77,7 @@ class ModuleEngine:
         module: Rebuilt, checked and placed.
         device: Where it is.
         dtype: Its serving dtype.
+        weights: Files that its tensors are mapped from.
         compile: Run ``forward`` through ``torch.compile``, which takes a minute at first and rounds differently.
             ``generate`` runs as it is.
 
@@ -86,14 +88,22 @@ class ModuleEngine:
     name = "module"
 
     def __init__(
-        self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, compile: bool = False
+        self,
+        module: torch.nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights: Sequence[HeldFile] = (),
+        *,
+        compile: bool = False,
     ) -> None:
         self.module = module
         self._forward = _compiled(module) if compile else module
         self.device = device
         self.dtype = dtype
+        self._weights = weights
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        require_unchanged(self._weights)
         with torch.inference_mode():
             outputs = self._forward(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
         return named_tensors(outputs)
@@ -109,6 +119,7 @@ class ModuleEngine:
     ) -> dict[str, torch.Tensor]:
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
+        require_unchanged(self._weights)
         view = _with_settings(self.module, {**settings, "return_dict_in_generate": True, "output_logits": keep_logits})
         with torch.inference_mode():
             found = view.generate(
@@ -129,6 +140,7 @@ class GraphEngine:
         device: Where that is.
         dtype: Its serving dtype.
         rebuild: Makes the engine of the module; None where the artifact holds a graph alone.
+        weights: Files that its tensors are mapped from.
     """
 
     name = "graph"
@@ -139,17 +151,20 @@ class GraphEngine:
         device: torch.device,
         dtype: torch.dtype,
         rebuild: Callable[[], Engine] | None = None,
+        weights: Sequence[HeldFile] = (),
     ) -> None:
         self.module = module
         self.device = device
         self.dtype = dtype
         self._rebuild = rebuild
+        self._weights = weights
         self._rebuilt: Engine | None = None
         self._lock = threading.Lock()
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self._rebuild is not None and self.module.graph.misfit(inputs):
             return self.fallback()(inputs)
+        require_unchanged(self._weights)
         with torch.inference_mode():
             found: dict[str, torch.Tensor] = self.module(
                 **{name: tensor.to(self.device) for name, tensor in inputs.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,10 +42,11 @@ if TYPE_CHECKING:
     from mlflow_safeflavor.graph import GraphModule
     from mlflow_safeflavor.inventory import Inventory
     from mlflow_safeflavor.model import LoadedModel
+    from mlflow_safeflavor.weights_files import HeldFile
 
 __all__ = ["LoadOptions", "bind", "guarded_parts", "load_folder", "load_model", "locate", "read_spec", "rebuild"]
 
-_VERIFY = ("full", "structure", "off")
+_VERIFY = ("full", "rehash", "structure", "off")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class LoadOptions:
     trust: Collection[str] = field(default_factory=frozenset)
     replay: bool = True
     prefer_graph: bool = False
+
+    @property
+    def hashes(self) -> bool:
+        """Whether the bytes of all files are compared with what was recorded."""
+        return self.verify in ("full", "rehash")
 
 
 def load_model(
@@ -84,8 +90,9 @@ def load_model(
         dtype: Cast to this dtype after everything was compared; None keeps the saved one.
         device_map: Spread over several devices instead of one: "auto", "balanced", "sequential", or a dict
             of submodule name → device, index or "disk". Needs accelerate.
-        verify: "full" hashes every byte; "structure" compares names, sizes and all tensors' facts;
-            both replay the golden rows. "off" still compares the tensors' facts.
+        verify: "full" hashes every byte, of large files once a week on this host; "rehash" each time. "structure"
+            compares names, sizes and all tensors' facts. All these replay the golden rows; "off" only compares the
+            tensors' facts.
         environment: "error", "warn" or "ignore" when this environment is not the recorded one.
         trust: Kinds of the artifact's own code that may run: "code", "pickle".
         model_config: Run-time options other than those above, e.g. ``{"deterministic": True}``; by default those
@@ -119,7 +126,7 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
     with report.timed("digest"):
         inventory = tensors.read_inventory(layout)
         _check_dtype(inventory, spec)
-        _check_digests(inventory, layout, options, report)
+        weights = _hold_weights(inventory, layout, options, report)
     report.engine = _engine(spec, layout, options)
     module: torch.nn.Module
     if report.engine == "graph":
@@ -131,7 +138,7 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
         with report.timed("place"):
             device = _place(module, inventory, spec, layout, options, report)
     with _naming_failures(layout):
-        model = bind(module, hooks, device, spec, layout, options, report)
+        model = bind(module, hooks, device, spec, layout, options, report, weights)
         with report.timed("replay"):
             _replay(model, layout, options, report)
             _measure(model, layout, options)
@@ -175,10 +182,9 @@ def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> ModelSpec
 def _check_files(layout: Layout, guarded: Mapping[str, Any], options: LoadOptions, report: LoadReport) -> None:
     files = read_manifest(layout)["files"]
     weights = frozenset(name for name in files if layout.is_weights(name))
-    full = options.verify == "full"
-    require_intact(layout, guarded, digests=full, elsewhere=weights)
+    require_intact(layout, guarded, digests=options.hashes, elsewhere=weights)
     report.files = len(files)
-    report.hashed_bytes = sum(files[name]["size"] for name in files.keys() - weights) if full else 0
+    report.hashed_bytes = sum(files[name]["size"] for name in files.keys() - weights) if options.hashes else 0
 
 
 def _check_dtype(inventory: Inventory, spec: ModelSpec) -> None:
@@ -194,12 +200,14 @@ def _check_dtype(inventory: Inventory, spec: ModelSpec) -> None:
         )
 
 
-def _check_digests(inventory: Inventory, layout: Layout, options: LoadOptions, report: LoadReport) -> None:
-    from mlflow_safeflavor.tensors import find_wrong_digests
+def _hold_weights(inventory: Inventory, layout: Layout, options: LoadOptions, report: LoadReport) -> list[HeldFile]:
+    from mlflow_safeflavor.tensors import hold_weights
 
-    if options.verify == "full":
-        require_none(list(find_wrong_digests(inventory, layout)), "Weights are not the ones that were saved")
-        report.hashed_bytes += sum((layout.data / name).stat().st_size for name in inventory.files)
+    weights, wrong = hold_weights(inventory, layout, hashes=options.hashes, rehash=options.verify == "rehash")
+    require_none(wrong, "Weights are not the ones that were saved")
+    report.hashed_bytes += sum(file.size for file in weights) if options.hashes else 0
+    report.weights = ", ".join(sorted({file.kind for file in weights}))
+    return weights
 
 
 def _engine(spec: ModelSpec, layout: Layout, options: LoadOptions) -> str:
@@ -350,7 +358,7 @@ def _place(
     if options.device_map is None:
         placement.place(module, device, casts)
     else:
-        device = placement.dispatch(module, options.device_map, inventory, layout.data)
+        device = placement.dispatch(module, options.device_map, inventory, layout)
     report.device = str(device) if options.device_map is None else f"{device}, by device_map"
     return device
 
@@ -363,8 +371,9 @@ def bind(
     layout: Layout,
     options: LoadOptions,
     report: LoadReport,
+    weights: Sequence[HeldFile] = (),
 ) -> LoadedModel:
-    """A module, and what the spec says can be asked of it."""
+    """A module, the files its weights are mapped from, and what the spec says can be asked of it."""
     from mlflow_safeflavor.engine import GraphEngine, ModuleEngine
     from mlflow_safeflavor.graph import GraphModule
     from mlflow_safeflavor.model import LoadedModel, make_task
@@ -376,16 +385,16 @@ def bind(
     dtype = resolve_dtype(options.dtype or spec.dtype)
     engine: Engine
     if isinstance(module, GraphModule):
-        engine = GraphEngine(module, device, dtype, _rebuilding(spec, layout, options, dtype))
+        engine = GraphEngine(module, device, dtype, _rebuilding(spec, layout, weights, options, dtype), weights)
     else:
-        engine = ModuleEngine(module, device, dtype, compile=chosen["compile"])
+        engine = ModuleEngine(module, device, dtype, weights, compile=chosen["compile"])
     names = ("max_batch_tokens", "forward_cost", "deterministic", "max_queue", "num_threads")
     scheduler = Scheduler(task, engine, **{name: chosen[name] for name in names})
     return LoadedModel(module, spec, report, task, engine, layout.root, scheduler, chosen)
 
 
 def _rebuilding(
-    spec: ModelSpec, layout: Layout, options: LoadOptions, dtype: torch.dtype
+    spec: ModelSpec, layout: Layout, weights: Sequence[HeldFile], options: LoadOptions, dtype: torch.dtype
 ) -> Callable[[], Engine] | None:
     """What makes the engine of the module, for inputs that the graph does not take."""
     if spec.structure == "graph":
@@ -398,7 +407,7 @@ def _rebuilding(
         report = LoadReport()
         inventory = tensors.read_inventory(layout)
         module, _ = rebuild(inventory, spec, layout, options, report)
-        return ModuleEngine(module, _place(module, inventory, spec, layout, options, report), dtype)
+        return ModuleEngine(module, _place(module, inventory, spec, layout, options, report), dtype, weights)
 
     return make
 

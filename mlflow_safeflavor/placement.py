@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor import structure as structures
+from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.errors import PlacementError
 from mlflow_safeflavor.inventory import Inventory, Slot, fill, find_meta, find_slots, some, take_inventory
 from mlflow_safeflavor.spec import DTYPES
@@ -202,18 +202,18 @@ def place(module: torch.nn.Module, device: torch.device, dtypes: Mapping[str, to
 
 
 def dispatch(
-    module: torch.nn.Module, device_map: str | Mapping[str, Any], inventory: Inventory, folder: Path
+    module: torch.nn.Module, device_map: str | Mapping[str, Any], inventory: Inventory, layout: Layout
 ) -> torch.device:
     """Spread a filled and compared module over devices, through accelerate's hooks.
 
-    Tensors that are offloaded to disk stay where they are: in the artifact's safetensors files, from
+    Tensors that are offloaded to disk stay where they are: in the safetensors files that are held, from
     which accelerate reads them whenever their module runs.
 
     Args:
         module: In memory, on the CPU.
         device_map: "auto", "balanced", "sequential", or submodule name → device, index or "disk".
         inventory: Says which file holds which tensor.
-        folder: With the safetensors files.
+        layout: Where the safetensors files are.
 
     Returns:
         Where inputs go.
@@ -234,7 +234,7 @@ def dispatch(
         place(module, real[0], {})
         return real[0]
     main = next((device for device in real if device.type != "cpu"), torch.device("cpu"))
-    index = _offload_index(inventory, folder)
+    index = _offload_index(inventory, layout)
     try:
         accelerate.dispatch_model(
             module,
@@ -317,10 +317,15 @@ def _as_accelerate(device: torch.device | str) -> str | int:
     return device.index or 0 if device.type == "cuda" else str(device)
 
 
-def _offload_index(inventory: Inventory, folder: Path) -> dict[str, dict[str, str]]:
+def _offload_index(inventory: Inventory, layout: Layout) -> dict[str, dict[str, str]]:
     index = {}
     for path, row in inventory.rows.items():
         data = inventory.data[row.data]
         if row.stride is None and row.shape == data.shape:
-            index[path] = {"safetensors_file": str(folder / data.file), "weight_name": row.data, "dtype": row.dtype}
+            file = layout.data / data.file
+            index[path] = {
+                "safetensors_file": str(layout.held.get(file, file)),
+                "weight_name": row.data,
+                "dtype": row.dtype,
+            }
     return index

@@ -15,16 +15,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file as save_numpy
-from safetensors.torch import load_file
+from safetensors.torch import load as load_bytes
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
-from mlflow_safeflavor.digests import cached_digests_of, digests_of
+from mlflow_safeflavor.digests import FileDigests, digests_of
 from mlflow_safeflavor.errors import IntegrityError, StructureError, WeightsError
 from mlflow_safeflavor.inventory import STORABLE, Data, Inventory, Row, contiguous_stride, dtype_name, nbytes_of
+from mlflow_safeflavor.weights_files import HeldFile, hold
 
 __all__ = [
     "ALIGNMENT",
-    "find_wrong_digests",
+    "hold_weights",
     "is_aligned",
     "read_arrays",
     "read_constants",
@@ -201,22 +202,37 @@ def _check_inventory(inventory: Inventory, row_count: int) -> None:
             raise ValueError(f"tensor {row.path!r} reaches past the end of {row.data!r}")
 
 
-def find_wrong_digests(inventory: Inventory, layout: Layout) -> Iterator[str]:
-    """Bytes of the weights that are not the ones that were saved, one sentence each.
+def hold_weights(
+    inventory: Inventory, layout: Layout, *, hashes: bool = True, rehash: bool = False
+) -> tuple[list[HeldFile], list[str]]:
+    """Open all files of weights, and compare their digests; from then on the layout says where to map them from.
+
+    Args:
+        inventory: Names them, and says what must be in them.
+        layout: Changed: ``held``.
+        hashes: Compare digests; otherwise files stay where they are, unless they are small.
+        rehash: Believe nothing that this host remembers.
+
+    Returns:
+        The files, which must live as long as what is mapped from them; and bytes that are not the ones that were
+        saved, one sentence each.
 
     Raises:
         IntegrityError: A file is missing, cut short, or its header is malformed.
     """
-    for file, header in inventory.files.items():
-        path = layout.data / file
+    held, wrong = [], []
+    for name, header in inventory.files.items():
+        path = layout.data / name
         if not path.is_file():
             raise IntegrityError("A file of the artifact is missing", where=layout.name_of(path), way_out=WAY_OUT)
-        found = cached_digests_of(path)
-        if found.header != header:
-            yield f"{layout.name_of(path)}: its header is not the one that was saved"
-        for name, entry in inventory.data.items():
-            if entry.file == file and found.tensors.get(name) != entry.sha256:
-                yield f"{layout.name_of(path)}, tensor {name}: its values are not the ones that were saved"
+        tensors = {data: entry.sha256 for data, entry in inventory.data.items() if entry.file == name}
+        file, problems = hold(
+            path, layout.name_of(path), FileDigests(header, tensors) if hashes else None, rehash=rehash
+        )
+        layout.held[path] = file.path
+        held.append(file)
+        wrong += problems
+    return held, wrong
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -225,6 +241,8 @@ def find_wrong_digests(inventory: Inventory, layout: Layout) -> Iterator[str]:
 def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor]:
     """Data name → tensor on CPU, backed by a private memory map of its file: nothing is copied that is aligned.
 
+    What is mapped is ``layout.held``, where the weights are held.
+
     Raises:
         IntegrityError: The safetensors library refuses a file.
         WeightsError: The files hold other tensors than the inventory lists.
@@ -232,7 +250,7 @@ def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor
     values: dict[str, torch.Tensor] = {}
     for file in inventory.files:
         path = layout.data / file
-        with _reading(layout.name_of(path)), safe_open(path, framework="pt") as opened:
+        with _reading(layout.name_of(path)), safe_open(layout.held.get(path, path), framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 if name in values:
                     raise ValueError(f"{name!r} is in another file, too")
@@ -299,4 +317,4 @@ def read_constants(layout: Layout) -> dict[str, torch.Tensor]:
     if not layout.graph_tensors.exists():
         return {}
     with _reading(layout.name_of(layout.graph_tensors)):
-        return {name: _aligned(value) for name, value in load_file(layout.graph_tensors).items()}
+        return {name: _aligned(value) for name, value in load_bytes(layout.graph_tensors.read_bytes()).items()}

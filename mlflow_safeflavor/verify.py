@@ -42,6 +42,7 @@ def verify_model(
     device: str = "auto",
     engine: str | None = None,
     trust: Collection[str] = (),
+    rehash: bool = False,
     timeout: float = 60.0,
 ) -> ParityReport:
     """Answer the golden rows again, here or on a server, and say how they compare with what was recorded.
@@ -58,6 +59,7 @@ def verify_model(
         device: Where to load the model here; see ``load_model``.
         engine: What is to answer here: "module", which is the default where the model has one, or "graph".
         trust: See ``load_model``.
+        rehash: Hash all weights that are loaded here, also those that this host has hashed before.
         timeout: Seconds that all requests to the server may take together; loading a model here is not counted.
 
     Returns:
@@ -68,7 +70,8 @@ def verify_model(
         SafeFlavorError: The model cannot be loaded, or the server cannot be asked.
     """
     chosen = {"engine": engine} if engine else {}
-    options = LoadOptions(device=device, replay=False, trust=frozenset(trust), model_config=chosen)
+    verify = "rehash" if rehash else "full"
+    options = LoadOptions(device=device, verify=verify, replay=False, trust=frozenset(trust), model_config=chosen)
     if endpoint is not None:
         return _verify_server(Endpoint(endpoint, timeout), Layout(locate(model_uri)), rows, options)
     if rows is not None:

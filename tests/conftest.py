@@ -48,6 +48,14 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory):
+    """What is kept on this host between loads is that of these tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_SAFEFLAVOR_CACHE", str(tmp_path_factory.mktemp("host-cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _loopback_only():
     """Opening a connection to any other machine is an error of the test that does it."""
 

@@ -62,7 +62,7 @@ def write(module: torch.nn.Module, folder: Path) -> tuple[Layout, inventories.In
 def read_into(fresh: torch.nn.Module, layout: Layout) -> inventories.Inventory:
     """What a load does with tensors."""
     inventory = tensors.read_inventory(layout)
-    assert list(tensors.find_wrong_digests(inventory, layout)) == [], "bytes differ from their own digests"
+    assert tensors.hold_weights(inventory, layout)[1] == [], "bytes differ from their own digests"
     inventories.fill(fresh, inventory, tensors.read_tensors(inventory, layout))
     return inventory
 

@@ -18,6 +18,7 @@ from artifacts import TEXTS, edit_json, edit_mlmodel, reseal
 
 import mlflow_safeflavor
 from mlflow_safeflavor import load as loading
+from mlflow_safeflavor import weights_files
 from mlflow_safeflavor.errors import (
     EnvironmentMismatchError,
     FormatVersionError,
@@ -158,7 +159,7 @@ def test_off_replays_nothing_but_still_compares_tensors(saved, wanted):
 
 @pytest.mark.parametrize("verify", ["Full", "", None, "none"])
 def test_there_is_no_other_way_to_verify(saved, verify):
-    with pytest.raises(InputError, match=r"full \| structure \| off") as refused:
+    with pytest.raises(InputError, match=r"full \| rehash \| structure \| off") as refused:
         load(saved, verify=verify)
     assert "where: verify" in refused.value.message
     assert repr(verify) in refused.value.message
@@ -298,17 +299,22 @@ def test_many_threads_ask_one_model(saved, wanted):
 # Memory
 
 
-def mapped_ranges(path):
-    """Address ranges of this process in which the file at ``path`` is mapped."""
+def mapped_ranges(name):
+    """Address ranges of this process in which a file is mapped whose name holds ``name``."""
     with open("/proc/self/maps") as maps:
-        lines = [line.split() for line in maps if line.rstrip("\n").endswith(str(path))]
+        lines = [line.split() for line in maps if name in line]
     return [tuple(int(address, 16) for address in line[0].split("-")) for line in lines]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux shows what is mapped")
-def test_weights_are_the_mapped_file_and_no_copy_of_it(saved):
+@pytest.mark.parametrize("kind", ["memory", "copy", "file"])
+def test_weights_are_a_mapped_file_and_no_copy_of_it(saved, monkeypatch, tmp_path, kind):
+    monkeypatch.setattr(weights_files, "_SMALL", {"memory": 10**7}.get(kind, -1))
+    monkeypatch.setenv("MLFLOW_SAFEFLAVOR_CACHE", "off" if kind == "file" else str(tmp_path / "cache"))
     model = load(saved)
-    ranges = mapped_ranges(saved / "safeflavor" / "model.safetensors")
+    assert model.report.weights == kind
+    name = {"memory": "memfd:safeflavor-weights (deleted)", "copy": f"{tmp_path}/cache", "file": str(saved)}[kind]
+    ranges = mapped_ranges(name)
     assert ranges, "the file is not mapped"
     for name, tensor in model.module.state_dict().items():
         inside = any(first <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= last for first, last in ranges)

@@ -1,0 +1,241 @@
+"""What this user keeps on this host from one load to the next: entries by name, in a folder nobody else can write.
+
+An optimisation: whatever fails here costs time and nothing else. An entry is a folder. Of several processes that want
+the same one, one makes it while the others wait, for as long as it shows signs of life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock and no cache
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["VARIABLE", "cache_folder", "entry", "has_room", "in_use", "sweep"]
+
+VARIABLE = "MLFLOW_SAFEFLAVOR_CACHE"
+"""Environment variable: another folder, or "off"."""
+
+_MOST_BYTES = 20 * 10**9
+_SPARE_BYTES = 10**9  # left free on the disk
+_UNUSED = 30 * 86400.0  # seconds
+_LIFELESS = 1.0  # seconds to wait for a lock whose holder shows no sign of life
+_PATIENCE = 60.0  # seconds to wait for one that does
+_LOCK = ".lock"
+
+_logger = logging.getLogger("mlflow.safeflavor")
+
+
+def cache_folder() -> Path | None:
+    """The folder of all entries, which only this user can write; None where there is none or none is wanted.
+
+    In order: ``MLFLOW_SAFEFLAVOR_CACHE``; ``XDG_CACHE_HOME`` and ``~/.cache``, unless files cannot be locked there, as
+    on some network file systems; and the temporary folder, for containers with a read-only home.
+    """
+    chosen = os.environ.get(VARIABLE, "")
+    if fcntl is None or chosen.lower() == "off":
+        return None
+    homes = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")]
+    candidates = [Path(home) / "mlflow-safeflavor" for home in homes if os.path.isabs(home)]
+    candidates.append(Path(tempfile.gettempdir()) / f"mlflow-safeflavor-{os.getuid()}")
+    if chosen:
+        candidates = [Path(chosen)] if os.path.isabs(chosen) else []
+    return next((folder for folder in candidates if _is_private(folder) and _locks(folder)), None)
+
+
+def _is_private(folder: Path) -> bool:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.lstat()
+    except OSError:
+        return False
+    mine = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
+    return mine and not facts.st_mode & 0o022 and os.access(folder, os.W_OK)
+
+
+def _locks(folder: Path) -> bool:
+    try:
+        descriptor = _open_lock(folder / _LOCK)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def entry(name: str) -> Iterator[Path | None]:
+    """The folder of an entry, empty if it is new, for this process alone while the block lasts.
+
+    None where there is no cache, or where another process holds the entry for more than a second without a sign of
+    life. What fails inside the block with an ``OSError`` is the caller's to take lightly.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = None
+        root = cache_folder()
+        if root is not None:
+            try:
+                if stack.enter_context(_locked(root / f"{name}{_LOCK}")):
+                    folder = root / name
+                    if not folder.is_dir() or folder.is_symlink():
+                        folder.unlink(missing_ok=True)
+                    folder.mkdir(mode=0o700, exist_ok=True)
+                    os.utime(folder)  # when it was last used
+            except OSError as error:
+                _logger.info("safeflavor: nothing is kept on this host: %s", error)
+                folder = None
+        yield folder
+
+
+def in_use(folder: Path) -> int:
+    """A descriptor that keeps an entry from being swept until it is closed."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):  # no locks on folders: nor can a sweep take one, and leaves it alone
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return descriptor
+
+
+# Locks.
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    descriptor = _lock(path)
+    if descriptor is None:
+        yield False
+        return
+    done = threading.Event()
+
+    def show_life() -> None:
+        while not done.wait(_LIFELESS / 4):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    beating = threading.Thread(target=show_life, name="safeflavor-cache", daemon=True)
+    beating.start()
+    try:
+        yield True
+    finally:
+        done.set()
+        beating.join()
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor with the lock; None if whoever has it does not let go."""
+    descriptor, began = _open_lock(path), time.monotonic()
+    seen, since = -1, began
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):
+                return descriptor
+            os.close(descriptor)  # swept meanwhile
+            descriptor = _open_lock(path)
+            continue
+        except BlockingIOError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        now, beat = time.monotonic(), os.fstat(descriptor).st_mtime_ns
+        if beat != seen:
+            seen, since = beat, now
+        if now - since > _LIFELESS or now - began > _PATIENCE:
+            os.close(descriptor)
+            return None
+        time.sleep(0.01)
+
+
+def _open_lock(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except OSError:
+        return False
+
+
+# Room.
+
+
+def has_room(folder: Path, nbytes: int) -> bool:
+    """Whether an entry may grow by so many bytes, after others that nobody uses were removed for it."""
+    sweep(nbytes)
+    root = folder.parent
+    disk = os.statvfs(root)
+    enough = disk.f_bavail * disk.f_frsize >= nbytes + _SPARE_BYTES
+    return enough and sum(map(_size_of, _folders(root))) + nbytes <= _MOST_BYTES
+
+
+def sweep(room: int = 0) -> None:
+    """Remove entries that nobody uses now: those unused for a month, and the least recently used over 20 GB.
+
+    Args:
+        room: Bytes that are about to be added.
+    """
+    root = cache_folder()
+    if root is None:
+        return
+    folders = sorted(_folders(root), key=_last_used)
+    total = sum(map(_size_of, folders)) + room
+    for folder in folders:
+        size = _size_of(folder)
+        if (total > _MOST_BYTES or time.time() - _last_used(folder) > _UNUSED) and _remove(folder):
+            total -= size
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return [path for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
+    except OSError:
+        return []
+
+
+def _last_used(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size_of(folder: Path) -> int:
+    try:
+        return sum(path.lstat().st_size for path in folder.iterdir())
+    except OSError:
+        return 0
+
+
+def _remove(folder: Path) -> bool:
+    """Remove an entry unless somebody makes, reads or uses it."""
+    lock = folder.with_name(f"{folder.name}{_LOCK}")
+    held: list[int] = []
+    try:
+        held.append(_open_lock(lock))
+        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(os.open(folder, os.O_RDONLY | os.O_CLOEXEC))
+        fcntl.flock(held[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+        lock.unlink(missing_ok=True)
+        return True
+    except OSError:
+        return False
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
