@@ -7,6 +7,7 @@ the damage is rightly disregarded, ``any`` where MLflow reads the file before we
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.util
 import json
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from artifacts import edit_json, edit_mlmodel, flip, read_header, reseal, rewrite, write_header
 
-from mlflow_safeflavor.artifact import Layout, digest_of_file
+from mlflow_safeflavor.artifact import Layout, digest_json, digest_of_file
 
 SOURCE = """
 import torch
@@ -490,6 +491,67 @@ def device_manifest(target):
     target.manifest.symlink_to("/dev/zero")
 
 
+@attack("IntegrityError", "any")
+def mlmodel_is_a_link(target):
+    """MLmodel is a symbolic link"""
+    _behind_link(target.mlmodel, target.canary.parent / "elsewhere")
+
+
+@attack("IntegrityError")
+def pipe_beside(target):
+    """a pipe that no manifest lists, in a folder that is walked"""
+    os.mkfifo(target.tokenizer / "pipe.json")
+
+
+@attack("IntegrityError")
+def folders_nested(target):
+    """100 folders in each other"""
+    (target.data / "/".join("d" * 100)).mkdir(parents=True)
+
+
+def sparse(target: Target, path: Path, size: int) -> None:
+    """Make a file huge without writing it, and tell the manifest so; nobody is to read it to find that it lies."""
+    rewrite(path, b"")
+    os.truncate(path, size)
+
+    def change(manifest: Any) -> None:
+        manifest["files"][target.name_of(path)] = {"sha256": "0" * 64, "size": size}
+        manifest["sha256"] = digest_json({name: manifest[name] for name in manifest.keys() - {"sha256"}})
+
+    edit_json(target.manifest, change)
+
+
+@attack("IntegrityError")
+def json_of_40_gb(target):
+    """config.json is a hole of 40 GB"""
+    sparse(target, target.config, 40 * 10**9)
+
+
+@attack("IntegrityError", None)
+def tokenizer_of_40_gb(target):
+    """a vocabulary is a hole of 40 GB"""
+    sparse(target, target.tokenizer_json, 40 * 10**9)
+
+
+@attack("IntegrityError")
+def requirements_of_40_gb(target):
+    """requirements.txt is a hole of 40 GB"""
+    sparse(target, target.requirements, 40 * 10**9)
+
+
+@attack("IntegrityError")
+def manifest_of_40_gb(target):
+    """the manifest is a hole of 40 GB"""
+    rewrite(target.manifest, b"")
+    os.truncate(target.manifest, 40 * 10**9)
+
+
+@attack("IntegrityError", None)
+def mlmodel_of_3_mb(target):
+    """MLmodel has 3 MB, which a YAML parser needs half a minute for (through pyfunc MLflow reads it first)"""
+    rewrite(target.mlmodel, target.mlmodel.read_text() + "more:\n" + "- [a, b]\n" * 333_000)
+
+
 def text_attack(name: str, doc: str, file: str, change: Callable[[str], str | bytes], outcome: str) -> None:
     """The text of one file below safeflavor/ is changed, and the manifest made anew."""
 
@@ -787,6 +849,33 @@ def golden_outputs_gone(target):
     target.reseal()
 
 
+# --- environment.json -----------------------------------------------------------------------------
+
+
+def environment_attack(name: str, doc: str, change: Callable[[Any], Any]) -> None:
+    """environment.json is changed, and the manifest made anew."""
+
+    def damage(target: Target) -> None:
+        target.json(target.environment, change)
+
+    damage.__name__, damage.__doc__ = name, doc
+    attack("IntegrityError")(damage)
+
+
+environment_attack("python_of_two_lines", "a Python version that goes on in another line",
+                   lambda e: e.update(python="3.11.7\nRUN id"))  # fmt: skip
+environment_attack("python_is_an_image", "a Python version that is a tag", lambda e: e.update(python="3.11@sha256:0"))
+environment_attack("machine_with_escape", "a machine that a terminal obeys", lambda e: e.update(machine="\x1b[2J"))
+environment_attack("pin_is_an_option", "a distribution that is an option of pip",
+                   lambda e: e["distributions"].update({"--index-url=http://x": "1"}))  # fmt: skip
+environment_attack("pin_of_two_lines", "a version of two lines",
+                   lambda e: e["distributions"].update(numpy="1\n--index-url http://x"))  # fmt: skip
+environment_attack("torch_build_nested", "a fact of torch that is a list", lambda e: e["torch_build"].update(cuda=[[]]))
+environment_attack("wheel_outside", "a wheel named like a path outside",
+                   lambda e: e.update(wheels={"torch": {"file": "../x.whl", "sha256": "0" * 64, "content": "0" * 64}}),
+                   )  # fmt: skip
+
+
 # --- MLmodel --------------------------------------------------------------------------------------
 
 
@@ -814,6 +903,23 @@ flavor_attack("task_config_gone", "what the task recorded is gone", lambda e: e.
 flavor_attack("labels_swapped", "labels change places", lambda e: e["task_config"]["labels"].reverse(), "ParityError")
 flavor_attack("runs_nested", "runs is no list of words", lambda e: e.update(runs=[["code"]]))
 flavor_attack("runs_unknown", "runs something unheard of", lambda e: e.update(runs=["shell"]))
+flavor_attack("column_of_two_lines", "a column whose name goes on in another line",
+              lambda e: e["input_columns"].update(text="text\nRUN id"))  # fmt: skip
+flavor_attack("column_with_escape", "a column that a terminal obeys",
+              lambda e: e["input_columns"].update(text="\x1b]0;owned\x07"))  # fmt: skip
+flavor_attack(
+    "option_is_a_list", "a run-time option that is a list", lambda e: e["model_config"].update(device=["cpu"])
+)
+flavor_attack("option_of_two_lines", "a run-time option of two lines",
+              lambda e: e["model_config"].update(device="cpu\nENV A=b"))  # fmt: skip
+flavor_attack("loader_version_of_two_lines", "a version of two lines",
+              lambda e: e.update(loader_version="1.0\nRUN id"))  # fmt: skip
+flavor_attack("loader_digest_text", "a digest that is a path", lambda e: e.update(loader_digest="../../etc/passwd"))
+flavor_attack("task_of_two_lines", "a task of two lines", lambda e: e.update(task="raw\nRUN id"))
+flavor_attack("task_config_nested", "what the task recorded is 50 lists deep",
+              lambda e: e["task_config"].update(more=json.loads("[" * 50 + "]" * 50)))  # fmt: skip
+flavor_attack("task_config_date", "what the task recorded holds what JSON does not have",
+              lambda e: e["task_config"].update(more=datetime.date(2020, 1, 1)))  # fmt: skip
 flavor_attack("key_missing", "a key is missing", lambda e: e.pop("runs"))
 
 
