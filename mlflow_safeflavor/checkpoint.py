@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -20,7 +21,7 @@ from mlflow_safeflavor.inventory import find_slots, some
 from mlflow_safeflavor.placement import _islands, resolve_dtype
 from mlflow_safeflavor.statedict import Fit, cast, find_groups, fit, read_state, require_fit, with_base_prefix
 
-__all__ = ["from_pretrained", "processor_of", "tokenizer_of"]
+__all__ = ["bare_model", "from_pretrained", "processor_of", "tokenizer_of"]
 
 # --- from_pretrained -----------------------------------------------------------------------------
 
@@ -136,16 +137,22 @@ def _download(name: str, revision: str, options: Mapping[str, Any]) -> Path:
     return hub.download(name, revision, ["*.json", "*.bin"], **options)
 
 
-def _class_of(folder: Path) -> type[Any]:
-    """The transformers class that a checkpoint's config names."""
+def _config_of(folder: Path) -> Any:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise StructureError(
             "There is no readable checkpoint", where=folder, wanted="a folder with config.json", found=error
         ) from error
+
+
+def _class_of(folder: Path) -> type[Any]:
+    """The transformers class that a checkpoint's config names."""
+    import transformers
+
+    config = _config_of(folder)
     name = (config.architectures or ["none"])[0]
     cls = getattr(transformers, name, None)
     if not isinstance(cls, type):
@@ -204,6 +211,28 @@ def _require_model_type(cls: type[Any], folder: Path) -> None:
 def _restore_generation_config(module: Any, folder: Path) -> None:
     if (folder / "generation_config.json").is_file() and getattr(module, "generation_config", None) is not None:
         module.generation_config = type(module.generation_config).from_pretrained(folder, local_files_only=True)
+
+
+def bare_model(folder: str | Path) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for the model of tokens in a folder, without heads and pooler.
+
+    It is what sentence-transformers takes of a checkpoint: of T5 and its relatives the encoder.
+
+    Raises:
+        StructureError: There is no readable config, or transformers has no such model.
+    """
+    import transformers
+
+    config = _config_of(Path(folder))
+    cls: Any = transformers.AutoModel._model_mapping.get(type(config), None)
+    if isinstance(cls, type):
+        cls = getattr(transformers, f"{cls.__name__.removesuffix('Model')}EncoderModel", cls)
+    if not isinstance(cls, type):
+        raise StructureError("There is no model of tokens", where=folder, found=type(config).__name__)
+    arguments: dict[str, Any] = {"model_class": cls, "drop": ("cls.*", "lm_head.*", "classifier.*", "pooler.*")}
+    if "add_pooling_layer" in inspect.signature(cls).parameters:
+        return {**arguments, "drop": (*arguments["drop"], "*.pooler.*"), "add_pooling_layer": False}
+    return arguments
 
 
 # --- loading -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from mlflow_safeflavor.construction import construct_twice, declared_ties, recipe_of
+from mlflow_safeflavor.embedding import Embedder
 from mlflow_safeflavor.errors import InputError, SafeFlavorError, WeightsError
 from mlflow_safeflavor.inventory import Slot, find_slots
 from mlflow_safeflavor.statedict import bits_equal
@@ -36,6 +37,8 @@ def find_damage(module: torch.nn.Module) -> list[str]:
     The module is only looked at. Where its constructor cannot be called again, as for a class that
     stores no config, only the values themselves are judged.
     """
+    if isinstance(module, Embedder):  # no constructor knows its layers, and none computes any of their values
+        return [*(f"transformer.{one}" for one in find_damage(module.transformer)), *find_damage(module.layers)]
     slots = find_slots(module)
     found = [f"{slot.path}: is on the meta device, it has no values" for slot in slots if slot.tensor.is_meta]
     slots = [slot for slot in slots if not slot.tensor.is_meta]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mlflow_safeflavor import checkpoint, pipelines
+from mlflow_safeflavor import checkpoint, pipelines, sentences
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.given import Source
 from mlflow_safeflavor.processor import hears
@@ -50,8 +50,12 @@ _PARTS = ("model", "task", "tokenizer", "processor", "image_processor", "feature
 
 
 def _take_apart(model: Any, dtype: str) -> Source:
+    if sentences.is_object(model):
+        return sentences.from_object(model)
     if isinstance(model, torch.nn.Module):
         return Source(model)
+    if isinstance(model, (str, Path)) and sentences.is_folder(model):
+        return sentences.from_folder(model, dtype)
     if isinstance(model, (str, Path)):
         return Source(checkpoint.from_pretrained(model, dtype=dtype))
     if pipelines.is_pipeline(model):

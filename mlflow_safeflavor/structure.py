@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
+from mlflow_safeflavor.embedding import Embedder
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.inventory import Inventory, find_places, find_slots
 from mlflow_safeflavor.memory import real_memory
@@ -50,6 +51,9 @@ def describe(
     Raises:
         StructureError: The module is hooked, quantised, or no allowed kind can rebuild it.
     """
+    if isinstance(module, Embedder):
+        described = describe(module.transformer, init_args=init_args, allow_pickle=allow_pickle)
+        return described if described["kind"] == "pickle" else {**described, "layers": module.described}
     _require_plain(module)
     if not allow_pickle or init_args is not None:
         return _describe_constructor(module, init_args)
@@ -95,6 +99,7 @@ def _describe_constructor(module: torch.nn.Module, init_args: Mapping[str, Any] 
         "class": name_of(cls),
         **_NO_CONFIG,
         "arguments": {},
+        "layers": None,
     }
     if structure["kind"] == "import":
         _require_importable(cls)
@@ -288,6 +293,8 @@ def build(
         config = _config_from_json(structure, lookup)
         with real_memory(dtype, inventory=inventory):
             module = cls(**arguments) if config is None else cls(config, **arguments)
+            if structure["layers"] is not None:
+                module = Embedder(module, structure["layers"])
     except SafeFlavorError:
         raise
     except Exception as error:
@@ -367,6 +374,7 @@ _CONSTRUCTOR_KEYS: dict[str, type | tuple[type, ...]] = {
     "attn_implementation": dict,
     "experts_implementation": dict,
     "arguments": dict,
+    "layers": (list, type(None)),
 }
 _KEYS_OF: dict[str, dict[str, type | tuple[type, ...]]] = {
     "pickle": {**_KEYS, "reason": str, "pickle": dict},

@@ -66,7 +66,7 @@ class Task(ABC):
 
     def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str], encoder: Any = None) -> None:
         self.config = config
-        self.asked = with_defaults(self.params, config.get("params", {}))
+        self.asked = with_defaults(self.declared(config), config.get("params", {}))
         self.columns = self.columns_for(columns)
         self.encoder = encoder
 
@@ -125,7 +125,12 @@ class Task(ABC):
             InputError: The task does not know a param, or its value is not allowed; names it.
         """
         own = config.get("params", {})
-        return {**config, "params": {**own, **check_defaults(cls.name, cls.params, given)}}
+        return {**config, "params": {**own, **check_defaults(cls.name, cls.declared(config), given)}}
+
+    @classmethod
+    def declared(cls, config: Mapping[str, Any]) -> tuple[Param, ...]:
+        """The params that a model has, of which ``describe`` returned ``config``."""
+        return cls.params
 
     @classmethod
     def golden(cls, config: Mapping[str, Any]) -> dict[str, Any]:

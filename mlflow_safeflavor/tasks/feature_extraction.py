@@ -10,29 +10,49 @@ import numpy as np
 import torch
 from mlflow.types import DataType
 
+from mlflow_safeflavor.embedding import POOLINGS, Embedder, pool
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.releases import Array, schema_of
+from mlflow_safeflavor.rows import require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.outputs import pick, require_finite
-from mlflow_safeflavor.tasks.text import TextTask, describe_text_model
+from mlflow_safeflavor.tasks.params import Param
+from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
 
 __all__ = ["FeatureExtraction"]
 
-_POOLINGS = ("mean", "cls", "last")
 _HEADS = re.compile(r"(LMHead|DoubleHeads|PreTrained|EncoderDecoder|MT)Model$")
+_SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+
+_TRUNCATE_DIM = Param(
+    "truncate_dim",
+    "long",
+    default=0,
+    wanted="how many numbers of an embedding to keep, or 0 for all",
+    allows=lambda value: value >= 0,
+    none_is=0,
+)
+_NORMALIZE = Param("normalize_embeddings", "boolean", default=False, wanted="true or false")
+_PROMPT = Param("prompt", "string", default="", wanted="a text to put in front", none_is="")
 
 
 class FeatureExtraction(TextTask):
-    """One vector a text, pooled from the last hidden state.
+    """One vector a text, pooled from the last hidden state, as ``SentenceTransformer.encode`` makes it.
 
-    Options, fixed at save through ``model_config``: ``pooling``, "mean" over real tokens (default), "cls", the
-    first real token, or "last", the last one; ``normalize``, whether to scale to length 1 (default False).
+    Options, fixed at save through ``model_config``, or by what a model of sentence-transformers says: ``pooling``, a
+    name in ``embedding.POOLINGS``, by default "mean" over real tokens, or a list of them, side by side; ``normalize``,
+    whether to scale to length 1 (default False); ``prompts``, name → text to put in front; ``include_prompt``, whether
+    the prompt's tokens are pooled, too (default True); ``similarity``, what embeddings are compared with, only noted.
 
-    Answers: ``embedding``, a list of as many floats as the model's hidden size.
+    Params: ``prompt_name`` and ``prompt``, for models with prompts; ``truncate_dim``, and ``normalize_embeddings``, to
+    scale to length 1 after that.
+
+    Answers: ``embedding``, a list of floats, by default as many as the model's hidden size.
     """
 
     name = "feature-extraction"
-    task_options = frozenset({"pooling", "normalize"})
+    params = (_TRUNCATE_DIM, _NORMALIZE, MAX_LENGTH, TRUNCATION)
+    task_options = frozenset({"pooling", "normalize", "prompts", "include_prompt", "similarity"})
     answer = schema_of({"embedding": Array(DataType.double)})
 
     @classmethod
@@ -41,18 +61,42 @@ class FeatureExtraction(TextTask):
 
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        tokens = model.transformer if isinstance(model, Embedder) else model
+        if getattr(getattr(tokens, "config", None), "is_encoder_decoder", False):
             raise StructureError(
                 "The last hidden state of an encoder-decoder model is its decoder's, not that of the text",
-                where=type(model).__name__,
+                where=type(tokens).__name__,
                 wanted="an encoder",
                 way_out="save the encoder alone, for example T5EncoderModel or model.get_encoder()",
             )
         cls.require_known(options)
-        chosen = {"pooling": "mean", "normalize": False, **options}
-        _require_option("pooling", chosen["pooling"] in _POOLINGS, " | ".join(_POOLINGS), chosen["pooling"])
-        _require_option("normalize", isinstance(chosen["normalize"], bool), "True | False", chosen["normalize"])
-        return {**describe_text_model(model), **chosen}
+        usual = {"pooling": "mean", "normalize": False, "prompts": {}, "include_prompt": True, "similarity": None}
+        chosen = {**usual, **options}
+        if isinstance(chosen["pooling"], str):
+            chosen["pooling"] = [chosen["pooling"]]
+        if isinstance(model, Embedder):
+            _require_option("pooling", "pooling" not in options, "none: the model has layers for that", chosen)
+            chosen["pooling"] = []
+        else:
+            _require_option("pooling", _is_pooling(chosen["pooling"]), f"of {' | '.join(POOLINGS)}", chosen)
+        for name in ("normalize", "include_prompt"):
+            _require_option(name, isinstance(chosen[name], bool), "True | False", chosen)
+        texts = isinstance(chosen["prompts"], Mapping) and [*chosen["prompts"], *chosen["prompts"].values()]
+        _require_option("prompts", texts is not False and all(isinstance(t, str) for t in texts), "texts", chosen)
+        _require_option("similarity", chosen["similarity"] in (None, *_SIMILARITIES), " | ".join(_SIMILARITIES), chosen)
+        text = describe_text_model(tokens)
+        if "weightedmean" in chosen["pooling"] or isinstance(model, Embedder):
+            text["padding_side"] = "right"  # places are counted from the left
+        return {**text, **chosen, "prompts": dict(chosen["prompts"])}
+
+    @classmethod
+    def declared(cls, config: Mapping[str, Any]) -> tuple[Param, ...]:
+        names = tuple(config.get("prompts") or ())
+        if not names:
+            return cls.params
+        wanted = f"{' | '.join(names)}, or an empty text for no prompt"
+        named = Param("prompt_name", "string", "", wanted, allows=("", *names).__contains__, none_is="")
+        return (named, _PROMPT, *cls.params)
 
     @property
     def pad_id(self) -> int | None:
@@ -62,10 +106,35 @@ class FeatureExtraction(TextTask):
         said = (self.config["pad_token_id"], self.encoder.config["pad_token_id"])
         return next((pad_id for pad_id in said if pad_id is not None), 0)
 
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+        require_texts(rows, self.columns)
+        prompt = params.get("prompt") or self.config["prompts"].get(params.get("prompt_name"), "")
+        features = super().encode([{**row, "text": prompt + row["text"]} for row in rows], params)
+        if self.config["include_prompt"]:
+            return features
+        skipped = self._length_of(prompt)
+        return [{**row, "pooling_mask": [int(i >= skipped) for i in range(self.cost(row))]} for row in features]
+
+    def _length_of(self, prompt: str) -> int:
+        """Tokens at the beginning that are the prompt's, special ones in front of it included."""
+        if not prompt:
+            return 0
+        (row,) = self.encoder.encode([prompt], max_length=self.limit, spans=True)
+        return len(row["input_ids"]) - int(row["sequence_ids"][-1] < 0)
+
+    def collate(self, batch: Sequence[Features]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """As any text; the mask tells what is pooled."""
+        inputs, mask = super().collate(batch)
+        if not self.config["include_prompt"]:
+            mask = self._filled([row["pooling_mask"] for row in batch], 0).bool()
+        return inputs if self.config["pooling"] else {**inputs, "pooling_mask": mask.long()}, mask
+
     def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
-        hidden = pick(outputs, "last_hidden_state", (*mask.shape, None))
-        mask = mask.to(hidden.device)
-        pooled = _pooled(hidden, mask, self.config["pooling"])
+        if self.config["pooling"]:
+            hidden = pick(outputs, "last_hidden_state", (*mask.shape, None))
+            pooled = pool(hidden, mask.to(hidden.device), self.config["pooling"])
+        else:
+            pooled = pick(outputs, "sentence_embedding", (len(mask), None))
         if self.config["normalize"]:
             pooled = torch.nn.functional.normalize(pooled, dim=1)
         return [{"embedding": row} for row in pooled.cpu().numpy()]
@@ -77,25 +146,23 @@ class FeatureExtraction(TextTask):
         outputs: Sequence[RowOutput],
         params: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
-        require_finite(np.stack([output["embedding"] for output in outputs]))
-        return [{"embedding": output["embedding"].tolist()} for output in outputs]
+        vectors = np.stack([output["embedding"] for output in outputs])
+        require_finite(vectors)
+        vectors = vectors[:, : params["truncate_dim"] or None]
+        if params["normalize_embeddings"]:
+            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+        return [{"embedding": vector.tolist()} for vector in vectors]
 
 
-def _pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """One vector a row; ``hidden`` has the shape (rows, longest, size) and ``mask`` (rows, longest)."""
-    if pooling == "mean":
-        # Masked out, not multiplied by zero: a padding position may hold NaN.
-        return hidden.masked_fill(~mask[:, :, None], 0).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-    first = mask.int().argmax(dim=1)
-    chosen = first if pooling == "cls" else first + mask.sum(dim=1) - 1
-    return hidden[torch.arange(len(hidden), device=hidden.device), chosen]
+def _is_pooling(value: object) -> bool:
+    return isinstance(value, list) and value != [] and all(kind in POOLINGS for kind in value)
 
 
-def _require_option(name: str, right: bool, wanted: str, found: object) -> None:
+def _require_option(name: str, right: bool, wanted: str, chosen: Mapping[str, Any]) -> None:
     if not right:
         raise InputError(
             "An option of feature-extraction is not allowed",
             where=f"model_config, {name!r}",
             wanted=wanted,
-            found=repr(found),
+            found=repr(chosen[name]),
         )
