@@ -38,6 +38,9 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, kinds: Sequence[str]) -> torc
 
     Returns:
         Shape (rows, size times kinds), in the dtype of ``hidden``.
+
+    Raises:
+        StructureError: There is no such kind.
     """
     real = mask[:, :, None]
     # Masked out, not multiplied by zero: a padding position may hold NaN. Sums are in float32 at least.
@@ -56,6 +59,8 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, kinds: Sequence[str]) -> torc
         elif kind == "weightedmean":
             weights = (places * mask)[:, :, None].to(wide)
             vector = (kept * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
+        elif kind not in POOLINGS:
+            raise StructureError("Unknown pooling", where=kind, wanted=" | ".join(POOLINGS))
         else:
             # Of the last one the place is largest; of the first one the places from the end are.
             order = places if kind == "last" else hidden.shape[1] + 1 - places

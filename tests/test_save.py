@@ -479,7 +479,7 @@ def test_a_key_of_model_config_that_nobody_reads_is_refused(save_tiny, key):
 def test_options_of_the_task_and_of_the_run_time_are_stored(save_tiny, tiny_bert):
     path = save_tiny(tiny_bert(None), model_config={"pooling": "cls", "normalize": True, "max_batch_tokens": 64})
     entry = yaml.safe_load((path / "MLmodel").read_text())["flavors"]["safeflavor"]
-    assert (entry["task_config"]["pooling"], entry["task_config"]["normalize"]) == ("cls", True)
+    assert (entry["task_config"]["pooling"], entry["task_config"]["normalize"]) == (["cls"], True)
     assert entry["model_config"]["max_batch_tokens"] == 64
     embedding = torch.tensor(mlflow_safeflavor.load_model(str(path)).predict(TEXTS)["embedding"].tolist())
     assert torch.allclose(embedding.norm(dim=1), torch.ones(3))

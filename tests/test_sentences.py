@@ -18,7 +18,7 @@ import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
 
-sentence_transformers = pytest.importorskip("sentence_transformers")
+pytest.importorskip("sentence_transformers", minversion="6")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder

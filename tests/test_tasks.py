@@ -291,16 +291,19 @@ def test_a_model_is_given_only_what_its_forward_takes(bound, tiny_tokenizer):
         assert set(task.batches[0]) == wanted
 
 
+POOLED = {"normalize": False, "prompts": {}, "include_prompt": True}
+
+
 @pytest.mark.parametrize(("pooling", "wanted"), [("cls", [[1.0], [5.0]]), ("last", [[2.0], [6.0]])])
 def test_the_first_and_last_real_token_on_either_side_of_padding(pooling, wanted):
-    task = FeatureExtraction({"pooling": pooling, "normalize": False}, {"text": "text"})
+    task = FeatureExtraction({**POOLED, "pooling": [pooling]}, {"text": "text"})
     hidden = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
     mask = torch.tensor([[True, True, False], [False, True, True]])
     assert [output["embedding"].tolist() for output in task.read({"last_hidden_state": hidden}, mask)] == wanted
 
 
 def test_nan_at_padding_positions_does_not_reach_the_mean(classifier):
-    task = FeatureExtraction({"pooling": "mean", "normalize": False}, {"text": "text"})
+    task = FeatureExtraction({**POOLED, "pooling": ["mean"]}, {"text": "text"})
     hidden = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [float("nan")] * 2]])
     (output,) = task.read({"last_hidden_state": hidden}, torch.tensor([[True, True, False]]))
     assert output["embedding"].tolist() == [2.0, 3.0]
@@ -469,9 +472,9 @@ def test_labels_that_are_no_numbering_are_refused(tiny_bert):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pooling": "max"}, r"'pooling'[\s\S]*mean \| cls \| last[\s\S]*'max'"),
+        ({"pooling": "median"}, r"'pooling'[\s\S]*mean \| cls \| last \| max[\s\S]*'median'"),
         ({"normalize": 1}, r"'normalize'[\s\S]*True \| False[\s\S]*1"),
-        ({"pool": "cls"}, r"'pool'[\s\S]*normalize \| pooling"),
+        ({"pool": "cls"}, r"'pool'[\s\S]*include_prompt \| normalize \| pooling \| prompts \| similarity"),
     ],
 )
 def test_an_option_that_is_not_allowed(tiny_bert, options, message):

@@ -171,7 +171,12 @@ def test_signatures_are_silent_about_lists_and_refuse_them_as_input(here, tmp_pa
     assert signature.outputs is None
     assert mlflow.models.Model.load(str(here / "custom")).signature.outputs is None
     assert signature.inputs.input_names() == ["text"]
-    assert {param.name for param in signature.params} == {"max_length", "truncation"}
+    assert {param.name for param in signature.params} == {
+        "truncate_dim",
+        "normalize_embeddings",
+        "max_length",
+        "truncation",
+    }
     given = matrix_models.custom()
     example = [{"buggy_code": "a", "fixed_code": "b", "tags": ["x", "y"]}]
     with pytest.raises(InputError, match=r"tags[\s\S]*2\.10"):
