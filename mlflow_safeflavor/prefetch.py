@@ -12,6 +12,7 @@ from typing import Any
 from mlflow_safeflavor import checkpoint, hub
 from mlflow_safeflavor.artifact import digest_of_file, read_json, staging, write_json
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
+from mlflow_safeflavor.plain_files import digest_of_plain, list_files
 from mlflow_safeflavor.statedict import read_state
 
 __all__ = ["MANIFEST", "Prefetched", "prefetch"]
@@ -213,11 +214,11 @@ def _class(name: str | None) -> type[Any] | None:
 
 
 def _describe(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name → size and SHA-256 of every file but the manifest."""
-    paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and path != folder / MANIFEST)
+    """Name → size and SHA-256 of every file but the manifest; a link or a pipe is an IntegrityError."""
     return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest_of_file(path)}
-        for path in paths
+        name: {"size": facts.st_size, "sha256": digest_of_plain(folder / name)}
+        for name, facts in list_files(folder).items()
+        if name != MANIFEST
     }
 
 
