@@ -1,4 +1,4 @@
-"""How much memory a graph from a file may hold at once.
+"""How much memory a graph from a file may hold at once, and a constructor ask for.
 
 Sizes in a graph are numbers of the file, and products of them: a few calls can ask for more than any machine has.
 Torch allocates before anybody can look, and the system may kill a process that then writes to it. So while a model is
@@ -34,14 +34,17 @@ class Allowance(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         most_bytes: The allowance.
+        gives_back: Whether what nobody holds any more counts no longer. A parameter holds the memory of a tensor that
+            is let go, so a constructor gets nothing back.
 
     Raises:
         TooMuch: Before the call that is beyond it.
     """
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: int, *, gives_back: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.left = most_bytes
+        self.gives_back = gives_back
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -65,13 +68,14 @@ class Allowance(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _require(self, nbytes: int) -> None:
         if nbytes > self.left:
-            raise TooMuch(f"wants {nbytes:,} bytes, and {max(0, self.left):,} are left of what a graph may hold")
+            raise TooMuch(f"wants {nbytes:,} bytes, and {max(0, self.left):,} are left of what may be held")
 
     def _hold(self, tensor: torch.Tensor) -> None:
         nbytes = tensor.untyped_storage().nbytes()
         self._require(nbytes)
         self.left -= nbytes
-        weakref.finalize(tensor, self._let_go, nbytes)
+        if self.gives_back:
+            weakref.finalize(tensor, self._let_go, nbytes)
 
     def _let_go(self, nbytes: int) -> None:
         self.left += nbytes

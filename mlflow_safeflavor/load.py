@@ -290,9 +290,10 @@ def rebuild(
         The module, and the user's hooks by name.
     """
     from mlflow_safeflavor import inventory as inventories
-    from mlflow_safeflavor import memory, pickled, structure, tensors, usercode
+    from mlflow_safeflavor import bounds, memory, pickled, structure, tensors, usercode
 
     described = structure.read_structure(layout, spec)
+    bounds.require_explained(described.get("config"), inventory, layout.name_of(layout.config))
     values = tensors.read_tensors(inventory, layout)
     objects: dict[str, Any] = {}
     hidden: dict[str, torch.Tensor] = {}

@@ -14,7 +14,9 @@ import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from mlflow_safeflavor.allowance import Allowance, TooMuch
 from mlflow_safeflavor.artifact import WAY_OUT
+from mlflow_safeflavor.bounds import Bounded
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.inventory import Inventory
 from mlflow_safeflavor.kept import kept_random_state
@@ -32,8 +34,9 @@ class _Constructing(TorchFunctionMode):
 
     * Random initialisers leave their tensor untouched. They arrive as functions of ``torch.nn.init``,
       of ``transformers.initialization`` and as tensor methods.
-    * Allocating far more than the stored tensors take is refused: a config may say anything of sizes
-      and layers. This looks after each allocation: memory costs nothing before something is written to it.
+    * Asking for far more memory, or far more tensors and modules, than were stored is refused: a config may say
+      anything of sizes and layers. ``empty`` is looked at afterwards, as memory costs nothing before something is
+      written to it; everything else before it is called.
     """
 
     _RANDOM = frozenset(
@@ -43,33 +46,53 @@ class _Constructing(TorchFunctionMode):
         )
     )
     _ALLOCATORS = frozenset(("empty", "full", "ones", "rand", "randn", "zeros"))
+    _READERS = frozenset(("__get__", "__set__", "to", "size", "dim", "numel", "is_floating_point"))
 
     def __init__(self, inventory: Inventory | None = None) -> None:
         super().__init__()
         # Generous: stored dtypes are narrower than float32, and constructors make tensors they do not keep.
-        self.most_bytes = 8 * inventory.nbytes + 2**30 if inventory else sys.maxsize
-        self.most_tensors = 10 * len(inventory.rows) + 1000 if inventory else sys.maxsize
+        most_bytes = 8 * inventory.nbytes + 2**30 if inventory else sys.maxsize
+        self.allowance = Allowance(most_bytes, gives_back=False)
+        self.most_parts = 10 * len(inventory.rows) + 1000 if inventory else sys.maxsize
+        self.bounded = inventory is not None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", None)
+        name = getattr(func, "__name__", "")
         if name in self._RANDOM and not _truncates():
             return args[0] if args else kwargs["tensor"]
-        result = func(*args, **kwargs)
-        if name in self._ALLOCATORS and isinstance(result, torch.Tensor):
-            self._count(result)
+        in_place = name.endswith("_") and not name.endswith("__")
+        if not self.bounded or in_place or name in self._READERS:
+            return func(*args, **kwargs)
+        if name == "empty":
+            result = func(*args, **kwargs)
+            self.allowance.left -= result.nbytes
+            if self.allowance.left < 0:
+                raise _too_much(f"a tensor of shape {list(result.shape)}")
+        else:
+            try:
+                with self.allowance:
+                    result = func(*args, **kwargs)
+            except TooMuch as error:
+                raise _too_much(f"{name} {error}") from None
+        if name in self._ALLOCATORS:
+            self.count()
         return result
 
-    def _count(self, tensor: torch.Tensor) -> None:
-        self.most_bytes -= tensor.nbytes
-        self.most_tensors -= 1
-        if self.most_bytes < 0 or self.most_tensors < 0:
-            raise StructureError(
-                "The constructor wants far more memory than the stored tensors take",
-                where="a config or constructor argument",
-                found=f"a tensor of shape {list(tensor.shape)}",
-                way_out=WAY_OUT,
-            )
+    def count(self) -> None:
+        """One more tensor or module."""
+        self.most_parts -= 1
+        if self.most_parts < 0:
+            raise _too_much("more tensors and modules than ten times those that were stored")
+
+
+def _too_much(found: str) -> StructureError:
+    return StructureError(
+        "The constructor wants far more memory than the stored tensors take",
+        where="a config or constructor argument",
+        found=found,
+        way_out=WAY_OUT,
+    )
 
 
 class _DefaultDtype(TorchFunctionMode):
@@ -126,13 +149,15 @@ _constructing = threading.local()
 
 
 def _mark_initialised(module: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
-    """Tell transformers that the ``_init_weights`` of a submodule need not run: half the time of building.
+    """Count a submodule, and tell transformers that its ``_init_weights`` need not run: half the time of building.
 
     Registered once and for all: torch walks its dict of hooks without a lock, and taking one out again
     would break whatever another thread is constructing at that moment.
     """
-    if child is not None and getattr(_constructing, "on", False):
+    mode: _Constructing | None = getattr(_constructing, "mode", None)
+    if child is not None and mode is not None:
         child.__dict__["_is_hf_initialized"] = True
+        mode.count()
 
 
 register_module_module_registration_hook(_mark_initialised)
@@ -164,8 +189,10 @@ def real_memory(
             stack.callback(torch.set_default_dtype, before)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        stack.callback(setattr, _constructing, "on", getattr(_constructing, "on", False))
-        _constructing.on = inventory is not None
         if not initialise:
-            stack.enter_context(_Constructing(inventory))
+            mode = stack.enter_context(_Constructing(inventory))
+            stack.callback(setattr, _constructing, "mode", getattr(_constructing, "mode", None))
+            _constructing.mode = mode if inventory is not None else None
+        if inventory is not None:
+            stack.enter_context(Bounded(8 * inventory.nbytes))
         yield

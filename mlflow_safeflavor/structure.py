@@ -290,8 +290,8 @@ def build(
             name: value["value"] if "value" in value else _config_from_json(value, lookup)
             for name, value in structure["arguments"].items()
         }
-        config = _config_from_json(structure, lookup)
         with real_memory(dtype, inventory=inventory):
+            config = _config_from_json(structure, lookup)
             module = cls(**arguments) if config is None else cls(config, **arguments)
             if structure["layers"] is not None:
                 module = Embedder(module, structure["layers"])
