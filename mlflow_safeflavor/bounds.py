@@ -1,7 +1,7 @@
 """Bounds on what a config may make its classes ask for: numbers, time, and objects of Python.
 
-``memory`` counts tensors and layers while they are made. Python's own lists and dicts, and loops, it does not see: 3 million
-labels without a name were two dicts of 1 GB before the first tensor was.
+``memory`` counts tensors and modules while they are made. Python's own lists and dicts, and loops, it does not see: 3
+million labels without a name were two dicts of 1 GB before the first tensor was.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from mlflow_safeflavor.artifact import WAY_OUT
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.inventory import Inventory
 
-__all__ = ["Bounded", "find_unexplained", "require_explained"]
+__all__ = ["find_unexplained", "require_explained", "within"]
+
+Result = TypeVar("Result")
 
 _FLOOR = 2**20
 """No number up to this needs an explanation. Of the 820 configs of transformers 5.23, two have a larger one by default
 whose name is not in the table below."""
+
+_OBJECTS = 4_000_000
+"""More than importing all of transformers makes."""
 
 _NAMES: tuple[tuple[str, int], ...] = (
     # Configs make a name for each label, twice.
@@ -66,73 +70,85 @@ def require_explained(config: Mapping[str, Any] | None, inventory: Inventory, wh
 
 
 class _TooMuch(BaseException):
-    """Raised in the thread that builds. Not an ``Exception``: constructors catch those."""
+    """Raised in the thread that is watched. Not an ``Exception``: constructors catch those."""
 
 
-class Bounded:
-    """A block that is interrupted when it takes far more time or objects than what it builds could need.
+def within(
+    most_bytes: int,
+    function: Callable[[], Result],
+    *,
+    what: str = "Building the model",
+    where: str = "a config or constructor argument",
+    most_seconds: float = 30.0,
+    objects: int = _OBJECTS,
+    first_look: float = 0.25,
+) -> Result:
+    """Call a function, and interrupt it when it takes far more time or memory than it could need.
 
-    Another thread looks now and then, and only at blocks that take longer than a quarter of a second. It ends with the
-    block. A single call of C, which nothing can interrupt, is let finish.
+    Another thread looks now and then, and only at what takes longer than the first look; it ends with the call. A
+    single call of C, which nothing can interrupt, is let finish.
 
     Args:
-        most_bytes: Memory that the block may add, beside 1 GB; counted only where Python's objects have grown, too,
-            as other threads may need any amount at the same time.
-        most_seconds: Seconds of the processor that this thread may take: neither other threads nor a slow disk count.
+        most_bytes: Memory that the call may add, beside 1 GB.
+        function: What is called.
+        what: What it does, for the message.
+        where: What decides how much that takes.
+        most_seconds: Seconds of the processor that this thread may take: other threads and slow disks do not count.
+            10 more for each GB of ``most_bytes``.
+        objects: How many objects of Python may be added before memory counts, as other threads may need any amount of
+            that at the same time.
+        first_look: Seconds before the first look.
 
     Raises:
         StructureError: It was interrupted.
     """
-
-    FIRST_LOOK, NEXT_LOOK = 0.25, 0.05
-    OBJECTS = 4_000_000
-    """More than importing all of transformers makes."""
-
-    def __init__(self, most_bytes: int, most_seconds: float = 30.0) -> None:
-        self.most_bytes, self.most_seconds = most_bytes + 2**30, most_seconds + most_bytes / 100e6
-        self._over = threading.Event()
-        self._reason: str | None = None
-
-    def __enter__(self) -> None:
-        self._thread = threading.get_ident()
-        self._seconds = _seconds_of(self._thread)
-        self._begin = (self._seconds(), sys.getallocatedblocks(), _private_bytes())
-        self._watch = threading.Thread(target=self._look, name="safeflavor-bounds", daemon=True)
-        self._watch.start()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    watch = _Watch(most_bytes + 2**30, most_seconds + most_bytes / 1e8, objects, first_look)
+    # All in one frame: the exception may come at any call, that of an __exit__ included.
+    try:
         try:
-            self._stop()
-        except _TooMuch:  # not again: the other thread gives a second to unwind
-            self._stop()
-        if self._reason is not None and (kind is None or issubclass(kind, _TooMuch)):
-            raise StructureError(
-                "Building the model takes far more than its stored tensors could need",
-                where="a config or constructor argument",
-                found=self._reason,
-                way_out=WAY_OUT,
-            ) from None
+            return function()
+        finally:
+            watch.stop()
+    except _TooMuch:
+        watch.stop()
+    raise StructureError(f"{what} takes far more than it could need", where=where, found=watch.reason, way_out=WAY_OUT)
 
-    def _stop(self) -> None:
+
+class _Watch:
+    """A thread that looks at the thread that made it, and raises ``_TooMuch`` there."""
+
+    NEXT_LOOK, UNWINDING = 0.05, 5.0
+
+    def __init__(self, most_bytes: int, most_seconds: float, objects: int, first_look: float) -> None:
+        self.most_bytes, self.most_seconds, self.objects = most_bytes, most_seconds, objects
+        self.reason: str | None = None
+        self._watched = threading.get_ident()
+        self._seconds = _seconds_of(self._watched)
+        self._begin = (self._seconds(), sys.getallocatedblocks(), _private_bytes())
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, args=(first_look,), name="safeflavor-bounds", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, and take back what it has not raised yet."""
         self._over.set()
-        self._watch.join()
-        _raise_in(self._thread, None)
+        self._thread.join()
+        _raise_in(self._watched, None)
 
-    def _look(self) -> None:
-        wait = self.FIRST_LOOK
+    def _look(self, wait: float) -> None:
         while not self._over.wait(wait):
-            self._reason = self._reason or self._found()
-            if self._reason is not None:
-                _raise_in(self._thread, _TooMuch)
-            wait = self.NEXT_LOOK if self._reason is None else 1.0  # to unwind
+            self.reason = self.reason or self._found()
+            if self.reason is not None and not self._over.is_set():
+                _raise_in(self._watched, _TooMuch)
+            wait = self.NEXT_LOOK if self.reason is None else self.UNWINDING
 
     def _found(self) -> str | None:
         seconds, objects, used = self._begin
         if self._seconds() - seconds > self.most_seconds:
             return f"more than {self.most_seconds:.0f} seconds"
-        objects = sys.getallocatedblocks() - objects
-        if objects > self.OBJECTS and _private_bytes() - used > self.most_bytes:
-            return f"{objects:,} objects of Python and more than {self.most_bytes:,} bytes"
+        objects = max(0, sys.getallocatedblocks() - objects)
+        if objects >= self.objects and _private_bytes() - used > self.most_bytes:
+            return f"more than {self.most_bytes:,} bytes, and {objects:,} objects of Python"
         return None
 
 

@@ -137,8 +137,11 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
             module, hooks = rebuild(inventory, spec, layout, options, report)
         with report.timed("place"):
             device = _place(module, inventory, spec, layout, options, report)
+    from mlflow_safeflavor.vocabulary import require_rows
+
     with _naming_failures(layout):
         model = bind(module, hooks, device, spec, layout, options, report, weights)
+        require_rows(spec.task_config, model.task.encoder, inventory)
         with report.timed("replay"):
             _replay(model, layout, options, report)
             _measure(model, layout, options)
@@ -289,8 +292,8 @@ def rebuild(
     Returns:
         The module, and the user's hooks by name.
     """
-    from mlflow_safeflavor import inventory as inventories
     from mlflow_safeflavor import bounds, memory, pickled, structure, tensors, usercode
+    from mlflow_safeflavor import inventory as inventories
 
     described = structure.read_structure(layout, spec)
     bounds.require_explained(described.get("config"), inventory, layout.name_of(layout.config))

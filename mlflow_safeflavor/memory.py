@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.allowance import Allowance, TooMuch
 from mlflow_safeflavor.artifact import WAY_OUT
-from mlflow_safeflavor.bounds import Bounded
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.inventory import Inventory
 from mlflow_safeflavor.kept import kept_random_state
@@ -193,6 +192,4 @@ def real_memory(
             mode = stack.enter_context(_Constructing(inventory))
             stack.callback(setattr, _constructing, "mode", getattr(_constructing, "mode", None))
             _constructing.mode = mode if inventory is not None else None
-        if inventory is not None:
-            stack.enter_context(Bounded(8 * inventory.nbytes))
         yield

@@ -50,6 +50,7 @@ from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tokenizer import write_tokenizer
 from mlflow_safeflavor.trust import KINDS
 from mlflow_safeflavor.version import __version__
+from mlflow_safeflavor.vocabulary import require_known_tokens
 
 __all__ = ["log_model", "save_model"]
 
@@ -292,7 +293,10 @@ def _write_task(
     input_columns = source.columns if input_columns is None else input_columns
     config = cls.describe(source.module, {key: options[key] for key in options.keys() & cls.task_options})
     config = cls.with_params(config, defaults)
-    encoder = write_tokenizer(source.tokenizer, layout.tokenizer) if source.tokenizer is not None else None
+    encoder = None
+    if source.tokenizer is not None:
+        table = require_known_tokens(source.tokenizer, source.module)
+        encoder = {**write_tokenizer(source.tokenizer, layout.tokenizer), "table": table}
     if source.processor is not None:
         write_processor(source.processor, layout.processor)
     return ModelSpec(

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
+from mlflow_safeflavor.bounds import within
 from mlflow_safeflavor.embedding import Embedder
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.inventory import Inventory, find_places, find_slots
@@ -286,15 +287,18 @@ def build(
         # Looked at before it is called: os.system is no model, and a call would be too late to tell.
         if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
             raise StructureError("The class is no module", where=structure["class"], wanted="a torch.nn.Module")
-        arguments = {
-            name: value["value"] if "value" in value else _config_from_json(value, lookup)
-            for name, value in structure["arguments"].items()
-        }
-        with real_memory(dtype, inventory=inventory):
+
+        def make() -> Any:
+            arguments = {
+                name: value["value"] if "value" in value else _config_from_json(value, lookup)
+                for name, value in structure["arguments"].items()
+            }
             config = _config_from_json(structure, lookup)
-            module = cls(**arguments) if config is None else cls(config, **arguments)
-            if structure["layers"] is not None:
-                module = Embedder(module, structure["layers"])
+            made = cls(**arguments) if config is None else cls(config, **arguments)
+            return made if structure["layers"] is None else Embedder(made, structure["layers"])
+
+        with real_memory(dtype, inventory=inventory):
+            module = make() if inventory is None else within(8 * inventory.nbytes, make)
     except SafeFlavorError:
         raise
     except Exception as error:

@@ -159,6 +159,11 @@ class TextEncoder:
         return found
 
     @property
+    def size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self._tokenizer.get_vocab_size())
+
+    @property
     def marks_subwords(self) -> bool:
         """Whether tokens that go on with a word are marked as such, like "##ing"."""
         return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from mlflow.types import DataType, Schema
 
+from mlflow_safeflavor.chat_template import render
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.releases import Array, Object, Property, require_schema
 from mlflow_safeflavor.rows import describe_value, place, require_texts
@@ -148,18 +149,14 @@ class TextGeneration(Generation):
                 where=f"input_columns, {self.columns}",
                 way_out='set tokenizer.chat_template, or save the model with input_columns={"text": …}',
             )
-        goes_on = messages[-1]["role"] == "assistant"
         try:
-            rendered: str = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
-            )
+            return render(tokenizer, messages)
         except Exception as error:  # templates refuse what they do not know, each in its own way
             raise InputError(
                 "The chat template refuses a chat",
                 where=place(i, self.columns["messages"]),
                 found=f"{type(error).__name__}: {error}",
             ) from error
-        return rendered
 
     def decode(
         self,
