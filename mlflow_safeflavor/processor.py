@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from mlflow_safeflavor.artifact import WAY_OUT, read_json, write_json
-from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError, TrustError
+from mlflow_safeflavor.bounds import within
+from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.guard import guarded
+from mlflow_safeflavor.processor_bounds import find_excess, require_moderate
 
 __all__ = ["apply", "hears", "load_processor", "requirements_of", "write_processor"]
 
@@ -48,6 +50,8 @@ def apply(processor: Any, value: Any) -> dict[str, torch.Tensor]:
     if hears(processor):
         made = processor(value, sampling_rate=processor.sampling_rate, return_tensors="pt")
     else:
+        if isinstance(size := getattr(processor, "size", None), Mapping) or hasattr(size, "get"):
+            require_moderate(size, *value.size)
         # Said, since with a height of 1 or 3 transformers would take it for the channels.
         made = processor(images=np.array(value), input_data_format="channels_last", return_tensors="pt")
     return {name: tensor[0] for name, tensor in made.items()}
@@ -107,13 +111,32 @@ def load_processor(folder: str | Path) -> Any:
             found=name,
             way_out=WAY_OUT,
         )
-    try:
+    for key, number, most in find_excess(config, _default(cls)):
+        raise IntegrityError(
+            "The processor makes far too much of one image or sound",
+            where=f"{path}, {key}",
+            wanted=f"at most {most:,.15g}",
+            found=f"{number:,.15g}",
+            way_out=WAY_OUT,
+        )
+    def make() -> Any:
         with guarded(folder):
             return cls.from_dict(config)
-    except TrustError:
+
+    try:
+        return within(0, make, what="Building the processor", where=str(path))
+    except SafeFlavorError:
         raise
     except Exception as error:  # each class has its own ways to fail
         raise StructureError("The processor cannot be built again", where=path, found=error) from error
+
+
+def _default(cls: type[Any]) -> dict[str, Any]:
+    """The config of a processor that is told nothing; empty where it wants to be told something."""
+    try:
+        return dict(json.loads(cls().to_json_string()))
+    except Exception:  # each class has its own ways to want something
+        return {}
 
 
 def requirements_of(processor: Any) -> list[str]:

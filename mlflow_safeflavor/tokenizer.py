@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+import copy
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,13 +285,48 @@ def load_tokenizer(folder: str | Path) -> Any:
     raise StructureError("The tokenizer cannot be built again by transformers", where=folder, found=failure)
 
 
+_LARGEST_FILE = 2**27
+"""Bytes of a tokenizer.json: Gemma's, with 262,144 tokens, has a quarter of that."""
+_LONGEST_INSERTION = 1000
+"""Characters that all replacements together may make of one."""
+
+
 def _read_backend(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ValueError(f"{path.stat().st_size:,} bytes, which are more than {_LARGEST_FILE:,}")
+        backend = Tokenizer.from_file(str(path))
+        _require_moderate(backend)
+        return backend
     except Exception as error:  # tokenizers raises bare Exception for every kind of bad file
         raise IntegrityError(
             "A file of the artifact cannot be read as a tokenizer", where=path, found=error, way_out=WAY_OUT
         ) from None
+
+
+def _require_moderate(backend: Tokenizer) -> None:
+    """Refuse a backend that makes far more of a text than the text is. Raises ``ValueError``."""
+    if backend.padding is not None or backend.truncation is not None:  # never written; 10^9 is a length, too
+        raise ValueError("padding or truncation, which a saved tokenizer never has")
+    longest = 1
+    for part in (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder):
+        for text in () if part is None else _insertions(json.loads(part.__getstate__())):
+            longest *= max(1, len(text))
+    if longest > _LONGEST_INSERTION:
+        raise ValueError(f"replacements that make {longest:,} characters of one")
+
+
+def _insertions(part: Any) -> Iterator[str]:
+    """Texts that a part of a backend puts in the place of others, or before them."""
+    if isinstance(part, dict):
+        for key, value in part.items():
+            if key in ("content", "prepend", "replacement") and isinstance(value, str):
+                yield value
+            elif key not in ("special_tokens", "vocab", "added_tokens"):
+                yield from _insertions(value)
+    elif isinstance(part, list):
+        for item in part:
+            yield from _insertions(item)
 
 
 def _private_copy(tokenizer: Any) -> Any:
