@@ -50,7 +50,8 @@ def apply(processor: Any, value: Any) -> dict[str, torch.Tensor]:
     if hears(processor):
         made = processor(value, sampling_rate=processor.sampling_rate, return_tensors="pt")
     else:
-        if isinstance(size := getattr(processor, "size", None), Mapping) or hasattr(size, "get"):
+        size: Any = getattr(processor, "size", None)
+        if hasattr(size, "get"):
             require_moderate(size, *value.size)
         # Said, since with a height of 1 or 3 transformers would take it for the channels.
         made = processor(images=np.array(value), input_data_format="channels_last", return_tensors="pt")

@@ -44,7 +44,7 @@ def find_excess(config: Mapping[str, Any], default: Mapping[str, Any]) -> Iterat
     usual = dict(_numbers(default))
     for key, value in _numbers(config):
         name = key.rpartition(".")[2]
-        most = _SMALLER.get(name, _LARGER.get(name, _NUMBER))
+        most: float = _SMALLER.get(name, _LARGER.get(name, _NUMBER))
         if name.endswith("_edge") and usual.get(key, 0) > _NUMBER:  # Qwen2-VL and its like count pixels there
             most = _PIXELS
         most = max(most, 4 * abs(usual.get(key, 0)))

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import copy
-import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -56,10 +56,11 @@ class Attack:
         damage: Takes ``Target``.
         native: How ``mlflow_safeflavor.load_model`` must end; the name of an error.
         pyfunc: How ``mlflow.pyfunc.load_model`` must end; None where it does not apply.
-        base: Which good artifact is damaged: "classifier", "graph", "coded" or "pickled".
+        base: Which good artifact is damaged: "classifier", "graph", "coded", "pickled", "image", "sound" or "chat".
         options: Arguments of ``load_model``.
         config: ``model_config`` for pyfunc.
         heavy: Whether it is after memory or time, and so runs in a bounded process.
+        bomb: As ``heavy``, and refused so early that one bounded process does for all.
         then: What to do with a model that loads.
     """
 
@@ -71,6 +72,7 @@ class Attack:
     options: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     heavy: bool = False
+    bomb: bool = False
     then: Callable[[Any], Any] = lambda model: None
 
     @property
@@ -968,6 +970,91 @@ json_attack("tokenizer_vocabulary", "two words change places", "tokenizer/tokeni
             "ParityError")  # fmt: skip
 text_attack("tokenizer_not_json", "a tokenizer.json that is none", "tokenizer/tokenizer.json", lambda text: "{",
             "IntegrityError")  # fmt: skip
+
+
+# --- what building, encoding and rendering may take ---------------------------------------------------
+
+
+def config_attack(name: str, doc: str, **change: Any) -> None:
+    """Numbers of config.json, and no label has a name."""
+
+    def edit(config: Any) -> None:
+        config.pop("id2label", None)
+        config.pop("label2id", None)
+        config.update(change)
+
+    json_attack(name, doc, "config.json", edit, "StructureError", bomb=True)
+
+
+config_attack("bomb_labels", "3 million labels without names, for which a config makes two dicts", num_labels=3_000_000)
+config_attack("bomb_labels_in_a_part", "the same in a part of the config", text_config={"num_labels": 3_000_000})
+config_attack("bomb_positions", "30 million positions", max_position_embeddings=3 * 10**7)
+config_attack("bomb_layers", "a million layers, a number that no bound of numbers sees", num_hidden_layers=10**6)
+config_attack("bomb_width", "a width of 2^20, squared", hidden_size=2**20, num_attention_heads=1)
+config_attack("bomb_digits", "a number of thousand digits", num_attention_heads=10**1000)
+
+
+@attack("StructureError", bomb=True)
+def bomb_table(target):
+    """another class, which computes positions one by one in Python"""
+    model = "transformers.models.distilbert.{}_distilbert:DistilBert{}"
+    target.structure_of(**{
+        "class": model.format("modeling", "Model"),
+        "config_class": model.format("configuration", "Config"),
+    })  # fmt: skip
+    small = {"dim": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 64, "vocab_size": 30}
+    config = {"sinusoidal_pos_embds": True, "max_position_embeddings": 2**24 - 1, **small}
+    target.json(target.config, lambda old: config)
+
+
+flavor_attack("token_pad", "a token that fills up rows, beyond the table", lambda e: e["task_config"].update(
+    pad_token_id=10**6))  # fmt: skip
+json_attack("token_added", "a word that the model has no embedding for", "tokenizer/tokenizer.json",
+            lambda c: c["model"]["vocab"].update(zebra=len(c["model"]["vocab"])), "IntegrityError")  # fmt: skip
+json_attack("tokenizer_padding", "every text is filled up to 10^9 tokens", "tokenizer/tokenizer.json",
+            lambda c: c.update(padding={"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None,
+                                        "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}),
+            "IntegrityError", bomb=True)  # fmt: skip
+DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+json_attack("tokenizer_doubling", "sixty rules that each double a text", "tokenizer/tokenizer.json",
+            lambda c: c.update(normalizer={"type": "Sequence", "normalizers": [DOUBLING] * 60}),
+            "IntegrityError", bomb=True)  # fmt: skip
+json_attack("tokenizer_insertion", "a megabyte in the place of each letter", "tokenizer/tokenizer.json",
+            lambda c: c.update(normalizer={**DOUBLING, "content": "a" * 10**6}), "IntegrityError", bomb=True)  # fmt: skip
+
+
+def processor_attack(name: str, doc: str, base: str, **change: Any) -> None:
+    """Numbers of a processor."""
+    json_attack(name, doc, "processor/preprocessor_config.json", lambda c: c.update(change), "IntegrityError",
+                base=base, bomb=True)  # fmt: skip
+
+
+processor_attack("pixels", "every image becomes 12,000 x 12,000", "image", size={"height": 12_000, "width": 12_000})
+processor_attack("pixels_of_an_edge", "the same by its short edge", "image", size={"shortest_edge": 12_000})
+processor_attack("pixels_as_a_product", "edges that are fine one by one", "image", size={"height": 8000, "width": 8000})
+processor_attack("bands", "2 million mel bands", "sound", feature_size=2_000_000)
+processor_attack("windows", "windows of 10^9 samples", "sound", n_fft=10**9)
+processor_attack("windows_densely", "a window at every sample", "sound", hop_length=1, n_fft=8192)
+processor_attack("filling", "every sound is filled up to two days", "sound", chunk_length=172_800)
+
+
+def template_attack(name: str, doc: str, template: str) -> None:
+    """A chat template, which the golden rows go through."""
+    json_attack(name, doc, "tokenizer/tokenizer_config.json", lambda c: c.update(chat_template=template),
+                "ParityError", base="chat", bomb=True)  # fmt: skip
+
+
+template_attack("template_range", "a loop of 10^9 rounds", "{% for i in range(1000000000) %}{% endfor %}")
+template_attack("template_loops", "loops in loops", "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3)
+template_attack("template_product", "a text times 10^10", "{{ 'x' * 10000000000 }}")
+template_attack("template_doubling", "a text beside itself, 60 times", "{% set ns = namespace(s='xxxx') %}"
+                "{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}")  # fmt: skip
+template_attack(
+    "template_recursion", "a macro that calls itself", "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}"
+)
+template_attack("template_tree", "a macro that calls itself twice, 60 deep",
+                "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}")  # fmt: skip
+template_attack("template_format", "a number as wide as the memory", "{{ '%99999999999d' % 1 }}")
 
 
 # --- a graph --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,15 +12,20 @@ from pathlib import Path
 import hostile
 import mlflow
 import pytest
+import torch
+import transformers
 from artifacts import rewrite
 from hostile import ATTACKS, Attack, Target
+from writers import byte_tokenizer, writer
 
+import mlflow_safeflavor
 from mlflow_safeflavor.errors import SafeFlavorError
 from mlflow_safeflavor.load import load_model
 
 pytest_plugins = "saved_models"
 
-LIGHT = [attack for attack in ATTACKS if not attack.heavy]
+LIGHT = [attack for attack in ATTACKS if not (attack.heavy or attack.bomb)]
+BOMBS = [attack for attack in ATTACKS if attack.bomb]
 HEAVY = [attack for attack in ATTACKS if attack.heavy]
 
 
@@ -54,13 +60,51 @@ mlflow_safeflavor.save_model(Local(), {str(folder / "pickled")!r}, allow_pickle=
     return folder
 
 
+@pytest.fixture(scope="session")
+def others(tmp_path_factory):
+    """``others(base)``: a model of images, sounds or chats; made once."""
+    folder = tmp_path_factory.mktemp("others")
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    whisper = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    whisper |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 64}
+    whisper |= {"num_mel_bins": 20, "max_source_positions": 50, "classifier_proj_size": 16, "pad_token_id": 0}
+    image = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
+    made = {
+        "image": lambda: {
+            "model": transformers.ViTForImageClassification(
+                transformers.ViTConfig(image_size=32, patch_size=8, **shape)
+            ),
+            "processor": image(size={"height": 32, "width": 32}),
+        },
+        "sound": lambda: {
+            "model": transformers.WhisperForAudioClassification(transformers.WhisperConfig(**whisper)),
+            "processor": transformers.WhisperFeatureExtractor(feature_size=20, chunk_length=1),
+        },
+        "chat": lambda: {
+            "model": writer("LlamaForCausalLM"),
+            "tokenizer": byte_tokenizer(bos=True, chat=True),
+            "input_columns": {"messages": "messages"},
+        },
+    }
+
+    def make(base: str) -> Path:
+        if not (folder / base).exists():
+            torch.manual_seed(0)
+            given = made[base]()
+            mlflow_safeflavor.save_model(given.pop("model").eval(), folder / base, rehearse=False, **given)
+        return folder / base
+
+    return make
+
+
 @pytest.fixture
-def prepare(saved, saved_with_graph, coded, tmp_path):
+def prepare(saved, saved_with_graph, coded, others, tmp_path):
     """``prepare(attack)``: a damaged copy."""
 
     def make(attack: Attack) -> Target:
         bases = {"classifier": saved, "graph": saved_with_graph}
-        base = {**bases, "coded": coded / "coded", "pickled": coded / "pickled"}[attack.base]
+        bases |= {"coded": coded / "coded", "pickled": coded / "pickled"}
+        base = bases.get(attack.base) or others(attack.base)
         root = shutil.copytree(base, tmp_path / "model", copy_function=os.link)
         target = Target(root, tmp_path / "canary")
         attack.damage(target)
@@ -155,6 +199,47 @@ def test_attack_on_time_or_memory_in_a_bounded_process(attack, prepare):
     if attack.pyfunc is not None:
         assert as_expected(found[1] if len(found) > 1 else "nothing", attack.pyfunc), done.stdout + done.stderr
     assert not target.canary.exists()
+
+
+ALL_BOUNDED = """
+import json, time
+measured = {}
+for name in sys.argv[1:]:
+    measured[name] = []
+    for load in (mlflow_safeflavor.load.load_model, lambda p: mlflow.pyfunc.load_model(p, suppress_warnings=True)):
+        begin = time.process_time()
+        try:
+            load(name)
+            found = "loads"
+        except Exception as error:
+            found = type(error).__name__ if isinstance(error, SafeFlavorError) else f"any: {error}"
+        measured[name].append((found, time.process_time() - begin))
+    measured[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print(json.dumps(measured))
+"""
+
+
+@pytest.mark.slow
+def test_bombs_in_one_bounded_process(saved, others, tmp_path):
+    for attack in BOMBS:
+        base = saved if attack.base == "classifier" else others(attack.base)
+        attack.damage(Target(shutil.copytree(base, tmp_path / attack.name, copy_function=os.link), tmp_path / "canary"))
+    code = BOUNDED.partition("for load in")[0] + ALL_BOUNDED
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *(attack.name for attack in BOMBS)],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = json.loads(done.stdout.splitlines()[-1])
+    wrong = {
+        attack.name: measured[attack.name]
+        for attack in BOMBS
+        if [found for found, _ in measured[attack.name][:2]] != [attack.native, attack.pyfunc]
+    }
+    assert not wrong
+    slow = {name: found for name, (*found, _) in measured.items() if max(seconds for _, seconds in found) > 15}
+    assert not slow, "a verdict, but too late"
+    assert max(gigabytes for *_, gigabytes in measured.values()) < 3
 
 
 # What no loader can prevent, and what does. See README.md.
