@@ -1020,7 +1020,8 @@ json_attack("tokenizer_doubling", "sixty rules that each double a text", "tokeni
             lambda c: c.update(normalizer={"type": "Sequence", "normalizers": [DOUBLING] * 60}),
             "IntegrityError", bomb=True)  # fmt: skip
 json_attack("tokenizer_insertion", "a megabyte in the place of each letter", "tokenizer/tokenizer.json",
-            lambda c: c.update(normalizer={**DOUBLING, "content": "a" * 10**6}), "IntegrityError", bomb=True)  # fmt: skip
+            lambda c: c.update(normalizer={**DOUBLING, "content": "a" * 10**6}), "IntegrityError",
+            bomb=True)  # fmt: skip
 
 
 def processor_attack(name: str, doc: str, base: str, **change: Any) -> None:
@@ -1053,7 +1054,8 @@ template_attack(
     "template_recursion", "a macro that calls itself", "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}"
 )
 template_attack("template_tree", "a macro that calls itself twice, 60 deep",
-                "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}")  # fmt: skip
+                "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
+                "{{ m(60) }}")  # fmt: skip
 template_attack("template_format", "a number as wide as the memory", "{{ '%99999999999d' % 1 }}")
 
 
