@@ -120,6 +120,7 @@ def load_processor(folder: str | Path) -> Any:
             found=f"{number:,.15g}",
             way_out=WAY_OUT,
         )
+
     def make() -> Any:
         with guarded(folder):
             return cls.from_dict(config)
