@@ -53,7 +53,7 @@ def test_tables_of_other_modules():
         (lambda config: config.update(pad_token_id=10**6), "task_config, pad_token_id"),
         (lambda config: config.update(pad_token_id=-1), "task_config, pad_token_id"),
         (lambda config: config["encoder"].update(mask_token_id=99), "encoder, mask_token_id"),
-        (lambda config: config["encoder"].update(table="classifier.weight"), "tokens of the tokenizer"),
+        (lambda config: config["encoder"].update(table="classifier.weight"), "encoder, mask_token_id"),
         (lambda config: config["encoder"].update(table="nothing"), "encoder, table"),
     ],
     ids=["pad", "negative", "mask", "other table", "no table"],
