@@ -22,18 +22,26 @@ __all__ = ["find_table", "require_known_tokens", "require_rows"]
 def find_table(module: torch.nn.Module) -> tuple[str, int] | None:
     """Name of the parameter in which tokens are looked up, and its rows; None where the module does not say.
 
-    A module with ``get_input_embeddings`` says so, and one with a single ``torch.nn.Embedding`` as well.
+    A part with ``get_input_embeddings`` says so, and a module with a single ``torch.nn.Embedding`` as well. Where there
+    are two such tables, nobody knows which tokenizer reads which.
     """
-    try:
-        table = module.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):
-        tables = [child for child in module.modules() if isinstance(child, torch.nn.Embedding)]
-        table = tables[0] if len(tables) == 1 else None
-    if not isinstance(table, torch.nn.Embedding):
+    parts = [module] if _said_table(module) is not None else list(module.modules())
+    said = [table for part in parts if (table := _said_table(part)) is not None]
+    tables = said or [child for child in module.modules() if isinstance(child, torch.nn.Embedding)]
+    if len({id(table.weight) for table in tables}) != 1:
         return None
+    table = tables[0]
     names = (name for name, tensor in module.named_parameters(remove_duplicate=False) if tensor is table.weight)
     name = next(names, None)
     return None if name is None else (name, table.weight.shape[0])
+
+
+def _said_table(module: torch.nn.Module) -> torch.nn.Embedding | None:
+    try:
+        table = module.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return table if isinstance(table, torch.nn.Embedding) else None
 
 
 def require_known_tokens(tokenizer: Any, module: torch.nn.Module) -> str | None:

@@ -36,6 +36,17 @@ def test_more_rows_than_tokens_are_as_they_should_be(tiny_bert, tiny_tokenizer):
     assert find_table(tiny_bert(vocab_size=64)) == ("bert.embeddings.word_embeddings.weight", 64)
 
 
+def test_a_table_inside_a_module_of_the_users(tiny_bert):
+    class Two(torch.nn.Module):
+        def __init__(self, *parts):
+            super().__init__()
+            self.parts = torch.nn.ModuleList(parts)
+
+    name = "parts.0.embeddings.word_embeddings.weight"
+    assert find_table(Two(tiny_bert(None), torch.nn.Linear(2, 2))) == (name, tiny_bert().config.vocab_size)
+    assert find_table(Two(tiny_bert(None), tiny_bert(None))) is None, "two tokenizers, or one"
+
+
 def test_tables_of_other_modules():
     class Net(torch.nn.Module):
         def __init__(self, tables):
