@@ -72,7 +72,7 @@ def measure_forward_cost(task: Task, engine: Engine, rows: Sequence[Row], max_ba
         At least 1: a stored 0 says that nobody has measured.
     """
     params = task.check_params(task.golden(task.config))
-    pieces = [piece for row in task.encode(rows, params) for piece in task.pieces(row)]
+    pieces = [piece for row in task.uncapped.encoded(rows, params) for piece in task.pieces(row)]
     shortest, longest = min(pieces, key=task.cost), max(pieces, key=task.cost)
     count = max(1, task.batch_budget(max_batch_tokens) // max(1, task.cost(longest)))
     few, many = task.cost(shortest), count * task.cost(longest)

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlflow_safeflavor.caps import Caps
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.files import content_of, is_file_like
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "MAX_RATIO", "read_image", "record_image"]
+__all__ = ["MAX_RATIO", "read_image", "record_image"]
 
-MAX_PIXELS = 50_000_000
-"""150 MB once decoded; a file of a few kB can claim to hold any number."""
 MAX_RATIO = 50
 """Longer to shorter side. Processors scale the shorter side to some hundred pixels, and the longer one with it."""
 
@@ -26,13 +25,14 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _WANTED = "an image file as bytes or base64, a pathlib.Path, a PIL image, or a uint8 array of shape (H, W, 3) or (H, W)"
 
 
-def read_image(value: Any, where: str) -> Image:
+def read_image(value: Any, where: str, caps: Caps) -> Image:
     """The image in a cell, turned upright by its EXIF orientation and in RGB, as transformers' pipelines read it.
 
     Args:
         value: A file (see ``files.content_of``), a PIL image, or whole numbers from 0 to 255, shape (H, W, 3) or
             (H, W).
         where: Row and column, for messages.
+        caps: With the most pixels; a file of a few kB can claim to hold any number.
 
     Raises:
         InputError: It is none of these, damaged, or too large.
@@ -44,20 +44,20 @@ def read_image(value: Any, where: str) -> Image:
         image = _open(content_of(value, where), where)
     else:
         image = pil.fromarray(_pixels(value, where))
-    _require_size(image, where)
+    _require_size(image, where, caps)
     try:
         return ops.exif_transpose(image).convert("RGB")  # type: ignore[no-any-return]
     except Exception as error:  # each decoder has its own ways to fail
         raise _unreadable(where, error) from None
 
 
-def record_image(value: Any, where: str) -> str:
+def record_image(value: Any, where: str, caps: Caps) -> str:
     """A cell as base64 text from which ``read_image`` reads the same pixels: the file itself, else a PNG."""
     if is_file_like(value):
         content = content_of(value, where)
     else:
         file = io.BytesIO()
-        read_image(value, where).save(file, "PNG")
+        read_image(value, where, caps).save(file, "PNG")
         content = file.getvalue()
     return base64.b64encode(content).decode()
 
@@ -94,13 +94,14 @@ def _pixels(value: Any, where: str) -> np.ndarray:
     return array.astype(np.uint8)
 
 
-def _require_size(image: Image, where: str) -> None:
+def _require_size(image: Image, where: str, caps: Caps) -> None:
     width, height = image.size
-    if width * height > MAX_PIXELS or not 0 < max(width, height) <= MAX_RATIO * min(width, height):
+    caps.require("max_pixels", width * height, "An image is too large", where=where, instead="scale or cut it first")
+    if not 0 < max(width, height) <= MAX_RATIO * min(width, height):
         raise InputError(
-            "An image is too large, or too long and narrow",
+            "An image is empty, or too long and narrow",
             where=where,
-            wanted=f"1 to {MAX_PIXELS:,} pixels, one side at most {MAX_RATIO} times the other",
+            wanted=f"one side at most {MAX_RATIO} times the other",
             found=f"{width} × {height}",
             way_out="scale or cut it first",
         )

@@ -385,7 +385,7 @@ def bind(
     from mlflow_safeflavor.scheduler import Scheduler
 
     chosen = run_time_options(options.model_config, stored=spec.model_config)
-    task = make_task(spec, layout, hooks)
+    task = make_task(spec, layout, hooks, chosen)
     dtype = resolve_dtype(options.dtype or spec.dtype)
     engine: Engine
     if isinstance(module, GraphModule):

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from mlflow_safeflavor.answers import answer_rows, predict_rows
 from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.caps import Caps
+from mlflow_safeflavor.deadline import Deadline
 from mlflow_safeflavor.engine import Engine, named_failure
 from mlflow_safeflavor.errors import SafeFlavorError
 from mlflow_safeflavor.guard import guarded
@@ -18,7 +21,7 @@ from mlflow_safeflavor.processor import load_processor
 from mlflow_safeflavor.progress import Watch, shown
 from mlflow_safeflavor.report import LoadReport
 from mlflow_safeflavor.rows import without_extra_columns
-from mlflow_safeflavor.scheduler import Scheduler, predict_rows
+from mlflow_safeflavor.scheduler import Scheduler
 from mlflow_safeflavor.spec import ModelSpec
 from mlflow_safeflavor.stream import parquet_chunks, stream
 from mlflow_safeflavor.tasks import Task, task_class
@@ -28,8 +31,10 @@ from mlflow_safeflavor.tokenizer import TextEncoder, load_tokenizer
 __all__ = ["LoadedModel", "make_task"]
 
 
-def make_task(spec: ModelSpec, layout: Layout, hooks: Mapping[str, Callable[..., Any]]) -> Task:
-    """The task that a spec names, bound to what was recorded for it."""
+def make_task(
+    spec: ModelSpec, layout: Layout, hooks: Mapping[str, Callable[..., Any]], options: Mapping[str, Any]
+) -> Task:
+    """The task that a spec names, bound to what was recorded for it and to the caps among the run-time options."""
     cls = task_class(spec.task)
     make: dict[str, Callable[[], Any]] = {
         "encoder": lambda: TextEncoder(layout.tokenizer, spec.task_config["encoder"]),
@@ -38,7 +43,9 @@ def make_task(spec: ModelSpec, layout: Layout, hooks: Mapping[str, Callable[...,
         "processor": lambda: load_processor(layout.processor),
     }
     with guarded(layout.root):
-        return cls(spec.task_config, spec.input_columns, **{name: make[name]() for name in cls.reads})
+        task = cls(spec.task_config, spec.input_columns, **{name: make[name]() for name in cls.reads})
+    task.caps = Caps.of(options)
+    return task
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class LoadedModel:
             data: A DataFrame, Series, list, dict, string or numpy array; see ``rows.rows_of``. Also an iterator of
                 any of these, or the ``pathlib.Path`` of a Parquet file.
             params: Per-request parameters of the task, as declared in the signature.
-            timeout: Seconds that the model may take; None for what the model was loaded with.
+            timeout: Seconds that the request may take, of a stream each chunk; None for what the model was loaded with.
             progress: Whether to show a progress bar; None for on a terminal or in a notebook, when it takes longer.
 
         Returns:
@@ -109,17 +116,18 @@ class LoadedModel:
             return self._stream(*parquet_chunks(data), params, timeout, progress)
         if isinstance(data, Iterator):
             return self._stream(data, None, params, timeout, progress)
+        deadline = Deadline(timeout)
         with shown(progress) as watch:
-            return self._predict(data, params, timeout, watch)
+            return self._predict(data, params, deadline, watch)
 
     def _predict(
-        self, data: Any, params: Mapping[str, Any] | None, timeout: float | None, watch: Watch | None = None
+        self, data: Any, params: Mapping[str, Any] | None, deadline: Deadline, watch: Watch | None = None
     ) -> Any:
         if self.options["extra_columns"] == "ignore" and self.task.columns:  # named arrays are no columns
             data = without_extra_columns(data, self.task.columns.values())
         try:
             rows = self.task.rows(data)
-            answers, _ = predict_rows(self.task, self.scheduler, rows, params, timeout=timeout, watch=watch)
+            answers = [answer for answer, _ in answer_rows(self.task, self.scheduler, rows, params, deadline, watch)]
             return self.task.result(answers, data)
         except (SafeFlavorError, KeyboardInterrupt, SystemExit):
             raise
@@ -135,10 +143,10 @@ class LoadedModel:
         progress: bool | None,
     ) -> Iterator[Any]:
         with shown(progress) as watch:
-            yield from stream(lambda chunk: self._predict(chunk, params, timeout), chunks, total, watch)
+            yield from stream(lambda chunk: self._predict(chunk, params, Deadline(timeout)), chunks, total, watch)
 
     def answer(
         self, rows: Sequence[Row], params: Mapping[str, Any] | None = None
     ) -> tuple[list[dict[str, Any]], list[RowOutput]]:
-        """Answers and raw outputs of rows that are by field already; see ``Task``."""
-        return predict_rows(self.task, self.scheduler, rows, params)
+        """Answers and raw outputs of golden rows, which are by field already; see ``Task``."""
+        return predict_rows(self.task.uncapped, self.scheduler, rows, params)

@@ -6,9 +6,11 @@ import math
 import operator
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
+from mlflow_safeflavor.caps import Caps
 from mlflow_safeflavor.errors import InputError
 
 __all__ = ["MODEL_CONFIG", "run_time_options", "tells_environment"]
@@ -45,6 +47,10 @@ def _seconds(name: str, value: Any) -> float:
     return number
 
 
+def _cap(name: str, value: Any) -> float:
+    return _seconds(name, value) if name == "max_seconds" else _whole_number(name, value, least=0)
+
+
 def _truth(name: str, value: Any) -> bool:
     truth = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
     if truth is None:
@@ -69,6 +75,7 @@ _OPTIONS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "deterministic": (False, _truth),
     "max_queue": (1024, partial(_whole_number, least=0)),
     "timeout": (0.0, _seconds),
+    **{cap.name: (cap.default, _cap) for cap in fields(Caps)},
     "extra_columns": ("error", partial(_one_of, allowed=("error", "ignore"))),
     "verify": ("full", _as_given),
     "environment": ("warn", _as_given),

@@ -163,7 +163,7 @@ def record(model: Predictor, rows: Sequence[Row], dtype: str, layout: Layout) ->
 
 def _features(model: Predictor, rows: Sequence[Row]) -> list[Features]:
     """Rows as the tokenizer encodes them: recorded too, so that a tokenizer that drifted is named as such."""
-    encoded = model.task.encode(rows, model.task.check_params(model.task.golden(model.task.config)))
+    encoded = model.task.uncapped.encoded(rows, model.task.check_params(model.task.golden(model.task.config)))
     return [_recordable(model.task.pieces(row)) for row in encoded]
 
 

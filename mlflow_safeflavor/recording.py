@@ -92,7 +92,7 @@ def examples_of(task: Task, engine: Engine, rows: Sequence[Row]) -> list[Inputs]
         Refusal: It has no forward of its own.
     """
     params = task.check_params(task.golden(task.config))
-    pieces = [piece for row in task.encode(rows, params) for piece in task.pieces(row)]
+    pieces = [piece for row in task.uncapped.encoded(rows, params) for piece in task.pieces(row)]
     listener = _Listener(engine)
     for batch in (pieces, *([piece] for piece in pieces[:2])):
         task.forward(listener, batch, params)

@@ -6,15 +6,25 @@ A message always names the row (counted from 0) and the column, what was wanted,
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from mlflow_safeflavor.caps import Caps
 from mlflow_safeflavor.errors import InputError
 
-__all__ = ["Row", "place", "require_texts", "rows_of", "unfold_columns", "without_extra_columns"]
+__all__ = [
+    "Row",
+    "count_rows",
+    "place",
+    "require_clean",
+    "require_texts",
+    "rows_of",
+    "unfold_columns",
+    "without_extra_columns",
+]
 
 Row = Mapping[str, Any]
 """One row of the user's, by *field* of the task (``text``), not by column name (``buggy_code``)."""
@@ -55,7 +65,7 @@ def rows_of(data: Any, columns: Mapping[str, str], required: Collection[str] | N
 
 
 def require_texts(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """Refuse rows in which a field of ``columns`` is anything but a text that can be encoded as UTF-8.
+    """Refuse rows in which a field of ``columns`` is anything but a text.
 
     Raises:
         InputError: Names the first such row and column.
@@ -71,14 +81,53 @@ def require_texts(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
                     found=describe_value(value) if field in row else "no such column",
                     way_out="convert it first, for example data[column].astype(str); drop or fill missing values",
                 )
-            if not (value.isascii() or _is_unicode(value)):
-                raise InputError(
-                    "A text holds half of a surrogate pair, which no tokenizer can read",
-                    where=place(i, column),
-                    wanted="a str that can be encoded as UTF-8",
-                    found=ascii(reprlib.repr(value)),
-                    way_out='clean it first, for example text.encode("utf-8", "replace").decode()',
-                )
+
+
+def require_clean(value: Any, where: str, caps: Caps | None = None) -> None:
+    """Refuse a cell or param with a text, at any depth, that cannot be encoded as UTF-8 or is too long.
+
+    Args:
+        value: Anything.
+        where: Row and column, or param, for messages.
+        caps: With the most characters that all its texts may have together; None where they are files.
+
+    Raises:
+        InputError: Names ``where``.
+    """
+    characters = 0
+    for text in _texts_in(value):
+        characters += len(text)
+        if not (text.isascii() or _is_unicode(text)):
+            raise InputError(
+                "A text holds half of a surrogate pair, which nothing can read",
+                where=where,
+                wanted="a str that can be encoded as UTF-8",
+                found=ascii(reprlib.repr(text)),
+                way_out='clean it first, for example text.encode("utf-8", "replace").decode()',
+            )
+    if caps is not None:
+        caps.require("max_characters", characters, "A text is too long", where=where, instead="cut or split it")
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, Mapping):
+            waiting += [*part.keys(), *part.values()]
+        elif isinstance(part, (list, tuple, set, frozenset)):
+            waiting += part
+        elif isinstance(part, np.ndarray) and part.dtype.kind in "OU":
+            waiting += part.ravel().tolist()
+
+
+def count_rows(data: Any) -> int:
+    """Rows of any of the shapes that ``rows_of`` takes, before any is made; 1 for anything else."""
+    if isinstance(data, Mapping):
+        return max((count_rows(value) for value in data.values() if not isinstance(value, Mapping)), default=1)
+    return len(data) if isinstance(data, (pd.DataFrame, pd.Series, list, tuple)) or _is_array(data) else 1
 
 
 def unfold_columns(data: Any) -> Any:

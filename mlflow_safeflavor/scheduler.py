@@ -10,21 +10,23 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from mlflow_safeflavor.batching import cut_into_batches
 from mlflow_safeflavor.cpu import available_cpus, use_threads
+from mlflow_safeflavor.deadline import Deadline
 from mlflow_safeflavor.engine import Engine, named_failure
-from mlflow_safeflavor.errors import DeadlineError, OverloadedError
+from mlflow_safeflavor.errors import OverloadedError
+from mlflow_safeflavor.places import Places
 from mlflow_safeflavor.progress import Watch
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+from mlflow_safeflavor.tasks.base import Features, RowOutput, Task
 
-__all__ = ["Scheduler", "Ticket", "predict_rows"]
+__all__ = ["Scheduler", "Ticket"]
 
 _AHEAD = 4
 """Full batches' worth of a request's pieces that are looked at before each forward. A request's pieces come in order
@@ -32,41 +34,6 @@ of length, so that more would change nothing but the time it takes."""
 
 _WATCH = 0.2
 """Seconds between two looks at how far a request is."""
-
-
-def predict_rows(
-    task: Task,
-    scheduler: Scheduler,
-    rows: Sequence[Row],
-    params: Mapping[str, Any] | None = None,
-    *,
-    timeout: float | None = None,
-    watch: Watch | None = None,
-) -> tuple[list[dict[str, Any]], list[RowOutput]]:
-    """Answers and raw outputs, one of each for each row, in order. Safe from many threads.
-
-    Args:
-        task: What is asked.
-        scheduler: What runs the model.
-        rows: Rows by field, as ``task.rows`` makes them; at least one.
-        params: Per-request params; missing ones take their defaults.
-        timeout: Seconds that the model may take; None or 0 for as long as it does.
-        watch: Called now and then with the number of pieces that are answered, and of all.
-
-    Raises:
-        InputError: A row or param cannot be answered; names it.
-        OverloadedError: Too many requests wait already.
-        DeadlineError: The model took longer than ``timeout``.
-    """
-    checked = task.check_params(params)
-    with scheduler.room:
-        features = task.encode(rows, checked)
-        pieces = [list(task.pieces(row)) for row in features]
-    ticket = scheduler.submit([piece for row in pieces for piece in row], checked)
-    found = iter(scheduler.run(ticket, timeout, watch))
-    with scheduler.room:
-        outputs = [task.join([next(found) for _ in row]) for row in pieces]
-        return task.decode(rows, features, outputs, checked), outputs
 
 
 class Ticket:
@@ -130,8 +97,9 @@ class _State:
     forward_cost: int
     deterministic: bool
     num_threads: int
-    room: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(available_cpus()))
+    places: Places = field(default_factory=lambda: Places(available_cpus()))
     arrived: threading.Condition = field(default_factory=threading.Condition)
+    arriving: int = 0
     tickets: list[Ticket] = field(default_factory=list)
     turns: Iterator[int] = field(default_factory=itertools.count)
     stopped: bool = False
@@ -163,7 +131,7 @@ class Scheduler:
         num_threads: int = 0,
     ) -> None:
         self.max_queue = max_queue
-        self._task = task
+        self.task = task
         self._state = _State(
             task, engine, task.batch_budget(max_batch_tokens), forward_cost, deterministic, num_threads
         )
@@ -171,12 +139,9 @@ class Scheduler:
         weakref.finalize(self, _stop, self._state)
 
     @property
-    def room(self) -> threading.BoundedSemaphore:
-        """Held while rows are encoded or decoded, by one caller a core.
-
-        More of them would only take the interpreter from the model's thread.
-        """
-        return self._state.room
+    def places(self) -> Places:
+        """Taken while rows are encoded or decoded."""
+        return self._state.places
 
     @property
     def forward_cost(self) -> int:
@@ -187,25 +152,37 @@ class Scheduler:
     def forward_cost(self, tokens: int) -> None:
         self._state.forward_cost = tokens
 
-    def submit(self, pieces: Sequence[Features], params: Mapping[str, Any]) -> Ticket:
-        """Queue pieces, at least one.
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """A request that is not at the model yet, but is counted among those that wait for it.
 
         Raises:
-            OverloadedError: Too many requests wait already.
+            OverloadedError: Too many wait already.
         """
-        key = tuple(repr(params[name]) for name in sorted(self._task.forward_params))
-        ticket = Ticket(pieces, [self._task.cost(piece) for piece in pieces], params, key)
         state = self._state
         with state.arrived:
-            waiting = [other for other in state.tickets if other.waiting and not other.abandoned]
-            if self.max_queue and len(waiting) >= self.max_queue:
+            there = sum(bool(ticket.waiting) and not ticket.abandoned for ticket in state.tickets) + state.arriving
+            if self.max_queue and there >= self.max_queue:
                 raise OverloadedError(
                     "More requests wait at the model than it may queue",
                     where="max_queue",
                     wanted=f"at most {self.max_queue}",
-                    found=f"{len(waiting)} are waiting",
+                    found=f"{there} are waiting",
                     way_out="ask again later, run more workers, or raise max_queue",
                 )
+            state.arriving += 1
+        try:
+            yield
+        finally:
+            with state.arrived:
+                state.arriving -= 1
+
+    def submit(self, pieces: Sequence[Features], params: Mapping[str, Any]) -> Ticket:
+        """Queue pieces, at least one."""
+        key = tuple(repr(params[name]) for name in sorted(self.task.forward_params))
+        ticket = Ticket(pieces, [self.task.cost(piece) for piece in pieces], params, key)
+        state = self._state
+        with state.arrived:
             ticket.turn = next(state.turns)
             state.tickets.append(ticket)
             if state.thread is None:
@@ -214,38 +191,26 @@ class Scheduler:
             state.arrived.notify()
         return ticket
 
-    def run(self, ticket: Ticket, timeout: float | None = None, watch: Watch | None = None) -> list[RowOutput]:
+    def run(self, ticket: Ticket, deadline: Deadline, watch: Watch | None = None) -> list[RowOutput]:
         """Wait until a ticket is answered. A caller that gives up costs no further forward.
 
         Args:
             ticket: From ``submit``.
-            timeout: Seconds; None or 0 for as long as it takes.
-            watch: See ``predict_rows``.
+            deadline: Of its request.
+            watch: Told the number of pieces answered, and of all.
 
         Raises:
-            DeadlineError: It took longer.
+            DeadlineError: It is too late.
         """
-        until = time.monotonic() + timeout if timeout else None
         try:
-            while watch is not None and not ticket.wait(_WATCH if until is None else min(_WATCH, _left(until))):
-                watch(len(ticket.outputs), len(ticket.pieces))
-                if until is not None and not _left(until):
-                    break
-            if not ticket.wait(None if until is None else _left(until)):
-                raise DeadlineError(
-                    "The model did not answer in time",
-                    where="timeout",
-                    wanted=f"within {timeout:g} seconds",
-                    found=f"{len(ticket.outputs)} of {len(ticket.pieces)} pieces were answered",
-                    way_out="send fewer rows at once, run more workers, or raise timeout",
-                )
+            while not ticket.wait(deadline.left(None if watch is None else _WATCH)):
+                if deadline.passed:
+                    raise deadline.missed(f"{len(ticket.outputs)} of {len(ticket.pieces)} pieces were answered")
+                if watch is not None:
+                    watch(len(ticket.outputs), len(ticket.pieces))
         finally:
             ticket.abandoned = True
         return ticket.result()
-
-
-def _left(until: float) -> float:
-    return max(0.0, until - time.monotonic())
 
 
 # The model's thread.
@@ -300,7 +265,8 @@ def _run_batch(state: _State, batch: Sequence[tuple[Ticket, int]]) -> None:
         return
     tickets = list(dict.fromkeys(ticket for ticket, _ in batch))
     try:
-        outputs = state.task.forward(state.engine, [ticket.pieces[i] for ticket, i in batch], tickets[0].params)
+        engine = cast("Engine", _Attended(state.engine, tickets))
+        outputs = state.task.forward(engine, [ticket.pieces[i] for ticket, i in batch], tickets[0].params)
         for (ticket, i), output in zip(batch, outputs, strict=True):
             ticket.give(i, output)
     except BaseException as error:
@@ -309,6 +275,42 @@ def _run_batch(state: _State, batch: Sequence[tuple[Ticket, int]]) -> None:
             return
         for one in tickets:
             _run_batch(state, [(ticket, i) for ticket, i in batch if ticket is one])
+
+
+class _Attended:
+    """An engine that stops writing once nobody waits for the text any more.
+
+    Args:
+        engine: What runs the model.
+        tickets: For whom.
+    """
+
+    def __init__(self, engine: Engine, tickets: Sequence[Ticket]) -> None:
+        self._engine, self._tickets = engine, tickets
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """One forward, as the engine does it."""
+        return self._engine(inputs)
+
+    def generate(
+        self,
+        inputs: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        *,
+        stopping: Sequence[Callable[..., Any]] = (),
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Let the model write, as the engine does it, as long as somebody waits."""
+        return self._engine.generate(inputs, settings, stopping=[*stopping, self._go_on], **options)
+
+    def _go_on(self, ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Which rows are done: none of them, shape (rows,)."""
+        if all(ticket.abandoned for ticket in self._tickets):
+            raise TimeoutError("nobody waits for this text any more")
+        return ids[:, 0] < 0
 
 
 def _stop(state: _State) -> None:
@@ -327,8 +329,8 @@ _STATES: weakref.WeakSet[_State] = weakref.WeakSet()
 
 def _forget_after_fork() -> None:
     for state in list(_STATES):
-        state.arrived, state.tickets, state.thread = threading.Condition(), [], None
-        state.room = threading.BoundedSemaphore(available_cpus())
+        state.arrived, state.arriving, state.tickets, state.thread = threading.Condition(), 0, [], None
+        state.places = Places(available_cpus())
 
 
 if hasattr(os, "register_at_fork"):

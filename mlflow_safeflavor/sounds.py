@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mlflow_safeflavor.caps import Caps
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.files import content_of, is_file_like
 
@@ -25,7 +26,7 @@ _RATES = range(1_000, 768_001)
 _MOST_CHUNKS = 1000
 
 
-def read_sound(value: Any, rate: int, where: str, most: float) -> np.ndarray:
+def read_sound(value: Any, rate: int, where: str, caps: Caps) -> np.ndarray:
     """The sound in a cell.
 
     Args:
@@ -34,7 +35,7 @@ def read_sound(value: Any, rate: int, where: str, most: float) -> np.ndarray:
             datasets and pipelines have it.
         rate: Samples a second that the model was trained with; what has another rate is resampled.
         where: Row and column, for messages.
-        most: Most seconds.
+        caps: With the most seconds.
 
     Returns:
         Samples, float32 of shape (samples,), at least one.
@@ -43,21 +44,15 @@ def read_sound(value: Any, rate: int, where: str, most: float) -> np.ndarray:
         InputError: It is none of these, damaged, empty or too long.
     """
     if is_file_like(value):
-        samples, found_rate = _from_wav(content_of(value, where), where)
+        samples, found_rate = _from_wav(content_of(value, where), where, caps)
     elif isinstance(value, Mapping) and "sampling_rate" in value:
         samples = _floats(value.get("array", value.get("raw")), rate, where)
         found_rate = _rate(value["sampling_rate"], where)
     else:
         samples, found_rate = _floats(value, rate, where), rate
-    seconds = len(samples) / found_rate
-    if not 0 < seconds <= most:
-        raise InputError(
-            "A sound is too long" if seconds else "A sound is empty",
-            where=where,
-            wanted=f"more than 0 and at most {most:g} seconds",
-            found=f"{seconds:g} seconds",
-            way_out="cut it first, or save the model with model_config={'max_seconds': …}" if seconds else None,
-        )
+    if not len(samples):
+        raise InputError("A sound is empty", where=where, wanted="more than 0 seconds", found="no samples")
+    _require_short(len(samples), found_rate, where, caps)
     if found_rate == rate:
         return samples
     old, new = found_rate // math.gcd(found_rate, rate), rate // math.gcd(found_rate, rate)
@@ -66,9 +61,9 @@ def read_sound(value: Any, rate: int, where: str, most: float) -> np.ndarray:
     return _resampled(samples, old, new)
 
 
-def record_sound(value: Any, rate: int, where: str, most: float) -> str:
+def record_sound(value: Any, rate: int, where: str, caps: Caps) -> str:
     """A cell as base64 text from which ``read_sound`` reads the same samples: the file itself, else a WAV file."""
-    content = content_of(value, where) if is_file_like(value) else to_wav(read_sound(value, rate, where, most), rate)
+    content = content_of(value, where) if is_file_like(value) else to_wav(read_sound(value, rate, where, caps), rate)
     return base64.b64encode(content).decode()
 
 
@@ -116,7 +111,11 @@ def _floats(value: Any, rate: int, where: str) -> np.ndarray:
 # WAV. Not the standard library's module: what it reads depends on the release of Python.
 
 
-def _from_wav(content: bytes, where: str) -> tuple[np.ndarray, int]:
+def _require_short(samples: int, rate: int, where: str, caps: Caps) -> None:
+    caps.require("max_seconds", samples / rate, "A sound is too long", where=where, instead="cut it first")
+
+
+def _from_wav(content: bytes, where: str, caps: Caps) -> tuple[np.ndarray, int]:
     """Samples of shape (samples,) and their rate; see ``_decoded``."""
     try:
         if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
@@ -127,6 +126,7 @@ def _from_wav(content: bytes, where: str) -> tuple[np.ndarray, int]:
             (kind,) = struct.unpack("<H", chunks[b"fmt "][24:26])
         if not channels or align != channels * bits // 8 or len(chunks[b"data"]) % align:
             raise ValueError(f"{len(chunks[b'data'])} bytes of {channels} channels of {bits} bits")
+        _require_short(len(chunks[b"data"]) // align, _rate(rate, where), where, caps)
         samples: np.ndarray = _decoded(chunks[b"data"], kind, bits).reshape(-1, channels)
     except (ValueError, KeyError, struct.error) as error:
         raise InputError(
@@ -137,7 +137,7 @@ def _from_wav(content: bytes, where: str) -> tuple[np.ndarray, int]:
             way_out="convert it, for example with ffmpeg -i FILE -c:a pcm_s16le sound.wav",
         ) from None
     mono: np.ndarray = samples[:, 0] if channels == 1 else samples.mean(axis=1, dtype=np.float64).astype(np.float32)
-    return _floats(mono, rate, where), _rate(rate, where)
+    return _floats(mono, rate, where), rate
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -160,21 +160,21 @@ def _decoded(data: bytes, kind: int, bits: int) -> np.ndarray:
     elif kind != _PCM or bits not in (8, 16, 24, 32):
         raise ValueError(f"format {kind} of {bits} bits")
     elif bits == 8:  # the only unsigned one
-        samples = (np.frombuffer(data, np.uint8) - 128.0) / 128
+        samples = (np.frombuffer(data, np.uint8) - np.float32(128)) / np.float32(128)
     elif bits == 24:  # as the upper bytes of 32 bits
         padded: np.ndarray = np.zeros((len(data) // 3, 4), np.uint8)
         padded[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
-        samples = padded.view("<i4")[:, 0] / 2.0**31
+        samples = padded.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31)
     else:
-        samples = np.frombuffer(data, f"<i{bits // 8}") / 2.0 ** (bits - 1)
+        samples = np.frombuffer(data, f"<i{bits // 8}").astype(np.float32) / np.float32(2 ** (bits - 1))
     with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused
-        return samples.astype(np.float32)
+        return samples.astype(np.float32, copy=False)
 
 
 # Rates.
 
 _WIDTH, _ROLLOFF = 6, 0.99
-_MOST_PHASES = 2_000_000
+_MOST_PHASES = 300_000
 """Old times new rate without their common divisors: the size of the filter. From 11,025 to 16,000 Hz it is 282,240."""
 
 

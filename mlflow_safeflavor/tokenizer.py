@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,60 @@ class TextEncoder:
         # Offsets cost time; the ids are the same.
         encode = self._tokenizer.encode_batch if spans else self._tokenizer.encode_batch_fast
         return [self._named(encoding, limit, only, spans) for encoding in encode(inputs, add_special_tokens=special)]
+
+    def pair(
+        self,
+        first: Mapping[str, list[Any]],
+        second: Mapping[str, list[Any]],
+        *,
+        max_length: int | None,
+        only: int | None = None,
+    ) -> dict[str, list[Any]]:
+        """Two texts, each encoded alone, whole and without special tokens → what ``encode`` makes of them as a pair.
+
+        A text that goes with many others is tokenised once.
+
+        Args:
+            first: The first text.
+            second: The second one.
+            max_length: Most tokens; None for any.
+            only: See ``encode``.
+
+        Raises:
+            StructureError: The tokenizer joins texts by what is in them.
+        """
+        ids = [first["input_ids"], second["input_ids"]]
+        frame = self._frame
+        budget = max(0, max_length - len(frame) + 2) if max_length else None
+        if budget is not None and sum(map(len, ids)) > budget:
+            whole = [len(part) for part in ids]
+            lengths = _longest_first(whole[0], whole[1], budget) if only is None else _only(only, whole, budget)
+            ids = [
+                part[len(part) - length :] if self._left else part[:length]
+                for part, length in zip(ids, lengths, strict=True)
+            ]
+        row: dict[str, list[Any]] = {"input_ids": [], "token_type_ids": []}
+        for text, token, kind in frame:
+            placed = [token] if text is None else ids[text]
+            row["input_ids"] += placed
+            row["token_type_ids"] += [kind] * len(placed)
+        row["attention_mask"] = [1] * len(row["input_ids"])
+        return {name: row[name] for name in self.input_names}
+
+    @cached_property
+    def _frame(self) -> list[tuple[int | None, int, int]]:
+        """How two texts are joined: special tokens (None, id, type) and, in their places, texts (number, 0, type)."""
+        for text in _PROBES:
+            encoding = self._tokenizer.encode(text, text)
+            frame = list[tuple[int | None, int, int]]()
+            places = zip(encoding.sequence_ids, encoding.ids, encoding.type_ids, strict=True)
+            for number, token, kind in places:
+                place = (number, 0 if number is not None else token, kind)
+                if number is None or not frame or frame[-1] != place:
+                    frame.append(place)
+            if sorted(number for number, *_ in frame if number is not None) == [0, 1]:
+                return frame
+        raise StructureError("The tokenizer does not join texts to pairs as others do", where="tokenizer")
 
     def special_tokens(self, *, pair: bool) -> int:
         """How many special tokens are added to a text, or to a pair."""

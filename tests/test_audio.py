@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATIO
 
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.caps import Caps
 from mlflow_safeflavor.errors import InputError, ParityError, StructureError
 from mlflow_safeflavor.sounds import read_sound, to_wav
 from mlflow_safeflavor.tasks import infer_task
@@ -133,7 +134,7 @@ def test_labels_and_scores_are_those_of_the_pipeline_for_each_alone(tmp_path, na
 def test_rows_of_different_lengths_share_a_forward_where_that_changes_nothing(model):
     task = model.task
     params = task.check_params({})
-    batch = task.encode([{"audio": sound(length)} for length in LENGTHS], params)
+    batch = task.encoded([{"audio": sound(length)} for length in LENGTHS], params)
     assert task.groups(batch) == [[0, 1, 2, 3, 4]]
     inputs = task.collate(batch)
     assert inputs["input_values"].shape == inputs["attention_mask"].shape == (5, 6001)
@@ -217,9 +218,9 @@ def forms(folder):
 
 def test_all_forms_are_one_sound(tmp_path, saved, model):
     cells = forms(tmp_path)
-    wanted = read_sound(cells["array"], RATE, "", 60)
+    wanted = read_sound(cells["array"], RATE, "", Caps())
     for name, cell in cells.items():
-        assert np.allclose(read_sound(cell, RATE, name, 60), wanted, atol=1e-6), name
+        assert np.allclose(read_sound(cell, RATE, name, Caps()), wanted, atol=1e-6), name
     answers = model.predict(list(cells.values()), {"top_k": -1})
     frame = pd.DataFrame({"audio": pd.Series(list(cells.values()), dtype=object)})
     served = mlflow.pyfunc.load_model(str(saved)).predict(frame, params={"top_k": -1})
@@ -229,7 +230,7 @@ def test_all_forms_are_one_sound(tmp_path, saved, model):
 
 
 def test_silence_in_json_is_whole_numbers():
-    assert read_sound([0, 0, 1, 0], RATE, "", 60).tolist() == [0, 0, 1, 0]
+    assert read_sound([0, 0, 1, 0], RATE, "", Caps()).tolist() == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 48_000])
@@ -238,17 +239,17 @@ def test_another_rate_is_resampled(rate):
         time = np.arange(rate // 2) / rate
         return (0.5 * np.sin(2 * np.pi * 440 * time) + 0.25 * np.sin(2 * np.pi * 1000 * time)).astype(np.float32)
 
-    found = read_sound(to_wav(tone(rate), rate), RATE, "", 60)
+    found = read_sound(to_wav(tone(rate), rate), RATE, "", Caps())
     assert abs(len(found) - RATE // 2) <= 2
     inner = slice(200, 7800)
     assert np.abs(found[inner] - tone(RATE)[inner]).max() < 5e-3
-    same = read_sound({"raw": tone(rate), "sampling_rate": rate}, RATE, "", 60)
+    same = read_sound({"raw": tone(rate), "sampling_rate": rate}, RATE, "", Caps())
     assert np.array_equal(found, same)
 
 
 def test_what_the_new_rate_cannot_hold_is_filtered_out():
     high = np.sin(2 * np.pi * 15_000 * np.arange(48_000) / 48_000).astype(np.float32)
-    assert np.abs(read_sound(to_wav(high, 48_000), RATE, "", 60)[200:-200]).max() < 0.02
+    assert np.abs(read_sound(to_wav(high, 48_000), RATE, "", Caps())[200:-200]).max() < 0.02
 
 
 # What is no sound.
@@ -307,9 +308,9 @@ def test_the_shortest_sound_is_told_by_the_convolutions(model):
     assert len(model.predict([sound(fewest)])) == 1
 
 
-def test_how_long_a_sound_may_be_is_fixed_at_save(tmp_path):
+def test_how_long_a_sound_may_be_is_stored_at_save(tmp_path):
     settings = {"processor": masked, "rehearse": False}
-    for wrong in (0, -1, True, "60", float("inf")):
+    for wrong in (-1, True, "many", float("inf")):
         with pytest.raises(InputError, match="max_seconds"):
             mlflow_safeflavor.save_model(
                 make_model(), tmp_path / "model", model_config={"max_seconds": wrong}, **settings

@@ -4,8 +4,10 @@ import random
 
 import pytest
 
+from mlflow_safeflavor.answers import predict_rows
 from mlflow_safeflavor.batching import cut_into_batches
-from mlflow_safeflavor.scheduler import Scheduler, predict_rows
+from mlflow_safeflavor.errors import AnswerError
+from mlflow_safeflavor.scheduler import Scheduler
 
 
 @pytest.mark.parametrize("budget", [1, 7, 64, 512, 10**9])
@@ -77,6 +79,12 @@ class Echo:
     def __init__(self):
         self.batches = []
 
+    def require_clean(self, rows, params):
+        pass
+
+    def holds(self, features):
+        return 1
+
     def check_params(self, params):
         return {"suffix": "", **(params or {})}
 
@@ -99,7 +107,7 @@ class Echo:
         self.batches.append(len(batch))
         return [{"joined": "".join(row["input_ids"])} for row in batch]
 
-    def decode(self, rows, features, outputs, params):
+    def decode(self, rows, features, outputs, params, first=0):
         return [{"text": output["joined"] + params["suffix"]} for output in outputs]
 
 
@@ -126,5 +134,5 @@ def test_a_forward_that_loses_a_row_is_no_answer():
         def forward(self, engine, batch, params):
             return super().forward(engine, batch, params)[1:]
 
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(AnswerError, match="shorter"):
         predict_rows(Lossy(), Scheduler(Lossy(), None), [{"text": "a"}, {"text": "b"}])

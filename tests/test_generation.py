@@ -38,10 +38,11 @@ class Bound:
 
     def run(self, data, **params):
         rows = self.task.rows(data)
+        self.task.require_clean(rows, params)
         checked = self.task.check_params(params)
-        features = self.task.encode(rows, checked)
+        features = self.task.encoded(rows, checked)
         outputs = self.task.forward(self.engine, features, checked)
-        return self.task.decode(rows, features, outputs, checked), features, outputs
+        return self.task.decoded(rows, features, outputs, checked), features, outputs
 
     def answers(self, data, **params):
         return self.run(data, **params)[0]
@@ -277,7 +278,7 @@ def test_a_character_cut_by_the_length_is_dropped(bound):
     params = task.task.check_params({"return_full_text": False})
     texts = []
     for length in range(1, len(ids) + 1):
-        (answer,) = task.task.decode([{"text": ""}], [{}], [{"ids": ids[:length]}], params)
+        (answer,) = task.task.decoded([{"text": ""}], [{}], [{"ids": ids[:length]}], params)
         texts.append(answer["generated_text"])
     assert texts[-5:] == ["cat ", "cat ", "cat ", "cat ", "cat 😀"]
     assert not any("\N{REPLACEMENT CHARACTER}" in text for text in texts)
@@ -339,7 +340,7 @@ def test_as_many_tokens_as_there_are_positions(bound):
 def test_cost_counts_what_may_be_written(bound):
     task = bound("GPT2LMHeadModel")
     params = task.task.check_params({"max_new_tokens": 10, "num_beams": 2})
-    (features,) = task.task.encode([{"text": "in"}], params)
+    (features,) = task.task.encoded([{"text": "in"}], params)
     assert task.task.cost(features) == (1 + 10) * 2
 
 

@@ -3,11 +3,14 @@
 FUZZ_SECONDS=600 pytest tests/test_hostile_requests.py     ten minutes instead of a few seconds
 """
 
+import importlib.util
 import json
 import os
+import sys
 import time
 
 import pytest
+from conftest import REPOSITORY
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -104,3 +107,35 @@ def test_nothing_that_is_sent_breaks_a_server(serve, saved):
         assert server.process.poll() is None
         assert {200, 400} <= set(sent), "neither good nor bad requests: the strategies are wrong"
         print(f"{len(sent)} requests: { ({status: sent.count(status) for status in sorted(set(sent))}) }")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["fill-mask", "zero-shot-classification"])
+def test_hostile_requests_beside_honest_callers_have_the_right_statuses(serve, tmp_path, minilm_folder, task):
+    import transformers
+
+    import mlflow_safeflavor
+
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    if task == "fill-mask":
+        model = transformers.BertForMaskedLM(transformers.BertConfig(**config))
+    else:
+        config |= {"id2label": {0: "no", 1: "entailment"}, "label2id": {"no": 0, "entailment": 1}}
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(**config))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder)
+    mlflow_safeflavor.save_model(model.eval(), tmp_path / "m", task=task, tokenizer=tokenizer, rehearse=False)
+    benchmark = _benchmark()
+    with serve(tmp_path / "m", env={"OMP_NUM_THREADS": "1", "MLFLOW_SAFEFLAVOR_TIMEOUT": "60"}) as server:
+        ask = benchmark.asking(int(server.url.rpartition(":")[2]))
+        seen = benchmark.run(ask, task, 0, 2 * len(benchmark.BAD[task]), honest=4)
+        assert benchmark.wrong_statuses(seen, task) == {}
+        assert seen.statuses.keys() == {"honest", *benchmark.BAD[task]}
+        assert server.process.poll() is None
+
+
+def _benchmark():
+    spec = importlib.util.spec_from_file_location("hostile_benchmark", REPOSITORY / "benchmarks" / "hostile.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["hostile_benchmark"] = module  # where dataclasses look their annotations up
+    spec.loader.exec_module(module)
+    return module

@@ -21,6 +21,7 @@ from transformers import pipeline
 import mlflow_safeflavor
 from mlflow_safeflavor import files, processor
 from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.caps import Caps
 from mlflow_safeflavor.errors import InputError, IntegrityError, ParityError, StructureError
 from mlflow_safeflavor.images import read_image
 from mlflow_safeflavor.tasks import infer_task
@@ -183,7 +184,7 @@ def test_images_are_turned_upright_as_by_the_pipeline(orientation):
     exif[0x0112] = orientation
     content = encoded(image, "JPEG", exif=exif.tobytes())
     wanted = transformers.image_utils.load_image(base64.b64encode(content).decode())
-    found = read_image(content, "row 0")
+    found = read_image(content, "row 0", Caps())
     assert found.size == ((70, 50) if orientation < 5 else (50, 70))
     assert np.array_equal(np.array(found), np.array(wanted))
 

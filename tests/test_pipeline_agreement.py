@@ -52,11 +52,11 @@ class Asked:
 
     def __call__(self, rows, **params):
         checked = self.task.check_params(params)
-        features = self.task.encode(rows, checked)
+        features = self.task.encoded(rows, checked)
         pieces = [list(self.task.pieces(row)) for row in features]
         found = iter(self.task.forward(self.engine, [piece for row in pieces for piece in row], checked))
         outputs = [self.task.join([next(found) for _ in row]) for row in pieces]
-        answers = self.task.decode(rows, features, outputs, checked)
+        answers = self.task.decoded(rows, features, outputs, checked)
         assert json.loads(json.dumps(answers, allow_nan=False)) == answers
         assert len({tuple(answer) for answer in answers}) == 1
         assert all(value.dtype == np.float32 for output in outputs for value in output.values())
@@ -524,13 +524,13 @@ def test_an_answer_is_found_in_the_last_of_many_windows(asked, tiny_tokenizer):
     model = tiny_model("Bert", "ForQuestionAnswering")
     answer = asked("question-answering", model, tiny_tokenizer)
     context = "😀 e\u0301 " + "the cat ran " * 40 + "green"
-    (features,) = answer.task.encode([{"question": "dog", "context": context}], answer.task.check_params({}))
+    (features,) = answer.task.encoded([{"question": "dog", "context": context}], answer.task.check_params({}))
     pieces = answer.task.pieces(features)
     logits = np.zeros(sum(answer.task.cost(piece) for piece in pieces), np.float32)
     logits[-2] = 50  # before the last [SEP]
     output = {"start_logits": logits, "end_logits": logits}
     params = answer.task.check_params({})
-    (found,) = answer.task.decode([{"question": "dog", "context": context}], [features], [output], params)
+    (found,) = answer.task.decoded([{"question": "dog", "context": context}], [features], [output], params)
     assert len(pieces) > 5
     assert (found["answer"], found["start"], found["end"]) == ("green", len(context) - 5, len(context))
 
@@ -540,7 +540,7 @@ def test_the_context_comes_first_where_the_tokenizer_pads_on_the_left(asked, tin
     tiny_tokenizer.padding_side = side
     answer = asked("question-answering", tiny_model("GPT2", "ForQuestionAnswering"), tiny_tokenizer)
     row = {"question": "dog dog", "context": "the cat"}
-    (features,) = answer.task.encode([row], answer.task.check_params({}))
+    (features,) = answer.task.encoded([row], answer.task.check_params({}))
     texts = [row["question"], row["context"]] if side == "right" else [row["context"], row["question"]]
     assert answer.task.pieces(features)[0]["input_ids"] == tiny_tokenizer(*texts)["input_ids"]
     assert answer([row])[0]["answer"] in ("the", "cat", "the cat")
@@ -633,11 +633,11 @@ def test_an_answer_that_is_no_number_names_the_row(asked, tiny_tokenizer, name):
     config = {"id2label": NLI, "label2id": {v: k for k, v in NLI.items()}} if "zero" in name else {}
     task = asked(name, tiny_model("Bert", head, **config), tiny_tokenizer).task
     rows, checked = [dict.fromkeys(columns, text) for text in ("[MASK]", "a [MASK]")], task.check_params(params)
-    features = task.encode(rows, checked)
+    features = task.encoded(rows, checked)
     bad = {key: np.full((2, 40), np.nan, np.float32) for key in ("logits", "start_logits", "end_logits")}
     good = {key: np.zeros((2, 40), np.float32) for key in bad}
     with pytest.raises(InputError, match=r"not a number[\s\S]*row 1"):
-        task.decode(rows, features, [good, bad], checked)
+        task.decoded(rows, features, [good, bad], checked)
 
 
 @pytest.mark.parametrize("name", [name for name in PER_TASK if name != "zero-shot-classification"])

@@ -140,11 +140,6 @@ def test_a_field_without_column_is_named():
         require_texts([{"text": "a"}], TWO)
 
 
-def test_half_a_surrogate_pair_is_refused():
-    with pytest.raises(InputError, match=r"surrogate[\s\S]*row 1, column 'review'"):
-        require_texts([{"text": "fine 😀"}, {"text": "bad \ud800"}], ONE)
-
-
 @pytest.mark.parametrize(
     "data", [[], (), {"review": []}, pd.DataFrame({"review": []}), pd.Series([], dtype=object), np.array([])]
 )

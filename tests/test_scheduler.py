@@ -16,8 +16,10 @@ import torch
 
 import mlflow_safeflavor
 from mlflow_safeflavor import batching
+from mlflow_safeflavor.answers import predict_rows
+from mlflow_safeflavor.deadline import Deadline
 from mlflow_safeflavor.errors import AnswerError, DeadlineError, InputError, OverloadedError
-from mlflow_safeflavor.scheduler import Scheduler, predict_rows
+from mlflow_safeflavor.scheduler import Scheduler
 
 
 class Length:
@@ -30,6 +32,12 @@ class Length:
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Semaphore(0)
+
+    def require_clean(self, rows, params):
+        pass
+
+    def holds(self, features):
+        return 1
 
     def check_params(self, params):
         return {"language": "en", "suffix": "", **(params or {})}
@@ -59,7 +67,7 @@ class Length:
     def join(self, outputs):
         return {"length": np.concatenate([o["length"] for o in outputs]), "language": outputs[0]["language"]}
 
-    def decode(self, rows, features, outputs, params):
+    def decode(self, rows, features, outputs, params, first=0):
         return [{"length": o["length"].sum(), "by": o["language"] + params["suffix"]} for o in outputs]
 
 
@@ -176,7 +184,7 @@ def test_an_interrupted_caller_costs_no_forward(model):
     ticket = model.scheduler.submit([{"text": "interrupted"}], model.task.check_params({}))
     ticket.wait = lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        model.scheduler.run(ticket)
+        model.scheduler.run(ticket, Deadline())
     model.task.open.set()
     first.result(20)
     model.ask("after")

@@ -13,10 +13,11 @@ from architectures import ARCHITECTURES, tiny_model
 from tokenizers import Tokenizer, models
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
+from mlflow_safeflavor.answers import predict_rows
 from mlflow_safeflavor.engine import ModuleEngine
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.rows import rows_of
-from mlflow_safeflavor.scheduler import Scheduler, predict_rows
+from mlflow_safeflavor.scheduler import Scheduler
 from mlflow_safeflavor.tasks import TASKS, infer_task, task_class
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
 from mlflow_safeflavor.tasks.text_classification import TextClassification
@@ -136,17 +137,17 @@ def test_sigmoid_and_softmax_of_large_logits_do_not_overflow(classifier):
     logits = [{"logits": np.array([800.0, -800.0, 0.0], np.float32)}]
     for function in ("sigmoid", "softmax"):
         params = classifier.task.check_params({"function_to_apply": function})
-        assert classifier.task.decode([{}], [{}], logits, params) == [{"label": "LABEL_0", "score": 1.0}]
+        assert classifier.task.decoded([{}], [{}], logits, params) == [{"label": "LABEL_0", "score": 1.0}]
 
 
 def test_equal_scores_go_to_the_first_label(classifier):
     params = classifier.task.check_params({"top_k": -1})
-    answer = classifier.task.decode([{}], [{}], [{"logits": np.zeros(3, np.float32)}], params)[0]
+    answer = classifier.task.decoded([{}], [{}], [{"logits": np.zeros(3, np.float32)}], params)[0]
     assert answer["labels"] == ["LABEL_0", "LABEL_1", "LABEL_2"]
 
 
 def test_an_empty_pair_is_a_pair(pair_classifier, tiny_tokenizer):
-    (features,) = pair_classifier.task.encode(
+    (features,) = pair_classifier.task.encoded(
         pair_classifier.rows(["dog"], [""]), pair_classifier.task.check_params({})
     )
     assert features == {k: v[0] for k, v in tiny_tokenizer(["dog"], [""]).items()}
@@ -341,7 +342,7 @@ def test_max_length_cuts(pair_classifier, tiny_tokenizer):
     pair_classifier.ask(TEXTS, PAIRS, max_length=6)
     assert max(batch["input_ids"].shape[1] for batch in pair_classifier.batches) == 6
     wanted = tiny_tokenizer(TEXTS[:1], PAIRS[-1:], truncation=True, max_length=6)
-    (features,) = pair_classifier.task.encode(
+    (features,) = pair_classifier.task.encoded(
         pair_classifier.rows(TEXTS[:1], PAIRS[-1:]), pair_classifier.task.check_params({"max_length": 6})
     )
     assert features["input_ids"] == wanted["input_ids"][0]
@@ -424,7 +425,7 @@ def test_max_length_leaves_room_for_special_tokens_and_both_texts(pair_classifie
 def test_an_answer_that_is_no_number_names_the_row(classifier):
     outputs = [{"logits": np.array([0, 1, 2], np.float32)}, {"logits": np.array([0, np.nan, 2], np.float32)}]
     with pytest.raises(InputError, match=r"not a number[\s\S]*row 1[\s\S]*1 of 2 rows[\s\S]*float32"):
-        classifier.task.decode([{}, {}], [{}, {}], outputs, classifier.task.check_params({}))
+        classifier.task.decoded([{}, {}], [{}, {}], outputs, classifier.task.check_params({}))
 
 
 @pytest.mark.parametrize(
@@ -435,12 +436,12 @@ def test_an_answer_that_is_no_number_names_the_row(classifier):
 def test_a_model_that_returns_something_else(classifier, outputs):
     with pytest.raises(StructureError, match=r"does not return[\s\S]*logits, shape \(1, 3\)"):
         classifier.task.forward(
-            lambda inputs: outputs, classifier.task.encode([{"text": "a"}], {"max_length": 0, "truncation": True}), {}
+            lambda inputs: outputs, classifier.task.encoded([{"text": "a"}], classifier.task.check_params({})), {}
         )
 
 
 def test_a_module_that_names_no_outputs_is_read_by_position(classifier):
-    features = classifier.task.encode([{"text": "a"}], classifier.task.check_params({}))
+    features = classifier.task.encoded([{"text": "a"}], classifier.task.check_params({}))
     (output,) = classifier.task.forward(lambda inputs: {"output_0": torch.ones(1, 3)}, features, {})
     assert output["logits"].tolist() == [1, 1, 1]
 
@@ -538,7 +539,7 @@ def test_signatures(classifier, pair_classifier, minilm):
 
 def test_golden_rows_have_clearly_different_lengths(minilm, pair_classifier):
     task = minilm[2]().task
-    lengths = sorted(task.cost(features) for features in task.encode(task.golden_rows(), task.check_params({})))
+    lengths = sorted(task.cost(features) for features in task.encoded(task.golden_rows(), task.check_params({})))
     assert len(lengths) == 4
     assert min(np.diff(lengths)) >= 5
     assert 50 <= lengths[-1] <= 80
@@ -588,7 +589,7 @@ def test_many_threads_with_mixed_lengths_and_params_get_single_threaded_answers(
     task = pair_classifier.task
 
     def encode(job):
-        return task.encode(pair_classifier.rows(*job[0]), task.check_params(job[1]))
+        return task.encoded(pair_classifier.rows(*job[0]), task.check_params(job[1]))
 
     wanted = [(encode(job), pair_classifier.answers(*job[0], **job[1])) for job in jobs]
     with ThreadPoolExecutor(8) as pool:
@@ -601,10 +602,10 @@ def test_many_threads_with_mixed_lengths_and_params_get_single_threaded_answers(
             _close(one.get("scores", [0]), other.get("scores", [0]))
 
 
-def test_a_text_of_a_million_characters_is_cut_and_an_empty_one_is_a_text(classifier):
-    long = "the cat sat on the mat 😀 " * 40_000
+def test_a_text_of_many_characters_is_cut_and_an_empty_one_is_a_text(classifier):
+    long = "the cat sat on the mat 😀 " * 7_000
     answers = classifier.answers([long, "", long[:200]])
-    assert len(long) >= 1_000_000
+    assert len(long) >= 170_000
     assert answers[0] == pytest.approx(answers[2])
     with pytest.raises(InputError, match=r"row 1[\s\S]*longer than the model takes|longer than[\s\S]*row 1"):
         classifier.answers(["dog", long], truncation=False)

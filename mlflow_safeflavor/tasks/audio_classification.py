@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,6 @@ from mlflow_safeflavor.tasks.processed import ProcessedTask, arguments_of
 
 __all__ = ["AudioClassification"]
 
-_MAX_SECONDS = 60.0
-"""Attention takes memory by the square of the length: a minute has 3000 places, an hour would have 180,000."""
 _NUMBERS = 320
 """Of what the model reads, they count as a token for ``max_batch_tokens``: the step of Wav2Vec2 and its relatives."""
 _GOLDEN_SECONDS = (0.1, 0.25, 0.15)
@@ -33,8 +30,6 @@ class AudioClassification(ProcessedTask):
 
     Some extractors (Whisper, AST) make features of a fixed length and cut off what is behind it, as in transformers.
 
-    Options, fixed at save through ``model_config``: ``max_seconds`` (default 60); longer sounds are refused.
-
     Answers: see ``rank_labels``.
     """
 
@@ -43,7 +38,6 @@ class AudioClassification(ProcessedTask):
     fields = ("audio",)
     required = ("audio",)
     hears = True
-    task_options = frozenset({"max_seconds"})
 
     @classmethod
     def serves(cls, class_name: str) -> bool:
@@ -51,17 +45,12 @@ class AudioClassification(ProcessedTask):
 
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-        seconds = options.get("max_seconds", _MAX_SECONDS)
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
-            raise InputError(
-                "Not a number of seconds", where="model_config, max_seconds", wanted="> 0", found=repr(seconds)
-            )
+        cls.require_known(options)
         config = getattr(model, "config", None)
         by_step = getattr(config, "feat_extract_norm", None) == "layer"
         return {
             **describe_labels(model, one_label="softmax"),
             "arguments": arguments_of(model),
-            "max_seconds": float(seconds),
             "min_samples": _receptive_field(config),
             "pads": by_step and getattr(config, "model_type", None) in _PADDABLE,
         }
@@ -78,7 +67,7 @@ class AudioClassification(ProcessedTask):
         return [{"audio": to_wav(wave.clip(-32768, 32767).astype(np.int16), self.rate)} for wave in waves]
 
     def read(self, value: Any, where: str) -> np.ndarray:
-        samples = read_sound(value, self.rate, where, self.config["max_seconds"])
+        samples = read_sound(value, self.rate, where, self.caps)
         if len(samples) < self.config["min_samples"]:
             raise InputError(
                 "A sound is too short for the model",
@@ -89,7 +78,7 @@ class AudioClassification(ProcessedTask):
         return samples
 
     def record(self, value: Any, where: str) -> str:
-        return record_sound(value, self.rate, where, self.config["max_seconds"])
+        return record_sound(value, self.rate, where, self.caps)
 
     def cost(self, features: Features) -> int:
         numbers: int = max(tensor.numel() for tensor in features.values())

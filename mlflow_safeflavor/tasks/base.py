@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -12,9 +13,10 @@ import pandas as pd
 import torch
 from mlflow.models import ModelSignature
 
+from mlflow_safeflavor.caps import Caps
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.rows import Row, rows_of
+from mlflow_safeflavor.rows import Row, count_rows, place, require_clean, rows_of
 from mlflow_safeflavor.tasks.params import Param, check_defaults, check_params, with_defaults
 
 __all__ = ["Features", "Row", "RowOutput", "Task"]
@@ -38,6 +40,7 @@ class Task(ABC):
     Attributes:
         columns: As given, in the order of ``fields``.
         asked: The params with the defaults that they were saved with.
+        caps: The most that a request may ask for; set once, by whoever makes the task.
 
     Raises:
         InputError: ``columns`` are not what ``columns_for`` would return.
@@ -63,6 +66,10 @@ class Task(ABC):
     """Whether only the user's example tells columns, signature and golden rows."""
     task_options: ClassVar[frozenset[str]] = frozenset()
     """Keys of the user's ``model_config`` that belong to the task and are fixed at save."""
+    reads_files: ClassVar[bool] = False
+    """Whether texts in cells may be files in base64, so that their characters are not capped."""
+
+    caps: Caps = Caps()
 
     def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str], encoder: Any = None) -> None:
         self.config = config
@@ -158,7 +165,35 @@ class Task(ABC):
 
     def rows(self, data: Any) -> list[Row]:
         """What the user handed to ``predict``, as rows by field. Raises ``InputError`` naming row and column."""
+        self.require_few(data)
         return rows_of(data, self.columns, self.required)
+
+    def require_few(self, data: Any) -> None:
+        """Refuse more rows than the cap, before any is made. Raises ``InputError``."""
+        self.caps.require(
+            "max_rows",
+            count_rows(data),
+            "A request has too many rows",
+            where="rows",
+            instead="predict them in chunks: over HTTP in several requests, natively from an iterator of DataFrames",
+        )
+
+    def require_clean(self, rows: Sequence[Row], params: Mapping[str, Any] | None) -> None:
+        """Refuse texts, in rows and params, that cannot be encoded or are too long, and lists that are too long.
+
+        Raises:
+            InputError: Names row and column, or param.
+        """
+        caps = None if self.reads_files else self.caps
+        for i, row in enumerate(rows):
+            for field, value in row.items():
+                require_clean(value, place(i, self.columns.get(field, field)), caps)
+        for name, value in params.items() if isinstance(params, Mapping) else ():
+            where = f"params, {name!r}"
+            if isinstance(value, (list, tuple, np.ndarray)):
+                items, instead = np.size(value) if isinstance(value, np.ndarray) else len(value), "shorten the list"
+                self.caps.require("max_pieces", items, "A param is too long", where=where, instead=instead)
+            require_clean(value, where, self.caps)
 
     def result(self, answers: Sequence[Mapping[str, Any]], data: Any) -> Any:
         """What ``predict`` returns: a DataFrame with one row for each row of ``data``, under the same index."""
@@ -192,6 +227,13 @@ class Task(ABC):
         """
         return None
 
+    @property
+    def uncapped(self) -> Task:
+        """The same task without caps: for golden rows, which are the owner's own."""
+        task = copy.copy(self)
+        task.caps = Caps(**dict.fromkeys(vars(Caps()), 0))
+        return task
+
     def batch_budget(self, max_batch_tokens: int) -> int:
         """Most ``cost`` of one forward, given the run-time option."""
         return max_batch_tokens
@@ -205,8 +247,20 @@ class Task(ABC):
         self.check_params({**self.golden(self.config), **self.config.get("params", {})})
 
     @abstractmethod
-    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
-        """Rows → features, one each, in order. Raises ``InputError`` naming row and column."""
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
+        """Rows → features, one each, in order, made while they are iterated; None for a pause within a row.
+
+        Raises:
+            InputError: Names row and column.
+        """
+
+    def encoded(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+        """Rows → features, all at once; see ``encode``."""
+        return [features for features in self.encode(rows, params) if features is not None]
+
+    def holds(self, features: Features) -> int:
+        """Bytes that a row takes until it is answered, about, features and outputs together."""
+        return 64 * sum(self.cost(piece) for piece in self.pieces(features))
 
     def pieces(self, features: Features) -> Sequence[Features]:
         """What the model must see of one row, at least one piece: a long text in windows, a text with each label …."""
@@ -239,15 +293,30 @@ class Task(ABC):
         features: Sequence[Features],
         outputs: Sequence[RowOutput],
         params: Mapping[str, Any],
-    ) -> list[dict[str, Any]]:
+        *,
+        first: int = 0,
+    ) -> Iterator[dict[str, Any] | None]:
         """Outputs → answers, one dict a row with the same keys in every row; JSON-able values.
 
+        Made while they are iterated; None for a pause within a row. Nothing in them is anybody else's memory.
+
         Args:
-            rows: As asked.
+            rows: As asked, or some of them.
             features: What ``encode`` made of them.
             outputs: What ``join`` made of their pieces' outputs.
             params: What ``check_params`` returned.
+            first: Number of the first of ``rows``, for messages.
         """
+
+    def decoded(
+        self,
+        rows: Sequence[Row],
+        features: Sequence[Features],
+        outputs: Sequence[RowOutput],
+        params: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        """Outputs → answers, all at once; see ``decode``."""
+        return [answer for answer in self.decode(rows, features, outputs, params) if answer is not None]
 
 
 def _listed(fields: Sequence[str], required: Sequence[str]) -> str:

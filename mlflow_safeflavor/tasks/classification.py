@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from mlflow.types import ColSpec, DataType, Schema
 
+from mlflow_safeflavor.caps import Caps
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.tasks.base import RowOutput
+from mlflow_safeflavor.tasks.base import Row, RowOutput
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, sigmoid, softmax
 from mlflow_safeflavor.tasks.params import Param
 
-__all__ = ["FUNCTION", "LABEL_AND_SCORE", "TOP_K", "describe_labels", "labels_of", "rank_labels", "read_logits"]
+__all__ = [
+    "FUNCTION",
+    "LABEL_AND_SCORE",
+    "TOP_K",
+    "describe_labels",
+    "labels_of",
+    "rank_labels",
+    "read_logits",
+    "require_labels",
+]
+
+_TOGETHER = 64
+"""Rows whose scores are computed at a time."""
 
 _FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "softmax": softmax,
@@ -87,28 +100,40 @@ def describe_labels(model: torch.nn.Module, *, one_label: str = "sigmoid") -> di
     return {"labels": labels, "problem_type": problem_type, "function_to_apply": function}
 
 
+def require_labels(caps: Caps, config: Mapping[str, Any], rows: Sequence[Row], params: Mapping[str, Any]) -> None:
+    """Refuse a request for more labels than a cap allows; the first of each row is free. Raises ``InputError``."""
+    labels, top_k = len(config["labels"]), params["top_k"]
+    kept = labels if top_k == -1 else min(labels, top_k)
+    if kept > 1:
+        instead = "ask for fewer labels of fewer rows at once"
+        caps.require_answers(kept * len(rows), len(rows), where="params, 'top_k'", instead=instead)
+
+
 def rank_labels(
-    config: Mapping[str, Any], outputs: Sequence[RowOutput], params: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+    config: Mapping[str, Any], outputs: Sequence[RowOutput], params: Mapping[str, Any], first: int = 0
+) -> Iterator[dict[str, Any]]:
     """Logits → answers, one a row.
 
     Args:
         config: With what ``describe_labels`` returned.
         outputs: One a row, with ``logits`` of shape (labels,).
         params: With ``TOP_K`` and ``FUNCTION``.
+        first: Number of the first row, for messages.
 
-    Returns:
+    Yields:
         ``label`` and ``score``, the best one. With ``top_k`` other than 1 also ``labels`` and ``scores``, lists of the
         ``top_k`` best, best first.
 
     Raises:
         InputError: A logit is not a number; names the row.
     """
-    logits = np.stack([output["logits"] for output in outputs])
-    require_finite(logits)
-    function = params["function_to_apply"]
-    scores = _FUNCTIONS[config["function_to_apply"] if function == "default" else function](logits)
-    return [_answer(config["labels"], row, params["top_k"]) for row in scores]
+    asked = params["function_to_apply"]
+    function = _FUNCTIONS[config["function_to_apply"] if asked == "default" else asked]
+    for start in range(0, len(outputs), _TOGETHER):
+        logits = np.stack([output["logits"] for output in outputs[start : start + _TOGETHER]])
+        require_finite(logits, first + start)
+        for row in function(logits):
+            yield _answer(config["labels"], row, params["top_k"])
 
 
 def _answer(names: Sequence[str], scores: np.ndarray, top_k: int) -> dict[str, Any]:

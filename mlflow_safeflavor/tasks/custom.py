@@ -16,10 +16,13 @@ from mlflow_safeflavor.errors import AnswerError, InputError, SafeFlavorError, S
 from mlflow_safeflavor.releases import inferred_signature
 from mlflow_safeflavor.rows import place, rows_of
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+from mlflow_safeflavor.tasks.outputs import own
 
 __all__ = ["Custom"]
 
 _BATCH_ROWS = 32
+_BYTES = 16_000
+"""What a row is taken to hold: nobody knows what the model makes of it."""
 
 
 class _Answered(dict[str, np.ndarray]):
@@ -77,6 +80,7 @@ class Custom(Task):
     fields = ()
     required = ()
     reads = ("hooks", "tokenizer")
+    reads_files = True
     needs_example = True
     task_options = frozenset({"batch_rows"})
 
@@ -130,10 +134,14 @@ class Custom(Task):
         return inferred_signature(frame, result)
 
     def rows(self, data: Any) -> list[Row]:
+        self.require_few(data)
         return rows_of(data, self.columns)  # every column of the example: hooks rely on them
 
-    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
-        return [{"row": row, "number": i} for i, row in enumerate(rows)]
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
+        yield from ({"row": row, "number": i} for i, row in enumerate(rows))
+
+    def holds(self, features: Features) -> int:
+        return _BYTES
 
     def cost(self, features: Features) -> int:
         return 1
@@ -162,7 +170,8 @@ class Custom(Task):
                 found=_kinds(inputs),
             )
         with _failing("forward"):
-            outputs = {name: tensor.cpu() for name, tensor in engine(inputs).items()}
+            # Copies: a forward may return a weight as it is, and a hook may change what it is given.
+            outputs = {name: tensor.detach().to("cpu", copy=True) for name, tensor in engine(inputs).items()}
         with _failing("postprocess"):
             answers = self.postprocess(outputs, rows)
         if not _is_one_dict_a_row(answers, len(rows)):
@@ -171,7 +180,7 @@ class Custom(Task):
                 wanted=f"a list of {len(rows)} dicts",
                 found=_kinds_of(answers),
             )
-        return [_answered(outputs, i, len(rows), dict(answer)) for i, answer in enumerate(answers)]
+        return [_answered(outputs, i, len(rows), own(dict(answer))) for i, answer in enumerate(answers)]
 
     def decode(
         self,
@@ -179,8 +188,10 @@ class Custom(Task):
         features: Sequence[Features],
         outputs: Sequence[RowOutput],
         params: Mapping[str, Any],
-    ) -> list[dict[str, Any]]:
-        return [output.answer for output in outputs if isinstance(output, _Answered)]
+        *,
+        first: int = 0,
+    ) -> Iterator[dict[str, Any] | None]:
+        yield from (output.answer for output in outputs if isinstance(output, _Answered))
 
 
 def _kinds(inputs: Any) -> str:

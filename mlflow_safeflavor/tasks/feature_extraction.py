@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, descr
 __all__ = ["FeatureExtraction"]
 
 _HEADS = re.compile(r"(LMHead|DoubleHeads|PreTrained|EncoderDecoder|MT)Model$")
+_PROMPTED = 1000
+"""Characters of a prompt that each row of a table may have, whatever ``max_characters`` is."""
 _SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 _TRUNCATE_DIM = Param(
@@ -106,14 +108,23 @@ class FeatureExtraction(TextTask):
         said = (self.config["pad_token_id"], self.encoder.config["pad_token_id"])
         return next((pad_id for pad_id in said if pad_id is not None), 0)
 
-    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         require_texts(rows, self.columns)
         prompt = params.get("prompt") or self.config["prompts"].get(params.get("prompt_name"), "")
-        features = super().encode([{**row, "text": prompt + row["text"]} for row in rows], params)
-        if self.config["include_prompt"]:
-            return features
-        skipped = self._length_of(prompt)
-        return [{**row, "pooling_mask": [int(i >= skipped) for i in range(self.cost(row))]} for row in features]
+        self.caps.require(
+            "max_characters",
+            len(prompt) * len(rows),
+            "A prompt before each text is too long",
+            where="params, 'prompt', for each row",
+            instead="shorten it, or send fewer rows at once",
+            allowed=_PROMPTED * len(rows),
+        )
+        skipped = 0 if self.config["include_prompt"] else self._length_of(prompt)
+        for row in super().encode([{**row, "text": prompt + row["text"]} for row in rows], params):
+            if row is None or self.config["include_prompt"]:
+                yield row
+            else:
+                yield {**row, "pooling_mask": [int(i >= skipped) for i in range(self.cost(row))]}
 
     def _length_of(self, prompt: str) -> int:
         """Tokens at the beginning that are the prompt's, special ones in front of it included."""
@@ -145,13 +156,16 @@ class FeatureExtraction(TextTask):
         features: Sequence[Features],
         outputs: Sequence[RowOutput],
         params: Mapping[str, Any],
-    ) -> list[dict[str, Any]]:
-        vectors = np.stack([output["embedding"] for output in outputs])
-        require_finite(vectors)
-        vectors = vectors[:, : params["truncate_dim"] or None]
-        if params["normalize_embeddings"]:
-            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
-        return [{"embedding": vector.tolist()} for vector in vectors]
+        *,
+        first: int = 0,
+    ) -> Iterator[dict[str, Any] | None]:
+        for i, output in enumerate(outputs, first):
+            vector = output["embedding"]
+            require_finite([vector], i)
+            vector = vector[: params["truncate_dim"] or None]
+            if params["normalize_embeddings"]:
+                vector = vector / np.linalg.norm(vector[None], axis=1).clip(1e-12)
+            yield {"embedding": vector.tolist()}
 
 
 def _is_pooling(value: object) -> bool:

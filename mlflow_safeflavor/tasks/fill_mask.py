@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,13 +88,9 @@ class FillMask(TextTask):
         return [{"text": text.replace("{}", self.mask_token)} for text in _GOLDEN_TEXTS]
 
     def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        """As any, but targets are the ids of their tokens, each once."""
         checked = super().check_params(params)
-        self._target_ids(checked["targets"])
-        return checked
-
-    def _target_ids(self, targets: Sequence[str]) -> list[int]:
-        """The targets' ids, each once. Raises ``InputError`` for one that is no single token."""
-        return list(dict.fromkeys(self._target_id(target) for target in targets))
+        return {**checked, "targets": list(dict.fromkeys(map(self._target_id, checked["targets"])))}
 
     def _target_id(self, target: str) -> int:
         if (token_id := self.encoder.token_id(target)) is not None:
@@ -109,15 +105,30 @@ class FillMask(TextTask):
             )
         return ids[0]
 
-    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
-        features = super().encode(rows, params)
-        for i, (row, encoded) in enumerate(zip(rows, features, strict=True)):
-            self._require_gaps(i, row["text"], encoded["input_ids"], params["max_length"] or self.limit)
-        return features
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
+        kept = min(params["top_k"], len(params["targets"]) or self.encoder.size)
+        tokens = 0
+        for i, (row, encoded) in enumerate(zip(rows, super().encode(rows, params), strict=True)):
+            assert encoded is not None  # noqa: S101  (for mypy: texts are encoded without a pause)
+            ids = encoded["input_ids"]
+            self._require_gaps(i, row["text"], ids, params["max_length"] or self.limit)
+            tokens += kept * len(ids) * self._gaps(ids)
+            where, instead = f"params, 'top_k', up to {place(i)}", "ask for fewer tokens, or fewer rows at once"
+            self.caps.require_answers(tokens, len(rows), where=where, instead=instead)
+            yield encoded
+
+    def holds(self, features: Features) -> int:
+        # A score for each token of the vocabulary in each gap.
+        scores: int = self.encoder.size * self._gaps(features["input_ids"])
+        return super().holds(features) + 4 * scores
+
+    def _gaps(self, ids: Sequence[int]) -> int:
+        mask: int = self.encoder.config["mask_token_id"]
+        return sum(token == mask for token in ids)
 
     def _require_gaps(self, i: int, text: str, ids: Sequence[int], limit: int | None) -> None:
         """Refuse a text without gaps, or one that lost some when it was cut."""
-        read = ids.count(self.encoder.config["mask_token_id"])
+        read = self._gaps(ids)
         written = text.count(self.mask_token) if len(ids) == limit else read
         if read == 0 or read < written:
             raise InputError(
@@ -145,25 +156,21 @@ class FillMask(TextTask):
         features: Sequence[Features],
         outputs: Sequence[RowOutput],
         params: Mapping[str, Any],
-    ) -> list[dict[str, Any]]:
-        require_finite([output["logits"] for output in outputs])
-        targets = self._target_ids(params["targets"])
-        predicted = [
-            self._predictions(encoded["input_ids"], softmax(output["logits"]), targets, params["top_k"])
-            for encoded, output in zip(features, outputs, strict=True)
-        ]
-        return [{**gaps[0][0], "predictions": gaps} for gaps in predicted]
-
-    def _predictions(
-        self, ids: Sequence[int], scores: np.ndarray, targets: Sequence[int], top_k: int
-    ) -> list[list[dict[str, Any]]]:
-        gaps = [i for i, token_id in enumerate(ids) if token_id == self.encoder.config["mask_token_id"]]
-        chosen = np.asarray(targets or range(scores.shape[1]))
-        ranked = [chosen[np.argsort(-row[chosen], kind="stable")[:top_k]] for row in scores]
-        return [
-            [self._prediction(ids, gap, int(token), float(row[token]), alone=len(gaps) == 1) for token in best]
-            for gap, row, best in zip(gaps, scores, ranked, strict=True)
-        ]
+        *,
+        first: int = 0,
+    ) -> Iterator[dict[str, Any] | None]:
+        for i, (encoded, output) in enumerate(zip(features, outputs, strict=True), first):
+            require_finite([output["logits"]], i)
+            ids = encoded["input_ids"]
+            gaps = [place for place, token in enumerate(ids) if token == self.encoder.config["mask_token_id"]]
+            predictions: list[list[dict[str, Any]]] = []
+            for gap, logits in zip(gaps, output["logits"], strict=True):
+                scores, found = softmax(logits), list[dict[str, Any]]()
+                for token in _best(scores, params["targets"], params["top_k"]):
+                    found.append(self._prediction(ids, gap, int(token), float(scores[token]), alone=len(gaps) == 1))
+                    yield None
+                predictions.append(found)
+            yield {**predictions[0][0], "predictions": predictions}
 
     def _prediction(self, ids: Sequence[int], gap: int, token: int, score: float, *, alone: bool) -> dict[str, Any]:
         filled = [*ids[:gap], token, *ids[gap + 1 :]]
@@ -175,6 +182,13 @@ class FillMask(TextTask):
             # Other gaps are special tokens, and would vanish.
             "sequence": self.encoder.decode(shown, skip_special=alone),
         }
+
+
+def _best(scores: np.ndarray, targets: Sequence[int], top_k: int) -> np.ndarray:
+    """Ids of the best of ``targets``, or of all tokens, best first."""
+    chosen: np.ndarray = np.asarray(targets) if targets else np.arange(len(scores))
+    best: np.ndarray = chosen[np.argsort(-scores[chosen], kind="stable")[:top_k]]
+    return best
 
 
 def _covers(tensor: torch.Tensor, mask: torch.Tensor) -> bool:

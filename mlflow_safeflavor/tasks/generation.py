@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -26,6 +26,20 @@ __all__ = ["GENERATION_PARAMS", "Generation"]
 _MOST_NEW_TOKENS = 32768
 """Of models that count no positions: a request cannot ask for hours."""
 
+_LEAST, _MOST = 1e-9, 1e9
+"""Scores are divided by such numbers in float32, one after the other: beyond, they would become 0, infinite or NaN."""
+_POSITIVE = f"a number from {_LEAST:g} to {_MOST:g}"
+
+
+def _is_positive(value: float) -> bool:
+    return _LEAST <= value <= _MOST
+
+
+_WEIGHT = 32
+"""Answers of other tasks that take about as long as to write a token."""
+_WRITTEN_A_ROW = 1024
+"""Tokens that a row may be answered with on average, whatever ``max_answers`` is; with beams, by all of them."""
+
 GENERATION_PARAMS = (
     Param(
         "max_new_tokens",
@@ -35,8 +49,14 @@ GENERATION_PARAMS = (
         allows=lambda value: 1 <= value <= _MOST_NEW_TOKENS,
     ),
     Param("do_sample", "boolean", default=False, wanted="true or false"),
-    Param("temperature", "double", default=1.0, wanted="a number above 0", allows=lambda value: value > 0),
-    Param("top_p", "double", default=1.0, wanted="a number above 0, up to 1", allows=lambda value: 0 < value <= 1),
+    Param("temperature", "double", default=1.0, wanted=_POSITIVE, allows=_is_positive),
+    Param(
+        "top_p",
+        "double",
+        default=1.0,
+        wanted=f"a number from {_LEAST:g} to 1",
+        allows=lambda value: _LEAST <= value <= 1,
+    ),
     Param(
         "top_k",
         "long",
@@ -46,7 +66,7 @@ GENERATION_PARAMS = (
         none_is=0,
     ),
     Param("num_beams", "long", default=1, wanted="a whole number from 1 to 64", allows=lambda value: 1 <= value <= 64),
-    Param("repetition_penalty", "double", default=1.0, wanted="a number above 0", allows=lambda value: value > 0),
+    Param("repetition_penalty", "double", default=1.0, wanted=_POSITIVE, allows=_is_positive),
     Param(
         "seed",
         "long",
@@ -206,6 +226,18 @@ class Generation(TextTask):
         room = positions and positions - params["max_new_tokens"]
         return min((length for length in (self.limit, room) if length), default=None)
 
+    def require_little(self, rows: Sequence[Row], params: Mapping[str, Any]) -> None:
+        """Refuse a request that has the model write more than a cap allows. Raises ``InputError``."""
+        a_row = params["max_new_tokens"] * params["num_beams"]
+        self.caps.require(
+            "max_answers",
+            _WEIGHT * a_row * len(rows),
+            f"A request asks for too much text; a token that is written counts as {_WEIGHT}",
+            where="params, 'max_new_tokens' and 'num_beams'",
+            instead="lower them, or send fewer rows at once",
+            allowed=_WEIGHT * _WRITTEN_A_ROW * len(rows),
+        )
+
     def featured(self, ids: Sequence[int], params: Mapping[str, Any]) -> Features:
         """What is handed to ``forward`` of a prompt's tokens."""
         return {"input_ids": list(ids), "cost": (len(ids) + params["max_new_tokens"]) * params["num_beams"]}
@@ -325,20 +357,20 @@ class Generation(TextTask):
         features: Sequence[Features],
         outputs: Sequence[RowOutput],
         params: Mapping[str, Any],
-    ) -> list[dict[str, Any]]:
-        # Masked tokens may be minus infinity; a largest one that is not finite is broken.
-        require_finite([output["logits"].max(axis=-1) for output in outputs if "logits" in output])
+        *,
+        first: int = 0,
+    ) -> Iterator[dict[str, Any] | None]:
         # A forced end says nothing but that the length is used up.
         forced, most = self.config["generation"].get("forced_eos_token_id") is not None, params["max_new_tokens"]
-        answers = []
-        for output in outputs:
+        for i, output in enumerate(outputs, first):
+            # Masked tokens may be minus infinity; a largest one that is not finite is broken.
+            require_finite([output["logits"].max(axis=-1)] if "logits" in output else [], i)
             ids = output["ids"].tolist()
             text = self.encoder.decode(ids)
             stop = _first(text, params["stop"])
             ended = stop is not None or bool(ids and ids[-1] in self.ends and not (forced and len(ids) == most))
             text = text[:stop] if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")
-            answers.append({"generated_text": text, "finish_reason": "stop" if ended else "length"})
-        return answers
+            yield {"generated_text": text, "finish_reason": "stop" if ended else "length"}
 
 
 class _Stop:

@@ -48,10 +48,10 @@ class ImageClassification(ProcessedTask):
         return [{"image": colour.repeat(8, axis=0).repeat(8, axis=1)} for colour in colours]
 
     def read(self, value: Any, where: str) -> Any:
-        return read_image(value, where)
+        return read_image(value, where, self.caps)
 
     def record(self, value: Any, where: str) -> str:
-        return record_image(value, where)
+        return record_image(value, where, self.caps)
 
     def cost(self, features: Features) -> int:
         return _TOKENS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.rows import place
 
-__all__ = ["pick", "require_finite", "sigmoid", "softmax"]
+__all__ = ["own", "own_array", "pick", "require_finite", "sigmoid", "softmax"]
 
 
 def pick(
@@ -41,11 +42,33 @@ def pick(
     return tensor.float()
 
 
-def require_finite(values: Sequence[np.ndarray] | np.ndarray) -> None:
+def own_array(tensor: torch.Tensor) -> np.ndarray:
+    """An output as an array that shares no memory with anything: a forward may return a weight, or its input, as it is.
+
+    Floating point numbers become float32.
+    """
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    array: np.ndarray = tensor.detach().to("cpu", dtype, copy=True).numpy()
+    return array
+
+
+def own(value: Any) -> Any:
+    """An answer that shares no memory with anything: arrays, tensors, lists and dicts, at any depth, are copied."""
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {name: own(item) for name, item in value.items()}
+    return type(value)(map(own, value)) if type(value) in (list, tuple, set) else value
+
+
+def require_finite(values: Sequence[np.ndarray] | np.ndarray, first: int = 0) -> None:
     """Refuse answers that are no numbers, which half precision overflow or broken weights make.
 
     Args:
         values: One array a row, of any shape.
+        first: Number of the first row.
 
     Raises:
         InputError: Names the first such row.
@@ -54,7 +77,7 @@ def require_finite(values: Sequence[np.ndarray] | np.ndarray) -> None:
     if bad:
         raise InputError(
             "The model's answer to a row is not a number",
-            where=place(bad[0]),
+            where=place(first + bad[0]),
             wanted="finite numbers",
             found=f"NaN or infinity in {len(bad)} of {len(values)} rows",
             way_out="serve the model in float32: half precision overflows where float32 does not",

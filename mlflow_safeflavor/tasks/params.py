@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -120,7 +121,7 @@ def _checked(param: Param, value: Any) -> Any:
             "A param has a value that is not allowed",
             where=f"params, {param.name!r}",
             wanted=param.wanted,
-            found=f"{type(value).__name__} {value!r}",
+            found=f"{type(value).__name__} {reprlib.repr(value)}",
         )
     return plain
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,14 @@ from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.processor import apply
 from mlflow_safeflavor.rows import place
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
-from mlflow_safeflavor.tasks.classification import FUNCTION, LABEL_AND_SCORE, TOP_K, rank_labels, read_logits
+from mlflow_safeflavor.tasks.classification import (
+    FUNCTION,
+    LABEL_AND_SCORE,
+    TOP_K,
+    rank_labels,
+    read_logits,
+    require_labels,
+)
 from mlflow_safeflavor.tasks.params import param_schema
 
 __all__ = ["ProcessedTask", "arguments_of"]
@@ -38,6 +45,7 @@ class ProcessedTask(Task):
 
     params = (TOP_K, FUNCTION)
     reads = ("processor",)
+    reads_files = True
     field: ClassVar[str]
     """The only field."""
 
@@ -64,8 +72,13 @@ class ProcessedTask(Task):
         cells = {self.field: self.record(value[self.field], self.columns[self.field])} if self.field in value else {}
         return {**value, **cells}
 
-    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
-        return [self._features(row[self.field], place(i, self.columns[self.field])) for i, row in enumerate(rows)]
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
+        require_labels(self.caps, self.config, rows, params)
+        for i, row in enumerate(rows):
+            yield self._features(row[self.field], place(i, self.columns[self.field]))
+
+    def holds(self, features: Features) -> int:
+        return sum(tensor.nbytes for tensor in features.values())
 
     def _features(self, value: Any, where: str) -> Features:
         readable = self.read(value, where)
@@ -112,8 +125,10 @@ class ProcessedTask(Task):
         features: Sequence[Features],
         outputs: Sequence[RowOutput],
         params: Mapping[str, Any],
-    ) -> list[dict[str, Any]]:
-        return rank_labels(self.config, outputs, params)
+        *,
+        first: int = 0,
+    ) -> Iterator[dict[str, Any] | None]:
+        return rank_labels(self.config, outputs, params, first)
 
 
 def arguments_of(model: torch.nn.Module) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from mlflow_safeflavor.rows import place, require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
-from mlflow_safeflavor.tasks.text import TextTask, describe_text_model, windows
+from mlflow_safeflavor.tasks.text import TextTask, count_windows, describe_text_model, groups, windows
 
 __all__ = ["QuestionAnswering"]
 
@@ -99,15 +99,40 @@ class QuestionAnswering(TextTask):
 
     # A row → windows.
 
-    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         require_texts(rows, self.columns)
         fields = ("question", "context") if self._context == 1 else ("context", "question")
-        first, second = ([row[field] for row in rows] for field in fields)
-        encoded = self.encoder.encode(first, second, truncation=False, spans=True)
-        return [{"windows": self._windows(i, row, params)} for i, row in enumerate(encoded)]
+        pieces = 0
+        for start, some in groups(rows):
+            first, second = ([row[field] for row in some] for field in fields)
+            encoded = self.encoder.encode(first, second, truncation=False, spans=True)
+            for i, row in enumerate(encoded, start):
+                tokens, room, overlap = self._cuts(i, row, params)
+                pieces += count_windows(tokens, room, overlap)
+                self._require_few(i, pieces, len(rows), params)
+                cut = []
+                for window in windows(self.known(row), self._context, room, overlap):
+                    cut.append(window)
+                    yield None
+                yield {"windows": cut}
 
-    def _windows(self, i: int, row: Mapping[str, list[Any]], params: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
-        limit = params["max_seq_len"] or min(self.limit or _USUAL_LENGTH, _USUAL_LENGTH)
+    def _require_few(self, i: int, pieces: int, rows: int, params: Mapping[str, Any]) -> None:
+        """Refuse row ``i`` if the windows so far, or their answers beside the best, are more than a cap allows."""
+        where, instead = f"windows up to {place(i)}", "send less text at once, or lower doc_stride"
+        self.caps.require_pieces(pieces, rows, where=where, instead=instead)
+        if params["top_k"] > 1:
+            length = min(params["max_answer_len"], self._read_at_once(params))
+            tokens = pieces * min(params["top_k"], length * self._read_at_once(params)) * length
+            where, instead = f"params, 'top_k', {where}", "lower top_k or max_answer_len, or send less text at once"
+            self.caps.require_answers(tokens, rows, where=where, instead=instead)
+
+    def _read_at_once(self, params: Mapping[str, Any]) -> int:
+        """Most tokens of a window."""
+        return int(params["max_seq_len"] or min(self.limit or _USUAL_LENGTH, _USUAL_LENGTH))
+
+    def _cuts(self, i: int, row: Mapping[str, list[Any]], params: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Tokens of the context of row ``i``, how many of them a window has room for, and shares with the next."""
+        limit = self._read_at_once(params)
         context = row["sequence_ids"].count(self._context)
         for field, tokens in (("question", row["sequence_ids"].count(1 - self._context)), ("context", context)):
             if not tokens:
@@ -126,7 +151,7 @@ class QuestionAnswering(TextTask):
                 found=f"{limit - room} tokens with the special ones",
                 way_out="shorten the question, or raise max_seq_len if the model takes more",
             )
-        return windows(self.known(row), self._context, room, self._overlap(i, room, limit, context, params))
+        return context, room, self._overlap(i, room, limit, context, params)
 
     def _overlap(self, i: int, room: int, limit: int, context: int, params: Mapping[str, Any]) -> int:
         given: int = params["doc_stride"]
@@ -164,17 +189,21 @@ class QuestionAnswering(TextTask):
         features: Sequence[Features],
         outputs: Sequence[RowOutput],
         params: Mapping[str, Any],
-    ) -> list[dict[str, Any]]:
-        require_finite([np.concatenate([*output.values()]) for output in outputs])
-        return [
-            _answer(self._found(row["context"], self.pieces(encoded), output, params), params["top_k"])
-            for row, encoded, output in zip(rows, features, outputs, strict=True)
-        ]
+        *,
+        first: int = 0,
+    ) -> Iterator[dict[str, Any] | None]:
+        for i, (row, encoded, output) in enumerate(zip(rows, features, outputs, strict=True), first):
+            require_finite([np.concatenate([*output.values()])], i)
+            found: list[dict[str, Any]] = []
+            for answers in self._found(row["context"], self.pieces(encoded), output, params):
+                found = answers
+                yield None
+            yield _answer(found, params["top_k"])
 
     def _found(
         self, text: str, pieces: Sequence[Features], output: RowOutput, params: Mapping[str, Any]
-    ) -> list[dict[str, Any]]:
-        """Answers of all windows, best first."""
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Answers of all windows, best first, at the end; nothing after each window before."""
         cuts = np.cumsum([self.cost(piece) for piece in pieces])[:-1]
         starts, ends = (np.split(output[name], cuts) for name in ("start_logits", "end_logits"))
         found: dict[str, dict[str, Any]] = {}
@@ -186,10 +215,11 @@ class QuestionAnswering(TextTask):
                 a, b = _characters(piece, first, last, self._context, align=params["align_to_words"])
                 answer = {"answer": text[a:b], "score": 0.0, "start": a, "end": b}
                 found.setdefault(text[a:b].lower(), answer)["score"] += score
+            yield []
         answers = [*found.values()]
         if params["handle_impossible_answer"]:
             answers.append({"answer": "", "score": min(impossible), "start": 0, "end": 0})
-        return sorted(answers, key=lambda answer: -answer["score"])
+        yield sorted(answers, key=lambda answer: -answer["score"])
 
     def _spans(
         self, piece: Features, start: np.ndarray, end: np.ndarray, params: Mapping[str, Any]
@@ -208,9 +238,17 @@ class QuestionAnswering(TextTask):
         first, last = np.nonzero(allowed)
         # More than asked for, as several spans may turn out to be of the same words.
         kept = params["top_k"] * 2 + 10 if params["align_to_words"] else params["top_k"]
-        best = np.argsort(-scores[first, last], kind="stable")[:kept]
+        best = _best(scores[first, last], kept)
         places = np.flatnonzero(context)
         return [(int(places[first[i]]), int(places[last[i]]), float(scores[first[i], last[i]])) for i in best], null
+
+
+def _best(scores: np.ndarray, count: int) -> np.ndarray:
+    """Places of the ``count`` best scores, best first, of equal ones the first; not all are sorted for these."""
+    least = np.partition(scores, len(scores) - count)[len(scores) - count] if len(scores) > count else -np.inf
+    near = np.flatnonzero(scores >= least)
+    best: np.ndarray = near[np.argsort(-scores[near], kind="stable")][:count]
+    return best
 
 
 def _characters(piece: Features, first: int, last: int, context: int, *, align: bool) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from mlflow.types import Schema, TensorSpec
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+from mlflow_safeflavor.tasks.outputs import own_array
 
 __all__ = ["Raw"]
 
@@ -72,8 +73,8 @@ class Raw(Task):
     def result(self, answers: Sequence[Mapping[str, Any]], data: Any) -> Any:
         return dict(answers[0])
 
-    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
-        return list(rows)
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
+        yield from rows
 
     def cost(self, features: Features) -> int:
         return 1
@@ -94,7 +95,7 @@ class Raw(Task):
             raise InputError("forward refused the arrays", where=shapes, found=str(error) or repr(error)) from error
         if not outputs:
             raise StructureError("forward gave no tensor by name", wanted="a tensor, or a tuple or dict of tensors")
-        return {name: (t.float() if t.is_floating_point() else t).cpu().numpy() for name, t in outputs.items()}
+        return {name: own_array(tensor) for name, tensor in outputs.items()}
 
     def decode(
         self,
@@ -102,8 +103,10 @@ class Raw(Task):
         features: Sequence[Features],
         outputs: Sequence[RowOutput],
         params: Mapping[str, Any],
-    ) -> list[dict[str, Any]]:
-        return [dict(output) for output in outputs]
+        *,
+        first: int = 0,
+    ) -> Iterator[dict[str, Any] | None]:
+        yield from map(dict, outputs)
 
     # Arrays are recorded as features and outputs already; the JSON holds their shapes, to be read by people.
 

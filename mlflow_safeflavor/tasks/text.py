@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,12 +23,17 @@ __all__ = [
     "SPANS",
     "TRUNCATION",
     "TextTask",
+    "count_windows",
     "describe_text_model",
+    "groups",
     "windows",
 ]
 
 SPANS = ("offsets", "word_ids", "sequence_ids")
 """What ``TextEncoder.encode`` adds with ``spans``."""
+
+_CHARACTERS = 20_000
+"""Tokenised at a time."""
 
 MAX_LENGTH = Param(
     "max_length",
@@ -123,20 +128,20 @@ class TextTask(Task):
 
     # Rows → features → tensors.
 
-    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         require_texts(rows, self.columns)
-        pairs = [row["text_pair"] for row in rows] if "text_pair" in self.columns else None
         limit = params["max_length"] or self.limit
-        encoded = self.encoder.encode(
-            [row["text"] for row in rows],
-            pairs,
-            max_length=limit,
-            truncation=params["truncation"],
-            spans=self.spans,
-        )
-        for i, row in enumerate(encoded):
-            self.require_fitting(i, len(row["input_ids"]), limit)
-        return [self.known(row) for row in encoded]
+        for first, some in groups(rows):
+            encoded = self.encoder.encode(
+                [row["text"] for row in some],
+                [row["text_pair"] for row in some] if "text_pair" in self.columns else None,
+                max_length=limit,
+                truncation=params["truncation"],
+                spans=self.spans,
+            )
+            for i, row in enumerate(encoded, first):
+                self.require_fitting(i, len(row["input_ids"]), limit)
+                yield self.known(row)
 
     def known(self, row: Mapping[str, list[Any]]) -> Features:
         """What the model takes of an encoded row, and where its tokens are from if that is told."""
@@ -144,7 +149,26 @@ class TextTask(Task):
         return {name: row[name] for name in names if name in row}
 
     def require_fitting(self, i: int, length: int, limit: int | None) -> None:
-        """Refuse row ``i`` if it has no tokens, or more than ``limit``. Raises ``InputError`` naming it."""
+        """Refuse row ``i`` if it has no tokens, or more than ``limit``, or the cap where there is none.
+
+        Raises:
+            InputError: Names the row.
+        """
+        self.require_tokens(i, length)
+        if limit is None:
+            where = place(i, *self.columns.values())
+            self.caps.require("max_tokens", length, "A text is too long", where=where, instead="cut or split it")
+        if limit and length > limit:
+            raise InputError(
+                "A text is longer than the model takes, and truncation is off",
+                where=place(i, *self.columns.values()),
+                wanted=f"at most {limit} tokens",
+                found=f"{length} tokens",
+                way_out="shorten or split the text, or let it be cut: params={'truncation': True}",
+            )
+
+    def require_tokens(self, i: int, length: int) -> None:
+        """Refuse row ``i`` if it has no tokens. Raises ``InputError`` naming it."""
         if length == 0:
             # Alone it would crash the model; beside longer rows it would be all padding, and its answer noise.
             raise InputError(
@@ -153,14 +177,6 @@ class TextTask(Task):
                 wanted="at least one token",
                 found="0 tokens",
                 way_out="drop the row, or put a text in it",
-            )
-        if limit and length > limit:
-            raise InputError(
-                "A text is longer than the model takes, and truncation is off",
-                where=place(i, *self.columns.values()),
-                wanted=f"at most {limit} tokens",
-                found=f"{length} tokens",
-                way_out="shorten or split the text, or let it be cut: params={'truncation': True}",
             )
 
     def cost(self, features: Features) -> int:
@@ -288,7 +304,24 @@ def _max_length(model: torch.nn.Module, config: Any) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
-def windows(row: Mapping[str, list[Any]], sequence: int, room: int, overlap: int) -> list[dict[str, list[Any]]]:
+def groups(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
+    """Rows in order, as many at a time as are tokenised in some milliseconds, with the number of the first."""
+    first = characters = 0
+    for i, row in enumerate(rows):
+        characters += sum(map(len, row.values()))
+        if characters >= _CHARACTERS:
+            yield first, rows[first : i + 1]
+            first, characters = i + 1, 0
+    if first < len(rows):
+        yield first, rows[first:]
+
+
+def count_windows(tokens: int, room: int, overlap: int) -> int:
+    """How many ``windows`` there are of so many tokens."""
+    return len(range(0, max(1, tokens - overlap), room - overlap))
+
+
+def windows(row: Mapping[str, list[Any]], sequence: int, room: int, overlap: int) -> Iterator[dict[str, list[Any]]]:
     """Cut one text of an encoded row into windows; each has all the other tokens, too.
 
     The windows are those of transformers' tokenizers with ``stride`` and ``return_overflowing_tokens``.
@@ -305,5 +338,6 @@ def windows(row: Mapping[str, list[Any]], sequence: int, room: int, overlap: int
     body = [i for i, text in enumerate(row["sequence_ids"]) if text == sequence]
     rest = [i for i, text in enumerate(row["sequence_ids"]) if text != sequence]
     starts = range(0, max(1, len(body) - overlap), room - overlap)
-    kept = [sorted(rest + body[start : start + room]) for start in starts]
-    return [{name: [values[i] for i in positions] for name, values in row.items()} for positions in kept]
+    for start in starts:
+        positions = sorted(rest + body[start : start + room])
+        yield {name: [values[i] for i in positions] for name, values in row.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.rows import require_texts
 from mlflow_safeflavor.tasks.base import Features, Row
 from mlflow_safeflavor.tasks.generation import Generation
+from mlflow_safeflavor.tasks.text import groups
 
 __all__ = ["Text2TextGeneration", "specific_task"]
 
@@ -50,14 +51,16 @@ class Text2TextGeneration(Generation):
             raise InputError("The prefix is not a text", where="model_config, 'prefix'", found=repr(prefix))
         return {**cls.describe_generation(model, {**specific, **options.get("generation", {})}), "prefix": prefix}
 
-    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         require_texts(rows, self.columns)
+        self.require_little(rows, params)
         limit = self.prompt_limit(params)
-        texts = [self.config["prefix"] + row["text"] for row in rows]
-        encoded = self.encoder.encode(texts, max_length=limit, truncation=params["truncation"])
-        for i, row in enumerate(encoded):
-            self.require_fitting(i, len(row["input_ids"]), limit)
-        return [self.featured(row["input_ids"], params) for row in encoded]
+        for first, some in groups(rows):
+            texts = [self.config["prefix"] + row["text"] for row in some]
+            encoded = self.encoder.encode(texts, max_length=limit, truncation=params["truncation"])
+            for i, row in enumerate(encoded, first):
+                self.require_fitting(i, len(row["input_ids"]), limit)
+                yield self.featured(row["input_ids"], params)
 
 
 @cache

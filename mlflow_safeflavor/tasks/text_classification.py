@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from mlflow_safeflavor.tasks.classification import (
     describe_labels,
     rank_labels,
     read_logits,
+    require_labels,
 )
 from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
 
@@ -41,6 +42,10 @@ class TextClassification(TextTask):
         cls.require_known(options)
         return {**describe_text_model(model), **describe_labels(model)}
 
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
+        require_labels(self.caps, self.config, rows, params)
+        return super().encode(rows, params)
+
     def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
         return read_logits(outputs, len(mask), self.config["labels"])
 
@@ -50,5 +55,7 @@ class TextClassification(TextTask):
         features: Sequence[Features],
         outputs: Sequence[RowOutput],
         params: Mapping[str, Any],
-    ) -> list[dict[str, Any]]:
-        return rank_labels(self.config, outputs, params)
+        *,
+        first: int = 0,
+    ) -> Iterator[dict[str, Any] | None]:
+        return rank_labels(self.config, outputs, params, first)

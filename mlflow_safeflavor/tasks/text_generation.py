@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from mlflow.types import DataType, Schema
 from mlflow_safeflavor.chat_template import render
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.releases import Array, Object, Property, require_schema
-from mlflow_safeflavor.rows import describe_value, place, require_texts
+from mlflow_safeflavor.rows import describe_value, place, require_clean, require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.generation import GENERATION_PARAMS, Generation
 from mlflow_safeflavor.tasks.params import Param
@@ -108,18 +108,20 @@ class TextGeneration(Generation):
             return super().golden_rows()
         return [{"messages": [{"role": "user", "content": text}]} for text in _GOLDEN_CHATS]
 
-    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
-        prompts, limit = self._prompts(rows), self.prompt_limit(params)
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
+        if not self._chat:
+            require_texts(rows, self.columns)
+        self.require_little(rows, params)
+        limit = self.prompt_limit(params)
         special = not self._chat  # the template has put them in
-        features = []
-        encoded = self.encoder.encode(prompts, truncation=False, special=special)
-        for i, (prompt, row) in enumerate(zip(prompts, encoded, strict=True)):
-            ids = row["input_ids"] or self._beginning()
+        for i, row in enumerate(rows):
+            prompt = self._prompt(i, row)
+            (encoded,) = self.encoder.encode([prompt], truncation=False, special=special)
+            ids = encoded["input_ids"] or self._beginning()
             if limit and len(ids) > limit and params["truncation"]:
                 ids = self._end_of(prompt, limit, special=special)
             self.require_fitting(i, len(ids), limit)
-            features.append(self.featured(ids, params))
-        return features
+            yield self.featured(ids, params)
 
     def _beginning(self) -> list[int]:
         """What stands for an empty prompt, as in transformers: the token at the beginning of texts, if there is one."""
@@ -134,12 +136,12 @@ class TextGeneration(Generation):
         kept = sorted(added + own[len(own) - max(0, limit - len(added)) :])
         return [row["input_ids"][i] for i in kept]
 
-    def _prompts(self, rows: Sequence[Row]) -> list[str]:
+    def _prompt(self, i: int, row: Row) -> str:
         (field,) = self.columns
         if self._chat:
-            rows = [{field: self._rendered(i, row[field])} for i, row in enumerate(rows)]
-        require_texts(rows, self.columns)
-        return [row[field] for row in rows]
+            return self._rendered(i, row[field])
+        prompt: str = row[field]
+        return prompt
 
     def _rendered(self, i: int, messages: Sequence[Mapping[str, str]]) -> str:
         tokenizer = self.tokenizer() if self.tokenizer else None
@@ -150,13 +152,15 @@ class TextGeneration(Generation):
                 way_out='set tokenizer.chat_template, or save the model with input_columns={"text": …}',
             )
         try:
-            return render(tokenizer, messages)
+            rendered: str = render(tokenizer, messages)
         except Exception as error:  # templates refuse what they do not know, each in its own way
             raise InputError(
                 "The chat template refuses a chat",
                 where=place(i, self.columns["messages"]),
                 found=f"{type(error).__name__}: {error}",
             ) from error
+        require_clean(rendered, place(i, self.columns["messages"]), self.caps)
+        return rendered
 
     def decode(
         self,
@@ -164,15 +168,14 @@ class TextGeneration(Generation):
         features: Sequence[Features],
         outputs: Sequence[RowOutput],
         params: Mapping[str, Any],
-    ) -> list[dict[str, Any]]:
-        answers = super().decode(rows, features, outputs, params)
-        if not params["return_full_text"]:
-            return answers
-        prompts = self._prompts(rows)
-        return [
-            {**answer, "generated_text": prompt + answer["generated_text"]}
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        *,
+        first: int = 0,
+    ) -> Iterator[dict[str, Any] | None]:
+        answers = super().decode(rows, features, outputs, params, first=first)
+        for i, (row, answer) in enumerate(zip(rows, answers, strict=True), first):
+            if answer is not None and params["return_full_text"]:
+                answer = {**answer, "generated_text": self._prompt(i, row) + answer["generated_text"]}
+            yield answer
 
 
 def _is_chat(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from mlflow.types import DataType
 
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.releases import Array, Object, Property, schema_of
-from mlflow_safeflavor.rows import require_texts
+from mlflow_safeflavor.rows import place, require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.classification import labels_of
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
@@ -20,7 +20,9 @@ from mlflow_safeflavor.tasks.text import (
     MAX_LENGTH,
     TRUNCATION,
     TextTask,
+    count_windows,
     describe_text_model,
+    groups,
     windows,
 )
 
@@ -102,16 +104,29 @@ class TokenClassification(TextTask):
             )
         return checked
 
-    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         limit = params["max_length"] or self.limit
-        if params["stride"] < 0 or not limit:
-            return [{"windows": [row]} for row in super().encode(rows, params)]
+        if params["stride"] >= 0 and limit:
+            yield from self._in_windows(rows, limit - self.encoder.special_tokens(pair=False), params["stride"])
+            return
+        for row in super().encode(rows, params):
+            yield {"windows": [row]}
+
+    def _in_windows(self, rows: Sequence[Row], room: int, overlap: int) -> Iterator[Features | None]:
         require_texts(rows, self.columns)
-        encoded = self.encoder.encode([row["text"] for row in rows], truncation=False, spans=True)
-        for i, row in enumerate(encoded):
-            self.require_fitting(i, len(row["input_ids"]), None)
-        room = limit - self.encoder.special_tokens(pair=False)
-        return [{"windows": windows(self.known(row), 0, room, params["stride"])} for row in encoded]
+        pieces = 0
+        for first, some in groups(rows):
+            encoded = self.encoder.encode([row["text"] for row in some], truncation=False, spans=True)
+            for i, row in enumerate(encoded, first):
+                self.require_tokens(i, len(row["input_ids"]))
+                pieces += count_windows(len(row["input_ids"]), room, overlap)
+                where, instead = f"windows up to {place(i)}", "send less text at once, or lower stride"
+                self.caps.require_pieces(pieces, len(rows), where=where, instead=instead)
+                cut = []
+                for window in windows(self.known(row), 0, room, overlap):
+                    cut.append(window)
+                    yield None
+                yield {"windows": cut}
 
     def pieces(self, features: Features) -> Sequence[Features]:
         pieces: Sequence[Features] = features["windows"]
@@ -130,25 +145,20 @@ class TokenClassification(TextTask):
         features: Sequence[Features],
         outputs: Sequence[RowOutput],
         params: Mapping[str, Any],
-    ) -> list[dict[str, Any]]:
-        require_finite([output["logits"] for output in outputs])
-        return [
-            {"entities": self._entities(row["text"], self.pieces(encoded), output["logits"], params)}
-            for row, encoded, output in zip(rows, features, outputs, strict=True)
-        ]
-
-    def _entities(
-        self, text: str, pieces: Sequence[Features], logits: np.ndarray, params: Mapping[str, Any]
-    ) -> list[dict[str, Any]]:
-        lengths = [self.cost(piece) for piece in pieces]
-        scores = np.split(softmax(logits), np.cumsum(lengths)[:-1])
-        found = [
-            entity
-            for piece, scored in zip(pieces, scores, strict=True)
-            for entity in self._aggregated(self._tokens(text, piece, scored), params["aggregation_strategy"])
-            if entity.get("entity", entity.get("entity_group")) not in params["ignore_labels"]
-        ]
-        return found if len(pieces) == 1 else _without_overlap(found)
+        *,
+        first: int = 0,
+    ) -> Iterator[dict[str, Any] | None]:
+        strategy, ignored = params["aggregation_strategy"], frozenset(params["ignore_labels"])
+        for i, (row, encoded, output) in enumerate(zip(rows, features, outputs, strict=True), first):
+            require_finite([output["logits"]], i)
+            pieces = self.pieces(encoded)
+            cuts = np.cumsum([self.cost(piece) for piece in pieces])[:-1]
+            found: list[dict[str, Any]] = []
+            for piece, logits in zip(pieces, np.split(output["logits"], cuts), strict=True):
+                entities = self._aggregated(self._tokens(row["text"], piece, softmax(logits)), strategy)
+                found += [e for e in entities if e.get("entity", e.get("entity_group")) not in ignored]
+                yield None
+            yield {"entities": found if len(pieces) == 1 else _without_overlap(found)}
 
     def _tokens(self, text: str, piece: Features, scores: np.ndarray) -> list[_Token]:
         """Tokens of a piece that are from the text, so no special ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -94,24 +94,34 @@ class ZeroShotClassification(TextTask):
 
     # A row → one piece for each label.
 
-    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> list[Features]:
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         require_texts(rows, self.columns)
+        labels, limit = params["candidate_labels"], params["max_length"] or self.limit
+        where, instead = "params, 'candidate_labels', for each row", "send fewer rows or labels at once"
+        self.caps.require_pieces(len(labels) * len(rows), len(rows), where=where, instead=instead)
+        hypotheses = self._hypotheses(params)
+        for i, row in enumerate(rows):
+            (text,) = self.encoder.encode([row["text"]], truncation=False, special=False)
+            pairs = []
+            for label, hypothesis in zip(labels, hypotheses, strict=True):
+                pair = self.encoder.pair(text, hypothesis, max_length=limit if params["truncation"] else None, only=0)
+                if limit and params["truncation"] and len(pair["input_ids"]) > limit:
+                    raise _too_long(label, limit)
+                self.require_fitting(i, len(pair["input_ids"]), limit)
+                pairs.append(self.known(pair))
+                yield None
+            yield {"pairs": pairs}
+
+    def _hypotheses(self, params: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
+        """What is said of a text, with each label; encoded once for all rows."""
+        template, labels = params["hypothesis_template"], params["candidate_labels"]
+        characters = sum(len(template) + template.count("{}") * len(label) for label in labels)
+        where, instead = "params, 'hypothesis_template', with each label", "shorten it, or name fewer labels"
+        self.caps.require("max_characters", characters, "Hypotheses are too long", where=where, instead=instead)
         # Not format, which would let a request read attributes and fill the memory.
-        asked = [params["hypothesis_template"].replace("{}", label) for label in params["candidate_labels"]]
-        limit = params["max_length"] or self.limit
-        encoded = self.encoder.encode(
-            [row["text"] for row in rows for _ in asked],
-            asked * len(rows),
-            max_length=limit,
-            truncation=params["truncation"],
-            only=0,
-        )
-        for i, pair in enumerate(encoded):
-            if limit and params["truncation"] and len(pair["input_ids"]) > limit:
-                raise _too_long(params["candidate_labels"][i % len(asked)], limit)
-            self.require_fitting(i // len(asked), len(pair["input_ids"]), limit)
-        pieces = [self.known(pair) for pair in encoded]
-        return [{"pairs": pieces[i : i + len(asked)]} for i in range(0, len(pieces), len(asked))]
+        asked = [template.replace("{}", label) for label in labels]
+        encoded: list[dict[str, list[Any]]] = self.encoder.encode(asked, truncation=False, special=False)
+        return encoded
 
     def pieces(self, features: Features) -> Sequence[Features]:
         pieces: Sequence[Features] = features["pairs"]
@@ -130,9 +140,12 @@ class ZeroShotClassification(TextTask):
         features: Sequence[Features],
         outputs: Sequence[RowOutput],
         params: Mapping[str, Any],
-    ) -> list[dict[str, Any]]:
-        require_finite([output["logits"] for output in outputs])
-        return [self._answer(self._scores(output["logits"], params), params) for output in outputs]
+        *,
+        first: int = 0,
+    ) -> Iterator[dict[str, Any] | None]:
+        for i, output in enumerate(outputs, first):
+            require_finite([output["logits"]], i)
+            yield self._answer(self._scores(output["logits"], params), params)
 
     def _scores(self, logits: np.ndarray, params: Mapping[str, Any]) -> np.ndarray:
         entailment = self.config["entailment"]

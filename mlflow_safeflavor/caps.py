@@ -1,0 +1,86 @@
+"""Caps: the most that one request may ask for, checked before any work is done for it.
+
+What a request costs should follow from its size. Some params and files multiply it: a few hundred bytes can ask for
+every token of a vocabulary in every gap, or name an image of a billion pixels. That is capped; a table of many rows
+is not, beyond their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mlflow_safeflavor.errors import InputError
+
+__all__ = ["ANSWERS_A_ROW", "PIECES_A_ROW", "Caps"]
+
+PIECES_A_ROW = 16
+ANSWERS_A_ROW = 3_000
+"""Tokens that a row may be answered with on average, whatever ``max_answers`` is."""
+
+
+@dataclass(frozen=True)
+class Caps:
+    """The caps of a loaded model, each under the name of its run-time option; 0 for no bound.
+
+    Attributes:
+        max_rows: Rows of a request.
+        max_characters: Characters of a text; of all texts of a param together.
+        max_tokens: Tokens of a text where neither model nor tokenizer says what it takes: memory grows by the square.
+        max_pieces: Windows and candidate labels that the model reads for a request, and items of a param's list. A
+            table may have ``PIECES_A_ROW`` on average, however many that makes.
+        max_answers: Tokens in the lists that params ask for: a label is one, a filled gap as many as its text, an
+            answer or a written text as many as it may have. A table may have ``ANSWERS_A_ROW`` on average.
+        max_pixels: Pixels of an image, as its header tells them.
+        max_seconds: Seconds of a sound, as its header tells them.
+    """
+
+    max_rows: int = 100_000
+    max_characters: int = 200_000
+    max_tokens: int = 4_096
+    max_pieces: int = 2_048
+    max_answers: int = 500_000
+    max_pixels: int = 25_000_000
+    max_seconds: float = 60.0
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Caps:
+        """The caps among all run-time options."""
+        return cls(**{field.name: options[field.name] for field in fields(cls)})
+
+    def require(self, cap: str, found: float, what: str, *, where: object, instead: str, allowed: float = 0) -> None:
+        """Refuse what is above a cap.
+
+        Args:
+            cap: One of the attributes.
+            found: What a request asks for, in the cap's unit.
+            what: The message's first sentence.
+            where: Row and column, or param.
+            instead: What the caller can do without raising the cap, as an imperative.
+            allowed: What is allowed even where the cap is lower.
+
+        Raises:
+            InputError: Names the cap, what was found, and how to raise it.
+        """
+        most = max(getattr(self, cap), allowed)
+        if not getattr(self, cap) or found <= most:
+            return
+        raise InputError(
+            what,
+            where=where,
+            wanted=f"at most {most:,.10g} {cap.removeprefix('max_')}",
+            found=f"{found:,.10g}",
+            way_out=f"{instead}, or raise the cap: model_config={{{cap!r}: …}} where the model is saved or loaded, "
+            f"or the variable MLFLOW_SAFEFLAVOR_{cap.upper()}; 0 for no bound",
+        )
+
+    def require_pieces(self, pieces: int, rows: int, *, where: object, instead: str) -> None:
+        """Refuse more windows and labels than ``max_pieces``, or ``PIECES_A_ROW``. Raises ``InputError``."""
+        what = "A request has the model read too much"
+        self.require("max_pieces", pieces, what, where=where, instead=instead, allowed=PIECES_A_ROW * rows)
+
+    def require_answers(self, tokens: int, rows: int, *, where: object, instead: str) -> None:
+        """Refuse longer answers than ``max_answers``, or ``ANSWERS_A_ROW``. Raises ``InputError``."""
+        what = "A request asks for too many answers"
+        self.require("max_answers", tokens, what, where=where, instead=instead, allowed=ANSWERS_A_ROW * rows)

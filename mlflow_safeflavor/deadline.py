@@ -1,0 +1,47 @@
+"""Deadline: when a request is too late, counted from its arrival through everything that is done for it."""
+
+from __future__ import annotations
+
+import time
+
+from mlflow_safeflavor.errors import DeadlineError
+
+__all__ = ["Deadline"]
+
+
+class Deadline:
+    """A number of seconds from now on.
+
+    Args:
+        seconds: None or 0 for as long as it takes.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.seconds = seconds
+        self._until = time.monotonic() + seconds if seconds else None
+
+    def left(self, most: float | None = None) -> float | None:
+        """Seconds left, 0 where it is too late, but no more than ``most``; None for as long as it takes."""
+        if self._until is None:
+            return most
+        seconds = max(0.0, self._until - time.monotonic())
+        return seconds if most is None else min(seconds, most)
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is too late."""
+        return self.left() == 0
+
+    def missed(self, found: str = "nothing was answered") -> DeadlineError:
+        """What to raise then.
+
+        Args:
+            found: How far the request was.
+        """
+        return DeadlineError(
+            "The model did not answer in time",
+            where="timeout",
+            wanted=f"within {self.seconds:g} seconds of the request",
+            found=found,
+            way_out="send fewer rows at once, run more workers, or raise timeout",
+        )

@@ -1,0 +1,459 @@
+"""What a few bytes can ask for is refused before it is done, and what is long lets others take their turn."""
+
+import base64
+import io
+import itertools
+import threading
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+import mlflow_safeflavor
+from mlflow_safeflavor.caps import Caps
+from mlflow_safeflavor.deadline import Deadline
+from mlflow_safeflavor.errors import DeadlineError, InputError
+from mlflow_safeflavor.options import run_time_options
+from mlflow_safeflavor.places import Places
+from mlflow_safeflavor.rows import require_clean
+from mlflow_safeflavor.sounds import read_sound, to_wav
+from mlflow_safeflavor.tasks.outputs import own
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+}
+
+
+class Models:
+    """A loaded tiny model a task, each made once."""
+
+    def __init__(self, folder, tokenizer):
+        self.folder, self.tokenizer, self.made = folder, tokenizer, {}
+
+    def __call__(self, task, **options):
+        if task not in self.made:
+            made, given = self._made(task), {"tokenizer": self.tokenizer}
+            if task == "image-classification":
+                given = {"processor": ViTImageProcessor(size={"height": 8, "width": 8})}
+            path = self.folder / task
+            mlflow_safeflavor.save_model(made.eval(), path, task=task, rehearse=False, **given)
+            self.made[task] = path, mlflow_safeflavor.load_model(path)
+        path, model = self.made[task]
+        return mlflow_safeflavor.load_model(path, model_config=options) if options else model
+
+    def _made(self, task):
+        torch.manual_seed(0)
+        inference = {
+            "id2label": {0: "contradiction", 1: "entailment"},
+            "label2id": {"contradiction": 0, "entailment": 1},
+        }
+        make = {
+            "fill-mask": lambda: BertForMaskedLM(BertConfig(**SMALL)),
+            "text-classification": lambda: BertForSequenceClassification(BertConfig(**SMALL, num_labels=40)),
+            "zero-shot-classification": lambda: BertForSequenceClassification(BertConfig(**SMALL, **inference)),
+            "token-classification": lambda: BertForTokenClassification(BertConfig(**SMALL)),
+            "question-answering": lambda: BertForQuestionAnswering(BertConfig(**SMALL)),
+            "text-generation": lambda: GPT2LMHeadModel(
+                GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=1, n_head=2, eos_token_id=3)
+            ),
+            "image-classification": lambda: ViTForImageClassification(
+                ViTConfig(**{**SMALL, "image_size": 8, "patch_size": 4})
+            ),
+        }  # fmt: skip
+        return make[task]()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = "the a cat dog sat ran on under mat tree red green return x y".split()
+    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = [("[CLS]", 2), ("[SEP]", 3)]
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
+    )
+    names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=32, **{f"{name}_token": token for name, token in names.items()}
+    )
+    return Models(tmp_path_factory.mktemp("caps"), tokenizer)
+
+
+def image_file(width, height, format="PNG"):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, format)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+TEXTS, GAPS, ZERO_SHOT = "text-classification", "fill-mask", "zero-shot-classification"
+TOKENS, QUESTIONS = "token-classification", "question-answering"
+WRITES, IMAGES = "text-generation", "image-classification"
+LABELS = [f"label {i}" for i in range(200)]
+# name: task, options, data, params, cap
+TOO_MUCH = {
+    "all tokens in many gaps": (GAPS, {"max_answers": 1000}, ["[MASK] " * 20], {"top_k": 10**6}, "max_answers"),
+    "many rows of gaps": (GAPS, {"max_answers": 1000}, ["[MASK] " * 20] * 9, {"top_k": 20}, "max_answers"),
+    "rows times labels": (ZERO_SHOT, {}, ["a cat"] * 200, {"candidate_labels": LABELS}, "max_pieces"),
+    "one row, a list of labels": (ZERO_SHOT, {}, ["a"], {"candidate_labels": ["x"] * 5000}, "max_pieces"),
+    "a template times labels": (
+        ZERO_SHOT, {}, ["a"], {"candidate_labels": LABELS, "hypothesis_template": "{}" * 9999}, "max_characters",
+    ),
+    "one long label": (ZERO_SHOT, {}, ["a"], {"candidate_labels": ["x" * 300_000]}, "max_characters"),
+    "windows that share nearly all": (
+        TOKENS, {}, ["the cat " * 5000], {"stride": 29, "aggregation_strategy": "simple"}, "max_pieces",
+    ),
+    "windows of a question": (
+        QUESTIONS, {}, [{"question": "a", "context": "the cat " * 5000}], {"doc_stride": 26}, "max_pieces",
+    ),
+    "all spans of a context": (
+        QUESTIONS,
+        {},
+        [{"question": "a", "context": "the cat " * 2000}],
+        {"top_k": 9999, "max_answer_len": 30},
+        "max_answers",
+    ),
+    "a text of megabytes": (TEXTS, {}, ["x" * 9_000_000], {}, "max_characters"),
+    "more rows than the cap": (TEXTS, {"max_rows": 5}, ["a"] * 6, {}, "max_rows"),
+    "all labels of many rows": (TEXTS, {"max_answers": 10}, ["a"] * 9, {"top_k": -1}, None),
+    "many targets": (GAPS, {}, ["[MASK]"], {"targets": ["cat"] * 9999}, "max_pieces"),
+    "texts to stop at": (WRITES, {}, ["a"], {"stop": ["x"] * 9999}, "max_pieces"),
+    "one of megabytes": (WRITES, {}, ["a"], {"stop": ["x" * 300_000]}, "max_characters"),
+    "writing with beams": (WRITES, {"max_answers": 1}, ["a"], {"num_beams": 64, "max_new_tokens": 20}, "max_answers"),
+    "labels to ignore": (TOKENS, {}, ["a"], {"ignore_labels": ["x"] * 9999}, "max_pieces"),
+    "an image by its header": (IMAGES, {}, [image_file(6000, 6000)], {}, "max_pixels"),
+    "a TIFF by its header": (IMAGES, {"max_pixels": 99}, [image_file(10, 10, "TIFF")], {}, "max_pixels"),
+    "an array of pixels": (IMAGES, {"max_pixels": 99}, [np.zeros((10, 10, 3), np.uint8)], {}, "max_pixels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_too_much_is_refused_by_the_name_of_its_cap_in_no_time(models, name):
+    task, options, data, params, cap = TOO_MUCH[name]
+    model = models(task, **options)
+    if cap is None:  # 40 labels a row are what a table may have anyway
+        assert len(model.predict(data, params)) == len(data)
+        return
+    begun = time.process_time()
+    with pytest.raises(InputError) as raised:
+        model.predict(data, params)
+    assert time.process_time() - begun < 0.5  # seconds of CPU, of all threads; benchmarks/hostile.py times it
+    assert f"'{cap}'" in raised.value.way_out
+    assert f"MLFLOW_SAFEFLAVOR_{cap.upper()}" in raised.value.way_out
+    assert raised.value.found
+    assert raised.value.where
+    if name in RAISED:
+        opened = models(task, **{**options, cap: 0})
+        assert len(opened.predict(data, params)) == len(data)
+
+
+RAISED = {
+    "all tokens in many gaps",
+    "many rows of gaps",
+    "more rows than the cap",
+    "a TIFF by its header",
+    "one long label",
+}
+
+
+def test_a_table_may_ask_for_as_much_as_its_rows_are_worth(models):
+    labels = LABELS[:16]
+    answers = models("zero-shot-classification", max_pieces=17).predict(["a", "the"], {"candidate_labels": labels})
+    assert len(answers) == 2
+    with pytest.raises(InputError, match="max_pieces"):
+        models("zero-shot-classification", max_pieces=17).predict(["a"], {"candidate_labels": LABELS[:18]})
+
+
+def test_caps_are_stored_and_raised_like_every_option(models, tmp_path, monkeypatch):
+    model = models("fill-mask")
+    assert {**model.spec.model_config, **vars(Caps())} == model.spec.model_config
+    path = models.made["fill-mask"][0]
+    assert mlflow_safeflavor.load_model(path, model_config={"max_rows": 1}).task.caps.max_rows == 1
+    monkeypatch.setenv("MLFLOW_SAFEFLAVOR_MAX_ROWS", "2")
+    loaded = mlflow_safeflavor.load_model(path, model_config={"max_rows": 1})
+    with pytest.raises(InputError, match=r"at most 2 rows[\s\S]*found: 3"):
+        loaded.predict(["[MASK]"] * 3)
+    for wrong in (-1, "many", 1.5, True):
+        with pytest.raises(InputError, match="max_rows"):
+            run_time_options({"max_rows": wrong}, environ={})
+    assert run_time_options({"max_seconds": "1.5"}, environ={})["max_seconds"] == 1.5
+
+
+def test_a_text_without_any_limit_has_one(models):
+    model = models("text-classification", max_tokens=10)
+    object.__setattr__(model.task, "config", {**model.task.config, "max_length": None})
+    model.task.encoder.max_length = None
+    assert len(model.predict(["the cat"])) == 1
+    with pytest.raises(InputError, match="max_tokens"):
+        model.predict(["the cat " * 10])
+
+
+def test_a_sound_is_refused_by_its_header():
+    wav = to_wav(np.zeros(61 * 8000, np.int16), 8000)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"max_seconds"):
+        read_sound(wav, 16000, "row 0", Caps())
+    assert tracemalloc.get_traced_memory()[1] < 4 * len(wav)
+    tracemalloc.stop()
+    assert len(read_sound(wav, 8000, "row 0", Caps(max_seconds=0))) == 61 * 8000
+
+
+# Texts.
+
+
+SURROGATES = {
+    "a row": (TEXTS, ["fine", "\ud800"], {}, "row 1, column 'text'"),
+    "a context": (QUESTIONS, [{"question": "a", "context": "\udfff"}], {}, "row 0, column 'context'"),
+    "targets": (GAPS, ["the [MASK]"], {"targets": ["cat", "\ud800"]}, "params, 'targets'"),
+    "labels": (ZERO_SHOT, ["a"], {"candidate_labels": ["\ud800"]}, "params, 'candidate_labels'"),
+    "a template": (
+        ZERO_SHOT,
+        ["a"],
+        {"candidate_labels": ["a"], "hypothesis_template": "\ud800{}"},
+        "params, 'hypothesis_template'",
+    ),
+    "stop": (WRITES, ["a"], {"stop": ["\ud800"]}, "params, 'stop'"),
+    "a label to ignore": (TOKENS, ["a"], {"ignore_labels": ["\ud800"]}, "params, 'ignore_labels'"),
+    "a strategy": (TOKENS, ["a"], {"aggregation_strategy": "\ud800"}, "params, 'aggregation_strategy'"),
+    "base64": (IMAGES, ["\ud800"], {}, "row 0, column 'image'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_half_a_surrogate_pair_is_named_wherever_it_is(models, name):
+    task, data, params, where = SURROGATES[name]
+    with pytest.raises(InputError, match="surrogate") as raised:
+        models(task).predict(data, params)
+    assert raised.value.where == where
+    str(raised.value).encode()
+
+
+def test_texts_are_looked_at_at_any_depth():
+    nested = "\ud800"
+    for i in range(3000):  # deeper than Python recurses
+        nested = {"x": nested} if i % 2 else [nested]
+    for value in (nested, {"\ud800": 1}, np.array(["\ud800"]), np.array([["a", "\ud800"]], object), ("a", ["\ud800"])):
+        with pytest.raises(InputError, match="surrogate"):
+            require_clean(value, "row 0")
+    with pytest.raises(InputError, match="max_characters"):
+        require_clean([["abc"], {"d": "ef"}], "row 0", Caps(max_characters=5))
+    require_clean([["abc"], {"d": "ef"}, 1, None, b"\xff", np.zeros(3)], "row 0", Caps(max_characters=6))
+
+
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty", "top_p"])
+@pytest.mark.parametrize("value", [1e-46, 1e-320, 1e300, 5e-10])
+def test_what_is_nothing_in_float32_is_no_value(models, name, value):
+    with pytest.raises(InputError, match=name):
+        models("text-generation").predict(["a cat"], {"do_sample": True, "max_new_tokens": 2, name: value})
+
+
+@pytest.mark.parametrize("least", [1e-9, 1e9])
+def test_the_smallest_and_largest_values_still_write(models, least):
+    params = {"do_sample": True, "seed": 1, "max_new_tokens": 4, "temperature": least, "repetition_penalty": least}
+    (text,) = models("text-generation").predict(["a cat"], params)["generated_text"]
+    assert text.startswith("a cat")
+
+
+# Turns.
+
+
+def test_pairs_made_of_two_texts_are_those_of_the_tokenizer(models):
+    encoder = models("zero-shot-classification").task.encoder
+    texts = ["", "the cat", "the cat sat on the mat under a red tree " * 3, "x"]
+    alone = encoder.encode(texts, truncation=False, special=False)
+    for (a, first), (b, second) in itertools.product(zip(texts, alone, strict=True), repeat=2):
+        for limit, only in ((None, None), (9, None), (12, 0), (12, 1), (200, 0)):
+            given = {"max_length": limit, "only": only}
+            (wanted,) = encoder.encode([a], [b], truncation=limit is not None, **given)
+            assert encoder.pair(first, second, **given) == wanted, (a, b, limit, only)
+
+
+def test_places_are_given_in_the_order_of_arrival_and_turns_are_short():
+    places, order, hold = Places(1), [], threading.Event()
+
+    def slow(name, steps):
+        for i in range(steps):
+            time.sleep(0.02)
+            yield f"{name}{i}"
+
+    def ask(name, steps):
+        order.extend(places.in_turns(slow(name, steps), Deadline()))
+
+    with places.taken(Deadline()):
+        threads = []
+        for name, steps in (("long", 5), ("b", 1), ("c", 1)):
+            threads.append(threading.Thread(target=ask, args=(name, steps)))
+            threads[-1].start()
+            while len(places._waiting) < len(threads):
+                time.sleep(0.001)
+        hold.set()
+    for thread in threads:
+        thread.join(20)
+    assert order.index("b0") < order.index("long1")
+    assert order.index("c0") < order.index("long1")
+    assert [step for step in order if step.startswith("long")] == [f"long{i}" for i in range(5)]
+    assert places._free == 1
+
+
+def test_a_deadline_counts_the_wait_for_a_place():
+    places = Places(1)
+    with places.taken(Deadline()):
+        with pytest.raises(DeadlineError, match=r"within 0\.05 seconds"), places.taken(Deadline(0.05)):
+            pytest.fail("there is no place")
+        assert not places._waiting
+    with places.taken(Deadline(5)):
+        pass
+
+
+@pytest.mark.parametrize("part", ["encode", "decode"])
+def test_a_deadline_counts_encoding_and_decoding(models, monkeypatch, part):
+    model = models("text-classification")
+    made = getattr(model.task, part)
+
+    def slowly(*args, **options):
+        for item in made(*args, **options):
+            time.sleep(0.02)
+            yield item
+
+    monkeypatch.setattr(model.task, part, slowly, raising=False)
+    begun = time.monotonic()
+    with pytest.raises(DeadlineError):
+        model.predict(["the cat"] * 1000, timeout=0.3)
+    assert time.monotonic() - begun < 5
+    monkeypatch.undo()
+    assert len(model.predict(["the cat"] * 3, timeout=60)) == 3
+
+
+def test_a_text_nobody_waits_for_is_written_no_further(models, monkeypatch):
+    model = models("text-generation")
+    steps = []
+
+    class Slow:
+        def __call__(self, ids, scores):
+            steps.append(ids.shape[1])
+            time.sleep(0.05)
+            scores[:, 3] = -torch.inf  # nor is it ended
+            return scores
+
+    monkeypatch.setattr(type(model.task), "_processors", lambda self, params, rows: [Slow()])
+    with pytest.raises(DeadlineError):
+        model.predict(["a cat"], {"max_new_tokens": 28, "top_k": 0}, timeout=0.2)
+    time.sleep(0.3)
+    monkeypatch.undo()
+    done = len(steps)
+    assert len(model.predict(["a cat"], {"max_new_tokens": 2})) == 1  # the model's thread is free again
+    assert done < 15
+
+
+def test_a_long_table_is_held_in_parts(models, monkeypatch):
+    from mlflow_safeflavor import answers
+
+    model = models("text-classification")
+    texts = ["the cat sat", "a dog", "x", "red tree under the mat"] * 50
+    wanted = model.predict(texts)
+    held = []
+    monkeypatch.setattr(answers, "_HELD", 2000)
+    monkeypatch.setattr(
+        model.scheduler, "submit", lambda pieces, params: held.append(len(pieces)) or submit(pieces, params)
+    )
+    submit = type(model.scheduler).submit.__get__(model.scheduler)
+    found = model.predict(texts)
+    assert found["label"].tolist() == wanted["label"].tolist()
+    assert np.allclose(found["score"], wanted["score"], atol=1e-5)
+    assert len(held) > 10
+    assert sum(held) == len(texts)
+    with pytest.raises(InputError, match="row 199"):
+        model.predict([*texts[:-1], "the " * 99], {"truncation": False})
+
+
+# Memory.
+
+
+class Leaky(torch.nn.Module):
+    """Gives away a weight, its input and one tensor twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, x):
+        y = x @ self.w
+        return {"y": y, "again": y, "w": self.w, "x": x}
+
+
+@pytest.mark.graphs
+@pytest.mark.parametrize("structure", ["graph", "module"])
+def test_answers_share_no_memory_with_the_model(tmp_path, structure):
+    x = {"x": np.ones((2, 2), "float32")}
+    pickled = {"allow_pickle": True} if structure == "module" else {}
+    mlflow_safeflavor.save_model(
+        Leaky(), tmp_path / "m", task="raw", input_example=x, structure=structure, rehearse=False, **pickled
+    )
+    model = mlflow_safeflavor.load_model(tmp_path / "m", trust={"code", "pickle"})
+    wanted = model.predict(x)
+    answer = model.predict(x)
+    for name in answer:
+        answer[name] *= 7
+    assert np.array_equal(answer["y"], wanted["y"] * 7)
+    assert np.array_equal(answer["again"], wanted["again"] * 7), "two names, one memory"
+    for name, array in model.predict(x).items():
+        assert np.array_equal(array, wanted[name]), name
+    assert np.array_equal(x["x"], np.ones((2, 2)))
+
+
+def test_custom_answers_share_no_memory_with_the_model_or_each_other(tmp_path):
+    constant = [1.0, 2.0]
+
+    def pre(rows, tokenizer):
+        return {"x": torch.tensor([[row["a"], 1.0] for row in rows])}
+
+    def post(outputs, rows):
+        outputs["w"] *= 7  # its own copy
+        return [{"y": outputs["y"][i].tolist(), "c": constant, "d": {"c": constant}} for i in range(len(rows))]
+
+    mlflow_safeflavor.save_model(
+        Leaky(), tmp_path / "m", task="custom", preprocess=pre, postprocess=post, rehearse=False,
+        input_example=[{"a": 1.0}, {"a": 2.0}], allow_pickle=True,
+    )  # fmt: skip
+    model = mlflow_safeflavor.load_model(tmp_path / "m", trust={"code", "pickle"})
+
+    def ask():
+        return model.predict([{"a": 1.0}, {"a": 2.0}]).to_dict("records")
+
+    wanted, answers = ask(), ask()
+    answers[0]["c"][0] = answers[0]["d"]["c"][1] = 7
+    assert answers[1] == wanted[1]
+    assert ask() == wanted
+
+
+def test_own_copies_at_any_depth():
+    array, tensor, inner = np.ones(2), torch.ones(2), [1]
+    made = own({"a": [array, {"t": tensor}], "b": (inner,), "s": "text"})
+    array[0] = tensor[0] = inner[0] = 7
+    assert made["a"][0].tolist() == [1, 1]
+    assert made["a"][1]["t"].tolist() == [1, 1]
+    assert made["b"] == ([1],)
+    assert made["s"] == "text"
