@@ -47,7 +47,7 @@ def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None)
     if pins.are_locked:
         return pins
     with scratch_folder("lock") as folder:
-        environ = {**_pip_settings(), **os.environ}
+        environ = _settings(folder)
         Path(folder, "pyproject.toml").write_text(_project(pins, installed or {}, environ), encoding="utf-8")
         Path(folder, "constraints.txt").write_text("\n".join(map(str, pins.constraints)), encoding="utf-8")
         command = [_uv(), "pip", "compile", "pyproject.toml", "--output-file", "lock.txt", "--generate-hashes"]
@@ -165,10 +165,22 @@ def _uv() -> str:
     )
 
 
-def _pip_settings() -> Mapping[str, str]:
-    """Where pip is configured to look, as uv's variables."""
+def _settings(folder: Path) -> dict[str, str]:
+    """Variables for uv: this process's own, with folders by absolute path, over what pip is configured to."""
+    environ = {**_pip_settings(folder), **os.environ}
+    if places := environ.get("UV_FIND_LINKS"):
+        absolute = (os.path.abspath(place) if os.path.isdir(place) else place for place in places.split(","))
+        environ["UV_FIND_LINKS"] = ",".join(absolute)
+    return environ
+
+
+def _pip_settings(folder: Path) -> Mapping[str, str]:
+    """Where pip is configured to look, as uv's variables.
+
+    Asked in an empty folder: with ``-m`` Python imports from the working folder, which may be a downloaded model.
+    """
     command = [sys.executable, "-m", "pip", "config", "list"]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
     settings: dict[str, str] = {}
     for line in done.stdout.splitlines():
         name, _, value = line.partition("=")

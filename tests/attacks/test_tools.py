@@ -262,6 +262,15 @@ def test_settings_and_interpreters_of_the_folder_around_are_not_used(target, tmp
     assert done.exit_code == 2, "uv read the settings there"
 
 
+def test_nothing_is_imported_from_the_model_that_one_stands_in(target, monkeypatch):
+    """Files beside code/ and safeflavor/ that no manifest lists are not looked at, and so must not run."""
+    for name in ("pip", "json", "encodings", "uv"):
+        (target.root / f"{name}.py").write_text(target.payload)
+    with_requirements(target, "small==1.0")
+    monkeypatch.chdir(target.root)
+    assert run("dockerfile", target).exit_code == 2
+
+
 # Refusals with a name
 
 
