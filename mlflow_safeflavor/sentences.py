@@ -85,6 +85,8 @@ def from_folder(folder: str | Path, dtype: str) -> Source:
     parts = [_Part(module["type"], *_files_of(folder / module["path"])) for module in modules]
     _require_plain_first(parts[0])
     where = folder / modules[0]["path"]
+    if (where / "adapter_config.json").is_file():
+        raise _not_done(where, "a whole model", "an adapter of PEFT")
     model = checkpoint.from_pretrained(where, dtype=dtype, **checkpoint.bare_model(where))
     said = {**said, "similarity": said.get("similarity_fn_name")}
     return _sentence_transformer(model, _tokenizer_of(where, parts[0].config), parts[1:], said)
@@ -305,7 +307,7 @@ def _require_none(value: Any, name: str) -> None:
         raise _not_done(f"CrossEncoder, {name}", "None", repr(value))
 
 
-def _not_done(where: str, wanted: str, found: str | None = None) -> StructureError:
+def _not_done(where: object, wanted: str, found: str | None = None) -> StructureError:
     return StructureError(
         "The model holds a part of sentence-transformers that is not done here",
         where=where,

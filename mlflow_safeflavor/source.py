@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mlflow_safeflavor import checkpoint, pipelines, sentences
+from mlflow_safeflavor import adapters, checkpoint, pipelines, sentences
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.given import Source
 from mlflow_safeflavor.processor import hears
@@ -54,6 +54,8 @@ def _take_apart(model: Any, dtype: str) -> Source:
         return sentences.from_object(model)
     if isinstance(model, torch.nn.Module):
         return Source(model)
+    if isinstance(model, (str, Path)) and adapters.is_folder(model) and not sentences.is_folder(model):
+        return adapters.from_folder(model)
     if isinstance(model, (str, Path)) and sentences.is_folder(model):
         return sentences.from_folder(model, dtype)
     if isinstance(model, (str, Path)):
