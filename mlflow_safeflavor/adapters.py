@@ -59,7 +59,8 @@ def from_folder(folder: str | Path) -> Source:
     # peft leaves out what it does not find, on either side. Embeddings may be stored whole.
     stored = peft.utils.load_peft_weights(str(folder), device="cpu").keys()
     placed = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    if odd := sorted(name for name in stored ^ placed if name.removeprefix("base_model.model.") not in whole):
+    beyond = {name for name in stored - placed if name.removeprefix("base_model.model.") not in whole}
+    if odd := sorted({*beyond, *(placed - stored)}):
         raise WeightsError("The adapter does not fit its base model", where=folder, found=some(odd))
     tokens = folder if (folder / "tokenizer_config.json").is_file() else base
     tokenizer = checkpoint.tokenizer_of(tokens) if (tokens / "tokenizer_config.json").is_file() else None
