@@ -173,15 +173,13 @@ def served(path: Path) -> Iterator[tuple[Ask, int]]:
 
 
 def asking(port: int) -> Ask:
-    """Asks a scoring server over HTTP, each thread over a connection of its own; a stack trace counts as 500."""
-    connections = threading.local()
+    """Asks a scoring server over HTTP; a stack trace in its answer counts as 500."""
 
     def ask(request: Request) -> int:
-        if not hasattr(connections, "it"):
-            connections.it = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        connections.it.request("POST", "/invocations", request.body, {"Content-Type": "application/json"})
-        answer = connections.it.getresponse()
-        text = answer.read()
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as connection:
+            connection.request("POST", "/invocations", request.body, {"Content-Type": "application/json"})
+            with connection.getresponse() as answer:
+                text = answer.read()
         traced = answer.status >= 400 and (b"Traceback" in text or b"stack_trace" in text)
         return 500 if traced else int(answer.status)
 
