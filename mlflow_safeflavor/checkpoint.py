@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mlflow_safeflavor.artifact import read_json
 from mlflow_safeflavor.construction import Recipe, construct_fresh, construct_twice, require_memory
 from mlflow_safeflavor.conversion import base_prefix, convert, ignored_keys, is_converted, is_optional
 from mlflow_safeflavor.errors import InputError, StructureError, WeightsError
+from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.inventory import find_slots, some
 from mlflow_safeflavor.placement import _islands, resolve_dtype
 from mlflow_safeflavor.statedict import Fit, cast, find_groups, fit, read_state, require_fit, with_base_prefix
@@ -72,10 +74,12 @@ def from_pretrained(
     _refuse_options(kwargs)
     folder = _folder_of(name_or_path, revision, kwargs)
     cls = model_class or _class_of(folder)
-    recipe = _recipe_for(cls, folder, kwargs)
-    state = {key: value for key, value in read_state(folder).items() if not _matches(key, drop)}
-    module = _load(recipe, state, wanted, new, folder)
-    _restore_generation_config(module, folder)
+    # A class of the user's own is the user's own business; what a checkpoint says is not.
+    with guarded(folder) if cls.__module__.startswith("transformers.") else nullcontext():
+        recipe = _recipe_for(cls, folder, kwargs)
+        state = {key: value for key, value in read_state(folder).items() if not _matches(key, drop)}
+        module = _load(recipe, state, wanted, new, folder)
+        _restore_generation_config(module, folder)
     return module.eval()
 
 
@@ -141,7 +145,8 @@ def _config_of(folder: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        with guarded(folder):
+            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise StructureError(
             "There is no readable checkpoint", where=folder, wanted="a folder with config.json", found=error
@@ -179,6 +184,7 @@ def _recipe_for(cls: type[Any], folder: Path, kwargs: dict[str, Any]) -> Recipe:
                 "The checkpoint's config cannot be read", where=folder, wanted=f"one for {cls.__name__}", found=error
             ) from error
     config = copy.deepcopy(config)
+    _forget_code(config)
     if attention is not None:
         config._attn_implementation = attention
     config.name_or_path = os.fspath(folder)
@@ -191,6 +197,16 @@ def _recipe_for(cls: type[Any], folder: Path, kwargs: dict[str, Any]) -> Recipe:
             way_out="take the original checkpoint, or dequantise this one and save it",
         )
     return Recipe(cls, config, kwargs)
+
+
+def _forget_code(config: Any) -> None:
+    """Take the names of code out of a config and its parts: asked to build a part, transformers would ask back."""
+    values = vars(config) if hasattr(config, "to_json_string") else config
+    for name in ("auto_map", "custom_pipelines"):
+        values.pop(name, None)
+    for value in values.values():
+        if isinstance(value, dict) or hasattr(value, "to_json_string"):
+            _forget_code(value)
 
 
 def _require_model_type(cls: type[Any], folder: Path) -> None:
@@ -339,7 +355,8 @@ def tokenizer_of(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with guarded(folder):
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise StructureError(
             "The checkpoint has no readable tokenizer", where=folder, found=error, way_out="pass tokenizer=…"
@@ -357,9 +374,10 @@ def processor_of(folder: str | Path, *, sounds: bool) -> Any:
     pillow = {"backend": "pil"} if int(transformers.__version__.partition(".")[0]) >= 5 else {"use_fast": False}
     auto: Any = transformers.AutoFeatureExtractor if sounds else transformers.AutoImageProcessor
     try:
-        return auto.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **({} if sounds else pillow)
-        )
+        with guarded(folder):
+            return auto.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **({} if sounds else pillow)
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise StructureError(
             "The checkpoint has no readable processor", where=folder, found=error, way_out="pass processor=…"

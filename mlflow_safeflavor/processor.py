@@ -20,6 +20,7 @@ from mlflow_safeflavor.bounds import within
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.processor_bounds import find_excess, require_moderate
+from mlflow_safeflavor.trust import require_harmless
 
 __all__ = ["apply", "hears", "load_processor", "requirements_of", "write_processor"]
 
@@ -101,8 +102,9 @@ def load_processor(folder: str | Path) -> Any:
     path = Path(folder) / _CONFIG
     config = read_json(path)
     name = next((config[key] for key in _TYPES if key in config), None) if isinstance(config, dict) else None
-    if not isinstance(name, str) or "auto_map" in config:
+    if not isinstance(name, str):
         raise IntegrityError("The processor is described by something else", where=path, way_out=WAY_OUT)
+    require_harmless(config, path)
     cls = _class_of(name)
     if cls is None:
         raise IntegrityError(

@@ -314,10 +314,10 @@ def _write_task(
 
 
 def loader_digest() -> str:
-    """SHA-256 over the source of this package, as it is vendored."""
+    """SHA-256 over the files of this package, as it is vendored."""
     digest = hashlib.sha256()
     root = Path(__file__).parent
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted(file for file in root.rglob("*.*") if file.suffix in (".py", ".txt")):
         digest.update(file.relative_to(root).as_posix().encode() + digest_of_file(file).encode())
     return digest.hexdigest()
 

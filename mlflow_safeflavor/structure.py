@@ -30,7 +30,7 @@ from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureE
 from mlflow_safeflavor.inventory import Inventory, find_places, find_slots
 from mlflow_safeflavor.memory import real_memory
 from mlflow_safeflavor.spec import ModelSpec
-from mlflow_safeflavor.trust import require_agreed
+from mlflow_safeflavor.trust import find_steering, is_proven, portable, require_agreed, require_harmless
 from mlflow_safeflavor.usercode import import_name, name_of
 
 __all__ = ["build", "describe", "read_structure", "what_runs", "write_structure"]
@@ -110,12 +110,25 @@ def _describe_constructor(module: torch.nn.Module, init_args: Mapping[str, Any] 
     else:
         if hasattr(cls, "config_class") and config is not None:
             structure |= _describe_config(config)
+            _require_plain_config(structure)
         structure["arguments"] = _find_arguments(module, structure)
     return structure
 
 
 def _is_transformers(cls: type) -> bool:
-    return cls.__module__.startswith("transformers.models.") and hasattr(cls, "config_class")
+    """Whether it is a class that anybody may build: of transformers, and proven to come back as it was."""
+    ours = cls.__module__.startswith("transformers.models.") and hasattr(cls, "config_class")
+    return ours and is_proven(cls.__name__)
+
+
+def _require_plain_config(structure: Mapping[str, Any]) -> None:
+    if found := list(find_steering(structure, trusted=structure["kind"] != "transformers")):
+        raise StructureError(
+            "The config names code, files or repositories, which a load would look for",
+            where=structure["class"],
+            found="; ".join(found),
+            way_out="set them to None in model.config, or pass allow_pickle=True",
+        )
 
 
 def _require_importable(cls: type) -> None:
@@ -181,12 +194,7 @@ def _parts(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _config_to_json(config: Any) -> dict[str, Any]:
-    content = json.loads(config.to_json_string(use_diff=False))
-    # A local path of the machine that saved the model; it means nothing anywhere else.
-    content.pop("_name_or_path", None)
-    # Names code of the repository that the config came from; it is not stored.
-    content.pop("auto_map", None)
-    return dict(content)
+    return dict(portable(json.loads(config.to_json_string(use_diff=False))))
 
 
 def _argument_to_json(name: str, value: Any) -> dict[str, Any]:
@@ -212,11 +220,7 @@ def _find_arguments(module: torch.nn.Module, structure: Mapping[str, Any]) -> di
     They are stored nowhere in a module, so they are found by building: the arguments are right when
     the same tensors come out.
     """
-    flags = [
-        (name, {"value": not parameter.default})
-        for name, parameter in inspect.signature(type(module).__init__).parameters.items()
-        if isinstance(parameter.default, bool)
-    ]
+    flags = [(name, {"value": not default}) for name, default in _flags(type(module)).items()]
     first: StructureError | None = None
     for count in range(len(flags) + 1):
         for arguments in itertools.combinations(flags, count):
@@ -227,6 +231,12 @@ def _find_arguments(module: torch.nn.Module, structure: Mapping[str, Any]) -> di
                 first = first or error
     assert first is not None  # noqa: S101  (the combination of no flags was tried)
     raise first
+
+
+def _flags(cls: type) -> dict[str, bool]:
+    """Boolean constructor arguments of a class, with their defaults."""
+    parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+    return {parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, bool)}
 
 
 def _require_same_shapes(module: torch.nn.Module, structure: Mapping[str, Any]) -> None:
@@ -282,11 +292,20 @@ def build(
     if structure["kind"] == "import":
         require_agreed("code", trust, structure["class"])
         lookup = import_name
+    elif not is_proven(structure["class"].rpartition(":")[2]):
+        raise StructureError(
+            "Nobody has proven that this class of transformers is built for what was saved, and for nothing else",
+            where=structure["class"],
+            wanted="a class in proven_classes.txt of this release",
+            way_out='save the model again with this release: it is then of the kind "import", for trust={"code"}',
+        )
     try:
         cls = lookup(structure["class"])
         # Looked at before it is called: os.system is no model, and a call would be too late to tell.
         if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
             raise StructureError("The class is no module", where=structure["class"], wanted="a torch.nn.Module")
+        if structure["kind"] == "transformers" and (odd := sorted(structure["arguments"].keys() - _flags(cls))):
+            raise StructureError("The class has no such flag", where=f"{structure['class']}, {odd[0]}", way_out=WAY_OUT)
 
         def make() -> Any:
             arguments = {
@@ -397,10 +416,6 @@ def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
     if isinstance(content, dict) and spec.structure not in _KEYS_OF:
         content["config"] = read_json(layout.config) if content.get("config_class") else None
     keys = _KEYS_OF.get(spec.structure, _CONSTRUCTOR_KEYS)
-    try:
-        kernels = _loads_kernels(content)
-    except RecursionError:
-        kernels = True
     well_formed = (
         isinstance(content, dict)
         and content.keys() == keys.keys()
@@ -409,24 +424,22 @@ def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
         and what_runs(content) == spec.runs
         and (spec.task == "custom" or not content["hooks"])
         and all(type(name) is str or (name is None and content["pickle"]) for name in content["hooks"].values())
-        and not kernels
-        and "auto_map" not in (content.get("config") or ())
+        and (content["kind"] != "transformers" or all(map(_is_flag, content["arguments"].values())))
     )
     if not well_formed:
         raise IntegrityError(
             "The description of the module is malformed", where=layout.name_of(layout.structure), way_out=WAY_OUT
         )
+    try:
+        require_harmless(content, layout.name_of(layout.config), trusted=content["kind"] != "transformers")
+    except RecursionError:
+        raise IntegrityError("The config is nested too deep", where=layout.name_of(layout.config)) from None
     return dict(content)
 
 
-def _loads_kernels(content: Any) -> bool:
-    """Whether any config names an implementation on a hub (``owner/name``): transformers would fetch and run it."""
-    if isinstance(content, dict):
-        return any(
-            (str(key).endswith("_implementation") and "/" in str(value)) or _loads_kernels(value)
-            for key, value in content.items()
-        )
-    return isinstance(content, list) and any(map(_loads_kernels, content))
+def _is_flag(argument: Any) -> bool:
+    """Whether this is all that ``describe`` ever passes to a class that runs without agreement."""
+    return isinstance(argument, dict) and argument.keys() == {"value"} and isinstance(argument["value"], bool)
 
 
 def what_runs(structure: Mapping[str, Any]) -> tuple[str, ...]:

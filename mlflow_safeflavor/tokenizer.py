@@ -16,12 +16,14 @@ from mlflow_safeflavor.artifact import WAY_OUT, read_json, write_json
 from mlflow_safeflavor.errors import IntegrityError, StructureError, TrustError
 from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.scratch import scratch_folder
+from mlflow_safeflavor.trust import require_harmless
 
 __all__ = ["TextEncoder", "load_tokenizer", "write_tokenizer"]
 
 _TOKENIZER = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
+_WRITTEN = (_TOKENIZER, _CONFIG, _SPECIAL_TOKENS)
 
 _UNLIMITED = int(1e20)
 """At and above this, ``model_max_length`` is transformers' way to say that there is none."""
@@ -31,8 +33,6 @@ _NOT_PORTABLE = (
     "is_local",
     "local_files_only",
     "name_or_path",
-    "special_tokens_map_file",
-    "tokenizer_file",
 )
 """Keys of the config that speak of the machine it was loaded on, or of code that is not here."""
 
@@ -313,9 +313,10 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     backend = _read_backend(Path(folder) / _TOKENIZER)
-    if "auto_map" in read_json(Path(folder) / _CONFIG):
+    require_harmless(read_json(Path(folder) / _CONFIG), Path(folder) / _CONFIG)
+    if odd := sorted({path.name for path in Path(folder).iterdir()} - set(_WRITTEN)):
         raise IntegrityError(
-            "The tokenizer names code to run", where=Path(folder) / _CONFIG, found="auto_map", way_out=WAY_OUT
+            "A file beside the tokenizer is none that was saved", where=Path(folder) / odd[0], way_out=WAY_OUT
         )
     wanted = backend.encode_batch(list(_PROBES))
     failure: object = None
@@ -442,8 +443,8 @@ def _write_files(tokenizer: Any, folder: Path) -> None:
                 "The tokenizer cannot be written as JSON", where=type(tokenizer).__name__, found=error
             ) from error
         config = read_json(scratch / _CONFIG)
-        for name in _NOT_PORTABLE:
-            config.pop(name, None)
+        # Files by their name are files of this machine, too.
+        config = {key: value for key, value in config.items() if key not in _NOT_PORTABLE and "_file" not in key}
         # transformers writes those that were given when the tokenizer was made, not those set since or fixed by
         # its class.
         config.update({name: getattr(tokenizer, name) for name in _ATTRIBUTES if hasattr(tokenizer, name)})

@@ -1,14 +1,30 @@
-"""What we agree to rebuild: nothing an artifact names runs before it was looked at here."""
+"""What we agree to rebuild: nothing an artifact names runs before it was looked at here.
+
+Somebody who agreed to nothing gets classes whose saving was proven, made from plain values: neither a config nor an
+argument names code, a file or a repository. ``guard`` is there for what this does not foresee.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mlflow_safeflavor.errors import StructureError, TrustError
 
-__all__ = ["KINDS", "require_agreed", "require_known", "require_no_shadows"]
+__all__ = [
+    "KINDS",
+    "find_steering",
+    "is_proven",
+    "portable",
+    "require_agreed",
+    "require_harmless",
+    "require_known",
+    "require_no_shadows",
+]
 
 KINDS = ("code", "pickle")
 """What an artifact may want to run: modules from its code folder, or a pickle."""
@@ -73,4 +89,91 @@ def require_no_shadows(code: Path) -> None:
             wanted="module names of the model's own",
             found=", ".join(shadows),
             way_out="rename it and save the model again; if you did not write it, do not load this model",
+        )
+
+
+# Classes.
+
+
+def is_proven(class_name: str) -> bool:
+    """Whether a class of transformers, by its name alone, was saved and loaded by the sweep and came back equal."""
+    return class_name in _proven()
+
+
+@cache
+def _proven() -> frozenset[str]:
+    lines = Path(__file__).with_name("proven_classes.txt").read_text(encoding="utf-8").splitlines()
+    return frozenset(" ".join(line for line in lines if not line.startswith("#")).split())
+
+
+# Configs. The names are those by which transformers and timm come to load something while they build: found by
+# reading every `from_pretrained`, `cached_file`, `hf_hub_download`, `torch.load`, `open` and `create_model` in them.
+
+_CODE = frozenset(("auto_map", "custom_pipelines"))
+_ELSEWHERE = frozenset(
+    (
+        *("_name_or_path", "cache_dir", "checkpoint", "name_or_path", "pretrained", "pretrained_cfg"),
+        *("pretrained_cfg_overlay", "target_lang", "use_pretrained_backbone"),
+    )
+)
+_FILES = re.compile(r".*_(file|files|path|paths|dir|url|repo|checkpoint)")
+_REGISTERED = frozenset(("architecture", "backbone"))
+"""Names of models that timm knows. What is no plain name is that of a repository or folder."""
+
+_LABELS = frozenset(("id2label", "label2id"))
+
+
+def find_steering(content: Any, *, trusted: bool = False, where: str = "") -> Iterator[str]:
+    """What a config, or the JSON of a processor or tokenizer, would have libraries load: keys with their values.
+
+    Args:
+        content: JSON, looked at as deep as it is.
+        trusted: Whether the code of the artifact runs anyhow: then only what would bring other code is found.
+        where: The key of ``content``, for those that are found.
+    """
+    pairs = content.items() if isinstance(content, dict) else enumerate(content if isinstance(content, list) else ())
+    for key, value in pairs:
+        path = f"{where}.{key}".removeprefix(".")
+        if _steers(str(key), value, trusted):
+            yield f"{path}: {str(value)[:100]!r}"
+        elif isinstance(value, (dict, list)) and key not in _LABELS:
+            yield from find_steering(value, trusted=trusted, where=path)
+
+
+def _steers(key: str, value: Any, trusted: bool) -> bool:
+    if key.endswith("_implementation"):  # owner/name is a kernel on a hub, which transformers would fetch and run
+        return "/" in str(value)
+    if not value:
+        return False
+    if key in _CODE or trusted:
+        return key in _CODE
+    if key in _REGISTERED and isinstance(value, str):
+        return re.fullmatch(r"[\w.-]+", value) is None
+    # A number is no file: drop_path is a probability.
+    return key in _ELSEWHERE or (not isinstance(value, (bool, int, float)) and _FILES.fullmatch(key) is not None)
+
+
+def portable(config: Any) -> Any:
+    """A config without what says where it and its weights came from; both are in the artifact."""
+    if isinstance(config, list):
+        return [portable(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    kept = {key: portable(value) for key, value in config.items() if key not in (*_CODE, "_name_or_path")}
+    return kept | ({"use_pretrained_backbone": False} if "use_pretrained_backbone" in kept else {})
+
+
+def require_harmless(content: Any, where: object, *, trusted: bool = False) -> None:
+    """Refuse JSON that would have a library load something; see ``find_steering``.
+
+    Raises:
+        TrustError: Names the keys.
+    """
+    if found := list(find_steering(content, trusted=trusted)):
+        raise TrustError(
+            "A file of the model names code, files or repositories that a library would load",
+            where=where,
+            found="; ".join(found[:5]),
+            way_out="if you did not save this model, do not use it; if you did, take this out of its config and save "
+            "it again",
         )

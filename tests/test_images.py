@@ -21,8 +21,7 @@ from transformers import pipeline
 import mlflow_safeflavor
 from mlflow_safeflavor import files, processor
 from mlflow_safeflavor.artifact import Layout
-from mlflow_safeflavor.caps import Caps
-from mlflow_safeflavor.errors import InputError, IntegrityError, ParityError, StructureError
+from mlflow_safeflavor.errors import InputError, IntegrityError, ParityError, StructureError, TrustError
 from mlflow_safeflavor.images import read_image
 from mlflow_safeflavor.tasks import infer_task
 
@@ -275,7 +274,7 @@ def test_only_json_is_written_and_the_manifest_guards_it(saved, tmp_path):
 
 
 CHANGES = {
-    "code of others": ({"auto_map": {"AutoImageProcessor": "code.Mine"}}, IntegrityError, "something else"),
+    "code of others": ({"auto_map": {"AutoImageProcessor": "code.Mine"}}, TrustError, "names code"),
     "a class of something else": ({"image_processor_type": "BertModel"}, IntegrityError, "none of transformers'"),
     "no class": ({"image_processor_type": "os.system"}, IntegrityError, "none of transformers'"),
     "no name": ({"image_processor_type": 3}, IntegrityError, "something else"),

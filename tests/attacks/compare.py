@@ -32,6 +32,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent)]
 import mlflow
 import mlflow.pytorch
 import mlflow.transformers
+import steering  # noqa: F401  (adds its own to ATTACKS)
 import torch
 import transformers
 from artifacts import edit_json, edit_mlmodel, read_header, rewrite, write_header

@@ -324,7 +324,7 @@ def hooks_injected_and_declared(target):
     target.structure_of(hooks={"preprocess": "their_hooks:pre"})
 
 
-@attack("IntegrityError", None, then=lambda model: model.tokenizer)
+@attack("TrustError", None, then=lambda model: model.tokenizer)
 def tokenizer_auto_map(target):
     """tokenizer_config.json names a class in a file beside it"""
     rewrite(target.tokenizer / "their_tokenizer.py", target.payload)
@@ -332,7 +332,7 @@ def tokenizer_auto_map(target):
     target.json(target.tokenizer_config, lambda old: old | edit)
 
 
-@attack("IntegrityError")
+@attack("TrustError")
 def config_auto_map(target):
     """config.json names a class in a file beside it"""
     rewrite(target.data / "their_model.py", target.payload)
@@ -346,7 +346,7 @@ def kernel_of_a_hub(target):
     target.structure_of(attn_implementation="kernels-community/flash-attn")
 
 
-@attack("IntegrityError")
+@attack("TrustError")
 def kernel_in_config(target):
     """the same, deep in config.json"""
     target.json(target.config, lambda old: old | {"text_config": {"_attn_implementation": "somebody/kernel@main:f"}})

@@ -12,6 +12,7 @@ from pathlib import Path
 import hostile
 import mlflow
 import pytest
+import steering  # noqa: F401  (adds its own to ATTACKS)
 import torch
 import transformers
 from artifacts import rewrite

@@ -1,0 +1,132 @@
+"""What an artifact may say without anybody's agreement."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+from artifacts import edit_json, reseal
+
+import mlflow_safeflavor
+from mlflow_safeflavor import structure
+from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.errors import StructureError, TrustError
+from mlflow_safeflavor.trust import find_steering, is_proven, portable
+
+pytest_plugins = "saved_models"
+
+FOUND = {
+    "code": {"auto_map": {"AutoModel": "evil.B"}},
+    "pipelines": {"custom_pipelines": {"task": {"impl": "evil.B"}}},
+    "deep": {"a": [{"b": [[{"auto_map": {"AutoModel": "evil.B"}}]]}]},
+    "kernel": {"text_config": {"_attn_implementation": "somebody/kernel@main:f"}},
+    "kernels of parts": {"attn_implementation": {"text_config": "somebody/kernel"}},
+    "repository": {"backbone": "owner/name"},
+    "scheme": {"architecture": "hf-hub:name"},
+    "path": {"_name_or_path": "somewhere"},
+    "weights": {"use_pretrained_backbone": True},
+    "file": {"class_info_file": "passwd"},
+    "files": {"fast_tokenizer_files": ["tokenizer.json"]},
+    "folder": {"index_path": "/etc"},
+    "checkpoint": {"model_args": {"checkpoint_path": "x.pth"}},
+    "language": {"target_lang": "eng"},
+}
+HARMLESS = {
+    "nothing": {"auto_map": None, "custom_pipelines": {}, "_name_or_path": "", "index_path": None, "backbone": None},
+    "flags": {"use_pretrained_backbone": False, "pretrained": False, "use_mem_eff_path": True},
+    "numbers": {"drop_path": 0.1, "conv_kernel_file": 3},
+    "a name of timm": {"backbone": "swin_tiny_patch4_window7_224", "use_timm_backbone": True},
+    "labels": {"id2label": {"0": "a/b", "auto_map": "x"}, "label2id": {"B-private_url": "5"}},
+    "implementations": {"_attn_implementation": "sdpa", "attn_implementation": {"": "eager"}},
+    "a template": {"chat_template": "{% for m in messages %}/x{% endfor %}"},
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_steers_a_library_is_found_at_any_depth(name):
+    assert len(list(find_steering(FOUND[name]))) == 1
+    assert len(list(find_steering([{"of": FOUND[name]}]))) == 1
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_does_not_is_not(name):
+    assert list(find_steering(HARMLESS[name])) == []
+
+
+def test_where_code_runs_anyhow_only_other_code_is_found():
+    assert [name for name in FOUND if list(find_steering(FOUND[name], trusted=True))] == [
+        *("code", "pipelines", "deep", "kernel", "kernels of parts"),
+    ]
+
+
+def test_a_portable_config_says_nothing_of_where_it_came_from():
+    part = {"_name_or_path": "x", "auto_map": {"a": "b"}, "use_pretrained_backbone": True, "hidden_size": 3}
+    kept = {"use_pretrained_backbone": False, "hidden_size": 3}
+    assert portable({"parts": [part], **part}) == {"parts": [kept], **kept}
+
+
+def test_every_proven_class_is_one_of_transformers():
+    import transformers
+
+    assert is_proven("BertForSequenceClassification")
+    assert is_proven("LlamaForCausalLM")
+    assert not is_proven("TimmBackbone")
+    assert not is_proven("BertConfig")
+    listed = structure.is_proven.__globals__["_proven"]()
+    assert len(listed) > 1200
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        assert len(listed - set(dir(transformers))) < 30  # which releases take away
+
+
+# At save.
+
+
+def test_where_a_config_came_from_is_not_saved(tmp_path, tiny_bert, tiny_tokenizer):
+    model = tiny_bert()
+    model.config.name_or_path = "/home/somebody/model"
+    model.config.auto_map = {"AutoModel": "somebody/model--code.Model"}
+    model.config.custom_pipelines = {"task": {"impl": "code.Pipeline"}}
+    model.config.part = {"auto_map": {"AutoModel": "code.Model"}, "size": 3}
+    mlflow_safeflavor.save_model(model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+    saved = json.loads(Layout(tmp_path / "m").config.read_text())
+    assert saved["part"] == {"size": 3}
+    assert not {"auto_map", "custom_pipelines", "_name_or_path"} & saved.keys()
+    assert mlflow_safeflavor.load_model(str(tmp_path / "m")).report.golden_rows
+
+
+def test_a_config_that_names_files_is_refused_before_anything_is_written(tmp_path, tiny_bert, tiny_tokenizer):
+    model = tiny_bert()
+    model.config.part = {"index_path": "/home/somebody/index"}
+    with pytest.raises(StructureError, match=r"config\.part\.index_path: '/home/somebody/index'") as refused:
+        mlflow_safeflavor.save_model(model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+    assert not (tmp_path / "m").exists()
+    model.config.part = None  # as the message says
+    assert "None" in refused.value.way_out
+    mlflow_safeflavor.save_model(model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+
+
+# Classes that nobody has proven.
+
+
+def test_an_unproven_class_is_code_that_somebody_has_to_agree_to(tmp_path, tiny_bert, tiny_tokenizer, monkeypatch):
+    model = tiny_bert()
+    with monkeypatch.context() as patch:
+        patch.setattr(structure, "is_proven", lambda name: False)
+        mlflow_safeflavor.save_model(model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+    assert json.loads(Layout(tmp_path / "m").structure.read_text())["kind"] == "import"
+    with pytest.raises(TrustError, match="BertForSequenceClassification"):
+        mlflow_safeflavor.load_model(str(tmp_path / "m"))
+    assert mlflow_safeflavor.load_model(str(tmp_path / "m"), trust={"code"}).report.golden_rows
+
+
+def test_of_which_no_module_is_imported(saved, tmp_path):
+    root = shutil.copytree(saved, tmp_path / "m")
+    name = "transformers.models.longformer.modeling_longformer"
+    edit_json(Layout(root).structure, lambda old: old | {"class": f"{name}:LongformerForMultipleChoice"})
+    reseal(root)
+    before = set(sys.modules)
+    with pytest.raises(StructureError, match="Nobody has proven"):
+        mlflow_safeflavor.load_model(str(root))
+    assert name not in set(sys.modules) - before
