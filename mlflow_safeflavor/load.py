@@ -275,11 +275,12 @@ def _hooks(
 
     names = described["hooks"]
     objects: dict[str, Any] = {}
+    pickles = not all(names.values())
+    realised = inventories.realise(inventory, tensors.read_tensors(inventory, layout)) if pickles else {}
     with guarded(layout.root, unpickles=True):
         if names and "code" in options.trust:
             usercode.make_importable(layout.code)
-        if not all(names.values()):
-            realised = inventories.realise(inventory, tensors.read_tensors(inventory, layout))
+        if pickles:
             objects = pickled.load(layout, described["pickle"], realised, options.trust)
         return {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
 
