@@ -21,6 +21,7 @@ from transformers import pipeline
 import mlflow_safeflavor
 from mlflow_safeflavor import files, processor
 from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.caps import Caps
 from mlflow_safeflavor.errors import InputError, IntegrityError, ParityError, StructureError, TrustError
 from mlflow_safeflavor.images import read_image
 from mlflow_safeflavor.tasks import infer_task
