@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor import hub
+from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact import read_json
 from mlflow_safeflavor.construction import Recipe, construct_fresh, construct_twice, require_memory
 from mlflow_safeflavor.conversion import base_prefix, convert, ignored_keys, is_converted, is_optional
@@ -28,6 +29,7 @@ __all__ = ["bare_model", "from_pretrained", "processor_of", "tokenizer_of"]
 # --- from_pretrained -----------------------------------------------------------------------------
 
 
+@checked
 def from_pretrained(
     name_or_path: str | Path,
     *,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
+from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact import Layout, reason_against, staging
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
 from mlflow_safeflavor.load import locate
@@ -72,8 +73,9 @@ ENTRYPOINT ["python", "-c", "{imports}; container.serve()"]
 _IMPORTS = "import sys; sys.path[0] = '/opt/ml/model/code'; from mlflow_safeflavor import container"
 
 
+@checked
 def generate_dockerfile(
-    model_uri: str,
+    model_uri: str | Path,
     output_dir: str | Path,
     *,
     target: str = "cpu",

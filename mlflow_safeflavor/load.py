@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor import environment as environments
+from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact import (
     WAY_OUT,
     Layout,
@@ -69,9 +70,10 @@ class LoadOptions:
         return self.verify in ("full", "rehash")
 
 
+@checked
 def load_model(
-    model_uri: str,
-    dst_path: str | None = None,
+    model_uri: str | Path,
+    dst_path: str | Path | None = None,
     *,
     device: str | int | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
@@ -464,10 +466,11 @@ def _naming_failures(layout: Layout) -> Iterator[None]:
         ) from error
 
 
-def locate(model_uri: str | Path, dst_path: str | None = None) -> Path:
+def locate(model_uri: str | Path, dst_path: str | Path | None = None) -> Path:
     """A local folder for any URI that MLflow resolves."""
     if Path(model_uri).is_dir() and dst_path is None:
         return Path(model_uri)
     from mlflow.artifacts import download_artifacts
 
-    return Path(download_artifacts(artifact_uri=str(model_uri), dst_path=dst_path))
+    folder = None if dst_path is None else str(dst_path)
+    return Path(download_artifacts(artifact_uri=str(model_uri), dst_path=folder))

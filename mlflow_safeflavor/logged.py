@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -27,12 +27,13 @@ class NotedFlavor:
     Args:
         flavor: What saves.
         notes: Scratch folder for the notes.
+        own: Arguments of the flavor's that ``Model.log`` would take for its own.
     """
 
-    def __init__(self, flavor: ModuleType, notes: Path) -> None:
+    def __init__(self, flavor: ModuleType, notes: Path, own: Mapping[str, Any]) -> None:
         self.__name__ = flavor.__name__
         self.model_id: str | None = None
-        self._flavor, self._notes = flavor, notes
+        self._flavor, self._notes, self._own = flavor, notes, own
 
     def save_model(self, path: str, mlflow_model: Any, **arguments: Any) -> None:
         """Save at ``path``, which MLflow uploads and then removes together with the folder around it."""
@@ -43,11 +44,11 @@ class NotedFlavor:
         if self.model_id is not None:
             note = {"store": _store(), "model_id": self.model_id}
             (self._notes / NOTE).write_text(json.dumps(note), encoding="utf-8")
-        self._flavor.save_model(path=path, mlflow_model=mlflow_model, **arguments)
+        self._flavor.save_model(path=path, mlflow_model=mlflow_model, **self._own, **arguments)
 
 
 @contextmanager
-def noting(flavor: ModuleType) -> Iterator[NotedFlavor]:
+def noting(flavor: ModuleType, own: Mapping[str, Any]) -> Iterator[NotedFlavor]:
     """The flavor to log with. Models that killed processes left ``PENDING`` in this store are marked as failed first.
 
     MLflow itself marks those whose logging an ``Exception`` ends, but not where one ends the process, such as
@@ -55,7 +56,7 @@ def noting(flavor: ModuleType) -> Iterator[NotedFlavor]:
     """
     with scratch_folder("log") as notes:
         _fail_abandoned()
-        noted = NotedFlavor(flavor, notes)
+        noted = NotedFlavor(flavor, notes, own)
         try:
             yield noted
         except BaseException as error:

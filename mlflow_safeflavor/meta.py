@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.construction import Recipe, construct_twice, declared_ties, recipe_of, require_memory
 from mlflow_safeflavor.conversion import base_prefix, convert, ignored_keys, is_optional
 from mlflow_safeflavor.errors import StructureError, WeightsError
@@ -18,6 +19,7 @@ from mlflow_safeflavor.statedict import Fit, Group, cast, find_groups, fit, read
 __all__ = ["materialize"]
 
 
+@checked
 def materialize(
     module: torch.nn.Module,
     checkpoint: str | Path | Mapping[str, torch.Tensor],

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_safeflavor import checkpoint, hub
+from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact import digest_of_file, read_json, staging, write_json
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
 from mlflow_safeflavor.plain_files import digest_of_plain, list_files
@@ -48,6 +49,7 @@ class Prefetched:
     fresh: bool
 
 
+@checked
 def prefetch(
     name_or_path: str | Path,
     output_dir: str | Path,

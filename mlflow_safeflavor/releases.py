@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +19,17 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
 from mlflow_safeflavor.logged import noting
 
-__all__ = ["Array", "Object", "Property", "inferred_signature", "log", "read_mlmodel", "require_schema", "schema_of"]
+__all__ = [
+    "Array",
+    "Object",
+    "Property",
+    "inferred_signature",
+    "log",
+    "log_arguments",
+    "read_mlmodel",
+    "require_schema",
+    "schema_of",
+]
 
 
 class _Unsayable:
@@ -83,11 +93,19 @@ def _no_type(columns: str) -> InputError:
     )
 
 
+def log_arguments(save: Callable[..., Any]) -> set[str]:
+    """What ``log_model`` takes beside the model: what ``save`` does, and what ``Model.log`` does."""
+    names = {name for function in (save, Model.log) for name in inspect.signature(function).parameters}
+    return names - {"artifact_path", "flavor", "kwargs", "mlflow_model", "model", "path"}
+
+
 def log(flavor: ModuleType, name: str, **arguments: Any) -> ModelInfo:
     """``Model.log``: under a name of its own, which models have since MLflow 3, else as an artifact of the run."""
     named = "name" in inspect.signature(Model.log).parameters
     place = {"artifact_path": None, "name": name} if named else {"artifact_path": name}
-    with noting(flavor) as noted:
+    # Since MLflow 3 these are texts about a logged model; here they are defaults of the model's params.
+    own = {"params": arguments.pop("params")} if "params" in arguments else {}
+    with noting(flavor, own) as noted:
         info: ModelInfo = Model.log(**place, flavor=noted, **arguments)
     return info
 

@@ -19,6 +19,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
+from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.environment import (
     OWN_NAME,
     TORCH_FAMILY,
@@ -117,6 +118,7 @@ def _index_option(torch_index: str) -> str:
     )
 
 
+@checked
 def default_requirements(*, torch_index: StrPath | None = "auto", path: Sequence[str] | None = None) -> list[str]:
     """Pins of what every saved model needs directly, as ``get_default_pip_requirements`` gives them."""
     pins = {name: version for name in DEFAULT_ROOTS if (version := installed_version(name, path)) is not None}

@@ -26,6 +26,7 @@ from mlflow.utils.model_utils import _validate_and_copy_code_paths
 from mlflow_safeflavor import inventory as inventories
 from mlflow_safeflavor import parity, pickled, placement, recording, releases, requirements, tensors, usercode
 from mlflow_safeflavor import structure as structures
+from mlflow_safeflavor.arguments import checked, require_arguments
 from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_json, write_manifest
 from mlflow_safeflavor.batching import measure_forward_cost
 from mlflow_safeflavor.damage import require_undamaged
@@ -58,6 +59,7 @@ LOADER_MODULE = "mlflow_safeflavor"
 """Written into every saved model, so it can never move."""
 
 
+@checked
 def save_model(
     model: Any,
     path: str | Path,
@@ -76,11 +78,11 @@ def save_model(
     init_args: Mapping[str, Any] | None = None,
     structure: str = "auto",
     require_graph: bool = False,
-    code_paths: Sequence[str] | None = None,
-    pip_requirements: Sequence[str] | str | None = None,
-    extra_pip_requirements: Sequence[str] | str | None = None,
-    conda_env: Mapping[str, Any] | str | None = None,
-    torch_index: str | None = "auto",
+    code_paths: Sequence[str | Path] | None = None,
+    pip_requirements: Sequence[str] | str | Path | None = None,
+    extra_pip_requirements: Sequence[str] | str | Path | None = None,
+    conda_env: Mapping[str, Any] | str | Path | None = None,
+    torch_index: str | Path | None = "auto",
     hashes: bool = False,
     allow_pickle: bool = False,
     on_damage: str = "error",
@@ -168,6 +170,7 @@ def save_model(
             rehearse_load(stage, [*module, *(["graph"] if has_graph else [])], allow_pickle=allow_pickle)
 
 
+@checked
 def log_model(
     model: Any,
     name: str,
@@ -191,6 +194,7 @@ def log_model(
     Raises:
         SafeFlavorError: One of its kinds; nothing is logged then.
     """
+    require_arguments(kwargs, save_model, releases.log_arguments(save_model))
     return releases.log(
         sys.modules[__name__],
         name,
@@ -322,9 +326,9 @@ def loader_digest() -> str:
     return digest.hexdigest()
 
 
-def _write_code(code_paths: Sequence[str] | None, layout: Layout) -> None:
+def _write_code(code_paths: Sequence[str | Path] | None, layout: Layout) -> None:
     """The loader itself, and the user's code, below ``code/``."""
-    _validate_and_copy_code_paths(list(code_paths or []), layout.root)  # type: ignore[no-untyped-call]  # MLflow's
+    _validate_and_copy_code_paths([os.fspath(path) for path in code_paths or ()], layout.root)  # type: ignore[no-untyped-call]  # MLflow's
     target = layout.code / LOADER_MODULE
     if target.exists():
         raise InputError("code_paths must not hold the loader itself", where=LOADER_MODULE, way_out="leave it out")
@@ -334,12 +338,12 @@ def _write_code(code_paths: Sequence[str] | None, layout: Layout) -> None:
 def _write_environment(
     source: Source,
     structure: str,
-    code_paths: Sequence[str] | None,
+    code_paths: Sequence[str | Path] | None,
     layout: Layout,
-    torch_index: str | None,
-    pip_requirements: Sequence[str] | str | None,
-    extra_pip_requirements: Sequence[str] | str | None,
-    conda_env: Mapping[str, Any] | str | None,
+    torch_index: str | Path | None,
+    pip_requirements: Sequence[str] | str | Path | None,
+    extra_pip_requirements: Sequence[str] | str | Path | None,
+    conda_env: Mapping[str, Any] | str | Path | None,
 ) -> Environment:
     with_model = {Path(path).stem for path in code_paths or ()}
     roots, graph_roots = (_roots(source, with_model, graph=graph) for graph in (False, True))

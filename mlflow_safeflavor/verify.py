@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from mlflow.types import DataType, Schema
 
+from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json
 from mlflow_safeflavor.endpoint import Endpoint, as_served, request_of_arrays, request_of_rows
 from mlflow_safeflavor.environment import Environment
@@ -34,8 +35,9 @@ _ROWS_PER_REQUEST = 100
 """The same rows go together here and there, since the rows of a batch decide how sums are rounded."""
 
 
+@checked
 def verify_model(
-    model_uri: str,
+    model_uri: str | Path,
     *,
     endpoint: str | None = None,
     rows: pd.DataFrame | str | Path | None = None,
