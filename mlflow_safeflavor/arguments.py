@@ -160,16 +160,17 @@ def _require(parameter: inspect.Parameter, value: Any) -> None:
         )
 
 
+_PLAIN = (str, bytes, int, float, os.PathLike, type(None))
+"""What can be shown: the text of anything else may be long, or fail."""
+
+
 def _described(value: Any) -> str:
-    if value is None:
-        return "None"
+    members: Collection[Any] = ()
+    if isinstance(value, (list, tuple, set, Mapping)):
+        members = value.values() if isinstance(value, Mapping) else value
+    shown = isinstance(value, _PLAIN) or (0 < len(members) < 10 and all(isinstance(one, _PLAIN) for one in members))
     name = type(value).__name__
-    if isinstance(value, (str, bytes, int, float, os.PathLike)):
-        return f"{name} {reprlib.repr(value)}"
-    if isinstance(value, Collection) and not isinstance(value, Mapping):
-        members = sorted({type(member).__name__ for member in value}) if len(value) < 10**6 else ["…"]
-        return f"{name} of {', '.join(members) or 'nothing'}"
-    return name
+    return "None" if value is None else f"{name} {reprlib.repr(value)}" if shown else name
 
 
 def _way_out(parameter: inspect.Parameter, kinds: Collection[str], value: Any) -> str | None:
