@@ -55,6 +55,7 @@ class Layout:
         self.config = self.data / "config.json"
         self.structure = self.data / "structure.json"
         self.structure_pickle = self.data / "structure.pkl"
+        self.hooks_pickle = self.data / "hooks.pkl"
         self.tensors = self.data / "tensors.json"
         self.graph = self.data / "graph.json"
         self.graph_tensors = self.data / "graph.safetensors"

@@ -18,6 +18,7 @@ from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact import read_json
 from mlflow_safeflavor.construction import Recipe, construct_fresh, construct_twice, require_memory
 from mlflow_safeflavor.conversion import base_prefix, convert, ignored_keys, is_converted, is_optional
+from mlflow_safeflavor.dtypes import announced_cast, count_dtypes, read_as
 from mlflow_safeflavor.errors import InputError, StructureError, WeightsError
 from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.inventory import find_slots, some
@@ -34,7 +35,7 @@ def from_pretrained(
     name_or_path: str | Path,
     *,
     model_class: type[Any] | None = None,
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     new: Sequence[str] = (),
     drop: Sequence[str] = (),
@@ -55,8 +56,8 @@ def from_pretrained(
         name_or_path: A local folder, or the id of a hub repository.
         model_class: Class to build, any ``transformers.PreTrainedModel``; by default the one that the
             checkpoint's config names.
-        dtype: "float32", "bfloat16" or "float16"; never "auto". Submodules that their class keeps in
-            float32 stay there.
+        dtype: "float32", "bfloat16", "float16" or "float64"; or "as-is", the dtype of most of its values. Submodules
+            that their class keeps in float32 stay there. By default float32, and a cast to it is logged.
         revision: Commit of a hub repository, 40 hexadecimal digits; needed for one.
         new: Patterns like "classifier.*" of tensors that may be fresh: missing in the checkpoint, of
             another shape there, or random in the constructor.
@@ -72,7 +73,7 @@ def from_pretrained(
         IntegrityError: A file is damaged.
         WeightsError: The checkpoint and the class do not fit each other.
     """
-    wanted = resolve_dtype(dtype)
+    read_as(dtype, {})  # a dtype that is none is said before anything is read
     _refuse_options(kwargs)
     folder = _folder_of(name_or_path, revision, kwargs)
     cls = model_class or _class_of(folder)
@@ -80,13 +81,16 @@ def from_pretrained(
     with guarded(folder) if cls.__module__.startswith("transformers.") else nullcontext():
         recipe = _recipe_for(cls, folder, kwargs)
         state = {key: value for key, value in read_state(folder).items() if not _matches(key, drop)}
-        module = _load(recipe, state, wanted, new, folder)
+        found = count_dtypes(state.values())
+        wanted = read_as(dtype, found)
+        announced_cast(dtype, found, wanted)
+        module = _load(recipe, state, resolve_dtype(wanted), new, folder)
         _restore_generation_config(module, folder)
     return module.eval()
 
 
 _REFUSED = {
-    **dict.fromkeys(("dtype", "torch_dtype"), "say dtype='float32', 'bfloat16' or 'float16'"),
+    **dict.fromkeys(("dtype", "torch_dtype"), "say dtype='float32', 'bfloat16', 'float16', 'float64' or 'as-is'"),
     **dict.fromkeys(("low_cpu_mem_usage", "_fast_init"), "leave it out: nothing is ever on the meta device here"),
     **dict.fromkeys(
         ("device_map", "max_memory", "offload_folder", "offload_state_dict", "offload_buffers", "tp_plan"),

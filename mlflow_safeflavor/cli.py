@@ -67,7 +67,7 @@ def inspect(uri: str, pins: bool, rows: bool, calls: bool) -> None:
         "model class": spec.model_class,
         "structure": f"{spec.structure} (runs {_runs(spec.structure)})",
         "graph": _graph(layout),
-        "serving dtype": spec.dtype,
+        "serving dtype": spec.dtype + (f", cast from {spec.cast_from}: no dtype was given" if spec.cast_from else ""),
         "input columns": ", ".join(f"{field} ← {column}" for field, column in spec.input_columns.items()),
         "tensors": f"{len(inventory['tensors'])} in {len(inventory['data'])} alias groups",
         "weights": f"{sum(saved.files[name]['size'] for name in saved.files if layout.is_weights(name)) / 1e6:.1f} MB",

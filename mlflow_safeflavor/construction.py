@@ -12,11 +12,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError, WeightsError
-from mlflow_safeflavor.inventory import find_meta, find_slots, some
+from mlflow_safeflavor.inventory import UNKNOWN, find_meta, find_slots, shape_of, some
 from mlflow_safeflavor.kept import seed_generators
 from mlflow_safeflavor.memory import asks_for_dtype, real_memory
 from mlflow_safeflavor.statedict import bits_equal
-from mlflow_safeflavor.structure import describe
+from mlflow_safeflavor.structure import describe_constructor
 from mlflow_safeflavor.usercode import name_of
 
 __all__ = [
@@ -123,7 +123,7 @@ def recipe_of(module: torch.nn.Module) -> Recipe | None:
     """
     config = getattr(module, "config", None)
     try:
-        described = describe(module)
+        described = describe_constructor(module)
     except SafeFlavorError:
         # A class of a script or function: no other process could import it, but this one has it.
         return Recipe(type(module), config) if hasattr(module, "config_class") and config is not None else None
@@ -156,6 +156,7 @@ def construct(
             # Other random values at each mark; real_memory puts the random states back.
             seed_generators(mark if seed is None else seed)
             module = recipe.make(dtype)
+        _require_sizes(module, recipe)
         if not watch.disturbed and not find_meta(find_slots(module)):
             _tie(module)
             return module
@@ -168,6 +169,16 @@ def construct(
         found=f"another dtype at some point, in each of {_TRIES} attempts",
         way_out="do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, meanwhile",
     )
+
+
+def _require_sizes(module: torch.nn.Module, recipe: Recipe) -> None:
+    if lazy := [slot.path for slot in find_slots(module) if shape_of(slot.tensor) == UNKNOWN]:
+        raise StructureError(
+            "The constructor leaves sizes to the first forward",
+            where=f"{name_of(recipe.cls)}, {some(lazy)}",
+            wanted="sizes that follow from its arguments",
+            way_out="replace lazy modules (torch.nn.LazyLinear) by those of fixed sizes",
+        )
 
 
 def construct_twice(recipe: Recipe, dtype: torch.dtype) -> tuple[torch.nn.Module, set[str]]:

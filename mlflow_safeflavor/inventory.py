@@ -23,7 +23,9 @@ import torch
 from mlflow_safeflavor.errors import StructureError, WeightsError
 
 __all__ = [
+    "OWN_STATE",
     "STORABLE",
+    "UNKNOWN",
     "Data",
     "Inventory",
     "Row",
@@ -39,6 +41,7 @@ __all__ = [
     "nbytes_of",
     "realise",
     "require_saveable",
+    "shape_of",
     "some",
     "take_inventory",
 ]
@@ -165,7 +168,7 @@ def find_slots(module: torch.nn.Module) -> list[Slot]:
     return slots
 
 
-_OWN_STATE = frozenset(vars(torch.nn.Module()))
+OWN_STATE = frozenset(vars(torch.nn.Module()))
 """Attributes every ``nn.Module`` has: registries and hooks, walked separately or not at all."""
 
 _HOLD_NOTHING = frozenset((bool, int, float, str, type(None)))
@@ -184,7 +187,7 @@ def _walk_module(module: torch.nn.Module, prefix: str, slots: list[Slot], seen: 
                 slots.append(Slot(_join(prefix, name), kind, persistent, tensor, put))
     attributes = vars(module)
     for name, value in list(attributes.items()):
-        if name not in _OWN_STATE and type(value) not in _HOLD_NOTHING:
+        if name not in OWN_STATE and type(value) not in _HOLD_NOTHING:
             _walk_value(value, _join(prefix, name), _putter(attributes, name), slots, seen)
     for name, child in list(module._modules.items()):
         if child is not None:
@@ -238,7 +241,7 @@ def find_places(module: torch.nn.Module) -> Callable[[str], Callable[[Any], None
     dicts: dict[str, dict[Any, Any]] = {}
     for prefix, child in module.named_modules():
         for name, value in list(vars(child).items()):
-            if name in _OWN_STATE:
+            if name in OWN_STATE:
                 continue
             if value is None:
                 attributes[_join(prefix, name)] = _putter(vars(child), name)
@@ -255,6 +258,15 @@ def find_places(module: torch.nn.Module) -> Callable[[str], Callable[[Any], None
 
 
 _KEY = re.compile(r"(.+)\[('[^'\\]*'|-?[0-9]+)\]")
+
+
+UNKNOWN: tuple[int, ...] = (-1,)
+"""Shape of a parameter that waits for the first forward, as those of ``torch.nn.LazyLinear`` do."""
+
+
+def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Sizes of a tensor, or ``UNKNOWN``."""
+    return UNKNOWN if torch.nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
 
 
 def find_meta(slots: Sequence[Slot]) -> list[str]:
@@ -277,6 +289,13 @@ def require_saveable(slots: Sequence[Slot]) -> None:
             found=f"{len(meta)} of {len(slots)} on the meta device",
             way_out="load the checkpoint with mlflow_safeflavor.from_pretrained, "
             "or fill the module with mlflow_safeflavor.materialize, then save it",
+        )
+    if waiting := [slot.path for slot in slots if torch.nn.parameter.is_lazy(slot.tensor)]:
+        raise StructureError(
+            "The module has lazy parameters that no forward has made yet",
+            where=some(waiting),
+            wanted="parameters of known shape",
+            way_out="call the module once, model(example), and save it then",
         )
     seen: set[str] = set()
     for slot in slots:
@@ -435,14 +454,16 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
             put(torch.empty(row.shape, device="meta"))  # a place for what a forward pass had left there
     slots = {slot.path: slot for slot in find_slots(module)}
     wanted = {path: row.shape for path, row in inventory.rows.items() if row.kind != "hidden"}
-    found = {path: tuple(slot.tensor.shape) for path, slot in slots.items()}
+    found = {path: shape_of(slot.tensor) for path, slot in slots.items()}
+    # A lazy module waits for any shape, and is an ordinary one with its next forward.
+    found |= {path: wanted[path] for path, shape in found.items() if shape == UNKNOWN and path in wanted}
     # Shapes too, before anything works on them: a view with a stride of 0 is of any size and costs nothing.
     for path in sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path)):
         raise WeightsError(
             "The rebuilt module has other tensors than the saved one",
             where=path,
             wanted=_describe(inventory.rows.get(path)),
-            found=f"{slots[path].kind} {list(slots[path].tensor.shape)}" if path in slots else "no such tensor",
+            found=f"{slots[path].kind} {list(shape_of(slots[path].tensor))}" if path in slots else "no such tensor",
             way_out="the class has changed since the model was saved: install the pinned versions, or save it again",
         )
     tensors = realise(inventory, values)

@@ -30,7 +30,7 @@ from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.options import run_time_options
 from mlflow_safeflavor.report import LoadReport
 from mlflow_safeflavor.saved import require_intact, require_none
-from mlflow_safeflavor.spec import ModelSpec, guarded_parts, read_spec
+from mlflow_safeflavor.spec import AS_IS, ModelSpec, guarded_parts, read_spec
 from mlflow_safeflavor.trust import require_agreed, require_known, require_no_shadows
 
 # torch, and what is built on it, is imported inside the functions below: the environment check comes
@@ -195,7 +195,7 @@ def _check_files(layout: Layout, guarded: Mapping[str, Any], options: LoadOption
 def _check_dtype(inventory: Inventory, spec: ModelSpec) -> None:
     """Refuse a serving dtype that no parameter has; some may be kept in float32 beside it."""
     rows = [row for row in inventory.rows.values() if row.kind == "parameter" and "float" in row.dtype]
-    if rows and all(row.dtype != spec.dtype for row in rows):
+    if rows and spec.dtype != AS_IS and all(row.dtype != spec.dtype for row in rows):
         raise WeightsError(
             "The weights are not of the dtype that MLmodel says",
             where=rows[0].path,
@@ -283,7 +283,7 @@ def _hooks(
         if names and "code" in options.trust:
             usercode.make_importable(layout.code)
         if pickles:
-            objects = pickled.load(layout, described["pickle"], realised, options.trust)
+            objects = pickled.load(layout.hooks_pickle, layout, described["hooks_pickle"], realised, options.trust)
         return {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
 
 
@@ -306,10 +306,11 @@ def rebuild(
     with guarded(layout.root, unpickles=bool(spec.runs)):
         if "code" in options.trust:
             usercode.make_importable(layout.code)
-        if described["pickle"] is not None:
-            realised = inventories.realise(inventory, values)
-            with memory.real_memory(inventory=inventory):
-                objects = pickled.load(layout, described["pickle"], realised, options.trust)
+        realised = inventories.realise(inventory, values) if "pickle" in spec.runs else {}
+        for file, facts in ((layout.structure_pickle, "pickle"), (layout.hooks_pickle, "hooks_pickle")):
+            if described[facts] is not None:
+                with memory.real_memory(inventory=inventory):
+                    objects |= pickled.load(file, layout, described[facts], realised, options.trust)
         if described["kind"] == "pickle":
             module = objects["module"].eval().requires_grad_(False)
             hidden = {path: realised[path] for path, row in inventory.rows.items() if row.kind == "hidden"}
@@ -359,8 +360,8 @@ def _place(
     device = placement.resolve_device(options.device)
     casts = {}
     if options.dtype:
-        dtype = placement.resolve_dtype(options.dtype)
         described = structure.read_structure(layout, spec)
+        dtype = placement.resolve_dtype(options.dtype)
         casts = placement.dtype_plan(module, described, dtype, find_slots(module))
     if options.device_map is None:
         placement.place(module, device, casts)
@@ -383,13 +384,14 @@ def bind(
     """A module, the files its weights are mapped from, and what the spec says can be asked of it."""
     from mlflow_safeflavor.engine import GraphEngine, ModuleEngine
     from mlflow_safeflavor.graph import GraphModule
+    from mlflow_safeflavor.inventory import find_slots
     from mlflow_safeflavor.model import LoadedModel, make_task
-    from mlflow_safeflavor.placement import resolve_dtype
+    from mlflow_safeflavor.placement import input_dtype
     from mlflow_safeflavor.scheduler import Scheduler
 
     chosen = run_time_options(options.model_config, stored=spec.model_config)
     task = make_task(spec, layout, hooks, chosen)
-    dtype = resolve_dtype(options.dtype or spec.dtype)
+    dtype = input_dtype(options.dtype or spec.dtype, find_slots(module))
     engine: Engine
     if isinstance(module, GraphModule):
         engine = GraphEngine(module, device, dtype, _rebuilding(spec, layout, weights, options, dtype), weights)

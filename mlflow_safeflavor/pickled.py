@@ -10,6 +10,7 @@ import io
 import pickle
 import platform
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -20,7 +21,7 @@ from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.inventory import Slot, hidden_slot
 from mlflow_safeflavor.trust import require_agreed
 
-__all__ = ["dump", "load", "write_pickle"]
+__all__ = ["dump", "load"]
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # no stubs
@@ -45,7 +46,7 @@ def dump(objects: Mapping[str, Any], slots: Sequence[Slot]) -> tuple[bytes, list
 
     Args:
         objects: Name → module or function.
-        slots: Of the module among them.
+        slots: Of the module, and of what was pickled before.
 
     Returns:
         The pickle; the slots, followed by one for each tensor that only the pickle reaches (in
@@ -67,7 +68,8 @@ def dump(objects: Mapping[str, Any], slots: Sequence[Slot]) -> tuple[bytes, list
         ) from error
     paths = {id(slot.tensor): slot.path for slot in reversed(slots)}
     hidden = [tensor for tensor in pickler.tensors if id(tensor) not in paths]
-    names = {id(tensor): f"<hidden {number}>" for number, tensor in enumerate(hidden)}
+    taken = sum(slot.kind == "hidden" for slot in slots)  # those of another pickle
+    names = {id(tensor): f"<hidden {number}>" for number, tensor in enumerate(hidden, taken)}
     all_slots = [*slots, *(hidden_slot(names[id(tensor)], tensor) for tensor in hidden)]
     facts = {
         "tensors": [(paths | names)[id(tensor)] for tensor in pickler.tensors],
@@ -76,12 +78,6 @@ def dump(objects: Mapping[str, Any], slots: Sequence[Slot]) -> tuple[bytes, list
         "cloudpickle": cloudpickle.__version__,
     }
     return buffer.getvalue(), all_slots, facts
-
-
-def write_pickle(content: bytes, layout: Layout) -> None:
-    """Write ``structure.pkl``."""
-    layout.data.mkdir(exist_ok=True)
-    layout.structure_pickle.write_bytes(content)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -94,12 +90,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load(
-    layout: Layout, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], trust: Collection[str]
+    file: Path, layout: Layout, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], trust: Collection[str]
 ) -> dict[str, Any]:
     """Unpickle with the stored tensors in place. Runs whatever the pickle says: only after agreement.
 
     Args:
-        layout: The artifact.
+        file: The pickle.
+        layout: The artifact that it is in.
         facts: As ``dump`` returned them.
         tensors: Path → tensor.
         trust: What the caller agreed to run.
@@ -108,18 +105,18 @@ def load(
         TrustError: Nobody agreed to run a pickle.
         StructureError: It was made by another Python, or cannot be unpickled here.
     """
-    require_agreed("pickle", trust, layout.name_of(layout.structure_pickle))
+    require_agreed("pickle", trust, layout.name_of(file))
     here = ".".join(platform.python_version_tuple()[:2])
     if facts.get("python") != here:
         raise StructureError(
             "The pickle holds byte code of another Python",
-            where=layout.name_of(layout.structure_pickle),
+            where=layout.name_of(file),
             wanted=f"Python {facts.get('python')}",
             found=f"Python {here}",
             way_out="load it with that Python, or save the model with importable classes (code_paths=[…])",
         )
     try:
-        content = layout.structure_pickle.read_bytes()
+        content = file.read_bytes()
         in_order = [tensors[path] for path in facts["tensors"]]
     except (OSError, KeyError, TypeError) as error:
         raise IntegrityError(
@@ -133,7 +130,7 @@ def load(
     except Exception as error:
         raise StructureError(
             "The model cannot be unpickled here",
-            where=layout.name_of(layout.structure_pickle),
+            where=layout.name_of(file),
             found=f"{type(error).__name__}: {error}",
             way_out="install the pinned versions; when saving, pass code_paths=[…] with the modules it needs",
         ) from error

@@ -6,6 +6,7 @@ attributes, which ``nn.Module.to`` forgets, move along.
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,9 @@ from mlflow_safeflavor import structure as structures
 from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.errors import PlacementError
 from mlflow_safeflavor.inventory import Inventory, Slot, fill, find_meta, find_slots, some, take_inventory
-from mlflow_safeflavor.spec import DTYPES
+from mlflow_safeflavor.spec import AS_IS, DTYPES
 
-__all__ = ["dispatch", "dtype_plan", "place", "resolve_device", "resolve_dtype"]
+__all__ = ["dispatch", "dtype_plan", "input_dtype", "place", "resolve_device", "resolve_dtype"]
 
 
 def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -34,6 +35,16 @@ def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
         raise PlacementError("Not a serving dtype", where="dtype", wanted=" | ".join(DTYPES), found=repr(name))
     dtype: torch.dtype = getattr(torch, text)
     return dtype
+
+
+def input_dtype(name: str | torch.dtype, slots: Sequence[Slot]) -> torch.dtype:
+    """What floating point inputs must be: the serving dtype, and for "as-is" the widest that any weight has."""
+    if name != AS_IS:
+        return resolve_dtype(name)
+    floating = [slot.tensor for slot in slots if slot.tensor.is_floating_point() and slot.tensor.itemsize > 1]
+    weights = [tensor for tensor in floating if isinstance(tensor, torch.nn.Parameter)]
+    kinds = [tensor.dtype for tensor in weights or floating] or [torch.float32]
+    return functools.reduce(torch.promote_types, kinds)
 
 
 def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
@@ -80,9 +91,9 @@ def _device_count(kind: str) -> int:
 
 
 def dtype_plan(
-    module: torch.nn.Module, structure: Mapping[str, Any], dtype: torch.dtype, slots: Sequence[Slot]
+    module: torch.nn.Module, structure: Mapping[str, Any], name: str | torch.dtype, slots: Sequence[Slot]
 ) -> dict[str, torch.dtype]:
-    """Path → dtype, for every tensor that a module of this serving dtype holds in another dtype.
+    """Path → dtype, for every tensor that a module of this serving dtype holds in another dtype; none for "as-is".
 
     As ``from_pretrained(dtype=…)`` decides: the islands that the class keeps in float32 are parameters
     and persistent buffers (a router's correction bias); everything else takes the dtype that the
@@ -90,6 +101,9 @@ def dtype_plan(
     float32 by their own code. Parameters of other modules than transformers', and persistent buffers
     where no constructor can be called, are cast, as ``nn.Module.to`` does. Integers and booleans stay.
     """
+    if name == AS_IS:
+        return {}
+    dtype = resolve_dtype(name)
     floating = [slot for slot in slots if slot.tensor.is_floating_point()]
     parameters_differ = any(slot.tensor.dtype != dtype for slot in floating if slot.kind == "parameter")
     if not parameters_differ:

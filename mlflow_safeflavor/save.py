@@ -30,7 +30,8 @@ from mlflow_safeflavor.arguments import checked, require_arguments
 from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_json, write_manifest
 from mlflow_safeflavor.batching import measure_forward_cost
 from mlflow_safeflavor.damage import require_undamaged
-from mlflow_safeflavor.engine import evaluating
+from mlflow_safeflavor.dtypes import announced_cast, dtypes_of, reading_dtype, serving_dtype
+from mlflow_safeflavor.engine import ModuleEngine, evaluating
 from mlflow_safeflavor.environment import Environment, closure_of
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.given import Source
@@ -38,20 +39,21 @@ from mlflow_safeflavor.graph_file import write_graph, write_reason
 from mlflow_safeflavor.kept import kept_module, kept_parameters
 from mlflow_safeflavor.load import LoadOptions, bind, rebuild
 from mlflow_safeflavor.lock import lock_file
-from mlflow_safeflavor.model import LoadedModel
+from mlflow_safeflavor.model import LoadedModel, make_task
 from mlflow_safeflavor.options import MODEL_CONFIG
 from mlflow_safeflavor.processor import requirements_of, write_processor
 from mlflow_safeflavor.rehearsal import rehearse as rehearse_load
 from mlflow_safeflavor.report import LoadReport
 from mlflow_safeflavor.signature import defaults_of, signature_of
 from mlflow_safeflavor.source import resolve_source
-from mlflow_safeflavor.spec import FLAVOR_NAME, ModelSpec, guarded_parts
+from mlflow_safeflavor.spec import AS_IS, FLAVOR_NAME, ModelSpec, guarded_parts
 from mlflow_safeflavor.tasks import task_class
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tokenizer import write_tokenizer
 from mlflow_safeflavor.trust import KINDS
 from mlflow_safeflavor.version import __version__
 from mlflow_safeflavor.vocabulary import require_known_tokens
+from mlflow_safeflavor.wrappers import require_plain, taken_off
 
 __all__ = ["log_model", "save_model"]
 
@@ -67,7 +69,7 @@ def save_model(
     tokenizer: Any = None,
     processor: Any = None,
     task: str | None = None,
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype | None = None,
     input_columns: Mapping[str, str] | None = None,
     preprocess: Callable[..., Any] | None = None,
     postprocess: Callable[..., Any] | None = None,
@@ -101,7 +103,8 @@ def save_model(
             folder.
         task: A name in ``mlflow_safeflavor.tasks.TASKS``, as transformers' pipelines call them, or "custom" or "raw";
             by default told from the model's class.
-        dtype: Serving dtype that weights are stored in: "float32", "bfloat16" or "float16".
+        dtype: Serving dtype that weights are stored in: "float32", "bfloat16", "float16" or "float64"; or "as-is", so
+            that every tensor keeps its own. By default float32, and a cast to it is logged and recorded.
         input_columns: Field of the task → column name in requests, e.g. ``{"text": "buggy_code",
             "text_pair": "fixed_code"}``.
         preprocess: For the custom task: ``(rows, tokenizer) -> dict of tensors``, the keyword arguments
@@ -137,19 +140,26 @@ def save_model(
     Raises:
         SafeFlavorError: One of its kinds; nothing is left at ``path`` then.
     """
-    serving_dtype = placement.resolve_dtype(dtype)
-    source = resolve_source(model, tokenizer, task, inventories.dtype_name(serving_dtype), processor)
+    model = taken_off(model)
+    reading, found = reading_dtype(dtype, model)
+    source = resolve_source(model, tokenizer, task, reading, processor)
     _require_structure(structure)
-    source = replace(source, hooks=_hooks(source.task, preprocess, postprocess), example=input_example)
+    source = replace(source, module=taken_off(source.module), hooks=_hooks(source.task, preprocess, postprocess))
+    source = replace(source, example=input_example)
+    require_plain(source.module)
     options = _options(source.task, {**source.options, **(model_config or {})})
     defaults = {**source.params, **defaults_of(signature), **(params or {})}
     inventories.require_saveable(inventories.find_slots(source.module))
-    require_undamaged(source.module, on_damage)
+    serving = serving_dtype(dtype, dtypes_of(source.module))
+    cast_from = announced_cast(dtype, found or dtypes_of(source.module), serving)
     with kept_module(source.module), staging(path) as stage:
         layout = Layout(stage)
-        how = _how(source, structure, init_args, allow_pickle)
-        described, cast = _write_module(source, serving_dtype, how, allow_pickle, layout)
-        spec = _write_task(source, described, serving_dtype, input_columns, options, defaults, layout)
+        spec = replace(_write_task(source, serving, input_columns, options, defaults, layout), cast_from=cast_from)
+        how, kept = _how(source, structure, init_args, allow_pickle, _forward(source, spec, layout))
+        source = replace(source, module=kept)
+        require_undamaged(source.module, on_damage)
+        described, cast = _write_module(source, serving, how, allow_pickle, layout)
+        spec = replace(spec, structure=described["kind"], runs=structures.what_runs(described))
         _write_code(code_paths, layout)
         recorded = _write_environment(
             source, structure, code_paths, layout, torch_index, pip_requirements, extra_pip_requirements, conda_env
@@ -234,16 +244,37 @@ def _require_structure(structure: str) -> None:
         raise InputError("Unknown value", where="structure", wanted=" | ".join(_STRUCTURES), found=repr(structure))
 
 
-def _how(source: Source, structure: str, init_args: Mapping[str, Any] | None, allow_pickle: bool) -> dict[str, Any]:
-    """How the module is rebuilt; for a graph it never is."""
+def _how(
+    source: Source,
+    structure: str,
+    init_args: Mapping[str, Any] | None,
+    allow_pickle: bool,
+    forward: Callable[[torch.nn.Module], None],
+) -> tuple[dict[str, Any], torch.nn.Module]:
+    """How the module is rebuilt, and the module to save; a graph is never rebuilt."""
     if structure == "graph":
-        return {"kind": "graph", "class": usercode.name_of(type(source.module))}
-    return structures.describe(source.module, init_args=init_args, allow_pickle=allow_pickle)
+        return {"kind": "graph", "class": usercode.name_of(type(source.module))}, source.module
+    return structures.describe(source.module, init_args=init_args, allow_pickle=allow_pickle, forward=forward)
+
+
+def _forward(source: Source, spec: ModelSpec, layout: Layout) -> Callable[[torch.nn.Module], None]:
+    """What runs a module of this structure on the example and the golden rows, all together and the first alone."""
+
+    def run(module: torch.nn.Module) -> None:
+        task = make_task(spec, layout, source.hooks, spec.model_config)
+        rows = [*([] if source.example is None else task.rows(source.example)), *task.golden_rows()]
+        params = task.check_params(task.golden(task.config))
+        pieces = [piece for row in task.encoded(rows, params) for piece in task.pieces(row)]
+        dtype = placement.input_dtype(AS_IS, inventories.find_slots(module))
+        for batch in (pieces, pieces[:1]):
+            task.forward(ModuleEngine(module, torch.device("cpu"), dtype), batch, params)
+
+    return run
 
 
 def _write_module(
     source: Source,
-    dtype: torch.dtype,
+    dtype: str,
     described: dict[str, Any],
     allow_pickle: bool,
     layout: Layout,
@@ -260,15 +291,19 @@ def _write_module(
             wanted="a function at the top of a module",
             way_out="move it to a file and pass code_paths=[file], or pass allow_pickle=True",
         )
-    if described["kind"] == "pickle":
-        to_pickle["module"] = source.module
-    facts = None
-    if to_pickle:
-        with evaluating(source.module):
-            content, slots, facts = pickled.dump(to_pickle, slots)
-        pickled.write_pickle(content, layout)
-        inventories.require_saveable(slots)
-    described |= {"hooks": names, "pickle": facts}
+    described |= {"hooks": names, "hooks_pickle": None, "pickle": None}
+    # Apart, so that a graph is served with its hooks where the module's class is not there.
+    pickles: dict[str, dict[str, Any]] = {
+        "pickle": {"module": source.module} if described["kind"] == "pickle" else {},
+        "hooks_pickle": to_pickle,
+    }
+    for facts, file in (("pickle", layout.structure_pickle), ("hooks_pickle", layout.hooks_pickle)):
+        if pickles[facts]:
+            with evaluating(source.module):
+                content, slots, described[facts] = pickled.dump(pickles[facts], slots)
+            layout.data.mkdir(exist_ok=True)
+            file.write_bytes(content)
+            inventories.require_saveable(slots)
     inventory, values = inventories.take_inventory(slots, casts)
     structures.write_structure(described, layout)
     tensors.write_tensors(inventory, values, layout)
@@ -277,14 +312,13 @@ def _write_module(
 
 def _write_task(
     source: Source,
-    described: Mapping[str, Any],
-    dtype: torch.dtype,
+    dtype: str,
     input_columns: Mapping[str, str] | None,
     options: Mapping[str, Any],
     defaults: Mapping[str, Any],
     layout: Layout,
 ) -> ModelSpec:
-    """Tokenizer, and what the task must remember; together with the rest of the spec."""
+    """Tokenizer, and what the task must remember; together with the rest of the spec, which tells no structure yet."""
     cls = task_class(source.task)
     if cls.needs_example:
         if source.example is None:
@@ -305,10 +339,9 @@ def _write_task(
         write_processor(source.processor, layout.processor)
     return ModelSpec(
         task=source.task,
-        dtype=inventories.dtype_name(dtype),
-        structure=described["kind"],
-        model_class=described["class"],
-        runs=structures.what_runs(described),
+        dtype=dtype,
+        structure="graph",
+        model_class=usercode.name_of(type(source.module)),
         task_config={**config, "encoder": encoder},
         input_columns=cls.columns_for(input_columns),
         model_config={key: options.get(key, default) for key, default in MODEL_CONFIG.items()},
@@ -392,9 +425,7 @@ def _answering(
     device = next((slot.tensor.device for slot in inventories.find_slots(module)), torch.device("cpu"))
     if cast and described["kind"] == "graph":
         module = copy.deepcopy(module)
-        dtypes = placement.dtype_plan(
-            module, described, placement.resolve_dtype(spec.dtype), inventories.find_slots(module)
-        )
+        dtypes = placement.dtype_plan(module, described, spec.dtype, inventories.find_slots(module))
         placement.place(module, device, dtypes)
     elif cast:
         device = torch.device("cpu")
@@ -441,7 +472,8 @@ def _write_parity(
         model.scheduler.forward_cost = measure_forward_cost(
             model.task, model.engine, rows, model.options["max_batch_tokens"]
         )
-    answers = parity.record(model, rows, spec.dtype, layout)
+    dtypes = dtypes_of(model.module) if spec.dtype == AS_IS else [spec.dtype]
+    answers = parity.record(model, rows, dtypes, layout)
     spec = replace(spec, model_config={**spec.model_config, "forward_cost": model.scheduler.forward_cost})
     return answers[: len(examples)], spec
 

@@ -19,6 +19,7 @@ from mlflow_safeflavor.errors import FormatVersionError, IntegrityError
 from mlflow_safeflavor.plain_files import read_text
 
 __all__ = [
+    "AS_IS",
     "DTYPES",
     "FLAVOR_NAME",
     "FORMAT_VERSION",
@@ -41,7 +42,10 @@ FORMAT_VERSION = 1
 READ_BY = {1: "0.1"}
 """First release that reads a format version; grows by one line with each version."""
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+AS_IS = "as-is"
+"""Serving dtype of a module whose weights have several, and keep them."""
+
 STRUCTURE_KINDS = ("transformers", "import", "pickle", "graph")
 
 
@@ -54,6 +58,7 @@ _PATTERNS = {
     "model_class": (rf"(?=.{{1,1000}}\Z){_NAME}(\.{_NAME})*:{_QUALNAME}(\.{_QUALNAME})*", "module:qualname"),
     "loader_version": (r"\d[0-9A-Za-z.+!-]{0,63}", "a version"),
     "loader_digest": (r"[0-9a-f]{64}", "64 hexadecimal digits"),
+    "cast_from": (r"([a-z][a-z0-9_]{0,19}(, (?=.))?){0,8}", "names of dtypes"),
 }
 _MAX_TEXT = 1000  # characters of a column's name or an option
 _MAX_NESTING = 20
@@ -89,7 +94,7 @@ def _find_malformed(spec: ModelSpec) -> Iterator[tuple[str, str, object]]:
         value = getattr(spec, name)
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
             yield name, words, value
-    for name, allowed in (("dtype", DTYPES), ("structure", STRUCTURE_KINDS)):
+    for name, allowed in (("dtype", (*DTYPES, AS_IS)), ("structure", STRUCTURE_KINDS)):
         if getattr(spec, name) not in allowed:
             yield name, " | ".join(allowed), getattr(spec, name)
     if any(kind not in _RUNS for kind in spec.runs):
@@ -110,7 +115,7 @@ class ModelSpec:
 
     Attributes:
         task: Name in ``mlflow_safeflavor.tasks.TASKS``.
-        dtype: Serving dtype of the floating point weights; one of ``DTYPES``.
+        dtype: Serving dtype of the floating point weights; one of ``DTYPES`` or ``AS_IS``.
         structure: How the module is rebuilt; one of ``STRUCTURE_KINDS``.
         model_class: ``module:qualname`` of the module's class.
         task_config: What the task recorded at save (pooling, labels, padding, …); JSON only.
@@ -118,6 +123,7 @@ class ModelSpec:
         model_config: Run-time options with their stored defaults.
         loader_version: Release of this package that wrote the artifact.
         loader_digest: SHA-256 over the vendored loader's source.
+        cast_from: Dtypes that weights had before they were cast to ``dtype`` though nobody asked for it, or nothing.
         runs: What of its own the artifact runs when loaded: "code", "pickle"; the caller must agree.
         format_version: See ``FORMAT_VERSION``.
     """
@@ -128,6 +134,7 @@ class ModelSpec:
     model_class: str
     loader_version: str
     loader_digest: str
+    cast_from: str = ""
     runs: tuple[str, ...] = ()
     task_config: Mapping[str, Any] = field(default_factory=dict)
     input_columns: Mapping[str, str] = field(default_factory=dict)

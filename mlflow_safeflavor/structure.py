@@ -11,10 +11,12 @@ Three kinds of structure, tried in this order when a model is saved (a fourth, `
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import itertools
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,55 +26,121 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
+from mlflow_safeflavor.attributes import find_differences, same_attributes
 from mlflow_safeflavor.bounds import within
 from mlflow_safeflavor.embedding import Embedder
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
-from mlflow_safeflavor.inventory import Inventory, find_places, find_slots
+from mlflow_safeflavor.inventory import UNKNOWN, Inventory, find_slots, shape_of, some
+from mlflow_safeflavor.leftovers import covered, fresh, written_by_forward
 from mlflow_safeflavor.memory import real_memory
 from mlflow_safeflavor.spec import ModelSpec
 from mlflow_safeflavor.trust import find_steering, is_proven, portable, require_agreed, require_harmless
 from mlflow_safeflavor.usercode import import_name, name_of
+from mlflow_safeflavor.wrappers import require_given_back, require_plain
 
-__all__ = ["build", "describe", "read_structure", "what_runs", "write_structure"]
+__all__ = ["build", "describe", "describe_constructor", "read_structure", "what_runs", "write_structure"]
+
+_logger = logging.getLogger("mlflow.safeflavor")
 
 
 # --- describe ------------------------------------------------------------------------------------
 
 
 def describe(
-    module: torch.nn.Module, *, init_args: Mapping[str, Any] | None = None, allow_pickle: bool = False
-) -> dict[str, Any]:
-    """What is needed to make a module of the same structure; JSON only.
+    module: torch.nn.Module,
+    *,
+    init_args: Mapping[str, Any] | None = None,
+    allow_pickle: bool = False,
+    forward: Callable[[torch.nn.Module], None],
+) -> tuple[dict[str, Any], torch.nn.Module]:
+    """What is needed to make a module of the same structure.
 
     Args:
         module: Only looked at.
         init_args: Arguments of its constructor, where they cannot be told: JSON values and configs.
         allow_pickle: Whether the kind ``pickle`` may be used when no constructor gives the module back by itself.
+        forward: Runs a module as it will be asked, to see which state that leaves behind.
+
+    Returns:
+        The description, JSON only; and the module it describes: the one given, or, where a forward had left state in
+        it, one of the same weights as its constructor makes it.
 
     Raises:
-        StructureError: The module is hooked, quantised, or no allowed kind can rebuild it.
+        StructureError: No allowed kind can rebuild it.
     """
     if isinstance(module, Embedder):
-        described = describe(module.transformer, init_args=init_args, allow_pickle=allow_pickle)
-        return described if described["kind"] == "pickle" else {**described, "layers": module.described}
-    _require_plain(module)
-    if not allow_pickle or init_args is not None:
-        return _describe_constructor(module, init_args)
+        described, kept = describe(
+            module.transformer,
+            init_args=init_args,
+            allow_pickle=allow_pickle,
+            forward=lambda transformer: forward(_around(module, transformer)),
+        )
+        whole = module if kept is module.transformer else _around(module, kept)
+        return described if described["kind"] == "pickle" else {**described, "layers": module.described}, whole
     try:
-        with _calls("from_pretrained") as calls:
-            described = _describe_constructor(module, None)
+        with _calls("from_pretrained", watch=allow_pickle and init_args is None) as calls:
+            described, built = _describe_constructor(module, init_args)
+            described_module = _compared(module, built, described, forward)
+        reason = "The constructor loads a checkpoint, which nobody else may have"
     except SafeFlavorError as error:
-        reason = error.what
+        require_given_back(module, error, pickle=allow_pickle)
+        if not allow_pickle:
+            raise
+        reason = error.what if error.found is None else f"{error.what}: {error.found}"
     else:
         if not calls:
-            return described
-        reason = "The constructor loads a checkpoint, which nobody else may have"
-    return {"kind": "pickle", "class": name_of(type(module)), "reason": reason}
+            return described, described_module
+    _logger.info("safeflavor: the module is pickled. %s", reason)
+    return {"kind": "pickle", "class": name_of(type(module)), "reason": reason}, module
+
+
+def _around(embedder: Embedder, transformer: torch.nn.Module) -> Embedder:
+    """The same layers around another model."""
+    view = copy.copy(embedder)
+    view._modules = {**embedder._modules, "transformer": transformer}
+    return view
+
+
+def describe_constructor(module: torch.nn.Module) -> dict[str, Any]:
+    """How a constructor makes the same tensors; see ``describe``. Nothing else is compared."""
+    require_plain(module)
+    return _describe_constructor(module, None)[0]
+
+
+def _compared(
+    module: torch.nn.Module,
+    built: torch.nn.Module,
+    described: Mapping[str, Any],
+    forward: Callable[[torch.nn.Module], None],
+) -> torch.nn.Module:
+    """The module to be saved; refuses one that holds what its constructor does not give back."""
+    found = list(find_differences(module, built))
+    if not found:
+        return module
+    # The user's own class, in the user's own process: there is nothing to agree to.
+    written = written_by_forward(module, lambda: build(described, trust={"code"}), forward)
+    left = covered(found, written)
+    if lost := [difference for difference in found if difference.path not in left and not difference.tensor]:
+        more = f"; and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
+        raise StructureError(
+            "The constructor does not give back all that the module holds: it was changed after it was made",
+            where=f"{described['class']}, {lost[0].path}",
+            wanted="each attribute as it is in the module",
+            found="; ".join(map(str, lost[:_MOST_NAMED])) + more,
+            way_out="pass init_args={…} with the constructor's arguments, allow_pickle=True, or structure='graph'",
+        )
+    if not left:
+        return module
+    _logger.info("safeflavor: not saved, because a forward makes it anew: %s", some(left))
+    return fresh(module, build(described, trust={"code"}, initialise=True), left)
+
+
+_MOST_NAMED = 5
 
 
 @contextlib.contextmanager
-def _calls(name: str) -> Iterator[list[str]]:
-    """A list that grows with each call of a function of that name, by this thread and inside the block.
+def _calls(name: str, *, watch: bool) -> Iterator[list[str]]:
+    """A list that grows with each call of a function of that name, by this thread and inside the block, if watched.
 
     It stays empty under another profiler, which could not be put back; the rehearsal finds the same later.
     """
@@ -82,7 +150,7 @@ def _calls(name: str) -> Iterator[list[str]]:
         if event == "call" and frame.f_code.co_name == name:
             found.append(name)
 
-    if sys.getprofile() is not None:
+    if not watch or sys.getprofile() is not None:
         yield found
         return
     sys.setprofile(look)
@@ -92,7 +160,10 @@ def _calls(name: str) -> Iterator[list[str]]:
         sys.setprofile(None)
 
 
-def _describe_constructor(module: torch.nn.Module, init_args: Mapping[str, Any] | None) -> dict[str, Any]:
+def _describe_constructor(
+    module: torch.nn.Module, init_args: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], torch.nn.Module]:
+    """The description, and what the constructor makes by it."""
     cls = type(module)
     config = getattr(module, "config", None)
     structure: dict[str, Any] = {
@@ -106,13 +177,11 @@ def _describe_constructor(module: torch.nn.Module, init_args: Mapping[str, Any] 
         _require_importable(cls)
     if init_args is not None:
         structure["arguments"] = {name: _argument_to_json(name, value) for name, value in init_args.items()}
-        _require_same_shapes(module, structure)
-    else:
-        if hasattr(cls, "config_class") and config is not None:
-            structure |= _describe_config(config)
-            _require_plain_config(structure)
-        structure["arguments"] = _find_arguments(module, structure)
-    return structure
+        return structure, _require_same_shapes(module, structure)
+    if hasattr(cls, "config_class") and config is not None:
+        structure |= _describe_config(config)
+        _require_plain_config(structure)
+    return _find_arguments(module, structure)
 
 
 def _is_transformers(cls: type) -> bool:
@@ -140,24 +209,6 @@ def _require_importable(cls: type) -> None:
             found="a class of a script, notebook or function",
             way_out="move it to a file and pass code_paths=[file], or pass allow_pickle=True",
         )
-
-
-def _require_plain(module: torch.nn.Module) -> None:
-    for name, child in module.named_modules():
-        if hasattr(child, "_hf_hook"):
-            raise StructureError(
-                "The module carries accelerate hooks, which move or offload its tensors",
-                where=name or "the model itself",
-                wanted="a plain module with all tensors in memory",
-                way_out="accelerate.hooks.remove_hook_from_module(model, recurse=True) after bringing all weights back",
-            )
-        if getattr(child, "hf_quantizer", None) is not None or getattr(child, "is_quantized", False):
-            raise StructureError(
-                "The module is quantised, and its integer weights cannot be rebuilt from a config",
-                where=name or name_of(type(child)),
-                wanted="floating point weights",
-                way_out="save the model before quantising it, or model.dequantize() first",
-            )
 
 
 _NO_CONFIG: dict[str, Any] = {
@@ -214,21 +265,32 @@ def _argument_to_json(name: str, value: Any) -> dict[str, Any]:
     )
 
 
-def _find_arguments(module: torch.nn.Module, structure: Mapping[str, Any]) -> dict[str, Any]:
-    """Boolean constructor arguments other than the defaults (``add_pooling_layer=False``).
+def _find_arguments(module: torch.nn.Module, structure: Mapping[str, Any]) -> tuple[dict[str, Any], torch.nn.Module]:
+    """The description with the constructor's arguments, and what comes of them.
 
-    They are stored nowhere in a module, so they are found by building: the arguments are right when
-    the same tensors come out.
+    Arguments are stored nowhere in a module, so they are found by building: boolean ones other than the defaults
+    (``add_pooling_layer=False``) are tried, for a class of the user's also attributes of the same names as
+    arguments. They are right when the same tensors and attributes come out, else the first with the same tensors.
     """
     flags = [(name, {"value": not default}) for name, default in _flags(type(module)).items()]
+    named = _named_like_arguments(module) if structure["kind"] == "import" else {}
     first: StructureError | None = None
-    for count in range(len(flags) + 1):
+    best: tuple[dict[str, Any], torch.nn.Module] | None = None
+    for count, start in itertools.product(range(len(flags) + 1), [{}, named] if named else [{}]):
         for arguments in itertools.combinations(flags, count):
+            tried = {**structure, "arguments": {**start, **dict(arguments)}}
             try:
-                _require_same_shapes(module, {**structure, "arguments": dict(arguments)})
-                return dict(arguments)
+                found = tried, _require_same_shapes(module, tried)
             except StructureError as error:
                 first = first or error
+                continue
+            if same_attributes(module, found[1]):
+                return found
+            best = best or found
+        if best is not None and 2 ** len(flags) > _MOST_TRIED:
+            break
+    if best is not None:
+        return best
     assert first is not None  # noqa: S101  (the combination of no flags was tried)
     raise first
 
@@ -239,29 +301,41 @@ def _flags(cls: type) -> dict[str, bool]:
     return {parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, bool)}
 
 
-def _require_same_shapes(module: torch.nn.Module, structure: Mapping[str, Any]) -> None:
-    """Refuse a constructor that makes other tensors than the module has."""
+_MOST_TRIED = 64
+
+
+def _named_like_arguments(module: torch.nn.Module) -> dict[str, Any]:
+    """Arguments of the constructor whose names and other than default values the module's attributes have."""
+    found = {}
+    for name, parameter in inspect.signature(type(module).__init__).parameters.items():
+        value = vars(module).get(name, parameter.default)
+        if value is not parameter.default and type(value) in (bool, int, float, str, list, dict):
+            with contextlib.suppress(StructureError):
+                found[name] = _argument_to_json(name, value)
+    return found
+
+
+def _require_same_shapes(module: torch.nn.Module, structure: Mapping[str, Any]) -> torch.nn.Module:
+    """Call the constructor, and refuse one that makes other parameters and buffers than the module has."""
     # The user's own class, in the user's own process: there is nothing to agree to.
     built = build(structure, trust={"code"})
-    wanted = {slot.path: tuple(slot.tensor.shape) for slot in find_slots(built)}
-    found = {slot.path: tuple(slot.tensor.shape) for slot in find_slots(module)}
-    # What a forward pass left in a place that the constructor leaves empty is stored and put back.
-    place = find_places(built)
-    left = {
-        slot.path
-        for slot in find_slots(module)
-        if slot.kind == "attribute" and slot.tensor.is_contiguous() and place(slot.path)
-    }
-    odd = sorted(path for path in (wanted.keys() | found.keys()) - left if wanted.get(path) != found.get(path))
+    wanted, found = (
+        {slot.path: shape_of(slot.tensor) for slot in find_slots(each) if slot.persistent} for each in (built, module)
+    )
+    odd = sorted(
+        path
+        for path in wanted.keys() | found.keys()
+        if wanted.get(path) != found.get(path) and not (path in found and wanted.get(path) == UNKNOWN)
+    )
     if odd:
         raise StructureError(
             "The constructor does not give back the module: it was changed after it was made",
             where=f"{structure['class']}, {odd[0]}",
             wanted=f"{wanted.get(odd[0], 'no such tensor')} as the constructor makes it",
             found=f"{found.get(odd[0], 'no such tensor')} in the module, and {len(odd) - 1} more differences",
-            way_out="merge adapters (merge_and_unload()) and keep config in step with the module, "
-            "pass init_args={…}, or pass allow_pickle=True",
+            way_out="keep config in step with the module, pass init_args={…}, allow_pickle=True or structure='graph'",
         )
+    return built
 
 
 # --- build ---------------------------------------------------------------------------------------
@@ -273,8 +347,9 @@ def build(
     trust: Collection[str] = (),
     dtype: torch.dtype = torch.float32,
     inventory: Inventory | None = None,
+    initialise: bool = False,
 ) -> torch.nn.Module:
-    """Call the constructor on real CPU memory, without random initialisation.
+    """Call the constructor on real CPU memory, without random initialisation unless it is asked for.
 
     The values of its parameters mean nothing before ``inventory.fill``.
 
@@ -283,6 +358,7 @@ def build(
         trust: What the caller agreed to run.
         dtype: Torch's default dtype during construction.
         inventory: What the module must hold; bounds what its constructor may allocate.
+        initialise: Run random initialisers, too.
 
     Raises:
         TrustError: The class is the user's own, and nobody agreed to run it.
@@ -316,7 +392,7 @@ def build(
             made = cls(**arguments) if config is None else cls(config, **arguments)
             return made if structure["layers"] is None else Embedder(made, structure["layers"])
 
-        with real_memory(dtype, inventory=inventory):
+        with real_memory(dtype, inventory=inventory, initialise=initialise):
             module = make() if inventory is None else within(8 * inventory.nbytes, make)
     except SafeFlavorError:
         raise
@@ -330,7 +406,10 @@ def build(
         ) from error
     if not isinstance(module, torch.nn.Module):  # a class may have a __new__ of its own
         raise StructureError("The class does not make a module", where=structure["class"])
-    return module.eval().requires_grad_(False)
+    for parameter in module.parameters():
+        if shape_of(parameter) != UNKNOWN:  # as that of a lazy module, which no gradient can reach
+            parameter.requires_grad_(False)
+    return module.eval()
 
 
 def _config_from_json(described: Mapping[str, Any], lookup: Callable[[str], Any]) -> Any:
@@ -388,6 +467,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "kind": str,
     "class": str,
     "hooks": dict,
+    "hooks_pickle": (dict, type(None)),
     "pickle": (dict, type(None)),
 }
 _CONSTRUCTOR_KEYS: dict[str, type | tuple[type, ...]] = {
@@ -423,7 +503,7 @@ def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
         and content["kind"] == spec.structure
         and what_runs(content) == spec.runs
         and (spec.task == "custom" or not content["hooks"])
-        and all(type(name) is str or (name is None and content["pickle"]) for name in content["hooks"].values())
+        and all(type(name) is str or (name is None and content["hooks_pickle"]) for name in content["hooks"].values())
         and (content["kind"] != "transformers" or all(map(_is_flag, content["arguments"].values())))
     )
     if not well_formed:
@@ -446,4 +526,5 @@ def what_runs(structure: Mapping[str, Any]) -> tuple[str, ...]:
     """What of its own the artifact runs: "code" for imported classes and hooks, "pickle" for pickles."""
     names = [structure["class"] if structure["kind"] == "import" else None, *structure["hooks"].values()]
     code = any(name is not None for name in names)
-    return tuple(kind for kind, runs in (("code", code), ("pickle", structure["pickle"] is not None)) if runs)
+    pickles = any(structure[key] is not None for key in ("pickle", "hooks_pickle"))
+    return tuple(kind for kind, runs in (("code", code), ("pickle", pickles)) if runs)

@@ -374,7 +374,9 @@ def test_serving_dtypes(dtype, expected):
     assert resolve_dtype(dtype) is expected
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float64", "int8", "half", "", None, torch.float64, 16, "FLOAT32"], ids=repr)
+@pytest.mark.parametrize(
+    "dtype", ["auto", "float80", "int8", "half", "", None, torch.int64, 16, "FLOAT32", "as-is"], ids=repr
+)
 def test_no_serving_dtype(dtype):
     with pytest.raises(PlacementError, match="Not a serving dtype") as caught:
         resolve_dtype(dtype)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mlflow
 import numpy as np
 import pytest
 import torch
 from artifacts import TEXTS
+from click.testing import CliRunner
 from memory import all_bits, memory
 from safetensors import safe_open
 from torch import nn
@@ -23,6 +25,7 @@ from transformers import (
 import mlflow_safeflavor
 from mlflow_safeflavor import load as loading
 from mlflow_safeflavor import placement
+from mlflow_safeflavor.cli import main
 from mlflow_safeflavor.errors import PlacementError, WeightsError
 from mlflow_safeflavor.inventory import find_slots
 
@@ -209,6 +212,120 @@ def test_islands_of_a_module_that_is_in_half_precision_already(save):
     assert {dtype for path, dtype in dtypes(found).items() if ".wo." in path} == {torch.float32}
 
 
+# As it is, and float64
+
+
+class Gaussian(nn.Module):
+    """In float64, as gpytorch's and botorch's users have it: float32 cannot solve this."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.linspace(0, 1, 40, dtype=torch.float64))
+        self.values = nn.Parameter(torch.sin(6 * self.places.detach()))
+
+    def forward(self, x):
+        def kernel(a, b):
+            return torch.exp(-((a[:, None] - b[None]) ** 2) / 0.08)
+
+        noise = 1e-8 * torch.eye(40, dtype=self.places.dtype)
+        weights = torch.linalg.solve(kernel(self.places, self.places) + noise, self.values)
+        return {"mean": kernel(x, self.places) @ weights, "half": x.bfloat16()}
+
+
+@pytest.mark.parametrize("dtype", ["float64", torch.float64, "as-is"], ids=str)
+def test_float64_is_served_in_float64(save, dtype):
+    x = np.linspace(0.05, 0.95, 7)
+    path = save(seeded(Gaussian), init_args={}, input_example={"x": x}, dtype=dtype)
+    loaded = load(path, trust={"code"})
+    mean = loaded.predict({"x": x})["mean"]
+    assert (loaded.spec.dtype, mean.dtype) == ("float64", np.float64)
+    assert np.abs(mean - np.sin(6 * x)).max() < 1e-5
+    assert loaded.report.bit_identical
+    assert loaded.predict({"x": x})["half"].dtype == np.float32, "numpy knows no bfloat16"
+    pyfunc = mlflow.pyfunc.load_model(str(path))
+    assert np.array_equal(pyfunc.predict({"x": x})["mean"], mean)
+
+
+def test_a_cast_that_nobody_asked_for_is_said_once_and_recorded(save, caplog):
+    x = np.linspace(0.05, 0.95, 7)
+    path = save(seeded(Gaussian), init_args={}, input_example={"x": x})
+    said = [record.message for record in caplog.records if "no dtype was given" in record.message]
+    assert len(said) == 1
+    assert "the weights are float64, and become float32" in said[0]
+    assert load(path, trust={"code"}).spec.cast_from == "float64"
+    shown = CliRunner().invoke(main, ["inspect", str(path)], env={"COLUMNS": "300"}).output
+    assert "float32, cast from float64: no dtype was given" in shown
+
+
+@pytest.mark.parametrize("dtype", ["float32", "as-is"])
+def test_what_was_asked_for_is_not_announced(save, caplog, dtype):
+    path = save(seeded(Gaussian), init_args={}, input_example={"x": np.linspace(0, 1, 3)}, dtype=dtype)
+    assert "no dtype was given" not in caplog.text
+    assert load(path, trust={"code"}).spec.cast_from == ""
+
+
+class Islands(nn.Module):
+    """A body in bfloat16, norm and head in float32, as finetuning leaves them."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(4, 8).bfloat16(), nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(x.bfloat16()).float()))
+
+
+@pytest.mark.graphs
+def test_a_module_of_several_dtypes_keeps_them(save):
+    model = seeded(Islands)
+    path = save(model, init_args={}, input_example=X, dtype="as-is")
+    expected = model(torch.tensor(X["x"])).detach().numpy()
+    for options in ({}, {"model_config": {"engine": "graph"}}):
+        loaded = load(path, trust={"code"}, **options)
+        assert loaded.spec.dtype == "as-is"
+        assert np.array_equal(loaded.predict(X)["output_0"], expected)
+        assert np.array_equal(loaded.predict({"x": X["x"].astype(np.float64)})["output_0"], expected)
+    assert dtypes(load(path, trust={"code"}).module) == dtypes(model)
+    cast = load(path, trust={"code"}, dtype="bfloat16", verify="off").module
+    assert set(dtypes(cast).values()) == {torch.bfloat16}
+
+
+def test_as_it_is_keeps_what_a_class_would_not(save):
+    model = t5()
+    model.encoder.block[0].layer[1].DenseReluDense.wo.bfloat16()
+    found = load(save(model, dtype="as-is")).module
+    assert dtypes(found) == dtypes(model)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+def test_a_checkpoint_is_read_as_it_is_or_says_what_it_becomes(
+    save, tiny_bert, tiny_tokenizer, tmp_path, caplog, stored
+):
+    tiny_bert().to(stored).save_pretrained(tmp_path / "checkpoint")
+    tiny_tokenizer.save_pretrained(tmp_path / "checkpoint")
+    options = {"task": None, "input_example": None}
+    assert load(save(tmp_path / "checkpoint", "kept", dtype="as-is", **options)).spec.dtype == str(stored)[6:]
+    assert "no dtype was given" not in caplog.text
+    spec = load(save(tmp_path / "checkpoint", "default", **options)).spec
+    assert spec.dtype == "float32"
+    assert spec.cast_from == ("" if stored == torch.float32 else "bfloat16")
+    assert ("no dtype was given" in caplog.text) == (stored != torch.float32)
+
+
+def test_from_pretrained_says_what_it_casts(tiny_bert, tmp_path, caplog):
+    tiny_bert().bfloat16().save_pretrained(tmp_path)
+    assert mlflow_safeflavor.from_pretrained(tmp_path, dtype="as-is").dtype == torch.bfloat16
+    assert mlflow_safeflavor.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
+    assert caplog.text == ""
+    assert mlflow_safeflavor.from_pretrained(tmp_path).dtype == torch.float32
+    assert "the weights are bfloat16" in caplog.text
+
+
+def test_as_it_is_is_no_dtype_to_load_in(saved):
+    with pytest.raises(PlacementError, match="Not a serving dtype"):
+        load(saved, dtype="as-is")
+
+
 # At load
 
 
@@ -372,7 +489,7 @@ def test_float64_attributes_and_parameters(save):
         found = load(save(model, init_args={}, input_example=X), trust={"code"}).module
     finally:
         del globals()["Doubles"]
-    assert found.layer.weight.dtype == torch.float32, "float64 is no serving dtype"
+    assert found.layer.weight.dtype == torch.float32, "no dtype was given, so it is float32"
     assert found.exact.dtype == torch.float64
     assert torch.equal(found.exact, model.exact)
     assert found.mean.dtype == torch.float32, "the constructor makes it in the serving dtype"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -434,3 +435,32 @@ def test_unknown_structure(tmp_path):
     with pytest.raises(mlflow_safeflavor.errors.InputError, match=r"auto \| module \| graph"):
         mlflow_safeflavor.save_model(make_private(), tmp_path / "m", task="raw", input_example=X, structure="jit")
     assert not Path(tmp_path / "m").exists()
+
+
+def test_pickled_hooks_need_no_class_of_the_module(tmp_path, monkeypatch):
+    """As where transformers changes between two releases: the graph answers, and the hooks come without the module."""
+    (tmp_path / "gone.py").write_text(
+        "import torch\n\n\nclass Net(torch.nn.Module):\n    def __init__(self, size):\n        super().__init__()\n"
+        "        self.layer = torch.nn.Linear(size, 3)\n\n    def forward(self, x):\n        return self.layer(x)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = importlib.import_module("gone").Net(4).eval()
+    mlflow_safeflavor.save_model(
+        model,
+        tmp_path / "m",
+        task="custom",
+        allow_pickle=True,
+        preprocess=lambda rows, tokenizer: {"x": torch.tensor([[row["a"], 1.0, 0.0, 1.0] for row in rows])},
+        postprocess=lambda outputs, rows: [{"score": float(y.sum())} for y in outputs["output_0"]],
+        input_example=[{"a": 1.0}, {"a": -3.0}],
+        rehearse=False,
+        require_graph=True,
+    )
+    rows = [{"a": 2.0}, {"a": 0.5}]
+    expected = mlflow_safeflavor.load_model(str(tmp_path / "m"), trust={"pickle"}).predict(rows)
+    monkeypatch.delitem(sys.modules, "gone")
+    (tmp_path / "gone.py").unlink()
+    with pytest.raises(StructureError, match="cannot be unpickled"):
+        mlflow_safeflavor.load_model(str(tmp_path / "m"), trust={"pickle"})
+    graph = mlflow_safeflavor.load_model(str(tmp_path / "m"), trust={"pickle"}, model_config={"engine": "graph"})
+    assert graph.predict(rows)["score"].tolist() == expected["score"].tolist()

@@ -16,7 +16,7 @@ from mlflow_safeflavor.errors import AnswerError, InputError, SafeFlavorError, S
 from mlflow_safeflavor.releases import inferred_signature
 from mlflow_safeflavor.rows import place, rows_of
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
-from mlflow_safeflavor.tasks.outputs import own
+from mlflow_safeflavor.tasks.outputs import own, own_array
 
 __all__ = ["Custom"]
 
@@ -214,9 +214,7 @@ def _is_one_dict_a_row(answers: Any, rows: int) -> bool:
 def _answered(outputs: Mapping[str, torch.Tensor], i: int, rows: int, answer: dict[str, Any]) -> _Answered:
     """Row ``i`` of every output whose first dimension is the rows; the rest says nothing of one row."""
     arrays = {
-        name: (tensor[i].float() if tensor.is_floating_point() else tensor[i]).numpy()
-        for name, tensor in outputs.items()
-        if tensor.dim() and tensor.shape[0] == rows
+        name: own_array(tensor[i]) for name, tensor in outputs.items() if tensor.dim() and tensor.shape[0] == rows
     }
     answered = _Answered(arrays)
     answered.answer = answer

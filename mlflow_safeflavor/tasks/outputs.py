@@ -45,9 +45,10 @@ def pick(
 def own_array(tensor: torch.Tensor) -> np.ndarray:
     """An output as an array that shares no memory with anything: a forward may return a weight, or its input, as it is.
 
-    Floating point numbers become float32.
+    Numpy knows no halves: these become float32.
     """
-    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    known = not tensor.is_floating_point() or tensor.dtype in (torch.float32, torch.float64)
+    dtype = tensor.dtype if known else torch.float32
     array: np.ndarray = tensor.detach().to("cpu", dtype, copy=True).numpy()
     return array
 
