@@ -119,7 +119,7 @@ def load(
             way_out="load it with that Python, or save the model with importable classes (code_paths=[…])",
         )
     try:
-        content = layout.structure_pickle.read_bytes()
+        content = layout.read_bytes(layout.structure_pickle)
         in_order = [tensors[path] for path in facts["tensors"]]
     except (OSError, KeyError, TypeError) as error:
         raise IntegrityError(
