@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlflow_safeflavor.errors import IntegrityError
-from mlflow_safeflavor.plain_files import WAY_OUT, digest_of_plain, list_files, read_text, reason_to_refuse
+from mlflow_safeflavor.plain_files import (
+    WAY_OUT,
+    decode,
+    digest_of_plain,
+    list_files,
+    read_bytes,
+    read_text,
+    reason_to_refuse,
+)
 from mlflow_safeflavor.scratch import scratch_folder
 
 __all__ = [
@@ -38,13 +48,18 @@ _MAX_TOKENIZER = 256 * 10**6  # the largest ever seen had 34 MB
 
 
 class Layout:
-    """Where each file of an artifact lies below its root folder."""
+    """Where each file of an artifact lies below its root folder, and what was in it.
+
+    Args:
+        root: The folder.
+        keeps: Read each file once: later readers get what the first one got, whatever happened to the file.
+    """
 
     MLMODEL = "MLmodel"
     CODE = "code"
     DATA = "safeflavor"
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, keeps: bool = False) -> None:
         self.root = Path(root)
         self.mlmodel = self.root / self.MLMODEL
         self.requirements = self.root / "requirements.txt"
@@ -67,6 +82,9 @@ class Layout:
         self.manifest = self.data / "manifest.json"
         self.held: dict[Path, Path] = {}
         """Where to map a file of weights from, once it is held; see ``weights_files``."""
+        self.sealed: dict[str, str] = {}
+        """Name → SHA-256 of files that were compared with the manifest: who reads one gets these bytes or an error."""
+        self._contents: dict[Path, bytes] | None = {} if keeps else None
 
     def is_weights(self, name: str) -> bool:
         """Whether a name of the manifest is a file of weights, which are hashed tensor by tensor."""
@@ -81,6 +99,58 @@ class Layout:
         if name == self.MLMODEL or pure.suffix == ".yaml":
             return _MAX_YAML
         return {".json": _MAX_JSON, ".txt": _MAX_LINES}.get(pure.suffix) if pure.parts[0] != self.CODE else None
+
+    def read_bytes(self, path: Path) -> bytes:
+        """Content of a file that is read whole.
+
+        Raises:
+            IntegrityError: It is missing, no plain file, too large, or not what was compared with the manifest.
+        """
+        if self._contents is not None and path in self._contents:
+            return self._contents[path]
+        name = self.name_of(path)
+        content = read_bytes(path, self.limit_of(name) or sys.maxsize)
+        if name in self.sealed and hashlib.sha256(content).hexdigest() != self.sealed[name]:
+            raise IntegrityError("A file of the artifact was changed while it was loaded", where=name, way_out=WAY_OUT)
+        if self._contents is not None:
+            self._contents[path] = content
+        return content
+
+    def read_json(self, path: Path) -> Any:
+        """A JSON file of the artifact; see ``read_bytes`` and the function ``read_json``."""
+        return _parse(decode(self.read_bytes(path), path), path)
+
+    def keep(self, *folders: Path) -> None:
+        """Read all files below folders now, so that nobody reads them later."""
+        for path in (path for folder in folders for path in folder.rglob("*") if self._contents is not None):
+            if not path.is_dir():
+                self.read_bytes(path)
+
+    def has(self, folder: Path) -> bool:
+        """Whether there is such a folder, or was when it was kept."""
+        return any(folder in path.parents for path in self._contents or ()) or folder.is_dir()
+
+    @contextmanager
+    def copied(self, folder: Path) -> Iterator[Path]:
+        """A folder with the files that were kept of one of the artifact's, for libraries that only read files."""
+        kept = {path: content for path, content in (self._contents or {}).items() if folder in path.parents}
+        if not kept:
+            yield folder
+            return
+        with contextlib.ExitStack() as stack:
+            try:
+                scratch = stack.enter_context(scratch_folder("tokenizer"))
+                for path, content in kept.items():
+                    copy = scratch / path.relative_to(folder)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    copy.write_bytes(content)
+            except OSError:  # nowhere to write: the artifact's own files will do, if they are still the same
+                if any(read_bytes(path, sys.maxsize) != content for path, content in kept.items()):
+                    raise IntegrityError(
+                        "A file of the artifact was changed after it was loaded", where=folder, way_out=WAY_OUT
+                    ) from None
+                scratch = folder
+            yield scratch
 
     def name_of(self, path: Path) -> str:
         """The plain relative name of a file, as messages and the manifest use it."""
@@ -148,7 +218,10 @@ def read_json(path: Path, *, strict: bool = True) -> Any:
     Raises:
         IntegrityError: The file is missing, no plain file, too large, or no JSON.
     """
-    text = read_text(path if strict else Path(os.path.realpath(path)), _MAX_JSON)
+    return _parse(read_text(path if strict else Path(os.path.realpath(path)), _MAX_JSON), path, strict)
+
+
+def _parse(text: str, path: Path, strict: bool = True) -> Any:
     try:
         if not strict:
             return json.loads(text)
@@ -163,7 +236,7 @@ def reason_against(layout: Layout) -> str | None:
     """Why an artifact has no graph, in words; None if it has one, which is not looked at any closer."""
     if not layout.graph.exists():
         return "none was asked for"
-    content = read_json(layout.graph)
+    content = layout.read_json(layout.graph)
     if not isinstance(content, dict) or not isinstance(content.get("reason", ""), str):
         raise IntegrityError("The graph is malformed", where=layout.name_of(layout.graph), way_out=WAY_OUT)
     reason: str | None = content.get("reason")
@@ -229,7 +302,7 @@ def read_manifest(layout: Layout) -> dict[str, Any]:
     Raises:
         IntegrityError: It is missing or malformed, or a name in it points outside the artifact.
     """
-    manifest = read_json(layout.manifest)
+    manifest = layout.read_json(layout.manifest)
     where = layout.name_of(layout.manifest)
     try:
         version, files, mlmodel = manifest["version"], manifest["files"], manifest["mlmodel"]

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from mlflow_safeflavor.artifact import WAY_OUT, without_duplicates
 from mlflow_safeflavor.cpu import available_cpus
@@ -34,19 +33,20 @@ class FileDigests:
     tensors: Mapping[str, str]
 
 
-def digests_of(path: Path, where: str | None = None) -> FileDigests:
+def digests_of(file: Path | int, where: str | None = None) -> FileDigests:
     """Hash a safetensors file.
 
     Args:
-        path: The file.
+        file: Its path, or a descriptor, whose position does not count.
         where: What messages call it; its own name by default.
 
     Raises:
         IntegrityError: It is cut short, or its header is malformed.
     """
-    with path.open("rb") as file:
-        header, ranges = _read_header(file, where or path.name)
-        return FileDigests(header, _hash_ranges(file, ranges, where or path.name))
+    name = where or Path(str(file)).name
+    with open(file, "rb", buffering=0, closefd=not isinstance(file, int)) as opened:
+        header, ranges = _read_header(opened.fileno(), name)
+        return FileDigests(header, _hash_ranges(opened.fileno(), ranges, name))
 
 
 def find_wrong_digests(recorded: FileDigests, found: FileDigests, where: str) -> Iterator[str]:
@@ -58,17 +58,17 @@ def find_wrong_digests(recorded: FileDigests, found: FileDigests, where: str) ->
             yield f"{where}, tensor {name}: its values are not the ones that were saved"
 
 
-def _read_header(file: BinaryIO, where: str) -> tuple[str, dict[str, tuple[int, int]]]:
+def _read_header(descriptor: int, where: str) -> tuple[str, dict[str, tuple[int, int]]]:
     """SHA-256 of the header, and tensor name → byte range in the file.
 
     The library has checked nothing yet, so every number is checked before it is used.
     """
-    size = os.fstat(file.fileno()).st_size
-    prefix = file.read(8)
+    size = os.fstat(descriptor).st_size
+    prefix = os.pread(descriptor, 8, 0)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(_MAX_HEADER, size - 8):
         raise IntegrityError("A safetensors file is cut short", where=where, way_out=WAY_OUT)
-    header, start = file.read(length), 8 + length
+    header, start = os.pread(descriptor, length, 8), 8 + length
     ranges = {}
     try:
         for name, entry in json.loads(header, object_pairs_hook=without_duplicates).items():
@@ -82,12 +82,11 @@ def _read_header(file: BinaryIO, where: str) -> tuple[str, dict[str, tuple[int, 
     return hashlib.sha256(prefix + header).hexdigest(), ranges
 
 
-def _hash_ranges(file: BinaryIO, ranges: Mapping[str, tuple[int, int]], where: str) -> dict[str, str]:
+def _hash_ranges(descriptor: int, ranges: Mapping[str, tuple[int, int]], where: str) -> dict[str, str]:
     """SHA-256 of each range, in as many threads as there are cores: hashlib and reading let go of the GIL.
 
     Read, not mapped: a file that is cut short meanwhile would end the process with SIGBUS.
     """
-    descriptor = file.fileno()
 
     def digest(item: tuple[str, tuple[int, int]]) -> tuple[str, str]:
         name, (start, stop) = item

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
+from mlflow_safeflavor.artifact import WAY_OUT, Layout, write_json
 from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.faults import MOST_CALLS, MOST_ITEMS, find_faults
 from mlflow_safeflavor.graph import DEVICE, MOST_TEXT, Call, Constant, Graph, Input, Ref
@@ -52,7 +52,7 @@ def read_graph(inventory: Inventory, layout: Layout) -> tuple[Graph, list[torch.
         StructureError: It is not one that may be run.
         IntegrityError: A constant is missing, or has another dtype or shape.
     """
-    graph = from_json(read_json(layout.graph))
+    graph = from_json(layout.read_json(layout.graph))
     tensors = realise(inventory, read_tensors(inventory, layout))
     own = read_constants(layout)
     constants = []

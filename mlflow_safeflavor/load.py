@@ -14,7 +14,6 @@ from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact import (
     WAY_OUT,
     Layout,
-    read_json,
     read_manifest,
     reason_against,
 )
@@ -120,7 +119,7 @@ def load_model(
 
 def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
     """Load an artifact from a local folder: the one path that native loading and pyfunc share."""
-    layout, report = Layout(root), LoadReport()
+    layout, report = Layout(root, keeps=True), LoadReport()
     with report.timed("look"):
         spec = _look(layout, options, report)
     with report.timed("import"), _without_collecting():
@@ -176,7 +175,7 @@ def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> ModelSpec
         require_agreed(kind, options.trust, spec.model_class)
     _check_files(layout, guarded, options, report)
     require_no_shadows(layout.code)
-    recorded = environments.Environment.from_json(read_json(layout.environment))
+    recorded = environments.Environment.from_json(layout.read_json(layout.environment))
     if run_time_options(options.model_config, stored=spec.model_config)["engine"] == "graph":
         recorded = recorded.for_graph()
     differences = environments.require_same(recorded, policy=options.environment)
@@ -281,7 +280,7 @@ def _hooks(
     realised = inventories.realise(inventory, tensors.read_tensors(inventory, layout)) if pickles else {}
     with guarded(layout.root, unpickles=True):
         if names and "code" in options.trust:
-            usercode.make_importable(layout.code)
+            usercode.make_importable(layout)
         if pickles:
             objects = pickled.load(layout.hooks_pickle, layout, described["hooks_pickle"], realised, options.trust)
         return {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
@@ -305,7 +304,7 @@ def rebuild(
     hidden: dict[str, torch.Tensor] = {}
     with guarded(layout.root, unpickles=bool(spec.runs)):
         if "code" in options.trust:
-            usercode.make_importable(layout.code)
+            usercode.make_importable(layout)
         realised = inventories.realise(inventory, values) if "pickle" in spec.runs else {}
         for file, facts in ((layout.structure_pickle, "pickle"), (layout.hooks_pickle, "hooks_pickle")):
             if described[facts] is not None:
@@ -390,6 +389,7 @@ def bind(
     from mlflow_safeflavor.scheduler import Scheduler
 
     chosen = run_time_options(options.model_config, stored=spec.model_config)
+    layout.keep(layout.tokenizer, layout.processor)
     task = make_task(spec, layout, hooks, chosen)
     dtype = input_dtype(options.dtype or spec.dtype, find_slots(module))
     engine: Engine
@@ -399,7 +399,7 @@ def bind(
         engine = ModuleEngine(module, device, dtype, weights, compile=chosen["compile"])
     names = ("max_batch_tokens", "forward_cost", "deterministic", "max_queue", "num_threads")
     scheduler = Scheduler(task, engine, **{name: chosen[name] for name in names})
-    return LoadedModel(module, spec, report, task, engine, layout.root, scheduler, chosen)
+    return LoadedModel(module, spec, report, task, engine, layout, scheduler, chosen)
 
 
 def _rebuilding(
@@ -408,11 +408,13 @@ def _rebuilding(
     """What makes the engine of the module, for inputs that the graph does not take."""
     if spec.structure == "graph":
         return None
+    from mlflow_safeflavor import structure, tensors
+    from mlflow_safeflavor.engine import ModuleEngine
+
+    if structure.read_structure(layout, spec)["pickle"] is not None:
+        layout.read_bytes(layout.structure_pickle)
 
     def make() -> Engine:
-        from mlflow_safeflavor import tensors
-        from mlflow_safeflavor.engine import ModuleEngine
-
         report = LoadReport()
         inventory = tensors.read_inventory(layout)
         module, _ = rebuild(inventory, spec, layout, options, report)

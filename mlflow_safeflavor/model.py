@@ -37,15 +37,23 @@ def make_task(
     """The task that a spec names, bound to what was recorded for it and to the caps among the run-time options."""
     cls = task_class(spec.task)
     make: dict[str, Callable[[], Any]] = {
-        "encoder": lambda: TextEncoder(layout.tokenizer, spec.task_config["encoder"]),
-        "tokenizer": lambda: cache(lambda: load_tokenizer(layout.tokenizer) if layout.tokenizer.is_dir() else None),
+        "encoder": lambda: TextEncoder(layout.tokenizer, spec.task_config["encoder"], layout.read_bytes),
+        "tokenizer": lambda: cache(lambda: _tokenizer_of(layout)),
         "hooks": lambda: hooks,
-        "processor": lambda: load_processor(layout.processor),
+        "processor": lambda: load_processor(layout.processor, layout.read_json),
     }
     with guarded(layout.root):
         task = cls(spec.task_config, spec.input_columns, **{name: make[name]() for name in cls.reads})
     task.caps = Caps.of(options)
     return task
+
+
+def _tokenizer_of(layout: Layout) -> Any:
+    """As transformers makes it; None if there was none."""
+    if not layout.has(layout.tokenizer):
+        return None
+    with layout.copied(layout.tokenizer) as folder:
+        return load_tokenizer(folder)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class LoadedModel:
         report: What was checked.
         task: Rows to tensors and back.
         engine: Tensors to tensors.
-        folder: Root of the artifact.
+        files: What its files held when it was loaded.
         scheduler: What runs the engine for many callers.
         options: Run-time options that it was loaded with; see ``options.MODEL_CONFIG``.
     """
@@ -68,21 +76,25 @@ class LoadedModel:
     report: LoadReport
     task: Task
     engine: Engine
-    folder: Path
+    files: Layout
     scheduler: Scheduler
     options: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Root of the artifact, on which nothing depends any more."""
+        return self.files.root
 
     @cached_property
     def tokenizer(self) -> Any:
         """The transformers tokenizer that was saved; None if there was none. Made on first use."""
-        folder = Layout(self.folder).tokenizer
-        return load_tokenizer(folder) if folder.is_dir() else None
+        return _tokenizer_of(self.files)
 
     @cached_property
     def processor(self) -> Any:
         """The image processor or feature extractor that was saved; None if there was none. Made on first use."""
-        folder = Layout(self.folder).processor
-        return load_processor(folder) if folder.is_dir() else None
+        folder = self.files.processor
+        return load_processor(folder, self.files.read_json) if self.files.has(folder) else None
 
     def predict(
         self,

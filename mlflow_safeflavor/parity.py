@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
+from mlflow_safeflavor.artifact import WAY_OUT, Layout, write_json
 from mlflow_safeflavor.errors import IntegrityError, ParityError
 from mlflow_safeflavor.kept import kept_random_state
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
@@ -216,8 +216,8 @@ def read_golden(layout: Layout) -> Golden:
     Raises:
         IntegrityError: The recording is malformed.
     """
-    recorded = read_json(layout.parity)
-    arrays = read_arrays(layout.parity_tensors)
+    recorded = layout.read_json(layout.parity)
+    arrays = read_arrays(layout.read_bytes(layout.parity_tensors), layout.parity_tensors.name)
     try:
         rows, answers, tolerance = list(recorded["rows"]), recorded["answers"], recorded["tolerance"]
         atol, rtol = float(tolerance["atol"]), float(tolerance["rtol"])

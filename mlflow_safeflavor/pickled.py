@@ -116,7 +116,7 @@ def load(
             way_out="load it with that Python, or save the model with importable classes (code_paths=[…])",
         )
     try:
-        content = file.read_bytes()
+        content = layout.read_bytes(file)
         in_order = [tensors[path] for path in facts["tensors"]]
     except (OSError, KeyError, TypeError) as error:
         raise IntegrityError(

@@ -13,7 +13,16 @@ from pathlib import Path
 
 from mlflow_safeflavor.errors import IntegrityError
 
-__all__ = ["WAY_OUT", "digest_of_plain", "list_files", "open_plain", "read_text", "reason_to_refuse"]
+__all__ = [
+    "WAY_OUT",
+    "decode",
+    "digest_of_plain",
+    "list_files",
+    "open_plain",
+    "read_bytes",
+    "read_text",
+    "reason_to_refuse",
+]
 
 WAY_OUT = "fetch the artifact again, or log the model again; files of a saved model are not meant to be edited"
 _MAX_FILES = 50_000
@@ -53,15 +62,15 @@ def digest_of_plain(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_text(path: Path, limit: int) -> str:
-    """Read a plain file of UTF-8 whole, after its size was looked at.
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read a plain file whole, after its size was looked at.
 
     Args:
         path: The file.
         limit: Bytes it may have.
 
     Raises:
-        IntegrityError: See ``open_plain``; or it is larger, or no UTF-8.
+        IntegrityError: See ``open_plain``; or it is larger.
     """
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -73,7 +82,16 @@ def read_text(path: Path, limit: int) -> str:
                 found=f"{size} bytes",
                 way_out=WAY_OUT,
             )
-        content = _read_at_most(file, limit)
+        return _read_at_most(file, limit)
+
+
+def read_text(path: Path, limit: int) -> str:
+    """Read a plain file of UTF-8; raises IntegrityError as ``read_bytes`` does, and where it is no UTF-8."""
+    return decode(read_bytes(path, limit), path)
+
+
+def decode(content: bytes, path: Path) -> str:
+    """Text of a file that was read; raises IntegrityError where it is no UTF-8."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

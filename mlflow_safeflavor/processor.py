@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +92,19 @@ def write_processor(processor: Any, folder: str | Path) -> None:
         _require_same(wanted, apply(again, probe), name, exact=not _is_torchvision(type(processor)))
 
 
-def load_processor(folder: str | Path) -> Any:
+def load_processor(folder: str | Path, read: Callable[[Path], Any] = read_json) -> Any:
     """The processor that ``write_processor`` wrote; opens no connection and runs no code beside transformers' own.
+
+    Args:
+        folder: Where it was written.
+        read: What reads its file.
 
     Raises:
         IntegrityError: Its file is missing or damaged, or names something else than a class of transformers.
         StructureError: The installed transformers cannot build it.
     """
     path = Path(folder) / _CONFIG
-    config = read_json(path)
+    config = read(path)
     name = next((config[key] for key in _TYPES if key in config), None) if isinstance(config, dict) else None
     if not isinstance(name, str):
         raise IntegrityError("The processor is described by something else", where=path, way_out=WAY_OUT)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor import cpu
-from mlflow_safeflavor.artifact import Layout, read_json
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import AnswerError
 from mlflow_safeflavor.load import LoadOptions, load_folder
@@ -81,5 +80,5 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
 
 def facts_of(model: LoadedModel, budget: cpu.Budget | None = None) -> dict[str, Any]:
     """What a loaded model runs on here; see ``describe_process``."""
-    pins = Environment.from_json(read_json(Layout(model.folder).environment)).distributions
+    pins = Environment.from_json(model.files.read_json(model.files.environment)).distributions
     return describe_process(pins, device=model.report.device, budget=budget)

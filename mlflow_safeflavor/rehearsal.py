@@ -45,6 +45,7 @@ def rehearse(staged: Path, engines: Sequence[str] = ("auto",), *, allow_pickle: 
         scratch, answer = str(folder), folder / "answer.json"
         environ = {name: value for name, value in os.environ.items() if name in _KEPT}
         environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = str(allow_pickle).lower()
+        environ["MLFLOW_SAFEFLAVOR_CACHE"] = "off"  # nobody loads from that folder again
         environ |= dict.fromkeys(("HOME", "HF_HOME", "TMPDIR", "TEMP", "TMP"), scratch)
         environ |= {**_OFFLINE, "MLFLOW_TRACKING_URI": f"file:{scratch}/mlruns"}
         command = [sys.executable, "-I", str(_PROGRAM), os.fspath(staged), " ".join(engines), os.fspath(answer)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow_safeflavor.artifact import WAY_OUT, Layout, find_broken_files, read_json, read_manifest
+from mlflow_safeflavor.artifact import WAY_OUT, Layout, find_broken_files, read_manifest
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import IntegrityError
 from mlflow_safeflavor.plain_files import open_plain
@@ -48,7 +48,7 @@ def read_saved(layout: Layout, *, weights: bool) -> Saved:
     files = read_manifest(layout)["files"]
     elsewhere = frozenset() if weights else frozenset(name for name in files if layout.is_weights(name))
     require_intact(layout, guarded, digests=True, elsewhere=elsewhere)
-    return Saved(layout, spec, Environment.from_json(read_json(layout.environment)), files)
+    return Saved(layout, spec, Environment.from_json(layout.read_json(layout.environment)), files)
 
 
 def copy_saved(layout: Layout, target: Path) -> Saved:
@@ -72,6 +72,8 @@ def require_intact(
     """Raise an IntegrityError that names the first files which are not those of the manifest."""
     broken = list(find_broken_files(layout, mlmodel=guarded, digests=digests, elsewhere=elsewhere))
     require_none(broken, "Files of the artifact are not the ones that were saved")
+    if digests:
+        layout.sealed = {name: facts["sha256"] for name, facts in read_manifest(layout)["files"].items()}
 
 
 def require_none(problems: Sequence[str], what: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
+from mlflow_safeflavor.artifact import WAY_OUT, Layout, write_json
 from mlflow_safeflavor.attributes import find_differences, same_attributes
 from mlflow_safeflavor.bounds import within
 from mlflow_safeflavor.embedding import Embedder
@@ -492,9 +492,9 @@ def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
         IntegrityError: A file is missing or malformed, or wants to run more than ``MLmodel`` says,
             which is what the caller agreed to.
     """
-    content = read_json(layout.structure)
+    content = layout.read_json(layout.structure)
     if isinstance(content, dict) and spec.structure not in _KEYS_OF:
-        content["config"] = read_json(layout.config) if content.get("config_class") else None
+        content["config"] = layout.read_json(layout.config) if content.get("config_class") else None
     keys = _KEYS_OF.get(spec.structure, _CONSTRUCTOR_KEYS)
     well_formed = (
         isinstance(content, dict)

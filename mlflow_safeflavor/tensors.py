@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import load as load_numpy
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load as load_bytes
 
-from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json, write_json
+from mlflow_safeflavor.artifact import WAY_OUT, Layout, write_json
 from mlflow_safeflavor.digests import FileDigests, digests_of
 from mlflow_safeflavor.errors import IntegrityError, StructureError, WeightsError
 from mlflow_safeflavor.inventory import STORABLE, Data, Inventory, Row, contiguous_stride, dtype_name, nbytes_of
@@ -153,7 +153,7 @@ def read_inventory(layout: Layout) -> Inventory:
     Raises:
         IntegrityError: It is missing or malformed.
     """
-    content = read_json(layout.tensors)
+    content = layout.read_json(layout.tensors)
     try:
         if content["version"] != _INVENTORY_VERSION:
             raise ValueError(f"version {content['version']!r}")
@@ -290,14 +290,18 @@ def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     save_numpy(dict(arrays), path)
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(content: bytes, where: str) -> dict[str, np.ndarray]:
     """Read what ``write_arrays`` wrote.
 
+    Args:
+        content: Of the file.
+        where: What messages call it.
+
     Raises:
-        IntegrityError: The file is missing or not readable.
+        IntegrityError: It is not readable.
     """
-    with _reading(path.name):
-        return dict(load_numpy(path))
+    with _reading(where):
+        return dict(load_numpy(content))
 
 
 # --- constants of a graph ------------------------------------------------------------------------
@@ -317,4 +321,4 @@ def read_constants(layout: Layout) -> dict[str, torch.Tensor]:
     if not layout.graph_tensors.exists():
         return {}
     with _reading(layout.name_of(layout.graph_tensors)):
-        return {name: _aligned(value) for name, value in load_bytes(layout.graph_tensors.read_bytes()).items()}
+        return {name: _aligned(value) for name, value in load_bytes(layout.read_bytes(layout.graph_tensors)).items()}

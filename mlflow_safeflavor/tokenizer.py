@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mlflow_safeflavor.artifact import WAY_OUT, read_json, write_json
-from mlflow_safeflavor.errors import IntegrityError, StructureError, TrustError
+from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError, TrustError
 from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.scratch import scratch_folder
 from mlflow_safeflavor.trust import require_harmless
@@ -73,6 +73,7 @@ class TextEncoder:
     Args:
         folder: Where ``write_tokenizer`` wrote.
         config: What ``write_tokenizer`` returned.
+        read: What reads its file.
 
     Attributes:
         config: As given.
@@ -82,9 +83,11 @@ class TextEncoder:
         IntegrityError: ``tokenizer.json`` cannot be read, or the config lacks a key.
     """
 
-    def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: str | Path, config: Mapping[str, Any], read: Callable[[Path], bytes] = Path.read_bytes
+    ) -> None:
         self.config = dict(config)
-        self._tokenizer = _read_backend(Path(folder) / _TOKENIZER)
+        self._tokenizer = _read_backend(Path(folder) / _TOKENIZER, read)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         try:
@@ -344,13 +347,15 @@ _LONGEST_INSERTION = 1000
 """Characters that all replacements together may make of one."""
 
 
-def _read_backend(path: Path) -> Tokenizer:
+def _read_backend(path: Path, read: Callable[[Path], bytes] = Path.read_bytes) -> Tokenizer:
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ValueError(f"{path.stat().st_size:,} bytes, which are more than {_LARGEST_FILE:,}")
-        backend = Tokenizer.from_file(str(path))
+        if len(content := read(path)) > _LARGEST_FILE:
+            raise ValueError(f"{len(content):,} bytes, which are more than {_LARGEST_FILE:,}")
+        backend = Tokenizer.from_buffer(content)
         _require_moderate(backend)
         return backend
+    except SafeFlavorError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception for every kind of bad file
         raise IntegrityError(
             "A file of the artifact cannot be read as a tokenizer", where=path, found=error, way_out=WAY_OUT

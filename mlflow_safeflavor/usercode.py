@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata
 import sys
@@ -14,8 +15,8 @@ from typing import Any
 
 import torch
 
-from mlflow_safeflavor.artifact import digest_of_file
-from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.artifact import WAY_OUT, Layout, digest_of_file
+from mlflow_safeflavor.errors import IntegrityError, StructureError
 
 __all__ = ["distributions_of", "import_name", "importable_name", "make_importable", "name_of"]
 
@@ -59,16 +60,19 @@ def distributions_of(
     return sorted({owner for name in names for owner in owners.get(name, ())})
 
 
-def make_importable(code: Path) -> None:
+def make_importable(layout: Layout) -> None:
     """Put an artifact's code folder first on the path, as MLflow does, and refuse what that cannot mean.
+
+    What is imported later, too, is what was compared with the manifest, or an error.
 
     Raises:
         StructureError: A module of the same name but other content is imported already, so that the
             artifact's own would be shadowed.
     """
-    if code.is_dir():
+    if layout.code.is_dir():
         with _import_state:
-            _make_importable(code.absolute())
+            _sealed.update({str((layout.root / name).absolute()): digest for name, digest in layout.sealed.items()})
+            _make_importable(layout.code.absolute())
 
 
 _import_state = threading.Lock()
@@ -92,6 +96,8 @@ def _make_importable(code: Path) -> None:
 
 
 _read_from_source: set[str] = set()
+_sealed: dict[str, str] = {}
+"""Path → SHA-256 of sources, as they were when they were last compared with a manifest."""
 
 
 class _SourceLoader(SourceFileLoader):
@@ -99,6 +105,15 @@ class _SourceLoader(SourceFileLoader):
 
     def path_stats(self, path: str) -> Mapping[str, Any]:
         raise OSError
+
+    def get_data(self, path: str) -> bytes:
+        content = super().get_data(path)
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != _sealed.get(path, digest):
+            raise IntegrityError(
+                "A model's own code was changed after the model was loaded", where=path, way_out=WAY_OUT
+            )
+        return content
 
 
 def _source_finder(code: Path) -> Callable[[str], FileFinder]:

@@ -13,7 +13,7 @@ import pandas as pd
 from mlflow.types import DataType, Schema
 
 from mlflow_safeflavor.arguments import checked
-from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json
+from mlflow_safeflavor.artifact import WAY_OUT, Layout
 from mlflow_safeflavor.endpoint import Endpoint, as_served, request_of_arrays, request_of_rows
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError
@@ -83,9 +83,10 @@ def verify_model(
             wanted="the address of a server, too",
             way_out="pass endpoint=… (--endpoint URL), or leave the rows out",
         )
-    layout = Layout(locate(model_uri))
-    model = load_folder(layout.root, options)
-    return replace(replay(model, layout), environments={"saved": _saved(model.spec, layout), "here": facts_of(model)})
+    model = load_folder(locate(model_uri), options)
+    return replace(
+        replay(model, model.files), environments={"saved": _saved(model.spec, model.files), "here": facts_of(model)}
+    )
 
 
 def _verify_server(
@@ -223,7 +224,7 @@ def _read_json(path: str | Path, *, lines: bool) -> pd.DataFrame:
 
 
 def _saved(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
-    return describe_recorded(Environment.from_json(read_json(layout.environment)), spec.loader_version)
+    return describe_recorded(Environment.from_json(layout.read_json(layout.environment)), spec.loader_version)
 
 
 def _ask_environment(server: Endpoint, golden: Golden, spec: ModelSpec, layout: Layout) -> dict[str, Any] | None:

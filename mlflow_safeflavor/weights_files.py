@@ -132,7 +132,7 @@ def hold(source: Path, where: str, recorded: FileDigests | None, *, rehash: bool
 
 
 def _find_wrong(file: HeldFile, recorded: FileDigests) -> list[str]:
-    return list(find_wrong_digests(recorded, digests_of(file.path, file.where), file.where))
+    return list(find_wrong_digests(recorded, digests_of(file.descriptor, file.where), file.where))
 
 
 def _facts_of(descriptor: int) -> tuple[int, ...]:

@@ -43,9 +43,9 @@ def hashed(monkeypatch) -> list[str]:
     """What was hashed in this process, in order: names of files."""
     calls: list[str] = []
 
-    def counting(path: Path, where: str) -> FileDigests:
-        calls.append(Path(os.readlink(path)).name)
-        return digests_of(path, where)
+    def counting(descriptor: int, where: str) -> FileDigests:
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        return digests_of(descriptor, where)
 
     monkeypatch.setattr(weights_files, "digests_of", counting)
     return calls

@@ -1,0 +1,197 @@
+"""A loaded model depends on no file afterwards: the same answers, or an error with a name, and never a signal.
+
+In processes of their own, since what is tested ended them: SIGBUS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlflow_safeflavor
+from mlflow_safeflavor import load
+from mlflow_safeflavor.errors import SafeFlavorError
+
+pytest_plugins = "saved_models"
+pytestmark = pytest.mark.graphs
+
+CHILD = '''
+import json, os, shutil, subprocess, sys
+from pathlib import Path
+import mlflow.pyfunc, mlflow_safeflavor
+from mlflow_safeflavor import weights_files
+from mlflow_safeflavor.errors import SafeFlavorError
+from mlflow_safeflavor.pyfunc import facts_of
+
+base, other, scratch, engine, small = sys.argv[1:]
+weights_files._SMALL = int(small)
+text = [{"text": "the cat sat on the mat"}, {"text": "a dog"}]
+
+def files_of(folder, there):
+    """Pairs of files that can be written over."""
+    return [(f, there / f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()]
+
+def rewrite(folder, there):
+    for mine, theirs in files_of(folder, there):
+        if theirs.exists():
+            with mine.open("r+b") as file:
+                file.write(theirs.read_bytes())
+def truncate(folder, there):
+    for mine, _ in files_of(folder, there):
+        os.truncate(mine, mine.stat().st_size // 2)
+def empty(folder, there):
+    for mine, _ in files_of(folder, there):
+        mine.open("wb").close()
+def replace(folder, there):
+    for mine, theirs in files_of(folder, there):
+        if theirs.exists():
+            os.replace(shutil.copy(theirs, folder / "scratch"), mine)
+def delete(folder, there):
+    shutil.rmtree(folder)
+def copy_over(folder, there):
+    subprocess.run(["cp", "-r", f"{there}/.", folder], check=True)
+def reload(folder, there):
+    shutil.rmtree(folder / "nothing", ignore_errors=True)
+    mlflow.artifacts.download_artifacts(str(there), dst_path=str(folder.parent))
+    copy_over(folder, there)
+
+def native(path):
+    model = mlflow_safeflavor.load_model(path, model_config={"engine": engine})
+    return model, model.predict
+def pyfunc(path):
+    model = mlflow.pyfunc.load_model(path, model_config={"engine": engine}, suppress_warnings=True)
+    return model._model_impl.model, model.predict
+
+def everything(model, predict):
+    """All that a loaded model can be asked for, also what nobody asked for before."""
+    answers = {"predict": lambda: predict(text)}
+    if hasattr(model.engine, "fallback"):
+        answers["fallback"] = lambda: model.engine.fallback() and "rebuilt"
+    answers["tokenizer"] = lambda: model.tokenizer("a cat")["input_ids"]
+    answers["facts"] = lambda: facts_of(model)["environment"]["distributions"]["torch"]
+    found = {}
+    for name, ask in answers.items():
+        try:
+            found[name] = str(ask())
+        except SafeFlavorError as error:
+            found[name] = type(error).__name__
+    return found
+
+for load in (native, pyfunc):
+    for change in (rewrite, truncate, empty, replace, delete, copy_over, reload):
+        print(json.dumps({"load": load.__name__, "change": change.__name__}), flush=True)
+        path = Path(scratch) / f"{load.__name__}-{change.__name__}" / "model"
+        shutil.copytree(base, path)
+        fresh = everything(*load(str(base)))
+        model, predict = load(str(path))
+        before = str(predict(text))
+        change(path, Path(other))
+        print(json.dumps({"before": before, "fresh": fresh, "after": everything(model, predict),
+                          "weights": model.report.weights}), flush=True)
+'''
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Folder in which the versions of a model are made once."""
+    return tmp_path_factory.mktemp("versions")
+
+
+@pytest.fixture
+def other(others, tiny_bert, tiny_tokenizer) -> Path:
+    """Another version of ``saved_with_graph``: files of the same names and, where that is possible, sizes."""
+    path: Path = others / "model"
+    if not path.exists():
+        model = tiny_bert(initializer_range=0.5, seed=7)
+        tiny_tokenizer.add_tokens(["more"])
+        model.resize_token_embeddings(len(tiny_tokenizer))
+        mlflow_safeflavor.save_model(model, path, tokenizer=tiny_tokenizer, rehearse=False, require_graph=True)
+    return path
+
+
+def ask(base: Path, other: Path, scratch: Path, engine: str, kind: str) -> list[dict]:
+    """What a process says of each change, in turn."""
+    env = {**os.environ, "MLFLOW_SAFEFLAVOR_CACHE": "off" if kind == "file" else str(scratch / "cache")}
+    small = {"memory": 10**7}.get(kind, -1)
+    command = [sys.executable, "-c", CHILD, str(base), str(other), str(scratch), engine, str(small)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.returncode} after {done.stdout[-300:]}\n{done.stderr[-3000:]}"
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [{**what, **found} for what, found in zip(lines[::2], lines[1::2], strict=True)]
+
+
+@pytest.mark.parametrize("engine", ["module", "graph"])
+@pytest.mark.parametrize("kind", ["memory", "copy", "file"])
+def test_whatever_happens_to_the_files_of_a_loaded_model(saved_with_graph, other, tmp_path, engine, kind):
+    found = ask(saved_with_graph, other, tmp_path, engine, kind)
+    assert len(found) == 14
+    for row in found:
+        where = (row["load"], row["change"])
+        assert row["weights"] == kind, where
+        assert row["fresh"]["predict"] == row["before"], where
+        for name, answer in row["after"].items():
+            allowed = {row["fresh"][name]} | ({"IntegrityError"} if kind == "file" else set())
+            assert answer in allowed, (where, name, answer)
+
+
+SWAPPED = {
+    "structure.json": "IntegrityError",
+    "config.json": "IntegrityError",
+    "tensors.json": "IntegrityError",
+    "parity.json": "IntegrityError",
+    "parity.safetensors": "IntegrityError",
+    "tokenizer/tokenizer.json": "IntegrityError",
+    "graph.json": "IntegrityError",
+    "model.safetensors": "IntegrityError",
+}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_a_file_that_changes_between_check_and_use_is_named(saved_with_graph, other, tmp_path, monkeypatch, name):
+    """What was hashed is what is parsed: files are written to just after all of them were compared."""
+    path = Path(shutil.copytree(saved_with_graph, tmp_path / "model"))
+    compare = load.require_intact
+
+    def compare_and_swap(*given, **options):
+        compare(*given, **options)
+        space = b" " * name.endswith(".json")  # so that no file is the same in both versions
+        (path / "safeflavor" / name).write_bytes((other / "safeflavor" / name).read_bytes() + space)
+
+    monkeypatch.setattr(load, "require_intact", compare_and_swap)
+    engine = "graph" if name == "graph.json" else "module"
+    with pytest.raises(SafeFlavorError) as refused:
+        mlflow_safeflavor.load_model(str(path), model_config={"engine": engine})
+    assert type(refused.value).__name__ == SWAPPED[name]
+    assert Path(name).name in str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.serve
+def test_whatever_happens_to_the_files_of_a_server(saved_with_graph, other, tmp_path, serve):
+    path = Path(shutil.copytree(saved_with_graph, tmp_path / "model"))
+    weights = path / "safeflavor" / "model.safetensors"
+    request = {"dataframe_records": [{"text": "the cat sat on the mat"}]}
+
+    def rewrite() -> None:
+        with weights.open("r+b") as file:
+            file.write((other / "safeflavor" / "model.safetensors").read_bytes())
+
+    changes = {
+        "rewrite": rewrite,
+        "truncate": lambda: os.truncate(weights, 4096),
+        "replace": lambda: os.replace(shutil.copy(other / "safeflavor" / weights.name, tmp_path / "new"), weights),
+        "cp -r": lambda: subprocess.run(["cp", "-r", f"{other}/.", path], check=True),
+        "delete": lambda: shutil.rmtree(path),
+    }
+    with serve(path) as server:
+        wanted = server.invoke(request)
+        assert wanted.status == 200
+        for name, change in changes.items():
+            change()
+            assert server.invoke(request) == wanted, name
