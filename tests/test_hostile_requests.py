@@ -8,15 +8,16 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 pytest_plugins = "saved_models"
 pytestmark = pytest.mark.serve
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "20"))
 GOOD = {"dataframe_records": [{"text": "the cat sat"}]}
 

@@ -200,7 +200,7 @@ def facts_of(module):
     {"structure": "graph"},
     {"structure": "module", "dtype": "bfloat16"},
     {"structure": "module", "metadata": {"a": object()}},
-], ids=str)  # fmt: skip
+], ids=lambda options: "-".join(options) + f"-{options['structure']}")  # fmt: skip
 @pytest.mark.graphs
 def test_a_save_leaves_the_module_as_it_was_also_when_it_is_refused(tmp_path, options):
     module = Remembers().train()
