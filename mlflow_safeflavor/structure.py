@@ -18,9 +18,7 @@ import itertools
 import json
 import logging
 import re
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from types import FrameType
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from mlflow_safeflavor.attributes import find_differences, same_attributes
 from mlflow_safeflavor.bounds import within
 from mlflow_safeflavor.embedding import Embedder
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
+from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.inventory import UNKNOWN, Inventory, find_slots, shape_of, some
 from mlflow_safeflavor.leftovers import covered, fresh, written_by_forward
 from mlflow_safeflavor.memory import real_memory
@@ -78,18 +77,15 @@ def describe(
         whole = module if kept is module.transformer else _around(module, kept)
         return described if described["kind"] == "pickle" else {**described, "layers": module.described}, whole
     try:
-        with _calls("from_pretrained", watch=allow_pickle and init_args is None) as calls:
+        # A constructor that reads what only this machine has gives the module back nowhere else.
+        with guarded(unpickles=True) if allow_pickle and init_args is None else contextlib.nullcontext():
             described, built = _describe_constructor(module, init_args)
-            described_module = _compared(module, built, described, forward)
-        reason = "The constructor loads a checkpoint, which nobody else may have"
+        return described, _compared(module, built, described, forward)
     except SafeFlavorError as error:
         require_given_back(module, error, pickle=allow_pickle)
         if not allow_pickle:
             raise
         reason = error.what if error.found is None else f"{error.what}: {error.found}"
-    else:
-        if not calls:
-            return described, described_module
     _logger.info("safeflavor: the module is pickled. %s", reason)
     return {"kind": "pickle", "class": name_of(type(module)), "reason": reason}, module
 
@@ -136,28 +132,6 @@ def _compared(
 
 
 _MOST_NAMED = 5
-
-
-@contextlib.contextmanager
-def _calls(name: str, *, watch: bool) -> Iterator[list[str]]:
-    """A list that grows with each call of a function of that name, by this thread and inside the block, if watched.
-
-    It stays empty under another profiler, which could not be put back; the rehearsal finds the same later.
-    """
-    found: list[str] = []
-
-    def look(frame: FrameType, event: str, argument: object) -> None:
-        if event == "call" and frame.f_code.co_name == name:
-            found.append(name)
-
-    if not watch or sys.getprofile() is not None:
-        yield found
-        return
-    sys.setprofile(look)
-    try:
-        yield found
-    finally:
-        sys.setprofile(None)
 
 
 def _describe_constructor(
