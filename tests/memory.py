@@ -62,8 +62,10 @@ def write(module: torch.nn.Module, folder: Path) -> tuple[Layout, inventories.In
 def read_into(fresh: torch.nn.Module, layout: Layout) -> inventories.Inventory:
     """What a load does with tensors."""
     inventory = tensors.read_inventory(layout)
-    assert tensors.hold_weights(inventory, layout)[1] == [], "bytes differ from their own digests"
+    held, problems = tensors.hold_weights(inventory, layout)
+    assert problems == [], "bytes differ from their own digests"
     inventories.fill(fresh, inventory, tensors.read_tensors(inventory, layout))
+    assert held  # until here: tensors are mapped through its descriptors
     return inventory
 
 

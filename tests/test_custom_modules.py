@@ -185,7 +185,7 @@ def test_code_needs_trust_and_nothing_of_it_runs_before(save, user_code, tmp_pat
         assert not any(str(path) in entry for entry in sys.path), "the code can be imported before anybody agreed"
 
 
-@pytest.mark.parametrize("trust", ["code", {"kode"}, {"code", "all"}], ids=["text", "unknown", "one unknown"])
+@pytest.mark.parametrize("trust", [{"kode"}, {"code", "all"}], ids=["unknown", "one unknown"])
 def test_trust_in_something_that_does_not_exist(save, user_code, trust):
     code, file = user_code("own_net", NET)
     path = save(seeded(lambda: code.Net(8)), init_args={"hidden": 8}, code_paths=[file], input_example=X)
