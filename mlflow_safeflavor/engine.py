@@ -6,6 +6,7 @@ Tasks and batching see only this seam. ``ModuleEngine`` runs the rebuilt module,
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import shutil
 import threading
@@ -270,26 +271,70 @@ def _compiled(module: torch.nn.Module) -> Callable[..., Any]:
 
 
 def named_tensors(outputs: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a forward's result under the names the model gives them, else ``output_0`` ….
+    """Flatten the result of a forward to tensors by name: ``logits``, ``output_0``, ``aux_h``, ``output_1_0`` ….
 
-    Caches and tuples of hidden states are left out, since no task reads them: unless they are all there
-    is, as with the feature maps of a backbone, which become ``feature_maps_0`` ….
+    Tuples, lists, dicts, named tuples and dataclasses may be nested; numbers become tensors, None is left out. So are
+    the caches of a transformers model, which only its next step could read.
+
+    Raises:
+        StructureError: A part is none of these, or two parts have the same name; names its path.
     """
     if isinstance(outputs, torch.Tensor):
         return {"output_0": outputs}
-    if isinstance(outputs, (tuple, list)):
-        outputs = {f"output_{i}": value for i, value in enumerate(outputs)}
-    if isinstance(outputs, Mapping):
-        single = {str(name): value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-        return single or {
-            f"{name}_{i}": item
-            for name, value in outputs.items()
-            if isinstance(value, (tuple, list))
-            for i, item in enumerate(value)
-            if isinstance(item, torch.Tensor)
-        }
-    raise StructureError(
-        "The module's forward returns something without named tensors",
-        where=type(outputs).__name__,
-        wanted="a tensor, a tuple of tensors, a dict of tensors or a transformers ModelOutput",
+    if not (parts := _parts(outputs)) and not isinstance(outputs, (tuple, list, Mapping)):
+        raise _no_tensor(type(outputs).__name__, outputs)
+    names = {} if isinstance(outputs, Mapping) or _fields(outputs) else {k: f"output_{k}" for k in parts}
+    found: dict[str, torch.Tensor] = {}
+    for key, value in parts.items():
+        _flatten(names.get(key, str(key)), value, found)
+    return found
+
+
+_CACHES = frozenset(("past_key_values", "cache_params", "mems", "past_buckets_states"))
+
+
+def _flatten(path: str, value: Any, found: dict[str, torch.Tensor]) -> None:
+    if value is None or path in _CACHES or type(value).__name__.endswith("Cache"):
+        return
+    if isinstance(value, (bool, int, float)):
+        value = torch.tensor(value)
+    if isinstance(value, torch.Tensor):
+        if path in found:
+            raise StructureError(
+                "Two outputs of forward have the same name when they are flattened",
+                where=path,
+                way_out="return them under other names",
+            )
+        found[path] = value
+    elif isinstance(value, (tuple, list, Mapping)) or _fields(value):
+        for key, item in _parts(value).items():
+            _flatten(f"{path}_{key}", item, found)
+    else:
+        raise _no_tensor(path, value)
+
+
+def _parts(value: Any) -> dict[Any, Any]:
+    if fields := _fields(value):
+        return {name: getattr(value, name) for name in fields}
+    if isinstance(value, Mapping):
+        return dict(value)
+    return dict(enumerate(value)) if isinstance(value, (tuple, list)) else {}
+
+
+def _fields(value: Any) -> tuple[str, ...]:
+    """Names of the parts of a named tuple or dataclass; a transformers ModelOutput, which is both, is a dict."""
+    if isinstance(value, (Mapping, type)):
+        return ()
+    if dataclasses.is_dataclass(value):
+        return tuple(field.name for field in dataclasses.fields(value))
+    return tuple(getattr(value, "_fields", ())) if isinstance(value, tuple) else ()
+
+
+def _no_tensor(path: str, value: Any) -> StructureError:
+    return StructureError(
+        "The module's forward returns something that is no tensor",
+        where=f"output of forward, {path}",
+        wanted="tensors and numbers, also in nested tuples, lists, dicts, named tuples and dataclasses",
+        found=type(value).__name__,
+        way_out="return tensors alone, or wrap the module in one whose forward does",
     )

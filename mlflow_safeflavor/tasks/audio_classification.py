@@ -10,9 +10,10 @@ import torch
 
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.sounds import read_sound, record_sound, to_wav
+from mlflow_safeflavor.tasks.arguments import arguments_of
 from mlflow_safeflavor.tasks.base import Features, Row
 from mlflow_safeflavor.tasks.classification import describe_labels
-from mlflow_safeflavor.tasks.processed import ProcessedTask, arguments_of
+from mlflow_safeflavor.tasks.processed import ProcessedTask
 
 __all__ = ["AudioClassification"]
 

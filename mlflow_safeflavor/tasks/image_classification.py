@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from mlflow_safeflavor.images import read_image, record_image
+from mlflow_safeflavor.tasks.arguments import arguments_of
 from mlflow_safeflavor.tasks.base import Features, Row
 from mlflow_safeflavor.tasks.classification import describe_labels
-from mlflow_safeflavor.tasks.processed import ProcessedTask, arguments_of
+from mlflow_safeflavor.tasks.processed import ProcessedTask
 
 __all__ = ["ImageClassification"]
 

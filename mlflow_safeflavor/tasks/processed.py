@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -26,7 +25,7 @@ from mlflow_safeflavor.tasks.classification import (
 )
 from mlflow_safeflavor.tasks.params import param_schema
 
-__all__ = ["ProcessedTask", "arguments_of"]
+__all__ = ["ProcessedTask"]
 
 
 class ProcessedTask(Task):
@@ -88,11 +87,12 @@ class ProcessedTask(Task):
             raise InputError(
                 "The processor refuses a value", where=where, found=f"{type(error).__name__}: {error}"
             ) from error
-        if unknown := made.keys() - set(self.config["arguments"]):
+        takes = self.config["arguments"]
+        if takes is not None and (unknown := made.keys() - set(takes)):
             raise StructureError(
                 "The processor does not belong to the model",
                 where=type(self.processor).__name__,
-                wanted=f"arguments of forward: {', '.join(self.config['arguments'])}",
+                wanted=f"arguments of forward: {', '.join(takes)}",
                 found=", ".join(sorted(unknown)),
                 way_out="pass the processor the model was trained with: processor=…",
             )
@@ -129,9 +129,3 @@ class ProcessedTask(Task):
         first: int = 0,
     ) -> Iterator[dict[str, Any] | None]:
         return rank_labels(self.config, outputs, params, first)
-
-
-def arguments_of(model: torch.nn.Module) -> list[str]:
-    """Names of what ``forward`` takes."""
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]

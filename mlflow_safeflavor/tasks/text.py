@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.rows import place, require_texts
+from mlflow_safeflavor.tasks.arguments import arguments_of, named_arguments
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 from mlflow_safeflavor.tasks.params import Param, param_schema
 
@@ -252,7 +252,7 @@ def describe_text_model(model: torch.nn.Module) -> dict[str, Any]:
             "The model does not read text",
             where=f"{type(model).__name__}.forward",
             wanted="an argument input_ids",
-            found=", ".join(inspect.signature(model.forward).parameters),
+            found=", ".join(named_arguments(model)),
         )
     return {
         "input_names": names,
@@ -278,9 +278,9 @@ def _pad_token_id(config: Any) -> int | None:
 
 
 def _input_names(model: torch.nn.Module) -> list[str]:
-    parameters = inspect.signature(model.forward).parameters
+    takes = arguments_of(model)
     known = ("input_ids", "token_type_ids", "attention_mask")
-    return [name for name in known if name in parameters]
+    return [name for name in known if takes is None or name in takes]
 
 
 def _position_tables(model: torch.nn.Module) -> list[torch.nn.Embedding]:

@@ -1,0 +1,30 @@
+"""Arguments that a module's ``forward`` takes by name."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+__all__ = ["arguments_of", "named_arguments"]
+
+
+def named_arguments(module: torch.nn.Module) -> list[str]:
+    """Names in the signature of ``forward``."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in _parameters(module) if p.kind in kinds]
+
+
+def arguments_of(module: torch.nn.Module) -> list[str] | None:
+    """Names that ``forward`` takes; None for any, which is what ``**kwargs`` say.
+
+    Not so in the classes of transformers: their ``**kwargs`` swallow every name, and are meant for what neither
+    tokenizers nor processors make.
+    """
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _parameters(module))
+    own = type(module).__module__.startswith("transformers.models.")
+    return None if takes_any and not own else named_arguments(module)
+
+
+def _parameters(module: torch.nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(module.forward).parameters.values())
