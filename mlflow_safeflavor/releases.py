@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature, infer_signature
@@ -23,11 +24,13 @@ __all__ = [
     "Array",
     "Object",
     "Property",
+    "answer_of",
     "inferred_signature",
     "log",
     "log_arguments",
     "read_mlmodel",
     "require_schema",
+    "rows_schema",
     "schema_of",
 ]
 
@@ -55,6 +58,30 @@ def schema_of(columns: Mapping[str, DataType | Array | Object]) -> Schema | None
     return Schema([ColSpec(kind, name) for name, kind in columns.items()])
 
 
+def answer_of(columns: Mapping[str, DataType | Array | Object]) -> Schema | None:
+    """As ``schema_of``, for answers: a sole column of lists becomes the property of an object.
+
+    Spark would take its type for that of the whole answer, and find no list in the table that comes back; an object
+    it takes for a struct of columns, which is what comes back.
+    """
+    if len(columns) == 1 and not all(isinstance(kind, DataType) for kind in columns.values()):
+        [(name, kind)] = columns.items()
+        if isinstance(kind, _Unsayable):
+            return None
+        return Schema([ColSpec(Object([Property(name, kind)]))])
+    return schema_of(columns)
+
+
+def rows_schema(arrays: Mapping[str, np.ndarray]) -> Schema | None:
+    """Answers that are arrays with one entry for each row, of any number of dimensions."""
+    columns: dict[str, Any] = {}
+    for name, array in arrays.items():
+        columns[name] = DataType.from_numpy_type(array.dtype)  # type: ignore[no-untyped-call]  # MLflow's
+        for _ in array.shape[1:]:
+            columns[name] = Array(columns[name])
+    return answer_of(columns)
+
+
 def require_schema(columns: Mapping[str, DataType | Array | Object]) -> Schema:
     """As ``schema_of``, for inputs. Raises ``InputError`` where this MLflow has no such type."""
     schema = schema_of(columns)
@@ -74,7 +101,7 @@ def inferred_signature(rows: pd.DataFrame, answers: Any) -> ModelSignature:
         InputError: This MLflow has no type for a column of ``rows``.
     """
     if _SAYS_LISTS:
-        return infer_signature(rows, answers)
+        return _with_objects(infer_signature(rows, answers))
     try:
         inputs = infer_signature(rows).inputs
     except MlflowException:
@@ -82,6 +109,14 @@ def inferred_signature(rows: pd.DataFrame, answers: Any) -> ModelSignature:
     with suppress(MlflowException):
         return infer_signature(rows, answers)
     return ModelSignature(inputs=inputs)
+
+
+def _with_objects(signature: ModelSignature) -> ModelSignature:
+    specs = getattr(signature.outputs, "inputs", ())
+    columns: dict[Any, Any] = {spec.name: spec.type for spec in specs if isinstance(spec, ColSpec)}
+    if len(columns) == 1 and None not in columns:
+        signature.outputs = answer_of(columns)
+    return signature
 
 
 def _no_type(columns: str) -> InputError:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 import yaml
 from mlflow import pyfunc
@@ -331,6 +330,8 @@ def _write_task(
     input_columns = source.columns if input_columns is None else input_columns
     config = cls.describe(source.module, {key: options[key] for key in options.keys() & cls.task_options})
     config = cls.with_params(config, defaults)
+    if cls.needs_example:
+        config |= cls.describe_example(source.module, config, source.example)
     encoder = None
     if source.tokenizer is not None:
         table = require_known_tokens(source.tokenizer, source.module)
@@ -500,17 +501,10 @@ def _write_graph(model: LoadedModel, source: Source, required: bool) -> bool:
 
 
 def _write_example(mlmodel: Model, example: Any, task: Task, layout: Layout) -> None:
-    """Store the user's example as MLflow does, under the model's column names."""
+    """Store the user's example as MLflow does."""
     if example is None:
         return
-    if task.columns:
-        rows = task.rows(example)
-        # As JSON: files in base64.
-        records = [task.to_record(row) for row in rows]
-        example = pd.DataFrame([{task.columns[field]: value for field, value in row.items()} for row in records])
-    else:
-        example = dict(task.rows(example)[0])
-    _save_example(mlmodel, example, os.fspath(layout.root))
+    _save_example(mlmodel, task.stored_example(example), os.fspath(layout.root))
 
 
 def _write_mlmodel(

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -94,6 +95,22 @@ def _graphs_where_wanted(request, monkeypatch):
 
 
 # Models.
+
+
+@pytest.fixture
+def user_code(tmp_path):
+    """``user_code(name, source)``: an imported module of the user's, and its file."""
+
+    def make(name: str, source: str, folder: str = "src"):
+        file = tmp_path / folder / f"{name}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(textwrap.dedent(source))
+        if str(file.parent) not in sys.path:
+            sys.path.insert(0, str(file.parent))
+        sys.modules.pop(name, None)
+        return __import__(name), str(file)
+
+    return make
 
 
 @pytest.fixture(scope="session")

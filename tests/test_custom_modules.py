@@ -62,22 +62,6 @@ def _as_before(monkeypatch):
             del sys.modules[name]
 
 
-@pytest.fixture
-def user_code(tmp_path):
-    """``user_code(name, source)``: an imported module of the user's, and its file."""
-
-    def make(name: str, source: str, folder: str = "src"):
-        file = tmp_path / folder / f"{name}.py"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(textwrap.dedent(source))
-        if str(file.parent) not in sys.path:
-            sys.path.insert(0, str(file.parent))
-        sys.modules.pop(name, None)
-        return __import__(name), str(file)
-
-    return make
-
-
 def forget(*files: str) -> None:
     """As in another process on another machine: neither imported nor there."""
     for file in map(Path, files):
@@ -1110,7 +1094,7 @@ def test_integers_and_booleans_are_not_cast(save, user_code):
     assert found["vectors"].dtype == np.float32
 
 
-@pytest.mark.parametrize("result", ["'text'", "None", "{'n': 3}", "(1, 2)"])
+@pytest.mark.parametrize("result", ["'text'", "None", "{'n': 'three'}", "(1, {'a': [object()]})"])
 def test_a_forward_without_named_tensors_is_refused(save, user_code, result):
     source = f"from torch import nn\nclass Odd(nn.Module):\n    def forward(self, x):\n        return {result}\n"
     code, file = user_code("odd_net", source)

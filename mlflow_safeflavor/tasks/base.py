@@ -125,6 +125,11 @@ class Task(ABC):
         """
 
     @classmethod
+    def declared(cls, config: Mapping[str, Any]) -> Sequence[Param]:
+        """Per-request params, with the defaults of the task; those of ``config`` where only the user names them."""
+        return cls.params
+
+    @classmethod
     def with_params(cls, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """What ``describe`` returned, and with it the defaults of params to save: the model's own, and those given.
 
@@ -143,6 +148,16 @@ class Task(ABC):
     def golden(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Params that golden rows of a model are asked with, other than its defaults. ``config`` as in ``Task``."""
         return dict(cls.golden_params)
+
+    @classmethod
+    def describe_example(cls, model: torch.nn.Module, config: Mapping[str, Any], example: Any) -> dict[str, Any]:
+        """What the user's example says beyond ``config``, for tasks whose ``needs_example`` is true; JSON only."""
+        return {}
+
+    def stored_example(self, example: Any) -> Any:
+        """The user's example as MLflow stores it: rows under the names of their columns, files in base64."""
+        rows = [self.to_record(row) for row in self.rows(example)]
+        return pd.DataFrame([{self.columns[field]: value for field, value in row.items()} for row in rows])
 
     @classmethod
     def require_known(cls, options: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from mlflow.types import DataType
 
 from mlflow_safeflavor.embedding import POOLINGS, Embedder, pool
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.releases import Array, schema_of
+from mlflow_safeflavor.releases import Array, answer_of
 from mlflow_safeflavor.rows import require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.outputs import pick, require_finite
@@ -55,7 +55,7 @@ class FeatureExtraction(TextTask):
     name = "feature-extraction"
     params = (_TRUNCATE_DIM, _NORMALIZE, MAX_LENGTH, TRUNCATION)
     task_options = frozenset({"pooling", "normalize", "prompts", "include_prompt", "similarity"})
-    answer = schema_of({"embedding": Array(DataType.double)})
+    answer = answer_of({"embedding": Array(DataType.double)})
 
     @classmethod
     def serves(cls, class_name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A dict of named arrays in, a dict of named arrays out: for any module."""
+"""Named arrays in, named arrays out: for any module."""
 
 from __future__ import annotations
 
@@ -7,23 +7,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
-from mlflow_safeflavor.engine import Engine
+from mlflow_safeflavor.engine import Engine, evaluating, named_tensors
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.releases import inferred_signature, rows_schema
+from mlflow_safeflavor.tasks.arguments import arguments_of
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 from mlflow_safeflavor.tasks.outputs import own_array
+from mlflow_safeflavor.tasks.sizes import free_sizes
 
 __all__ = ["Raw"]
+
+_SINGLE = "one array, or a numeric table, for a forward of one argument"
 
 
 class Raw(Task):
     """The keyword arguments of ``forward`` as numpy arrays, and its output tensors as numpy arrays.
 
     Nothing is padded, cut or batched: one call is one forward. Floating point arrays are cast to the
-    serving dtype; outputs in half precision come back as float32, which numpy knows.
+    serving dtype; outputs in half precision come back as float32, which numpy knows. A forward of one
+    argument also takes the array by itself, or a table whose rows are the array's; a model saved with a table as
+    example answers with a table.
     """
 
     name = "raw"
@@ -46,24 +54,75 @@ class Raw(Task):
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
         parameters = inspect.signature(model.forward).parameters.values()
-        if any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return {"arguments": None}
-        return {"arguments": [p.name for p in parameters if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]}
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        needed = [p.name for p in named if p.default is p.empty] or [p.name for p in named]
+        # A class of transformers passes on what it does not name, so there any name may be right.
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        return {
+            "arguments": None if takes_any else arguments_of(model),
+            "single": needed[0] if len(needed) == 1 else None,
+        }
+
+    @classmethod
+    def describe_example(cls, model: torch.nn.Module, config: Mapping[str, Any], example: Any) -> dict[str, Any]:
+        """The form of the example (``arrays``, ``array`` or ``table``), its columns, and what sizes may vary."""
+        form = "arrays" if isinstance(example, Mapping) else "array"
+        columns: list[str] | None = None
+        if isinstance(example, pd.DataFrame) and not _are_arguments(example, config["arguments"]):
+            form, columns = "table", list(map(str, example.columns))
+        said = {"form": form, "columns": columns}
+        arrays = cls({**config, **said}, {}).rows(example)[0]
+        weights = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+
+        def forward(arrays: Mapping[str, np.ndarray]) -> object:
+            tensors = {name: torch.tensor(array, device=weights.device) for name, array in arrays.items()}
+            floating = {n: t.to(weights.dtype) for n, t in tensors.items() if t.is_floating_point()}
+            return named_tensors(model(**{**tensors, **floating}))
+
+        with evaluating(model), torch.inference_mode():
+            return {**said, "sizes": free_sizes(forward, arrays)}
 
     def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
-        return ModelSignature(inputs=_tensor_specs(example), outputs=_tensor_specs(result))
+        if self.config["form"] == "table":
+            return inferred_signature(example, result)
+        arrays = self.rows(example)[0]
+        sizes = self.config["sizes"]
+        named = self.config["form"] == "arrays"
+        inputs = Schema([TensorSpec(a.dtype, tuple(sizes[n]), n if named else None) for n, a in arrays.items()])
+        return ModelSignature(inputs=inputs, outputs=_outputs(result, len(next(iter(arrays.values())))))
+
+    def stored_example(self, example: Any) -> Any:
+        arrays = self.rows(example)[0]
+        return {"table": example, "array": next(iter(arrays.values()))}.get(self.config["form"], dict(arrays))
 
     def rows(self, data: Any) -> list[Row]:
-        if not isinstance(data, Mapping) or not data:
-            raise InputError("The raw task takes named arrays", wanted="a dict of arrays", found=type(data).__name__)
+        if self.config["form"] == "table" and not isinstance(data, (np.ndarray, torch.Tensor)):
+            data = _as_table(data, self.config["columns"])
+        if isinstance(data, pd.DataFrame) and _are_arguments(data, self.config["arguments"]):
+            data = {str(name): _stacked(str(name), data[name]) for name in data.columns}
+        if not isinstance(data, Mapping):
+            data = {self._single(data): _numbers(data) if isinstance(data, pd.DataFrame) else data}
+        if not data:
+            raise InputError("The raw task takes named arrays", wanted="a dict of arrays", found="an empty dict")
         return [{str(name): self._array(str(name), value) for name, value in data.items()}]
+
+    def _single(self, data: Any) -> str:
+        name: str | None = self.config["single"]
+        if name is None or not isinstance(data, (np.ndarray, torch.Tensor, pd.DataFrame, list, tuple)):
+            raise InputError(
+                "The raw task takes named arrays",
+                wanted=f"a dict of arrays; {_SINGLE}",
+                found=f"{type(data).__name__}, where forward takes {self.config['arguments'] or 'any arguments'}",
+            )
+        return name
 
     def _array(self, name: str, value: Any) -> np.ndarray:
         known = self.config["arguments"]
         if known is not None and name not in known:
             raise InputError("forward has no such argument", where=name, wanted=" | ".join(known))
         try:
-            array = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
+            plain = value.numpy(force=True) if isinstance(value, torch.Tensor) else value
+            array: np.ndarray = np.asarray(plain)
         except (ValueError, TypeError) as error:
             raise InputError("Not an array", where=name, wanted="numbers of one shape", found=error) from None
         if array.dtype.kind not in "biuf":
@@ -71,7 +130,10 @@ class Raw(Task):
         return array
 
     def result(self, answers: Sequence[Mapping[str, Any]], data: Any) -> Any:
-        return dict(answers[0])
+        if self.config["form"] != "table":
+            return dict(answers[0])
+        index = data.index if isinstance(data, pd.DataFrame) else None
+        return pd.DataFrame({name: _column(name, array) for name, array in answers[0].items()}, index=index)
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         yield from rows
@@ -117,7 +179,64 @@ class Raw(Task):
         return dict(features)
 
 
-def _tensor_specs(arrays: Mapping[str, Any]) -> Schema:
-    """Any size in every dimension: the example's sizes are an example."""
-    specs = {name: np.asarray(value) for name, value in arrays.items()}
-    return Schema([TensorSpec(array.dtype, (-1,) * array.ndim, name) for name, array in specs.items()])
+def _are_arguments(table: pd.DataFrame, arguments: Sequence[str] | None) -> bool:
+    """Whether the columns of a table are arguments of forward by name: one cell a row, lists or numbers."""
+    return arguments is not None and set(map(str, table.columns)) <= set(arguments)
+
+
+def _stacked(name: str, column: pd.Series) -> np.ndarray:
+    try:
+        stacked: np.ndarray = np.array([np.asarray(cell) for cell in column.tolist()])
+    except ValueError as error:
+        raise InputError("Cells of a column have different shapes", where=name, found=error) from None
+    return stacked
+
+
+def _as_table(data: Any, columns: Sequence[str]) -> pd.DataFrame:
+    """The columns of the example, in its order."""
+    try:
+        table = data if isinstance(data, pd.DataFrame) else pd.DataFrame(data)
+    except (ValueError, TypeError) as error:
+        raise InputError("Not a table", wanted=f"columns {', '.join(columns)}", found=error) from None
+    if list(table.columns) == list(range(len(columns))):  # a list of lists
+        table.columns = pd.Index(columns)
+    there = [str(name) for name in table.columns]
+    if set(there) != set(columns) or len(there) != len(columns):
+        raise InputError(
+            "The columns of the table are not those of the example",
+            wanted=", ".join(columns),
+            found=", ".join(there),
+            way_out="rename or select the columns first, as in data[[…]]",
+        )
+    ordered: pd.DataFrame = table.set_axis(there, axis=1)[list(columns)]
+    return ordered
+
+
+def _numbers(table: pd.DataFrame) -> np.ndarray:
+    """A table as float32, shape (rows, columns)."""
+    for name, column in table.items():
+        if column.dtype.kind not in "biuf":
+            raise InputError("Not a column of numbers", where=f"column {name!r}", found=column.dtype)
+    numbers: np.ndarray = table.to_numpy(dtype=np.float32)
+    return numbers
+
+
+def _column(name: str, array: np.ndarray) -> list[Any]:
+    """One cell a row: a number where the output has one for each row, else nested lists."""
+    if not array.ndim:
+        raise StructureError(
+            "A table cannot hold an output that is not one a row",
+            where=name,
+            found="a single number",
+            way_out="save the model with a dict of arrays as input_example",
+        )
+    cells: list[Any] = (array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array).tolist()
+    return cells
+
+
+def _outputs(result: Mapping[str, np.ndarray] | None, rows: int) -> Schema | None:
+    if result is None:
+        return None
+    if all(array.ndim and len(array) == rows for array in result.values()):
+        return rows_schema(result)
+    return Schema([TensorSpec(array.dtype, (-1,) * array.ndim, name) for name, array in result.items()])

@@ -10,7 +10,7 @@ import torch
 from mlflow.types import DataType
 
 from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.releases import Array, Object, Property, schema_of
+from mlflow_safeflavor.releases import Array, Object, Property, answer_of
 from mlflow_safeflavor.rows import place, require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.classification import labels_of
@@ -78,7 +78,7 @@ class TokenClassification(TextTask):
     name = "token-classification"
     params = (_STRATEGY, _IGNORE, _STRIDE, MAX_LENGTH, TRUNCATION)
     spans = True
-    answer = schema_of({"entities": Array(_ENTITY)})
+    answer = answer_of({"entities": Array(_ENTITY)})
 
     @classmethod
     def serves(cls, class_name: str) -> bool:
