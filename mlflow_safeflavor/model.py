@@ -41,6 +41,7 @@ def make_task(
         "tokenizer": lambda: cache(lambda: _tokenizer_of(layout)),
         "hooks": lambda: hooks,
         "processor": lambda: load_processor(layout.processor, layout.read_json),
+        "any_processor": lambda: cache(lambda: _processor_of(layout)),
     }
     with guarded(layout.root):
         task = cls(spec.task_config, spec.input_columns, **{name: make[name]() for name in cls.reads})
@@ -54,6 +55,11 @@ def _tokenizer_of(layout: Layout) -> Any:
         return None
     with layout.copied(layout.tokenizer) as folder:
         return load_tokenizer(folder)
+
+
+def _processor_of(layout: Layout) -> Any:
+    """The image processor or feature extractor; None if there was none."""
+    return load_processor(layout.processor, layout.read_json) if layout.has(layout.processor) else None
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,7 @@ class LoadedModel:
     @cached_property
     def processor(self) -> Any:
         """The image processor or feature extractor that was saved; None if there was none. Made on first use."""
-        folder = self.files.processor
-        return load_processor(folder, self.files.read_json) if self.files.has(folder) else None
+        return _processor_of(self.files)
 
     def predict(
         self,

@@ -15,7 +15,7 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature, infer_signature
 from mlflow.models.model import ModelInfo
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, Schema
 
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
 from mlflow_safeflavor.logged import noting
@@ -90,16 +90,24 @@ def require_schema(columns: Mapping[str, DataType | Array | Object]) -> Schema:
     return schema
 
 
-def inferred_signature(rows: pd.DataFrame, answers: Any) -> ModelSignature:
+def inferred_signature(rows: pd.DataFrame, answers: Any, params: ParamSchema | None = None) -> ModelSignature:
     """The signature that MLflow infers; it is silent about answers that this MLflow has no types for.
 
     Args:
         rows: What was asked.
         answers: What was answered, as ``predict`` returns it, or None.
+        params: Goes along.
 
     Raises:
         InputError: This MLflow has no type for a column of ``rows``.
     """
+    signature = _inferred(rows, answers)
+    if params is not None:
+        signature.params = params
+    return signature
+
+
+def _inferred(rows: pd.DataFrame, answers: Any) -> ModelSignature:
     if _SAYS_LISTS:
         return _with_objects(infer_signature(rows, answers))
     try:

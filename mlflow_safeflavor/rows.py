@@ -32,7 +32,9 @@ Row = Mapping[str, Any]
 _ACCEPTED = "a DataFrame, Series, list, dict, numpy array or a single text"
 
 
-def rows_of(data: Any, columns: Mapping[str, str], required: Collection[str] | None = None) -> list[Row]:
+def rows_of(
+    data: Any, columns: Mapping[str, str], required: Collection[str] | None = None, *, missing: bool = False
+) -> list[Row]:
     """Rows by field, in order, from any of the shapes users hold data in.
 
     ================================  ==========================================================
@@ -50,10 +52,11 @@ def rows_of(data: Any, columns: Mapping[str, str], required: Collection[str] | N
         columns: Field → column name, in the task's order.
         required: Fields that every row must have; by default all of ``columns``. A field that is not
             required may be absent as a column, but where its column exists no value may be missing.
+        missing: Take None, NaN and NA as values.
 
     Raises:
         InputError: The shape is none of the above; there are no rows; a column is missing, unknown or
-            of another length; a value is None, NaN or NA.
+            of another length; a value is None, NaN or NA, where these are none.
     """
     needed = [columns[field] for field in columns if required is None or field in required]
     records = _records(data, list(columns.values()), needed)
@@ -61,7 +64,7 @@ def rows_of(data: Any, columns: Mapping[str, str], required: Collection[str] | N
         raise InputError(
             "There are no rows to predict", wanted="at least one row", found=f"an empty {type(data).__name__}"
         )
-    return [_row(i, record, columns, needed) for i, record in enumerate(records)]
+    return [_row(i, record, columns, needed, missing) for i, record in enumerate(records)]
 
 
 def require_texts(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
@@ -301,11 +304,11 @@ def _zip_columns(values: Mapping[Any, list[Any]], count: int) -> list[Mapping[An
 # One record → one row.
 
 
-def _row(i: int, record: Mapping[Any, Any], columns: Mapping[str, str], needed: list[str]) -> Row:
+def _row(i: int, record: Mapping[Any, Any], columns: Mapping[str, str], needed: list[str], missing: bool) -> Row:
     _require_columns(list(record), list(columns.values()), needed, row=i)
     row = {field: record[column] for field, column in columns.items() if column in record}
     for field, value in row.items():
-        if _is_missing(value):
+        if not missing and _is_missing(value):
             raise InputError(
                 "A value is missing",
                 where=place(i, columns[field]),

@@ -107,7 +107,7 @@ def _require_parts(source: Source) -> None:
             wanted=f"the tokenizer of the {source.task} model",
             found="None",
         )
-    if source.processor is not None and "processor" not in cls.reads:
+    if source.processor is not None and not {"processor", "any_processor"} & set(cls.reads):
         raise InputError("The task has no processor", where=f"task {source.task!r}", wanted="processor=None")
     if "processor" in cls.reads and (source.processor is None or hears(source.processor) != cls.hears):
         raise StructureError(

@@ -125,11 +125,6 @@ class Task(ABC):
         """
 
     @classmethod
-    def declared(cls, config: Mapping[str, Any]) -> Sequence[Param]:
-        """Per-request params, with the defaults of the task; those of ``config`` where only the user names them."""
-        return cls.params
-
-    @classmethod
     def with_params(cls, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """What ``describe`` returned, and with it the defaults of params to save: the model's own, and those given.
 

@@ -21,8 +21,9 @@ _TAG = "$type"
 
 
 def plain(value: Any) -> Any:
-    """A value of an answer without numpy and torch: numbers, lists, dicts; texts, bytes, dates and decimals as
-    they are. Copies, so that nobody else's memory is in it.
+    """A value of an answer without numpy and torch: arrays and tensors become lists of numbers.
+
+    Texts, bytes, dates and decimals stay as they are. Nobody else's memory is in what comes back.
     """
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,66 +12,77 @@ import pandas as pd
 import torch
 from mlflow.models import ModelSignature
 
+from mlflow_safeflavor.artifact import WAY_OUT
 from mlflow_safeflavor.engine import Engine
-from mlflow_safeflavor.errors import AnswerError, InputError, SafeFlavorError, StructureError
+from mlflow_safeflavor.errors import AnswerError, InputError, IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.releases import inferred_signature
 from mlflow_safeflavor.rows import place, rows_of
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
-from mlflow_safeflavor.tasks.outputs import own, own_array
+from mlflow_safeflavor.tasks.cells import from_json, plain, sent, to_json
+from mlflow_safeflavor.tasks.outputs import own_array
+from mlflow_safeflavor.tasks.params import Param, param_of, param_schema
 
 __all__ = ["Custom"]
 
 _BATCH_ROWS = 32
-_BYTES = 16_000
-"""What a row is taken to hold: nobody knows what the model makes of it."""
 
 
-class _Answered(dict[str, np.ndarray]):
-    """Raw outputs of one row, with the answer that ``postprocess`` made of its batch."""
+class _Outputs(dict[str, torch.Tensor]):
+    """Outputs of forward for the rows of a request; names those that are not one a row when they are asked for."""
 
-    answer: dict[str, Any]
+    def __init__(self, outputs: Mapping[str, torch.Tensor], left_out: Mapping[str, Sequence[int]]) -> None:
+        super().__init__(outputs)
+        self._left_out = left_out
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        if name in self._left_out:
+            raise StructureError(
+                "An output of forward does not have the rows of its batch as its first dimension",
+                where=name,
+                found=f"shape {list(self._left_out[name])}",
+                way_out="let forward return it with the rows first, or save the model with task='raw'",
+            )
+        raise KeyError(name)
 
 
-class _Failed(Exception):
-    """What the user's code raised, and which part of it."""
+class _RowOutput(dict[str, np.ndarray]):
+    """Raw outputs of one row, and the shapes of outputs that are none of one row."""
 
-    def __init__(self, part: str, error: BaseException) -> None:
-        super().__init__(part)
-        self.part, self.error = part, error
+    left_out: Mapping[str, Sequence[int]]
 
 
 @contextmanager
-def _failing(part: str) -> Iterator[None]:
-    """Whatever the user's code raises, ``sys.exit()`` included, as ``_Failed``; the keyboard stays the keyboard."""
+def _failing(part: str, rows: Sequence[int]) -> Iterator[None]:
+    """Whatever the user's code raises, ``sys.exit()`` included, with its name; the keyboard stays the keyboard."""
     try:
         yield
     except (KeyboardInterrupt, SafeFlavorError):
         raise
     except BaseException as error:
-        raise _Failed(part, error) from error
-
-
-def _named(failure: _Failed, batch: Sequence[Features]) -> SafeFlavorError:
-    first, last = batch[0]["number"], batch[-1]["number"]
-    rows = place(first) if len(batch) == 1 else f"rows {first} to {last}, and none of them alone"
-    found = f"{type(failure.error).__name__}: {failure.error}"
-    if failure.part == "preprocess":
-        return InputError("preprocess refuses a row", where=rows, found=found)
-    return AnswerError(
-        f"{failure.part} failed over a row",
-        where=rows,
-        found=found,
-        way_out="the cause is chained to this error, and in the log of the server",
-    )
+        where = place(rows[0]) if len(rows) == 1 else f"rows {rows[0]} to {rows[-1]}, and none of them alone"
+        found = f"{type(error).__name__}: {error}"
+        if part == "preprocess":
+            raise InputError("preprocess refuses a row", where=where, found=found) from error
+        raise AnswerError(
+            f"{part} failed over a row",
+            where=where,
+            found=found,
+            way_out="the cause is chained to this error, and in the log of the server",
+        ) from error
 
 
 class Custom(Task):
-    """Rows of any columns, through two hooks.
+    """Rows of any columns, through two hooks, each called once for all rows of a request.
 
-    ``preprocess(rows, tokenizer)`` takes a list of dicts, by column name, and gives the keyword
-    arguments of ``forward``: a dict of tensors whose first dimension is the rows.
-    ``postprocess(outputs, rows)`` takes the dict of output tensors and the same rows, and gives one
-    dict a row, JSON-able. Both see whole batches, and may be called from many threads.
+    ``preprocess(rows, tokenizer)`` takes a list of dicts, by column name, and gives the keyword arguments of
+    ``forward``: a dict of tensors or arrays. Those whose first dimension is the rows are cut into batches of
+    ``batch_rows``; the others go along with each batch. ``postprocess(outputs, rows)`` takes the dict of output
+    tensors, with the rows of the request as first dimension, and the same rows, and gives one dict a row, or a
+    DataFrame. A hook with an argument ``params`` gets the params of the request, one with ``processor`` the
+    processor that was saved. Both may be called from many threads.
+
+    Cells may be None, NaN, bytes, arrays, numpy values, dates and decimals. Answers may hold the same; arrays and
+    tensors in them become lists.
 
     What ``preprocess`` raises is an ``InputError`` (400 over HTTP), what ``forward`` and ``postprocess`` raise an
     ``AnswerError`` (500); both name the row. An ``InputError`` that a hook raises itself stays as it is.
@@ -79,7 +91,7 @@ class Custom(Task):
     name = "custom"
     fields = ()
     required = ()
-    reads = ("hooks", "tokenizer")
+    reads = ("hooks", "tokenizer", "any_processor")
     reads_files = True
     needs_example = True
     task_options = frozenset({"batch_rows"})
@@ -91,6 +103,7 @@ class Custom(Task):
         *,
         hooks: Mapping[str, Callable[..., Any]],
         tokenizer: Callable[[], Any],
+        any_processor: Callable[[], Any],
     ) -> None:
         super().__init__(config, columns)
         if not {"preprocess", "postprocess"} <= hooks.keys():
@@ -98,7 +111,7 @@ class Custom(Task):
                 "The custom task needs both hooks", wanted="preprocess=… and postprocess=…", found=sorted(hooks)
             )
         self.preprocess, self.postprocess = hooks["preprocess"], hooks["postprocess"]
-        self.tokenizer = tokenizer
+        self.tokenizer, self.processor = tokenizer, any_processor
 
     @classmethod
     def serves(cls, class_name: str) -> bool:
@@ -127,21 +140,63 @@ class Custom(Task):
             raise InputError("Not a number of rows", where="model_config, batch_rows", wanted="≥ 1", found=repr(rows))
         return {"batch_rows": rows}
 
+    # Params are whatever the user names at save; hooks read them.
+
+    @classmethod
+    def declared(cls, config: Mapping[str, Any]) -> tuple[Param, ...]:
+        return tuple(param_of(name, value) for name, value in config.get("params", {}).items())
+
+    @classmethod
+    def with_params(cls, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        return {**config, "params": {name: param_of(name, value).default for name, value in given.items()}}
+
     def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
-        frame = pd.DataFrame(
-            [{self.columns[field]: row[field] for field in self.columns} for row in self.rows(example)]
+        return inferred_signature(
+            self.stored_example(example), result, param_schema(self.asked) if self.asked else None
         )
-        return inferred_signature(frame, result)
+
+    def stored_example(self, example: Any) -> Any:
+        rows = [{self.columns[field]: value for field, value in row.items()} for row in self.rows(example)]
+        return pd.DataFrame([{name: sent(value) for name, value in row.items()} for row in rows])
 
     def rows(self, data: Any) -> list[Row]:
         self.require_few(data)
-        return rows_of(data, self.columns)  # every column of the example: hooks rely on them
+        return rows_of(data, self.columns, missing=True)  # every column of the example: hooks rely on them
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
-        yield from ({"row": row, "number": i} for i, row in enumerate(rows))
+        by_column = [self._by_column(row) for row in rows]
+        inputs = self._preprocessed(by_column, params, range(len(rows)))
+        rowwise = {name: t for name, t in inputs.items() if t.dim() and t.shape[0] == len(rows)}
+        shared = {name: t for name, t in inputs.items() if name not in rowwise}
+        for i in range(len(rows)):
+            yield {"inputs": (i, rowwise), "shared": shared}
+
+    def _by_column(self, row: Row) -> dict[str, Any]:
+        return {self.columns[field]: value for field, value in row.items()}
+
+    def _preprocessed(
+        self, rows: list[dict[str, Any]], params: Mapping[str, Any], numbers: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        try:
+            with _failing("preprocess", numbers):
+                made = _call(self.preprocess, (rows, self.tokenizer()), params=params, processor=self.processor)
+        except SafeFlavorError as error:
+            if error.__cause__ is not None:
+                half = len(rows) // 2
+                if half:  # which row it was shows by asking less
+                    self._preprocessed(rows[:half], params, numbers[:half])
+                    self._preprocessed(rows[half:], params, numbers[half:])
+            raise
+        if not isinstance(made, Mapping) or not all(isinstance(v, (torch.Tensor, np.ndarray)) for v in made.values()):
+            raise StructureError(
+                "preprocess must give the keyword arguments of forward",
+                wanted="a dict of tensors or arrays",
+                found=_kinds(made),
+            )
+        return {str(name): torch.as_tensor(value) for name, value in made.items()}
 
     def holds(self, features: Features) -> int:
-        return _BYTES
+        return 0  # postprocess sees all rows of a request together
 
     def cost(self, features: Features) -> int:
         return 1
@@ -150,37 +205,29 @@ class Custom(Task):
         return int(self.config["batch_rows"])
 
     def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
-        try:
-            return self._forward(engine, batch)
-        except _Failed as failure:
-            half = len(batch) // 2
-            if half:  # which row it was shows by asking less, at the cost of two batches more at most
-                self.forward(engine, batch[:half], params)
-                self.forward(engine, batch[half:], params)
-            raise _named(failure, batch) from failure.error
+        requests: dict[int, list[int]] = {}
+        for place_, features in enumerate(batch):
+            requests.setdefault(id(features["inputs"][1]), []).append(place_)
+        found: dict[int, RowOutput] = {}
+        for places in requests.values():
+            found.update(zip(places, self._forward(engine, [batch[i] for i in places]), strict=True))
+        return [found[i] for i in range(len(batch))]
 
     def _forward(self, engine: Engine, batch: Sequence[Features]) -> list[RowOutput]:
-        rows = [{self.columns[field]: value for field, value in features["row"].items()} for features in batch]
-        with _failing("preprocess"):
-            inputs = self.preprocess(rows, self.tokenizer())
-        if not isinstance(inputs, Mapping) or not all(isinstance(v, torch.Tensor) for v in inputs.values()):
-            raise StructureError(
-                "preprocess must give the keyword arguments of forward",
-                wanted="a dict of tensors",
-                found=_kinds(inputs),
-            )
-        with _failing("forward"):
-            # Copies: a forward may return a weight as it is, and a hook may change what it is given.
-            outputs = {name: tensor.detach().to("cpu", copy=True) for name, tensor in engine(inputs).items()}
-        with _failing("postprocess"):
-            answers = self.postprocess(outputs, rows)
-        if not _is_one_dict_a_row(answers, len(rows)):
-            raise StructureError(
-                "postprocess must give one dict a row",
-                wanted=f"a list of {len(rows)} dicts",
-                found=_kinds_of(answers),
-            )
-        return [_answered(outputs, i, len(rows), own(dict(answer))) for i, answer in enumerate(answers)]
+        """One forward over rows of one request."""
+        numbers = [features["inputs"][0] for features in batch]
+        rowwise = batch[0]["inputs"][1]
+        inputs = {**{name: tensor[numbers] for name, tensor in rowwise.items()}, **batch[0]["shared"]}
+        try:
+            with _failing("forward", numbers):
+                outputs = {name: own_array(tensor) for name, tensor in engine(inputs).items()}
+        except SafeFlavorError as error:
+            half = len(batch) // 2
+            if half and error.__cause__ is not None:  # which row it was shows by asking less
+                self._forward(engine, batch[:half])
+                self._forward(engine, batch[half:])
+            raise
+        return _by_row(outputs, len(batch))
 
     def decode(
         self,
@@ -191,7 +238,55 @@ class Custom(Task):
         *,
         first: int = 0,
     ) -> Iterator[dict[str, Any] | None]:
-        yield from (output.answer for output in outputs if isinstance(output, _Answered))
+        answers = self._postprocessed([self._by_column(row) for row in rows], outputs, params, range(len(rows)))
+        yield from ({str(name): plain(value) for name, value in answer.items()} for answer in answers)
+
+    def _postprocessed(
+        self,
+        rows: list[dict[str, Any]],
+        outputs: Sequence[RowOutput],
+        params: Mapping[str, Any],
+        numbers: Sequence[int],
+    ) -> Sequence[Mapping[str, Any]]:
+        try:
+            with _failing("postprocess", numbers):
+                together = _together(outputs)
+                answers = _call(self.postprocess, (together, rows), params=params, processor=self.processor)
+        except SafeFlavorError as error:
+            half = len(rows) // 2
+            if half and error.__cause__ is not None:
+                self._postprocessed(rows[:half], outputs[:half], params, numbers[:half])
+                self._postprocessed(rows[half:], outputs[half:], params, numbers[half:])
+            raise
+        if isinstance(answers, pd.DataFrame):
+            answers = [dict(zip(answers.columns, row, strict=True)) for row in answers.itertuples(index=False)]
+        if not _is_one_dict_a_row(answers, len(rows)):
+            raise StructureError(
+                "postprocess must give one dict a row",
+                wanted=f"a list of {len(rows)} dicts, or a DataFrame of {len(rows)} rows",
+                found=_kinds_of(answers),
+            )
+        return list(answers)
+
+    # Golden rows.
+
+    def to_record(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: to_json(cell, f"column {name!r}") for name, cell in value.items()}
+
+    def from_record(self, value: Mapping[str, Any], features: Mapping[str, np.ndarray]) -> Row:
+        try:
+            return {name: from_json(cell) for name, cell in value.items()}
+        except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+            raise IntegrityError("A golden row is malformed", found=error, way_out=WAY_OUT) from None
+
+
+def _call(hook: Callable[..., Any], arguments: Sequence[Any], *, params: Any, processor: Callable[[], Any]) -> Any:
+    """A hook with what it asks for by name beside its first two arguments."""
+    named = inspect.signature(hook).parameters
+    extra: dict[str, Any] = {"params": dict(params)} if "params" in named else {}
+    if "processor" in named:
+        extra["processor"] = processor()
+    return hook(*arguments, **extra)
 
 
 def _kinds(inputs: Any) -> str:
@@ -211,11 +306,29 @@ def _is_one_dict_a_row(answers: Any, rows: int) -> bool:
     return isinstance(answers, Sequence) and len(answers) == rows and all(isinstance(a, Mapping) for a in answers)
 
 
-def _answered(outputs: Mapping[str, torch.Tensor], i: int, rows: int, answer: dict[str, Any]) -> _Answered:
-    """Row ``i`` of every output whose first dimension is the rows; the rest says nothing of one row."""
-    arrays = {
-        name: own_array(tensor[i]) for name, tensor in outputs.items() if tensor.dim() and tensor.shape[0] == rows
-    }
-    answered = _Answered(arrays)
-    answered.answer = answer
-    return answered
+def _by_row(outputs: Mapping[str, np.ndarray], rows: int) -> list[RowOutput]:
+    """Every output whose first dimension is the rows, row by row."""
+    rowwise = {name: array for name, array in outputs.items() if array.ndim and len(array) == rows}
+    left_out = {name: array.shape for name, array in outputs.items() if name not in rowwise}
+    found: list[RowOutput] = []
+    for i in range(rows):
+        output = _RowOutput({name: array[i] for name, array in rowwise.items()})
+        output.left_out = left_out
+        found.append(output)
+    return found
+
+
+def _together(outputs: Sequence[RowOutput]) -> _Outputs:
+    """The outputs of all rows, as tensors with the rows first; a list of tensors where their shapes differ.
+
+    One that happened to be as long as its batch, and not as the next, is none of one row.
+    """
+    left_out: dict[str, Sequence[int]] = {}
+    for output in outputs:
+        left_out |= getattr(output, "left_out", {})
+    found: dict[str, Any] = {}
+    for name in outputs[0].keys() - left_out.keys():
+        tensors = [torch.as_tensor(output[name]) for output in outputs]
+        same = len({tensor.shape for tensor in tensors}) == 1
+        found[name] = torch.stack(tensors) if same else tensors
+    return _Outputs(found, left_out)

@@ -14,7 +14,7 @@ from mlflow.types import DataType, ParamSchema, ParamSpec
 from mlflow_safeflavor.artifact import WAY_OUT
 from mlflow_safeflavor.errors import InputError, IntegrityError
 
-__all__ = ["Param", "check_defaults", "check_params", "param_schema", "with_defaults"]
+__all__ = ["Param", "check_defaults", "check_params", "param_of", "param_schema", "with_defaults"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,26 @@ class Param:
     allows: Callable[[Any], bool] = lambda value: True
     none_is: Any = None
     many: bool = False
+
+
+def param_of(name: str, value: Any) -> Param:
+    """A param of the user's own, of the type of its default.
+
+    Raises:
+        InputError: The default has no type that a signature knows.
+    """
+    many = isinstance(value, (list, tuple)) and len(value) > 0
+    kinds: tuple[Literal["boolean", "long", "double", "string"], ...] = ("boolean", "long", "double", "string")
+    for kind in kinds:
+        plain = _plain_list(kind, value) if many else _plain(kind, value)
+        if plain is not None:
+            return Param(name, kind, plain, wanted=f"{'a list of type' if many else 'of type'} {kind}", many=many)
+    raise InputError(
+        "The default of a param has no type that a signature knows",
+        where=f"params, {name!r}",
+        wanted="a text, a number, a truth value, or a list of one of these",
+        found=f"{type(value).__name__} {value!r}",
+    )
 
 
 def param_schema(declared: Sequence[Param]) -> ParamSchema:
