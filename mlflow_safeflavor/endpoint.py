@@ -178,9 +178,9 @@ def request_of_rows(frame: pd.DataFrame) -> dict[str, Any]:
     return _plain({"dataframe_split": {"columns": split["columns"], "data": split["data"]}})
 
 
-def request_of_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Named arrays, or nested lists, as MLflow's server takes them; plain JSON."""
-    return _plain({"inputs": dict(arrays)})
+def request_of_arrays(arrays: Any) -> dict[str, Any]:
+    """Named arrays, or nested lists, or one of them without a name, as MLflow's server takes them; plain JSON."""
+    return _plain({"inputs": dict(arrays) if isinstance(arrays, Mapping) else arrays})
 
 
 def _plain(request: dict[str, Any]) -> dict[str, Any]:

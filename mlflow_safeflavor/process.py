@@ -33,6 +33,7 @@ ENVIRONMENT_LABEL = "safeflavor_environment"
 """Label of the row that asks, and the only key of the answer."""
 
 _BITS = np.unpackbits(np.frombuffer(ENVIRONMENT_LABEL.encode(), np.uint8))
+_MOST_NUMBERS = 10**6
 
 
 # The request and its answer
@@ -43,26 +44,29 @@ def labelled_row(columns: Sequence[str], values: Sequence[Any]) -> dict[str, Any
     return {"dataframe_split": {"columns": list(columns), "index": [ENVIRONMENT_LABEL], "data": [list(values)]}}
 
 
-def arrays_asking(example: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
-    """The request to a model of named arrays; None where all of them are single numbers, which have no room.
+def arrays_asking(example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """The request to a model of arrays, one bit a row; None where all are single numbers or rows are very large.
 
     Args:
-        example: Arrays that the model takes; only their names and dimensions count.
+        example: Arrays that the model takes; only their names, types and the shapes of their rows count.
     """
-    arrays = {name: _BITS.reshape((1,) * (value.ndim - 1) + (-1,)) for name, value in example.items() if value.ndim}
-    if not arrays:
+    rows = {
+        name: np.zeros((len(_BITS), *value.shape[1:]), value.dtype) for name, value in example.items() if value.ndim
+    }
+    if not rows or sum(array.size for array in rows.values()) > _MOST_NUMBERS:
         return None
-    return {"inputs": {name: arrays[name].tolist() if name in arrays else 0 for name in example}}
+    for array in rows.values():
+        array.T[...] = _BITS
+    return {name: rows.get(name, np.zeros((), value.dtype)) for name, value in example.items()}
 
 
 def asks_environment(data: Any) -> bool:
     """Whether this is the reserved request, as MLflow hands it to the model."""
     if isinstance(data, pd.DataFrame):
         return len(data) == 1 and bool(np.all(data.index == ENVIRONMENT_LABEL))
-    if not isinstance(data, Mapping):
-        return False
-    arrays = [value for value in data.values() if isinstance(value, np.ndarray) and value.ndim]
-    return bool(arrays) and all(np.array_equal(np.ravel(array), _BITS) for array in arrays)
+    values = data.values() if isinstance(data, Mapping) else [data]
+    arrays = [value for value in values if isinstance(value, np.ndarray) and value.ndim]
+    return bool(arrays) and all(len(array) == len(_BITS) and bool(np.all(array.T == _BITS)) for array in arrays)
 
 
 def told_environment(predictions: Any) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from mlflow_safeflavor.releases import read_mlmodel
 from mlflow_safeflavor.saved import read_saved
 from mlflow_safeflavor.spec import ModelSpec
 from mlflow_safeflavor.tasks import task_class
+from mlflow_safeflavor.tasks.raw import Raw
 
 if TYPE_CHECKING:
     from mlflow_safeflavor.model import LoadedModel
@@ -114,8 +115,8 @@ def _verify_server(
 def _compare_golden(server: Endpoint, golden: Golden, spec: ModelSpec, layout: Layout) -> Iterator[Replayed]:
     if not spec.input_columns:
         for index in range(len(golden.rows)):
-            wanted = as_served(golden.outputs(index))
-            found = server.ask(request_of_arrays(golden.inputs(index)))
+            wanted = as_served(_raw(spec).result([golden.outputs(index)], None))
+            found = server.ask(_request_of_arrays(golden.inputs(index), spec))
             yield from compare_answers([wanted], [found], golden.atol, golden.rtol, golden=True, start=index)
         return
     rows, answers = _records(golden, spec, layout)
@@ -124,6 +125,19 @@ def _compare_golden(server: Endpoint, golden: Golden, spec: ModelSpec, layout: L
     found = _ask_rows(server, {**request, **({"params": params} if params else {})}, len(rows))
     # As a frame, since that is what tasks return: it gives each column one type.
     yield from compare_answers(as_served(pd.DataFrame(answers)), found, golden.atol, golden.rtol, golden=True)
+
+
+def _raw(spec: ModelSpec) -> Raw:
+    return Raw(spec.task_config, spec.input_columns)
+
+
+def _request_of_arrays(arrays: Mapping[str, np.ndarray], spec: ModelSpec) -> dict[str, Any]:
+    """In the form that the model's signature says: named arrays, one array, or a table."""
+    array = next(iter(arrays.values()))
+    form, columns = spec.task_config["form"], spec.task_config["columns"]
+    if form == "table":
+        return request_of_rows(pd.DataFrame(array, columns=columns))
+    return request_of_arrays(array if form == "array" else arrays)
 
 
 def _golden_params(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
@@ -136,7 +150,8 @@ def _golden_params(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
 def _records(golden: Golden, spec: ModelSpec, layout: Layout) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Golden rows by column name, and their answers."""
     try:
-        rows = [{column: row[name] for name, column in spec.input_columns.items()} for row in golden.rows]
+        task = task_class(spec.task)
+        rows = [{column: task.sent(row[name]) for name, column in spec.input_columns.items()} for row in golden.rows]
         answers = [dict(answer) for answer in golden.answers]
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
@@ -170,11 +185,14 @@ def _compare_rows(
 ) -> Iterator[Replayed]:
     from mlflow.pyfunc.scoring_server import infer_and_parse_data  # takes a second to import
 
-    by_column = bool(model.task.columns)
+    form = model.spec.task_config.get("form")
+    by_column = bool(model.task.columns) or form == "table"
     size = _ROWS_PER_REQUEST if by_column else 1
     for start in range(0, len(frame), size):
         part = frame.iloc[start : start + size]
-        request = request_of_rows(part) if by_column else request_of_arrays(part.iloc[0].to_dict())
+        row = part.iloc[0].to_dict()
+        arrays = next(iter(row.values())) if form == "array" else row
+        request = request_of_rows(part) if by_column else request_of_arrays(arrays)
         # Read by MLflow's own parser, so that both sides see the same values in the same types.
         wanted = as_served(model.predict(infer_and_parse_data(request, schema)))
         found = _ask_rows(server, request, len(part)) if by_column else [server.ask(request)]
@@ -233,7 +251,8 @@ def _ask_environment(server: Endpoint, golden: Golden, spec: ModelSpec, layout: 
         row = _records(golden, spec, layout)[0][0]
         request: dict[str, Any] | None = labelled_row(list(row), list(row.values()))
     else:
-        request = arrays_asking({name: np.asarray(value) for name, value in golden.inputs(0).items()})
+        arrays = arrays_asking({name: np.asarray(value) for name, value in golden.inputs(0).items()})
+        request = None if arrays is None else _request_of_arrays(arrays, spec)
     try:
         return told_environment(server.ask(request)) if request else None
     except SafeFlavorError:

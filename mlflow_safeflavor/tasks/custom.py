@@ -273,6 +273,10 @@ class Custom(Task):
     def to_record(self, value: Mapping[str, Any]) -> dict[str, Any]:
         return {name: to_json(cell, f"column {name!r}") for name, cell in value.items()}
 
+    @classmethod
+    def sent(cls, cell: Any) -> Any:
+        return sent(from_json(cell))
+
     def from_record(self, value: Mapping[str, Any], features: Mapping[str, np.ndarray]) -> Row:
         try:
             return {name: from_json(cell) for name, cell in value.items()}

@@ -12,8 +12,9 @@ import torch
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
+from mlflow_safeflavor.artifact import WAY_OUT
 from mlflow_safeflavor.engine import Engine, evaluating, named_tensors
-from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
 from mlflow_safeflavor.releases import inferred_signature, rows_schema
 from mlflow_safeflavor.tasks.arguments import arguments_of
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
@@ -38,6 +39,13 @@ class Raw(Task):
     fields = ()
     required = ()
     needs_example = True
+
+    def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+        super().__init__(config, columns)
+        form, names = config.get("form"), config.get("columns")
+        listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if form not in ("arrays", "array", "table") or listed != (form == "table"):
+            raise IntegrityError("The form of the arrays is malformed", where="task_config, form", way_out=WAY_OUT)
 
     @classmethod
     def serves(cls, class_name: str) -> bool:
