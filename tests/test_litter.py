@@ -179,7 +179,7 @@ def test_a_model_that_a_killed_log_left_pending_is_marked_failed_by_the_next(tra
     folder = abandoned(temporary, tracking, model.model_id)
     sweep(temporary)
     assert folder.exists()  # a save asks no server
-    with logged.noting(logged):
+    with logged.noting(logged, {}):
         assert str(mlflow.get_logged_model(model.model_id).status) == "FAILED"
     assert str(mlflow.get_logged_model(other.model_id).status) == "PENDING"
     assert list(temporary.iterdir()) == []
@@ -196,7 +196,7 @@ def test_one_that_was_finished_or_is_gone_or_of_another_store_is_left(tracking, 
         ("http://elsewhere", "m-1", True),
     ]:
         folder = abandoned(temporary, uri, model_id)
-        with logged.noting(logged):
+        with logged.noting(logged, {}):
             assert folder.exists() == stays
     assert str(mlflow.get_logged_model(model.model_id).status) == "READY"
     os.utime(folder / scratch.NOTE, (0, 0))
@@ -215,7 +215,7 @@ def test_logging_that_ends_with_the_process_is_marked_failed_at_once(tracking, t
         def save_model(path, mlflow_model):
             raise error
 
-    with pytest.raises(error), logged.noting(Flavor) as noted:
+    with pytest.raises(error), logged.noting(Flavor, {}) as noted:
         mlflow.models.Model.log(None, noted, name="model")
     (model,) = mlflow.search_logged_models(output_format="list")
     assert str(model.status) == "FAILED"

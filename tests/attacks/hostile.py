@@ -234,7 +234,8 @@ def pickle_beside_weights(target):
 def class_attack(
     class_name: str, doc: str, arguments: Mapping[str, Any] | None = None, outcome: str = "StructureError", **more: Any
 ) -> None:
-    """A transformers artifact whose class is something else."""
+    """A transformers artifact whose class is something else; arguments that are no flags are refused before it is."""
+    outcome = "IntegrityError" if arguments else outcome
 
     def damage(target: Target) -> None:
         given = {k: {"value": v.replace("CANARY", str(target.canary))} for k, v in (arguments or {}).items()}
