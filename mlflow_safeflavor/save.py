@@ -39,7 +39,7 @@ from mlflow_safeflavor.kept import kept_module, kept_parameters
 from mlflow_safeflavor.load import LoadOptions, bind, rebuild
 from mlflow_safeflavor.lock import lock_file
 from mlflow_safeflavor.model import LoadedModel, make_task
-from mlflow_safeflavor.options import MODEL_CONFIG
+from mlflow_safeflavor.options import MODEL_CONFIG, run_time_options
 from mlflow_safeflavor.processor import requirements_of, write_processor
 from mlflow_safeflavor.rehearsal import rehearse as rehearse_load
 from mlflow_safeflavor.report import LoadReport
@@ -215,11 +215,12 @@ def log_model(
 
 
 def _options(task: str, model_config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The user's ``model_config``, with keys nobody reads refused."""
+    """The user's ``model_config``, with keys nobody reads and values out of range refused."""
     known = {*MODEL_CONFIG, *task_class(task).task_options}
     options = dict(model_config or {})
     if unknown := sorted(options.keys() - known):
         raise InputError("Unknown key in model_config", where=", ".join(unknown), wanted=" | ".join(sorted(known)))
+    run_time_options({name: value for name, value in options.items() if name in MODEL_CONFIG}, environ={})
     return options
 
 

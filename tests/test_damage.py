@@ -38,7 +38,12 @@ DATA += ["model.safetensors", "parity.safetensors", "tokenizer/tokenizer.json", 
 TOP = ["MLmodel", "requirements.txt", "conda.yaml", "python_env.yaml", "input_example.json"]
 TOP += ["serving_input_example.json"]
 CODE = [f"code/mlflow_safeflavor/{file.relative_to(PACKAGE).as_posix()}" for file in sorted(PACKAGE.rglob("*.py"))]
-FILES = [*TOP, *(f"safeflavor/{name}" for name in DATA), *CODE, "code/mlflow_safeflavor/py.typed"]
+FILES = [
+    *TOP,
+    *(f"safeflavor/{name}" for name in DATA),
+    *CODE,
+    *(f"code/mlflow_safeflavor/{name}" for name in ("proven_classes.txt", "py.typed")),
+]
 # MLflow's own reading of the files takes most of a second, so through pyfunc one vendored file stands for all.
 FILES_FOR_PYFUNC = [name for name in FILES if not name.startswith("code/") or name.endswith("/load.py")]
 
