@@ -140,6 +140,8 @@ class _Walk:
             default = getattr(type(given), name, _NOTHING)
             if isinstance(default, functools.cached_property):
                 return
+            if name == "vocab_size" and other is _NOTHING and hasattr(given, "resize_token_embeddings"):
+                return  # which leaves it on every model, whether its class reads it or not
             mine, other = (default if each is _NOTHING else _unbound(each) for each in (mine, other))
         yield from self.values(path, mine, other)
 

@@ -241,6 +241,16 @@ def test_training_and_bookkeeping_are_no_difference(tiny_bert):
     assert list(find_differences(model, new)) == []
 
 
+def test_a_resized_vocabulary_is_no_difference(tmp_path, tiny_bert, tiny_tokenizer):
+    """``resize_token_embeddings`` leaves ``vocab_size`` on the model, too, which its constructor does not."""
+    model = tiny_bert()
+    tiny_tokenizer.add_tokens(["more"])
+    model.resize_token_embeddings(len(tiny_tokenizer))
+    mlflow_safeflavor.save_model(model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False)
+    loaded = mlflow_safeflavor.load_model(str(tmp_path / "model"))
+    assert loaded.module.config.vocab_size == len(tiny_tokenizer)
+
+
 def test_a_tokenizer_that_was_used_is_as_it_was(code, tiny_tokenizer):
     def make():
         module = code.Pre()

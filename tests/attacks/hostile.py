@@ -901,7 +901,7 @@ flavor_attack("dtype_auto", "dtype auto", lambda e: e.update(dtype="auto"))
 flavor_attack("dtype_other", "another dtype than the weights have", lambda e: e.update(dtype="bfloat16"),
               "WeightsError")  # fmt: skip
 flavor_attack("task_unknown", "a task that nobody has", lambda e: e.update(task="os:system"))
-flavor_attack("task_switched", "another task", lambda e: e.update(task="feature-extraction"), "StructureError")
+flavor_attack("task_switched", "another task", lambda e: e.update(task="feature-extraction"), "ParityError")
 flavor_attack("task_config_gone", "what the task recorded is gone", lambda e: e.update(task_config={}), "ParityError")
 flavor_attack("labels_swapped", "labels change places", lambda e: e["task_config"]["labels"].reverse(), "ParityError")
 flavor_attack("runs_nested", "runs is no list of words", lambda e: e.update(runs=[["code"]]))
