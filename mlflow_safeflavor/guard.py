@@ -50,6 +50,9 @@ _OTHERS = {
     "os.chdir": "changed the working folder to {0!r}",
     **dict.fromkeys(("os.putenv", "os.unsetenv"), "changed the variable {0!r}"),
 }
+_HARMLESS = ("ninja", ["ninja", "--version"], None, None)
+"""RWKV of transformers starts this while it is built, to find out whether there is a compiler."""
+
 _CHANGES = {
     **dict.fromkeys(("os.chflags", "os.chmod", "os.chown", "os.removexattr", "os.setxattr", "os.truncate"), 1),
     **dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.utime", "sqlite3.connect"), 1),
@@ -95,7 +98,7 @@ class Guard:
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
         """Refuse an event of Python's audit hooks, or do nothing."""
-        if event in self._allowed:
+        if event in self._allowed or (event == "subprocess.Popen" and args == _HARMLESS):
             return
         if event == "open":
             self._look_at_open(*args)

@@ -121,6 +121,16 @@ def test_what_a_library_makes_of_it_is_kept_as_the_cause(there):
     assert isinstance(refused.value.__cause__, InputError)
 
 
+def test_a_library_may_ask_whether_there_is_a_compiler(monkeypatch):
+    """RWKV does so in its constructor. Nothing else of that program, and not from another folder."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    with guarded(), pytest.raises(FileNotFoundError):
+        subprocess.check_output(["ninja", "--version"])
+    for options in ({"args": ["ninja", "-f", "build"]}, {"args": ["ninja", "--version"], "cwd": "/"}):
+        with pytest.raises(TrustError, match="it started"), guarded():
+            subprocess.Popen(**options)
+
+
 def test_other_errors_pass_as_they_are():
     with pytest.raises(ZeroDivisionError), guarded():
         1 / 0  # noqa: B018
