@@ -873,7 +873,8 @@ def test_order_is_kept_and_batches_are_as_said(hooked):
     loaded.module.register_forward_pre_hook(count, with_kwargs=True)
     hooks.SIZES.clear()
     frame = loaded.predict(pd.DataFrame(rows, index=range(100, 170)))
-    assert hooks.SIZES == [70] and batches == [8] * 8 + [6]  # hooks see the request, forward batches
+    assert hooks.SIZES == [70]  # hooks see all rows of a request, forward batches of them
+    assert batches == [8] * 8 + [6]
     assert frame.index.tolist() == list(range(100, 170))
     close(frame, expected(rows))
 
@@ -1028,9 +1029,7 @@ def test_arrays_that_forward_cannot_take(save, user_code, arrays, where, what):
     assert caught.value.where == where
 
 
-@pytest.mark.parametrize(
-    "data", [[], {}, None, "text", np.ones(3), pd.DataFrame({"x": [1.0]})], ids=lambda data: type(data).__name__
-)
+@pytest.mark.parametrize("data", [{}, None, "text"], ids=lambda data: type(data).__name__)
 def test_something_else_than_named_arrays(save, user_code, data):
     path, _ = raw(save, user_code)
     with pytest.raises(InputError, match="takes named arrays"):
