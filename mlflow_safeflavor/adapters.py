@@ -45,7 +45,8 @@ def from_folder(folder: str | Path) -> Source:
         raise _not_merged("peft is not installed", folder, "pip install peft, or merge it elsewhere: ")
     import peft
 
-    model: Any = checkpoint.from_pretrained(base)
+    read, stored = checkpoint.read_checkpoint(base)
+    model: Any = read
     whole = set(model.state_dict())
     ends = _HEADS.get(said.get("task_type") or "", ("",))
     if not type(model).__name__.endswith(ends):
@@ -57,14 +58,14 @@ def from_folder(folder: str | Path) -> Source:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise WeightsError("The adapter does not fit its base model", where=folder, found=error) from error
     # peft leaves out what it does not find, on either side. Embeddings may be stored whole.
-    stored = peft.utils.load_peft_weights(str(folder), device="cpu").keys()
+    given = peft.utils.load_peft_weights(str(folder), device="cpu").keys()
     placed = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    beyond = {name for name in stored - placed if name.removeprefix("base_model.model.") not in whole}
-    if odd := sorted({*beyond, *(placed - stored)}):
+    beyond = {name for name in given - placed if name.removeprefix("base_model.model.") not in whole}
+    if odd := sorted({*beyond, *(placed - given)}):
         raise WeightsError("The adapter does not fit its base model", where=folder, found=some(odd))
     tokens = folder if (folder / "tokenizer_config.json").is_file() else base
     tokenizer = checkpoint.tokenizer_of(tokens) if (tokens / "tokenizer_config.json").is_file() else None
-    return Source(adapted.merge_and_unload().eval(), tokenizer=tokenizer)
+    return Source(adapted.merge_and_unload().eval(), tokenizer=tokenizer, stored=stored)
 
 
 def _base_of(folder: Path, name: str | None) -> Path:

@@ -25,7 +25,7 @@ from mlflow_safeflavor.inventory import find_slots, some
 from mlflow_safeflavor.placement import _islands, resolve_dtype
 from mlflow_safeflavor.statedict import Fit, cast, find_groups, fit, read_state, require_fit, with_base_prefix
 
-__all__ = ["bare_model", "from_pretrained", "processor_of", "tokenizer_of"]
+__all__ = ["bare_model", "from_pretrained", "processor_of", "read_checkpoint", "tokenizer_of"]
 
 # --- from_pretrained -----------------------------------------------------------------------------
 
@@ -73,6 +73,24 @@ def from_pretrained(
         IntegrityError: A file is damaged.
         WeightsError: The checkpoint and the class do not fit each other.
     """
+    module, found = read_checkpoint(
+        name_or_path, model_class=model_class, dtype=dtype, revision=revision, new=new, drop=drop, **kwargs
+    )
+    announced_cast(dtype, found, read_as(dtype, found))
+    return module
+
+
+def read_checkpoint(
+    name_or_path: str | Path,
+    *,
+    model_class: type[Any] | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    new: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    **kwargs: Any,
+) -> tuple[torch.nn.Module, dict[str, int]]:
+    """The module that ``from_pretrained`` returns, and the dtypes its weights are stored in; logs no cast."""
     read_as(dtype, {})  # a dtype that is none is said before anything is read
     _refuse_options(kwargs)
     folder = _folder_of(name_or_path, revision, kwargs)
@@ -82,11 +100,9 @@ def from_pretrained(
         recipe = _recipe_for(cls, folder, kwargs)
         state = {key: value for key, value in read_state(folder).items() if not _matches(key, drop)}
         found = count_dtypes(state.values())
-        wanted = read_as(dtype, found)
-        announced_cast(dtype, found, wanted)
-        module = _load(recipe, state, resolve_dtype(wanted), new, folder)
+        module = _load(recipe, state, resolve_dtype(read_as(dtype, found)), new, folder)
         _restore_generation_config(module, folder)
-    return module.eval()
+    return module.eval(), found
 
 
 _REFUSED = {

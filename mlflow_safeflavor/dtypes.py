@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from mlflow_safeflavor.inventory import dtype_name, find_slots
 from mlflow_safeflavor.placement import resolve_dtype
 from mlflow_safeflavor.spec import AS_IS, DTYPES
-from mlflow_safeflavor.statedict import read_state
 
-__all__ = ["announced_cast", "count_dtypes", "dtypes_of", "read_as", "reading_dtype", "serving_dtype"]
+__all__ = ["announced_cast", "count_dtypes", "dtypes_of", "read_as", "serving_dtype"]
 
 _logger = logging.getLogger("mlflow.safeflavor")
 
@@ -71,20 +67,10 @@ def announced_cast(asked: str | torch.dtype | None, found: Mapping[str, int], se
     return others
 
 
-def reading_dtype(asked: str | torch.dtype | None, model: Any) -> tuple[str, dict[str, int]]:
-    """The dtype that a checkpoint folder is read in, and the dtypes of its weights; none for anything but a folder.
+def read_as(asked: str | torch.dtype | None, found: Mapping[str, int]) -> str:
+    """The dtype that a checkpoint with weights of these dtypes is read in.
 
     ``"as-is"`` is the dtype of most of its values; a class may keep islands in float32 beside it.
-    """
-    folder = model.get("model") if isinstance(model, Mapping) else model
-    if not isinstance(folder, (str, Path)) or asked not in (None, AS_IS) or not Path(folder).is_dir():
-        return read_as(asked, {}), {}
-    found = _stored(Path(folder))
-    return read_as(asked, found), found
-
-
-def read_as(asked: str | torch.dtype | None, found: Mapping[str, int]) -> str:
-    """The dtype that a checkpoint with weights of these dtypes is read in; see ``reading_dtype``.
 
     Raises:
         PlacementError: What was asked for is no serving dtype.
@@ -92,15 +78,3 @@ def read_as(asked: str | torch.dtype | None, found: Mapping[str, int]) -> str:
     if asked == AS_IS:
         return next((name for name in found if name in DTYPES), DEFAULT)
     return serving_dtype(asked, found)
-
-
-def _stored(folder: Path) -> dict[str, int]:
-    """Dtypes of a checkpoint; of pickled weights, which would have to be read for it, what its config says."""
-    if any(folder.glob("*.safetensors")):
-        return count_dtypes(read_state(folder).values())
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        name = config.get("dtype") or config.get("torch_dtype")
-    except (OSError, ValueError, AttributeError):  # is named where the folder is read
-        return {}
-    return {name: 1} if isinstance(name, str) else {}

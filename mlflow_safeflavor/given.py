@@ -28,6 +28,7 @@ class Source:
         options: Options of the task that came with the model.
         params: Defaults of params that came with the model.
         columns: Field → column name that the model was made for; None for the task's own.
+        stored: Floating point dtypes → number of values, of the files it was read from; empty for a module.
     """
 
     module: torch.nn.Module
@@ -39,6 +40,7 @@ class Source:
     options: Mapping[str, Any] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, str] | None = None
+    stored: Mapping[str, int] = field(default_factory=dict)
 
 
 def library_class(model: object, package: str, names: tuple[str, ...] = ()) -> type | None:

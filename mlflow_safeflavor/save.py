@@ -29,7 +29,7 @@ from mlflow_safeflavor.arguments import checked, require_arguments
 from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_json, write_manifest
 from mlflow_safeflavor.batching import measure_forward_cost
 from mlflow_safeflavor.damage import require_undamaged
-from mlflow_safeflavor.dtypes import announced_cast, dtypes_of, reading_dtype, serving_dtype
+from mlflow_safeflavor.dtypes import announced_cast, dtypes_of, serving_dtype
 from mlflow_safeflavor.engine import ModuleEngine, evaluating
 from mlflow_safeflavor.environment import Environment, closure_of
 from mlflow_safeflavor.errors import InputError, StructureError
@@ -140,8 +140,7 @@ def save_model(
         SafeFlavorError: One of its kinds; nothing is left at ``path`` then.
     """
     model = taken_off(model)
-    reading, found = reading_dtype(dtype, model)
-    source = resolve_source(model, tokenizer, task, reading, processor)
+    source = resolve_source(model, tokenizer, task, dtype, processor)
     _require_structure(structure)
     source = replace(source, module=taken_off(source.module), hooks=_hooks(source.task, preprocess, postprocess))
     source = replace(source, example=input_example)
@@ -150,7 +149,7 @@ def save_model(
     defaults = {**source.params, **defaults_of(signature), **(params or {})}
     inventories.require_saveable(inventories.find_slots(source.module))
     serving = serving_dtype(dtype, dtypes_of(source.module))
-    cast_from = announced_cast(dtype, found or dtypes_of(source.module), serving)
+    cast_from = announced_cast(dtype, source.stored or dtypes_of(source.module), serving)
     with kept_module(source.module), staging(path) as stage:
         layout = Layout(stage)
         spec = replace(_write_task(source, serving, input_columns, options, defaults, layout), cast_from=cast_from)

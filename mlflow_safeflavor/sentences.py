@@ -7,7 +7,7 @@ package is never imported: an object has it imported already, and a folder is re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,12 +65,12 @@ def from_object(model: Any) -> Source:
     return _sentence_transformer(first.auto_model, first.tokenizer, parts[1:], {**said, "similarity": similarity})
 
 
-def from_folder(folder: str | Path, dtype: str) -> Source:
+def from_folder(folder: str | Path, dtype: str | torch.dtype | None) -> Source:
     """Read what ``save`` of a ``SentenceTransformer`` or ``CrossEncoder`` wrote, old and new.
 
     Args:
         folder: Where ``is_folder`` found it.
-        dtype: What the model is read in.
+        dtype: What the model is read in, as ``dtypes.read_as`` has it.
 
     Raises:
         StructureError: A file is missing, or speaks of a module that is not done here.
@@ -87,9 +87,10 @@ def from_folder(folder: str | Path, dtype: str) -> Source:
     where = folder / modules[0]["path"]
     if (where / "adapter_config.json").is_file():
         raise _not_done(where, "a whole model", "an adapter of PEFT")
-    model = checkpoint.from_pretrained(where, dtype=dtype, **checkpoint.bare_model(where))
+    model, stored = checkpoint.read_checkpoint(where, dtype=dtype, **checkpoint.bare_model(where))
     said = {**said, "similarity": said.get("similarity_fn_name")}
-    return _sentence_transformer(model, _tokenizer_of(where, parts[0].config), parts[1:], said)
+    source = _sentence_transformer(model, _tokenizer_of(where, parts[0].config), parts[1:], said)
+    return replace(source, stored=stored)
 
 
 # --- SentenceTransformer -------------------------------------------------------------------------
@@ -235,7 +236,7 @@ _ACTIVATION_KEYS = ("sentence_transformers", "sbert_ce_default_activation_functi
 _FUNCTIONS = {"Sigmoid": "sigmoid", "Identity": "none"}
 
 
-def _cross_encoder_folder(folder: Path, types: Sequence[str], said: Mapping[str, Any], dtype: str) -> Source:
+def _cross_encoder_folder(folder: Path, types: Sequence[str], said: Mapping[str, Any], dtype: Any) -> Source:
     if types:
         _require_single(types)
         _require_plain_cross_encoder(_files_of(folder)[0])
@@ -246,8 +247,9 @@ def _cross_encoder_folder(folder: Path, types: Sequence[str], said: Mapping[str,
         raise _not_done(f"{folder}, config.json, architectures", "a model for sequence classification", name)
     inside = (config.get(_ACTIVATION_KEYS[0]) or {}).get("activation_fn")
     activation = said.get("activation_fn") or inside or config.get(_ACTIVATION_KEYS[1])
-    model = checkpoint.from_pretrained(folder, dtype=dtype)
-    return _cross_encoder(model, _tokenizer_of(folder, _files_of(folder)[0]), activation, said)
+    model, stored = checkpoint.read_checkpoint(folder, dtype=dtype)
+    source = _cross_encoder(model, _tokenizer_of(folder, _files_of(folder)[0]), activation, said)
+    return replace(source, stored=stored)
 
 
 def _require_plain_cross_encoder(config: Mapping[str, Any]) -> None:

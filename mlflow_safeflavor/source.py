@@ -18,14 +18,16 @@ from mlflow_safeflavor.tasks import infer_task, task_class
 __all__ = ["Source", "resolve_source"]
 
 
-def resolve_source(model: Any, tokenizer: Any, task: str | None, dtype: str, processor: Any = None) -> Source:
+def resolve_source(
+    model: Any, tokenizer: Any, task: str | None, dtype: str | torch.dtype | None, processor: Any = None
+) -> Source:
     """What is to be saved.
 
     Args:
         model: A module, a ``transformers.Pipeline``, a dict of the parts of one, or the path of a checkpoint folder.
         tokenizer: Goes before the one that comes with the model.
         task: None to be told from the model.
-        dtype: What a folder is read in.
+        dtype: What a folder is read in, as ``dtypes.read_as`` has it.
         processor: Goes before the one that comes with the model.
 
     Raises:
@@ -49,7 +51,7 @@ def resolve_source(model: Any, tokenizer: Any, task: str | None, dtype: str, pro
 _PARTS = ("model", "task", "tokenizer", "processor", "image_processor", "feature_extractor")
 
 
-def _take_apart(model: Any, dtype: str) -> Source:
+def _take_apart(model: Any, dtype: str | torch.dtype | None) -> Source:
     if sentences.is_object(model):
         return sentences.from_object(model)
     if isinstance(model, torch.nn.Module):
@@ -59,7 +61,8 @@ def _take_apart(model: Any, dtype: str) -> Source:
     if isinstance(model, (str, Path)) and sentences.is_folder(model):
         return sentences.from_folder(model, dtype)
     if isinstance(model, (str, Path)):
-        return Source(checkpoint.from_pretrained(model, dtype=dtype))
+        module, stored = checkpoint.read_checkpoint(model, dtype=dtype)
+        return Source(module, stored=stored)
     if pipelines.is_pipeline(model):
         return pipelines.take_apart(model)
     if isinstance(model, Mapping) and "model" in model and model.keys() <= {*_PARTS}:

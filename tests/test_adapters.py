@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from architectures import tiny_model
 
 import mlflow_safeflavor
@@ -61,6 +62,17 @@ def test_an_adapter_is_merged_into_its_base(adapter, tmp_path, base):
     found = np.array([[dict(zip(*pair, strict=True))[name] for name in names] for pair in pairs])
     assert np.abs(found - wanted).max() < 1e-5
     assert (loaded.spec.structure, loaded.spec.runs) == ("transformers", ())
+
+
+def test_a_base_of_another_dtype_says_what_it_becomes(adapter, tmp_path, caplog):
+    folder, _ = adapter
+    transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", dtype=torch.bfloat16
+    ).save_pretrained(tmp_path / "base")
+    mlflow_safeflavor.save_model(folder, tmp_path / "model", rehearse=False)
+    spec = mlflow_safeflavor.load_model(tmp_path / "model").spec
+    assert (spec.dtype, spec.cast_from) == ("float32", "bfloat16")
+    assert caplog.text.count("the weights are bfloat16") == 1
 
 
 def test_a_base_that_is_not_here_is_named_with_what_to_do(adapter, tmp_path):

@@ -312,6 +312,31 @@ def test_scores_of_older_folders(tmp_path, tiny_tokenizer, said):
     assert np.ptp(wanted) > 1e-3
 
 
+# Of both.
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sentences", "inside", "pairs"])
+def test_a_folder_of_another_dtype_is_kept_or_says_what_it_becomes(transformer, tmp_path, tiny_tokenizer, kind, caplog):
+    folder = tmp_path / "folder"
+    if kind == "pairs":
+        cross_encoder(tmp_path, tiny_tokenizer, 1).bfloat16().save(str(folder))
+    else:
+        build(transformer, "cls").bfloat16().save(str(folder))
+    if kind == "inside":  # as old releases laid it out
+        modules = json.loads((folder / "modules.json").read_text())
+        modules[0]["path"] = "0_Transformer"
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "0_Transformer").mkdir()
+        for file in [file for file in folder.iterdir() if file.is_file() and file.name != "modules.json"]:
+            file.rename(folder / "0_Transformer" / file.name)
+    spec = save(folder, tmp_path / "model").spec
+    assert (spec.dtype, spec.cast_from) == ("float32", "bfloat16")
+    assert caplog.text.count("the weights are bfloat16") == 1
+    spec = save(folder, tmp_path / "kept", dtype="as-is").spec
+    assert (spec.dtype, spec.cast_from) == ("bfloat16", "")
+
+
 # What is not done.
 
 
