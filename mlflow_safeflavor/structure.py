@@ -381,7 +381,7 @@ def build(
     if not isinstance(module, torch.nn.Module):  # a class may have a __new__ of its own
         raise StructureError("The class does not make a module", where=structure["class"])
     for parameter in module.parameters():
-        if shape_of(parameter) != UNKNOWN:  # as that of a lazy module, which no gradient can reach
+        if not torch.nn.parameter.is_lazy(parameter):  # which has no gradient, and no shape
             parameter.requires_grad_(False)
     return module.eval()
 
