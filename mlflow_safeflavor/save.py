@@ -166,6 +166,8 @@ def save_model(
             lock_file(layout, recorded)
         with _answering(source, spec, described, cast, layout) as model:
             model.task.require_defaults()
+            model.task.config = {**model.task.config, **model.task.measured(model.engine, source.example)}
+            spec = replace(spec, task_config=model.task.config)
             answers, spec = _write_parity(model, source, spec, layout)
             has_graph = structure != "module" and _write_graph(model, source, require_graph or structure == "graph")
         task_ = model.task
@@ -331,7 +333,7 @@ def _write_task(
     config = cls.describe(source.module, {key: options[key] for key in options.keys() & cls.task_options})
     config = cls.with_params(config, defaults)
     if cls.needs_example:
-        config |= cls.describe_example(source.module, config, source.example)
+        config |= cls.describe_example(config, source.example)
     encoder = None
     if source.tokenizer is not None:
         table = require_known_tokens(source.tokenizer, source.module)

@@ -145,8 +145,12 @@ class Task(ABC):
         return dict(cls.golden_params)
 
     @classmethod
-    def describe_example(cls, model: torch.nn.Module, config: Mapping[str, Any], example: Any) -> dict[str, Any]:
+    def describe_example(cls, config: Mapping[str, Any], example: Any) -> dict[str, Any]:
         """What the user's example says beyond ``config``, for tasks whose ``needs_example`` is true; JSON only."""
+        return {}
+
+    def measured(self, engine: Engine, example: Any) -> dict[str, Any]:
+        """What only forwards over the user's example tell, to be added to the config; JSON only."""
         return {}
 
     def stored_example(self, example: Any) -> Any:

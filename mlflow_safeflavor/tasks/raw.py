@@ -13,7 +13,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from mlflow_safeflavor.artifact import WAY_OUT
-from mlflow_safeflavor.engine import Engine, evaluating, named_tensors
+from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
 from mlflow_safeflavor.releases import inferred_signature, rows_schema
 from mlflow_safeflavor.tasks.arguments import arguments_of
@@ -72,23 +72,17 @@ class Raw(Task):
         }
 
     @classmethod
-    def describe_example(cls, model: torch.nn.Module, config: Mapping[str, Any], example: Any) -> dict[str, Any]:
-        """The form of the example (``arrays``, ``array`` or ``table``), its columns, and what sizes may vary."""
+    def describe_example(cls, config: Mapping[str, Any], example: Any) -> dict[str, Any]:
+        """The form of the example (``arrays``, ``array`` or ``table``), and its columns."""
         form = "arrays" if isinstance(example, Mapping) else "array"
         columns: list[str] | None = None
         if isinstance(example, pd.DataFrame) and not _are_arguments(example, config["arguments"]):
             form, columns = "table", list(map(str, example.columns))
-        said = {"form": form, "columns": columns}
-        arrays = cls({**config, **said}, {}).rows(example)[0]
-        weights = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+        return {"form": form, "columns": columns}
 
-        def forward(arrays: Mapping[str, np.ndarray]) -> object:
-            tensors = {name: torch.tensor(array, device=weights.device) for name, array in arrays.items()}
-            floating = {n: t.to(weights.dtype) for n, t in tensors.items() if t.is_floating_point()}
-            return named_tensors(model(**{**tensors, **floating}))
-
-        with evaluating(model), torch.inference_mode():
-            return {**said, "sizes": free_sizes(forward, arrays)}
+    def measured(self, engine: Engine, example: Any) -> dict[str, Any]:
+        """What sizes may vary."""
+        return {"sizes": free_sizes(lambda arrays: self._forward(engine, arrays), self.rows(example)[0])}
 
     def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
         if self.config["form"] == "table":
