@@ -243,7 +243,7 @@ def test_kills_at_random_moments_leave_nothing(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_clean_process_ends_with_the_one_that_saves(tmp_path, number):
     (tmp_path / "tmp").mkdir()
-    code = "import time\ntime.sleep(60)"
+    code = "import time\ntime.sleep(300)"
     (tmp_path / "probe" / "code").mkdir(parents=True)
     (tmp_path / "probe" / "code" / "probe.py").write_text(code)
     flavor = "flavors:\n  python_function:\n    loader_module: probe\n    code: code\n"
@@ -278,7 +278,7 @@ def _clean_processes(folder):
 
 
 def _wait(condition, wanted):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while bool(condition()) != wanted:
         assert time.monotonic() < deadline, condition()
         time.sleep(0.05)
