@@ -81,6 +81,7 @@ class Guard:
 
     Attributes:
         refused: What it did not let happen, in words; libraries may have caught some of it.
+        began: The frame that builds; what called that one is nobody's import of the model.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Guard:
         self._writable = _folders(os.devnull, *writable)
         self._allowed = frozenset(allowed)
         self.refused: list[str] = []
+        self.began: FrameType | None = None
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
         """Refuse an event of Python's audit hooks, or do nothing."""
@@ -158,8 +160,8 @@ class Guard:
             frame = frame.f_back
         if frame is not None and frame.f_code.co_filename in _IMPORT_SYSTEM:
             return True
-        # Up to where the building began: this module may have been called while another one is imported.
-        while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] not in _OURS:
+        # Up to where the building began: all this may have been called while another module is imported.
+        while frame not in (None, self.began) and str(frame.f_globals.get("__name__")).partition(".")[0] not in _OURS:
             if frame.f_code.co_name == "<module>" and _is_below(frame.f_code.co_filename, self._installed):
                 return True
             frame = frame.f_back
@@ -215,6 +217,10 @@ def guarded(*own: str | os.PathLike[str], unpickles: bool = False) -> Iterator[N
         TrustError: Something was refused, whatever a library then made of it.
     """
     guard, cause = Guard(*own, allowed=["pickle.find_class"] if unpickles else []), None
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"] in (__name__, "contextlib"):
+        frame = frame.f_back
+    guard.began = frame
     try:
         with _watching(guard):
             yield
@@ -222,6 +228,8 @@ def guarded(*own: str | os.PathLike[str], unpickles: bool = False) -> Iterator[N
         if not guard.refused:
             raise
         cause = error
+    finally:
+        guard.began = None  # which would keep all that its function holds
     if guard.refused:
         from mlflow_safeflavor.errors import TrustError
 
