@@ -108,9 +108,7 @@ def _graph(layout: Layout) -> str:
 
 
 def _runs(structure: str) -> str:
-    return {"transformers": "no code of its own", "import": "its own code", "pickle": "a pickle", "graph": "no code"}[
-        structure
-    ]
+    return {"import": "its own code", "pickle": "a pickle", "graph": "no code"}.get(structure, "no code of its own")
 
 
 def _read_inventory(layout: Layout) -> dict[str, Any]:

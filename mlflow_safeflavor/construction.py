@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError, WeightsError
 from mlflow_safeflavor.inventory import UNKNOWN, find_meta, find_slots, shape_of, some
 from mlflow_safeflavor.kept import seed_generators
+from mlflow_safeflavor.layers import make_layers
 from mlflow_safeflavor.memory import asks_for_dtype, real_memory
 from mlflow_safeflavor.statedict import bits_equal
 from mlflow_safeflavor.structure import describe_constructor
@@ -78,12 +79,12 @@ class Recipe:
     """How to call a constructor, any number of times.
 
     Attributes:
-        cls: The module's class.
+        cls: The module's class, or what else makes it.
         config: First argument of its constructor, if not None; each call gets a copy.
         arguments: Further arguments.
     """
 
-    cls: type[Any]
+    cls: Any
     config: Any = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -127,6 +128,8 @@ def recipe_of(module: torch.nn.Module) -> Recipe | None:
     except SafeFlavorError:
         # A class of a script or function: no other process could import it, but this one has it.
         return Recipe(type(module), config) if hasattr(module, "config_class") and config is not None else None
+    if described["kind"] == "torch":
+        return Recipe(make_layers, arguments={"node": described["tree"]})
     arguments = {name: value["value"] for name, value in described["arguments"].items()}
     return Recipe(type(module), config if described["config_class"] else None, arguments)
 

@@ -299,6 +299,7 @@ def rebuild(
 
     described = structure.read_structure(layout, spec)
     bounds.require_explained(described.get("config"), inventory, layout.name_of(layout.config))
+    bounds.require_explained(described.get("tree"), inventory, layout.name_of(layout.structure))
     values = tensors.read_tensors(inventory, layout)
     objects: dict[str, Any] = {}
     hidden: dict[str, torch.Tensor] = {}

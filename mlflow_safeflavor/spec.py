@@ -46,7 +46,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 AS_IS = "as-is"
 """Serving dtype of a module whose weights have several, and keep them."""
 
-STRUCTURE_KINDS = ("transformers", "import", "pickle", "graph")
+STRUCTURE_KINDS = ("transformers", "torch", "import", "pickle", "graph")
 
 
 _NAME = r"[^\W\d]\w*"

@@ -1,8 +1,9 @@
 """Describe a module so that it can be built again on real memory, and build it.
 
-Three kinds of structure, tried in this order when a model is saved (a fourth, ``graph``, has no module; see ``graph``):
+Four kinds of structure, tried in this order when a model is saved (a fifth, ``graph``, has no module; see ``graph``):
 
 * ``transformers``: a class of the transformers package and its config; runs no code of the artifact;
+* ``torch``: a tree of classes of ``torch.nn`` and their arguments (``layers.py``); runs none either;
 * ``import``: any class that can be imported, and JSON arguments; runs the user's code;
 * ``pickle``: the module itself without its tensors (``pickled.py``), only if the user allows it; then also where a
   constructor would load a checkpoint.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import inspect
 import itertools
@@ -30,6 +32,7 @@ from mlflow_safeflavor.embedding import Embedder
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.inventory import UNKNOWN, Inventory, find_slots, shape_of, some
+from mlflow_safeflavor.layers import describe_layers, is_tree, make_layers
 from mlflow_safeflavor.leftovers import covered, fresh, written_by_forward
 from mlflow_safeflavor.memory import real_memory
 from mlflow_safeflavor.spec import ModelSpec
@@ -123,7 +126,7 @@ def _compared(
             where=f"{described['class']}, {lost[0].path}",
             wanted="each attribute as it is in the module",
             found="; ".join(map(str, lost[:_MOST_NAMED])) + more,
-            way_out="pass init_args={…} with the constructor's arguments, allow_pickle=True, or structure='graph'",
+            way_out=_way_out(described, "pass init_args={…} with the constructor's arguments, "),
         )
     if not left:
         return module
@@ -134,11 +137,19 @@ def _compared(
 _MOST_NAMED = 5
 
 
+def _way_out(described: Mapping[str, Any], first: str) -> str:
+    """No arguments make a ``Sequential`` what it was not made for."""
+    return f"{'' if described['kind'] == 'torch' else first}allow_pickle=True, or structure='graph'"
+
+
 def _describe_constructor(
     module: torch.nn.Module, init_args: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], torch.nn.Module]:
     """The description, and what the constructor makes by it."""
     cls = type(module)
+    if init_args is None and (tree := describe_layers(module)) is not None:
+        of_torch = {"kind": "torch", "class": name_of(cls), "tree": tree}
+        return of_torch, _require_same_shapes(module, of_torch)
     config = getattr(module, "config", None)
     structure: dict[str, Any] = {
         "kind": "transformers" if _is_transformers(cls) and init_args is None else "import",
@@ -307,7 +318,7 @@ def _require_same_shapes(module: torch.nn.Module, structure: Mapping[str, Any]) 
             where=f"{structure['class']}, {odd[0]}",
             wanted=f"{wanted.get(odd[0], 'no such tensor')} as the constructor makes it",
             found=f"{found.get(odd[0], 'no such tensor')} in the module, and {len(odd) - 1} more differences",
-            way_out="keep config in step with the module, pass init_args={…}, allow_pickle=True or structure='graph'",
+            way_out=_way_out(structure, "keep config in step with the module, pass init_args={…}, "),
         )
     return built
 
@@ -338,34 +349,8 @@ def build(
         TrustError: The class is the user's own, and nobody agreed to run it.
         StructureError: The class is not there any more, or its constructor fails.
     """
-    lookup = _transformers_class
-    if structure["kind"] == "import":
-        require_agreed("code", trust, structure["class"])
-        lookup = import_name
-    elif not is_proven(structure["class"].rpartition(":")[2]):
-        raise StructureError(
-            "Nobody has proven that this class of transformers is built for what was saved, and for nothing else",
-            where=structure["class"],
-            wanted="a class in proven_classes.txt of this release",
-            way_out='save the model again with this release: it is then of the kind "import", for trust={"code"}',
-        )
     try:
-        cls = lookup(structure["class"])
-        # Looked at before it is called: os.system is no model, and a call would be too late to tell.
-        if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
-            raise StructureError("The class is no module", where=structure["class"], wanted="a torch.nn.Module")
-        if structure["kind"] == "transformers" and (odd := sorted(structure["arguments"].keys() - _flags(cls))):
-            raise StructureError("The class has no such flag", where=f"{structure['class']}, {odd[0]}", way_out=WAY_OUT)
-
-        def make() -> Any:
-            arguments = {
-                name: value["value"] if "value" in value else _config_from_json(value, lookup)
-                for name, value in structure["arguments"].items()
-            }
-            config = _config_from_json(structure, lookup)
-            made = cls(**arguments) if config is None else cls(config, **arguments)
-            return made if structure["layers"] is None else Embedder(made, structure["layers"])
-
+        make = _maker(structure, trust)
         with real_memory(dtype, inventory=inventory, initialise=initialise):
             module = make() if inventory is None else within(8 * inventory.nbytes, make)
     except SafeFlavorError:
@@ -384,6 +369,40 @@ def build(
         if not torch.nn.parameter.is_lazy(parameter):  # which has no gradient, and no shape
             parameter.requires_grad_(False)
     return module.eval()
+
+
+def _maker(structure: Mapping[str, Any], trust: Collection[str]) -> Callable[[], Any]:
+    """What calls the constructor, once it was looked at what that is."""
+    if structure["kind"] == "torch":
+        return functools.partial(make_layers, structure["tree"])
+    lookup = _transformers_class
+    if structure["kind"] == "import":
+        require_agreed("code", trust, structure["class"])
+        lookup = import_name
+    elif not is_proven(structure["class"].rpartition(":")[2]):
+        raise StructureError(
+            "Nobody has proven that this class of transformers is built for what was saved, and for nothing else",
+            where=structure["class"],
+            wanted="a class in proven_classes.txt of this release",
+            way_out='save the model again with this release: it is then of the kind "import", for trust={"code"}',
+        )
+    cls = lookup(structure["class"])
+    # Looked at before it is called: os.system is no model, and a call would be too late to tell.
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        raise StructureError("The class is no module", where=structure["class"], wanted="a torch.nn.Module")
+    if structure["kind"] == "transformers" and (odd := sorted(structure["arguments"].keys() - _flags(cls))):
+        raise StructureError("The class has no such flag", where=f"{structure['class']}, {odd[0]}", way_out=WAY_OUT)
+
+    def make() -> Any:
+        arguments = {
+            name: value["value"] if "value" in value else _config_from_json(value, lookup)
+            for name, value in structure["arguments"].items()
+        }
+        config = _config_from_json(structure, lookup)
+        made = cls(**arguments) if config is None else cls(config, **arguments)
+        return made if structure["layers"] is None else Embedder(made, structure["layers"])
+
+    return make
 
 
 def _config_from_json(described: Mapping[str, Any], lookup: Callable[[str], Any]) -> Any:
@@ -454,6 +473,7 @@ _CONSTRUCTOR_KEYS: dict[str, type | tuple[type, ...]] = {
     "layers": (list, type(None)),
 }
 _KEYS_OF: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "torch": {**_KEYS, "tree": dict},
     "pickle": {**_KEYS, "reason": str, "pickle": dict},
     "graph": _KEYS,
 }
@@ -479,6 +499,7 @@ def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
         and (spec.task == "custom" or not content["hooks"])
         and all(type(name) is str or (name is None and content["hooks_pickle"]) for name in content["hooks"].values())
         and (content["kind"] != "transformers" or all(map(_is_flag, content["arguments"].values())))
+        and (content["kind"] != "torch" or (not _is_deep(content["tree"]) and is_tree(content["tree"])))
     )
     if not well_formed:
         raise IntegrityError(
@@ -486,7 +507,8 @@ def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
         )
     if _is_deep(content):
         raise IntegrityError("The config is nested too deep", where=layout.name_of(layout.config), way_out=WAY_OUT)
-    require_harmless(content, layout.name_of(layout.config), trusted=content["kind"] != "transformers")
+    if content["kind"] != "torch":  # whose tree names classes and arguments of torch.nn, and parts by any name
+        require_harmless(content, layout.name_of(layout.config), trusted=content["kind"] != "transformers")
     return dict(content)
 
 

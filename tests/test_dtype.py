@@ -6,12 +6,16 @@ import json
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import transformers
+from architectures import tiny_model
 from artifacts import TEXTS
 from click.testing import CliRunner
 from memory import all_bits, memory
 from safetensors import safe_open
+from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -329,6 +333,40 @@ def test_from_pretrained_says_what_it_casts(tiny_bert, tmp_path, caplog):
     assert caplog.text == ""
     assert mlflow_safeflavor.from_pretrained(tmp_path).dtype == torch.float32
     assert "the weights are bfloat16" in caplog.text
+
+
+@pytest.mark.parametrize("task", ["text-classification", "token-classification", "question-answering", "fill-mask"])
+def test_scores_of_a_float64_model_are_in_float64(save, tiny_tokenizer, tmp_path, task):
+    """To 1e-12 those of transformers' pipeline, which only casts those of whole texts to float32."""
+    head = {"text": "SequenceClassification", "token": "TokenClassification", "question": "QuestionAnswering"}
+    model = tiny_model("Bert", "For" + head.get(task.partition("-")[0], "MaskedLM")).double()
+    text, tolerance = "the cat [MASK] on the mat", 1e-6 if task == "text-classification" else 1e-12
+    rows = {"question": "a cat", "context": text} if task.startswith("question") else {"text": text}
+    options = {"task": task, "tokenizer": tiny_tokenizer, "dtype": "float64", "structure": "module"}
+    path = save(model, input_example=pd.DataFrame([rows]), **options)
+    recorded = load_numpy(path / "safeflavor" / "parity.safetensors")
+    assert {array.dtype for name, array in recorded.items() if ".output." in name} == {np.dtype("float64")}
+    answers = load(path).predict(pd.DataFrame([rows])).to_dict("records")[0]
+    if task == "question-answering" and not hasattr(transformers, "QuestionAnsweringPipeline"):
+        assert float(np.float32(answers["score"])) != answers["score"]
+        return
+    pipe = transformers.pipeline(task, model=model, tokenizer=tiny_tokenizer)
+    wanted = pipe(**rows) if task == "question-answering" else pipe(text)
+    found = answers.get("score", [e["score"] for e in answers.get("entities", [])] or answers.get("scores"))
+    wanted = [e["score"] for e in wanted] if isinstance(wanted, list) else [wanted["score"]]
+    assert np.allclose(np.ravel(found), wanted[: len(np.ravel(found))], atol=tolerance, rtol=0)
+    assert len(np.ravel(found)) > 0
+
+
+def test_embeddings_of_a_float64_model_are_in_float64(save, tiny_bert, tiny_tokenizer):
+    model = tiny_bert(None).double()
+    options = {"task": "feature-extraction", "tokenizer": tiny_tokenizer, "dtype": "as-is", "structure": "module"}
+    path = save(model, input_example=None, **options)
+    answer = np.array(load(path).predict(["the cat sat"])["embedding"][0])
+    with torch.inference_mode():
+        hidden = model(**tiny_tokenizer("the cat sat", return_tensors="pt")).last_hidden_state[0].mean(0)
+    assert hidden.dtype == torch.float64
+    assert np.abs(answer - hidden.numpy()).max() < 1e-12
 
 
 def test_as_it_is_is_no_dtype_to_load_in(saved):

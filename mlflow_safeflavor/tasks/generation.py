@@ -16,7 +16,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow_safeflavor.engine import Engine, ModuleEngine, evaluating
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
-from mlflow_safeflavor.tasks.outputs import require_finite
+from mlflow_safeflavor.tasks.outputs import require_finite, wide
 from mlflow_safeflavor.tasks.params import Param, check_params, param_schema
 from mlflow_safeflavor.tasks.sampling import SAMPLING, sampler
 from mlflow_safeflavor.tasks.text import TRUNCATION, TextTask, describe_text_model
@@ -329,7 +329,7 @@ class Generation(TextTask):
         rows: list[RowOutput] = [{"ids": self._until_end(line)} for line in written]
         if "logits" not in outputs:
             return rows
-        logits = outputs["logits"].float().cpu().numpy()
+        logits = wide(outputs["logits"]).cpu().numpy()
         return [{**row, "logits": said[: len(row["ids"])]} for row, said in zip(rows, logits, strict=True)]
 
     def _until_end(self, ids: np.ndarray) -> np.ndarray:

@@ -11,13 +11,13 @@ import torch
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.rows import place
 
-__all__ = ["own", "own_array", "pick", "require_finite", "sigmoid", "softmax"]
+__all__ = ["own", "own_array", "pick", "require_finite", "sigmoid", "softmax", "wide"]
 
 
 def pick(
     outputs: Mapping[str, torch.Tensor], name: str, shape: Sequence[int | None], position: int = 0
 ) -> torch.Tensor:
-    """An output of the model in float32, by its name, or by its position where the model names none.
+    """An output of the model in float32 at least, by its name, or by its position where the model names none.
 
     Args:
         outputs: What the engine returned.
@@ -39,7 +39,12 @@ def pick(
             way_out="choose the task this model was made for: task=...",
         )
     assert tensor is not None  # noqa: S101  (for mypy; found says so)
-    return tensor.float()
+    return wide(tensor)
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32, which halves become because numpy knows none; or in float64, where the model answers in that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def own_array(tensor: torch.Tensor) -> np.ndarray:
@@ -86,14 +91,14 @@ def require_finite(values: Sequence[np.ndarray] | np.ndarray, first: int = 0) ->
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Scores that add up to 1 along the last axis; any shape, float32 stays float32."""
+    """Scores that add up to 1 along the last axis; any shape, the dtype stays."""
     shifted: np.ndarray = np.exp(logits - logits.max(axis=-1, keepdims=True))
     scores: np.ndarray = shifted / shifted.sum(axis=-1, keepdims=True)
     return scores
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """A score for each logit by itself; any shape, float32 stays float32."""
+    """A score for each logit by itself; any shape, the dtype stays."""
     # Two branches of the same function: exp of a large positive number would overflow.
     small = np.exp(-np.abs(logits))
     scores: np.ndarray = np.where(logits >= 0, 1, small) / (1 + small)

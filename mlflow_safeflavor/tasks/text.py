@@ -227,7 +227,7 @@ class TextTask(Task):
 
     @abstractmethod
     def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
-        """One output a row, without padding and in float32.
+        """One output a row, without padding and in float32 at least.
 
         Args:
             outputs: What the engine returned for one batch.
