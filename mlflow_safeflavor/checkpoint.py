@@ -96,7 +96,7 @@ def read_checkpoint(
     folder = _folder_of(name_or_path, revision, kwargs)
     cls = model_class or _class_of(folder)
     # A class of the user's own is the user's own business; what a checkpoint says is not.
-    with guarded(folder) if cls.__module__.startswith("transformers.") else nullcontext():
+    with guarded(*_own(folder)) if cls.__module__.startswith("transformers.") else nullcontext():
         recipe = _recipe_for(cls, folder, kwargs)
         state = {key: value for key, value in read_state(folder).items() if not _matches(key, drop)}
         found = count_dtypes(state.values())
@@ -163,11 +163,17 @@ def _download(name: str, revision: str, options: Mapping[str, Any]) -> Path:
     return hub.download(name, revision, ["*.json", "*.bin"], **options)
 
 
+def _own(folder: str | Path) -> list[Path]:
+    """What may be read of a checkpoint: its folder, and where the links of a snapshot in the hub's cache lead."""
+    folder = Path(os.path.abspath(folder))
+    return [folder, *(above.parent / "blobs" for above in folder.parents if above.name == "snapshots")]
+
+
 def _config_of(folder: Path) -> Any:
     import transformers
 
     try:
-        with guarded(folder):
+        with guarded(*_own(folder)):
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise StructureError(
@@ -377,12 +383,16 @@ def tokenizer_of(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with guarded(folder):
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with guarded(*_own(folder)):
+            found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # transformers 5 makes one where the vocabulary's file is missing, and every word is unknown to it.
+        if found.get_vocab().keys() <= {*found.all_special_tokens}:
+            raise ValueError("a vocabulary of special tokens alone: its file is missing")
     except (OSError, ValueError, KeyError) as error:
         raise StructureError(
             "The checkpoint has no readable tokenizer", where=folder, found=error, way_out="pass tokenizer=…"
         ) from error
+    return found
 
 
 def processor_of(folder: str | Path, *, sounds: bool) -> Any:
@@ -396,7 +406,7 @@ def processor_of(folder: str | Path, *, sounds: bool) -> Any:
     pillow = {"backend": "pil"} if int(transformers.__version__.partition(".")[0]) >= 5 else {"use_fast": False}
     auto: Any = transformers.AutoFeatureExtractor if sounds else transformers.AutoImageProcessor
     try:
-        with guarded(folder):
+        with guarded(*_own(folder)):
             return auto.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, **({} if sounds else pillow)
             )

@@ -16,6 +16,7 @@ import platform
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +26,13 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from mlflow_safeflavor.errors import EnvironmentMismatchError, IntegrityError
+from mlflow_safeflavor.errors import (
+    EnvironmentMismatchError,
+    IntegrityError,
+    ParityError,
+    StructureError,
+    WeightsError,
+)
 from mlflow_safeflavor.spec import is_plain_text, is_scalar
 from mlflow_safeflavor.wheels import installed_content, installed_wheels
 
@@ -533,6 +540,28 @@ def _same_version(wanted: str, found: str | None) -> bool:
 def format_differences(differences: Sequence[Difference]) -> str:
     """The differences as an aligned table with one way out; empty for none."""
     return f"{_table(differences)}\n  way out: {_WAY_OUT}" if differences else ""
+
+
+@contextmanager
+def naming_versions(recorded: Environment, *, path: Sequence[str] | None = None) -> Iterator[None]:
+    """Put the pinned versions first in the way out of a load that failed inside, where others are installed.
+
+    Raises:
+        SafeFlavorError: What was raised inside.
+    """
+    try:
+        yield
+    except (ParityError, StructureError, WeightsError) as error:
+        found = [str(one) for one in find_differences(recorded, path=path) if one.kind in _INSTALLABLE]
+        if not found:
+            raise
+        versions = "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
+        way_out = f"{_WAY_OUT} ({versions})" + (f"; or {error.way_out}" if error.way_out else "")
+        raise error.with_way_out(way_out).with_traceback(error.__traceback__) from error.__cause__
+
+
+_INSTALLABLE = frozenset(("python", "implementation", "distribution", "missing", "wheel", "torch-build"))
+"""Kinds of differences that installing something else removes."""
 
 
 def _table(differences: Sequence[Difference]) -> str:

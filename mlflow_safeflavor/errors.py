@@ -96,6 +96,11 @@ class SafeFlavorError(MlflowException):
         super().__init__("\n".join(lines), error_code=self.status)
 
 
+    def with_way_out(self, way_out: str) -> SafeFlavorError:
+        """The same error with another way out."""
+        return type(self)(self.what, where=self.where, wanted=self.wanted, found=self.found, way_out=way_out)
+
+
 class EnvironmentMismatchError(SafeFlavorError):
     """Pins, platform or interpreter differ from what was recorded, or cannot be recorded."""
 

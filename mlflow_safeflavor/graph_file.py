@@ -148,7 +148,7 @@ def from_json(content: Any) -> Graph:
             "The graph of the model is not one that may be run",
             where="graph.json",
             found=fault[:1000],
-            way_out="fetch the artifact again; an operator that this torch lacks is in the pinned one",
+            way_out=WAY_OUT,
         )
     return graph
 

@@ -23,6 +23,7 @@ import torch
 from mlflow_safeflavor.errors import StructureError, WeightsError
 
 __all__ = [
+    "NOT_GIVEN_BACK",
     "OWN_STATE",
     "STORABLE",
     "UNKNOWN",
@@ -45,6 +46,12 @@ __all__ = [
     "some",
     "take_inventory",
 ]
+
+NOT_GIVEN_BACK = (
+    "save the model again; where this comes back, its constructor depends on more than its arguments: "
+    "allow_pickle=True or structure='graph' does without it"
+)
+"""What to do where a constructor makes something else now than when the model was saved."""
 
 _TENSOR_TYPES = (
     (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -464,7 +471,7 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
             where=path,
             wanted=_describe(inventory.rows.get(path)),
             found=f"{slots[path].kind} {list(shape_of(slots[path].tensor))}" if path in slots else "no such tensor",
-            way_out="the class has changed since the model was saved: install the pinned versions, or save it again",
+            way_out=NOT_GIVEN_BACK,
         )
     tensors = realise(inventory, values)
     for path, slot in slots.items():

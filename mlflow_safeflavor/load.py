@@ -121,9 +121,17 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
     """Load an artifact from a local folder: the one path that native loading and pyfunc share."""
     layout, report = Layout(root, keeps=True), LoadReport()
     with report.timed("look"):
-        spec = _look(layout, options, report)
+        spec, recorded = _look(layout, options, report)
     with report.timed("import"), _without_collecting():
-        from mlflow_safeflavor import tensors  # and with it torch
+        import mlflow_safeflavor.tensors  # noqa: F401  (and with it torch)
+    with environments.naming_versions(recorded):
+        return _load(spec, layout, options, report)
+
+
+def _load(spec: ModelSpec, layout: Layout, options: LoadOptions, report: LoadReport) -> LoadedModel:
+    """Everything after the environment was compared and torch imported."""
+    from mlflow_safeflavor import tensors
+
     with report.timed("digest"):
         inventory = tensors.read_inventory(layout)
         _check_dtype(inventory, spec)
@@ -165,7 +173,9 @@ def _without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> ModelSpec:
+def _look(
+    layout: Layout, options: LoadOptions, report: LoadReport
+) -> tuple[ModelSpec, environments.Environment]:
     """Everything that can be refused before torch is imported or anything is built."""
     if options.verify not in _VERIFY:
         raise InputError("Unknown value", where="verify", wanted=" | ".join(_VERIFY), found=repr(options.verify))
@@ -180,7 +190,7 @@ def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> ModelSpec
         recorded = recorded.for_graph()
     differences = environments.require_same(recorded, policy=options.environment)
     report.environment = tuple(str(difference) for difference in differences)
-    return spec
+    return spec, recorded
 
 
 def _check_files(layout: Layout, guarded: Mapping[str, Any], options: LoadOptions, report: LoadReport) -> None:
@@ -326,14 +336,14 @@ def rebuild(
 def _check_tensors(
     module: torch.nn.Module, inventory: Inventory, hidden: Mapping[str, torch.Tensor], report: LoadReport
 ) -> None:
-    from mlflow_safeflavor.inventory import find_differences
+    from mlflow_safeflavor.inventory import NOT_GIVEN_BACK, find_differences
 
     if differences := list(find_differences(module, inventory, hidden)):
         raise WeightsError(
             "The rebuilt module is not the one that was saved",
             where=differences[0],
             found=f"{len(differences)} differences",
-            way_out="install the pinned versions (mlflow-safeflavor inspect shows them)",
+            way_out=NOT_GIVEN_BACK,
         )
     report.tensors, report.alias_groups = len(inventory.rows), len(inventory.data)
     report.weight_bytes = inventory.nbytes
@@ -467,7 +477,7 @@ def _naming_failures(layout: Layout) -> Iterator[None]:
             "The model cannot answer the rows that were recorded with it",
             where=layout.name_of(layout.parity),
             found=f"{type(error).__name__}: {error}",
-            way_out="install the pinned versions, or save the model again in this environment",
+            way_out="save the model again in this environment",
         ) from error
 
 

@@ -289,7 +289,7 @@ def require_parity(report: ParityReport, layout: Layout) -> None:
             where=f"{layout.name_of(layout.parity)}, {len(wrong)} of {len(report.rows)} rows",
             wanted=f"within atol {report.atol:g}, rtol {report.rtol:g}",
             found=wrong[0].problem,
-            way_out="install the pinned versions, or save the model again in this environment",
+            way_out="save the model again in this environment",
         )
 
 

@@ -132,5 +132,5 @@ def load(
             "The model cannot be unpickled here",
             where=layout.name_of(file),
             found=f"{type(error).__name__}: {error}",
-            way_out="install the pinned versions; when saving, pass code_paths=[…] with the modules it needs",
+            way_out="when saving, pass code_paths=[…] with the modules it needs",
         ) from error

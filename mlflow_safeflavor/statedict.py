@@ -50,7 +50,8 @@ def read_state(source: str | Path | Mapping[str, torch.Tensor]) -> dict[str, tor
                 "The checkpoint holds something else than tensors with values",
                 where=key,
                 found="a tensor on the meta device" if isinstance(value, torch.Tensor) else type(value).__name__,
-                way_out="hand over the state dict itself, like torch.load(file, weights_only=True)['state_dict']",
+                way_out="hand the state dict itself to mlflow_safeflavor.materialize, like "
+                "torch.load(file, weights_only=True)['state_dict']",
             )
     return state
 
@@ -77,7 +78,7 @@ def _find_weights(folder: Path) -> Path:
         found=f"a PEFT adapter: {some(found)}" if adapter else some(found) or "an empty folder",
         way_out="load the base model with peft, merge_and_unload() and save that"
         if adapter
-        else "name the file itself",
+        else "mlflow_safeflavor.materialize(module, FILE) takes a file of any name",
     )
 
 

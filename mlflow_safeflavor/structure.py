@@ -360,8 +360,7 @@ def build(
             "The constructor of the model failed",
             where=structure["class"],
             found=f"{type(error).__name__}: {error}",
-            way_out="install the pinned versions (mlflow-safeflavor inspect shows them); "
-            "when saving, pass init_args={…} or allow_pickle=True",
+            way_out="when saving, pass init_args={…} or allow_pickle=True",
         ) from error
     if not isinstance(module, torch.nn.Module):  # a class may have a __new__ of its own
         raise StructureError("The class does not make a module", where=structure["class"])
@@ -442,7 +441,7 @@ def _transformers_class(full_name: str) -> Any:
         "The model's class is not in the installed transformers",
         where=full_name,
         wanted="a class of the transformers package",
-        way_out="install the pinned transformers (mlflow-safeflavor inspect shows it)",
+        way_out=WAY_OUT,
     )
 
 

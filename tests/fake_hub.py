@@ -79,6 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         words = path.strip("/").split("/")
         api = words[:2] == ["api", "models"]
         name, rest = "/".join(words[2:4] if api else words[:2]), words[4:] if api else words[2:]
+        rest = rest or ["revision", "main"]
         refs = self.hub.refs.get(name)
         if refs is None:
             return self._refuse(404, "RepoNotFound")

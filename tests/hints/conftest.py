@@ -1,0 +1,45 @@
+"""What the rows of the table of hints share: each hint was told to somebody while its test ran."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+
+import pytest
+from sites import Site
+
+from mlflow_safeflavor.errors import SafeFlavorError
+
+
+@pytest.fixture(autouse=True)
+def told(request, monkeypatch, caplog):
+    """Every hint of the test's rows is told to somebody while it runs."""
+    said: list[tuple[str, str]] = []
+    make, warn = SafeFlavorError.__init__, warnings.warn
+
+    def note(self, what, **details):
+        said.append((what, details.get("way_out") or ""))
+        make(self, what, **details)
+
+    def note_warning(message, *args, **options):
+        said.append((str(message),) * 2)
+        warn(message, *args, **options)
+
+    monkeypatch.setattr(SafeFlavorError, "__init__", note)
+    monkeypatch.setattr(warnings, "warn", note_warning)
+    with caplog.at_level(logging.INFO, "mlflow_safeflavor"):
+        yield
+    said += [(str(record.msg),) * 2 for when in ("setup", "call") for record in caplog.get_records(when)]
+    for site in (marker.args[0] for marker in request.node.iter_markers("hint")):
+        assert any(_is(site, *each) for each in said), f"nobody was told: {site}; but {said}"
+
+
+def _is(site: Site, what: str, hint: str) -> bool:
+    # What has no blank is the name of a constant, or of the function that makes a hint of it.
+    named = " " not in site.what or any(_pattern(one).fullmatch(what) for one in site.what.split(" | "))
+    return named and _pattern(site.hint).search(hint) is not None
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(".*".join(map(re.escape, re.split(r"…|\{model\}", template))), re.DOTALL)

@@ -1,0 +1,26 @@
+"""The rows of the table of hints: a test that meets a message, and does what its hint says."""
+
+from __future__ import annotations
+
+import pytest
+from sites import Site
+
+FOLLOWED: dict[Site, str] = {}
+"""Site → the test that follows its hint; filled as test modules are imported."""
+
+
+def follows(module: str, what: str, hint: str = ""):
+    """Mark a test that meets this message and does literally what its hint says.
+
+    Args:
+        module: Of the package, such as ``tasks/raw``.
+        what: The message's first sentence, as it is written in the source, with ``…`` for what is computed.
+        hint: Likewise; may be left out for a line of the log.
+    """
+    site = Site(module, what, hint or what)
+
+    def mark(test):
+        FOLLOWED[site] = f"{test.__module__}.py::{test.__name__}"
+        return pytest.mark.hint(site)(test)
+
+    return mark

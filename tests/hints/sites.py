@@ -1,0 +1,160 @@
+"""Every place of the package that tells its users what to do, found in its source and named by text alone.
+
+A site is a call that hands over ``way_out=`` (or ``instead=``, which becomes one), a constant that is handed over
+by position, or a call of a logger or of ``warnings.warn``. What is computed stands in its text as ``…``.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlflow_safeflavor
+
+PACKAGE = Path(mlflow_safeflavor.__file__).parent
+ERRORS = frozenset(name for name in importlib.import_module("mlflow_safeflavor.errors").__all__ if name[0].isupper())
+_HINTS = ("way_out", "instead")
+_CONSTANT = re.compile(r"_?WAY_OUT\w*|_REFUSED")
+_LOGS = {("_logger", "info"), ("_logger", "warning"), ("_logger", "exception"), ("warnings", "warn")}
+
+
+class Site(NamedTuple):
+    """What is said, and where.
+
+    Attributes:
+        module: Its path in the package, such as ``tasks/raw``.
+        what: The message's first sentence.
+        hint: What to do; for a line of a log the same as ``what``.
+    """
+
+    module: str
+    what: str
+    hint: str
+
+    def __str__(self) -> str:
+        return f"{self.module}: {self.what} → {self.hint}"
+
+
+class Place(NamedTuple):
+    """A site, and the lines it stands on now."""
+
+    site: Site
+    first: int
+    last: int
+
+
+@cache
+def places_of(module: str) -> tuple[Place, ...]:
+    """All sites of a module, those inside others last."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    values = vars(importlib.import_module("mlflow_safeflavor." + module.removesuffix("/__init__").replace("/", ".")))
+    return tuple(Place(Site(module, *texts), node.lineno, node.end_lineno or 0) for node, texts in _found(tree, values))
+
+
+@cache
+def all_sites() -> dict[Site, None]:
+    """The sites of all modules, in order."""
+    modules = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
+    return dict.fromkeys(place.site for module in modules for place in places_of(module))
+
+
+def errors_without() -> Iterator[tuple[str, str, bool]]:
+    """Errors that are made without a hint: module, first sentence, and whether they say what is wanted."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ERRORS:
+                named = {keyword.arg for keyword in node.keywords}
+                if "way_out" not in named:
+                    module = path.relative_to(PACKAGE).with_suffix("").as_posix()
+                    yield module, " | ".join(_firsts(node.args[0], _Known({}, {}))), "wanted" in named
+
+
+def _found(tree: ast.Module, values: Mapping[str, Any]) -> Iterator[tuple[Any, tuple[str, str]]]:
+    known = _Known({name: value for name, value in values.items() if isinstance(value, str)}, _assigned(tree))
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else None
+        if isinstance(target, ast.Name) and _CONSTANT.fullmatch(target.id):
+            for texts in _spelled(target.id, values[target.id]):
+                yield node, texts
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        hints = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg in _HINTS}
+        what = " | ".join(_firsts(node.args[0], known)) if node.args else ast.unparse(node.func)
+        if "instead" in hints:
+            what = ast.unparse(node.func).rpartition(".")[2]
+        for value in hints.values():
+            for text in known.texts(value):
+                yield node, (what, text)
+        if isinstance(node.func, ast.Attribute) and (ast.unparse(node.func.value), node.func.attr) in _LOGS:
+            yield node, (what, what)
+
+
+def _firsts(node: ast.expr, known: _Known) -> list[str]:
+    return [known.template(part) for part in ([node.body, node.orelse] if isinstance(node, ast.IfExp) else [node])]
+
+
+def _spelled(name: str, value: Any) -> list[tuple[str, str]]:
+    """What a constant holds: a hint, hints by name, or rows of a table that end with what is wrong and a hint."""
+    if isinstance(value, str):
+        return [(name, value)]
+    if isinstance(value, Mapping):
+        return [(name, hint) for hint in dict.fromkeys(value.values())]
+    return [(what, hint) for _, what, hint in value] if isinstance(value, tuple) else []
+
+
+def _assigned(tree: ast.Module) -> dict[str, list[ast.expr]]:
+    """Variables and functions → the expressions they may stand for, in order."""
+    found: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+            several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            for name, part in zip(target.elts, value.elts, strict=False) if several else [(target, value)]:
+                found.setdefault(ast.unparse(name), []).append(part)
+        elif isinstance(node, ast.AugAssign):
+            found.setdefault(f"{ast.unparse(node.target)} +", []).append(node.value)
+        elif isinstance(node, ast.FunctionDef):
+            results = [part.value for part in ast.walk(node) if isinstance(part, ast.Return) and part.value]
+            found.setdefault(f"{node.name}()", []).extend(results)
+    return found
+
+
+class _Known(NamedTuple):
+    """What names of a module stand for.
+
+    Attributes:
+        constants: Texts by name.
+        assigned: From ``_assigned``.
+    """
+
+    constants: Mapping[str, str]
+    assigned: Mapping[str, list[ast.expr]]
+
+    def texts(self, node: ast.expr) -> Iterator[str]:
+        """The texts that an expression may be; none for None."""
+        if isinstance(node, ast.IfExp):
+            yield from self.texts(node.body)
+            yield from self.texts(node.orelse)
+        elif isinstance(node, ast.Call) and (results := self.assigned.get(f"{ast.unparse(node.func)}()")):
+            for result in results:
+                yield from self.texts(result)
+        elif isinstance(node, ast.Name) and node.id not in self.constants and node.id in self.assigned:
+            before = [value for value in self.assigned[node.id] if value.lineno <= node.lineno][-1:]
+            added = [value for value in self.assigned.get(f"{node.id} +", []) if value.lineno <= node.lineno][-1:]
+            for value in [*before, *added]:
+                yield from self.texts(value)
+        elif not (isinstance(node, ast.Constant) and node.value is None):
+            yield self.template(node)
+
+    def template(self, node: ast.expr) -> str:
+        """One text, with ``…`` for what is computed."""
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return node.value
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(self.template, node.values))
+        name = node.value if isinstance(node, ast.FormattedValue) else node
+        return self.constants.get(name.id, "…") if isinstance(name, ast.Name) else "…"

@@ -1,0 +1,558 @@
+"""Hints of ``save_model``, followed: what is handed over, what rebuilds it, and what is stored of it."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from architectures import tiny_model
+from hint_rows import follows
+from mlflow.models import infer_signature
+from torch import nn
+
+import mlflow_safeflavor
+from mlflow_safeflavor import from_pretrained, load_model, materialize
+from mlflow_safeflavor.errors import (
+    InputError,
+    IntegrityError,
+    RehearsalError,
+    StructureError,
+    TrustError,
+    WeightsError,
+)
+
+pytest_plugins = "saved_models"
+
+X = {"x": np.ones((2, 4), "float32")}
+
+CODE = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, factor=2.0, width=4):
+        super().__init__()
+        self.f = factor
+        self.layer = torch.nn.Linear(width, 3)
+
+    def forward(self, x):
+        return {"y": self.layer(x) * self.f}
+
+class Own(torch.nn.Module):
+    def __init__(self, made):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, made.width)
+
+    def forward(self, x):
+        return {"y": self.layer(x)}
+
+def pre(rows):
+    return {"x": torch.tensor([[row["a"]] * 4 for row in rows])}
+
+def post(outputs):
+    return [{"y": float(y[0])} for y in outputs["y"]]
+"""
+
+
+@pytest.fixture
+def code(user_code):
+    module, file = user_code("hints_code", CODE)
+    return SimpleNamespace(**vars(module), file=file)
+
+
+@pytest.fixture
+def save(tmp_path):
+    """``save(model, …)``: the path of a saved model, of the raw task unless something else is said."""
+    count = iter(range(100))
+
+    def run(model, **given):
+        if isinstance(model, nn.Module) and not hasattr(model, "config"):
+            given = {"task": "raw", "input_example": X, **given}
+        path = tmp_path / f"model-{next(count)}"
+        mlflow_safeflavor.save_model(model, path, **{"structure": "module", "rehearse": False, **given})
+        return path
+
+    return run
+
+
+def refused(kind, save, *args, **given):
+    with pytest.raises(kind) as error:
+        save(*args, **given)
+    return error.value
+
+
+# Arguments.
+
+
+@follows("arguments", "There is no such argument", "is … meant?")
+@follows("arguments", "There is no such argument", "leave it out")
+@follows("arguments", "An argument is of the wrong type", "pass …=[…]")
+@follows("arguments", "An argument is of the wrong type", "pass str(…)")
+@follows("arguments", "An argument is of the wrong type", "leave … out, which is …=…")
+def test_arguments(save, code, tmp_path):
+    given = {"code_paths": [code.file]}
+    error = refused(InputError, save, code.Net(), **given, alow_pickle=False)
+    save(code.Net(), **given, **{error.way_out.split()[1]: False})
+    refused(InputError, save, code.Net(), **given, conda=None)
+    save(code.Net(), **given)
+    error = refused(InputError, save, code.Net(), code_paths=code.file)
+    save(code.Net(), **eval(error.way_out.replace("pass ", "dict(") + ")"))
+    import pathlib
+
+    task = pathlib.Path("raw")
+    error = refused(InputError, save, code.Net(), **given, task=task)
+    save(code.Net(), **given, task=eval(error.way_out.removeprefix("pass "), {"task": task}))
+    error = refused(InputError, save, code.Net(), **given, rehearse=None)
+    save(code.Net(), **given, **eval(f"dict({error.way_out.rpartition('which is ')[2]})"))
+
+
+@follows("artifact", "There is something at the target path already", "choose another path or remove it first")
+def test_a_path_that_is_taken(code, tmp_path):
+    path, given = tmp_path / "taken", {"task": "raw", "input_example": X, "code_paths": [code.file]}
+    path.write_text("mine")
+    options = {**given, "structure": "module", "rehearse": False}
+    refused(IntegrityError, mlflow_safeflavor.save_model, code.Net(), path, **options)
+    mlflow_safeflavor.save_model(code.Net(), tmp_path / "other", **options)
+    path.unlink()
+    mlflow_safeflavor.save_model(code.Net(), path, **options)
+
+
+@follows("source", "This cannot be saved as a model", "name the parts: save_model(model, tokenizer=…)")
+def test_a_pair(save, tiny_bert, tiny_tokenizer):
+    refused(StructureError, save, (tiny_bert(), tiny_tokenizer))
+    save(tiny_bert(), tokenizer=tiny_tokenizer)
+
+
+@follows("tasks/__init__", "The task cannot be told from the model class", "say it: save_model(..., task=...)")
+def test_a_task_that_nobody_told(save, code):
+    refused(StructureError, save, code.Net(), task=None, code_paths=[code.file])
+    save(code.Net(), task="raw", code_paths=[code.file])
+
+
+@follows(
+    "save",
+    "preprocess and postprocess belong to the custom task, which needs both",
+    'pass task="custom", preprocess=… and postprocess=…',
+)
+@follows(
+    "save",
+    "The … task needs an example: nobody else knows its rows",
+    "pass input_example=… as predict takes it; its answers are recorded and replayed at each load",
+)
+@follows(
+    "save", "A hook cannot be imported anywhere else", "move it to a file and pass code_paths=[file], or pass allow_pickle=True"
+)
+@follows("save", "code_paths must not hold the loader itself", "leave it out")
+def test_hooks(save, code):
+    from pathlib import Path
+
+    table = pd.DataFrame({"a": [1.0, 2.0]})
+    given = {"code_paths": [code.file], "input_example": table}
+    refused(InputError, save, code.Net(), **given, preprocess=code.pre)
+    custom = {"task": "custom", "preprocess": code.pre, "postprocess": code.post}
+    save(code.Net(), **given, **custom)
+    refused(InputError, save, code.Net(), **custom, code_paths=[code.file], input_example=None)
+    own = {**custom, "postprocess": lambda outputs: code.post(outputs)}
+    refused(StructureError, save, code.Net(), **given, **own)
+    save(code.Net(), **given, **custom)
+    save(code.Net(), **given, **own, allow_pickle=True)
+    loader = str(Path(mlflow_safeflavor.__file__).parent)
+    refused(InputError, save, code.Net(), **custom, input_example=table, code_paths=[code.file, loader])
+
+
+@follows(
+    "save",
+    "The forward of the model cannot be stored as a graph",
+    'save it with structure="auto" and without require_graph',
+)
+def test_a_forward_that_is_no_graph(save, code):  # no graph is recorded in these tests
+    refused(StructureError, save, code.Net(), code_paths=[code.file], structure="auto", require_graph=True)
+    refused(StructureError, save, code.Net(), structure="graph")
+    save(code.Net(), code_paths=[code.file], structure="auto")
+
+
+@follows("signature", "The signature does not fit the task", "leave signature out, or rename columns with input_columns")
+@follows(
+    "signature",
+    "The signature does not declare %s, so MLflow drops %s from requests; leave signature out to have all params of "
+    "the task.",
+)
+def test_a_signature(save, tiny_bert, tiny_tokenizer):
+    frame = pd.DataFrame({"review": ["the cat"]})
+    given = {"tokenizer": tiny_tokenizer, "signature": infer_signature(frame)}
+    refused(InputError, save, tiny_bert(), **given)
+    some = save(tiny_bert(), **given, input_columns={"text": "review"})
+    assert load_model(some).predict(frame)["label"]
+    every = save(tiny_bert(), tokenizer=tiny_tokenizer)
+    assert mlflow.models.Model.load(str(every)).signature.params is not None
+    assert mlflow.models.Model.load(str(some)).signature.params is None
+
+
+@follows(
+    "dtypes",
+    "safeflavor: the weights are %s, and become %s because no dtype was given; dtype='as-is' keeps them, and dtype=%r "
+    "says that this is meant",
+)
+def test_weights_of_another_dtype(save, code, caplog):
+    given = {"code_paths": [code.file]}
+
+    def saved_as(**more):
+        caplog.clear()
+        path = save(code.Net().half(), **given, **more)
+        said = any("dtype='as-is' keeps them" in record.getMessage() for record in caplog.records)
+        return load_model(path, trust=["code"]).module.layer.weight.dtype, said
+
+    assert saved_as() == (torch.float32, True)
+    assert saved_as(dtype="float32") == (torch.float32, False)
+    assert saved_as(dtype="as-is") == (torch.float16, False)
+
+
+# What rebuilds a module.
+
+
+@follows(
+    "structure",
+    "The module's class cannot be imported anywhere else",
+    "move it to a file and pass code_paths=[file], or pass allow_pickle=True",
+)
+def test_a_class_of_a_function(save, user_code):
+    class Here(nn.Linear):
+        pass
+
+    refused(StructureError, save, Here(4, 2), input_example=np.ones((1, 4), "float32"))
+    given = {"input_example": np.ones((1, 4), "float32")}
+    load_model(save(Here(4, 2), **given, allow_pickle=True), trust=["pickle"])
+    moved, file = user_code("moved_code", "import torch\nclass Here(torch.nn.Linear): pass\n")
+    load_model(save(moved.Here(4, 2), **given, init_args={"in_features": 4, "out_features": 2}, code_paths=[file]), trust=["code"])
+
+
+@follows(
+    "structure",
+    "The constructor does not give back all that the module holds: it was changed after it was made",
+    "pass init_args={…} with the constructor's arguments, allow_pickle=True, or structure='graph'",
+)
+@follows(
+    "structure",
+    "The constructor does not give back the module: it was changed after it was made",
+    "keep config in step with the module, pass init_args={…}, allow_pickle=True or structure='graph'",
+)
+@follows("structure", "safeflavor: the module is pickled. %s")
+@pytest.mark.graphs
+def test_a_module_that_was_changed(save, code, tiny_bert, tiny_tokenizer):
+    def changed(width=4):
+        model = code.Net(width=width)
+        model.f = 2.0
+        return model
+
+    given = {"code_paths": [code.file]}
+    own = code.Net()
+    own.note = "kept"
+    refused(StructureError, save, own, **given)
+    load_model(save(own, **given, allow_pickle=True), trust=["pickle", "code"])
+    load_model(save(own, structure="graph"))
+    wide = {**given, "input_example": {"x": np.ones((2, 5), "float32")}}
+    refused(StructureError, save, changed(5), **wide)
+    load_model(save(changed(5), **wide, init_args={"width": 5}), trust=["code"])
+    load_model(save(changed(5), **wide, allow_pickle=True), trust=["pickle", "code"])
+    bert = tiny_bert()
+    bert.classifier = nn.Linear(32, 3)
+    refused(StructureError, save, bert, tokenizer=tiny_tokenizer)
+    bert.config.num_labels = 3
+    bert.num_labels = 3
+    load_model(save(bert, tokenizer=tiny_tokenizer))
+
+
+@follows("structure", "A constructor argument cannot be stored as JSON", "pass allow_pickle=True instead of init_args")
+@follows("structure", "The constructor of the model failed", "when saving, pass init_args={…} or allow_pickle=True")
+def test_constructor_arguments(save, code):
+    given = {"code_paths": [code.file]}
+    made = SimpleNamespace(width=3)
+    refused(StructureError, save, code.Own(made), **given)
+    refused(StructureError, save, code.Own(made), **given, init_args={"made": made})
+    load_model(save(code.Own(made), **given, allow_pickle=True), trust=["pickle", "code"])
+
+
+@follows(
+    "structure",
+    "The config names code, files or repositories, which a load would look for",
+    "set them to None in model.config, or pass allow_pickle=True",
+)
+def test_a_config_that_names_files(save, tiny_bert, tiny_tokenizer):
+    model = tiny_bert()
+    model.config.vocab_file = "/tmp/words.txt"
+    refused(StructureError, save, model, tokenizer=tiny_tokenizer)
+    load_model(save(model, tokenizer=tiny_tokenizer, allow_pickle=True), trust=["pickle"])
+    model.config.vocab_file = None
+    load_model(save(model, tokenizer=tiny_tokenizer))
+
+
+@follows("wrappers", "safeflavor: %s is taken off, and the module inside it saved")
+@follows(
+    "wrappers",
+    "The module carries accelerate hooks, which move or offload its tensors",
+    "accelerate.hooks.remove_hook_from_module(model, recurse=True) after bringing all weights back",
+)
+@follows(
+    "wrappers", "The LightningModule holds the trainer that trained it", "{model}._trainer = None, or save the network inside it"
+)
+@follows("wrappers", "TorchScript keeps no class that could be called again", "save the module that was scripted or traced")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_wrappers(save, code):
+    import accelerate
+
+    given = {"code_paths": [code.file]}
+    model = code.Net()
+    load_model(save(nn.DataParallel(model), **given), trust=["code"])
+    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
+    error = refused(StructureError, save, model, **given)
+    exec(error.way_out.partition(" after")[0], {"accelerate": accelerate, "model": model})
+    save(model, **given)
+    refused(StructureError, save, torch.jit.script(nn.Linear(4, 2)), input_example=X["x"])
+    save(nn.Linear(4, 2), input_example=X["x"], init_args={"in_features": 4, "out_features": 2})
+    lightning = type("LightningModule", (nn.Module,), {"__module__": "lightning.pytorch.core.module"})()
+    lightning.net, lightning._trainer = code.Net(), object()
+    error = refused(StructureError, save, lightning, **given)
+    exec(error.way_out.partition(",")[0], {"model": lightning})
+    assert "trainer" not in str(refused(StructureError, save, lightning, **given))  # of no importable class here
+    save(lightning.net, **given)
+
+
+@follows(
+    "wrappers",
+    "The module is quantised, and its integer weights cannot be rebuilt from a config",
+    "save the model before quantising it",
+)
+@follows(
+    "wrappers",
+    "The module is quantised, and its integer weights cannot be rebuilt from a config",
+    "save the model before quantising it, or model.dequantize() first",
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_module(save):
+    linear = nn.Sequential(nn.Linear(4, 2))
+    example = {"input_example": X["x"], "allow_pickle": True}
+    if "fbgemm" in torch.backends.quantized.supported_engines or "qnnpack" in torch.backends.quantized.supported_engines:
+        quantised = torch.ao.quantization.quantize_dynamic(linear, {nn.Linear}, dtype=torch.qint8)
+        refused(StructureError, save, quantised, **example)
+    load_model(save(linear, **example), trust=["pickle"])
+
+    class Quantised(nn.Sequential):
+        is_quantized = True
+
+        def dequantize(self):
+            self.is_quantized = False
+            return self
+
+    model = Quantised(nn.Linear(4, 2))
+    error = refused(StructureError, save, model, **example)
+    exec(error.way_out.partition("or ")[2].removesuffix(" first"), {"model": model})
+    load_model(save(model, **example), trust=["pickle"])
+
+
+@follows(
+    "wrappers", "Adapters lie beside the weights of the module", "{model} = {model}.merge_and_unload()"
+)
+@follows(
+    "wrappers",
+    "Adapters lie beside the weights of the module",
+    "model.merge_and_unload() of the PeftModel; for adapters that transformers itself added (add_adapter, "
+    "load_adapter): model = peft.PeftModel.from_pretrained(plain_model, folder).merge_and_unload()",
+)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_adapters(save, tiny_bert, tiny_tokenizer, tmp_path):
+    import peft
+
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    model = peft.get_peft_model(tiny_bert(), config)
+    model.save_pretrained(tmp_path / "adapter")
+    error = refused(StructureError, save, model, tokenizer=tiny_tokenizer)
+    named = {"model": model}
+    exec(error.way_out, named)
+    save(named["model"], tokenizer=tiny_tokenizer)
+    native = tiny_bert()
+    native.load_adapter(str(tmp_path / "adapter"))
+    error = refused(StructureError, save, native, tokenizer=tiny_tokenizer)
+    named = {"peft": peft, "plain_model": tiny_bert(), "folder": str(tmp_path / "adapter")}
+    exec(error.way_out.partition("load_adapter): ")[2], named)
+    save(named["model"], tokenizer=tiny_tokenizer)
+
+
+# What is stored of it.
+
+
+@follows(
+    "inventory",
+    "The module holds tensors without values",
+    "load the checkpoint with mlflow_safeflavor.from_pretrained, or fill the module with mlflow_safeflavor.materialize, "
+    "then save it",
+)
+def test_a_module_on_meta(save, tiny_bert, tiny_tokenizer, tmp_path):
+    whole = tiny_bert()
+    whole.save_pretrained(tmp_path / "checkpoint")
+    with torch.device("meta"):
+        model = type(whole)(whole.config)
+    refused(WeightsError, save, model, tokenizer=tiny_tokenizer)
+    save(from_pretrained(tmp_path / "checkpoint"), tokenizer=tiny_tokenizer)
+    save(materialize(model, tmp_path / "checkpoint"), tokenizer=tiny_tokenizer)
+
+
+@follows(
+    "inventory",
+    "The module has lazy parameters that no forward has made yet",
+    "call the module once, model(example), and save it then",
+)
+def test_a_lazy_module(save):
+    model, example = nn.LazyLinear(2), torch.ones(1, 4)
+    given = {"input_example": {"input": example.numpy()}, "init_args": {"out_features": 2}}
+    error = refused(StructureError, save, model, **given)
+    exec(error.way_out.split(", ")[1], {"model": model, "example": example})
+    load_model(save(model, **given), trust=["code"])
+
+
+@follows("inventory", "Tensors share memory but not a dtype", "give each its own memory (.clone()) before saving")
+@follows("inventory", "Two tensors of the module have the same path", "rename that attribute")
+@follows(
+    "inventory",
+    "The module holds a tensor that cannot be stored as plain values",
+    "replace it by a dense tensor before saving (dequantise, .to_dense(), .resolve_conj())",
+)
+@follows("tensors", "A tensor has the name that safetensors keeps for itself", "rename that attribute")
+def test_odd_tensors(save):
+    def net(**tensors):
+        model = nn.Linear(4, 2)
+        for name, tensor in tensors.items():
+            model.register_buffer(name, tensor) if "." not in name else setattr(model, name, tensor)
+        return model
+
+    given = {"input_example": X["x"], "allow_pickle": True}
+    shared = torch.ones(4)
+    refused(StructureError, save, net(a=shared, b=shared.view(torch.int32)), **given)
+    save(net(a=shared, b=shared.view(torch.int32).clone()), **given)
+    two = net(a=torch.ones(2))
+    two.part = nn.Module()
+    two.part.a = torch.ones(2)
+    setattr(two, "part.a", torch.zeros(2))
+    refused(StructureError, save, two, **given)
+    delattr(two, "part.a")
+    two.part_a = torch.zeros(2)
+    save(two, **given)
+    sparse = torch.eye(4).to_sparse()
+    refused(StructureError, save, net(mask=sparse), **given)
+    save(net(mask=sparse.to_dense()), **given)
+    turned = torch.ones(2, dtype=torch.complex64).conj()
+    refused(StructureError, save, net(turned=turned), **given)
+    save(net(turned=turned.resolve_conj()), **given)
+    refused(StructureError, save, net(__metadata__=torch.ones(1)), **given)
+    save(net(metadata=torch.ones(1)), **given)
+
+
+@follows(
+    "damage",
+    "The model looks damaged already, before anything is saved",
+    "load its checkpoint with mlflow_safeflavor.from_pretrained; on_damage='warn' saves it as it is",
+)
+@follows("damage", "…")
+@pytest.mark.filterwarnings("ignore:The model looks damaged")
+def test_a_damaged_module(save, tiny_bert, tiny_tokenizer, tmp_path):
+    model = tiny_bert()
+    model.save_pretrained(tmp_path / "checkpoint")
+    model.classifier.weight.data.fill_(float("nan"))
+    refused(WeightsError, save, model, tokenizer=tiny_tokenizer)
+    save(from_pretrained(tmp_path / "checkpoint"), tokenizer=tiny_tokenizer)
+    with pytest.warns(UserWarning, match="looks damaged"):
+        mlflow_safeflavor.damage.require_undamaged(model, "warn")
+
+
+@follows(
+    "pickled",
+    "The model cannot be pickled",
+    "take locks, files, loggers and generators out of the module before saving it",
+)
+def test_a_lock(save):
+    model = nn.Linear(4, 2)
+    model.lock = threading.Lock()
+    given = {"input_example": X["x"], "allow_pickle": True}
+    refused(StructureError, save, model, **given)
+    del model.lock
+    save(model, **given)
+
+
+# Tokenizers, processors, tasks.
+
+
+@follows(
+    "tokenizer",
+    "The tokenizer has no fast backend, so it cannot be stored as JSON",
+    "load it with AutoTokenizer.from_pretrained(..., use_fast=True), or convert it with "
+    "transformers.convert_slow_tokenizer and wrap it in PreTrainedTokenizerFast(tokenizer_object=...)",
+)
+@follows(
+    "vocabulary",
+    "The tokenizer has tokens that the model has no embedding for",
+    "model.resize_token_embeddings(len(tokenizer)) before training, or pass the tokenizer that the model was trained with",
+)
+def test_tokenizers(save, tiny_bert, tiny_tokenizer, tmp_path):
+    slow = SimpleNamespace(is_fast=False, get_vocab=tiny_tokenizer.get_vocab)
+    refused(StructureError, save, tiny_bert(), tokenizer=slow)
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer", use_fast=True)
+    save(tiny_bert(), tokenizer=fast)
+    save(
+        tiny_bert(),
+        tokenizer=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tiny_tokenizer.backend_tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+        ),
+    )
+    fast.add_tokens(["dachshund"])
+    model = tiny_bert()
+    error = refused(StructureError, save, model, tokenizer=fast)
+    exec(error.way_out.partition(" before")[0], {"model": model, "tokenizer": fast})
+    save(model, tokenizer=fast)
+    save(tiny_bert(), tokenizer=tiny_tokenizer)
+
+
+@follows("tasks/classification", "The model does not name its labels", "set model.config.id2label before saving")
+@follows(
+    "tasks/feature_extraction",
+    "The last hidden state of an encoder-decoder model is its decoder's, not that of the text",
+    "save the encoder alone, for example T5EncoderModel or model.get_encoder()",
+)
+@follows("tasks/fill_mask", "The tokenizer has no mask token", "set tokenizer.mask_token before saving")
+@follows(
+    "tasks/zero_shot_classification",
+    "The model does not say which of its labels is entailment",
+    "set model.config.id2label and label2id to what the model was trained with, before saving",
+)
+@follows(
+    "tasks/outputs", "The model does not return what its task reads: …", "choose the task this model was made for: task=..."
+)
+def test_models_that_lack_something(save, tiny_bert, tiny_tokenizer):
+    model = tiny_bert()
+    model.config.id2label = None
+    refused(StructureError, save, model, tokenizer=tiny_tokenizer)
+    model.config.id2label = {0: "no", 1: "yes"}
+    save(model, tokenizer=tiny_tokenizer)
+    t5 = tiny_model("T5", "Model")
+    refused(StructureError, save, t5, tokenizer=tiny_tokenizer, task="feature-extraction")
+    save(t5.get_encoder(), tokenizer=tiny_tokenizer, task="feature-extraction", allow_pickle=True)
+    save(tiny_model("T5", "EncoderModel"), tokenizer=tiny_tokenizer, task="feature-extraction")
+    masked = tiny_model("Bert", "ForMaskedLM")
+    tiny_tokenizer.mask_token = None
+    refused(StructureError, save, masked, tokenizer=tiny_tokenizer)
+    tiny_tokenizer.mask_token = "[MASK]"
+    save(masked, tokenizer=tiny_tokenizer)
+    nli = tiny_bert()
+    zero = {"tokenizer": tiny_tokenizer, "task": "zero-shot-classification"}
+    refused(StructureError, save, nli, **zero)
+    nli.config.id2label, nli.config.label2id = {0: "no", 1: "entailment"}, {"no": 0, "entailment": 1}
+    save(nli, **zero)
+    refused(StructureError, save, tiny_bert(), tokenizer=tiny_tokenizer, task="question-answering")
+    save(tiny_bert(), tokenizer=tiny_tokenizer, task="text-classification")
+
+
+__all__ = ["RehearsalError", "TrustError"]
