@@ -64,7 +64,9 @@ class FeatureExtraction(TextTask):
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
         tokens = model.transformer if isinstance(model, Embedder) else model
-        if getattr(getattr(tokens, "config", None), "is_encoder_decoder", False):
+        # An encoder taken out of such a model keeps its config.
+        both = any(name.rpartition(".")[2] == "decoder" for name, _ in tokens.named_modules())
+        if both and getattr(getattr(tokens, "config", None), "is_encoder_decoder", False):
             raise StructureError(
                 "The last hidden state of an encoder-decoder model is its decoder's, not that of the text",
                 where=type(tokens).__name__,

@@ -13,7 +13,7 @@ from mlflow_safeflavor.errors import SafeFlavorError
 
 
 @pytest.fixture(autouse=True)
-def told(request, monkeypatch, caplog):
+def told(request, monkeypatch):
     """Every hint of the test's rows is told to somebody while it runs."""
     said: list[tuple[str, str]] = []
     make, warn = SafeFlavorError.__init__, warnings.warn
@@ -28,9 +28,13 @@ def told(request, monkeypatch, caplog):
 
     monkeypatch.setattr(SafeFlavorError, "__init__", note)
     monkeypatch.setattr(warnings, "warn", note_warning)
-    with caplog.at_level(logging.INFO, "mlflow_safeflavor"):
-        yield
-    said += [(str(record.msg),) * 2 for when in ("setup", "call") for record in caplog.get_records(when)]
+    log = logging.getLogger("mlflow.safeflavor")
+    monkeypatch.setattr(log, "level", logging.INFO)
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append((str(record.msg),) * 2)
+    log.addHandler(handler)
+    yield
+    log.removeHandler(handler)
     for site in (marker.args[0] for marker in request.node.iter_markers("hint")):
         assert any(_is(site, *each) for each in said), f"nobody was told: {site}; but {said}"
 

@@ -51,10 +51,10 @@ class Own(torch.nn.Module):
     def forward(self, x):
         return {"y": self.layer(x)}
 
-def pre(rows):
+def pre(rows, tokenizer=None):
     return {"x": torch.tensor([[row["a"]] * 4 for row in rows])}
 
-def post(outputs):
+def post(outputs, *rest):
     return [{"y": float(y[0])} for y in outputs["y"]]
 """
 
@@ -98,7 +98,7 @@ def test_arguments(save, code, tmp_path):
     given = {"code_paths": [code.file]}
     error = refused(InputError, save, code.Net(), **given, alow_pickle=False)
     save(code.Net(), **given, **{error.way_out.split()[1]: False})
-    refused(InputError, save, code.Net(), **given, conda=None)
+    refused(InputError, save, code.Net(), **given, zzz=None)
     save(code.Net(), **given)
     error = refused(InputError, save, code.Net(), code_paths=code.file)
     save(code.Net(), **eval(error.way_out.replace("pass ", "dict(") + ")"))
@@ -157,7 +157,7 @@ def test_hooks(save, code):
     custom = {"task": "custom", "preprocess": code.pre, "postprocess": code.post}
     save(code.Net(), **given, **custom)
     refused(InputError, save, code.Net(), **custom, code_paths=[code.file], input_example=None)
-    own = {**custom, "postprocess": lambda outputs: code.post(outputs)}
+    own = {**custom, "postprocess": lambda *given: code.post(*given)}
     refused(StructureError, save, code.Net(), **given, **own)
     save(code.Net(), **given, **custom)
     save(code.Net(), **given, **own, allow_pickle=True)
@@ -187,7 +187,7 @@ def test_a_signature(save, tiny_bert, tiny_tokenizer):
     given = {"tokenizer": tiny_tokenizer, "signature": infer_signature(frame)}
     refused(InputError, save, tiny_bert(), **given)
     some = save(tiny_bert(), **given, input_columns={"text": "review"})
-    assert load_model(some).predict(frame)["label"]
+    assert len(load_model(some).predict(frame)) == 1
     every = save(tiny_bert(), tokenizer=tiny_tokenizer)
     assert mlflow.models.Model.load(str(every)).signature.params is not None
     assert mlflow.models.Model.load(str(some)).signature.params is None
@@ -307,7 +307,7 @@ def test_wrappers(save, code):
 
     given = {"code_paths": [code.file]}
     model = code.Net()
-    load_model(save(nn.DataParallel(model), **given), trust=["code"])
+    load_model(save(nn.DataParallel(model), task="raw", **given), trust=["code"])
     accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
     error = refused(StructureError, save, model, **given)
     exec(error.way_out.partition(" after")[0], {"accelerate": accelerate, "model": model})
@@ -318,7 +318,7 @@ def test_wrappers(save, code):
     lightning.net, lightning._trainer = code.Net(), object()
     error = refused(StructureError, save, lightning, **given)
     exec(error.way_out.partition(",")[0], {"model": lightning})
-    assert "trainer" not in str(refused(StructureError, save, lightning, **given))  # of no importable class here
+    assert lightning._trainer is None
     save(lightning.net, **given)
 
 
@@ -408,10 +408,10 @@ def test_a_module_on_meta(save, tiny_bert, tiny_tokenizer, tmp_path):
 )
 def test_a_lazy_module(save):
     model, example = nn.LazyLinear(2), torch.ones(1, 4)
-    given = {"input_example": {"input": example.numpy()}, "init_args": {"out_features": 2}}
+    given = {"input_example": {"input": example.numpy()}, "allow_pickle": True}
     error = refused(StructureError, save, model, **given)
     exec(error.way_out.split(", ")[1], {"model": model, "example": example})
-    load_model(save(model, **given), trust=["code"])
+    load_model(save(model, **given), trust=["code", "pickle"])
 
 
 @follows("inventory", "Tensors share memory but not a dtype", "give each its own memory (.clone()) before saving")
@@ -474,11 +474,11 @@ def test_a_damaged_module(save, tiny_bert, tiny_tokenizer, tmp_path):
     "take locks, files, loggers and generators out of the module before saving it",
 )
 def test_a_lock(save):
-    model = nn.Linear(4, 2)
-    model.lock = threading.Lock()
+    model = type("Here", (nn.Linear,), {"__module__": "__main__"})(4, 2)
+    model.lock, model.rows = threading.Lock(), (row for row in X["x"])
     given = {"input_example": X["x"], "allow_pickle": True}
     refused(StructureError, save, model, **given)
-    del model.lock
+    del model.lock, model.rows
     save(model, **given)
 
 
@@ -537,10 +537,12 @@ def test_models_that_lack_something(save, tiny_bert, tiny_tokenizer):
     refused(StructureError, save, model, tokenizer=tiny_tokenizer)
     model.config.id2label = {0: "no", 1: "yes"}
     save(model, tokenizer=tiny_tokenizer)
-    t5 = tiny_model("T5", "Model")
+    shape = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    t5 = transformers.T5Model(transformers.T5Config(**shape)).eval()
     refused(StructureError, save, t5, tokenizer=tiny_tokenizer, task="feature-extraction")
-    save(t5.get_encoder(), tokenizer=tiny_tokenizer, task="feature-extraction", allow_pickle=True)
-    save(tiny_model("T5", "EncoderModel"), tokenizer=tiny_tokenizer, task="feature-extraction")
+    save(t5.get_encoder(), tokenizer=tiny_tokenizer, task="feature-extraction")
+    encoder = transformers.T5EncoderModel(transformers.T5Config(**shape)).eval()
+    save(encoder, tokenizer=tiny_tokenizer, task="feature-extraction")
     masked = tiny_model("Bert", "ForMaskedLM")
     tiny_tokenizer.mask_token = None
     refused(StructureError, save, masked, tokenizer=tiny_tokenizer)
