@@ -368,4 +368,4 @@ def _link_above(root: Path, name: str) -> str:
     """Names a folder that is a symbolic link: nobody would look at what is behind it."""
     links = (parent for parent in PurePosixPath(name).parents if (root / parent).is_symlink())
     link = next((parent.as_posix() for parent in links if parent.as_posix() != "."), None)
-    return f", as {link} is a symbolic link: copy the model with `cp -rL`" if link else ""
+    return f", as {link} is a symbolic link" if link else ""

@@ -104,8 +104,8 @@ class Recipe:
                 "The constructor of the model failed",
                 where=name_of(self.cls),
                 found=f"{type(error).__name__}: {error}",
-                way_out="pass from_pretrained what it needs, as further keyword arguments; where it failed is chained to "
-                "this error",
+                way_out="pass from_pretrained what it needs, as further keyword arguments; where it failed is "
+                "chained to this error",
             ) from error
         return module
 

@@ -95,7 +95,6 @@ class SafeFlavorError(MlflowException):
         lines = [what, *(f"  {name}: {plain(value)}" for name, value in details.items() if value is not None)]
         super().__init__("\n".join(lines), error_code=self.status)
 
-
     def with_way_out(self, way_out: str) -> SafeFlavorError:
         """The same error with another way out."""
         return type(self)(self.what, where=self.where, wanted=self.wanted, found=self.found, way_out=way_out)

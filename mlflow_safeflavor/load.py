@@ -173,9 +173,7 @@ def _without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def _look(
-    layout: Layout, options: LoadOptions, report: LoadReport
-) -> tuple[ModelSpec, environments.Environment]:
+def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> tuple[ModelSpec, environments.Environment]:
     """Everything that can be refused before torch is imported or anything is built."""
     if options.verify not in _VERIFY:
         raise InputError("Unknown value", where="verify", wanted=" | ".join(_VERIFY), found=repr(options.verify))

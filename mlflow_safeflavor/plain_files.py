@@ -22,6 +22,7 @@ __all__ = [
     "read_bytes",
     "read_text",
     "reason_to_refuse",
+    "way_out_of",
 ]
 
 WAY_OUT = "fetch the artifact again, or log the model again; files of a saved model are not meant to be edited"
@@ -160,7 +161,15 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _refusal(path: Path, kind: str) -> IntegrityError:
-    link = "copy the model with `cp -rL`, which copies what links point to" if "link" in kind else WAY_OUT
     return IntegrityError(
-        "A file of the artifact is no plain file", where=path, wanted="a plain file", found=kind, way_out=link
+        "A file of the artifact is no plain file",
+        where=path,
+        wanted="a plain file",
+        found=kind,
+        way_out=way_out_of(kind),
     )
+
+
+def way_out_of(problem: str) -> str:
+    """What to do about an artifact whose files are not those that were saved; links are no damage."""
+    return "copy the model with `cp -rL`, which copies what links point to" if "a symbolic link" in problem else WAY_OUT

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow_safeflavor.artifact import WAY_OUT, Layout, find_broken_files, read_manifest
+from mlflow_safeflavor.artifact import Layout, find_broken_files, read_manifest
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import IntegrityError
-from mlflow_safeflavor.plain_files import open_plain
+from mlflow_safeflavor.plain_files import open_plain, way_out_of
 from mlflow_safeflavor.spec import ModelSpec, read_spec
 
 __all__ = ["Saved", "copy_saved", "read_saved", "require_intact", "require_none"]
@@ -80,4 +80,4 @@ def require_none(problems: Sequence[str], what: str) -> None:
     """Raise an IntegrityError that names the first of the problems, if there are any."""
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise IntegrityError(what, where=shown, way_out=WAY_OUT)
+        raise IntegrityError(what, where=shown, way_out=way_out_of(shown))

@@ -67,7 +67,8 @@ def _failing(part: str, rows: Sequence[int]) -> Iterator[None]:
             f"{part} failed over a row",
             where=where,
             found=found,
-            way_out="the cause is chained to this error, and in the log of the server",
+            way_out="ask without that row, or mend that function and save the model again; the cause is chained to "
+            "this error, and in the log of the server",
         ) from error
 
 

@@ -86,7 +86,8 @@ def require_finite(values: Sequence[np.ndarray] | np.ndarray, first: int = 0) ->
             where=place(first + bad[0]),
             wanted="finite numbers",
             found=f"NaN or infinity in {len(bad)} of {len(values)} rows",
-            way_out="serve the model in float32: half precision overflows where float32 does not",
+            way_out="ask without that row; half precision overflows where float32 does not: save the model with "
+            "dtype='float32'",
         )
 
 

@@ -75,10 +75,13 @@ def errors_without() -> Iterator[tuple[str, str, bool]]:
 
 
 def _found(tree: ast.Module, values: Mapping[str, Any]) -> Iterator[tuple[Any, tuple[str, str]]]:
-    known = _Known({name: value for name, value in values.items() if isinstance(value, str)}, _assigned(tree))
+    constants = {name: value for name, value in {**_imported(tree), **values}.items() if isinstance(value, str)}
+    known = _Known(constants, _assigned(tree))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    used -= {keyword.value.id for keyword in _keywords(tree) if isinstance(keyword.value, ast.Name)}
     for node in tree.body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else None
-        if isinstance(target, ast.Name) and _CONSTANT.fullmatch(target.id):
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(target, ast.Name) and _CONSTANT.fullmatch(target.id) and target.id in used:
             for texts in _spelled(target.id, values[target.id]):
                 yield node, texts
     for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
@@ -91,6 +94,20 @@ def _found(tree: ast.Module, values: Mapping[str, Any]) -> Iterator[tuple[Any, t
                 yield node, (what, text)
         if isinstance(node.func, ast.Attribute) and (ast.unparse(node.func.value), node.func.attr) in _LOGS:
             yield node, (what, what)
+
+
+def _imported(tree: ast.Module) -> dict[str, Any]:
+    """What functions import of the package's own modules."""
+    return {
+        alias.name: getattr(importlib.import_module(node.module), alias.name, None)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlflow_safeflavor.")
+        for alias in node.names
+    }
+
+
+def _keywords(tree: ast.Module) -> Iterator[ast.keyword]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg in _HINTS)
 
 
 def _firsts(node: ast.expr, known: _Known) -> list[str]:

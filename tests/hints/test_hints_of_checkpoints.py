@@ -13,8 +13,8 @@ import pytest
 import torch
 from hint_rows import follows
 from safetensors.torch import load_file, save_file
-from torch import nn
 from test_prefetch import hub  # noqa: F401  (a fixture)
+from torch import nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from mlflow_safeflavor import conversion, from_pretrained, load_model, materialize, save_model
@@ -149,7 +149,9 @@ def test_a_subfolder(tiny_folder):
     "There is no such folder, and a hub repository needs a pinned revision, as its branches and tags move",
     "take it from huggingface_hub.model_info(…).sha, or from the commit list of the repository",
 )
-@follows("hub", "The hub repository cannot be read", "check the id, the revision and the network, or give a local folder")
+@follows(
+    "hub", "The hub repository cannot be read", "check the id, the revision and the network, or give a local folder"
+)
 @follows(
     "prefetch",
     "A hub repository needs a pinned revision, as its branches and tags move",
@@ -175,7 +177,9 @@ def test_a_repository_of_the_hub(folder, tmp_path, hub, monkeypatch):  # noqa: F
 
 
 @follows(
-    "checkpoint", "The checkpoint's class is not in the installed transformers", "say which class to build: model_class=…"
+    "checkpoint",
+    "The checkpoint's class is not in the installed transformers",
+    "say which class to build: model_class=…",
 )
 def test_a_class_that_transformers_has_not(folder):
     edit(folder / "config.json", architectures=["OwnClassifier"])
@@ -220,9 +224,7 @@ def test_a_checkpoint_of_another_class(folder):
     with pytest.raises(WeightsError):
         from_pretrained(folder, model_class=BertForMaskedLM)
     assert from_pretrained(folder, model_class=BertForSequenceClassification)
-    assert from_pretrained(
-        folder, model_class=BertForMaskedLM, new=("cls.*",), drop=("classifier.*", "bert.pooler.*")
-    )
+    assert from_pretrained(folder, model_class=BertForMaskedLM, new=("cls.*",), drop=("classifier.*", "bert.pooler.*"))
     untied = from_pretrained(
         folder,
         model_class=BertForMaskedLM,
@@ -281,7 +283,9 @@ def test_an_adapter_in_place_of_a_checkpoint(model, tmp_path):
 
 
 @follows(
-    "statedict", "The folder holds no model weights", "mlflow_safeflavor.materialize(module, FILE) takes a file of any name"
+    "statedict",
+    "The folder holds no model weights",
+    "mlflow_safeflavor.materialize(module, FILE) takes a file of any name",
 )
 def test_weights_under_another_name(tiny_folder):
     (tiny_folder / "model.safetensors").rename(tiny_folder / "weights.safetensors")
@@ -404,7 +408,9 @@ def test_a_constructor_that_asks_for_meta(tmp_path):
     plain = tiny(lambda module: setattr(module, "head", nn.Linear(4, 2)))
     plain(TinyConfig()).save_pretrained(tmp_path)
     with pytest.raises(WeightsError):
-        from_pretrained(tmp_path, model_class=tiny(lambda module: setattr(module, "head", nn.Linear(4, 2, device="meta"))))
+        from_pretrained(
+            tmp_path, model_class=tiny(lambda module: setattr(module, "head", nn.Linear(4, 2, device="meta")))
+        )
     assert from_pretrained(tmp_path, model_class=plain)
 
 
@@ -556,7 +562,9 @@ def test_a_folder_that_is_prefetched(model, folder, tmp_path):
 
 
 @follows(
-    "prefetch", "A downloaded file is not the one that the hub lists", "remove … and what it links to, and prefetch again"
+    "prefetch",
+    "A downloaded file is not the one that the hub lists",
+    "remove … and what it links to, and prefetch again",
 )
 def test_a_file_that_was_changed_in_the_cache(folder, tmp_path, hub):  # noqa: F811
     commit = hub.publish("some/model", folder)

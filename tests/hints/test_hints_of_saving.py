@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from types import SimpleNamespace
 
@@ -59,9 +60,13 @@ def post(outputs, *rest):
 """
 
 
+_numbers = itertools.count()
+
+
 @pytest.fixture
 def code(user_code):
-    module, file = user_code("hints_code", CODE)
+    """A module of the user's; under a new name each time, as a loaded model's code stays importable."""
+    module, file = user_code(f"hints_code_{next(_numbers)}", CODE)
     return SimpleNamespace(**vars(module), file=file)
 
 
@@ -145,7 +150,9 @@ def test_a_task_that_nobody_told(save, code):
     "pass input_example=… as predict takes it; its answers are recorded and replayed at each load",
 )
 @follows(
-    "save", "A hook cannot be imported anywhere else", "move it to a file and pass code_paths=[file], or pass allow_pickle=True"
+    "save",
+    "A hook cannot be imported anywhere else",
+    "move it to a file and pass code_paths=[file], or pass allow_pickle=True",
 )
 @follows("save", "code_paths must not hold the loader itself", "leave it out")
 def test_hooks(save, code):
@@ -176,7 +183,9 @@ def test_a_forward_that_is_no_graph(save, code):  # no graph is recorded in thes
     save(code.Net(), code_paths=[code.file], structure="auto")
 
 
-@follows("signature", "The signature does not fit the task", "leave signature out, or rename columns with input_columns")
+@follows(
+    "signature", "The signature does not fit the task", "leave signature out, or rename columns with input_columns"
+)
 @follows(
     "signature",
     "The signature does not declare %s, so MLflow drops %s from requests; leave signature out to have all params of "
@@ -228,7 +237,10 @@ def test_a_class_of_a_function(save, user_code):
     given = {"input_example": np.ones((1, 4), "float32")}
     load_model(save(Here(4, 2), **given, allow_pickle=True), trust=["pickle"])
     moved, file = user_code("moved_code", "import torch\nclass Here(torch.nn.Linear): pass\n")
-    load_model(save(moved.Here(4, 2), **given, init_args={"in_features": 4, "out_features": 2}, code_paths=[file]), trust=["code"])
+    load_model(
+        save(moved.Here(4, 2), **given, init_args={"in_features": 4, "out_features": 2}, code_paths=[file]),
+        trust=["code"],
+    )
 
 
 @follows(
@@ -298,9 +310,13 @@ def test_a_config_that_names_files(save, tiny_bert, tiny_tokenizer):
     "accelerate.hooks.remove_hook_from_module(model, recurse=True) after bringing all weights back",
 )
 @follows(
-    "wrappers", "The LightningModule holds the trainer that trained it", "{model}._trainer = None, or save the network inside it"
+    "wrappers",
+    "The LightningModule holds the trainer that trained it",
+    "{model}._trainer = None, or save the network inside it",
 )
-@follows("wrappers", "TorchScript keeps no class that could be called again", "save the module that was scripted or traced")
+@follows(
+    "wrappers", "TorchScript keeps no class that could be called again", "save the module that was scripted or traced"
+)
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_wrappers(save, code):
     import accelerate
@@ -336,7 +352,10 @@ def test_wrappers(save, code):
 def test_a_quantised_module(save):
     linear = nn.Sequential(nn.Linear(4, 2))
     example = {"input_example": X["x"], "allow_pickle": True}
-    if "fbgemm" in torch.backends.quantized.supported_engines or "qnnpack" in torch.backends.quantized.supported_engines:
+    if (
+        "fbgemm" in torch.backends.quantized.supported_engines
+        or "qnnpack" in torch.backends.quantized.supported_engines
+    ):
         quantised = torch.ao.quantization.quantize_dynamic(linear, {nn.Linear}, dtype=torch.qint8)
         refused(StructureError, save, quantised, **example)
     load_model(save(linear, **example), trust=["pickle"])
@@ -354,9 +373,7 @@ def test_a_quantised_module(save):
     load_model(save(model, **example), trust=["pickle"])
 
 
-@follows(
-    "wrappers", "Adapters lie beside the weights of the module", "{model} = {model}.merge_and_unload()"
-)
+@follows("wrappers", "Adapters lie beside the weights of the module", "{model} = {model}.merge_and_unload()")
 @follows(
     "wrappers",
     "Adapters lie beside the weights of the module",
@@ -529,7 +546,9 @@ def test_tokenizers(save, tiny_bert, tiny_tokenizer, tmp_path):
     "set model.config.id2label and label2id to what the model was trained with, before saving",
 )
 @follows(
-    "tasks/outputs", "The model does not return what its task reads: …", "choose the task this model was made for: task=..."
+    "tasks/outputs",
+    "The model does not return what its task reads: …",
+    "choose the task this model was made for: task=...",
 )
 def test_models_that_lack_something(save, tiny_bert, tiny_tokenizer):
     model = tiny_bert()

@@ -1,0 +1,451 @@
+"""Hints about rows and params, followed: what a request may hold, and what a model must be saved with for it."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import wave
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from architectures import tiny_model
+from hint_rows import follows
+from PIL import Image
+from test_caps import GAPS, IMAGES, QUESTIONS, TEXTS, TOKENS, WRITES, ZERO_SHOT, models  # noqa: F401  (a fixture)
+from test_hints_of_saving import X, code, refused, save  # noqa: F401  (fixtures)
+from torch import nn
+from writers import byte_tokenizer, writer
+
+from mlflow_safeflavor import load_model
+from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.files import content_of
+from mlflow_safeflavor.images import read_image
+from mlflow_safeflavor.sounds import read_sound
+
+pytest_plugins = "saved_models"
+
+
+def bad(model, data, params=None):
+    with pytest.raises(InputError) as error:
+        model.predict(data, params)
+    return error.value
+
+
+# Rows.
+
+
+@follows("rows", "Rows cannot be read from this type", "pass a DataFrame with …")
+@follows(
+    "rows",
+    "A column is missing",
+    "rename the columns of the data, or log the model with input_columns=... as the data has them",
+)
+@follows("rows", "There are columns that the model does not know", "select the columns first: data[…]")
+@follows(
+    "rows",
+    "A text holds half of a surrogate pair, which nothing can read",
+    'clean it first, for example text.encode("utf-8", "replace").decode()',
+)
+@follows("rows", "A value is missing", "drop the row or fill the value, for example data.dropna()")
+@follows(
+    "rows",
+    "A value is not a text",
+    "convert it first, for example data[column].astype(str); drop or fill missing values",
+)
+def test_rows(models, saved, save, tiny_bert, tiny_tokenizer):  # noqa: F811
+    model = load_model(saved)
+    good = pd.DataFrame({"text": ["the cat"]})
+    assert "'text'" in bad(model, 3).way_out
+    assert len(model.predict(good)) == 1
+    data = pd.DataFrame({"review": ["the cat"], "stars": [1]})
+    bad(model, data)
+    assert len(model.predict(data[["review"]].rename(columns={"review": "text"}))) == 1
+    named = load_model(save(tiny_bert(), tokenizer=tiny_tokenizer, input_columns={"text": "review"}))
+    error = bad(named, data)
+    assert len(named.predict(eval(error.way_out.partition(": ")[2], {"data": data}))) == 1
+    text = "the \ud800 cat"
+    error = bad(model, [text])
+    assert len(model.predict([eval(error.way_out.partition("example ")[2], {"text": text})])) == 1
+    data = pd.DataFrame({"text": ["the cat", None]})
+    error = bad(model, data)
+    assert len(model.predict(eval(error.way_out.partition("example ")[2], {"data": data}))) == 1
+    data = pd.DataFrame({"text": [1, 2]})
+    error = bad(model, data)
+    line = error.way_out.partition("example ")[2].partition(";")[0]
+    assert len(model.predict(eval(line, {"data": data, "column": "text"}).to_frame())) == 2
+
+
+@follows("rows", "require", "cut or split it")
+@follows("tasks/text", "require", "cut or split it")
+@follows(
+    "tasks/base",
+    "require",
+    "predict them in chunks: over HTTP in several requests, natively from an iterator of DataFrames",
+)
+@follows(
+    "caps",
+    "…",
+    "…, or raise the cap: model_config={…: …} where the model is saved or loaded, or the variable MLFLOW_SAFEFLAVOR_…; "
+    "0 for no bound",
+)
+@follows("tasks/classification", "require_answers", "ask for fewer labels of fewer rows at once")
+def test_too_much_text(models, monkeypatch):  # noqa: F811
+    long = "the cat " * 40
+    model = models(TEXTS, max_characters=100)
+    error = bad(model, [long])
+    assert len(model.predict([long[:90]])) == 1
+    assert len(models(TEXTS, max_characters=1000).predict([long])) == 1
+    assert len(models(TEXTS, max_characters=0).predict([long])) == 1
+    monkeypatch.setenv(error.way_out.partition("variable ")[2].partition(";")[0], "1000")
+    assert len(models(TEXTS, max_rows=99).predict([long])) == 1
+    model = models(TEXTS, max_tokens=10)
+    object.__setattr__(model.task, "config", {**model.task.config, "max_length": None})
+    model.task.encoder.max_length = None
+    bad(model, ["the cat " * 10])
+    assert len(model.predict(["the cat"])) == 1
+    model = models(TEXTS, max_rows=2)
+    rows = pd.DataFrame({"text": ["the cat"] * 5})
+    bad(model, rows)
+    assert sum(map(len, model.predict(rows[i : i + 2] for i in range(0, 5, 2)))) == 5
+    monkeypatch.setattr("mlflow_safeflavor.caps.ANSWERS_A_ROW", 1)
+    model = models(TEXTS, max_answers=10)
+    bad(model, ["a"] * 9, {"top_k": -1})
+    assert len(model.predict(["a"] * 3, {"top_k": 2})) == 3
+
+
+@follows(
+    "tasks/text",
+    "A text is longer than the model takes, and truncation is off",
+    "shorten or split the text, or let it be cut: params={'truncation': True}",
+)
+@follows("tasks/text", "A text has no tokens, and this tokenizer adds none", "drop the row, or put a text in it")
+def test_texts_of_no_or_many_tokens(models, save):  # noqa: F811
+    model, long = models(TEXTS), ["the cat " * 40]
+    error = bad(model, long, {"truncation": False})
+    assert len(model.predict(["the cat"], {"truncation": False})) == 1
+    assert len(model.predict(long, **eval(f"dict({error.way_out.partition('cut: ')[2]})"))) == 1
+    path = save(writer("GPT2LMHeadModel"), tokenizer=byte_tokenizer(), task="text-generation")
+    model, few = load_model(path), {"max_new_tokens": 1}
+    bad(model, ["", "the cat"], few)
+    assert len(model.predict(["the cat"], few)) == 1
+    assert len(model.predict(["a", "the cat"], few)) == 2
+
+
+# Params.
+
+
+@follows("tasks/params", "The task … does not know a param", "leave it out, or choose the task that knows it: task=…")
+def test_a_param_of_another_task(save, tiny_tokenizer, tiny_bert):  # noqa: F811
+    given = {"tokenizer": tiny_tokenizer}
+    refused(InputError, save, tiny_bert(), **given, params={"pooling_of_rows": 1})
+    save(tiny_bert(), **given)
+    save(tiny_model("Bert", "ForTokenClassification"), **given, params={"aggregation_strategy": "simple"})
+    refused(InputError, save, tiny_bert(), **given, params={"aggregation_strategy": "simple"})
+
+
+@follows(
+    "tasks/fill_mask",
+    "A text has a gap beyond what the model reads | A text has no gap to fill",
+    "shorten the text before the gap",
+)
+@follows(
+    "tasks/fill_mask",
+    "A text has a gap beyond what the model reads | A text has no gap to fill",
+    "write … into the text",
+)
+@follows("tasks/fill_mask", "require_answers", "ask for fewer tokens, or fewer rows at once")
+@follows("tasks/base", "require", "shorten the list")
+def test_gaps(models):  # noqa: F811
+    model = models(GAPS)
+    bad(model, ["the cat " * 40 + "[MASK]"])
+    assert len(model.predict(["the cat [MASK]"])) == 1
+    error = bad(model, ["the cat"])
+    assert len(model.predict([f"the cat {eval(error.way_out.split()[1])}"])) == 1
+    model = models(GAPS, max_answers=1000)
+    bad(model, ["[MASK] " * 20], {"top_k": 10**6})
+    assert len(model.predict(["[MASK] " * 20], {"top_k": 3})) == 1
+    bad(model, ["[MASK]"], {"targets": ["cat"] * 9999})
+    assert len(model.predict(["[MASK]"], {"targets": ["cat"] * 3})) == 1
+
+
+@follows(
+    "tasks/zero_shot_classification",
+    "There are no labels to choose from",
+    "pass params={'candidate_labels': […]}, with the request or when the model is saved",
+)
+@follows(
+    "tasks/zero_shot_classification",
+    "A label leaves no room for the text",
+    "shorten the label or the template: texts are cut, hypotheses are not",
+)
+@follows("tasks/zero_shot_classification", "require_pieces", "send fewer rows or labels at once")
+@follows("tasks/zero_shot_classification", "require", "shorten it, or name fewer labels")
+def test_labels(models, save, tiny_tokenizer):  # noqa: F811
+    model = models(ZERO_SHOT)
+    bad(model, ["a cat"])
+    assert len(model.predict(["a cat"], {"candidate_labels": ["cat"]})) == 1
+    config = {"id2label": {0: "no", 1: "entailment"}, "label2id": {"no": 0, "entailment": 1}}
+    nli = tiny_model("Bert", "ForSequenceClassification", **config)
+    given = {"tokenizer": tiny_tokenizer, "task": ZERO_SHOT, "params": {"candidate_labels": ["cat"]}}
+    assert len(load_model(save(nli, **given)).predict(["a cat"])) == 1
+    bad(model, ["a cat"], {"candidate_labels": ["cat " * 40]})
+    bad(model, ["a cat"], {"candidate_labels": ["cat"], "hypothesis_template": "the " * 40 + "{}"})
+    assert len(model.predict(["a cat"], {"candidate_labels": ["cat"], "hypothesis_template": "the {}"})) == 1
+    labels = [f"cat {i}" for i in range(200)]
+    bad(model, ["a cat"] * 200, {"candidate_labels": labels})
+    assert len(model.predict(["a cat"] * 2, {"candidate_labels": labels[:3]})) == 2
+    bad(model, ["a"], {"candidate_labels": labels, "hypothesis_template": "{}" * 9999})
+    assert len(model.predict(["a"], {"candidate_labels": labels[:2], "hypothesis_template": "{}"})) == 1
+
+
+@follows(
+    "tasks/question_answering",
+    "A question leaves no room for its context",
+    "shorten the question, or raise max_seq_len if the model takes more",
+)
+@follows("tasks/question_answering", "require_pieces", "send less text at once, or lower doc_stride")
+@follows("tasks/question_answering", "require_answers", "lower top_k or max_answer_len, or send less text at once")
+@follows("tasks/token_classification", "require_pieces", "send less text at once, or lower stride")
+def test_windows(models):  # noqa: F811
+    model = models(QUESTIONS)
+    row = {"question": "the cat " * 8, "context": "a dog"}
+    bad(model, [row], {"max_seq_len": 12})
+    assert len(model.predict([{**row, "question": "the cat"}], {"max_seq_len": 12})) == 1
+    assert len(model.predict([row], {"max_seq_len": 32})) == 1
+    long = [{"question": "a", "context": "the cat " * 5000}]
+    bad(model, long, {"doc_stride": 26})
+    assert len(model.predict([{**long[0], "context": "the cat " * 50}], {"doc_stride": 26})) == 1
+    few = models(QUESTIONS, max_pieces=100)
+    middle = [{"question": "a", "context": "the cat " * 400}]
+    bad(few, middle, {"doc_stride": 26})
+    assert len(few.predict(middle, {"doc_stride": 2})) == 1
+    spans = [{"question": "a", "context": "the cat " * 2000}]
+    bad(model, spans, {"top_k": 9999, "max_answer_len": 30})
+    assert len(model.predict(spans, {"top_k": 9, "max_answer_len": 3})) >= 1
+    model, params = models(TOKENS), {"aggregation_strategy": "simple"}
+    bad(model, ["the cat " * 5000], {"stride": 29, **params})
+    assert len(model.predict(["the cat " * 50], {"stride": 29, **params})) == 1
+    few = models(TOKENS, max_pieces=200)
+    bad(few, ["the cat " * 400], {"stride": 29, **params})
+    assert len(few.predict(["the cat " * 400], {"stride": 2, **params})) == 1
+
+
+@follows("tasks/feature_extraction", "require", "shorten it, or send fewer rows at once")
+def test_prompts(save, tiny_bert, tiny_tokenizer, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("mlflow_safeflavor.tasks.feature_extraction._PROMPTED", 1)
+
+    def model(prompt):
+        options = {"prompts": {"query": prompt}, "max_characters": 100}
+        path = save(tiny_bert(None), tokenizer=tiny_tokenizer, model_config=options)
+        return load_model(path)
+
+    long, names = model("the cat " * 8), {"prompt_name": "query"}
+    known = {param.name for param in long.task.asked}
+    params = names if "prompt_name" in known else {"prompt": "the cat " * 8}
+    bad(long, ["a"] * 9, params)
+    assert len(long.predict(["a"], params)) == 1
+    short = params if "prompt_name" in known else {"prompt": "the"}
+    assert len(model("the ").predict(["a"] * 9, short)) == 9
+
+
+# Writing.
+
+
+@follows("tasks/generation", "require", "lower them, or send fewer rows at once")
+@follows(
+    "tasks/generation", "Not a setting of a generation config", "leave it out, also where a pipeline was made with it"
+)
+@follows(
+    "tasks/generation",
+    "The generation config asks for what this task does not do",
+    "set it to None in model.generation_config before saving",
+)
+@follows(
+    "tasks/generation",
+    "The model is not of the kind that its task writes with",
+    'choose task="text-generation" for decoders, "text2text-generation" for encoder-decoders',
+)
+@follows("engine", "The model cannot write text", "choose the task this model was made for: task=...")
+@follows(
+    "tasks/text_generation",
+    "The tokenizer has no chat template",
+    'set tokenizer.chat_template, or save the model with input_columns={"text": …}',
+)
+def test_writing(models, save, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("mlflow_safeflavor.tasks.generation._WRITTEN_A_ROW", 1)
+    model = models(WRITES, max_answers=100)
+    bad(model, ["a"], {"num_beams": 9, "max_new_tokens": 20})
+    assert len(model.predict(["a"], {"num_beams": 1, "max_new_tokens": 3})) == 1
+    given = {"tokenizer": byte_tokenizer(), "task": "text-generation"}
+    gpt = writer("GPT2LMHeadModel")
+    refused(InputError, save, gpt, **given, model_config={"generation": {"temprature": 1}})
+    gpt.generation_config.penalty_alpha = 0.6
+    refused(StructureError, save, gpt, **given)
+    gpt.generation_config.penalty_alpha = None
+    path = save(gpt, **given)
+    refused(StructureError, save, gpt, **{**given, "task": "text2text-generation"})
+    with pytest.raises(StructureError):
+        models(TEXTS).engine.generate({}, {})
+    assert len(load_model(path).predict(["a"], {"max_new_tokens": 2})) == 1
+    tokenizer = byte_tokenizer()
+    chat = {"tokenizer": tokenizer, "task": "text-generation", "input_columns": {"messages": "messages"}}
+    refused(StructureError, save, gpt, **chat)
+    save(gpt, **{**chat, "input_columns": {"text": "text"}})
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    save(gpt, **chat)
+
+
+# Images and sounds.
+
+
+@follows("images", "require", "scale or cut it first")
+@follows("images", "An image is empty, or too long and narrow", "scale or cut it first")
+@follows(
+    "images",
+    "A file is not an image that can be read",
+    "pass an image file as bytes or base64, a pathlib.Path, a PIL image, or a uint8 array of shape (H, W, 3) or (H, W); "
+    "over HTTP, base64 without a data: prefix",
+)
+@follows(
+    "files",
+    "A text is no file in base64",
+    "pass the file's bytes, or pathlib.Path(…) for its path: a text is never taken for a path",
+)
+@follows(
+    "tasks/processed",
+    "The processor does not belong to the model",
+    "pass the processor the model was trained with: processor=…",
+)
+def test_images(models, tmp_path):  # noqa: F811
+    model = models(IMAGES, max_pixels=400)
+
+    def image(width, height):
+        return Image.new("RGB", (width, height))
+
+    bad(model, [image(99, 99)])
+    assert len(model.predict([image(99, 99).resize((20, 20))])) == 1
+    with pytest.raises(InputError):
+        read_image(image(1, 300), "row 0", models(IMAGES).task.caps)
+    assert len(model.predict([image(1, 300).crop((0, 0, 1, 10))])) == 1
+    file = io.BytesIO()
+    image(8, 8).save(file, "PNG")
+    bad(model, [b"\x89PNG nothing"])
+    (tmp_path / "a.png").write_bytes(file.getvalue())
+    for value in (file.getvalue(), tmp_path / "a.png", image(8, 8), np.zeros((8, 8, 3), np.uint8)):
+        assert len(model.predict([value])) == 1
+    text = str(tmp_path / "a.png")
+    with pytest.raises(InputError):
+        content_of(text, "row 0")
+    assert content_of(tmp_path / "a.png", "row 0") == content_of(file.getvalue(), "row 0") == file.getvalue()
+    other, own = models(IMAGES), model.task.processor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "mlflow_safeflavor.tasks.processed.apply", lambda processor, value: {"input_values": torch.zeros(1)}
+        )
+        with pytest.raises(StructureError):
+            list(other.task.encode(other.task.rows([image(8, 8)]), {"top_k": 1}))
+    assert own is not None
+    assert len(other.predict([image(8, 8)])) == 1
+
+
+@follows("sounds", "require", "cut it first")
+@follows("sounds", "A value is not a sound", "divide whole numbers by their range, 32768 for int16; average channels")
+@follows(
+    "sounds",
+    "A file is not a WAV file that can be read",
+    "convert it, for example with ffmpeg -i FILE -c:a pcm_s16le sound.wav",
+)
+def test_sounds(models, tmp_path, monkeypatch):  # noqa: F811
+    caps = models(TEXTS, max_seconds=1.0).task.caps
+    rate = 8000
+    read = lambda value: read_sound(value, rate, "row 0", caps)  # noqa: E731
+    long = np.zeros(2 * rate, "float32")
+    with pytest.raises(InputError):
+        read(long)
+    read(long[: rate // 2])
+    pcm = np.full((100, 2), 16384, "int16")
+    with pytest.raises(InputError):
+        read(pcm)
+    assert np.allclose(read((pcm / 32768).mean(axis=1).astype("float32")), 0.5)
+    (tmp_path / "sound.mp3").write_bytes(b"ID3 nothing")
+    with pytest.raises(InputError) as error:
+        read(tmp_path / "sound.mp3")
+    command = error.value.way_out.partition("with ")[2].split()
+    assert command[0] == "ffmpeg"
+    try:
+        subprocess.run(["ffmpeg", "-version"], capture_output=True, check=True)
+    except FileNotFoundError:  # what it would write: PCM of 16 bits
+        with wave.open(str(tmp_path / command[-1]), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(b"\0\0" * 100)
+        read(tmp_path / command[-1])
+
+
+# Tables of raw models, and answers that are no numbers.
+
+
+@follows(
+    "tasks/raw",
+    "The columns of the table are not those of the example",
+    "rename or select the columns first, as in data[[…]]",
+)
+@follows(
+    "tasks/raw",
+    "A table cannot hold an output that is not one a row",
+    "save the model with a dict of arrays as input_example",
+)
+def test_tables_of_raw_models(save, user_code):  # noqa: F811
+    source = """
+        import torch
+
+        class Sums(torch.nn.Linear):
+            def __init__(self, single=False):
+                super().__init__(2, 1)
+                self.single = single
+
+            def forward(self, x):
+                return {"y": super().forward(x).sum() if self.single else super().forward(x)}
+    """
+    sums, file = user_code("sums_code", source)
+    table, given = pd.DataFrame({"a": [1.0, 2.0], "b": [3.0, 4.0]}), {"code_paths": [file]}
+    model = load_model(save(sums.Sums(), **given, input_example=table), trust={"code"})
+    data = table.assign(c=1.0)
+    bad(model, data)
+    assert len(model.predict(data[["a", "b"]])) == 2
+    refused(StructureError, save, sums.Sums(single=True), **given, input_example=table)
+    save(sums.Sums(single=True), **given, input_example={"x": table.to_numpy("float32")})
+
+
+@follows(
+    "tasks/outputs",
+    "The model's answer to a row is not a number",
+    "ask without that row; half precision overflows where float32 does not: save the model with dtype='float32'",
+)
+def test_an_answer_that_is_no_number(save, tiny_bert, tiny_tokenizer):  # noqa: F811
+    model = tiny_bert()
+    with torch.no_grad():
+        model.classifier.bias[0] = 60000.0
+    halves = load_model(save(model, tokenizer=tiny_tokenizer, dtype="float16"))
+    forward = type(halves.engine).__call__
+
+    def overflows(self, inputs):
+        made = forward(self, inputs)
+        cat = tiny_tokenizer.convert_tokens_to_ids("cat")
+        rows = (inputs["input_ids"] == cat).any(-1, keepdim=True)
+        doubled = torch.where(rows, made["logits"] * 2, made["logits"])
+        return {**made, "logits": doubled.to(made["logits"].dtype)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(halves.engine), "__call__", overflows)
+        bad(halves, ["the cat"])
+        assert len(halves.predict(["a dog"])) == 1
+        whole = load_model(save(model, tokenizer=tiny_tokenizer, dtype="float32"))
+        assert len(whole.predict(["the cat"])) == 1
+
+
+__all__ = ["X", "code", "nn", "transformers"]
