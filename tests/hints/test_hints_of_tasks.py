@@ -127,7 +127,8 @@ def test_texts_of_no_or_many_tokens(models, save):  # noqa: F811
     error = bad(model, long, {"truncation": False})
     assert len(model.predict(["the cat"], {"truncation": False})) == 1
     assert len(model.predict(long, **eval(f"dict({error.way_out.partition('cut: ')[2]})"))) == 1
-    path = save(writer("GPT2LMHeadModel"), tokenizer=byte_tokenizer(), task="text-generation")
+    written = writer("GPT2LMHeadModel", bos_token_id=None, generation={"bos_token_id": None})
+    path = save(written, tokenizer=byte_tokenizer(), task="text-generation")
     model, few = load_model(path), {"max_new_tokens": 1}
     bad(model, ["", "the cat"], few)
     assert len(model.predict(["the cat"], few)) == 1
