@@ -246,12 +246,12 @@ def test_a_class_of_a_function(save, user_code):
 @follows(
     "structure",
     "The constructor does not give back all that the module holds: it was changed after it was made",
-    "pass init_args={…} with the constructor's arguments, allow_pickle=True, or structure='graph'",
+    "…allow_pickle=True, or structure='graph'",
 )
 @follows(
     "structure",
     "The constructor does not give back the module: it was changed after it was made",
-    "keep config in step with the module, pass init_args={…}, allow_pickle=True or structure='graph'",
+    "…allow_pickle=True, or structure='graph'",
 )
 @follows("structure", "safeflavor: the module is pickled. %s")
 @pytest.mark.graphs
