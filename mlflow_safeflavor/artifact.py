@@ -30,6 +30,7 @@ __all__ = [
     "digest_json",
     "digest_of_file",
     "find_broken_files",
+    "parse_json",
     "read_json",
     "read_manifest",
     "reason_against",
@@ -44,6 +45,8 @@ _MAX_GUARDED = 10**7  # characters; the largest ever seen had some thousand
 _MAX_YAML = 2 * 10**6  # bytes; YAML is read at 100 kB/s, and 20,000 labels are half of this
 _MAX_LINES = 4 * 10**6  # requirements.txt with every hash that an index lists: some 200 kB
 _MAX_JSON = 64 * 10**6  # read whole, and some 20 times larger as objects
+_DEEPEST = 100  # lists and dicts within each other; of all that was ever saved a config's few levels are the most
+_TOO_DEEP = f"lists or dicts nested more than {_DEEPEST} deep"
 _MAX_TOKENIZER = 256 * 10**6  # the largest ever seen had 34 MB
 
 
@@ -216,20 +219,42 @@ def read_json(path: Path, *, strict: bool = True) -> Any:
         strict: Refuse links, and what JSON does not have but Python reads: equal keys, NaN and infinities.
 
     Raises:
-        IntegrityError: The file is missing, no plain file, too large, or no JSON.
+        IntegrityError: The file is missing, no plain file, too large, no JSON, or nested too deep.
     """
     return _parse(read_text(path if strict else Path(os.path.realpath(path)), _MAX_JSON), path, strict)
 
 
 def _parse(text: str, path: Path, strict: bool = True) -> Any:
     try:
-        if not strict:
-            return json.loads(text)
-        return json.loads(text, object_pairs_hook=without_duplicates, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text, strict=strict)
+    except ValueError as error:
         raise IntegrityError(
             "A file of the artifact cannot be read as JSON", where=path, found=error, way_out=WAY_OUT
         ) from None
+
+
+def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
+    """Parse JSON that any function may walk by recursion, wherever Python stands.
+
+    Args:
+        text: What somebody else wrote.
+        strict: Also refuse equal keys, NaN and infinities.
+
+    Raises:
+        ValueError: It is no JSON, or lists and dicts are nested more than 100 deep.
+    """
+    hooks: dict[str, Any] = {"object_pairs_hook": without_duplicates, "parse_constant": _refuse_constant}
+    try:
+        content = json.loads(text, **hooks if strict else {})
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level = [content]
+    for _ in range(_DEEPEST + 1):
+        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
+        level = [item for part in parts for item in part]
+    if level:
+        raise ValueError(_TOO_DEEP)
+    return content
 
 
 def reason_against(layout: Layout) -> str | None:

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json
+from mlflow_safeflavor.download import located
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError, plain
-from mlflow_safeflavor.load import locate
-from mlflow_safeflavor.saved import read_saved
+from mlflow_safeflavor.saved import Saved, read_saved
 from mlflow_safeflavor.version import __version__
 
 if TYPE_CHECKING:
@@ -57,8 +57,12 @@ def main() -> None:
 @click.option("--graph", "calls", is_flag=True, help="Print the recorded graph, a call a line.")
 def inspect(uri: str, pins: bool, rows: bool, calls: bool) -> None:
     """Say what the model at URI is. Nothing of the artifact is run, built or imported."""
+    with located(uri) as folder:
+        _inspect(uri, read_saved(Layout(folder), weights=False), pins, rows, calls)
+
+
+def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> None:
     console = Console()
-    saved = read_saved(Layout(locate(uri)), weights=False)
     layout, spec, environment = saved.layout, saved.spec, saved.environment
     inventory = _read_inventory(layout)
     table = Table(show_header=False, title=Text(plain(uri)), title_justify="left")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow_safeflavor.artifact import WAY_OUT, without_duplicates
+from mlflow_safeflavor.artifact import WAY_OUT, parse_json
 from mlflow_safeflavor.cpu import available_cpus
 from mlflow_safeflavor.errors import IntegrityError
 
@@ -71,13 +70,13 @@ def _read_header(descriptor: int, where: str) -> tuple[str, dict[str, tuple[int,
     header, start = os.pread(descriptor, length, 8), 8 + length
     ranges = {}
     try:
-        for name, entry in json.loads(header, object_pairs_hook=without_duplicates).items():
+        for name, entry in parse_json(header).items():
             if name != "__metadata__":
                 first, stop = entry["data_offsets"]
                 if type(first) is not int or type(stop) is not int or not 0 <= first <= stop <= size - start:
                     raise ValueError(f"{name!r} reaches from {first!r} to {stop!r}")
                 ranges[name] = (start + first, start + stop)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError("A safetensors header is malformed", where=where, found=error, way_out=WAY_OUT) from None
     return hashlib.sha256(prefix + header).hexdigest(), ranges
 

@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact import Layout, reason_against, staging
+from mlflow_safeflavor.download import located
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
-from mlflow_safeflavor.load import locate
 from mlflow_safeflavor.lock import lock, missing_wheel, wheels_for
 from mlflow_safeflavor.pins import CONSTRAINTS, Pin, Pins, read_pins
 from mlflow_safeflavor.plain_files import digest_of_plain, open_plain
@@ -111,7 +111,8 @@ def generate_dockerfile(
     require_known(trust)
     # The image's user must be able to read what root copies, whatever modes this process gives.
     with staging(output_dir, umask=0o022) as stage:
-        saved = copy_saved(Layout(locate(model_uri)), stage / "model")  # from here on nothing else is read
+        with located(model_uri) as folder:
+            saved = copy_saved(Layout(folder), stage / "model")  # from here on nothing else is read
         spec, environment = saved.spec, saved.environment
         if "pickle" in spec.runs:
             require_agreed("pickle", trust, spec.model_class)

@@ -16,6 +16,7 @@ import pandas as pd
 import requests
 from mlflow.utils.proto_json_utils import NumpyEncoder
 
+from mlflow_safeflavor.artifact import parse_json
 from mlflow_safeflavor.errors import InputError, SafeFlavorError
 
 __all__ = ["Endpoint", "as_served", "request_of_arrays", "request_of_rows"]
@@ -106,8 +107,8 @@ class Endpoint:
 
     def _predictions(self, status: int, kind: str, body: bytes) -> Any:
         try:
-            content = json.loads(body)
-        except (ValueError, RecursionError):
+            content = parse_json(body, strict=False)
+        except ValueError:
             content = None
         if status == 200 and isinstance(content, dict) and "predictions" in content:
             return content["predictions"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from mlflow_safeflavor.artifact import (
     read_manifest,
     reason_against,
 )
+from mlflow_safeflavor.download import keep, located
 from mlflow_safeflavor.errors import (
     AnswerError,
     InputError,
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from mlflow_safeflavor.model import LoadedModel
     from mlflow_safeflavor.weights_files import HeldFile
 
-__all__ = ["LoadOptions", "bind", "guarded_parts", "load_folder", "load_model", "locate", "read_spec", "rebuild"]
+__all__ = ["LoadOptions", "bind", "guarded_parts", "keep_if_needed", "load_folder", "load_model", "read_spec", "rebuild"]
 
 _VERIFY = ("full", "rehash", "structure", "off")
 
@@ -86,7 +88,7 @@ def load_model(
 
     Args:
         model_uri: A folder, or any URI that MLflow resolves (``models:/name@champion``, ``runs:/…``).
-        dst_path: Folder to download to; a temporary one by default.
+        dst_path: Folder to download to, which stays; by default what is downloaded is removed once the model is loaded.
         device: "auto", "cpu", "cuda:0", an index of an accelerator, or a ``torch.device``.
         dtype: Cast to this dtype after everything was compared; None keeps the saved one.
         device_map: Spread over several devices instead of one: "auto", "balanced", "sequential", or a dict
@@ -114,7 +116,10 @@ def load_model(
         trust=frozenset(trust),
         model_config=dict(model_config or {}),
     )
-    return load_folder(locate(model_uri, dst_path), options)
+    with ExitStack() as download:
+        model = load_folder(download.enter_context(located(model_uri, dst_path)), options)
+        keep_if_needed(download, model)
+    return model
 
 
 def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
@@ -479,11 +484,13 @@ def _naming_failures(layout: Layout) -> Iterator[None]:
         ) from error
 
 
-def locate(model_uri: str | Path, dst_path: str | Path | None = None) -> Path:
-    """A local folder for any URI that MLflow resolves."""
-    if Path(model_uri).is_dir() and dst_path is None:
-        return Path(model_uri)
-    from mlflow.artifacts import download_artifacts
+def keep_if_needed(download: ExitStack, model: LoadedModel) -> None:
+    """Keep a download that a loaded model may still read; see ``download.keep``.
 
-    folder = None if dst_path is None else str(dst_path)
-    return Path(download_artifacts(artifact_uri=str(model_uri), dst_path=folder))
+    Code imports more of itself at any time, and modules outlive models. A file that is mapped is looked at before each
+    forward, and removing it is a change.
+    """
+    if model.spec.runs:
+        keep(download, sys.modules[__name__])
+    elif "file" in model.report.weights.split(", "):
+        keep(download, model)

@@ -15,6 +15,7 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature, infer_signature
 from mlflow.models.model import ModelInfo
+from mlflow.store.artifact.runs_artifact_repo import RunsArtifactRepository
 from mlflow.types import ColSpec, DataType, ParamSchema, Schema
 
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
@@ -25,6 +26,7 @@ __all__ = [
     "Object",
     "Property",
     "answer_of",
+    "copies_runs",
     "inferred_signature",
     "log",
     "log_arguments",
@@ -151,6 +153,11 @@ def log(flavor: ModuleType, name: str, **arguments: Any) -> ModelInfo:
     with noting(flavor, own) as noted:
         info: ModelInfo = Model.log(**place, flavor=noted, **arguments)
     return info
+
+
+def copies_runs() -> bool:
+    """Whether MLflow copies what ``runs:/…`` names, even if it lies on this disk; since MLflow 3."""
+    return hasattr(RunsArtifactRepository, "_download_model_artifacts")
 
 
 def read_mlmodel(folder: Path) -> Model:

@@ -46,7 +46,7 @@ def _host() -> str:
     return hashlib.sha256(kernel.encode()).hexdigest()[:8]
 
 
-_NAME = re.compile(r".+-(?P<host>[0-9a-f]{8})-[a-z0-9_]{8}\.(?P<kind>staging|rehearsal|lock|tokenizer|log)")
+_NAME = re.compile(r".+-(?P<host>[0-9a-f]{8})-[a-z0-9_]{8}\.(?P<kind>download|staging|rehearsal|lock|tokenizer|log)")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mlflow_safeflavor.artifact import parse_json
 from mlflow_safeflavor.errors import IntegrityError, StructureError, TrustError, WeightsError
 from mlflow_safeflavor.inventory import dtype_name, some
 
@@ -84,7 +84,7 @@ def _find_weights(folder: Path) -> Path:
 
 def _read_shards(index: Path) -> dict[str, Any]:
     try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        weight_map = dict(parse_json(index.read_text(encoding="utf-8"))["weight_map"])
         names = sorted(set(weight_map.values()))
         plain = all(os.path.basename(name) == name for name in names)
     except (OSError, ValueError, KeyError, TypeError) as error:

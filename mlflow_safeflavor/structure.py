@@ -504,22 +504,9 @@ def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
         raise IntegrityError(
             "The description of the module is malformed", where=layout.name_of(layout.structure), way_out=WAY_OUT
         )
-    if _is_deep(content):
-        raise IntegrityError("The config is nested too deep", where=layout.name_of(layout.config), way_out=WAY_OUT)
     if content["kind"] != "torch":  # whose tree names classes and arguments of torch.nn, and parts by any name
         require_harmless(content, layout.name_of(layout.config), trusted=content["kind"] != "transformers")
     return dict(content)
-
-
-def _is_deep(content: Any, most: int = 100) -> bool:
-    """Whether dicts and lists are nested deeper than Python may recurse wherever it stands."""
-    level = [content]
-    for _ in range(most):
-        parts = [part.values() if isinstance(part, dict) else part for part in level]
-        level = [item for part in parts for item in part if isinstance(item, (dict, list))]
-        if not level:
-            return False
-    return True
 
 
 def _is_flag(argument: Any) -> bool:

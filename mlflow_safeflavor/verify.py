@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,12 @@ import pandas as pd
 from mlflow.types import DataType, Schema
 
 from mlflow_safeflavor.arguments import checked
-from mlflow_safeflavor.artifact import WAY_OUT, Layout
+from mlflow_safeflavor.artifact import WAY_OUT, Layout, parse_json
+from mlflow_safeflavor.download import located
 from mlflow_safeflavor.endpoint import Endpoint, as_served, request_of_arrays, request_of_rows
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError
-from mlflow_safeflavor.load import LoadOptions, load_folder, locate
+from mlflow_safeflavor.load import LoadOptions, keep_if_needed, load_folder
 from mlflow_safeflavor.parity import Golden, ParityReport, Replayed, compare_answers, read_golden, replay
 from mlflow_safeflavor.process import arrays_asking, describe_recorded, labelled_row, told_environment
 from mlflow_safeflavor.pyfunc import facts_of
@@ -75,23 +76,33 @@ def verify_model(
     chosen = {"engine": engine} if engine else {}
     verify = "rehash" if rehash else "full"
     options = LoadOptions(device=device, verify=verify, replay=False, trust=frozenset(trust), model_config=chosen)
-    if endpoint is not None:
-        return _verify_server(Endpoint(endpoint, timeout), Layout(locate(model_uri)), rows, options)
-    if rows is not None:
+    if endpoint is None and rows is not None:
         raise InputError(
             "There is nothing to compare your rows with",
             where="rows",
             wanted="the address of a server, too",
             way_out="pass endpoint=… (--endpoint URL), or leave the rows out",
         )
-    model = load_folder(locate(model_uri), options)
+    server = None if endpoint is None else Endpoint(endpoint, timeout)
+    with ExitStack() as download:
+        folder = download.enter_context(located(model_uri))
+
+        def load() -> LoadedModel:
+            model = load_folder(folder, options)
+            keep_if_needed(download, model)
+            return model
+
+        return _verify_here(load()) if server is None else _verify_server(server, Layout(folder), rows, load)
+
+
+def _verify_here(model: LoadedModel) -> ParityReport:
     return replace(
         replay(model, model.files), environments={"saved": _saved(model.spec, model.files), "here": facts_of(model)}
     )
 
 
 def _verify_server(
-    server: Endpoint, layout: Layout, rows: pd.DataFrame | str | Path | None, options: LoadOptions
+    server: Endpoint, layout: Layout, rows: pd.DataFrame | str | Path | None, load: Callable[[], LoadedModel]
 ) -> ParityReport:
     # The golden rows count only if nobody changed them; they do not need the weights, which loading hashes.
     spec = read_saved(layout, weights=False).spec
@@ -102,7 +113,7 @@ def _verify_server(
     compared = list(_compare_golden(server, golden, spec, layout))
     environments: dict[str, Any] = {"saved": _saved(spec, layout)}
     if frame is not None:
-        model = load_folder(layout.root, options)
+        model = load()
         compared += _compare_rows(server, model, frame, schema, golden)
         environments["here"] = facts_of(model)
     environments["server"] = _ask_environment(server, golden, spec, layout)
@@ -232,7 +243,9 @@ def _read_json(path: str | Path, *, lines: bool) -> pd.DataFrame:
     """Values as they stand there: ``read_json`` of pandas makes dates and numbers of texts that look like them."""
     text = Path(path).read_text(encoding="utf-8-sig")
     # Not splitlines, which also cuts at line separators within texts.
-    records = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
+    parts = [line for line in text.split("\n") if line.strip()] if lines else [text]
+    read = [parse_json(part, strict=False) for part in parts]
+    records = read if lines else read[0]
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError("not a list of objects")
     return pd.DataFrame(records)

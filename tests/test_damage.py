@@ -212,6 +212,23 @@ def test_a_file_that_is_no_json(copied, name, content):
     refuse(copied, IntegrityError, name.rpartition("/")[2])
 
 
+DEEP = [f"safeflavor/{name}.json" for name in ("structure", "config", "tensors", "environment", "parity")]
+
+
+@pytest.mark.parametrize("name", [MANIFEST, *DEEP])
+def test_a_file_that_is_nested_deeper_than_any_was_saved(copied, name):
+    """By a bound, and not by how far Python happens to recurse from where it stands."""
+    content = json.loads((copied / name).read_bytes())
+    deep: list = []
+    for _ in range(100):
+        deep = [deep]
+    content = {**content, "deep": deep} if isinstance(content, dict) else [*content, deep]
+    rewrite(copied / name, json.dumps(content))
+    if name != MANIFEST:
+        reseal(copied)
+    refuse(copied, IntegrityError, name.rpartition("/")[2], "nested more than 100 deep")
+
+
 # Changed on purpose: the manifest was made anew
 
 
