@@ -49,7 +49,17 @@ class Caps:
         """The caps among all run-time options."""
         return cls(**{field.name: options[field.name] for field in fields(cls)})
 
-    def require(self, cap: str, found: float, what: str, *, where: object, instead: str, allowed: float = 0) -> None:
+    def require(
+        self,
+        cap: str,
+        found: float,
+        what: str,
+        *,
+        where: object,
+        instead: str,
+        allowed: float = 0,
+        least: bool = False,
+    ) -> None:
         """Refuse what is above a cap.
 
         Args:
@@ -59,6 +69,7 @@ class Caps:
             where: Row and column, or param.
             instead: What the caller can do without raising the cap, as an imperative.
             allowed: What is allowed even where the cap is lower.
+            least: Whether it asks for ``found`` at least, as nobody looked any further.
 
         Raises:
             InputError: Names the cap, what was found, and how to raise it.
@@ -70,15 +81,19 @@ class Caps:
             what,
             where=where,
             wanted=f"at most {most:,.10g} {cap.removeprefix('max_')}",
-            found=f"{found:,.10g}",
+            found=f"{found:,.10g}{' or more' if least else ''}",
             way_out=f"{instead}, or raise the cap: model_config={{{cap!r}: …}} where the model is saved or loaded, "
             f"or the variable MLFLOW_SAFEFLAVOR_{cap.upper()}; 0 for no bound",
         )
 
-    def require_pieces(self, pieces: int, rows: int, *, where: object, instead: str) -> None:
+    def most_pieces(self, rows: int) -> int | None:
+        """Windows and labels that a request of so many rows may have; None for any number."""
+        return max(self.max_pieces, PIECES_A_ROW * rows) if self.max_pieces else None
+
+    def require_pieces(self, pieces: int, rows: int, *, where: object, instead: str, least: bool = False) -> None:
         """Refuse more windows and labels than ``max_pieces``, or ``PIECES_A_ROW``. Raises ``InputError``."""
-        what = "A request has the model read too much"
-        self.require("max_pieces", pieces, what, where=where, instead=instead, allowed=PIECES_A_ROW * rows)
+        what, allowed = "A request has the model read too much", PIECES_A_ROW * rows
+        self.require("max_pieces", pieces, what, where=where, instead=instead, allowed=allowed, least=least)
 
     def require_answers(self, tokens: int, rows: int, *, where: object, instead: str) -> None:
         """Refuse longer answers than ``max_answers``, or ``ANSWERS_A_ROW``. Raises ``InputError``."""

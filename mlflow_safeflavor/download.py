@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -63,9 +62,4 @@ def keep(download: ExitStack, owner: object) -> None:
         download: What removes it. Changed: it does no more.
         owner: Who that is; a module lives as long as the process.
     """
-    weakref.finalize(owner, _close, download.pop_all(), os.getpid())
-
-
-def _close(folder: ExitStack, process: int) -> None:
-    if os.getpid() == process:  # and not its child, after a fork
-        folder.close()
+    weakref.finalize(owner, download.pop_all().close)

@@ -63,10 +63,12 @@ def scratch_folder(kind: str, parent: Path | None = None, *, stem: str = "safefl
     for place in dict.fromkeys((parent, temporary)):
         _sweep(place)
     folder, lock = _make(parent, f"{stem[:200]}-{_host()}-", f".{kind}")
+    process = os.getpid()
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if os.getpid() == process:  # a child that was forked meanwhile ends, too
+            shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 

@@ -16,6 +16,7 @@ from mlflow_safeflavor.artifact import WAY_OUT, read_json, write_json
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError, TrustError
 from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.scratch import scratch_folder
+from mlflow_safeflavor.token_bound import TokenBound
 from mlflow_safeflavor.trust import require_harmless
 
 __all__ = ["TextEncoder", "load_tokenizer", "write_tokenizer"]
@@ -135,6 +136,14 @@ class TextEncoder:
         # Offsets cost time; the ids are the same.
         encode = self._tokenizer.encode_batch if spans else self._tokenizer.encode_batch_fast
         return [self._named(encoding, limit, only, spans) for encoding in encode(inputs, add_special_tokens=special)]
+
+    def exceeds(self, text: str, tokens: int) -> bool:
+        """Whether a text has more than so many tokens, as far as that is told cheaply; see ``TokenBound``."""
+        return len(text) > tokens and self._bound.exceeds(text, tokens)
+
+    @cached_property
+    def _bound(self) -> TokenBound:
+        return TokenBound(self._tokenizer)
 
     def pair(
         self,

@@ -40,6 +40,9 @@ _IMPOSSIBLE = Param("handle_impossible_answer", "boolean", default=False, wanted
 _ALIGN = Param("align_to_words", "boolean", default=True, wanted="true or false")
 
 _USUAL_LENGTH, _USUAL_STRIDE = 384, 128
+_LONG = 10_000
+"""Characters of a context, from which on it is worth a look at its beginning first."""
+_LESS = "send less text at once, or lower doc_stride"
 
 _GOLDEN_QUESTIONS = ("Where?", "Who jumps?", "What costs 3 €?")
 _GOLDEN_CONTEXTS = (
@@ -103,7 +106,10 @@ class QuestionAnswering(TextTask):
         require_texts(rows, self.columns)
         fields = ("question", "context") if self._context == 1 else ("context", "question")
         pieces = 0
+        self._require_few(len(rows) - 1, len(rows), len(rows), params)  # each row has one
         for start, some in groups(rows):
+            for i, given in enumerate(some, start):
+                self._require_short_context(i, given, pieces, len(rows), params)
             first, second = ([row[field] for row in some] for field in fields)
             encoded = self.encoder.encode(first, second, truncation=False, spans=True)
             for i, row in enumerate(encoded, start):
@@ -118,13 +124,35 @@ class QuestionAnswering(TextTask):
 
     def _require_few(self, i: int, pieces: int, rows: int, params: Mapping[str, Any]) -> None:
         """Refuse row ``i`` if the windows so far, or their answers beside the best, are more than a cap allows."""
-        where, instead = f"windows up to {place(i)}", "send less text at once, or lower doc_stride"
-        self.caps.require_pieces(pieces, rows, where=where, instead=instead)
+        where = f"windows up to {place(i)}"
+        self.caps.require_pieces(pieces, rows, where=where, instead=_LESS)
         if params["top_k"] > 1:
             length = min(params["max_answer_len"], self._read_at_once(params))
             tokens = pieces * min(params["top_k"], length * self._read_at_once(params)) * length
             where, instead = f"params, 'top_k', {where}", "lower top_k or max_answer_len, or send less text at once"
             self.caps.require_answers(tokens, rows, where=where, instead=instead)
+
+    def _require_short_context(self, i: int, row: Row, pieces: int, rows: int, params: Mapping[str, Any]) -> None:
+        """Refuse row ``i`` by the beginnings of its texts, before all of a long one is tokenised."""
+        limit = self._read_at_once(params)
+        if self.encoder.exceeds(row["question"], limit):
+            raise self._no_room(i, limit, f"more than {limit} tokens")
+        if len(row["context"]) > _LONG:
+            (question,) = self.encoder.encode([row["question"]], truncation=False, special=False)
+            room = limit - len(question["input_ids"]) - self.encoder.special_tokens(pair=True)
+            if room >= 1:
+                overlap = self._overlap(i, room, limit, room, params)
+                where = f"windows up to {place(i)}"
+                self.require_few_windows(row["context"], pieces, rows, room, overlap, where=where, instead=_LESS)
+
+    def _no_room(self, i: int, limit: int, found: str) -> InputError:
+        return InputError(
+            "A question leaves no room for its context",
+            where=place(i, self.columns["question"]),
+            wanted=f"fewer tokens: {limit} are read at once",
+            found=found,
+            way_out="shorten the question, or raise max_seq_len if the model takes more",
+        )
 
     def _read_at_once(self, params: Mapping[str, Any]) -> int:
         """Most tokens of a window."""
@@ -144,13 +172,7 @@ class QuestionAnswering(TextTask):
                 )
         room = limit - (len(row["input_ids"]) - context)
         if room < 1:
-            raise InputError(
-                "A question leaves no room for its context",
-                where=place(i, self.columns["question"]),
-                wanted=f"fewer tokens: {limit} are read at once",
-                found=f"{limit - room} tokens with the special ones",
-                way_out="shorten the question, or raise max_seq_len if the model takes more",
-            )
+            raise self._no_room(i, limit, f"{limit - room} tokens with the special ones")
         return context, room, self._overlap(i, room, limit, context, params)
 
     def _overlap(self, i: int, room: int, limit: int, context: int, params: Mapping[str, Any]) -> int:

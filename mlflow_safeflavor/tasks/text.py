@@ -132,6 +132,7 @@ class TextTask(Task):
         require_texts(rows, self.columns)
         limit = params["max_length"] or self.limit
         for first, some in groups(rows):
+            self.require_short(first, some, limit, cut=params["truncation"])
             encoded = self.encoder.encode(
                 [row["text"] for row in some],
                 [row["text_pair"] for row in some] if "text_pair" in self.columns else None,
@@ -148,8 +149,14 @@ class TextTask(Task):
         names = (*self.config["input_names"], *SPANS)
         return {name: row[name] for name in names if name in row}
 
-    def require_fitting(self, i: int, length: int, limit: int | None) -> None:
+    def require_fitting(self, i: int, length: int, limit: int | None, *, least: bool = False) -> None:
         """Refuse row ``i`` if it has no tokens, or more than ``limit``, or the cap where there is none.
+
+        Args:
+            i: Number of the row.
+            length: Tokens that it has; with ``least`` at least.
+            limit: Most that it may have.
+            least: See ``length``.
 
         Raises:
             InputError: Names the row.
@@ -157,15 +164,55 @@ class TextTask(Task):
         self.require_tokens(i, length)
         if limit is None:
             where = place(i, *self.columns.values())
-            self.caps.require("max_tokens", length, "A text is too long", where=where, instead="cut or split it")
+            what, instead = "A text is too long", "cut or split it"
+            self.caps.require("max_tokens", length, what, where=where, instead=instead, least=least)
         if limit and length > limit:
             raise InputError(
                 "A text is longer than the model takes, and truncation is off",
                 where=place(i, *self.columns.values()),
                 wanted=f"at most {limit} tokens",
-                found=f"{length} tokens",
+                found=f"{length} tokens{' or more' if least else ''}",
                 way_out="shorten or split the text, or let it be cut: params={'truncation': True}",
             )
+
+    def require_short(self, first: int, rows: Sequence[Row], limit: int | None, *, cut: bool) -> None:
+        """Refuse what ``require_fitting`` would refuse, by the beginnings of texts, before all of them are tokenised.
+
+        Args:
+            first: Number of the first row.
+            rows: Rows of texts.
+            limit: As there.
+            cut: Whether rows are cut to ``limit``.
+
+        Raises:
+            InputError: Names the row.
+        """
+        most = limit or self.caps.max_tokens
+        if most and not (limit and cut):
+            for i, row in enumerate(rows, first):
+                if any(isinstance(text, str) and self.encoder.exceeds(text, most) for text in row.values()):
+                    self.require_fitting(i, most + 1, limit, least=True)
+
+    def require_few_windows(
+        self, text: str, pieces: int, rows: int, room: int, overlap: int, *, where: str, instead: str
+    ) -> None:
+        """Refuse a row if the beginning of its text makes more windows than a request may have.
+
+        Args:
+            text: What is cut into windows.
+            pieces: Windows of the rows before.
+            rows: How many rows the request has.
+            room: See ``windows``.
+            overlap: See ``windows``.
+            where: See ``Caps.require``.
+            instead: See ``Caps.require``.
+
+        Raises:
+            InputError: Names the row and the cap.
+        """
+        most = self.caps.most_pieces(rows)
+        if most is not None and self.encoder.exceeds(text, overlap + max(0, most - pieces) * (room - overlap)):
+            self.caps.require_pieces(most + 1, rows, where=where, instead=instead, least=True)
 
     def require_tokens(self, i: int, length: int) -> None:
         """Refuse row ``i`` if it has no tokens. Raises ``InputError`` naming it."""

@@ -56,6 +56,7 @@ class Text2TextGeneration(Generation):
         self.require_little(rows, params)
         limit = self.prompt_limit(params)
         for first, some in groups(rows):
+            self.require_short(first, some, limit, cut=params["truncation"])
             texts = [self.config["prefix"] + row["text"] for row in some]
             encoded = self.encoder.encode(texts, max_length=limit, truncation=params["truncation"])
             for i, row in enumerate(encoded, first):

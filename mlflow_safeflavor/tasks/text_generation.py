@@ -116,6 +116,7 @@ class TextGeneration(Generation):
         special = not self._chat  # the template has put them in
         for i, row in enumerate(rows):
             prompt = self._prompt(i, row)
+            self.require_short(i, [{"prompt": prompt}], limit, cut=params["truncation"])
             (encoded,) = self.encoder.encode([prompt], truncation=False, special=special)
             ids = encoded["input_ids"] or self._beginning()
             if limit and len(ids) > limit and params["truncation"]:

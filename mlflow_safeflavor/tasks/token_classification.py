@@ -114,14 +114,16 @@ class TokenClassification(TextTask):
 
     def _in_windows(self, rows: Sequence[Row], room: int, overlap: int) -> Iterator[Features | None]:
         require_texts(rows, self.columns)
-        pieces = 0
+        pieces, instead = 0, "send less text at once, or lower stride"
         for first, some in groups(rows):
+            for i, given in enumerate(some, first):
+                where = f"windows up to {place(i)}"
+                self.require_few_windows(given["text"], pieces, len(rows), room, overlap, where=where, instead=instead)
             encoded = self.encoder.encode([row["text"] for row in some], truncation=False, spans=True)
             for i, row in enumerate(encoded, first):
                 self.require_tokens(i, len(row["input_ids"]))
                 pieces += count_windows(len(row["input_ids"]), room, overlap)
-                where, instead = f"windows up to {place(i)}", "send less text at once, or lower stride"
-                self.caps.require_pieces(pieces, len(rows), where=where, instead=instead)
+                self.caps.require_pieces(pieces, len(rows), where=f"windows up to {place(i)}", instead=instead)
                 cut = []
                 for window in windows(self.known(row), 0, room, overlap):
                     cut.append(window)

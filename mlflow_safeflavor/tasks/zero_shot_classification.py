@@ -101,6 +101,7 @@ class ZeroShotClassification(TextTask):
         self.caps.require_pieces(len(labels) * len(rows), len(rows), where=where, instead=instead)
         hypotheses = self._hypotheses(params)
         for i, row in enumerate(rows):
+            self.require_short(i, [row], limit, cut=params["truncation"])
             (text,) = self.encoder.encode([row["text"]], truncation=False, special=False)
             pairs = []
             for label, hypothesis in zip(labels, hypotheses, strict=True):
