@@ -46,7 +46,16 @@ if TYPE_CHECKING:
     from mlflow_safeflavor.model import LoadedModel
     from mlflow_safeflavor.weights_files import HeldFile
 
-__all__ = ["LoadOptions", "bind", "guarded_parts", "keep_if_needed", "load_folder", "load_model", "read_spec", "rebuild"]
+__all__ = [
+    "LoadOptions",
+    "bind",
+    "guarded_parts",
+    "keep_if_needed",
+    "load_folder",
+    "load_model",
+    "read_spec",
+    "rebuild",
+]
 
 _VERIFY = ("full", "rehash", "structure", "off")
 

@@ -157,6 +157,12 @@ class Target(Layout):
         self.redigest()
 
 
+MAY_IMPORT = re.compile(
+    r"transformers\.(models\.\w+(\.(modeling|configuration)_\w+|\.\w+_auto)?|(image|video)_processing_\w+)"
+)
+"""What a hostile load may import that an honest one does not: what defines models, and transformers' own tables. No
+pipeline, no timm."""
+
 ATTACKS: list[Attack] = []
 SAME = "same"
 

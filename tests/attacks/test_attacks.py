@@ -16,7 +16,7 @@ import steering  # noqa: F401  (adds its own to ATTACKS)
 import torch
 import transformers
 from artifacts import rewrite
-from hostile import ATTACKS, Attack, Target
+from hostile import ATTACKS, MAY_IMPORT, Attack, Target
 from writers import byte_tokenizer, writer
 
 import mlflow_safeflavor
@@ -98,6 +98,9 @@ def others(tmp_path_factory):
     return make
 
 
+_loaded: set[Path] = set()
+
+
 @pytest.fixture
 def prepare(saved, saved_with_graph, coded, others, tmp_path):
     """``prepare(attack)``: a damaged copy."""
@@ -106,6 +109,10 @@ def prepare(saved, saved_with_graph, coded, others, tmp_path):
         bases = {"classifier": saved, "graph": saved_with_graph}
         bases |= {"coded": coded / "coded", "pickled": coded / "pickled"}
         base = bases.get(attack.base) or others(attack.base)
+        if not attack.options.get("trust") and base.parent != coded and base not in _loaded:
+            _loaded.add(base)
+            model = load_model(base, **attack.options)  # with all that is imported for an honest one
+            assert model.tokenizer or model.processor
         root = shutil.copytree(base, tmp_path / "model", copy_function=os.link)
         target = Target(root, tmp_path / "canary")
         attack.damage(target)
@@ -147,9 +154,12 @@ def as_expected(found: str, wanted: str) -> bool:
 @pytest.mark.parametrize("attack", LIGHT, ids=names(LIGHT))
 def test_attack_ends_in_its_error_and_leaves_the_canary_alone(attack, prepare):
     target = prepare(attack)
+    before = set(sys.modules)
     found = outcome(lambda: load_model(str(target.root), **attack.options), attack.then)
     assert as_expected(found, attack.native), found
     assert not target.canary.exists()
+    imported = sorted(name for name in set(sys.modules) - before if not MAY_IMPORT.fullmatch(name))
+    assert attack.options.get("trust") or not imported, imported
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's, about files that are damaged on purpose
