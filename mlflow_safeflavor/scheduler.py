@@ -1,17 +1,16 @@
 """All callers of a model, served by one thread: whatever waits when it is free is run together.
 
 Nobody is made to wait for company: a request that comes alone is run at once. Before each forward, everything that
-waits is cut into the batches that cost least, and the one of the request that has waited longest is run. A single
+waits is cut into the batches that cost least, and the one of the request whose turn it is is run. A single
 thread, because torch's threads already use every core: two forwards at a time would only take them from each other.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +51,7 @@ class Ticket:
         self.pieces, self.costs, self.params, self.key = pieces, costs, params, key
         self.waiting = deque(sorted(range(len(pieces)), key=lambda i: -costs[i]))
         self.turn = 0
+        self.served = False
         self.outputs: dict[int, RowOutput] = {}
         self.error: BaseException | None = None
         self.abandoned = False
@@ -101,7 +101,8 @@ class _State:
     arrived: threading.Condition = field(default_factory=threading.Condition)
     arriving: int = 0
     tickets: list[Ticket] = field(default_factory=list)
-    turns: Iterator[int] = field(default_factory=itertools.count)
+    spent: int = 0  # tokens that all forwards so far have cost
+    went_on: bool = False  # whether the last one was for a request that had been served before
     stopped: bool = False
     thread: threading.Thread | None = None
 
@@ -183,7 +184,7 @@ class Scheduler:
         ticket = Ticket(pieces, [self.task.cost(piece) for piece in pieces], params, key)
         state = self._state
         with state.arrived:
-            ticket.turn = next(state.turns)
+            ticket.turn = state.spent
             state.tickets.append(ticket)
             if state.thread is None:
                 state.thread = threading.Thread(target=_serve, args=(state,), name="safeflavor-model", daemon=True)
@@ -237,10 +238,13 @@ def _serve(state: _State) -> None:
 def _next_batch(state: _State, tickets: Sequence[Ticket]) -> list[tuple[Ticket, int]]:
     """The batch of whoever's turn it is, with all that it is cheap to run along.
 
-    A request is served again only after all that came or were served before it, so that a table of a million rows
-    keeps nobody waiting for more than a few forwards.
+    Each that waits has the same share of the model's time: who was served is next once as much was done for each of the
+    others, so that long texts come up more seldom than short ones. And after one that goes on comes one that is new, if
+    there is any: a table of a million rows keeps a small request waiting for a forward or two.
     """
-    first = min(tickets, key=lambda ticket: ticket.turn)
+    new = [ticket for ticket in tickets if not ticket.served] if state.went_on else []
+    first = min(new or tickets, key=lambda ticket: ticket.turn)
+    state.went_on = first.served
     if state.deterministic:
         batch = [(first, first.waiting.popleft())]
     else:
@@ -253,8 +257,12 @@ def _next_batch(state: _State, tickets: Sequence[Ticket]) -> list[tuple[Ticket, 
         for place in reversed(range(len(pool))):
             if place not in chosen:
                 pool[place][0].waiting.appendleft(pool[place][1])
-    for ticket, _ in batch:
-        ticket.turn = next(state.turns)
+    cost = Counter[Ticket]()
+    for ticket, i in batch:
+        cost[ticket] += ticket.costs[i]
+    state.spent += state.forward_cost + cost.total()
+    for ticket in cost:
+        ticket.turn, ticket.served = state.spent + cost[ticket] * len(tickets), True
     return batch
 
 

@@ -19,7 +19,7 @@ from mlflow_safeflavor import batching
 from mlflow_safeflavor.answers import predict_rows
 from mlflow_safeflavor.deadline import Deadline
 from mlflow_safeflavor.errors import AnswerError, DeadlineError, InputError, OverloadedError
-from mlflow_safeflavor.scheduler import Scheduler
+from mlflow_safeflavor.scheduler import Scheduler, Ticket, _next_batch
 
 
 class Length:
@@ -399,3 +399,24 @@ def test_a_timeout_of_the_model_or_of_the_call(saved, texts):
     with pytest.raises(DeadlineError, match="in time"):
         model.predict(texts)
     assert len(model.predict(texts, timeout=60)) == len(texts)
+
+
+def test_long_requests_come_up_more_seldom_than_short_ones_and_all_come_up():
+    model = Model(max_batch_tokens=50, forward_cost=0)
+    state, ran = model.scheduler._state, []
+    long = [Ticket([{}] * 200, [50] * 200, {}, "") for _ in range(4)]
+    short = [Ticket([{}], [5], {}, "") for _ in range(4)]
+    for _ in range(400):
+        tickets = [*long, *short]
+        batch = _next_batch(state, tickets)
+        ran.append({"long" if ticket in long else "short" for ticket, _ in batch})
+        # Whoever asked for little asks again as soon as it is answered.
+        short = [ticket for ticket in short if ticket.waiting]
+        while len(short) < 4:
+            short.append(Ticket([{}], [5], {}, ""))
+            short[-1].turn = state.spent
+    kinds = [kind for (kind,) in ran]  # never both: they share no batch
+    assert not any(pair == ("long", "long") for pair in zip(kinds[4:], kinds[5:], strict=False))
+    # Eight wait, of which four are long ones with fifty tokens a time, where the others have twenty in all.
+    assert 0.2 < kinds.count("long") / len(kinds) < 0.4
+    assert all(len(ticket.waiting) < 195 for ticket in long)

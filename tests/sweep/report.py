@@ -29,14 +29,20 @@ def equal(rows: list[Row]) -> list[str]:
     return [row["class"] for row in rows if row["float32"]["result"] == row["bfloat16"]["result"] == "equal"]
 
 
-def proven(rows: list[Row]) -> str:
-    """``proven_classes.txt``: classes that came back bit for bit in float32, and not with other bits in bfloat16."""
-    names = [
+def write_proven(table: Path, rows: list[Row]) -> None:
+    """Write ``proven_classes.txt``: what it said before, but of the classes in ``rows`` what was seen now.
+
+    Proven is what came back bit for bit in float32, and not with other bits in bfloat16.
+    """
+    lines = table.read_text(encoding="utf-8").splitlines()
+    before = set(" ".join(line for line in lines if not line.startswith("#")).split())
+    found = {
         row["class"]
         for row in rows
         if row["float32"]["result"] == "equal" and row["bfloat16"]["result"] in ("equal", "left out")
-    ]
-    return _PROVEN + textwrap.fill(" ".join(sorted(names)), width=118, break_on_hyphens=False) + "\n"
+    }
+    names = " ".join(sorted((before - {row["class"] for row in rows}) | found))
+    table.write_text(_PROVEN + textwrap.fill(names, width=118, break_on_hyphens=False) + "\n", encoding="utf-8")
 
 
 _PROVEN = """\

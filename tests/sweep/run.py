@@ -4,9 +4,9 @@
     cd tests; python -m sweep.run --only 'Bert|Llama'         some of them, by class name
     cd tests; python -m sweep.run --jobs 4 --results x.jsonl  shared among four processes
 
-Results go to ``tests/sweep/results.jsonl``, one line a class as it is done, and in the end to ``results.md`` and, of
-all classes, to the package's own ``proven_classes.txt``. It ends
-with 1 if any class came back different, or if the package raised an alarm about a sound one.
+Results go to ``tests/sweep/results.jsonl``, one line a class as it is done, and in the end to ``results.md``; of some
+classes to ``some.jsonl`` and ``some.md``. The package's own ``proven_classes.txt`` then says of these classes what was
+seen. It ends with 1 if any class came back different, or if the package raised an alarm about a sound one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import mlflow_safeflavor  # noqa: E402
-from mlflow_safeflavor import requirements, structure  # noqa: E402
+from mlflow_safeflavor import recording, requirements, structure  # noqa: E402
 from mlflow_safeflavor.errors import SafeFlavorError, WeightsError  # noqa: E402
 from sweep import facts, inputs, report, shrink  # noqa: E402
 
@@ -336,10 +336,14 @@ def _untouched(before: facts.Facts, after: facts.Facts) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def sweeping() -> Iterator[tuple[CleanProcess, Path]]:
-    """A clean process and a folder on memory. Pins are recorded once: they take a second, and no model changes them."""
-    recorded, proven = requirements.record, structure.is_proven
+    """A clean process and a folder on memory. Pins are recorded once: they take a second, and no model changes them.
+
+    Nothing is recorded as a graph, which takes the most of a save: ``graphs.py`` does that.
+    """
+    recorded, proven, examples_of = requirements.record, structure.is_proven, recording.examples_of
     requirements.record = _once(recorded)
     structure.is_proven = lambda name: True  # which is what is found out here; clean.py does the same
+    recording.examples_of = _refuse
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -348,8 +352,12 @@ def sweeping() -> Iterator[tuple[CleanProcess, Path]]:
             warnings.simplefilter("ignore")  # what transformers says about odd configs is not what is tested
             yield clean, Path(folder)
     finally:
-        requirements.record, structure.is_proven = recorded, proven
+        requirements.record, structure.is_proven, recording.examples_of = recorded, proven, examples_of
         torch.set_num_threads(threads)
+
+
+def _refuse(*_: Any) -> Any:
+    raise recording.Refusal("the sweep records no graphs")
 
 
 def _once(function: Any) -> Any:
@@ -381,8 +389,10 @@ def main() -> int:
     parser.add_argument("--only", default="", help="regular expression on class names")
     parser.add_argument("--part", default="0/1", help="k/n: every n-th class, beginning with the k-th")
     parser.add_argument("--jobs", type=int, default=1, help="share the work among so many processes")
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--results", type=Path, help="by default results.jsonl, or some.jsonl with --only or --part")
     arguments = parser.parse_args()
+    whole = not arguments.only and arguments.part == "0/1"
+    arguments.results = arguments.results or HERE / ("results.jsonl" if whole else "some.jsonl")
     part, parts = map(int, arguments.part.split("/"))
     if arguments.jobs == 1:
         sweep(arguments.only, part, parts, arguments.results)
@@ -390,9 +400,9 @@ def main() -> int:
         _share(arguments.only, arguments.jobs, arguments.results)
     rows = report.read(arguments.results)
     arguments.results.with_suffix(".md").write_text(report.as_text(rows), encoding="utf-8")
-    if not arguments.only and parts == 1:
+    if parts == 1:
         table = Path(mlflow_safeflavor.__file__).with_name("proven_classes.txt")
-        table.write_text(report.proven(rows), encoding="utf-8")
+        report.write_proven(table, rows)
     wrong = report.wrong(rows)
     print(f"{len(rows)} classes, {len(report.equal(rows))} equal in both dtypes, {len(wrong)} wrong: {' '.join(wrong)}")
     return bool(wrong)
