@@ -177,6 +177,8 @@ def _settings(folder: Path) -> dict[str, str]:
 def _pip_settings(folder: Path) -> Mapping[str, str]:
     """Where pip is configured to look, as uv's variables.
 
+    pip takes the best of all its indexes; uv asks those beside the default one first, and then no other that has the
+    name. So nobody can put a build of a private name on a public index.
     Asked in an empty folder: with ``-m`` Python imports from the working folder, which may be a downloaded model.
     """
     command = [sys.executable, "-m", "pip", "config", "list"]
@@ -187,8 +189,6 @@ def _pip_settings(folder: Path) -> Mapping[str, str]:
         variable = _AS_UV_SAYS.get(name.rpartition(".")[2])
         if variable and value.startswith(("'", '"')):
             settings[variable] = " ".join(value[1:-1].replace("\\n", " ").split())
-    if "UV_EXTRA_INDEX_URL" in settings:  # beside the default one
-        settings["UV_INDEX_STRATEGY"] = "unsafe-best-match"
     if settings.get("UV_FIND_LINKS"):
         settings["UV_FIND_LINKS"] = settings["UV_FIND_LINKS"].replace(" ", ",")
     return settings

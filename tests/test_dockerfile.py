@@ -228,6 +228,36 @@ def test_uv_looks_where_pip_is_configured_to(wheels, monkeypatch, tmp_path):
     assert str(pin).startswith("small==1.0 \\\n    --hash=sha256:")
 
 
+@pytest.fixture
+def private(tmp_path, monkeypatch):
+    """An index that pip has beside the default one, with wheels of its own."""
+    folder = tmp_path / "private"
+    path = make_wheel(folder / "small", "small", "1.0", content="private = True")
+    (folder / "small" / "index.html").write_text(f'<a href="{path.name}">{path.name}</a>')
+    config = tmp_path / "pip.conf"
+    config.write_text(f"[global]\nextra-index-url = {folder.as_uri()}\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(config))
+    return path
+
+
+def test_a_private_name_comes_from_the_private_index_alone(private, shadow, tmp_path):
+    (pin,) = lock(pins_of(tmp_path / "m", "small==1.0"), python="3.11.0").pins
+    assert list(pin.hashes) == [digest_of_file(private)]
+
+
+def test_a_version_that_the_first_index_lacks_is_not_looked_for_elsewhere_unasked(
+    private, index, tmp_path, monkeypatch
+):
+    path = make_wheel(index / "small", "small", "2.0")
+    (index / "small" / "index.html").write_text(f'<a href="{path.name}">{path.name}</a>')
+    pins = pins_of(tmp_path / "m", "small==2.0")
+    with pytest.raises(EnvironmentMismatchError, match="UV_INDEX_STRATEGY=unsafe-best-match"):
+        lock(pins, python="3.11.0")
+    monkeypatch.setenv("UV_INDEX_STRATEGY", "unsafe-best-match")  # which is the way out
+    (pin,) = lock(pins, python="3.11.0").pins
+    assert list(pin.hashes) == [f"{digest_of_file(path)}"]
+
+
 def test_constraints_count(tmp_path, wheels):
     (tmp_path / "constraints.txt").write_text("small<1\n")
     pins = pins_of(tmp_path, f"--find-links {wheels.as_uri()}", "small==1.0", "-c constraints.txt")

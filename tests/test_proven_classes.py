@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sweep import report
 
 import mlflow_safeflavor
 from mlflow_safeflavor.trust import is_proven
-from sweep import report
 
 TABLE = Path(mlflow_safeflavor.__file__).with_name("proven_classes.txt")
 
