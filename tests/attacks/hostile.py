@@ -1139,7 +1139,8 @@ call_attack("type_text", "a text in the place of a tensor", ("aten.relu.default"
 call_attack("type_list", "a list in the place of a number", ("aten.softmax.int", [-1, [1]], {}))
 call_attack("text_code", "a text that is code", ("aten.gelu.default", [-1], {"approximate": {"text": TOUCH}}))
 call_attack("int_huge", "a number beyond 64 bits", ("aten.add.Scalar", [-1, 10**4000], {}))
-call_attack("deep", "a list nested 900 deep", ("aten.view.default", [-1, json.loads("[" * 900 + "]" * 900)], {}))
+call_attack("deep", "a list nested 900 deep", ("aten.view.default", [-1, json.loads("[" * 900 + "]" * 900)], {}),
+            native="IntegrityError")  # fmt: skip
 call_attack("kind_unknown", "a value of a kind that nobody knows", ("aten.relu.default", [{"eval": TOUCH}], {}))
 call_attack("dtype_unknown", "a dtype that is another attribute of torch", ("aten.zeros.default", [[1]],
             {"dtype": {"dtype": "load"}, **HERE}))  # fmt: skip
