@@ -15,7 +15,7 @@ import sysconfig
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import FrameType
 from typing import Any
 
@@ -87,11 +87,8 @@ class Guard:
     def __init__(
         self, *own: str | os.PathLike[str], writable: Sequence[str] = (), allowed: Collection[str] = ()
     ) -> None:
-        prefixes = (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)
-        libraries = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))
         # The user's own, and where Spark and others put theirs.
-        sites = [path for path in sys.path if path.rstrip("/\\").endswith("-packages")]
-        self._installed = _folders(*_SYSTEM, *prefixes, *libraries, *sites)
+        self._installed = _installed(tuple(path for path in sys.path if path.rstrip("/\\").endswith("-packages")))
         self._readable = (*_folders(*own), *self._installed)
         self._writable = _folders(os.devnull, *writable)
         self._allowed = frozenset(allowed)
@@ -166,6 +163,14 @@ class Guard:
                 return True
             frame = frame.f_back
         return False
+
+
+@cache
+def _installed(sites: tuple[str, ...]) -> tuple[str, ...]:
+    """Folders of what is installed, as ``_is_below`` wants them; remembered, as following their links takes a while."""
+    prefixes = (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)
+    libraries = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))
+    return _folders(*_SYSTEM, *prefixes, *libraries, *sites)
 
 
 def _folders(*paths: str | os.PathLike[str] | None) -> tuple[str, ...]:
