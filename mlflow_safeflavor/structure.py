@@ -498,7 +498,7 @@ def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
         and (spec.task == "custom" or not content["hooks"])
         and all(type(name) is str or (name is None and content["hooks_pickle"]) for name in content["hooks"].values())
         and (content["kind"] != "transformers" or all(map(_is_flag, content["arguments"].values())))
-        and (content["kind"] != "torch" or (not _is_deep(content["tree"]) and is_tree(content["tree"])))
+        and (content["kind"] != "torch" or is_tree(content["tree"]))
     )
     if not well_formed:
         raise IntegrityError(
