@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mlflow_safeflavor.devices import is_out_of_memory
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.kept import kept_random_state
 from mlflow_safeflavor.tasks.base import Row, Task
@@ -78,8 +79,13 @@ def measure_forward_cost(task: Task, engine: Engine, rows: Sequence[Row], max_ba
     few, many = task.cost(shortest), count * task.cost(longest)
     if task.cost(shortest) == task.cost(longest):
         return 1  # there is nothing to choose: batches are as large as they may be
-    small = _seconds(lambda: task.forward(engine, [shortest], params))
-    large = _seconds(lambda: task.forward(engine, [longest] * count, params))
+    try:
+        small = _seconds(lambda: task.forward(engine, [shortest], params))
+        large = _seconds(lambda: task.forward(engine, [longest] * count, params))
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return 1  # there is no room for full batches, so none is made fuller than it has to be
+        raise
     token = (large - small) / (many - few)
     tokens = min(_MOST, small / token - few) if token > 0 else 0
     return 1 << round(math.log2(max(1, tokens)))

@@ -33,7 +33,7 @@ _WHEELS = "wheels"
 _DOCKERFILE = """\
 # {what}
 # Build: docker build -t NAME .
-# Run:   docker run --rm -p 5001:8080 --read-only --tmpfs /tmp NAME
+# Run:   docker run --rm{gpus} -p 5001:8080 --read-only --tmpfs /tmp NAME
 ARG PYTHON_IMAGE={base_image}
 
 # Changes only when the pins do: retraining the model does not install anything anew. Compiled with all cores, as pip
@@ -62,11 +62,16 @@ COPY model /opt/ml/model
 # Digests, every tensor and the golden rows: a damaged model fails the build.
 RUN python -c "{imports}; container.check()" && rm -rf /tmp/.cache \\
  && python -m compileall -q /opt/ml/model/code/mlflow_safeflavor
-USER {user}
+{device}USER {user}
 EXPOSE 8080
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s \\
     CMD ["python", "-I", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/ping', timeout=8)"]
 ENTRYPOINT ["python", "-c", "{imports}; container.serve()"]
+"""
+
+_ON_A_GPU = """\
+# From here on: while an image is built there is no GPU, so the check above ran on the CPU.
+ENV MLFLOW_SAFEFLAVOR_DEVICE=cuda
 """
 
 # In place of the working folder, which is first otherwise; Python 3.10 has no -P, and sys is built in.
@@ -93,7 +98,8 @@ def generate_dockerfile(
     Args:
         model_uri: See ``load_model``.
         output_dir: Folder to create.
-        target: "cpu" refuses pins that install CUDA; "cuda" keeps them.
+        target: "cpu" refuses pins that install CUDA; "cuda" keeps them, and the container serves on a GPU or says
+            what it is missing.
         user: Name of the user, not root, that serves.
         engine: "graph" installs only what the graph needs, without transformers; the model must have one.
         base_image: By default ``python:X.Y.Z-slim`` of the Python that saved the model.
@@ -134,6 +140,8 @@ def generate_dockerfile(
                 user=user,
                 options=_variables(trust, engine),
                 imports=_IMPORTS,
+                gpus=" --gpus all" if target == "cuda" else "",
+                device=_ON_A_GPU if target == "cuda" else "",
             ),
             encoding="utf-8",
         )
@@ -173,11 +181,19 @@ def _variables(trust: Iterable[str], engine: str) -> str:
 
 
 def _require_target(pins: Mapping[str, str], target: str) -> None:
-    """Refuse CUDA in an image for CPUs: several GB that nothing would use."""
-    if target != "cpu":
+    """Refuse CUDA in an image for CPUs, several GB that nothing would use, and in one for GPUs a torch without it."""
+    label = pins.get("torch", "").partition("+")[2]
+    if target == "cuda" and label == "cpu":
+        raise EnvironmentMismatchError(
+            "The pins install a torch that knows no GPU",
+            where="requirements.txt",
+            wanted="a torch with CUDA",
+            found=f"torch=={pins['torch']}",
+            way_out='target="cpu", or save the model where a torch with CUDA is installed',
+        )
+    if target == "cuda":
         return
     cuda = sorted(name for name in pins if _CUDA_ONLY.fullmatch(name))
-    label = pins.get("torch", "").partition("+")[2]
     if cuda or label.startswith(("cu", "rocm", "xpu")):
         raise EnvironmentMismatchError(
             "The pins install a torch for accelerators",

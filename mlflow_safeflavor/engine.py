@@ -16,8 +16,10 @@ from typing import Any, Protocol
 
 import torch
 
-from mlflow_safeflavor.errors import AnswerError, PlacementError, SafeFlavorError, StructureError
+from mlflow_safeflavor.devices import is_out_of_memory, require_usable
+from mlflow_safeflavor.errors import AnswerError, OverloadedError, PlacementError, SafeFlavorError, StructureError
 from mlflow_safeflavor.graph import GraphModule
+from mlflow_safeflavor.precision import exact_products
 from mlflow_safeflavor.weights_files import HeldFile, require_unchanged
 
 __all__ = ["Engine", "GraphEngine", "ModuleEngine", "evaluating", "named_failure", "named_tensors"]
@@ -105,7 +107,8 @@ class ModuleEngine:
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         require_unchanged(self._weights)
-        with torch.inference_mode():
+        require_usable(self.device)
+        with torch.inference_mode(), exact_products(self.device):
             outputs = self._forward(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
         return named_tensors(outputs)
 
@@ -121,8 +124,9 @@ class ModuleEngine:
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
         require_unchanged(self._weights)
+        require_usable(self.device)
         view = _with_settings(self.module, {**settings, "return_dict_in_generate": True, "output_logits": keep_logits})
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_products(self.device):
             found = view.generate(
                 **{name: tensor.to(self.device) for name, tensor in inputs.items()},
                 generation_config=view.generation_config,
@@ -166,7 +170,8 @@ class GraphEngine:
         if self._rebuild is not None and self.module.graph.misfit(inputs):
             return self.fallback()(inputs)
         require_unchanged(self._weights)
-        with torch.inference_mode():
+        require_usable(self.device)
+        with torch.inference_mode(), exact_products(self.device):
             found: dict[str, torch.Tensor] = self.module(
                 **{name: tensor.to(self.device) for name, tensor in inputs.items()}
             )
@@ -206,6 +211,15 @@ def named_failure(error: BaseException, where: str = "forward") -> SafeFlavorErr
     """
     if isinstance(error, SafeFlavorError):
         return error
+    if is_out_of_memory(error):
+        # Not as the cause: its frames would hold what the forward had made, for as long as the error is looked at.
+        return OverloadedError(
+            "Memory ran out, and there is nothing smaller to try",
+            where=where,
+            found=error,
+            way_out="ask with fewer or shorter rows, or for fewer tokens, or later, when what else is on the device "
+            "needs less; or serve the model on one with more memory",
+        )
     named = AnswerError(
         "The model failed over the rows it was asked",
         where=where,

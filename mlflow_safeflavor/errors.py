@@ -13,7 +13,7 @@
     ├── RehearsalError                  the clean process could not load what was about to be published
     ├── InputError                      rows or parameters that no model could answer (HTTP 400)
     ├── AnswerError                     the model or a hook failed over rows it was asked (HTTP 500)
-    ├── OverloadedError                 more requests wait than may be queued (HTTP 503)
+    ├── OverloadedError                 more waits than may be queued, or needs more memory than there is (HTTP 503)
     ├── DeadlineError                   the model did not answer in the time it was given (HTTP 504)
     └── PlacementError                  no such device, or the model does not fit on it
 
@@ -143,7 +143,7 @@ class AnswerError(SafeFlavorError):
 
 
 class OverloadedError(SafeFlavorError):
-    """More requests wait at the model than it may queue; the server says 503."""
+    """More requests wait at the model than it may queue, or a row needs more memory than there is; HTTP 503."""
 
     status = TEMPORARILY_UNAVAILABLE
 

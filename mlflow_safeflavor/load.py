@@ -158,8 +158,13 @@ def _load(spec: ModelSpec, layout: Layout, options: LoadOptions, report: LoadRep
     else:
         with report.timed("rebuild"), _without_collecting():
             module, hooks = rebuild(inventory, spec, layout, options, report)
+        from mlflow_safeflavor import placement
+
         with report.timed("place"):
             device = _place(module, inventory, spec, layout, options, report)
+            if not placement.maps_files(module, inventory):
+                weights = []
+                layout.held.clear()
     from mlflow_safeflavor.vocabulary import require_rows
 
     with _naming_failures(layout):
@@ -277,12 +282,12 @@ def _casts(spec: ModelSpec, options: LoadOptions) -> str | None:
 def _read_graph(
     inventory: Inventory, spec: ModelSpec, layout: Layout, options: LoadOptions, report: LoadReport
 ) -> tuple[GraphModule, dict[str, Callable[..., Any]], torch.device]:
-    from mlflow_safeflavor import placement, structure
+    from mlflow_safeflavor import devices, structure
     from mlflow_safeflavor.graph import GraphModule
     from mlflow_safeflavor.graph_file import read_graph
 
     graph, constants = read_graph(inventory, layout)
-    device = placement.resolve_device(options.device)
+    device = devices.resolve_device(options.device)
     report.tensors, report.alias_groups = len(inventory.rows), len(inventory.data)
     report.weight_bytes, report.device = inventory.nbytes, str(device)
     described = structure.read_structure(layout, spec)
@@ -369,7 +374,7 @@ def _place(
     options: LoadOptions,
     report: LoadReport,
 ) -> torch.device:
-    from mlflow_safeflavor import placement, structure
+    from mlflow_safeflavor import devices, placement, structure
     from mlflow_safeflavor.inventory import find_slots
 
     if options.device_map is not None and (options.device != "auto" or options.dtype):
@@ -379,7 +384,7 @@ def _place(
             found=f"device={options.device!r}, dtype={options.dtype!r}",
             way_out="leave device and dtype out, or device_map",
         )
-    device = placement.resolve_device(options.device)
+    device = devices.resolve_device(options.device)
     casts = {}
     if options.dtype:
         described = structure.read_structure(layout, spec)

@@ -11,9 +11,10 @@ import torch
 from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.construction import Recipe, construct_twice, declared_ties, recipe_of, require_memory
 from mlflow_safeflavor.conversion import base_prefix, convert, ignored_keys, is_optional
+from mlflow_safeflavor.devices import resolve_device
 from mlflow_safeflavor.errors import StructureError, WeightsError
 from mlflow_safeflavor.inventory import find_slots, some
-from mlflow_safeflavor.placement import _islands, place, resolve_device, resolve_dtype
+from mlflow_safeflavor.placement import _islands, place, resolve_dtype
 from mlflow_safeflavor.statedict import Fit, Group, cast, find_groups, fit, read_state, require_fit, with_base_prefix
 
 __all__ = ["materialize"]

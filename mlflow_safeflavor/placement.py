@@ -1,4 +1,4 @@
-"""Device and dtype of a module: the one place with device code.
+"""Device and dtype of a module.
 
 Everything here moves tensors group by group, so that tied weights stay tied and plain tensor
 attributes, which ``nn.Module.to`` forgets, move along.
@@ -17,11 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor import structure as structures
 from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.devices import find_accelerator, is_out_of_memory, resolve_device
 from mlflow_safeflavor.errors import PlacementError
 from mlflow_safeflavor.inventory import Inventory, Slot, fill, find_meta, find_slots, some, take_inventory
 from mlflow_safeflavor.spec import AS_IS, DTYPES
 
-__all__ = ["dispatch", "dtype_plan", "input_dtype", "place", "resolve_device", "resolve_dtype"]
+__all__ = ["dispatch", "dtype_plan", "input_dtype", "maps_files", "place", "resolve_dtype"]
 
 
 def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -45,49 +46,6 @@ def input_dtype(name: str | torch.dtype, slots: Sequence[Slot]) -> torch.dtype:
     weights = [tensor for tensor in floating if isinstance(tensor, torch.nn.Parameter)]
     kinds = [tensor.dtype for tensor in weights or floating] or [torch.float32]
     return functools.reduce(torch.promote_types, kinds)
-
-
-def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
-    """``"auto"`` → an accelerator where torch sees one, else the CPU; an int is an accelerator's index.
-
-    Raises:
-        PlacementError: Torch sees no such device.
-    """
-    kind = _accelerator()
-    if device == "auto":
-        return torch.device(kind or "cpu")
-    try:
-        if isinstance(device, bool):
-            raise TypeError("a bool is no device")
-        wanted = torch.device(kind or "cuda", device) if isinstance(device, int) else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise PlacementError(
-            "Not a device", where="device", wanted="auto, cpu, cuda, cuda:0, mps, 0, …", found=f"{device!r} ({error})"
-        ) from None
-    count = 1 if wanted.type == "cpu" else _device_count(wanted.type)
-    if wanted.type == "meta" or (wanted.index or 0) >= count:
-        raise PlacementError(
-            "There is no such device here",
-            where="device",
-            wanted=str(wanted),
-            found=f"cpu{f', {kind} × {_device_count(kind)}' if kind else ' only'}",
-            way_out="device='auto' takes what there is",
-        )
-    return wanted
-
-
-def _accelerator() -> str | None:
-    for kind in ("cuda", "xpu", "mps"):
-        if _device_count(kind):
-            return kind
-    return None
-
-
-def _device_count(kind: str) -> int:
-    if kind == "mps":
-        return int(torch.backends.mps.is_available())
-    backend = getattr(torch, kind, None)
-    return int(backend.device_count()) if backend is not None and hasattr(backend, "device_count") else 0
 
 
 def dtype_plan(
@@ -202,14 +160,26 @@ def place(module: torch.nn.Module, device: torch.device, dtypes: Mapping[str, to
     inventory, values = take_inventory(slots, dtypes)
     try:
         fill(module, inventory, {name: value.to(device) for name, value in values.items()})
-    except torch.OutOfMemoryError as error:
-        raise PlacementError(
-            "The model does not fit on the device",
-            where=str(device),
-            wanted=f"{inventory.nbytes / 1e9:.2f} GB",
-            found=error,
-            way_out="device='cpu', or a smaller serving dtype when saving",
-        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise _no_room(str(device), inventory, error) from None  # its frames hold what there was room for
+        raise
+
+
+def _no_room(where: str, inventory: Inventory, error: BaseException) -> PlacementError:
+    return PlacementError(
+        "The model does not fit on the device",
+        where=where,
+        wanted=f"{inventory.nbytes / 1e9:.2f} GB",
+        found=error,
+        way_out="device='cpu', device_map=\"auto\", or a smaller serving dtype when saving",
+    )
+
+
+def maps_files(module: torch.nn.Module, inventory: Inventory) -> bool:
+    """Whether a tensor of a loaded module may still lie in its files, mapped, or be read from them again."""
+    hidden = any(row.kind == "hidden" for row in inventory.rows.values())
+    return hidden or any(slot.tensor.device.type in ("cpu", "meta") for slot in find_slots(module))
 
 
 # --- several devices -------------------------------------------------------------------------------
@@ -256,11 +226,15 @@ def dispatch(
             main_device=_as_accelerate(main),
             offload_index=index if "disk" in devices.values() else None,
         )
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise _no_room("device_map", inventory, error) from None
         raise PlacementError(
             "accelerate cannot spread the model like this", where="device_map", found=error, way_out='device_map="auto"'
         ) from error
-    if lost := [path for path in find_meta(find_slots(module)) if path not in index]:
+    # What is on the CPU beside an accelerator is on meta, too, between two forwards; but accelerate keeps its tensors.
+    offloaded = [path for path in find_meta(find_slots(module)) if _place_of(path, devices) == "disk"]
+    if lost := [path for path in offloaded if path not in index]:
         raise PlacementError(
             "Tensors that lie inside other tensors, or not in order, cannot be offloaded to disk",
             where=some(lost),
@@ -270,12 +244,18 @@ def dispatch(
     return main
 
 
+def _place_of(path: str, devices: Mapping[str, torch.device | str]) -> torch.device | str:
+    """What the nearest part that the map names says of a tensor."""
+    inside = [name for name in devices if not name or f"{path}.".startswith(f"{name}.")]
+    return devices[max(inside, key=len)]
+
+
 def _automatic_map(module: torch.nn.Module, strategy: str, accelerate: Any) -> dict[str, Any]:
     if strategy not in ("auto", "balanced", "sequential"):
         raise PlacementError(
             "Unknown device map", where="device_map", wanted="auto | balanced | sequential | a dict", found=strategy
         )
-    if _accelerator() is None:
+    if find_accelerator() is None:
         return {"": "cpu"}
     whole = list(getattr(module, "_no_split_modules", None) or ())
     balanced = strategy != "sequential"

@@ -19,6 +19,7 @@ from typing import Any, cast
 from mlflow_safeflavor.batching import cut_into_batches
 from mlflow_safeflavor.cpu import available_cpus, use_threads
 from mlflow_safeflavor.deadline import Deadline
+from mlflow_safeflavor.devices import is_out_of_memory
 from mlflow_safeflavor.engine import Engine, named_failure
 from mlflow_safeflavor.errors import OverloadedError
 from mlflow_safeflavor.places import Places
@@ -267,7 +268,10 @@ def _next_batch(state: _State, tickets: Sequence[Ticket]) -> list[tuple[Ticket, 
 
 
 def _run_batch(state: _State, batch: Sequence[tuple[Ticket, int]]) -> None:
-    """One forward. If it fails, every request alone, so that only those fail that are to blame."""
+    """One forward. If it fails, every request alone, so that only those fail that are to blame.
+
+    Where memory ran out, both halves of the batch by themselves, down to a single piece.
+    """
     batch = [(ticket, i) for ticket, i in batch if not ticket.abandoned]
     if not batch:
         return
@@ -277,12 +281,17 @@ def _run_batch(state: _State, batch: Sequence[tuple[Ticket, int]]) -> None:
         outputs = state.task.forward(engine, [ticket.pieces[i] for ticket, i in batch], tickets[0].params)
         for (ticket, i), output in zip(batch, outputs, strict=True):
             ticket.give(i, output)
+        return
     except BaseException as error:
-        if len(tickets) == 1:
+        if len(batch) > 1 and is_out_of_memory(error):
+            parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+        elif len(tickets) > 1:
+            parts = [[(ticket, i) for ticket, i in batch if ticket is one] for one in tickets]
+        else:
             tickets[0].fail(named_failure(error))
             return
-        for one in tickets:
-            _run_batch(state, [(ticket, i) for ticket, i in batch if ticket is one])
+    for part in parts:  # out of the block above: the error's frames hold the memory of what has failed
+        _run_batch(state, part)
 
 
 class _Attended:

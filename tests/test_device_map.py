@@ -12,10 +12,11 @@ from artifacts import TEXTS
 from transformers import GPT2Config, GPT2LMHeadModel, ModernBertConfig, ModernBertModel
 
 import mlflow_safeflavor
-from mlflow_safeflavor import placement
-from mlflow_safeflavor.errors import PlacementError
+from mlflow_safeflavor import devices, placement, precision
+from mlflow_safeflavor.devices import resolve_device
+from mlflow_safeflavor.errors import OverloadedError, PlacementError
 from mlflow_safeflavor.inventory import find_slots
-from mlflow_safeflavor.placement import resolve_device, resolve_dtype
+from mlflow_safeflavor.placement import resolve_dtype
 
 pytest_plugins = "saved_models"
 
@@ -167,7 +168,7 @@ def test_a_device_that_is_not_there(saved, device_map, where, what):
         load(saved, device_map=device_map)
     assert caught.value.where == where
     assert caught.value.wanted == what
-    assert caught.value.found == "cpu only"
+    assert caught.value.found.startswith("cpu only")
     assert caught.value.way_out
 
 
@@ -290,7 +291,7 @@ def having(monkeypatch):
     """``having(cuda=2)``: torch sees that many."""
 
     def have(**counts):
-        monkeypatch.setattr(placement, "_device_count", lambda kind: counts.get(kind, 0))
+        monkeypatch.setattr(devices, "_device_count", lambda kind: counts.get(kind, 0))
 
     have()
     return have
@@ -339,7 +340,7 @@ def test_without_any_accelerator_an_int_is_refused(having):
     with pytest.raises(PlacementError) as caught:
         resolve_device(0)
     assert caught.value.wanted == "cuda:0"
-    assert caught.value.found == "cpu only"
+    assert caught.value.found.startswith("cpu only")
 
 
 @pytest.mark.parametrize("device", ["gpu", "", None, True, False, 1.5, "cuda:-1", -1, "cuda:x", [], "CPU"], ids=repr)
@@ -398,3 +399,146 @@ def test_a_model_that_does_not_fit_is_a_placement_error(saved, monkeypatch):
         placement.place(module, torch.device("cuda", 0), {})
     assert caught.value.where == "cuda:0"
     assert "GB" in caught.value.wanted
+
+
+@pytest.mark.parametrize(
+    ("cuda", "environ", "reason"),
+    [
+        (None, {}, f"cpu only; torch {torch.__version__} was built without CUDA"),
+        ("13.0", {}, "cpu only; torch was built for CUDA 13.0, and finds no GPU with a driver that is new enough"),
+        ("13.0", {"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES='' hides GPUs"),
+    ],
+)
+def test_why_there_is_no_gpu(having, monkeypatch, cuda, environ, reason):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PlacementError, match="no such device here") as caught:
+        resolve_device("cuda")
+    assert reason in caught.value.found
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", 0])
+def test_a_device_that_was_used_before_the_fork(having, monkeypatch, device):
+    having(cuda=1)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(PlacementError, match="forked after it had been used") as caught:
+        resolve_device(device)
+    assert "spawn" in caught.value.way_out
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+# Memory that runs out in the middle of a batch
+
+
+class Hungry(torch.nn.Module):
+    """Has room for two rows at a time, and for none whose first number is negative."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.rows = []
+
+    def forward(self, x):
+        self.rows.append(len(x))
+        if len(x) > 2 or (x[:, 0] < 0).any():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return x * self.scale
+
+
+@pytest.fixture(scope="module")
+def hungry(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hungry") / "model"
+    mlflow_safeflavor.save_model(
+        seeded(Hungry), path, task="raw", init_args={}, input_example={"x": ONES["x"][:2]}, rehearse=False
+    )
+    return path
+
+
+def test_a_batch_without_room_is_halved_and_answers_stay_in_order(hungry):
+    model = load(hungry, trust={"code"})
+    model.module.rows.clear()
+    given = np.arange(28, dtype=np.float32).reshape(7, 4)
+    found = model.predict({"x": given})["output_0"]
+    assert np.array_equal(found, 2 * given)
+    assert max(model.module.rows) == 7, "the test is void: nothing had to be halved"
+    assert [size for size in model.module.rows if size <= 2] == [1, 2, 2, 2]
+
+
+def test_a_row_without_room_is_to_blame_alone(hungry):
+    model = load(hungry, trust={"code"})
+    given = np.ones((6, 4), np.float32)
+    given[4, 0] = -1
+    with pytest.raises(OverloadedError, match="Memory ran out") as caught:
+        model.predict({"x": given})
+    assert "20.00 GiB" in str(caught.value.found)
+    assert caught.value.__cause__ is None, "it would hold what the forward had made"
+    assert caught.value.__context__ is None
+    assert np.array_equal(model.predict({"x": given[:4]})["output_0"], 2 * given[:4]), "the next request"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=str,
+)
+def test_what_counts_as_out_of_memory(error, is_memory):
+    assert devices.is_out_of_memory(error) is is_memory
+
+
+# TF32
+
+
+@pytest.fixture
+def tf32():
+    """Settings of the process as tests leave them are put back."""
+    before = [(place, name, getattr(place, name)) for place, name, _ in precision._EXACT]
+    yield torch.backends
+    for place, name, value in before:
+        setattr(place, name, value)
+
+
+def _settings():
+    return [precision._read(place, name) for place, name, _ in precision._EXACT]
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_no_tf32_while_a_model_runs_on_a_gpu_and_afterwards_as_before(tf32, allowed):
+    tf32.cuda.matmul.allow_tf32 = tf32.cudnn.allow_tf32 = allowed
+    before = _settings()
+    with precision.exact_products(torch.device("cuda")):
+        assert not tf32.cuda.matmul.allow_tf32
+        assert not tf32.cudnn.allow_tf32
+        inside = _settings()
+        with precision.exact_products(torch.device("cuda", 1)):
+            assert _settings() == inside
+        assert _settings() == inside, "somebody is still inside"
+    assert _settings() == before
+    with precision.exact_products(torch.device("cpu")):
+        assert _settings() == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="named precisions came with torch 2.9")
+def test_precisions_by_name_are_put_off_and_back(tf32):
+    tf32.cuda.matmul.fp32_precision, tf32.cudnn.conv.fp32_precision = "tf32", "ieee"
+    before = _settings()
+    with precision.exact_products(torch.device("cuda")):
+        names = [tf32.cuda.matmul, tf32.cudnn.conv, tf32.cudnn.rnn]
+        assert [place.fp32_precision for place in names] == ["ieee"] * 3
+    assert _settings() == before
+
+
+def test_what_the_user_tells_torch_meanwhile_stays(tf32):
+    tf32.cuda.matmul.allow_tf32 = False
+    with precision.exact_products(torch.device("cuda")):
+        tf32.cuda.matmul.allow_tf32 = True
+    assert tf32.cuda.matmul.allow_tf32

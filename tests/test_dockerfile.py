@@ -154,6 +154,24 @@ def test_cuda_in_an_image_for_cuda_stays(model, wheels, tmp_path):
     with_requirements(model, f"--find-links {wheels.as_uri()}", "torch==2.6.0")
     path = generate_dockerfile(str(model), tmp_path / "image", target="cuda")
     assert "nvidia-thing==12.0" in (path.parent / "environment" / "requirements.txt").read_text()
+    text = path.read_text()
+    assert "docker run --rm --gpus all" in text
+    # While it is built there is no GPU, so the device is asked for only after the model was checked.
+    assert text.index("container.check()") < text.index("ENV MLFLOW_SAFEFLAVOR_DEVICE=cuda") < text.index("USER mlflow")
+
+
+def test_an_image_for_cpus_asks_for_no_gpu(model, tmp_path):
+    text = generate_dockerfile(str(model), tmp_path / "image").read_text()
+    assert "--gpus" not in text
+    assert "SAFEFLAVOR_DEVICE" not in text
+
+
+def test_a_torch_that_knows_no_gpu_in_an_image_for_cuda_is_refused(model, wheels, tmp_path):
+    with_requirements(model, f"--find-links {wheels.as_uri()}", "torch==2.6.0+cpu")
+    with pytest.raises(EnvironmentMismatchError, match="knows no GPU") as caught:
+        generate_dockerfile(str(model), tmp_path / "image", target="cuda")
+    assert caught.value.found == "torch==2.6.0+cpu"
+    assert not (tmp_path / "image").exists()
 
 
 @pytest.mark.parametrize("options", [{"target": "tpu"}, {"user": "root"}, {"user": "a b"}, {"user": "x; rm -rf /"},
@@ -396,3 +414,66 @@ def test_the_server_is_mlflows(monkeypatch, environ, workers):
         "mlflow.pyfunc.scoring_server.app:app",
     ]
     assert "file:///opt/ml/model" in variables.values()
+
+
+class Driver:
+    """What the library of NVIDIA's driver says: an error of ``cuInit``, or how many GPUs there are."""
+
+    def __init__(self, code=0, count=1):
+        self.code, self.count = code, count
+
+    def cuInit(self, flags):
+        return self.code
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = self.count
+        return 0
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """``served(driver, **environ)``: the command that the container becomes, on a host with that driver."""
+
+    def serve(driver, **environ):
+        started = []
+
+        def load(name):
+            assert name == "libcuda.so.1"
+            if driver is None:
+                raise OSError(f"{name}: cannot open shared object file")
+            return driver
+
+        monkeypatch.delenv("MLFLOW_MODELS_WORKERS", raising=False)
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(container.ctypes, "CDLL", load)
+        monkeypatch.setattr(container, "available_cpus", lambda: 3)
+        monkeypatch.setattr(os, "chdir", lambda folder: None)
+        monkeypatch.setattr(os, "execvpe", lambda *arguments: started.append(arguments))
+        container.serve()
+        return started[0][1][2]
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    ("driver", "found"),
+    [
+        (None, "no NVIDIA driver in this container (libcuda.so.1)"),
+        (Driver(code=100), "error 100: it sees no GPU"),
+        (Driver(code=803), "error 803"),
+        (Driver(count=0), "shows no GPU"),
+    ],
+    ids=["none", "no device", "other error", "hidden"],
+)
+def test_a_container_for_a_gpu_says_what_it_is_missing(served, driver, found):
+    with pytest.raises(SystemExit) as caught:
+        served(driver, MLFLOW_SAFEFLAVOR_DEVICE="cuda")
+    assert found in str(caught.value)
+    assert "docker run --gpus all" in str(caught.value)
+    assert "--workers 3" in served(driver, MLFLOW_SAFEFLAVOR_DEVICE="cpu"), "the way out"
+
+
+def test_on_a_gpu_one_worker_has_the_weights(served):
+    assert "--workers 1 " in served(Driver(), MLFLOW_SAFEFLAVOR_DEVICE="cuda")
+    assert "--workers 2 " in served(Driver(), MLFLOW_SAFEFLAVOR_DEVICE="cuda", MLFLOW_MODELS_WORKERS="2")

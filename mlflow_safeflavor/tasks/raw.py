@@ -13,6 +13,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from mlflow_safeflavor.artifact import WAY_OUT
+from mlflow_safeflavor.devices import is_out_of_memory
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
 from mlflow_safeflavor.releases import inferred_signature, rows_schema
@@ -155,6 +156,8 @@ class Raw(Task):
         try:
             outputs = engine(inputs)
         except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
             shapes = {name: f"{value.dtype}{list(value.shape)}" for name, value in features.items()}
             raise InputError("forward refused the arrays", where=shapes, found=str(error) or repr(error)) from error
         if not outputs:

@@ -1,0 +1,99 @@
+"""The devices that torch sees: which is meant, why one is not there, and what one without room says."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from mlflow_safeflavor.errors import PlacementError
+
+__all__ = ["find_accelerator", "is_out_of_memory", "require_usable", "resolve_device"]
+
+
+def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
+    """``"auto"`` → an accelerator where torch sees one, else the CPU; an int is an accelerator's index.
+
+    Raises:
+        PlacementError: Torch sees no such device, or this process cannot use it.
+    """
+    kind = find_accelerator()
+    try:
+        if isinstance(device, bool):
+            raise TypeError("a bool is no device")
+        if isinstance(device, int):
+            wanted = torch.device(kind or "cuda", device)
+        else:
+            wanted = torch.device((kind or "cpu") if device == "auto" else device)
+    except (RuntimeError, TypeError) as error:
+        raise PlacementError(
+            "Not a device", where="device", wanted="auto, cpu, cuda, cuda:0, mps, 0, …", found=f"{device!r} ({error})"
+        ) from None
+    count = 1 if wanted.type == "cpu" else _device_count(wanted.type)
+    if wanted.type == "meta" or (wanted.index or 0) >= count:
+        there = f"cpu{f', {kind} × {_device_count(kind)}' if kind else ' only'}"
+        reason = _why_no_cuda() if wanted.type == "cuda" and not count else ""
+        raise PlacementError(
+            "There is no such device here",
+            where="device",
+            wanted=str(wanted),
+            found=f"{there}; {reason}" if reason else there,
+            way_out="device='auto' takes what there is",
+        )
+    require_usable(wanted)
+    return wanted
+
+
+def require_usable(device: torch.device) -> None:
+    """Refuse a device whose driver was started before this process was forked off: no driver survives that.
+
+    Raises:
+        PlacementError: This is such a process.
+    """
+    if device.type == "cpu":
+        return
+    broken = getattr(getattr(torch, device.type, None), "_is_in_bad_fork", None)
+    if broken is not None and broken():
+        raise PlacementError(
+            "The device cannot be used in a process that was forked after it had been used",
+            where=str(device),
+            wanted="a process that was started anew",
+            way_out="start processes with multiprocessing's 'spawn' or 'forkserver' and load the model in each, fork "
+            "before anything uses the device, or load with device='cpu'",
+        )
+
+
+def find_accelerator() -> str | None:
+    """Kind of the accelerator that torch sees; None without one."""
+    others = torch._C._get_privateuse1_backend_name()  # what somebody registered with torch, else no device
+    return next((kind for kind in ("cuda", "xpu", "mps", others) if _device_count(kind)), None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the CPU, had no room for what a forward needed: fewer rows may fit."""
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_ROOM)
+    )
+
+
+# Of cuBLAS and cuDNN, of the driver, and of torch's allocator for the CPU: plain RuntimeErrors.
+_NO_ROOM = ("STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator: ")
+
+
+def _device_count(kind: str) -> int:
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    backend: Any = getattr(torch, kind, None)
+    return int(backend.device_count()) if backend is not None and hasattr(backend, "device_count") else 0
+
+
+def _why_no_cuda() -> str:
+    """What stands between this process and a GPU, as far as torch and the variables tell."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    built = f"torch was built for CUDA {torch.version.cuda}"
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        if name in os.environ:
+            return f"{built}, and {name}={os.environ[name]!r} hides GPUs from it"
+    return f"{built}, and finds no GPU with a driver that is new enough"
