@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import builtins
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from artifacts import TEXTS
+from artifacts import TEXTS, edit_json, reseal
 from transformers import GPT2Config, GPT2LMHeadModel, ModernBertConfig, ModernBertModel
 
 import mlflow_safeflavor
 from mlflow_safeflavor import devices, placement, precision
+from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.devices import resolve_device
-from mlflow_safeflavor.errors import OverloadedError, PlacementError
+from mlflow_safeflavor.errors import OverloadedError, ParityError, PlacementError
 from mlflow_safeflavor.inventory import find_slots
 from mlflow_safeflavor.placement import resolve_dtype
 
@@ -434,49 +436,64 @@ def test_a_device_that_was_used_before_the_fork(having, monkeypatch, device):
 
 
 class Hungry(torch.nn.Module):
-    """Has room for two rows at a time, and for none whose first number is negative."""
+    """Has room for two rows at a time, and for none with the word "else"."""
 
     def __init__(self):
         super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.table = torch.nn.Embedding(40, 4)
         self.rows = []
 
-    def forward(self, x):
-        self.rows.append(len(x))
-        if len(x) > 2 or (x[:, 0] < 0).any():
+    def forward(self, input_ids, attention_mask):
+        self.rows.append(len(input_ids))
+        if len(input_ids) > 2 or (input_ids == 27).any():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return x * self.scale
+        return {"last_hidden_state": self.table(input_ids)}
 
 
-@pytest.fixture(scope="module")
-def hungry(tmp_path_factory):
-    path = tmp_path_factory.mktemp("hungry") / "model"
-    mlflow_safeflavor.save_model(
-        seeded(Hungry), path, task="raw", init_args={}, input_example={"x": ONES["x"][:2]}, rehearse=False
-    )
-    return path
+@pytest.fixture
+def hungry(tiny_tokenizer, tmp_path):
+    options = {"task": "feature-extraction", "init_args": {}, "tokenizer": tiny_tokenizer, "rehearse": False}
+    mlflow_safeflavor.save_model(seeded(Hungry), tmp_path / "model", **options)
+    model = load(tmp_path / "model", trust={"code"})
+    model.module.rows.clear()
+    return model
+
+
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on"]
 
 
 def test_a_batch_without_room_is_halved_and_answers_stay_in_order(hungry):
-    model = load(hungry, trust={"code"})
-    model.module.rows.clear()
-    given = np.arange(28, dtype=np.float32).reshape(7, 4)
-    found = model.predict({"x": given})["output_0"]
-    assert np.array_equal(found, 2 * given)
-    assert max(model.module.rows) == 7, "the test is void: nothing had to be halved"
-    assert [size for size in model.module.rows if size <= 2] == [1, 2, 2, 2]
+    found = hungry.predict(WORDS)["embedding"].tolist()
+    assert hungry.module.rows == [7, 3, 1, 2, 4, 2, 2]
+    assert found == [hungry.predict([word])["embedding"].item() for word in WORDS]
 
 
 def test_a_row_without_room_is_to_blame_alone(hungry):
-    model = load(hungry, trust={"code"})
-    given = np.ones((6, 4), np.float32)
-    given[4, 0] = -1
-    with pytest.raises(OverloadedError, match="Memory ran out") as caught:
-        model.predict({"x": given})
+    with ThreadPoolExecutor(2) as pool:
+        failed, answered = (pool.submit(hungry.predict, texts) for texts in (["the", "a", "else"], WORDS))
+        with pytest.raises(OverloadedError, match="Memory ran out") as caught:
+            failed.result()
+        assert len(answered.result()) == len(WORDS)
     assert "20.00 GiB" in str(caught.value.found)
     assert caught.value.__cause__ is None, "it would hold what the forward had made"
-    assert caught.value.__context__ is None
-    assert np.array_equal(model.predict({"x": given[:4]})["output_0"], 2 * given[:4]), "the next request"
+    assert len(hungry.predict(WORDS)) == len(WORDS), "the next request"
+
+
+def test_arrays_without_room_are_no_fault_of_the_arrays(tmp_path, monkeypatch):
+    """They are one forward, whatever their rows are, so there is nothing smaller to try."""
+    path = tmp_path / "model"
+    options = {"init_args": {"in_features": 4, "out_features": 2}, "input_example": ONES["x"], "task": "raw"}
+    mlflow_safeflavor.save_model(torch.nn.Linear(4, 2), path, **options, rehearse=False)
+    model = load(path, trust={"code"})
+
+    def full(self, input):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", full)
+    with pytest.raises(OverloadedError, match="Memory ran out"):
+        model.predict(ONES["x"])
+    monkeypatch.undo()
+    assert len(model.predict(ONES["x"])["output_0"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -542,3 +559,39 @@ def test_what_the_user_tells_torch_meanwhile_stays(tf32):
     with precision.exact_products(torch.device("cuda")):
         tf32.cuda.matmul.allow_tf32 = True
     assert tf32.cuda.matmul.allow_tf32
+
+
+# Near ties
+
+
+@pytest.fixture
+def undecided(tiny_bert, tiny_tokenizer, tmp_path):
+    """A saved classifier whose labels are equally likely, so that any rounding orders them."""
+    model = tiny_bert(num_labels=2)
+    with torch.no_grad():
+        model.classifier.weight[1], model.classifier.bias[:] = model.classifier.weight[0], 0
+    mlflow_safeflavor.save_model(model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False)
+    return tmp_path / "model"
+
+
+def test_a_near_tie_that_rounding_decides_otherwise_is_no_difference(undecided, monkeypatch):
+    before = load(undecided).predict(TEXTS)["label"].tolist()
+    forward = torch.nn.Linear.forward
+
+    def rounded(self, x):
+        """As another device might."""
+        found = forward(self, x)
+        return found + torch.tensor([0.0, 1e-6]) if self.out_features == 2 else found
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", rounded)
+    model = load(undecided)
+    assert model.predict(TEXTS)["label"].tolist() != before, "the test is void"
+    assert 0 < model.report.max_difference < 1e-5
+    assert not model.report.bit_identical
+
+
+def test_an_answer_that_its_outputs_do_not_give_is_one(undecided):
+    edit_json(Layout(undecided).parity, lambda content: content["answers"][1].update(label="LABEL_1"))
+    reseal(undecided)
+    with pytest.raises(ParityError, match="row 1, label"):
+        load(undecided)

@@ -113,6 +113,8 @@ def environment_with(wheels: Path, folder: Path) -> Path:
     for file in files:
         with zipfile.ZipFile(file) as wheel:
             wheel.extractall(packages)
+        if file.name.startswith("mlflow_skinny-"):
+            _name_mlflow(packages, file.name.split("-")[1])
     here = [
         sysconfig.get_path("purelib"),
         sysconfig.get_path("platlib"),
@@ -123,6 +125,14 @@ def environment_with(wheels: Path, folder: Path) -> Path:
         "".join(f"{path}\n" for path in dict.fromkeys(here) if os.path.isdir(path))
     )
     return folder / "bin" / "python"
+
+
+def _name_mlflow(packages: Path, version: str) -> None:
+    """The package needs "mlflow", of which the skinny part is here: all of it that loading and serving use."""
+    facts = packages / f"mlflow-{version}.dist-info"
+    facts.mkdir()
+    lines = ("Metadata-Version: 2.1", "Name: mlflow", f"Version: {version}", f"Requires-Dist: mlflow-skinny=={version}")
+    (facts / "METADATA").write_text("\n".join(lines) + "\n")
 
 
 # --- checks ----------------------------------------------------------------------------------------
