@@ -172,7 +172,7 @@ def _no_room(where: str, inventory: Inventory, error: BaseException) -> Placemen
         where=where,
         wanted=f"{inventory.nbytes / 1e9:.2f} GB",
         found=error,
-        way_out="device='cpu', device_map=\"auto\", or a smaller serving dtype when saving",
+        way_out="device='cpu', or a smaller serving dtype when saving",
     )
 
 

@@ -333,7 +333,7 @@ def test_a_class_that_is_proven_no_more(tiny_bert, tiny_tokenizer, tmp_path, sav
 # Placing.
 
 
-@follows("placement", "There is no such device here", "device='auto' takes what there is")
+@follows("devices", "There is no such device here", "device='auto' takes what there is")
 @follows(
     "load",
     "device_map says where everything goes, in the dtype it was saved in",
@@ -398,6 +398,39 @@ def test_a_device_that_is_too_small(saved, monkeypatch):
         with pytest.raises(PlacementError) as error:
             placement.place(model, torch.device("meta"), {})
     load_model(saved, **eval(f"dict({error.value.way_out.partition(', or')[0]})"))
+
+
+@follows(
+    "devices",
+    "The device cannot be used in a process that was forked after it had been used",
+    "start processes with multiprocessing's 'spawn' or 'forkserver' and load the model in each, fork "
+    "before anything uses the device, or load with device='cpu'",
+)
+def test_a_device_before_a_fork(saved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    error = wrong(PlacementError, saved)
+    load_model(saved, **eval(f"dict({error.way_out.rpartition('load with ')[2]})"))
+
+
+@follows(
+    "engine",
+    "Memory ran out, and there is nothing smaller to try",
+    "ask with fewer or shorter rows, or for fewer tokens, or later, when what else is on the device needs less; or "
+    "serve the model on one with more memory",
+)
+def test_memory_that_runs_out(saved, monkeypatch):
+    model, forward = load_model(saved), torch.nn.Linear.forward
+
+    def full(self, x):
+        if x.shape[-2] > 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", full)
+    with pytest.raises(OverloadedError):
+        model.predict(["the cat " * 8])
+    assert len(model.predict(["the cat"])) == 1
 
 
 # Engines.
