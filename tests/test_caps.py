@@ -34,6 +34,7 @@ from mlflow_safeflavor.places import Places
 from mlflow_safeflavor.rows import require_clean
 from mlflow_safeflavor.sounds import read_sound, to_wav
 from mlflow_safeflavor.tasks.outputs import own
+from mlflow_safeflavor.tokenizer import TextEncoder
 
 SMALL = {
     "vocab_size": 40,
@@ -177,6 +178,31 @@ RAISED = {
     "a TIFF by its header",
     "one long label",
 }
+
+
+_CATS = "the cat " * 20_000
+FAR_TOO_LONG = {
+    "windows": (TOKENS, {}, [_CATS], {"stride": 29, "aggregation_strategy": "simple"}),
+    "windows of a question": (QUESTIONS, {}, [{"question": "a", "context": _CATS}], {"doc_stride": 26}),
+    "a question": (QUESTIONS, {}, [{"question": _CATS, "context": "a"}], {}),
+    "not to be cut": (TEXTS, {}, [_CATS], {"truncation": False}),
+    "not to be cut for each label": (ZERO_SHOT, {}, [_CATS], {"candidate_labels": ["a"], "truncation": False}),
+    "not to be cut for writing": (WRITES, {}, [_CATS], {"truncation": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAR_TOO_LONG)
+def test_what_has_far_too_many_tokens_is_refused_by_its_beginning(models, monkeypatch, name):
+    task, options, data, params = FAR_TOO_LONG[name]
+    model, encode = models(task, **options), TextEncoder.encode
+
+    def watched(self, texts, *others, **options):
+        assert max(map(len, texts)) < 1000
+        return encode(self, texts, *others, **options)
+
+    monkeypatch.setattr(TextEncoder, "encode", watched)
+    with pytest.raises(InputError, match=r"or more|more than 32"):
+        model.predict(data, params)
 
 
 def test_a_table_may_ask_for_as_much_as_its_rows_are_worth(models):
