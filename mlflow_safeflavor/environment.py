@@ -42,12 +42,15 @@ __all__ = [
     "TORCH_FAMILY",
     "Difference",
     "Environment",
+    "Installed",
     "closure_of",
     "find_differences",
     "format_differences",
+    "installed_distributions",
     "installed_version",
     "record",
     "require_same",
+    "tops_of",
     "with_wheels",
 ]
 
@@ -235,7 +238,7 @@ def record(
         EnvironmentMismatchError: A root is not installed, two requirements contradict each other, or a
             distribution of the closure cannot be pinned.
     """
-    installed = _installed(path)
+    installed = installed_distributions(path)
     closure, missing, conflicts = _closure(roots, installed)
     if missing:
         _logger.warning("Not installed and so not pinned, although something requires it: %s", "; ".join(missing))
@@ -252,7 +255,8 @@ def record(
 
 def with_wheels(recorded: Environment, folders: Iterable[Path], *, path: Sequence[str] | None = None) -> Environment:
     """Record which distributions came from a wheel of these folders: an index may have others of the same version."""
-    installed = {name: one.distribution for name, one in _installed(path).items() if name in recorded.distributions}
+    there = installed_distributions(path).items()
+    installed = {name: one.distribution for name, one in there if name in recorded.distributions}
     wheels: dict[str, dict[str, str]] = {}
     for folder in folders:
         wheels = installed_wheels(folder, installed) | wheels
@@ -261,7 +265,18 @@ def with_wheels(recorded: Environment, folders: Iterable[Path], *, path: Sequenc
 
 def closure_of(roots: Iterable[str], *, path: Sequence[str] | None = None) -> frozenset[str]:
     """Canonical names of the installed distributions that the roots need, themselves among them."""
-    return frozenset(_closure(roots, _installed(path))[0])
+    return frozenset(_closure(roots, installed_distributions(path))[0])
+
+
+def tops_of(names: Iterable[str], *, path: Sequence[str] | None = None) -> list[str]:
+    """Those of the installed distributions that none of the others requires."""
+    installed = installed_distributions(path)
+    tops: dict[str, set[str]] = {}
+    for name in sorted(names):
+        if not any(name in closure for closure in tops.values()):
+            closure = _closure([name], installed)[0]
+            tops = {top: below for top, below in tops.items() if top not in closure} | {name: closure}
+    return sorted(tops)
 
 
 def _platform_facts() -> dict[str, str]:
@@ -280,7 +295,7 @@ def _search(path: Sequence[str] | None, **context: str) -> Iterator[importlib.me
 
 
 @dataclass(frozen=True)
-class _Installed:
+class Installed:
     """What a distribution says of itself, and the distribution, for what few questions are left."""
 
     name: str
@@ -289,15 +304,15 @@ class _Installed:
     distribution: importlib.metadata.Distribution
 
 
-def _installed(path: Sequence[str] | None) -> dict[str, _Installed]:
+def installed_distributions(path: Sequence[str] | None) -> dict[str, Installed]:
     """Canonical name → distribution; the first on the path wins, as it does for imports."""
-    found: dict[str, _Installed] = {}
+    found: dict[str, Installed] = {}
     for one in filter(None, map(_read, _search(path))):
         found.setdefault(canonicalize_name(one.name), one)
     return found
 
 
-def _read(distribution: importlib.metadata.Distribution) -> _Installed | None:
+def _read(distribution: importlib.metadata.Distribution) -> Installed | None:
     """None for what a broken uninstall left behind."""
     text = distribution.read_text("METADATA")
     if text is not None:
@@ -311,7 +326,7 @@ def _read(distribution: importlib.metadata.Distribution) -> _Installed | None:
         names, versions, requires = metadata.get_all("Name"), metadata.get_all("Version"), distribution.requires
     if not (names and versions and names[0] and versions[0]):
         return None
-    return _Installed(names[0], versions[0], tuple(requires or ()), distribution)
+    return Installed(names[0], versions[0], tuple(requires or ()), distribution)
 
 
 @functools.cache  # by what was just read, so never stale: importlib parses all anew at each access, for seconds
@@ -321,7 +336,7 @@ def _parse(headers: str) -> tuple[list[str] | None, list[str] | None, list[str] 
 
 
 def _closure(
-    roots: Iterable[str], installed: Mapping[str, _Installed]
+    roots: Iterable[str], installed: Mapping[str, Installed]
 ) -> tuple[set[str], list[str], list[tuple[str, str]]]:
     """Names reached from the roots, requirements nothing installed answers, and (wanted, found) of contradictions."""
     queue = [("", requirement) for requirement in _roots(roots, installed)]
@@ -359,7 +374,7 @@ def _roots(roots: Iterable[str], installed: Mapping[str, object]) -> Iterator[Re
         yield requirement
 
 
-def _requires(distribution: _Installed, extras: Collection[str]) -> Iterator[Requirement]:
+def _requires(distribution: Installed, extras: Collection[str]) -> Iterator[Requirement]:
     """Requirements that hold on this machine for any of the extras; ``""`` stands for no extra."""
     for line in distribution.requires:
         try:
@@ -394,7 +409,7 @@ def _raise_conflicts(conflicts: Sequence[tuple[str, str]]) -> None:
     )
 
 
-def _require_releases(distributions: Iterable[_Installed]) -> None:
+def _require_releases(distributions: Iterable[Installed]) -> None:
     """Refuse what no index could deliver to another machine."""
     sources = {
         d.name: (d.version, source) for d in distributions if (source := _find_source(d.distribution)) is not None

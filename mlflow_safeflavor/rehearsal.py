@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mlflow_safeflavor.errors import RehearsalError
 from mlflow_safeflavor.scratch import scratch_folder
+from mlflow_safeflavor.used import Opened, way_to_bring
 
 __all__ = ["rehearse"]
 
@@ -30,13 +31,18 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFF
 _PROGRAM = Path(__file__).with_name("clean_process.py")
 
 
-def rehearse(staged: Path, engines: Sequence[str] = ("auto",), *, allow_pickle: bool = False) -> None:
+def rehearse(
+    staged: Path, engines: Sequence[str] = ("auto",), *, allow_pickle: bool = False
+) -> tuple[Opened, list[str]]:
     """Load ``staged`` through pyfunc, in a process that shares nothing with this one but the installed packages.
 
     Once with each of the ``engines``.
     Its interpreter is isolated (``-I``), its environment stripped, its working and home folders are
     empty, the hub is offline. A connection beyond loopback is an error, and so is to read a file that is neither part
     of the model nor of what is installed: it would not be there in a container. Loading replays the golden rows.
+
+    Returns:
+        Which files each engine was the first to open, and the ``sys.path`` of that process.
 
     Raises:
         RehearsalError: It could not be loaded there, or answered differently.
@@ -48,6 +54,8 @@ def rehearse(staged: Path, engines: Sequence[str] = ("auto",), *, allow_pickle: 
         environ["MLFLOW_SAFEFLAVOR_CACHE"] = "off"  # nobody loads from that folder again
         environ |= dict.fromkeys(("HOME", "HF_HOME", "TMPDIR", "TEMP", "TMP"), scratch)
         environ |= {**_OFFLINE, "MLFLOW_TRACKING_URI": f"file:{scratch}/mlruns"}
+        if sys.version_info < (3, 12):
+            environ["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"  # else setuptools is imported in place of Python's own
         command = [sys.executable, "-I", str(_PROGRAM), os.fspath(staged), " ".join(engines), os.fspath(answer)]
         try:
             process = subprocess.run(
@@ -69,16 +77,18 @@ def rehearse(staged: Path, engines: Sequence[str] = ("auto",), *, allow_pickle: 
                 "The clean process died while loading the model",
                 found=f"exit status {process.returncode}; {process.stderr[-2000:].strip()}",
             )
-        problem = json.loads(answer.read_text(encoding="utf-8"))
-    if problem:
+        told = json.loads(answer.read_text(encoding="utf-8"))
+    if problem := told["problem"]:
         # Libraries tell in words of their own of what they were refused.
-        refused = [what for what in dict.fromkeys(problem["refused"]) if what not in problem["message"]]
+        refused = [what for what in dict.fromkeys(told["refused"]) if what not in problem["message"]]
         raise RehearsalError(
             "A clean process cannot load the model as saved, so nothing was published",
             found="; ".join([f"{problem['kind']}: {problem['message']}", *refused]),
-            way_out="make it load without this process's state: no __main__ classes, no network, no files of this "
+            way_out=way_to_bring(problem["missing"] or "")
+            or "make it load without this process's state: no __main__ classes, no network, no files of this "
             'machine; structure="graph" keeps neither the class nor what its constructor reads',
         )
+    return told["opened"], told["path"]
 
 
 @contextmanager

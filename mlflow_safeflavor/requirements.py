@@ -24,15 +24,24 @@ from mlflow_safeflavor.environment import (
     OWN_NAME,
     TORCH_FAMILY,
     Environment,
+    closure_of,
     installed_version,
     record,
+    tops_of,
     with_wheels,
 )
 from mlflow_safeflavor.errors import EnvironmentMismatchError
 from mlflow_safeflavor.pins import CONSTRAINTS
 from mlflow_safeflavor.wheels import folder_of
 
-__all__ = ["DEFAULT_ROOTS", "default_conda_env", "default_requirements", "environment_files", "requirement_lines"]
+__all__ = [
+    "DEFAULT_ROOTS",
+    "default_conda_env",
+    "default_requirements",
+    "environment_files",
+    "missing_lines",
+    "requirement_lines",
+]
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
@@ -191,6 +200,26 @@ def _pin(
     )
     pins = {name: version for name, version in environment.distributions.items() if name not in elsewhere}
     return environment, [*requirement_lines(pins, torch_index=torch_index), *verbatim]
+
+
+def missing_lines(folder: Path, used: Mapping[str, str], *, path: Sequence[str] | None = None) -> list[str]:
+    """Lines for what was used and neither requirements.txt nor conda.yaml of an artifact brings.
+
+    Args:
+        folder: Root of the artifact.
+        used: Canonical name → version.
+        path: Folders to search instead of ``sys.path``.
+    """
+    lines, _ = _parse_requirements(folder / "requirements.txt", "requirements.txt")
+    conda = [part for part in _read_yaml(folder / "conda.yaml")["dependencies"] if isinstance(part, str)]
+    # Conda's names are those of Python for all but a few; what follows them is a version, in its own words.
+    named = [_CONDA_NAMES.get(name, name) for part in conda if (name := re.split(r"[\s=<>!~\[]", part, maxsplit=1)[0])]
+    brought = closure_of(_installed_roots([*lines, *named], path), path=path)
+    brought |= set(filter(None, map(_name_of, [*lines, *named])))
+    return requirement_lines({name: used[name] for name in tops_of(used.keys() - brought, path=path)}, torch_index=None)
+
+
+_CONDA_NAMES = {"pytorch": "torch"}
 
 
 def _parse_requirements(given: StrPath | Iterable[str], argument: str) -> tuple[list[str], list[str]]:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,24 +23,23 @@ from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 from mlflow.utils.model_utils import _validate_and_copy_code_paths
 
 from mlflow_safeflavor import inventory as inventories
-from mlflow_safeflavor import parity, pickled, placement, recording, releases, requirements, tensors, usercode
+from mlflow_safeflavor import parity, pickled, placement, recording, releases, tensors, usercode
 from mlflow_safeflavor import structure as structures
 from mlflow_safeflavor.arguments import checked, require_arguments
-from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_json, write_manifest
+from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_manifest
 from mlflow_safeflavor.batching import measure_forward_cost
 from mlflow_safeflavor.damage import require_undamaged
 from mlflow_safeflavor.dtypes import announced_cast, dtypes_of, serving_dtype
 from mlflow_safeflavor.engine import ModuleEngine, evaluating
-from mlflow_safeflavor.environment import Environment, closure_of
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.given import Source
 from mlflow_safeflavor.graph_file import write_graph, write_reason
 from mlflow_safeflavor.kept import kept_module, kept_parameters
 from mlflow_safeflavor.load import LoadOptions, bind, rebuild
-from mlflow_safeflavor.lock import lock_file
 from mlflow_safeflavor.model import LoadedModel, make_task
 from mlflow_safeflavor.options import MODEL_CONFIG, run_time_options
-from mlflow_safeflavor.processor import requirements_of, write_processor
+from mlflow_safeflavor.pinning import Pinning
+from mlflow_safeflavor.processor import write_processor
 from mlflow_safeflavor.rehearsal import rehearse as rehearse_load
 from mlflow_safeflavor.report import LoadReport
 from mlflow_safeflavor.signature import defaults_of, signature_of
@@ -50,6 +49,7 @@ from mlflow_safeflavor.tasks import task_class
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tokenizer import write_tokenizer
 from mlflow_safeflavor.trust import KINDS
+from mlflow_safeflavor.used import find_used
 from mlflow_safeflavor.version import __version__
 from mlflow_safeflavor.vocabulary import require_known_tokens
 from mlflow_safeflavor.wrappers import require_plain, taken_off
@@ -159,11 +159,18 @@ def save_model(
         described, cast = _write_module(source, serving, how, allow_pickle, layout)
         spec = replace(spec, structure=described["kind"], runs=structures.what_runs(described))
         _write_code(code_paths, layout)
-        recorded = _write_environment(
-            source, structure, code_paths, layout, torch_index, pip_requirements, extra_pip_requirements, conda_env
+        pinning = Pinning(
+            layout,
+            source,
+            structure,
+            code_paths,
+            hashes,
+            torch_index=torch_index,
+            pip_requirements=pip_requirements,
+            extra_pip_requirements=extra_pip_requirements,
+            conda_env=conda_env,
         )
-        if hashes:
-            lock_file(layout, recorded)
+        pinning.write()
         with _answering(source, spec, described, cast, layout) as model:
             model.task.require_defaults()
             model.task.config = {**model.task.config, **model.task.measured(model.engine, source.example)}
@@ -173,11 +180,14 @@ def save_model(
         task_ = model.task
         mlmodel = mlflow_model or Model()
         _write_example(mlmodel, source.example, task_, layout)
-        _write_mlmodel(mlmodel, spec, signature_of(task_, source.example, answers, signature), metadata, layout)
-        write_manifest(layout, mlmodel=guarded_parts(yaml.safe_load(layout.mlmodel.read_text(encoding="utf-8"))))
-        if rehearse:
-            module = [] if structure == "graph" else ["module"]
-            rehearse_load(stage, [*module, *(["graph"] if has_graph else [])], allow_pickle=allow_pickle)
+        signature = signature_of(task_, source.example, answers, signature)
+        _seal(mlmodel, spec, signature, metadata, layout)
+        if not rehearse:
+            pinning.say_unseen()
+        else:  # the graph first: what only the module needs is what is opened after that
+            engines = [*(["graph"] if has_graph else []), *([] if structure == "graph" else ["module"])]
+            if pinning.add(find_used(*rehearse_load(stage, engines, allow_pickle=allow_pickle))):
+                _seal(mlmodel, spec, signature, metadata, layout)
 
 
 @checked
@@ -371,50 +381,6 @@ def _write_code(code_paths: Sequence[str | Path] | None, layout: Layout) -> None
     shutil.copytree(Path(__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def _write_environment(
-    source: Source,
-    structure: str,
-    code_paths: Sequence[str | Path] | None,
-    layout: Layout,
-    torch_index: str | Path | None,
-    pip_requirements: Sequence[str] | str | Path | None,
-    extra_pip_requirements: Sequence[str] | str | Path | None,
-    conda_env: Mapping[str, Any] | str | Path | None,
-) -> Environment:
-    with_model = {Path(path).stem for path in code_paths or ()}
-    roots, graph_roots = (_roots(source, with_model, graph=graph) for graph in (False, True))
-    only_module = closure_of(roots) - closure_of(graph_roots)
-    recorded = requirements.environment_files(
-        layout.root,
-        graph_roots if structure == "graph" else roots,
-        torch_build={
-            "version": torch.__version__,
-            "cuda": torch.version.cuda,
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-        },
-        torch_index=torch_index,
-        pip_requirements=pip_requirements,
-        extra_pip_requirements=extra_pip_requirements,
-        conda_env=conda_env,
-    )
-    there = only_module & recorded.distributions.keys()
-    recorded = replace(recorded, only_module=tuple(sorted(there)) if structure == "auto" else ())
-    write_json(layout.environment, recorded.to_json())
-    return recorded
-
-
-def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[str]:
-    """What serving needs directly; for a graph transformers only where its processors or tokenizers are called."""
-    module = torch.nn.Module() if graph else source.module
-    calls = not graph or source.processor is not None or (source.task == "custom" and source.tokenizer is not None)
-    return [
-        *(name for name in requirements.DEFAULT_ROOTS if calls or name != "transformers"),
-        *usercode.distributions_of(module, source.hooks, except_for=with_model),
-        *([] if source.processor is None else requirements_of(source.processor)),
-    ]
-
-
 @contextmanager
 def _answering(
     source: Source, spec: ModelSpec, described: Mapping[str, Any], cast: bool, layout: Layout
@@ -509,13 +475,16 @@ def _write_example(mlmodel: Model, example: Any, task: Task, layout: Layout) -> 
     _save_example(mlmodel, task.stored_example(example), os.fspath(layout.root))
 
 
-def _write_mlmodel(
+def _seal(
     mlmodel: Model,
     spec: ModelSpec,
     signature: ModelSignature,
     metadata: Mapping[str, Any] | None,
     layout: Layout,
 ) -> None:
+    """Write ``MLmodel`` and the manifest, or both again."""
+    for file in (layout.mlmodel, layout.manifest):
+        file.unlink(missing_ok=True)
     mlmodel.signature = signature
     if metadata is not None:
         mlmodel.metadata = dict(metadata)
@@ -530,3 +499,4 @@ def _write_mlmodel(
     mlmodel.add_flavor(FLAVOR_NAME, **spec.to_flavor())
     mlmodel.model_size_bytes = sum(file.stat().st_size for file in layout.root.rglob("*") if file.is_file())
     mlmodel.save(os.fspath(layout.mlmodel))
+    write_manifest(layout, mlmodel=guarded_parts(yaml.safe_load(layout.mlmodel.read_text(encoding="utf-8"))))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.metadata
 import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -17,6 +16,7 @@ import torch
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, digest_of_file
 from mlflow_safeflavor.errors import IntegrityError, StructureError
+from mlflow_safeflavor.owners import Owners
 
 __all__ = ["distributions_of", "import_name", "importable_name", "make_importable", "name_of"]
 
@@ -52,12 +52,13 @@ def distributions_of(
         hooks: The user's functions.
         except_for: Top-level names that are stored with the model.
     """
-    names = {type(child).__module__.partition(".")[0] for child in module.modules()}
-    names |= {(getattr(hook, "__module__", None) or "").partition(".")[0] for hook in hooks.values()}
-    # Looking up who owns a name reads every distribution's file list, so only for names in question.
-    names -= {*except_for, "", "__main__", "mlflow_safeflavor", "torch", "transformers"}
-    owners = importlib.metadata.packages_distributions() if names else {}
-    return sorted({owner for name in names for owner in owners.get(name, ())})
+    names = {type(child).__module__ for child in module.modules()}
+    names |= {getattr(hook, "__module__", None) or "" for hook in hooks.values()}
+    ours = {*except_for, "", "__main__", "mlflow_safeflavor", "torch", "transformers"}
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in names if name.partition(".")[0] not in ours}
+    # Looking up who owns a file reads every distribution's list, so only where there is one in question.
+    owners = Owners() if files - {None} else None
+    return sorted({owner for file in files if file and owners and (owner := owners.of(file))})
 
 
 def make_importable(layout: Layout) -> None:

@@ -1,0 +1,145 @@
+"""The environment of a model that is being saved: what its parts need, and what its rehearsal used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlflow_safeflavor import requirements, usercode
+from mlflow_safeflavor.artifact import Layout, write_json
+from mlflow_safeflavor.environment import Environment, closure_of
+from mlflow_safeflavor.errors import EnvironmentMismatchError
+from mlflow_safeflavor.given import Source
+from mlflow_safeflavor.lock import lock_file
+from mlflow_safeflavor.processor import requirements_of
+from mlflow_safeflavor.used import Use
+
+__all__ = ["Pinning"]
+
+_logger = logging.getLogger("mlflow.safeflavor")
+
+
+class Pinning:
+    """Writes environment.json and the files that pip, conda and uv install from; again, if a rehearsal used more.
+
+    Args:
+        layout: Where they are written.
+        source: What is saved.
+        structure: As ``save_model`` takes it; with "auto" the names that only the module needs are told apart.
+        code_paths: What comes with the model is not pinned.
+        hashes: Whether each pin gets the hashes of its files.
+        wanted: What the user says of it: ``torch_index``, ``pip_requirements``, ``extra_pip_requirements`` and
+            ``conda_env``, see ``requirements.environment_files``.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        source: Source,
+        structure: str,
+        code_paths: Sequence[str | Path] | None,
+        hashes: bool,
+        **wanted: Any,
+    ) -> None:
+        with_model = {Path(path).stem for path in code_paths or ()}
+        self._layout, self._structure, self._hashes, self._wanted = layout, structure, hashes, wanted
+        self._roots, self._graph_roots = (_roots(source, with_model, graph=graph) for graph in (False, True))
+        self._recorded: Environment | None = None
+
+    def write(self, used: Mapping[str, Use] | None = None) -> Environment:
+        """Write the files, for what the parts of the model need and what was used.
+
+        Raises:
+            EnvironmentMismatchError: See ``requirements.environment_files`` and ``lock.lock``.
+        """
+        used = used or {}
+        roots = [*self._roots, *used]
+        graph_roots = [*self._graph_roots, *(name for name, use in used.items() if use.engine == "graph")]
+        recorded = requirements.environment_files(
+            self._layout.root,
+            graph_roots if self._structure == "graph" else roots,
+            torch_build={
+                "version": torch.__version__,
+                "cuda": torch.version.cuda,
+                "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+                "threads": torch.get_num_threads(),
+            },
+            **self._wanted,
+        )
+        there = (closure_of(roots) - closure_of(graph_roots)) & recorded.distributions.keys()
+        recorded = replace(recorded, only_module=tuple(sorted(there)) if self._structure == "auto" else ())
+        write_json(self._layout.environment, recorded.to_json())
+        if self._hashes:
+            lock_file(self._layout, recorded)
+        self._recorded = recorded
+        return recorded
+
+    def add(self, used: Mapping[str, Use]) -> bool:
+        """Pin what a rehearsal used beside what the model's parts need. Returns whether files were written.
+
+        Where the user wrote all lines they stay, and a warning gives those that are missing.
+
+        Raises:
+            EnvironmentMismatchError: It ran other versions than this process has, or see ``write``.
+        """
+        recorded = self._recorded or self.write()
+        _require_versions(recorded, used)
+        if any(self._wanted[name] is not None for name in ("pip_requirements", "conda_env")):
+            _warn_of(requirements.missing_lines(self._layout.root, {name: use.version for name, use in used.items()}))
+            return False
+        news = {
+            name: use
+            for name, use in used.items()
+            if name not in recorded.distributions or (use.engine == "graph" and name in recorded.only_module)
+        }
+        if not news:
+            return False
+        self.write(used)
+        facts = (f"{name} {use.version} (for {use.reader})" for name, use in sorted(news.items()))
+        _logger.info("safeflavor: pinned because the rehearsal used it, and what it requires: %s", ", ".join(facts))
+        return True
+
+    def say_unseen(self) -> None:
+        """Say what the pins lack where there was no rehearsal."""
+        _logger.info(
+            "safeflavor: not rehearsed, so the pins are those of the model's classes, hooks and processor; what else "
+            "its code imports or reads is not among them unless extra_pip_requirements says so"
+        )
+
+
+def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[str]:
+    """What serving needs directly; for a graph transformers only where its processors or tokenizers are called."""
+    module = torch.nn.Module() if graph else source.module
+    calls = not graph or source.processor is not None or (source.task == "custom" and source.tokenizer is not None)
+    return [
+        *(name for name in requirements.DEFAULT_ROOTS if calls or name != "transformers"),
+        *usercode.distributions_of(module, source.hooks, except_for=with_model),
+        *([] if source.processor is None else requirements_of(source.processor)),
+    ]
+
+
+def _require_versions(recorded: Environment, used: Mapping[str, Use]) -> None:
+    others = {name: use for name, use in used.items() if recorded.distributions.get(name, use.version) != use.version}
+    if others:
+        raise EnvironmentMismatchError(
+            "A clean process of this Python runs other versions than this process, which is what the pins would name",
+            where=", ".join(others),
+            wanted=", ".join(f"{name} {recorded.distributions[name]}" for name in others),
+            found=", ".join(f"{name} {use.version}" for name, use in others.items()),
+            way_out="start Python without PYTHONPATH and changes of sys.path, or install the wanted versions: "
+            f"`pip install {' '.join(f'{name}=={recorded.distributions[name]}' for name in others)}`",
+        )
+
+
+def _warn_of(lines: Sequence[str]) -> None:
+    if lines:
+        _logger.warning(
+            "safeflavor: the rehearsal used what the given requirements do not bring, so that the model may not load "
+            "where they are installed, or answer otherwise. To add: %s",
+            ", ".join(lines),
+        )

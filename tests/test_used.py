@@ -1,0 +1,414 @@
+"""Pins are what runs: distributions that a rehearsal imports or reads are pinned, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import sysconfig
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import mlflow_safeflavor
+from mlflow_safeflavor import requirements
+from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.errors import EnvironmentMismatchError
+from mlflow_safeflavor.given import Source
+from mlflow_safeflavor.owners import Owners
+from mlflow_safeflavor.pinning import Pinning
+from mlflow_safeflavor.used import Use, find_used, way_to_bring
+
+ROWS = [{"a": 1.0, "b": 2.0}, {"a": -3.0, "b": 0.5}]
+
+
+class Site:
+    """The site-packages of a Python of its own, which also sees those of this one."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.folder = home / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+        self.folder.mkdir(parents=True)
+        self.python = home / "bin" / "python"
+        self.python.parent.mkdir()
+        self.python.symlink_to(sys._base_executable)  # type: ignore[attr-defined]
+        base = Path(sys._base_executable).parent  # type: ignore[attr-defined]
+        (home / "pyvenv.cfg").write_text(f"home = {base}\ninclude-system-site-packages = false\n")
+        self.write("theirs.pth", sysconfig.get_path("purelib"))
+
+    def write(self, name: str, text: str = "") -> Path:
+        file = self.folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return file
+
+    def install(self, name, version="1.0", files=None, requires=(), *, direct_url=None, record=True):
+        """Files and metadata of a distribution; ``record`` says whether there is a list of its files."""
+        info = f"{name.replace('-', '_')}-{version}.dist-info"
+        files = {name.replace("-", "_") + "/__init__.py": ""} if files is None else files
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        files = {**files, f"{info}/METADATA": "\n".join([*lines, *(f"Requires-Dist: {line}" for line in requires)])}
+        files[f"{info}/INSTALLER"] = "pip"
+        if direct_url:
+            files[f"{info}/direct_url.json"] = json.dumps(direct_url)
+        for file, text in files.items():
+            self.write(file, text)
+        if record:
+            self.write(f"{info}/RECORD", "".join(f'"{file}",,\n' for file in files))
+
+    @property
+    def path(self) -> list[str]:
+        return [str(self.folder), sysconfig.get_path("purelib")]
+
+    def used(self, *files: str) -> dict[str, Use]:
+        return find_used({"module": {str(self.folder / file): "net" for file in files}}, self.path)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """An empty ``Site``, whose Python rehearses; this process imports from there, too."""
+    path, modules = list(sys.path), set(sys.modules)
+    site = Site(tmp_path / "python")
+    monkeypatch.setattr(sys, "executable", str(site.python))
+    sys.path.insert(0, str(site.folder))
+    yield site
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if name.startswith(("acme", "used_")):
+            del sys.modules[name]
+
+
+# --- who owns a file -----------------------------------------------------------------------------
+
+
+def test_a_file_belongs_to_the_distribution_that_lists_it(site):
+    site.install("acme-a", files={"acme/a.py": "", "acme/a/words, all.json": "", "../../../share/acme/a.txt": ""})
+    site.install("acme-b", files={"acme/b.py": "", "acme_b/__init__.py": ""})
+    owners = Owners(site.path)
+    assert owners.of(str(site.folder / "acme" / "a.py")) == "acme-a"
+    assert owners.of(str(site.folder / "acme" / "b.py")) == "acme-b", "a namespace has several owners"
+    assert owners.of(str(site.folder / "acme" / "a" / "words, all.json")) == "acme-a"
+    assert owners.of(str(site.home / "share" / "acme" / "a.txt")) == "acme-a"
+    assert owners.of(str(site.folder / "acme_b" / "_made_here.py")) == "acme-b", "code that was made beside its own"
+    assert owners.of(str(site.folder / "acme_b" / "fetched.json")) is None, "data that came later"
+    assert owners.of(str(site.folder / "acme" / "c.py")) is None, "beside code of two owners"
+
+
+def test_links_to_a_folder_are_followed(site):
+    site.install("acme-a")
+    (site.home / "lib64").symlink_to("lib")
+    other = str(site.folder).replace("/lib/", "/lib64/")
+    assert Owners(site.path).of(f"{other}/acme_a/__init__.py") == "acme-a"
+    assert Owners([other]).of(str(site.folder / "acme_a" / "__init__.py")) == "acme-a"
+
+
+def test_without_a_list_the_top_level_name_counts(site):
+    site.install("acme-old", record=False)
+    assert Owners(site.path).of(str(site.folder / "acme_old" / "data.json")) == "acme-old"
+
+
+def test_all_below_the_folder_of_an_editable_install_but_not_the_environment_in_it(site, tmp_path):
+    url = {"url": tmp_path.as_uri(), "dir_info": {"editable": True}}
+    site.install("acme-edit", files={"__editable__.acme_edit.pth": str(tmp_path / "src")}, direct_url=url)
+    owners = Owners(site.path)
+    assert owners.of(str(tmp_path / "src" / "acme_edit" / "data.json")) == "acme-edit"
+    assert owners.of(str(site.folder / "stranger.json")) is None
+
+
+# --- what was used -------------------------------------------------------------------------------
+
+
+def test_imports_and_data_count_metadata_and_pythons_own_do_not(site):
+    site.install("acme-code", "2.0")
+    site.install("acme-data", "0.1", files={"acme_data/words.json": ""})
+    site.install("acme-told")
+    used = site.used(
+        "acme_code/__pycache__/__init__.cpython-311.pyc",
+        "acme_data/words.json",
+        "acme_told-1.0.dist-info/entry_points.txt",
+        json.__file__,
+        "nowhere.json",
+    )
+    assert used == {"acme-code": Use("2.0", "net", "module"), "acme-data": Use("0.1", "net", "module")}
+
+
+def test_code_that_no_distribution_has_is_refused_by_what_code_paths_would_name(site, tmp_path):
+    site.write("acme_loose.py")
+    with pytest.raises(EnvironmentMismatchError, match="acme_loose") as refused:
+        site.used("acme_loose.py")
+    assert f"code_paths=['{site.folder / 'acme_loose.py'}']" in refused.value.way_out
+    site.write("acme_pack/__init__.py")
+    site.write("acme_pack/inner/__init__.py")
+    with pytest.raises(EnvironmentMismatchError) as refused:
+        site.used("acme_pack/inner/__init__.py", "acme_pack/__init__.py")
+    assert f"code_paths=['{site.folder / 'acme_pack'}']" in refused.value.way_out
+    (tmp_path / "acme_elsewhere.py").write_text("")  # by way of a .pth file
+    with pytest.raises(EnvironmentMismatchError, match="acme_elsewhere"):
+        site.used(str(tmp_path / "acme_elsewhere.py"))
+
+
+@pytest.mark.parametrize("place", ["acme_code/fetched.bin", "nltk_data/words.txt", "../../../nltk_data/words.txt"])
+def test_data_that_no_distribution_has_is_refused_by_name(site, place, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(site.home))
+    site.install("acme-code")
+    site.write(place)
+    with pytest.raises(EnvironmentMismatchError, match="reads files that no installed distribution has") as refused:
+        site.used("acme_code/__init__.py", place)
+    assert f"{Path(place).name} (for net)" in refused.value.where
+    assert "Path(__file__)" in refused.value.way_out
+
+
+def test_a_module_that_only_this_process_has_comes_along_by_name(site, tmp_path):
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "acme_only.py").write_text("")
+    sys.path.insert(0, str(tmp_path / "only"))
+    assert f"code_paths=['{tmp_path / 'only' / 'acme_only.py'}']" in way_to_bring("acme_only.part")
+    site.install("acme-user", "7.0")
+    assert "install acme-user==7.0 into" in way_to_bring("acme_user")
+    assert way_to_bring("acme_nowhere") is None
+
+
+# --- what becomes of the pins --------------------------------------------------------------------
+
+
+@pytest.fixture
+def pin(tmp_path):
+    """``pin(used, **wanted)``: what ``Pinning`` makes of it, as (anything added?, lines of requirements.txt)."""
+
+    def run(used, structure="module", **wanted):
+        layout = Layout(tmp_path / "stage")
+        layout.data.mkdir(parents=True, exist_ok=True)
+        none = dict.fromkeys(("pip_requirements", "extra_pip_requirements", "conda_env"))
+        source = Source(task="raw", module=torch.nn.Linear(1, 1))
+        pinning = Pinning(layout, source, structure, None, False, **{"torch_index": None, **none, **wanted})
+        pinning.write()
+        return pinning.add(used), layout.requirements.read_text().splitlines()
+
+    return run
+
+
+def test_what_was_used_is_pinned_with_what_it_requires(site, pin, caplog):
+    site.install("acme-a", "1.2", requires=["acme-b>=1"])
+    site.install("acme-b", "1.5")
+    with caplog.at_level(logging.INFO, "mlflow.safeflavor"):
+        added, lines = pin(
+            {"acme-a": Use("1.2", "used_net", "module"), "numpy": Use(np.__version__, "torch", "module")}
+        )
+    assert added
+    assert {"acme-a==1.2", "acme-b==1.5"} <= set(lines)
+    assert "acme-a 1.2 (for used_net)" in caplog.text
+    assert "numpy" not in caplog.text, "that was pinned already"
+
+
+def test_nothing_is_written_again_for_what_is_pinned_already(pin):
+    assert not pin({"numpy": Use(np.__version__, "torch", "module")})[0]
+
+
+def test_what_the_graph_used_is_not_left_out_of_its_image(site, pin, tmp_path):
+    site.install("acme-a")
+    site.install("acme-b")
+    uses = {"acme-a": Use("1.0", "net", "graph"), "acme-b": Use("1.0", "net", "module")}
+    pin({**uses, "regex": _use("regex", "graph")}, structure="auto")
+    only_module = json.loads((tmp_path / "stage" / "safeflavor" / "environment.json").read_text())["only_module"]
+    assert {"acme-b", "transformers"} <= set(only_module)
+    assert not {"acme-a", "regex"} & set(only_module), "regex is one that else only transformers requires"
+
+
+def _use(name, engine):
+    from importlib.metadata import version
+
+    return Use(version(name), "net", engine)
+
+
+def test_an_editable_install_is_refused_by_name_and_its_way_out_works(site, pin, tmp_path):
+    url = {"url": tmp_path.as_uri(), "dir_info": {"editable": True}}
+    site.install("acme-edit", "0.3", direct_url=url)
+    used = {"acme-edit": Use("0.3", "net", "module")}
+    with pytest.raises(EnvironmentMismatchError, match=r"acme-edit 0\.3: editable install") as refused:
+        pin(used)
+    line = re.search(r"extra_pip_requirements=\['(.*?)'\]", refused.value.way_out)[1]
+    assert line in pin(used, extra_pip_requirements=[line])[1]
+    assert line in pin(used, pip_requirements=[line])[1]
+
+
+def test_another_version_than_this_process_has_is_refused(site, pin):
+    with pytest.raises(EnvironmentMismatchError, match="runs other versions") as refused:
+        pin({"numpy": Use("1.0", "torch", "module")})
+    assert f"pip install numpy=={np.__version__}" in refused.value.way_out
+
+
+OWN_LINES = ["mlflow", "torch", "safetensors", "acme-a"]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"pip_requirements": OWN_LINES},
+        {"conda_env": {"dependencies": ["python=3.11", "pytorch>=2", "acme-a=1", {"pip": ["mlflow", "safetensors"]}]}},
+    ],
+    ids=["pip_requirements", "conda_env"],
+)
+def test_lines_of_the_users_own_stay_and_what_they_lack_is_told(site, pin, caplog, wanted):
+    for name, requires in (("acme-a", ["acme-b"]), ("acme-b", []), ("acme-c", ["acme-d"]), ("acme-d", [])):
+        site.install(name, requires=requires)
+    used = {f"acme-{letter}": Use("1.0", "net", "module") for letter in "abcd"}
+    added, lines = pin(used | {"numpy": Use(np.__version__, "torch", "module")}, **wanted)
+    assert not added
+    assert not any(line.startswith("acme-c") for line in lines)
+    told = caplog.records[-1].getMessage()
+    assert told.endswith("To add: acme-c==1.0"), "neither what is brought along nor what is not missing"
+    caplog.clear()
+    pin(used, pip_requirements=[*OWN_LINES, "acme-c==1.0"])
+    assert "To add" not in caplog.text
+
+
+def test_missing_lines_of_a_model_without_torch(tmp_path, pin):
+    pin({}, pip_requirements=["mlflow"])
+    used = {"torch": _use("torch", "module").version, "numpy": np.__version__}
+    assert requirements.missing_lines(tmp_path / "stage", used) == [f"torch=={used['torch'].partition('+')[0]}"]
+
+
+# --- for real ------------------------------------------------------------------------------------
+
+NET = """
+    import torch
+    from acme_order import ORDER
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            return {name: self.layer(x)[:, i] for i, name in enumerate(ORDER)}
+"""
+
+HOOKS = """
+    import torch
+
+    def pre(rows, tokenizer):
+        import acme_lazy
+        return {"x": torch.tensor([[row["a"], row["b"]] for row in rows]) * acme_lazy.SCALE}
+
+    def post(outputs, rows):
+        import json
+        from pathlib import Path
+        import acme_lazy
+
+        words = json.loads((Path(acme_lazy.__file__).parent.parent / "acme_data" / "words.json").read_text())
+        return [{words[0]: float(y)} for y in outputs["y"]]
+"""
+
+TOOL = """
+    import sys
+    from pathlib import Path
+
+    class Watcher:
+        def find_spec(self, name, path=None, target=None):
+            import acme_tool.rules
+            (Path(__file__).parent / "rules.txt").read_text()
+
+    sys.meta_path.insert(0, Watcher())
+"""
+
+
+def install_what_the_code_uses(site, dedent):
+    site.install("acme-order", "1.2", {"acme_order/__init__.py": "ORDER = ['y', 'z']"}, requires=["acme-base"])
+    site.install("acme-base", "2.1")
+    site.install("acme-lazy", "3.0", {"acme_lazy.py": "SCALE = 2.0"})
+    site.install("acme-data", "0.1", {"acme_data/words.json": '["score"]'})
+    tool = {"acme_tool/__init__.py": dedent(TOOL), "acme_tool/rules.py": "", "acme_tool/rules.txt": ""}
+    site.install("acme-tool", "9.0", tool)
+    site.install("acme-start", "9.0")
+    site.write("acme_tool.pth", "import acme_tool")
+    site.write("sitecustomize.py", "import acme_start")
+    hack = Path(sysconfig.get_path("purelib"), "distutils-precedence.pth")
+    if hack.is_file():
+        site.write(hack.name, hack.read_text())
+
+
+def seeded(make):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().eval()
+
+
+@pytest.mark.slow
+def test_a_save_pins_what_modules_hooks_and_data_need_and_no_tool(site, user_code, tmp_path, caplog):
+    from textwrap import dedent
+
+    install_what_the_code_uses(site, dedent)
+    distutils = "import distutils.version" if sys.version_info < (3, 12) else ""
+    net, net_file = user_code("used_net", dedent(NET) + distutils)
+    hooks, hooks_file = user_code("used_hooks", HOOKS)
+    path = tmp_path / "store" / "model"
+    with caplog.at_level(logging.INFO, "mlflow.safeflavor"):
+        mlflow_safeflavor.save_model(
+            seeded(net.Net),
+            path,
+            task="custom",
+            preprocess=hooks.pre,
+            postprocess=hooks.post,
+            input_example=ROWS,
+            code_paths=[net_file, hooks_file],
+        )
+    lines = (path / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    wanted = {"acme-order": "1.2", "acme-base": "2.1", "acme-lazy": "3.0", "acme-data": "0.1"}
+    assert wanted.items() <= pins.items()
+    tools = {"acme-tool", "acme-start", "pytest", "ruff", "coverage", "pip", "mlflow-safeflavor", "setuptools"}
+    assert not tools & pins.keys()
+    assert "acme-data 0.1 (for used_hooks)" in caplog.text
+    assert "acme-order 1.2 (for used_net)" in caplog.text
+    recorded = json.loads((path / "safeflavor" / "environment.json").read_text())
+    assert wanted.items() <= recorded["distributions"].items()
+    conda = yaml.safe_load((path / "conda.yaml").read_text())
+    assert conda["dependencies"][-1]["pip"] == lines
+    loaded = mlflow_safeflavor.load_model(str(path), trust={"code"}, environment="error")  # and with its manifest
+    assert loaded.report.bit_identical
+    size = yaml.safe_load((path / "MLmodel").read_text())["model_size_bytes"]
+    files = (file for file in path.rglob("*") if file.is_file() and file.name not in ("MLmodel", "manifest.json"))
+    assert size == sum(file.stat().st_size for file in files)
+
+
+@pytest.mark.slow
+def test_a_log_refuses_a_loose_module_and_the_way_out_works(site, user_code, tracking, caplog):
+    site.install("acme-order", "1.2", {"acme_order/__init__.py": "import acme_loose; ORDER = ['y', 'z']"})
+    loose = site.write("acme_loose.py")
+    net, file = user_code("used_net", NET)
+    options = {"task": "raw", "input_example": {"x": np.ones((2, 2), "float32")}, "structure": "module"}
+    model = seeded(net.Net)
+    with pytest.raises(EnvironmentMismatchError, match="no installed distribution has") as refused:
+        mlflow_safeflavor.log_model(model, "net", code_paths=[file], **options)
+    assert refused.value.where == "acme_loose (for acme_order)"
+    assert not [model for model in mlflow.search_logged_models(output_format="list") if model.status == "READY"]
+    [way] = re.findall(r"code_paths=\[(.*?)\]", refused.value.way_out)
+    assert way == repr(os.fspath(loose))
+    with caplog.at_level(logging.WARNING):
+        info = mlflow_safeflavor.log_model(
+            model, "net", code_paths=[file, os.fspath(loose)], pip_requirements=["mlflow", "torch"], **options
+        )
+    assert "acme-order==1.2" in caplog.text.rpartition("To add: ")[2]
+    written = mlflow.artifacts.load_text(f"{info.model_uri}/requirements.txt").splitlines()
+    assert written == ["mlflow", "torch"]
+
+
+@pytest.mark.slow
+def test_without_a_rehearsal_the_log_says_so(site, user_code, tmp_path, caplog):
+    from textwrap import dedent
+
+    install_what_the_code_uses(site, dedent)
+    net, file = user_code("used_net", NET)
+    example = {"x": np.ones((2, 2), "float32")}
+    with caplog.at_level(logging.INFO, "mlflow.safeflavor"):
+        mlflow_safeflavor.save_model(
+            seeded(net.Net), tmp_path / "m", task="raw", input_example=example, code_paths=[file], rehearse=False
+        )
+    assert "not rehearsed" in caplog.text
+    assert "acme" not in (tmp_path / "m" / "requirements.txt").read_text()
