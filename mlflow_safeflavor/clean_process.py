@@ -61,7 +61,7 @@ class Witness:
         reader = self._readers.get(folder) or self._reader(path)
         if reader is not None:
             self._files[path] = reader
-            if folder not in sys.path:  # where unlike things lie side by side
+            if folder.removesuffix(f"{os.sep}__pycache__") not in sys.path:  # where unlike things lie side by side
                 self._readers[folder] = reader
 
     def _reader(self, path: str) -> str | None:

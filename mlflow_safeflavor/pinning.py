@@ -90,7 +90,7 @@ class Pinning:
         recorded = self._recorded or self.write()
         _require_versions(recorded, used)
         if any(self._wanted[name] is not None for name in ("pip_requirements", "conda_env")):
-            _warn_of(requirements.missing_lines(self._layout.root, {name: use.version for name, use in used.items()}))
+            _warn_of_missing(self._layout.root, used)
             return False
         news = {
             name: use
@@ -136,10 +136,11 @@ def _require_versions(recorded: Environment, used: Mapping[str, Use]) -> None:
         )
 
 
-def _warn_of(lines: Sequence[str]) -> None:
+def _warn_of_missing(folder: Path, used: Mapping[str, Use]) -> None:
+    lines = requirements.missing_lines(folder, {name: use.version for name, use in used.items()})
     if lines:
         _logger.warning(
             "safeflavor: the rehearsal used what the given requirements do not bring, so that the model may not load "
             "where they are installed, or answer otherwise. To add: %s",
-            ", ".join(lines),
+            ", ".join(f"{line} (for {used[line.partition('==')[0]].reader})" for line in lines),
         )

@@ -171,6 +171,14 @@ def test_files_of_the_model_of_packages_and_of_its_own_are_read(rehearsed, tmp_p
     )
 
 
+def test_a_module_that_only_this_process_finds_is_named_with_the_way_to_bring_it(rehearsed, monkeypatch, tmp_path):
+    (tmp_path / "only_here.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RehearsalError, match="only_here") as refused:
+        rehearsed("try: import only_here\nexcept ImportError as error: raise ValueError('no extra') from error")
+    assert f"code_paths=['{tmp_path / 'only_here.py'}']" in refused.value.way_out
+
+
 def test_the_environment_of_this_process_does_not_reach_it(rehearsed, monkeypatch, tmp_path):
     (tmp_path / "mine.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
