@@ -50,8 +50,8 @@ class Witness:
         self._readers: dict[str, str] = {}  # by folder, since finding one costs more than all the rest
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
-        """Look at an event of Python's audit hooks."""
-        given = args[_OPENS[event]] if event in _OPENS else None
+        """Look at one of the events of Python's audit hooks that open a file."""
+        given = args[_OPENS[event]]
         if not isinstance(given, (str, bytes, os.PathLike)):
             return
         path = os.path.abspath(os.fsdecode(given))
@@ -66,7 +66,9 @@ class Witness:
 
     def _reader(self, path: str) -> str | None:
         """The module, neither Python's nor a tool's, for which a file is opened; None for a tool's own."""
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_globals is globals():  # the hook's own
+            frame = frame.f_back
         while frame is not None and frame.f_globals is not globals():
             name = str(frame.f_globals.get("__name__"))
             top = name.partition(".")[0]
@@ -94,7 +96,7 @@ def main(model: str, engines: str, answer: str) -> None:
     system, harmless = ("/dev", "/etc", "/proc"), ("os.chdir", "os.putenv", "os.unsetenv", "pickle.find_class")
     guard = guards.Guard(model, scratch, *system, writable=[scratch], allowed=harmless)
     guards.guard_process(guard)
-    sys.addaudithook(witness)
+    sys.addaudithook(lambda event, args: witness(event, args) if event in _OPENS else None)
     path, opened, problem = list(sys.path), {}, None
     try:
         import mlflow.pyfunc

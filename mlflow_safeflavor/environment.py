@@ -50,6 +50,7 @@ __all__ = [
     "installed_version",
     "record",
     "require_same",
+    "source_tree",
     "tops_of",
     "with_wheels",
 ]
@@ -385,11 +386,17 @@ def _requires(distribution: Installed, extras: Collection[str]) -> Iterator[Requ
         if requirement.marker is None:
             if "" in extras:
                 yield requirement
-        elif any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+        elif any(_holds(line, extra) for extra in extras):
             yield requirement
 
 
 _parse_requirement = functools.cache(Requirement)
+
+
+@functools.cache  # a save asks for several closures, each with a thousand markers
+def _holds(line: str, extra: str) -> bool:
+    marker = _parse_requirement(line).marker
+    return marker is None or marker.evaluate({"extra": extra})
 
 
 def _satisfies(requirement: Requirement, version: str) -> bool:
@@ -438,7 +445,8 @@ def _find_source(distribution: importlib.metadata.Distribution) -> str | None:
         return None
     text = distribution.read_text("direct_url.json")
     if text is None:
-        return _find_source_tree(distribution)
+        folder = source_tree(distribution)
+        return None if folder is None else f"editable install of the folder {folder}"
     try:
         facts = dict(json.loads(text))
     except (ValueError, TypeError):
@@ -451,13 +459,13 @@ def _find_source(distribution: importlib.metadata.Distribution) -> str | None:
     return f"install of the archive {url}"
 
 
-def _find_source_tree(distribution: importlib.metadata.Distribution) -> str | None:
+def source_tree(distribution: importlib.metadata.Distribution) -> str | None:
     """The folder of an old-style editable install: an egg-info beside its setup.py."""
     if distribution.read_text("METADATA") is not None:
         return None
     folder = Path(str(distribution.locate_file("")))
     is_source = any((folder / name).is_file() for name in ("setup.py", "setup.cfg", "pyproject.toml"))
-    return f"editable install of the folder {folder}" if is_source else None
+    return str(folder) if is_source else None
 
 
 # Comparing

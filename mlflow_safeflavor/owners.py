@@ -5,17 +5,15 @@ from __future__ import annotations
 import csv
 import functools
 import importlib.metadata
-import io
 import json
 import os
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.machinery import BYTECODE_SUFFIXES, EXTENSION_SUFFIXES, SOURCE_SUFFIXES
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from mlflow_safeflavor.environment import installed_distributions
+from mlflow_safeflavor.environment import installed_distributions, source_tree
 
 __all__ = ["Owners", "is_code", "site_folders"]
 
@@ -38,11 +36,9 @@ class Owners:
         trees: dict[str, str | None] = dict.fromkeys(self._sites)
         for name, one in installed_distributions(path).items():
             base = os.path.join(_real(str(one.distribution.locate_file(""))), "")
-            record = one.distribution.read_text("RECORD")
-            for row in csv.reader(io.StringIO(record or "")):
-                file = base + row[0] if row else ""
-                self._files[os.path.normpath(file) if "/../" in file else file] = name
-            folder = _source_tree(one.distribution)
+            record = one.distribution.read_text("RECORD") or ""
+            self._files |= dict.fromkeys(_listed(record, base), name)
+            folder = _editable_folder(one.distribution)
             if folder is not None:
                 trees[os.path.join(_real(folder), "")] = name
             elif not record:
@@ -58,6 +54,8 @@ class Owners:
             file: Absolute path. Code that a package has made beside its own belongs to it, data does not: an index
                 brings the one with the next release or makes it anew, and never the other.
         """
+        if file in self._files:
+            return self._files[file]
         folder, name = os.path.split(file)
         path = os.path.join(_real(folder), name)
         if path in self._files:
@@ -76,6 +74,15 @@ class Owners:
         return None
 
 
+def _listed(record: str, base: str) -> Iterator[str]:
+    """Files of a ``RECORD`` but metadata. There are tens of thousands in all, and csv is for the few with a comma."""
+    lines = record.splitlines()
+    for row in csv.reader(lines) if '"' in record else (line.split(",", 1) for line in lines):
+        file = base + (row[0] if row else "")
+        if ".dist-info/" not in file:
+            yield os.path.normpath(file) if "/../" in file else file
+
+
 def is_code(file: str) -> bool:
     """Whether Python imports files of such a name."""
     return file.endswith(_CODE)
@@ -92,13 +99,11 @@ def site_folders(path: Sequence[str] | None = None) -> tuple[str, ...]:
 _real = functools.lru_cache(maxsize=2**14)(os.path.realpath)
 
 
-def _source_tree(distribution: importlib.metadata.Distribution) -> str | None:
+def _editable_folder(distribution: importlib.metadata.Distribution) -> str | None:
     """The folder that an editable install runs from."""
     text = distribution.read_text("direct_url.json")
     if text is None:
-        info = distribution.read_text("METADATA")
-        folder = Path(str(distribution.locate_file("")))
-        return str(folder) if info is None and (folder / "setup.py").is_file() else None
+        return source_tree(distribution)
     try:
         facts = json.loads(text)
         url = urlsplit(facts["url"])

@@ -1,4 +1,4 @@
-"""The save story: describe, write, record, rehearse, and only then publish."""
+"""The save story: describe, write, record, rehearse, pin what that used, and only then publish."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def save_model(
             "module" no graph; "graph" nothing but the graph, so that serving needs neither the class nor its code.
         require_graph: Refuse to save a model whose forward has no graph.
         code_paths: Files and folders with the code of your classes and hooks.
-        pip_requirements: Replaces the recorded pins.
+        pip_requirements: Replaces the recorded pins; what the rehearsal used and they do not bring is logged.
         extra_pip_requirements: Adds to them.
         conda_env: Replaces them, as a conda environment.
         torch_index: Where pip finds a torch with a local label: "auto" is PyTorch's own page of wheels,
@@ -132,7 +132,7 @@ def save_model(
             may be pickled (without its tensors). Whoever loads it must agree, too.
         on_damage: "error" or "warn" when the model looks damaged already: buffers that its constructor does
             not compute, broken ties, values that look unwritten.
-        rehearse: Load the staged artifact in a clean process before publishing it.
+        rehearse: Load the staged artifact in a clean process before publishing it, and pin what that uses.
         metadata: Stored in ``MLmodel``.
         mlflow_model: ``MLmodel`` to add the flavor to; MLflow passes it.
 
