@@ -81,11 +81,13 @@ def rehearse(
     if problem := told["problem"]:
         # Libraries tell in words of their own of what they were refused.
         refused = [what for what in dict.fromkeys(told["refused"]) if what not in problem["message"]]
+        bring = way_to_bring(problem["missing"] or "")
         raise RehearsalError(
             "A clean process cannot load the model as saved, so nothing was published",
             found="; ".join([f"{problem['kind']}: {problem['message']}", *refused]),
-            way_out=way_to_bring(problem["missing"] or "")
-            or "make it load without this process's state: no __main__ classes, no network, no files of this "
+            way_out=bring
+            if bring
+            else "make it load without this process's state: no __main__ classes, no network, no files of this "
             'machine; structure="graph" keeps neither the class nor what its constructor reads',
         )
     return told["opened"], told["path"]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import sys
 import sysconfig
 from pathlib import Path
 from textwrap import dedent
 
-import mlflow
 import numpy as np
 import pytest
 import torch
@@ -26,110 +24,56 @@ from mlflow_safeflavor.owners import Owners
 from mlflow_safeflavor.pinning import Pinning
 from mlflow_safeflavor.used import Use, find_used, way_to_bring
 
+pytest_plugins = "own_python"
+
 ROWS = [{"a": 1.0, "b": 2.0}, {"a": -3.0, "b": 0.5}]
-
-
-class Site:
-    """The site-packages of a Python of its own, which also sees those of this one."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.folder = home / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-        self.folder.mkdir(parents=True)
-        self.python = home / "bin" / "python"
-        self.python.parent.mkdir()
-        self.python.symlink_to(sys._base_executable)  # type: ignore[attr-defined]
-        base = Path(sys._base_executable).parent  # type: ignore[attr-defined]
-        (home / "pyvenv.cfg").write_text(f"home = {base}\ninclude-system-site-packages = false\n")
-        self.write("theirs.pth", sysconfig.get_path("purelib"))
-
-    def write(self, name: str, text: str = "") -> Path:
-        file = self.folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-        return file
-
-    def install(self, name, version="1.0", files=None, requires=(), *, direct_url=None, record=True):
-        """Files and metadata of a distribution; ``record`` says whether there is a list of its files."""
-        info = f"{name.replace('-', '_')}-{version}.dist-info"
-        files = {name.replace("-", "_") + "/__init__.py": ""} if files is None else files
-        lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-        files = {**files, f"{info}/METADATA": "\n".join([*lines, *(f"Requires-Dist: {line}" for line in requires)])}
-        files[f"{info}/INSTALLER"] = "pip"
-        if direct_url:
-            files[f"{info}/direct_url.json"] = json.dumps(direct_url)
-        for file, text in files.items():
-            self.write(file, text)
-        if record:
-            self.write(f"{info}/RECORD", "".join(f'"{file}",,\n' for file in files))
-
-    @property
-    def path(self) -> list[str]:
-        return [str(self.folder), sysconfig.get_path("purelib")]
-
-    def used(self, *files: str) -> dict[str, Use]:
-        return find_used({"module": {str(self.folder / file): "net" for file in files}}, self.path)
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """An empty ``Site``, whose Python rehearses; this process imports from there, too."""
-    path, modules = list(sys.path), set(sys.modules)
-    site = Site(tmp_path / "python")
-    monkeypatch.setattr(sys, "executable", str(site.python))
-    sys.path.insert(0, str(site.folder))
-    yield site
-    sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        if name.startswith(("acme", "used_")):
-            del sys.modules[name]
 
 
 # --- who owns a file -----------------------------------------------------------------------------
 
 
-def test_a_file_belongs_to_the_distribution_that_lists_it(site):
-    site.install("acme-a", files={"acme/a.py": "", "acme/a/words, all.json": "", "../../../share/acme/a.txt": ""})
-    site.install("acme-b", files={"acme/b.py": "", "acme_b/__init__.py": ""})
-    owners = Owners(site.path)
-    assert owners.of(str(site.folder / "acme" / "a.py")) == "acme-a"
-    assert owners.of(str(site.folder / "acme" / "b.py")) == "acme-b", "a namespace has several owners"
-    assert owners.of(str(site.folder / "acme" / "a" / "words, all.json")) == "acme-a"
-    assert owners.of(str(site.home / "share" / "acme" / "a.txt")) == "acme-a"
-    assert owners.of(str(site.folder / "acme_b" / "_made_here.py")) == "acme-b", "code that was made beside its own"
-    assert owners.of(str(site.folder / "acme_b" / "fetched.json")) is None, "data that came later"
-    assert owners.of(str(site.folder / "acme" / "c.py")) is None, "beside code of two owners"
+def test_a_file_belongs_to_the_distribution_that_lists_it(own_site):
+    own_site.install("acme-a", files={"acme/a.py": "", "acme/a/words, all.json": "", "../../../share/acme/a.txt": ""})
+    own_site.install("acme-b", files={"acme/b.py": "", "acme_b/__init__.py": ""})
+    owners = Owners(own_site.path)
+    assert owners.of(str(own_site.folder / "acme" / "a.py")) == "acme-a"
+    assert owners.of(str(own_site.folder / "acme" / "b.py")) == "acme-b", "a namespace has several owners"
+    assert owners.of(str(own_site.folder / "acme" / "a" / "words, all.json")) == "acme-a"
+    assert owners.of(str(own_site.home / "share" / "acme" / "a.txt")) == "acme-a"
+    assert owners.of(str(own_site.folder / "acme_b" / "_made_here.py")) == "acme-b", "code that was made beside its own"
+    assert owners.of(str(own_site.folder / "acme_b" / "fetched.json")) is None, "data that came later"
+    assert owners.of(str(own_site.folder / "acme" / "c.py")) is None, "beside code of two owners"
 
 
-def test_links_to_a_folder_are_followed(site):
-    site.install("acme-a")
-    (site.home / "lib64").symlink_to("lib")
-    other = str(site.folder).replace("/lib/", "/lib64/")
-    assert Owners(site.path).of(f"{other}/acme_a/__init__.py") == "acme-a"
-    assert Owners([other]).of(str(site.folder / "acme_a" / "__init__.py")) == "acme-a"
+def test_links_to_a_folder_are_followed(own_site):
+    own_site.install("acme-a")
+    (own_site.home / "lib64").symlink_to("lib")
+    other = str(own_site.folder).replace("/lib/", "/lib64/")
+    assert Owners(own_site.path).of(f"{other}/acme_a/__init__.py") == "acme-a"
+    assert Owners([other]).of(str(own_site.folder / "acme_a" / "__init__.py")) == "acme-a"
 
 
-def test_without_a_list_the_top_level_name_counts(site):
-    site.install("acme-old", record=False)
-    assert Owners(site.path).of(str(site.folder / "acme_old" / "data.json")) == "acme-old"
+def test_without_a_list_the_top_level_name_counts(own_site):
+    own_site.install("acme-old", record=False)
+    assert Owners(own_site.path).of(str(own_site.folder / "acme_old" / "data.json")) == "acme-old"
 
 
-def test_all_below_the_folder_of_an_editable_install_but_not_the_environment_in_it(site, tmp_path):
+def test_all_below_the_folder_of_an_editable_install_but_not_the_environment_in_it(own_site, tmp_path):
     url = {"url": tmp_path.as_uri(), "dir_info": {"editable": True}}
-    site.install("acme-edit", files={"__editable__.acme_edit.pth": str(tmp_path / "src")}, direct_url=url)
-    owners = Owners(site.path)
+    own_site.install("acme-edit", files={"__editable__.acme_edit.pth": str(tmp_path / "src")}, direct_url=url)
+    owners = Owners(own_site.path)
     assert owners.of(str(tmp_path / "src" / "acme_edit" / "data.json")) == "acme-edit"
-    assert owners.of(str(site.folder / "stranger.json")) is None
+    assert owners.of(str(own_site.folder / "stranger.json")) is None
 
 
 # --- what was used -------------------------------------------------------------------------------
 
 
-def test_imports_and_data_count_metadata_and_pythons_own_do_not(site):
-    site.install("acme-code", "2.0")
-    site.install("acme-data", "0.1", files={"acme_data/words.json": ""})
-    site.install("acme-told")
-    used = site.used(
+def test_imports_and_data_count_metadata_and_pythons_own_do_not(own_site):
+    own_site.install("acme-code", "2.0")
+    own_site.install("acme-data", "0.1", files={"acme_data/words.json": ""})
+    own_site.install("acme-told")
+    used = own_site.used(
         "acme_code/__pycache__/__init__.cpython-311.pyc",
         "acme_data/words.json",
         "acme_told-1.0.dist-info/entry_points.txt",
@@ -139,38 +83,38 @@ def test_imports_and_data_count_metadata_and_pythons_own_do_not(site):
     assert used == {"acme-code": Use("2.0", "net", "module"), "acme-data": Use("0.1", "net", "module")}
 
 
-def test_code_that_no_distribution_has_is_refused_by_what_code_paths_would_name(site, tmp_path):
-    site.write("acme_loose.py")
+def test_code_that_no_distribution_has_is_refused_by_what_code_paths_would_name(own_site, tmp_path):
+    own_site.write("acme_loose.py")
     with pytest.raises(EnvironmentMismatchError, match="acme_loose") as refused:
-        site.used("acme_loose.py")
-    assert f"code_paths=['{site.folder / 'acme_loose.py'}']" in refused.value.way_out
-    site.write("acme_pack/__init__.py")
-    site.write("acme_pack/inner/__init__.py")
+        own_site.used("acme_loose.py")
+    assert f"code_paths=['{own_site.folder / 'acme_loose.py'}']" in refused.value.way_out
+    own_site.write("acme_pack/__init__.py")
+    own_site.write("acme_pack/inner/__init__.py")
     with pytest.raises(EnvironmentMismatchError) as refused:
-        site.used("acme_pack/inner/__init__.py", "acme_pack/__init__.py")
-    assert f"code_paths=['{site.folder / 'acme_pack'}']" in refused.value.way_out
+        own_site.used("acme_pack/inner/__init__.py", "acme_pack/__init__.py")
+    assert f"code_paths=['{own_site.folder / 'acme_pack'}']" in refused.value.way_out
     (tmp_path / "acme_elsewhere.py").write_text("")  # by way of a .pth file
     with pytest.raises(EnvironmentMismatchError, match="acme_elsewhere"):
-        site.used(str(tmp_path / "acme_elsewhere.py"))
+        own_site.used(str(tmp_path / "acme_elsewhere.py"))
 
 
 @pytest.mark.parametrize("place", ["acme_code/fetched.bin", "nltk_data/words.txt", "../../../nltk_data/words.txt"])
-def test_data_that_no_distribution_has_is_refused_by_name(site, place, monkeypatch):
-    monkeypatch.setattr(sys, "prefix", str(site.home))
-    site.install("acme-code")
-    site.write(place)
+def test_data_that_no_distribution_has_is_refused_by_name(own_site, place, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(own_site.home))
+    own_site.install("acme-code")
+    own_site.write(place)
     with pytest.raises(EnvironmentMismatchError, match="reads files that no installed distribution has") as refused:
-        site.used("acme_code/__init__.py", place)
+        own_site.used("acme_code/__init__.py", place)
     assert f"{Path(place).name} (for net)" in refused.value.where
     assert "Path(__file__)" in refused.value.way_out
 
 
-def test_a_module_that_only_this_process_has_comes_along_by_name(site, tmp_path):
+def test_a_module_that_only_this_process_has_comes_along_by_name(own_site, tmp_path):
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "acme_only.py").write_text("")
     sys.path.insert(0, str(tmp_path / "only"))
     assert f"code_paths=['{tmp_path / 'only' / 'acme_only.py'}']" in way_to_bring("acme_only.part")
-    site.install("acme-user", "7.0")
+    own_site.install("acme-user", "7.0")
     assert "install acme-user==7.0 into" in way_to_bring("acme_user")
     assert way_to_bring("acme_nowhere") is None
 
@@ -194,9 +138,9 @@ def pin(tmp_path):
     return run
 
 
-def test_what_was_used_is_pinned_with_what_it_requires(site, pin, caplog):
-    site.install("acme-a", "1.2", requires=["acme-b>=1"])
-    site.install("acme-b", "1.5")
+def test_what_was_used_is_pinned_with_what_it_requires(own_site, pin, caplog):
+    own_site.install("acme-a", "1.2", requires=["acme-b>=1"])
+    own_site.install("acme-b", "1.5")
     with caplog.at_level(logging.INFO, "mlflow.safeflavor"):
         added, lines = pin(
             {"acme-a": Use("1.2", "used_net", "module"), "numpy": Use(np.__version__, "torch", "module")}
@@ -211,9 +155,9 @@ def test_nothing_is_written_again_for_what_is_pinned_already(pin):
     assert not pin({"numpy": Use(np.__version__, "torch", "module")})[0]
 
 
-def test_what_the_graph_used_is_not_left_out_of_its_image(site, pin, tmp_path):
-    site.install("acme-a")
-    site.install("acme-b")
+def test_what_the_graph_used_is_not_left_out_of_its_image(own_site, pin, tmp_path):
+    own_site.install("acme-a")
+    own_site.install("acme-b")
     uses = {"acme-a": Use("1.0", "net", "graph"), "acme-b": Use("1.0", "net", "module")}
     pin({**uses, "regex": _use("regex", "graph")}, structure="auto")
     only_module = json.loads((tmp_path / "stage" / "safeflavor" / "environment.json").read_text())["only_module"]
@@ -227,9 +171,9 @@ def _use(name, engine):
     return Use(version(name), "net", engine)
 
 
-def test_an_editable_install_is_refused_by_name_and_its_way_out_works(site, pin, tmp_path):
+def test_an_editable_install_is_refused_by_name_and_its_way_out_works(own_site, pin, tmp_path):
     url = {"url": tmp_path.as_uri(), "dir_info": {"editable": True}}
-    site.install("acme-edit", "0.3", direct_url=url)
+    own_site.install("acme-edit", "0.3", direct_url=url)
     used = {"acme-edit": Use("0.3", "net", "module")}
     with pytest.raises(EnvironmentMismatchError, match=r"acme-edit 0\.3: editable install") as refused:
         pin(used)
@@ -238,7 +182,7 @@ def test_an_editable_install_is_refused_by_name_and_its_way_out_works(site, pin,
     assert line in pin(used, pip_requirements=[line])[1]
 
 
-def test_another_version_than_this_process_has_is_refused(site, pin):
+def test_another_version_than_this_process_has_is_refused(own_site, pin):
     with pytest.raises(EnvironmentMismatchError, match="runs other versions") as refused:
         pin({"numpy": Use("1.0", "torch", "module")})
     assert f"pip install numpy=={np.__version__}" in refused.value.way_out
@@ -255,9 +199,9 @@ OWN_LINES = ["mlflow", "torch", "safetensors", "acme-a"]
     ],
     ids=["pip_requirements", "conda_env"],
 )
-def test_lines_of_the_users_own_stay_and_what_they_lack_is_told(site, pin, caplog, wanted):
+def test_lines_of_the_users_own_stay_and_what_they_lack_is_told(own_site, pin, caplog, wanted):
     for name, requires in (("acme-a", ["acme-b"]), ("acme-b", []), ("acme-c", ["acme-d"]), ("acme-d", [])):
-        site.install(name, requires=requires)
+        own_site.install(name, requires=requires)
     used = {f"acme-{letter}": Use("1.0", "net", "module") for letter in "abcd"}
     added, lines = pin(used | {"numpy": Use(np.__version__, "torch", "module")}, **wanted)
     assert not added
@@ -320,19 +264,19 @@ TOOL = """
 """
 
 
-def install_what_the_code_uses(site):
-    site.install("acme-order", "1.2", {"acme_order/__init__.py": "ORDER = ['y', 'z']"}, requires=["acme-base"])
-    site.install("acme-base", "2.1")
-    site.install("acme-lazy", "3.0", {"acme_lazy/__init__.py": "SCALE = 2.0"})
-    site.install("acme-data", "0.1", {"acme_data/words.json": '["score"]'})
+def install_what_the_code_uses(own_site):
+    own_site.install("acme-order", "1.2", {"acme_order/__init__.py": "ORDER = ['y', 'z']"}, requires=["acme-base"])
+    own_site.install("acme-base", "2.1")
+    own_site.install("acme-lazy", "3.0", {"acme_lazy/__init__.py": "SCALE = 2.0"})
+    own_site.install("acme-data", "0.1", {"acme_data/words.json": '["score"]'})
     tool = {"acme_tool/__init__.py": dedent(TOOL), "acme_tool/rules.py": "", "acme_tool/rules.txt": ""}
-    site.install("acme-tool", "9.0", tool)
-    site.install("acme-start", "9.0")
-    site.write("acme_tool.pth", "import acme_tool")
-    site.write("sitecustomize.py", "import acme_start")
+    own_site.install("acme-tool", "9.0", tool)
+    own_site.install("acme-start", "9.0")
+    own_site.write("acme_tool.pth", "import acme_tool")
+    own_site.write("sitecustomize.py", "import acme_start")
     hack = Path(sysconfig.get_path("purelib"), "distutils-precedence.pth")
     if hack.is_file():
-        site.write(hack.name, hack.read_text())
+        own_site.write(hack.name, hack.read_text())
 
 
 def seeded(make):
@@ -342,8 +286,8 @@ def seeded(make):
 
 
 @pytest.mark.slow
-def test_a_save_pins_what_modules_hooks_and_data_need_and_no_tool(site, user_code, tmp_path, caplog, monkeypatch):
-    install_what_the_code_uses(site)
+def test_a_save_pins_what_modules_hooks_and_data_need_and_no_tool(own_site, user_code, tmp_path, caplog, monkeypatch):
+    install_what_the_code_uses(own_site)
     used = {}
     monkeypatch.setattr(save, "find_used", lambda *opened: used.update(find_used(*opened)) or used)
     distutils = "import distutils.version" if sys.version_info < (3, 12) else ""
@@ -381,26 +325,8 @@ def test_a_save_pins_what_modules_hooks_and_data_need_and_no_tool(site, user_cod
 
 
 @pytest.mark.slow
-def test_a_log_refuses_a_loose_module_and_the_way_out_works(site, user_code, tracking):
-    site.install("acme-order", "1.2", {"acme_order/__init__.py": "import acme_loose; ORDER = ['y', 'z']"})
-    loose = site.write("acme_loose.py")
-    net, file = user_code("used_net", NET)
-    options = {"task": "raw", "input_example": {"x": np.ones((2, 2), "float32")}, "structure": "module"}
-    model = seeded(net.Net)
-    with pytest.raises(EnvironmentMismatchError, match="no installed distribution has") as refused:
-        mlflow_safeflavor.log_model(model, "net", code_paths=[file], **options)
-    assert refused.value.where == "acme_loose (for acme_order)"
-    assert not [model for model in mlflow.search_logged_models(output_format="list") if model.status == "READY"]
-    [way] = re.findall(r"code_paths=\[(.*?)\]", refused.value.way_out)
-    assert way == repr(os.fspath(loose))
-    info = mlflow_safeflavor.log_model(model, "net", code_paths=[file, os.fspath(loose)], **options)
-    written = Path(mlflow.artifacts.download_artifacts(info.model_uri)) / "requirements.txt"
-    assert "acme-order==1.2" in written.read_text().splitlines()
-
-
-@pytest.mark.slow
-def test_without_a_rehearsal_the_log_says_so(site, user_code, tmp_path, caplog):
-    install_what_the_code_uses(site)
+def test_without_a_rehearsal_the_log_says_so(own_site, user_code, tmp_path, caplog):
+    install_what_the_code_uses(own_site)
     net, file = user_code("used_net", NET)
     example = {"x": np.ones((2, 2), "float32")}
     with caplog.at_level(logging.INFO, "mlflow.safeflavor"):

@@ -263,6 +263,7 @@ def test_code_that_is_not_with_the_model(save, code, user_code, clean_process): 
     clean_process(load, str(path))
 
 
+@follows("rehearsal", "A clean process cannot load the model as saved, so nothing was published", "…")
 @follows(
     "rehearsal",
     "A clean process cannot load the model as saved, so nothing was published",
@@ -271,10 +272,28 @@ def test_code_that_is_not_with_the_model(save, code, user_code, clean_process): 
 )
 @pytest.mark.slow
 @pytest.mark.graphs
-def test_a_rehearsal(save, code):  # noqa: F811
-    refused(RehearsalError, save, code.Net(), rehearse=True)
-    load_model(save(code.Net(), rehearse=True, structure="graph"))
+def test_a_rehearsal(save, code, user_code, tmp_path):  # noqa: F811
+    error = refused(RehearsalError, save, code.Net(), rehearse=True)
+    assert f"pass code_paths=['{code.file}']" in error.way_out
     load_model(save(code.Net(), rehearse=True, code_paths=[code.file]), **CODE)
+    (tmp_path / "mine.txt").touch()
+    line = f"open({os.fspath(tmp_path / 'mine.txt')!r}).close()"
+    reads, file = user_code("hints_reads", CONSTRUCTOR.format(line=line))
+    refused(RehearsalError, save, reads.Net(), rehearse=True, code_paths=[file])
+    load_model(save(reads.Net(), rehearse=True, structure="graph"))
+
+
+CONSTRUCTOR = """
+    import torch
+
+    class Net(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3)
+            {line}
+
+        def forward(self, x):
+            return super().forward(x)
+"""
 
 
 @follows(
