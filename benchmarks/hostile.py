@@ -301,8 +301,7 @@ def run(ask: Ask, good: Request, bad: Mapping[str, Request], seconds: float, lea
         while not stop.is_set():
             begun = time.perf_counter()
             status = ask(good)
-            if not stop.is_set():
-                seen.honest.append(time.perf_counter() - begun)
+            seen.honest.append(time.perf_counter() - begun)
             seen.statuses.setdefault("honest", set()).add(status)
 
     def be_hostile() -> None:
