@@ -438,11 +438,13 @@ def _rebuilding(
         return None
     from mlflow_safeflavor import structure, tensors
     from mlflow_safeflavor.engine import ModuleEngine
+    from mlflow_safeflavor.weights_files import require_unchanged
 
     if structure.read_structure(layout, spec)["pickle"] is not None:
         layout.read_bytes(layout.structure_pickle)
 
     def make() -> Engine:
+        require_unchanged(weights)
         report = LoadReport()
         inventory = tensors.read_inventory(layout)
         module, _ = rebuild(inventory, spec, layout, options, report)

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import mlflow_safeflavor
-from mlflow_safeflavor import load
-from mlflow_safeflavor.errors import SafeFlavorError
+from mlflow_safeflavor import load, weights_files
+from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError
 
 pytest_plugins = "saved_models"
 pytestmark = pytest.mark.graphs
@@ -138,6 +138,18 @@ def test_whatever_happens_to_the_files_of_a_loaded_model(saved_with_graph, other
         for name, answer in row["after"].items():
             allowed = {row["fresh"][name]} | ({"IntegrityError"} if kind == "file" else set())
             assert answer in allowed, (where, name, answer)
+
+
+def test_no_module_is_rebuilt_from_a_file_that_was_changed(saved_with_graph, tmp_path, monkeypatch):
+    """The module behind a graph is built when it is needed, long after its weights were hashed."""
+    monkeypatch.setattr(weights_files, "_SMALL", -1)
+    monkeypatch.setenv("MLFLOW_SAFEFLAVOR_CACHE", "off")
+    path = Path(shutil.copytree(saved_with_graph, tmp_path / "model"))
+    model = mlflow_safeflavor.load_model(path, model_config={"engine": "graph"})
+    with (path / "safeflavor" / "model.safetensors").open("r+b") as file:
+        file.write(b"\xff" * 2000)  # the header, too
+    with pytest.raises(IntegrityError, match="was changed after the model was loaded"):
+        model.engine.fallback()
 
 
 SWAPPED = {
