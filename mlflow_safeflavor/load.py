@@ -162,7 +162,8 @@ def _load(spec: ModelSpec, layout: Layout, options: LoadOptions, report: LoadRep
 
         with report.timed("place"):
             device = _place(module, inventory, spec, layout, options, report)
-            if not placement.maps_files(module, inventory):
+            # By a map, accelerate may read from them whenever a part of the module runs.
+            if options.device_map is None and not placement.maps_files(module, inventory):
                 weights = []
                 layout.held.clear()
     from mlflow_safeflavor.vocabulary import require_rows

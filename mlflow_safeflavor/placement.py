@@ -241,13 +241,23 @@ def dispatch(
             wanted="a tensor that a file holds by itself",
             way_out="map their modules to a device",
         )
+    _move_attributes(module, devices, main)
     return main
 
 
-def _place_of(path: str, devices: Mapping[str, torch.device | str]) -> torch.device | str:
-    """What the nearest part that the map names says of a tensor."""
+def _move_attributes(module: torch.nn.Module, devices: Mapping[str, torch.device | str], main: torch.device) -> None:
+    """Plain tensors, which accelerate does not know, go where the part of the module that has them computes."""
+    for slot in find_slots(module):
+        if slot.kind == "attribute":
+            place_of_it = _place_of(slot.path, devices)
+            computes = isinstance(place_of_it, torch.device) and place_of_it.type != "cpu"
+            slot.put(slot.tensor.to(place_of_it if computes else main))
+
+
+def _place_of(path: str, devices: Mapping[str, torch.device | str]) -> torch.device | str | None:
+    """What the nearest part that the map names says of a tensor; None where it names none."""
     inside = [name for name in devices if not name or f"{path}.".startswith(f"{name}.")]
-    return devices[max(inside, key=len)]
+    return devices[max(inside, key=len)] if inside else None
 
 
 def _automatic_map(module: torch.nn.Module, strategy: str, accelerate: Any) -> dict[str, Any]:

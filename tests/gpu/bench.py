@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,15 +83,3 @@ def largest(found: Any, wanted: Any) -> float:
     """Largest absolute difference of two arrays or two tensors on the CPU."""
     difference: np.ndarray = np.abs(np.asarray(found, dtype=np.float64) - np.asarray(wanted, dtype=np.float64))
     return float(difference.max(initial=0.0))
-
-
-@contextmanager
-def variables(**values: str) -> Iterator[None]:
-    """Variables of the environment, for as long as this lasts."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow.pyfunc
+import numpy as np
 import torch
 
 import mlflow_safeflavor
@@ -130,6 +131,19 @@ def device_map(bench: Bench) -> dict[str, Any]:
         if isinstance(given, dict):  # what lies elsewhere comes to the device for each forward, and is on meta between
             wanted_kinds = {bench.device.type} | ({"meta"} if len(given) > 1 else set())
             require(kinds == wanted_kinds, name, "is on", kinds)
+    x = {"x": np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 8)}
+    prompt = texts_of([5])
+    for name, asked, answer, given in (
+        ("Odd", x, "output_0", {"": device, "first": "cpu"}),
+        ("Odd", x, "output_0", {"": device, "tied": "disk"}),
+        ("writer", prompt, "generated_text", {"transformer": device, "lm_head": "disk"}),  # tied to what is there
+        ("writer", prompt, "generated_text", {"transformer": "disk", "lm_head": device}),
+    ):
+        here = mlflow_safeflavor.load_model(bench.saved(name), device="cpu", trust=TRUST).predict(asked)[answer]
+        there = mlflow_safeflavor.load_model(bench.saved(name), device_map=given, trust=TRUST).predict(asked)[answer]
+        same = list(here) == list(there) if name == "writer" else largest(there, here) < 1e-4
+        require(same, name, given, "answers otherwise")
+        found[f"{name}, {given}"] = "as on the CPU"
     return found
 
 
