@@ -76,7 +76,7 @@ def test_imports_and_data_count_metadata_and_pythons_own_do_not(own_site):
     used = own_site.used(
         "acme_code/__pycache__/__init__.cpython-311.pyc",
         "acme_data/words.json",
-        "acme_told-1.0.dist-info/entry_points.txt",
+        "acme_told-1.0.dist-info/METADATA",
         json.__file__,
         "nowhere.json",
     )
