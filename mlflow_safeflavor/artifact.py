@@ -348,7 +348,9 @@ def read_manifest(layout: Layout) -> dict[str, Any]:
         pure = PurePosixPath(name)
         too_long = any(len(part.encode(errors="replace")) > 255 for part in pure.parts) or len(name) > 4096
         if too_long or pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name or "\\" in name:
-            raise IntegrityError("The manifest names no path inside the artifact", where=where, found=repr(name[:300]))
+            raise IntegrityError(
+                "The manifest names no path inside the artifact", where=where, found=repr(name[:300]), way_out=WAY_OUT
+            )
     # Some of its lines nobody compares with anything: the weights are hashed tensor by tensor.
     if manifest["sha256"] != digest_json({name: manifest[name] for name in manifest.keys() - {"sha256"}}):
         raise IntegrityError("The manifest is not the one that was saved", where=where, way_out=WAY_OUT)

@@ -33,6 +33,7 @@ from mlflow_safeflavor.errors import (
     StructureError,
     WeightsError,
 )
+from mlflow_safeflavor.plain_files import WAY_OUT
 from mlflow_safeflavor.spec import is_plain_text, is_scalar
 from mlflow_safeflavor.wheels import installed_content, installed_wheels
 
@@ -182,7 +183,7 @@ def _check(ok: object, where: str, wanted: str, found: object) -> None:
             where=f"environment.json, {where}",
             wanted=wanted,
             found="nothing" if found is None else repr(found)[:200],
-            way_out="fetch the artifact again, or log the model again",
+            way_out=WAY_OUT,
         )
 
 

@@ -99,7 +99,11 @@ def read_pins(layout: Layout) -> Pins:
         else:
             pins += parse_pins([line], layout.requirements.name)
     if any(pin.hashes for pin in pins) and not all(pin.hashes for pin in pins):
-        raise IntegrityError("Some pins have hashes and some have none", where=layout.requirements.name)
+        raise IntegrityError(
+            "Some pins have hashes and some have none",
+            where=layout.requirements.name,
+            way_out="save the model with hashes for all of them or for none",
+        )
     return Pins(tuple(options), tuple(pins), constraints)
 
 

@@ -17,6 +17,10 @@ __all__ = ["is_pipeline", "take_apart"]
 
 _PACKAGE = "transformers.pipelines"
 _WAY_OUT = "make the pipeline without it, and do that before or after predict; or save the model as a custom task"
+_WAY_OUT_OWN = (
+    'save the model as a custom task: save_model(pipeline.model, tokenizer=pipeline.tokenizer, task="custom", '
+    "preprocess=…, postprocess=…)"
+)
 
 _NESTED = ("tokenizer_kwargs", "tokenizer_params", "tokenizer_encode_kwargs", "tokenize_kwargs")
 """Arguments that hold arguments of the tokenizer."""
@@ -50,12 +54,7 @@ def take_apart(pipeline: Any) -> Source:
     """
     cls = library_class(pipeline, _PACKAGE)
     assert cls is not None  # noqa: S101  (for mypy; is_pipeline says so)
-    require_unchanged(
-        pipeline,
-        cls,
-        'save the model as a custom task: save_model(pipeline.model, tokenizer=pipeline.tokenizer, task="custom", '
-        "preprocess=…, postprocess=…)",
-    )
+    require_unchanged(pipeline, cls, _WAY_OUT_OWN)
     params: dict[str, Any] = {}
     for name, value in {**pipeline._preprocess_params, **pipeline._postprocess_params}.items():
         if name not in pipeline._forward_params:

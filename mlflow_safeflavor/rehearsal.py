@@ -17,6 +17,7 @@ from mlflow_safeflavor.used import Opened, way_to_bring
 __all__ = ["rehearse"]
 
 _TIMEOUT = 1800  # seconds; a model of several GB on a slow disk takes minutes
+_WAY_OUT = "free memory and processors for a second copy of the model; rehearse=False publishes without this proof"
 
 # Variables a process needs to start at all. Nothing else passes: a model that loads only because of
 # the author's PYTHONPATH, cache or token would not load anywhere else.
@@ -70,12 +71,13 @@ def rehearse(
             )
         except subprocess.TimeoutExpired:
             raise RehearsalError(
-                "The clean process did not finish loading the model", wanted=f"within {_TIMEOUT} s"
+                "The clean process did not finish loading the model", wanted=f"within {_TIMEOUT} s", way_out=_WAY_OUT
             ) from None
         if not answer.exists():
             raise RehearsalError(
                 "The clean process died while loading the model",
                 found=f"exit status {process.returncode}; {process.stderr[-2000:].strip()}",
+                way_out=_WAY_OUT,
             )
         told = json.loads(answer.read_text(encoding="utf-8"))
     if problem := told["problem"]:

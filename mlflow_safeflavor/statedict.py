@@ -82,22 +82,29 @@ def _find_weights(folder: Path) -> Path:
     )
 
 
+_WAY_OUT = "fetch the checkpoint again, or save it again where it comes from"
+
+
 def _read_shards(index: Path) -> dict[str, Any]:
     try:
         weight_map = dict(parse_json(index.read_text(encoding="utf-8"))["weight_map"])
         names = sorted(set(weight_map.values()))
         plain = all(os.path.basename(name) == name for name in names)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError("The index of shards is malformed", where=index, found=error) from None
+        raise IntegrityError("The index of shards is malformed", where=index, found=error, way_out=_WAY_OUT) from None
     if not plain:
-        raise IntegrityError("The index of shards points outside its folder", where=index, found=some(names))
+        raise IntegrityError(
+            "The index of shards points outside its folder", where=index, found=some(names), way_out=_WAY_OUT
+        )
     state: dict[str, Any] = {}
     for name in names:
         if not (index.parent / name).is_file():
-            raise IntegrityError("A shard of the checkpoint is missing", where=index.parent / name)
+            raise IntegrityError("A shard of the checkpoint is missing", where=index.parent / name, way_out=_WAY_OUT)
         state.update(_read_path(index.parent / name))
     if odd := sorted(weight_map.keys() ^ state.keys()):
-        raise IntegrityError("The shards do not hold what their index lists", where=index, found=some(odd))
+        raise IntegrityError(
+            "The shards do not hold what their index lists", where=index, found=some(odd), way_out=_WAY_OUT
+        )
     return state
 
 
@@ -106,7 +113,7 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
-        raise IntegrityError("A safetensors file cannot be read", where=file, found=error) from None
+        raise IntegrityError("A safetensors file cannot be read", where=file, found=error, way_out=_WAY_OUT) from None
 
 
 def _read_torch(file: Path) -> dict[str, Any]:
@@ -121,9 +128,11 @@ def _read_torch(file: Path) -> dict[str, Any]:
             way_out="torch.save(model.state_dict(), …) where the model comes from, or better: safetensors",
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise IntegrityError("A checkpoint file cannot be read", where=file, found=error) from None
+        raise IntegrityError("A checkpoint file cannot be read", where=file, found=error, way_out=_WAY_OUT) from None
     if not isinstance(content, Mapping):
-        raise WeightsError("The file holds no state dict", where=file, found=type(content).__name__)
+        raise WeightsError(
+            "The file holds no state dict", where=file, wanted="a dict of tensors", found=type(content).__name__
+        )
     return dict(content)
 
 

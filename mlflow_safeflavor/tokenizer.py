@@ -197,7 +197,11 @@ class TextEncoder:
                     frame.append(place)
             if sorted(number for number, *_ in frame if number is not None) == [0, 1]:
                 return frame
-        raise StructureError("The tokenizer does not join texts to pairs as others do", where="tokenizer")
+        raise StructureError(
+            "The tokenizer does not join texts to pairs as others do",
+            where="tokenizer",
+            wanted="one text, then the other",
+        )
 
     def special_tokens(self, *, pair: bool) -> int:
         """How many special tokens are added to a text, or to a pair."""

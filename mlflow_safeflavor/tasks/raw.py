@@ -193,7 +193,9 @@ def _stacked(name: str, column: pd.Series) -> np.ndarray:
     try:
         stacked: np.ndarray = np.array([np.asarray(cell) for cell in column.tolist()])
     except ValueError as error:
-        raise InputError("Cells of a column have different shapes", where=name, found=error) from None
+        raise InputError(
+            "Cells of a column have different shapes", where=name, wanted="one shape", found=error
+        ) from None
     return stacked
 
 
@@ -221,7 +223,7 @@ def _numbers(table: pd.DataFrame) -> np.ndarray:
     """A table as float32, shape (rows, columns)."""
     for name, column in table.items():
         if column.dtype.kind not in "biuf":
-            raise InputError("Not a column of numbers", where=f"column {name!r}", found=column.dtype)
+            raise InputError("Not a column of numbers", where=f"column {name!r}", wanted="numbers", found=column.dtype)
     numbers: np.ndarray = table.to_numpy(dtype=np.float32)
     return numbers
 

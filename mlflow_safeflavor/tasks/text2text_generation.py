@@ -48,7 +48,9 @@ class Text2TextGeneration(Generation):
         specific = dict(named.get(cls.specific) or {})
         prefix = {"prefix": specific.pop("prefix", None) or "", **options}["prefix"]
         if not isinstance(prefix, str):
-            raise InputError("The prefix is not a text", where="model_config, 'prefix'", found=repr(prefix))
+            raise InputError(
+                "The prefix is not a text", where="model_config, 'prefix'", wanted="a str", found=repr(prefix)
+            )
         return {**cls.describe_generation(model, {**specific, **options.get("generation", {})}), "prefix": prefix}
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:

@@ -28,13 +28,15 @@ def told(request, monkeypatch):
 
     monkeypatch.setattr(SafeFlavorError, "__init__", note)
     monkeypatch.setattr(warnings, "warn", note_warning)
-    log = logging.getLogger("mlflow.safeflavor")
-    monkeypatch.setattr(log, "level", logging.INFO)
     handler = logging.Handler()
     handler.emit = lambda record: said.append((str(record.msg),) * 2)
-    log.addHandler(handler)
+    loggers = [logging.getLogger(name) for name in ("mlflow.safeflavor", "mlflow_safeflavor")]
+    for logger in loggers:
+        monkeypatch.setattr(logger, "level", logging.INFO)
+        logger.addHandler(handler)
     yield
-    log.removeHandler(handler)
+    for logger in loggers:
+        logger.removeHandler(handler)
     for site in (marker.args[0] for marker in request.node.iter_markers("hint")):
         assert any(_is(site, *each) for each in said), f"nobody was told: {site}; but {said}"
 

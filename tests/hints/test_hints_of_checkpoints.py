@@ -576,3 +576,86 @@ def test_a_file_that_was_changed_in_the_cache(folder, tmp_path, hub):  # noqa: F
     for path in (removed.resolve(), removed):
         path.unlink()
     assert prefetch("some/model", tmp_path / "here", revision=commit).fresh
+
+
+@follows(
+    "statedict", "A safetensors file cannot be read", "fetch the checkpoint again, or save it again where it comes from"
+)
+@follows(
+    "statedict", "A checkpoint file cannot be read", "fetch the checkpoint again, or save it again where it comes from"
+)
+@follows(
+    "statedict", "The index of shards is malformed", "fetch the checkpoint again, or save it again where it comes from"
+)
+@follows(
+    "statedict",
+    "The index of shards points outside its folder",
+    "fetch the checkpoint again, or save it again where it comes from",
+)
+@follows(
+    "statedict",
+    "A shard of the checkpoint is missing",
+    "fetch the checkpoint again, or save it again where it comes from",
+)
+@follows(
+    "statedict",
+    "The shards do not hold what their index lists",
+    "fetch the checkpoint again, or save it again where it comes from",
+)
+def test_damaged_files_of_a_checkpoint(tmp_path):
+    model = Tiny(TinyConfig())
+    whole, copy = tmp_path / "whole", tmp_path / "copy"
+    model.save_pretrained(whole)
+    index, shard = "model.safetensors.index.json", "model-00001-of-00001.safetensors"
+    (whole / "model.safetensors").rename(whole / shard)
+    (whole / index).write_text(json.dumps({"weight_map": dict.fromkeys(model.state_dict(), shard)}))
+    outside, odd = ({"weight_map": {name: value}} for name, value in (("a", "../a.safetensors"), ("a", shard)))
+    for name, content in (
+        (shard, b"cut"),
+        (shard, None),
+        (index, b"{"),
+        (index, json.dumps(outside).encode()),
+        (index, json.dumps(odd).encode()),
+    ):
+        shutil.copytree(whole, copy)
+        (copy / name).unlink()
+        if content is not None:
+            (copy / name).write_bytes(content)
+        with pytest.raises(IntegrityError):
+            from_pretrained(copy, model_class=Tiny)
+        shutil.rmtree(copy)
+        shutil.copytree(whole, copy)
+        assert from_pretrained(copy, model_class=Tiny)
+        shutil.rmtree(copy)
+    (tmp_path / "a.pt").write_bytes(b"nothing")
+    with torch.device("meta"):
+        module = Tiny(TinyConfig())
+    with pytest.raises((IntegrityError, TrustError)):
+        materialize(module, tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes(b"PK\x03\x04 a zip file that was cut")
+    with pytest.raises(IntegrityError):
+        materialize(module, tmp_path / "a.pt")
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    assert materialize(module, tmp_path / "a.pt")
+
+
+@follows(
+    "adapters",
+    "The adapter does not fit its base model",
+    "name the model that it was trained on: base_model_name_or_path in its adapter_config.json",
+)
+def test_an_adapter_of_another_base(tiny_bert, tiny_tokenizer, tmp_path):
+    import peft
+
+    base, other = tiny_bert(), tiny_bert(num_hidden_layers=1)
+    for model, name in ((base, "base"), (other, "other")):
+        model.save_pretrained(tmp_path / name)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    said = tmp_path / "adapter" / "adapter_config.json"
+    given = {"tokenizer": tiny_tokenizer, "rehearse": False}
+    edit(said, base_model_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(WeightsError):
+        save_model(tmp_path / "adapter", tmp_path / "model", **given)
+    edit(said, base_model_name_or_path=str(tmp_path / "base"))
+    save_model(tmp_path / "adapter", tmp_path / "model", **given)

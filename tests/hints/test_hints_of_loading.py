@@ -297,6 +297,30 @@ CONSTRUCTOR = """
 
 
 @follows(
+    "rehearsal",
+    "The clean process died while loading the model",
+    "free memory and processors for a second copy of the model; rehearse=False publishes without this proof",
+)
+@follows(
+    "rehearsal",
+    "The clean process did not finish loading the model",
+    "free memory and processors for a second copy of the model; rehearse=False publishes without this proof",
+)
+def test_a_rehearsal_that_died(save, code, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "dies.py").write_text("import os; os._exit(9)")
+    (tmp_path / "sleeps.py").write_text("import time; time.sleep(60)")
+    given = {"code_paths": [code.file]}
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow_safeflavor.rehearsal._PROGRAM", tmp_path / "dies.py")
+        error = refused(RehearsalError, save, code.Net(), **given, rehearse=True)
+        patch.setattr("mlflow_safeflavor.rehearsal._PROGRAM", tmp_path / "sleeps.py")
+        patch.setattr("mlflow_safeflavor.rehearsal._TIMEOUT", 0.2)
+        refused(RehearsalError, save, code.Net(), **given, rehearse=True)
+    skipped = eval(f"dict({error.way_out.partition('; ')[2].partition(' ')[0]})")
+    load_model(save(code.Net(), **given, **skipped), **CODE)
+
+
+@follows(
     "pickled",
     "The model cannot be unpickled here",
     "when saving, pass code_paths=[…] with the modules it needs",

@@ -22,9 +22,7 @@ from mlflow_safeflavor import from_pretrained, load_model, materialize
 from mlflow_safeflavor.errors import (
     InputError,
     IntegrityError,
-    RehearsalError,
     StructureError,
-    TrustError,
     WeightsError,
 )
 
@@ -574,6 +572,3 @@ def test_models_that_lack_something(save, tiny_bert, tiny_tokenizer):
     save(nli, **zero)
     refused(StructureError, save, tiny_bert(), tokenizer=tiny_tokenizer, task="question-answering")
     save(tiny_bert(), tokenizer=tiny_tokenizer, task="text-classification")
-
-
-__all__ = ["RehearsalError", "TrustError"]

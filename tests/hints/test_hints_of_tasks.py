@@ -10,13 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import transformers
 from architectures import tiny_model
 from hint_rows import follows
 from PIL import Image
 from test_caps import GAPS, IMAGES, QUESTIONS, TEXTS, TOKENS, WRITES, ZERO_SHOT, models  # noqa: F401  (a fixture)
-from test_hints_of_saving import X, code, refused, save  # noqa: F401  (fixtures)
-from torch import nn
+from test_hints_of_saving import refused, save  # noqa: F401  (fixtures)
 from writers import byte_tokenizer, writer
 
 from mlflow_safeflavor import load_model
@@ -447,6 +445,3 @@ def test_an_answer_that_is_no_number(save, tiny_bert, tiny_tokenizer):  # noqa: 
         assert len(halves.predict(["a dog"])) == 1
         whole = load_model(save(model, tokenizer=tiny_tokenizer, dtype="float32"))
         assert len(whole.predict(["the cat"])) == 1
-
-
-__all__ = ["X", "code", "nn", "transformers"]
