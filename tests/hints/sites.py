@@ -123,20 +123,29 @@ def _spelled(name: str, value: Any) -> list[tuple[str, str]]:
     return [(what, hint) for _, what, hint in value] if isinstance(value, tuple) else []
 
 
-def _assigned(tree: ast.Module) -> dict[str, list[ast.expr]]:
-    """Variables and functions → the expressions they may stand for, in order."""
-    found: dict[str, list[ast.expr]] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign):
-            target, value = node.targets[0], node.value
-            several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
-            for name, part in zip(target.elts, value.elts, strict=False) if several else [(target, value)]:
-                found.setdefault(ast.unparse(name), []).append(part)
-        elif isinstance(node, ast.AugAssign):
-            found.setdefault(f"{ast.unparse(node.target)} +", []).append(node.value)
-        elif isinstance(node, ast.FunctionDef):
-            results = [part.value for part in ast.walk(node) if isinstance(part, ast.Return) and part.value]
-            found.setdefault(f"{node.name}()", []).extend(results)
+class _Part(NamedTuple):
+    """An expression, and the lines of the function that it is in."""
+
+    value: ast.expr
+    first: int
+    last: int
+
+
+def _assigned(tree: ast.Module) -> dict[str, list[_Part]]:
+    """Variables of functions, and functions → the expressions they may stand for, in order."""
+    found: dict[str, list[_Part]] = {}
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        lines = function.lineno, function.end_lineno or 0
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign):
+                target, value = node.targets[0], node.value
+                several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+                for name, part in zip(target.elts, value.elts, strict=False) if several else [(target, value)]:
+                    found.setdefault(ast.unparse(name), []).append(_Part(part, *lines))
+            elif isinstance(node, ast.AugAssign):
+                found.setdefault(f"{ast.unparse(node.target)} +", []).append(_Part(node.value, *lines))
+            elif isinstance(node, ast.Return) and node.value:
+                found.setdefault(f"{function.name}()", []).append(_Part(node.value, *lines))
     return found
 
 
@@ -149,7 +158,7 @@ class _Known(NamedTuple):
     """
 
     constants: Mapping[str, str]
-    assigned: Mapping[str, list[ast.expr]]
+    assigned: Mapping[str, list[_Part]]
 
     def texts(self, node: ast.expr) -> Iterator[str]:
         """The texts that an expression may be; none for None."""
@@ -158,14 +167,18 @@ class _Known(NamedTuple):
             yield from self.texts(node.orelse)
         elif isinstance(node, ast.Call) and (results := self.assigned.get(f"{ast.unparse(node.func)}()")):
             for result in results:
-                yield from self.texts(result)
-        elif isinstance(node, ast.Name) and node.id not in self.constants and node.id in self.assigned:
-            before = [value for value in self.assigned[node.id] if value.lineno <= node.lineno][-1:]
-            added = [value for value in self.assigned.get(f"{node.id} +", []) if value.lineno <= node.lineno][-1:]
-            for value in [*before, *added]:
+                yield from self.texts(result.value)
+        elif isinstance(node, ast.Name) and node.id not in self.constants and self._before(node, node.id):
+            for value in (*self._before(node, node.id), *self._before(node, f"{node.id} +")):
                 yield from self.texts(value)
         elif not (isinstance(node, ast.Constant) and node.value is None):
             yield self.template(node)
+
+    def _before(self, node: ast.expr, name: str) -> list[ast.expr]:
+        """What a variable was given last in the function that a node is in."""
+        parts = self.assigned.get(name, [])
+        here = [part.value for part in parts if part.first <= node.lineno <= part.last]
+        return [value for value in here if value.lineno <= node.lineno][-1:]
 
     def template(self, node: ast.expr) -> str:
         """One text, with ``…`` for what is computed."""

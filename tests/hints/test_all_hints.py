@@ -16,7 +16,17 @@ TESTS = Path(__file__).parents[1]
 _WRAPPERS = "test_attributes.py::test_wrappers_are_named_with_the_line_that_takes_them_off"
 _WHEELS = "test_dockerfile.py::test_the_way_out_of_a_wheel_that_has_moved"
 
+_PINS = "test_used.py::test_lines_of_the_users_own_stay_and_what_they_lack_is_told"
+_LACKING = (
+    "safeflavor: the rehearsal used what the given requirements do not bring, so that the model may not load where they "
+    "are installed, or answer otherwise. To add: %s"
+)
+
 ELSEWHERE = {
+    Site("container", "This image was made to serve on a GPU, and there is none here",
+         "docker run --gpus all …, on a host with NVIDIA's driver and container toolkit; -e "
+         "MLFLOW_SAFEFLAVOR_DEVICE=cpu serves on the CPU all the same"):
+        "test_dockerfile.py::test_a_container_for_a_gpu_says_what_it_is_missing",
     Site("adapters", "An adapter cannot be merged into its base model",
          "…model = peft.PeftModel.from_pretrained(base, …).merge_and_unload(), where base is the module it was trained "
          "on; then save_model(model, tokenizer=…)"):
@@ -33,6 +43,10 @@ ELSEWHERE = {
     Site("wrappers", "The module was compiled in place, and compiled code cannot be saved",
          "{model}._compiled_call_impl = None"): _WRAPPERS,
     Site("wrappers", "…, and no constructor gives it back", "…"): _WRAPPERS,
+    Site("pinning", "A clean process of this Python runs other versions than this process, which is what the pins would "
+         "name", "start Python without PYTHONPATH and changes of sys.path, or install the wanted versions: "
+         "`pip install …`"): _PINS,
+    Site("pinning", _LACKING, _LACKING): _PINS,
 }  # fmt: skip
 """Followed by other tests than those of this folder."""
 
@@ -51,6 +65,7 @@ CANNOT = {
 FORWARDED = {
     Site("caps", "require", "…"): "what its callers pass as instead=, each with a row of its own",
     Site("checkpoint", "Not an option of from_pretrained", "…"): "a hint of _REFUSED",
+    Site("tasks/text", "require_pieces", "…"): "instead= of those that call require_few_windows",
     Site("damage", "…", "…"): "the error, as a warning",
     Site("errors", "…", "…"): "an error that was raised, with another way out in front",
     Site("given", "What is your own in a … would be lost", "…"): "_WAY_OUT of sentences, _WAY_OUT_OWN of pipelines",
@@ -61,6 +76,12 @@ FORWARDED = {
 """Hand on what has a row elsewhere."""
 
 TELLS = {
+    ("pinning", "safeflavor: pinned because the rehearsal used it, and what it requires: %s"),
+    (
+        "pinning",
+        "safeflavor: not rehearsed, so the pins are those of the model's classes, hooks and processor; what else its code "
+        "imports or reads is not among them unless extra_pip_requirements says so",
+    ),
     ("environment", "Not installed and so not pinned, although something requires it: %s"),
     ("environment", "Installed versions contradict what is required: %s"),
     ("environment", "Metadata of %s holds a requirement nobody can read: %s"),

@@ -206,8 +206,10 @@ def test_labels(models, save, tiny_tokenizer):  # noqa: F811
     "shorten the question, or raise max_seq_len if the model takes more",
 )
 @follows("tasks/question_answering", "require_pieces", "send less text at once, or lower doc_stride")
+@follows("tasks/question_answering", "require_few_windows", "send less text at once, or lower doc_stride")
 @follows("tasks/question_answering", "require_answers", "lower top_k or max_answer_len, or send less text at once")
 @follows("tasks/token_classification", "require_pieces", "send less text at once, or lower stride")
+@follows("tasks/token_classification", "require_few_windows", "send less text at once, or lower stride")
 def test_windows(models):  # noqa: F811
     model = models(QUESTIONS)
     row = {"question": "the cat " * 8, "context": "a dog"}

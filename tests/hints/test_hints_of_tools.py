@@ -161,6 +161,11 @@ def test_requirements(flavor_site, tmp_path):  # noqa: F811
     'torch_index="auto", which keeps its label',
 )
 @follows(
+    "docker",
+    "The pins install a torch that knows no GPU",
+    'target="cpu", or save the model where a torch with CUDA is installed',
+)
+@follows(
     "lock",
     "Hashes are looked up by uv, which is not installed",
     "pip install 'mlflow-safeflavor[docker]', or do without hashes",
@@ -178,6 +183,9 @@ def test_images(model, wheels, tmp_path, monkeypatch):  # noqa: F811
     generate_dockerfile(str(model), tmp_path / "b", target="cuda")
     with_requirements(model, f"--find-links {wheels.as_uri()}", "torch==2.4.0+cpu")
     generate_dockerfile(str(model), tmp_path / "c")
+    with pytest.raises(EnvironmentMismatchError):
+        generate_dockerfile(str(model), tmp_path / "g", target="cuda")
+    generate_dockerfile(str(model), tmp_path / "g", target="cpu")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "which", lambda *given, **options: None)
         with pytest.raises(EnvironmentMismatchError):
