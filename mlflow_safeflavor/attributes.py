@@ -25,6 +25,7 @@ import torch
 
 from mlflow_safeflavor.inventory import OWN_STATE, Slot, find_places, find_slots
 from mlflow_safeflavor.statedict import bits_equal
+from mlflow_safeflavor.trust import portable
 from mlflow_safeflavor.usercode import name_of
 
 __all__ = ["Difference", "find_differences", "same_attributes"]
@@ -288,7 +289,7 @@ def _vocabulary(tokenizer: Any) -> Any:
 
 _CONFIG_NOTES = frozenset(
     (
-        *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
+        *("architectures", "dtype", "torch_dtype", "transformers_version"),
         *("_commit_hash", "use_cache", "_attn_implementation_autoset"),
     )
 )
@@ -301,7 +302,7 @@ def _config(config: Any) -> Any:
             return {key: plain(item) for key, item in value.items() if key not in _CONFIG_NOTES}
         return [plain(item) for item in value] if isinstance(value, list) else value
 
-    return plain(json.loads(config.to_json_string(use_diff=False)))
+    return plain(portable(json.loads(config.to_json_string(use_diff=False))))
 
 
 _SHORT = reprlib.Repr()
@@ -341,7 +342,8 @@ _TRAINING = {
 _BOOKKEEPING = frozenset(
     (
         *("_is_hf_initialized", "generation_config", "warnings_issued", "name_or_path", "model_tags", "hf_device_map"),
-        *("gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_loss_function"),
+        *("gradient_checkpointing", "_gradient_checkpointing_func", "_loss_function"),
+        *("_require_grads_hook", "_require_grads_hooks", "_weight_conversions"),
         *("loss_type", "is_parallelizable", "model_parallel", "device_map", "_tp_plan", "_pp_plan", "_ep_plan"),
         *("_tp_size", "all_tied_weights_keys", "_tied_weights_keys", "_no_split_modules", "_keep_in_fp32_modules"),
         *("_keep_in_fp32_modules_strict", "hf_quantizer", "_hf_peft_config_loaded", "_auto_class", "_use_kernels"),

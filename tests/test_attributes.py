@@ -233,6 +233,7 @@ def test_training_and_bookkeeping_are_no_difference(tiny_bert):
         warnings.simplefilter("ignore")  # has another name in the latest transformers
         model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
+    model._weight_conversions = []  # which from_pretrained leaves
     model(input_ids=torch.tensor([[2, 3]]), labels=torch.tensor([1]))
     model.config.use_cache, model.hf_device_map, model.model_tags = False, {"": 0}, ["mine"]
     model.generation_config, model.bert.embeddings.dropout.p = None, 0.5

@@ -29,7 +29,7 @@ from trigger_models import WIDTH, SmallConfig
 import mlflow_safeflavor
 from mlflow_safeflavor.checkpoint import from_pretrained
 from mlflow_safeflavor.damage import find_damage
-from mlflow_safeflavor.errors import PlacementError, SafeFlavorError, StructureError, WeightsError
+from mlflow_safeflavor.errors import PlacementError, SafeFlavorError, StructureError, TrustError, WeightsError
 from mlflow_safeflavor.inventory import find_slots
 from mlflow_safeflavor.meta import materialize
 from mlflow_safeflavor.statedict import bits_equal
@@ -195,7 +195,8 @@ def test_a_further_file_read_in_the_constructor(tmp_path):
     torch.save(torch.arange(float(WIDTH)), table)
     model = seeded(lambda: models.TableFromFile(SmallConfig(table=str(table))))
     model.save_pretrained(tmp_path / "checkpoint")
-    saved_and_loaded(model, tmp_path / "saved", {"x": X})
+    with pytest.raises(TrustError, match=r"it read .*table\.pt, which is no part of the model"):
+        saved_and_loaded(model, tmp_path / "saved", {"x": X})
     table.unlink()
     if TROUBLE:
         plain = models.TableFromFile.from_pretrained(tmp_path / "checkpoint")
