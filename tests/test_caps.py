@@ -26,13 +26,16 @@ from transformers import (
 )
 
 import mlflow_safeflavor
+from mlflow_safeflavor import heap
 from mlflow_safeflavor.caps import Caps
 from mlflow_safeflavor.deadline import Deadline
 from mlflow_safeflavor.errors import DeadlineError, InputError
+from mlflow_safeflavor.heap import give_back
 from mlflow_safeflavor.options import run_time_options
 from mlflow_safeflavor.places import Places
 from mlflow_safeflavor.rows import require_clean
 from mlflow_safeflavor.sounds import read_sound, to_wav
+from mlflow_safeflavor.tasks import processed
 from mlflow_safeflavor.tasks.outputs import own
 from mlflow_safeflavor.tokenizer import TextEncoder
 
@@ -235,6 +238,20 @@ def test_a_text_without_any_limit_has_one(models):
     assert len(model.predict(["the cat"])) == 1
     with pytest.raises(InputError, match="max_tokens"):
         model.predict(["the cat " * 10])
+
+
+@pytest.mark.parametrize(("side", "times"), [(1900, 0), (2100, 1)])
+def test_what_a_large_image_took_is_given_back(models, monkeypatch, side, times):
+    model, given = models(IMAGES), []
+    monkeypatch.setattr(processed, "give_back", lambda: given.append(1))
+    model.predict([image_file(side, side)])
+    assert len(given) == times
+
+
+def test_giving_back_is_safe_anywhere(monkeypatch):
+    give_back()
+    monkeypatch.setattr(heap, "_malloc_trim", lambda: None)
+    give_back()
 
 
 def test_a_sound_is_refused_by_its_header():

@@ -6,12 +6,14 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.heap import give_back
 from mlflow_safeflavor.processor import apply
 from mlflow_safeflavor.rows import place
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
@@ -26,6 +28,9 @@ from mlflow_safeflavor.tasks.classification import (
 from mlflow_safeflavor.tasks.params import param_schema
 
 __all__ = ["ProcessedTask"]
+
+_LARGE = 4_000_000
+"""Pixels or samples, from which on what a cell took is given back to the system at once."""
 
 
 class ProcessedTask(Task):
@@ -87,6 +92,10 @@ class ProcessedTask(Task):
             raise InputError(
                 "The processor refuses a value", where=where, found=f"{type(error).__name__}: {error}"
             ) from error
+        size = int(np.prod(getattr(readable, "size", 0)))
+        del readable
+        if size > _LARGE:
+            give_back()
         takes = self.config["arguments"]
         if takes is not None and (unknown := made.keys() - set(takes)):
             raise StructureError(
