@@ -145,6 +145,8 @@ class _Walk:
         mine, other = (vars(each).get(name, _NOTHING) for each in (given, built))
         if other is _NOTHING or mine is _NOTHING:
             # Setting what the class says anyway changes nothing: unwrapping leaves its own ``forward`` on the instance.
+            if name == "_hparams" and other is _NOTHING and not mine:  # Lightning makes them once somebody asks
+                return
             default = getattr(type(given), name, _NOTHING)
             if isinstance(default, functools.cached_property):
                 return
@@ -350,9 +352,10 @@ _BOOKKEEPING = frozenset(
         *("_device_mesh", "_skip_keys_device_placement", "_keys_to_ignore_on_load_unexpected", "_is_stateful"),
         *("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save", "is_quantized", "quantization_method"),
         *("deprecation_warnings", "_compiled_call_impl", "_weights_initialized", "_is_torch_compile"),
+        *("_is_accelerate_prepared", "_compile_kwargs"),
     )
 )
-"""What transformers and torch keep on a module for themselves."""
+"""What transformers, torch and trainers keep on a module for themselves."""
 
 
 def _matters(cls: type, name: str) -> bool:

@@ -24,8 +24,13 @@ _WAY_OUT_OWN = (
 
 _NESTED = ("tokenizer_kwargs", "tokenizer_params", "tokenizer_encode_kwargs", "tokenize_kwargs")
 """Arguments that hold arguments of the tokenizer."""
-_NO_MATTER = frozenset(("_legacy", "padding", "return_overflowing_tokens", "return_tensors", "timeout", "tokenizer"))
-"""What is about speed, or about the form in which a pipeline hands its answers over."""
+_NO_MATTER = frozenset(
+    (
+        *("_legacy", "max_question_len", "padding", "return_overflowing_tokens", "return_tensors", "timeout"),
+        "tokenizer",
+    )
+)
+"""What is about speed, about slow tokenizers, or about the form in which a pipeline hands its answers over."""
 _AS_USUAL: Mapping[str, Any] = {
     "add_special_tokens": True,
     "is_split_into_words": False,

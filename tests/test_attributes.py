@@ -386,6 +386,7 @@ _COMPILES = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is depr
 @_COMPILES
 def test_wrappers_that_answer_the_same_are_taken_off(save, code, caplog):
     model = seeded(code.Alarm)
+    model._compile_kwargs, model._hparams = {}, {}  # as Lightning leaves them, the first wherever it was imported
     for name, wrapped in {
         "compiled": torch.compile(model),
         "parallel": nn.DataParallel(model),
@@ -405,6 +406,7 @@ def _autocast(model):
     model._original_forward = model.forward  # as Accelerator.prepare does it
     forward = convert_outputs_to_fp32(torch.autocast("cpu")(model.forward.__func__))
     model.forward = types.MethodType(forward, model)
+    model._is_accelerate_prepared = True
 
 
 def _autocast_off(model):

@@ -9,6 +9,7 @@ import mlflow
 import pandas as pd
 import pytest
 import torch
+import transformers
 from architectures import tiny_model
 from mlflow.models import ModelSignature, infer_signature
 from mlflow.types import ParamSchema, ParamSpec
@@ -277,6 +278,23 @@ def test_a_dict_of_parts_is_one_model(save, tiny_tokenizer, tmp_path):
 def test_other_forms_are_refused_with_a_way_out(save, tiny_tokenizer, made):
     with pytest.raises(StructureError, match=r"cannot be saved as a model[\s\S]*transformers.Pipeline"):
         save(made(classifier(), tiny_tokenizer))
+
+
+@pytest.mark.skipif(not hasattr(transformers, "QuestionAnsweringPipeline"), reason="transformers 5 has none")
+@pytest.mark.parametrize("said", [
+    {}, {"top_k": 3, "max_answer_len": 4}, {"handle_impossible_answer": True}, {"doc_stride": 3, "max_seq_len": 16},
+    {"align_to_words": False}, {"max_question_len": 2},
+], ids=str)  # fmt: skip
+def test_pipelines_of_questions_bring_their_arguments(save, tiny_tokenizer, said):
+    model = tiny_model("Bert", "ForQuestionAnswering")
+    pipe = pipeline("question-answering", model=model, tokenizer=tiny_tokenizer, **said)
+    row = {"question": "where is the cat", "context": "the cat sat on the mat . a dog ran to the cat . red dogs"}
+    wanted = pipe(**row)
+    wanted = wanted if isinstance(wanted, list) else [wanted]
+    (found,) = answers(save(pipe), pd.DataFrame([row]))
+    for key in ("answer", "score", "start", "end"):
+        one, other = found.get(f"{key}s", [found[key]]), [answer[key] for answer in wanted]
+        assert one == (pytest.approx(other, abs=1e-6) if key == "score" else other)
 
 
 # params= when a model is saved.
