@@ -280,6 +280,7 @@ def test_other_forms_are_refused_with_a_way_out(save, tiny_tokenizer, made):
         save(made(classifier(), tiny_tokenizer))
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # the pipeline's own, with numpy 2
 @pytest.mark.skipif(not hasattr(transformers, "QuestionAnsweringPipeline"), reason="transformers 5 has none")
 @pytest.mark.parametrize("said", [
     {}, {"top_k": 3, "max_answer_len": 4}, {"handle_impossible_answer": True}, {"doc_stride": 3, "max_seq_len": 16},
