@@ -71,8 +71,8 @@ def answer_rows(
     waiting = deque[tuple[list[Features], Ticket]]()
     done = 0
     try:
-        with scheduler.arriving():
-            waiting.append(_submitted(scheduler, next(parts), checked))
+        with scheduler.arriving() as arrival:
+            waiting.append(_submitted(scheduler, next(parts), checked, arrival))
         while waiting:
             if part := next(parts, None):
                 waiting.append(_submitted(scheduler, part, checked))
@@ -103,10 +103,10 @@ def _parts(task: Task, features: Iterator[Features]) -> Iterator[list[Features]]
 
 
 def _submitted(
-    scheduler: Scheduler, features: list[Features], params: Mapping[str, Any]
+    scheduler: Scheduler, features: list[Features], params: Mapping[str, Any], arrival: object = None
 ) -> tuple[list[Features], Ticket]:
-    task = scheduler.task
-    return features, scheduler.submit([piece for row in features for piece in task.pieces(row)], params)
+    pieces = [piece for row in features for piece in scheduler.task.pieces(row)]
+    return features, scheduler.submit(pieces, params, arrival)
 
 
 def _joined(task: Task, features: Sequence[Features], outputs: Sequence[RowOutput]) -> list[RowOutput]:

@@ -100,7 +100,7 @@ class _State:
     num_threads: int
     places: Places = field(default_factory=lambda: Places(available_cpus()))
     arrived: threading.Condition = field(default_factory=threading.Condition)
-    arriving: int = 0
+    arriving: set[object] = field(default_factory=set)
     tickets: list[Ticket] = field(default_factory=list)
     spent: int = 0  # tokens that all forwards so far have cost
     went_on: bool = False  # whether the last one was for a request that had been served before
@@ -155,15 +155,16 @@ class Scheduler:
         self._state.forward_cost = tokens
 
     @contextmanager
-    def arriving(self) -> Iterator[None]:
-        """A request that is not at the model yet, but is counted among those that wait for it.
+    def arriving(self) -> Iterator[object]:
+        """A request that is not at the model yet, but is counted among those that wait for it until it is submitted.
 
         Raises:
             OverloadedError: Too many wait already.
         """
         state = self._state
         with state.arrived:
-            there = sum(bool(ticket.waiting) and not ticket.abandoned for ticket in state.tickets) + state.arriving
+            there = sum(bool(ticket.waiting) and not ticket.abandoned for ticket in state.tickets)
+            there += len(state.arriving)
             if self.max_queue and there >= self.max_queue:
                 raise OverloadedError(
                     "More requests wait at the model than it may queue",
@@ -172,19 +173,20 @@ class Scheduler:
                     found=f"{there} are waiting",
                     way_out="ask again later, run more workers, or raise max_queue",
                 )
-            state.arriving += 1
+            state.arriving.add(arrival := object())
         try:
-            yield
+            yield arrival
         finally:
             with state.arrived:
-                state.arriving -= 1
+                state.arriving.discard(arrival)
 
-    def submit(self, pieces: Sequence[Features], params: Mapping[str, Any]) -> Ticket:
-        """Queue pieces, at least one."""
+    def submit(self, pieces: Sequence[Features], params: Mapping[str, Any], arrival: object = None) -> Ticket:
+        """Queue pieces, at least one, of a request that may have been ``arriving``."""
         key = tuple(repr(params[name]) for name in sorted(self.task.forward_params))
         ticket = Ticket(pieces, [self.task.cost(piece) for piece in pieces], params, key)
         state = self._state
         with state.arrived:
+            state.arriving.discard(arrival)  # or it would be counted twice
             ticket.turn = state.spent
             state.tickets.append(ticket)
             if state.thread is None:
@@ -346,7 +348,7 @@ _STATES: weakref.WeakSet[_State] = weakref.WeakSet()
 
 def _forget_after_fork() -> None:
     for state in list(_STATES):
-        state.arrived, state.arriving, state.tickets, state.thread = threading.Condition(), 0, [], None
+        state.arrived, state.arriving, state.tickets, state.thread = threading.Condition(), set(), [], None
         state.places = Places(available_cpus())
 
 

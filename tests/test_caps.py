@@ -420,7 +420,7 @@ def test_a_long_table_is_held_in_parts(models, monkeypatch):
     held = []
     monkeypatch.setattr(answers, "_HELD", 2000)
     monkeypatch.setattr(
-        model.scheduler, "submit", lambda pieces, params: held.append(len(pieces)) or submit(pieces, params)
+        model.scheduler, "submit", lambda pieces, *others: held.append(len(pieces)) or submit(pieces, *others)
     )
     submit = type(model.scheduler).submit.__get__(model.scheduler)
     found = model.predict(texts)

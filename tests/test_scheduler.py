@@ -205,6 +205,16 @@ def test_too_many_waiting_requests_are_refused_and_the_others_answered():
     assert model.ask("again")[0]["length"] == 5
 
 
+def test_a_request_is_counted_once_on_its_way_to_the_model():
+    model = Model(max_queue=2)
+    model.busy()
+    with model.scheduler.arriving() as arrival:
+        model.scheduler.submit([{"text": "a"}], model.task.check_params({}), arrival)
+        with model.scheduler.arriving(), pytest.raises(OverloadedError), model.scheduler.arriving():
+            pass
+    model.task.open.set()
+
+
 def test_a_large_request_does_not_keep_others_waiting():
     model = Model(max_batch_tokens=10)
     model.task.open.clear()
