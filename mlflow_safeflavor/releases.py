@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,10 +14,11 @@ import mlflow
 import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature, infer_signature
+from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.store.artifact.runs_artifact_repo import RunsArtifactRepository
 from mlflow.types import ColSpec, DataType, ParamSchema, Schema
+from mlflow.types.utils import _infer_schema
 
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
 from mlflow_safeflavor.logged import noting
@@ -51,6 +53,11 @@ try:
 except ImportError:  # before 2.10
     Array = Object = Property = _Unsayable  # type: ignore[assignment, misc]
     _SAYS_LISTS = False
+
+try:
+    from mlflow.types.schema import AnyType
+except ImportError:  # before 2.19
+    AnyType = None  # type: ignore[assignment, misc]
 
 
 def schema_of(columns: Mapping[str, DataType | Array | Object]) -> Schema | None:
@@ -92,8 +99,10 @@ def require_schema(columns: Mapping[str, DataType | Array | Object]) -> Schema:
     return schema
 
 
-def inferred_signature(rows: pd.DataFrame, answers: Any, params: ParamSchema | None = None) -> ModelSignature:
-    """The signature that MLflow infers; it is silent about answers that this MLflow has no types for.
+def inferred_signature(
+    rows: pd.DataFrame, answers: pd.DataFrame | None, params: ParamSchema | None = None
+) -> ModelSignature:
+    """The signature by what MLflow infers; it is silent about answers that this MLflow has no types for.
 
     Args:
         rows: What was asked.
@@ -109,16 +118,30 @@ def inferred_signature(rows: pd.DataFrame, answers: Any, params: ParamSchema | N
     return signature
 
 
-def _inferred(rows: pd.DataFrame, answers: Any) -> ModelSignature:
-    if _SAYS_LISTS:
-        return _with_objects(infer_signature(rows, answers))
-    try:
-        inputs = infer_signature(rows).inputs
-    except MlflowException:
-        raise _no_type(", ".join(map(str, rows.columns))) from None
-    with suppress(MlflowException):
-        return infer_signature(rows, answers)
-    return ModelSignature(inputs=inputs)
+def _inferred(rows: pd.DataFrame, answers: pd.DataFrame | None) -> ModelSignature:
+    signature = ModelSignature(inputs=_schema_of_table(rows))
+    if answers is not None:
+        with suppress(InputError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whole numbers that may be missing are a matter of what is asked
+            signature.outputs = _schema_of_table(answers)
+    return _with_objects(signature) if _SAYS_LISTS else signature
+
+
+def _schema_of_table(table: pd.DataFrame) -> Schema:
+    """The types of columns, ``Any`` where MLflow finds none, as for a list of whole numbers and others.
+
+    Asked for all at once, it would give the names up, too, and drop from each request all columns but the first.
+    """
+    specs = []
+    for name in table.columns:
+        try:
+            (spec,) = _infer_schema(table[[name]]).inputs
+        except MlflowException:
+            if AnyType is None:
+                raise _no_type(str(name)) from None
+            spec = ColSpec(AnyType(), name)  # type: ignore[no-untyped-call]  # MLflow's
+        specs.append(spec)
+    return Schema(specs)
 
 
 def _with_objects(signature: ModelSignature) -> ModelSignature:

@@ -167,3 +167,17 @@ def test_missing_cells_pass_mlflow_too(save, tmp_path):
     save([{"c": 1.5}, {"c": float("nan")}])
     served = mlflow.pyfunc.load_model(str(tmp_path / "m"))
     assert served.predict(pd.DataFrame({"c": [float("nan"), 2.0]}))["cell"].tolist() == ["float", "float"]
+
+
+@pytest.mark.parametrize("values", [[1, 2.5, 3], [[1.0], [2]], [1, "a"], {"a": [1, 2.5]}, [[1], None, [2.5]]], ids=str)
+def test_a_column_without_a_type_of_mlflows_takes_no_other_along(save, tmp_path, values):
+    """MLflow would say that there is one column without a name, and drop all but the first of each request."""
+
+    def pre(rows, tokenizer):
+        return numbers([{"c": (row["c"], row["values"], row["last"])} for row in rows], tokenizer)
+
+    row = {"c": 1.0, "values": values, "last": "z"}
+    loaded = save([row, row], pre, lambda outputs, rows: [{"c": row["c"], "read": str(row["values"])} for row in rows])
+    served = mlflow.pyfunc.load_model(str(tmp_path / "m"))
+    assert served.metadata.get_input_schema().input_names() == ["c", "values", "last"]
+    assert served.predict(pd.DataFrame([row]))["read"].tolist() == loaded.predict([row])["read"].tolist()
