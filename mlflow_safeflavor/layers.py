@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from mlflow_safeflavor.errors import StructureError
 
-__all__ = ["describe_layers", "is_tree", "make_layers"]
+__all__ = ["describe_layers", "find_foreign", "is_tree", "make_layers"]
 
 Node = dict[str, Any]
 """``class``, ``arguments`` and ``modules`` of a module, pairs of name and node in order; or ``same``, the path of a
@@ -34,6 +34,16 @@ def describe_layers(module: nn.Module) -> Node | None:
         return _describe(module, "", {})
     except _NotPlain:
         return None
+
+
+def find_foreign(container: nn.Module) -> tuple[str, nn.Module] | None:
+    """Path and module of the first in a container of ``torch.nn`` that is of another class; None for what is none."""
+    if type(container) not in _CONTAINERS:
+        return None
+    return next(
+        (found for found in container.named_modules() if _class_named(type(found[1]).__name__) is not type(found[1])),
+        None,
+    )
 
 
 class _NotPlain(Exception):

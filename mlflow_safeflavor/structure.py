@@ -32,7 +32,7 @@ from mlflow_safeflavor.embedding import Embedder
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.inventory import UNKNOWN, Inventory, find_slots, shape_of, some
-from mlflow_safeflavor.layers import describe_layers, is_tree, make_layers
+from mlflow_safeflavor.layers import describe_layers, find_foreign, is_tree, make_layers
 from mlflow_safeflavor.leftovers import covered, fresh, written_by_forward
 from mlflow_safeflavor.memory import real_memory
 from mlflow_safeflavor.spec import ModelSpec
@@ -150,6 +150,13 @@ def _describe_constructor(
     if init_args is None and (tree := describe_layers(module)) is not None:
         of_torch = {"kind": "torch", "class": name_of(cls), "tree": tree}
         return of_torch, _require_same_shapes(module, of_torch)
+    if foreign := find_foreign(module):
+        raise StructureError(
+            "A container of torch.nn does not know how modules of other classes were made",
+            where=f"{name_of(cls)}, {foreign[0]}",
+            found=name_of(type(foreign[1])),
+            way_out="write a class whose constructor makes all of it, or pass allow_pickle=True or structure='graph'",
+        )
     config = getattr(module, "config", None)
     structure: dict[str, Any] = {
         "kind": "transformers" if _is_transformers(cls) and init_args is None else "import",

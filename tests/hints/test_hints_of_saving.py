@@ -58,6 +58,18 @@ def post(outputs, *rest):
 """
 
 
+OWN_PARTS = """
+import torch
+
+class Scale(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+class Whole(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Linear(4, 4), Scale())
+"""
+
 _numbers = itertools.count()
 
 
@@ -275,6 +287,23 @@ def test_a_module_that_was_changed(save, code, tiny_bert, tiny_tokenizer):
     bert.config.num_labels = 3
     bert.num_labels = 3
     load_model(save(bert, tokenizer=tiny_tokenizer))
+
+
+@follows(
+    "structure",
+    "A container of torch.nn does not know how modules of other classes were made",
+    "write a class whose constructor makes all of it, or pass allow_pickle=True or structure='graph'",
+)
+@pytest.mark.graphs
+def test_a_container_of_the_users_modules(save, user_code):
+    own, file = user_code("own_parts", OWN_PARTS)
+    given = {"input_example": np.ones((1, 4), "float32"), "code_paths": [file]}
+    parts = nn.Sequential(nn.Linear(4, 4), own.Scale())
+    error = refused(StructureError, save, parts, **given)
+    assert (error.where, error.found) == ("torch.nn.modules.container:Sequential, 1", "own_parts:Scale")
+    load_model(save(own.Whole(), **given), trust=["code"])
+    load_model(save(parts, **given, allow_pickle=True), trust=["pickle", "code"])
+    load_model(save(parts, **given, structure="graph"))
 
 
 @follows("structure", "A constructor argument cannot be stored as JSON", "pass allow_pickle=True instead of init_args")
