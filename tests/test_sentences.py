@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from architectures import tiny_model
 from transformers import T5Config, T5EncoderModel
 
@@ -129,6 +130,8 @@ def embeddings(loaded, texts=TEXTS, **params):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_embeddings_are_those_of_encode(transformer, tmp_path, name):
+    if name == "T5" and transformers.__version__.startswith("4."):
+        pytest.skip("sentence-transformers' own encode gives T5 token types there")
     model = build(transformer, name)
     wanted = model.encode(TEXTS)
     found = embeddings(save(model, tmp_path / "object"))
