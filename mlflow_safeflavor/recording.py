@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -38,7 +38,12 @@ __all__ = ["Refusal", "examples_of", "record"]
 
 
 def record(
-    module: torch.nn.Module, slots: Sequence[Slot], examples: Sequence[Inputs], *, limit: int | None = None
+    module: torch.nn.Module,
+    slots: Sequence[Slot],
+    examples: Sequence[Inputs],
+    *,
+    limit: int | None = None,
+    alone: bool = False,
 ) -> tuple[Graph, dict[str, torch.Tensor]]:
     """Trace a module's forward, and prove that the graph gives the same bits.
 
@@ -47,6 +52,8 @@ def record(
         slots: Its tensors; constants of the graph that are among them are named by their paths.
         examples: Inputs of its forward, as the task makes them; at least one.
         limit: Most tokens of a text.
+        alone: Whether no module will answer beside the graph; then it need not round as torch's one kernel for an
+            encoder layer, which no graph does.
 
     Returns:
         The graph, and the constants that are no tensors of the module, by name.
@@ -61,9 +68,10 @@ def record(
         try:
             with _plain_attention():
                 graph, own = _Tracer(module, slots, example, free).graph()
-                graph = _tied(graph, examples)
-                if fault := next(find_faults(graph), None):
-                    raise Refusal(fault)
+            graph = _tied(graph, examples)
+            if fault := next(find_faults(graph), None):
+                raise Refusal(fault)
+            with _plain_attention() if alone else nullcontext():
                 return prove(module, graph, own, slots, example, limit), own
         except Refusal as refusal:
             reasons.append(str(refusal))

@@ -453,7 +453,8 @@ def _write_graph(model: LoadedModel, source: Source, required: bool) -> bool:
     examples = [] if source.example is None else model.task.rows(source.example)
     try:
         inputs = recording.examples_of(model.task, model.engine, [*examples, *model.task.golden_rows()])
-        graph, constants = recording.record(model.module, slots, inputs, limit=getattr(model.task, "limit", None))
+        alone, limit = model.spec.structure == "graph", getattr(model.task, "limit", None)
+        graph, constants = recording.record(model.module, slots, inputs, limit=limit, alone=alone)
     except recording.Refusal as refusal:
         if required:
             raise StructureError(

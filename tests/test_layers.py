@@ -6,6 +6,7 @@ import json
 import warnings
 from collections import OrderedDict
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
@@ -196,6 +197,17 @@ def test_what_was_changed_afterwards_is_named_with_a_way_out_that_works(change, 
         wanted = module(torch.tensor(X[None])).numpy()
     assert np.allclose(mlflow_safeflavor.load_model(tmp_path / "m").predict(X[None])["output_0"], wanted, atol=1e-5)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.graphs
+def test_a_graph_beside_an_encoder_layer_gives_its_bits_or_is_none(tmp_path):
+    """Torch runs such a layer as one kernel, which rounds otherwise."""
+    module = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    x = np.random.default_rng(0).normal(size=(4, 17, 32)).astype(np.float32)
+    mlflow_safeflavor.save_model(module, tmp_path / "m", task="raw", input_example=x, rehearse=False)
+    native = mlflow_safeflavor.load_model(tmp_path / "m")
+    served = mlflow.pyfunc.load_model(str(tmp_path / "m"))
+    assert np.array_equal(native.predict(x)["output_0"], served.predict(x)["output_0"])
 
 
 def test_a_description_that_was_edited_is_refused(tmp_path):
