@@ -56,7 +56,7 @@ __all__ = [
     "with_wheels",
 ]
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("mlflow.safeflavor")
 
 POLICIES = ("ignore", "warn", "error")
 """What ``require_same`` may do about differences."""

@@ -45,7 +45,7 @@ __all__ = [
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("mlflow.safeflavor")
 
 DEFAULT_ROOTS = ("torch", "transformers", "tokenizers", "safetensors", "mlflow", "cloudpickle")
 """What every saved model needs; the user's own requirements are added to these."""

@@ -252,6 +252,17 @@ def test_a_resized_vocabulary_is_no_difference(tmp_path, tiny_bert, tiny_tokeniz
     assert loaded.module.config.vocab_size == len(tiny_tokenizer)
 
 
+def test_a_head_that_was_replaced_with_its_config_is_no_difference(tmp_path, tiny_bert, tiny_tokenizer):
+    """``num_labels`` of the model stays what it was then; a loss would read it."""
+    model = tiny_bert()
+    model.classifier = nn.Linear(model.config.hidden_size, 3)
+    model.config.num_labels = 3
+    assert model.num_labels == 2
+    mlflow_safeflavor.save_model(model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False)
+    found = mlflow_safeflavor.load_model(str(tmp_path / "model")).predict(["a"], params={"top_k": None})
+    assert len(found["labels"][0]) == 3
+
+
 def test_a_tokenizer_that_was_used_is_as_it_was(code, tiny_tokenizer):
     def make():
         module = code.Pre()

@@ -351,7 +351,7 @@ def test_policy_warn_logs_the_table_and_returns_it(differing, site, caplog):
     differences = environment.require_same(differing, policy="warn", path=site.path)
     assert differences == [Difference("distribution", "numpy", "2.4.6", "1.0")]
     (logged,) = caplog.records
-    assert (logged.levelno, logged.name) == (logging.WARNING, "mlflow_safeflavor.environment")
+    assert (logged.levelno, logged.name) == (logging.WARNING, "mlflow.safeflavor")
     assert logged.getMessage() == environment.format_differences(differences)
 
 

@@ -285,7 +285,6 @@ def test_a_module_that_was_changed(save, code, tiny_bert, tiny_tokenizer):
     bert.classifier = nn.Linear(32, 3)
     refused(StructureError, save, bert, tokenizer=tiny_tokenizer)
     bert.config.num_labels = 3
-    bert.num_labels = 3
     load_model(save(bert, tokenizer=tiny_tokenizer))
 
 
