@@ -365,10 +365,8 @@ def _matters(cls: type, name: str) -> bool:
     homes = {base.__module__ for base in cls.__mro__} - {"builtins"}
     if any(home.partition(".")[0] not in _LIBRARIES for home in homes):
         return True  # a class of somebody's: whoever set it knows why
-    if (
-        name == "num_labels"
-    ):  # which stays behind when a head and the config change; only losses of transformers read it
-        return False
+    if name == "num_labels":
+        return False  # stays behind where head and config were changed, and only losses read it
     return name in _names_read(frozenset(home for home in homes if home.startswith(("transformers.models", "torch"))))
 
 
