@@ -156,7 +156,7 @@ def _no_type(columns: str) -> InputError:
     return InputError(
         "This MLflow has no type for a column of lists or dicts",
         where=columns,
-        wanted="MLflow 2.10 or newer",
+        wanted=f"MLflow {'2.19' if _SAYS_LISTS else '2.10'} or newer",  # Any came later than lists
         found=f"MLflow {mlflow.__version__}",
     )
 

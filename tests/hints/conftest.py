@@ -30,13 +30,11 @@ def told(request, monkeypatch):
     monkeypatch.setattr(warnings, "warn", note_warning)
     handler = logging.Handler()
     handler.emit = lambda record: said.append((str(record.msg),) * 2)
-    loggers = [logging.getLogger(name) for name in ("mlflow.safeflavor", "mlflow_safeflavor")]
-    for logger in loggers:
-        monkeypatch.setattr(logger, "level", logging.INFO)
-        logger.addHandler(handler)
+    logger = logging.getLogger("mlflow.safeflavor")
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logger.addHandler(handler)
     yield
-    for logger in loggers:
-        logger.removeHandler(handler)
+    logger.removeHandler(handler)
     for site in (marker.args[0] for marker in request.node.iter_markers("hint")):
         assert any(_is(site, *each) for each in said), f"nobody was told: {site}; but {said}"
 
