@@ -178,3 +178,16 @@ def test_answers_that_are_one_list_a_row_are_an_object_for_spark(user_code, tmp_
     assert isinstance(spec, ColSpec)
     assert spec.name is None
     assert [p.name for p in spec.type.properties] == ["output_0"]
+
+
+@pytest.mark.parametrize("example", [pd.DataFrame({"a": [1.0, 2.0]}), np.array([[1.0], [2.0]])], ids=["table", "array"])
+def test_numbers_of_a_float64_model_are_not_cut(tmp_path, example):
+    module = torch.nn.Linear(1, 1).double()
+    torch.nn.init.ones_(module.weight), torch.nn.init.zeros_(module.bias)
+    mlflow_safeflavor.save_model(
+        module, tmp_path / "m", task="raw", input_example=example, dtype="float64", rehearse=False
+    )
+    little = example + 1e-12
+    for model in (mlflow_safeflavor.load_model(tmp_path / "m"), mlflow.pyfunc.load_model(str(tmp_path / "m"))):
+        answer = model.predict(little)["output_0"]
+        assert np.array_equal(np.ravel(np.asarray(answer, dtype=float)), np.ravel(little))

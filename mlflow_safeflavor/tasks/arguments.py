@@ -6,7 +6,7 @@ import inspect
 
 import torch
 
-__all__ = ["arguments_of", "named_arguments"]
+__all__ = ["arguments_of", "named_arguments", "needed_arguments", "takes_any"]
 
 
 def named_arguments(module: torch.nn.Module) -> list[str]:
@@ -15,15 +15,26 @@ def named_arguments(module: torch.nn.Module) -> list[str]:
     return [p.name for p in _parameters(module) if p.kind in kinds]
 
 
+def needed_arguments(module: torch.nn.Module) -> list[str]:
+    """Of the named ones those without a default; all where each has one."""
+    named = named_arguments(module)
+    without = {p.name for p in _parameters(module) if p.default is p.empty}
+    return [name for name in named if name in without] or named
+
+
+def takes_any(module: torch.nn.Module) -> bool:
+    """Whether ``forward`` has ``**kwargs``."""
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _parameters(module))
+
+
 def arguments_of(module: torch.nn.Module) -> list[str] | None:
     """Names that ``forward`` takes; None for any, which is what ``**kwargs`` say.
 
     Not so in the classes of transformers: their ``**kwargs`` swallow every name, and are meant for what neither
     tokenizers nor processors make.
     """
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _parameters(module))
     own = type(module).__module__.startswith("transformers.models.")
-    return None if takes_any and not own else named_arguments(module)
+    return None if takes_any(module) and not own else named_arguments(module)
 
 
 def _parameters(module: torch.nn.Module) -> list[inspect.Parameter]:

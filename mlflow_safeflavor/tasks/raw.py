@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from mlflow_safeflavor.devices import is_out_of_memory
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
 from mlflow_safeflavor.releases import inferred_signature, rows_schema
-from mlflow_safeflavor.tasks.arguments import arguments_of
+from mlflow_safeflavor.tasks.arguments import named_arguments, needed_arguments, takes_any
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 from mlflow_safeflavor.tasks.outputs import own_array
 from mlflow_safeflavor.tasks.sizes import free_sizes
@@ -62,13 +61,10 @@ class Raw(Task):
 
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-        parameters = inspect.signature(model.forward).parameters.values()
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        needed = [p.name for p in named if p.default is p.empty] or [p.name for p in named]
-        # A class of transformers passes on what it does not name, so there any name may be right.
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        needed = needed_arguments(model)
+        # A class of transformers passes on what it does not name, so there, too, any name may be right.
         return {
-            "arguments": None if takes_any else arguments_of(model),
+            "arguments": None if takes_any(model) else named_arguments(model),
             "single": needed[0] if len(needed) == 1 else None,
         }
 
@@ -220,11 +216,11 @@ def _as_table(data: Any, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _numbers(table: pd.DataFrame) -> np.ndarray:
-    """A table as float32, shape (rows, columns)."""
+    """A table as float64, which forward gets in the serving dtype; shape (rows, columns)."""
     for name, column in table.items():
         if column.dtype.kind not in "biuf":
             raise InputError("Not a column of numbers", where=f"column {name!r}", wanted="numbers", found=column.dtype)
-    numbers: np.ndarray = table.to_numpy(dtype=np.float32)
+    numbers: np.ndarray = table.to_numpy(dtype=np.float64)
     return numbers
 
 
