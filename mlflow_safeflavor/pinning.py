@@ -55,7 +55,7 @@ class Pinning:
         """Write the files, for what the parts of the model need and what was used.
 
         Raises:
-            EnvironmentMismatchError: See ``requirements.environment_files`` and ``lock.lock``.
+            EnvironmentMismatchError: See ``requirements.environment_files``.
         """
         used = used or {}
         roots = [*self._roots, *used]
@@ -74,10 +74,30 @@ class Pinning:
         there = (closure_of(roots) - closure_of(graph_roots)) & recorded.distributions.keys()
         recorded = replace(recorded, only_module=tuple(sorted(there)) if self._structure == "auto" else ())
         write_json(self._layout.environment, recorded.to_json())
-        if self._hashes:
-            lock_file(self._layout, recorded)
         self._recorded = recorded
         return recorded
+
+    def finish(self, used: Mapping[str, Use] | None) -> bool:
+        """Pin what a rehearsal used, and then look up hashes, once, where they are wanted.
+
+        Args:
+            used: None where there was no rehearsal.
+
+        Returns:
+            Whether files were written.
+
+        Raises:
+            EnvironmentMismatchError: See ``add`` and ``lock.lock``.
+        """
+        written = used is not None and self.add(used)
+        if used is None:
+            _logger.info(
+                "safeflavor: not rehearsed, so the pins are those of the model's classes, hooks and processor; what "
+                "else its code imports or reads is not among them unless extra_pip_requirements says so"
+            )
+        if self._hashes:
+            lock_file(self._layout, self._recorded or self.write())
+        return written or self._hashes
 
     def add(self, used: Mapping[str, Use]) -> bool:
         """Pin what a rehearsal used beside what the model's parts need. Returns whether files were written.
@@ -103,13 +123,6 @@ class Pinning:
         facts = (f"{name} {use.version} (for {use.reader})" for name, use in sorted(news.items()))
         _logger.info("safeflavor: pinned because the rehearsal used it, and what it requires: %s", ", ".join(facts))
         return True
-
-    def say_unseen(self) -> None:
-        """Say what the pins lack where there was no rehearsal."""
-        _logger.info(
-            "safeflavor: not rehearsed, so the pins are those of the model's classes, hooks and processor; what else "
-            "its code imports or reads is not among them unless extra_pip_requirements says so"
-        )
 
 
 def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[str]:

@@ -182,12 +182,11 @@ def save_model(
         _write_example(mlmodel, source.example, task_, layout)
         signature = signature_of(task_, source.example, answers, signature)
         _seal(mlmodel, spec, signature, metadata, layout)
-        if not rehearse:
-            pinning.say_unseen()
-        else:  # the graph first: what only the module needs is what is opened after that
-            engines = [*(["graph"] if has_graph else []), *([] if structure == "graph" else ["module"])]
-            if pinning.add(find_used(*rehearse_load(stage, engines, allow_pickle=allow_pickle))):
-                _seal(mlmodel, spec, signature, metadata, layout)
+        # The graph first: what only the module needs is what is opened after that.
+        engines = [*(["graph"] if has_graph else []), *([] if structure == "graph" else ["module"])]
+        used = find_used(*rehearse_load(stage, engines, allow_pickle=allow_pickle)) if rehearse else None
+        if pinning.finish(used):
+            _seal(mlmodel, spec, signature, metadata, layout)
 
 
 @checked

@@ -126,14 +126,14 @@ def test_a_module_that_only_this_process_has_comes_along_by_name(own_site, tmp_p
 def pin(tmp_path):
     """``pin(used, **wanted)``: what ``Pinning`` makes of it, as (anything added?, lines of requirements.txt)."""
 
-    def run(used, structure="module", **wanted):
+    def run(used, structure="module", hashes=False, **wanted):
         layout = Layout(tmp_path / "stage")
         layout.data.mkdir(parents=True, exist_ok=True)
         none = dict.fromkeys(("pip_requirements", "extra_pip_requirements", "conda_env"))
         source = Source(task="raw", module=torch.nn.Linear(1, 1))
-        pinning = Pinning(layout, source, structure, None, False, **{"torch_index": None, **none, **wanted})
+        pinning = Pinning(layout, source, structure, None, hashes, **{"torch_index": None, **none, **wanted})
         pinning.write()
-        return pinning.add(used), layout.requirements.read_text().splitlines()
+        return pinning.finish(used), layout.requirements.read_text().splitlines()
 
     return run
 
@@ -149,6 +149,22 @@ def test_what_was_used_is_pinned_with_what_it_requires(own_site, pin, caplog):
     assert {"acme-a==1.2", "acme-b==1.5"} <= set(lines)
     assert "acme-a 1.2 (for used_net)" in caplog.text
     assert "numpy" not in caplog.text, "that was pinned already"
+
+
+def test_hashes_are_looked_up_once_and_for_all_that_is_pinned(own_site, pin, monkeypatch):
+    own_site.install("acme-a", "1.2")
+    locked = []
+    monkeypatch.setattr(
+        "mlflow_safeflavor.pinning.lock_file",
+        lambda layout, recorded: locked.append((set(recorded.distributions), layout.requirements.read_text())),
+    )
+    for used in ({"acme-a": Use("1.2", "net", "module")}, {}, None):
+        assert pin(used, hashes=True)[0]
+    assert [("acme-a" in names, "acme-a==1.2" in text) for names, text in locked] == [
+        (True, True),
+        (False, False),
+        (False, False),
+    ]
 
 
 def test_nothing_is_written_again_for_what_is_pinned_already(pin):
