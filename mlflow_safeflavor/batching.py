@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mlflow_safeflavor.devices import is_out_of_memory
 from mlflow_safeflavor.engine import Engine
-from mlflow_safeflavor.kept import kept_random_state
+from mlflow_safeflavor.failures import is_out_of_memory
+from mlflow_safeflavor.random_state import kept_random_state
 from mlflow_safeflavor.tasks.base import Row, Task
 
 __all__ = ["cut_into_batches", "measure_forward_cost"]

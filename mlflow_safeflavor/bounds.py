@@ -14,11 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlflow_safeflavor.artifact import WAY_OUT
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.inventory import Inventory
+
+if TYPE_CHECKING:
+    from mlflow_safeflavor.inventory import Inventory
 
 __all__ = ["find_unexplained", "require_explained", "within"]
 

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError, WeightsError
 from mlflow_safeflavor.inventory import UNKNOWN, find_meta, find_slots, shape_of, some
-from mlflow_safeflavor.kept import seed_generators
 from mlflow_safeflavor.layers import make_layers
 from mlflow_safeflavor.memory import asks_for_dtype, real_memory
+from mlflow_safeflavor.random_state import seed_generators
 from mlflow_safeflavor.statedict import bits_equal
 from mlflow_safeflavor.structure import describe_constructor
 from mlflow_safeflavor.usercode import name_of

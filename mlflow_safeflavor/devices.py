@@ -1,4 +1,4 @@
-"""The devices that torch sees: which is meant, why one is not there, and what one without room says."""
+"""The devices that torch sees: which is meant, and why one is not there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from mlflow_safeflavor.errors import PlacementError
 
-__all__ = ["find_accelerator", "is_out_of_memory", "require_usable", "resolve_device"]
+__all__ = ["find_accelerator", "require_usable", "resolve_device"]
 
 
 def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
@@ -68,17 +68,6 @@ def find_accelerator() -> str | None:
     """Kind of the accelerator that torch sees; None without one."""
     others = torch._C._get_privateuse1_backend_name()  # what somebody registered with torch, else no device
     return next((kind for kind in ("cuda", "xpu", "mps", others) if _device_count(kind)), None)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the CPU, had no room for what a forward needed: fewer rows may fit."""
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_ROOM)
-    )
-
-
-# Of cuBLAS and cuDNN, of the driver, and of torch's allocator for the CPU: plain RuntimeErrors.
-_NO_ROOM = ("STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator: ")
 
 
 def _device_count(kind: str) -> int:

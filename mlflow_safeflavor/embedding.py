@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.pooling import POOLINGS
 
-__all__ = ["ACTIVATIONS", "POOLINGS", "Embedder", "pool"]
+__all__ = ["ACTIVATIONS", "Embedder"]
 
 ACTIVATIONS = frozenset(
     (
@@ -23,24 +24,17 @@ ACTIVATIONS = frozenset(
 )
 """Classes of ``torch.nn`` without weights, made without arguments."""
 
-POOLINGS = ("mean", "cls", "last", "max", "mean_sqrt_len", "weightedmean")
-
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, kinds: Sequence[str]) -> torch.Tensor:
-    """One vector a row, of one kind or of several side by side, as sentence-transformers pools.
+    """``pooling.pool`` for a batch, of tensors, so that it is a part of a forward.
 
     Args:
         hidden: What the model says of each token, shape (rows, longest, size).
         mask: Tokens that count, bool of shape (rows, longest).
-        kinds: Names in ``POOLINGS``: the mean of the tokens, the first, the last one, the largest of each number, the
-            sum over the square root of their count, and the mean that weighs the first token once, the second
-            twice, and so on; for it rows start on the left.
+        kinds: Names in ``POOLINGS``.
 
     Returns:
         Shape (rows, size times kinds), in the dtype of ``hidden``.
-
-    Raises:
-        StructureError: There is no such kind.
     """
     real = mask[:, :, None]
     # Masked out, not multiplied by zero: a padding position may hold NaN. Sums are in float32 at least.
@@ -59,8 +53,6 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, kinds: Sequence[str]) -> torc
         elif kind == "weightedmean":
             weights = (places * mask)[:, :, None].to(wide)
             vector = (kept * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
-        elif kind not in POOLINGS:
-            raise StructureError("Unknown pooling", where=kind, wanted=" | ".join(POOLINGS))
         else:
             # Of the last one the place is largest; of the first one the places from the end are.
             order = places if kind == "last" else hidden.shape[1] + 1 - places

@@ -1,39 +1,19 @@
-"""What is the caller's and stays as it was: the module that was handed over, and the process's random states."""
+"""What is the caller's and stays as it was: the module that was handed over, and with it the random states."""
 
 from __future__ import annotations
 
-import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from mlflow_safeflavor.random_state import kept_random_state
 from mlflow_safeflavor.statedict import bits_equal
 
-__all__ = ["kept_module", "kept_parameters", "kept_random_state", "seed_generators"]
-
-
-@contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Afterwards Python, numpy and torch draw what they would have drawn before."""
-    with ExitStack() as stack:
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(np.random.set_state, np.random.get_state())
-        stack.callback(torch.set_rng_state, torch.get_rng_state())
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
-        yield
-
-
-def seed_generators(seed: int) -> None:
-    """Begin anew with what Python, numpy and torch draw on the CPU; for use inside ``kept_random_state``."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed accelerators, too
+__all__ = ["kept_module", "kept_parameters"]
 
 
 @contextmanager

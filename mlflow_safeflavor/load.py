@@ -410,10 +410,11 @@ def bind(
     weights: Sequence[HeldFile] = (),
 ) -> LoadedModel:
     """A module, the files its weights are mapped from, and what the spec says can be asked of it."""
-    from mlflow_safeflavor.engine import GraphEngine, ModuleEngine
     from mlflow_safeflavor.graph import GraphModule
+    from mlflow_safeflavor.graph_engine import GraphEngine
     from mlflow_safeflavor.inventory import find_slots
     from mlflow_safeflavor.model import LoadedModel, make_task
+    from mlflow_safeflavor.module_engine import ModuleEngine
     from mlflow_safeflavor.placement import input_dtype
     from mlflow_safeflavor.scheduler import Scheduler
 
@@ -438,7 +439,7 @@ def _rebuilding(
     if spec.structure == "graph":
         return None
     from mlflow_safeflavor import structure, tensors
-    from mlflow_safeflavor.engine import ModuleEngine
+    from mlflow_safeflavor.module_engine import ModuleEngine
     from mlflow_safeflavor.weights_files import require_unchanged
 
     if structure.read_structure(layout, spec)["pickle"] is not None:
@@ -473,7 +474,7 @@ def _measure(model: LoadedModel, layout: Layout, options: LoadOptions) -> None:
     """Measure what a forward costs where nobody has, or only on another kind of device: the CPU it was saved on."""
     from mlflow_safeflavor import batching, parity
 
-    known = model.scheduler.forward_cost and model.engine.device.type == "cpu"
+    known = model.scheduler.forward_cost and model.engine.on_cpu
     if known or options.verify == "off" or not options.replay:
         return
     golden = parity.read_golden(layout)

@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.answers import answer_rows, predict_rows
 from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.caps import Caps
 from mlflow_safeflavor.deadline import Deadline
-from mlflow_safeflavor.engine import Engine, named_failure
+from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import SafeFlavorError
+from mlflow_safeflavor.failures import named_failure
 from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.processor import load_processor
 from mlflow_safeflavor.progress import Watch, shown
@@ -27,6 +26,9 @@ from mlflow_safeflavor.stream import parquet_chunks, stream
 from mlflow_safeflavor.tasks import Task, task_class
 from mlflow_safeflavor.tasks.base import Row, RowOutput
 from mlflow_safeflavor.tokenizer import TextEncoder, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["LoadedModel", "make_task"]
 
@@ -70,8 +72,8 @@ class LoadedModel:
         module: The rebuilt ``torch.nn.Module``, in eval mode, without gradients.
         spec: What was saved.
         report: What was checked.
-        task: Rows to tensors and back.
-        engine: Tensors to tensors.
+        task: Rows to arrays and back.
+        engine: Arrays to arrays.
         files: What its files held when it was loaded.
         scheduler: What runs the engine for many callers.
         options: Run-time options that it was loaded with; see ``options.MODEL_CONFIG``.

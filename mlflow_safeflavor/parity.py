@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mlflow_safeflavor.arrays import read_arrays, write_arrays
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, write_json
 from mlflow_safeflavor.errors import IntegrityError, ParityError
-from mlflow_safeflavor.kept import kept_random_state
+from mlflow_safeflavor.random_state import kept_random_state
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
-from mlflow_safeflavor.tensors import read_arrays, write_arrays
 
 __all__ = [
     "TOLERANCES",
@@ -168,7 +168,9 @@ def record(model: Predictor, rows: Sequence[Row], dtypes: Collection[str], layou
 
 
 def _features(model: Predictor, rows: Sequence[Row]) -> list[Features]:
-    """Rows as the tokenizer encodes them: recorded too, so that a tokenizer that drifted is named as such."""
+    """Rows as they are encoded, where the task records that."""
+    if not model.task.records_features:
+        return [{} for _ in rows]
     encoded = model.task.uncapped.encoded(rows, model.task.check_params(model.task.golden(model.task.config)))
     return [_recordable(model.task.pieces(row)) for row in encoded]
 

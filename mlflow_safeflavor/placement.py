@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor import structure as structures
 from mlflow_safeflavor.artifact import Layout
-from mlflow_safeflavor.devices import find_accelerator, is_out_of_memory, resolve_device
+from mlflow_safeflavor.devices import find_accelerator, resolve_device
 from mlflow_safeflavor.errors import PlacementError
+from mlflow_safeflavor.failures import is_out_of_memory
 from mlflow_safeflavor.inventory import Inventory, Slot, fill, find_meta, find_slots, some, take_inventory
 from mlflow_safeflavor.spec import AS_IS, DTYPES
 

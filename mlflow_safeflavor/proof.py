@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from mlflow_safeflavor.engine import named_tensors
 from mlflow_safeflavor.graph import Graph, GraphModule, Input
 from mlflow_safeflavor.inventory import Slot
+from mlflow_safeflavor.module_engine import named_tensors
 from mlflow_safeflavor.statedict import bits_equal
 
 __all__ = ["TEXT", "Forward", "Inputs", "Refusal", "prove"]
@@ -23,7 +23,7 @@ class Refusal(Exception):
 
 
 class Forward(torch.nn.Module):
-    """The forward as engines call it: named tensors in, named tensors out."""
+    """The forward as the engine of the module calls it: named tensors in, named tensors out."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()

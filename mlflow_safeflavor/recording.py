@@ -14,9 +14,9 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 
-from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.faults import find_faults
 from mlflow_safeflavor.graph import (
     DEVICE,
@@ -30,6 +30,7 @@ from mlflow_safeflavor.graph import (
     refs_of,
 )
 from mlflow_safeflavor.inventory import STORABLE, Slot, dtype_name
+from mlflow_safeflavor.module_engine import ModuleEngine, tensors_of
 from mlflow_safeflavor.operators import SIZES
 from mlflow_safeflavor.proof import TEXT, Forward, Inputs, Refusal, prove
 from mlflow_safeflavor.tasks.base import Row, Task
@@ -90,23 +91,23 @@ def _plain_attention() -> Iterator[None]:
 
 
 class _Listener:
-    """An engine that remembers what it was asked."""
+    """An engine that remembers with what it called the forward."""
 
     name = "listener"
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.device, self.dtype = engine, engine.device, engine.dtype
+    def __init__(self, engine: ModuleEngine) -> None:
+        self.engine, self.on_cpu = engine, engine.on_cpu
         self.heard: list[Inputs] = []
 
-    def __call__(self, inputs: Inputs) -> dict[str, torch.Tensor]:
-        self.heard.append({name: tensor.detach().clone().to(self.device) for name, tensor in inputs.items()})
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.heard.append(tensors_of(inputs, self.engine.device, self.engine.dtype))
         return self.engine(inputs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def generate(self, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
         raise Refusal("the model writes text token by token, with a cache that grows: that is no single forward")
 
 
-def examples_of(task: Task, engine: Engine, rows: Sequence[Row]) -> list[Inputs]:
+def examples_of(task: Task, engine: ModuleEngine, rows: Sequence[Row]) -> list[Inputs]:
     """What a task gives to the engine for these rows: all in one batch, and the first two alone.
 
     Raises:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -30,13 +30,13 @@ from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_ma
 from mlflow_safeflavor.batching import measure_forward_cost
 from mlflow_safeflavor.damage import require_undamaged
 from mlflow_safeflavor.dtypes import announced_cast, dtypes_of, serving_dtype
-from mlflow_safeflavor.engine import ModuleEngine, evaluating
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.given import Source
 from mlflow_safeflavor.graph_file import write_graph, write_reason
 from mlflow_safeflavor.kept import kept_module, kept_parameters
 from mlflow_safeflavor.load import LoadOptions, bind, rebuild
 from mlflow_safeflavor.model import LoadedModel, make_task
+from mlflow_safeflavor.module_engine import ModuleEngine, evaluating
 from mlflow_safeflavor.options import MODEL_CONFIG, run_time_options
 from mlflow_safeflavor.pinning import Pinning
 from mlflow_safeflavor.processor import write_processor
@@ -106,7 +106,7 @@ def save_model(
             that every tensor keeps its own. By default float32, and a cast to it is logged and recorded.
         input_columns: Field of the task → column name in requests, e.g. ``{"text": "buggy_code",
             "text_pair": "fixed_code"}``.
-        preprocess: For the custom task: ``(rows, tokenizer) -> dict of tensors``, the keyword arguments
+        preprocess: For the custom task: ``(rows, tokenizer) -> dict of arrays``, the keyword arguments
             of ``forward``. Importable, or pickled with ``allow_pickle``.
         postprocess: For the custom task: ``(outputs, rows) -> rows``.
         input_example: Rows as ``predict`` takes them; stored, checked, and replayed at each load. The
@@ -434,7 +434,7 @@ def _write_parity(
     """Record the golden rows. Returns the answers to the user's example, and the spec with what was measured."""
     examples = [] if source.example is None else model.task.rows(source.example)
     rows = [*examples, *model.task.golden_rows()]
-    if not model.scheduler.forward_cost and model.engine.device.type == "cpu":
+    if not model.scheduler.forward_cost and model.engine.on_cpu:
         # Stored, so that all hosts make the same batches: the bits of an answer depend on what shares its batch.
         model.answer(rows, model.task.golden(model.task.config))
         model.scheduler.forward_cost = measure_forward_cost(
@@ -451,7 +451,8 @@ def _write_graph(model: LoadedModel, source: Source, required: bool) -> bool:
     layout, slots = Layout(model.folder), inventories.find_slots(model.module)
     examples = [] if source.example is None else model.task.rows(source.example)
     try:
-        inputs = recording.examples_of(model.task, model.engine, [*examples, *model.task.golden_rows()])
+        engine = cast("ModuleEngine", model.engine)
+        inputs = recording.examples_of(model.task, engine, [*examples, *model.task.golden_rows()])
         alone, limit = model.spec.structure == "graph", getattr(model.task, "limit", None)
         graph, constants = recording.record(model.module, slots, inputs, limit=limit, alone=alone)
     except recording.Refusal as refusal:

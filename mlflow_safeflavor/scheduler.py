@@ -19,9 +19,9 @@ from typing import Any, cast
 from mlflow_safeflavor.batching import cut_into_batches
 from mlflow_safeflavor.cpu import available_cpus, use_threads
 from mlflow_safeflavor.deadline import Deadline
-from mlflow_safeflavor.devices import is_out_of_memory
-from mlflow_safeflavor.engine import Engine, named_failure
+from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import OverloadedError
+from mlflow_safeflavor.failures import is_out_of_memory, named_failure
 from mlflow_safeflavor.places import Places
 from mlflow_safeflavor.progress import Watch
 from mlflow_safeflavor.tasks.base import Features, RowOutput, Task

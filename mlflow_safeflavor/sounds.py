@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from mlflow_safeflavor.caps import Caps
 from mlflow_safeflavor.errors import InputError
@@ -174,6 +173,8 @@ def _decoded(data: bytes, kind: int, bits: int) -> np.ndarray:
 # Rates.
 
 _WIDTH, _ROLLOFF = 6, 0.99
+_WINDOWED = 1_000_000
+"""Samples that are laid out in windows at a time, each in as many as it is in: 4 MB."""
 _MOST_PHASES = 300_000
 """Old times new rate without their common divisors: the size of the filter. From 11,025 to 16,000 Hz it is 282,240."""
 
@@ -188,12 +189,15 @@ def _resampled(samples: np.ndarray, old: int, new: int) -> np.ndarray:
     """
     cutoff = min(old, new) * _ROLLOFF
     width = math.ceil(_WIDTH * old / cutoff)
-    times = torch.arange(-width, width + old, dtype=torch.float64) / old
-    times = (times - torch.arange(new, dtype=torch.float64)[:, None] / new) * cutoff
-    times = times.clamp(-_WIDTH, _WIDTH)
-    kernels = torch.sinc(times) * torch.cos(times * math.pi / _WIDTH / 2) ** 2 * (cutoff / old)
-    padded = torch.nn.functional.pad(torch.from_numpy(samples), (width, width + old))
-    # Phase by phase of the new rate: shape (new phases, steps), then step by step.
-    phases = torch.nn.functional.conv1d(padded[None, None], kernels.float()[:, None], stride=old)[0]
-    length = math.ceil(new * len(samples) / old)
-    return phases.T.reshape(-1)[:length].contiguous().numpy()
+    times = np.arange(-width, width + old)[:, None] / old - np.arange(new) / new
+    times = (times * cutoff).clip(-_WIDTH, _WIDTH)
+    # One column for each phase of the new rate.
+    kernels = np.sinc(times) * np.cos(times * math.pi / _WIDTH / 2) ** 2 * (cutoff / old)
+    padded = np.pad(samples, (width, width + old))
+    steps = np.lib.stride_tricks.sliding_window_view(padded, len(kernels))[::old]
+    phases: np.ndarray = np.empty((len(steps), new), np.float32)
+    together = max(1, _WINDOWED // len(kernels))
+    for start in range(0, len(steps), together):
+        part = slice(start, start + together)
+        np.matmul(np.ascontiguousarray(steps[part]), kernels.astype(np.float32), out=phases[part])
+    return phases.reshape(-1)[: math.ceil(new * len(samples) / old)]

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load as load_numpy
-from safetensors.numpy import save_file as save_numpy
+from safetensors import safe_open
 from safetensors.torch import load as load_bytes
 
+from mlflow_safeflavor.arrays import reading
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, write_json
 from mlflow_safeflavor.digests import FileDigests, digests_of
 from mlflow_safeflavor.errors import IntegrityError, StructureError, WeightsError
@@ -27,11 +24,9 @@ __all__ = [
     "ALIGNMENT",
     "hold_weights",
     "is_aligned",
-    "read_arrays",
     "read_constants",
     "read_inventory",
     "read_tensors",
-    "write_arrays",
     "write_constants",
     "write_tensors",
 ]
@@ -250,7 +245,7 @@ def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor
     values: dict[str, torch.Tensor] = {}
     for file in inventory.files:
         path = layout.data / file
-        with _reading(layout.name_of(path)), safe_open(layout.held.get(path, path), framework="pt") as opened:
+        with reading(layout.name_of(path)), safe_open(layout.held.get(path, path), framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 if name in values:
                     raise ValueError(f"{name!r} is in another file, too")
@@ -269,39 +264,8 @@ def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor
     return values
 
 
-@contextmanager
-def _reading(where: str) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError) as error:
-        raise IntegrityError("A safetensors file cannot be read", where=where, found=error, way_out=WAY_OUT) from None
-
-
 def _describe(facts: tuple[str, tuple[int, ...]] | None) -> str:
     return "no such tensor" if facts is None else f"{facts[0]}{list(facts[1])}"
-
-
-# --- plain arrays --------------------------------------------------------------------------------
-
-
-def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
-    """Write named arrays, as golden rows have them, as one safetensors file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_numpy(dict(arrays), path)
-
-
-def read_arrays(content: bytes, where: str) -> dict[str, np.ndarray]:
-    """Read what ``write_arrays`` wrote.
-
-    Args:
-        content: Of the file.
-        where: What messages call it.
-
-    Raises:
-        IntegrityError: It is not readable.
-    """
-    with _reading(where):
-        return dict(load_numpy(content))
 
 
 # --- constants of a graph ------------------------------------------------------------------------
@@ -320,5 +284,5 @@ def read_constants(layout: Layout) -> dict[str, torch.Tensor]:
     """
     if not layout.graph_tensors.exists():
         return {}
-    with _reading(layout.name_of(layout.graph_tensors)):
+    with reading(layout.name_of(layout.graph_tensors)):
         return {name: _aligned(value) for name, value in load_bytes(layout.read_bytes(layout.graph_tensors)).items()}

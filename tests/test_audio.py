@@ -138,7 +138,7 @@ def test_rows_of_different_lengths_share_a_forward_where_that_changes_nothing(mo
     assert task.groups(batch) == [[0, 1, 2, 3, 4]]
     inputs = task.collate(batch)
     assert inputs["input_values"].shape == inputs["attention_mask"].shape == (5, 6001)
-    assert inputs["attention_mask"].sum(dim=1).tolist() == list(LENGTHS)
+    assert inputs["attention_mask"].sum(axis=1).tolist() == list(LENGTHS)
     together = task.forward(model.engine, batch, params)
     for features, output in zip(batch, together, strict=True):
         (alone,) = task.forward(model.engine, [features], params)
@@ -245,6 +245,17 @@ def test_another_rate_is_resampled(rate):
     assert np.abs(found[inner] - tone(RATE)[inner]).max() < 5e-3
     same = read_sound({"raw": tone(rate), "sampling_rate": rate}, RATE, "", Caps())
     assert np.array_equal(found, same)
+
+
+def test_resampling_is_interpolation_by_a_windowed_sinc(monkeypatch):
+    monkeypatch.setattr("mlflow_safeflavor.sounds._WINDOWED", 2000)  # several parts
+    samples, old, new = sound(6000), 441, 160
+    found = read_sound({"array": samples, "sampling_rate": 44_100}, RATE, "", Caps())
+    cutoff = new * 0.99
+    for place in (0, 1, 159, 160, 777, len(found) - 1):
+        times = ((np.arange(len(samples)) * new - place * old) / (old * new) * cutoff).clip(-6, 6)
+        kernel = np.sinc(times) * np.cos(times * np.pi / 12) ** 2 * cutoff / old
+        assert found[place] == pytest.approx(kernel @ samples.astype(float), abs=2e-6)
 
 
 def test_what_the_new_rate_cannot_hold_is_filtered_out():

@@ -91,7 +91,7 @@ def test_hooks_get_every_kind_of_cell(save, cell):
     loaded = save([{"c": cell}, {"c": cell}])
     found = loaded.predict([{"c": cell}])
     assert found["cell"].tolist() == [type(cell).__name__]
-    assert isinstance(found["y"].iloc[0], list), "a tensor in an answer becomes a list"
+    assert isinstance(found["y"].iloc[0], list), "an array in an answer becomes a list"
 
 
 def test_a_value_that_cannot_be_stored_is_named(save):
@@ -104,6 +104,28 @@ def test_a_value_that_cannot_be_stored_is_named(save):
 def test_answers_become_plain():
     value = {"t": torch.ones(2, dtype=torch.bfloat16), "n": np.float32(0.5), "a": [np.arange(2)], "d": b"x", "m": None}
     assert plain(value) == {"t": [1.0, 1.0], "n": 0.5, "a": [[0, 1]], "d": b"x", "m": None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, "float64", "float32"], ids=str)
+def test_hooks_give_tensors_or_arrays_of_any_width_and_get_arrays(save, dtype):
+    def pre(rows, tokenizer):
+        x = numbers(rows, tokenizer)["x"]
+        return {"x": x.to(dtype) if isinstance(dtype, torch.dtype) else x.numpy().astype(dtype)}
+
+    def post(outputs, rows):
+        outputs["y"] += 0  # nobody else's
+        return [{"y": y, "kind": f"{type(y).__name__} of {outputs['y'].dtype}"} for y in outputs["y"]]
+
+    loaded = save(ROWS, pre, post)
+    found = loaded.predict(ROWS)
+    assert set(found["kind"]) == {"ndarray of float32"}
+    assert np.allclose(found["y"].tolist(), loaded.module(**numbers(ROWS, None))["y"], atol=1e-6)
+
+
+def test_an_array_of_something_else_than_numbers_is_named(save):
+    with pytest.raises(StructureError, match="preprocess must give") as caught:
+        save(ROWS, lambda rows, tokenizer: {"x": np.array([str(row["c"]) for row in rows], object)})
+    assert caught.value.found == "x: ndarray of object"
 
 
 def test_hooks_see_all_rows_of_a_request(save):
@@ -148,7 +170,7 @@ def test_answers_as_a_table_and_shared_tensors(save):
         return {**numbers(rows, tokenizer), "shift": np.array([[0.5, -0.5]], np.float32)}
 
     def post(outputs, rows):
-        return pd.DataFrame({"a": outputs["y"][:, 0].numpy(), "b": outputs["y"][:, 1].numpy()}, index=range(7, 12))
+        return pd.DataFrame({"a": outputs["y"][:, 0], "b": outputs["y"][:, 1]}, index=range(7, 12))
 
     loaded = save(ROWS, pre, post)
     shifted = loaded.module.out(numbers(ROWS, None)["x"]) + torch.tensor([[0.5, -0.5]])

@@ -13,7 +13,7 @@ from artifacts import TEXTS, edit_json, reseal
 from transformers import GPT2Config, GPT2LMHeadModel, ModernBertConfig, ModernBertModel
 
 import mlflow_safeflavor
-from mlflow_safeflavor import devices, placement, precision
+from mlflow_safeflavor import devices, failures, placement, precision
 from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.devices import resolve_device
 from mlflow_safeflavor.errors import OverloadedError, ParityError, PlacementError
@@ -509,7 +509,7 @@ def test_arrays_without_room_are_no_fault_of_the_arrays(tmp_path, monkeypatch):
     ids=str,
 )
 def test_what_counts_as_out_of_memory(error, is_memory):
-    assert devices.is_out_of_memory(error) is is_memory
+    assert failures.is_out_of_memory(error) is is_memory
 
 
 # TF32

@@ -45,7 +45,7 @@ def pre(rows, tokenizer):
 def post(outputs, rows):
     if any(row["v"] == "7" for row in rows):
         raise KeyError("seven")
-    return [{"y": float(value)} for value in outputs["output_0"]]
+    return [{"y": float(value[0])} for value in outputs["output_0"]]
 """
 
 

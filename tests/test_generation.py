@@ -13,8 +13,8 @@ from transformers import GenerationConfig, T5ForConditionalGeneration, pipeline
 from writers import ALL, DECODERS, ENCODER_DECODERS, ODD_DECODERS, byte_tokenizer, writer
 
 import mlflow_safeflavor
-from mlflow_safeflavor.engine import ModuleEngine
 from mlflow_safeflavor.errors import InputError, ParityError, StructureError
+from mlflow_safeflavor.module_engine import ModuleEngine
 from mlflow_safeflavor.tasks import infer_task, task_class
 from mlflow_safeflavor.tasks.text2text_generation import Text2TextGeneration
 from mlflow_safeflavor.tasks.text_generation import TextGeneration
@@ -431,7 +431,7 @@ def test_each_kind_is_refused_under_the_others_task(tiny_bert):
 def test_an_engine_that_cannot_write_says_so():
     engine = ModuleEngine(torch.nn.Linear(1, 1), torch.device("cpu"), torch.float32)
     with pytest.raises(StructureError, match="cannot write text"):
-        engine.generate({"input_ids": torch.ones(1, 1)}, {})
+        engine.generate({"input_ids": np.ones((1, 1))}, {})
 
 
 @pytest.mark.parametrize("alias", ["summarization", "translation_en_to_de", "translation"])

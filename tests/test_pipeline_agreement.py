@@ -18,8 +18,8 @@ from test_tokenizer import _byte_level, _unigram, _wrapped
 from transformers import AutoTokenizer, pipeline
 
 import mlflow_safeflavor
-from mlflow_safeflavor.engine import ModuleEngine
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.module_engine import ModuleEngine
 from mlflow_safeflavor.tasks import task_class
 from mlflow_safeflavor.tokenizer import TextEncoder, write_tokenizer
 

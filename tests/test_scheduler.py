@@ -374,7 +374,7 @@ def test_the_measure_finds_what_a_call_costs(saved, monkeypatch, call, token, wa
     monkeypatch.setattr(batching.time, "perf_counter", lambda: clock[0])
 
     def engine(inputs):
-        clock[0] += call + token * inputs["input_ids"].numel()
+        clock[0] += call + token * inputs["input_ids"].size
         return model.engine(inputs)
 
     rows = [{"text": "a"}, {"text": "the cat sat on the mat " * 4}]

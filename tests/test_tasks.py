@@ -14,12 +14,13 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from mlflow_safeflavor.answers import predict_rows
-from mlflow_safeflavor.engine import ModuleEngine
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.module_engine import ModuleEngine
 from mlflow_safeflavor.rows import rows_of
 from mlflow_safeflavor.scheduler import Scheduler
 from mlflow_safeflavor.tasks import TASKS, infer_task, task_class
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
+from mlflow_safeflavor.tasks.fill_mask import FillMask
 from mlflow_safeflavor.tasks.text_classification import TextClassification
 from mlflow_safeflavor.tokenizer import TextEncoder, write_tokenizer
 
@@ -47,7 +48,7 @@ class Bound:
         self.batches = []
 
     def __call__(self, inputs):
-        self.batches.append({name: tensor.clone() for name, tensor in inputs.items()})
+        self.batches.append({name: array.copy() for name, array in inputs.items()})
         return self.engine(inputs)
 
     def rows(self, *columns):
@@ -267,7 +268,7 @@ def test_rows_are_filled_up_with_the_models_padding_token(bound, tiny_tokenizer)
         task.ask(["dog", "the cat sat"])
         (batch,) = task.batches
         assert batch["input_ids"][1].tolist()[-2:] == [7, 7]
-        assert batch["input_ids"].dtype == torch.int64
+        assert batch["input_ids"].dtype == np.int64
 
 
 def test_a_classifier_without_padding_token_runs_row_by_row(bound, tiny_tokenizer):
@@ -298,16 +299,27 @@ POOLED = {"normalize": False, "prompts": {}, "include_prompt": True}
 @pytest.mark.parametrize(("pooling", "wanted"), [("cls", [[1.0], [5.0]]), ("last", [[2.0], [6.0]])])
 def test_the_first_and_last_real_token_on_either_side_of_padding(pooling, wanted):
     task = FeatureExtraction({**POOLED, "pooling": [pooling]}, {"text": "text"})
-    hidden = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
-    mask = torch.tensor([[True, True, False], [False, True, True]])
+    hidden = np.array([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
+    mask = np.array([[True, True, False], [False, True, True]])
     assert [output["embedding"].tolist() for output in task.read({"last_hidden_state": hidden}, mask)] == wanted
 
 
 def test_nan_at_padding_positions_does_not_reach_the_mean(classifier):
     task = FeatureExtraction({**POOLED, "pooling": ["mean"]}, {"text": "text"})
-    hidden = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [float("nan")] * 2]])
-    (output,) = task.read({"last_hidden_state": hidden}, torch.tensor([[True, True, False]]))
+    hidden = np.array([[[1.0, 2.0], [3.0, 4.0], [float("nan")] * 2]])
+    (output,) = task.read({"last_hidden_state": hidden}, np.array([[True, True, False]]))
     assert output["embedding"].tolist() == [2.0, 3.0]
+
+
+def test_scores_of_a_whole_vocabulary_bound_a_batch(bound, tiny_tokenizer, monkeypatch):
+    task = bound(FillMask, tiny_model("Bert", "ForMaskedLM"), tiny_tokenizer)
+    rows = [f"the {tiny_tokenizer.mask_token} {text}" for text in ("dog", "cat", "dog ran", "cat sat")]
+    wanted = task.answers(rows)
+    assert len(task.batches) == 1
+    monkeypatch.setattr("mlflow_safeflavor.tasks.fill_mask._SCORES", 12 * task.task.encoder.size)
+    again = task.answers(rows)
+    assert max(batch["input_ids"].size for batch in task.batches[1:]) == 12
+    assert [answer["token"] for answer in again] == [answer["token"] for answer in wanted]
 
 
 # Length.
@@ -430,7 +442,7 @@ def test_an_answer_that_is_no_number_names_the_row(classifier):
 
 @pytest.mark.parametrize(
     "outputs",
-    [{"last_hidden_state": torch.zeros(1, 3, 3)}, {"logits": torch.zeros(1, 2)}, {"logits": torch.zeros(2, 3)}, {}],
+    [{"last_hidden_state": np.zeros((1, 3, 3))}, {"logits": np.zeros((1, 2))}, {"logits": np.zeros((2, 3))}, {}],
     ids=["another name", "another label count", "another row count", "nothing"],
 )
 def test_a_model_that_returns_something_else(classifier, outputs):
@@ -442,7 +454,7 @@ def test_a_model_that_returns_something_else(classifier, outputs):
 
 def test_a_module_that_names_no_outputs_is_read_by_position(classifier):
     features = classifier.task.encoded([{"text": "a"}], classifier.task.check_params({}))
-    (output,) = classifier.task.forward(lambda inputs: {"output_0": torch.ones(1, 3)}, features, {})
+    (output,) = classifier.task.forward(lambda inputs: {"output_0": np.ones((1, 3))}, features, {})
     assert output["logits"].tolist() == [1, 1, 1]
 
 

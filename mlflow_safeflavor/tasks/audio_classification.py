@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.sounds import read_sound, record_sound, to_wav
@@ -14,6 +13,9 @@ from mlflow_safeflavor.tasks.arguments import arguments_of
 from mlflow_safeflavor.tasks.base import Features, Row
 from mlflow_safeflavor.tasks.classification import describe_labels
 from mlflow_safeflavor.tasks.processed import ProcessedTask
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["AudioClassification"]
 
@@ -82,19 +84,22 @@ class AudioClassification(ProcessedTask):
         return record_sound(value, self.rate, where, self.caps)
 
     def cost(self, features: Features) -> int:
-        numbers: int = max(tensor.numel() for tensor in features.values())
+        numbers: int = max(array.size for array in features.values())
         return max(1, numbers // _NUMBERS)
 
     def groups(self, batch: Sequence[Features]) -> list[list[int]]:
         return [list(range(len(batch)))] if self.config["pads"] else super().groups(batch)
 
-    def collate(self, batch: Sequence[Features]) -> dict[str, torch.Tensor]:
+    def collate(self, batch: Sequence[Features]) -> dict[str, np.ndarray]:
         if len({len(features["input_values"]) for features in batch if self.config["pads"]}) < 2:
             return super().collate(batch)
         # A mask even where the processor makes none: without it, it would be as if all were real.
-        masks = [torch.ones(len(features["input_values"]), dtype=torch.long) for features in batch]
-        tables = {"input_values": [features["input_values"] for features in batch], "attention_mask": masks}
-        return {name: torch.nn.utils.rnn.pad_sequence(table, batch_first=True) for name, table in tables.items()}
+        sounds = [features["input_values"] for features in batch]
+        values = np.zeros((len(batch), max(map(len, sounds))), sounds[0].dtype)
+        mask = np.zeros(values.shape, np.int64)
+        for line, real, sound in zip(values, mask, sounds, strict=True):
+            line[: len(sound)], real[: len(sound)] = sound, 1
+        return {"input_values": values, "attention_mask": mask}
 
 
 def _receptive_field(config: Any) -> int:

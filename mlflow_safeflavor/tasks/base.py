@@ -1,4 +1,4 @@
-"""The shape every task has. Data flows one way: rows → features → pieces → tensors → row outputs → answers."""
+"""The shape every task has. Data flows one way: rows → features → pieces → arrays → row outputs → answers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
-import torch
 from mlflow.models import ModelSignature
 
 from mlflow_safeflavor.caps import Caps
@@ -18,6 +17,9 @@ from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.rows import Row, count_rows, place, require_clean, rows_of
 from mlflow_safeflavor.tasks.params import Param, check_defaults, check_params, with_defaults
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Features", "Row", "RowOutput", "Task"]
 
@@ -66,6 +68,8 @@ class Task(ABC):
     """Whether only the user's example tells columns, signature and golden rows."""
     task_options: ClassVar[frozenset[str]] = frozenset()
     """Keys of the user's ``model_config`` that belong to the task and are fixed at save."""
+    records_features: ClassVar[bool] = True
+    """Whether golden rows hold their features, so that a tokenizer that drifted is named as such."""
     reads_files: ClassVar[bool] = False
     """Whether texts in cells may be files in base64, so that their characters are not capped."""
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
+from mlflow_safeflavor.arrays import array_of, is_tensor
 from mlflow_safeflavor.errors import InputError
 
 __all__ = ["from_json", "plain", "sent", "to_json"]
@@ -25,9 +25,8 @@ def plain(value: Any) -> Any:
 
     Texts, bytes, dates and decimals stay as they are. Nobody else's memory is in what comes back.
     """
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        value = (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
+    if is_tensor(value):
+        value = array_of(value)
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     if isinstance(value, Mapping):
@@ -68,9 +67,8 @@ def to_json(value: Any, where: str) -> Any:
         return {key: to_json(item, where) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_json(item, where) for item in value]
-    if isinstance(value, torch.Tensor):
-        value = plain(value)
-        return to_json(value, where)
+    if is_tensor(value):
+        return to_json(plain(value), where)
     if value is pd.NaT or value is pd.NA:
         return _tagged("NaT" if value is pd.NaT else "NA", "")
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufcMmSU":

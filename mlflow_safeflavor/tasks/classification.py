@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.caps import Caps
@@ -14,6 +13,9 @@ from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.tasks.base import Row, RowOutput
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, sigmoid, softmax
 from mlflow_safeflavor.tasks.params import Param
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "FUNCTION",
@@ -74,9 +76,9 @@ def labels_of(model: torch.nn.Module) -> list[str]:
     return [labels[i] for i in range(len(labels))]
 
 
-def read_logits(outputs: Mapping[str, torch.Tensor], rows: int, labels: Sequence[str]) -> list[RowOutput]:
+def read_logits(outputs: Mapping[str, np.ndarray], rows: int, labels: Sequence[str]) -> list[RowOutput]:
     """``logits`` of each row, shape (labels,). Raises ``StructureError`` for a model that returns something else."""
-    return [{"logits": row} for row in pick(outputs, "logits", (rows, len(labels))).cpu().numpy()]
+    return [{"logits": row} for row in pick(outputs, "logits", (rows, len(labels)))]
 
 
 def describe_labels(model: torch.nn.Module, *, one_label: str = "sigmoid") -> dict[str, Any]:

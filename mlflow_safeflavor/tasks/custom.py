@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from mlflow.models import ModelSignature
 
+from mlflow_safeflavor.arrays import array_of, is_tensor
 from mlflow_safeflavor.artifact import WAY_OUT
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import AnswerError, InputError, IntegrityError, SafeFlavorError, StructureError
@@ -19,22 +19,24 @@ from mlflow_safeflavor.releases import inferred_signature
 from mlflow_safeflavor.rows import place, rows_of
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 from mlflow_safeflavor.tasks.cells import from_json, plain, sent, to_json
-from mlflow_safeflavor.tasks.outputs import own_array
 from mlflow_safeflavor.tasks.params import Param, param_of, param_schema
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Custom"]
 
 _BATCH_ROWS = 32
 
 
-class _Outputs(dict[str, torch.Tensor]):
+class _Outputs(dict[str, np.ndarray]):
     """Outputs of forward for the rows of a request; names those that are not one a row when they are asked for."""
 
-    def __init__(self, outputs: Mapping[str, torch.Tensor], left_out: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, outputs: Mapping[str, np.ndarray], left_out: Mapping[str, Sequence[int]]) -> None:
         super().__init__(outputs)
         self._left_out = left_out
 
-    def __missing__(self, name: str) -> torch.Tensor:
+    def __missing__(self, name: str) -> np.ndarray:
         if name in self._left_out:
             raise StructureError(
                 "An output of forward does not have the rows of its batch as its first dimension",
@@ -76,11 +78,12 @@ class Custom(Task):
     """Rows of any columns, through two hooks, each called once for all rows of a request.
 
     ``preprocess(rows, tokenizer)`` takes a list of dicts, by column name, and gives the keyword arguments of
-    ``forward``: a dict of tensors or arrays. Those whose first dimension is the rows are cut into batches of
-    ``batch_rows``; the others go along with each batch. ``postprocess(outputs, rows)`` takes the dict of output
-    tensors, with the rows of the request as first dimension, and the same rows, and gives one dict a row, or a
-    DataFrame. A hook with an argument ``params`` gets the params of the request, one with ``processor`` the
-    processor that was saved. Both may be called from many threads.
+    ``forward``: a dict of numpy arrays, or of tensors, which become arrays; floating point numbers reach
+    ``forward`` in the serving dtype. Those whose first dimension is the rows are cut into batches of ``batch_rows``;
+    the others go along with each batch. ``postprocess(outputs, rows)`` takes the dict of output arrays, with the rows
+    of the request as first dimension and halves as float32, and the same rows, and gives one dict a row, or a
+    DataFrame. A hook with an argument ``params`` gets the params of the request, one with ``processor`` the processor
+    that was saved. Both may be called from many threads.
 
     Cells may be None, NaN, bytes, arrays, numpy values, dates and decimals. Answers may hold the same; arrays and
     tensors in them become lists.
@@ -167,8 +170,8 @@ class Custom(Task):
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         by_column = [self._by_column(row) for row in rows]
         inputs = self._preprocessed(by_column, params, range(len(rows)))
-        rowwise = {name: t for name, t in inputs.items() if t.dim() and t.shape[0] == len(rows)}
-        shared = {name: t for name, t in inputs.items() if name not in rowwise}
+        rowwise = {name: array for name, array in inputs.items() if array.ndim and len(array) == len(rows)}
+        shared = {name: array for name, array in inputs.items() if name not in rowwise}
         for i in range(len(rows)):
             yield {"inputs": (i, rowwise), "shared": shared}
 
@@ -177,7 +180,7 @@ class Custom(Task):
 
     def _preprocessed(
         self, rows: list[dict[str, Any]], params: Mapping[str, Any], numbers: Sequence[int]
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, np.ndarray]:
         try:
             with _failing("preprocess", numbers):
                 made = _call(self.preprocess, (rows, self.tokenizer()), params=params, processor=self.processor)
@@ -188,13 +191,13 @@ class Custom(Task):
                     self._preprocessed(rows[:half], params, numbers[:half])
                     self._preprocessed(rows[half:], params, numbers[half:])
             raise
-        if not isinstance(made, Mapping) or not all(isinstance(v, (torch.Tensor, np.ndarray)) for v in made.values()):
+        if not isinstance(made, Mapping) or not all(map(_is_numbers, made.values())):
             raise StructureError(
                 "preprocess must give the keyword arguments of forward",
-                wanted="a dict of tensors or arrays",
+                wanted="a dict of arrays or tensors",
                 found=_kinds(made),
             )
-        return {str(name): torch.as_tensor(value) for name, value in made.items()}
+        return {str(name): array_of(value) if is_tensor(value) else value for name, value in made.items()}
 
     def holds(self, features: Features) -> int:
         return 0  # postprocess sees all rows of a request together
@@ -218,10 +221,10 @@ class Custom(Task):
         """One forward over rows of one request."""
         numbers = [features["inputs"][0] for features in batch]
         rowwise = batch[0]["inputs"][1]
-        inputs = {**{name: tensor[numbers] for name, tensor in rowwise.items()}, **batch[0]["shared"]}
+        inputs = {**{name: array[numbers] for name, array in rowwise.items()}, **batch[0]["shared"]}
         try:
             with _failing("forward", numbers):
-                outputs = {name: own_array(tensor) for name, tensor in engine(inputs).items()}
+                outputs = engine(inputs)
         except SafeFlavorError as error:
             half = len(batch) // 2
             if half and error.__cause__ is not None:  # which row it was shows by asking less
@@ -294,10 +297,15 @@ def _call(hook: Callable[..., Any], arguments: Sequence[Any], *, params: Any, pr
     return hook(*arguments, **extra)
 
 
+def _is_numbers(value: Any) -> bool:
+    return is_tensor(value) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc")
+
+
 def _kinds(inputs: Any) -> str:
     if not isinstance(inputs, Mapping):
         return type(inputs).__name__
-    return ", ".join(f"{name}: {type(value).__name__}" for name, value in inputs.items())
+    kinds = {name: f" of {v.dtype}" if isinstance(v, np.ndarray) else "" for name, v in inputs.items()}
+    return ", ".join(f"{name}: {type(value).__name__}{kinds[name]}" for name, value in inputs.items())
 
 
 def _kinds_of(answers: Any) -> str:
@@ -324,7 +332,7 @@ def _by_row(outputs: Mapping[str, np.ndarray], rows: int) -> list[RowOutput]:
 
 
 def _together(outputs: Sequence[RowOutput]) -> _Outputs:
-    """The outputs of all rows, as tensors with the rows first; a list of tensors where their shapes differ.
+    """The outputs of all rows, as arrays with the rows first; a list of arrays where their shapes differ.
 
     One that happened to be as long as its batch, and not as the next, is none of one row.
     """
@@ -333,7 +341,7 @@ def _together(outputs: Sequence[RowOutput]) -> _Outputs:
         left_out |= getattr(output, "left_out", {})
     found: dict[str, Any] = {}
     for name in outputs[0].keys() - left_out.keys():
-        tensors = [torch.as_tensor(output[name]) for output in outputs]
-        same = len({tensor.shape for tensor in tensors}) == 1
-        found[name] = torch.stack(tensors) if same else tensors
+        arrays = [output[name] for output in outputs]
+        same = len({array.shape for array in arrays}) == 1
+        found[name] = np.stack(arrays) if same else [array.copy() for array in arrays]
     return _Outputs(found, left_out)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from mlflow.types import DataType
 
-from mlflow_safeflavor.embedding import POOLINGS, Embedder, pool
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.pooling import POOLINGS, pool
 from mlflow_safeflavor.releases import Array, answer_of
 from mlflow_safeflavor.rows import require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
-from mlflow_safeflavor.tasks.outputs import pick, require_finite
+from mlflow_safeflavor.tasks.outputs import normalized, pick, require_finite
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["FeatureExtraction"]
 
@@ -63,6 +65,8 @@ class FeatureExtraction(TextTask):
 
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+        from mlflow_safeflavor.embedding import Embedder
+
         tokens = model.transformer if isinstance(model, Embedder) else model
         # An encoder taken out of such a model keeps its config.
         both = any(name.rpartition(".")[2] == "decoder" for name, _ in tokens.named_modules())
@@ -135,22 +139,20 @@ class FeatureExtraction(TextTask):
         (row,) = self.encoder.encode([prompt], max_length=self.limit, spans=True)
         return len(row["input_ids"]) - int(row["sequence_ids"][-1] < 0)
 
-    def collate(self, batch: Sequence[Features]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def collate(self, batch: Sequence[Features]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """As any text; the mask tells what is pooled."""
         inputs, mask = super().collate(batch)
         if not self.config["include_prompt"]:
-            mask = self._filled([row["pooling_mask"] for row in batch], 0).bool()
-        return inputs if self.config["pooling"] else {**inputs, "pooling_mask": mask.long()}, mask
+            mask = self._filled([row["pooling_mask"] for row in batch], 0).astype(bool)
+        return inputs if self.config["pooling"] else {**inputs, "pooling_mask": mask.astype(np.int64)}, mask
 
-    def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
+    def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:
         if self.config["pooling"]:
             hidden = pick(outputs, "last_hidden_state", (*mask.shape, None))
-            pooled = pool(hidden, mask.to(hidden.device), self.config["pooling"])
+            pooled = [pool(row, real, self.config["pooling"]) for row, real in zip(hidden, mask, strict=True)]
         else:
-            pooled = pick(outputs, "sentence_embedding", (len(mask), None))
-        if self.config["normalize"]:
-            pooled = torch.nn.functional.normalize(pooled, dim=1)
-        return [{"embedding": row} for row in pooled.cpu().numpy()]
+            pooled = [*pick(outputs, "sentence_embedding", (len(mask), None))]
+        return [{"embedding": normalized(row) if self.config["normalize"] else row} for row in pooled]
 
     def decode(
         self,
@@ -166,7 +168,7 @@ class FeatureExtraction(TextTask):
             require_finite([vector], i)
             vector = vector[: params["truncate_dim"] or None]
             if params["normalize_embeddings"]:
-                vector = vector / np.linalg.norm(vector[None], axis=1).clip(1e-12)
+                vector = normalized(vector)
             yield {"embedding": vector.tolist()}
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from mlflow.types import DataType
 
 from mlflow_safeflavor.errors import InputError, StructureError
@@ -16,6 +15,9 @@ from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["FillMask"]
 
@@ -35,6 +37,9 @@ _PREDICTION = {
     "score": DataType.double,
     "sequence": DataType.string,
 }
+
+_SCORES = 64_000_000
+"""Of one forward: a score for each token of the vocabulary at each place, 256 MB in float32."""
 
 # Gaps come early, where no tokenizer is so fine that they would be cut off.
 _GOLDEN_TEXTS = (
@@ -117,6 +122,10 @@ class FillMask(TextTask):
             self.caps.require_answers(tokens, len(rows), where=where, instead=instead)
             yield encoded
 
+    def batch_budget(self, max_batch_tokens: int) -> int:
+        most: int = _SCORES // self.encoder.size
+        return min(max_batch_tokens, max(1, most))
+
     def holds(self, features: Features) -> int:
         # A score for each token of the vocabulary in each gap.
         scores: int = self.encoder.size * self._gaps(features["input_ids"])
@@ -139,16 +148,14 @@ class FillMask(TextTask):
                 way_out="shorten the text before the gap" if written else f"write {self.mask_token!r} into the text",
             )
 
-    def collate(self, batch: Sequence[Features]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def collate(self, batch: Sequence[Features]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """As any text, but the mask tells the gaps: no other place is read."""
         inputs, mask = super().collate(batch)
         return inputs, mask & (inputs["input_ids"] == self.encoder.config["mask_token_id"])
 
-    def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
-        # Gaps first: in float32 the scores of a whole vocabulary at every place would be gigabytes.
-        gaps = {name: tensor[mask.to(tensor.device)] for name, tensor in outputs.items() if _covers(tensor, mask)}
-        logits = pick(gaps, "logits", (int(mask.sum()), None)).cpu().numpy()
-        return [{"logits": row} for row in np.split(logits, np.cumsum(mask.sum(dim=1).numpy())[:-1])]
+    def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:
+        logits = pick(outputs, "logits", (*mask.shape, None))
+        return [{"logits": row[gaps]} for row, gaps in zip(logits, mask, strict=True)]
 
     def decode(
         self,
@@ -189,7 +196,3 @@ def _best(scores: np.ndarray, targets: Sequence[int], top_k: int) -> np.ndarray:
     chosen: np.ndarray = np.asarray(targets) if targets else np.arange(len(scores))
     best: np.ndarray = chosen[np.argsort(-scores[chosen], kind="stable")[:top_k]]
     return best
-
-
-def _covers(tensor: torch.Tensor, mask: torch.Tensor) -> bool:
-    return tensor.shape[:2] == mask.shape and tensor.dim() == 3

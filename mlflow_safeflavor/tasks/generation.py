@@ -6,20 +6,22 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
-from mlflow_safeflavor.engine import Engine, ModuleEngine, evaluating
+from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
-from mlflow_safeflavor.tasks.outputs import require_finite, wide
+from mlflow_safeflavor.tasks.outputs import require_finite
 from mlflow_safeflavor.tasks.params import Param, check_params, param_schema
 from mlflow_safeflavor.tasks.sampling import SAMPLING, sampler
 from mlflow_safeflavor.tasks.text import TRUNCATION, TextTask, describe_text_model
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["GENERATION_PARAMS", "Generation"]
 
@@ -265,13 +267,13 @@ class Generation(TextTask):
         """Token behind a text that ended before those beside it: the end once more, so that nothing follows an end."""
         return next(iter(self.ends), self.config["pad_token_id"] or 0)
 
-    def collate(self, batch: Sequence[Features]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def collate(self, batch: Sequence[Features]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         ids = [row["input_ids"] for row in batch]
         mask = self._filled([[1] * len(row) for row in ids], 0)
         inputs = {"input_ids": self._filled(ids, self.pad_id)}
         if "attention_mask" in self.config["input_names"]:
             inputs["attention_mask"] = mask
-        return inputs, mask.bool()
+        return inputs, mask.astype(bool)
 
     def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
         outputs: dict[int, RowOutput] = {}
@@ -320,17 +322,17 @@ class Generation(TextTask):
             return []
         return sampler({**self.config["generation"], **params}, rows, params["seed"])
 
-    def _start(self, mask: torch.Tensor) -> int:
+    def _start(self, mask: np.ndarray) -> int:
         """Where in a sequence that which was written starts."""
         return 1 if self.encoder_decoder else mask.shape[1]
 
-    def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
-        written = outputs["sequences"][:, self._start(mask) :].cpu().numpy()
+    def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:
+        written = outputs["sequences"][:, self._start(mask) :]
         rows: list[RowOutput] = [{"ids": self._until_end(line)} for line in written]
         if "logits" not in outputs:
             return rows
-        logits = wide(outputs["logits"]).cpu().numpy()
-        return [{**row, "logits": said[: len(row["ids"])]} for row, said in zip(rows, logits, strict=True)]
+        said = zip(rows, outputs["logits"], strict=True)
+        return [{**row, "logits": logits[: len(row["ids"])]} for row, logits in said]
 
     def _until_end(self, ids: np.ndarray) -> np.ndarray:
         ends = np.flatnonzero(np.isin(ids, self.ends))
@@ -381,6 +383,8 @@ class _Stop:
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Bool of shape (rows,)."""
+        import torch
+
         written = input_ids[:, self.start :].tolist()
         done = [_first(self.text_of(ids), self.stop) is not None for ids in written]
         return torch.tensor(done, device=input_ids.device)
@@ -437,6 +441,10 @@ def _ignores_padding(cls: type[Generation], model: Any, config: Mapping[str, Any
     Tried, because no attribute says so: recurrent models read what is masked, or mix the rows of a batch up, and some
     decoders count positions from the padding on.
     """
+    import torch
+
+    from mlflow_safeflavor.module_engine import ModuleEngine, evaluating
+
     task = cls(config, {"text": "text"})
     special = {config["pad_token_id"], config["generation"].get("bos_token_id"), *task.ends}
     size = min(7, (config["max_length"] or 9) - 2)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from mlflow_safeflavor.images import read_image, record_image
 from mlflow_safeflavor.tasks.arguments import arguments_of
 from mlflow_safeflavor.tasks.base import Features, Row
 from mlflow_safeflavor.tasks.classification import describe_labels
 from mlflow_safeflavor.tasks.processed import ProcessedTask
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ImageClassification"]
 

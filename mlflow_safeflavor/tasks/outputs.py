@@ -6,18 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
+from mlflow_safeflavor.arrays import is_tensor
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.rows import place
 
-__all__ = ["own", "own_array", "pick", "require_finite", "sigmoid", "softmax", "wide"]
+__all__ = ["normalized", "own", "pick", "require_finite", "sigmoid", "softmax"]
 
 
-def pick(
-    outputs: Mapping[str, torch.Tensor], name: str, shape: Sequence[int | None], position: int = 0
-) -> torch.Tensor:
-    """An output of the model in float32 at least, by its name, or by its position where the model names none.
+def pick(outputs: Mapping[str, np.ndarray], name: str, shape: Sequence[int | None], position: int = 0) -> np.ndarray:
+    """An output of the model, by its name, or by its position where the model names none.
 
     Args:
         outputs: What the engine returned.
@@ -28,33 +26,17 @@ def pick(
     Raises:
         StructureError: There is none, or it has another shape.
     """
-    tensor = outputs.get(name, outputs.get(f"output_{position}"))
-    found = None if tensor is None else tuple(tensor.shape)
+    array = outputs.get(name, outputs.get(f"output_{position}"))
+    found = None if array is None else array.shape
     if found is None or len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found, strict=True)):
         raise StructureError(
             f"The model does not return what its task reads: {name}",
             where="output of forward",
             wanted=f"{name}, shape ({', '.join('any' if length is None else str(length) for length in shape)})",
-            found=", ".join(f"{key} {tuple(value.shape)}" for key, value in outputs.items()) or "no tensor",
+            found=", ".join(f"{key} {value.shape}" for key, value in outputs.items()) or "no tensor",
             way_out="choose the task this model was made for: task=...",
         )
-    assert tensor is not None  # noqa: S101  (for mypy; found says so)
-    return wide(tensor)
-
-
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32, which halves become because numpy knows none; or in float64, where the model answers in that."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def own_array(tensor: torch.Tensor) -> np.ndarray:
-    """An output as an array that shares no memory with anything: a forward may return a weight, or its input, as it is.
-
-    Numpy knows no halves: these become float32.
-    """
-    known = not tensor.is_floating_point() or tensor.dtype in (torch.float32, torch.float64)
-    dtype = tensor.dtype if known else torch.float32
-    array: np.ndarray = tensor.detach().to("cpu", dtype, copy=True).numpy()
+    assert array is not None  # noqa: S101  (for mypy; found says so)
     return array
 
 
@@ -62,7 +44,7 @@ def own(value: Any) -> Any:
     """An answer that shares no memory with anything: arrays, tensors, lists and dicts, at any depth, are copied."""
     if isinstance(value, np.ndarray):
         return value.copy()
-    if isinstance(value, torch.Tensor):
+    if is_tensor(value):
         return value.detach().clone()
     if isinstance(value, dict):
         return {name: own(item) for name, item in value.items()}
@@ -104,3 +86,10 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     small = np.exp(-np.abs(logits))
     scores: np.ndarray = np.where(logits >= 0, 1, small) / (1 + small)
     return scores
+
+
+def normalized(vector: np.ndarray) -> np.ndarray:
+    """A vector scaled to length 1; one of nothing but zeros stays as it is."""
+    # Not the norm of one dimension, which is a product by BLAS, of other bits with other threads.
+    scaled: np.ndarray = vector / np.linalg.norm(vector[None], axis=1).clip(1e-12)
+    return scaled

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
@@ -39,7 +38,7 @@ class ProcessedTask(Task):
     Its column has MLflow's type binary. That takes base64 text over HTTP; in one process MLflow lets every other form
     of a cell pass, too.
 
-    Features are tensors: they are too large to be recorded with golden rows.
+    Features are too large to be recorded with golden rows.
 
     Args:
         config: See ``Task``.
@@ -50,6 +49,7 @@ class ProcessedTask(Task):
     params = (TOP_K, FUNCTION)
     reads = ("processor",)
     reads_files = True
+    records_features = False
     field: ClassVar[str]
     """The only field."""
 
@@ -82,7 +82,7 @@ class ProcessedTask(Task):
             yield self._features(row[self.field], place(i, self.columns[self.field]))
 
     def holds(self, features: Features) -> int:
-        return sum(tensor.nbytes for tensor in features.values())
+        return sum(array.nbytes for array in features.values())
 
     def _features(self, value: Any, where: str) -> Features:
         readable = self.read(value, where)
@@ -111,9 +111,7 @@ class ProcessedTask(Task):
         found: dict[int, RowOutput] = {}
         for group in self.groups(batch):
             inputs = self.collate([batch[i] for i in group])
-            inputs = {name: t.to(engine.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
-            with torch.inference_mode():
-                read = read_logits(engine(inputs), len(group), self.config["labels"])
+            read = read_logits(engine(inputs), len(group), self.config["labels"])
             found.update(zip(group, read, strict=True))
         return [found[i] for i in range(len(batch))]
 
@@ -121,12 +119,12 @@ class ProcessedTask(Task):
         """Indices of rows that ``collate`` can put together: those of one shape."""
         by_shape: dict[tuple[Any, ...], list[int]] = {}
         for i, features in enumerate(batch):
-            by_shape.setdefault(tuple(tensor.shape for tensor in features.values()), []).append(i)
+            by_shape.setdefault(tuple(array.shape for array in features.values()), []).append(i)
         return list(by_shape.values())
 
-    def collate(self, batch: Sequence[Features]) -> dict[str, torch.Tensor]:
+    def collate(self, batch: Sequence[Features]) -> dict[str, np.ndarray]:
         """The model's arguments, with rows as the first dimension."""
-        return {name: torch.stack([features[name] for features in batch]) for name in batch[0]}
+        return {name: np.stack([features[name] for features in batch]) for name in batch[0]}
 
     def decode(
         self,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.errors import InputError
@@ -15,6 +14,9 @@ from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text import TextTask, count_windows, describe_text_model, groups, windows
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["QuestionAnswering"]
 
@@ -194,11 +196,11 @@ class QuestionAnswering(TextTask):
 
     # Logits of windows → answers.
 
-    def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
-        start = pick(outputs, "start_logits", mask.shape).cpu()
-        end = pick(outputs, "end_logits", mask.shape, position=1).cpu()
+    def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:
+        start = pick(outputs, "start_logits", mask.shape)
+        end = pick(outputs, "end_logits", mask.shape, position=1)
         return [
-            {"start_logits": starts[real].numpy(), "end_logits": ends[real].numpy()}
+            {"start_logits": starts[real], "end_logits": ends[real]}
             for starts, ends, real in zip(start, end, mask, strict=True)
         ]
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
+from mlflow_safeflavor.arrays import array_of, is_tensor
 from mlflow_safeflavor.artifact import WAY_OUT
-from mlflow_safeflavor.devices import is_out_of_memory
 from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
+from mlflow_safeflavor.failures import is_out_of_memory
 from mlflow_safeflavor.releases import inferred_signature, rows_schema
 from mlflow_safeflavor.tasks.arguments import named_arguments, needed_arguments, takes_any
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
-from mlflow_safeflavor.tasks.outputs import own_array
 from mlflow_safeflavor.tasks.sizes import free_sizes
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Raw"]
 
@@ -95,7 +97,7 @@ class Raw(Task):
         return {"table": example, "array": next(iter(arrays.values()))}.get(self.config["form"], dict(arrays))
 
     def rows(self, data: Any) -> list[Row]:
-        if self.config["form"] == "table" and not isinstance(data, (np.ndarray, torch.Tensor)):
+        if self.config["form"] == "table" and not (isinstance(data, np.ndarray) or is_tensor(data)):
             data = _as_table(data, self.config["columns"])
         if isinstance(data, pd.DataFrame) and _are_arguments(data, self.config["arguments"]):
             data = {str(name): _stacked(str(name), data[name]) for name in data.columns}
@@ -107,7 +109,7 @@ class Raw(Task):
 
     def _single(self, data: Any) -> str:
         name: str | None = self.config["single"]
-        if name is None or not isinstance(data, (np.ndarray, torch.Tensor, pd.DataFrame, list, tuple)):
+        if name is None or not (isinstance(data, (np.ndarray, pd.DataFrame, list, tuple)) or is_tensor(data)):
             raise InputError(
                 "The raw task takes named arrays",
                 wanted=f"a dict of arrays; {_SINGLE}",
@@ -120,8 +122,7 @@ class Raw(Task):
         if known is not None and name not in known:
             raise InputError("forward has no such argument", where=name, wanted=" | ".join(known))
         try:
-            plain = value.numpy(force=True) if isinstance(value, torch.Tensor) else value
-            array: np.ndarray = np.asarray(plain)
+            array: np.ndarray = array_of(value) if is_tensor(value) else np.asarray(value)
         except (ValueError, TypeError) as error:
             raise InputError("Not an array", where=name, wanted="numbers of one shape", found=error) from None
         if array.dtype.kind not in "biuf":
@@ -147,10 +148,8 @@ class Raw(Task):
         return [self._forward(engine, features) for features in batch]
 
     def _forward(self, engine: Engine, features: Features) -> RowOutput:
-        inputs = {name: torch.tensor(value) for name, value in features.items()}  # a copy: the caller's stay theirs
-        inputs = {name: t.to(engine.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
         try:
-            outputs = engine(inputs)
+            outputs = engine(features)
         except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError) as error:
             if is_out_of_memory(error):
                 raise
@@ -158,7 +157,8 @@ class Raw(Task):
             raise InputError("forward refused the arrays", where=shapes, found=str(error) or repr(error)) from error
         if not outputs:
             raise StructureError("forward gave no tensor by name", wanted="a tensor, or a tuple or dict of tensors")
-        return {name: own_array(tensor) for name, tensor in outputs.items()}
+        # Users may write to what they are given, and engines do not let go of all that they return.
+        return {name: array if array.flags.writeable else array.copy() for name, array in outputs.items()}
 
     def decode(
         self,

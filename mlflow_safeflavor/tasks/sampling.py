@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["SAMPLING", "Draw", "sampler"]
 
@@ -36,6 +37,8 @@ class Draw:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores with noise, shape (rows, vocabulary)."""
+        import torch
+
         rows = [torch.empty(scores.shape[1]).exponential_(generator=generator) for generator in self.generators]
         # A draw of exactly 0 would be infinite noise, and not a number where a score is minus infinity.
         noise = torch.stack(rows).clamp_min(torch.finfo(torch.float32).tiny).log()
@@ -50,6 +53,7 @@ def sampler(settings: Mapping[str, Any], rows: int, seed: int) -> list[Any]:
         rows: How many rows are decoded together.
         seed: Of every row; negative for another one each time.
     """
+    import torch
     from transformers.generation import logits_process
 
     generators = [torch.Generator() for _ in range(rows)]

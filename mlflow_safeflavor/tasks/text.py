@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
@@ -17,6 +16,9 @@ from mlflow_safeflavor.rows import place, require_texts
 from mlflow_safeflavor.tasks.arguments import arguments_of, named_arguments
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 from mlflow_safeflavor.tasks.params import Param, param_schema
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "MAX_LENGTH",
@@ -126,7 +128,7 @@ class TextTask(Task):
                 found=length,
             )
 
-    # Rows → features → tensors.
+    # Rows → features → arrays.
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         require_texts(rows, self.columns)
@@ -235,14 +237,14 @@ class TextTask(Task):
         pad_id: int | None = self.config["pad_token_id"]
         return pad_id if "attention_mask" in self.config["input_names"] else None
 
-    def collate(self, batch: Sequence[Features]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def collate(self, batch: Sequence[Features]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Pad rows to the longest.
 
         Args:
             batch: Encoded rows; of equal length where ``pad_id`` is None.
 
         Returns:
-            The model's arguments, each int64 of shape (rows, longest), and the same-shaped mask of real tokens.
+            The model's arguments, each int64 of shape (rows, longest), and the same-shaped mask of real tokens, bool.
         """
         fill = {"input_ids": self.pad_id or 0, "token_type_ids": self.encoder.config["pad_token_type_id"]}
         tables = {
@@ -251,16 +253,16 @@ class TextTask(Task):
             if name in batch[0]
         }
         mask = self._filled([np.ones(self.cost(row), np.int64) for row in batch], 0)
-        return tables, mask.bool()
+        return tables, mask.astype(bool)
 
-    def _filled(self, rows: Sequence[Any], fill: int) -> torch.Tensor:
+    def _filled(self, rows: Sequence[Any], fill: int) -> np.ndarray:
         longest = max(map(len, rows))
         left = self.config["padding_side"] == "left"
         table: np.ndarray = np.full((len(rows), longest), fill, dtype=np.int64)
         for line, row in zip(table, rows, strict=True):
             start = longest - len(row) if left else 0
             line[start : start + len(row)] = row
-        return torch.from_numpy(table)
+        return table
 
     def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
         # Without a mask or a padding token the model would read the padding, so each row goes alone.
@@ -268,17 +270,16 @@ class TextTask(Task):
         outputs: list[RowOutput] = []
         for part in parts:
             inputs, mask = self.collate(part)
-            with torch.inference_mode():
-                outputs.extend(self.read(engine(inputs), mask))
+            outputs.extend(self.read(engine(inputs), mask))
         return outputs
 
     @abstractmethod
-    def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
-        """One output a row, without padding and in float32 at least.
+    def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:
+        """One output a row, without padding.
 
         Args:
             outputs: What the engine returned for one batch.
-            mask: What ``collate`` returned: real tokens, bool of shape (rows, longest), on the CPU.
+            mask: What ``collate`` returned: real tokens, bool of shape (rows, longest).
         """
 
 
@@ -332,6 +333,8 @@ def _input_names(model: torch.nn.Module) -> list[str]:
 
 def _position_tables(model: torch.nn.Module) -> list[torch.nn.Embedding]:
     """Tables in which absolute positions are looked up, whatever the architecture calls them."""
+    import torch
+
     return [
         module
         for name, module in model.named_modules()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.rows import require_texts
 from mlflow_safeflavor.tasks.base import Features, Row
 from mlflow_safeflavor.tasks.generation import Generation
 from mlflow_safeflavor.tasks.text import groups
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Text2TextGeneration", "specific_task"]
 

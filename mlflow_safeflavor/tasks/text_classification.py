@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.classification import (
@@ -18,6 +18,9 @@ from mlflow_safeflavor.tasks.classification import (
     require_labels,
 )
 from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["TextClassification"]
 
@@ -46,7 +49,7 @@ class TextClassification(TextTask):
         require_labels(self.caps, self.config, rows, params)
         return super().encode(rows, params)
 
-    def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
+    def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:
         return read_logits(outputs, len(mask), self.config["labels"])
 
     def decode(

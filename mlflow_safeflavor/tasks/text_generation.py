@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from mlflow.types import DataType, Schema
 
 from mlflow_safeflavor.chat_template import render
@@ -17,6 +16,9 @@ from mlflow_safeflavor.rows import describe_value, place, require_clean, require
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.generation import GENERATION_PARAMS, Generation
 from mlflow_safeflavor.tasks.params import Param
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["TextGeneration"]
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from mlflow.types import DataType
 
 from mlflow_safeflavor.errors import InputError
@@ -25,6 +24,9 @@ from mlflow_safeflavor.tasks.text import (
     groups,
     windows,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["TokenClassification"]
 
@@ -134,9 +136,9 @@ class TokenClassification(TextTask):
         pieces: Sequence[Features] = features["windows"]
         return pieces
 
-    def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
-        logits = pick(outputs, "logits", (*mask.shape, len(self.config["labels"]))).cpu()
-        return [{"logits": row[real].numpy()} for row, real in zip(logits, mask, strict=True)]
+    def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:
+        logits = pick(outputs, "logits", (*mask.shape, len(self.config["labels"])))
+        return [{"logits": row[real]} for row, real in zip(logits, mask, strict=True)]
 
     def join(self, outputs: Sequence[RowOutput]) -> RowOutput:
         return {"logits": np.concatenate([output["logits"] for output in outputs])}

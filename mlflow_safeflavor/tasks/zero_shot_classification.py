@@ -5,10 +5,9 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from mlflow.types import DataType
 
 from mlflow_safeflavor.errors import InputError, StructureError
@@ -19,6 +18,9 @@ from mlflow_safeflavor.tasks.classification import labels_of, read_logits
 from mlflow_safeflavor.tasks.outputs import require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ZeroShotClassification"]
 
@@ -128,7 +130,7 @@ class ZeroShotClassification(TextTask):
         pieces: Sequence[Features] = features["pairs"]
         return pieces
 
-    def read(self, outputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> list[RowOutput]:
+    def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:
         return read_logits(outputs, len(mask), self.config["labels"])
 
     def join(self, outputs: Sequence[RowOutput]) -> RowOutput:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import mlflow_safeflavor
+from mlflow_safeflavor.arrays import array_of
 from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.parity import TOLERANCES, read_golden
 
@@ -58,18 +59,19 @@ def tolerances(bench: Bench) -> dict[str, Any]:
             golden = read_golden(Layout(path))
             figures = {"golden": model.report.max_difference, "allowed": golden.atol}
             inputs = _inputs(name, dtype)
+            arrays = {key: array_of(tensor) for key, tensor in inputs.items()}
             wanted = {}
             for allowed in (False, True):
                 with _tf32(allowed):
-                    engine = {key: value.float().cpu() for key, value in model.engine(inputs).items()}
+                    engine = model.engine(arrays)
                     bare = _bare(model, inputs)
                 wanted[allowed] = engine
-                on_cpu = here.engine(inputs)
+                on_cpu = here.engine(arrays)
                 which = "TF32 on" if allowed else "TF32 off"
-                figures[f"engine, {which}"] = max(largest(engine[key], on_cpu[key].float()) for key in engine)
-                figures[f"bare, {which}"] = largest(bare, next(iter(on_cpu.values())).float())
+                figures[f"engine, {which}"] = max(largest(engine[key], on_cpu[key]) for key in engine)
+                figures[f"bare, {which}"] = largest(bare, next(iter(on_cpu.values())))
             for key, value in wanted[False].items():
-                require(torch.equal(value, wanted[True][key]), name, dtype, "depends on what the process allows")
+                require(np.array_equal(value, wanted[True][key]), name, dtype, "depends on what the process allows")
             require(figures["engine, TF32 on"] <= 4 * TOLERANCES[dtype]["atol"], name, dtype, "is beyond:", figures)
             found[f"{name} {dtype}"] = figures
     return found

@@ -458,7 +458,7 @@ def test_a_device_before_a_fork(saved, monkeypatch):
 
 
 @follows(
-    "engine",
+    "failures",
     "Memory ran out, and there is nothing smaller to try",
     "ask with fewer or shorter rows, or for fewer tokens, or later, when what else is on the device needs less; or "
     "serve the model on one with more memory",
@@ -496,7 +496,7 @@ def test_memory_that_runs_out(saved, monkeypatch):
     'save the model with its module, too: structure="auto"',
 )
 @follows(
-    "engine",
+    "graph_engine",
     "The model was stored as a graph of one forward, which cannot do this",
     'save the model with its module, too: structure="auto"',
 )
@@ -521,11 +521,15 @@ def test_graphs_alone_and_beside_a_module(save, code):  # noqa: F811
 
 
 @follows(
-    "engine",
+    "module_engine",
     "The module's forward returns something that is no tensor",
     "return tensors alone, or wrap the module in one whose forward does",
 )
-@follows("engine", "Two outputs of forward have the same name when they are flattened", "return them under other names")
+@follows(
+    "module_engine",
+    "Two outputs of forward have the same name when they are flattened",
+    "return them under other names",
+)
 def test_outputs(save, user_code):  # noqa: F811
     source = """
         import torch
@@ -560,13 +564,13 @@ def test_outputs(save, user_code):  # noqa: F811
 
 
 @follows(
-    "engine",
+    "module_engine",
     "compile needs a C++ compiler, and this machine has none",
     "install one (Debian: apt-get install g++), or leave compile out",
 )
 def test_compile_without_a_compiler(saved, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("mlflow_safeflavor.engine.shutil.which", lambda name: None)
+        patch.setattr("mlflow_safeflavor.module_engine.shutil.which", lambda name: None)
         wrong(PlacementError, saved, model_config={"compile": True})
     load_model(saved)
 
@@ -646,7 +650,7 @@ def test_custom_answers(save, user_code):  # noqa: F811
 
 
 @follows(
-    "engine",
+    "failures",
     "The model failed over the rows it was asked",
     "ask with fewer or other rows; the cause is chained to this error, and in the log of the server",
 )

@@ -269,7 +269,7 @@ def test_prompts(save, tiny_bert, tiny_tokenizer, monkeypatch):  # noqa: F811
     "The model is not of the kind that its task writes with",
     'choose task="text-generation" for decoders, "text2text-generation" for encoder-decoders',
 )
-@follows("engine", "The model cannot write text", "choose the task this model was made for: task=...")
+@follows("module_engine", "The model cannot write text", "choose the task this model was made for: task=...")
 @follows(
     "tasks/text_generation",
     "The tokenizer has no chat template",
@@ -437,9 +437,9 @@ def test_an_answer_that_is_no_number(save, tiny_bert, tiny_tokenizer):  # noqa: 
     def overflows(self, inputs):
         made = forward(self, inputs)
         cat = tiny_tokenizer.convert_tokens_to_ids("cat")
-        rows = (inputs["input_ids"] == cat).any(-1, keepdim=True)
-        doubled = torch.where(rows, made["logits"] * 2, made["logits"])
-        return {**made, "logits": doubled.to(made["logits"].dtype)}
+        rows = (inputs["input_ids"] == cat).any(-1, keepdims=True)
+        doubled = torch.tensor(np.where(rows, made["logits"] * 2, made["logits"]))
+        return {**made, "logits": doubled.to(self.dtype).float().numpy()}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(halves.engine), "__call__", overflows)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 import torch
 
@@ -82,9 +83,10 @@ def custom() -> dict[str, Any]:
         encoded = tokenizer(*pairs, padding=True, return_tensors="pt")
         return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
-    def postprocess(outputs: dict[str, torch.Tensor], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def postprocess(outputs: dict[str, np.ndarray], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         (logits,) = outputs.values()
-        return [{"fixes": bool(row[1] > row[0]), "scores": row.softmax(0).tolist()} for row in logits]
+        scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        return [{"fixes": bool(row[1] > row[0]), "scores": row.tolist()} for row in scores]
 
     torch.manual_seed(0)
     return {

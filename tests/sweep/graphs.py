@@ -33,7 +33,7 @@ import transformers
 
 from mlflow_safeflavor import graph as graphs
 from mlflow_safeflavor import graph_file, inventory, recording
-from mlflow_safeflavor.engine import named_tensors
+from mlflow_safeflavor.module_engine import named_tensors
 
 HERE = Path(__file__).resolve().parent
 CPU_SECONDS = 60  # for one class

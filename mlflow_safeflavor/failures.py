@@ -1,0 +1,48 @@
+"""What a forward raises: whether memory ran out, and its name for whoever asked."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from mlflow_safeflavor.errors import AnswerError, OverloadedError, SafeFlavorError
+
+__all__ = ["is_out_of_memory", "named_failure"]
+
+# Of cuBLAS and cuDNN, of the driver, and of torch's allocator for the CPU: plain RuntimeErrors.
+_NO_ROOM = ("STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator: ")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the CPU, had no room for what a forward needed: fewer rows may fit."""
+    torch: Any = sys.modules.get("torch")  # where nobody imported it, it has raised nothing
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, kinds) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_ROOM)
+    )
+
+
+def named_failure(error: BaseException, where: str = "forward") -> SafeFlavorError:
+    """Name what a forward raised, so that each caller gets an error of its own; what has a name stays as it is.
+
+    ``SystemExit`` gets one, too: raised again in a caller's thread it would end the server.
+    """
+    if isinstance(error, SafeFlavorError):
+        return error
+    if is_out_of_memory(error):
+        # Not as the cause: its frames would hold what the forward had made, for as long as the error is looked at.
+        return OverloadedError(
+            "Memory ran out, and there is nothing smaller to try",
+            where=where,
+            found=error,
+            way_out="ask with fewer or shorter rows, or for fewer tokens, or later, when what else is on the device "
+            "needs less; or serve the model on one with more memory",
+        )
+    named = AnswerError(
+        "The model failed over the rows it was asked",
+        where=where,
+        found=f"{type(error).__name__}: {error}",
+        way_out="ask with fewer or other rows; the cause is chained to this error, and in the log of the server",
+    )
+    named.__cause__ = error
+    return named

@@ -1,0 +1,35 @@
+"""The process's random states: of Python, numpy and, where it was imported, torch."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+
+__all__ = ["kept_random_state", "seed_generators"]
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Afterwards Python, numpy and torch draw what they would have drawn before."""
+    torch: Any = sys.modules.get("torch")
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        if torch is not None:
+            stack.callback(torch.set_rng_state, torch.get_rng_state())
+            if torch.cuda.is_available() and torch.cuda.is_initialized():
+                stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        yield
+
+
+def seed_generators(seed: int) -> None:
+    """Begin anew with what Python, numpy and torch draw on the CPU; for use inside ``kept_random_state``."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed accelerators, too
