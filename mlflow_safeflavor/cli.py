@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _MOST_SHOWN = 20
+_UNNAMED = "one column of any name"
 
 
 class _Errors(click.Group):
@@ -72,7 +73,7 @@ def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> Non
         "structure": f"{spec.structure} (runs {_runs(spec.structure)})",
         "graph": _graph(layout),
         "serving dtype": spec.dtype + (f", cast from {spec.cast_from}: no dtype was given" if spec.cast_from else ""),
-        "input columns": ", ".join(f"{field} ← {column}" for field, column in spec.input_columns.items()),
+        "input columns": ", ".join(f"{field} ← {column or _UNNAMED}" for field, column in spec.input_columns.items()),
         "tensors": f"{len(inventory['tensors'])} in {len(inventory['data'])} alias groups",
         "weights": f"{sum(saved.files[name]['size'] for name in saved.files if layout.is_weights(name)) / 1e6:.1f} MB",
         "all files": f"{sum(entry['size'] for entry in saved.files.values()) / 1e6:.1f} MB",

@@ -142,8 +142,9 @@ class LoadedModel:
     def _predict(
         self, data: Any, params: Mapping[str, Any] | None, deadline: Deadline, watch: Watch | None = None
     ) -> Any:
-        if self.options["extra_columns"] == "ignore" and self.task.columns:  # named arrays are no columns
-            data = without_extra_columns(data, self.task.columns.values())
+        names = [name for name in self.task.columns.values() if name is not None]
+        if self.options["extra_columns"] == "ignore" and names:  # which of several is the one without a name?
+            data = without_extra_columns(data, names)
         try:
             rows = self.task.rows(data)
             answers = [answer for answer, _ in answer_rows(self.task, self.scheduler, rows, params, deadline, watch)]

@@ -33,7 +33,7 @@ _ACCEPTED = "a DataFrame, Series, list, dict, numpy array or a single text"
 
 
 def rows_of(
-    data: Any, columns: Mapping[str, str], required: Collection[str] | None = None, *, missing: bool = False
+    data: Any, columns: Mapping[str, str | None], required: Collection[str] | None = None, *, missing: bool = False
 ) -> list[Row]:
     """Rows by field, in order, from any of the shapes users hold data in.
 
@@ -49,7 +49,8 @@ def rows_of(
 
     Args:
         data: One of the shapes above.
-        columns: Field → column name, in the task's order.
+        columns: Field → column name, in the task's order. A sole column may have None for a name: whatever the one
+            column of ``data`` is called, it is meant.
         required: Fields that every row must have; by default all of ``columns``. A field that is not
             required may be absent as a column, but where its column exists no value may be missing.
         missing: Take None, NaN and NA as values.
@@ -58,6 +59,7 @@ def rows_of(
         InputError: The shape is none of the above; there are no rows; a column is missing, unknown or
             of another length; a value is None, NaN or NA, where these are none.
     """
+    columns = _named(columns, data)
     needed = [columns[field] for field in columns if required is None or field in required]
     records = _records(data, list(columns.values()), needed)
     if not records:
@@ -67,7 +69,7 @@ def rows_of(
     return [_row(i, record, columns, needed, missing) for i, record in enumerate(records)]
 
 
-def require_texts(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+def require_texts(rows: Sequence[Row], columns: Mapping[str, str | None]) -> None:
     """Refuse rows in which a field of ``columns`` is anything but a text.
 
     Raises:
@@ -138,7 +140,7 @@ def unfold_columns(data: Any) -> Any:
 
     MLflow's schema enforcement turns a dict of lists of texts into a frame of *one* row whose cells are those
     lists; a dict of arrays or with any value that is no text becomes a frame of as many rows as it should. Such a
-    frame can also be a single bad row of nested lists; as both look alike here, the dict, which people
+    frame can also be a single bad row of lists of texts; as both look alike here, the dict, which people
     do write, is what is meant. Anything else is returned untouched.
 
     Args:
@@ -147,7 +149,7 @@ def unfold_columns(data: Any) -> Any:
     if not isinstance(data, pd.DataFrame) or len(data) != 1 or not data.columns.is_unique:
         return data
     cells = {name: data[name].iloc[0] for name in data.columns}
-    return cells if cells and all(isinstance(cell, list) for cell in cells.values()) else data
+    return cells if cells and all(map(_is_texts, cells.values())) else data
 
 
 def without_extra_columns(data: Any, known: Collection[str]) -> Any:
@@ -166,9 +168,10 @@ def without_extra_columns(data: Any, known: Collection[str]) -> Any:
     return data
 
 
-def place(row: int, *columns: str) -> str:
-    """How messages name a cell: ``row 3, column 'text'`` or ``row 3, columns 'a' and 'b'``."""
-    return f"row {row}, {_listed(columns)}" if columns else f"row {row}"
+def place(row: int, *columns: str | None) -> str:
+    """How messages name a cell: ``row 3, column 'text'``, ``row 3, columns 'a' and 'b'``, without names ``row 3``."""
+    named = [column for column in columns if column is not None]
+    return f"row {row}, {_listed(named)}" if named else f"row {row}"
 
 
 def describe_value(value: Any) -> str:
@@ -181,7 +184,25 @@ def describe_value(value: Any) -> str:
 # Shapes → records by column name.
 
 
-def _records(data: Any, names: list[str], needed: list[str]) -> list[Mapping[Any, Any]]:
+def _named(columns: Mapping[str, str | None], data: Any) -> Mapping[str, Any]:
+    """The columns; one without a name gets that of the only column of ``data``, where that has names."""
+    table = data[0] if isinstance(data, (list, tuple)) and data and isinstance(data[0], Mapping) else data
+    if None not in columns.values() or not isinstance(table, (pd.DataFrame, Mapping)):
+        return columns
+    [field], there = columns, list(table)
+    if len(there) > 1:
+        named = {field: str(there[0])}
+        raise InputError(
+            "There are several columns, and the model takes one",
+            where=_listed(there),
+            wanted="one column, whatever its name",
+            found=f"{there}",
+            way_out=f"select it first: data[[{there[0]!r}]], or log the model with input_columns={named}",
+        )
+    return {field: there[0]} if there else columns
+
+
+def _records(data: Any, names: list[Any], needed: list[Any]) -> list[Mapping[Any, Any]]:
     if isinstance(data, pd.DataFrame):
         return _from_frame(data, names, needed)
     if isinstance(data, Mapping):
@@ -203,7 +224,7 @@ def _records(data: Any, names: list[str], needed: list[str]) -> list[Mapping[Any
     )
 
 
-def _from_frame(frame: pd.DataFrame, names: list[str], needed: list[str]) -> list[Mapping[Any, Any]]:
+def _from_frame(frame: pd.DataFrame, names: list[Any], needed: list[Any]) -> list[Mapping[Any, Any]]:
     if not frame.columns.is_unique:
         twice = list(dict.fromkeys(frame.columns[frame.columns.duplicated()]))
         raise InputError("Columns have the same name", where=f"columns {twice}", wanted="unique column names")
@@ -211,11 +232,11 @@ def _from_frame(frame: pd.DataFrame, names: list[str], needed: list[str]) -> lis
     return _zip_columns({name: frame[name].tolist() for name in frame.columns}, len(frame))
 
 
-def _from_dict(data: Mapping[Any, Any], names: list[str], needed: list[str]) -> list[Mapping[Any, Any]]:
+def _from_dict(data: Mapping[Any, Any], names: list[Any], needed: list[Any]) -> list[Mapping[Any, Any]]:
     listed = [isinstance(value, (list, tuple, pd.Series)) or _is_array(value) for value in data.values()]
     _require_columns(list(data), names, needed)
     if not any(listed):
-        return [{name: value.item() if isinstance(value, np.ndarray) else value for name, value in data.items()}]
+        return [data]
     if not all(listed):
         raise InputError(
             "Some columns are lists and some are single values",
@@ -235,7 +256,7 @@ def _from_dict(data: Mapping[Any, Any], names: list[str], needed: list[str]) -> 
     return _zip_columns(values, next(iter(lengths.values())))
 
 
-def _from_array(array: np.ndarray, names: list[str]) -> list[Mapping[Any, Any]]:
+def _from_array(array: np.ndarray, names: list[Any]) -> list[Mapping[Any, Any]]:
     if array.ndim == 2:
         return _from_list([tuple(row) for row in array.tolist()], names)
     if array.ndim == 1:
@@ -250,7 +271,7 @@ def _from_array(array: np.ndarray, names: list[str]) -> list[Mapping[Any, Any]]:
     )
 
 
-def _from_list(data: Sequence[Any], names: list[str]) -> list[Mapping[Any, Any]]:
+def _from_list(data: Sequence[Any], names: list[Any]) -> list[Mapping[Any, Any]]:
     """Row 0 says what the rows of a list are: dicts, sequences of values, or values."""
     first = data[0] if data else None
     if isinstance(first, Mapping):
@@ -263,7 +284,7 @@ def _from_list(data: Sequence[Any], names: list[str]) -> list[Mapping[Any, Any]]
     return _from_values(data, names, "list")
 
 
-def _same_shape(i: int, item: Any, kinds: Any, wanted: str, names: list[str]) -> Any:
+def _same_shape(i: int, item: Any, kinds: Any, wanted: str, names: list[Any]) -> Any:
     if not isinstance(item, kinds):
         raise InputError(
             "Rows of a list have different shapes",
@@ -274,7 +295,7 @@ def _same_shape(i: int, item: Any, kinds: Any, wanted: str, names: list[str]) ->
     return item
 
 
-def _from_sequence(i: int, values: Sequence[Any], names: list[str]) -> Mapping[Any, Any]:
+def _from_sequence(i: int, values: Sequence[Any], names: list[Any]) -> Mapping[Any, Any]:
     if len(values) != len(names):
         raise InputError(
             "A row has the wrong number of values",
@@ -285,7 +306,7 @@ def _from_sequence(i: int, values: Sequence[Any], names: list[str]) -> Mapping[A
     return dict(zip(names, values, strict=True))
 
 
-def _from_values(values: Iterable[Any], names: list[str], kind: str) -> list[Mapping[Any, Any]]:
+def _from_values(values: Iterable[Any], names: list[Any], kind: str) -> list[Mapping[Any, Any]]:
     values = list(values)
     if len(names) > 1 and values:
         raise InputError(
@@ -304,9 +325,9 @@ def _zip_columns(values: Mapping[Any, list[Any]], count: int) -> list[Mapping[An
 # One record → one row.
 
 
-def _row(i: int, record: Mapping[Any, Any], columns: Mapping[str, str], needed: list[str], missing: bool) -> Row:
+def _row(i: int, record: Mapping[Any, Any], columns: Mapping[str, Any], needed: list[Any], missing: bool) -> Row:
     _require_columns(list(record), list(columns.values()), needed, row=i)
-    row = {field: record[column] for field, column in columns.items() if column in record}
+    row = {field: _unboxed(record[column]) for field, column in columns.items() if column in record}
     for field, value in row.items():
         if not missing and _is_missing(value):
             raise InputError(
@@ -319,7 +340,7 @@ def _row(i: int, record: Mapping[Any, Any], columns: Mapping[str, str], needed: 
     return row
 
 
-def _require_columns(there: list[Any], known: list[str], needed: list[str], *, row: int | None = None) -> None:
+def _require_columns(there: list[Any], known: list[Any], needed: list[Any], *, row: int | None = None) -> None:
     """Refuse missing columns, and columns that nobody knows."""
     prefix = "" if row is None else f"row {row}, "
     if missing := [name for name in needed if name not in there]:
@@ -345,8 +366,17 @@ def _is_missing(value: Any) -> bool:
     return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value)
 
 
+def _unboxed(value: Any) -> Any:
+    """The value in an array without dimensions, which MLflow's server makes of each text in a list of dicts."""
+    return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
+
+
 def _is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.ndim > 0
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 def _is_unicode(value: str) -> bool:
@@ -358,4 +388,6 @@ def _is_unicode(value: str) -> bool:
 
 
 def _listed(names: Sequence[Any]) -> str:
+    if list(names) == [None]:
+        return "one column"
     return f"column{'s' if len(names) > 1 else ''} {' and '.join(map(repr, names))}"

@@ -42,7 +42,7 @@ from mlflow_safeflavor.pinning import Pinning
 from mlflow_safeflavor.processor import write_processor
 from mlflow_safeflavor.rehearsal import rehearse as rehearse_load
 from mlflow_safeflavor.report import LoadReport
-from mlflow_safeflavor.signature import defaults_of, signature_of
+from mlflow_safeflavor.signature import columns_of, defaults_of, signature_of
 from mlflow_safeflavor.source import resolve_source
 from mlflow_safeflavor.spec import AS_IS, FLAVOR_NAME, ModelSpec, guarded_parts
 from mlflow_safeflavor.tasks import task_class
@@ -105,14 +105,14 @@ def save_model(
         dtype: Serving dtype that weights are stored in: "float32", "bfloat16", "float16" or "float64"; or "as-is", so
             that every tensor keeps its own. By default float32, and a cast to it is logged and recorded.
         input_columns: Field of the task → column name in requests, e.g. ``{"text": "buggy_code",
-            "text_pair": "fixed_code"}``.
+            "text_pair": "fixed_code"}``. By default a sole column has no name, so that any is taken.
         preprocess: For the custom task: ``(rows, tokenizer) -> dict of arrays``, the keyword arguments
             of ``forward``. Importable, or pickled with ``allow_pickle``.
         postprocess: For the custom task: ``(outputs, rows) -> rows``.
         input_example: Rows as ``predict`` takes them; stored, checked, and replayed at each load. The
             custom and raw tasks need it.
         signature: By default the task's own; one given here must name the same inputs, and params that the task
-            knows. Defaults in it count as ``params``.
+            knows. It may name a sole column. Defaults in it count as ``params``.
         model_config: Options of the task (``pooling``, ``normalize``) and defaults of run-time options.
         params: Param of the task → what it is where a request does not say, as ``{"top_k": None, "max_length": 64}``.
         init_args: Constructor arguments of a class of yours, where they cannot be told from its config:
@@ -143,7 +143,8 @@ def save_model(
     source = resolve_source(model, tokenizer, task, dtype, processor)
     _require_structure(structure)
     source = replace(source, module=taken_off(source.module), hooks=_hooks(source.task, preprocess, postprocess))
-    source = replace(source, example=input_example)
+    columns = source.columns or columns_of(signature, task_class(source.task))
+    source = replace(source, example=input_example, columns=columns)
     require_plain(source.module)
     options = _options(source.task, {**source.options, **(model_config or {})})
     defaults = {**source.params, **defaults_of(signature), **(params or {})}

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlflow.models import ModelSignature
+from mlflow.types import DataType
 
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.params import param_schema
 
-__all__ = ["defaults_of", "signature_of"]
+__all__ = ["columns_of", "defaults_of", "signature_of"]
 
 _logger = logging.getLogger("mlflow.safeflavor")
 
@@ -21,6 +22,14 @@ def defaults_of(signature: ModelSignature | None) -> dict[str, Any]:
     """Param → default, of a signature that the user gave."""
     schema = None if signature is None else signature.params
     return {} if schema is None else {param.name: param.default for param in schema.params}
+
+
+def columns_of(signature: ModelSignature | None, cls: type[Task]) -> dict[str, str] | None:
+    """The column of a task of one field, as a signature that the user gave names it; None where it does not."""
+    schema = None if signature is None else signature.inputs
+    if schema is None or len(schema.inputs) != 1 or len(cls.required) != 1 or not schema.has_input_names():
+        return None
+    return {cls.required[0]: schema.input_names()[0]} if isinstance(schema.input_types()[0], DataType) else None
 
 
 def signature_of(
@@ -45,8 +54,8 @@ def signature_of(
         raise InputError(
             "The signature does not fit the task",
             where="signature",
-            wanted=f"inputs {own.inputs.input_names()}",
-            found=f"inputs {given.inputs.input_names() if given.inputs else None}",
+            wanted=f"inputs {own.inputs}",
+            found=f"inputs {given.inputs}",
             way_out="leave signature out, or rename columns with input_columns",
         )
     kept = [param for param in task.asked if param.name in defaults_of(given)]

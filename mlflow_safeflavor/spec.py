@@ -100,8 +100,9 @@ def _find_malformed(spec: ModelSpec) -> Iterator[tuple[str, str, object]]:
     if any(kind not in _RUNS for kind in spec.runs):
         yield "runs", " | ".join(_RUNS), list(spec.runs)
     for field_name, column in spec.input_columns.items():
-        if not is_plain_text(field_name) or not is_plain_text(column):
-            yield "input_columns", "names of one line", {field_name: column}
+        unnamed = column is None and len(spec.input_columns) == 1
+        if not is_plain_text(field_name) or not (unnamed or is_plain_text(column)):
+            yield "input_columns", "names of one line, or a sole null", {field_name: column}
     for option, value in spec.model_config.items():
         if not is_plain_text(option) or not is_scalar(value):
             yield "model_config", "names with numbers, truth values or short texts", {option: value}
@@ -119,7 +120,7 @@ class ModelSpec:
         structure: How the module is rebuilt; one of ``STRUCTURE_KINDS``.
         model_class: ``module:qualname`` of the module's class.
         task_config: What the task recorded at save (pooling, labels, padding, …); JSON only.
-        input_columns: Field of the task → column name in the user's rows.
+        input_columns: Field of the task → column name in the user's rows; None for a sole column without a name.
         model_config: Run-time options with their stored defaults.
         loader_version: Release of this package that wrote the artifact.
         loader_digest: SHA-256 over the vendored loader's source.
@@ -137,7 +138,7 @@ class ModelSpec:
     cast_from: str = ""
     runs: tuple[str, ...] = ()
     task_config: Mapping[str, Any] = field(default_factory=dict)
-    input_columns: Mapping[str, str] = field(default_factory=dict)
+    input_columns: Mapping[str, str | None] = field(default_factory=dict)
     model_config: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

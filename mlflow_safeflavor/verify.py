@@ -162,7 +162,8 @@ def _records(golden: Golden, spec: ModelSpec, layout: Layout) -> tuple[list[dict
     """Golden rows by column name, and their answers."""
     try:
         task = task_class(spec.task)
-        rows = [{column: task.sent(row[name]) for name, column in spec.input_columns.items()} for row in golden.rows]
+        names = {field: column or field for field, column in spec.input_columns.items()}
+        rows = [{names[field]: task.sent(row[field]) for field in names} for row in golden.rows]
         answers = [dict(answer) for answer in golden.answers]
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
@@ -223,7 +224,9 @@ def _read(path: str | Path, schema: Schema) -> pd.DataFrame:
     texts = [spec.name for spec in schema.inputs if spec.type == DataType.string]
     readers: dict[str, Callable[[], pd.DataFrame]] = {
         ".csv": lambda: pd.read_csv(
-            path, dtype=dict.fromkeys(texts, str), keep_default_na=len(texts) < len(schema.inputs)
+            path,
+            dtype=str if texts == [None] else dict.fromkeys(texts, str),
+            keep_default_na=len(texts) < len(schema.inputs),
         ),
         ".json": lambda: _read_json(path, lines=False),
         ".jsonl": lambda: _read_json(path, lines=True),

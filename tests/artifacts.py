@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import yaml
 
 from mlflow_safeflavor.artifact import Layout, write_manifest
@@ -25,6 +27,42 @@ def changes(count: int) -> list[dict[str, str]]:
     words = "the a cat dog sat ran on under mat tree red green return x y = + - ( ) def if else".split()
     columns = ("buggy_code", "fixed_code")
     return [{name: " ".join(chosen.choices(words, k=chosen.randint(1, 12))) for name in columns} for _ in range(count)]
+
+
+def forms_of(cells: list[Any]) -> dict[str, tuple[Any, Any, int]]:
+    """Form → what a caller of Python has, what one over HTTP sends (None for nothing), and how many of three rows.
+
+    Every one-column form that MLflow lets pass to a model whose column has no name.
+    """
+    one, lists = cells[0], [[cell] for cell in cells]
+    series, dicts = pd.Series(cells), [{"review": cell} for cell in cells]
+    return {
+        "a value": (one, {"inputs": one}, 1),
+        "a value as instances": (None, {"instances": one}, 1),
+        "a list": (cells, {"inputs": cells}, 3),
+        "a list of one": ([one], {"inputs": [one]}, 1),
+        "a list as instances": (None, {"instances": cells}, 3),
+        "a Series": (series, None, 3),
+        "a Series with a name and an index": (series.set_axis([7, 7, 1]).rename("review"), None, 3),
+        "an array": (np.array(cells), None, 3),
+        "an array of objects": (np.array(cells, dtype=object), None, 3),
+        "an array of rows": (np.array(cells).reshape(3, 1), {"inputs": lists}, 3),
+        "a table": (series.to_frame("text"), {"dataframe_split": {"columns": ["text"], "data": lists}}, 3),
+        "a table with an index": (
+            series.set_axis([7, 7, 1]).to_frame("review"),
+            {"dataframe_split": {"columns": ["review"], "index": [7, 8, 1], "data": lists}},
+            3,
+        ),
+        "a table without names": (series.to_frame(), {"dataframe_split": {"data": lists}}, 3),
+        "a table of one row": (pd.DataFrame({"review": [one]}), {"dataframe_records": [{"review": one}]}, 1),
+        "a dict": ({"review": one}, None, 1),
+        "a dict of a list": ({"review": cells}, None, 3),
+        "a dict of a list of one": ({"review": [one]}, None, 1),
+        "a dict of an array": ({"review": np.array(cells)}, None, 3),
+        "dicts": (dicts, {"dataframe_records": dicts}, 3),
+        "dicts as inputs": (None, {"inputs": dicts}, 3),
+        "dicts as instances": (None, {"instances": dicts}, 3),
+    }
 
 
 def rewrite(path: Path, content: bytes | str) -> None:

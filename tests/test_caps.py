@@ -268,7 +268,7 @@ def test_a_sound_is_refused_by_its_header():
 
 
 SURROGATES = {
-    "a row": (TEXTS, ["fine", "\ud800"], {}, "row 1, column 'text'"),
+    "a row": (TEXTS, ["fine", "\ud800"], {}, "row 1"),
     "a context": (QUESTIONS, [{"question": "a", "context": "\udfff"}], {}, "row 0, column 'context'"),
     "targets": (GAPS, ["the [MASK]"], {"targets": ["cat", "\ud800"]}, "params, 'targets'"),
     "labels": (ZERO_SHOT, ["a"], {"candidate_labels": ["\ud800"]}, "params, 'candidate_labels'"),
@@ -281,7 +281,7 @@ SURROGATES = {
     "stop": (WRITES, ["a"], {"stop": ["\ud800"]}, "params, 'stop'"),
     "a label to ignore": (TOKENS, ["a"], {"ignore_labels": ["\ud800"]}, "params, 'ignore_labels'"),
     "a strategy": (TOKENS, ["a"], {"aggregation_strategy": "\ud800"}, "params, 'aggregation_strategy'"),
-    "base64": (IMAGES, ["\ud800"], {}, "row 0, column 'image'"),
+    "base64": (IMAGES, ["\ud800"], {}, "row 0"),
 }  # fmt: skip
 
 

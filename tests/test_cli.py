@@ -44,7 +44,7 @@ def test_inspect_says_what_the_model_is(run, saved):
     assert facts["model class"].endswith("BertForSequenceClassification")
     assert facts["structure"].startswith("transformers")
     assert facts["serving dtype"] == "float32"
-    assert facts["input columns"] == "text ← text"
+    assert facts["input columns"] == "text ← one column of any name"
     recorded = json.loads((saved / "safeflavor" / "environment.json").read_text())
     assert facts["pins"] == f"{len(recorded['distributions'])} distributions"
     assert facts["torch"] == recorded["torch_build"]["version"]

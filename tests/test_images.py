@@ -250,7 +250,7 @@ def test_what_is_no_image_is_refused_with_row_and_column(model, case):
     value, words = BAD[case]
     with pytest.raises(InputError, match=words) as caught:
         model.predict(pd.DataFrame({"image": pd.Series([pixels(), value], dtype=object)}))
-    assert "row 1, column 'image'" in str(caught.value)
+    assert "where: row 1\n" in str(caught.value)
 
 
 def test_only_plain_files_of_bounded_size_are_read(tmp_path, model, monkeypatch):
@@ -417,6 +417,8 @@ def test_a_server_answers_the_same_and_refuses_what_is_no_image(serve, saved, mo
         answer = server.invoke({"dataframe_records": [{"image": text}]})
         assert answer.status == 200, answer.text
         assert answer.json()["predictions"][0]["score"] == pytest.approx(wanted["score"][0], abs=1e-6)
+        for body in ({"inputs": text}, {"instances": [text]}, {"dataframe_split": {"data": [[text]]}}):
+            assert server.invoke(body).json() == answer.json()
         for value in ("/etc/passwd", "file:///etc/passwd", "aGVsbG8=", f"data:image/png;base64,{text}", "", 3, [1]):
             refused = server.invoke({"dataframe_records": [{"image": value}]})
             assert refused.status == 400, f"{value}: {refused.text}"

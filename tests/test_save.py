@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from artifacts import TEXTS
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 from safetensors import safe_open
@@ -447,13 +448,32 @@ def test_a_signature_of_the_same_inputs_is_kept(save_tiny):
 def test_a_signature_of_other_inputs_is_refused(save_tiny):
     signature = ModelSignature(Schema([ColSpec(DataType.string, "txt")]))
     with pytest.raises(InputError, match="signature does not fit") as refused:
-        save_tiny(signature=signature)
-    assert "['text']" in refused.value.message
-    assert "['txt']" in refused.value.message
+        save_tiny(signature=signature, input_columns={"text": "text"})
+    assert "inputs ['text': string (required)]" in refused.value.message
+    assert "inputs ['txt': string (required)]" in refused.value.message
+
+
+def test_a_signature_names_a_sole_column(save_tiny, tmp_path):
+    path = str(save_tiny(signature=ModelSignature(Schema([ColSpec(DataType.string, "txt")]))))
+    model = mlflow_safeflavor.load_model(path)
+    assert model.spec.input_columns == {"text": "txt"}
+    assert len(model.predict(pd.DataFrame({"txt": ["a"], "more": ["b"]})[["txt"]])) == 1
+    with pytest.raises(InputError, match="column 'txt'"):
+        model.predict({"text": "a"})
+    with pytest.raises(MlflowException, match="missing inputs"):
+        mlflow.pyfunc.load_model(path).predict({"text": "a"})
+    unnamed = ModelSignature(Schema([ColSpec(DataType.string)]))
+    assert mlflow.models.get_model_info(str(save_tiny(path=tmp_path / "any", signature=unnamed))).signature == unnamed
 
 
 @pytest.mark.parametrize(
-    ("example", "named"), [({"txt": ["a"]}, "txt"), ([None], "row 0"), (["a", 3], "row 1"), ([], "no rows")]
+    ("example", "named"),
+    [
+        ({"txt": ["a"], "more": ["b"]}, "columns 'txt' and 'more'"),
+        ([None], "row 0"),
+        (["a", 3], "row 1"),
+        ([], "no rows"),
+    ],
 )
 def test_an_example_that_the_model_could_not_answer_is_refused(save_tiny, example, named):
     with pytest.raises(InputError) as refused:

@@ -382,11 +382,13 @@ def test_the_measure_finds_what_a_call_costs(saved, monkeypatch, call, token, wa
     assert batching.measure_forward_cost(model.task, engine, rows[:1], 128) == 1
 
 
-def test_extra_columns_are_ignored_only_if_asked(saved, texts):
+def test_extra_columns_are_ignored_only_if_asked(tmp_path, tiny_bert, tiny_tokenizer, texts):
     table = pd.DataFrame({"text": texts[:3], "id": [1, 2, 3]})
+    given = {"tokenizer": tiny_tokenizer, "input_columns": {"text": "text"}, "rehearse": False}
+    mlflow_safeflavor.save_model(tiny_bert(), tmp_path / "named", **given)
     with pytest.raises(InputError, match="columns that the model does not know"):
-        mlflow_safeflavor.load_model(saved).predict(table)
-    model = mlflow_safeflavor.load_model(saved, model_config={"extra_columns": "ignore"})
+        mlflow_safeflavor.load_model(tmp_path / "named").predict(table)
+    model = mlflow_safeflavor.load_model(tmp_path / "named", model_config={"extra_columns": "ignore"})
     wanted = model.predict(table[["text"]])
     pd.testing.assert_frame_equal(model.predict(table), wanted)
     pd.testing.assert_frame_equal(model.predict(table.to_dict("list")), wanted)

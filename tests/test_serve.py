@@ -14,7 +14,7 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 import pytest
-from artifacts import TEXTS
+from artifacts import TEXTS, forms_of
 
 import mlflow_safeflavor
 
@@ -36,25 +36,20 @@ def require_same_rows(found, expected):
     assert [row["score"] for row in found] == pytest.approx([row["score"] for row in expected], abs=1e-6)
 
 
-GOOD = {
-    "records": {"dataframe_records": [{"text": text} for text in TEXTS]},
-    "split": {"dataframe_split": {"columns": ["text"], "data": [[text] for text in TEXTS]}},
-    "inputs by column": {"inputs": {"text": TEXTS}},
-    "inputs by row": {"inputs": [{"text": text} for text in TEXTS]},
-    "instances": {"instances": [{"text": text} for text in TEXTS]},
-}
+GOOD = {"dataframe_records": [{"text": text} for text in TEXTS]}
 
 
 def test_a_server_answers_as_pyfunc_does(serve, saved, wanted):
     with serve(saved, env=ONE_THREAD) as server:
-        for shape, body in GOOD.items():
-            answer = server.invoke(body)
-            assert answer.status == 200, f"{shape}: {answer.text}"
-            require_same_rows(answer.json()["predictions"], wanted)
+        for form, (_, body, count) in forms_of(TEXTS).items():
+            if body is not None:
+                answer = server.invoke(body)
+                assert answer.status == 200, f"{form}: {answer.text}"
+                require_same_rows(answer.json()["predictions"], wanted[:count])
         answer = server.invoke(f"text\n{TEXTS[0]}\n".encode(), content_type="text/csv")
         assert answer.status == 200, answer.text
         require_same_rows(answer.json()["predictions"], wanted[:1])
-        answer = server.invoke({**GOOD["records"], "params": {"top_k": 2}})
+        answer = server.invoke({**GOOD, "params": {"top_k": 2}})
         assert [len(row["labels"]) for row in answer.json()["predictions"]] == [2] * len(TEXTS), answer.text
 
         def ask(i):
@@ -77,15 +72,16 @@ BAD = {
     "a text and a number": ({"dataframe_records": [{"text": "a"}, {"text": 3}]}, "text"),
     "a nested list": ({"dataframe_records": [{"text": ["a"]}, {"text": ["b"]}]}, "text"),
     "a dict": ({"dataframe_records": [{"text": {"a": 1}}]}, "text"),
-    "the wrong column": ({"dataframe_records": [{"txt": "a"}]}, "text"),
+    "no columns": ({"dataframe_records": [{}]}, "inputs"),
+    "columns as inputs": ({"inputs": {"text": ["a"]}}, "un-named"),  # MLflow's own
     "no rows": ({"dataframe_records": []}, ""),
     "no values": ({"inputs": []}, ""),
-    "no texts": ({"inputs": {"text": []}}, ""),
+    "no texts": ({"dataframe_split": {"columns": ["text"], "data": []}}, ""),
     "half a surrogate pair": (b'{"dataframe_records": [{"text": "\\ud800"}]}', "surrogate"),
-    "too long": ({"inputs": {"text": ["the " * 99]}, "params": {"truncation": False}}, "row 0"),
-    "a param out of range": ({"inputs": {"text": ["a"]}, "params": {"top_k": -7}}, "top_k"),
-    "a param of another type": ({"inputs": {"text": ["a"]}, "params": {"top_k": "many"}}, "top_k"),
-    "params that are none": ({"inputs": {"text": ["a"]}, "params": [1]}, "param"),
+    "too long": ({"inputs": ["the " * 99], "params": {"truncation": False}}, "row 0"),
+    "a param out of range": ({"inputs": ["a"], "params": {"top_k": -7}}, "top_k"),
+    "a param of another type": ({"inputs": ["a"], "params": {"top_k": "many"}}, "top_k"),
+    "params that are none": ({"inputs": ["a"], "params": [1]}, "param"),
     "no JSON": (b"{", ""),
     "no bytes": (b"", ""),
     "bytes": (b"\xff\xfe\x00", ""),
@@ -110,7 +106,7 @@ def test_what_is_no_row_is_answered_with_400_and_nothing_of_the_server(serve, sa
             ]
             if any(problems):
                 wrong.append(f"{name}: {', '.join(filter(None, problems))}: {answer.text[:300]}")
-            after = server.invoke(GOOD["records"])
+            after = server.invoke(GOOD)
             assert after.status == 200, f"after {name} the server does not answer any more: {after.text}"
             require_same_rows(after.json()["predictions"], wanted)
         assert wrong == []
@@ -132,9 +128,7 @@ def test_a_damaged_model_is_not_served(copied):
         "--model-uri",
         str(copied),
     ]
-    done = subprocess.run(
-        command, input=json.dumps(GOOD["records"]), capture_output=True, text=True, env=with_this_python_first()
-    )
+    done = subprocess.run(command, input=json.dumps(GOOD), capture_output=True, text=True, env=with_this_python_first())
     assert done.returncode != 0
     assert "IntegrityError" in done.stderr
     assert "safeflavor/config.json" in done.stderr
@@ -175,7 +169,7 @@ def test_a_separate_environment_gives_the_same_rows(tmp_path, tiny_bert, tiny_to
     mlflow_safeflavor.save_model(model, path, tokenizer=tiny_tokenizer, torch_index=index, rehearse=False)
     assert "mlflow-safeflavor" not in (path / "requirements.txt").read_text()
     expected = mlflow.pyfunc.load_model(str(path)).predict(pd.DataFrame({"text": TEXTS}))
-    (tmp_path / "rows.json").write_text(json.dumps(GOOD["records"]))
+    (tmp_path / "rows.json").write_text(json.dumps(GOOD))
     command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "uv", "--model-uri", str(path)]
     command += ["--input-path", str(tmp_path / "rows.json"), "--output-path", str(tmp_path / "answers.json")]
     environment = with_this_python_first() | {

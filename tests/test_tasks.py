@@ -360,22 +360,22 @@ def test_max_length_cuts(pair_classifier, tiny_tokenizer):
     assert features["input_ids"] == wanted["input_ids"][0]
 
 
-def test_a_text_that_is_too_long_without_truncation_names_row_and_column(classifier, pair_classifier):
+def test_a_text_that_is_too_long_without_truncation_names_row_and_columns(classifier, pair_classifier):
     texts = ["dog", "the " * 40]
-    with pytest.raises(InputError, match=r"row 1, column 'text'[\s\S]*at most 32 tokens[\s\S]*42 tokens[\s\S]*way out"):
+    with pytest.raises(InputError, match=r"where: row 1\n[\s\S]*at most 32 tokens[\s\S]*42 tokens[\s\S]*way out"):
         classifier.ask(texts, truncation=False)
-    with pytest.raises(InputError, match=r"row 0, column 'text'[\s\S]*at most 4 tokens"):
+    with pytest.raises(InputError, match=r"where: row 0\n[\s\S]*at most 4 tokens"):
         classifier.ask(["the cat sat on", "dog"], truncation=False, max_length=4)
     with pytest.raises(InputError, match=r"row 1, columns 'before' and 'after'[\s\S]*at most 32 tokens"):
         pair_classifier.ask(texts, texts, truncation=False)
     assert classifier.answers(["the " * 30], truncation=False) == classifier.answers(["the " * 30])
 
 
-def test_a_text_without_any_token_names_row_and_column(bound, tiny_bert):
+def test_a_text_without_any_token_names_its_row(bound, tiny_bert):
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     bare = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[UNK]")
     task = bound(FeatureExtraction, tiny_bert(None), bare)
-    with pytest.raises(InputError, match=r"no tokens[\s\S]*row 1, column 'text'"):
+    with pytest.raises(InputError, match=r"no tokens[\s\S]*where: row 1\n"):
         task.ask(["a", ""])
 
 
@@ -542,7 +542,7 @@ def test_tasks_by_name():
 def test_signatures(classifier, pair_classifier, minilm):
     assert [spec["name"] for spec in pair_classifier.task.signature().inputs.to_dict()] == ["before", "after"]
     signature = classifier.task.signature()
-    assert signature.inputs.to_dict() == [{"type": "string", "name": "text", "required": True}]
+    assert signature.inputs.to_dict() == [{"type": "string", "required": True}]
     assert [(s["name"], s["type"]) for s in signature.outputs.to_dict()] == [("label", "string"), ("score", "double")]
     assert {param.name: param.default for param in signature.params} == classifier.task.check_params({})
     # One column of lists is said as an object: Spark takes that for the columns that come back.
@@ -568,7 +568,16 @@ def test_answers_are_json(classifier, minilm):
 
 @pytest.mark.parametrize(
     "columns",
-    [{}, {"text_pair": "a"}, {"text": "a", "other": "b"}, {"text": "a", "text_pair": "a"}, {"text": ""}, {"text": 1}],
+    [
+        {},
+        {"text_pair": "a"},
+        {"text": "a", "other": "b"},
+        {"text": "a", "text_pair": "a"},
+        {"text": ""},
+        {"text": 1},
+        {"text": None, "text_pair": "a"},
+        {"text_pair": None},
+    ],
     ids=str,
 )
 def test_input_columns_that_do_not_fit(columns):
@@ -577,7 +586,7 @@ def test_input_columns_that_do_not_fit(columns):
 
 
 def test_feature_extraction_takes_one_text():
-    assert FeatureExtraction.columns_for(None) == {"text": "text"}
+    assert FeatureExtraction.columns_for(None) == FeatureExtraction.columns_for({"text": None}) == {"text": None}
     with pytest.raises(InputError, match=r"fields: text \(required\)"):
         FeatureExtraction.columns_for({"text": "a", "text_pair": "b"})
 

@@ -35,7 +35,7 @@ class Task(ABC):
 
     Args:
         config: What ``describe`` returned.
-        columns: Field → column name, for every field this model uses.
+        columns: Field → column name, for every field this model uses; None for a sole column without a name.
         encoder: The tokenizer, as ``mlflow_safeflavor.tokenizer.TextEncoder``; None for tasks without text. Tasks that
             read something else name it in ``reads``.
 
@@ -75,24 +75,25 @@ class Task(ABC):
 
     caps: Caps = Caps()
 
-    def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str], encoder: Any = None) -> None:
+    def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str | None], encoder: Any = None) -> None:
         self.config = config
         self.asked = with_defaults(self.declared(config), config.get("params", {}))
         self.columns = self.columns_for(columns)
         self.encoder = encoder
 
     @classmethod
-    def columns_for(cls, input_columns: Mapping[str, str] | None) -> dict[str, str]:
+    def columns_for(cls, input_columns: Mapping[str, str | None] | None) -> Mapping[str, str | None]:
         """Field → column name in the order of ``fields``, from what the user gave.
 
         Args:
-            input_columns: None for the required fields under their own names.
+            input_columns: None for the required fields under their own names, or without a name where there is one.
 
         Raises:
             InputError: A field is unknown or a required one missing, or two share a column.
         """
-        if input_columns is None:
-            return {field: field for field in cls.required}
+        own = {field: field if len(cls.required) > 1 else None for field in cls.required}
+        if input_columns is None or dict(input_columns) == own:
+            return own
         names = list(input_columns.values())
         right = set(cls.required) <= set(input_columns) <= set(cls.fields) and len(set(names)) == len(names)
         if not right or not all(isinstance(name, str) and name for name in names):
@@ -158,9 +159,9 @@ class Task(ABC):
         return {}
 
     def stored_example(self, example: Any) -> Any:
-        """The user's example as MLflow stores it: rows under the names of their columns, files in base64."""
+        """The user's example as MLflow stores it: rows under the names of their columns or fields, files in base64."""
         rows = [self.to_record(row) for row in self.rows(example)]
-        return pd.DataFrame([{self.columns[field]: value for field, value in row.items()} for row in rows])
+        return pd.DataFrame([{self.columns[field] or field: value for field, value in row.items()} for row in rows])
 
     @classmethod
     def require_known(cls, options: Mapping[str, Any]) -> None:

@@ -103,7 +103,7 @@ class Custom(Task):
     def __init__(
         self,
         config: Mapping[str, Any],
-        columns: Mapping[str, str],
+        columns: Mapping[str, str | None],
         *,
         hooks: Mapping[str, Callable[..., Any]],
         tokenizer: Callable[[], Any],
@@ -122,8 +122,8 @@ class Custom(Task):
         return False
 
     @classmethod
-    def columns_for(cls, input_columns: Mapping[str, str] | None) -> dict[str, str]:
-        return dict(input_columns or {})
+    def columns_for(cls, input_columns: Mapping[str, str | None] | None) -> Mapping[str, str]:
+        return {field: column or field for field, column in (input_columns or {}).items()}
 
     @classmethod
     def columns_of(cls, example: Any) -> dict[str, str]:
@@ -176,7 +176,7 @@ class Custom(Task):
             yield {"inputs": (i, rowwise), "shared": shared}
 
     def _by_column(self, row: Row) -> dict[str, Any]:
-        return {self.columns[field]: value for field, value in row.items()}
+        return {str(self.columns[field]): value for field, value in row.items()}
 
     def _preprocessed(
         self, rows: list[dict[str, Any]], params: Mapping[str, Any], numbers: Sequence[int]

@@ -53,7 +53,7 @@ class ProcessedTask(Task):
     field: ClassVar[str]
     """The only field."""
 
-    def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str], processor: Any) -> None:
+    def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str | None], processor: Any) -> None:
         super().__init__(config, columns)
         self.processor = processor
 
@@ -72,9 +72,13 @@ class ProcessedTask(Task):
     def rows(self, data: Any) -> list[Row]:
         return super().rows([data] if isinstance(data, (bytes, bytearray)) else data)
 
+    @property
+    def folds(self) -> bool:
+        return True
+
     def to_record(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        cells = {self.field: self.record(value[self.field], self.columns[self.field])} if self.field in value else {}
-        return {**value, **cells}
+        where = self.columns[self.field] or self.field
+        return {**value, **({self.field: self.record(value[self.field], where)} if self.field in value else {})}
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         require_labels(self.caps, self.config, rows, params)

@@ -42,7 +42,7 @@ class Raw(Task):
     required = ()
     needs_example = True
 
-    def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str | None]) -> None:
         super().__init__(config, columns)
         form, names = config.get("form"), config.get("columns")
         listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -54,7 +54,7 @@ class Raw(Task):
         return False
 
     @classmethod
-    def columns_for(cls, input_columns: Mapping[str, str] | None) -> dict[str, str]:
+    def columns_for(cls, input_columns: Mapping[str, str | None] | None) -> Mapping[str, str | None]:
         if input_columns:
             raise InputError(
                 "The raw task has no columns", where="input_columns", wanted="None", found=dict(input_columns)

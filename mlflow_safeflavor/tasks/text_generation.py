@@ -54,7 +54,7 @@ class TextGeneration(Generation):
         return class_name.endswith(("ForCausalLM", "LMHeadModel")) and not class_name.endswith("WithLMHeadModel")
 
     @classmethod
-    def columns_for(cls, input_columns: Mapping[str, str] | None) -> dict[str, str]:
+    def columns_for(cls, input_columns: Mapping[str, str | None] | None) -> Mapping[str, str | None]:
         if input_columns is not None and "messages" in input_columns:
             if list(input_columns) == ["messages"] and input_columns["messages"]:
                 return dict(input_columns)
@@ -74,7 +74,7 @@ class TextGeneration(Generation):
     def __init__(
         self,
         config: Mapping[str, Any],
-        columns: Mapping[str, str],
+        columns: Mapping[str, str | None],
         encoder: Any = None,
         tokenizer: Callable[[], Any] | None = None,
     ) -> None:
@@ -93,12 +93,12 @@ class TextGeneration(Generation):
     def inputs(self) -> Schema:
         if not self._chat:
             return super().inputs()
-        return require_schema({self.columns["messages"]: Array(_MESSAGE)})
+        return require_schema({str(self.columns["messages"]): Array(_MESSAGE)})
 
     def rows(self, data: Any) -> list[Row]:
         if not self._chat:
             return super().rows(data)
-        column = self.columns["messages"]
+        column = str(self.columns["messages"])
         # A dict with one chat, which anywhere else would be a dict of as many rows as the chat has messages.
         if isinstance(data, Mapping) and list(data) == [column] and _is_chat(data[column]):
             data = [dict(data)]
