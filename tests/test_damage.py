@@ -598,6 +598,12 @@ MLMODEL = {
     "no task": (lambda content: content["flavors"]["safeflavor"].pop("task"), IntegrityError, "task"),
     "task of another type": (flavor(task=3), IntegrityError, "task"),
     "columns of another type": (flavor(input_columns=["text"]), IntegrityError, "input_columns"),
+    "two columns without names": (
+        flavor(input_columns={"text": None, "text_pair": None}),
+        IntegrityError,
+        "a sole null",
+    ),
+    "a number for a column": (flavor(input_columns={"text": 3}), IntegrityError, "a sole null"),
 }
 
 

@@ -294,7 +294,7 @@ def test_a_prompt_that_is_too_long_keeps_its_end(bound):
     ids = task.tokenizer(long)["input_ids"]
     assert features["input_ids"] == [1, *ids[-55:]]
     assert task.texts([long], max_new_tokens=40)[0].startswith(long)
-    with pytest.raises(InputError, match="row 1, column 'text'"):
+    with pytest.raises(InputError, match="where: row 1\n"):
         task.answers(["a", long], max_new_tokens=40, truncation=False)
     # In transformers it counts what is read and what is written together; here it would have cut the prompt.
     with pytest.raises(InputError, match=r"'max_length'[\s\S]*max_new_tokens"):

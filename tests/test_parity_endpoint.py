@@ -152,12 +152,12 @@ class Page(HTMLParser):
 @pytest.mark.serve
 def test_a_server_of_the_same_model_tells_what_it_runs_on(run, serve, saved, tmp_path):
     rows = tmp_path / "rows.csv"
-    pd.DataFrame({"text": [*TEXTS, "NA", "007", "the cat " * 9] * 30}).to_csv(rows, index=False)
+    pd.DataFrame({"review": [*TEXTS, "NA", "007", "the cat " * 9] * 30}).to_csv(rows, index=False)
     page = tmp_path / "parity.html"
     with serve(saved, env={**ONE_THREAD, TELL: "true", "A_SECRET_VARIABLE": "hunter2"}) as server:
         done = run(saved, "--endpoint", server.url, "--rows", rows, "--report", page)
         report = mlflow_safeflavor.verify_model(str(saved), endpoint=f"{server.url}/invocations/")
-        nothing_special = server.invoke({"inputs": {"text": TEXTS}})
+        nothing_special = server.invoke({"inputs": TEXTS})
     assert done.exit_code == 0, done.output
     assert "verdict: bit-identical" in done.output
     assert "180 rows of yours: 180 bit-identical" in done.output
@@ -200,7 +200,7 @@ def test_a_server_of_other_weights_is_found_out_and_tells_nothing_unasked(
         done = run(saved, "--endpoint", server.url, "--report", page)
         frame = {"columns": ["text"], "index": ["safeflavor_environment"], "data": [[TEXTS[0]]]}
         ordinary = server.invoke({"dataframe_split": frame}).json()["predictions"]
-        found = server.invoke({"inputs": {"text": TEXTS}}).json()["predictions"]
+        found = server.invoke({"inputs": TEXTS}).json()["predictions"]
     assert done.exit_code == 1, done.output
     assert "verdict: different" in done.output
     fields = [name for name in ("label", "score") if found[0][name] != recorded[0][name]]
@@ -502,8 +502,7 @@ BAD_ROWS = {
     "no Parquet": ("rows.parquet", "PAR1", "Rows cannot be read from this file"),
     "no rows": ("rows.csv", "text\n", "There are no rows"),
     "nothing": ("rows.csv", "", "Rows cannot be read from this file"),
-    "another column": ("rows.csv", "txt\na\n", "column 'text'"),
-    "a column too many": ("rows.csv", "text,more\na,b\n", "column 'more'"),
+    "a column too many": ("rows.csv", "text,more\na,b\n", "columns 'text' and 'more'"),
     "no text": ("rows.json", '[{"text": null}]', "row 0, column 'text'"),
 }
 

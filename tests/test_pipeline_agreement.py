@@ -296,9 +296,9 @@ def test_fill_mask_of_real_weights(asked, minilm):
 
 def test_texts_without_gaps_are_refused(asked, tiny_tokenizer):
     fill = asked("fill-mask", tiny_model("Bert", "ForMaskedLM"), tiny_tokenizer)
-    with pytest.raises(InputError, match=r"no gap[\s\S]*row 1, column 'text'[\s\S]*\[MASK\][\s\S]*way out"):
+    with pytest.raises(InputError, match=r"no gap[\s\S]*where: row 1\n[\s\S]*\[MASK\][\s\S]*way out"):
         fill.texts(["a [MASK]", "a cat"])
-    with pytest.raises(InputError, match=r"beyond[\s\S]*row 0, column 'text'[\s\S]*1 of 2 within 32 tokens"):
+    with pytest.raises(InputError, match=r"beyond[\s\S]*where: row 0\n[\s\S]*1 of 2 within 32 tokens"):
         fill.texts(["[MASK] " + LONG + "[MASK]"])
     with pytest.raises(InputError, match=r"'targets', 'cats dog'[\s\S]*one token each[\s\S]*cat ##s dog"):
         fill.texts(["a [MASK]"], targets=["cat", "cats dog"])
@@ -363,7 +363,7 @@ def test_what_zero_shot_classification_refuses(asked, tiny_tokenizer):
         zero_shot.texts(["a"], candidate_labels=["a"], hypothesis_template="about it")
     with pytest.raises(InputError, match=r"label leaves no room[\s\S]*within 32 tokens[\s\S]*'red red"):
         zero_shot.texts(["", "a"], candidate_labels=["cat", "red " * 40])
-    with pytest.raises(InputError, match=r"truncation is off[\s\S]*row 1, column 'text'[\s\S]*at most 32 tokens"):
+    with pytest.raises(InputError, match=r"truncation is off[\s\S]*where: row 1\n[\s\S]*at most 32 tokens"):
         zero_shot.texts(["", LONG], candidate_labels=["cat"], truncation=False)
     # A template is filled in and never run.
     assert zero_shot.texts(["a"], candidate_labels=["cat"], hypothesis_template="{} {0.__class__} {:99999999999}")

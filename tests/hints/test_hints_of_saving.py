@@ -204,7 +204,7 @@ def test_a_forward_that_is_no_graph(save, code):  # no graph is recorded in thes
 def test_a_signature(save, tiny_bert, tiny_tokenizer):
     frame = pd.DataFrame({"review": ["the cat"]})
     given = {"tokenizer": tiny_tokenizer, "signature": infer_signature(frame)}
-    refused(InputError, save, tiny_bert(), **given)
+    refused(InputError, save, tiny_bert(), **given, input_columns={"text": "code"})
     some = save(tiny_bert(), **given, input_columns={"text": "review"})
     assert len(load_model(some).predict(frame)) == 1
     every = save(tiny_bert(), tokenizer=tiny_tokenizer)

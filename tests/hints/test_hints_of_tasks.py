@@ -44,6 +44,11 @@ def bad(model, data, params=None):
 @follows("rows", "There are columns that the model does not know", "select the columns first: data[…]")
 @follows(
     "rows",
+    "There are several columns, and the model takes one",
+    "select it first: data[[…]], or log the model with input_columns=…",
+)
+@follows(
+    "rows",
     "A text holds half of a surrogate pair, which nothing can read",
     'clean it first, for example text.encode("utf-8", "replace").decode()',
 )
@@ -55,13 +60,15 @@ def bad(model, data, params=None):
 )
 def test_rows(models, saved, save, tiny_bert, tiny_tokenizer):  # noqa: F811
     model = load_model(saved)
-    good = pd.DataFrame({"text": ["the cat"]})
-    assert "'text'" in bad(model, 3).way_out
-    assert len(model.predict(good)) == 1
     data = pd.DataFrame({"review": ["the cat"], "stars": [1]})
-    bad(model, data)
-    assert len(model.predict(data[["review"]].rename(columns={"review": "text"}))) == 1
-    named = load_model(save(tiny_bert(), tokenizer=tiny_tokenizer, input_columns={"text": "review"}))
+    select, log = bad(model, data).way_out.removeprefix("select it first: ").split(", or log the model with ")
+    assert len(model.predict(eval(select, {"data": data}))) == 1
+    named = load_model(save(tiny_bert(), tokenizer=tiny_tokenizer, **eval(f"dict({log})")))
+    assert "one column" in bad(model, 3).way_out
+    assert "'review'" in bad(named, 3).way_out
+    assert len(named.predict(data[["review"]])) == 1
+    bad(named, pd.DataFrame({"text": ["the cat"]}))
+    assert len(named.predict(pd.DataFrame({"text": ["the cat"]}).rename(columns={"text": "review"}))) == 1
     error = bad(named, data)
     assert len(named.predict(eval(error.way_out.partition(": ")[2], {"data": data}))) == 1
     text = "the \ud800 cat"
