@@ -77,7 +77,7 @@ def _image(side: int) -> str:
 
 _LABELS = [f"label {i}" for i in range(200)]
 _EVERY = {
-    "no such column": Request([{"other": "a"}]),
+    "no column": Request([{}]),
     "a number for a text": Request([{"text": 1.5}]),
     "cut JSON": Request(raw=b'{"dataframe_records": [{"text": "a', status=0),
     "100,000 lists in each other": Request(raw=b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", status=0),
