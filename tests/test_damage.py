@@ -102,7 +102,7 @@ def test_a_flipped_bit_behind_pyfunc(copied, name):
     refuse_behind_pyfunc(copied, IntegrityError, name)
 
 
-@pytest.mark.parametrize("old", ["text-classification", "LABEL_0", "max_batch_tokens: 512", '"name": "tex'])
+@pytest.mark.parametrize("old", ["text-classification", "LABEL_0", "max_batch_tokens: 512", '"name": "lab'])
 @pytest.mark.parametrize("behind", ["native", "pyfunc"])
 def test_a_changed_flavor_entry_or_signature(copied, old, behind):
     text = (copied / "MLmodel").read_text()
