@@ -21,6 +21,9 @@ LABEL = "mlflow-safeflavor.test"
 IMAGES = "mlflow-safeflavor-test"
 """Repository of every image that the tests build."""
 
+FOLDER = "dockerd-"
+"""How the folder of an engine of our own begins."""
+
 
 class NoEngineError(Exception):
     """Says in one line why there is no engine."""
@@ -113,8 +116,9 @@ def _own_engine(timeout: float = 60) -> Iterator[Engine]:
             "no Docker engine answers, and none can be started here: "
             + (f"{', '.join(missing)} not installed" if missing else "that takes root")
         )
+    _remove_dead_engines()
     # Not below pytest's folder for temporary files: a socket's path may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="dockerd-") as folder:
+    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
         socket, log = f"unix://{folder}/docker.sock", Path(folder) / "log"
         # The signal comes from the kernel, should this process be killed.
         command = ["setpriv", "--pdeathsig", "TERM", "dockerd", "--host", socket, "--data-root", str(_data_root())]
@@ -137,6 +141,20 @@ def _own_engine(timeout: float = 60) -> Iterator[Engine]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+
+def _remove_dead_engines() -> None:
+    """Remove the folders of own engines that were killed, and the networks that are mounted in them.
+
+    Such a network stays on the bridge of all engines of this machine with the address of its container. A new engine
+    gives that address to a new container, and neither is reached any more. The lock says that none of ours runs.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for place in reversed(mounted):
+            if place.startswith(f"{folder}/"):
+                subprocess.run(["umount", "--lazy", place], check=True)
+        shutil.rmtree(folder)
 
 
 def _wait_until_up(daemon: subprocess.Popen[bytes], environ: dict[str, str], log: Path, timeout: float) -> None:
