@@ -192,12 +192,12 @@ def _resampled(samples: np.ndarray, old: int, new: int) -> np.ndarray:
     times = np.arange(-width, width + old)[:, None] / old - np.arange(new) / new
     times = (times * cutoff).clip(-_WIDTH, _WIDTH)
     # One column for each phase of the new rate.
-    kernels = np.sinc(times) * np.cos(times * math.pi / _WIDTH / 2) ** 2 * (cutoff / old)
+    kernels = (np.sinc(times) * np.cos(times * math.pi / _WIDTH / 2) ** 2 * (cutoff / old)).astype(np.float32)
     padded = np.pad(samples, (width, width + old))
     steps = np.lib.stride_tricks.sliding_window_view(padded, len(kernels))[::old]
     phases: np.ndarray = np.empty((len(steps), new), np.float32)
     together = max(1, _WINDOWED // len(kernels))
     for start in range(0, len(steps), together):
         part = slice(start, start + together)
-        np.matmul(np.ascontiguousarray(steps[part]), kernels.astype(np.float32), out=phases[part])
+        np.matmul(np.ascontiguousarray(steps[part]), kernels, out=phases[part])
     return phases.reshape(-1)[: math.ceil(new * len(samples) / old)]
