@@ -172,9 +172,9 @@ def compare_engines(engine: Engine, torch_index: str, rounds: int) -> list[Row]:
     import mlflow_safeflavor
 
     with TemporaryDirectory() as folder:
-        model, options = Path(folder, "model"), {"torch_index": torch_index, "rehearse": False, "require_graph": True}
+        model, options = Path(folder, "model"), {"torch_index": torch_index, "rehearse": False, "graph": "require"}
         mlflow_safeflavor.save_model(minilm_classifier(), model, tokenizer=tokenizer(), **options)
-        images = {"graph": build_ours(engine, model, "graph"), "module": build_ours(engine, model)}
+        images = {"graph": build_ours(engine, model, "onnx"), "module": build_ours(engine, model)}
     ready: dict[str, list[float]] = {name: [] for name in images}
     for turn in range(rounds + 1):  # the first reads the image from disk, and does not count
         for name, image in images.items():

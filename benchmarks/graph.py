@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mlflow_safeflavor
-from mlflow_safeflavor import load, tensors
+from mlflow_safeflavor import load
 from mlflow_safeflavor.artifact import Layout
 
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -64,7 +64,7 @@ def start(ours: Path, peer: Path, rounds: int) -> list[tuple[str, list[float], l
 def rows(ours: Path, rounds: int) -> list[tuple[str, list[float], list[float], str, float]]:
     """Bare forwards of both engines on the same tensors; 40 short ones or 3 long ones a round."""
     module = mlflow_safeflavor.load_model(str(ours)).engine
-    graph = mlflow_safeflavor.load_model(str(ours), model_config={"engine": "graph"}).engine
+    graph = mlflow_safeflavor.load_model(str(ours), model_config={"engine": "onnx"}).engine
     found = []
     for count, length, calls, goal in ((1, 5, 40, 0.85), (1, 12, 40, 0.85), (1, 16, 40, 0.85), (8, 256, 3, 1.02)):
         ids = torch.randint(1000, 20000, (count, length))
@@ -85,7 +85,9 @@ def rows(ours: Path, rounds: int) -> list[tuple[str, list[float], list[float], s
 def load_time(ours: Path, rounds: int) -> list[tuple[str, list[float], list[float], str, float]]:
     """In a warm process: read and check the graph against building and filling the module."""
     layout = Layout(ours)
-    inventory = tensors.read_inventory(layout)
+    from mlflow_safeflavor import inventory_file
+
+    inventory = inventory_file.read_inventory(layout)
     spec, _ = load.read_spec(layout)
     times = alternate(
         {

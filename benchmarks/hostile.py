@@ -156,7 +156,7 @@ def save(task: str, folder: Path) -> Path:
         config = transformers.ViTConfig(image_size=64, hidden_size=192, num_hidden_layers=6, num_attention_heads=3)
         vit = transformers.ViTForImageClassification(config).eval()
         processor = transformers.ViTImageProcessor(size={"height": 64, "width": 64})
-        mlflow_safeflavor.save_model(vit, path, processor=processor, rehearse=False, structure="module")
+        mlflow_safeflavor.save_model(vit, path, processor=processor, rehearse=False, graph="no")
         return path
     classes = {
         "fill-mask": "BertForMaskedLM",
@@ -167,7 +167,7 @@ def save(task: str, folder: Path) -> Path:
     model = getattr(transformers, classes[task]).from_pretrained(minilm_folder(), dtype=torch.float32).eval()
     if task.startswith("zero"):
         model.config.id2label, model.config.label2id = {0: "no", 1: "entailment"}, {"no": 0, "entailment": 1}
-    mlflow_safeflavor.save_model(model, path, task=task, tokenizer=tokenizer(), rehearse=False, structure="module")
+    mlflow_safeflavor.save_model(model, path, task=task, tokenizer=tokenizer(), rehearse=False, graph="no")
     return path
 
 

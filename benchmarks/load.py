@@ -76,7 +76,7 @@ def rebuild(size: str, dtype: str, rounds: int, cache: Path) -> None:
     import torch
     from transformers import AutoModel
 
-    from mlflow_safeflavor import inventory, structure, tensors
+    from mlflow_safeflavor import inventory, inventory_file, structure, tensors
     from mlflow_safeflavor.artifact import Layout
     from mlflow_safeflavor.load import read_spec
 
@@ -84,7 +84,7 @@ def rebuild(size: str, dtype: str, rounds: int, cache: Path) -> None:
     spec, _ = read_spec(layout)  # MLmodel, which from_pretrained has no counterpart of
 
     def fill() -> tuple[torch.nn.Module, inventory.Inventory]:
-        recorded = tensors.read_inventory(layout)
+        recorded = inventory_file.read_inventory(layout)
         module = structure.build(structure.read_structure(layout, spec), inventory=recorded)
         inventory.fill(module, recorded, tensors.read_tensors(recorded, layout))
         return module, recorded
@@ -137,26 +137,26 @@ _saved: set[Path] = set()
 def digests(size: str, dtype: str, rounds: int, cache: Path) -> None:
     """Hash the weights as a load with ``verify="full"`` does, against plain SHA-256 of memory."""
     from mlflow_safeflavor import digests as ours
-    from mlflow_safeflavor import tensors
+    from mlflow_safeflavor import inventory_file
     from mlflow_safeflavor.artifact import Layout
 
     layout = Layout(our_roberta(size, dtype, cache))
     files = sorted(layout.data.glob("model*.safetensors"))
     size_of = {"hashlib": 256 * 2**20, "ours": sum(file.stat().st_size for file in files)}
     block = bytes(size_of["hashlib"])
-    inventory = tensors.read_inventory(layout)
+    inventory = inventory_file.read_inventory(layout)
     os.environ["XDG_CACHE_HOME"] = str(cache / "host")
 
     def first() -> None:
         shutil.rmtree(cache / "host", ignore_errors=True)
-        tensors.hold_weights(inventory, layout)
+        inventory_file.hold_weights(inventory, layout)
 
     times = alternate(
         {
             "hashlib": lambda: hashlib.sha256(block).hexdigest(),
             "ours": lambda: [ours.digests_of(file) for file in files],
             "first": first,
-            "remembered": lambda: tensors.hold_weights(inventory, layout),
+            "remembered": lambda: inventory_file.hold_weights(inventory, layout),
         },
         rounds,
     )

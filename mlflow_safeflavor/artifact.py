@@ -33,7 +33,6 @@ __all__ = [
     "parse_json",
     "read_json",
     "read_manifest",
-    "reason_against",
     "staging",
     "without_duplicates",
     "write_json",
@@ -45,6 +44,7 @@ _MAX_GUARDED = 10**7  # characters; the largest ever seen had some thousand
 _MAX_YAML = 2 * 10**6  # bytes; YAML is read at 100 kB/s, and 20,000 labels are half of this
 _MAX_LINES = 4 * 10**6  # requirements.txt with every hash that an index lists: some 200 kB
 _MAX_JSON = 64 * 10**6  # read whole, and some 20 times larger as objects
+_MAX_GRAPH = 128 * 10**6  # with the constants that a graph may hold
 _DEEPEST = 100  # lists and dicts within each other; of all that was ever saved a config's few levels are the most
 _TOO_DEEP = f"lists or dicts nested more than {_DEEPEST} deep"
 _MAX_TOKENIZER = 256 * 10**6  # the largest ever seen had 34 MB
@@ -75,8 +75,8 @@ class Layout:
         self.structure_pickle = self.data / "structure.pkl"
         self.hooks_pickle = self.data / "hooks.pkl"
         self.tensors = self.data / "tensors.json"
-        self.graph = self.data / "graph.json"
-        self.graph_tensors = self.data / "graph.safetensors"
+        self.graph = self.data / "graph.onnx"
+        self.graph_facts = self.data / "graph.json"
         self.tokenizer = self.data / "tokenizer"
         self.processor = self.data / "processor"
         self.environment = self.data / "environment.json"
@@ -88,6 +88,12 @@ class Layout:
         self.sealed: dict[str, str] = {}
         """Name → SHA-256 of files that were compared with the manifest: who reads one gets these bytes or an error."""
         self._contents: dict[Path, bytes] | None = {} if keeps else None
+
+    def golden(self, engine: str) -> tuple[Path, Path]:
+        """Golden rows as an engine answered them: what it said, and arrays."""
+        if engine == "module":
+            return self.parity, self.parity_tensors
+        return self.data / f"parity-{engine}.json", self.data / f"parity-{engine}.safetensors"
 
     def is_weights(self, name: str) -> bool:
         """Whether a name of the manifest is a file of weights, which are hashed tensor by tensor."""
@@ -101,7 +107,11 @@ class Layout:
             return _MAX_TOKENIZER
         if name == self.MLMODEL or pure.suffix == ".yaml":
             return _MAX_YAML
-        return {".json": _MAX_JSON, ".txt": _MAX_LINES}.get(pure.suffix) if pure.parts[0] != self.CODE else None
+        return (
+            {".json": _MAX_JSON, ".txt": _MAX_LINES, ".onnx": _MAX_GRAPH}.get(pure.suffix)
+            if pure.parts[0] != self.CODE
+            else None
+        )
 
     def read_bytes(self, path: Path) -> bytes:
         """Content of a file that is read whole.
@@ -255,17 +265,6 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
     if level:
         raise ValueError(_TOO_DEEP)
     return content
-
-
-def reason_against(layout: Layout) -> str | None:
-    """Why an artifact has no graph, in words; None if it has one, which is not looked at any closer."""
-    if not layout.graph.exists():
-        return "none was asked for"
-    content = layout.read_json(layout.graph)
-    if not isinstance(content, dict) or not isinstance(content.get("reason", ""), str):
-        raise IntegrityError("The graph is malformed", where=layout.name_of(layout.graph), way_out=WAY_OUT)
-    reason: str | None = content.get("reason")
-    return reason
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

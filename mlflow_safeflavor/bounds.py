@@ -14,13 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from mlflow_safeflavor.artifact import WAY_OUT
 from mlflow_safeflavor.errors import StructureError
-
-if TYPE_CHECKING:
-    from mlflow_safeflavor.inventory import Inventory
+from mlflow_safeflavor.inventory_file import Inventory
 
 __all__ = ["find_unexplained", "require_explained", "within"]
 

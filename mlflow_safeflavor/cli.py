@@ -16,6 +16,8 @@ from rich.text import Text
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json
 from mlflow_safeflavor.download import located
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError, plain
+from mlflow_safeflavor.graph_file import describe_graph, read_graph
+from mlflow_safeflavor.onnx_graph import lines_of
 from mlflow_safeflavor.saved import Saved, read_saved
 from mlflow_safeflavor.version import __version__
 
@@ -55,7 +57,7 @@ def main() -> None:
 @click.argument("uri")
 @click.option("--pins", is_flag=True, help="List every pinned distribution.")
 @click.option("--tensors", "rows", is_flag=True, help="List every tensor.")
-@click.option("--graph", "calls", is_flag=True, help="Print the recorded graph, a call a line.")
+@click.option("--graph", "calls", is_flag=True, help="Print the recorded graph, a node a line.")
 def inspect(uri: str, pins: bool, rows: bool, calls: bool) -> None:
     """Say what the model at URI is. Nothing of the artifact is run, built or imported."""
     with located(uri) as folder:
@@ -71,7 +73,7 @@ def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> Non
         "task": spec.task,
         "model class": spec.model_class,
         "structure": f"{spec.structure} (runs {_runs(spec.structure)})",
-        "graph": _graph(layout),
+        "graph": describe_graph(layout),
         "serving dtype": spec.dtype + (f", cast from {spec.cast_from}: no dtype was given" if spec.cast_from else ""),
         "input columns": ", ".join(f"{field} ← {column or _UNNAMED}" for field, column in spec.input_columns.items()),
         "tensors": f"{len(inventory['tensors'])} in {len(inventory['data'])} alias groups",
@@ -90,26 +92,8 @@ def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> Non
     if rows:
         console.print(_tensor_table(inventory))
     if calls:
-        from mlflow_safeflavor.graph import lines_of
-        from mlflow_safeflavor.graph_file import from_json
-
-        for line in lines_of(from_json(read_json(layout.graph))):
+        for line in lines_of(read_graph(layout)):
             _say(console, plain(line))
-
-
-def _graph(layout: Layout) -> str:
-    """What there is of a graph, in words; the file is not checked here."""
-    if not layout.graph.exists():
-        return "none was asked for"
-    content = read_json(layout.graph)
-    try:
-        if "reason" in content:
-            return f"none: {content['reason']}"
-        operators = {call[0] for call in content["calls"]}
-        proven = content["facts"]["proven"]
-        return f"{len(content['calls'])} calls of {len(operators)} operators, proven on {proven} inputs"
-    except (KeyError, TypeError, IndexError):
-        raise IntegrityError("The graph is malformed", where=layout.name_of(layout.graph), way_out=WAY_OUT) from None
 
 
 def _runs(structure: str) -> str:
@@ -152,7 +136,7 @@ def _tensor_table(inventory: dict[str, Any]) -> Table:
 )
 @click.option("--report", "page", type=click.Path(dir_okay=False), help="Write an HTML page.")
 @click.option("--device", default="auto", show_default=True, help="Where to load the model here.")
-@click.option("--engine", type=click.Choice(["module", "graph"]), help="What answers here; the module if there is one.")
+@click.option("--engine", type=click.Choice(["onnx", "module"]), help="What answers here; the graph if there is one.")
 @click.option("--trust", multiple=True, metavar="KIND", help="Let the model's own code or pickle run here; repeatable.")
 @click.option("--rehash", is_flag=True, help="Hash all weights, also those that this host has hashed before.")
 @click.option(
@@ -241,7 +225,7 @@ def _write_page(path: str, report: ParityReport, uri: str, endpoint: str | None)
 @click.option("-o", "--output", "folder", required=True, type=click.Path(), help="Folder to create.")
 @click.option("--target", default="cpu", show_default=True, help="cpu refuses pins that install CUDA; cuda keeps them.")
 @click.option("--user", default="mlflow", show_default=True, help="Name of the user, not root, that serves.")
-@click.option("--engine", default="auto", show_default=True, help="graph leaves transformers out of the image.")
+@click.option("--engine", default="auto", show_default=True, help="onnx leaves out what only the module needs.")
 @click.option("--base-image", help="Instead of python:X.Y.Z-slim.")
 @click.option("--hashes/--no-hashes", default=True, show_default=True, help="Lock the pins with hashes.")
 @click.option("--allow-pickle", is_flag=True, help="The image may run the pickle that the model holds.")

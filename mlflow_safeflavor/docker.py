@@ -10,9 +10,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mlflow_safeflavor.arguments import checked
-from mlflow_safeflavor.artifact import Layout, reason_against, staging
+from mlflow_safeflavor.artifact import Layout, staging
 from mlflow_safeflavor.download import located
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
+from mlflow_safeflavor.graph_file import reason_against
 from mlflow_safeflavor.lock import lock, missing_wheel, wheels_for
 from mlflow_safeflavor.pins import CONSTRAINTS, Pin, Pins, read_pins
 from mlflow_safeflavor.plain_files import digest_of_plain, open_plain
@@ -23,7 +24,7 @@ from mlflow_safeflavor.wheels import folder_of
 __all__ = ["TARGETS", "generate_dockerfile"]
 
 TARGETS = ("cpu", "cuda")
-ENGINES = ("auto", "graph")
+ENGINES = ("auto", "onnx")
 
 _CUDA_ONLY = re.compile(r"nvidia-.*|cuda-.*|triton|pytorch-triton.*")
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
@@ -101,7 +102,7 @@ def generate_dockerfile(
         target: "cpu" refuses pins that install CUDA; "cuda" keeps them, and the container serves on a GPU or says
             what it is missing.
         user: Name of the user, not root, that serves.
-        engine: "graph" installs only what the graph needs, without transformers; the model must have one.
+        engine: "onnx" installs only what the graph needs; the model must have one.
         base_image: By default ``python:X.Y.Z-slim`` of the Python that saved the model.
         hashes: Lock the pins with the hashes of the files that may be installed; needs uv and an index.
         trust: {"pickle"} where the model holds a pickle that the image may run.
@@ -123,7 +124,7 @@ def generate_dockerfile(
         if "pickle" in spec.runs:
             require_agreed("pickle", trust, spec.model_class)
         pins = read_pins(saved.layout)
-        if engine == "graph":
+        if engine == "onnx":
             _require_graph(saved.layout)
             pins = replace(pins, pins=tuple(pin for pin in pins.pins if pin.name not in environment.only_module))
         installed = environment.wheel_digests
@@ -167,14 +168,14 @@ def _require_graph(layout: Layout) -> None:
             "The model has no graph that an image could serve",
             where="engine",
             wanted="auto",
-            found=f"graph; the reason against one is: {reason}",
+            found=f"the reason against one is: {reason}",
         )
 
 
 def _variables(trust: Iterable[str], engine: str) -> str:
     values = {"MLFLOW_SAFEFLAVOR_ENVIRONMENT": "error"}
-    if engine == "graph":
-        values["MLFLOW_SAFEFLAVOR_ENGINE"] = "graph"
+    if engine == "onnx":
+        values["MLFLOW_SAFEFLAVOR_ENGINE"] = "onnx"
     if "pickle" in trust:
         values["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "true"
     return " ".join(f"{name}={value}" for name, value in values.items())

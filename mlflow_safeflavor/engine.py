@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Engine"]
 
@@ -16,6 +19,11 @@ class Engine(Protocol):
     name: str
     on_cpu: bool
     """Whether it runs on the CPU, and not on an accelerator."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The module itself; see ``LoadedModel.module``."""
+        ...
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the model.

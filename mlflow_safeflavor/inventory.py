@@ -21,17 +21,14 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.errors import StructureError, WeightsError
+from mlflow_safeflavor.inventory_file import ITEM_SIZES, Data, Inventory, Row, contiguous_stride
 
 __all__ = [
     "NOT_GIVEN_BACK",
     "OWN_STATE",
     "STORABLE",
     "UNKNOWN",
-    "Data",
-    "Inventory",
-    "Row",
     "Slot",
-    "contiguous_stride",
     "dtype_name",
     "fill",
     "find_differences",
@@ -39,7 +36,6 @@ __all__ = [
     "find_places",
     "find_slots",
     "hidden_slot",
-    "nbytes_of",
     "realise",
     "require_saveable",
     "shape_of",
@@ -49,7 +45,7 @@ __all__ = [
 
 NOT_GIVEN_BACK = (
     "save the model again; where this comes back, its constructor depends on more than its arguments: "
-    "allow_pickle=True or structure='graph' does without it"
+    "allow_pickle=True or graph='only' does without it"
 )
 """What to do where a constructor makes something else now than when the model was saved."""
 
@@ -82,81 +78,9 @@ class Slot:
     put: Callable[[torch.Tensor], None]
 
 
-@dataclass(frozen=True)
-class Row:
-    """What must be in one slot.
-
-    Attributes:
-        path, kind, persistent: As in ``Slot``.
-        dtype: Like ``float32``.
-        shape: Sizes.
-        data: Name of the ``Data`` it looks at; equal names are one alias group.
-        stride: In elements, for a tensor that is not contiguous; else None.
-        offset: In elements from the start of the data.
-        parameter: Whether the tensor is an ``nn.Parameter``.
-        requires_grad: As it was when saved; a loaded model never requires gradients.
-    """
-
-    path: str
-    kind: str
-    persistent: bool
-    dtype: str
-    shape: tuple[int, ...]
-    data: str
-    stride: tuple[int, ...] | None = None
-    offset: int = 0
-    parameter: bool = False
-    requires_grad: bool = False
-
-
-@dataclass(frozen=True)
-class Data:
-    """One run of values in a file.
-
-    Attributes:
-        dtype: Like ``float32``.
-        shape: Sizes in the file.
-        file: Name of the safetensors file, beside ``tensors.json``.
-        sha256: Of the values as stored, little endian.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: str = ""
-    sha256: str = ""
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """Everything a module's memory holds.
-
-    Attributes:
-        rows: Path → row.
-        data: Name → data.
-        files: File name → SHA-256 of its header. Header and data together are every byte of the file.
-    """
-
-    rows: Mapping[str, Row]
-    data: Mapping[str, Data]
-    files: Mapping[str, str]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all data."""
-        return sum(nbytes_of(entry.dtype, entry.shape) for entry in self.data.values())
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` → ``float32``."""
     return str(dtype).removeprefix("torch.")
-
-
-def nbytes_of(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a dense tensor."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count * int(getattr(torch, dtype).itemsize)
 
 
 # --- slots ---------------------------------------------------------------------------------------
@@ -334,14 +258,7 @@ def require_saveable(slots: Sequence[Slot]) -> None:
             )
 
 
-STORABLE = frozenset(
-    getattr(torch, name)
-    for name in (
-        *("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"),
-        *("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "complex64"),
-    )
-    if hasattr(torch, name)
-)
+STORABLE = frozenset(getattr(torch, name) for name in ITEM_SIZES if hasattr(torch, name))
 
 
 # --- inventory -----------------------------------------------------------------------------------
@@ -536,12 +453,3 @@ def some(paths: Sequence[str], most: int = 5) -> str:
     """The first few of many, for a message."""
     more = f" and {len(paths) - most} more" if len(paths) > most else ""
     return ", ".join(paths[:most]) + more
-
-
-def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """Stride of a contiguous tensor of this shape, in elements."""
-    steps, step = [], 1
-    for size in reversed(shape):
-        steps.append(step)
-        step *= size
-    return tuple(reversed(steps))

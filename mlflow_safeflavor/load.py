@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,10 @@ from mlflow_safeflavor.artifact import (
     WAY_OUT,
     Layout,
     read_manifest,
-    reason_against,
 )
+from mlflow_safeflavor.description import read_description
 from mlflow_safeflavor.download import keep, located
+from mlflow_safeflavor.drivers import is_plainly_cpu
 from mlflow_safeflavor.errors import (
     AnswerError,
     InputError,
@@ -27,6 +28,7 @@ from mlflow_safeflavor.errors import (
     SafeFlavorError,
     WeightsError,
 )
+from mlflow_safeflavor.graph_file import reason_against
 from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.options import run_time_options
 from mlflow_safeflavor.report import LoadReport
@@ -34,16 +36,16 @@ from mlflow_safeflavor.saved import require_intact, require_none
 from mlflow_safeflavor.spec import AS_IS, ModelSpec, guarded_parts, read_spec
 from mlflow_safeflavor.trust import require_agreed, require_known, require_no_shadows
 
-# torch, and what is built on it, is imported inside the functions below: the environment check comes
-# first, so that a wrong environment is named before it fails to import, and so that what torch reads
-# only once can still be set.
+# torch, and what is built on it, is imported inside the functions below: a graph is served without it, and the
+# environment check comes first, so that a wrong environment is named before it fails to import, and so that what torch
+# reads only once can still be set.
 if TYPE_CHECKING:
     import torch
 
     from mlflow_safeflavor.engine import Engine
-    from mlflow_safeflavor.graph import GraphModule
-    from mlflow_safeflavor.inventory import Inventory
+    from mlflow_safeflavor.inventory_file import Inventory
     from mlflow_safeflavor.model import LoadedModel
+    from mlflow_safeflavor.module_engine import ModuleEngine
     from mlflow_safeflavor.weights_files import HeldFile
 
 __all__ = [
@@ -72,7 +74,6 @@ class LoadOptions:
     model_config: Mapping[str, Any] = field(default_factory=dict)
     trust: Collection[str] = field(default_factory=frozenset)
     replay: bool = True
-    prefer_graph: bool = False
 
     @property
     def hashes(self) -> bool:
@@ -136,40 +137,31 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
     layout, report = Layout(root, keeps=True), LoadReport()
     with report.timed("look"):
         spec, recorded = _look(layout, options, report)
-    with report.timed("import"), _without_collecting():
-        import mlflow_safeflavor.tensors  # noqa: F401  (and with it torch)
     with environments.naming_versions(recorded):
         return _load(spec, layout, options, report)
 
 
 def _load(spec: ModelSpec, layout: Layout, options: LoadOptions, report: LoadReport) -> LoadedModel:
-    """Everything after the environment was compared and torch imported."""
-    from mlflow_safeflavor import tensors
+    """Everything after the environment was compared."""
+    with report.timed("import"), _without_collecting():
+        report.engine = _engine(spec, layout, options)
+        if report.engine == "onnx":
+            import mlflow_safeflavor.onnx_engine
+        else:
+            import mlflow_safeflavor.tensors  # noqa: F401  (and with it torch)
+    from mlflow_safeflavor import inventory_file
 
     with report.timed("digest"):
-        inventory = tensors.read_inventory(layout)
+        inventory = inventory_file.read_inventory(layout)
         _check_dtype(inventory, spec)
         weights = _hold_weights(inventory, layout, options, report)
-    report.engine = _engine(spec, layout, options)
-    module: torch.nn.Module
-    if report.engine == "graph":
-        with report.timed("rebuild"), _without_collecting():
-            module, hooks, device = _read_graph(inventory, spec, layout, options, report)
-    else:
-        with report.timed("rebuild"), _without_collecting():
-            module, hooks = rebuild(inventory, spec, layout, options, report)
-        from mlflow_safeflavor import placement
-
-        with report.timed("place"):
-            device = _place(module, inventory, spec, layout, options, report)
-            # By a map, accelerate may read from them whenever a part of the module runs.
-            if options.device_map is None and not placement.maps_files(module, inventory):
-                weights = []
-                layout.held.clear()
+    with report.timed("rebuild"), _without_collecting():
+        load = _open_graph if report.engine == "onnx" else _rebuild
+        engine, hooks = load(inventory, weights, spec, layout, options, report)
     from mlflow_safeflavor.vocabulary import require_rows
 
-    with _naming_failures(layout):
-        model = bind(module, hooks, device, spec, layout, options, report, weights)
+    with _naming_failures(layout.name_of(layout.golden(report.engine)[0])):
+        model = bind(engine, hooks, spec, layout, options, report)
         require_rows(spec.task_config, model.task.encoder, inventory)
         with report.timed("replay"):
             _replay(model, layout, options, report)
@@ -204,7 +196,7 @@ def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> tuple[Mod
     _check_files(layout, guarded, options, report)
     require_no_shadows(layout.code)
     recorded = environments.Environment.from_json(layout.read_json(layout.environment))
-    if run_time_options(options.model_config, stored=spec.model_config)["engine"] == "graph":
+    if run_time_options(options.model_config, stored=spec.model_config)["engine"] == "onnx":
         recorded = recorded.for_graph()
     differences = environments.require_same(recorded, policy=options.environment)
     report.environment = tuple(str(difference) for difference in differences)
@@ -233,7 +225,7 @@ def _check_dtype(inventory: Inventory, spec: ModelSpec) -> None:
 
 
 def _hold_weights(inventory: Inventory, layout: Layout, options: LoadOptions, report: LoadReport) -> list[HeldFile]:
-    from mlflow_safeflavor.tensors import hold_weights
+    from mlflow_safeflavor.inventory_file import hold_weights
 
     weights, wrong = hold_weights(inventory, layout, hashes=options.hashes, rehash=options.verify == "rehash")
     require_none(wrong, "Weights are not the ones that were saved")
@@ -243,35 +235,47 @@ def _hold_weights(inventory: Inventory, layout: Layout, options: LoadOptions, re
 
 
 def _engine(spec: ModelSpec, layout: Layout, options: LoadOptions) -> str:
-    """What is to answer, "graph" or "module": what was asked for, and can be had of what was saved.
+    """What is to answer, "onnx" or "module": what was asked for, and can be had of what was saved.
 
-    A graph belongs to one dtype and one device; whatever else is asked for needs the module.
+    A graph is served in float32 on a CPU; whatever else is asked for needs the module.
     """
     chosen = run_time_options(options.model_config, stored=spec.model_config)
     alone = spec.structure == "graph"
-    asked = "graph" if alone and chosen["engine"] == "auto" else chosen["engine"]
-    other = {"dtype": _casts(spec, options), "device_map": options.device_map, "compile": chosen["compile"]}
+    asked = "onnx" if alone and chosen["engine"] == "auto" else chosen["engine"]
+    device = "cpu" if options.device_map or is_plainly_cpu(options.device) else _device(options.device)
+    other = {
+        "dtype": _casts(spec, options),
+        "device_map": options.device_map,
+        "compile": chosen["compile"],
+        "device": device if device != "cpu" else None,
+    }
     needs_module = [name for name, value in other.items() if value]
     reason = reason_against(layout)
     if asked == "auto":
-        return "graph" if options.prefer_graph and not needs_module and reason is None else "module"
+        return "module" if needs_module or reason else "onnx"
     if asked == "module" and alone:
         raise PlacementError(
             "The model was stored as a graph alone, so there is no module to rebuild",
             where="engine",
-            wanted="graph",
+            wanted="onnx",
             found="module",
-            way_out='leave it out, or save the model with structure="auto"',
+            way_out='leave it out, or save the model with graph="auto"',
         )
-    if asked == "graph" and (needs_module or reason is not None):
+    if asked == "onnx" and (needs_module or reason is not None):
         raise PlacementError(
             "The model cannot be served as a graph like this",
             where=", ".join(needs_module) or "engine",
-            wanted="a graph, which belongs to one dtype and one device",
+            wanted="a graph, which is served in float32 on a CPU",
             found=reason or ", ".join(f"{name}={other[name]!r}" for name in needs_module),
             way_out='leave those out, or pass engine="module" where the model was saved with its module',
         )
     return asked
+
+
+def _device(asked: str | int | torch.device) -> str:
+    from mlflow_safeflavor.devices import resolve_device
+
+    return str(resolve_device(asked))
 
 
 def _casts(spec: ModelSpec, options: LoadOptions) -> str | None:
@@ -280,38 +284,101 @@ def _casts(spec: ModelSpec, options: LoadOptions) -> str | None:
     return asked if asked and asked != spec.dtype else None
 
 
-def _read_graph(
-    inventory: Inventory, spec: ModelSpec, layout: Layout, options: LoadOptions, report: LoadReport
-) -> tuple[GraphModule, dict[str, Callable[..., Any]], torch.device]:
-    from mlflow_safeflavor import devices, structure
-    from mlflow_safeflavor.graph import GraphModule
-    from mlflow_safeflavor.graph_file import read_graph
+def _open_graph(
+    inventory: Inventory,
+    weights: list[HeldFile],
+    spec: ModelSpec,
+    layout: Layout,
+    options: LoadOptions,
+    report: LoadReport,
+) -> tuple[Engine, dict[str, Callable[..., Any]]]:
+    """What runs the graph, with the weights of the artifact, and the user's hooks by name."""
+    from mlflow_safeflavor import cpu
+    from mlflow_safeflavor.graph_file import open_graph
+    from mlflow_safeflavor.onnx_engine import OnnxEngine
+    from mlflow_safeflavor.onnx_runtime import Session
 
-    graph, constants = read_graph(inventory, layout)
-    device = devices.resolve_device(options.device)
+    graph, arrays = open_graph(inventory.files, layout)
+    threads = run_time_options(options.model_config, stored=spec.model_config)["num_threads"]
+    session = Session(graph, arrays, threads=cpu.find_budget(threads).threads)
     report.tensors, report.alias_groups = len(inventory.rows), len(inventory.data)
-    report.weight_bytes, report.device = inventory.nbytes, str(device)
-    described = structure.read_structure(layout, spec)
-    return GraphModule(graph, constants, device), _hooks(described, inventory, layout, options), device
+    report.weight_bytes, report.device = inventory.nbytes, "cpu"
+    rebuild = None
+    if spec.structure != "graph":
+        late = layout.golden("module")  # nothing is read later than now
+        for path in (*late, layout.structure_pickle) if spec.structure == "pickle" else late:
+            layout.read_bytes(path)
+        rebuild = _later(inventory, weights, spec, layout, options)
+    hooks = _hooks(read_description(layout, spec), inventory, layout, options)
+    return OnnxEngine(session, rebuild, weights), hooks
+
+
+def _later(
+    inventory: Inventory, weights: list[HeldFile], spec: ModelSpec, layout: Layout, options: LoadOptions
+) -> Callable[[], ModuleEngine]:
+    """What makes the engine of the module when it is wanted beside the graph's: checked as if it were loaded alone."""
+    from mlflow_safeflavor.weights_files import require_unchanged
+
+    def make() -> ModuleEngine:
+        require_unchanged(weights)
+        report = LoadReport()
+        engine, hooks = _rebuild(inventory, list(weights), spec, layout, options, report)
+        _replay(bind(engine, hooks, spec, layout, options, report), layout, options, report)
+        return engine
+
+    return make
+
+
+def _rebuild(
+    inventory: Inventory,
+    weights: list[HeldFile],
+    spec: ModelSpec,
+    layout: Layout,
+    options: LoadOptions,
+    report: LoadReport,
+) -> tuple[ModuleEngine, dict[str, Callable[..., Any]]]:
+    """What runs the module, rebuilt, compared and placed, and the user's hooks by name."""
+    from mlflow_safeflavor import placement
+    from mlflow_safeflavor.inventory import find_slots
+    from mlflow_safeflavor.module_engine import ModuleEngine
+
+    module, hooks = rebuild(inventory, spec, layout, options, report)
+    with report.timed("place"):
+        device = _place(module, inventory, spec, layout, options, report)
+    # By a map, accelerate may read from them whenever a part of the module runs.
+    if options.device_map is None and not placement.maps_files(module, inventory):
+        weights = []
+        layout.held.clear()
+    compiles = run_time_options(options.model_config, stored=spec.model_config)["compile"]
+    dtype = placement.input_dtype(options.dtype or spec.dtype, find_slots(module))
+    return ModuleEngine(module, device, dtype, weights, compile=compiles), hooks
 
 
 def _hooks(
     described: Mapping[str, Any], inventory: Inventory, layout: Layout, options: LoadOptions
 ) -> dict[str, Callable[..., Any]]:
     """The user's hooks by name, and no module."""
-    from mlflow_safeflavor import inventory as inventories
-    from mlflow_safeflavor import pickled, tensors, usercode
+    from mlflow_safeflavor import usercode
 
     names = described["hooks"]
-    objects: dict[str, Any] = {}
-    pickles = not all(names.values())
-    realised = inventories.realise(inventory, tensors.read_tensors(inventory, layout)) if pickles else {}
+    objects = {} if all(names.values()) else _unpickled_hooks(described, inventory, layout, options)
     with guarded(layout.root, unpickles=True):
         if names and "code" in options.trust:
             usercode.make_importable(layout)
-        if pickles:
-            objects = pickled.load(layout.hooks_pickle, layout, described["hooks_pickle"], realised, options.trust)
         return {hook: usercode.import_name(name) if name else objects[hook] for hook, name in names.items()}
+
+
+def _unpickled_hooks(
+    described: Mapping[str, Any], inventory: Inventory, layout: Layout, options: LoadOptions
+) -> dict[str, Any]:
+    from mlflow_safeflavor import inventory as inventories
+    from mlflow_safeflavor import pickled, tensors, usercode
+
+    realised = inventories.realise(inventory, tensors.read_tensors(inventory, layout))
+    with guarded(layout.root, unpickles=True):
+        if "code" in options.trust:
+            usercode.make_importable(layout)
+        return pickled.load(layout.hooks_pickle, layout, described["hooks_pickle"], realised, options.trust)
 
 
 def rebuild(
@@ -400,72 +467,31 @@ def _place(
 
 
 def bind(
-    module: torch.nn.Module,
+    engine: Engine,
     hooks: Mapping[str, Callable[..., Any]],
-    device: torch.device,
     spec: ModelSpec,
     layout: Layout,
     options: LoadOptions,
     report: LoadReport,
-    weights: Sequence[HeldFile] = (),
 ) -> LoadedModel:
-    """A module, the files its weights are mapped from, and what the spec says can be asked of it."""
-    from mlflow_safeflavor.graph import GraphModule
-    from mlflow_safeflavor.graph_engine import GraphEngine
-    from mlflow_safeflavor.inventory import find_slots
-    from mlflow_safeflavor.model import LoadedModel, make_task
-    from mlflow_safeflavor.module_engine import ModuleEngine
-    from mlflow_safeflavor.placement import input_dtype
-    from mlflow_safeflavor.scheduler import Scheduler
+    """An engine, and what the spec says can be asked of it."""
+    from mlflow_safeflavor.model import LoadedModel, make_scheduler, make_task
 
     chosen = run_time_options(options.model_config, stored=spec.model_config)
     layout.keep(layout.tokenizer, layout.processor)
     task = make_task(spec, layout, hooks, chosen)
-    dtype = input_dtype(options.dtype or spec.dtype, find_slots(module))
-    engine: Engine
-    if isinstance(module, GraphModule):
-        engine = GraphEngine(module, device, dtype, _rebuilding(spec, layout, weights, options, dtype), weights)
-    else:
-        engine = ModuleEngine(module, device, dtype, weights, compile=chosen["compile"])
-    names = ("max_batch_tokens", "forward_cost", "deterministic", "max_queue", "num_threads")
-    scheduler = Scheduler(task, engine, **{name: chosen[name] for name in names})
-    return LoadedModel(module, spec, report, task, engine, layout, scheduler, chosen)
-
-
-def _rebuilding(
-    spec: ModelSpec, layout: Layout, weights: Sequence[HeldFile], options: LoadOptions, dtype: torch.dtype
-) -> Callable[[], Engine] | None:
-    """What makes the engine of the module, for inputs that the graph does not take."""
-    if spec.structure == "graph":
-        return None
-    from mlflow_safeflavor import structure, tensors
-    from mlflow_safeflavor.module_engine import ModuleEngine
-    from mlflow_safeflavor.weights_files import require_unchanged
-
-    if structure.read_structure(layout, spec)["pickle"] is not None:
-        layout.read_bytes(layout.structure_pickle)
-
-    def make() -> Engine:
-        require_unchanged(weights)
-        report = LoadReport()
-        inventory = tensors.read_inventory(layout)
-        module, _ = rebuild(inventory, spec, layout, options, report)
-        return ModuleEngine(module, _place(module, inventory, spec, layout, options, report), dtype, weights)
-
-    return make
+    return LoadedModel(spec, report, task, engine, layout, make_scheduler(task, engine, chosen), chosen)
 
 
 def _replay(model: LoadedModel, layout: Layout, options: LoadOptions, report: LoadReport) -> None:
     from mlflow_safeflavor import parity
-    from mlflow_safeflavor.graph import GraphModule
 
     if options.verify == "off" or not options.replay:
         return
-    with model.module.bounded() if isinstance(model.module, GraphModule) else nullcontext():
-        result = parity.replay(model, layout)
+    result = parity.replay(model, layout)
     if not options.dtype or str(options.dtype).removeprefix("torch.") == model.spec.dtype:
         # After a cast on request the answers are meant to differ from the recorded ones.
-        parity.require_parity(result, layout)
+        parity.require_parity(result, layout, model.engine.name)
     report.golden_rows = len(result.rows)
     report.max_difference, report.bit_identical = result.max_difference, result.bit_identical
 
@@ -477,7 +503,7 @@ def _measure(model: LoadedModel, layout: Layout, options: LoadOptions) -> None:
     known = model.scheduler.forward_cost and model.engine.on_cpu
     if known or options.verify == "off" or not options.replay:
         return
-    golden = parity.read_golden(layout)
+    golden = parity.read_golden(layout, model.engine.name)
     rows = [model.task.from_record(row, golden.inputs(i)) for i, row in enumerate(golden.rows)]
     model.scheduler.forward_cost = batching.measure_forward_cost(
         model.task, model.engine, rows, model.options["max_batch_tokens"]
@@ -485,7 +511,7 @@ def _measure(model: LoadedModel, layout: Layout, options: LoadOptions) -> None:
 
 
 @contextmanager
-def _naming_failures(layout: Layout) -> Iterator[None]:
+def _naming_failures(where: str) -> Iterator[None]:
     """Whatever tasks, tokenizers and forwards raise over a record that is not what was saved, under a name of ours."""
     try:
         yield
@@ -496,7 +522,7 @@ def _naming_failures(layout: Layout) -> Iterator[None]:
             raise
         raise ParityError(
             "The model cannot answer the rows that were recorded with it",
-            where=layout.name_of(layout.parity),
+            where=where,
             found=f"{type(error).__name__}: {error}",
             way_out="save the model again in this environment",
         ) from error

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from mlflow_safeflavor.allowance import Allowance, TooMuch
 from mlflow_safeflavor.artifact import WAY_OUT
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.inventory import Inventory
+from mlflow_safeflavor.inventory_file import Inventory
 from mlflow_safeflavor.random_state import kept_random_state
 
 __all__ = ["asks_for_dtype", "real_memory"]

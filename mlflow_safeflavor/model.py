@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from mlflow_safeflavor.tokenizer import TextEncoder, load_tokenizer
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LoadedModel", "make_task"]
+__all__ = ["LoadedModel", "make_scheduler", "make_task"]
 
 
 def make_task(
@@ -51,6 +51,12 @@ def make_task(
     return task
 
 
+def make_scheduler(task: Task, engine: Engine, options: Mapping[str, Any]) -> Scheduler:
+    """What runs an engine for many callers, under the run-time options."""
+    names = ("max_batch_tokens", "forward_cost", "deterministic", "max_queue", "num_threads")
+    return Scheduler(task, engine, **{name: options[name] for name in names})
+
+
 def _tokenizer_of(layout: Layout) -> Any:
     """As transformers makes it; None if there was none."""
     if not layout.has(layout.tokenizer):
@@ -69,7 +75,6 @@ class LoadedModel:
     """A rebuilt, checked and placed model. ``predict`` may be called from many threads.
 
     Attributes:
-        module: The rebuilt ``torch.nn.Module``, in eval mode, without gradients.
         spec: What was saved.
         report: What was checked.
         task: Rows to arrays and back.
@@ -79,7 +84,6 @@ class LoadedModel:
         options: Run-time options that it was loaded with; see ``options.MODEL_CONFIG``.
     """
 
-    module: torch.nn.Module
     spec: ModelSpec
     report: LoadReport
     task: Task
@@ -87,6 +91,19 @@ class LoadedModel:
     files: Layout
     scheduler: Scheduler
     options: Mapping[str, Any]
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The transformer itself, rebuilt, checked and placed; on first use where a graph answers.
+
+        Raises:
+            StructureError: The artifact holds a graph alone.
+        """
+        return self.engine.module
+
+    def answered_by(self, engine: Engine) -> LoadedModel:
+        """The same model, answered by another engine."""
+        return replace(self, engine=engine, scheduler=make_scheduler(self.task, engine, self.options))
 
     @property
     def folder(self) -> Path:

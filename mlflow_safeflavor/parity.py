@@ -14,6 +14,7 @@ import numpy as np
 
 from mlflow_safeflavor.arrays import read_arrays, write_arrays
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, write_json
+from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import IntegrityError, ParityError
 from mlflow_safeflavor.random_state import kept_random_state
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
@@ -52,6 +53,11 @@ class Predictor(Protocol):
     @property
     def task(self) -> Task:
         """What it is asked."""
+        ...
+
+    @property
+    def engine(self) -> Engine:
+        """What answers."""
         ...
 
     def answer(
@@ -154,9 +160,10 @@ def record(model: Predictor, rows: Sequence[Row], dtypes: Collection[str], layou
         for index, named in enumerate(rowwise)
         for name, value in named.items()
     }
-    write_arrays(arrays, layout.parity_tensors)
+    facts, tensors = layout.golden(model.engine.name)
+    write_arrays(arrays, tensors)
     write_json(
-        layout.parity,
+        facts,
         {
             "version": _VERSION,
             "rows": [model.task.to_record(row) for row in rows],
@@ -212,14 +219,15 @@ class Golden:
         return _named(self.arrays, f"{index}.output.")
 
 
-def read_golden(layout: Layout) -> Golden:
-    """Read the golden rows of an artifact.
+def read_golden(layout: Layout, engine: str) -> Golden:
+    """Read the golden rows that were recorded with an engine.
 
     Raises:
         IntegrityError: The recording is malformed.
     """
-    recorded = layout.read_json(layout.parity)
-    arrays = read_arrays(layout.read_bytes(layout.parity_tensors), layout.parity_tensors.name)
+    facts, tensors = layout.golden(engine)
+    recorded = layout.read_json(facts)
+    arrays = read_arrays(layout.read_bytes(tensors), tensors.name)
     try:
         rows, answers, tolerance = list(recorded["rows"]), recorded["answers"], recorded["tolerance"]
         atol, rtol = float(tolerance["atol"]), float(tolerance["rtol"])
@@ -229,7 +237,7 @@ def read_golden(layout: Layout) -> Golden:
             raise ValueError(f"tolerances {atol}, {rtol}: with these, any answer would do")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise IntegrityError(
-            "The golden rows are malformed", where=layout.name_of(layout.parity), found=error, way_out=WAY_OUT
+            "The golden rows are malformed", where=layout.name_of(facts), found=error, way_out=WAY_OUT
         ) from None
     return Golden(rows, answers, arrays, atol, rtol)
 
@@ -240,7 +248,7 @@ def replay(model: Predictor, layout: Layout) -> ParityReport:
     Raises:
         IntegrityError: The recording is malformed.
     """
-    golden = read_golden(layout)
+    golden = read_golden(layout, model.engine.name)
     answers, atol, rtol = golden.answers, golden.atol, golden.rtol
     rows = [model.task.from_record(row, golden.inputs(index)) for index, row in enumerate(golden.rows)]
     features = _features(model, rows)
@@ -293,7 +301,7 @@ def _replayed(
     return Replayed(row, float(all_.max(initial=0.0)), identical, problem, first, golden, all_)
 
 
-def require_parity(report: ParityReport, layout: Layout) -> None:
+def require_parity(report: ParityReport, layout: Layout, engine: str) -> None:
     """Refuse a model that answers its golden rows differently now.
 
     Raises:
@@ -303,7 +311,7 @@ def require_parity(report: ParityReport, layout: Layout) -> None:
     if wrong:
         raise ParityError(
             "The model answers recorded rows differently from when it was saved",
-            where=f"{layout.name_of(layout.parity)}, {len(wrong)} of {len(report.rows)} rows",
+            where=f"{layout.name_of(layout.golden(engine)[0])}, {len(wrong)} of {len(report.rows)} rows",
             wanted=f"within atol {report.atol:g}, rtol {report.rtol:g}",
             found=wrong[0].problem,
             way_out="save the model again in this environment",

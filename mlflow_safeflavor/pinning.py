@@ -30,7 +30,7 @@ class Pinning:
     Args:
         layout: Where they are written.
         source: What is saved.
-        structure: As ``save_model`` takes it; with "auto" the names that only the module needs are told apart.
+        engines: What can answer; where a graph can and a module, names that only the module needs are told apart.
         code_paths: What comes with the model is not pinned.
         hashes: Whether each pin gets the hashes of its files.
         wanted: What the user says of it: ``torch_index``, ``pip_requirements``, ``extra_pip_requirements`` and
@@ -41,13 +41,13 @@ class Pinning:
         self,
         layout: Layout,
         source: Source,
-        structure: str,
+        engines: Collection[str],
         code_paths: Sequence[str | Path] | None,
         hashes: bool,
         **wanted: Any,
     ) -> None:
         with_model = {Path(path).stem for path in code_paths or ()}
-        self._layout, self._structure, self._hashes, self._wanted = layout, structure, hashes, wanted
+        self._layout, self._engines, self._hashes, self._wanted = layout, engines, hashes, wanted
         self._roots, self._graph_roots = (_roots(source, with_model, graph=graph) for graph in (False, True))
         self._recorded: Environment | None = None
 
@@ -58,11 +58,12 @@ class Pinning:
             EnvironmentMismatchError: See ``requirements.environment_files``.
         """
         used = used or {}
-        roots = [*self._roots, *used]
-        graph_roots = [*self._graph_roots, *(name for name, use in used.items() if use.engine == "graph")]
+        graph_roots = [*self._graph_roots, *(name for name, use in used.items() if use.engine == "onnx")]
+        roots = [*(self._roots if "module" in self._engines else ()), *(graph_roots if "onnx" in self._engines else ())]
+        roots += used
         recorded = requirements.environment_files(
             self._layout.root,
-            graph_roots if self._structure == "graph" else roots,
+            list(dict.fromkeys(roots)),
             torch_build={
                 "version": torch.__version__,
                 "cuda": torch.version.cuda,
@@ -72,7 +73,7 @@ class Pinning:
             **self._wanted,
         )
         there = (closure_of(roots) - closure_of(graph_roots)) & recorded.distributions.keys()
-        recorded = replace(recorded, only_module=tuple(sorted(there)) if self._structure == "auto" else ())
+        recorded = replace(recorded, only_module=tuple(sorted(there)) if len(self._engines) > 1 else ())
         write_json(self._layout.environment, recorded.to_json())
         self._recorded = recorded
         return recorded
@@ -115,7 +116,7 @@ class Pinning:
         news = {
             name: use
             for name, use in used.items()
-            if name not in recorded.distributions or (use.engine == "graph" and name in recorded.only_module)
+            if name not in recorded.distributions or (use.engine == "onnx" and name in recorded.only_module)
         }
         if not news:
             return False
@@ -126,11 +127,17 @@ class Pinning:
 
 
 def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[str]:
-    """What serving needs directly; for a graph transformers only where its processors or tokenizers are called."""
+    """What serving needs directly; for a graph no torch, and transformers only where its processors or tokenizers are
+    called. What these need is found by the rehearsal."""
     module = torch.nn.Module() if graph else source.module
     calls = not graph or source.processor is not None or (source.task == "custom" and source.tokenizer is not None)
     return [
-        *(name for name in requirements.DEFAULT_ROOTS if calls or name != "transformers"),
+        *(
+            name
+            for name in requirements.DEFAULT_ROOTS
+            if (calls or name != "transformers") and not (graph and name == "torch")
+        ),
+        *(["onnxruntime"] if graph else []),
         *usercode.distributions_of(module, source.hooks, except_for=with_model),
         *([] if source.processor is None else requirements_of(source.processor)),
     ]

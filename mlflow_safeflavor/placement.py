@@ -20,7 +20,8 @@ from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.devices import find_accelerator, resolve_device
 from mlflow_safeflavor.errors import PlacementError
 from mlflow_safeflavor.failures import is_out_of_memory
-from mlflow_safeflavor.inventory import Inventory, Slot, fill, find_meta, find_slots, some, take_inventory
+from mlflow_safeflavor.inventory import Slot, fill, find_meta, find_slots, some, take_inventory
+from mlflow_safeflavor.inventory_file import Inventory
 from mlflow_safeflavor.spec import AS_IS, DTYPES
 
 __all__ = ["dispatch", "dtype_plan", "input_dtype", "maps_files", "place", "resolve_dtype"]

@@ -70,7 +70,6 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
             verify=options["verify"],
             environment=options["environment"],
             model_config=options,
-            prefer_graph=True,
             trust=frozenset({"code", "pickle"} if pickles else {"code"}),
         ),
     )

@@ -90,7 +90,7 @@ def rehearse(
             way_out=bring
             if bring
             else "make it load without this process's state: no __main__ classes, no network, no files of this "
-            'machine; structure="graph" keeps neither the class nor what its constructor reads',
+            'machine; graph="only" keeps neither the class nor what its constructor reads',
         )
     return told["opened"], told["path"]
 

@@ -23,20 +23,25 @@ from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 from mlflow.utils.model_utils import _validate_and_copy_code_paths
 
 from mlflow_safeflavor import inventory as inventories
-from mlflow_safeflavor import parity, pickled, placement, recording, releases, tensors, usercode
+from mlflow_safeflavor import inventory_file, parity, pickled, placement, recording, releases, tensors, usercode
 from mlflow_safeflavor import structure as structures
 from mlflow_safeflavor.arguments import checked, require_arguments
 from mlflow_safeflavor.artifact import Layout, digest_of_file, staging, write_manifest
 from mlflow_safeflavor.batching import measure_forward_cost
+from mlflow_safeflavor.cpu import available_cpus
 from mlflow_safeflavor.damage import require_undamaged
+from mlflow_safeflavor.description import what_runs
 from mlflow_safeflavor.dtypes import announced_cast, dtypes_of, serving_dtype
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.given import Source
-from mlflow_safeflavor.graph_file import write_graph, write_reason
+from mlflow_safeflavor.graph_file import open_graph, write_graph, write_reason
+from mlflow_safeflavor.graph_weights import find_places
 from mlflow_safeflavor.kept import kept_module, kept_parameters
 from mlflow_safeflavor.load import LoadOptions, bind, rebuild
 from mlflow_safeflavor.model import LoadedModel, make_task
 from mlflow_safeflavor.module_engine import ModuleEngine, evaluating
+from mlflow_safeflavor.onnx_engine import OnnxEngine
+from mlflow_safeflavor.onnx_runtime import Session
 from mlflow_safeflavor.options import MODEL_CONFIG, run_time_options
 from mlflow_safeflavor.pinning import Pinning
 from mlflow_safeflavor.processor import write_processor
@@ -46,7 +51,7 @@ from mlflow_safeflavor.signature import columns_of, defaults_of, signature_of
 from mlflow_safeflavor.source import resolve_source
 from mlflow_safeflavor.spec import AS_IS, FLAVOR_NAME, ModelSpec, guarded_parts
 from mlflow_safeflavor.tasks import task_class
-from mlflow_safeflavor.tasks.base import Task
+from mlflow_safeflavor.tasks.base import Row, Task
 from mlflow_safeflavor.tokenizer import write_tokenizer
 from mlflow_safeflavor.trust import KINDS
 from mlflow_safeflavor.used import find_used
@@ -77,8 +82,7 @@ def save_model(
     model_config: Mapping[str, Any] | None = None,
     params: Mapping[str, Any] | None = None,
     init_args: Mapping[str, Any] | None = None,
-    structure: str = "auto",
-    require_graph: bool = False,
+    graph: str = "auto",
     code_paths: Sequence[str | Path] | None = None,
     pip_requirements: Sequence[str] | str | Path | None = None,
     extra_pip_requirements: Sequence[str] | str | Path | None = None,
@@ -117,9 +121,9 @@ def save_model(
         params: Param of the task → what it is where a request does not say, as ``{"top_k": None, "max_length": 64}``.
         init_args: Constructor arguments of a class of yours, where they cannot be told from its config:
             JSON values and transformers configs.
-        structure: "auto" stores how the module is rebuilt and, where it gives the same bits, a graph of its forward;
-            "module" no graph; "graph" nothing but the graph, so that serving needs neither the class nor its code.
-        require_graph: Refuse to save a model whose forward has no graph.
+        graph: "auto" stores how the module is rebuilt and, where it can be proven, a graph of its forward that ONNX
+            Runtime runs; "require" refuses a model without one; "only" stores nothing but the graph, so that serving
+            needs neither the class nor its code; "no" stores none.
         code_paths: Files and folders with the code of your classes and hooks.
         pip_requirements: Replaces the recorded pins; what the rehearsal used and they do not bring is logged.
         extra_pip_requirements: Adds to them.
@@ -141,7 +145,7 @@ def save_model(
     """
     model = taken_off(model)
     source = resolve_source(model, tokenizer, task, dtype, processor)
-    _require_structure(structure)
+    _require_one_of("graph", graph, ("auto", "require", "only", "no"))
     source = replace(source, module=taken_off(source.module), hooks=_hooks(source.task, preprocess, postprocess))
     columns = source.columns or columns_of(signature, task_class(source.task))
     source = replace(source, example=input_example, columns=columns)
@@ -154,16 +158,25 @@ def save_model(
     with kept_module(source.module), staging(path) as stage:
         layout = Layout(stage)
         spec = replace(_write_task(source, serving, input_columns, options, defaults, layout), cast_from=cast_from)
-        how, kept = _how(source, structure, init_args, allow_pickle, _forward(source, spec, layout))
+        how, kept = _how(source, graph, init_args, allow_pickle, _forward(source, spec, layout))
         source = replace(source, module=kept)
         require_undamaged(source.module, on_damage)
         described, cast = _write_module(source, serving, how, allow_pickle, layout)
-        spec = replace(spec, structure=described["kind"], runs=structures.what_runs(described))
+        spec = replace(spec, structure=described["kind"], runs=what_runs(described))
         _write_code(code_paths, layout)
+        with _answering(source, spec, described, cast, layout) as model:
+            model.task.require_defaults()
+            model.task.config = {**model.task.config, **model.task.measured(model.engine, source.example)}
+            spec = replace(spec, task_config=model.task.config)
+            rows = [*([] if source.example is None else model.task.rows(source.example)), *model.task.golden_rows()]
+            engine = None if graph == "no" else _write_graph(model, rows, graph in ("require", "only"))
+            models = [*([] if engine is None else [model.answered_by(engine)]), *([] if graph == "only" else [model])]
+            answers, spec = _write_parity(models, rows, spec, layout)
+        names = [answering.engine.name for answering in models]
         pinning = Pinning(
             layout,
             source,
-            structure,
+            names,
             code_paths,
             hashes,
             torch_index=torch_index,
@@ -172,20 +185,13 @@ def save_model(
             conda_env=conda_env,
         )
         pinning.write()
-        with _answering(source, spec, described, cast, layout) as model:
-            model.task.require_defaults()
-            model.task.config = {**model.task.config, **model.task.measured(model.engine, source.example)}
-            spec = replace(spec, task_config=model.task.config)
-            answers, spec = _write_parity(model, source, spec, layout)
-            has_graph = structure != "module" and _write_graph(model, source, require_graph or structure == "graph")
         task_ = model.task
         mlmodel = mlflow_model or Model()
         _write_example(mlmodel, source.example, task_, layout)
-        signature = signature_of(task_, source.example, answers, signature)
+        signature = signature_of(task_, source.example, answers[: len(rows) - len(task_.golden_rows())], signature)
         _seal(mlmodel, spec, signature, metadata, layout)
         # The graph first: what only the module needs is what is opened after that.
-        engines = [*(["graph"] if has_graph else []), *([] if structure == "graph" else ["module"])]
-        used = find_used(*rehearse_load(stage, engines, allow_pickle=allow_pickle)) if rehearse else None
+        used = find_used(*rehearse_load(stage, names, allow_pickle=allow_pickle)) if rehearse else None
         if pinning.finish(used):
             _seal(mlmodel, spec, signature, metadata, layout)
 
@@ -247,23 +253,20 @@ def _hooks(task: str, *given: Callable[..., Any] | None) -> dict[str, Callable[.
     return hooks
 
 
-_STRUCTURES = ("auto", "module", "graph")
-
-
-def _require_structure(structure: str) -> None:
-    if structure not in _STRUCTURES:
-        raise InputError("Unknown value", where="structure", wanted=" | ".join(_STRUCTURES), found=repr(structure))
+def _require_one_of(where: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError("Unknown value", where=where, wanted=" | ".join(allowed), found=repr(value))
 
 
 def _how(
     source: Source,
-    structure: str,
+    graph: str,
     init_args: Mapping[str, Any] | None,
     allow_pickle: bool,
     forward: Callable[[torch.nn.Module], None],
 ) -> tuple[dict[str, Any], torch.nn.Module]:
     """How the module is rebuilt, and the module to save; a graph is never rebuilt."""
-    if structure == "graph":
+    if graph == "only":
         return {"kind": "graph", "class": usercode.name_of(type(source.module))}, source.module
     return structures.describe(source.module, init_args=init_args, allow_pickle=allow_pickle, forward=forward)
 
@@ -398,9 +401,10 @@ def _answering(
         placement.place(module, device, dtypes)
     elif cast:
         device = torch.device("cpu")
-        module, hooks = rebuild(tensors.read_inventory(layout), spec, layout, options, LoadReport())
+        module, hooks = rebuild(inventory_file.read_inventory(layout), spec, layout, options, LoadReport())
     with evaluating(module), _aligned(module, layout), kept_parameters(module, lambda: _stored(layout)):
-        yield bind(module, hooks, device, spec, layout, options, LoadReport())
+        dtype = placement.input_dtype(spec.dtype, inventories.find_slots(module))
+        yield bind(ModuleEngine(module, device, dtype), hooks, spec, layout, options, LoadReport())
 
 
 @contextmanager
@@ -425,49 +429,54 @@ def _aligned(module: torch.nn.Module, layout: Layout) -> Iterator[None]:
 
 
 def _stored(layout: Layout) -> dict[str, torch.Tensor]:
-    inventory = tensors.read_inventory(layout)
+    inventory = inventory_file.read_inventory(layout)
     return inventories.realise(inventory, tensors.read_tensors(inventory, layout))
 
 
 def _write_parity(
-    model: LoadedModel, source: Source, spec: ModelSpec, layout: Layout
+    models: Sequence[LoadedModel], rows: Sequence[Row], spec: ModelSpec, layout: Layout
 ) -> tuple[list[dict[str, Any]], ModelSpec]:
-    """Record the golden rows. Returns the answers to the user's example, and the spec with what was measured."""
-    examples = [] if source.example is None else model.task.rows(source.example)
-    rows = [*examples, *model.task.golden_rows()]
-    if not model.scheduler.forward_cost and model.engine.on_cpu:
-        # Stored, so that all hosts make the same batches: the bits of an answer depend on what shares its batch.
-        model.answer(rows, model.task.golden(model.task.config))
-        model.scheduler.forward_cost = measure_forward_cost(
-            model.task, model.engine, rows, model.options["max_batch_tokens"]
-        )
-    dtypes = dtypes_of(model.module) if spec.dtype == AS_IS else [spec.dtype]
-    answers = parity.record(model, rows, dtypes, layout)
-    spec = replace(spec, model_config={**spec.model_config, "forward_cost": model.scheduler.forward_cost})
-    return answers[: len(examples)], spec
+    """Record the golden rows with each engine, the one that serves by default first.
+
+    Returns:
+        The answers of that one, and the spec with what was measured.
+    """
+    first = models[0]
+    cost = first.scheduler.forward_cost
+    if not cost and first.engine.on_cpu:
+        # Stored, so that all hosts make the same batches: the bits of an answer may depend on what shares its batch.
+        first.answer(rows, first.task.golden(first.task.config))
+        cost = measure_forward_cost(first.task, first.engine, rows, first.options["max_batch_tokens"])
+    answers = []
+    for model in models:
+        model.scheduler.forward_cost = cost
+        dtypes = dtypes_of(model.module) if spec.dtype == AS_IS else [spec.dtype]
+        answers.append(parity.record(model, rows, dtypes, layout))
+    return answers[0], replace(spec, model_config={**spec.model_config, "forward_cost": cost})
 
 
-def _write_graph(model: LoadedModel, source: Source, required: bool) -> bool:
-    """Record the forward as a graph, or the reason why there is none. Returns whether there is one."""
+def _write_graph(model: LoadedModel, rows: Sequence[Row], required: bool) -> OnnxEngine | None:
+    """Record the forward as a graph, or the reason why there is none. Returns what runs it."""
     layout, slots = Layout(model.folder), inventories.find_slots(model.module)
-    examples = [] if source.example is None else model.task.rows(source.example)
+    inventory = inventory_file.read_inventory(layout)
     try:
-        engine = cast("ModuleEngine", model.engine)
-        inputs = recording.examples_of(model.task, engine, [*examples, *model.task.golden_rows()])
-        alone, limit = model.spec.structure == "graph", getattr(model.task, "limit", None)
-        graph, constants = recording.record(model.module, slots, inputs, limit=limit, alone=alone)
+        if model.spec.dtype != "float32":
+            raise recording.Refusal(f"a graph is served in float32, and this model in {model.spec.dtype}")
+        inputs = recording.examples_of(model.task, cast("ModuleEngine", model.engine), rows)
+        places, limit = find_places(inventory, layout), getattr(model.task, "limit", None)
+        graph, facts = recording.record(model.module, slots, places, inputs, limit=limit)
     except recording.Refusal as refusal:
         if required:
             raise StructureError(
                 "The forward of the model cannot be stored as a graph",
                 where=model.spec.model_class,
                 found=refusal,
-                way_out='save it with structure="auto" and without require_graph',
+                way_out='save it with graph="auto", which serves the module where there is no graph',
             ) from refusal
         write_reason(str(refusal), layout)
-        return False
-    write_graph(graph, constants, layout)
-    return True
+        return None
+    write_graph(graph, facts, layout)
+    return OnnxEngine(Session(*open_graph(inventory.files, layout), threads=available_cpus()))
 
 
 def _write_example(mlmodel: Model, example: Any, task: Task, layout: Layout) -> None:

@@ -28,19 +28,21 @@ import torch
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, write_json
 from mlflow_safeflavor.attributes import find_differences, same_attributes
 from mlflow_safeflavor.bounds import within
+from mlflow_safeflavor.description import malformed, read_description
 from mlflow_safeflavor.embedding import Embedder
-from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
+from mlflow_safeflavor.errors import SafeFlavorError, StructureError
 from mlflow_safeflavor.guard import guarded
-from mlflow_safeflavor.inventory import UNKNOWN, Inventory, find_slots, shape_of, some
+from mlflow_safeflavor.inventory import UNKNOWN, find_slots, shape_of, some
+from mlflow_safeflavor.inventory_file import Inventory
 from mlflow_safeflavor.layers import describe_layers, find_foreign, is_tree, make_layers
 from mlflow_safeflavor.leftovers import covered, fresh, written_by_forward
 from mlflow_safeflavor.memory import real_memory
 from mlflow_safeflavor.spec import ModelSpec
-from mlflow_safeflavor.trust import find_steering, is_proven, portable, require_agreed, require_harmless
+from mlflow_safeflavor.trust import find_steering, is_proven, portable, require_agreed
 from mlflow_safeflavor.usercode import import_name, name_of
 from mlflow_safeflavor.wrappers import require_given_back, require_plain
 
-__all__ = ["build", "describe", "describe_constructor", "read_structure", "what_runs", "write_structure"]
+__all__ = ["build", "describe", "describe_constructor", "read_structure", "write_structure"]
 
 _logger = logging.getLogger("mlflow.safeflavor")
 
@@ -139,7 +141,7 @@ _MOST_NAMED = 5
 
 def _way_out(described: Mapping[str, Any], first: str) -> str:
     """No arguments make a ``Sequential`` what it was not made for."""
-    return f"{'' if described['kind'] == 'torch' else first}allow_pickle=True, or structure='graph'"
+    return f"{'' if described['kind'] == 'torch' else first}allow_pickle=True, or graph='only'"
 
 
 def _describe_constructor(
@@ -155,7 +157,7 @@ def _describe_constructor(
             "A container of torch.nn does not know how modules of other classes were made",
             where=f"{name_of(cls)}, {foreign[0]}",
             found=name_of(type(foreign[1])),
-            way_out="write a class whose constructor makes all of it, or pass allow_pickle=True or structure='graph'",
+            way_out="write a class whose constructor makes all of it, or pass allow_pickle=True or graph='only'",
         )
     config = getattr(module, "config", None)
     structure: dict[str, Any] = {
@@ -462,68 +464,9 @@ def write_structure(structure: Mapping[str, Any], layout: Layout) -> None:
         write_json(layout.config, structure["config"])
 
 
-_KEYS: dict[str, type | tuple[type, ...]] = {
-    "kind": str,
-    "class": str,
-    "hooks": dict,
-    "hooks_pickle": (dict, type(None)),
-    "pickle": (dict, type(None)),
-}
-_CONSTRUCTOR_KEYS: dict[str, type | tuple[type, ...]] = {
-    **_KEYS,
-    "config_class": (str, type(None)),
-    "config": (dict, type(None)),
-    "attn_implementation": dict,
-    "experts_implementation": dict,
-    "arguments": dict,
-    "layers": (list, type(None)),
-}
-_KEYS_OF: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "torch": {**_KEYS, "tree": dict},
-    "pickle": {**_KEYS, "reason": str, "pickle": dict},
-    "graph": _KEYS,
-}
-
-
 def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
-    """Read back what ``write_structure`` wrote.
-
-    Raises:
-        IntegrityError: A file is missing or malformed, or wants to run more than ``MLmodel`` says,
-            which is what the caller agreed to.
-    """
-    content = layout.read_json(layout.structure)
-    if isinstance(content, dict) and spec.structure not in _KEYS_OF:
-        content["config"] = layout.read_json(layout.config) if content.get("config_class") else None
-    keys = _KEYS_OF.get(spec.structure, _CONSTRUCTOR_KEYS)
-    well_formed = (
-        isinstance(content, dict)
-        and content.keys() == keys.keys()
-        and all(isinstance(content[key], types) for key, types in keys.items())
-        and content["kind"] == spec.structure
-        and what_runs(content) == spec.runs
-        and (spec.task == "custom" or not content["hooks"])
-        and all(type(name) is str or (name is None and content["hooks_pickle"]) for name in content["hooks"].values())
-        and (content["kind"] != "transformers" or all(map(_is_flag, content["arguments"].values())))
-        and (content["kind"] != "torch" or is_tree(content["tree"]))
-    )
-    if not well_formed:
-        raise IntegrityError(
-            "The description of the module is malformed", where=layout.name_of(layout.structure), way_out=WAY_OUT
-        )
-    if content["kind"] != "torch":  # whose tree names classes and arguments of torch.nn, and parts by any name
-        require_harmless(content, layout.name_of(layout.config), trusted=content["kind"] != "transformers")
-    return dict(content)
-
-
-def _is_flag(argument: Any) -> bool:
-    """Whether this is all that ``describe`` ever passes to a class that runs without agreement."""
-    return isinstance(argument, dict) and argument.keys() == {"value"} and isinstance(argument["value"], bool)
-
-
-def what_runs(structure: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of its own the artifact runs: "code" for imported classes and hooks, "pickle" for pickles."""
-    names = [structure["class"] if structure["kind"] == "import" else None, *structure["hooks"].values()]
-    code = any(name is not None for name in names)
-    pickles = any(structure[key] is not None for key in ("pickle", "hooks_pickle"))
-    return tuple(kind for kind, runs in (("code", code), ("pickle", pickles)) if runs)
+    """Read back what ``write_structure`` wrote; see ``read_description``, which looks at no tree."""
+    content = read_description(layout, spec)
+    if content["kind"] == "torch" and not is_tree(content["tree"]):
+        raise malformed(layout)
+    return content

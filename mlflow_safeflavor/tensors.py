@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load as load_bytes
 
 from mlflow_safeflavor.arrays import reading
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, write_json
-from mlflow_safeflavor.digests import FileDigests, digests_of
-from mlflow_safeflavor.errors import IntegrityError, StructureError, WeightsError
-from mlflow_safeflavor.inventory import STORABLE, Data, Inventory, Row, contiguous_stride, dtype_name, nbytes_of
-from mlflow_safeflavor.weights_files import HeldFile, hold
+from mlflow_safeflavor.digests import digests_of
+from mlflow_safeflavor.errors import StructureError, WeightsError
+from mlflow_safeflavor.inventory import dtype_name
+from mlflow_safeflavor.inventory_file import Inventory, write_inventory
 
 __all__ = [
     "ALIGNMENT",
-    "hold_weights",
     "is_aligned",
-    "read_constants",
-    "read_inventory",
     "read_tensors",
-    "write_constants",
     "write_tensors",
 ]
 
@@ -67,7 +61,7 @@ def write_tensors(inventory: Inventory, values: Mapping[str, torch.Tensor], layo
         index = {"metadata": {"total_size": inventory.nbytes}, "weight_map": weight_map}
         write_json(layout.data / "model.safetensors.index.json", index)
     complete = Inventory(inventory.rows, data, files)
-    write_json(layout.tensors, _to_json(complete))
+    write_inventory(complete, layout)
     return complete
 
 
@@ -130,106 +124,6 @@ def _shards(values: Mapping[str, torch.Tensor]) -> list[list[str]]:
     return shards
 
 
-_INVENTORY_VERSION = 1
-
-
-def _to_json(inventory: Inventory) -> dict[str, Any]:
-    return {
-        "version": _INVENTORY_VERSION,
-        "files": dict(inventory.files),
-        "data": {name: asdict(entry) for name, entry in inventory.data.items()},
-        "tensors": [asdict(row) for row in inventory.rows.values()],
-    }
-
-
-def read_inventory(layout: Layout) -> Inventory:
-    """Read ``tensors.json``.
-
-    Raises:
-        IntegrityError: It is missing or malformed.
-    """
-    content = layout.read_json(layout.tensors)
-    try:
-        if content["version"] != _INVENTORY_VERSION:
-            raise ValueError(f"version {content['version']!r}")
-        rows = [
-            Row(**{**row, "shape": tuple(row["shape"]), "stride": _tuple(row["stride"])}) for row in content["tensors"]
-        ]
-        data = {name: Data(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in content["data"].items()}
-        inventory = Inventory({row.path: row for row in rows}, data, dict(content["files"]))
-        _check_inventory(inventory, len(rows))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise IntegrityError(
-            "The inventory of tensors is malformed",
-            where=layout.name_of(layout.tensors),
-            found=error,
-            way_out=WAY_OUT,
-        ) from None
-    return inventory
-
-
-def _tuple(value: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if value is None else tuple(value)
-
-
-def _check_inventory(inventory: Inventory, row_count: int) -> None:
-    """Everything a later step relies on: known dtypes, plain file names, views inside their data."""
-    if len(inventory.rows) != row_count:
-        raise ValueError("a path stands there twice")
-    for name, entry in inventory.data.items():
-        if getattr(torch, entry.dtype, None) not in STORABLE or entry.file not in inventory.files:
-            raise ValueError(f"data {name!r}: dtype {entry.dtype!r}, file {entry.file!r}")
-    for file in inventory.files:
-        if os.path.basename(file) != file or not file.endswith(".safetensors"):
-            raise ValueError(f"file {file!r}")
-    for row in inventory.rows.values():
-        if not all(type(text) is str for text in (row.path, row.kind)) or type(row.parameter) is not bool:
-            raise ValueError(f"tensor {row.path!r}, {row.kind!r}")
-        entry = inventory.data[row.data]
-        numbers = (*row.shape, *(row.stride or ()), row.offset, *entry.shape)
-        if row.dtype != entry.dtype or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
-            raise ValueError(f"tensor {row.path!r}")
-        if row.stride is not None and len(row.stride) != len(row.shape):
-            raise ValueError(f"tensor {row.path!r}: stride {row.stride}")
-        steps = row.stride or contiguous_stride(row.shape)
-        last = row.offset + sum(max(size - 1, 0) * step for size, step in zip(row.shape, steps, strict=True))
-        if 0 not in row.shape and (last + 1) * nbytes_of(row.dtype, ()) > nbytes_of(entry.dtype, entry.shape):
-            raise ValueError(f"tensor {row.path!r} reaches past the end of {row.data!r}")
-
-
-def hold_weights(
-    inventory: Inventory, layout: Layout, *, hashes: bool = True, rehash: bool = False
-) -> tuple[list[HeldFile], list[str]]:
-    """Open all files of weights, and compare their digests; from then on the layout says where to map them from.
-
-    Args:
-        inventory: Names them, and says what must be in them.
-        layout: Changed: ``held``.
-        hashes: Compare digests; otherwise files stay where they are, unless they are small.
-        rehash: Believe nothing that this host remembers.
-
-    Returns:
-        The files, which must live as long as what is mapped from them; and bytes that are not the ones that were
-        saved, one sentence each.
-
-    Raises:
-        IntegrityError: A file is missing, cut short, or its header is malformed.
-    """
-    held, wrong = [], []
-    for name, header in inventory.files.items():
-        path = layout.data / name
-        if not path.is_file():
-            raise IntegrityError("A file of the artifact is missing", where=layout.name_of(path), way_out=WAY_OUT)
-        tensors = {data: entry.sha256 for data, entry in inventory.data.items() if entry.file == name}
-        file, problems = hold(
-            path, layout.name_of(path), FileDigests(header, tensors) if hashes else None, rehash=rehash
-        )
-        layout.held[path] = file.path
-        held.append(file)
-        wrong += problems
-    return held, wrong
-
-
 # --- reading -------------------------------------------------------------------------------------
 
 
@@ -266,23 +160,3 @@ def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor
 
 def _describe(facts: tuple[str, tuple[int, ...]] | None) -> str:
     return "no such tensor" if facts is None else f"{facts[0]}{list(facts[1])}"
-
-
-# --- constants of a graph ------------------------------------------------------------------------
-
-
-def write_constants(constants: Mapping[str, torch.Tensor], layout: Layout) -> None:
-    """Write what a graph uses beside the model's own tensors."""
-    _write_file(constants, layout.graph_tensors)
-
-
-def read_constants(layout: Layout) -> dict[str, torch.Tensor]:
-    """Read what ``write_constants`` wrote; nothing where it wrote nothing.
-
-    Raises:
-        IntegrityError: The file is not readable.
-    """
-    if not layout.graph_tensors.exists():
-        return {}
-    with reading(layout.name_of(layout.graph_tensors)):
-        return {name: _aligned(value) for name, value in load_bytes(layout.read_bytes(layout.graph_tensors)).items()}

@@ -10,13 +10,14 @@ from collections.abc import Callable, Collection, Mapping
 from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, digest_of_file
 from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.owners import Owners
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["distributions_of", "import_name", "importable_name", "make_importable", "name_of"]
 

@@ -18,6 +18,7 @@ from mlflow_safeflavor.download import located
 from mlflow_safeflavor.endpoint import Endpoint, as_served, request_of_arrays, request_of_rows
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError
+from mlflow_safeflavor.graph_file import reason_against
 from mlflow_safeflavor.load import LoadOptions, keep_if_needed, load_folder
 from mlflow_safeflavor.parity import Golden, ParityReport, Replayed, compare_answers, read_golden, replay
 from mlflow_safeflavor.process import arrays_asking, describe_recorded, labelled_row, told_environment
@@ -61,7 +62,7 @@ def verify_model(
             records, JSON lines, CSV or Parquet. For a model of named arrays each row is one request, and each cell
             an array or nested lists.
         device: Where to load the model here; see ``load_model``.
-        engine: What is to answer here: "module", which is the default where the model has one, or "graph".
+        engine: What is to answer here: "onnx" or "module"; by default what a server would take.
         trust: See ``load_model``.
         rehash: Hash all weights that are loaded here, also those that this host has hashed before.
         timeout: Seconds that all requests to the server may take together; loading a model here is not counted.
@@ -92,7 +93,7 @@ def verify_model(
             keep_if_needed(download, model)
             return model
 
-        return _verify_here(load()) if server is None else _verify_server(server, Layout(folder), rows, load)
+        return _verify_here(load()) if server is None else _verify_server(server, Layout(folder), rows, load, engine)
 
 
 def _verify_here(model: LoadedModel) -> ParityReport:
@@ -102,11 +103,15 @@ def _verify_here(model: LoadedModel) -> ParityReport:
 
 
 def _verify_server(
-    server: Endpoint, layout: Layout, rows: pd.DataFrame | str | Path | None, load: Callable[[], LoadedModel]
+    server: Endpoint,
+    layout: Layout,
+    rows: pd.DataFrame | str | Path | None,
+    load: Callable[[], LoadedModel],
+    engine: str | None,
 ) -> ParityReport:
     # The golden rows count only if nobody changed them; they do not need the weights, which loading hashes.
     spec = read_saved(layout, weights=False).spec
-    golden = read_golden(layout)
+    golden = read_golden(layout, engine or ("module" if reason_against(layout) else "onnx"))
     # First of all, so that a mistyped file or column is told before anybody waits for a model or a server.
     schema = read_mlmodel(layout.root).get_input_schema()  # type: ignore[no-untyped-call]  # MLflow's
     frame = None if rows is None else _require_some(rows if isinstance(rows, pd.DataFrame) else _read(rows, schema))

@@ -7,14 +7,15 @@ the process; a tokenizer that got tokens without ``resize_token_embeddings`` ans
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.artifact import WAY_OUT
 from mlflow_safeflavor.errors import IntegrityError, StructureError
-from mlflow_safeflavor.inventory import Inventory
+from mlflow_safeflavor.inventory_file import Inventory
 from mlflow_safeflavor.tokenizer import TextEncoder
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["find_table", "require_known_tokens", "require_rows"]
 
@@ -25,9 +26,11 @@ def find_table(module: torch.nn.Module) -> tuple[str, int] | None:
     A part with ``get_input_embeddings`` says so, and a module with a single ``torch.nn.Embedding`` as well. Where there
     are two such tables, nobody knows which tokenizer reads which.
     """
+    from torch import nn
+
     parts = [module] if _said_table(module) is not None else list(module.modules())
     said = [table for part in parts if (table := _said_table(part)) is not None]
-    tables = said or [child for child in module.modules() if isinstance(child, torch.nn.Embedding)]
+    tables = said or [child for child in module.modules() if isinstance(child, nn.Embedding)]
     if len({id(table.weight) for table in tables}) != 1:
         return None
     table = tables[0]
@@ -37,11 +40,13 @@ def find_table(module: torch.nn.Module) -> tuple[str, int] | None:
 
 
 def _said_table(module: torch.nn.Module) -> torch.nn.Embedding | None:
+    from torch import nn
+
     try:
         table = module.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):
         return None
-    return table if isinstance(table, torch.nn.Embedding) else None
+    return table if isinstance(table, nn.Embedding) else None
 
 
 def require_known_tokens(tokenizer: Any, module: torch.nn.Module) -> str | None:

@@ -33,14 +33,14 @@ class Attempts:
         self.example = {"input": np.ones((2, 4), "float32")}
         self.noted = set()
 
-    def attempt(self, how, name, *, structure="module", killed_after=None, number=None):
+    def attempt(self, how, name, *, graph="no", killed_after=None, number=None):
         """Run one in a fork; returns its exit status, negative for a signal."""
         child = os.fork()
         if child == 0:
             status = 1
             try:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-                self._run(how, name, structure)
+                self._run(how, name, graph)
                 status = 0
             finally:
                 os._exit(status)
@@ -53,8 +53,8 @@ class Attempts:
                 self.noted.add(json.loads(note.read_text())["model_id"])
         return status
 
-    def _run(self, how, name, structure):
-        given = {"task": "raw", "input_example": self.example, "allow_pickle": True, "structure": structure}
+    def _run(self, how, name, graph):
+        given = {"task": "raw", "input_example": self.example, "allow_pickle": True, "graph": graph}
         if how == "save":
             mlflow_safeflavor.save_model(self.model, self.folder / "store" / name, **given)
         else:
@@ -120,12 +120,12 @@ def main():
     seen = {"beside": 0, "temporary": 0, "pending": 0}
     for i in range(options.kills):
         how, number = ("save", "log")[i % 2], draw.choice(SIGNALS)
-        after, structure = draw.uniform(0, options.longest), draw.choice(["module", "graph", "auto"])
-        status = attempts.attempt(how, f"killed-{i}", structure=structure, killed_after=after, number=number)
+        after, graph = draw.uniform(0, options.longest), draw.choice(["no", "only", "auto"])
+        status = attempts.attempt(how, f"killed-{i}", graph=graph, killed_after=after, number=number)
         found = attempts.left_over()[0]
         seen = {name: count + bool(found[name]) for name, count in seen.items()}
         assert not found["processes"], found["processes"]
-        print(f"{i} {how} {structure} {number.name} after {after:.2f} s: {status}", file=sys.stderr)
+        print(f"{i} {how} {graph} {number.name} after {after:.2f} s: {status}", file=sys.stderr)
     assert [attempts.attempt("save", "last"), attempts.attempt("log", "last")] == [0, 0]
     found, counted = attempts.left_over()
     print(json.dumps({"left over": found, "counted": counted, "after how many kills": seen, "seed": options.seed}))

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from mlflow_safeflavor import inventory as inventories
-from mlflow_safeflavor import tensors
+from mlflow_safeflavor import inventory_file, tensors
 from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.inventory_file import Inventory
 
 
 def bits(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
@@ -50,7 +51,7 @@ def memory(module: torch.nn.Module) -> dict[str, tuple[str, int, tuple[int, ...]
     return {path: (*leaders[path], stride) for _, _, path, stride in spans}
 
 
-def write(module: torch.nn.Module, folder: Path) -> tuple[Layout, inventories.Inventory]:
+def write(module: torch.nn.Module, folder: Path) -> tuple[Layout, Inventory]:
     """What a save does with tensors."""
     slots = inventories.find_slots(module)
     inventories.require_saveable(slots)
@@ -59,17 +60,17 @@ def write(module: torch.nn.Module, folder: Path) -> tuple[Layout, inventories.In
     return layout, tensors.write_tensors(*inventories.take_inventory(slots), layout)
 
 
-def read_into(fresh: torch.nn.Module, layout: Layout) -> inventories.Inventory:
+def read_into(fresh: torch.nn.Module, layout: Layout) -> Inventory:
     """What a load does with tensors."""
-    inventory = tensors.read_inventory(layout)
-    held, problems = tensors.hold_weights(inventory, layout)
+    inventory = inventory_file.read_inventory(layout)
+    held, problems = inventory_file.hold_weights(inventory, layout)
     assert problems == [], "bytes differ from their own digests"
     inventories.fill(fresh, inventory, tensors.read_tensors(inventory, layout))
     assert held  # until here: tensors are mapped through its descriptors
     return inventory
 
 
-def round_trip(module: torch.nn.Module, fresh: torch.nn.Module, folder: Path) -> inventories.Inventory:
+def round_trip(module: torch.nn.Module, fresh: torch.nn.Module, folder: Path) -> Inventory:
     """Write ``module``, read into ``fresh``, and require the same tensors with the same sharing of memory."""
     bits_before, memory_before = all_bits(module), memory(module)
     layout, written = write(module, folder)

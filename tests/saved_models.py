@@ -43,7 +43,7 @@ def saved_with_graph(tmp_path_factory, tiny_bert, tiny_tokenizer, monkeypatch) -
         with monkeypatch.context() as patch:
             patch.setattr(recording, "examples_of", _examples_of)
             mlflow_safeflavor.save_model(
-                model, path, tokenizer=tiny_tokenizer, input_example=example, rehearse=False, require_graph=True
+                model, path, tokenizer=tiny_tokenizer, input_example=example, rehearse=False, graph="require"
             )
         _made["graph"] = path
     return _made["graph"]

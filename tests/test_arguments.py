@@ -131,7 +131,7 @@ def test_each_argument_is_refused_by_name_and_nothing_is_copied(function, parame
     ({"code_paths": "hooks.py"}, "pass code_paths=['hooks.py']"),
     ({"code_paths": Path("hooks.py")}, "pass code_paths=[PosixPath('hooks.py')]"),
     ({"task": Path("raw")}, "pass str(task)"),
-    ({"structure": None}, "leave structure out, which is structure='auto'"),
+    ({"structure": None}, "leave structure out, which is graph='auto'"),
     ({"code_paths": ["hooks.py", 1]}, None),
     ({"artefact_path": "a"}, "leave it out"),
     ({"structures": "auto"}, "is structure meant?"),
@@ -189,7 +189,7 @@ def test_paths_are_taken_where_paths_are_meant(tmp_path):
         code_paths=[tmp_path / "hooks.py"],
         pip_requirements=tmp_path / "requirements.txt",
         init_args={"in_features": 2, "out_features": 2},
-        structure="module",
+        graph="no",
         rehearse=False,
     )
     assert (tmp_path / "model" / "code" / "hooks.py").read_text() == "X = 1\n"

@@ -195,7 +195,7 @@ def test_what_no_constructor_gives_back_is_named(code, name):
     with pytest.raises(StructureError) as caught:
         structure.describe(model, forward=lambda module: module(torch.tensor(X["x"])))
     assert str(caught.value.found).startswith(words), caught.value.found
-    for way in ("init_args", "allow_pickle=True", "structure='graph'"):
+    for way in ("init_args", "allow_pickle=True", "graph='only'"):
         assert way in caught.value.way_out
 
 
@@ -222,7 +222,7 @@ def test_a_refusal_leaves_nothing_and_every_way_out_works(save, code, tmp_path):
 def test_a_graph_keeps_it(save, code):
     model = seeded(code.Many)
     model.f, model.made = 3.0, abs
-    found = save(model, structure="graph").predict(X)["output_0"]
+    found = save(model, graph="only").predict(X)["output_0"]
     assert np.array_equal(found, model(torch.tensor(X["x"])).detach().numpy())
 
 
@@ -382,7 +382,7 @@ def test_a_lazy_module_that_ran_is_an_ordinary_one(save, code):
     assert loaded.module.body[0].in_features == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"allow_pickle": True}, {"structure": "graph"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"allow_pickle": True}, {"graph": "only"}], ids=str)
 def test_a_lazy_module_that_never_ran_is_named(save, code, options):
     with pytest.raises(StructureError, match="no forward has made") as caught:
         save(code.Lazy(), **options)

@@ -361,7 +361,7 @@ def test_as_a_graph_alone_it_is_served_without_its_class_and_without_trust(train
     native = mlflow_safeflavor.load_model(saved, trust={"code", "pickle"})
     tokenizer = AutoTokenizer.from_pretrained(trained["folder"] / "encoder")
     example = pd.DataFrame(rows[:6], columns=["buggy_code", "fixed_code"])
-    logged = log(native.module, tokenizer, example, "graph", "").model_uri  # as `train.py --structure graph` does
+    logged = log(native.module, tokenizer, example, "only", "").model_uri  # as `train.py --graph only` does
     graph = Path(mlflow.artifacts.download_artifacts(logged, dst_path=str(tmp_path / "graph")))
     assert not list(graph.rglob("*.pkl"))
     assert [entry.name for entry in (graph / "code").iterdir()] == ["mlflow_safeflavor"]

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, ModernBertConfig, ModernBe
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import SafeFlavorError
-from mlflow_safeflavor.inventory import Inventory
+from mlflow_safeflavor.inventory_file import Inventory
 from mlflow_safeflavor.memory import real_memory
 
 pytest_plugins = "saved_models"

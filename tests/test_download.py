@@ -68,7 +68,7 @@ def test_a_loaded_model_leaves_nothing_of_its_download(temporary, saved):
 
 def test_nor_does_one_that_is_refused(temporary, saved, tmp_path):
     with pytest.raises(SafeFlavorError):
-        mlflow_safeflavor.load_model(f"elsewhere:{saved}", model_config={"engine": "graph"})
+        mlflow_safeflavor.load_model(f"elsewhere:{saved}", model_config={"engine": "onnx"})
     with pytest.raises(Exception, match="nothing"):
         mlflow_safeflavor.load_model(f"elsewhere:{tmp_path}/nothing/there")
     assert list(temporary.iterdir()) == []

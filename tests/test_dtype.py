@@ -282,16 +282,14 @@ class Islands(nn.Module):
         return self.head(self.norm(self.body(x.bfloat16()).float()))
 
 
-@pytest.mark.graphs
 def test_a_module_of_several_dtypes_keeps_them(save):
     model = seeded(Islands)
     path = save(model, init_args={}, input_example=X, dtype="as-is")
     expected = model(torch.tensor(X["x"])).detach().numpy()
-    for options in ({}, {"model_config": {"engine": "graph"}}):
-        loaded = load(path, trust={"code"}, **options)
-        assert loaded.spec.dtype == "as-is"
-        assert np.array_equal(loaded.predict(X)["output_0"], expected)
-        assert np.array_equal(loaded.predict({"x": X["x"].astype(np.float64)})["output_0"], expected)
+    loaded = load(path, trust={"code"})
+    assert loaded.spec.dtype == "as-is"
+    assert np.array_equal(loaded.predict(X)["output_0"], expected)
+    assert np.array_equal(loaded.predict({"x": X["x"].astype(np.float64)})["output_0"], expected)
     assert dtypes(load(path, trust={"code"}).module) == dtypes(model)
     cast = load(path, trust={"code"}, dtype="bfloat16", verify="off").module
     assert set(dtypes(cast).values()) == {torch.bfloat16}
@@ -342,7 +340,7 @@ def test_scores_of_a_float64_model_are_in_float64(save, tiny_tokenizer, tmp_path
     model = tiny_model("Bert", "For" + head.get(task.partition("-")[0], "MaskedLM")).double()
     text, tolerance = "the cat [MASK] on the mat", 1e-6 if task == "text-classification" else 1e-12
     rows = {"question": "a cat", "context": text} if task.startswith("question") else {"text": text}
-    options = {"task": task, "tokenizer": tiny_tokenizer, "dtype": "float64", "structure": "module"}
+    options = {"task": task, "tokenizer": tiny_tokenizer, "dtype": "float64", "graph": "no"}
     path = save(model, input_example=pd.DataFrame([rows]), **options)
     recorded = load_numpy(path / "safeflavor" / "parity.safetensors")
     assert {array.dtype for name, array in recorded.items() if ".output." in name} == {np.dtype("float64")}
@@ -360,7 +358,7 @@ def test_scores_of_a_float64_model_are_in_float64(save, tiny_tokenizer, tmp_path
 
 def test_embeddings_of_a_float64_model_are_in_float64(save, tiny_bert, tiny_tokenizer):
     model = tiny_bert(None).double()
-    options = {"task": "feature-extraction", "tokenizer": tiny_tokenizer, "dtype": "as-is", "structure": "module"}
+    options = {"task": "feature-extraction", "tokenizer": tiny_tokenizer, "dtype": "as-is", "graph": "no"}
     path = save(model, input_example=None, **options)
     answer = np.array(load(path).predict(["the cat sat"])["embedding"][0])
     with torch.inference_mode():

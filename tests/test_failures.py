@@ -60,7 +60,7 @@ def artifacts(tmp_path_factory):
         import failing_code as code
 
         torch.manual_seed(0)
-        given = {"init_args": {"size": 1}, "code_paths": [file], "rehearse": False, "structure": "module"}
+        given = {"init_args": {"size": 1}, "code_paths": [file], "rehearse": False, "graph": "no"}
         custom = {"task": "custom", "preprocess": code.pre, "postprocess": code.post, "input_example": [{"v": "1.5"}]}
         raw = {"task": "raw", "input_example": {"x": np.ones((2, 1), np.float32)}}
         for name, more in (("custom", custom), ("raw", raw)):

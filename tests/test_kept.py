@@ -84,7 +84,7 @@ class Draws(torch.nn.Module):
 
 
 EXAMPLE = {"x": np.ones((2, 2), "float32")}
-RAW = {"task": "raw", "input_example": EXAMPLE, "rehearse": False, "structure": "module"}
+RAW = {"task": "raw", "input_example": EXAMPLE, "rehearse": False, "graph": "no"}
 
 
 @pytest.mark.parametrize("pickle", [False, True], ids=["constructor", "pickle"])
@@ -196,12 +196,12 @@ def facts_of(module):
 
 
 @pytest.mark.parametrize("options", [
-    {"structure": "module"},
-    {"structure": "module", "init_args": {}},
-    {"structure": "graph"},
-    {"structure": "module", "dtype": "bfloat16"},
-    {"structure": "module", "metadata": {"a": object()}},
-], ids=lambda options: "-".join(options) + f"-{options['structure']}")  # fmt: skip
+    {"graph": "no"},
+    {"graph": "no", "init_args": {}},
+    {"graph": "only"},
+    {"graph": "no", "dtype": "bfloat16"},
+    {"graph": "no", "metadata": {"a": object()}},
+], ids=lambda options: "-".join(options) + f"-{options['graph']}")  # fmt: skip
 @pytest.mark.graphs
 def test_a_save_leaves_the_module_as_it_was_also_when_it_is_refused(tmp_path, options):
     module = Remembers().train()

@@ -152,9 +152,7 @@ def test_it_answers_as_it_did_and_asks_for_nothing(name, tmp_path):
     make, example = NETS[name]
     torch.manual_seed(0)
     module = make().train()
-    mlflow_safeflavor.save_model(
-        module, tmp_path / "m", task="raw", input_example=example, rehearse=False, structure="module"
-    )
+    mlflow_safeflavor.save_model(module, tmp_path / "m", task="raw", input_example=example, rehearse=False, graph="no")
     loaded = mlflow_safeflavor.load_model(tmp_path / "m")
     assert (loaded.spec.structure, loaded.spec.runs) == ("torch", ())
     assert module.training
@@ -191,8 +189,8 @@ def test_what_was_changed_afterwards_is_named_with_a_way_out_that_works(change, 
     with pytest.raises(StructureError, match=r"norm2|linear2") as refused:
         mlflow_safeflavor.save_model(module, tmp_path / "m", **save)
     assert "init_args" not in refused.value.way_out
-    assert "structure='graph'" in refused.value.way_out
-    mlflow_safeflavor.save_model(module, tmp_path / "m", **save, structure="graph")
+    assert "graph='only'" in refused.value.way_out
+    mlflow_safeflavor.save_model(module, tmp_path / "m", **save, graph="only")
     with torch.inference_mode():
         wanted = module(torch.tensor(X[None])).numpy()
     assert np.allclose(mlflow_safeflavor.load_model(tmp_path / "m").predict(X[None])["output_0"], wanted, atol=1e-5)
@@ -200,14 +198,17 @@ def test_what_was_changed_afterwards_is_named_with_a_way_out_that_works(change, 
 
 
 @pytest.mark.graphs
-def test_a_graph_beside_an_encoder_layer_gives_its_bits_or_is_none(tmp_path):
-    """Torch runs such a layer as one kernel, which rounds otherwise."""
+def test_an_encoder_layer_has_a_graph(tmp_path):
+    """Torch itself runs such a layer as one kernel."""
     module = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
     x = np.random.default_rng(0).normal(size=(4, 17, 32)).astype(np.float32)
-    mlflow_safeflavor.save_model(module, tmp_path / "m", task="raw", input_example=x, rehearse=False)
-    native = mlflow_safeflavor.load_model(tmp_path / "m")
-    served = mlflow.pyfunc.load_model(str(tmp_path / "m"))
-    assert np.array_equal(native.predict(x)["output_0"], served.predict(x)["output_0"])
+    given = {"task": "raw", "input_example": x, "graph": "require", "rehearse": False}
+    mlflow_safeflavor.save_model(module, tmp_path / "m", **given)
+    native = mlflow_safeflavor.load_model(tmp_path / "m").predict(x)["output_0"]
+    served = mlflow.pyfunc.load_model(str(tmp_path / "m")).predict(x)["output_0"]
+    module_ = mlflow_safeflavor.load_model(tmp_path / "m", model_config={"engine": "module"}).predict(x)["output_0"]
+    assert np.array_equal(native, served)
+    assert np.allclose(native, module_, atol=1e-5)
 
 
 def test_a_description_that_was_edited_is_refused(tmp_path):

@@ -565,7 +565,7 @@ def test_golden_rows_are_recorded_with_weights_that_lie_as_they_will_after_a_loa
         module, memory = Where(), torch.ones(32)
         module.weight = torch.nn.Parameter(memory[2:18], not inference)  # as from_pretrained maps them from a file
     at, example = module.weight.data_ptr(), {"x": [1.0]}
-    options = {"allow_pickle": True, "structure": "module", "rehearse": False}
+    options = {"allow_pickle": True, "graph": "no", "rehearse": False}
     mlflow_safeflavor.save_model(module, tmp_path / "m", task="raw", input_example=example, **options)
     assert module.weight.data_ptr() == at, "the model is only looked at"
     assert module(torch.ones(1))["bytes"].tolist() == [8.0]

@@ -230,9 +230,9 @@ def test_arguments_of_encode_are_params(transformer, tmp_path):
 @pytest.mark.parametrize("name", ["before the pooling", "prompts that do not count, and dense"])
 def test_the_whole_chain_is_one_graph(transformer, tmp_path, name):
     model = build(transformer, name)
-    save(model, tmp_path / "model", require_graph=True)
-    graph = mlflow_safeflavor.load_model(tmp_path / "model", model_config={"engine": "graph"})
-    assert graph.report.engine == "graph"
+    save(model, tmp_path / "model", graph="require")
+    graph = mlflow_safeflavor.load_model(tmp_path / "model", model_config={"engine": "onnx"})
+    assert graph.report.engine == "onnx"
     assert np.abs(embeddings(graph) - model.encode(TEXTS)).max() < 1e-6
 
 

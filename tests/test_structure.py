@@ -10,7 +10,8 @@ from torch import nn
 from transformers import BertConfig, BertModel, MarianConfig, MarianModel
 
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.inventory import Inventory, find_slots, take_inventory
+from mlflow_safeflavor.inventory import find_slots, take_inventory
+from mlflow_safeflavor.inventory_file import Inventory
 from mlflow_safeflavor.memory import real_memory
 
 NOTHING = Inventory({}, {}, {})

@@ -126,12 +126,12 @@ def test_a_module_that_only_this_process_has_comes_along_by_name(own_site, tmp_p
 def pin(tmp_path):
     """``pin(used, **wanted)``: what ``Pinning`` makes of it, as (anything added?, lines of requirements.txt)."""
 
-    def run(used, structure="module", hashes=False, **wanted):
+    def run(used, engines=("module",), hashes=False, **wanted):
         layout = Layout(tmp_path / "stage")
         layout.data.mkdir(parents=True, exist_ok=True)
         none = dict.fromkeys(("pip_requirements", "extra_pip_requirements", "conda_env"))
         source = Source(task="raw", module=torch.nn.Linear(1, 1))
-        pinning = Pinning(layout, source, structure, None, hashes, **{"torch_index": None, **none, **wanted})
+        pinning = Pinning(layout, source, engines, None, hashes, **{"torch_index": None, **none, **wanted})
         pinning.write()
         return pinning.finish(used), layout.requirements.read_text().splitlines()
 
@@ -174,8 +174,8 @@ def test_nothing_is_written_again_for_what_is_pinned_already(pin):
 def test_what_the_graph_used_is_not_left_out_of_its_image(own_site, pin, tmp_path):
     own_site.install("acme-a")
     own_site.install("acme-b")
-    uses = {"acme-a": Use("1.0", "net", "graph"), "acme-b": Use("1.0", "net", "module")}
-    pin({**uses, "regex": _use("regex", "graph")}, structure="auto")
+    uses = {"acme-a": Use("1.0", "net", "onnx"), "acme-b": Use("1.0", "net", "module")}
+    pin({**uses, "regex": _use("regex", "onnx")}, engines=("onnx", "module"))
     only_module = json.loads((tmp_path / "stage" / "safeflavor" / "environment.json").read_text())["only_module"]
     assert {"acme-b", "transformers"} <= set(only_module)
     assert not {"acme-a", "regex"} & set(only_module), "regex is one that else only transformers requires"

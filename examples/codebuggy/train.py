@@ -121,7 +121,7 @@ def golden_rows(logits: torch.Tensor, pairs: Sequence[Pair], count: int = 6) -> 
     return pd.DataFrame([{"buggy_code": pair.buggy_code, "fixed_code": pair.fixed_code} for pair in chosen])
 
 
-def log(model: FixClassifier, tokenizer: Any, example: pd.DataFrame, structure: str, registered_model_name: str) -> Any:
+def log(model: FixClassifier, tokenizer: Any, example: pd.DataFrame, graph: str, registered_model_name: str) -> Any:
     """Log the model with its weights and tokenizer, and promote it if it has a name; returns MLflow's info."""
     # What is recorded now is compared with servers, which use one thread and no gradients.
     torch.set_num_threads(MODEL_CONFIG["num_threads"])
@@ -137,9 +137,9 @@ def log(model: FixClassifier, tokenizer: Any, example: pd.DataFrame, structure: 
         input_columns=COLUMNS,
         input_example=example,
         model_config=MODEL_CONFIG,
-        structure=structure,
+        graph=graph,
         registered_model_name=registered_model_name or None,
-        **({} if structure == "graph" else own),
+        **({} if graph == "only" else own),
     )
     if registered_model_name:
         version = str(info.registered_model_version)
@@ -167,11 +167,11 @@ def log(model: FixClassifier, tokenizer: Any, example: pd.DataFrame, structure: 
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option(
-    "--structure",
+    "--graph",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "graph"]),
-    help="graph: log no class, no code and no pickle.",
+    type=click.Choice(["auto", "only"]),
+    help="only: log no class, no code and no pickle.",
 )
 @click.option("--held-out", default="", help="Write held-out rows to this file (.jsonl).")
 def main(
@@ -186,7 +186,7 @@ def main(
     frozen: int,
     bfloat16: bool | None,
     seed: int,
-    structure: str,
+    graph: str,
     held_out: str,
 ) -> None:
     """Train, compare with baselines, and log."""
@@ -232,7 +232,7 @@ def main(
         console.print(f"margin over the better baseline: {found - max(majority, bag):+.3f}")
         console.print(f"trained and judged in {time.monotonic() - started:.0f} s")
         with console.status("Logging the model, with a rehearsal of the load in a clean process"):
-            info = log(model, tokenizer, golden_rows(validated, splits["validation"]), structure, registered_model_name)
+            info = log(model, tokenizer, golden_rows(validated, splits["validation"]), graph, registered_model_name)
     result = {
         "run_id": run.info.run_id,
         "model_uri": info.model_uri,

@@ -1068,7 +1068,7 @@ template_attack("template_format", "a number as wide as the memory", "{{ '%99999
 
 # --- a graph --------------------------------------------------------------------------------------
 
-GRAPH: Mapping[str, Any] = {"base": "graph", "options": {"model_config": {"engine": "graph"}}}
+GRAPH: Mapping[str, Any] = {"base": "graph", "options": {"model_config": {"engine": "onnx"}}}
 HERE = {"device": {"device": "here"}}
 FLOATS = {"dtype": {"dtype": "float32"}, **HERE}
 """Native loading rebuilds the module unless it is asked for the graph; pyfunc takes the graph."""

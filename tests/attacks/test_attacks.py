@@ -50,7 +50,7 @@ import {hostile.MODULE} as user, mlflow_safeflavor, torch
 torch.manual_seed(0)
 rows = [{{"a": 1.0, "b": 2.0}}, {{"a": 3.0, "b": 4.0}}]
 common = dict(task="custom", preprocess=user.pre, postprocess=user.post, input_example=rows, rehearse=False)
-code = dict(code_paths=[{str(source)!r}], structure="module")
+code = dict(code_paths=[{str(source)!r}], graph="no")
 mlflow_safeflavor.save_model(user.Scale(), {str(folder / "coded")!r}, init_args={{"size": 4}}, **code, **common)
 class Local(user.Scale):
     pass

@@ -111,7 +111,7 @@ def other(others, tiny_bert, tiny_tokenizer) -> Path:
         model = tiny_bert(initializer_range=0.5, seed=7)
         tiny_tokenizer.add_tokens(["more"])
         model.resize_token_embeddings(len(tiny_tokenizer))
-        mlflow_safeflavor.save_model(model, path, tokenizer=tiny_tokenizer, rehearse=False, require_graph=True)
+        mlflow_safeflavor.save_model(model, path, tokenizer=tiny_tokenizer, rehearse=False, graph="require")
     return path
 
 
@@ -126,7 +126,7 @@ def ask(base: Path, other: Path, scratch: Path, engine: str, kind: str) -> list[
     return [{**what, **found} for what, found in zip(lines[::2], lines[1::2], strict=True)]
 
 
-@pytest.mark.parametrize("engine", ["module", "graph"])
+@pytest.mark.parametrize("engine", ["module", "onnx"])
 @pytest.mark.parametrize("kind", ["memory", "copy", "file"])
 def test_whatever_happens_to_the_files_of_a_loaded_model(saved_with_graph, other, tmp_path, engine, kind):
     found = ask(saved_with_graph, other, tmp_path, engine, kind)
@@ -145,7 +145,7 @@ def test_no_module_is_rebuilt_from_a_file_that_was_changed(saved_with_graph, tmp
     monkeypatch.setattr(weights_files, "_SMALL", -1)
     monkeypatch.setenv("MLFLOW_SAFEFLAVOR_CACHE", "off")
     path = Path(shutil.copytree(saved_with_graph, tmp_path / "model"))
-    model = mlflow_safeflavor.load_model(path, model_config={"engine": "graph"})
+    model = mlflow_safeflavor.load_model(path, model_config={"engine": "onnx"})
     with (path / "safeflavor" / "model.safetensors").open("r+b") as file:
         file.write(b"\xff" * 2000)  # the header, too
     with pytest.raises(IntegrityError, match="was changed after the model was loaded"):
@@ -159,7 +159,7 @@ SWAPPED = {
     "parity.json": "IntegrityError",
     "parity.safetensors": "IntegrityError",
     "tokenizer/tokenizer.json": "IntegrityError",
-    "graph.json": "IntegrityError",
+    "graph.onnx": "IntegrityError",
     "model.safetensors": "IntegrityError",
 }
 
@@ -176,7 +176,7 @@ def test_a_file_that_changes_between_check_and_use_is_named(saved_with_graph, ot
         (path / "safeflavor" / name).write_bytes((other / "safeflavor" / name).read_bytes() + space)
 
     monkeypatch.setattr(load, "require_intact", compare_and_swap)
-    engine = "graph" if name == "graph.json" else "module"
+    engine = "onnx" if name == "graph.onnx" else "module"
     with pytest.raises(SafeFlavorError) as refused:
         mlflow_safeflavor.load_model(str(path), model_config={"engine": engine})
     assert type(refused.value).__name__ == SWAPPED[name]

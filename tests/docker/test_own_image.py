@@ -75,13 +75,13 @@ def test_it_answers_as_this_machine_without_root_network_or_a_writable_disk(engi
 def test_a_graph_is_served_without_transformers(engine, image, saved_minilm, monkeypatch):
     """The lean image: the same bits from a container in which transformers is not installed."""
     path = mlflow_safeflavor.generate_dockerfile(
-        str(saved_minilm / "model"), saved_minilm / "lean", engine="graph", hashes=False
+        str(saved_minilm / "model"), saved_minilm / "lean", engine="onnx", hashes=False
     )
     pins = (path.parent / "environment" / "requirements.txt").read_text()
     assert "transformers" not in pins
     assert "tokenizers" in pins
     tag = f"{IMAGES}:lean"
-    assert ", graph, " in engine.docker("build", "--tag", tag, path.parent, timeout=900)
+    assert ", onnx, " in engine.docker("build", "--tag", tag, path.parent, timeout=900)
     with running(engine, tag, *HARDENED, env=ONE_THREAD) as container:
         container.wait_until_serving()
         found = container.invoke(BODY)["predictions"]

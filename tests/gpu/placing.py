@@ -13,8 +13,9 @@ import mlflow_safeflavor
 from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.errors import PlacementError
 from mlflow_safeflavor.inventory import find_slots, realise
+from mlflow_safeflavor.inventory_file import read_inventory
 from mlflow_safeflavor.parity import TOLERANCES
-from mlflow_safeflavor.tensors import read_inventory, read_tensors
+from mlflow_safeflavor.tensors import read_tensors
 
 from .bench import Bench, check, largest, require
 from .models import classifier, texts_of, tokenizer

@@ -149,13 +149,13 @@ def test_other_answers(copied, tiny_bert, tiny_tokenizer, tmp_path):
     "inventory",
     "The rebuilt module has other tensors than the saved one",
     "save the model again; where this comes back, its constructor depends on more than its arguments: "
-    "allow_pickle=True or structure='graph' does without it",
+    "allow_pickle=True or graph='only' does without it",
 )
 @follows(
     "load",
     "The rebuilt module is not the one that was saved",
     "save the model again; where this comes back, its constructor depends on more than its arguments: "
-    "allow_pickle=True or structure='graph' does without it",
+    "allow_pickle=True or graph='only' does without it",
 )
 @pytest.mark.graphs
 def test_a_constructor_that_depends_on_the_process(save, user_code, monkeypatch):  # noqa: F811
@@ -175,7 +175,7 @@ def test_a_constructor_that_depends_on_the_process(save, user_code, monkeypatch)
     given = {"code_paths": [file], "input_example": X["x"]}
     path = save(moody.Moody(), **given)
     model = moody.Moody()
-    others = [save(model, **given, structure="graph")]
+    others = [save(model, **given, graph="only")]
     monkeypatch.setenv("MOOD", "more")
     wrong(WeightsError, path, **CODE)
     monkeypatch.setattr("mlflow_safeflavor.inventory.fill", lambda *given: None)
@@ -269,7 +269,7 @@ def test_code_that_is_not_with_the_model(save, code, user_code, clean_process): 
     "rehearsal",
     "A clean process cannot load the model as saved, so nothing was published",
     "make it load without this process's state: no __main__ classes, no network, no files of this machine; "
-    'structure="graph" keeps neither the class nor what its constructor reads',
+    'graph="only" keeps neither the class nor what its constructor reads',
 )
 @pytest.mark.slow
 @pytest.mark.graphs
@@ -281,7 +281,7 @@ def test_a_rehearsal(save, code, user_code, tmp_path):  # noqa: F811
     line = f"open({os.fspath(tmp_path / 'mine.txt')!r}).close()"
     reads, file = user_code("hints_reads", CONSTRUCTOR.format(line=line))
     refused(RehearsalError, save, reads.Net(), rehearse=True, code_paths=[file])
-    load_model(save(reads.Net(), rehearse=True, structure="graph"))
+    load_model(save(reads.Net(), rehearse=True, graph="only"))
 
 
 CONSTRUCTOR = """
@@ -340,7 +340,7 @@ def test_a_pickle_without_its_code(save, code):  # noqa: F811
     "guard",
     "Building the model tried what no model may do while it is built",
     "if you did not save this model, do not use it; if you did, take this out of what it runs when it is built, or save "
-    'it with structure="graph", which builds nothing',
+    'it with graph="only", which builds nothing',
 )
 @pytest.mark.graphs
 def test_a_constructor_that_reads_a_file(save, user_code, tmp_path):  # noqa: F811
@@ -359,7 +359,7 @@ def test_a_constructor_that_reads_a_file(save, user_code, tmp_path):  # noqa: F8
     path = str(tmp_path / "words.txt")
     wrong(TrustError, save(reads.Reads(path), **given, init_args={"path": path}), **CODE)
     load_model(save(reads.Reads(path), **given, init_args={}), **CODE)
-    load_model(save(reads.Reads(path), input_example=X["x"], structure="graph"))
+    load_model(save(reads.Reads(path), input_example=X["x"], graph="only"))
 
 
 @follows(
@@ -483,7 +483,7 @@ def test_memory_that_runs_out(saved, monkeypatch):
 @follows(
     "load",
     "The model was stored as a graph alone, so there is no module to rebuild",
-    'leave it out, or save the model with structure="auto"',
+    'leave it out, or save the model with graph="auto"',
 )
 @follows(
     "load",
@@ -493,19 +493,19 @@ def test_memory_that_runs_out(saved, monkeypatch):
 @follows(
     "graph",
     "The model was stored as a graph, which does not take this input",
-    'save the model with its module, too: structure="auto"',
+    'save the model with its module, too: graph="auto"',
 )
 @follows(
     "graph_engine",
     "The model was stored as a graph of one forward, which cannot do this",
-    'save the model with its module, too: structure="auto"',
+    'save the model with its module, too: graph="auto"',
 )
 @pytest.mark.graphs
 def test_graphs_alone_and_beside_a_module(save, code):  # noqa: F811
-    alone = save(code.Net(), structure="graph")
-    both = save(code.Net(), structure="auto", code_paths=[code.file])
+    alone = save(code.Net(), graph="only")
+    both = save(code.Net(), graph="auto", code_paths=[code.file])
     module = {"model_config": {"engine": "module"}}
-    graph = {"model_config": {"engine": "graph"}}
+    graph = {"model_config": {"engine": "onnx"}}
     wrong(PlacementError, alone, **module)
     load_model(alone)
     load_model(both, **CODE, **module)

@@ -56,7 +56,7 @@ def test_a_log_of_a_model_with_a_loose_module_and_loose_data(own_site, user_code
     own_site.install("acme-order", "1.2", {"acme_order/__init__.py": "import acme_loose"})
     loose = own_site.write("acme_loose.py")
     own_site.write("acme_words.txt", "y z")
-    options = {"task": "raw", "input_example": {"x": np.ones((2, 2), "float32")}, "structure": "module"}
+    options = {"task": "raw", "input_example": {"x": np.ones((2, 2), "float32")}, "graph": "no"}
     model, file = net(user_code, "acme_order.__file__).parent.with_name('any'")
     with pytest.raises(EnvironmentMismatchError) as refused:
         mlflow_safeflavor.log_model(model, "net", code_paths=[file], **options)

@@ -89,7 +89,7 @@ def save(tmp_path):
         if isinstance(model, nn.Module) and not hasattr(model, "config"):
             given = {"task": "raw", "input_example": X, **given}
         path = tmp_path / f"model-{next(count)}"
-        mlflow_safeflavor.save_model(model, path, **{"structure": "module", "rehearse": False, **given})
+        mlflow_safeflavor.save_model(model, path, **{"graph": "no", "rehearse": False, **given})
         return path
 
     return run
@@ -130,7 +130,7 @@ def test_arguments(save, code, tmp_path):
 def test_a_path_that_is_taken(code, tmp_path):
     path, given = tmp_path / "taken", {"task": "raw", "input_example": X, "code_paths": [code.file]}
     path.write_text("mine")
-    options = {**given, "structure": "module", "rehearse": False}
+    options = {**given, "graph": "no", "rehearse": False}
     refused(IntegrityError, mlflow_safeflavor.save_model, code.Net(), path, **options)
     mlflow_safeflavor.save_model(code.Net(), tmp_path / "other", **options)
     path.unlink()
@@ -185,12 +185,12 @@ def test_hooks(save, code):
 @follows(
     "save",
     "The forward of the model cannot be stored as a graph",
-    'save it with structure="auto" and without require_graph',
+    'save it with graph="auto", which serves the module where there is no graph',
 )
 def test_a_forward_that_is_no_graph(save, code):  # no graph is recorded in these tests
-    refused(StructureError, save, code.Net(), code_paths=[code.file], structure="auto", require_graph=True)
-    refused(StructureError, save, code.Net(), structure="graph")
-    save(code.Net(), code_paths=[code.file], structure="auto")
+    refused(StructureError, save, code.Net(), code_paths=[code.file], graph="require")
+    refused(StructureError, save, code.Net(), graph="only")
+    save(code.Net(), code_paths=[code.file], graph="auto")
 
 
 @follows(
@@ -256,12 +256,12 @@ def test_a_class_of_a_function(save, user_code):
 @follows(
     "structure",
     "The constructor does not give back all that the module holds: it was changed after it was made",
-    "…allow_pickle=True, or structure='graph'",
+    "…allow_pickle=True, or graph='only'",
 )
 @follows(
     "structure",
     "The constructor does not give back the module: it was changed after it was made",
-    "…allow_pickle=True, or structure='graph'",
+    "…allow_pickle=True, or graph='only'",
 )
 @follows("structure", "safeflavor: the module is pickled. %s")
 @pytest.mark.graphs
@@ -276,7 +276,7 @@ def test_a_module_that_was_changed(save, code, tiny_bert, tiny_tokenizer):
     own.note = "kept"
     refused(StructureError, save, own, **given)
     load_model(save(own, **given, allow_pickle=True), trust=["pickle", "code"])
-    load_model(save(own, structure="graph"))
+    load_model(save(own, graph="only"))
     wide = {**given, "input_example": {"x": np.ones((2, 5), "float32")}}
     refused(StructureError, save, changed(5), **wide)
     load_model(save(changed(5), **wide, init_args={"width": 5}), trust=["code"])
@@ -291,7 +291,7 @@ def test_a_module_that_was_changed(save, code, tiny_bert, tiny_tokenizer):
 @follows(
     "structure",
     "A container of torch.nn does not know how modules of other classes were made",
-    "write a class whose constructor makes all of it, or pass allow_pickle=True or structure='graph'",
+    "write a class whose constructor makes all of it, or pass allow_pickle=True or graph='only'",
 )
 @pytest.mark.graphs
 def test_a_container_of_the_users_modules(save, user_code):
@@ -302,7 +302,7 @@ def test_a_container_of_the_users_modules(save, user_code):
     assert (error.where, error.found) == ("torch.nn.modules.container:Sequential, 1", "own_parts:Scale")
     load_model(save(own.Whole(), **given), trust=["code"])
     load_model(save(parts, **given, allow_pickle=True), trust=["pickle", "code"])
-    load_model(save(parts, **given, structure="graph"))
+    load_model(save(parts, **given, graph="only"))
 
 
 @follows("structure", "A constructor argument cannot be stored as JSON", "pass allow_pickle=True instead of init_args")

@@ -25,8 +25,8 @@ names = pytest.mark.parametrize("name", GRAPHS)
 
 @names
 def test_the_native_model_gives_the_bits_of_the_module(name):
-    model = load(MAIN / name, model_config={"engine": "graph"})
-    assert model.report.engine == "graph"
+    model = load(MAIN / name, model_config={"engine": "onnx"})
+    assert model.report.engine == "onnx"
     assert records(model.predict(ROWS[name])) == answers_of(MAIN, name)
 
 
@@ -34,7 +34,7 @@ def test_the_native_model_gives_the_bits_of_the_module(name):
 def test_pyfunc_gives_them_without_being_asked_for_a_graph(name):
     model = mlflow.pyfunc.load_model(str(MAIN / name))
     assert records(model.predict(ROWS[name])) == answers_of(MAIN, name)
-    assert model._model_impl.model.report.engine == "graph"
+    assert model._model_impl.model.report.engine == "onnx"
 
 
 def test_a_server_gives_them(serve):

@@ -1,0 +1,93 @@
+"""The engine that runs a graph, and rebuilds the module only for what the graph does not take."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.onnx_graph import describe_input
+from mlflow_safeflavor.onnx_runtime import Session
+from mlflow_safeflavor.weights_files import HeldFile, require_unchanged
+
+if TYPE_CHECKING:
+    import torch
+
+    from mlflow_safeflavor.module_engine import ModuleEngine
+
+__all__ = ["OnnxEngine"]
+
+
+class OnnxEngine:
+    """Runs a graph in ONNX Runtime, on the CPU and in float32.
+
+    Args:
+        session: The graph with its weights.
+        rebuild: Makes the engine of the module; None where the artifact holds a graph alone.
+        weights: Files that its weights are mapped from.
+    """
+
+    name = "onnx"
+
+    def __init__(
+        self, session: Session, rebuild: Callable[[], ModuleEngine] | None = None, weights: Sequence[HeldFile] = ()
+    ) -> None:
+        self.session = session
+        self.on_cpu = True
+        self._rebuild = rebuild
+        self._weights = weights
+        self._rebuilt: ModuleEngine | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The module that the graph was recorded from, rebuilt and checked on first use.
+
+        Raises:
+            StructureError: The artifact holds a graph alone.
+        """
+        return self.fallback().module
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        graph = self.session.graph
+        dtypes = {known.name: known.dtype for known in graph.inputs}
+        arrays = {name: _fitted(array, dtypes.get(name, "")) for name, array in inputs.items()}
+        if misfit := graph.misfit(arrays):
+            if self._rebuild is not None:
+                return self.fallback()(inputs)
+            raise StructureError(
+                "The model was stored as a graph, which does not take this input",
+                where="forward",
+                wanted=", ".join(f"{known.name} {describe_input(known)}" for known in graph.inputs),
+                found=misfit,
+                way_out='save the model with its module, too: graph="auto"',
+            )
+        require_unchanged(self._weights)
+        return self.session(arrays)
+
+    def fallback(self) -> ModuleEngine:
+        """The engine of the module, rebuilt on first use. Raises ``StructureError`` where there is none."""
+        with self._lock:
+            if self._rebuilt is None:
+                if self._rebuild is None:
+                    raise StructureError(
+                        "The model was stored as a graph of one forward, which cannot do this",
+                        where="engine",
+                        way_out='save the model with its module, too: graph="auto"',
+                    )
+                self._rebuilt = self._rebuild()
+            return self._rebuilt
+
+    def generate(self, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any], **options: Any) -> Any:
+        """Let the module write; see ``Engine.generate``."""
+        return self.fallback().generate(inputs, settings, **options)
+
+
+def _fitted(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Floating point numbers in the serving dtype, and whole ones as wide as the graph takes them: masks differ."""
+    floats = array.dtype.kind == "f" and dtype == "float32"
+    wider = array.dtype.kind in "iu" and dtype.startswith("int") and np.can_cast(array.dtype, dtype)
+    return array.astype(dtype, copy=False) if floats or wider else array

@@ -1,0 +1,149 @@
+"""``graph.onnx`` read without the onnx package, as strictly as a check needs it.
+
+A model is a protobuf message. ONNX Runtime reads it with a parser of its own, so what is looked at here must be what
+that parser sees: every field is one of the tables below and of its type, no field that stands once comes twice, and
+nothing is left over. What a recorded forward never has (subgraphs, functions, training, sparse tensors, texts for
+people) is in no table.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Malformed", "parse_model"]
+
+
+class Malformed(ValueError):
+    """The bytes are no model that a save writes; names the place."""
+
+
+@dataclass(frozen=True)
+class _Field:
+    """One field of a message: its name, its type, and whether it may come more than once."""
+
+    name: str
+    kind: str | Mapping[int, _Field]
+    repeated: bool = False
+
+
+def _message(**fields: tuple[int, Any] | tuple[int, Any, bool]) -> dict[int, _Field]:
+    return {number: _Field(name, kind, bool(rest)) for name, (number, kind, *rest) in fields.items()}
+
+
+# Numbers and types from onnx.proto3 of the ONNX standard, IR version 10.
+_PAIR = _message(key=(1, "text"), value=(2, "text"))
+_TENSOR = _message(
+    dims=(1, "int", True), data_type=(2, "int"), name=(8, "text"), raw_data=(9, "bytes"),
+    external_data=(13, _PAIR, True), data_location=(14, "int"),
+)  # fmt: skip
+_ATTRIBUTE = _message(
+    name=(1, "text"), type=(20, "int"), f=(2, "float"), i=(3, "int"), s=(4, "bytes"), t=(5, _TENSOR),
+    floats=(7, "float", True), ints=(8, "int", True), strings=(9, "bytes", True),
+)  # fmt: skip
+_NODE = _message(
+    input=(1, "text", True), output=(2, "text", True), name=(3, "text"), op_type=(4, "text"), domain=(7, "text"),
+    attribute=(5, _ATTRIBUTE, True),
+)  # fmt: skip
+_DIMENSION = _message(dim_value=(1, "int"), dim_param=(2, "text"))
+_SHAPE = _message(dim=(1, _DIMENSION, True))
+_VALUE = _message(
+    name=(1, "text"), type=(2, _message(tensor_type=(1, _message(elem_type=(1, "int"), shape=(2, _SHAPE)))))
+)
+_GRAPH = _message(
+    node=(1, _NODE, True), name=(2, "text"), initializer=(5, _TENSOR, True), input=(11, _VALUE, True),
+    output=(12, _VALUE, True),
+)  # fmt: skip
+_MODEL = _message(
+    ir_version=(1, "int"), opset_import=(8, _message(domain=(1, "text"), version=(2, "int")), True),
+    producer_name=(2, "text"), graph=(7, _GRAPH),
+)  # fmt: skip
+
+_WIRES = {"int": 0, "float": 5}
+"""How a field of a type stands in the bytes; all others, and lists of numbers, have a length before them."""
+_LENGTH = 2
+
+
+def parse_model(content: bytes) -> dict[str, Any]:
+    """The fields of a model by name: those that may come more than once as lists, without those that did not come.
+
+    Raises:
+        Malformed: It is no such message.
+    """
+    return _read(memoryview(content), _MODEL, "model")
+
+
+def _read(content: memoryview, fields: Mapping[int, _Field], where: str) -> dict[str, Any]:
+    found: dict[str, Any] = {field.name: [] for field in fields.values() if field.repeated}
+    place = 0
+    while place < len(content):
+        tag, place = _varint(content, place)
+        field = fields.get(tag >> 3)
+        if field is None:
+            raise Malformed(f"{where} has field {tag >> 3}, which no save writes")
+        values, place = _values(content, place, field, tag & 7, f"{where}.{field.name}")
+        if field.repeated:
+            found[field.name] += values
+        elif field.name in found:
+            raise Malformed(f"{where}.{field.name} comes twice")
+        else:
+            (found[field.name],) = values
+    return found
+
+
+def _values(content: memoryview, place: int, field: _Field, wire: int, where: str) -> tuple[list[Any], int]:
+    """The values of one occurrence of a field, several where numbers are packed, and where the next field begins."""
+    kind = field.kind
+    own = _WIRES.get(kind, _LENGTH) if isinstance(kind, str) else _LENGTH
+    if wire == own != _LENGTH:
+        value, place = _number(content, place, str(kind), where)
+        return [value], place
+    if wire != _LENGTH or (own != _LENGTH and not field.repeated):
+        raise Malformed(f"{where} is of another type")
+    length, start = _varint(content, place)
+    place = start + length
+    if place > len(content):
+        raise Malformed(f"{where} ends behind the end")
+    part = content[start:place]
+    if not isinstance(kind, str):
+        return [_read(part, kind, where)], place
+    if own != _LENGTH:
+        return list(_packed(part, kind, where)), place
+    if kind == "bytes":
+        return [bytes(part)], place
+    try:
+        return [str(part, "utf-8")], place
+    except UnicodeDecodeError:
+        raise Malformed(f"{where} is no text") from None
+
+
+def _packed(part: memoryview, kind: str, where: str) -> Any:
+    place = 0
+    while place < len(part):
+        value, place = _number(part, place, kind, where)
+        yield value
+
+
+def _number(content: memoryview, place: int, kind: str, where: str) -> tuple[int | float, int]:
+    if kind == "int":
+        value, place = _varint(content, place)
+        return value - (1 << 64) if value >> 63 else value, place  # int64 in two's complement
+    if place + 4 > len(content):
+        raise Malformed(f"{where} ends behind the end")
+    return struct.unpack_from("<f", content, place)[0], place + 4
+
+
+def _varint(content: memoryview, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if place >= len(content) or shift > 63:
+            raise Malformed(f"no number at byte {place}")
+        byte = content[place]
+        value |= (byte & 0x7F) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 0x80:
+            if value >> 64:
+                raise Malformed(f"a number of more than 64 bits before byte {place}")
+            return value, place
