@@ -1,4 +1,4 @@
-"""What a skilled user writes instead: ONNX Runtime and tokenizers behind ``mlflow.pyfunc``, without any of this project.
+"""What a skilled user writes instead: ONNX Runtime and tokenizers behind ``mlflow.pyfunc``, without this project.
 
 Texts are sorted by length and run in batches of 32. Nothing is checked, pinned or compared.
 """

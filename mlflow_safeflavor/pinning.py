@@ -127,8 +127,10 @@ class Pinning:
 
 
 def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[str]:
-    """What serving needs directly; for a graph no torch, and transformers only where its processors or tokenizers are
-    called. What these need is found by the rehearsal."""
+    """What serving needs directly; for a graph no torch, and transformers only for its processors or tokenizers.
+
+    What these need in turn is found by the rehearsal.
+    """
     module = torch.nn.Module() if graph else source.module
     calls = not graph or source.processor is not None or (source.task == "custom" and source.tokenizer is not None)
     return [
