@@ -1,4 +1,4 @@
-"""How many threads this process may keep busy: affinity, the container's quota, and the workers beside it.
+"""How many threads this process may keep busy: affinity, the container's quota, and the workers beside it; and memory.
 
 All of it is decided before torch is imported, since torch and its OpenMP read their variables once.
 """
@@ -15,7 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["Budget", "available_cpus", "find_budget", "is_scoring_server", "limit_threads", "use_threads"]
+__all__ = [
+    "Budget",
+    "available_cpus",
+    "available_memory",
+    "find_budget",
+    "is_scoring_server",
+    "limit_threads",
+    "use_threads",
+]
 
 SPIN_COUNT = 10_000
 """Turns that an idle OpenMP thread waits busily before it sleeps.
@@ -134,7 +142,21 @@ def _quota(root: Path) -> float | None:
     return min((quota for folder in _cgroups(root) if (quota := _quota_of(folder)) is not None), default=None)
 
 
-def _cgroups(root: Path) -> Iterator[Path]:
+def available_memory(root: Path = _ROOT) -> int:
+    """Bytes that this process may ever hold: the machine's memory, or what a container grants of it."""
+    system = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 << 30
+    limits = [folder / name for folder in _cgroups(root, "memory") for name in ("memory.max", "memory.limit_in_bytes")]
+    return min([system, *(int(text) for path in limits if (text := _read(path)).isdecimal())])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _cgroups(root: Path, controller: str = "cpu") -> Iterator[Path]:
     """Folders that may hold this process's quota, outermost last. In a container the path may be the host's."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -142,17 +164,17 @@ def _cgroups(root: Path) -> Iterator[Path]:
         lines = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        for mount in _mounts(root, controllers):
+        for mount in _mounts(root, controllers, controller):
             inner = Path(path.lstrip("/"))
             for part in (inner, *inner.parents):
                 yield mount / part
 
 
-def _mounts(root: Path, controllers: str) -> list[Path]:
+def _mounts(root: Path, controllers: str, controller: str) -> list[Path]:
     top = root / "sys/fs/cgroup"
     if controllers == "":
         return [top, top / "unified"]
-    return [top / controllers, top / "cpu"] if "cpu" in controllers.split(",") else []
+    return [top / controllers, top / controller] if controller in controllers.split(",") else []
 
 
 def _quota_of(folder: Path) -> float | None:

@@ -9,7 +9,6 @@ from mlflow_safeflavor.artifact import WAY_OUT, Layout, write_json
 from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.graph_weights import map_weights
 from mlflow_safeflavor.onnx_graph import Graph, Malformed, read
-from mlflow_safeflavor.spec import is_scalar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,16 +36,29 @@ def _read_facts(layout: Layout) -> dict[str, Any]:
     kinds = {"reason": str, "proof": dict}
     sound = isinstance(content, dict) and content.get("version") == _VERSION and len(content) == 2
     kind = next((name for name in kinds if sound and isinstance(content.get(name), kinds[name])), None)
-    if kind is None or (kind == "proof" and not all(map(is_scalar, content["proof"].values()))):
+    there = layout.graph.exists()
+    if kind is None or not content[kind] or there != (kind == "proof") or (there and not _is_proof(content["proof"])):
         raise IntegrityError(
-            "What is said of the graph is malformed", where=layout.name_of(layout.graph_facts), way_out=WAY_OUT
+            "What is said of the graph is malformed",
+            where=layout.name_of(layout.graph_facts),
+            wanted=f"a proof beside {layout.graph.name}, and a reason where there is none",
+            way_out=WAY_OUT,
         )
     return {kind: content[kind]}
 
 
+def _is_proof(facts: Mapping[str, Any]) -> bool:
+    return (
+        facts.keys() == {"inputs", "difference", *_HELD}
+        and type(facts["inputs"]) is int
+        and type(facts["difference"]) is float
+        and all(facts[name] is None or type(facts[name]) is bool for name in _HELD)
+    )
+
+
 def reason_against(layout: Layout) -> str | None:
     """Why an artifact has no graph, in words; None if it has one, which is not looked at any closer."""
-    if not layout.graph_facts.exists():
+    if not (layout.graph_facts.exists() or layout.graph.exists()):
         return "it was saved without one"
     reason = _read_facts(layout).get("reason")
     return reason if reason is None or isinstance(reason, str) else str(reason)

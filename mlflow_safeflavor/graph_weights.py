@@ -63,7 +63,7 @@ def map_weights(weights: Mapping[str, Weight], files: Collection[str], layout: L
         layout: Says where they are held.
 
     Raises:
-        IntegrityError: A tensor is in no such file, or reaches beyond it.
+        IntegrityError: A tensor is in no such file, reaches beyond it, or is not of its dtype.
     """
     opened: dict[str, np.ndarray] = {}
     found = {}
@@ -82,5 +82,11 @@ def map_weights(weights: Mapping[str, Weight], files: Collection[str], layout: L
                 way_out=WAY_OUT,
             )
         part = opened[place.file][place.start : place.start + place.length]
+        if weight.dtype == "bool" and part.max(initial=0) > 1:  # kernels count some of these, and write all
+            raise IntegrityError(
+                "A tensor of the graph holds truth values that are neither 0 nor 1",
+                where=f"{layout.name_of(layout.graph)}, initializer {name[:200]!r}",
+                way_out=WAY_OUT,
+            )
         found[name] = part.view(dtype).reshape(weight.shape)
     return found

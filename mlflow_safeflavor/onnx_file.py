@@ -9,7 +9,7 @@ people) is in no table.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,74 +65,87 @@ _WIRES = {"int": 0, "float": 5}
 """How a field of a type stands in the bytes; all others, and lists of numbers, have a length before them."""
 _LENGTH = 2
 
+_MOST_VALUES = 1_000_000
+"""Of a model, messages and packed numbers included: two bytes of a file may be a message, which takes 500 in Python."""
+
 
 def parse_model(content: bytes) -> dict[str, Any]:
-    """The fields of a model by name: those that may come more than once as lists, without those that did not come.
+    """The fields of a model by name; those that may come more than once are lists, those that did not come are left out.
 
     Raises:
         Malformed: It is no such message.
     """
-    return _read(memoryview(content), _MODEL, "model")
+    return _Reader().message(memoryview(content), _MODEL, "model")
 
 
-def _read(content: memoryview, fields: Mapping[int, _Field], where: str) -> dict[str, Any]:
-    found: dict[str, Any] = {field.name: [] for field in fields.values() if field.repeated}
-    place = 0
-    while place < len(content):
-        tag, place = _varint(content, place)
-        field = fields.get(tag >> 3)
-        if field is None:
-            raise Malformed(f"{where} has field {tag >> 3}, which no save writes")
-        values, place = _values(content, place, field, tag & 7, f"{where}.{field.name}")
-        if field.repeated:
-            found[field.name] += values
-        elif field.name in found:
-            raise Malformed(f"{where}.{field.name} comes twice")
-        else:
-            (found[field.name],) = values
-    return found
+class _Reader:
+    """Reads one model; ``left`` is how many more values it may have."""
 
+    def __init__(self) -> None:
+        self.left = _MOST_VALUES
 
-def _values(content: memoryview, place: int, field: _Field, wire: int, where: str) -> tuple[list[Any], int]:
-    """The values of one occurrence of a field, several where numbers are packed, and where the next field begins."""
-    kind = field.kind
-    own = _WIRES.get(kind, _LENGTH) if isinstance(kind, str) else _LENGTH
-    if wire == own != _LENGTH:
-        value, place = _number(content, place, str(kind), where)
-        return [value], place
-    if wire != _LENGTH or (own != _LENGTH and not field.repeated):
-        raise Malformed(f"{where} is of another type")
-    length, start = _varint(content, place)
-    place = start + length
-    if place > len(content):
-        raise Malformed(f"{where} ends behind the end")
-    part = content[start:place]
-    if not isinstance(kind, str):
-        return [_read(part, kind, where)], place
-    if own != _LENGTH:
-        return list(_packed(part, kind, where)), place
-    if kind == "bytes":
-        return [bytes(part)], place
-    try:
-        return [str(part, "utf-8")], place
-    except UnicodeDecodeError:
-        raise Malformed(f"{where} is no text") from None
+    def message(self, content: memoryview, fields: Mapping[int, _Field], where: str) -> dict[str, Any]:
+        found: dict[str, Any] = {field.name: [] for field in fields.values() if field.repeated}
+        place = 0
+        while place < len(content):
+            tag, place = _varint(content, place)
+            field = fields.get(tag >> 3)
+            if field is None:
+                raise Malformed(f"{where} has field {tag >> 3}, which no save writes")
+            values, place = self._values(content, place, field, tag & 7, f"{where}.{field.name}")
+            if field.repeated:
+                found[field.name] += values
+            elif field.name in found:
+                raise Malformed(f"{where}.{field.name} comes twice")
+            else:
+                (found[field.name],) = values
+        return found
 
+    def _values(self, content: memoryview, place: int, field: _Field, wire: int, where: str) -> tuple[list[Any], int]:
+        """The values of one occurrence of a field, several where numbers are packed, and where the next one begins."""
+        kind = field.kind
+        own = _WIRES.get(kind, _LENGTH) if isinstance(kind, str) else _LENGTH
+        if wire == own != _LENGTH:
+            value, place = self._number(content, place, str(kind), where)
+            return [value], place
+        if wire != _LENGTH or (own != _LENGTH and not field.repeated):
+            raise Malformed(f"{where} is of another type")
+        length, start = _varint(content, place)
+        place = start + length
+        if place > len(content):
+            raise Malformed(f"{where} ends behind the end")
+        part = content[start:place]
+        if isinstance(kind, str) and own != _LENGTH:
+            return list(self._packed(part, kind, where)), place
+        self._count(where)
+        if not isinstance(kind, str):
+            return [self.message(part, kind, where)], place
+        if kind == "bytes":
+            return [bytes(part)], place
+        try:
+            return [str(part, "utf-8")], place
+        except UnicodeDecodeError:
+            raise Malformed(f"{where} is no text") from None
 
-def _packed(part: memoryview, kind: str, where: str) -> Any:
-    place = 0
-    while place < len(part):
-        value, place = _number(part, place, kind, where)
-        yield value
+    def _packed(self, part: memoryview, kind: str, where: str) -> Iterator[int | float]:
+        place = 0
+        while place < len(part):
+            value, place = self._number(part, place, kind, where)
+            yield value
 
+    def _number(self, content: memoryview, place: int, kind: str, where: str) -> tuple[int | float, int]:
+        self._count(where)
+        if kind == "int":
+            value, place = _varint(content, place)
+            return value - (1 << 64) if value >> 63 else value, place  # int64 in two's complement
+        if place + 4 > len(content):
+            raise Malformed(f"{where} ends behind the end")
+        return struct.unpack_from("<f", content, place)[0], place + 4
 
-def _number(content: memoryview, place: int, kind: str, where: str) -> tuple[int | float, int]:
-    if kind == "int":
-        value, place = _varint(content, place)
-        return value - (1 << 64) if value >> 63 else value, place  # int64 in two's complement
-    if place + 4 > len(content):
-        raise Malformed(f"{where} ends behind the end")
-    return struct.unpack_from("<f", content, place)[0], place + 4
+    def _count(self, where: str) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Malformed(f"{where}: more than {_MOST_VALUES} values")
 
 
 def _varint(content: memoryview, place: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,9 @@ from mlflow_safeflavor.onnx_file import Malformed, parse_model
 
 __all__ = ["Graph", "Input", "Malformed", "Weight", "describe_input", "lines_of", "read"]
 
-_MOST_NODES = 100_000
+_MOST_NODES = 30_000
+_MOST_DIMENSIONS, _MOST_ELEMENTS = 32, 1 << 48
+_VERSIONS = range(8, 14)
 _OPSETS = range(18, 24)
 
 _DTYPES = {
@@ -60,15 +63,12 @@ _OPERATORS = frozenset(
         "CastLike",
         "Ceil",
         "Celu",
-        "CenterCropPad",
         "Clip",
-        "Col2Im",
         "Compress",
         "Concat",
         "Constant",
         "ConstantOfShape",
         "Conv",
-        "ConvInteger",
         "ConvTranspose",
         "Cos",
         "Cosh",
@@ -92,8 +92,6 @@ _OPERATORS = frozenset(
         "GatherND",
         "Gelu",
         "Gemm",
-        "GlobalAveragePool",
-        "GlobalMaxPool",
         "Greater",
         "GreaterOrEqual",
         "GridSample",
@@ -102,12 +100,10 @@ _OPERATORS = frozenset(
         "HannWindow",
         "HardSigmoid",
         "HardSwish",
-        "Hardmax",
         "Identity",
         "InstanceNormalization",
         "IsInf",
         "IsNaN",
-        "LRN",
         "LSTM",
         "LayerNormalization",
         "LeakyRelu",
@@ -115,15 +111,10 @@ _OPERATORS = frozenset(
         "LessOrEqual",
         "Log",
         "LogSoftmax",
-        "LpNormalization",
-        "LpPool",
         "MatMul",
         "Max",
         "MaxPool",
-        "MaxUnpool",
         "Mean",
-        "MeanVarianceNormalization",
-        "MelWeightMatrix",
         "Min",
         "Mish",
         "Mod",
@@ -131,13 +122,11 @@ _OPERATORS = frozenset(
         "Neg",
         "NonZero",
         "Not",
-        "OneHot",
         "Or",
         "PRelu",
         "Pad",
         "Pow",
         "RMSNormalization",
-        "RNN",
         "Range",
         "Reciprocal",
         "ReduceL1",
@@ -153,7 +142,6 @@ _OPERATORS = frozenset(
         "Relu",
         "Reshape",
         "Resize",
-        "ReverseSequence",
         "RotaryEmbedding",
         "Round",
         "STFT",
@@ -161,7 +149,6 @@ _OPERATORS = frozenset(
         "ScatterND",
         "Selu",
         "Shape",
-        "Shrink",
         "Sigmoid",
         "Sign",
         "Sin",
@@ -171,7 +158,6 @@ _OPERATORS = frozenset(
         "Softmax",
         "Softplus",
         "Softsign",
-        "SpaceToDepth",
         "Split",
         "Sqrt",
         "Squeeze",
@@ -180,7 +166,6 @@ _OPERATORS = frozenset(
         "Swish",
         "Tan",
         "Tanh",
-        "ThresholdedRelu",
         "Tile",
         "TopK",
         "Transpose",
@@ -191,7 +176,14 @@ _OPERATORS = frozenset(
         "Xor",
     ]
 )
-"""Of the standard's operators those that compute arrays: none with a subgraph, a sequence, a text, chance or a file."""
+"""Of the standard's operators those that compute arrays: none with a subgraph, a sequence, a text, chance or a file.
+
+Nor any that torch's exporter never writes and that has a kernel of its own with a record of trusting its arguments
+(MaxUnpool, Col2Im, ReverseSequence, RNN), or might (OneHot, MelWeightMatrix, LpPool).
+"""
+
+_ATTRIBUTES = {1: "f", 2: "i", 3: "s", 4: "t", 6: "floats", 7: "ints", 8: "strings"}
+"""Type of an attribute by the standard's number → the field that then holds it."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +227,7 @@ class Graph:
         weights: By name.
         nodes: Operator, inputs and outputs of each, in the order in which they run.
         lookups: Input whose values are rows of a table → how many rows the shortest such table has.
+        reused: Bytes of weights and constants, for each use but the first: what fusions may copy.
     """
 
     content: bytes
@@ -243,6 +236,7 @@ class Graph:
     weights: Mapping[str, Weight]
     nodes: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
     lookups: Mapping[str, int]
+    reused: int
 
     def misfit(self, inputs: Mapping[str, Any]) -> str | None:
         """What keeps the graph from running on these arrays, in words; None if nothing does."""
@@ -282,6 +276,8 @@ def read(content: bytes) -> Graph:
         Malformed: It is no model of ours, or holds what it must not; names the node or tensor.
     """
     model = parse_model(content)
+    if model.get("ir_version") not in _VERSIONS:
+        raise Malformed(f"version {model.get('ir_version')} of the format")
     opsets = [(entry.get("domain", ""), entry.get("version")) for entry in model["opset_import"]]
     if len(opsets) != 1 or opsets[0][0] or opsets[0][1] not in _OPSETS:
         raise Malformed(f"operators of {opsets}, not of the standard's version {_OPSETS[0]} to {_OPSETS[-1]}")
@@ -294,6 +290,7 @@ def read(content: bytes) -> Graph:
     if len(known) != len(inputs):
         raise Malformed("two inputs have one name")
     known |= _new(known, [tensor.get("name", "") for tensor in graph["initializer"]], "an initializer")
+    sizes = {tensor["name"]: _bytes(tensor) for tensor in graph["initializer"]}
     nodes = []
     if len(graph["node"]) > _MOST_NODES:
         raise Malformed(f"{len(graph['node'])} nodes")
@@ -306,17 +303,21 @@ def read(content: bytes) -> Graph:
             raise Malformed(f"{where}: uses {missing[0][:60]!r}, which nothing before it gives")
         known |= _new(known, [name for name in node["output"] if name], where)
         nodes.append((operator, tuple(node["input"]), tuple(node["output"])))
-        for attribute in node["attribute"]:
-            if "t" in attribute:
-                _own(attribute["t"], where)
+        _check_attributes(node["attribute"], where)
+        if all(name in sizes for name in node["input"] if name):
+            own = [_bytes(attribute["t"]) for attribute in node["attribute"] if "t" in attribute]
+            size = max([0, *own, *(sizes[name] for name in node["input"] if name)])
+            sizes.update(dict.fromkeys(filter(None, node["output"]), size))
     outputs = [value.get("name", "") for value in graph["output"]]
     given = {name for _, _, names in nodes for name in names}
     if not outputs or len(set(outputs)) != len(outputs) or not all(name in given for name in outputs):
         raise Malformed("outputs that no node gives")
     if not all(name.startswith(_OUT) for name in outputs):
         raise Malformed("outputs of other names than a save gives")
+    for value in graph["output"]:
+        _typed(value, f"output {value['name'][:60]!r}")
     names = tuple(name.removeprefix(_OUT) for name in outputs)
-    return Graph(content, inputs, names, weights, tuple(nodes), _lookups(nodes, weights))
+    return Graph(content, inputs, names, weights, tuple(nodes), _lookups(nodes, weights), _reused(nodes, sizes))
 
 
 _IN, _OUT = "input.", "output."
@@ -334,6 +335,11 @@ def _lookups(
     return found
 
 
+def _reused(nodes: Sequence[tuple[str, tuple[str, ...], tuple[str, ...]]], sizes: Mapping[str, int]) -> int:
+    uses = Counter(name for _, taken, _ in nodes for name in taken)
+    return sum(size * (uses[name] - 1) for name, size in sizes.items() if uses[name])
+
+
 def _new(known: set[str], names: list[str], where: str) -> set[str]:
     if len(set(names)) != len(names) or "" in names or not known.isdisjoint(names):
         raise Malformed(f"{where}: gives a name that there is already, or none")
@@ -341,17 +347,42 @@ def _new(known: set[str], names: list[str], where: str) -> set[str]:
 
 
 def _input(value: Mapping[str, Any]) -> Input:
-    tensor = value.get("type", {}).get("tensor_type", {})
-    shape: list[int | str] = []
-    for size in tensor.get("shape", {}).get("dim", ()):
-        fixed = size.get("dim_value")
-        if (fixed is None) == ("dim_param" not in size) or (fixed is not None and fixed < 0):
-            raise Malformed(f"input {value.get('name', '')[:60]!r}: a dimension without a size")
-        shape.append(size["dim_param"] if fixed is None else fixed)
     name = value.get("name", "")
+    where = f"input {name[:60]!r}"
     if not name.startswith(_IN):
-        raise Malformed(f"input {name[:60]!r}: another name than a save gives")
-    return Input(name.removeprefix(_IN), _dtype(tensor.get("elem_type"), "an input"), tuple(shape))
+        raise Malformed(f"{where}: another name than a save gives")
+    dtype, shape = _typed(value, where)
+    if None in shape:
+        raise Malformed(f"{where}: a dimension without a size")
+    return Input(name.removeprefix(_IN), dtype, tuple(size for size in shape if size is not None))
+
+
+def _typed(value: Mapping[str, Any], where: str) -> tuple[str, list[int | str | None]]:
+    """The dtype and the shape of an input or output; None for a size of which nothing is said."""
+    tensor = value.get("type", {}).get("tensor_type", {})
+    shape: list[int | str | None] = []
+    for size in tensor.get("shape", {}).get("dim", ()):
+        if len(size) > 1 or size.get("dim_value", 0) < 0:
+            raise Malformed(f"{where}: a dimension with two sizes, or a negative one")
+        shape.append(size.get("dim_value", size.get("dim_param")))
+    return _dtype(tensor.get("elem_type"), where), shape
+
+
+def _check_attributes(attributes: Sequence[Mapping[str, Any]], where: str) -> None:
+    names = [attribute.get("name", "") for attribute in attributes]
+    if len(set(names)) != len(names) or "" in names:
+        raise Malformed(f"{where}: two attributes of one name, or one without")
+    for name, attribute in zip(names, attributes, strict=True):
+        field = _ATTRIBUTES.get(attribute.get("type", 0))
+        there = {key for key, value in attribute.items() if key not in ("name", "type") and value != []}
+        if field is None or not there <= {field} or field not in attribute:
+            raise Malformed(f"{where}: attribute {name[:60]!r} is not of the type that it says")
+        if name.startswith("value_string"):
+            raise Malformed(f"{where}: texts")
+        if name in ("to", "dtype", "output_datatype"):
+            _dtype(attribute.get("i"), where)
+        if "t" in attribute:
+            _own(attribute["t"], where)
 
 
 def _dtype(number: Any, where: str) -> str:
@@ -388,12 +419,23 @@ def _place(pairs: Sequence[Mapping[str, str]], where: str) -> Place:
 
 def _own(tensor: Mapping[str, Any], where: str) -> None:
     """Refuse a constant inside the file that is not as long as it says."""
-    wanted = math.prod(_shape(tensor, where)) * ITEM_SIZES[_dtype(tensor.get("data_type"), where)]
-    if tensor.get("data_location") or tensor["external_data"] or len(tensor.get("raw_data", b"")) != wanted:
-        raise Malformed(f"{where}: {len(tensor.get('raw_data', b''))} bytes, not {wanted}")
+    dtype, content = _dtype(tensor.get("data_type"), where), tensor.get("raw_data", b"")
+    wanted = math.prod(_shape(tensor, where)) * ITEM_SIZES[dtype]
+    if tensor.get("data_location") or tensor["external_data"] or len(content) != wanted:
+        raise Malformed(f"{where}: {len(content)} bytes, not {wanted}")
+    if dtype == "bool" and content.translate(None, b"\0\1"):
+        raise Malformed(f"{where}: truth values that are neither 0 nor 1")
+
+
+def _bytes(tensor: Mapping[str, Any]) -> int:
+    """Of a checked tensor."""
+    return math.prod(tensor["dims"]) * ITEM_SIZES[_DTYPES[tensor["data_type"]]]
 
 
 def _shape(tensor: Mapping[str, Any], where: str) -> tuple[int, ...]:
-    if any(size < 0 for size in tensor["dims"]):
-        raise Malformed(f"{where}: a negative size")
-    return tuple(tensor["dims"])
+    shape = tuple(tensor["dims"])
+    if len(shape) > _MOST_DIMENSIONS or any(size < 0 for size in shape):
+        raise Malformed(f"{where}: a negative size, or {len(shape)} dimensions")
+    if math.prod(max(size, 1) for size in shape) > _MOST_ELEMENTS:  # 0 times 2**62 times 2**62 is 0
+        raise Malformed(f"{where}: sizes {list(shape)}")
+    return shape
