@@ -70,7 +70,7 @@ _MOST_VALUES = 1_000_000
 
 
 def parse_model(content: bytes) -> dict[str, Any]:
-    """The fields of a model by name; those that may come more than once are lists, those that did not come are left out.
+    """The fields of a model by name: lists where they may come more than once; left out where they did not come.
 
     Raises:
         Malformed: It is no such message.

@@ -163,7 +163,6 @@ _OPERATORS = frozenset(
         "Squeeze",
         "Sub",
         "Sum",
-        "Swish",
         "Tan",
         "Tanh",
         "Tile",
