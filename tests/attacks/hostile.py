@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from artifacts import edit_json, edit_mlmodel, flip, read_header, reseal, rewrite, write_header
+from onnx import helper, numpy_helper
 
 from mlflow_safeflavor.artifact import Layout, digest_json, digest_of_file
 
@@ -1068,23 +1070,23 @@ template_attack("template_format", "a number as wide as the memory", "{{ '%99999
 
 # --- a graph --------------------------------------------------------------------------------------
 
-GRAPH: Mapping[str, Any] = {"base": "graph", "options": {"model_config": {"engine": "onnx"}}}
-HERE = {"device": {"device": "here"}}
-FLOATS = {"dtype": {"dtype": "float32"}, **HERE}
-"""Native loading rebuilds the module unless it is asked for the graph; pyfunc takes the graph."""
+GRAPH: Mapping[str, Any] = {"base": "graph"}
 
 
 def graph_attack(native: str = "StructureError", **more: Any) -> Callable[[Callable[[Any], Any]], Any]:
-    """Register a change of graph.json, made by a function whose docstring is what is attempted."""
+    """Register a change of graph.onnx, made by a function whose docstring is what is attempted.
+
+    It takes the model; it may return other bytes.
+    """
 
     def register(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def damage(target: Target) -> None:
-            def with_canary(content: Any) -> Any:
-                changed = change(content)
-                text = json.dumps(content if changed is None else changed)
-                return json.loads(text.replace("CANARY", str(target.canary)))
-
-            target.json(target.graph, with_canary)
+            model = onnx.ModelProto.FromString(target.graph.read_bytes())
+            changed = change(model)
+            if not isinstance(changed, bytes):
+                name_canary(model, str(target.canary))
+            rewrite(target.graph, changed if isinstance(changed, bytes) else model.SerializeToString())
+            target.reseal()
 
         damage.__name__, damage.__doc__ = f"graph_{change.__name__}", change.__doc__
         attack(native, **{**GRAPH, **more})(damage)
@@ -1093,239 +1095,541 @@ def graph_attack(native: str = "StructureError", **more: Any) -> Callable[[Calla
     return register
 
 
-def use(content: Any, *calls: tuple[Any, ...]) -> None:
-    """Let these calls run last, and the last of them be what the graph answers; ``-1`` is the call before."""
-    for name, args, kwargs in calls:
-        before = {"call": len(content["calls"]) - 1}
-        args = [before if arg == -1 else [before if item == -1 else item for item in arg] if isinstance(arg, list)
-                else arg for arg in args]  # fmt: skip
-        content["calls"].append([name, args, kwargs, ""])
-    name = next(iter(content["outputs"]))
-    content["outputs"][name] = {"call": len(content["calls"]) - 1}
+def name_canary(message: Any, path: str) -> None:
+    """Write the canary's path wherever a text of a message, or of those within, has its place."""
+    for field, value in message.ListFields():
+        if field.message_type:
+            for part in value if field.is_repeated else [value]:
+                name_canary(part, path)
+        elif field.type == field.TYPE_STRING and field.is_repeated:
+            value[:] = [text.replace("CANARY", path) for text in value]
+        elif field.type == field.TYPE_STRING:
+            setattr(message, field.name, value.replace("CANARY", path))
 
 
-def call_attack(name: str, doc: str, *calls: tuple[Any, ...], native: str = "StructureError") -> None:
-    """The answer of the graph goes through these calls."""
-
-    def change(content: Any) -> None:
-        use(content, *calls)
-
+def change_attack(
+    name: str, doc: str, change: Callable[[Any], Any], native: str = "StructureError", **more: Any
+) -> None:
+    """The same for a change of one line."""
     change.__name__, change.__doc__ = name, doc
-    graph_attack(native)(change)
+    graph_attack(native, **more)(change)
 
 
-TOUCH = "__import__('os').system('touch CANARY')"
+def node(operator: str, *inputs: str, outputs: Any = None, **attributes: Any) -> Any:
+    return helper.make_node(operator, list(inputs), outputs or ["?"], **attributes)
 
-call_attack("calls_os", "an operator is os.system", ("os.system", [{"text": "touch"}], {}))
-call_attack("calls_eval", "an operator is eval", ("builtins.eval", [{"text": "a"}], {}))
-call_attack("calls_aten_os", "an operator of aten by the name of os.system", ("aten.os.system", [-1], {}))
-call_attack("calls_dunder", "an operator is a dunder name of aten", ("aten.__init__.__globals__", [-1], {}))
-call_attack("calls_code", "the name of an operator is Python code", (f"aten.relu.default({TOUCH})", [-1], {}))
-call_attack("calls_line", "the name of an operator has a line of code", (f"aten.relu.default\n{TOUCH}", [-1], {}))
-call_attack("calls_other_namespace", "an operator of another namespace of torch", ("prims.relu.default", [-1], {}))
-call_attack("calls_from_file", "an operator that reads a file", ("aten.from_file.default", [{"text": "etc"}], {}))
-call_attack("calls_random", "an operator that draws at random", ("aten.rand.default", [[2, 2]], FLOATS))
-call_attack("calls_in_place", "an operator that writes to its argument", ("aten.add_.Tensor", [-1, 1], {}))
-call_attack("calls_out", "an operator that writes to out=", ("aten.add.out", [-1, 1], {"out": {"constant": 0}}))
-call_attack("calls_empty", "an operator whose memory nobody wrote", ("aten.empty.memory_format", [[2, 2]], FLOATS))
-call_attack("calls_strided", "an operator that looks past a tensor", ("aten.as_strided.default", [-1, [9], [1]], {}))
-call_attack("calls_resize", "an operator that changes a constant's size", ("aten.resize_.default", [-1, [9]], {}))
-call_attack("arity", "too many arguments", ("aten.relu.default", [-1, 1], {}))
-call_attack("arity_missing", "too few arguments", ("aten.linear.default", [-1], {}))
-call_attack("keyword_unknown", "an argument that the operator does not have", ("aten.relu.default", [-1], {"x": 1}))
-call_attack("keyword_code", "the name of an argument is code", ("aten.relu.default", [-1], {f"self={TOUCH}": 1}))
-call_attack("keyword_twice", "an argument by place and by name", ("aten.relu.default", [-1], {"self": {"call": 0}}))
-call_attack("type_text", "a text in the place of a tensor", ("aten.relu.default", [{"text": "a"}], {}))
-call_attack("type_list", "a list in the place of a number", ("aten.softmax.int", [-1, [1]], {}))
-call_attack("text_code", "a text that is code", ("aten.gelu.default", [-1], {"approximate": {"text": TOUCH}}))
-call_attack("int_huge", "a number beyond 64 bits", ("aten.add.Scalar", [-1, 10**4000], {}))
-call_attack("deep", "a list nested 900 deep", ("aten.view.default", [-1, json.loads("[" * 900 + "]" * 900)], {}),
-            native="IntegrityError")  # fmt: skip
-call_attack("kind_unknown", "a value of a kind that nobody knows", ("aten.relu.default", [{"eval": TOUCH}], {}))
-call_attack("dtype_unknown", "a dtype that is another attribute of torch", ("aten.zeros.default", [[1]],
-            {"dtype": {"dtype": "load"}, **HERE}))  # fmt: skip
-call_attack("device_unknown", "a device of its choice", ("aten.zeros.default", [[1]], {"device": {"device": "cuda:9"}}))
-call_attack("dropout", "attention that drops half of its values", ("aten.unsqueeze.default", [-1, 0], {}),
-            ("aten.scaled_dot_product_attention.default", [-1, -1, -1], {"dropout_p": 0.5}))  # fmt: skip
-call_attack("batch_norm_trains", "a norm that writes to its running mean", ("aten.batch_norm.default",
-            [-1, None, None, {"constant": 0}, {"constant": 0}, True, 0.1, 1e-5, False], {}))  # fmt: skip
-call_attack("norms_missing", "a kernel that reads norms which are not there", ("aten.zeros.default", [[0, 3]], FLOATS),
-            ("aten._weight_norm.default", [-1, -1, 1], {}), native="ParityError")  # fmt: skip
-call_attack("item_out_of_range", "a result that an operator does not have", ("aten.topk.default", [-1, 1], {}),
-            ("operator.getitem", [-1, 7], {}))  # fmt: skip
-call_attack("item_by_name", "an item by a name", ("operator.getitem", [-1, {"text": "a"}], {}))
-call_attack("answers_a_number", "a number is answered", ("aten.sym_size.int", [-1, 0], {}))
-call_attack("memory", "4 TB in one call", ("aten.zeros.default", [[2**40]], FLOATS))
-call_attack("memory_by_repeat", "a tensor repeated 10^12 times", ("aten.repeat.default", [-1, [10**12, 1]], {}))
-call_attack("memory_by_range", "a range of 10^12 numbers", ("aten.arange.default", [10**12], FLOATS))
-call_attack("memory_by_steps", "a range of tiny steps", ("aten.arange.start_step", [0, 1, 1e-12], FLOATS))
-call_attack("memory_by_padding", "10^12 zeros beside a tensor", ("aten.pad.default", [-1, [0, 10**12]], {}))
-call_attack("memory_by_eye", "a matrix of a million rows", ("aten.eye.default", [10**6], FLOATS))
-call_attack("memory_by_broadcast", "a column plus a row, each small", ("aten.zeros.default", [[10**6]], FLOATS),
-            ("aten.outer.default", [-1, -1], {}))  # fmt: skip
-call_attack("memory_by_doubling", "a tensor beside itself, 40 times", ("aten.zeros.default", [[2**20]], FLOATS),
-            *[("aten.cat.default", [[-1, -1]], {})] * 40)  # fmt: skip
-call_attack("memory_by_sum", "many small tensors, all kept", *[("aten.zeros.default", [[2**22]], FLOATS)] * 200)
-call_attack("memory_by_size", "a size times itself", ("aten.sym_size.int", [{"input": 0}, 0], {}),
-            ("operator.add", [-1, 10**7], {}), ("operator.mul", [-1, -1], {}),
-            ("aten.zeros.default", [[-1]], FLOATS))  # fmt: skip
-call_attack("product_explodes", "sizes multiplied until their digits fill the memory",
-            ("aten.sym_size.int", [{"input": 0}, 1], {}), ("operator.add", [-1, 2**40], {}),
-            *[("operator.mul", [-1, -1], {})] * 60, ("aten.zeros.default", [[-1]], FLOATS),
+
+def tensor(name: str, *numbers: int, dtype: str = "int64") -> Any:
+    return numpy_helper.from_array(np.array(numbers, dtype), name)
+
+
+def use(model: Any, *nodes: Any, constants: Any = ()) -> None:
+    """Let the answer go through these nodes: ``<`` is what the one before gave, and ``?`` what it gives itself."""
+    last = model.graph.output[0].name
+    for made in model.graph.node:
+        made.output[:] = ["answer" if name == last else name for name in made.output]
+    before = "answer"
+    for i, made in enumerate(nodes):
+        made.input[:] = [before if name == "<" else name for name in made.input]
+        before = last if i == len(nodes) - 1 else f"made.{i}"
+        made.output[:] = [before if name == "?" else name for name in made.output]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(constants)
+
+
+def call_attack(
+    name: str, doc: str, *nodes: Any, native: str = "StructureError", constants: Any = (), **more: Any
+) -> None:
+    """The answer of the graph goes through these nodes."""
+    change_attack(name, doc, lambda model: use(model, *nodes, constants=constants), native, **more)
+
+
+def subgraph(name: str) -> Any:
+    """A graph that nodes hold within."""
+    value = helper.make_tensor_value_info("y", 1, None)
+    return helper.make_graph([helper.make_node("Identity", ["answer"], ["y"])], name, [], [value])
+
+
+def weight(model: Any, at: int = 0) -> Any:
+    """An initializer whose bytes are in the file of weights."""
+    return [entry for entry in model.graph.initializer if entry.external_data][at]
+
+
+def own(model: Any) -> Any:
+    """An initializer whose bytes are inside."""
+    return next(entry for entry in model.graph.initializer if entry.raw_data and len(entry.dims))
+
+
+def place(model: Any, **facts: str | None) -> None:
+    """Let a weight lie elsewhere."""
+    entry = weight(model)
+    pairs = {pair.key: pair.value for pair in entry.external_data} | facts
+    del entry.external_data[:]
+    for key, value in pairs.items():
+        if value is not None:
+            entry.external_data.add(key=key, value=value)
+
+
+def place_attack(name: str, doc: str, native: str = "IntegrityError", **facts: str | None) -> None:
+    change_attack(f"weight_{name}", doc, lambda model: place(model, **facts), native)
+
+
+def varint(number: int) -> bytes:
+    found = b""
+    while number > 0x7F:
+        found, number = found + bytes([number & 0x7F | 0x80]), number >> 7
+    return found + bytes([number])
+
+
+def coded(number: int, content: bytes, wire: int = 2) -> bytes:
+    """A field as protobuf writes it."""
+    return varint(number << 3 | wire) + (varint(len(content)) if wire == 2 else b"") + content
+
+
+def behind(model: Any, *path: tuple[str, int], add: bytes) -> bytes:
+    """The model with bytes behind the last field of one of its parts; ``path`` names it: field, and which of them."""
+    if not path:
+        return model.SerializeToString() + add
+    (name, at), *rest = path
+    field = model.DESCRIPTOR.fields_by_name[name]
+    value = getattr(model, name)
+    parts = list(value) if field.is_repeated else [value]
+    inner = [behind(part, *rest, add=add) if i == at else part.SerializeToString() for i, part in enumerate(parts)]
+    model.ClearField(name)
+    return model.SerializeToString() + b"".join(coded(field.number, part) for part in inner)
+
+
+def twice_attack(name: str, doc: str, *path: tuple[str, int], add: bytes) -> None:
+    """A field that stands there already, once more behind it: protobuf would take the last, or merge both."""
+    change_attack(f"twice_{name}", doc, lambda model: behind(model, *path, add=add))
+
+
+call_attack("calls_foreign", "an operator of ONNX Runtime's own", node("FusedMatMul", "<", "<", domain="com.microsoft"))
+call_attack("calls_machine_learning", "an operator of ai.onnx.ml, which reads before an array",
+            node("ArrayFeatureExtractor", "<", "rows", domain="ai.onnx.ml"), constants=[tensor("rows", -10)])  # fmt: skip
+call_attack("calls_alias", "the standard's domain by its other name", node("Relu", "<", domain="ai.onnx"))
+call_attack("calls_library", "an operator of a library that nobody loaded", node("Touch", "<", domain="CANARY"))
+call_attack("calls_compiled", "what a compiler made of a graph, in a file",
+            node("EPContext", "<", domain="com.microsoft", ep_cache_context="CANARY", embed_mode=0))  # fmt: skip
+call_attack("calls_unknown", "an operator that nobody knows", node("Touch", "<"))
+call_attack("calls_if", "a node with graphs within", node("If", "yes", then_branch=subgraph("a"), else_branch=subgraph("b")),
+            constants=[tensor("yes", True, dtype="bool")])  # fmt: skip
+call_attack("calls_loop", "a loop of 10^18 rounds", node("Loop", "rounds", "", "<", body=subgraph("a")),
+            constants=[tensor("rounds", 10**18)])  # fmt: skip
+call_attack("calls_scan", "a scan", node("Scan", "<", body=subgraph("a"), num_scan_inputs=1))
+call_attack("calls_hidden_graph", "an operator that has none holds a graph", node("Relu", "<", body=subgraph("a")))
+call_attack("calls_random", "an operator that draws at random", node("RandomNormalLike", "<"))
+call_attack("calls_dropout", "an operator that leaves out at random", node("Dropout", "<"))
+call_attack("calls_sequence", "an operator that makes a sequence", node("SequenceConstruct", "<"))
+call_attack("calls_optional", "an operator that gives nothing", node("Optional", "<"))
+call_attack("calls_text", "an operator on texts", node("StringSplit", "<", outputs=["?", "n"]))
+call_attack("calls_image", "an operator that decodes a file", node("ImageDecoder", "<"))
+call_attack("calls_unpool", "a kernel that wrote where an index says", node("MaxUnpool", "<", "<", kernel_shape=[2]))
+call_attack("text_constant", "a constant that is a text", node("Constant", value_string="CANARY"))
+call_attack("text_constants", "a constant of texts", node("Constant", value_strings=["CANARY"]))
+call_attack("text_cast", "numbers become texts", node("Cast", "<", to=8))
+call_attack("cast_complex", "numbers become complex", node("Cast", "<", to=14))
+call_attack("cast_unknown", "numbers become what nobody knows", node("Cast", "<", to=99))
+call_attack("split_lies", "a node that says another number of results than it has, which ends ONNX Runtime's process",
+            node("Split", "<", outputs=["?", "a", "b"], num_outputs=1))  # fmt: skip
+call_attack("uses_itself", "a node uses itself", helper.make_node("Relu", ["loop"], ["loop"]), node("Identity", "loop"))
+call_attack("uses_what_follows", "a node uses what comes after it", helper.make_node("Relu", ["later"], ["a"]),
+            helper.make_node("Relu", ["<"], ["later"]), node("Identity", "a"))  # fmt: skip
+call_attack("uses_nothing", "a node uses what nobody gives", node("Add", "<", "no.such"))
+call_attack("gives_a_weight", "a node gives what is a weight", helper.make_node("Relu", ["<"], ["classifier.weight"]),
+            node("Identity", "answer"))  # fmt: skip
+call_attack("gives_an_input", "a node gives what is an input", helper.make_node("Relu", ["<"], ["input.input_ids"]),
+            node("Identity", "answer"))  # fmt: skip
+call_attack("gives_twice", "two nodes give one name", helper.make_node("Relu", ["<"], ["a"]),
+            helper.make_node("Neg", ["answer"], ["a"]), node("Identity", "a"))  # fmt: skip
+call_attack("gives_itself_twice", "a node gives one name twice", node("Split", "<", outputs=["?", "a", "a"], axis=1))
+call_attack("row_outside", "a row that a table does not have", node("Gather", "<", "rows"), native="ParityError",
+            constants=[tensor("rows", 2**40)])  # fmt: skip
+call_attack("shapes_differ", "a product of shapes that do not fit", node("MatMul", "<", "classifier.weight"))
+call_attack("arity_missing", "too few arguments", node("MatMul", "<"))
+call_attack("arity", "too many arguments", node("Relu", "<", "<", "<"))
+call_attack("argument_unknown", "an attribute that the operator does not have", node("Relu", "<", touch="CANARY"))
+call_attack(
+    "other_answer", "a graph that is right in form, and answers something else", node("Neg", "<"), native="ParityError"
+)
+call_attack("nan", "a NaN in the graph", node("Add", "<", "nan"), constants=[tensor("nan", float("nan"), dtype="float32")],
             native="ParityError")  # fmt: skip
+call_attack("truth_of_seven", "truth values of 7, which kernels count and write differently", node("NonZero", "seven"),
+            node("Cast", "<", to=1), constants=[helper.make_tensor("seven", 9, [64], bytes([7] * 64), raw=True)])  # fmt: skip
+call_attack("nodes_30001", "30,001 nodes", *(node("Relu", "<") for _ in range(30_001)))
+
+ZEROS = node("ConstantOfShape", "shape")
 
 
-@graph_attack()
-def forward_reference(content):
-    """a call uses what comes after it"""
-    content["calls"][0][1] = [{"call": 5}]
+def memory_attack(name: str, doc: str, *nodes: Any, native: str = "ParityError", constants: Any = ()) -> None:
+    call_attack(f"memory_{name}", doc, *nodes, native=native, constants=constants, bomb=True)
 
 
-@graph_attack()
-def self_reference(content):
-    """a call uses itself"""
-    content["calls"][3][1] = [{"call": 3}]
+memory_attack("zeros", "4 TB in one node", ZEROS, node("ReduceSum", "<"), constants=[tensor("shape", 2**40)])
+memory_attack("zeros_in_parts", "16 GB of constants, 800 MB each, which would be computed before the first run",
+              *(part for i in range(20) for part in (
+                  helper.make_node("ConstantOfShape", ["shape"], [f"z{i}"], value=tensor("", i, dtype="float32")),
+                  helper.make_node("Mul", [f"z{i}", "answer" if not i else f"s{i - 1}"], [f"m{i}"]),
+                  helper.make_node("ReduceSum", [f"m{i}"], [f"s{i}"], keepdims=0))),
+              node("Expand", "s19", "most"), constants=[tensor("shape", 200 * 2**20, 1, 1), tensor("most", 2**44)])  # fmt: skip
+memory_attack("expand", "a number made wide", node("ReduceSum", "<", keepdims=0), node("Expand", "<", "shape"),
+              constants=[tensor("shape", 2**41)])  # fmt: skip
+memory_attack(
+    "tile", "a tensor repeated 10^12 times", node("Tile", "<", "times"), constants=[tensor("times", 10**12, 1)]
+)
+memory_attack("pad", "10^12 zeros beside a tensor", node("Pad", "<", "by"), constants=[tensor("by", 0, 0, 0, 10**12)])
+memory_attack("range", "a range of 10^13 numbers", node("Range", "a", "b", "c"), node("Cast", "<", to=1),
+              constants=[numpy_helper.from_array(np.int64(n), name) for name, n in (("a", 0), ("b", 10**13), ("c", 1))])  # fmt: skip
+memory_attack("resize", "a tensor stretched", node("Resize", "<", "", "scales"),
+              constants=[tensor("scales", 1.0, 1e13, dtype="float32")])  # fmt: skip
+memory_attack("broadcast", "a column plus a row, each small", ZEROS, node("Transpose", "<", perm=[1, 0]),
+              node("Add", "<", "made.0"), constants=[tensor("shape", 10**7, 1)])  # fmt: skip
+memory_attack("doubling", "a tensor beside itself, 50 times", *(node("Concat", "<", "<", axis=0) for _ in range(50)))
+memory_attack("overflow", "sizes whose product is 0 in 64 bits", ZEROS, node("ReduceSum", "<"),
+              constants=[tensor("shape", 2**32, 2**32, 2)])  # fmt: skip
+memory_attack("product", "a column times a row", ZEROS, node("MatMul", "<", "other"),
+              constants=[tensor("shape", 10**7, 1), numpy_helper.from_array(np.zeros((1, 10**5), np.float32), "other")])  # fmt: skip
+memory_attack("norms", "a weight that 200 norms would each fuse into a copy of it", *(
+                  part for i in range(200) for part in (
+                      helper.make_node("Conv", ["image", "kernel"], [f"c{i}"]),
+                      helper.make_node("BatchNormalization", [f"c{i}", "one", "one", "one", "one"], [f"b{i}"]))),
+              node("Sum", *(f"b{i}" for i in range(200))),
+              constants=[numpy_helper.from_array(np.zeros((1, 2048, 1, 1), np.float32), "image"),
+                         numpy_helper.from_array(np.zeros((2048, 2048, 1, 1), np.float32), "kernel"),
+                         numpy_helper.from_array(np.ones(2048, np.float32), "one")], native="StructureError")  # fmt: skip
 
 
-@graph_attack()
-def negative_reference(content):
-    """a reference before the first"""
-    content["calls"][0][1] = [{"constant": -1}]
+@graph_attack(bomb=True)
+def memory_of_messages(model):
+    """48 million nodes of two bytes, which take 20 GB in Python"""
+    model.ClearField("graph")
+    return model.SerializeToString() + coded(7, coded(1, b"") * 48_000_000)
 
 
-@graph_attack()
-def no_such_constant(content):
-    """a constant that is not listed"""
-    content["calls"][0][1] = [{"constant": 10**6}]
+@graph_attack(bomb=True)
+def memory_of_numbers(model):
+    """a list of 100 million numbers, packed"""
+    model.ClearField("graph")
+    return model.SerializeToString() + coded(7, coded(5, coded(1, b"\1" * 100_000_000)))
 
 
-@graph_attack("IntegrityError")
-def constant_dtype(content):
-    """a constant of another dtype than its tensor"""
-    content["constants"][0]["dtype"] = "float64"
+# What the model says beside its nodes.
+
+change_attack("functions", "an operator is a function of the file",
+              lambda model: model.functions.add(name="Relu", domain="own"))  # fmt: skip
+change_attack("training", "what to do for training", lambda model: model.training_info.add())
+change_attack("metadata", "settings of ONNX Runtime in the file",
+              lambda model: model.metadata_props.add(key="ort_config", value='{"session_options": {}}'))  # fmt: skip
+change_attack("notes", "a text for people", lambda model: setattr(model, "doc_string", "\x1b[2J"))
+change_attack("sparse", "a sparse initializer", lambda model: model.graph.sparse_initializer.add(dims=[2**40]))
+change_attack("quantized", "a note on quantization", lambda model: model.graph.quantization_annotation.add())
+change_attack("shapes_inside", "shapes of what nodes give, which nobody compares",
+              lambda model: model.graph.value_info.add(name="answer"))  # fmt: skip
+change_attack(
+    "opset_future",
+    "operators of a version that nobody knows",
+    lambda model: setattr(model.opset_import[0], "version", 99),
+)
+change_attack(
+    "opset_past", "operators of a version of long ago", lambda model: setattr(model.opset_import[0], "version", 7)
+)
+change_attack("opset_none", "operators of no version", lambda model: model.ClearField("opset_import"))
+change_attack("opset_two", "two versions of the operators", lambda model: model.opset_import.add(domain="", version=22))
+change_attack("opset_of_others", "a domain of others beside the standard's",
+              lambda model: model.opset_import.add(domain="com.microsoft", version=1))  # fmt: skip
+change_attack("format_past", "a format in which initializers are inputs", lambda model: setattr(model, "ir_version", 3))
+change_attack("format_future", "a format of the future", lambda model: setattr(model, "ir_version", 2**40))
+change_attack("no_graph", "a model without a graph", lambda model: model.ClearField("graph"))
+change_attack("no_output", "a graph that gives nothing", lambda model: model.graph.ClearField("output"))
+change_attack("output_is_an_input", "a graph gives what it takes",
+              lambda model: setattr(model.graph.output[0], "name", "input.input_ids"))  # fmt: skip
+change_attack("output_twice", "an output twice", lambda model: model.graph.output.append(model.graph.output[0]))
+change_attack(
+    "output_missing", "an output that no node gives", lambda model: setattr(model.graph.output[0], "name", "output.x")
+)
+change_attack("output_negative", "an output of a negative size",
+              lambda model: setattr(model.graph.output[0].type.tensor_type.shape.dim[0], "dim_value", -5))  # fmt: skip
+change_attack("output_of_texts", "an output of texts",
+              lambda model: setattr(model.graph.output[0].type.tensor_type, "elem_type", 8))  # fmt: skip
+change_attack("output_sequence", "an output that is a sequence",
+              lambda model: model.graph.output[0].type.sequence_type.SetInParent())  # fmt: skip
+change_attack("input_negative", "an input of a negative size",
+              lambda model: setattr(model.graph.input[0].type.tensor_type.shape.dim[0], "dim_value", -5))  # fmt: skip
+change_attack("input_of_texts", "an input of texts",
+              lambda model: setattr(model.graph.input[0].type.tensor_type, "elem_type", 8))  # fmt: skip
+change_attack("input_without_shape", "an input of any shape", lambda model: model.graph.input[0].type.tensor_type.ClearField("shape"),
+              native="loads")  # fmt: skip
+change_attack("input_twice", "an input twice", lambda model: model.graph.input.append(model.graph.input[0]))
+change_attack("attribute_twice", "an attribute of a node twice", lambda model: first(model, "Transpose").attribute.add().CopyFrom(
+    first(model, "Transpose").attribute[0]))  # fmt: skip
+change_attack("attribute_lies", "an attribute that is not what it says",
+              lambda model: setattr(first(model, "Transpose").attribute[0], "type", 4))  # fmt: skip
+change_attack("attribute_of_both", "an attribute that is a number and numbers",
+              lambda model: setattr(first(model, "Transpose").attribute[0], "i", 4))  # fmt: skip
 
 
-@graph_attack("IntegrityError")
-def constant_shape(content):
-    """a constant of another shape than its tensor"""
-    content["constants"][0]["shape"].append(1)
-
-
-@graph_attack("IntegrityError")
-def constant_renamed(content):
-    """a constant that is no tensor of the model"""
-    content["constants"][0] |= {"tensor": "no.such.tensor", "own": False}
-
-
-@graph_attack("IntegrityError")
-def constant_outside(content):
-    """a constant named like a path outside"""
-    content["constants"][0] |= {"tensor": "../../../etc/passwd", "own": True}
-
-
-@graph_attack("IntegrityError")
-def constant_not_own(content):
-    """a constant that is to be in a file which is not there"""
-    content["constants"][-1] |= {"tensor": "constant_99", "own": True}
-
-
-@graph_attack()
-def constant_size_huge(content):
-    """a constant with a size beyond 64 bits"""
-    content["constants"][0]["shape"] = [2**70]
+def first(model: Any, operator: str) -> Any:
+    return next(made for made in model.graph.node if made.op_type == operator)
 
 
 @graph_attack("loads")
-def input_code(content):
-    """an input and a size are named like code; the module answers what the graph does not take"""
-    content["inputs"][0]["name"] = TOUCH
-    content["sizes"][TOUCH] = [1, None]
-    content["inputs"][0]["shape"][0] = TOUCH
-
-
-@graph_attack("loads")
-def input_missing(content):
+def input_renamed(model):
     """an input has another name, which is code; the module answers what the graph does not take"""
-    content["inputs"][-1]["name"] = "x); import os; os.system('touch CANARY'"
+    for value in model.graph.input:
+        value.name = value.name.replace("input_ids", "__import__('os').system('touch CANARY')")
+    for made in model.graph.node:
+        made.input[:] = [name.replace("input.input_ids", model.graph.input[0].name) for name in made.input]
 
 
 @graph_attack()
-def output_code(content):
-    """an output is named like code"""
-    content["outputs"] = {TOUCH: next(iter(content["outputs"].values()))}
+def output_renamed(model):
+    """an output has another name"""
+    model.graph.node[-1].output[0] = model.graph.output[0].name = "output.else"
 
 
-@graph_attack()
-def output_missing(content):
-    """an output of a call that does not exist"""
-    content["outputs"]["logits"] = {"call": 10**6}
+# Where weights lie.
+
+place_attack("absolute", "a weight in a file anywhere", location="/etc/passwd")
+place_attack("parent", "a weight in a file beside the folder", location="../MLmodel")
+place_attack("of_the_process", "a weight in the process's own variables", location="/proc/self/environ")
+place_attack("in_memory", "a weight at an address in memory", location="*/_ORT_MEM_ADDR_/*", offset="94000000000000")
+place_attack("in_another_file", "a weight in a file that is no file of weights", location="tokenizer/tokenizer.json")
+place_attack("in_the_graph", "a weight in the graph itself", location="graph.onnx")
+place_attack("nowhere", "a weight in a file without a name", location="")
+place_attack("behind_the_end", "a weight behind the end of the file", offset="99999999992")
+place_attack("unaligned", "a weight between two numbers", offset="8193")
+place_attack("offset_negative", "a weight before the file", "StructureError", offset="-4")
+place_attack("offset_huge", "an offset of more than 64 bits", "StructureError", offset="18446744073709551616")
+place_attack("offset_other_digits", "an offset in digits of another script", "StructureError", offset="٨")
+place_attack("length_other", "a weight that is longer than it says", "StructureError", length="4")
+place_attack("length_missing", "a weight of no length", "StructureError", length=None)
+place_attack("with_a_checksum", "a weight of which more is said", "StructureError", checksum="0")
+change_attack("weight_placed_twice", "a weight in two places",
+              lambda model: weight(model).external_data.add(key="offset", value="0"))  # fmt: skip
+change_attack(
+    "weight_inside_and_outside", "a weight inside, too", lambda model: setattr(weight(model), "raw_data", bytes(64))
+)
+change_attack(
+    "weight_neither",
+    "a weight that says it is inside, and is not",
+    lambda model: setattr(weight(model), "data_location", 0),
+)
+change_attack(
+    "weight_bfloat16", "a weight of a dtype that numpy has not", lambda model: setattr(weight(model), "data_type", 16)
+)
+change_attack("weight_of_texts", "a weight of texts", lambda model: setattr(weight(model), "data_type", 8))
+change_attack("weight_twice", "two weights of one name", lambda model: model.graph.initializer.append(weight(model)))
+change_attack("weight_shape", "a weight of another shape", lambda model: weight(model).dims.append(2))
+change_attack(
+    "weight_negative", "a weight of negative sizes, whose product is right", lambda model: negate(weight(model))
+)
+change_attack(
+    "weight_overflow", "sizes whose product overflows", lambda model: weight(model).dims.extend([2**32, 2**32])
+)
+change_attack("weight_of_nothing", "sizes of 0 times 2^62 times 2^62",
+              lambda model: model.graph.initializer.add(name="z", data_type=1, dims=[0, 2**62, 2**62], raw_data=b""))  # fmt: skip
+change_attack("weight_of_100_dimensions", "100 dimensions of 1", lambda model: own(model).dims.extend([1] * 100))
+change_attack(
+    "constant_short", "a constant that is shorter than it says", lambda model: setattr(own(model), "raw_data", b"")
+)
+change_attack("constant_typed", "a constant in a field of its type", lambda model: own(model).int64_data.append(1))
+change_attack("constant_outside", "an attribute's tensor is in a file anywhere", lambda model: use(
+    model, node("Constant", value=onnx.TensorProto(data_type=1, dims=[1], data_location=1, external_data=[
+        onnx.StringStringEntryProto(key="location", value="/etc/passwd")]))))  # fmt: skip
 
 
-@graph_attack()
-def version_of_the_future(content):
-    """a version that nobody reads yet"""
-    content["version"] = 99
-
-
-@graph_attack()
-def key_unknown(content):
-    """a key that nobody knows"""
-    content["code"] = TOUCH
-
-
-@graph_attack()
-def calls_300000(content):
-    """300,000 calls"""
-    content["calls"] += [["aten.relu.default", [{"call": 0}], {}, ""]] * 300_000
-
-
-@graph_attack()
-def list_huge(content):
-    """a list of 100,000 sizes"""
-    use(content, ("aten.view.default", [-1, [1] * 100_000], {}))
-
-
-@graph_attack("PlacementError", pyfunc="loads")
-def reason_instead(content):
-    """a reason in the place of the graph, so that the module is rebuilt"""
-    return {"version": 1, "reason": TOUCH}
+def negate(entry: Any) -> None:
+    for i in range(2):
+        entry.dims[i] = -entry.dims[i]
 
 
 @graph_attack("ParityError")
-def other_answer(content):
-    """a graph that is right in form, and answers something else"""
-    use(content, ("aten.neg.default", [-1], {}))
+def weights_swapped(model):
+    """two weights of one shape change places"""
+    one, other = (next(w for w in model.graph.initializer if w.name == name) for name in (QUERY, KEY))
+    one.name, other.name = other.name, one.name
 
 
-@attack("IntegrityError", **GRAPH)
-def graph_twice(target):
-    """a key of the graph stands there twice, so that readers differ"""
-    rewrite(target.graph, target.graph.read_text().replace('"version"', '"version": 1, "version"', 1))
+# The bytes.
+
+twice_attack("graph", "a second graph, which protobuf merges into the first", add=coded(7, coded(2, b"forward")))
+twice_attack("version", "a second version of the format", add=coded(1, b"\x0a", 0))
+twice_attack("operator", "a second operator in a node", ("graph", 0), ("node", 3), add=coded(4, b"Loop"))
+twice_attack(
+    "domain", "a second domain in a node", ("graph", 0), ("node", 3), add=coded(7, b"") + coded(7, b"com.microsoft")
+)
+twice_attack("name", "a second name of a weight", ("graph", 0), ("initializer", 0), add=coded(8, b"x"))
+twice_attack("place", "a weight outside, then inside, then outside", ("graph", 0), ("initializer", 0),
+             add=coded(14, b"\0", 0) + coded(14, b"\1", 0))  # fmt: skip
+twice_attack("dtype", "a second dtype of a weight", ("graph", 0), ("initializer", 0), add=coded(2, b"\1", 0))
+change_attack("field_unknown", "a field that nobody knows", lambda model: behind(model, add=coded(1000, b"a")))
+change_attack(
+    "field_of_an_extension", "a field with the largest number", lambda model: behind(model, add=coded(2**29 - 1, b""))
+)
+change_attack("field_zero", "a field with the number 0", lambda model: behind(model, add=b"\x02\x00"))
+change_attack("tag_overflows", "a field's number of more than 32 bits, which is another one for some",
+              lambda model: behind(model, add=varint(2**32 + (7 << 3 | 2)) + b"\0"))  # fmt: skip
+change_attack(
+    "group",
+    "a field as a group, as nobody writes them any more",
+    lambda model: behind(model, add=coded(7, b"", 3) + coded(7, b"", 4)),
+)
+change_attack("wire_lies", "a graph that is a number", lambda model: behind(model, add=coded(7, b"\1", 0)))
+change_attack("wire_of_eight_bytes", "a number in eight bytes", lambda model: behind(model, add=coded(8, bytes(8), 1)))
+change_attack("number_endless", "a number that does not end", lambda model: behind(model, add=b"\x08" + b"\xff" * 20))
+change_attack(
+    "number_of_70_bits", "a number of 70 bits", lambda model: behind(model, add=b"\x08" + b"\xff" * 9 + b"\x7f")
+)
+change_attack(
+    "length_beyond", "a part that is longer than the file", lambda model: behind(model, add=b"\x3a\xff\xff\xff\xff\x07")
+)
+change_attack(
+    "length_negative", "a part of a negative length", lambda model: behind(model, add=b"\x3a" + b"\xff" * 9 + b"\x01")
+)
+change_attack("cut", "half of the graph", lambda model: model.SerializeToString()[:4000])
+change_attack("empty", "an empty file", lambda model: b"")
+change_attack(
+    "names_no_text",
+    "a name that is no text",
+    lambda model: behind(model, ("graph", 0), ("node", 3), add=coded(3, b"\xff\xfe")),
+)
+change_attack("numbers_unpacked", "numbers one by one that others pack, which means the same", lambda model: unpacked(model),
+              native="loads")  # fmt: skip
+change_attack("own_format", "a model that ONNX Runtime takes for one of its own format, which is read without our check",
+              lambda model: in_own_format(model), native="loads")  # fmt: skip
+change_attack("pickled", "a pickle", lambda model: pickle.dumps(Touch(Path("canary"))))
+
+
+def unpacked(model: Any) -> bytes:
+    found = b""
+    for i, entry in enumerate(model.graph.initializer):
+        if i == 0:
+            dims = list(entry.dims)
+            entry.ClearField("dims")
+            found = b"".join(coded(1, varint(size), 0) for size in dims)
+    return behind(model, ("graph", 0), ("initializer", 0), add=found)
+
+
+def in_own_format(model: Any) -> bytes:
+    model.ClearField("producer_name")
+    return coded(2, b"abORTM" + bytes(30)) + model.SerializeToString()
+
+
+# What is said of it, and the file itself.
+
+
+def facts_attack(name: str, doc: str, change: Callable[[Any], Any], native: str = "IntegrityError") -> None:
+    def damage(target: Target) -> None:
+        target.json(target.graph_facts, change)
+
+    damage.__name__, damage.__doc__ = f"graph_{name}", doc
+    attack(native, **GRAPH)(damage)
+
+
+facts_attack("reason_instead", "a reason where there is a graph, so that the module is rebuilt",
+             lambda facts: {"version": 1, "reason": "\x1b[2J"})  # fmt: skip
+facts_attack("reason_empty", "a reason without words", lambda facts: {"version": 1, "reason": ""})
+facts_attack("reason_too", "a reason beside the proof", lambda facts: facts | {"reason": "a"})
+facts_attack("facts_of_the_future", "a version that nobody reads yet", lambda facts: facts | {"version": 99})
+facts_attack("proof_is_a_text", "a proof in words", lambda facts: facts | {"proof": "trust me"})
+facts_attack("proof_with_texts", "a difference that a terminal obeys",
+             lambda facts: facts | {"proof": facts["proof"] | {"difference": "\x1b[2J"}})  # fmt: skip
+facts_attack(
+    "proof_with_more", "more is said to hold", lambda facts: facts | {"proof": facts["proof"] | {"safe": True}}
+)
+facts_attack("proof_with_less", "a proof without inputs", lambda facts: facts | {"proof": {"threads": True}})
+facts_attack(
+    "proof_of_a_list", "a proof of many values", lambda facts: facts | {"proof": facts["proof"] | {"batch": [1] * 1000}}
+)
+
+
+def on_graph(native: str) -> Callable[[Callable[[Target], None]], Any]:
+    return attack(native, **GRAPH)
+
+
+@on_graph("IntegrityError")
+def graph_removed(target):
+    """the graph is gone, what is said of it is not"""
+    target.graph.unlink()
     target.reseal()
 
 
-@attack("IntegrityError", **GRAPH)
-def graph_nan(target):
-    """a NaN in the graph"""
-    target.json(target.graph, lambda content: use(content, ("aten.add.Scalar", [-1, float("nan")], {})))
+@on_graph("IntegrityError")
+def graph_facts_removed(target):
+    """nothing is said of the graph"""
+    target.graph_facts.unlink()
+    target.reseal()
 
 
-@attack("IntegrityError", **GRAPH)
+@on_graph("IntegrityError")
 def graph_is_a_link(target):
     """the graph is a symbolic link"""
-    shutil.move(target.graph, target.canary.parent / "graph.json")
-    target.graph.symlink_to(target.canary.parent / "graph.json")
+    shutil.move(target.graph, target.canary.parent / "graph.onnx")
+    target.graph.symlink_to(target.canary.parent / "graph.onnx")
 
 
-@attack("IntegrityError", **GRAPH)
+@on_graph("IntegrityError")
+def graph_is_a_folder(target):
+    """the graph is a folder"""
+    target.graph.unlink()
+    target.graph.mkdir()
+
+
+@on_graph("IntegrityError")
+def graph_is_a_pipe(target):
+    """the graph is a pipe that nobody writes to"""
+    target.graph.unlink()
+    os.mkfifo(target.graph)
+
+
+@on_graph("IntegrityError")
+def graph_of_40_gigabytes(target):
+    """a graph of 40 GB, all of them holes"""
+    rewrite(target.graph, b"")
+    os.truncate(target.graph, 40 << 30)
+    edit_json(target.manifest, lambda manifest: manifest["files"]["safeflavor/graph.onnx"].update(size=40 << 30))
+
+
+@on_graph("IntegrityError")
 def graph_unsealed(target):
     """the graph is changed, the manifest is not"""
-    edit_json(target.graph, lambda content: use(content, ("aten.neg.default", [-1], {})))
+    rewrite(target.graph, target.graph.read_bytes().replace(b"Gelu", b"Relu"))
 
 
-@attack("IntegrityError", **GRAPH)
-def graph_tensors_pickled(target):
-    """the graph's own constants are a pickle"""
-    target.graph_tensors.unlink(missing_ok=True)
-    torch.save(Touch(target.canary), target.graph_tensors)
+@on_graph("IntegrityError")
+def graph_answers_removed(target):
+    """the rows that the graph answered are gone"""
+    for path in target.golden("onnx"):
+        path.unlink()
+    target.reseal()
+
+
+@on_graph("IntegrityError")
+def graph_answers_none(target):
+    """no row that the graph answered"""
+    target.json(target.golden("onnx")[0], lambda golden: golden | {"rows": [], "answers": []})
+
+
+@on_graph("IntegrityError")
+def graph_answers_anything(target):
+    """a tolerance with which any answer would do"""
+    target.json(target.golden("onnx")[0], lambda golden: golden | {"tolerance": {"atol": 1e9, "rtol": 0}})
+
+
+@on_graph("ParityError")
+def graph_answers_others(target):
+    """another answer is recorded"""
+    target.json(target.golden("onnx")[0], lambda golden: golden | {"answers": golden["answers"][::-1]})
+
+
+@on_graph("IntegrityError")
+def graph_truths_of_a_weight(target):
+    """numbers of a weight are taken for truth values, which kernels count and write differently"""
+    model = onnx.ModelProto.FromString(target.graph.read_bytes())
+    seen = weight(model)
+    facts = {pair.key: pair.value for pair in seen.external_data}
+    use(model, node("NonZero", "truths"), node("Cast", "<", to=1))
+    made = model.graph.initializer.add(name="truths", data_type=9, dims=[int(facts["length"])], data_location=1)
+    made.external_data.extend(seen.external_data)
+    rewrite(target.graph, model.SerializeToString())
     target.reseal()
