@@ -266,6 +266,8 @@ def _written(
         value.doc_string = None
         value.metadata_props.clear()
     for node in graph:
+        while node.inputs and node.inputs[-1] is None:
+            node.resize_inputs(len(node.inputs) - 1)
         node.doc_string = node.name = None
         node.metadata_props.clear()
         node.overload = ""

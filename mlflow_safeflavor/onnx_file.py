@@ -65,7 +65,7 @@ _WIRES = {"int": 0, "float": 5}
 """How a field of a type stands in the bytes; all others, and lists of numbers, have a length before them."""
 _LENGTH = 2
 
-_MOST_VALUES = 1_000_000
+_MOST_VALUES = 400_000
 """Of a model, messages and packed numbers included: two bytes of a file may be a message, which takes 500 in Python."""
 
 

@@ -400,8 +400,9 @@ def _check_granted(node: Mapping[str, Any], where: str) -> None:
     Found by ``tests/test_onnx_fuzz.py``, and never written by the exporter.
     """
     numbers = {attribute["name"]: attribute["i"] for attribute in node["attribute"] if "i" in attribute}
-    if node["op_type"] in _VARIADIC and "" in node["input"]:
-        raise Malformed(f"{where}: an argument that is left out between others")
+    left_out = node["input"] if node["op_type"] in _VARIADIC else node["input"][-1:]
+    if "" in left_out:
+        raise Malformed(f"{where}: an argument that is there and has no name")
     if numbers.get("num_outputs", len(node["output"])) != len(node["output"]):
         raise Malformed(f"{where}: {len(node['output'])} results, not {numbers['num_outputs']}")
     if numbers.get("batch_dims", 0) < 0:
