@@ -304,7 +304,9 @@ def single(operator, draw):
             value = some_attribute(name, attribute, draw)
             if value is not None:
                 attributes[name] = value
-    outputs = [f"v{i}" if not i or draw.random() < 0.8 else "" for i in range(draw.randint(1, schema.max_output))][:3]
+    outputs = [
+        f"v{i}" if not i or draw.random() < 0.8 else "" for i in range(draw.randint(1, min(schema.max_output, 3)))
+    ]
     try:
         node = helper.make_node(operator, inputs, outputs, **attributes)
     except Exception:  # an attribute of a kind that onnx does not guess

@@ -1097,14 +1097,14 @@ def graph_attack(native: str = "StructureError", **more: Any) -> Callable[[Calla
 
 def name_canary(message: Any, path: str) -> None:
     """Write the canary's path wherever a text of a message, or of those within, has its place."""
-    for field, value in message.ListFields():
-        if field.message_type:
-            for part in value if field.is_repeated else [value]:
+    for entry, value in message.ListFields():
+        if entry.message_type:
+            for part in value if entry.is_repeated else [value]:
                 name_canary(part, path)
-        elif field.type == field.TYPE_STRING and field.is_repeated:
+        elif entry.type == entry.TYPE_STRING and entry.is_repeated:
             value[:] = [text.replace("CANARY", path) for text in value]
-        elif field.type == field.TYPE_STRING:
-            setattr(message, field.name, value.replace("CANARY", path))
+        elif entry.type == entry.TYPE_STRING:
+            setattr(message, entry.name, value.replace("CANARY", path))
 
 
 def change_attack(
@@ -1191,12 +1191,12 @@ def behind(model: Any, *path: tuple[str, int], add: bytes) -> bytes:
     if not path:
         return model.SerializeToString() + add
     (name, at), *rest = path
-    field = model.DESCRIPTOR.fields_by_name[name]
+    entry = model.DESCRIPTOR.fields_by_name[name]
     value = getattr(model, name)
-    parts = list(value) if field.is_repeated else [value]
+    parts = list(value) if entry.is_repeated else [value]
     inner = [behind(part, *rest, add=add) if i == at else part.SerializeToString() for i, part in enumerate(parts)]
     model.ClearField(name)
-    return model.SerializeToString() + b"".join(coded(field.number, part) for part in inner)
+    return model.SerializeToString() + b"".join(coded(entry.number, part) for part in inner)
 
 
 def twice_attack(name: str, doc: str, *path: tuple[str, int], add: bytes) -> None:
@@ -1206,13 +1206,15 @@ def twice_attack(name: str, doc: str, *path: tuple[str, int], add: bytes) -> Non
 
 call_attack("calls_foreign", "an operator of ONNX Runtime's own", node("FusedMatMul", "<", "<", domain="com.microsoft"))
 call_attack("calls_machine_learning", "an operator of ai.onnx.ml, which reads before an array",
-            node("ArrayFeatureExtractor", "<", "rows", domain="ai.onnx.ml"), constants=[tensor("rows", -10)])  # fmt: skip
+            node("ArrayFeatureExtractor", "<", "rows", domain="ai.onnx.ml"), constants=[tensor("rows",
+            -10)])  # fmt: skip
 call_attack("calls_alias", "the standard's domain by its other name", node("Relu", "<", domain="ai.onnx"))
 call_attack("calls_library", "an operator of a library that nobody loaded", node("Touch", "<", domain="CANARY"))
 call_attack("calls_compiled", "what a compiler made of a graph, in a file",
             node("EPContext", "<", domain="com.microsoft", ep_cache_context="CANARY", embed_mode=0))  # fmt: skip
 call_attack("calls_unknown", "an operator that nobody knows", node("Touch", "<"))
-call_attack("calls_if", "a node with graphs within", node("If", "yes", then_branch=subgraph("a"), else_branch=subgraph("b")),
+call_attack("calls_if", "a node with graphs within",
+            node("If", "yes", then_branch=subgraph("a"), else_branch=subgraph("b")),
             constants=[tensor("yes", True, dtype="bool")])  # fmt: skip
 call_attack("calls_loop", "a loop of 10^18 rounds", node("Loop", "rounds", "", "<", body=subgraph("a")),
             constants=[tensor("rounds", 10**18)])  # fmt: skip
@@ -1252,10 +1254,12 @@ call_attack("argument_unknown", "an attribute that the operator does not have", 
 call_attack(
     "other_answer", "a graph that is right in form, and answers something else", node("Neg", "<"), native="ParityError"
 )
-call_attack("nan", "a NaN in the graph", node("Add", "<", "nan"), constants=[tensor("nan", float("nan"), dtype="float32")],
+call_attack("nan", "a NaN in the graph",
+            node("Add", "<", "nan"), constants=[tensor("nan", float("nan"), dtype="float32")],
             native="ParityError")  # fmt: skip
 call_attack("truth_of_seven", "truth values of 7, which kernels count and write differently", node("NonZero", "seven"),
-            node("Cast", "<", to=1), constants=[helper.make_tensor("seven", 9, [64], bytes([7] * 64), raw=True)])  # fmt: skip
+            node("Cast", "<", to=1), constants=[helper.make_tensor("seven", 9, [64], bytes([7] * 64),
+            raw=True)])  # fmt: skip
 call_attack("nodes_30001", "30,001 nodes", *(node("Relu", "<") for _ in range(30_001)))
 
 ZEROS = node("ConstantOfShape", "shape")
@@ -1271,7 +1275,8 @@ memory_attack("zeros_in_parts", "16 GB of constants, 800 MB each, which would be
                   helper.make_node("ConstantOfShape", ["shape"], [f"z{i}"], value=tensor("", i, dtype="float32")),
                   helper.make_node("Mul", [f"z{i}", "answer" if not i else f"s{i - 1}"], [f"m{i}"]),
                   helper.make_node("ReduceSum", [f"m{i}"], [f"s{i}"], keepdims=0))),
-              node("Expand", "s19", "most"), constants=[tensor("shape", 200 * 2**20, 1, 1), tensor("most", 2**44)])  # fmt: skip
+              node("Expand", "s19", "most"), constants=[tensor("shape", 200 * 2**20, 1, 1), tensor("most",
+              2**44)])  # fmt: skip
 memory_attack("expand", "a number made wide", node("ReduceSum", "<", keepdims=0), node("Expand", "<", "shape"),
               constants=[tensor("shape", 2**41)])  # fmt: skip
 memory_attack(
@@ -1279,7 +1284,8 @@ memory_attack(
 )
 memory_attack("pad", "10^12 zeros beside a tensor", node("Pad", "<", "by"), constants=[tensor("by", 0, 0, 0, 10**12)])
 memory_attack("range", "a range of 10^13 numbers", node("Range", "a", "b", "c"), node("Cast", "<", to=1),
-              constants=[numpy_helper.from_array(np.int64(n), name) for name, n in (("a", 0), ("b", 10**13), ("c", 1))])  # fmt: skip
+              constants=[numpy_helper.from_array(np.int64(n), name) for name, n in (("a", 0), ("b", 10**13), ("c",
+              1))])  # fmt: skip
 memory_attack("resize", "a tensor stretched", node("Resize", "<", "", "scales"),
               constants=[tensor("scales", 1.0, 1e13, dtype="float32")])  # fmt: skip
 memory_attack("broadcast", "a column plus a row, each small", ZEROS, node("Transpose", "<", perm=[1, 0]),
@@ -1288,7 +1294,8 @@ memory_attack("doubling", "a tensor beside itself, 50 times", *(node("Concat", "
 memory_attack("overflow", "sizes whose product is 0 in 64 bits", ZEROS, node("ReduceSum", "<"),
               constants=[tensor("shape", 2**32, 2**32, 2)])  # fmt: skip
 memory_attack("product", "a column times a row", ZEROS, node("MatMul", "<", "other"),
-              constants=[tensor("shape", 10**7, 1), numpy_helper.from_array(np.zeros((1, 10**5), np.float32), "other")])  # fmt: skip
+              constants=[tensor("shape", 10**7, 1), numpy_helper.from_array(np.zeros((1, 10**5), np.float32),
+              "other")])  # fmt: skip
 memory_attack("norms", "a weight that 200 norms would each fuse into a copy of it", *(
                   part for i in range(200) for part in (
                       helper.make_node("Conv", ["image", "kernel"], [f"c{i}"]),
@@ -1296,7 +1303,8 @@ memory_attack("norms", "a weight that 200 norms would each fuse into a copy of i
               node("Sum", *(f"b{i}" for i in range(200))),
               constants=[numpy_helper.from_array(np.zeros((1, 2048, 1, 1), np.float32), "image"),
                          numpy_helper.from_array(np.zeros((2048, 2048, 1, 1), np.float32), "kernel"),
-                         numpy_helper.from_array(np.ones(2048, np.float32), "one")], native="StructureError")  # fmt: skip
+                         numpy_helper.from_array(np.ones(2048, np.float32), "one")],
+                         native="StructureError")  # fmt: skip
 
 
 @graph_attack(bomb=True)
@@ -1357,10 +1365,12 @@ change_attack("input_negative", "an input of a negative size",
               lambda model: setattr(model.graph.input[0].type.tensor_type.shape.dim[0], "dim_value", -5))  # fmt: skip
 change_attack("input_of_texts", "an input of texts",
               lambda model: setattr(model.graph.input[0].type.tensor_type, "elem_type", 8))  # fmt: skip
-change_attack("input_without_shape", "an input of any shape", lambda model: model.graph.input[0].type.tensor_type.ClearField("shape"),
+change_attack("input_without_shape", "an input of any shape",
+            lambda model: model.graph.input[0].type.tensor_type.ClearField("shape"),
               native="loads")  # fmt: skip
 change_attack("input_twice", "an input twice", lambda model: model.graph.input.append(model.graph.input[0]))
-change_attack("attribute_twice", "an attribute of a node twice", lambda model: first(model, "Transpose").attribute.add().CopyFrom(
+change_attack("attribute_twice", "an attribute of a node twice",
+            lambda model: first(model, "Transpose").attribute.add().CopyFrom(
     first(model, "Transpose").attribute[0]))  # fmt: skip
 change_attack("attribute_lies", "an attribute that is not what it says",
               lambda model: setattr(first(model, "Transpose").attribute[0], "type", 4))  # fmt: skip
@@ -1427,7 +1437,8 @@ change_attack(
     "weight_overflow", "sizes whose product overflows", lambda model: weight(model).dims.extend([2**32, 2**32])
 )
 change_attack("weight_of_nothing", "sizes of 0 times 2^62 times 2^62",
-              lambda model: model.graph.initializer.add(name="z", data_type=1, dims=[0, 2**62, 2**62], raw_data=b""))  # fmt: skip
+              lambda model: model.graph.initializer.add(name="z", data_type=1, dims=[0, 2**62, 2**62],
+              raw_data=b""))  # fmt: skip
 change_attack("weight_of_100_dimensions", "100 dimensions of 1", lambda model: own(model).dims.extend([1] * 100))
 change_attack(
     "constant_short", "a constant that is shorter than it says", lambda model: setattr(own(model), "raw_data", b"")
@@ -1493,9 +1504,10 @@ change_attack(
     "a name that is no text",
     lambda model: behind(model, ("graph", 0), ("node", 3), add=coded(3, b"\xff\xfe")),
 )
-change_attack("numbers_unpacked", "numbers one by one that others pack, which means the same", lambda model: unpacked(model),
+change_attack("numbers_unpacked", "numbers one by one that others pack, which means the same",
+            lambda model: unpacked(model),
               native="loads")  # fmt: skip
-change_attack("own_format", "a model that ONNX Runtime takes for one of its own format, which is read without our check",
+change_attack("own_format", "a model that ONNX Runtime takes for one of its own format, which nobody checks",
               lambda model: in_own_format(model), native="loads")  # fmt: skip
 change_attack("pickled", "a pickle", lambda model: pickle.dumps(Touch(Path("canary"))))
 

@@ -1,0 +1,326 @@
+"""The check of graph.onnx, piece by piece: what is read, what is refused by which words, and where weights are."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from mlflow_safeflavor import cpu
+from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.errors import IntegrityError, StructureError
+from mlflow_safeflavor.graph_weights import Place, map_weights
+from mlflow_safeflavor.onnx_file import Malformed, parse_model
+from mlflow_safeflavor.onnx_graph import _OPERATORS, Weight, lines_of, read
+from mlflow_safeflavor.onnx_runtime import Session
+
+
+def made(*nodes, constants=(), inputs=(("x", 1, ["rows", 4]),), outputs=("y",), change=None):
+    """A model as a save writes it."""
+    graph = helper.make_graph(
+        list(nodes), "forward",
+        [helper.make_tensor_value_info(f"input.{name}", kind, shape) for name, kind, shape in inputs],
+        [helper.make_tensor_value_info(f"output.{name}", 1, None) for name in outputs],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    if change is not None:
+        change(model)
+    return model.SerializeToString()
+
+
+RELU = helper.make_node("Relu", ["input.x"], ["output.y"])
+X = {"x": np.array([[1, -2, 3, -4]], np.float32)}
+
+
+def test_what_is_read():
+    outside = onnx.TensorProto(name="w", data_type=1, dims=[4, 2], data_location=1)
+    for key, value in {"location": "model.safetensors", "offset": "64", "length": "32"}.items():
+        outside.external_data.add(key=key, value=value)
+    graph = read(
+        made(
+            helper.make_node("MatMul", ["input.x", "w"], ["z"]), helper.make_node("Add", ["z", "b"], ["output.y"]),
+            constants=[("b", np.ones(2, np.float32))], change=lambda model: model.graph.initializer.append(outside),
+        )
+    )  # fmt: skip
+    assert [str(line) for line in lines_of(graph)] == [
+        "input x: float32[rows, 4]", "weight w: float32[4, 2]", "z = MatMul(input.x, w)", "output.y = Add(z, b)",
+    ]  # fmt: skip
+    assert graph.weights == {"w": Weight("float32", (4, 2), Place("model.safetensors", 64, 32))}
+    assert (graph.outputs, graph.lookups, graph.reused) == (("y",), {}, 0)
+    found = Session(graph, {"w": np.eye(4, 2, dtype=np.float32)}, threads=1)(X)
+    assert found["y"].tolist() == [[2, -1]]
+
+
+def test_what_a_graph_takes():
+    shapes = (("a", 7, ["rows", "length"]), ("b", 7, ["rows", "length"]), ("c", 1, [3]))
+    graph = read(made(helper.make_node("Add", ["input.a", "input.b"], ["output.y"]), inputs=shapes))
+    a, c = np.zeros((2, 5), np.int64), np.zeros(3, np.float32)
+    assert graph.misfit({"a": a, "b": a, "c": c}) is None
+    for wrong in ({"b": a[:, :4]}, {"b": a[0]}, {"b": a.astype(np.int32)}, {"c": c[:2]}):
+        assert graph.misfit({"a": a, "b": a, "c": c} | wrong).startswith(next(iter(wrong)))
+    assert graph.misfit({"a": a}) == "arguments ['a'], not ['a', 'b', 'c']"
+
+
+def test_rows_of_the_shortest_table():
+    constants = [("long", np.zeros((9, 2), np.float32)), ("short", np.zeros((5, 2), np.float32))]
+    places = {"long": (72, 0), "short": (40, 72)}
+
+    def move_outside(model):
+        for entry in model.graph.initializer:
+            entry.ClearField("raw_data")
+            entry.data_location = 1
+            for key, value in zip(("length", "offset"), places[entry.name], strict=True):
+                entry.external_data.add(key=key, value=str(value))
+            entry.external_data.add(key="location", value="w")
+
+    graph = read(
+        made(
+            helper.make_node("Gather", ["long", "input.ids"], ["a"]),
+            helper.make_node("Gather", ["short", "input.ids"], ["b"]),
+            helper.make_node("Add", ["a", "b"], ["output.y"]),
+            constants=constants, inputs=(("ids", 7, ["rows"]),), change=move_outside,
+        )
+    )  # fmt: skip
+    assert graph.lookups == {"ids": 5}
+    session = Session(graph, dict(constants), threads=1)
+    assert session({"ids": np.array([4, 0])})["y"].shape == (2, 2)
+    for wrong in (-1, 5):
+        with pytest.raises(IndexError, match=str(wrong)):
+            session({"ids": np.array([0, wrong])})
+
+
+def attribute(model, **changes):
+    found = model.graph.node[0].attribute[0]
+    for name, value in changes.items():
+        if isinstance(value, list):
+            getattr(found, name)[:] = value
+        else:
+            setattr(found, name, value)
+
+
+CAST = (helper.make_node("Cast", ["input.x"], ["output.y"], to=1),)
+WRONG = {
+    "element type 8": (CAST, lambda model: attribute(model, i=8)),
+    "not of the type that it says": (CAST, lambda model: attribute(model, ints=[1])),
+    "node 0, Loop: no operator": ([helper.make_node("Loop", ["input.x"], ["output.y"])], None),
+    "no operator that a graph": ([helper.make_node("Relu", ["input.x"], ["output.y"], domain="ai.onnx")], None),
+    "node 0, Relu: uses 'z', which nothing": ([helper.make_node("Relu", ["z"], ["output.y"])], None),
+    "gives a name that there is already": ([RELU, RELU], None),
+    "outputs that no node gives": ([helper.make_node("Relu", ["input.x"], ["y"])], None),
+    "has no name": ([helper.make_node("Max", ["input.x", "", "input.x"], ["output.y"])], None),
+    "1 results, not 2": ([helper.make_node("Split", ["input.x"], ["output.y"], num_outputs=2)], None),
+    "batch_dims -2": ([helper.make_node("GatherND", ["input.x", "input.x"], ["output.y"], batch_dims=-2)], None),
+    "texts": ([helper.make_node("Constant", [], ["output.y"], value_string="a")], None),
+    "version 3 of the format": ([RELU], lambda model: setattr(model, "ir_version", 3)),
+    "operators of": ([RELU], lambda model: setattr(model.opset_import[0], "version", 99)),
+    "input 'x': another name": ([RELU], lambda model: setattr(model.graph.input[0], "name", "x")),
+    "outputs of other names": (
+        [helper.make_node("Relu", ["input.x"], ["y"])], lambda model: setattr(model.graph.output[0], "name", "y")),
+    "has field 14, which no save writes": ([RELU], lambda model: model.metadata_props.add(key="a")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_is_refused(words):
+    nodes, change = WRONG[words]
+    with pytest.raises(Malformed, match=words):
+        read(made(*nodes, change=change))
+
+
+@pytest.mark.parametrize(
+    ("array", "change", "words"),
+    [
+        (np.zeros(3, bool), {"raw_data": b"\0\1\2"}, "neither 0 nor 1"),
+        (np.zeros(3, np.float32), {"raw_data": b"\0" * 8}, "8 bytes, not 12"),
+        (np.zeros(0, np.float32), {"dims": [0, 2**62, 2**62]}, "sizes"),
+        (np.zeros(1, np.float32), {"dims": [1] * 33}, "33 dimensions"),
+        (np.zeros(1, np.float32), {"dims": [-1, -1]}, "negative size"),
+        (np.zeros(1, np.float32), {"data_location": 1}, "neither inside nor outside"),
+        (np.zeros(1, np.float32), {"data_type": 8}, "element type 8"),
+    ],
+)
+def test_constants_that_are_refused(array, change, words):
+    def damage(model):
+        for name, value in change.items():
+            if isinstance(value, list):
+                getattr(model.graph.initializer[0], name)[:] = value
+            else:
+                setattr(model.graph.initializer[0], name, value)
+
+    with pytest.raises(Malformed, match=f"initializer 'c'.*{words}"):
+        read(made(RELU, constants=[("c", array)], change=damage))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x08", "no number"),
+        (b"\x08" + b"\xff" * 11, "no number"),
+        (b"\x08" + b"\xff" * 9 + b"\x7f", "more than 64 bits"),
+        (b"\x08\x01\x08\x01", "ir_version comes twice"),
+        (b"\x3a\x05", "graph ends behind the end"),
+        (b"\x38\x05", "graph is of another type"),
+        (b"\x0b\x0c", "ir_version is of another type"),  # a group
+        (b"\x00\x00", "field 0"),
+        (b"\x12\x01\xff", "producer_name is no text"),
+        (b"\x3a\x02\x0a\x09", "node ends behind the end"),
+        (b"\x3a\x88\xea\x30" + b"\x0a\x00" * 400_004, "more than 400000 values"),
+    ],
+)
+def test_bytes_that_are_no_model(content, words):
+    with pytest.raises(Malformed, match=words):
+        parse_model(content)
+
+
+def test_numbers_are_those_of_the_standard():
+    """Packed and one by one, negative and large, in more bytes than are needed."""
+    dims = [0, 1, 127, 128, 2**31, 2**63 - 1]
+    packed = onnx.TensorProto(dims=dims).SerializeToString()
+    single = b"".join(b"\x08" + varint(size) for size in dims)
+    padded = b"\x08\x85\x80\x80\x00"
+    for content, wanted in ((packed, dims), (single, dims), (padded, [5]), (b"\x08" + b"\xff" * 9 + b"\x01", [-1])):
+        tensor = onnx.TensorProto.FromString(content)
+        assert list(tensor.dims) == wanted
+        graph = b"\x2a" + varint(len(content)) + content
+        found = parse_model(b"\x3a" + varint(len(graph)) + graph)
+        assert found["graph"]["initializer"][0]["dims"] == wanted
+
+
+def varint(number):
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*found, number])
+
+
+def test_every_operator_is_of_the_standard_and_makes_arrays_of_arrays():
+    for name in _OPERATORS:
+        schema = onnx.defs.get_schema(name, 23)
+        kinds = {attribute.type for attribute in schema.attributes.values()}
+        assert not kinds & {onnx.defs.OpSchema.AttrType.GRAPH, onnx.defs.OpSchema.AttrType.GRAPHS}, name
+        assert schema.deprecated is False, name
+        for part in [*schema.inputs, *schema.outputs]:
+            assert any(kind.startswith("tensor(") for kind in part.types), name
+
+
+# Weights.
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    layout = Layout(tmp_path)
+    layout.data.mkdir()
+    (layout.data / "model.safetensors").write_bytes(struct.pack("<8f", *range(8)) + b"\0\1\2\1")
+    return layout
+
+
+def places(place, dtype="float32", shape=(2, 2)):
+    return {"w": Weight(dtype, shape, place)}
+
+
+def test_weights_are_mapped_and_never_written(layout):
+    (found,) = map_weights(places(Place("model.safetensors", 8, 16)), ["model.safetensors"], layout).values()
+    assert found.tolist() == [[2, 3], [4, 5]]
+    assert not found.flags.writeable
+    assert not found.flags.owndata
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        Place("model.safetensors", 24, 16), Place("model.safetensors", 2**62, 16), Place("model.safetensors", 2, 16),
+        Place("other.safetensors", 0, 16), Place("../MLmodel", 0, 16), Place("/dev/zero", 0, 16), Place("", 0, 16),
+        Place("*/_ORT_MEM_ADDR_/*", 0, 16),
+    ],
+)  # fmt: skip
+def test_weights_outside_of_the_files(layout, place):
+    with pytest.raises(IntegrityError, match="initializer 'w'"):
+        map_weights(places(place), ["model.safetensors"], layout)
+
+
+def test_truth_values_of_two(layout):
+    place = places(Place("model.safetensors", 32, 2), "bool", (2,))
+    assert map_weights(place, ["model.safetensors"], layout)["w"].tolist() == [False, True]
+    with pytest.raises(IntegrityError, match="truth values"):
+        map_weights(places(Place("model.safetensors", 33, 2), "bool", (2,)), ["model.safetensors"], layout)
+
+
+# Sessions.
+
+
+def test_what_onnx_runtime_does_not_take():
+    graph = read(
+        made(helper.make_node("MatMul", ["input.x", "w"], ["output.y"]), constants=[("w", np.ones((3, 2), np.float32))])
+    )
+    with pytest.raises(StructureError, match=r"graph\.onnx"):
+        Session(graph, {}, threads=1)
+
+
+def test_a_file_of_two_formats_is_read_as_the_one_that_was_checked():
+    """ONNX Runtime looks for a word in bytes 4 to 8, and would read its own format from there."""
+    content = made(RELU, change=lambda model: model.ClearField("producer_name"))
+    both = b"\x12\x26abORTM" + bytes(32) + content
+    assert parse_model(both)["producer_name"][2:6] == "ORTM"
+    assert Session(read(both), {}, threads=1)(X)["y"].tolist() == [[1, 0, 3, 0]]
+
+
+def test_nothing_is_computed_before_the_first_run(monkeypatch):
+    """Neither constants nor weights into which norms are fused: that would be outside the bound of memory."""
+    zeros = helper.make_node("ConstantOfShape", ["shape"], ["z"])
+    nodes = [zeros, helper.make_node("Add", ["z", "input.x"], ["output.y"])]
+    graph = read(made(*nodes, constants=[("shape", np.array([2**28, 1]))]))  # 1 GB
+    before = resident()
+    Session(graph, {}, threads=1)
+    assert resident() - before < 2**27
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_weights_that_many_nodes_use_count_once_more_each():
+    nodes = [helper.make_node("MatMul", [f"v{i}" if i else "input.x", "alias"], [f"v{i + 1}"]) for i in range(5)]
+    last = helper.make_node("Identity", ["v5"], ["output.y"])
+    alias = helper.make_node("Unsqueeze", ["w", "axis"], ["alias"])
+    constants = [("w", np.zeros((4, 4), np.float32)), ("axis", np.array([0]))]
+    assert read(made(alias, *nodes, last, constants=constants)).reused == 4 * 64
+
+
+def test_memory_of_a_container(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")
+    folder = tmp_path / "sys/fs/cgroup/a/b"
+    folder.mkdir(parents=True)
+    everything = cpu.available_memory(tmp_path)
+    (folder / "memory.max").write_text("max\n")
+    assert cpu.available_memory(tmp_path) == everything
+    (folder.parent / "memory.max").write_text(f"{2**28}\n")
+    assert cpu.available_memory(tmp_path) == 2**28
+
+
+# What is said of it.
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"version": 1, "reason": "a"}, {"version": 1, "proof": {}}, {"version": 2, "proof": {}}, {"version": 1}, [],
+        {"version": 1, "proof": {"inputs": 1, "difference": "x", "threads": True, "batch": True, "padding": True}},
+        {"version": 1, "proof": {"inputs": 1, "difference": 0.0, "threads": 1, "batch": True, "padding": True}},
+        {"version": 1, "proof": {"inputs": 1, "difference": 0.0, "threads": True, "batch": True}},
+    ],
+)  # fmt: skip
+def test_facts_that_are_none(layout, facts):
+    from mlflow_safeflavor.graph_file import describe_graph
+
+    layout.graph.write_bytes(b"")
+    layout.graph_facts.write_text(json.dumps(facts))
+    with pytest.raises(IntegrityError, match=r"graph\.json"):
+        describe_graph(layout)
