@@ -1455,7 +1455,7 @@ def negate(entry: Any) -> None:
 
 
 @graph_attack("ParityError")
-def weights_swapped(model):
+def swapped_weights(model):
     """two weights of one shape change places"""
     one, other = (next(w for w in model.graph.initializer if w.name == name) for name in (QUERY, KEY))
     one.name, other.name = other.name, one.name
