@@ -447,7 +447,7 @@ def _own(tensor: Mapping[str, Any], where: str) -> None:
 
 def _bytes(tensor: Mapping[str, Any]) -> int:
     """Of a checked tensor."""
-    return math.prod(tensor["dims"]) * ITEM_SIZES[_DTYPES[tensor["data_type"]]]
+    return int(math.prod(tensor["dims"])) * ITEM_SIZES[_DTYPES[tensor["data_type"]]]
 
 
 def _shape(tensor: Mapping[str, Any], where: str) -> tuple[int, ...]:
