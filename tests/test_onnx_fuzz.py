@@ -228,7 +228,8 @@ def run_mutants(file, seconds, seed):
     onnx_runtime.available_memory = lambda: MOST_GIGABYTES * 2**30 // 3 * 4
     content, last = Path(file).read_bytes(), Path(file).with_name("last.onnx")
     if seed % 2:  # each array its own piece of the heap, which the C library then finds damaged
-        resource.setrlimit(resource.RLIMIT_AS, (12 << 30,) * 2)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MOST_GIGABYTES * 2**30,) * 2)
         onnxruntime.SessionOptions = WithoutArena
     draw, until = random.Random(seed), time.monotonic() + seconds
     seen = {"answered": 0, "raised": 0, "refused": 0, "no session": 0}
