@@ -299,9 +299,9 @@ def single(operator, draw):
         name = f"c{i}"
         inputs.append(name)
         inits.append(numpy_helper.from_array(np.ascontiguousarray(draw.choice(fits)), name))
-    attributes = {}
+    attributes, share = {}, draw.choice([0.02, 0.1, 0.4])
     for name, attribute in schema.attributes.items():
-        if attribute.required or draw.random() < 0.4:
+        if attribute.required or draw.random() < share:
             value = some_attribute(name, attribute, draw)
             if value is not None:
                 attributes[name] = value
