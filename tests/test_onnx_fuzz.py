@@ -153,10 +153,10 @@ def mutate_bytes(content, draw):
 def mutated(content, seed):
     draw = random.Random(seed)
     for _ in range(draw.choice([1, 1, 2, 4])):
-        content = draw.choice([mutate_bytes, mutate_proto, mutate_proto])(content, draw) or content
         try:
+            content = draw.choice([mutate_bytes, mutate_proto, mutate_proto])(content, draw) or content
             onnx.ModelProto.FromString(content)
-        except Exception:  # nothing more to change in its fields
+        except Exception:  # nothing more to change in its fields, or a text that is none
             break
     return content
 

@@ -275,7 +275,7 @@ def test_nothing_is_computed_before_the_first_run(monkeypatch):
     """Neither constants nor weights into which norms are fused: that would be outside the bound of memory."""
     zeros = helper.make_node("ConstantOfShape", ["shape"], ["z"])
     nodes = [zeros, helper.make_node("Add", ["z", "input.x"], ["output.y"])]
-    graph = read(made(*nodes, constants=[("shape", np.array([2**28, 1]))]))  # 1 GB
+    graph = read(made(*nodes, constants=[("shape", np.array([2**27, 1]))]))  # 512 MB
     before = resident()
     Session(graph, {}, threads=1)
     assert resident() - before < 2**27
