@@ -271,14 +271,15 @@ def test_a_file_of_two_formats_is_read_as_the_one_that_was_checked():
     assert Session(read(both), {}, threads=1)(X)["y"].tolist() == [[1, 0, 3, 0]]
 
 
-def test_nothing_is_computed_before_the_first_run(monkeypatch):
+def test_nothing_is_computed_before_the_first_run():
     """Neither constants nor weights into which norms are fused: that would be outside the bound of memory."""
     zeros = helper.make_node("ConstantOfShape", ["shape"], ["z"])
     nodes = [zeros, helper.make_node("Add", ["z", "input.x"], ["output.y"])]
     graph = read(made(*nodes, constants=[("shape", np.array([2**27, 1]))]))  # 512 MB
     before = resident()
-    Session(graph, {}, threads=1)
+    session = Session(graph, {}, threads=1)
     assert resident() - before < 2**27
+    del session
 
 
 def resident() -> int:
