@@ -291,6 +291,7 @@ def _make_outputs_own(graph: Any) -> None:
     for i, value in enumerate(graph.outputs):
         if value in taken:
             node = ir.Node("", "Identity", [value])
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
             graph.append(node)
             graph.outputs[i] = node.outputs[0]
         taken.add(graph.outputs[i])
