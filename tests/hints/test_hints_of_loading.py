@@ -491,12 +491,12 @@ def test_memory_that_runs_out(saved, monkeypatch):
     'leave those out, or pass engine="module" where the model was saved with its module',
 )
 @follows(
-    "graph",
+    "onnx_engine",
     "The model was stored as a graph, which does not take this input",
     'save the model with its module, too: graph="auto"',
 )
 @follows(
-    "graph_engine",
+    "onnx_engine",
     "The model was stored as a graph of one forward, which cannot do this",
     'save the model with its module, too: graph="auto"',
 )
@@ -512,9 +512,9 @@ def test_graphs_alone_and_beside_a_module(save, code):  # noqa: F811
     wrong(PlacementError, both, **CODE, **graph, dtype="bfloat16")
     load_model(both, **CODE, **graph)
     load_model(both, **CODE, **module, dtype="bfloat16")
-    doubles = {"x": np.ones((2, 4), "int64")}
-    with pytest.raises(SafeFlavorError):
-        load_model(alone).module(**{"x": torch.tensor(doubles["x"])})
+    wholes = {"x": np.ones((2, 4), "int64")}
+    with pytest.raises(StructureError):
+        load_model(alone).engine(wholes)
     with pytest.raises(StructureError):
         load_model(alone).engine.fallback()
     assert load_model(both, **CODE, **graph).engine.fallback() is not None
