@@ -129,14 +129,31 @@ def _trace(module: torch.nn.Module, example: Inputs, free: Mapping[str, set[int]
     try:
         with torch.no_grad(), _quiet():
             program = torch.export.export(Forward(module), (dict(example),), dynamic_shapes=(dims,), strict=False)
-            if any(_is_mutable(node.target) for node in program.graph.nodes):
-                program = program.run_decompositions({})  # which tells what is changed
+            called = {node.target for node in program.graph.nodes}
+            if any(_is_mutable(target) for target in called) or called & set(_DECOMPOSED):
+                program = program.run_decompositions(dict(_DECOMPOSED))  # which tells what is changed, too
     except Exception as error:  # so has the tracer
         raise Refusal(f"torch.export: {_first_line(error)}") from error
     changed = program.graph_signature
     if changed.buffers_to_mutate or changed.user_inputs_to_mutate:
         raise Refusal("the forward changes its buffers or inputs")
     return program
+
+
+def _split(tensor: torch.Tensor, size: int, dim: int = 0) -> Any:
+    length = tensor.shape[dim]
+    if isinstance(length, int) and isinstance(size, int):
+        return NotImplemented  # one operator, as it was
+    starts = [i * size for i in range(-(-length // size))]
+    return [tensor.narrow(dim, start, min(size, length - start)) for start in starts]
+
+
+def _chunk(tensor: torch.Tensor, chunks: int, dim: int = 0) -> Any:
+    return _split(tensor, -(-tensor.shape[dim] // chunks), dim)
+
+
+_DECOMPOSED = {torch.ops.aten.split.Tensor: _split, torch.ops.aten.chunk.default: _chunk}
+"""Become slices where sizes are free: there onnxscript makes a sequence of parts, at which its optimizer fails."""
 
 
 def _is_mutable(target: Any) -> bool:

@@ -6,7 +6,7 @@ import gc
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,12 +237,14 @@ def _hold_weights(inventory: Inventory, layout: Layout, options: LoadOptions, re
 def _engine(spec: ModelSpec, layout: Layout, options: LoadOptions) -> str:
     """What is to answer, "onnx" or "module": what was asked for, and can be had of what was saved.
 
-    A graph is served in float32 on a CPU; whatever else is asked for needs the module.
+    A graph is served in float32 on a CPU; whatever else is asked for needs the module. A device that nobody chose is
+    the CPU where the graph was asked for, or is all that there is.
     """
     chosen = run_time_options(options.model_config, stored=spec.model_config)
     alone = spec.structure == "graph"
     asked = "onnx" if alone and chosen["engine"] == "auto" else chosen["engine"]
-    device = "cpu" if options.device_map or is_plainly_cpu(options.device) else _device(options.device)
+    chooses = asked == "onnx" and options.device == "auto"
+    device = "cpu" if chooses or options.device_map or is_plainly_cpu(options.device) else _device(options.device)
     other = {
         "dtype": _casts(spec, options),
         "device_map": options.device_map,
@@ -322,8 +324,9 @@ def _later(
     def make() -> ModuleEngine:
         require_unchanged(weights)
         report = LoadReport()
-        engine, hooks = _rebuild(inventory, list(weights), spec, layout, options, report)
-        _replay(bind(engine, hooks, spec, layout, options, report), layout, options, report)
+        beside = replace(options, device="cpu")  # where the graph is
+        engine, hooks = _rebuild(inventory, list(weights), spec, layout, beside, report)
+        _replay(bind(engine, hooks, spec, layout, beside, report), layout, beside, report)
         return engine
 
     return make

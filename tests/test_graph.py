@@ -25,7 +25,7 @@ from test_images import make_processor
 from torch import nn
 
 import mlflow_safeflavor
-from mlflow_safeflavor import cli, recording
+from mlflow_safeflavor import cli, load, recording
 from mlflow_safeflavor.artifact import Layout, read_json
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import PlacementError, StructureError
@@ -308,6 +308,22 @@ def test_a_graph_alone_says_what_it_takes(tmp_path):
             mlflow_safeflavor.load_model(str(tmp_path / "m"), **refused)
 
 
+def test_beside_a_device_that_nobody_chose_a_graph_stays_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
+    given = {"task": "raw", "input_example": X, "rehearse": False}
+    mlflow_safeflavor.save_model(make_private(), tmp_path / "m", allow_pickle=True, **given)
+    mlflow_safeflavor.save_model(make_private(), tmp_path / "alone", graph="only", **given)
+    monkeypatch.setattr(load, "is_plainly_cpu", lambda asked: asked == "cpu")
+    monkeypatch.setattr(load, "_device", lambda asked: "cuda:0")
+    asked = mlflow.pyfunc.load_model(str(tmp_path / "m"), model_config={"engine": "onnx"})
+    alone = mlflow.pyfunc.load_model(str(tmp_path / "alone"))
+    for served in (asked, alone):
+        assert engine_of(served).name == "onnx"
+    assert engine_of(asked).fallback().device.type == "cpu"
+    with pytest.raises(PlacementError, match="cuda:0"):
+        mlflow.pyfunc.load_model(str(tmp_path / "m"), model_config={"engine": "onnx", "device": "cuda:0"})
+
+
 def test_half_precision_stays_with_the_module(tiny_tokenizer, tmp_path):
     given = {"tokenizer": tiny_tokenizer, "dtype": "bfloat16", "rehearse": False}
     mlflow_safeflavor.save_model(bert("ForSequenceClassification"), tmp_path / "m", **given)
@@ -350,6 +366,16 @@ class Random(nn.Module):
         return {"y": x + torch.rand_like(x)}
 
 
+class Halves(nn.Module):
+    """Cuts along a free size, and along one that is known."""
+
+    def forward(self, x):
+        left, right = torch.cat((x, x + 1)).chunk(2)
+        a, b = (left * right).split(2, -1)
+        c, d = torch.cat((x, x * 3)).split(x.shape[0])
+        return {"y": a - b, "z": c * d}
+
+
 class Twice(nn.Module):
     """Gives its input, a weight, and one tensor under two names."""
 
@@ -373,6 +399,11 @@ def record(module, *examples, limit=None):
 def test_forwards_without_a_graph(cls, reason):
     with pytest.raises(recording.Refusal, match=reason):
         record(cls(), torch.ones(3, 4))
+
+
+def test_parts_of_a_free_size():
+    graph, _ = record(Halves(), torch.randn(3, 4), torch.randn(5, 4))
+    assert [known.shape for known in graph.inputs] == [("rows", 4)]
 
 
 def test_outputs_that_are_something_else_already():

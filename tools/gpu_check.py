@@ -55,10 +55,7 @@ def wanted() -> list[str]:
     settings.read(ROOT / "setup.cfg")
     lines = settings["options"]["install_requires"].split()
     found = [line for line in lines if line.replace(">", "=").split("=")[0] not in THERE]
-    return [
-        *(line.replace("mlflow", "mlflow-skinny", 1) if line.startswith("mlflow") else line for line in found),
-        "onnxruntime",
-    ]
+    return [line.replace("mlflow", "mlflow-skinny", 1) if line.startswith("mlflow") else line for line in found]
 
 
 def collect(folder: Path, python: str) -> None:

@@ -13,17 +13,13 @@ import torch
 from .accelerator import Accelerator
 from .models import Saved
 
-__all__ = ["CHECKS", "Bench", "Check", "LeftOut", "NeedsGPU", "check", "largest", "require"]
+__all__ = ["CHECKS", "Bench", "Check", "NeedsGPU", "check", "largest", "require"]
 
 Figures = Mapping[str, Any]
 
 
 class NeedsGPU(Exception):
     """Nothing but a GPU can tell."""
-
-
-class LeftOut(Exception):
-    """There is nothing to check yet; says what is missing."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import mlflow.pyfunc
@@ -19,8 +18,9 @@ import pandas as pd
 import torch
 
 import mlflow_safeflavor
+from mlflow_safeflavor.errors import PlacementError
 
-from .bench import Bench, LeftOut, check, largest, require
+from .bench import Bench, check, largest, require
 from .models import classifier, texts_of, tokenizer
 
 CALLERS = 16
@@ -198,7 +198,22 @@ def _compiled_milliseconds(module: torch.nn.Module, device: torch.device, wait: 
 
 @check()
 def onnx(bench: Bench) -> dict[str, Any]:
-    """ONNX Runtime's CUDA provider."""
-    if not (Path(mlflow_safeflavor.__file__).parent / "onnx_engine.py").exists():
-        raise LeftOut("the engine onnx is not there yet")
-    raise AssertionError("the engine onnx is there, and nothing here checks it on a device")
+    """The engine onnx beside a device: it stays on the CPU, and the module is there only where it was asked for."""
+    path = bench.saved("tiny", graph=True)
+    texts = texts_of([4, 30, 9])
+    chosen = mlflow_safeflavor.load_model(path, model_config={"engine": "onnx"})
+    require((chosen.report.engine, chosen.report.device) == ("onnx", "cpu"), "it is", chosen.report)
+    plain = mlflow_safeflavor.load_model(path, model_config={"engine": "onnx"}, device="cpu")
+    answers = chosen.predict(texts)["score"].to_numpy()
+    require(largest(answers, plain.predict(texts)["score"]) == 0.0, "a device in the machine changes bits")
+    where = {parameter.device.type for parameter in chosen.module.parameters()}
+    require(where == {"cpu"}, "its module is on", where)
+    placed = mlflow_safeflavor.load_model(path)
+    require(placed.report.engine == "module", "left to itself it is", placed.report.engine)
+    difference = largest(answers, placed.predict(texts)["score"])
+    require(difference < 1e-4, "the device differs by", difference)
+    try:
+        mlflow_safeflavor.load_model(path, model_config={"engine": "onnx"}, device=str(bench.device))
+    except PlacementError:
+        return {"largest difference from the device": difference}
+    raise AssertionError("a graph on a device was not refused")

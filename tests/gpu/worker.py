@@ -21,22 +21,20 @@ from typing import Any
 import torch
 
 from . import accelerator, arithmetic, placing, processes, room, serving  # noqa: F401  (they list themselves)
-from .bench import CHECKS, Bench, Check, LeftOut, NeedsGPU
+from .bench import CHECKS, Bench, Check, NeedsGPU
 from .models import Saved
 
 __all__ = ["describe", "run_check"]
 
 
 def run_check(check: Check, bench: Bench) -> dict[str, Any]:
-    """Verdict ("ok", "FAIL", "needs a GPU" or "left out"), seconds, and figures or what was said."""
+    """Verdict ("ok", "FAIL" or "needs a GPU"), seconds, and figures or what was said."""
     begun = time.perf_counter()
     verdict: dict[str, Any]
     try:
         verdict = {"verdict": "ok", "figures": dict(check.run(bench))}
     except NeedsGPU:
         verdict = {"verdict": "needs a GPU"}
-    except LeftOut as reason:
-        verdict = {"verdict": "left out", "said": str(reason)}
     except BaseException as error:
         trace = "".join(traceback.format_exception(error)[-6:])
         verdict = {"verdict": "FAIL", "said": f"{type(error).__name__}: {error}", "trace": trace}
