@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows: no lock and no cache
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["VARIABLE", "cache_folder", "entry", "has_room", "in_use", "sweep"]
+__all__ = ["VARIABLE", "cache_folder", "entry", "has_room", "in_use", "is_used", "sweep"]
 
 VARIABLE = "MLFLOW_SAFEFLAVOR_CACHE"
 """Environment variable: another folder, or "off"."""
@@ -107,6 +107,18 @@ def in_use(folder: Path) -> int:
     with contextlib.suppress(OSError):  # no locks on folders: nor can a sweep take one, and leaves it alone
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return descriptor
+
+
+def is_used(folder: Path) -> bool:
+    """Whether somebody keeps an entry from being swept; to be asked while it is this process's alone."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 # Locks.

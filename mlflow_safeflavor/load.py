@@ -298,11 +298,13 @@ def _open_graph(
     from mlflow_safeflavor import cpu
     from mlflow_safeflavor.graph_file import open_graph
     from mlflow_safeflavor.onnx_engine import OnnxEngine
-    from mlflow_safeflavor.onnx_runtime import Session
+    from mlflow_safeflavor.onnx_runtime import RUNTIME, Session
+    from mlflow_safeflavor.packed_weights import PackedWeights
 
     graph, arrays = open_graph(inventory.files, layout)
     threads = run_time_options(options.model_config, stored=spec.model_config)["num_threads"]
-    session = Session(graph, arrays, threads=cpu.find_budget(threads).threads)
+    packed = None if options.verify == "rehash" else PackedWeights(graph.content, weights, RUNTIME)
+    session = Session(graph, arrays, threads=cpu.find_budget(threads).threads, packed=packed)
     report.tensors, report.alias_groups = len(inventory.rows), len(inventory.data)
     report.weight_bytes, report.device = inventory.nbytes, "cpu"
     rebuild = None

@@ -32,7 +32,7 @@ try:
 except ImportError:  # Windows
     ioctl = None  # type: ignore[assignment]
 
-__all__ = ["HeldFile", "hold", "require_unchanged"]
+__all__ = ["HeldFile", "boot", "hold", "require_unchanged"]
 
 _SMALL = 16 * 10**6  # bytes; a copy of each process costs little memory, and less time than a file would
 _SETTLED = 2.0  # seconds; a file changed more recently could change again without a new time stamp
@@ -218,7 +218,7 @@ class _Entry:
         return HeldFile(descriptor, "copy", where, path, host_cache.in_use(self.folder))
 
     def _mark_of(self, file: HeldFile) -> Path:
-        identity = (_boot(), os.path.realpath(file.path), *file.facts)
+        identity = (boot(), os.path.realpath(file.path), *file.facts)
         return self.folder / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.hashed"
 
     def _is_marked(self, file: HeldFile) -> bool:
@@ -230,12 +230,12 @@ class _Entry:
 
     def _mark(self, file: HeldFile) -> None:
         settled = file.kind == "copy" or time.time() - file.facts[-1] / 1e9 > _SETTLED
-        if settled and not file.changed() and _boot():
+        if settled and not file.changed() and boot():
             with contextlib.suppress(OSError):  # a full disk costs time, nothing else
                 self._mark_of(file).touch()
 
 
-def _boot() -> str:
+def boot() -> str:
     """What is another after each start of the machine; empty where it is not told."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")

@@ -194,13 +194,13 @@ def test_marks_expire(weights, cache, hashed):
 def test_after_a_restart_nothing_is_believed(weights, cache, hashed, monkeypatch):
     """What a copy holds need not have reached the disk."""
     held(weights)
-    monkeypatch.setattr(weights_files, "_boot", lambda: "another")
+    monkeypatch.setattr(weights_files, "boot", lambda: "another")
     held(weights)
     assert len(hashed) == 3
 
 
 def test_where_a_restart_cannot_be_told_nothing_is_remembered(weights, cache, hashed, monkeypatch):
-    monkeypatch.setattr(weights_files, "_boot", lambda: "")
+    monkeypatch.setattr(weights_files, "boot", lambda: "")
     held(weights)
     held(weights)
     assert len(hashed) == 3

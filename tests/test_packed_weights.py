@@ -1,0 +1,167 @@
+"""Packed weights: one file for all who serve a model on a host, and the bits of a session that packs its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from test_images import make_model as make_viewer
+from test_images import make_processor
+from torch import nn
+
+import mlflow_safeflavor
+from mlflow_safeflavor import host_cache, weights_files
+
+pytestmark = pytest.mark.graphs
+
+TEXTS = ["the cat sat on the mat", "a dog", "red tree under green tree " * 5]
+
+
+class Mixes(nn.Module):
+    """What is packed in several ways: products, a convolution, a recurrent layer, a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(50, 16)
+        self.wave = nn.Conv1d(16, 16, 3, padding=1)
+        self.memory = nn.LSTM(16, 16, batch_first=True)
+        self.bilinear = nn.Parameter(torch.randn(16, 8))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, ids):
+        x = self.wave(self.table(ids).transpose(1, 2)).transpose(1, 2)
+        x, _ = self.memory(x)
+        return {"y": self.head(x).tanh() @ self.head.weight @ self.bilinear}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("packed")
+
+
+@pytest.fixture
+def saved(root, tiny_tokenizer):
+    """``saved(name)``: an artifact, made once."""
+
+    def save(name: str) -> Path:
+        if not (root / name).exists():
+            torch.manual_seed(0)
+            given = {"rehearse": False, "graph": "require"}
+            if name == "texts":
+                module = bert_classifier()
+                given["tokenizer"] = tiny_tokenizer
+            elif name == "images":
+                module = make_viewer()
+                given["processor"] = make_processor(size={"height": 32, "width": 32})
+            else:
+                module = Mixes()
+                given |= {"task": "raw", "input_example": rows(name), "graph": "only"}
+            mlflow_safeflavor.save_model(module, root / name, **given)
+        return root / name
+
+    return save
+
+
+def bert_classifier() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=35, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, initializer_range=0.5,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv(host_cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(weights_files, "_SMALL", -1)
+    monkeypatch.setattr(weights_files, "_SETTLED", -1.0)
+    return tmp_path / "cache"
+
+
+def load(folder: Path, **options):
+    model = mlflow_safeflavor.load_model(folder, model_config={"engine": "onnx"}, **options)
+    assert model.report.engine == "onnx"
+    return model
+
+
+def rows(name: str):
+    if name == "texts":
+        return pd.DataFrame({"text": TEXTS})
+    if name == "images":
+        return [np.random.default_rng(i).integers(0, 256, (40 + i, 50, 3), np.uint8) for i in range(3)]
+    return {"ids": np.random.default_rng(0).integers(0, 50, (3, 7))}
+
+
+def bits(answer) -> object:
+    return {key: value.tobytes() for key, value in answer.items()} if isinstance(answer, dict) else answer.to_dict()
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted(cache.glob("packed-*/packed.*"))
+
+
+def is_mapped(path: Path) -> bool:
+    return f"{path}\n" in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("name", ["texts", "images", "mixes"])
+def test_the_second_writes_and_the_first_changes_over(saved, cache, name):
+    first = load(saved(name))
+    own = bits(first.predict(rows(name)))
+    assert files(cache) == []  # who is alone pays for nobody
+    second = load(saved(name))
+    graph, data = files(cache)[::-1]
+    assert (graph.name, data.name) == ("packed.onnx", "packed.data")
+    assert is_mapped(data)
+    assert bits(second.predict(rows(name))) == own
+    before = first.engine.session._session
+    assert bits(first.predict(rows(name))) == own
+    assert first.engine.session._session is not before
+    del second
+    third = load(saved(name))
+    assert bits(third.predict(rows(name))) == own
+    assert files(cache) == [data, graph]
+
+
+def test_what_is_kept_and_cannot_be_read_is_done_without(saved, cache, caplog):
+    first = load(saved("texts"))
+    own = bits(first.predict(rows("texts")))
+    load(saved("texts"))
+    files(cache)[1].write_bytes(b"no graph")
+    with caplog.at_level(logging.INFO, "mlflow.safeflavor"):
+        assert bits(load(saved("texts")).predict(rows("texts"))) == own
+        assert bits(first.predict(rows("texts"))) == own
+    assert caplog.text.count("packed weights are not shared") == 2
+
+
+def test_what_was_kept_for_a_week_is_written_again(saved, cache):
+    holding = [load(saved("texts")) for _ in range(2)]
+    own = bits(holding[1].predict(rows("texts")))
+    data, graph = files(cache)
+    os.utime(graph, (time.time() - 8 * 86400,) * 2)
+    inode = data.stat().st_ino
+    holding.append(load(saved("texts")))
+    assert data.stat().st_ino != inode
+    assert [bits(model.predict(rows("texts"))) for model in holding] == [own] * 3
+
+
+@pytest.mark.parametrize("why", ["rehash", "restart unknown", "no room", "no cache"])
+def test_nothing_is_kept(saved, cache, monkeypatch, why):
+    if why == "restart unknown":
+        monkeypatch.setattr("mlflow_safeflavor.packed_weights.boot", lambda: "")
+    if why == "no room":
+        monkeypatch.setattr(host_cache, "has_room", lambda folder, nbytes: False)
+    if why == "no cache":
+        monkeypatch.setenv(host_cache.VARIABLE, "off")
+    option = {"verify": "rehash"} if why == "rehash" else {}
+    models = [load(saved("texts"), **option) for _ in range(2)]
+    answers = [bits(model.predict(rows("texts"))) for model in models]
+    assert answers[0] == answers[1]
+    assert files(cache) == []
