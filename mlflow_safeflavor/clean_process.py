@@ -1,6 +1,6 @@
 """What runs in the rehearsal's clean process: a load that may use nothing that stays behind on this machine.
 
-    python -I clean_process.py MODEL ENGINES ANSWER
+    python -I clean_process.py MODEL ENGINES ANSWER HIDDEN
 
 It answers with what went wrong, and with which files were opened for whom, so that pins can be what runs.
 
@@ -89,8 +89,11 @@ _OPENS = {"open": 0, "import": 1, "ctypes.dlopen": 0}
 """Events that open a file, and which of their arguments names it."""
 
 
-def main(model: str, engines: str, answer: str) -> None:
-    """Load the model with each of the engines, and write what happened, as JSON, to the file ``answer``."""
+def main(model: str, engines: str, answer: str, hidden: str) -> None:
+    """Load the model with each of the engines, and write what happened, as JSON, to the file ``answer``.
+
+    While MLflow is imported, the modules ``hidden`` cannot be: what libraries import where it happens to be installed.
+    """
     scratch, guards, witness = os.path.dirname(answer), _guards(), Witness(model, os.path.dirname(answer))
     # The load itself guards what it builds; all the rest may do what ends with this process.
     system, harmless = ("/dev", "/etc", "/proc"), ("os.chdir", "os.putenv", "os.unsetenv", "pickle.find_class")
@@ -99,8 +102,11 @@ def main(model: str, engines: str, answer: str) -> None:
     sys.addaudithook(lambda event, args: witness(event, args) if event in _OPENS else None)
     path, opened, problem = list(sys.path), {}, None
     try:
+        sys.modules.update(dict[str, Any].fromkeys(hidden.split()))  # which is how an import is ruled out
         import mlflow.pyfunc
 
+        for name in hidden.split():
+            del sys.modules[name]
         for engine in engines.split():
             mlflow.pyfunc.load_model(model, model_config={"engine": engine})
             opened[engine] = witness.take()

@@ -225,7 +225,12 @@ def _write_page(path: str, report: ParityReport, uri: str, endpoint: str | None)
 @click.option("-o", "--output", "folder", required=True, type=click.Path(), help="Folder to create.")
 @click.option("--target", default="cpu", show_default=True, help="cpu refuses pins that install CUDA; cuda keeps them.")
 @click.option("--user", default="mlflow", show_default=True, help="Name of the user, not root, that serves.")
-@click.option("--engine", default="auto", show_default=True, help="onnx leaves out what only the module needs.")
+@click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    help="onnx installs what the graph needs, module all; auto: onnx where it serves.",
+)
 @click.option("--base-image", help="Instead of python:X.Y.Z-slim.")
 @click.option("--hashes/--no-hashes", default=True, show_default=True, help="Lock the pins with hashes.")
 @click.option("--allow-pickle", is_flag=True, help="The image may run the pickle that the model holds.")

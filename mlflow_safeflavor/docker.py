@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,16 +14,17 @@ from mlflow_safeflavor.download import located
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
 from mlflow_safeflavor.graph_file import reason_against
 from mlflow_safeflavor.lock import lock, missing_wheel, wheels_for
-from mlflow_safeflavor.pins import CONSTRAINTS, Pin, Pins, read_pins
+from mlflow_safeflavor.options import run_time_options
+from mlflow_safeflavor.pins import CONSTRAINTS, ONNX_REQUIREMENTS, Pin, Pins, read_pins
 from mlflow_safeflavor.plain_files import digest_of_plain, open_plain
-from mlflow_safeflavor.saved import copy_saved
+from mlflow_safeflavor.saved import Saved, copy_saved
 from mlflow_safeflavor.trust import require_agreed, require_known
 from mlflow_safeflavor.wheels import folder_of
 
 __all__ = ["TARGETS", "generate_dockerfile"]
 
 TARGETS = ("cpu", "cuda")
-ENGINES = ("auto", "onnx")
+ENGINES = ("auto", "onnx", "module")
 
 _CUDA_ONLY = re.compile(r"nvidia-.*|cuda-.*|triton|pytorch-triton.*")
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
@@ -102,7 +102,8 @@ def generate_dockerfile(
         target: "cpu" refuses pins that install CUDA; "cuda" keeps them, and the container serves on a GPU or says
             what it is missing.
         user: Name of the user, not root, that serves.
-        engine: "onnx" installs only what the graph needs; the model must have one.
+        engine: "onnx" installs only what the graph needs, and serves nothing else; the model must have one. "module"
+            installs all pins. "auto" is "onnx" where that is what serves by default: a proven graph, on a CPU.
         base_image: By default ``python:X.Y.Z-slim`` of the Python that saved the model.
         hashes: Lock the pins with the hashes of the files that may be installed; needs uv and an index.
         trust: {"pickle"} where the model holds a pickle that the image may run.
@@ -123,10 +124,9 @@ def generate_dockerfile(
         spec, environment = saved.spec, saved.environment
         if "pickle" in spec.runs:
             require_agreed("pickle", trust, spec.model_class)
-        pins = read_pins(saved.layout)
-        if engine == "onnx":
-            _require_graph(saved.layout)
-            pins = replace(pins, pins=tuple(pin for pin in pins.pins if pin.name not in environment.only_module))
+        engine = _engine(engine, target, saved)
+        lean = engine == "onnx" and (saved.layout.root / ONNX_REQUIREMENTS).is_file()
+        pins = read_pins(saved.layout, ONNX_REQUIREMENTS if lean else saved.layout.requirements.name)
         installed = environment.wheel_digests
         _require_target(pins.versions, target)
         if hashes:
@@ -162,19 +162,42 @@ def _require_sane(target: str, user: str, engine: str, base_image: str | None) -
         )
 
 
-def _require_graph(layout: Layout) -> None:
-    if reason := reason_against(layout):
+def _engine(asked: str, target: str, saved: Saved) -> str:
+    """What the image serves with: "onnx" or "module"."""
+    reason, alone = reason_against(saved.layout), saved.spec.structure == "graph"
+    if asked == "auto":
+        stored = run_time_options({}, stored=saved.spec.model_config, environ={})
+        on_cpu = target == "cpu" and stored["device"] in ("auto", "cpu")
+        by_graph = on_cpu and stored["engine"] in ("auto", "onnx") and not (stored["compile"] or stored["dtype"])
+        asked = "onnx" if alone or (by_graph and reason is None) else "module"
+    if asked == "onnx" and target == "cuda":
+        raise InputError(
+            "A graph is served on a CPU",
+            where="target",
+            wanted="cpu",
+            found="cuda",
+            way_out='target="cpu"' if alone else 'target="cpu", or engine="module"',
+        )
+    if asked == "onnx" and reason is not None:
         raise InputError(
             "The model has no graph that an image could serve",
             where="engine",
             wanted="auto",
             found=f"the reason against one is: {reason}",
         )
+    if asked == "module" and alone:
+        raise InputError(
+            "The model was stored as a graph alone, so there is no module that an image could serve",
+            where="engine",
+            wanted="auto | onnx",
+            found="module",
+        )
+    return asked
 
 
 def _variables(trust: Iterable[str], engine: str) -> str:
     values = {"MLFLOW_SAFEFLAVOR_ENVIRONMENT": "error"}
-    if engine == "onnx":
+    if engine == "onnx":  # "module" is what serves where the graph cannot, too
         values["MLFLOW_SAFEFLAVOR_ENGINE"] = "onnx"
     if "pickle" in trust:
         values["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "true"

@@ -49,6 +49,7 @@ __all__ = [
     "format_differences",
     "installed_distributions",
     "installed_version",
+    "naming_missing",
     "record",
     "require_same",
     "source_tree",
@@ -582,6 +583,25 @@ def naming_versions(recorded: Environment, *, path: Sequence[str] | None = None)
         versions = "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
         way_out = f"{_WAY_OUT} ({versions})" + (f"; or {error.way_out}" if error.way_out else "")
         raise error.with_way_out(way_out).with_traceback(error.__traceback__) from error.__cause__
+
+
+@contextmanager
+def naming_missing() -> Iterator[None]:
+    """Say what to install where the module is wanted in an environment that was made for the graph alone.
+
+    Raises:
+        EnvironmentMismatchError: Something that is not installed was imported inside.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise EnvironmentMismatchError(
+            "The graph cannot answer this, and what its module needs is not installed",
+            where=error.name or str(error),
+            found=_MISSING,
+            way_out="install requirements.txt of the model, and not only requirements-onnx.txt; an image of "
+            "`mlflow-safeflavor dockerfile --engine module` has it all",
+        ) from error
 
 
 _INSTALLABLE = frozenset(("python", "implementation", "distribution", "missing", "wheel", "torch-build"))

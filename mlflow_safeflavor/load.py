@@ -196,7 +196,7 @@ def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> tuple[Mod
     _check_files(layout, guarded, options, report)
     require_no_shadows(layout.code)
     recorded = environments.Environment.from_json(layout.read_json(layout.environment))
-    if run_time_options(options.model_config, stored=spec.model_config)["engine"] == "onnx":
+    if _needs_no_module(spec, layout, options):
         recorded = recorded.for_graph()
     differences = environments.require_same(recorded, policy=options.environment)
     report.environment = tuple(str(difference) for difference in differences)
@@ -274,6 +274,14 @@ def _engine(spec: ModelSpec, layout: Layout, options: LoadOptions) -> str:
     return asked
 
 
+def _needs_no_module(spec: ModelSpec, layout: Layout, options: LoadOptions) -> bool:
+    """Whether the graph answers, as far as can be told before torch is imported: it knows of accelerators."""
+    asked = run_time_options(options.model_config, stored=spec.model_config)["engine"]
+    alone = asked == "auto" and spec.structure == "graph"
+    by_default = asked == "auto" and is_plainly_cpu(options.device)
+    return asked == "onnx" or alone or (by_default and _engine(spec, layout, options) == "onnx")
+
+
 def _device(asked: str | int | torch.device) -> str:
     from mlflow_safeflavor.devices import resolve_device
 
@@ -323,11 +331,15 @@ def _later(
     """What makes the engine of the module when it is wanted beside the graph's: checked as if it were loaded alone."""
     from mlflow_safeflavor.weights_files import require_unchanged
 
+    recorded = environments.Environment.from_json(layout.read_json(layout.environment))
+
     def make() -> ModuleEngine:
         require_unchanged(weights)
+        environments.require_same(recorded, policy=options.environment)
         report = LoadReport()
         beside = replace(options, device="cpu")  # where the graph is
-        engine, hooks = _rebuild(inventory, list(weights), spec, layout, beside, report)
+        with environments.naming_missing():
+            engine, hooks = _rebuild(inventory, list(weights), spec, layout, beside, report)
         _replay(bind(engine, hooks, spec, layout, beside, report), layout, beside, report)
         return engine
 

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.environment import TORCH_FAMILY, Environment
 from mlflow_safeflavor.errors import EnvironmentMismatchError
-from mlflow_safeflavor.pins import Pin, Pins, parse_pins, read_pins
+from mlflow_safeflavor.pins import ONNX_REQUIREMENTS, Pin, Pins, parse_pins, read_pins
 from mlflow_safeflavor.scratch import scratch_folder
 from mlflow_safeflavor.wheels import Wheel, folder_of, wheels_in
 
@@ -74,14 +74,16 @@ def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None)
 
 
 def lock_file(layout: Layout, recorded: Environment) -> None:
-    """Lock the requirements.txt of an artifact that is being saved.
+    """Lock the pins of an artifact that is being saved, and those of its graph alone where it has both.
 
     Raises:
         EnvironmentMismatchError: See ``lock``.
     """
-    locked = lock(read_pins(layout), python=recorded.python, installed=recorded.wheel_digests)
-    lines = [*locked.options, *map(str, locked.pins)]
-    layout.requirements.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for path in (layout.requirements, layout.root / ONNX_REQUIREMENTS):
+        if path.exists():
+            locked = lock(read_pins(layout, path.name), python=recorded.python, installed=recorded.wheel_digests)
+            lines = [*locked.options, *map(str, locked.pins)]
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _as_installed(pin: Pin, installed: Mapping[str, str]) -> Pin:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.utils import canonicalize_name
 
 from mlflow_safeflavor import requirements, usercode
 from mlflow_safeflavor.artifact import Layout, write_json
@@ -51,6 +52,15 @@ class Pinning:
         self._roots, self._graph_roots = (_roots(source, with_model, graph=graph) for graph in (False, True))
         self._recorded: Environment | None = None
 
+    @property
+    def optional(self) -> list[str]:
+        """Modules that all of MLflow brings along and a graph does without: what imports them can do so, too."""
+        if "onnx" not in self._engines:
+            return []
+        unneeded = closure_of(["mlflow"]) - closure_of(self._graph_roots)
+        owners = importlib.metadata.packages_distributions().items()
+        return sorted(module for module, names in owners if {*map(canonicalize_name, names)} <= unneeded)
+
     def write(self, used: Mapping[str, Use] | None = None) -> Environment:
         """Write the files, for what the parts of the model need and what was used.
 
@@ -64,6 +74,7 @@ class Pinning:
         recorded = requirements.environment_files(
             self._layout.root,
             list(dict.fromkeys(roots)),
+            graph_roots=[*graph_roots] if len(self._engines) > 1 else None,
             torch_build={
                 "version": torch.__version__,
                 "cuda": torch.version.cuda,
@@ -72,8 +83,6 @@ class Pinning:
             },
             **self._wanted,
         )
-        there = (closure_of(roots) - closure_of(graph_roots)) & recorded.distributions.keys()
-        recorded = replace(recorded, only_module=tuple(sorted(there)) if len(self._engines) > 1 else ())
         write_json(self._layout.environment, recorded.to_json())
         self._recorded = recorded
         return recorded
@@ -132,14 +141,10 @@ def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[
     What these need in turn is found by the rehearsal.
     """
     module = torch.nn.Module() if graph else source.module
-    calls = not graph or source.processor is not None or (source.task == "custom" and source.tokenizer is not None)
+    calls = source.processor is not None or (source.task == "custom" and source.tokenizer is not None)
+    graph_roots = [*requirements.GRAPH_ROOTS, *requirements.server_roots(), *(["transformers"] if calls else [])]
     return [
-        *(
-            name
-            for name in requirements.DEFAULT_ROOTS
-            if (calls or name != "transformers") and not (graph and name == "torch")
-        ),
-        *(["onnxruntime"] if graph else []),
+        *(graph_roots if graph else requirements.DEFAULT_ROOTS),
         *usercode.distributions_of(module, source.hooks, except_for=with_model),
         *([] if source.processor is None else requirements_of(source.processor)),
     ]

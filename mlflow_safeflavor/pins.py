@@ -14,10 +14,13 @@ from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.errors import EnvironmentMismatchError, IntegrityError
 from mlflow_safeflavor.plain_files import read_text
 
-__all__ = ["CONSTRAINTS", "Pin", "Pins", "parse_pins", "read_pins"]
+__all__ = ["CONSTRAINTS", "ONNX_REQUIREMENTS", "Pin", "Pins", "parse_pins", "read_pins"]
 
 CONSTRAINTS = "constraints.txt"
 """The one file that a requirements.txt may name, beside it."""
+
+ONNX_REQUIREMENTS = "requirements-onnx.txt"
+"""Pins for the graph alone, beside requirements.txt, of a model that has a module, too."""
 
 _OPTION = re.compile(r"--(find-links|extra-index-url) (https?://[^\s#\"'\\]+|file:///[^\s#\"'\\]+|/[^\s#\"'\\]*)")
 _HASHES = re.compile(r"((?:\s+--hash=sha256:[0-9a-f]{64})*)\s*")
@@ -80,8 +83,12 @@ class Pins:
         return {pin.name: pin.version for pin in self.pins if pin.version is not None}
 
 
-def read_pins(layout: Layout) -> Pins:
-    """Read requirements.txt, and constraints.txt where it names that.
+def read_pins(layout: Layout, name: str = "requirements.txt") -> Pins:
+    """Read a file of pins, and constraints.txt where it names that.
+
+    Args:
+        layout: The artifact.
+        name: requirements.txt or requirements-onnx.txt.
 
     Raises:
         EnvironmentMismatchError: A line is none that installs from wheels by name and version.
@@ -90,18 +97,18 @@ def read_pins(layout: Layout) -> Pins:
     options: list[str] = []
     pins: list[Pin] = []
     constraints: tuple[Pin, ...] = ()
-    for line in _lines(layout, layout.requirements):
+    for line in _lines(layout, layout.root / name):
         if line == f"-c {CONSTRAINTS}":
             path = layout.root / CONSTRAINTS
             constraints = tuple(parse_pins(_lines(layout, path), CONSTRAINTS))
         elif _OPTION.fullmatch(line) and "${" not in line:  # which pip would fill in with secrets of this machine
             options.append(line)
         else:
-            pins += parse_pins([line], layout.requirements.name)
+            pins += parse_pins([line], name)
     if any(pin.hashes for pin in pins) and not all(pin.hashes for pin in pins):
         raise IntegrityError(
             "Some pins have hashes and some have none",
-            where=layout.requirements.name,
+            where=name,
             way_out="save the model with hashes for all of them or for none",
         )
     return Pins(tuple(options), tuple(pins), constraints)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,11 +33,11 @@ _PROGRAM = Path(__file__).with_name("clean_process.py")
 
 
 def rehearse(
-    staged: Path, engines: Sequence[str] = ("auto",), *, allow_pickle: bool = False
+    staged: Path, engines: Sequence[str] = ("auto",), *, hidden: Collection[str] = (), allow_pickle: bool = False
 ) -> tuple[Opened, list[str]]:
     """Load ``staged`` through pyfunc, in a process that shares nothing with this one but the installed packages.
 
-    Once with each of the ``engines``.
+    Once with each of the ``engines``. While MLflow is imported there, the modules ``hidden`` are not to be had.
     Its interpreter is isolated (``-I``), its environment stripped, its working and home folders are
     empty, the hub is offline. A connection beyond loopback is an error, and so is to read a file that is neither part
     of the model nor of what is installed: it would not be there in a container. Loading replays the golden rows.
@@ -58,6 +58,7 @@ def rehearse(
         if sys.version_info < (3, 12):
             environ["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"  # else setuptools is imported in place of Python's own
         command = [sys.executable, "-I", str(_PROGRAM), os.fspath(staged), " ".join(engines), os.fspath(answer)]
+        command += [" ".join(hidden)]
         try:
             process = subprocess.run(
                 command,

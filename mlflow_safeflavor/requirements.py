@@ -9,7 +9,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import unquote, urlsplit
@@ -31,16 +32,18 @@ from mlflow_safeflavor.environment import (
     with_wheels,
 )
 from mlflow_safeflavor.errors import EnvironmentMismatchError
-from mlflow_safeflavor.pins import CONSTRAINTS
+from mlflow_safeflavor.pins import CONSTRAINTS, ONNX_REQUIREMENTS
 from mlflow_safeflavor.wheels import folder_of
 
 __all__ = [
     "DEFAULT_ROOTS",
+    "GRAPH_ROOTS",
     "default_conda_env",
     "default_requirements",
     "environment_files",
     "missing_lines",
     "requirement_lines",
+    "server_roots",
 ]
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
@@ -48,7 +51,10 @@ StrPath: TypeAlias = "str | os.PathLike[str]"
 _logger = logging.getLogger("mlflow.safeflavor")
 
 DEFAULT_ROOTS = ("torch", "transformers", "tokenizers", "safetensors", "mlflow", "cloudpickle")
-"""What every saved model needs; the user's own requirements are added to these."""
+"""What every saved model with a module needs; the user's own requirements are added to these."""
+
+GRAPH_ROOTS = ("onnxruntime", "tokenizers", "safetensors", "numpy", "pandas")
+"""What a graph needs beside what ``server_roots`` tells."""
 
 _MLFLOW_NAMES = frozenset({"mlflow", "mlflow-skinny"})
 _TORCH_WHEELS = "https://download.pytorch.org/whl"
@@ -134,6 +140,17 @@ def default_requirements(*, torch_index: StrPath | None = "auto", path: Sequence
     return requirement_lines(pins, torch_index=torch_index)
 
 
+def server_roots(path: Sequence[str] | None = None) -> list[str]:
+    """What of MLflow loads and serves a model of ours where nothing else needs more of it.
+
+    Of MLflow before 2.15 all, since it was not made of parts. Until 2.20 the smaller part lacks its own server.
+    """
+    if installed_version("mlflow-skinny", path) is None:
+        return ["mlflow"]
+    brought = closure_of(["mlflow-skinny"], path=path)
+    return ["mlflow-skinny", *([] if "fastapi" in brought else ["flask", "gunicorn"])]
+
+
 def default_conda_env() -> dict[str, Any]:
     """A conda environment that holds ``default_requirements``."""
     return _with_pip_section(_bare_conda_env(), default_requirements())
@@ -146,6 +163,7 @@ def environment_files(
     folder: str | Path,
     roots: Iterable[str] = DEFAULT_ROOTS,
     *,
+    graph_roots: Iterable[str] | None = None,
     torch_build: Mapping[str, Any],
     torch_index: StrPath | None = "auto",
     pip_requirements: StrPath | Iterable[str] | None = None,
@@ -158,6 +176,8 @@ def environment_files(
     Args:
         folder: Root of the artifact.
         roots: What the model needs directly.
+        graph_roots: What of a model with a graph and a module its graph needs; the pins of that are written to
+            requirements-onnx.txt, too, unless the user wrote all lines.
         torch_build: See ``record``.
         torch_index: See ``requirement_lines``; not used where the user writes the lines.
         pip_requirements: Replaces all lines: requirement strings, or the path of a requirements file.
@@ -177,11 +197,18 @@ def environment_files(
     if given is not None:
         lines, constraints = _parse_requirements(given, "pip_requirements" if conda is None else "conda_env")
         lines = _with_mlflow(lines, path)
-        environment = record([*roots, *_installed_roots(lines, path)], torch_build=torch_build, strict=False, path=path)
+        more = [*_installed_roots(lines, path)]
+        environment = record([*roots, *more], torch_build=torch_build, strict=False, path=path)
     else:
         extra, constraints = _parse_requirements(extra_pip_requirements or (), "extra_pip_requirements")
-        environment, lines = _pin(roots, extra, torch_build, torch_index, path)
+        more = [*_installed_roots(extra, path)]
+        environment, lines = _pin([*roots, *more], extra, torch_build, torch_index, path)
     _write_files(Path(folder), lines, constraints, _bare_conda_env() if conda is None else conda)
+    if graph_roots is not None:
+        unneeded = environment.distributions.keys() - closure_of([*graph_roots, *more], path=path)
+        environment = replace(environment, only_module=tuple(sorted(unneeded)))
+        if given is None:
+            _write_lines(Path(folder, ONNX_REQUIREMENTS), _without(lines, unneeded), constraints)
     return with_wheels(environment, filter(None, map(folder_of, lines)), path=path)
 
 
@@ -192,14 +219,19 @@ def _pin(
     torch_index: StrPath | None,
     path: Sequence[str] | None,
 ) -> tuple[Environment, list[str]]:
-    """The closure of the roots and of what is installed of ``extra``; the rest of ``extra`` follows as written."""
+    """The closure of the roots; what ``extra`` has beside what is installed follows as written."""
     verbatim = [line for line in extra if not _is_pinnable(line, path)]
     elsewhere = {name for line in verbatim if _applies(line) and (name := _name_of(line)) is not None}
-    environment = record(
-        [*roots, *_installed_roots(extra, path)], torch_build=torch_build, editable_ok=elsewhere, path=path
-    )
+    environment = record(roots, torch_build=torch_build, editable_ok=elsewhere, path=path)
     pins = {name: version for name, version in environment.distributions.items() if name not in elsewhere}
     return environment, [*requirement_lines(pins, torch_index=torch_index), *verbatim]
+
+
+def _without(lines: Iterable[str], names: Collection[str]) -> list[str]:
+    """The lines but pins of these distributions, and pages of their wheels."""
+    pages = tuple(f"/{name}/" for name in names)
+    there = (line for line in lines if _name_of(line) not in names)
+    return [line for line in there if not (line.startswith(f"--find-links {_TORCH_WHEELS}") and line.endswith(pages))]
 
 
 def missing_lines(folder: Path, used: Mapping[str, str], *, path: Sequence[str] | None = None) -> list[str]:
@@ -352,10 +384,16 @@ def _python_release() -> str:
 def _write_files(folder: Path, lines: Sequence[str], constraints: Sequence[str], conda: Mapping[str, Any]) -> None:
     if constraints:
         (folder / CONSTRAINTS).write_text("\n".join(constraints) + "\n", encoding="utf-8")
-        lines = [*lines, f"-c {CONSTRAINTS}"]
-    (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = _write_lines(folder / "requirements.txt", lines, constraints)
     # No build dependencies: MLflow would put pip, setuptools and wheel on the same pip command line, where they
     # contradict pins of the closure, break hash checking, and are looked for in folders that only hold the pins.
     python_env = {"python": _python_release(), "build_dependencies": [], "dependencies": ["-r requirements.txt"]}
     for name, value in (("conda.yaml", _with_pip_section(conda, lines)), ("python_env.yaml", python_env)):
         (folder / name).write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
+
+
+def _write_lines(path: Path, lines: Sequence[str], constraints: Sequence[str]) -> Sequence[str]:
+    """Write a file that pip reads, with the name of the constraints where there are any. Returns its lines."""
+    lines = [*lines, f"-c {CONSTRAINTS}"] if constraints else lines
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return lines

@@ -191,7 +191,10 @@ def save_model(
         signature = signature_of(task_, source.example, answers[: len(rows) - len(task_.golden_rows())], signature)
         _seal(mlmodel, spec, signature, metadata, layout)
         # The graph first: what only the module needs is what is opened after that.
-        used = find_used(*rehearse_load(stage, names, allow_pickle=allow_pickle)) if rehearse else None
+        used = None
+        if rehearse:
+            found = rehearse_load(stage, names, hidden=pinning.optional, allow_pickle=allow_pickle)
+            used = find_used(*found)
         if pinning.finish(used):
             _seal(mlmodel, spec, signature, metadata, layout)
 

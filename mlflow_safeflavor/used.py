@@ -60,7 +60,8 @@ def find_used(opened: Opened, path: Sequence[str]) -> dict[str, Use]:
             elif _is_strange(file, path):
                 strangers.setdefault(file, reader)
     _refuse(strangers)
-    used.pop(OWN_NAME, None)
+    for name in (OWN_NAME, "mlflow"):  # vendored; and pinned anyhow, as it is or in its smaller part
+        used.pop(name, None)
     return used
 
 

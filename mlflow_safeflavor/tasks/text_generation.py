@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from mlflow.types import DataType, Schema
 
-from mlflow_safeflavor.chat_template import render
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.releases import Array, Object, Property, require_schema
 from mlflow_safeflavor.rows import describe_value, place, require_clean, require_texts
@@ -154,6 +153,8 @@ class TextGeneration(Generation):
                 where=f"input_columns, {self.columns}",
                 way_out='set tokenizer.chat_template, or save the model with input_columns={"text": …}',
             )
+        from mlflow_safeflavor.chat_template import render  # only a chat needs it, and with it jinja2
+
         try:
             rendered: str = render(tokenizer, messages)
         except Exception as error:  # templates refuse what they do not know, each in its own way

@@ -1,0 +1,114 @@
+"""What is served by its graph needs an environment without torch: made from the artifact's own pins, and asked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from mlflow.pyfunc.scoring_server import infer_and_parse_data
+from transformers import BertConfig
+
+import mlflow_safeflavor
+
+pytestmark = [pytest.mark.slow, pytest.mark.graphs]
+
+TEXTS = ["a cat on the mat", "", "naïve Straße 你好 🙂", "the dog sat"]
+HEAVY = ("torch", "transformers", "onnx", "onnxscript", "scipy", "pyarrow", "sklearn", "matplotlib", "sqlalchemy")
+BODIES = {
+    "classifier": {"dataframe_records": [{"text": text} for text in TEXTS]},
+    "embedding": {"inputs": TEXTS},
+    "tokens": {"dataframe_records": [{"text": text} for text in TEXTS]},
+    "answers": {"dataframe_records": [{"question": "who sat", "context": text} for text in ("the dog sat", "a cat")]},
+    "raw": {"inputs": {"ids": [[4, 5, 6], [7, 8, 0]], "mask": [[1, 1, 1], [1, 1, 0]]}},
+}
+
+
+class Nested(torch.nn.Module):
+    """An encoder inside, and more than one answer."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.head = torch.nn.Linear(encoder.config.hidden_size, 3)
+
+    def forward(self, ids, mask):
+        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return {"labels": self.head(hidden[:, 0]), "all": {"hidden": hidden}}
+
+
+@pytest.fixture(scope="module")
+def models(minilm_folder, tmp_path_factory):
+    """Five models, each of its graph alone."""
+    folder, tokenizer = tmp_path_factory.mktemp("lean"), transformers.AutoTokenizer.from_pretrained(minilm_folder)
+    torch.manual_seed(0)
+
+    def make(head):
+        config = BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=64, initializer_range=0.5,
+        )  # fmt: skip
+        return getattr(transformers, f"Bert{head}")(config).eval()
+
+    heads = {
+        "classifier": "ForSequenceClassification",
+        "embedding": "Model",
+        "tokens": "ForTokenClassification",
+        "answers": "ForQuestionAnswering",
+    }
+    for name, head in heads.items():
+        # With its rehearsal, the first; what that finds must be no more than what libraries take where it is.
+        options = {"tokenizer": tokenizer, "rehearse": name == "classifier"}
+        mlflow_safeflavor.save_model(make(head), folder / name, graph="only", **options)
+    example = {name: np.array(rows) for name, rows in BODIES["raw"]["inputs"].items()}
+    mlflow_safeflavor.save_model(
+        Nested(make("Model")).eval(), folder / "raw", task="raw", input_example=example, graph="only", rehearse=False
+    )
+    return folder
+
+
+def pins_of(model):
+    lines = (model / "requirements.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines)
+
+
+def test_pins_are_what_serves_a_graph(models):
+    pins = {name: pins_of(models / name) for name in BODIES}
+    wanted = {"mlflow-skinny", "numpy", "pandas", "onnxruntime", "tokenizers", "fastapi", "uvicorn"}
+    for name, found in pins.items():
+        assert wanted <= found.keys(), name
+        assert not {"mlflow", "scikit-learn", *HEAVY} & found.keys(), name
+    assert pins["embedding"] == pins["tokens"] == pins["answers"] == pins["raw"]
+    assert pins["embedding"].items() <= pins["classifier"].items()
+    assert len(pins["classifier"]) < len(pins["embedding"]) + 6, "small ones that somebody takes where they are"
+
+
+def test_five_models_are_served_where_torch_is_not(models, serve, tmp_path):
+    """`mlflow models serve` makes the environment: once, as the pins are the same; answers are the host's, bit for bit."""
+    env = {
+        "MLFLOW_ENV_ROOT": str(tmp_path / "envs"),
+        "UV_INDEX_STRATEGY": "unsafe-best-match",  # as pip looks
+        "OMP_NUM_THREADS": "1",
+        "MLFLOW_SAFEFLAVOR_ENVIRONMENT": "error",
+    }
+    for name in ("embedding", "tokens", "answers", "raw", "classifier"):
+        model = mlflow.pyfunc.load_model(str(models / name))
+        rows = infer_and_parse_data(BODIES[name], model.metadata.get_input_schema())
+        wanted = model.predict(rows)
+        wanted = wanted.to_dict("records") if isinstance(wanted, pd.DataFrame) else wanted
+        with serve(models / name, env_manager="uv", env=env, timeout=600) as server:
+            answer = server.invoke(BODIES[name])
+            assert answer.status == 200, answer.text
+            found = answer.json()["predictions"]
+        assert found == json.loads(json.dumps(wanted, default=lambda array: array.tolist())), name
+    environments = list((tmp_path / "envs").glob("**/bin/python"))
+    assert len(environments) == 2, "one for the four, and one for what the rehearsal found"
+    for python in environments:
+        look = f"import importlib.util as u; print([name for name in {HEAVY!r} if u.find_spec(name)])"
+        done = subprocess.run([python, "-c", look], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]"
