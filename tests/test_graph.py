@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from artifacts import edit_mlmodel, reseal
 from click.testing import CliRunner
 from packaging.utils import canonicalize_name
 from test_audio import make_model as make_listener
@@ -25,10 +26,10 @@ from test_images import make_processor
 from torch import nn
 
 import mlflow_safeflavor
-from mlflow_safeflavor import cli, load, recording
+from mlflow_safeflavor import cli, generate_dockerfile, load, recording
 from mlflow_safeflavor.artifact import Layout, read_json
 from mlflow_safeflavor.environment import Environment
-from mlflow_safeflavor.errors import PlacementError, StructureError
+from mlflow_safeflavor.errors import InputError, PlacementError, StructureError
 from mlflow_safeflavor.graph_file import reason_against
 from mlflow_safeflavor.inventory import find_slots
 from mlflow_safeflavor.module_engine import ModuleEngine
@@ -260,6 +261,33 @@ def test_serving_needs_nothing_but_the_pins(tiny_tokenizer, tmp_path, clean_proc
         str(tmp_path / "m"),
         json.dumps([name for name in others if name not in ("mlflow_safeflavor", "pkg_resources", "setuptools")]),
     )
+
+
+def test_an_image_has_the_pins_of_what_it_serves_with(tiny_tokenizer, tmp_path):
+    path = tmp_path / "m"
+    mlflow_safeflavor.save_model(bert("Model"), path, tokenizer=tiny_tokenizer, torch_index=None, rehearse=False)
+
+    def image(engine="auto", **options):
+        folder = tmp_path / f"image-{len(list(tmp_path.iterdir()))}"
+        file = generate_dockerfile(str(path), folder, engine=engine, hashes=False, **options)
+        pins = (folder / "environment" / "requirements.txt").read_text().splitlines()
+        return {line.split("==")[0] for line in pins}, "SAFEFLAVOR_ENGINE=onnx" in file.read_text()
+
+    lean, full = image("onnx"), image("module")
+    assert image() == lean
+    assert "mlflow-skinny" in lean[0]
+    assert {"torch", "transformers", "mlflow", "scipy", "pyarrow"} <= full[0] - lean[0]
+    assert (lean[1], full[1]) == (True, False)
+    assert image(target="cuda") == full
+    with pytest.raises(InputError, match="served on a CPU"):
+        image("onnx", target="cuda")
+
+    def chooses(content):
+        content["flavors"]["safeflavor"]["model_config"]["engine"] = "module"
+
+    edit_mlmodel(path, chooses)
+    reseal(path)
+    assert image() == full
 
 
 def test_hooks(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 
 import mlflow
@@ -28,6 +29,17 @@ BODIES = {
     "raw": {"inputs": {"ids": [[4, 5, 6], [7, 8, 0]], "mask": [[1, 1, 1], [1, 1, 0]]}},
 }
 
+BOTH = """
+import json, mlflow_safeflavor
+model = mlflow_safeflavor.load_model(sys.argv[1], environment="error")
+rows = model.predict(json.loads(sys.argv[2])).to_dict("records")
+try:
+    model.module
+except mlflow_safeflavor.errors.EnvironmentMismatchError as error:
+    print(json.dumps({"rows": rows, "refused": str(error)}))
+"""
+"""Loads a model that has both forms where there is no torch, and asks for its module."""
+
 
 class Nested(torch.nn.Module):
     """An encoder inside, and more than one answer."""
@@ -44,7 +56,7 @@ class Nested(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def models(minilm_folder, tmp_path_factory):
-    """Five models, each of its graph alone."""
+    """Five models, each of its graph alone, and one that has its module, too."""
     folder, tokenizer = tmp_path_factory.mktemp("lean"), transformers.AutoTokenizer.from_pretrained(minilm_folder)
     torch.manual_seed(0)
 
@@ -65,6 +77,8 @@ def models(minilm_folder, tmp_path_factory):
         # With its rehearsal, the first; what that finds must be no more than what libraries take where it is.
         options = {"tokenizer": tokenizer, "rehearse": name == "classifier"}
         mlflow_safeflavor.save_model(make(head), folder / name, graph="only", **options)
+    both = make("ForSequenceClassification")
+    mlflow_safeflavor.save_model(both, folder / "both", tokenizer=tokenizer, graph="require", rehearse=False)
     example = {name: np.array(rows) for name, rows in BODIES["raw"]["inputs"].items()}
     mlflow_safeflavor.save_model(
         Nested(make("Model")).eval(), folder / "raw", task="raw", input_example=example, graph="only", rehearse=False
@@ -72,9 +86,9 @@ def models(minilm_folder, tmp_path_factory):
     return folder
 
 
-def pins_of(model):
-    lines = (model / "requirements.txt").read_text().splitlines()
-    return dict(line.split("==") for line in lines)
+def pins_of(model, name="requirements.txt"):
+    lines = (model / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("--"))
 
 
 def test_pins_are_what_serves_a_graph(models):
@@ -86,10 +100,12 @@ def test_pins_are_what_serves_a_graph(models):
     assert pins["embedding"] == pins["tokens"] == pins["answers"] == pins["raw"]
     assert pins["embedding"].items() <= pins["classifier"].items()
     assert len(pins["classifier"]) < len(pins["embedding"]) + 6, "small ones that somebody takes where they are"
+    assert {"torch", "transformers", "mlflow"} <= pins_of(models / "both").keys()
+    assert pins_of(models / "both", "requirements-onnx.txt") == pins["embedding"]
 
 
 def test_five_models_are_served_where_torch_is_not(models, serve, tmp_path):
-    """`mlflow models serve` makes the environment: once, as the pins are the same; answers are the host's, bit for bit."""
+    """`mlflow models serve` makes the environment from the pins; answers are the host's, bit for bit."""
     env = {
         "MLFLOW_ENV_ROOT": str(tmp_path / "envs"),
         "UV_INDEX_STRATEGY": "unsafe-best-match",  # as pip looks
@@ -106,9 +122,16 @@ def test_five_models_are_served_where_torch_is_not(models, serve, tmp_path):
             assert answer.status == 200, answer.text
             found = answer.json()["predictions"]
         assert found == json.loads(json.dumps(wanted, default=lambda array: array.tolist())), name
-    environments = list((tmp_path / "envs").glob("**/bin/python"))
+    environments = sorted((tmp_path / "envs").glob("**/bin/python"))
     assert len(environments) == 2, "one for the four, and one for what the rehearsal found"
     for python in environments:
         look = f"import importlib.util as u; print([name for name in {HEAVY!r} if u.find_spec(name)])"
         done = subprocess.run([python, "-c", look], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]"
+    script = "import sys; sys.path.insert(0, sys.argv[1] + '/code')" + BOTH
+    command = [environments[0], "-c", script, models / "both", json.dumps(TEXTS)]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["rows"] == mlflow_safeflavor.load_model(str(models / "both")).predict(TEXTS).to_dict("records")
+    assert "torch" in told["refused"]
+    assert "requirements.txt of the model" in told["refused"]

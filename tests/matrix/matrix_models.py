@@ -21,6 +21,8 @@ import pandas as pd
 import torch
 
 import mlflow_safeflavor
+from mlflow_safeflavor.artifact import Layout, read_json
+from mlflow_safeflavor.environment import Environment, find_differences
 
 # transformers, and MiniLM's weights, are imported where a model is made: graphs are asked where neither is installed.
 CODE = ["if x < 0:\n    return -x", "for i in range(n + 1):\n    total += a[i]", "return a == b", ""]
@@ -140,6 +142,11 @@ def load(folder: Path, **options: Any) -> Any:
     return mlflow_safeflavor.load_model(str(folder), trust={"pickle"}, **options)
 
 
+def differences(model: Path) -> list[str]:
+    """What is not installed here as it was where the model was saved, whatever answers."""
+    return [str(one) for one in find_differences(Environment.from_json(read_json(Layout(model).environment)))]
+
+
 def ask(folder: Path) -> dict[str, Any]:
     """Model → what it answers here, natively and by pyfunc, and what differs from where it was saved."""
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "true"
@@ -150,7 +157,7 @@ def ask(folder: Path) -> dict[str, Any]:
         told[name] = {
             "native": records(native.predict(ROWS[name])),
             "pyfunc": records(served.predict(ROWS[name])),
-            "differences": list(native.report.environment),
+            "differences": differences(folder / name),
             "max_difference": native.report.max_difference,
         }
     return told
