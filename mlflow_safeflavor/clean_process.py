@@ -102,7 +102,8 @@ def main(model: str, engines: str, answer: str, hidden: str) -> None:
     sys.addaudithook(lambda event, args: witness(event, args) if event in _OPENS else None)
     path, opened, problem = list(sys.path), {}, None
     try:
-        sys.modules.update(dict[str, Any].fromkeys(hidden.split()))  # which is how an import is ruled out
+        ruled_out: Any = None
+        sys.modules.update(dict.fromkeys(hidden.split(), ruled_out))
         import mlflow.pyfunc
 
         for name in hidden.split():
