@@ -1,7 +1,6 @@
-"""Images side by side: `mlflow models build-docker` of mlflow.transformers' model, and ours of the same weights; and
-ours with transformers, and without it.
+"""Images side by side: `mlflow models build-docker` of mlflow.transformers' model, and ours of the same weights.
 
-    python benchmarks/docker.py [--only flavors,engines] [--requests 40] [--rounds 5] [--json FILE]
+    python benchmarks/docker.py [--only images,starts,latency,memory] [--requests 40] [--rounds 5] [--changes 3]
 
 Needs a Docker engine, or root and an installed dockerd. Both containers run as they come, and are asked in turn,
 one request at a time. What the tables mean, and what was seen, is in docs/benchmarks.md.
@@ -37,7 +36,7 @@ from _common import (
     save_peer,
     tokenizer,
 )
-from base_image import base_image
+from base_image import TAG, base_image
 from containers import Container, running
 from engine import IMAGES, Engine, running_engine
 from pip_settings import torch_wheels
@@ -91,13 +90,13 @@ def build_peer(engine: Engine, model: Path) -> str:
     return image
 
 
-def build_ours(engine: Engine, model: Path, serve_with: str = "auto") -> str:
+def build_ours(engine: Engine, model: Path) -> str:
     """Our folder, and `docker build`."""
     import mlflow_safeflavor
 
-    image = f"{IMAGES}:bench-ours-{serve_with}"
+    image = f"{IMAGES}:bench-ours"
     with TemporaryDirectory() as folder:
-        path = mlflow_safeflavor.generate_dockerfile(str(model), Path(folder, "image"), engine=serve_with)
+        path = mlflow_safeflavor.generate_dockerfile(str(model), Path(folder, "image"))
         engine.docker("build", "--tag", image, path.parent, timeout=1800)
     return image
 
@@ -167,86 +166,80 @@ def row(what: str, ours: list[float], theirs: list[float], unit: str, digits: in
     return (what, *cells, f"{middle:.2f} ({low:.2f}–{high:.2f})", verdict)
 
 
-def compare_engines(engine: Engine, torch_index: str, rounds: int) -> list[Row]:
-    """The lean image, and the one that rebuilds the module, of the same model: size, and time to the first answer."""
-    import mlflow_safeflavor
-
-    with TemporaryDirectory() as folder:
-        model, options = Path(folder, "model"), {"torch_index": torch_index, "rehearse": False, "graph": "require"}
-        mlflow_safeflavor.save_model(minilm_classifier(), model, tokenizer=tokenizer(), **options)
-        images = {"graph": build_ours(engine, model, "onnx"), "module": build_ours(engine, model)}
-    ready: dict[str, list[float]] = {name: [] for name in images}
-    for turn in range(rounds + 1):  # the first reads the image from disk, and does not count
-        for name, image in images.items():
-            start = time.perf_counter()
-            with running(
-                engine, image, env={"MLFLOW_SAFEFLAVOR_ENGINE": name, "MLFLOW_MODELS_WORKERS": "1"}
-            ) as container:
-                container.wait_until_serving(timeout=600)
-                container.invoke({"dataframe_records": [{"text": SHORT}]})
-                if turn:
-                    ready[name].append(time.perf_counter() - start)
-    sizes = [[engine.inspect("image", image)["Size"] / 1e6] for image in images.values()]
-    return [row("size of the image", *sizes, "MB"), row("`docker run` to the first answer", *ready.values(), "s", 1)]
+def start(engine: Engine, image: str) -> float:
+    """Seconds from `docker run` to the first answer, of one worker."""
+    begin = time.perf_counter()
+    with running(engine, image, env={"MLFLOW_MODELS_WORKERS": "1"}) as container:
+        container.wait_until_serving(timeout=600)
+        container.invoke({"dataframe_records": [{"text": SHORT}]})
+        return time.perf_counter() - begin
 
 
-def compare_flavors(engine: Engine, torch_index: str, count: int) -> list[Row]:
-    """Our image, and that of the other flavor."""
-    rows = []
+def compare(engine: Engine, torch_index: str, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Our image, and that of the other flavor, a row of the table at a time."""
     with TemporaryDirectory() as folder:
         model = minilm_classifier()
         first = save_both(model, Path(folder, "first"), torch_index)
         built = {name: timed(lambda n=name: BUILD[n](engine, first[n])) for name in WHO}
-        rows.append(row("first build", *([built[name][0]] for name in WHO), "s"))
-        again: dict[str, list[float]] = {name: [] for name in WHO}
-        for turn in range(3):
-            model.classifier.weight.data.add_(0.01)
-            changed = save_both(model, Path(folder, f"changed-{turn}"), torch_index)
-            for name in WHO:
-                again[name].append(timed(lambda n=name, c=changed: BUILD[n](engine, c[n]))[0])
-        rows.append(row("build after a change of weights", *again.values(), "s", 1, 0.1))
         images = {name: built[name][1] for name in WHO}
-        sizes = [[engine.inspect("image", images[name])["Size"] / 1e6] for name in WHO]
-        rows.append(row("size of the image", *sizes, "MB", goal=1.0))
-        with both(engine, images, "--cpus=1") as containers:
-            for what, text, goal in (("one short text, --cpus=1", SHORT, 0.4), ("one long text, --cpus=1", LONG, 0.55)):
-                rows.append(row(what, *latencies(containers, text, count).values(), "ms", 1, goal))
-        large = save_both(roberta_classifier(), Path(folder, "large"), torch_index)
-        mounts = {name: ("--volume", f"{path}:/opt/ml/model:ro") for name, path in large.items()}
-        four = ("--env", "MLFLOW_MODELS_WORKERS=4")
-        with both(engine, images, *four, mounts=mounts) as containers:
-            for _ in range(12):  # every worker has answered
-                latencies(containers, SHORT, 1)
-            rows.append(
-                row("memory of four workers, 498 MB", *([memory_of(containers[n])] for n in WHO), "MB", goal=0.5)
-            )
-    return rows
+        if "images" in arguments.only:
+            yield row("first build", *([built[name][0]] for name in WHO), "s")
+            sizes = [engine.inspect("image", images[name])["Size"] / 1e6 for name in WHO]
+            below = engine.inspect("image", TAG)["Size"] / 1e6
+            yield row("size of the image", *([size] for size in sizes), "MB", goal=0.27)
+            yield row(f"without its base of {below:.0f} MB", *([size - below] for size in sizes), "MB")
+        if "starts" in arguments.only:
+            ready: dict[str, list[float]] = {name: [] for name in WHO}
+            for turn in range(arguments.rounds + 1):  # the first reads the image from disk, and does not count
+                for name, image in images.items():
+                    seconds = start(engine, image)
+                    ready[name] += [seconds] if turn else []
+            yield row("`docker run` to the first answer", *ready.values(), "s", 1, 0.4)
+        if "latency" in arguments.only:
+            with both(engine, images, "--cpus=1") as containers:
+                for what, text, goal in (("one short text", SHORT, 0.4), ("one long text", LONG, 0.55)):
+                    times = latencies(containers, text, arguments.requests)
+                    yield row(f"{what}, --cpus=1", *times.values(), "ms", 1, goal)
+        if "images" in arguments.only:
+            again: dict[str, list[float]] = {name: [] for name in WHO}
+            for turn in range(arguments.changes):
+                model.classifier.weight.data.add_(0.01)
+                changed = save_both(model, Path(folder, f"changed-{turn}"), torch_index)
+                for name in WHO:
+                    again[name].append(timed(lambda n=name, c=changed: BUILD[n](engine, c[n]))[0])
+            yield row("build after a change of weights", *again.values(), "s", 1, 0.1)
+        if "memory" in arguments.only:
+            large = save_both(roberta_classifier(), Path(folder, "large"), torch_index)
+            mounts = {name: ("--volume", f"{path}:/opt/ml/model:ro") for name, path in large.items()}
+            four = ("--env", "MLFLOW_MODELS_WORKERS=4")
+            with both(engine, images, *four, mounts=mounts) as containers:
+                for _ in range(12):  # every worker has answered
+                    latencies(containers, SHORT, 1)
+                memory = ([memory_of(containers[name])] for name in WHO)
+                yield row("memory of four workers, 498 MB", *memory, "MB", goal=0.5)
 
 
 def main() -> None:
-    """Build, run and ask; print a table for each comparison."""
+    """Build, run and ask; print each row as it is known, and a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="flavors,engines", help="comparisons to run, separated by commas")
+    parser.add_argument("--only", default="images,starts,latency,memory", help="what to compare, separated by commas")
     parser.add_argument("--requests", type=int, default=40, help="requests of each kind")
     parser.add_argument("--rounds", type=int, default=5, help="starts of each image")
-    parser.add_argument("--json", type=Path, help="write the tables there, too")
+    parser.add_argument("--changes", type=int, default=3, help="changes of weights")
+    parser.add_argument("--json", type=Path, help="write the table there, too")
     arguments = parser.parse_args()
-    found = {}
+    table, rows = Table("what", *WHO, "ratio", "goal"), []
     with running_engine() as engine, base_image(engine) as stands_in:
         wheels = torch_wheels() if stands_in else None
         index = "auto" if wheels is None else str(wheels)
-        if "flavors" in arguments.only:
-            found[WHO] = compare_flavors(engine, index, arguments.requests)
-        if "engines" in arguments.only:
-            found["graph", "module"] = compare_engines(engine, index, arguments.rounds)
-    console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    for sides, rows in found.items():
-        table = Table("what", *sides, "ratio", "goal")
-        for cells in rows:
+        for cells in compare(engine, index, arguments):
+            print(*cells, sep=" | ", flush=True)
             table.add_row(*cells)
-        console.print(table)
+            rows.append(cells)
+    console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    console.print(table)
     if arguments.json:
-        facts = {"machine": machine(), "tables": [{"sides": sides, "rows": rows} for sides, rows in found.items()]}
+        facts = {"machine": machine(), "sides": WHO, "rows": rows}
         arguments.json.write_text(json.dumps(facts, indent=1, ensure_ascii=False))
 
 

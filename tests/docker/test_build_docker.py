@@ -398,3 +398,20 @@ def test_without_enough_memory_it_ends_and_does_not_serve(engine, image):
         state = container.state()
         assert not state["Running"]
         assert state["OOMKilled"], f"{state}\n{container.log()}"
+
+
+@pytest.mark.graphs
+def test_a_graph_alone_makes_an_image_without_torch(engine, torch_index, minilm_folder, tmp_path, monkeypatch):
+    """Smaller by all that only a module needs; MLflow itself is installed whole, whatever the pins say."""
+    path, tag = tmp_path / "model", f"{IMAGES}:graph"
+    model, tokenizer = AutoModel.from_pretrained(minilm_folder), AutoTokenizer.from_pretrained(minilm_folder)
+    mlflow_safeflavor.save_model(model, path, tokenizer=tokenizer, graph="only", rehearse=False)
+    rows = [{"text": text} for text in ["", *sentences("the cat sat; naïve Straße 你好 🙂", 300)[:40]]]
+    here = answers_here(path, rows, {}, monkeypatch)
+    build(engine, path, tag)
+    env = {"MLFLOW_MODELS_WORKERS": "1", **STRICT}
+    with running(engine, tag, "--cpus=1", env=env) as container:
+        container.wait_until_serving()
+        require_same(container.invoke({"dataframe_records": rows})["predictions"], here)
+        look = "import importlib.util as u; print([name for name in ('torch', 'transformers') if u.find_spec(name)])"
+        assert engine.docker("exec", container.name, "python", "-c", look).strip() == "[]"

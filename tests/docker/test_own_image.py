@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import mlflow
 import pandas as pd
 import pytest
+import torch
 from artifacts import edit_json, edit_mlmodel, flip, reseal
 from containers import running
-from engine import IMAGES
-from transformers import AutoModel, AutoTokenizer
+from engine import IMAGES, LABEL
+from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
 
 import mlflow_safeflavor
 
@@ -72,27 +77,88 @@ def test_it_answers_as_this_machine_without_root_network_or_a_writable_disk(engi
     assert "safeflavor: feature-extraction" in log
 
 
-def test_a_graph_is_served_without_transformers(engine, image, saved_minilm, monkeypatch):
-    """The lean image: the same bits from a container in which transformers is not installed."""
-    path = mlflow_safeflavor.generate_dockerfile(
-        str(saved_minilm / "model"), saved_minilm / "lean", engine="onnx", hashes=False
+def test_it_holds_what_the_graph_needs_and_no_more(engine, image, saved_minilm):
+    assert ", onnx, " in image[1], "the report of the check in the build"
+    pins = (saved_minilm / "context" / "environment" / "requirements.txt").read_text()
+    assert "mlflow-skinny==" in pins
+    heavy = ("torch", "transformers", "onnx", "scipy", "pyarrow", "sklearn", "matplotlib")
+    look = f"import importlib.util as u; print([name for name in {heavy} if u.find_spec(name)])"
+    assert in_container(engine, image, look).strip() == "[]"
+
+
+def in_container(engine, image, code, *options):
+    """What a program prints that runs in a container of the image, in place of the server."""
+    return engine.docker(
+        "run", "--rm", "--label", LABEL, *options, "--entrypoint", "python", image[0], "-c", code, timeout=600
     )
-    pins = (path.parent / "environment" / "requirements.txt").read_text()
-    assert "transformers" not in pins
-    assert "tokenizers" in pins
-    tag = f"{IMAGES}:lean"
-    assert ", onnx, " in engine.docker("build", "--tag", tag, path.parent, timeout=900)
-    with running(engine, tag, *HARDENED, env=ONE_THREAD) as container:
-        container.wait_until_serving()
-        found = container.invoke(BODY)["predictions"]
-        looked = engine.docker(
-            "exec", container.name, "python", "-c", "import importlib.util as u; print(u.find_spec('transformers'))"
-        )
-    assert [row["embedding"] for row in found] == answers(saved_minilm / "model", monkeypatch)
-    assert looked.strip() == "None"
-    size = {name: int(engine.docker("image", "inspect", "--format", "{{.Size}}", name)) for name in (tag, image[0])}
-    print(size)
-    assert size[tag] < size[image[0]]
+
+
+WORDS = "the a cat dog sat ran on under mat tree naïve Straße 你好 🙂 def f(x): return x + 1".split()
+ASK = """
+import json, sys, logging
+logging.disable()
+import mlflow.pyfunc, numpy as np, pandas as pd
+rows = json.load(open("/rows/rows.json"))
+answers = {}
+for name in ("classifier", "embedding"):
+    model = mlflow.pyfunc.load_model("/rows/" + name)
+    answers[name] = model.predict(pd.DataFrame({"text": rows["texts"]})).to_dict("records")
+arrays = {name: np.array(values) for name, values in rows["arrays"].items()}
+found = mlflow.pyfunc.load_model("/rows/own").predict(arrays)
+answers["own"] = {name: array.tolist() for name, array in found.items()}
+print("ANSWERS" + json.dumps(answers))
+"""
+
+
+class Own(torch.nn.Module):
+    """A module of the user's, with an encoder inside."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.head = encoder, torch.nn.Linear(encoder.config.hidden_size, 5)
+
+    def forward(self, ids, mask):
+        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return {"labels": self.head(hidden.mean(1)), "all": {"hidden": hidden[:, :2]}}
+
+
+@pytest.fixture
+def mixed(saved_minilm, minilm_folder, tmp_path):
+    """A classifier, an embedding model and a module of the user's, 200 mixed rows, and what the host answers."""
+    torch.manual_seed(0)
+    encoder = AutoModel.from_pretrained(minilm_folder, num_hidden_layers=2, dtype="float32").eval()
+    classifier = BertForSequenceClassification(encoder.config).eval()
+    classifier.bert.load_state_dict(encoder.state_dict(), strict=False)
+    folder, drawn = tmp_path / "rows", random.Random(0)
+    folder.mkdir(mode=0o755)
+    options = {"graph": "only", "rehearse": False}
+    mlflow_safeflavor.save_model(
+        classifier, folder / "classifier", tokenizer=AutoTokenizer.from_pretrained(minilm_folder), **options
+    )
+    lengths = [0, 1, 2, 300, *(int(2 ** drawn.uniform(0, 7)) for _ in range(196))]
+    texts = [" ".join(drawn.choices(WORDS, k=length)) for length in lengths]
+    arrays = {"ids": torch.randint(5, 30000, (200, 24)).numpy(), "mask": torch.ones(200, 24, dtype=torch.long).numpy()}
+    arrays["mask"][::3, 11:] = 0
+    example = {name: array[:2] for name, array in arrays.items()}
+    mlflow_safeflavor.save_model(Own(encoder).eval(), folder / "own", task="raw", input_example=example, **options)
+    shutil.copytree(saved_minilm / "model", folder / "embedding")
+    rows = {"texts": texts, "arrays": {name: array.tolist() for name, array in arrays.items()}}
+    (folder / "rows.json").write_text(json.dumps(rows))
+    program = ASK.replace("/rows/", f"{folder}/")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return folder, json.loads(done.stdout.partition("ANSWERS")[2])
+
+
+def test_the_same_bits_for_any_quota_and_any_number_of_threads(engine, image, mixed):
+    folder, wanted = mixed
+    assert len(wanted["classifier"]) == len(wanted["embedding"]) == len(wanted["own"]["labels"]) == 200
+    assert len({row["score"] for row in wanted["classifier"]}) > 150, "answers that are all alike prove nothing"
+    mounted = ("--volume", f"{folder}:/rows:ro", "--env", "MLFLOW_SAFEFLAVOR_ENVIRONMENT=error")
+    threads = [("--env", f"MLFLOW_SAFEFLAVOR_NUM_THREADS={count}") for count in (1, 3)]
+    for options in (("--cpus=2",), ("--cpus=1",), ("--cpus=0.5",), *threads):
+        found = json.loads(in_container(engine, image, ASK, *mounted, *options).partition("ANSWERS")[2])
+        for name, answers in wanted.items():
+            assert found[name] == answers, f"{name}, {options}"
 
 
 def test_workers_are_as_many_as_the_quota_allows(engine, image):
@@ -149,7 +215,7 @@ def _other_answers(model):
     def change(content):
         content["answers"][0]["embedding"][0] += 0.5
 
-    edit_json(model / "safeflavor" / "parity.json", change)
+    edit_json(model / "safeflavor" / "parity-onnx.json", change)
     reseal(model)
 
 
