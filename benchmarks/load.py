@@ -272,9 +272,9 @@ def _empty_model(ours: Path, folder: Path) -> Path:
 # --- workers -------------------------------------------------------------------------------------
 
 WORKERS = 4
-# Three stops: after imports, after loading and reading every weight, and the end.
+# Four stops: after imports, after loading and reading every weight, once all have, and the end.
 WORKER = """
-import json, sys, time
+import json, sys
 import mlflow.pyfunc, mlflow.transformers, onnxruntime, torch
 from transformers import RobertaModel, pipeline
 import mlflow_safeflavor
@@ -283,11 +283,10 @@ print(json.dumps([]), flush=True)
 input()
 if how == "onnx":
     model = mlflow_safeflavor.load_model(path, model_config={"engine": "onnx"})
-    for _ in range(50):  # a server goes on answering while others start
+    for _ in range(2):  # a server goes on answering once others have started
         model.predict(["some words " * 20])
-        time.sleep(0.2)
-    print("[]", flush=True)
-    input()
+        print("[]", flush=True)
+        input()
     sys.exit()
 if how == "ours":
     module = mlflow_safeflavor.load_model(path).module
@@ -295,8 +294,9 @@ else:
     module = mlflow.transformers.load_model(path, dtype=getattr(torch, how)).model
 seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.parameters()}
 total = sum(float(t.float().sum()) for t in module.parameters())
-print(json.dumps(sorted(seen.items())), flush=True)
-input()
+for _ in range(2):
+    print(json.dumps(sorted(seen.items())), flush=True)
+    input()
 """
 
 
@@ -350,11 +350,10 @@ def _memory_of_workers(how: str, folder: Path) -> tuple[float, float]:
         for process in processes:
             _answer(process)
         before = sum(_pss(process.pid, None) for process in processes)
-        storages = []
-        for process in processes:
-            _go_on(process)
-        for process in processes:
-            storages.append(_answer(process))
+        for _ in range(2):
+            for process in processes:
+                _go_on(process)
+            storages = [_answer(process) for process in processes]
         after = sum(_pss(process.pid, None) for process in processes)
         weights = sum(_pss(process.pid, seen) for process, seen in zip(processes, storages, strict=True))
         return weights, after - before

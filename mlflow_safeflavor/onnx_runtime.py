@@ -21,6 +21,7 @@ import onnxruntime
 from mlflow_safeflavor.artifact import WAY_OUT
 from mlflow_safeflavor.cpu import available_memory
 from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.heap import give_back
 from mlflow_safeflavor.onnx_graph import Graph
 from mlflow_safeflavor.packed_weights import PackedWeights
 
@@ -69,7 +70,7 @@ class Session:
 
     Args:
         graph: Checked.
-        weights: Name → array, of the dtype and shape that the graph says; kept alive and never written.
+        weights: Name → array, of the dtype and shape that the graph says; kept alive as long as they are used, and never written.
         threads: Of one run. They sleep as soon as they have nothing to do: a spinning one takes a core from its
             neighbours, and with containers' quotas from itself.
         packed: Where this host keeps the packed weights, if it may.
@@ -92,6 +93,8 @@ class Session:
         nbytes = sum(array.nbytes for array in self._weights.values())
         shared = None if packed is None else packed.open(self._map, self._save, nbytes)
         self._session = shared or self._pack()
+        if shared:
+            self._weights = {}
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the forward.
@@ -105,7 +108,8 @@ class Session:
             if least < 0 or most >= rows:  # the standard counts negative ones from the end, torch refuses them
                 raise IndexError(f"{name} has {least if least < 0 else most}, which is no row of a table of {rows}")
         if self._packed is not None and (shared := self._packed.found(self._map)):
-            self._session = shared
+            self._session, self._weights = shared, {}
+            give_back()
         found = self._session.run(None, {f"input.{name}": array for name, array in inputs.items()})
         return dict(zip(self.graph.outputs, found, strict=True))
 
@@ -135,6 +139,7 @@ class Session:
     def _save(self, path: Path) -> None:
         """Write the graph as it is run, and beside it its weights, packed."""
         self._pack(path)
+        give_back()
 
     def _map(self, path: Path) -> Any:
         """A session of what ``_save`` wrote, whose weights are the file's pages."""

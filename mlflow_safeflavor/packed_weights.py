@@ -26,6 +26,7 @@ from mlflow_safeflavor.weights_files import HeldFile, boot
 
 __all__ = ["PackedWeights"]
 
+_FILE = "packed.onnx"
 _MOST_AGE = 7 * 86400.0  # seconds
 
 _logger = logging.getLogger("mlflow.safeflavor")
@@ -61,8 +62,10 @@ class PackedWeights:
         try:
             with host_cache.entry(self._name) as folder:
                 if folder is None:
+                    root = host_cache.cache_folder()
+                    self._awaited = None if root is None else root / self._name / _FILE
                     return None
-                path = folder / "packed.onnx"
+                path = folder / _FILE
                 with suppress(FileNotFoundError):
                     if time.time() - path.stat().st_mtime > _MOST_AGE:
                         path.unlink()

@@ -81,17 +81,20 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-@pytest.fixture(autouse=True)
-def _graphs_where_wanted(request, monkeypatch):
+@pytest.hookimpl(tryfirst=True)  # fixtures of a module save models, too
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Recording a graph takes seconds, so it is left to the tests that are about graphs or what serves them."""
-    if importlib.util.find_spec("torch") is None or request.node.get_closest_marker("graphs"):
+    if importlib.util.find_spec("torch") is None:
         return
     from mlflow_safeflavor import recording
+
+    recording.__dict__.setdefault("_examples_of", recording.examples_of)
 
     def refuse(*args: Any) -> Any:
         raise recording.Refusal("this test does without")
 
-    monkeypatch.setattr(recording, "examples_of", refuse)
+    wanted = item.get_closest_marker("graphs")
+    recording.examples_of = recording.__dict__["_examples_of"] if wanted else refuse
 
 
 # Models.

@@ -131,10 +131,10 @@ def test_each_argument_is_refused_by_name_and_nothing_is_copied(function, parame
     ({"code_paths": "hooks.py"}, "pass code_paths=['hooks.py']"),
     ({"code_paths": Path("hooks.py")}, "pass code_paths=[PosixPath('hooks.py')]"),
     ({"task": Path("raw")}, "pass str(task)"),
-    ({"structure": None}, "leave structure out, which is graph='auto'"),
+    ({"graph": None}, "leave graph out, which is graph='auto'"),
     ({"code_paths": ["hooks.py", 1]}, None),
     ({"artefact_path": "a"}, "leave it out"),
-    ({"structures": "auto"}, "is structure meant?"),
+    ({"graphs": "auto"}, "is graph meant?"),
 ], ids=str)  # fmt: skip
 def test_the_way_out_is_what_to_write_instead(given, way_out, tmp_path):
     with pytest.raises(InputError) as refused:

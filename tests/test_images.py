@@ -303,7 +303,7 @@ def test_a_flipped_bit_of_a_processor_is_refused(saved, tmp_path):
 
 
 def test_golden_rows_hold_no_pixels(saved):
-    golden = read_golden(Layout(saved))
+    golden = read_golden(Layout(saved), "module")
     assert [golden.inputs(i) for i in range(len(golden.rows))] == [{}] * len(golden.rows)
     assert all(golden.outputs(i) for i in range(len(golden.rows)))
 

@@ -56,7 +56,7 @@ def tolerances(bench: Bench) -> dict[str, Any]:
             with _tf32(True):
                 model = mlflow_safeflavor.load_model(path, trust=TRUST)
             here = mlflow_safeflavor.load_model(path, device="cpu", trust=TRUST)
-            golden = read_golden(Layout(path))
+            golden = read_golden(Layout(path), "module")
             figures = {"golden": model.report.max_difference, "allowed": golden.atol}
             inputs = _inputs(name, dtype)
             arrays = {key: array_of(tensor) for key, tensor in inputs.items()}
