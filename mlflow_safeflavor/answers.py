@@ -72,10 +72,10 @@ def answer_rows(
     done = 0
     try:
         with scheduler.arriving() as arrival:
-            waiting.append(_submitted(scheduler, next(parts), checked, arrival))
+            waiting.append(_submitted(scheduler, next(parts), checked, deadline, arrival))
         while waiting:
             if part := next(parts, None):
-                waiting.append(_submitted(scheduler, part, checked))
+                waiting.append(_submitted(scheduler, part, checked, deadline))
             features, ticket = waiting[0]
             outputs = _joined(task, features, scheduler.run(ticket, deadline, _of_all(watch, done, features, rows)))
             asked = rows[done : done + len(features)]
@@ -103,10 +103,14 @@ def _parts(task: Task, features: Iterator[Features]) -> Iterator[list[Features]]
 
 
 def _submitted(
-    scheduler: Scheduler, features: list[Features], params: Mapping[str, Any], arrival: object = None
+    scheduler: Scheduler,
+    features: list[Features],
+    params: Mapping[str, Any],
+    deadline: Deadline,
+    arrival: object = None,
 ) -> tuple[list[Features], Ticket]:
     pieces = [piece for row in features for piece in scheduler.task.pieces(row)]
-    return features, scheduler.submit(pieces, params, arrival)
+    return features, scheduler.submit(pieces, params, arrival, patient=deadline.left() is None)
 
 
 def _joined(task: Task, features: Sequence[Features], outputs: Sequence[RowOutput]) -> list[RowOutput]:

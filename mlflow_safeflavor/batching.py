@@ -82,7 +82,7 @@ def measure_forward_cost(task: Task, engine: Engine, rows: Sequence[Row], max_ba
     try:
         small = _seconds(lambda: task.forward(engine, [shortest], params))
         large = _seconds(lambda: task.forward(engine, [longest] * count, params))
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if is_out_of_memory(error):
             return 1  # there is no room for full batches, so none is made fuller than it has to be
         raise

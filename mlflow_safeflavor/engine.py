@@ -19,6 +19,8 @@ class Engine(Protocol):
     name: str
     on_cpu: bool
     """Whether it runs on the CPU, and not on an accelerator."""
+    keeps_bits: bool
+    """Whether it was seen that the bits of a row depend neither on its batch nor on padding."""
 
     @property
     def module(self) -> torch.nn.Module:

@@ -9,17 +9,16 @@ from mlflow_safeflavor.errors import AnswerError, OverloadedError, SafeFlavorErr
 
 __all__ = ["is_out_of_memory", "named_failure"]
 
-# Of cuBLAS and cuDNN, of the driver, and of torch's allocator for the CPU: plain RuntimeErrors.
-_NO_ROOM = ("STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator: ")
+# Of cuBLAS and cuDNN, of the driver, of torch's allocator for the CPU, and of ONNX Runtime's arena.
+_NO_ROOM = ("STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator: ", "BFCArena::Allocate")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the CPU, had no room for what a forward needed: fewer rows may fit."""
     torch: Any = sys.modules.get("torch")  # where nobody imported it, it has raised nothing
     kinds = (MemoryError,) if torch is None else (MemoryError, torch.cuda.OutOfMemoryError)
-    return isinstance(error, kinds) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_ROOM)
-    )
+    # ONNX Runtime's errors are no RuntimeErrors.
+    return isinstance(error, kinds) or (isinstance(error, Exception) and any(word in str(error) for word in _NO_ROOM))
 
 
 def named_failure(error: BaseException, where: str = "forward") -> SafeFlavorError:

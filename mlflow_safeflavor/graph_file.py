@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mlflow_safeflavor.graph_proof import Facts
 
-__all__ = ["describe_graph", "open_graph", "read_graph", "reason_against", "write_graph", "write_reason"]
+__all__ = ["describe_graph", "keeps_bits", "open_graph", "read_graph", "reason_against", "write_graph", "write_reason"]
 
 _VERSION = 1
 
@@ -74,6 +74,12 @@ def describe_graph(layout: Layout) -> str:
     bits = f"same bits for {', '.join(held)}" if held else "bits depend on everything"
     not_held = f"; other bits for {', '.join(lost)}" if lost and held else ""
     return f"{bits}{not_held}; within {proof.get('difference', 0):.1g} of the module on {proof.get('inputs')} inputs"
+
+
+def keeps_bits(layout: Layout) -> bool:
+    """Whether all bits of a row were seen to be the same in any batch and with any padding."""
+    proof = _read_facts(layout).get("proof", {})
+    return proof.get("batch") is True and proof.get("padding") is not False
 
 
 _HELD = {"threads": "any number of threads", "batch": "any batch", "padding": "any padding"}

@@ -304,7 +304,7 @@ def _open_graph(
 ) -> tuple[Engine, dict[str, Callable[..., Any]]]:
     """What runs the graph, with the weights of the artifact, and the user's hooks by name."""
     from mlflow_safeflavor import cpu
-    from mlflow_safeflavor.graph_file import open_graph
+    from mlflow_safeflavor.graph_file import keeps_bits, open_graph
     from mlflow_safeflavor.onnx_engine import OnnxEngine
     from mlflow_safeflavor.onnx_runtime import RUNTIME, Session
     from mlflow_safeflavor.packed_weights import PackedWeights
@@ -322,7 +322,7 @@ def _open_graph(
             layout.read_bytes(path)
         rebuild = _later(inventory, weights, spec, layout, options)
     hooks = _hooks(read_description(layout, spec), inventory, layout, options)
-    return OnnxEngine(session, rebuild, weights), hooks
+    return OnnxEngine(session, rebuild, weights, keeps_bits=keeps_bits(layout)), hooks
 
 
 def _later(

@@ -53,8 +53,16 @@ def make_task(
 
 def make_scheduler(task: Task, engine: Engine, options: Mapping[str, Any]) -> Scheduler:
     """What runs an engine for many callers, under the run-time options."""
-    names = ("max_batch_tokens", "forward_cost", "deterministic", "max_queue", "num_threads")
-    return Scheduler(task, engine, **{name: options[name] for name in names})
+    names = ("max_batch_tokens", "forward_cost", "max_queue", "num_threads")
+    # What was seen of padding is about that on the right.
+    kept = engine.keeps_bits and task.config.get("padding_side") != "left"
+    return Scheduler(
+        task,
+        engine,
+        deterministic=options["deterministic"] and not kept,
+        anywhere=engine.name != "module",
+        **{name: options[name] for name in names},
+    )
 
 
 def _tokenizer_of(layout: Layout) -> Any:

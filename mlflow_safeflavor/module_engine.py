@@ -38,6 +38,7 @@ class ModuleEngine:
     """
 
     name = "module"
+    keeps_bits = False
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,15 +29,22 @@ class OnnxEngine:
         session: The graph with its weights.
         rebuild: Makes the engine of the module; None where the artifact holds a graph alone.
         weights: Files that its weights are mapped from.
+        keeps_bits: See ``Engine``.
     """
 
     name = "onnx"
 
     def __init__(
-        self, session: Session, rebuild: Callable[[], ModuleEngine] | None = None, weights: Sequence[HeldFile] = ()
+        self,
+        session: Session,
+        rebuild: Callable[[], ModuleEngine] | None = None,
+        weights: Sequence[HeldFile] = (),
+        *,
+        keeps_bits: bool = False,
     ) -> None:
         self.session = session
         self.on_cpu = True
+        self.keeps_bits = keeps_bits
         self._rebuild = rebuild
         self._weights = weights
         self._rebuilt: ModuleEngine | None = None
@@ -57,7 +65,7 @@ class OnnxEngine:
         arrays = {name: _fitted(array, dtypes.get(name, "")) for name, array in inputs.items()}
         if misfit := graph.misfit(arrays):
             if self._rebuild is not None:
-                return self.fallback()(inputs)
+                return _apart(lambda: self.fallback()(inputs))
             raise StructureError(
                 "The model was stored as a graph, which does not take this input",
                 where="forward",
@@ -83,7 +91,13 @@ class OnnxEngine:
 
     def generate(self, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any], **options: Any) -> Any:
         """Let the module write; see ``Engine.generate``."""
-        return self.fallback().generate(inputs, settings, **options)
+        return _apart(lambda: self.fallback().generate(inputs, settings, **options))
+
+
+def _apart(run: Callable[[], Any]) -> Any:
+    """Run a module in a thread that its caller's contexts of torch (devices, autocast, threads) do not reach."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
 
 
 def _fitted(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -65,12 +65,11 @@ class Places:
     def _take(self, deadline: Deadline) -> None:
         if deadline.passed:
             raise deadline.missed()
-        turn = threading.Event()
         with self._lock:
             if self._free:  # nobody waits while there is a free one
                 self._free -= 1
                 return
-            self._waiting.append(turn)
+            self._waiting.append(turn := threading.Event())
         try:
             turn.wait(deadline.left())
         except BaseException:

@@ -93,6 +93,7 @@ class _Listener:
     """An engine that remembers with what it called the forward."""
 
     name = "listener"
+    keeps_bits = False
 
     def __init__(self, engine: ModuleEngine) -> None:
         self.engine, self.on_cpu, self.module = engine, engine.on_cpu, engine.module

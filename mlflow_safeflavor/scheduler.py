@@ -1,8 +1,8 @@
-"""All callers of a model, served by one thread: whatever waits when it is free is run together.
+"""All callers of a model: whoever finds it free runs his own request, and whatever waits meanwhile is run together.
 
-Nobody is made to wait for company: a request that comes alone is run at once. Before each forward, everything that
-waits is cut into the batches that cost least, and the one of the request whose turn it is is run. A single
-thread, because torch's threads already use every core: two forwards at a time would only take them from each other.
+Nobody is made to wait for company. What has to wait is run by a thread of the model's own: before each forward,
+everything that waits is cut into the batches that cost least, and the one of the request whose turn it is is run.
+One forward at a time, because it uses every core already: two would only take them from each other.
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ class Ticket:
 
 @dataclass(eq=False)
 class _State:
-    """What the model's thread holds. Not the scheduler: else neither that nor the model could ever be freed."""
+    """What the model's thread holds. Not the scheduler: else neither that nor the model could ever be freed.
+
+    Whoever sets ``running`` runs forwards, and alone looks at what waits; the others only add to it.
+    """
 
     task: Task
     engine: Engine
@@ -98,12 +101,14 @@ class _State:
     forward_cost: int
     deterministic: bool
     num_threads: int
+    anywhere: bool
     places: Places = field(default_factory=lambda: Places(available_cpus()))
     arrived: threading.Condition = field(default_factory=threading.Condition)
     arriving: set[object] = field(default_factory=set)
     tickets: list[Ticket] = field(default_factory=list)
     spent: int = 0  # tokens that all forwards so far have cost
     went_on: bool = False  # whether the last one was for a request that had been served before
+    running: bool = False
     stopped: bool = False
     thread: threading.Thread | None = None
 
@@ -119,6 +124,8 @@ class Scheduler:
         deterministic: Run every piece by itself, so that its bits depend on nothing else that is asked.
         max_queue: Most requests that may wait; 0 for no limit.
         num_threads: Torch's threads in a forward; 0 for as many as the process's other threads get.
+        anywhere: Whether any thread may run a forward. Torch keeps contexts and the number of threads for each thread,
+            so that its forwards belong into one that nobody else has touched.
     """
 
     def __init__(
@@ -131,12 +138,12 @@ class Scheduler:
         deterministic: bool = False,
         max_queue: int = 0,
         num_threads: int = 0,
+        anywhere: bool = False,
     ) -> None:
         self.max_queue = max_queue
         self.task = task
-        self._state = _State(
-            task, engine, task.batch_budget(max_batch_tokens), forward_cost, deterministic, num_threads
-        )
+        budget = task.batch_budget(max_batch_tokens)
+        self._state = _State(task, engine, budget, forward_cost, deterministic, num_threads, anywhere)
         _STATES.add(self._state)
         weakref.finalize(self, _stop, self._state)
 
@@ -180,19 +187,35 @@ class Scheduler:
             with state.arrived:
                 state.arriving.discard(arrival)
 
-    def submit(self, pieces: Sequence[Features], params: Mapping[str, Any], arrival: object = None) -> Ticket:
-        """Queue pieces, at least one, of a request that may have been ``arriving``."""
+    def submit(
+        self, pieces: Sequence[Features], params: Mapping[str, Any], arrival: object = None, *, patient: bool = False
+    ) -> Ticket:
+        """Queue pieces, at least one; or run them here and now, where the model is free and they are few.
+
+        Args:
+            pieces: What the model must see.
+            params: What ``task.check_params`` returned.
+            arrival: Of a request that was ``arriving``.
+            patient: Whether the caller may be kept for a whole forward: it has no deadline.
+        """
         key = tuple(repr(params[name]) for name in sorted(self.task.forward_params))
         ticket = Ticket(pieces, [self.task.cost(piece) for piece in pieces], params, key)
         state = self._state
+        few = len(pieces) == 1 or len(pieces) * max(ticket.costs) <= state.max_batch_tokens
         with state.arrived:
             state.arriving.discard(arrival)  # or it would be counted twice
             ticket.turn = state.spent
-            state.tickets.append(ticket)
-            if state.thread is None:
-                state.thread = threading.Thread(target=_serve, args=(state,), name="safeflavor-model", daemon=True)
-                state.thread.start()
-            state.arrived.notify()
+            here = few and patient and state.anywhere and not state.running and not state.tickets
+            if here:
+                state.running = True
+            else:
+                state.tickets.append(ticket)
+                if state.thread is None:
+                    state.thread = threading.Thread(target=_serve, args=(state,), name="safeflavor-model", daemon=True)
+                    state.thread.start()
+                state.arrived.notify()
+        if here:
+            _run_here(state, ticket)
         return ticket
 
     def run(self, ticket: Ticket, deadline: Deadline, watch: Watch | None = None) -> list[RowOutput]:
@@ -217,24 +240,40 @@ class Scheduler:
         return ticket.result()
 
 
-# The model's thread.
+# Forwards, one at a time.
+
+
+def _run_here(state: _State, ticket: Ticket) -> None:
+    """All of a request, in the thread of its caller."""
+    try:
+        while ticket.waiting:
+            _run_batch(state, _next_batch(state, [ticket]))
+    finally:
+        with state.arrived:
+            state.running = False
+            if state.tickets:
+                state.arrived.notify()
 
 
 def _serve(state: _State) -> None:
-    use_threads(state.num_threads)
+    """Whatever waits, in the model's own thread."""
+    if not state.anywhere:
+        use_threads(state.num_threads)
     while True:
         with state.arrived:
             state.tickets[:] = [ticket for ticket in state.tickets if ticket.waiting and not ticket.abandoned]
-            while not state.tickets and not state.stopped:
+            while (state.running or not state.tickets) and not state.stopped:
                 state.arrived.wait()
             if state.stopped:
                 return
+            state.running = True
             tickets = list(state.tickets)
         try:
             _run_batch(state, _next_batch(state, tickets))
         except BaseException as error:  # a task's bug must not leave anybody waiting for ever
             for ticket in tickets:
                 ticket.fail(named_failure(error))
+        state.running = False  # nobody comes between: what was run is among the tickets until this thread goes on
         tickets.clear()  # until the next request, which may come much later
 
 
@@ -285,6 +324,8 @@ def _run_batch(state: _State, batch: Sequence[tuple[Ticket, int]]) -> None:
             ticket.give(i, output)
         return
     except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise  # not the model's failure: somebody interrupts the caller who runs this
         if len(batch) > 1 and is_out_of_memory(error):
             parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
         elif len(tickets) > 1:
@@ -349,6 +390,7 @@ _STATES: weakref.WeakSet[_State] = weakref.WeakSet()
 def _forget_after_fork() -> None:
     for state in list(_STATES):
         state.arrived, state.arriving, state.tickets, state.thread = threading.Condition(), set(), [], None
+        state.running = False
         state.places = Places(available_cpus())
 
 

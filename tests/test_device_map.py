@@ -503,6 +503,7 @@ def test_arrays_without_room_are_no_fault_of_the_arrays(tmp_path, monkeypatch):
         (MemoryError(), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+        (Exception("[ONNXRuntimeError] : 1 : FAIL : void* onnxruntime::BFCArena::AllocateRawInternal"), True),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (ValueError("out of memory"), False),
     ],

@@ -319,6 +319,8 @@ def test_what_the_graph_does_not_take_goes_to_the_module(tmp_path, monkeypatch):
     doubled = served.predict({**X, "scale": np.float32(2)})["y"]
     np.testing.assert_allclose(doubled, plain * 2, rtol=1e-5)
     assert served.engine._rebuilt is not None
+    with torch.device("meta"):  # the caller's own, which no engine looks at
+        np.testing.assert_array_equal(served.predict({**X, "scale": np.float32(2)})["y"], doubled)
 
 
 def test_a_graph_alone_says_what_it_takes(tmp_path):

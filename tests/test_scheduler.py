@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,11 +17,14 @@ import pytest
 import torch
 
 import mlflow_safeflavor
-from mlflow_safeflavor import batching
+from mlflow_safeflavor import batching, graph_file
 from mlflow_safeflavor.answers import predict_rows
 from mlflow_safeflavor.deadline import Deadline
 from mlflow_safeflavor.errors import AnswerError, DeadlineError, InputError, OverloadedError
+from mlflow_safeflavor.onnx_engine import OnnxEngine
 from mlflow_safeflavor.scheduler import Scheduler, Ticket, _next_batch
+
+pytestmark = pytest.mark.graphs
 
 
 class Length:
@@ -29,7 +33,7 @@ class Length:
     forward_params = frozenset({"language"})
 
     def __init__(self):
-        self.batches = []
+        self.batches, self.threads = [], []
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Semaphore(0)
@@ -61,6 +65,7 @@ class Length:
         self.entered.release()
         assert self.open.wait(20)
         self.batches.append([piece["text"] for piece in batch])
+        self.threads.append(threading.current_thread().name)
         if any(piece["text"] == "bad" for piece in batch):
             raise ZeroDivisionError("bad row")
         return [{"length": np.array([len(piece["text"])]), "language": params["language"]} for piece in batch]
@@ -110,14 +115,72 @@ def model():
     made.pool.shutdown()
 
 
-def test_a_lone_request_is_run_at_once_by_the_models_thread(model, monkeypatch):
-    forward, threads = model.task.forward, []
-    monkeypatch.setattr(
-        model.task, "forward", lambda *args: threads.append(threading.current_thread().name) or forward(*args)
-    )
-    assert model.ask("abc", "de") == [{"length": 3, "by": "en"}, {"length": 2, "by": "en"}]
-    assert [sorted(batch) for batch in model.task.batches] == [["abc", "de"]]
-    assert threads == ["safeflavor-model"]
+@pytest.mark.parametrize(
+    ("anywhere", "timeout", "length", "here"),
+    [(True, None, 1, True), (True, None, 600, True), (False, None, 1, False), (True, 60, 1, False)],
+)
+def test_a_lone_request_is_run_at_once_in_its_own_thread_where_any_will_do(anywhere, timeout, length, here):
+    """With a deadline the caller has to be told in time, and torch's forwards need a thread that nobody has touched."""
+    model = Model(anywhere=anywhere)
+    assert model.ask("x" * length, timeout=timeout) == [{"length": length, "by": "en"}]
+    assert model.ask("abc", "de", timeout=timeout) == [{"length": 3, "by": "en"}, {"length": 2, "by": "en"}]
+    assert [len(batch) for batch in model.task.batches] == [1, 2]
+    assert model.task.threads == [threading.current_thread().name if here else "safeflavor-model"] * 2
+    assert (model.scheduler._state.thread is None) == here
+
+
+def test_what_comes_meanwhile_waits_for_the_one_that_runs_here_and_is_run_together():
+    model = Model(anywhere=True)
+    first = model.busy()
+    others = [model.later("x" * n) for n in range(1, 21)]
+    late = model.later("late", timeout=0.05)
+    model.waiting(21)
+    with pytest.raises(DeadlineError):
+        late.result(20)
+    model.task.open.set()
+    assert [future.result(20)[0]["length"] for future in others] == list(range(1, 21))
+    assert first.result(20)[0]["length"] == 4
+    assert [len(batch) for batch in model.task.batches] == [1, 20]
+    assert model.task.threads[1] == "safeflavor-model" != model.task.threads[0]
+
+
+def test_a_table_of_several_batches_leaves_the_model_to_others():
+    model = Model(anywhere=True, max_batch_tokens=10)
+    assert len(model.ask(*["x" * 10] * 3)) == 3
+    assert model.task.threads == ["safeflavor-model"] * 3
+
+
+def test_a_failure_or_an_interruption_in_the_callers_own_thread_leaves_the_model_free(monkeypatch):
+    model = Model(anywhere=True)
+    with pytest.raises(AnswerError, match="bad row"):
+        model.ask("bad")
+    forward = model.task.forward
+    monkeypatch.setattr(model.task, "forward", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model.ask("interrupted")
+    monkeypatch.setattr(model.task, "forward", forward)
+    assert model.ask("after")[0]["length"] == 5
+    assert set(model.task.threads) == {threading.current_thread().name}
+
+
+@pytest.mark.parametrize("anywhere", [True, False])
+def test_never_two_forwards_at_once(anywhere):
+    model = Model(anywhere=anywhere, max_batch_tokens=8)
+    inside, most, forward = [], [], model.task.forward
+
+    def counted(*args):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.0005)
+        inside.pop()
+        return forward(*args)
+
+    model.task.forward = counted
+    asked = [("x" * (1 + i % 9),) * (1 + i % 3) for i in range(200)]
+    found = list(model.pool.map(lambda texts: model.ask(*texts, timeout=20 if len(texts) == 2 else None), asked))
+    assert [[answer["length"] for answer in answers] for answers in found] == [list(map(len, t)) for t in asked]
+    assert set(most) == {1}
+    assert len(set(model.task.threads)) > 1 or not anywhere
 
 
 def test_whatever_waits_is_run_together(model):
@@ -282,7 +345,9 @@ def _ask_in_child(model, queue):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_process_answers_and_the_parent_still_does(model):
+@pytest.mark.parametrize("anywhere", [True, False])
+def test_a_forked_process_answers_and_the_parent_still_does(anywhere):
+    model = Model(anywhere=anywhere)
     model.ask("in the parent")
     model.busy()
     waits = model.later("waits")
@@ -311,10 +376,13 @@ def texts():
 
 
 @pytest.fixture
-def saved(tiny_bert, tiny_tokenizer, tmp_path):
-    model = tiny_bert(num_labels=5, initializer_range=0.3, num_hidden_layers=1, intermediate_size=32)
-    mlflow_safeflavor.save_model(model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False)
-    return tmp_path / "model"
+def saved(tiny_bert, tiny_tokenizer, tmp_path_factory):
+    """A classifier that was saved once."""
+    folder = tmp_path_factory.getbasetemp() / "scheduled"
+    if not folder.exists():
+        model = tiny_bert(num_labels=5, initializer_range=0.3, num_hidden_layers=1, intermediate_size=32)
+        mlflow_safeflavor.save_model(model, folder, tokenizer=tiny_tokenizer, rehearse=False)
+    return folder
 
 
 PARAMS = [None, {"top_k": -1}, {"top_k": 2, "max_length": 9}, {"function_to_apply": "none"}]
@@ -325,33 +393,60 @@ def _requests(texts, count):
     return [(draw.choices(texts, k=draw.choice([1] * 9 + [4])), draw.choice(PARAMS)) for _ in range(count)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_ten_thousand_requests_from_32_threads(saved, texts, deterministic):
-    """Each is answered as alone: to the bit where that was asked for, else within 1e-5; none lost, none swapped."""
-    model = mlflow_safeflavor.load_model(saved, model_config={"deterministic": deterministic})
+def _answered_by(model, requests, threads):
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda request: model.predict(*request), requests))
+
+
+@pytest.mark.parametrize("count", [800, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["onnx", "module"])
+def test_requests_from_32_threads(saved, texts, engine, count):
+    """Each is answered as alone: by a graph to the bit, else within 1e-5; none lost, none swapped."""
+    model = mlflow_safeflavor.load_model(saved, model_config={"engine": engine})
     known = {}
-    requests = _requests(texts, 10_000)
+    requests = _requests(texts, count)
     for chosen, params in requests:
         for text in chosen:
             if (text, str(params)) not in known:
                 known[text, str(params)] = model.predict([text], params).iloc[0].to_dict()
-    with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(lambda request: model.predict(*request), requests))
-    assert len(answers) == 10_000
+    answers = _answered_by(model, requests, 32)
+    assert len(answers) == count
     for (chosen, params), found in zip(requests, answers, strict=True):
         wanted = pd.DataFrame([known[text, str(params)] for text in chosen])
-        if deterministic:
+        if engine == "onnx":
             assert found.to_dict() == wanted.to_dict()
         else:
             pd.testing.assert_frame_equal(found, wanted, check_exact=False, atol=1e-5, rtol=0)
 
 
-def test_the_same_bits_whatever_else_is_in_flight(saved, texts):
-    model = mlflow_safeflavor.load_model(saved, model_config={"deterministic": True})
+@pytest.mark.parametrize(("engine", "deterministic"), [("module", True), ("onnx", True), ("onnx", False)])
+def test_the_same_bits_whatever_else_is_in_flight(saved, texts, engine, deterministic):
+    model = mlflow_safeflavor.load_model(saved, model_config={"engine": engine, "deterministic": deterministic})
     alone = [model.predict([text])["score"].item() for text in texts]
     assert model.predict(texts)["score"].tolist() == alone
     assert model.predict(texts[::-1])["score"].tolist() == alone[::-1]
+
+
+@pytest.mark.parametrize("fact", [None, "batch", "padding"])
+def test_deterministic_costs_nothing_where_the_same_bits_were_seen(saved, texts, tmp_path, monkeypatch, fact):
+    model = mlflow_safeflavor.load_model(saved)
+    seen = {"batch": True, "padding": True, fact: False}
+    engine = OnnxEngine(model.engine.session, keeps_bits=model.engine.keeps_bits)
+    if fact is not None:
+        monkeypatch.setattr(graph_file, "_read_facts", lambda layout: {"proof": seen})
+        engine.keeps_bits = graph_file.keeps_bits(model.files)
+    rows = []
+    run = engine.session
+
+    def counted(inputs):
+        rows.append(len(inputs["input_ids"]))
+        return run(inputs)
+
+    engine.session, counted.graph = counted, run.graph
+    strict = replace(model, options={**model.options, "deterministic": True}).answered_by(engine)
+    strict.predict(texts[:20])
+    assert (max(rows) > 1) == (fact is None)
+    assert sum(rows) == 20
 
 
 def test_what_a_forward_costs_is_measured_once_and_stored(saved, monkeypatch):
@@ -384,7 +479,7 @@ def test_the_measure_finds_what_a_call_costs(saved, monkeypatch, call, token, wa
 
 def test_extra_columns_are_ignored_only_if_asked(tmp_path, tiny_bert, tiny_tokenizer, texts):
     table = pd.DataFrame({"text": texts[:3], "id": [1, 2, 3]})
-    given = {"tokenizer": tiny_tokenizer, "input_columns": {"text": "text"}, "rehearse": False}
+    given = {"tokenizer": tiny_tokenizer, "input_columns": {"text": "text"}, "rehearse": False, "graph": "no"}
     mlflow_safeflavor.save_model(tiny_bert(), tmp_path / "named", **given)
     with pytest.raises(InputError, match="columns that the model does not know"):
         mlflow_safeflavor.load_model(tmp_path / "named").predict(table)
@@ -400,7 +495,7 @@ def test_extra_columns_are_ignored_only_if_asked(tmp_path, tiny_bert, tiny_token
 def test_named_arrays_are_no_columns_to_ignore(tmp_path):
     arrays = {"input": np.ones((2, 3), np.float32)}
     mlflow_safeflavor.save_model(
-        torch.nn.Linear(3, 1), tmp_path / "raw", task="raw", input_example=arrays, rehearse=False,
+        torch.nn.Linear(3, 1), tmp_path / "raw", task="raw", input_example=arrays, rehearse=False, graph="no",
         init_args={"in_features": 3, "out_features": 1},
     )  # fmt: skip
     model = mlflow_safeflavor.load_model(tmp_path / "raw", model_config={"extra_columns": "ignore"}, trust={"code"})

@@ -216,7 +216,8 @@ class Task(ABC):
 
     def result(self, answers: Sequence[Mapping[str, Any]], data: Any) -> Any:
         """What ``predict`` returns: a DataFrame with one row for each row of ``data``, under the same index."""
-        return pd.DataFrame(answers, index=data.index if isinstance(data, (pd.DataFrame, pd.Series)) else None)
+        columns = {name: [answer[name] for answer in answers] for name in answers[0]}
+        return pd.DataFrame(columns, index=data.index if isinstance(data, (pd.DataFrame, pd.Series)) else None)
 
     @property
     def folds(self) -> bool:
