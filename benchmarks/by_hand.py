@@ -51,6 +51,23 @@ class Classifier(mlflow.pyfunc.PythonModel):
         return pd.DataFrame({"label": [f"LABEL_{i}" for i in best], "score": found[np.arange(len(texts)), best]})
 
 
+class Nothing(mlflow.pyfunc.PythonModel):
+    """Answers at once: what a request costs without any model."""
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """One label for every row."""
+        return pd.DataFrame({"label": ["LABEL_0"] * len(model_input), "score": [1.0] * len(model_input)})
+
+
+def save_nothing(folder: Path) -> Path:
+    """A model that answers at once."""
+    example = pd.DataFrame({"text": ["a text"]})
+    mlflow.pyfunc.save_model(
+        folder, python_model=Nothing(), code_paths=[__file__], signature=mlflow.models.infer_signature(example)
+    )
+    return folder
+
+
 def save(module: Any, tokenizer: Any, folder: Path) -> Path:
     """Export as the documentation of torch says, and save with ``mlflow.pyfunc``."""
     import torch
@@ -81,7 +98,7 @@ def save(module: Any, tokenizer: Any, folder: Path) -> Path:
         left.unlink()
     example = pd.DataFrame({"text": ["a text"]})
     mlflow.pyfunc.save_model(
-        folder / "pyfunc", python_model=Classifier(), artifacts=artifacts, input_example=None,
+        folder / "pyfunc", python_model=Classifier(), artifacts=artifacts, input_example=None, code_paths=[__file__],
         signature=mlflow.models.infer_signature(example),
     )  # fmt: skip
     return folder / "pyfunc"

@@ -21,7 +21,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,6 +47,7 @@ from _common import (
     median_and_spread,
     minilm_classifier,
     ratio,
+    roofs,
     save_ours,
     save_peer,
     tokenizer,
@@ -126,6 +127,7 @@ class Models:
         self.half_path = save_ours(module, folder / "half", "bfloat16")
         self.peer_path = save_peer(module, "text-classification", folder / "peer")
         self.hand_path = by_hand.save(module, tokenizer(), folder / "hand")
+        self.nothing_path = by_hand.save_nothing(folder / "nothing")
         self.native = mlflow_safeflavor.load_model(str(self.ours_path))
         self.ours = mlflow.pyfunc.load_model(str(self.ours_path))
         self.half = mlflow.pyfunc.load_model(str(self.half_path))
@@ -322,20 +324,30 @@ async def _ask_over_http(port: int, requests: Sequence[bytes], connections: int)
 
 def http(models: Models, rounds: int) -> Iterator[Row]:
     requests = bodies(texts_of(natural_lengths(384)))
-    sides = ("ours", "peer", "hand")
-    found: dict[tuple[str, int], list[float]] = {(name, count): [] for name in sides for count in (1, 16)}
-    with served(models.ours_path) as ours, served(models.peer_path) as peer, served(models.hand_path) as hand:
+    paths = {
+        "ours": models.ours_path,
+        "peer": models.peer_path,
+        "hand": models.hand_path,
+        "nothing": models.nothing_path,
+    }
+    found: dict[tuple[str, int], list[float]] = {(name, count): [] for name in paths for count in (1, 16)}
+    with ExitStack() as running:
+        ports = {name: running.enter_context(served(path)) for name, path in paths.items()}
         for turn in range(rounds + 1):
-            for name, port in zip(sides, (ours, peer, hand), strict=True):
+            for name, port in ports.items():
                 for count in (1, 16):
                     rate = asyncio.run(_ask_over_http(port, requests[: 24 * count], count))
                     if turn:
                         found[name, count].append(rate)
-    ms = {name: [1e3 / rate for rate in found[name, 1]] for name in sides}
+    ms = {name: [1e3 / rate for rate in found[name, 1]] for name in paths}
+    added = {name: [a - b for a, b in zip(ms[name], ms["nothing"], strict=True)] for name in paths}
     yield row("over HTTP, one caller", ms["ours"], ms["peer"], "ms", at_most=0.4)
     yield row("over HTTP, one caller, against the one by hand", ms["ours"], ms["hand"], "ms")
+    yield row("over HTTP, one caller, against a model that answers at once", ms["ours"], ms["nothing"], "ms")
+    yield row("what ours adds to that, against the one by hand", added["ours"], added["hand"], "ms")
     yield row("over HTTP, 16 connections", found["ours", 16], found["peer", 16], "requests/s", at_least=2.5)
     yield row("over HTTP, 16, against the one by hand", found["ours", 16], found["hand", 16], "requests/s")
+    yield row("over HTTP, 16, against one that answers at once", found["ours", 16], found["nothing", 16], "requests/s")
 
 
 # --- the story -----------------------------------------------------------------------------------
@@ -393,6 +405,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the ratios into this file (.svg or .png)")
     arguments = parser.parse_args()
     console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    most = roofs()
+    console.print("products of 2048 x 2048: " + ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in most.items()))
     rows: list[Row] = []
     with TemporaryDirectory() as folder:
         models = Models(Path(folder))
@@ -401,7 +415,9 @@ def main() -> None:
             rows += PARTS[part](models, arguments.rounds)
     show(rows)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1, ensure_ascii=False))
+        arguments.json.write_text(
+            json.dumps({"machine": machine(), "roofs": most, "rows": rows}, indent=1, ensure_ascii=False)
+        )
     if arguments.plot:
         plot(rows, arguments.plot)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mlflow_safeflavor.module_engine import ModuleEngine
 
 __all__ = ["OnnxEngine"]
+
+T = TypeVar("T")
 
 
 class OnnxEngine:
@@ -94,7 +96,7 @@ class OnnxEngine:
         return _apart(lambda: self.fallback().generate(inputs, settings, **options))
 
 
-def _apart(run: Callable[[], Any]) -> Any:
+def _apart(run: Callable[[], T]) -> T:
     """Run a module in a thread that its caller's contexts of torch (devices, autocast, threads) do not reach."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(run).result()
