@@ -420,7 +420,9 @@ def test_a_long_table_is_held_in_parts(models, monkeypatch):
     held = []
     monkeypatch.setattr(answers, "_HELD", 2000)
     monkeypatch.setattr(
-        model.scheduler, "submit", lambda pieces, *others: held.append(len(pieces)) or submit(pieces, *others)
+        model.scheduler,
+        "submit",
+        lambda pieces, *others, **named: held.append(len(pieces)) or submit(pieces, *others, **named),
     )
     submit = type(model.scheduler).submit.__get__(model.scheduler)
     found = model.predict(texts)
