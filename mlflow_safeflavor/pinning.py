@@ -142,7 +142,9 @@ def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[
     """
     module = torch.nn.Module() if graph else source.module
     calls = source.processor is not None or (source.task == "custom" and source.tokenizer is not None)
-    graph_roots = [*requirements.GRAPH_ROOTS, *requirements.server_roots(), *(["transformers"] if calls else [])]
+    pickles = any(usercode.importable_name(hook) is None for hook in source.hooks.values())  # with their tensors
+    graph_roots = [*requirements.GRAPH_ROOTS, *requirements.server_roots()]
+    graph_roots += [name for name, needed in (("transformers", calls), ("torch", pickles)) if needed]
     return [
         *(graph_roots if graph else requirements.DEFAULT_ROOTS),
         *usercode.distributions_of(module, source.hooks, except_for=with_model),

@@ -286,12 +286,14 @@ def serve(tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[Ser
     """``with serve(model_uri, env={…}) as server``: a real server on a free port, killed whatever happens."""
 
     @contextlib.contextmanager
-    def start(model_uri: str | Path, *, env: dict[str, str] | None = None, timeout: float = 120) -> Iterator[Server]:
+    def start(
+        model_uri: str | Path, *, env: dict[str, str] | None = None, env_manager: str = "local", timeout: float = 120
+    ) -> Iterator[Server]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         log = tmp_path / f"server-{port}.log"
-        command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
+        command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", env_manager]
         command += ["--model-uri", str(model_uri), "--host", "127.0.0.1", "--port", str(port)]
         # MLflow looks for its server's command on PATH.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
