@@ -95,6 +95,11 @@ class Layout:
             return self.parity, self.parity_tensors
         return self.data / f"parity-{engine}.json", self.data / f"parity-{engine}.safetensors"
 
+    def recorded(self, engine: str) -> tuple[Path, Path]:
+        """Golden rows that an engine is compared with: in OpenVINO those of ONNX Runtime where it has none."""
+        own = self.golden(engine)
+        return self.golden("onnx") if engine == "openvino" and not own[0].exists() else own
+
     def is_weights(self, name: str) -> bool:
         """Whether a name of the manifest is a file of weights, which are hashed tensor by tensor."""
         pure = PurePosixPath(name)

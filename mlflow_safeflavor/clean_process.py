@@ -109,7 +109,9 @@ def main(model: str, engines: str, answer: str, hidden: str) -> None:
         for name in hidden.split():
             del sys.modules[name]
         for engine in engines.split():
-            mlflow.pyfunc.load_model(model, model_config={"engine": engine})
+            # Another dtype that is stored as an option is the module's, or OpenVINO's.
+            dtype = {"dtype": ""} if engine == "onnx" else {}
+            mlflow.pyfunc.load_model(model, model_config={"engine": engine, **dtype})
             opened[engine] = witness.take()
     except BaseException as error:
         problem = {"kind": type(error).__name__, "message": str(error), "missing": _missing(error)}

@@ -73,7 +73,7 @@ def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> Non
         "task": spec.task,
         "model class": spec.model_class,
         "structure": f"{spec.structure} (runs {_runs(spec.structure)})",
-        "graph": describe_graph(layout),
+        **describe_graph(layout),
         "serving dtype": spec.dtype + (f", cast from {spec.cast_from}: no dtype was given" if spec.cast_from else ""),
         "input columns": ", ".join(f"{field} ← {column or _UNNAMED}" for field, column in spec.input_columns.items()),
         "tensors": f"{len(inventory['tensors'])} in {len(inventory['data'])} alias groups",
@@ -136,7 +136,11 @@ def _tensor_table(inventory: dict[str, Any]) -> Table:
 )
 @click.option("--report", "page", type=click.Path(dir_okay=False), help="Write an HTML page.")
 @click.option("--device", default="auto", show_default=True, help="Where to load the model here.")
-@click.option("--engine", type=click.Choice(["onnx", "module"]), help="What answers here; the graph if there is one.")
+@click.option(
+    "--engine",
+    type=click.Choice(["onnx", "openvino", "module"]),
+    help="What answers here; by default what serves.",
+)
 @click.option("--trust", multiple=True, metavar="KIND", help="Let the model's own code or pickle run here; repeatable.")
 @click.option("--rehash", is_flag=True, help="Hash all weights, also those that this host has hashed before.")
 @click.option(

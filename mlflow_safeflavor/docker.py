@@ -24,7 +24,7 @@ from mlflow_safeflavor.wheels import folder_of
 __all__ = ["TARGETS", "generate_dockerfile"]
 
 TARGETS = ("cpu", "cuda")
-ENGINES = ("auto", "onnx", "module")
+ENGINES = ("auto", "onnx", "openvino", "module")
 
 _CUDA_ONLY = re.compile(r"nvidia-.*|cuda-.*|triton|pytorch-triton.*")
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
@@ -102,7 +102,8 @@ def generate_dockerfile(
         target: "cpu" refuses pins that install CUDA; "cuda" keeps them, and the container serves on a GPU or says
             what it is missing.
         user: Name of the user, not root, that serves.
-        engine: "onnx" installs only what the graph needs, and serves nothing else; the model must have one. "module"
+        engine: "onnx", and "openvino" for a model that was saved with it, installs only what the graph needs, and
+            serves nothing else; the model must have one. "module"
             installs all pins. "auto" is "onnx" where that is what serves by default: a proven graph, on a CPU.
         base_image: By default ``python:X.Y.Z-slim`` of the Python that saved the model.
         hashes: Lock the pins with the hashes of the files that may be installed; needs uv and an index.
@@ -125,7 +126,7 @@ def generate_dockerfile(
         if "pickle" in spec.runs:
             require_agreed("pickle", trust, spec.model_class)
         engine = _engine(engine, target, saved)
-        lean = engine == "onnx" and (saved.layout.root / ONNX_REQUIREMENTS).is_file()
+        lean = engine != "module" and (saved.layout.root / ONNX_REQUIREMENTS).is_file()
         pins = read_pins(saved.layout, ONNX_REQUIREMENTS if lean else saved.layout.requirements.name)
         installed = environment.wheel_digests
         _require_target(pins.versions, target)
@@ -163,14 +164,23 @@ def _require_sane(target: str, user: str, engine: str, base_image: str | None) -
 
 
 def _engine(asked: str, target: str, saved: Saved) -> str:
-    """What the image serves with: "onnx" or "module"."""
+    """What the image serves with: "onnx", "openvino" or "module"."""
     reason, alone = reason_against(saved.layout), saved.spec.structure == "graph"
     if asked == "auto":
         stored = run_time_options({}, stored=saved.spec.model_config, environ={})
         on_cpu = target == "cpu" and stored["device"] in ("auto", "cpu")
         by_graph = on_cpu and stored["engine"] in ("auto", "onnx") and not (stored["compile"] or stored["dtype"])
         asked = "onnx" if alone or (by_graph and reason is None) else "module"
-    if asked == "onnx" and target == "cuda":
+        asked = "openvino" if on_cpu and stored["engine"] == "openvino" else asked
+    if asked == "openvino" and not saved.layout.golden("openvino")[0].is_file():
+        raise InputError(
+            "The model was not saved to be served by OpenVINO, which is not among its pins",
+            where="engine",
+            wanted="auto | onnx",
+            found="openvino",
+            way_out='leave it out, or save the model with model_config={"engine": "openvino"}',
+        )
+    if asked != "module" and target == "cuda":
         raise InputError(
             "A graph is served on a CPU",
             where="target",
@@ -197,8 +207,8 @@ def _engine(asked: str, target: str, saved: Saved) -> str:
 
 def _variables(trust: Iterable[str], engine: str) -> str:
     values = {"MLFLOW_SAFEFLAVOR_ENVIRONMENT": "error"}
-    if engine == "onnx":  # "module" is what serves where the graph cannot, too
-        values["MLFLOW_SAFEFLAVOR_ENGINE"] = "onnx"
+    if engine != "module":  # "module" is what serves where the graph cannot, too
+        values["MLFLOW_SAFEFLAVOR_ENGINE"] = engine
     if "pickle" in trust:
         values["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "true"
     return " ".join(f"{name}={value}" for name, value in values.items())

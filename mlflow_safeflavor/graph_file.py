@@ -20,10 +20,11 @@ __all__ = ["describe_graph", "keeps_bits", "open_graph", "read_graph", "reason_a
 _VERSION = 1
 
 
-def write_graph(graph: Graph, facts: Facts, layout: Layout) -> None:
-    """Write a graph, and what was proven of it."""
+def write_graph(graph: Graph, facts: Mapping[str, Facts], layout: Layout) -> None:
+    """Write a graph, and what was proven of it with each engine."""
     layout.graph.write_bytes(graph.content)
-    write_json(layout.graph_facts, {"version": _VERSION, "proof": facts.to_json()})
+    proof = {engine: seen.to_json() for engine, seen in facts.items()}
+    write_json(layout.graph_facts, {"version": _VERSION, "proof": proof})
 
 
 def write_reason(reason: str, layout: Layout) -> None:
@@ -47,9 +48,15 @@ def _read_facts(layout: Layout) -> dict[str, Any]:
     return {kind: content[kind]}
 
 
-def _is_proof(facts: Mapping[str, Any]) -> bool:
+def _is_proof(proof: Mapping[str, Any]) -> bool:
+    return {"onnx"} <= proof.keys() <= _TOLD.keys() and all(map(_is_sound, proof.values()))
+
+
+def _is_sound(facts: Any) -> bool:
     return (
-        facts.keys() == {"inputs", "difference", *_HELD}
+        isinstance(facts, dict)
+        and facts.keys() == {"dtype", "inputs", "difference", *_HELD}
+        and facts["dtype"] in ("float32", "bfloat16")
         and type(facts["inputs"]) is int
         and type(facts["difference"]) is float
         and all(facts[name] is None or type(facts[name]) is bool for name in _HELD)
@@ -64,24 +71,30 @@ def reason_against(layout: Layout) -> str | None:
     return reason if reason is None or isinstance(reason, str) else str(reason)
 
 
-def describe_graph(layout: Layout) -> str:
-    """What there is of a graph, in words; the graph itself is not looked at."""
+def describe_graph(layout: Layout) -> dict[str, str]:
+    """What was proven of a graph, in words, by what runs it; the graph itself is not looked at."""
     if reason := reason_against(layout):
-        return f"none: {reason}"
-    proof: Mapping[str, Any] = _read_facts(layout)["proof"]
-    held = [words for name, words in _HELD.items() if proof.get(name) is True]
-    lost = [words for name, words in _HELD.items() if proof.get(name) is False]
+        return {"graph": f"none: {reason}"}
+    proof = _read_facts(layout)["proof"]
+    return {name: _described(proof[engine]) for engine, name in _TOLD.items() if engine in proof}
+
+
+def _described(facts: Mapping[str, Any]) -> str:
+    held = [words for name, words in _HELD.items() if facts[name] is True]
+    lost = [words for name, words in _HELD.items() if facts[name] is False]
     bits = f"same bits for {', '.join(held)}" if held else "bits depend on everything"
     not_held = f"; other bits for {', '.join(lost)}" if lost and held else ""
-    return f"{bits}{not_held}; within {proof.get('difference', 0):.1g} of the module on {proof.get('inputs')} inputs"
+    dtype = f" in {facts['dtype']}" if facts["dtype"] != "float32" else ""
+    return f"{bits}{not_held}; within {facts['difference']:.1g} of the module on {facts['inputs']} inputs{dtype}"
 
 
-def keeps_bits(layout: Layout) -> bool:
+def keeps_bits(layout: Layout, engine: str, dtype: str) -> bool:
     """Whether all bits of a row were seen to be the same in any batch and with any padding."""
-    proof = _read_facts(layout).get("proof", {})
-    return proof.get("batch") is True and proof.get("padding") is not False
+    seen = _read_facts(layout).get("proof", {}).get(engine, {})
+    return seen.get("dtype") == dtype and seen["batch"] is True and seen["padding"] is not False
 
 
+_TOLD = {"onnx": "graph", "openvino": "graph in OpenVINO"}
 _HELD = {"threads": "any number of threads", "batch": "any batch", "padding": "any padding"}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mlflow_safeflavor.graph_engine import Session
 from mlflow_safeflavor.onnx_graph import Input
 
 __all__ = ["TEXT", "Arrays", "Facts", "Refusal", "prove"]
@@ -28,25 +29,19 @@ class Refusal(Exception):
     """Why a forward has no graph, in words."""
 
 
-ABSOLUTE, RELATIVE = 2e-5, 2e-5
-"""Most that an output may differ from the module's: of itself, and of the largest value of its kind in that output.
-
-Sums in another order differ by a few units in the last place of their largest term, 1.2e-7 of it; a hundred layers of
-them stay below this, and a wrong operator is far beyond.
-"""
-
-
 @dataclass
 class Facts:
     """What was seen.
 
     Attributes:
+        dtype: What the graph was computed in.
         inputs: On how many inputs the graph answered as the module.
         difference: The largest, of any output.
         threads, batch, padding: Whether all bits of a row were the same for each number of threads, alone and in a
             batch, without padding and with it; None where that was never tried.
     """
 
+    dtype: str = "float32"
     inputs: int = 0
     difference: float = 0.0
     threads: bool | None = None
@@ -56,7 +51,7 @@ class Facts:
 
     def to_json(self) -> dict[str, Any]:
         """As ``graph.json`` has it."""
-        return {name: getattr(self, name) for name in ("inputs", "difference", "threads", "batch", "padding")}
+        return {name: getattr(self, name) for name in ("dtype", "inputs", "difference", "threads", "batch", "padding")}
 
     def saw(self, name: str, same: bool) -> None:
         """Note one comparison of bits; one that fails counts for all."""
@@ -64,13 +59,13 @@ class Facts:
 
 
 def prove(
-    module: Run, engines: Sequence[Run], inputs: Sequence[Input], example: Arrays, limit: int | None, seed: int
+    module: Run, sessions: Sequence[Session], inputs: Sequence[Input], example: Arrays, limit: int | None, seed: int
 ) -> Facts:
     """Run a module and its graph on many inputs.
 
     Args:
         module: What was recorded. Inputs that it refuses are left out.
-        engines: The graph, with one, two and all threads.
+        sessions: The graph, with one, two and all threads; the first says what is tolerated.
         inputs: What it takes.
         example: What it was recorded with.
         limit: Most tokens of a text.
@@ -79,31 +74,31 @@ def prove(
     Raises:
         Refusal: An output differs by more than the tolerance, or no input could be found.
     """
-    facts = Facts()
-    first, *others = engines
+    first, *others = sessions
+    facts = Facts(first.dtype)
     for probe in _probes(inputs, example, limit, seed):
         try:
             wanted = module(probe)
         except Exception:  # noqa: S112  (the module does not take such sizes, so nobody can be answered wrongly)
             continue
         found = _run(first, probe)
-        facts.difference = max(facts.difference, _difference(wanted, found, probe))
+        facts.difference = max(facts.difference, _difference(wanted, found, probe, first.tolerance))
         facts.inputs += 1
         for known in inputs:
             for name, size in zip(known.shape, probe[known.name].shape, strict=True):
                 if isinstance(name, str):
                     facts.sizes.setdefault(name, set()).add(size)
-        for engine in others:
-            facts.saw("threads", _same(found, _run(engine, probe)))
+        for other in others:
+            facts.saw("threads", _same(found, _run(other, probe)))
         _compare_rows(first, probe, found, inputs, facts)
     if not facts.inputs:
         raise Refusal("no input could be found on which the module runs")
     return facts
 
 
-def _run(engine: Run, inputs: Arrays) -> Mapping[str, np.ndarray]:
+def _run(session: Run, inputs: Arrays) -> Mapping[str, np.ndarray]:
     try:
-        return engine(inputs)
+        return session(inputs)
     except Exception as error:  # the runtime has its own ways to refuse a shape
         raise Refusal(f"the graph fails on {_shapes(inputs)}: {type(error).__name__}: {error}") from error
 
@@ -112,7 +107,9 @@ def _shapes(inputs: Arrays) -> str:
     return ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
 
 
-def _difference(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], inputs: Arrays) -> float:
+def _difference(
+    wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], inputs: Arrays, tolerance: float
+) -> float:
     largest = 0.0
     if wanted.keys() != found.keys():
         raise Refusal(f"the graph gives {sorted(found)}, and the module {sorted(wanted)}")
@@ -131,7 +128,7 @@ def _difference(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray
             raise Refusal(f"the graph gives other infinite values of {name} on {_shapes(inputs)}")
         if plain.any():
             off = float(np.abs(array[plain] - other[plain]).max())
-            allowed = ABSOLUTE + RELATIVE * float(np.abs(array[plain]).max())
+            allowed = tolerance * (1 + float(np.abs(array[plain]).max()))
             if not off <= allowed:
                 raise Refusal(f"the graph differs by {off:.1e} in {name} on {_shapes(inputs)}, more than {allowed:.1e}")
             largest = max(largest, off)
@@ -145,7 +142,7 @@ def _same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> boo
 # --- rows of a batch, each by itself -------------------------------------------------------------
 
 
-def _compare_rows(engine: Run, probe: Arrays, found: Arrays, inputs: Sequence[Input], facts: Facts) -> None:
+def _compare_rows(session: Run, probe: Arrays, found: Arrays, inputs: Sequence[Input], facts: Facts) -> None:
     """Ask for each of the first rows alone, and without its padding."""
     rows = {known.shape[0] for known in inputs if known.shape}
     if len(rows) != 1 or not isinstance(next(iter(rows)), str) or any(not known.shape for known in inputs):
@@ -155,7 +152,7 @@ def _compare_rows(engine: Run, probe: Arrays, found: Arrays, inputs: Sequence[In
     outputs = [name for name, array in found.items() if array.ndim and array.shape[0] == count]
     for i in range(min(count, 3)):
         row = {name: array[i : i + 1] for name, array in probe.items()}
-        alone = _run(engine, row)
+        alone = _run(session, row)
         if count > 1:
             facts.saw("batch", all(alone[name].tobytes() == found[name][i : i + 1].tobytes() for name in outputs))
         mask = row.get("attention_mask")
@@ -164,7 +161,7 @@ def _compare_rows(engine: Run, probe: Arrays, found: Arrays, inputs: Sequence[In
         kept = np.flatnonzero(mask[0])
         if kept[-1] - kept[0] + 1 != len(kept) or kept[0] != 0:  # padded on the left: positions would be others
             continue
-        short = _run(engine, {name: array[:, : len(kept)] if name in texts else array for name, array in row.items()})
+        short = _run(session, {name: array[:, : len(kept)] if name in texts else array for name, array in row.items()})
         facts.saw("padding", all(_cut(alone[name], short[name]).tobytes() == short[name].tobytes() for name in outputs))
 
 

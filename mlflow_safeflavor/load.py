@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from mlflow_safeflavor.errors import (
     ParityError,
     PlacementError,
     SafeFlavorError,
+    TrustError,
     WeightsError,
 )
 from mlflow_safeflavor.graph_file import reason_against
@@ -145,10 +147,12 @@ def _load(spec: ModelSpec, layout: Layout, options: LoadOptions, report: LoadRep
     """Everything after the environment was compared."""
     with report.timed("import"), _without_collecting():
         report.engine = _engine(spec, layout, options)
-        if report.engine == "onnx":
-            import mlflow_safeflavor.onnx_engine
-        else:
+        if report.engine == "module":
             import mlflow_safeflavor.tensors  # noqa: F401  (and with it torch)
+        else:
+            from mlflow_safeflavor.graph_engine import runtime_of
+
+            runtime_of(report.engine)
     from mlflow_safeflavor import inventory_file
 
     with report.timed("digest"):
@@ -156,11 +160,11 @@ def _load(spec: ModelSpec, layout: Layout, options: LoadOptions, report: LoadRep
         _check_dtype(inventory, spec)
         weights = _hold_weights(inventory, layout, options, report)
     with report.timed("rebuild"), _without_collecting():
-        load = _open_graph if report.engine == "onnx" else _rebuild
+        load = _rebuild if report.engine == "module" else _open_graph
         engine, hooks = load(inventory, weights, spec, layout, options, report)
     from mlflow_safeflavor.vocabulary import require_rows
 
-    with _naming_failures(layout.name_of(layout.golden(report.engine)[0])):
+    with _naming_failures(layout.name_of(layout.recorded(report.engine)[0])):
         model = bind(engine, hooks, spec, layout, options, report)
         require_rows(spec.task_config, model.task.encoder, inventory)
         with report.timed("replay"):
@@ -235,18 +239,27 @@ def _hold_weights(inventory: Inventory, layout: Layout, options: LoadOptions, re
 
 
 def _engine(spec: ModelSpec, layout: Layout, options: LoadOptions) -> str:
-    """What is to answer, "onnx" or "module": what was asked for, and can be had of what was saved.
+    """What is to answer, "onnx", "openvino" or "module": what was asked for, and can be had of what was saved.
 
-    A graph is served in float32 on a CPU; whatever else is asked for needs the module. A device that nobody chose is
-    the CPU where the graph was asked for, or is all that there is.
+    A graph is served in float32 on a CPU, by OpenVINO also in bfloat16; whatever else is asked for needs the module. A
+    device that nobody chose is the CPU where the graph was asked for, or is all that there is.
     """
     chosen = run_time_options(options.model_config, stored=spec.model_config)
+    own = run_time_options(options.model_config)["engine"]
+    if own != chosen["engine"] == "openvino" and "code" not in options.trust:
+        raise TrustError(
+            "The model asks for OpenVINO, whose kernels trust the graph's arguments",
+            where="engine",
+            wanted='trust={"code"}, or an engine that whoever loads it chose',
+            way_out='pass model_config={"engine": "openvino"} if you trust who saved it; else {"engine": "onnx"}',
+        )
     alone = spec.structure == "graph"
     asked = "onnx" if alone and chosen["engine"] == "auto" else chosen["engine"]
-    chooses = asked == "onnx" and options.device == "auto"
+    chooses = asked in ("onnx", "openvino") and options.device == "auto"
     device = "cpu" if chooses or options.device_map or is_plainly_cpu(options.device) else _device(options.device)
+    dtype = _casts(spec, options)
     other = {
-        "dtype": _casts(spec, options),
+        "dtype": dtype if asked != "openvino" or dtype != "bfloat16" else None,
         "device_map": options.device_map,
         "compile": chosen["compile"],
         "device": device if device != "cpu" else None,
@@ -263,11 +276,11 @@ def _engine(spec: ModelSpec, layout: Layout, options: LoadOptions) -> str:
             found="module",
             way_out='leave it out, or save the model with graph="auto"',
         )
-    if asked == "onnx" and (needs_module or reason is not None):
+    if asked != "module" and (needs_module or reason is not None):
         raise PlacementError(
             "The model cannot be served as a graph like this",
             where=", ".join(needs_module) or "engine",
-            wanted="a graph, which is served in float32 on a CPU",
+            wanted="a graph, which is served in float32 on a CPU, by OpenVINO also in bfloat16",
             found=reason or ", ".join(f"{name}={other[name]!r}" for name in needs_module),
             way_out='leave those out, or pass engine="module" where the model was saved with its module',
         )
@@ -279,7 +292,7 @@ def _needs_no_module(spec: ModelSpec, layout: Layout, options: LoadOptions) -> b
     asked = run_time_options(options.model_config, stored=spec.model_config)["engine"]
     alone = asked == "auto" and spec.structure == "graph"
     by_default = asked == "auto" and is_plainly_cpu(options.device)
-    return asked == "onnx" or alone or (by_default and _engine(spec, layout, options) == "onnx")
+    return asked in ("onnx", "openvino") or alone or (by_default and _engine(spec, layout, options) == "onnx")
 
 
 def _device(asked: str | int | torch.device) -> str:
@@ -304,15 +317,18 @@ def _open_graph(
 ) -> tuple[Engine, dict[str, Callable[..., Any]]]:
     """What runs the graph, with the weights of the artifact, and the user's hooks by name."""
     from mlflow_safeflavor import cpu
+    from mlflow_safeflavor.graph_engine import GraphEngine, runtime_of
     from mlflow_safeflavor.graph_file import keeps_bits, open_graph
-    from mlflow_safeflavor.onnx_engine import OnnxEngine
-    from mlflow_safeflavor.onnx_runtime import RUNTIME, Session
-    from mlflow_safeflavor.packed_weights import PackedWeights
 
     graph, arrays = open_graph(inventory.files, layout)
     threads = run_time_options(options.model_config, stored=spec.model_config)["num_threads"]
-    packed = None if options.verify == "rehash" else PackedWeights(graph.content, weights, RUNTIME)
-    session = Session(graph, arrays, threads=cpu.find_budget(threads).threads, packed=packed)
+    runtime = runtime_of(report.engine, _casts(spec, options))
+    if report.engine == "onnx" and options.verify != "rehash":
+        from mlflow_safeflavor.onnx_runtime import RUNTIME
+        from mlflow_safeflavor.packed_weights import PackedWeights
+
+        runtime = partial(runtime, packed=PackedWeights(graph.content, weights, RUNTIME))
+    session = runtime(graph, arrays, threads=cpu.find_budget(threads).threads)
     report.tensors, report.alias_groups = len(inventory.rows), len(inventory.data)
     report.weight_bytes, report.device = inventory.nbytes, "cpu"
     rebuild = None
@@ -322,7 +338,8 @@ def _open_graph(
             layout.read_bytes(path)
         rebuild = _later(inventory, weights, spec, layout, options)
     hooks = _hooks(read_description(layout, spec), inventory, layout, options)
-    return OnnxEngine(session, rebuild, weights, keeps_bits=keeps_bits(layout)), hooks
+    kept = keeps_bits(layout, session.name, session.dtype)
+    return GraphEngine(session, rebuild, weights, keeps_bits=kept), hooks
 
 
 def _later(
@@ -505,9 +522,10 @@ def _replay(model: LoadedModel, layout: Layout, options: LoadOptions, report: Lo
 
     if options.verify == "off" or not options.replay:
         return
-    result = parity.replay(model, layout)
-    if not options.dtype or str(options.dtype).removeprefix("torch.") == model.spec.dtype:
-        # After a cast on request the answers are meant to differ from the recorded ones.
+    dtype = _casts(model.spec, options)
+    result = parity.replay(model, layout, dtype or "")
+    if not dtype or model.engine.name == "openvino":
+        # A module that was cast on request is meant to answer otherwise.
         parity.require_parity(result, layout, model.engine.name)
     report.golden_rows = len(result.rows)
     report.max_difference, report.bit_identical = result.max_difference, result.bit_identical

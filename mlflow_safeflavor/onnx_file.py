@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Malformed", "parse_model"]
+__all__ = ["Malformed", "parse_model", "write_model"]
 
 
 class Malformed(ValueError):
@@ -76,6 +76,37 @@ def parse_model(content: bytes) -> dict[str, Any]:
         Malformed: It is no such message.
     """
     return _Reader().message(memoryview(content), _MODEL, "model")
+
+
+def write_model(model: Mapping[str, Any]) -> bytes:
+    """The bytes of a model that was read, and perhaps changed since."""
+    return _written(model, _MODEL)
+
+
+def _written(message: Mapping[str, Any], fields: Mapping[int, _Field]) -> bytes:
+    parts = []
+    for number, field in fields.items():
+        tag, kind = number << 3, field.kind
+        found = message.get(field.name, [])
+        for value in found if field.repeated else [found] * (field.name in message):
+            if kind == "int":
+                parts += [_as_varint(tag), _as_varint(value)]
+            elif kind == "float":
+                parts += [_as_varint(tag | _WIRES["float"]), struct.pack("<f", value)]
+            else:
+                content: Any = value if isinstance(kind, str) else _written(value, kind)
+                content = content.encode() if kind == "text" else content
+                parts += [_as_varint(tag | _LENGTH), _as_varint(len(content)), content]
+    return b"".join(parts)
+
+
+def _as_varint(number: int) -> bytes:
+    number &= (1 << 64) - 1  # int64 in two's complement
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*found, number])
 
 
 class _Reader:

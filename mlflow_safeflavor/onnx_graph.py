@@ -252,6 +252,17 @@ class Graph:
                 return f"{known.name} {dtype}{list(shape)}, not {describe_input(known)}"
         return None
 
+    def require_rows(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse what asks for a row that a table does not have: the standard counts negative ones from its end.
+
+        Raises:
+            IndexError: As torch does.
+        """
+        for name, rows in self.lookups.items():
+            least, most = int(inputs[name].min(initial=0)), int(inputs[name].max(initial=0))
+            if least < 0 or most >= rows:
+                raise IndexError(f"{name} has {least if least < 0 else most}, which is no row of a table of {rows}")
+
 
 def describe_input(known: Input) -> str:
     """``int64[rows, length]``."""

@@ -67,7 +67,7 @@ def _one_of(name: str, value: Any, *, allowed: tuple[str, ...]) -> str:
 _OPTIONS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "device": ("auto", _as_given),
     "dtype": ("", _as_given),
-    "engine": ("auto", partial(_one_of, allowed=("auto", "onnx", "module"))),
+    "engine": ("auto", partial(_one_of, allowed=("auto", "onnx", "openvino", "module"))),
     "compile": (False, _truth),
     "num_threads": (0, partial(_whole_number, least=0)),
     "max_batch_tokens": (512, partial(_whole_number, least=1)),

@@ -220,12 +220,12 @@ class Golden:
 
 
 def read_golden(layout: Layout, engine: str) -> Golden:
-    """Read the golden rows that were recorded with an engine.
+    """Read the golden rows that an engine is compared with.
 
     Raises:
         IntegrityError: The recording is malformed.
     """
-    facts, tensors = layout.golden(engine)
+    facts, tensors = layout.recorded(engine)
     recorded = layout.read_json(facts)
     arrays = read_arrays(layout.read_bytes(tensors), tensors.name)
     try:
@@ -242,14 +242,20 @@ def read_golden(layout: Layout, engine: str) -> Golden:
     return Golden(rows, answers, arrays, atol, rtol)
 
 
-def replay(model: Predictor, layout: Layout) -> ParityReport:
+def replay(model: Predictor, layout: Layout, dtype: str = "") -> ParityReport:
     """Answer the recorded rows again and compare.
+
+    Args:
+        model: What answers.
+        layout: Where they are recorded.
+        dtype: What it computes in, if other than what it was saved in.
 
     Raises:
         IntegrityError: The recording is malformed.
     """
     golden = read_golden(layout, model.engine.name)
-    answers, atol, rtol = golden.answers, golden.atol, golden.rtol
+    answers, least = golden.answers, TOLERANCES.get(dtype, {"atol": 0.0, "rtol": 0.0})
+    atol, rtol = max(golden.atol, least["atol"]), max(golden.rtol, least["rtol"])
     rows = [model.task.from_record(row, golden.inputs(index)) for index, row in enumerate(golden.rows)]
     features = _features(model, rows)
     with kept_random_state():
@@ -311,7 +317,7 @@ def require_parity(report: ParityReport, layout: Layout, engine: str) -> None:
     if wrong:
         raise ParityError(
             "The model answers recorded rows differently from when it was saved",
-            where=f"{layout.name_of(layout.golden(engine)[0])}, {len(wrong)} of {len(report.rows)} rows",
+            where=f"{layout.name_of(layout.recorded(engine)[0])}, {len(wrong)} of {len(report.rows)} rows",
             wanted=f"within atol {report.atol:g}, rtol {report.rtol:g}",
             found=wrong[0].problem,
             way_out="save the model again in this environment",

@@ -50,6 +50,7 @@ class Pinning:
         with_model = {Path(path).stem for path in code_paths or ()}
         self._layout, self._engines, self._hashes, self._wanted = layout, engines, hashes, wanted
         self._roots, self._graph_roots = (_roots(source, with_model, graph=graph) for graph in (False, True))
+        self._graph_roots += ["openvino"] if "openvino" in engines else []
         self._recorded: Environment | None = None
 
     @property
@@ -68,13 +69,13 @@ class Pinning:
             EnvironmentMismatchError: See ``requirements.environment_files``.
         """
         used = used or {}
-        graph_roots = [*self._graph_roots, *(name for name, use in used.items() if use.engine == "onnx")]
+        graph_roots = [*self._graph_roots, *(name for name, use in used.items() if use.engine != "module")]
         roots = [*(self._roots if "module" in self._engines else ()), *(graph_roots if "onnx" in self._engines else ())]
         roots += used
         recorded = requirements.environment_files(
             self._layout.root,
             list(dict.fromkeys(roots)),
-            graph_roots=[*graph_roots] if len(self._engines) > 1 else None,
+            graph_roots=[*graph_roots] if {"onnx", "module"} <= {*self._engines} else None,
             torch_build={
                 "version": torch.__version__,
                 "cuda": torch.version.cuda,
@@ -125,7 +126,7 @@ class Pinning:
         news = {
             name: use
             for name, use in used.items()
-            if name not in recorded.distributions or (use.engine == "onnx" and name in recorded.only_module)
+            if name not in recorded.distributions or (use.engine != "module" and name in recorded.only_module)
         }
         if not news:
             return False

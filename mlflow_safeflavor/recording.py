@@ -5,7 +5,7 @@ Where that does not work the reason is kept, and the module serves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from mlflow_safeflavor.cpu import available_cpus
+from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.graph_engine import Session, runtime_of
 from mlflow_safeflavor.graph_export import Exported, Forward, Inputs, export
 from mlflow_safeflavor.graph_proof import TEXT, Arrays, Facts, Refusal, prove
 from mlflow_safeflavor.graph_weights import Place
 from mlflow_safeflavor.inventory import Slot
 from mlflow_safeflavor.module_engine import ModuleEngine, tensors_of
 from mlflow_safeflavor.onnx_graph import Graph, Malformed, read
-from mlflow_safeflavor.onnx_runtime import Session
 from mlflow_safeflavor.tasks.base import Row, Task
 
 __all__ = ["Refusal", "examples_of", "record"]
@@ -32,7 +33,8 @@ def record(
     examples: Sequence[Inputs],
     *,
     limit: int | None = None,
-) -> tuple[Graph, Facts]:
+    runtimes: Mapping[str, Callable[..., Session]] | None = None,
+) -> tuple[Graph, dict[str, Facts]]:
     """Export a module's forward, and prove that the graph answers as the module does.
 
     Args:
@@ -41,6 +43,10 @@ def record(
         places: Where those are in files of weights, by path.
         examples: Inputs of its forward, as the task makes them; at least one.
         limit: Most tokens of a text.
+        runtimes: What makes sessions, by the name of the engine; by default ONNX Runtime.
+
+    Returns:
+        The graph, and what was seen by engine.
 
     Raises:
         Refusal: The forward cannot be traced with free sizes, calls what a graph may not, or answers otherwise.
@@ -51,15 +57,20 @@ def record(
     for example, free in product(_candidates(examples), _freedoms(examples)):
         try:
             exported = export(module, slots, places, examples, example, free)
-            return _proven(module, exported, slots, example, limit)
+            return _proven(module, exported, slots, example, limit, runtimes or {"onnx": runtime_of("onnx")})
         except Refusal as refusal:
             reasons.append(str(refusal))
     raise Refusal(reasons[0])
 
 
 def _proven(
-    module: torch.nn.Module, exported: Exported, slots: Sequence[Slot], example: Inputs, limit: int | None
-) -> tuple[Graph, Facts]:
+    module: torch.nn.Module,
+    exported: Exported,
+    slots: Sequence[Slot],
+    example: Inputs,
+    limit: int | None,
+    runtimes: Mapping[str, Callable[..., Session]],
+) -> tuple[Graph, dict[str, Facts]]:
     graph = _read(exported.content({}))
     arrays = {slot.path: slot.tensor.detach().cpu().numpy() for slot in slots if slot.path in graph.weights}
     forward = Forward(module)
@@ -70,13 +81,16 @@ def _proven(
         with torch.inference_mode():
             return {name: tensor.cpu().numpy() for name, tensor in forward(tensors).items()}
 
-    try:
-        sessions = [Session(graph, arrays, threads=threads) for threads in sorted({1, 2, available_cpus()})]
-    except Exception as error:  # a kernel that ONNX Runtime does not have
-        raise Refusal(f"ONNX Runtime: {str(error).strip().partition(chr(10))[0][:400]}") from error
     plain = {name: tensor.cpu().numpy() for name, tensor in example.items()}
-    facts = prove(run, sessions, graph.inputs, plain, limit, seed=0)
-    fixed = {name: min(sizes) for name, sizes in facts.sizes.items() if len(sizes) == 1}
+    facts = {}
+    for name, runtime in runtimes.items():
+        try:
+            sessions = [runtime(graph, arrays, threads=threads) for threads in sorted({1, 2, available_cpus()})]
+        except StructureError as error:  # a kernel that it does not have
+            raise Refusal(f"{error.what}: {error.found}") from error
+        facts[name] = prove(run, sessions, graph.inputs, plain, limit, seed=0)
+    seen = next(iter(facts.values())).sizes
+    fixed = {name: min(sizes) for name, sizes in seen.items() if len(sizes) == 1}
     if narrow := fixed.keys() & {"rows", "length"}:
         raise Refusal(f"the module took no inputs of another number of {min(narrow)} to prove the graph on")
     return _read(exported.content(fixed)), facts

@@ -24,7 +24,7 @@ class LoadReport:
         weight_bytes: Bytes of that data.
         environment: Differences from the recorded environment, in words.
         device: Where the model is.
-        engine: What answers: "onnx" or "module".
+        engine: What answers: "onnx", "openvino" or "module".
         golden_rows: Recorded rows answered again; 0 if ``verify="off"``.
         max_difference: Largest absolute difference of a raw output from its recording.
         bit_identical: Whether all raw outputs equal their recording bit for bit.

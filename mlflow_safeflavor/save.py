@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,14 +34,13 @@ from mlflow_safeflavor.description import what_runs
 from mlflow_safeflavor.dtypes import announced_cast, dtypes_of, serving_dtype
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.given import Source
+from mlflow_safeflavor.graph_engine import GraphEngine, runtime_of
 from mlflow_safeflavor.graph_file import open_graph, write_graph, write_reason
 from mlflow_safeflavor.graph_weights import find_places
 from mlflow_safeflavor.kept import kept_module, kept_parameters
 from mlflow_safeflavor.load import LoadOptions, bind, rebuild
 from mlflow_safeflavor.model import LoadedModel, make_task
 from mlflow_safeflavor.module_engine import ModuleEngine, evaluating
-from mlflow_safeflavor.onnx_engine import OnnxEngine
-from mlflow_safeflavor.onnx_runtime import Session
 from mlflow_safeflavor.options import MODEL_CONFIG, run_time_options
 from mlflow_safeflavor.pinning import Pinning
 from mlflow_safeflavor.processor import write_processor
@@ -151,6 +150,7 @@ def save_model(
     source = replace(source, example=input_example, columns=columns)
     require_plain(source.module)
     options = _options(source.task, {**source.options, **(model_config or {})})
+    _require_openvino(options, graph)
     defaults = {**source.params, **defaults_of(signature), **(params or {})}
     inventories.require_saveable(inventories.find_slots(source.module))
     serving = serving_dtype(dtype, dtypes_of(source.module))
@@ -169,8 +169,8 @@ def save_model(
             model.task.config = {**model.task.config, **model.task.measured(model.engine, source.example)}
             spec = replace(spec, task_config=model.task.config)
             rows = [*([] if source.example is None else model.task.rows(source.example)), *model.task.golden_rows()]
-            engine = None if graph == "no" else _write_graph(model, rows, graph in ("require", "only"))
-            models = [*([] if engine is None else [model.answered_by(engine)]), *([] if graph == "only" else [model])]
+            engines = [] if graph == "no" else _write_graph(model, rows, graph in ("require", "only"))
+            models = [*map(model.answered_by, engines), *([] if graph == "only" else [model])]
             answers, spec = _write_parity(models, rows, spec, layout)
         names = [answering.engine.name for answering in models]
         pinning = Pinning(
@@ -242,6 +242,15 @@ def _options(task: str, model_config: Mapping[str, Any] | None) -> dict[str, Any
         raise InputError("Unknown key in model_config", where=", ".join(unknown), wanted=" | ".join(sorted(known)))
     run_time_options({name: value for name, value in options.items() if name in MODEL_CONFIG}, environ={})
     return options
+
+
+def _require_openvino(options: Mapping[str, Any], graph: str) -> None:
+    """Refuse a model that OpenVINO is to serve where it is not installed, or cannot do what is asked for."""
+    if options.get("engine") != "openvino":
+        return
+    runtime_of("openvino")
+    _require_one_of('graph beside engine="openvino"', graph, ("auto", "require", "only"))
+    _require_one_of('dtype beside engine="openvino"', options.get("dtype", ""), ("", "float32", "bfloat16"))
 
 
 def _hooks(task: str, *given: Callable[..., Any] | None) -> dict[str, Callable[..., Any]]:
@@ -453,33 +462,40 @@ def _write_parity(
     answers = []
     for model in models:
         model.scheduler.forward_cost = cost
-        dtypes = dtypes_of(model.module) if spec.dtype == AS_IS else [spec.dtype]
+        if isinstance(model.engine, GraphEngine):
+            dtypes: Collection[str] = [model.engine.session.dtype]
+        else:
+            dtypes = dtypes_of(model.module) if spec.dtype == AS_IS else [spec.dtype]
         answers.append(parity.record(model, rows, dtypes, layout))
     return answers[0], replace(spec, model_config={**spec.model_config, "forward_cost": cost})
 
 
-def _write_graph(model: LoadedModel, rows: Sequence[Row], required: bool) -> OnnxEngine | None:
-    """Record the forward as a graph, or the reason why there is none. Returns what runs it."""
+def _write_graph(model: LoadedModel, rows: Sequence[Row], required: bool) -> list[GraphEngine]:
+    """Record the forward as a graph, or the reason why there is none. Returns what runs it, what serves first."""
     layout, slots = Layout(model.folder), inventories.find_slots(model.module)
+    runtimes = {"onnx": runtime_of("onnx")}
+    if model.spec.model_config["engine"] == "openvino":
+        runtimes, required = {"openvino": runtime_of("openvino", model.spec.model_config["dtype"]), **runtimes}, True
     inventory = inventory_file.read_inventory(layout)
     try:
         if model.spec.dtype != "float32":
             raise recording.Refusal(f"a graph is served in float32, and this model in {model.spec.dtype}")
         inputs = recording.examples_of(model.task, cast("ModuleEngine", model.engine), rows)
         places, limit = find_places(inventory, layout), getattr(model.task, "limit", None)
-        graph, facts = recording.record(model.module, slots, places, inputs, limit=limit)
+        graph, facts = recording.record(model.module, slots, places, inputs, limit=limit, runtimes=runtimes)
     except recording.Refusal as refusal:
         if required:
             raise StructureError(
                 "The forward of the model cannot be stored as a graph",
                 where=model.spec.model_class,
                 found=refusal,
-                way_out='save it with graph="auto", which serves the module where there is no graph',
+                way_out='save it with graph="auto" and engine="auto", which serves the module where there is no graph',
             ) from refusal
         write_reason(str(refusal), layout)
-        return None
+        return []
     write_graph(graph, facts, layout)
-    return OnnxEngine(Session(*open_graph(inventory.files, layout), threads=available_cpus()))
+    opened = open_graph(inventory.files, layout)
+    return [GraphEngine(runtime(*opened, threads=available_cpus())) for runtime in runtimes.values()]
 
 
 def _write_example(mlmodel: Model, example: Any, task: Task, layout: Layout) -> None:

@@ -20,6 +20,7 @@ from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError
 from mlflow_safeflavor.graph_file import reason_against
 from mlflow_safeflavor.load import LoadOptions, keep_if_needed, load_folder
+from mlflow_safeflavor.options import run_time_options
 from mlflow_safeflavor.parity import Golden, ParityReport, Replayed, compare_answers, read_golden, replay
 from mlflow_safeflavor.process import arrays_asking, describe_recorded, labelled_row, told_environment
 from mlflow_safeflavor.pyfunc import facts_of
@@ -62,7 +63,7 @@ def verify_model(
             records, JSON lines, CSV or Parquet. For a model of named arrays each row is one request, and each cell
             an array or nested lists.
         device: Where to load the model here; see ``load_model``.
-        engine: What is to answer here: "onnx" or "module"; by default what a server would take.
+        engine: What is to answer here: "onnx", "openvino" or "module"; by default what a server would take.
         trust: See ``load_model``.
         rehash: Hash all weights that are loaded here, also those that this host has hashed before.
         timeout: Seconds that all requests to the server may take together; loading a model here is not counted.
@@ -111,7 +112,9 @@ def _verify_server(
 ) -> ParityReport:
     # The golden rows count only if nobody changed them; they do not need the weights, which loading hashes.
     spec = read_saved(layout, weights=False).spec
-    golden = read_golden(layout, engine or ("module" if reason_against(layout) else "onnx"))
+    stored = run_time_options(stored=spec.model_config, environ={})["engine"]
+    usual = "module" if reason_against(layout) else "onnx"
+    golden = read_golden(layout, engine or (usual if stored == "auto" else stored))
     # First of all, so that a mistyped file or column is told before anybody waits for a model or a server.
     schema = read_mlmodel(layout.root).get_input_schema()  # type: ignore[no-untyped-call]  # MLflow's
     frame = None if rows is None else _require_some(rows if isinstance(rows, pd.DataFrame) else _read(rows, schema))

@@ -30,10 +30,11 @@ from mlflow_safeflavor import cli, generate_dockerfile, load, recording
 from mlflow_safeflavor.artifact import Layout, read_json
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import InputError, PlacementError, StructureError
+from mlflow_safeflavor.graph_engine import GraphEngine
 from mlflow_safeflavor.graph_file import reason_against
 from mlflow_safeflavor.inventory import find_slots
 from mlflow_safeflavor.module_engine import ModuleEngine
-from mlflow_safeflavor.onnx_engine import OnnxEngine
+from mlflow_safeflavor.onnx_runtime import Session
 from mlflow_safeflavor.spec import read_spec
 
 pytestmark = pytest.mark.graphs
@@ -233,7 +234,7 @@ def test_classifier_without_torch(tiny_tokenizer, tmp_path, clean_process):
 def test_verify_asks_the_engine_that_is_wanted(tiny_tokenizer, tmp_path, monkeypatch):
     mlflow_safeflavor.save_model(bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
     asked = []
-    for engine in (OnnxEngine, ModuleEngine):
+    for engine in (GraphEngine, ModuleEngine):
         call = engine.__call__
         monkeypatch.setattr(
             engine, "__call__", lambda self, *a, call=call, **k: asked.append(self.name) or call(self, *a, **k)
@@ -438,7 +439,7 @@ def test_parts_of_a_free_size():
 
 def test_outputs_that_are_something_else_already():
     graph, _ = record(Twice(), torch.rand(3, 4), torch.rand(2, 4))
-    found = recording.Session(graph, {}, threads=1)({"x": np.ones((2, 4), np.float32)})
+    found = Session(graph, {}, threads=1)({"x": np.ones((2, 4), np.float32)})
     assert {name: array.tolist() for name, array in found.items()} == {
         "x": [[1.0] * 4] * 2, "weight": [0.0, 1.0, 2.0, 3.0], "y": [[2.0] * 4] * 2, "again": [[2.0] * 4] * 2
     }  # fmt: skip

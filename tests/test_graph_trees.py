@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mlflow_safeflavor.graph_proof import ABSOLUTE, RELATIVE
 from mlflow_safeflavor.inventory import find_slots
 from mlflow_safeflavor.onnx_graph import read
 from mlflow_safeflavor.onnx_runtime import Session
@@ -126,7 +125,7 @@ def test_random_trees_are_recorded_and_answer_as_their_modules_do():
             found = engine(arrays)
             told = f"seed {seed}, {rows} rows of {length}\n{module}"
             for name, tensor in wanted.items():
-                allowed = ABSOLUTE + RELATIVE * float(tensor.abs().max())
+                allowed = Session.tolerance * (1 + float(tensor.abs().max()))
                 assert float((tensor - torch.from_numpy(found[name])).abs().max()) <= allowed, told
             if facts.batch:
                 alone = engine({name: array[:1] for name, array in arrays.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
 from pathlib import Path
@@ -14,10 +15,16 @@ from onnx import helper, numpy_helper
 from mlflow_safeflavor import cpu
 from mlflow_safeflavor.artifact import Layout
 from mlflow_safeflavor.errors import IntegrityError, StructureError
+from mlflow_safeflavor.graph_engine import GraphEngine, runtime_of
 from mlflow_safeflavor.graph_weights import Place, map_weights
-from mlflow_safeflavor.onnx_file import Malformed, parse_model
+from mlflow_safeflavor.onnx_file import Malformed, parse_model, write_model
 from mlflow_safeflavor.onnx_graph import _OPERATORS, Weight, lines_of, read
 from mlflow_safeflavor.onnx_runtime import Session
+
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="the extra `openvino` is not installed"
+)
+"""Not importorskip: whoever imports OpenVINO as it comes tells its makers, over the network."""
 
 
 def made(*nodes, constants=(), inputs=(("x", 1, ["rows", 4]),), outputs=("y",), change=None):
@@ -34,11 +41,17 @@ def made(*nodes, constants=(), inputs=(("x", 1, ["rows", 4]),), outputs=("y",), 
     return model.SerializeToString()
 
 
+@pytest.fixture(params=["onnx", pytest.param("openvino", marks=needs_openvino)])
+def runtime(request):
+    """What makes sessions: ONNX Runtime, and OpenVINO."""
+    return runtime_of(request.param)
+
+
 RELU = helper.make_node("Relu", ["input.x"], ["output.y"])
 X = {"x": np.array([[1, -2, 3, -4]], np.float32)}
 
 
-def test_what_is_read():
+def test_what_is_read(runtime):
     outside = onnx.TensorProto(name="w", data_type=1, dims=[4, 2], data_location=1)
     for key, value in {"location": "model.safetensors", "offset": "64", "length": "32"}.items():
         outside.external_data.add(key=key, value=value)
@@ -53,8 +66,20 @@ def test_what_is_read():
     ]  # fmt: skip
     assert graph.weights == {"w": Weight("float32", (4, 2), Place("model.safetensors", 64, 32))}
     assert (graph.outputs, graph.lookups, graph.reused) == (("y",), {}, 0)
-    found = Session(graph, {"w": np.eye(4, 2, dtype=np.float32)}, threads=1)(X)
+    found = runtime(graph, {"w": np.eye(4, 2, dtype=np.float32)}, threads=1)(X)
     assert found["y"].tolist() == [[2, -1]]
+
+
+def test_what_was_read_is_written():
+    """Field by field, as the standard's own reader sees it; numbers below zero and none among them."""
+    nodes = [
+        helper.make_node("Gather", ["input.x", "b"], ["z"], axis=-1),
+        helper.make_node("Resize", ["z", "", "b"], ["output.y"], cubic_coeff_a=-0.75, mode="cubic", axes=[-1, 0, 300]),
+    ]
+    content = made(*nodes, constants=[("b", np.array([-1, 0, 2**40])), ("c", np.array(1.5, np.float32))])
+    written = write_model(parse_model(content))
+    assert onnx.load_model_from_string(written) == onnx.load_model_from_string(content)
+    assert write_model(parse_model(written)) == written
 
 
 def test_what_a_graph_takes():
@@ -67,7 +92,7 @@ def test_what_a_graph_takes():
     assert graph.misfit({"a": a}) == "arguments ['a'], not ['a', 'b', 'c']"
 
 
-def test_rows_of_the_shortest_table():
+def test_rows_of_the_shortest_table(runtime):
     constants = [("long", np.zeros((9, 2), np.float32)), ("short", np.zeros((5, 2), np.float32))]
     places = {"long": (72, 0), "short": (40, 72)}
 
@@ -88,11 +113,11 @@ def test_rows_of_the_shortest_table():
         )
     )  # fmt: skip
     assert graph.lookups == {"ids": 5}
-    session = Session(graph, dict(constants), threads=1)
-    assert session({"ids": np.array([4, 0])})["y"].shape == (2, 2)
+    engine = GraphEngine(runtime(graph, dict(constants), threads=1))
+    assert engine({"ids": np.array([4, 0])})["y"].shape == (2, 2)
     for wrong in (-1, 5):
         with pytest.raises(IndexError, match=str(wrong)):
-            session({"ids": np.array([0, wrong])})
+            engine({"ids": np.array([0, wrong])})
 
 
 def attribute(model, **changes):
@@ -255,12 +280,12 @@ def test_truth_values_of_two(layout):
 # Sessions.
 
 
-def test_what_onnx_runtime_does_not_take():
+def test_what_no_runtime_takes(runtime):
     graph = read(
         made(helper.make_node("MatMul", ["input.x", "w"], ["output.y"]), constants=[("w", np.ones((3, 2), np.float32))])
     )
     with pytest.raises(StructureError, match=r"graph\.onnx"):
-        Session(graph, {}, threads=1)
+        runtime(graph, {}, threads=1)
 
 
 def test_a_file_of_two_formats_is_read_as_the_one_that_was_checked():
@@ -308,14 +333,19 @@ def test_memory_of_a_container(tmp_path):
 
 # What is said of it.
 
+SEEN = {"dtype": "float32", "inputs": 1, "difference": 0.0, "threads": True, "batch": True, "padding": True}
+
 
 @pytest.mark.parametrize(
     "facts",
     [
         {"version": 1, "reason": "a"}, {"version": 1, "proof": {}}, {"version": 2, "proof": {}}, {"version": 1}, [],
-        {"version": 1, "proof": {"inputs": 1, "difference": "x", "threads": True, "batch": True, "padding": True}},
-        {"version": 1, "proof": {"inputs": 1, "difference": 0.0, "threads": 1, "batch": True, "padding": True}},
-        {"version": 1, "proof": {"inputs": 1, "difference": 0.0, "threads": True, "batch": True}},
+        {"version": 1, "proof": {"openvino": SEEN}}, {"version": 1, "proof": {"onnx": SEEN, "other": SEEN}},
+        {"version": 1, "proof": {"onnx": SEEN, "openvino": {}}}, {"version": 1, "proof": {"onnx": "x"}},
+        *({"version": 1, "proof": {"onnx": SEEN | wrong}} for wrong in (
+            {"difference": "x"}, {"threads": 1}, {"dtype": "float16"}, {"inputs": True}, {"safe": True},
+        )),
+        {"version": 1, "proof": {"onnx": {name: SEEN[name] for name in SEEN if name != "padding"}}},
     ],
 )  # fmt: skip
 def test_facts_that_are_none(layout, facts):
@@ -325,3 +355,16 @@ def test_facts_that_are_none(layout, facts):
     layout.graph_facts.write_text(json.dumps(facts))
     with pytest.raises(IntegrityError, match=r"graph\.json"):
         describe_graph(layout)
+
+
+def test_facts_in_words(layout):
+    from mlflow_safeflavor.graph_file import describe_graph
+
+    layout.graph.write_bytes(b"")
+    other = SEEN | {"padding": False, "dtype": "bfloat16", "difference": 0.004}
+    layout.graph_facts.write_text(json.dumps({"version": 1, "proof": {"onnx": SEEN, "openvino": other}}))
+    assert describe_graph(layout) == {
+        "graph": "same bits for any number of threads, any batch, any padding; within 0 of the module on 1 inputs",
+        "graph in OpenVINO": "same bits for any number of threads, any batch; other bits for any padding; "
+        "within 0.004 of the module on 1 inputs in bfloat16",
+    }

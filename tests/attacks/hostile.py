@@ -1538,6 +1538,10 @@ def facts_attack(name: str, doc: str, change: Callable[[Any], Any], native: str 
     attack(native, **GRAPH)(damage)
 
 
+def proof(facts: Any, **changes: Any) -> Any:
+    return facts | {"proof": {"onnx": facts["proof"]["onnx"] | changes}}
+
+
 facts_attack("reason_instead", "a reason where there is a graph, so that the module is rebuilt",
              lambda facts: {"version": 1, "reason": "\x1b[2J"})  # fmt: skip
 facts_attack("reason_empty", "a reason without words", lambda facts: {"version": 1, "reason": ""})
@@ -1545,14 +1549,16 @@ facts_attack("reason_too", "a reason beside the proof", lambda facts: facts | {"
 facts_attack("facts_of_the_future", "a version that nobody reads yet", lambda facts: facts | {"version": 99})
 facts_attack("proof_is_a_text", "a proof in words", lambda facts: facts | {"proof": "trust me"})
 facts_attack("proof_with_texts", "a difference that a terminal obeys",
-             lambda facts: facts | {"proof": facts["proof"] | {"difference": "\x1b[2J"}})  # fmt: skip
-facts_attack(
-    "proof_with_more", "more is said to hold", lambda facts: facts | {"proof": facts["proof"] | {"safe": True}}
-)
-facts_attack("proof_with_less", "a proof without inputs", lambda facts: facts | {"proof": {"threads": True}})
-facts_attack(
-    "proof_of_a_list", "a proof of many values", lambda facts: facts | {"proof": facts["proof"] | {"batch": [1] * 1000}}
-)
+             lambda facts: proof(facts, difference="\x1b[2J"))  # fmt: skip
+facts_attack("proof_with_more", "more is said to hold", lambda facts: proof(facts, safe=True))
+facts_attack("proof_with_less", "a proof without inputs",
+             lambda facts: facts | {"proof": {"onnx": {"threads": True}}})  # fmt: skip
+facts_attack("proof_of_a_list", "a proof of many values", lambda facts: proof(facts, batch=[1] * 1000))
+facts_attack("proof_of_another_engine", "a proof for an engine that a terminal obeys",
+             lambda facts: facts | {"proof": {**facts["proof"], "\x1b[2J": facts["proof"]["onnx"]}})  # fmt: skip
+facts_attack("proof_in_another_dtype", "a proof in a dtype of words", lambda facts: proof(facts, dtype="\x1b[2J"))
+facts_attack("proof_in_openvino_alone", "a proof of no use to ONNX Runtime",
+             lambda facts: facts | {"proof": {"openvino": facts["proof"]["onnx"]}})  # fmt: skip
 
 
 def on_graph(native: str) -> Callable[[Callable[[Target], None]], Any]:

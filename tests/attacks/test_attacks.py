@@ -17,9 +17,11 @@ import torch
 import transformers
 from artifacts import rewrite
 from hostile import ATTACKS, MAY_IMPORT, Attack, Target
+from test_onnx_graph import needs_openvino
 from writers import byte_tokenizer, writer
 
 import mlflow_safeflavor
+from mlflow_safeflavor import openvino_runtime
 from mlflow_safeflavor.errors import SafeFlavorError
 from mlflow_safeflavor.load import load_model
 
@@ -175,6 +177,36 @@ def test_attack_through_pyfunc(attack, prepare):
     found = outcome(load)
     assert as_expected(found, attack.pyfunc), found
     assert not target.canary.exists()
+
+
+def graphs(*wanted):
+    return [attack for attack in LIGHT if attack.name in {f"graph_{name}" for name in wanted}]
+
+
+REACHING = graphs(
+    "row_outside", "shapes_differ", "arity_missing", "arity", "argument_unknown", "other_answer", "nan",
+    "output_renamed",
+)  # fmt: skip
+CHECKED = graphs("calls_library", "weight_in_memory", "weight_absolute", "twice_operator", "truth_of_seven", "cut")
+
+
+@needs_openvino
+@pytest.mark.parametrize("attack", REACHING, ids=names(REACHING))
+def test_attack_that_reaches_openvino(attack, prepare):
+    """All others the check refuses, whatever runs the graph."""
+    target = prepare(attack)
+    found = outcome(lambda: load_model(str(target.root), model_config={"engine": "openvino"}))
+    assert found in ("StructureError", "ParityError")
+    assert not target.canary.exists()
+
+
+@pytest.mark.parametrize("attack", CHECKED, ids=names(CHECKED))
+def test_openvino_gets_nothing_that_the_check_refuses(attack, prepare, monkeypatch):
+    monkeypatch.setattr(openvino_runtime, "require_installed", lambda: None)
+    monkeypatch.setattr(openvino_runtime, "Session", lambda *given, **more: pytest.fail("it got a graph"))
+    target = prepare(attack)
+    found = outcome(lambda: load_model(str(target.root), model_config={"engine": "openvino"}))
+    assert as_expected(found, attack.native), found
 
 
 BOUNDED = """

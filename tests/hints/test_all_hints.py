@@ -34,6 +34,19 @@ ELSEWHERE = {
     Site("lock", "The wheel that was installed when the model was saved is not there any more",
          "name the folder that holds it: UV_FIND_LINKS=FOLDER; or save the model again where another build is "
          "installed"): _WHEELS,
+    Site("openvino_runtime", "OpenVINO is not installed", "pip install 'mlflow-safeflavor[openvino]'"):
+        "test_openvino.py::test_where_it_is_not_installed",
+    Site("openvino_runtime", "This CPU has no arithmetic for the dtype, so that OpenVINO would silently take another",
+         "leave dtype out"): "test_openvino.py::test_bfloat16_where_the_cpu_has_it",
+    Site("openvino_runtime", "OpenVINO does not take the graph of the model",
+         "leave the engine out, or `pip install --upgrade openvino`"):
+        "test_openvino.py::test_what_it_does_not_know",
+    Site("load", "The model asks for OpenVINO, whose kernels trust the graph's arguments",
+         'pass model_config={"engine": "openvino"} if you trust who saved it; else {"engine": "onnx"}'):
+        "test_openvino.py::test_it_runs_only_where_somebody_wants_it",
+    Site("docker", "The model was not saved to be served by OpenVINO, which is not among its pins",
+         'leave it out, or save the model with model_config={"engine": "openvino"}'):
+        "test_openvino.py::test_images_of_what_was_saved_for_it",
     Site("placement", "device_map needs accelerate", "pip install 'mlflow-safeflavor[accelerate]'"):
         "test_device_map.py::test_without_accelerate_the_extra_is_named",
     Site("wrappers", "The module's forward is wrapped by accelerate for mixed precision, as transformers' Trainer does, "

@@ -491,12 +491,12 @@ def test_memory_that_runs_out(saved, monkeypatch):
     'leave those out, or pass engine="module" where the model was saved with its module',
 )
 @follows(
-    "onnx_engine",
+    "graph_engine",
     "The model was stored as a graph, which does not take this input",
     'save the model with its module, too: graph="auto"',
 )
 @follows(
-    "onnx_engine",
+    "graph_engine",
     "The model was stored as a graph of one forward, which cannot do this",
     'save the model with its module, too: graph="auto"',
 )

@@ -185,7 +185,7 @@ def test_hooks(save, code):
 @follows(
     "save",
     "The forward of the model cannot be stored as a graph",
-    'save it with graph="auto", which serves the module where there is no graph',
+    'save it with graph="auto" and engine="auto", which serves the module where there is no graph',
 )
 def test_a_forward_that_is_no_graph(save, code):  # no graph is recorded in these tests
     refused(StructureError, save, code.Net(), code_paths=[code.file], graph="require")

@@ -112,11 +112,12 @@ def _recorded(module: torch.nn.Module, example: Tensors) -> dict[str, Any]:
     examples = list(_examples(module, example))
     slots = inventory.find_slots(module)
     try:
-        graph, facts = recording.record(module, slots, {}, examples)
+        graph, proof = recording.record(module, slots, {}, examples)
     except recording.Refusal as refusal:
         return {"result": "refused", "reason": str(refusal)[:400]}
     except Exception as error:
         return {"result": "differs", "reason": f"{type(error).__name__}: {error}"[:2000]}
+    facts = proof["onnx"]
     compared, reason = _compared(module, Session(graph, {}, threads=1), graph, examples[0])
     shapes = {known.name: [str(size) for size in known.shape] for known in graph.inputs}
     same = [name for name in ("threads", "batch", "padding") if getattr(facts, name) is False]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.onnx_graph import describe_input
-from mlflow_safeflavor.onnx_runtime import Session
+from mlflow_safeflavor.onnx_graph import Graph, describe_input
 from mlflow_safeflavor.weights_files import HeldFile, require_unchanged
 
 if TYPE_CHECKING:
@@ -19,22 +19,56 @@ if TYPE_CHECKING:
 
     from mlflow_safeflavor.module_engine import ModuleEngine
 
-__all__ = ["OnnxEngine"]
+__all__ = ["GraphEngine", "Session", "runtime_of"]
 
 T = TypeVar("T")
 
 
-class OnnxEngine:
-    """Runs a graph in ONNX Runtime, on the CPU and in float32.
+class Session(Protocol):
+    """A graph with its weights, ready to run on the CPU; safe from many threads."""
+
+    name: str
+    """Of the engine: "onnx" or "openvino"."""
+    dtype: str
+    """What it computes in; outputs are float32 all the same."""
+    tolerance: float
+    """Most that an output may differ from the module's: of itself, and of the largest value of its kind in it."""
+    graph: Graph
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the forward on what the graph takes."""
+        ...
+
+
+def runtime_of(engine: str, dtype: str | None = None) -> Callable[..., Session]:
+    """What makes sessions for an engine: (graph, weights, threads=…).
 
     Args:
-        session: The graph with its weights.
+        engine: "onnx" or "openvino".
+        dtype: For OpenVINO, what to compute in; by default float32.
+
+    Raises:
+        PlacementError: OpenVINO is not installed.
+    """
+    if engine == "onnx":
+        from mlflow_safeflavor import onnx_runtime
+
+        return onnx_runtime.Session
+    from mlflow_safeflavor import openvino_runtime
+
+    openvino_runtime.require_installed()
+    return partial(openvino_runtime.Session, dtype=dtype or "float32")
+
+
+class GraphEngine:
+    """Runs a graph.
+
+    Args:
+        session: The graph with its weights, in ONNX Runtime or OpenVINO.
         rebuild: Makes the engine of the module; None where the artifact holds a graph alone.
         weights: Files that its weights are mapped from.
         keeps_bits: See ``Engine``.
     """
-
-    name = "onnx"
 
     def __init__(
         self,
@@ -44,8 +78,7 @@ class OnnxEngine:
         *,
         keeps_bits: bool = False,
     ) -> None:
-        self.session = session
-        self.on_cpu = True
+        self.session, self.name, self.on_cpu = session, session.name, True
         self.keeps_bits = keeps_bits
         self._rebuild = rebuild
         self._weights = weights
@@ -75,6 +108,7 @@ class OnnxEngine:
                 found=misfit,
                 way_out='save the model with its module, too: graph="auto"',
             )
+        graph.require_rows(arrays)
         require_unchanged(self._weights)
         return self.session(arrays)
 
