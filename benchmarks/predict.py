@@ -133,6 +133,7 @@ class Models:
         self.half = mlflow.pyfunc.load_model(str(self.half_path))
         self.peer = mlflow.pyfunc.load_model(str(self.peer_path))
         self.hand = mlflow.pyfunc.load_model(str(self.hand_path))
+        self.openvino = mlflow.pyfunc.load_model(str(self.ours_path), model_config={"engine": "openvino"})
 
 
 def frame(texts: Sequence[str]) -> pd.DataFrame:
@@ -155,11 +156,13 @@ def throughput(models: Models, rounds: int) -> Iterator[Row]:
             "half": lambda data=data: models.half.predict(data),
             "peer": lambda data=data: models.peer.predict(data),
             "hand": lambda data=data: models.hand.predict(data),
+            "openvino": lambda data=data: models.openvino.predict(data),
         }
         times = alternate(runs, rounds)
         done = {name: rates(found.wall, len(data)) for name, found in times.items()}
         yield row(what, done["ours"], done["peer"], "rows/s", at_least=peer)
         yield row(f"{what}, against the one by hand", done["ours"], done["hand"], "rows/s", at_least=hand)
+        yield row("the same, in OpenVINO", done["openvino"], done["peer"], "rows/s")
         if len(lengths) == 512:
             yield row("the same, by the module in bfloat16", done["half"], done["peer"], "rows/s")
 
@@ -176,12 +179,14 @@ def single(models: Models, rounds: int) -> Iterator[Row]:
             "ours": many(lambda data=data: models.ours.predict(data)),
             "peer": many(lambda data=data: models.peer.predict(data)),
             "hand": many(lambda data=data: models.hand.predict(data)),
+            "openvino": many(lambda data=data: models.openvino.predict(data)),
         }
         times = alternate(runs, max(rounds, 9))
         ms = {name: [seconds / 40 * 1e3 for seconds in found.wall] for name, found in times.items()}
         what = f"one row of {tokens} tokens"
         yield row(what, ms["ours"], ms["peer"], "ms", at_most=1 / peer)
         yield row(f"{what}, against the one by hand", ms["ours"], ms["hand"], "ms", at_most=1 / 0.95)
+        yield row("the same, in OpenVINO", ms["openvino"], ms["peer"], "ms")
 
 
 def _ask_from_threads(

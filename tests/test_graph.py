@@ -587,3 +587,16 @@ def test_pickled_hooks_need_no_class_of_the_module(tmp_path, monkeypatch):
         mlflow_safeflavor.load_model(str(tmp_path / "m"), trust={"pickle"}, model_config={"engine": "module"})
     graph = mlflow_safeflavor.load_model(str(tmp_path / "m"), trust={"pickle"})
     assert graph.predict(rows)["score"].tolist() == pytest.approx(expected["score"].tolist(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_another_dtype_among_the_options_is_the_modules(tmp_path):
+    """The graph is rehearsed all the same, in its own."""
+    torch.manual_seed(0)
+    example, options = X["x"], {"dtype": "bfloat16"}
+    mlflow_safeflavor.save_model(
+        nn.Sequential(nn.Linear(4, 3)), tmp_path / "m", task="raw", input_example=example, model_config=options
+    )
+    assert engine_of(mlflow.pyfunc.load_model(str(tmp_path / "m"))).name == "module"
+    own = {"dtype": "", "engine": "onnx"}
+    assert engine_of(mlflow.pyfunc.load_model(str(tmp_path / "m"), model_config=own)).name == "onnx"
