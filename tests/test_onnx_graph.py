@@ -358,7 +358,7 @@ def test_facts_that_are_none(layout, facts):
 
 
 def test_facts_in_words(layout):
-    from mlflow_safeflavor.graph_file import describe_graph
+    from mlflow_safeflavor.graph_file import describe_graph, keeps_bits
 
     layout.graph.write_bytes(b"")
     other = SEEN | {"padding": False, "dtype": "bfloat16", "difference": 0.004}
@@ -368,3 +368,8 @@ def test_facts_in_words(layout):
         "graph in OpenVINO": "same bits for any number of threads, any batch; other bits for any padding; "
         "within 0.004 of the module on 1 inputs in bfloat16",
     }
+    assert keeps_bits(layout, "onnx", "float32")
+    assert not keeps_bits(layout, "openvino", "bfloat16")  # other bits for any padding
+    layout.graph_facts.write_text(json.dumps({"version": 1, "proof": {"onnx": SEEN, "openvino": SEEN}}))
+    assert keeps_bits(layout, "openvino", "float32")
+    assert not keeps_bits(layout, "openvino", "bfloat16")  # nothing was seen of that

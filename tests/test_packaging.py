@@ -62,7 +62,7 @@ def test_metadata(wheel):
     needed = {re.match(r"[\w.-]+", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert {"mlflow", "torch", "transformers", "cloudpickle"} <= needed
     assert not {"boto3", "pytest", "accelerate"} & needed
-    assert {"accelerate", "all", "demo", "dev", "docker", "image", "s3", "stack", "test"} == set(
+    assert {"accelerate", "all", "demo", "dev", "docker", "image", "openvino", "s3", "stack", "test"} == set(
         metadata.get_all("Provides-Extra")
     )
 

@@ -21,7 +21,7 @@ from mlflow_safeflavor import batching, graph_file
 from mlflow_safeflavor.answers import predict_rows
 from mlflow_safeflavor.deadline import Deadline
 from mlflow_safeflavor.errors import AnswerError, DeadlineError, InputError, OverloadedError
-from mlflow_safeflavor.onnx_engine import OnnxEngine
+from mlflow_safeflavor.graph_engine import GraphEngine
 from mlflow_safeflavor.scheduler import Scheduler, Ticket, _next_batch
 
 pytestmark = pytest.mark.graphs
@@ -430,11 +430,11 @@ def test_the_same_bits_whatever_else_is_in_flight(saved, texts, engine, determin
 @pytest.mark.parametrize("fact", [None, "batch", "padding"])
 def test_deterministic_costs_nothing_where_the_same_bits_were_seen(saved, texts, tmp_path, monkeypatch, fact):
     model = mlflow_safeflavor.load_model(saved)
-    seen = {"batch": True, "padding": True, fact: False}
-    engine = OnnxEngine(model.engine.session, keeps_bits=model.engine.keeps_bits)
+    seen = {"dtype": "float32", "batch": True, "padding": True, fact: False}
+    engine = GraphEngine(model.engine.session, keeps_bits=model.engine.keeps_bits)
     if fact is not None:
-        monkeypatch.setattr(graph_file, "_read_facts", lambda layout: {"proof": seen})
-        engine.keeps_bits = graph_file.keeps_bits(model.files)
+        monkeypatch.setattr(graph_file, "_read_facts", lambda layout: {"proof": {"onnx": seen}})
+        engine.keeps_bits = graph_file.keeps_bits(model.files, "onnx", "float32")
     rows = []
     run = engine.session
 
