@@ -85,7 +85,7 @@ def dtype_plan(
 def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
     if structure["kind"] in ("pickle", "graph"):
         return {}
-    described = {**structure, "config": _with_dtype(structure["config"], str(dtype).removeprefix("torch."))}
+    described = {**structure, "config": _with_dtype(structure.get("config"), str(dtype).removeprefix("torch."))}
     seen = []
     for attempt in range(_TRIES):
         with _Watch(dtype) as watch:
