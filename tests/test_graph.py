@@ -282,6 +282,8 @@ def test_an_image_has_the_pins_of_what_it_serves_with(tiny_tokenizer, tmp_path):
     assert image(target="cuda") == full
     with pytest.raises(InputError, match="served on a CPU"):
         image("onnx", target="cuda")
+    assert image("onnx", target="cpu") == lean
+    assert image("module", target="cuda") == full
 
     def chooses(content):
         content["flavors"]["safeflavor"]["model_config"]["engine"] = "module"
@@ -334,6 +336,9 @@ def test_a_graph_alone_says_what_it_takes(tmp_path):
     with pytest.raises(StructureError, match="does not take this input"):
         loaded.predict({"x": np.zeros((2, 5), np.float32)})
     assert loaded.predict({"x": np.zeros((7, 4), np.float32)})["y"].shape == (7, 3)
+    with pytest.raises(InputError, match="served on a CPU"):
+        generate_dockerfile(str(tmp_path / "m"), tmp_path / "image", target="cuda", hashes=False)
+    assert generate_dockerfile(str(tmp_path / "m"), tmp_path / "image", target="cpu", hashes=False).exists()
     for refused in ({"dtype": "bfloat16"}, {"model_config": {"compile": True}}, {"model_config": {"engine": "module"}}):
         with pytest.raises(PlacementError):
             mlflow_safeflavor.load_model(str(tmp_path / "m"), **refused)

@@ -47,6 +47,9 @@ ELSEWHERE = {
     Site("docker", "The model was not saved to be served by OpenVINO, which is not among its pins",
          'leave it out, or save the model with model_config={"engine": "openvino"}'):
         "test_openvino.py::test_images_of_what_was_saved_for_it",
+    Site("docker", "A graph is served on a CPU", 'target="cpu", or engine="module"'):
+        "test_graph.py::test_an_image_has_the_pins_of_what_it_serves_with",
+    Site("docker", "A graph is served on a CPU", 'target="cpu"'): "test_graph.py::test_a_graph_alone_says_what_it_takes",
     Site("placement", "device_map needs accelerate", "pip install 'mlflow-safeflavor[accelerate]'"):
         "test_device_map.py::test_without_accelerate_the_extra_is_named",
     Site("wrappers", "The module's forward is wrapped by accelerate for mixed precision, as transformers' Trainer does, "
@@ -71,6 +74,10 @@ CANNOT = {
     Site("environment", "_WAY_OUT",
          "install requirements.txt of the model (`pip install -r requirements.txt`) under the Python of its "
          "python_env.yaml, or let MLflow do both with --env-manager uv"):
+        "installs gigabytes: tests/docker and `make matrix` install these files",
+    Site("environment", "The graph cannot answer this, and what its module needs is not installed",
+         "install requirements.txt of the model, and not only requirements-onnx.txt; an image of `mlflow-safeflavor "
+         "dockerfile --engine module` has it all"):
         "installs gigabytes: tests/docker and `make matrix` install these files",
 }  # fmt: skip
 """Cannot be followed within a test, and why."""
@@ -99,6 +106,7 @@ TELLS = {
     ("environment", "Installed versions contradict what is required: %s"),
     ("environment", "Metadata of %s holds a requirement nobody can read: %s"),
     ("host_cache", "safeflavor: nothing is kept on this host: %s"),
+    ("packed_weights", "safeflavor: packed weights are not shared: %s"),
     ("pyfunc", "safeflavor: %s"),
     ("pyfunc", "safeflavor: %s failed"),
     ("requirements", "%s is not installed here, so it stays as written and is not pinned any further"),
