@@ -12,7 +12,7 @@ from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact import Layout, staging
 from mlflow_safeflavor.download import located
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
-from mlflow_safeflavor.graph_file import reason_against
+from mlflow_safeflavor.graph_file import read_graph, reason_against
 from mlflow_safeflavor.lock import lock, missing_wheel, wheels_for
 from mlflow_safeflavor.options import run_time_options
 from mlflow_safeflavor.pins import CONSTRAINTS, ONNX_REQUIREMENTS, Pin, Pins, read_pins
@@ -126,6 +126,8 @@ def generate_dockerfile(
         if "pickle" in spec.runs:
             require_agreed("pickle", trust, spec.model_class)
         engine = _engine(engine, target, saved)
+        if engine != "module":
+            read_graph(saved.layout)  # what is refused there would fail in the build only
         lean = engine != "module" and (saved.layout.root / ONNX_REQUIREMENTS).is_file()
         pins = read_pins(saved.layout, ONNX_REQUIREMENTS if lean else saved.layout.requirements.name)
         installed = environment.wheel_digests

@@ -1265,7 +1265,7 @@ call_attack("nodes_30001", "30,001 nodes", *(node("Relu", "<") for _ in range(30
 ZEROS = node("ConstantOfShape", "shape")
 
 
-def memory_attack(name: str, doc: str, *nodes: Any, native: str = "ParityError", constants: Any = ()) -> None:
+def memory_attack(name: str, doc: str, *nodes: Any, native: str = "OverloadedError", constants: Any = ()) -> None:
     call_attack(f"memory_{name}", doc, *nodes, native=native, constants=constants, bomb=True)
 
 
@@ -1280,7 +1280,11 @@ memory_attack("zeros_in_parts", "16 GB of constants, 800 MB each, which would be
 memory_attack("expand", "a number made wide", node("ReduceSum", "<", keepdims=0), node("Expand", "<", "shape"),
               constants=[tensor("shape", 2**41)])  # fmt: skip
 memory_attack(
-    "tile", "a tensor repeated 10^12 times", node("Tile", "<", "times"), constants=[tensor("times", 10**12, 1)]
+    "tile",
+    "a tensor repeated 10^12 times",
+    node("Tile", "<", "times"),
+    native="ParityError",
+    constants=[tensor("times", 10**12, 1)],
 )
 memory_attack("pad", "10^12 zeros beside a tensor", node("Pad", "<", "by"), constants=[tensor("by", 0, 0, 0, 10**12)])
 memory_attack("range", "a range of 10^13 numbers", node("Range", "a", "b", "c"), node("Cast", "<", to=1),
@@ -1292,7 +1296,7 @@ memory_attack("broadcast", "a column plus a row, each small", ZEROS, node("Trans
               node("Add", "<", "made.0"), constants=[tensor("shape", 10**7, 1)])  # fmt: skip
 memory_attack("doubling", "a tensor beside itself, 50 times", *(node("Concat", "<", "<", axis=0) for _ in range(50)))
 memory_attack("overflow", "sizes whose product is 0 in 64 bits", ZEROS, node("ReduceSum", "<"),
-              constants=[tensor("shape", 2**32, 2**32, 2)])  # fmt: skip
+              native="ParityError", constants=[tensor("shape", 2**32, 2**32, 2)])  # fmt: skip
 memory_attack("product", "a column times a row", ZEROS, node("MatMul", "<", "other"),
               constants=[tensor("shape", 10**7, 1), numpy_helper.from_array(np.zeros((1, 10**5), np.float32),
               "other")])  # fmt: skip

@@ -16,12 +16,13 @@ import steering  # noqa: F401  (adds its own to ATTACKS)
 import torch
 import transformers
 from artifacts import rewrite
+from click.testing import CliRunner
 from hostile import ATTACKS, MAY_IMPORT, Attack, Target
 from test_onnx_graph import needs_openvino
 from writers import byte_tokenizer, writer
 
 import mlflow_safeflavor
-from mlflow_safeflavor import openvino_runtime
+from mlflow_safeflavor import cli, openvino_runtime
 from mlflow_safeflavor.errors import SafeFlavorError
 from mlflow_safeflavor.load import load_model
 
@@ -188,6 +189,7 @@ REACHING = graphs(
     "output_renamed",
 )  # fmt: skip
 CHECKED = graphs("calls_library", "weight_in_memory", "weight_absolute", "twice_operator", "truth_of_seven", "cut")
+READ = graphs("calls_library", "twice_operator", "cut")  # seen in the file; the others in the weights beside it
 
 
 @needs_openvino
@@ -207,6 +209,21 @@ def test_openvino_gets_nothing_that_the_check_refuses(attack, prepare, monkeypat
     target = prepare(attack)
     found = outcome(lambda: load_model(str(target.root), model_config={"engine": "openvino"}))
     assert as_expected(found, attack.native), found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("attack", READ, ids=names(READ))
+def test_every_command_that_looks_at_a_graph_refuses_it(attack, prepare, tmp_path):
+    root = str(prepare(attack).root)
+    commands = {
+        "inspect": ["inspect", root, "--graph"],
+        "verify": ["verify", root],
+        "dockerfile": ["dockerfile", root, "--output", str(tmp_path / "image"), "--no-hashes"],
+    }
+    for name, command in commands.items():
+        done = CliRunner().invoke(cli.main, command)
+        assert (done.exit_code, attack.native in done.output) == (2, True), (name, done.output)
+    assert not (tmp_path / "image").exists()
 
 
 BOUNDED = """
