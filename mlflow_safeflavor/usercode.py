@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.artifact import WAY_OUT, Layout, digest_of_file
+from mlflow_safeflavor.environment import OWN_NAME
 from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.owners import Owners
 
@@ -59,7 +60,8 @@ def distributions_of(
     files = {getattr(sys.modules.get(name), "__file__", None) for name in names if name.partition(".")[0] not in ours}
     # Looking up who owns a file reads every distribution's list, so only where there is one in question.
     owners = Owners() if files - {None} else None
-    return sorted({owner for file in files if file and owners and (owner := owners.of(file))})
+    found = {owner for file in files if file and owners and (owner := owners.of(file))}
+    return sorted(found - {OWN_NAME})  # of what it requires, a model gets what that model needs
 
 
 def make_importable(layout: Layout) -> None:

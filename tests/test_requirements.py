@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
-from mlflow_safeflavor import requirements
-from mlflow_safeflavor.environment import record
+from mlflow_safeflavor import requirements, usercode
+from mlflow_safeflavor.environment import OWN_NAME, record
 from mlflow_safeflavor.errors import EnvironmentMismatchError
 
 
@@ -289,3 +291,12 @@ def test_mlflow_finds_no_mismatch_in_the_real_pins(monkeypatch):
     assert found == []
     requirements_utils.warn_dependency_requirement_mismatches(["numpy==0.1"])
     assert len(found) == 1, "the check listens to the right logger"
+
+
+def test_what_this_project_requires_is_not_pinned_for_a_hook_of_its_own_folder(monkeypatch):
+    """Found in an editable install, as this file is."""
+    monkeypatch.setattr(usercode, "Owners", lambda: SimpleNamespace(of=lambda file: OWN_NAME))
+    hook = {"postprocess": lambda outputs, rows: rows}
+    assert usercode.distributions_of(torch.nn.Module(), hook, except_for=()) == []
+    monkeypatch.setattr(usercode, "Owners", lambda: SimpleNamespace(of=lambda file: "another"))
+    assert usercode.distributions_of(torch.nn.Module(), hook, except_for=()) == ["another"]
