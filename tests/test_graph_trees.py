@@ -110,11 +110,12 @@ def test_random_trees_are_recorded_and_answer_as_their_modules_do():
         torch.manual_seed(seed)
         module = Text(make_tree(random.Random(seed))).eval().requires_grad_(False)
         try:
-            graph, facts = record(module, find_slots(module), {}, [make_inputs(3, 7), make_inputs(1, 4)], limit=24)
+            graph, proof = record(module, find_slots(module), {}, [make_inputs(3, 7), make_inputs(1, 4)], limit=24)
         except Refusal as refusal:
             ends[str(refusal)] += 1
             continue
         ends["recorded"] += 1
+        facts = proof["onnx"]
         ends["same bits"] += facts.threads is True
         engine = Session(read(graph.content), {}, threads=1)
         for rows, length in ((1, 1), (2, 3), (5, 11), (9, 24), (33, 6)):
