@@ -1,14 +1,13 @@
-"""How much memory a graph from a file may hold at once, and a constructor ask for.
+"""How much memory a constructor may ask for.
 
-Sizes in a graph are numbers of the file, and products of them: a few calls can ask for more than any machine has.
-Torch allocates before anybody can look, and the system may kill a process that then writes to it. So while a model is
-loaded and answers its golden rows, what an operator would make is looked at before it is called.
+Its arguments are numbers of a file, and products of them: a few calls can ask for more than any machine has. Torch
+allocates before anybody can look, and the system may kill a process that then writes to it. So while a module is
+constructed, what an operator would make is looked at before it is called.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,25 +25,22 @@ class TooMuch(Exception):
 
 
 class Allowance(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Calls operators while what they made and somebody still holds is within a number of bytes.
+    """Calls operators while what they made is within a number of bytes.
 
     A bound from the arguments comes first, which costs microseconds and is never too low. Where it is beyond the
     allowance, torch computes the size without memory, which imports the compiler and is rare. What an operator
-    uses inside and lets go again is not seen.
+    uses inside and lets go again is not seen. A tensor that is let go counts on: a parameter may hold its memory.
 
     Args:
         most_bytes: The allowance.
-        gives_back: Whether what nobody holds any more counts no longer. A parameter holds the memory of a tensor that
-            is let go, so a constructor gets nothing back.
 
     Raises:
         TooMuch: Before the call that is beyond it.
     """
 
-    def __init__(self, most_bytes: int, *, gives_back: bool = True) -> None:
+    def __init__(self, most_bytes: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.left = most_bytes
-        self.gives_back = gives_back
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -74,11 +70,6 @@ class Allowance(TorchDispatchMode):  # type: ignore[no-untyped-call]
         nbytes = tensor.untyped_storage().nbytes()
         self._require(nbytes)
         self.left -= nbytes
-        if self.gives_back:
-            weakref.finalize(tensor, self._let_go, nbytes)
-
-    def _let_go(self, nbytes: int) -> None:
-        self.left += nbytes
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

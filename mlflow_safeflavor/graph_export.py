@@ -130,8 +130,9 @@ def _trace(module: torch.nn.Module, example: Inputs, free: Mapping[str, set[int]
         with torch.no_grad(), _quiet():
             program = torch.export.export(Forward(module), (dict(example),), dynamic_shapes=(dims,), strict=False)
             called = {node.target for node in program.graph.nodes}
-            if any(_is_mutable(target) for target in called) or called & set(_DECOMPOSED):
-                program = program.run_decompositions(dict(_DECOMPOSED))  # which tells what is changed, too
+            if any(_is_mutable(target) for target in called) or called & _CUTS:
+                # Which tells what is changed, and makes splits of chunks.
+                program = program.run_decompositions({torch.ops.aten.split.Tensor: _split})
     except Exception as error:  # so has the tracer
         raise Refusal(f"torch.export: {_first_line(error)}") from error
     changed = program.graph_signature
@@ -148,11 +149,7 @@ def _split(tensor: torch.Tensor, size: int, dim: int = 0) -> Any:
     return [tensor.narrow(dim, start, min(size, length - start)) for start in starts]
 
 
-def _chunk(tensor: torch.Tensor, chunks: int, dim: int = 0) -> Any:
-    return _split(tensor, -(-tensor.shape[dim] // chunks), dim)
-
-
-_DECOMPOSED = {torch.ops.aten.split.Tensor: _split, torch.ops.aten.chunk.default: _chunk}
+_CUTS = {torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default}
 """Become slices where sizes are free: there onnxscript makes a sequence of parts, at which its optimizer fails."""
 
 

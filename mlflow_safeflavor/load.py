@@ -20,17 +20,15 @@ from mlflow_safeflavor.artifact import (
 )
 from mlflow_safeflavor.description import read_description
 from mlflow_safeflavor.download import keep, located
-from mlflow_safeflavor.drivers import is_plainly_cpu
+from mlflow_safeflavor.engine_choice import casts, choose_engine, needs_no_module
 from mlflow_safeflavor.errors import (
     AnswerError,
     InputError,
     ParityError,
     PlacementError,
     SafeFlavorError,
-    TrustError,
     WeightsError,
 )
-from mlflow_safeflavor.graph_file import reason_against
 from mlflow_safeflavor.guard import guarded
 from mlflow_safeflavor.options import run_time_options
 from mlflow_safeflavor.report import LoadReport
@@ -146,7 +144,7 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
 def _load(spec: ModelSpec, layout: Layout, options: LoadOptions, report: LoadReport) -> LoadedModel:
     """Everything after the environment was compared."""
     with report.timed("import"), _without_collecting():
-        report.engine = _engine(spec, layout, options)
+        report.engine = choose_engine(spec, layout, options)
         if report.engine == "module":
             import mlflow_safeflavor.tensors  # noqa: F401  (and with it torch)
         else:
@@ -200,7 +198,7 @@ def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> tuple[Mod
     _check_files(layout, guarded, options, report)
     require_no_shadows(layout.code)
     recorded = environments.Environment.from_json(layout.read_json(layout.environment))
-    if _needs_no_module(spec, layout, options):
+    if needs_no_module(spec, layout, options):
         recorded = recorded.for_graph()
     differences = environments.require_same(recorded, policy=options.environment)
     report.environment = tuple(str(difference) for difference in differences)
@@ -238,75 +236,6 @@ def _hold_weights(inventory: Inventory, layout: Layout, options: LoadOptions, re
     return weights
 
 
-def _engine(spec: ModelSpec, layout: Layout, options: LoadOptions) -> str:
-    """What is to answer, "onnx", "openvino" or "module": what was asked for, and can be had of what was saved.
-
-    A graph is served in float32 on a CPU, by OpenVINO also in bfloat16; whatever else is asked for needs the module. A
-    device that nobody chose is the CPU where the graph was asked for, or is all that there is.
-    """
-    chosen = run_time_options(options.model_config, stored=spec.model_config)
-    own = run_time_options(options.model_config)["engine"]
-    if own != chosen["engine"] == "openvino" and "code" not in options.trust:
-        raise TrustError(
-            "The model asks for OpenVINO, whose kernels trust the graph's arguments",
-            where="engine",
-            wanted='trust={"code"}, or an engine that whoever loads it chose',
-            way_out='pass model_config={"engine": "openvino"} if you trust who saved it; else {"engine": "onnx"}',
-        )
-    alone = spec.structure == "graph"
-    asked = "onnx" if alone and chosen["engine"] == "auto" else chosen["engine"]
-    chooses = asked in ("onnx", "openvino") and options.device == "auto"
-    device = "cpu" if chooses or options.device_map or is_plainly_cpu(options.device) else _device(options.device)
-    dtype = _casts(spec, options)
-    other = {
-        "dtype": dtype if asked != "openvino" or dtype != "bfloat16" else None,
-        "device_map": options.device_map,
-        "compile": chosen["compile"],
-        "device": device if device != "cpu" else None,
-    }
-    needs_module = [name for name, value in other.items() if value]
-    reason = reason_against(layout)
-    if asked == "auto":
-        return "module" if needs_module or reason else "onnx"
-    if asked == "module" and alone:
-        raise PlacementError(
-            "The model was stored as a graph alone, so there is no module to rebuild",
-            where="engine",
-            wanted="onnx",
-            found="module",
-            way_out='leave it out, or save the model with graph="auto"',
-        )
-    if asked != "module" and (needs_module or reason is not None):
-        raise PlacementError(
-            "The model cannot be served as a graph like this",
-            where=", ".join(needs_module) or "engine",
-            wanted="a graph, which is served in float32 on a CPU, by OpenVINO also in bfloat16",
-            found=reason or ", ".join(f"{name}={other[name]!r}" for name in needs_module),
-            way_out='leave those out, or pass engine="module" where the model was saved with its module',
-        )
-    return asked
-
-
-def _needs_no_module(spec: ModelSpec, layout: Layout, options: LoadOptions) -> bool:
-    """Whether the graph answers, as far as can be told before torch is imported: it knows of accelerators."""
-    asked = run_time_options(options.model_config, stored=spec.model_config)["engine"]
-    alone = asked == "auto" and spec.structure == "graph"
-    by_default = asked == "auto" and is_plainly_cpu(options.device)
-    return asked in ("onnx", "openvino") or alone or (by_default and _engine(spec, layout, options) == "onnx")
-
-
-def _device(asked: str | int | torch.device) -> str:
-    from mlflow_safeflavor.devices import resolve_device
-
-    return str(resolve_device(asked))
-
-
-def _casts(spec: ModelSpec, options: LoadOptions) -> str | None:
-    """The dtype that was asked for, if it is another than the saved one."""
-    asked = str(options.dtype or "").removeprefix("torch.")
-    return asked if asked and asked != spec.dtype else None
-
-
 def _open_graph(
     inventory: Inventory,
     weights: list[HeldFile],
@@ -322,7 +251,7 @@ def _open_graph(
 
     graph, arrays = open_graph(inventory.files, layout)
     threads = run_time_options(options.model_config, stored=spec.model_config)["num_threads"]
-    runtime = runtime_of(report.engine, _casts(spec, options))
+    runtime = runtime_of(report.engine, casts(spec, options))
     if report.engine == "onnx" and options.verify != "rehash":
         from mlflow_safeflavor.onnx_runtime import RUNTIME
         from mlflow_safeflavor.packed_weights import PackedWeights
@@ -522,7 +451,7 @@ def _replay(model: LoadedModel, layout: Layout, options: LoadOptions, report: Lo
 
     if options.verify == "off" or not options.replay:
         return
-    dtype = _casts(model.spec, options)
+    dtype = casts(model.spec, options)
     result = parity.replay(model, layout, dtype or "")
     if not dtype or model.engine.name == "openvino":
         # A module that was cast on request is meant to answer otherwise.

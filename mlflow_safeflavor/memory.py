@@ -51,7 +51,7 @@ class _Constructing(TorchFunctionMode):
         super().__init__()
         # Generous: stored dtypes are narrower than float32, and constructors make tensors they do not keep.
         most_bytes = 8 * inventory.nbytes + 2**30 if inventory else sys.maxsize
-        self.allowance = Allowance(most_bytes, gives_back=False)
+        self.allowance = Allowance(most_bytes)
         self.most_parts = 10 * len(inventory.rows) + 1000 if inventory else sys.maxsize
         self.bounded = inventory is not None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import ipaddress
 import json
@@ -88,13 +89,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         return
     from mlflow_safeflavor import recording
 
-    recording.__dict__.setdefault("_examples_of", recording.examples_of)
+    wanted = _examples_of()  # as it is, before any test replaces it
 
     def refuse(*args: Any) -> Any:
         raise recording.Refusal("this test does without")
 
-    wanted = item.get_closest_marker("graphs")
-    recording.examples_of = recording.__dict__["_examples_of"] if wanted else refuse
+    recording.examples_of = wanted if item.get_closest_marker("graphs") else refuse
+
+
+@functools.cache
+def _examples_of() -> Any:
+    from mlflow_safeflavor import recording
+
+    return recording.examples_of
 
 
 # Models.

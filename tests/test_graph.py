@@ -26,7 +26,7 @@ from test_images import make_processor
 from torch import nn
 
 import mlflow_safeflavor
-from mlflow_safeflavor import cli, generate_dockerfile, load, recording
+from mlflow_safeflavor import cli, engine_choice, generate_dockerfile, recording
 from mlflow_safeflavor.artifact import Layout, read_json
 from mlflow_safeflavor.environment import Environment
 from mlflow_safeflavor.errors import InputError, PlacementError, StructureError
@@ -349,8 +349,8 @@ def test_beside_a_device_that_nobody_chose_a_graph_stays_on_the_cpu(tmp_path, mo
     given = {"task": "raw", "input_example": X, "rehearse": False}
     mlflow_safeflavor.save_model(make_private(), tmp_path / "m", allow_pickle=True, **given)
     mlflow_safeflavor.save_model(make_private(), tmp_path / "alone", graph="only", **given)
-    monkeypatch.setattr(load, "is_plainly_cpu", lambda asked: asked == "cpu")
-    monkeypatch.setattr(load, "_device", lambda asked: "cuda:0")
+    monkeypatch.setattr(engine_choice, "is_plainly_cpu", lambda asked: asked == "cpu")
+    monkeypatch.setattr(engine_choice, "_device", lambda asked: "cuda:0")
     asked = mlflow.pyfunc.load_model(str(tmp_path / "m"), model_config={"engine": "onnx"})
     alone = mlflow.pyfunc.load_model(str(tmp_path / "alone"))
     for served in (asked, alone):
@@ -402,14 +402,16 @@ class Random(nn.Module):
         return {"y": x + torch.rand_like(x)}
 
 
-class Halves(nn.Module):
-    """Cuts along a free size, and along one that is known."""
+class Parts(nn.Module):
+    """Cuts something three times as long as its input."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.cut = cut
 
     def forward(self, x):
-        left, right = torch.cat((x, x + 1)).chunk(2)
-        a, b = (left * right).split(2, -1)
-        c, d = torch.cat((x, x * 3)).split(x.shape[0])
-        return {"y": a - b, "z": c * d}
+        a, b, c = self.cut(torch.cat((x, x * 5, x * 7)), x.shape[0])
+        return {"y": a * b[: x.shape[0]] + c.sum(0)}
 
 
 class Twice(nn.Module):
@@ -437,9 +439,16 @@ def test_forwards_without_a_graph(cls, reason):
         record(cls(), torch.ones(3, 4))
 
 
-def test_parts_of_a_free_size():
-    graph, _ = record(Halves(), torch.randn(3, 4), torch.randn(5, 4))
-    assert [known.shape for known in graph.inputs] == [("rows", 4)]
+@pytest.mark.parametrize("cut", [
+    lambda x, rows: x.chunk(3),
+    lambda x, rows: x.split(rows),
+    lambda x, rows: x.split((rows, rows + 1, rows - 1)),
+    lambda x, rows: x.unflatten(0, (3, rows)).unbind(),
+    lambda x, rows: x.tensor_split(3),
+])  # fmt: skip
+def test_parts_of_a_free_size(cut):
+    graph, _ = record(Parts(cut), torch.randn(3, 4), torch.randn(5, 4))
+    assert [known.shape[0] for known in graph.inputs] == ["rows"]
 
 
 def test_outputs_that_are_something_else_already():

@@ -41,7 +41,7 @@ ELSEWHERE = {
     Site("openvino_runtime", "OpenVINO does not take the graph of the model",
          "leave the engine out, or `pip install --upgrade openvino`"):
         "test_openvino.py::test_what_it_does_not_know",
-    Site("load", "The model asks for OpenVINO, whose kernels trust the graph's arguments",
+    Site("engine_choice", "The model asks for OpenVINO, whose kernels trust the graph's arguments",
          'pass model_config={"engine": "openvino"} if you trust who saved it; else {"engine": "onnx"}'):
         "test_openvino.py::test_it_runs_only_where_somebody_wants_it",
     Site("docker", "The model was not saved to be served by OpenVINO, which is not among its pins",

@@ -481,12 +481,12 @@ def test_memory_that_runs_out(saved, monkeypatch):
 
 
 @follows(
-    "load",
+    "engine_choice",
     "The model was stored as a graph alone, so there is no module to rebuild",
     'leave it out, or save the model with graph="auto"',
 )
 @follows(
-    "load",
+    "engine_choice",
     "The model cannot be served as a graph like this",
     'leave those out, or pass engine="module" where the model was saved with its module',
 )
