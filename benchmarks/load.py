@@ -334,6 +334,35 @@ def workers(cache: Path) -> None:
     )
 
 
+def sessions(rounds: int, folder: Path) -> None:
+    """Opening a graph: with weights packed for this session alone, and with those that another process has packed."""
+    from mlflow_safeflavor import inventory_file
+    from mlflow_safeflavor.artifact import Layout
+    from mlflow_safeflavor.graph_file import open_graph
+    from mlflow_safeflavor.onnx_runtime import RUNTIME, Session
+    from mlflow_safeflavor.packed_weights import PackedWeights
+
+    layout = Layout(folder)
+    inventory = inventory_file.read_inventory(layout)
+    weights, _ = inventory_file.hold_weights(inventory, layout)
+    graph, arrays = open_graph(inventory.files, layout)
+
+    def shared() -> Session:
+        return Session(graph, arrays, threads=1, packed=PackedWeights(graph.content, weights, RUNTIME))
+
+    company = [shared() for _ in range(2)]
+    times = alternate({"own": lambda: Session(graph, arrays, threads=1), "shared": shared}, rounds)
+    report(
+        f"A session of ONNX Runtime, {sum(array.nbytes for array in arrays.values()) / 1e6:.0f} MB of weights",
+        ("weights", "ms", "CPU ms"),
+        [
+            (what, median_and_spread(times[name].wall, 1e3, 0), median_and_spread(times[name].cpu, 1e3, 0))
+            for name, what in (("own", "packed for it alone"), ("shared", "mapped, packed by another process"))
+        ],
+    )
+    del company
+
+
 def _memory_of_workers(how: str, folder: Path) -> tuple[float, float]:
     """Bytes that the weights take in all workers together, and by how much the workers grew."""
     processes = [
@@ -429,6 +458,7 @@ def main() -> None:
         start(options.starts, cache)
     if "workers" in parts:
         workers(cache)
+        sessions(options.rounds, cache / "ours-cast-float32")
     if options.json:
         options.json.write_text(json.dumps({"machine": facts, "results": RESULTS}, indent=1, ensure_ascii=False) + "\n")
 
