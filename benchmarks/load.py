@@ -78,9 +78,10 @@ def rebuild(size: str, dtype: str, rounds: int, cache: Path) -> None:
     import torch
     from transformers import AutoModel
 
-    from mlflow_safeflavor import inventory, inventory_file, structure, tensors
-    from mlflow_safeflavor.artifact import Layout
-    from mlflow_safeflavor.load import read_spec
+    from mlflow_safeflavor.artifact import inventory_file
+    from mlflow_safeflavor.artifact.layout import Layout
+    from mlflow_safeflavor.load.load import read_spec
+    from mlflow_safeflavor.module import inventory, structure, tensors
 
     checkpoint, layout = roberta_checkpoint(size, dtype, cache), Layout(our_roberta(size, dtype, cache))
     spec, _ = read_spec(layout)  # MLmodel, which from_pretrained has no counterpart of
@@ -138,9 +139,9 @@ _saved: set[Path] = set()
 
 def digests(size: str, dtype: str, rounds: int, cache: Path) -> None:
     """Hash the weights as a load with ``verify="full"`` does, against plain SHA-256 of memory."""
-    from mlflow_safeflavor import digests as ours
-    from mlflow_safeflavor import inventory_file
-    from mlflow_safeflavor.artifact import Layout
+    from mlflow_safeflavor.artifact import digests as ours
+    from mlflow_safeflavor.artifact import inventory_file
+    from mlflow_safeflavor.artifact.layout import Layout
 
     layout = Layout(our_roberta(size, dtype, cache))
     files = sorted(layout.data.glob("model*.safetensors"))
@@ -336,11 +337,11 @@ def workers(cache: Path) -> None:
 
 def sessions(rounds: int, folder: Path) -> None:
     """Opening a graph: with weights packed for this session alone, and with those that another process has packed."""
-    from mlflow_safeflavor import inventory_file
-    from mlflow_safeflavor.artifact import Layout
-    from mlflow_safeflavor.graph_file import open_graph
-    from mlflow_safeflavor.onnx_runtime import RUNTIME, Session
-    from mlflow_safeflavor.packed_weights import PackedWeights
+    from mlflow_safeflavor.artifact import inventory_file
+    from mlflow_safeflavor.artifact.layout import Layout
+    from mlflow_safeflavor.graph.file import open_graph
+    from mlflow_safeflavor.graph.onnx_engine import RUNTIME, Session
+    from mlflow_safeflavor.graph.packed_weights import PackedWeights
 
     layout = Layout(folder)
     inventory = inventory_file.read_inventory(layout)

@@ -33,7 +33,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.append(sys.path.pop(0))
 
 # ruff: noqa: E402  (torch reads these variables once, when it is imported)
-from mlflow_safeflavor import cpu
+from mlflow_safeflavor.environment import threads as cpu
 
 cpu.limit_threads()  # before torch: both run with the same threads, and idle ones that sleep soon
 
@@ -236,7 +236,7 @@ def limit(models: Models, rounds: int) -> Iterator[Row]:
 
     These have the same tokens and no padding, and nobody tokenizes, sorts or decodes.
     """
-    from mlflow_safeflavor.batching import cut_into_batches
+    from mlflow_safeflavor.predict.batching import cut_into_batches
 
     lengths = natural_lengths(1024)
     data, options = frame(texts_of(lengths)), models.native.options

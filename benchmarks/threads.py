@@ -3,7 +3,7 @@
     python benchmarks/threads.py [--rounds 9]
 
 Each setting is a process of its own, since OpenMP reads its variables once; all are asked in turn, round by round.
-What was seen is in docs/benchmarks.md; `mlflow_safeflavor.cpu.SPIN_COUNT` is what was chosen.
+What was seen is in docs/benchmarks.md; `mlflow_safeflavor.environment.threads.SPIN_COUNT` is what was chosen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from _common import machine
 from rich.console import Console
 from rich.table import Table
 
-from mlflow_safeflavor.cpu import SPIN_COUNT
+from mlflow_safeflavor.environment.threads import SPIN_COUNT
 
 TOKENS = (12, 182, 512)
 SETTINGS: dict[str, dict[str, str]] = {

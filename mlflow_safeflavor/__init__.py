@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 from mlflow_safeflavor.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from mlflow_safeflavor.checkpoint import from_pretrained
-    from mlflow_safeflavor.docker import generate_dockerfile
-    from mlflow_safeflavor.load import load_model
-    from mlflow_safeflavor.meta import materialize
-    from mlflow_safeflavor.pyfunc import PyfuncModel
-    from mlflow_safeflavor.requirements import default_conda_env as get_default_conda_env
-    from mlflow_safeflavor.requirements import default_requirements as get_default_pip_requirements
-    from mlflow_safeflavor.save import log_model, save_model
-    from mlflow_safeflavor.spec import FLAVOR_NAME
-    from mlflow_safeflavor.verify import verify_model
+    from mlflow_safeflavor.artifact.spec import FLAVOR_NAME
+    from mlflow_safeflavor.checkpoints.from_pretrained import from_pretrained
+    from mlflow_safeflavor.checkpoints.materialize import materialize
+    from mlflow_safeflavor.environment.requirements import default_conda_env as get_default_conda_env
+    from mlflow_safeflavor.environment.requirements import default_requirements as get_default_pip_requirements
+    from mlflow_safeflavor.load.image import generate_dockerfile
+    from mlflow_safeflavor.load.load import load_model
+    from mlflow_safeflavor.load.pyfunc import PyfuncModel
+    from mlflow_safeflavor.save.save import log_model, save_model
+    from mlflow_safeflavor.verify.verify import verify_model
 
 __all__ = [
     "FLAVOR_NAME",
@@ -41,16 +41,16 @@ __all__ = [
 # Names are looked up when they are used: importing this package, which MLflow does before anything
 # is checked, imports neither torch nor transformers.
 _HOMES = {
-    "FLAVOR_NAME": ("spec", "FLAVOR_NAME"),
-    "from_pretrained": ("checkpoint", "from_pretrained"),
-    "generate_dockerfile": ("docker", "generate_dockerfile"),
-    "get_default_conda_env": ("requirements", "default_conda_env"),
-    "get_default_pip_requirements": ("requirements", "default_requirements"),
-    "load_model": ("load", "load_model"),
-    "log_model": ("save", "log_model"),
-    "materialize": ("meta", "materialize"),
-    "save_model": ("save", "save_model"),
-    "verify_model": ("verify", "verify_model"),
+    "FLAVOR_NAME": ("artifact.spec", "FLAVOR_NAME"),
+    "from_pretrained": ("checkpoints.from_pretrained", "from_pretrained"),
+    "generate_dockerfile": ("load.image", "generate_dockerfile"),
+    "get_default_conda_env": ("environment.requirements", "default_conda_env"),
+    "get_default_pip_requirements": ("environment.requirements", "default_requirements"),
+    "load_model": ("load.load", "load_model"),
+    "log_model": ("save.save", "log_model"),
+    "materialize": ("checkpoints.materialize", "materialize"),
+    "save_model": ("save.save", "save_model"),
+    "verify_model": ("verify.verify", "verify_model"),
 }
 
 
@@ -67,6 +67,6 @@ def __dir__() -> list[str]:
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
     """What MLflow calls: ``loader_module`` of every saved model is this package."""
-    from mlflow_safeflavor.pyfunc import load_pyfunc
+    from mlflow_safeflavor.load.pyfunc import load_pyfunc
 
     return load_pyfunc(path, model_config)

@@ -13,16 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlflow_safeflavor.artifact import WAY_OUT, Layout, read_json
-from mlflow_safeflavor.download import located
+from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout, read_json
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError, plain
-from mlflow_safeflavor.graph_file import describe_graph, read_graph
-from mlflow_safeflavor.onnx_graph import lines_of
-from mlflow_safeflavor.saved import Saved, read_saved
+from mlflow_safeflavor.graph.check import lines_of
+from mlflow_safeflavor.graph.file import describe_graph, read_graph
+from mlflow_safeflavor.load.download import located
+from mlflow_safeflavor.load.saved import Saved, read_saved
 from mlflow_safeflavor.version import __version__
 
 if TYPE_CHECKING:
-    from mlflow_safeflavor.parity import ParityReport
+    from mlflow_safeflavor.predict.golden import ParityReport
 
 __all__ = ["main"]
 
@@ -165,7 +165,7 @@ def verify(
 
     Exit status: 0 if all answers are equal or within tolerance, 1 if any is different, 2 for an error.
     """
-    from mlflow_safeflavor.verify import verify_model
+    from mlflow_safeflavor.verify.verify import verify_model
 
     console = Console()
     with Console(stderr=True).status("asking the server" if endpoint else f"loading {uri}"):
@@ -214,8 +214,8 @@ def _print_comparison(report: ParityReport, console: Console) -> None:
 
 
 def _write_page(path: str, report: ParityReport, uri: str, endpoint: str | None) -> None:
-    from mlflow_safeflavor.endpoint import Endpoint
-    from mlflow_safeflavor.parity_page import render
+    from mlflow_safeflavor.verify.endpoint import Endpoint
+    from mlflow_safeflavor.verify.page import render
 
     server = str(Endpoint(endpoint)) if endpoint else None  # which leaves out a password
     try:
@@ -249,7 +249,7 @@ def dockerfile(
     allow_pickle: bool,
 ) -> None:
     """Write a folder from which `docker build` makes an image that serves the model at URI."""
-    from mlflow_safeflavor.docker import generate_dockerfile
+    from mlflow_safeflavor.load.image import generate_dockerfile
 
     with Console(stderr=True).status("looking up the hashes of all pins" if hashes else "copying"):
         path = generate_dockerfile(
@@ -280,7 +280,7 @@ def prefetch(model_id: str, folder: str, **options: Any) -> None:
 
     For build stages: the folder appears when all of it is there and right. A second run only checks it.
     """
-    from mlflow_safeflavor.prefetch import prefetch
+    from mlflow_safeflavor.checkpoints.prefetch import prefetch
 
     with Console(stderr=True).status(f"fetching {model_id}"):
         done = prefetch(model_id, folder, **options)

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from mlflow_safeflavor.artifact import Layout, write_manifest
-from mlflow_safeflavor.spec import guarded_parts
+from mlflow_safeflavor.artifact.layout import Layout, write_manifest
+from mlflow_safeflavor.artifact.spec import guarded_parts
 
 TEXTS = ["the cat sat", "a dog ran on the mat", "return x + y"]
 SAME_BATCHES = {"forward_cost": 512}

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import pytest
 
-from mlflow_safeflavor import environment
+from mlflow_safeflavor.environment import recorded
 
 # torch, and what is built on it, is imported where it is used: some tests also run without.
 if TYPE_CHECKING:
@@ -87,21 +87,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Recording a graph takes seconds, so it is left to the tests that are about graphs or what serves them."""
     if importlib.util.find_spec("torch") is None:
         return
-    from mlflow_safeflavor import recording
+    from mlflow_safeflavor.save import graph
 
     wanted = _examples_of()  # as it is, before any test replaces it
 
     def refuse(*args: Any) -> Any:
-        raise recording.Refusal("this test does without")
+        raise graph.Refusal("this test does without")
 
-    recording.examples_of = wanted if item.get_closest_marker("graphs") else refuse
+    graph.examples_of = wanted if item.get_closest_marker("graphs") else refuse
 
 
 @functools.cache
 def _examples_of() -> Any:
-    from mlflow_safeflavor import recording
+    from mlflow_safeflavor.save import graph
 
-    return recording.examples_of
+    return graph.examples_of
 
 
 # Models.
@@ -206,7 +206,7 @@ class Site:
         return info
 
     def record(self, *roots, **options):
-        return environment.record(roots, torch_build={}, path=self.path, **options)
+        return recorded.record(roots, torch_build={}, path=self.path, **options)
 
     def closure(self, *roots, **options):
         return dict(self.record(*roots, **options).distributions)
@@ -304,9 +304,9 @@ def serve(tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[Ser
         command += ["--model-uri", str(model_uri), "--host", "127.0.0.1", "--port", str(port)]
         # MLflow looks for its server's command on PATH.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        environment = {**os.environ, "PATH": path, **(env or {})}
+        recorded = {**os.environ, "PATH": path, **(env or {})}
         with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=recorded, start_new_session=True)
         server = Server(f"http://127.0.0.1:{port}", log, process)
         try:
             _wait_for_ping(server, timeout)

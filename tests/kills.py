@@ -69,14 +69,14 @@ class Attempts:
         for process in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 line = process.read_text(errors="replace")
-                if "clean_process.py" in line and str(self.folder) in line:
+                if "rehearsal_program.py" in line and str(self.folder) in line:
                     found.append(line)
         return found
 
     def left_over(self):
         """What should not be there."""
-        from mlflow_safeflavor.artifact import Layout, find_broken_files
-        from mlflow_safeflavor.load import read_spec
+        from mlflow_safeflavor.artifact.layout import Layout, find_broken_files
+        from mlflow_safeflavor.load.load import read_spec
 
         mlflow.set_tracking_uri(self.uri)
         client = mlflow.MlflowClient()

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from mlflow_safeflavor import inventory as inventories
-from mlflow_safeflavor import inventory_file, tensors
-from mlflow_safeflavor.artifact import Layout
-from mlflow_safeflavor.inventory_file import Inventory
+from mlflow_safeflavor.artifact import inventory_file
+from mlflow_safeflavor.artifact.inventory_file import Inventory
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.module import inventory as inventories
+from mlflow_safeflavor.module import tensors
 
 
 def bits(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_safeflavor.used import Use, find_used
+from mlflow_safeflavor.environment.used import Use, find_used
 
 
 class Site:

@@ -13,9 +13,9 @@ import pytest
 from artifacts import SAME_BATCHES, TEXTS
 
 import mlflow_safeflavor
-from mlflow_safeflavor import recording
+from mlflow_safeflavor.save import graph
 
-_examples_of = recording.examples_of  # most tests do without graphs, see conftest
+_examples_of = graph.examples_of  # most tests do without graphs, see conftest
 _made: dict[str, Path] = {}
 
 
@@ -41,7 +41,7 @@ def saved_with_graph(tmp_path_factory, tiny_bert, tiny_tokenizer, monkeypatch) -
         example = [{"text": text} for text in TEXTS]
         model = tiny_bert(initializer_range=0.5)
         with monkeypatch.context() as patch:
-            patch.setattr(recording, "examples_of", _examples_of)
+            patch.setattr(graph, "examples_of", _examples_of)
             mlflow_safeflavor.save_model(
                 model, path, tokenizer=tiny_tokenizer, input_example=example, rehearse=False, graph="require"
             )

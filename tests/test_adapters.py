@@ -103,6 +103,6 @@ def test_an_adapter_of_another_base_is_refused(adapter, tmp_path):
 
 
 def test_without_peft_it_says_so(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlflow_safeflavor.adapters.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("mlflow_safeflavor.checkpoints.adapters.importlib.util.find_spec", lambda name: None)
     with pytest.raises(StructureError, match="pip install peft"):
         mlflow_safeflavor.save_model(adapter[0], tmp_path / "model")

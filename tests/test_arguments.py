@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import mlflow_safeflavor
-from mlflow_safeflavor import arguments, releases
+from mlflow_safeflavor import arguments
+from mlflow_safeflavor.checkpoints.prefetch import prefetch
 from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.prefetch import prefetch
-from mlflow_safeflavor.save import save_model
+from mlflow_safeflavor.save import logged
+from mlflow_safeflavor.save.save import save_model
 
 FUNCTIONS = [prefetch, *(getattr(mlflow_safeflavor, name) for name in mlflow_safeflavor.__all__)]
 FUNCTIONS = [function for function in FUNCTIONS if inspect.isfunction(function) and hasattr(function, "__wrapped__")]
@@ -172,8 +173,8 @@ def test_log_model_takes_what_mlflow_does_and_params_are_ours(tracking, monkeypa
         Path(path).mkdir()
         mlflow_model.save(f"{path}/MLmodel")
 
-    monkeypatch.setattr("mlflow_safeflavor.save.save_model", save)
-    releases.log(sys.modules["mlflow_safeflavor.save"], "model", model=1, params={"top_k": None}, metadata={"a": 1})
+    monkeypatch.setattr("mlflow_safeflavor.save.save.save_model", save)
+    logged.log(sys.modules["mlflow_safeflavor.save.save"], "model", model=1, params={"top_k": None}, metadata={"a": 1})
     assert given == {"model": 1, "params": {"top_k": None}}
 
 

@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import mlflow_safeflavor
-from mlflow_safeflavor import structure
-from mlflow_safeflavor.attributes import find_differences
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.wrappers import require_plain
+from mlflow_safeflavor.module import structure
+from mlflow_safeflavor.module.attributes import find_differences
+from mlflow_safeflavor.module.wrappers import require_plain
 
 X = {"x": np.array([[-0.4], [3.0]], dtype=np.float32)}
 

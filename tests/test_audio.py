@@ -18,11 +18,11 @@ from transformers import ASTFeatureExtractor, Wav2Vec2FeatureExtractor, WhisperF
 from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES as AUDIO_MODELS
 
 import mlflow_safeflavor
-from mlflow_safeflavor.artifact import Layout
-from mlflow_safeflavor.caps import Caps
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import InputError, ParityError, StructureError
-from mlflow_safeflavor.sounds import read_sound, to_wav
-from mlflow_safeflavor.tasks import infer_task
+from mlflow_safeflavor.tasks.inputs.caps import Caps
+from mlflow_safeflavor.tasks.inputs.sounds import read_sound, to_wav
+from mlflow_safeflavor.tasks.table import infer_task
 
 RATE = 16_000
 TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37}
@@ -248,7 +248,7 @@ def test_another_rate_is_resampled(rate):
 
 
 def test_resampling_is_interpolation_by_a_windowed_sinc(monkeypatch):
-    monkeypatch.setattr("mlflow_safeflavor.sounds._WINDOWED", 2000)  # several parts
+    monkeypatch.setattr("mlflow_safeflavor.tasks.inputs.sounds._WINDOWED", 2000)  # several parts
     samples, old, new = sound(6000), 441, 160
     found = read_sound({"array": samples, "sampling_rate": 44_100}, RATE, "", Caps())
     cutoff = new * 0.99

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from mlflow_safeflavor.answers import predict_rows
-from mlflow_safeflavor.batching import cut_into_batches
 from mlflow_safeflavor.errors import AnswerError
-from mlflow_safeflavor.scheduler import Scheduler
+from mlflow_safeflavor.predict.answers import predict_rows
+from mlflow_safeflavor.predict.batching import cut_into_batches
+from mlflow_safeflavor.predict.scheduler import Scheduler
 
 
 @pytest.mark.parametrize("budget", [1, 7, 64, 512, 10**9])

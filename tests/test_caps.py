@@ -26,18 +26,18 @@ from transformers import (
 )
 
 import mlflow_safeflavor
-from mlflow_safeflavor import heap
-from mlflow_safeflavor.caps import Caps
-from mlflow_safeflavor.deadline import Deadline
+from mlflow_safeflavor import machine
 from mlflow_safeflavor.errors import DeadlineError, InputError
-from mlflow_safeflavor.heap import give_back
-from mlflow_safeflavor.options import run_time_options
-from mlflow_safeflavor.places import Places
-from mlflow_safeflavor.rows import require_clean
-from mlflow_safeflavor.sounds import read_sound, to_wav
+from mlflow_safeflavor.machine import give_back
+from mlflow_safeflavor.predict.deadline import Deadline
+from mlflow_safeflavor.predict.options import run_time_options
+from mlflow_safeflavor.predict.places import Places
 from mlflow_safeflavor.tasks import processed
+from mlflow_safeflavor.tasks.inputs.caps import Caps
+from mlflow_safeflavor.tasks.inputs.rows import require_clean
+from mlflow_safeflavor.tasks.inputs.sounds import read_sound, to_wav
+from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder
 from mlflow_safeflavor.tasks.outputs import own
-from mlflow_safeflavor.tokenizer import TextEncoder
 
 SMALL = {
     "vocab_size": 40,
@@ -250,7 +250,7 @@ def test_what_a_large_image_took_is_given_back(models, monkeypatch, side, times)
 
 def test_giving_back_is_safe_anywhere(monkeypatch):
     give_back()
-    monkeypatch.setattr(heap, "_malloc_trim", lambda: None)
+    monkeypatch.setattr(machine, "_malloc_trim", lambda: None)
     give_back()
 
 
@@ -412,7 +412,7 @@ def test_a_text_nobody_waits_for_is_written_no_further(models, monkeypatch):
 
 
 def test_a_long_table_is_held_in_parts(models, monkeypatch):
-    from mlflow_safeflavor import answers
+    from mlflow_safeflavor.predict import answers
 
     model = models("text-classification")
     texts = ["the cat sat", "a dog", "x", "red tree under the mat"] * 50

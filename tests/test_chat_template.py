@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from mlflow_safeflavor import chat_template
-from mlflow_safeflavor.chat_template import render
 from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.tasks.inputs import chat_template
+from mlflow_safeflavor.tasks.inputs.chat_template import render
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] | trim + '<|im_end|>' + '\\n' }}"

@@ -27,7 +27,7 @@ from transformers import (
     ViTModel,
 )
 
-from mlflow_safeflavor.checkpoint import from_pretrained
+from mlflow_safeflavor.checkpoints.from_pretrained import from_pretrained
 from mlflow_safeflavor.errors import (
     InputError,
     IntegrityError,
@@ -36,8 +36,8 @@ from mlflow_safeflavor.errors import (
     TrustError,
     WeightsError,
 )
-from mlflow_safeflavor.inventory import find_slots
-from mlflow_safeflavor.statedict import bits_equal
+from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.module.state_dict import bits_equal
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 

@@ -78,7 +78,7 @@ try:
     main()
 except SystemExit as left:
     assert left.code == 0, left.code
-heavy = sorted({"torch", "transformers", "mlflow_safeflavor.structure", "evil"} & sys.modules.keys())
+heavy = sorted({"torch", "transformers", "mlflow_safeflavor.module.structure", "evil"} & sys.modules.keys())
 print("imported:", heavy)
 """
 

@@ -19,9 +19,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, ModernBertConfig, ModernBertModel, PreTrainedModel
 
 import mlflow_safeflavor
+from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.errors import SafeFlavorError
-from mlflow_safeflavor.inventory_file import Inventory
-from mlflow_safeflavor.memory import real_memory
+from mlflow_safeflavor.module.memory import real_memory
 
 pytest_plugins = "saved_models"
 

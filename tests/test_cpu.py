@@ -8,8 +8,9 @@ from importlib.util import find_spec
 
 import pytest
 
-from mlflow_safeflavor import cpu
-from mlflow_safeflavor.cpu import available_cpus, find_budget
+from mlflow_safeflavor.environment import threads as cpu
+from mlflow_safeflavor.environment.threads import find_budget
+from mlflow_safeflavor.machine import available_cpus
 
 V2 = "0::/service\n"
 V1 = "4:memory:/kubepods/pod1\n3:cpu,cpuacct:/kubepods/pod1\n1:name=systemd:/\n"
@@ -148,7 +149,7 @@ def test_what_is_a_scoring_server(machine, processes, serves):
 
 REPORT = """
 import json, os, sys
-from mlflow_safeflavor import cpu
+from mlflow_safeflavor.environment import threads as cpu
 os.sched_getaffinity = lambda _: {0, 1}
 budget = cpu.limit_threads(int(sys.argv[1]))
 assert "torch" not in sys.modules

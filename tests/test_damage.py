@@ -19,7 +19,6 @@ from artifacts import SAME_BATCHES, TEXTS, edit_json, edit_mlmodel, flip, read_h
 from mlflow.exceptions import MlflowException
 
 import mlflow_safeflavor
-from mlflow_safeflavor import tensors
 from mlflow_safeflavor.errors import (
     FormatVersionError,
     IntegrityError,
@@ -29,6 +28,7 @@ from mlflow_safeflavor.errors import (
     TrustError,
     WeightsError,
 )
+from mlflow_safeflavor.module import tensors
 
 pytest_plugins = "saved_models"
 
@@ -42,7 +42,7 @@ FILES = [
     *TOP,
     *(f"safeflavor/{name}" for name in DATA),
     *CODE,
-    *(f"code/mlflow_safeflavor/{name}" for name in ("proven_classes.txt", "py.typed")),
+    *(f"code/mlflow_safeflavor/{name}" for name in ("artifact/proven_classes.txt", "py.typed")),
 ]
 # MLflow's own reading of the files takes most of a second, so through pyfunc one vendored file stands for all.
 FILES_FOR_PYFUNC = [name for name in FILES if not name.startswith("code/") or name.endswith("/load.py")]
@@ -156,7 +156,7 @@ def test_a_file_that_was_not_there(copied, name):
     refuse_behind_pyfunc(copied, IntegrityError, name)
 
 
-@pytest.mark.parametrize("name", ["safeflavor/config.json", "code/mlflow_safeflavor/load.py", "requirements.txt"])
+@pytest.mark.parametrize("name", ["safeflavor/config.json", "code/mlflow_safeflavor/load/load.py", "requirements.txt"])
 def test_a_link_in_place_of_a_file(copied, saved, name):
     (copied / name).unlink()
     (copied / name).symlink_to(saved / name)

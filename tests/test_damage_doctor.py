@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from mlflow_safeflavor.damage import find_damage, format_damage, require_undamaged
+from mlflow_safeflavor.checkpoints.damage import find_damage, format_damage, require_undamaged
 from mlflow_safeflavor.errors import InputError, WeightsError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -13,12 +13,12 @@ from artifacts import TEXTS, edit_json, reseal
 from transformers import GPT2Config, GPT2LMHeadModel, ModernBertConfig, ModernBertModel
 
 import mlflow_safeflavor
-from mlflow_safeflavor import devices, failures, placement, precision
-from mlflow_safeflavor.artifact import Layout
-from mlflow_safeflavor.devices import resolve_device
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import OverloadedError, ParityError, PlacementError
-from mlflow_safeflavor.inventory import find_slots
-from mlflow_safeflavor.placement import resolve_dtype
+from mlflow_safeflavor.module import devices, failures, placement, precision
+from mlflow_safeflavor.module.devices import resolve_device
+from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.module.placement import resolve_dtype
 
 pytest_plugins = "saved_models"
 

@@ -11,7 +11,7 @@ import torch
 from artifacts import flip, read_header, write_header
 from safetensors.torch import save_file
 
-from mlflow_safeflavor.digests import digests_of
+from mlflow_safeflavor.artifact.digests import digests_of
 from mlflow_safeflavor.errors import IntegrityError
 
 

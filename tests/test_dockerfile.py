@@ -19,12 +19,14 @@ from artifacts import edit_json, edit_mlmodel, reseal, rewrite
 from click.testing import CliRunner
 
 import mlflow_safeflavor
-from mlflow_safeflavor import container, environment, generate_dockerfile
-from mlflow_safeflavor.artifact import Layout, digest_of_file
+from mlflow_safeflavor import generate_dockerfile
+from mlflow_safeflavor.artifact.layout import Layout, digest_of_file
 from mlflow_safeflavor.cli import main
+from mlflow_safeflavor.environment import recorded as environment
+from mlflow_safeflavor.environment.hashes import lock
+from mlflow_safeflavor.environment.pins import read_pins
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError, IntegrityError, TrustError
-from mlflow_safeflavor.lock import lock
-from mlflow_safeflavor.pins import read_pins
+from mlflow_safeflavor.load import container
 
 pytest_plugins = "saved_models"
 

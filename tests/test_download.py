@@ -19,11 +19,11 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 import mlflow_safeflavor
-from mlflow_safeflavor import weights_files
+from mlflow_safeflavor.artifact import weights_files
+from mlflow_safeflavor.artifact.scratch import scratch_folder
 from mlflow_safeflavor.cli import main
-from mlflow_safeflavor.download import located
 from mlflow_safeflavor.errors import SafeFlavorError
-from mlflow_safeflavor.scratch import scratch_folder
+from mlflow_safeflavor.load.download import located
 
 pytest_plugins = "saved_models"
 
@@ -141,7 +141,7 @@ def test_code_can_be_imported_late_and_its_download_goes_with_the_process(tempor
 HOLDS_ONE = """
 import sys, time
 from pathlib import Path
-from mlflow_safeflavor.scratch import scratch_folder
+from mlflow_safeflavor.artifact.scratch import scratch_folder
 with scratch_folder("download", Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

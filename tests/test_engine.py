@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mlflow_safeflavor import embedding, pooling
-from mlflow_safeflavor.module_engine import ModuleEngine
+from mlflow_safeflavor.module import embedding, pooling
+from mlflow_safeflavor.module.engine import ModuleEngine
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from mlflow_safeflavor import environment
-from mlflow_safeflavor.environment import Difference, Environment
+from mlflow_safeflavor.environment import recorded as environment
+from mlflow_safeflavor.environment.recorded import Difference, Environment
 from mlflow_safeflavor.errors import EnvironmentMismatchError, IntegrityError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -405,7 +405,8 @@ def test_the_real_environment_is_like_itself(real):
 @needs_torch
 def test_importing_the_module_imports_neither_torch_nor_transformers():
     code = (
-        "import sys, mlflow_safeflavor.environment as e; e.find_differences(e.record(['torch'], torch_build={}));"
+        "import sys, mlflow_safeflavor.environment.recorded as e;"
+        "e.find_differences(e.record(['torch'], torch_build={}));"
         "sys.exit(', '.join(sys.modules.keys() & {'torch', 'transformers'}) or None)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)

@@ -14,11 +14,11 @@ from writers import ALL, DECODERS, ENCODER_DECODERS, ODD_DECODERS, byte_tokenize
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError, ParityError, StructureError
-from mlflow_safeflavor.module_engine import ModuleEngine
-from mlflow_safeflavor.tasks import infer_task, task_class
+from mlflow_safeflavor.module.engine import ModuleEngine
+from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder, load_tokenizer, write_tokenizer
+from mlflow_safeflavor.tasks.table import infer_task, task_class
 from mlflow_safeflavor.tasks.text2text_generation import Text2TextGeneration
 from mlflow_safeflavor.tasks.text_generation import TextGeneration
-from mlflow_safeflavor.tokenizer import TextEncoder, load_tokenizer, write_tokenizer
 
 TEXTS = ["the cat", "a", "on the other hand, the cat sat in the tree and ran", "Zürich 😀", "in her", ""]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is the cat? 😀"}]
@@ -519,10 +519,10 @@ def saved(tmp_path):
 
 
 def _replay(loaded):
-    from mlflow_safeflavor import parity
-    from mlflow_safeflavor.artifact import Layout
+    from mlflow_safeflavor.artifact.layout import Layout
+    from mlflow_safeflavor.predict import golden
 
-    return parity.replay(loaded, Layout(loaded.folder))
+    return golden.replay(loaded, Layout(loaded.folder))
 
 
 def test_a_broken_cache_does_not_pass_the_replay(saved, monkeypatch):

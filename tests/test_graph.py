@@ -26,16 +26,18 @@ from test_images import make_processor
 from torch import nn
 
 import mlflow_safeflavor
-from mlflow_safeflavor import cli, engine_choice, generate_dockerfile, recording
-from mlflow_safeflavor.artifact import Layout, read_json
-from mlflow_safeflavor.environment import Environment
+from mlflow_safeflavor import cli, generate_dockerfile
+from mlflow_safeflavor.artifact.layout import Layout, read_json
+from mlflow_safeflavor.artifact.spec import read_spec
+from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import InputError, PlacementError, StructureError
-from mlflow_safeflavor.graph_engine import GraphEngine
-from mlflow_safeflavor.graph_file import reason_against
-from mlflow_safeflavor.inventory import find_slots
-from mlflow_safeflavor.module_engine import ModuleEngine
-from mlflow_safeflavor.onnx_runtime import Session
-from mlflow_safeflavor.spec import read_spec
+from mlflow_safeflavor.graph.engine import GraphEngine
+from mlflow_safeflavor.graph.file import reason_against
+from mlflow_safeflavor.graph.onnx_engine import Session
+from mlflow_safeflavor.load import engine_choice
+from mlflow_safeflavor.module.engine import ModuleEngine
+from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.save import graph as recording
 
 pytestmark = pytest.mark.graphs
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mlflow_safeflavor.inventory import find_slots
-from mlflow_safeflavor.onnx_graph import read
-from mlflow_safeflavor.onnx_runtime import Session
-from mlflow_safeflavor.recording import Refusal, record
+from mlflow_safeflavor.graph.check import read
+from mlflow_safeflavor.graph.onnx_engine import Session
+from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.save.graph import Refusal, record
 
 TREES, WIDTH, WORDS = 6, 8, 30
 

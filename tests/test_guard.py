@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_safeflavor.errors import InputError, TrustError
-from mlflow_safeflavor.guard import guarded
+from mlflow_safeflavor.module.guard import guarded
 
 
 @pytest.fixture
@@ -261,5 +261,5 @@ def test_guards_within_guards(there, tmp_path):
 
 def test_importing_the_package_installs_no_hook():
     """A hook stays until the process ends, so it comes with the first build."""
-    script = "import sys; sys.addaudithook = exit; import mlflow_safeflavor.load, mlflow_safeflavor.guard"
+    script = "import sys; sys.addaudithook = exit; import mlflow_safeflavor.load.load, mlflow_safeflavor.module.guard"
     assert subprocess.run([sys.executable, "-c", script + "; sys.exit(7)"]).returncode == 7

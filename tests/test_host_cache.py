@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_safeflavor import host_cache
-from mlflow_safeflavor.host_cache import VARIABLE, cache_folder, entry, has_room, in_use, sweep
+from mlflow_safeflavor.artifact import host_cache
+from mlflow_safeflavor.artifact.host_cache import VARIABLE, cache_folder, entry, has_room, in_use, sweep
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_a_file_in_the_place_of_an_entry_is_replaced(root):
 
 HOLDER = """
 import os, signal, sys, time
-from mlflow_safeflavor.host_cache import entry
+from mlflow_safeflavor.artifact.host_cache import entry
 with entry("a") as folder:
     (folder / "held").touch()
     if sys.argv[1] == "stop":

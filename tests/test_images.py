@@ -19,13 +19,13 @@ from PIL import Image
 from transformers import pipeline
 
 import mlflow_safeflavor
-from mlflow_safeflavor import files, processor
-from mlflow_safeflavor.artifact import Layout
-from mlflow_safeflavor.caps import Caps
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import InputError, IntegrityError, ParityError, StructureError, TrustError
-from mlflow_safeflavor.images import read_image
-from mlflow_safeflavor.parity import read_golden
-from mlflow_safeflavor.tasks import infer_task
+from mlflow_safeflavor.predict.golden import read_golden
+from mlflow_safeflavor.tasks.inputs import files, processor
+from mlflow_safeflavor.tasks.inputs.caps import Caps
+from mlflow_safeflavor.tasks.inputs.images import read_image
+from mlflow_safeflavor.tasks.table import infer_task
 
 SINCE_5 = pytest.mark.skipif(
     transformers.__version__.startswith("4."), reason="pipelines of transformers 4 disregard the problem type"

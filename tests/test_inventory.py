@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from mlflow_safeflavor.errors import StructureError, WeightsError
-from mlflow_safeflavor.inventory import (
+from mlflow_safeflavor.module.inventory import (
     STORABLE,
     dtype_name,
     fill,
@@ -25,7 +25,7 @@ from mlflow_safeflavor.inventory import (
     require_saveable,
     take_inventory,
 )
-from mlflow_safeflavor.tensors import read_tensors
+from mlflow_safeflavor.module.tensors import read_tensors
 
 
 class Holder(nn.Module):

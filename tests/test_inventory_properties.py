@@ -14,7 +14,7 @@ from memory import all_bits, memory, read_into, round_trip, write
 from torch import nn
 
 from mlflow_safeflavor.errors import WeightsError
-from mlflow_safeflavor.inventory import find_differences, find_slots, take_inventory
+from mlflow_safeflavor.module.inventory import find_differences, find_slots, take_inventory
 
 DTYPES = ("float32", "bfloat16", "float64", "int64", "int32", "uint8", "bool", "complex64", "float8_e4m3fn")
 PLACES = ("parameter", "buffer", "transient", "attribute", "list", "tuple", "dict")

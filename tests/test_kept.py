@@ -16,10 +16,10 @@ import torch
 from yaml import YAMLError
 
 import mlflow_safeflavor
-from mlflow_safeflavor.cpu import use_threads
+from mlflow_safeflavor.environment.threads import use_threads
 from mlflow_safeflavor.errors import SafeFlavorError
-from mlflow_safeflavor.kept import kept_module, kept_parameters
-from mlflow_safeflavor.random_state import kept_random_state
+from mlflow_safeflavor.module.kept import kept_module, kept_parameters
+from mlflow_safeflavor.module.random_state import kept_random_state
 
 pytest_plugins = "saved_models"
 

@@ -15,14 +15,15 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from mlflow_safeflavor import logged, scratch
-from mlflow_safeflavor.artifact import staging
-from mlflow_safeflavor.scratch import dead_folders, scratch_folder
+from mlflow_safeflavor.artifact import scratch
+from mlflow_safeflavor.artifact.layout import staging
+from mlflow_safeflavor.artifact.scratch import dead_folders, scratch_folder
+from mlflow_safeflavor.save import logged
 
 HOLDS_ONE = """
 import sys, time
 from pathlib import Path
-from mlflow_safeflavor.scratch import add_companion, scratch_folder
+from mlflow_safeflavor.artifact.scratch import add_companion, scratch_folder
 with scratch_folder("rehearsal", Path(sys.argv[1])) as folder:
     (folder / "weights").write_text("large")
     if len(sys.argv) > 2:
@@ -248,7 +249,7 @@ def test_the_clean_process_ends_with_the_one_that_saves(tmp_path, number):
     (tmp_path / "probe" / "code" / "probe.py").write_text(code)
     flavor = "flavors:\n  python_function:\n    loader_module: probe\n    code: code\n"
     (tmp_path / "probe" / "MLmodel").write_text(flavor)
-    rehearse = "import sys; from pathlib import Path; from mlflow_safeflavor.rehearsal import rehearse"
+    rehearse = "import sys; from pathlib import Path; from mlflow_safeflavor.save.rehearsal import rehearse"
     process = subprocess.Popen(
         [sys.executable, "-c", f"{rehearse}; rehearse(Path(sys.argv[1]))", str(tmp_path / "probe")],
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
@@ -272,7 +273,7 @@ def _clean_processes(folder):
             line = (process / "cmdline").read_text(errors="replace")
         except OSError:
             continue
-        if "clean_process.py" in line and str(folder) in line:
+        if "rehearsal_program.py" in line and str(folder) in line:
             found.append(int(process.name))
     return found
 

@@ -17,8 +17,7 @@ import yaml
 from artifacts import TEXTS, edit_json, edit_mlmodel, reseal
 
 import mlflow_safeflavor
-from mlflow_safeflavor import load as loading
-from mlflow_safeflavor import weights_files
+from mlflow_safeflavor.artifact import weights_files
 from mlflow_safeflavor.errors import (
     EnvironmentMismatchError,
     FormatVersionError,
@@ -28,6 +27,7 @@ from mlflow_safeflavor.errors import (
     TrustError,
     WeightsError,
 )
+from mlflow_safeflavor.load import load as loading
 
 pytest_plugins = "saved_models"
 

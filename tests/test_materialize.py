@@ -13,10 +13,10 @@ from torch import nn
 from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 import mlflow_safeflavor
+from mlflow_safeflavor.checkpoints.materialize import materialize
 from mlflow_safeflavor.errors import IntegrityError, PlacementError, StructureError, TrustError, WeightsError
-from mlflow_safeflavor.inventory import find_meta, find_slots
-from mlflow_safeflavor.meta import materialize
-from mlflow_safeflavor.statedict import bits_equal
+from mlflow_safeflavor.module.inventory import find_meta, find_slots
+from mlflow_safeflavor.module.state_dict import bits_equal
 
 
 def differing(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:

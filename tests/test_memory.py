@@ -8,8 +8,8 @@ import transformers
 from artifacts import TEXTS
 
 import mlflow_safeflavor
-from mlflow_safeflavor import structure
-from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.module import structure
 
 pytest_plugins = "saved_models"
 

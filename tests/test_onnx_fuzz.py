@@ -26,15 +26,15 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from mlflow_safeflavor import onnx_graph, onnx_runtime
-from mlflow_safeflavor.inventory import find_slots
-from mlflow_safeflavor.onnx_file import Malformed, parse_model
-from mlflow_safeflavor.onnx_graph import read
-from mlflow_safeflavor.onnx_runtime import Session
-from mlflow_safeflavor.recording import record
+from mlflow_safeflavor.graph import check, onnx_engine
+from mlflow_safeflavor.graph.check import read
+from mlflow_safeflavor.graph.onnx_engine import Session
+from mlflow_safeflavor.graph.onnx_file import Malformed, parse_model
+from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.save.graph import record
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "12"))
-OPERATORS = sorted(onnx_graph._OPERATORS)
+OPERATORS = sorted(check._OPERATORS)
 
 
 class Small(nn.Module):
@@ -225,7 +225,7 @@ class WithoutArena(onnxruntime.SessionOptions):
 
 def run_mutants(file, seconds, seed):
     """Mutants of a graph, and single nodes of every operator, one after the other; each is kept until it was run."""
-    onnx_runtime.available_memory = lambda: MOST_GIGABYTES * 2**30 // 3 * 4
+    onnx_engine.available_memory = lambda: MOST_GIGABYTES * 2**30 // 3 * 4
     content, last = Path(file).read_bytes(), Path(file).with_name("last.onnx")
     if seed % 2:  # each array its own piece of the heap, which the C library then finds damaged
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -12,14 +12,14 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from mlflow_safeflavor import cpu
-from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor import machine
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import IntegrityError, StructureError
-from mlflow_safeflavor.graph_engine import GraphEngine, runtime_of
-from mlflow_safeflavor.graph_weights import Place, map_weights
-from mlflow_safeflavor.onnx_file import Malformed, parse_model, write_model
-from mlflow_safeflavor.onnx_graph import _OPERATORS, Weight, lines_of, read
-from mlflow_safeflavor.onnx_runtime import Session
+from mlflow_safeflavor.graph.check import _OPERATORS, Weight, lines_of, read
+from mlflow_safeflavor.graph.engine import GraphEngine, runtime_of
+from mlflow_safeflavor.graph.onnx_engine import Session
+from mlflow_safeflavor.graph.onnx_file import Malformed, parse_model, write_model
+from mlflow_safeflavor.graph.weights import Place, map_weights
 
 needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="the extra `openvino` is not installed"
@@ -324,11 +324,11 @@ def test_memory_of_a_container(tmp_path):
     (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")
     folder = tmp_path / "sys/fs/cgroup/a/b"
     folder.mkdir(parents=True)
-    everything = cpu.available_memory(tmp_path)
+    everything = machine.available_memory(tmp_path)
     (folder / "memory.max").write_text("max\n")
-    assert cpu.available_memory(tmp_path) == everything
+    assert machine.available_memory(tmp_path) == everything
     (folder.parent / "memory.max").write_text(f"{2**28}\n")
-    assert cpu.available_memory(tmp_path) == 2**28
+    assert machine.available_memory(tmp_path) == 2**28
 
 
 # What is said of it.
@@ -349,7 +349,7 @@ SEEN = {"dtype": "float32", "inputs": 1, "difference": 0.0, "threads": True, "ba
     ],
 )  # fmt: skip
 def test_facts_that_are_none(layout, facts):
-    from mlflow_safeflavor.graph_file import describe_graph
+    from mlflow_safeflavor.graph.file import describe_graph
 
     layout.graph.write_bytes(b"")
     layout.graph_facts.write_text(json.dumps(facts))
@@ -358,7 +358,7 @@ def test_facts_that_are_none(layout, facts):
 
 
 def test_facts_in_words(layout):
-    from mlflow_safeflavor.graph_file import describe_graph, keeps_bits
+    from mlflow_safeflavor.graph.file import describe_graph, keeps_bits
 
     layout.graph.write_bytes(b"")
     other = SEEN | {"padding": False, "dtype": "bfloat16", "difference": 0.004}

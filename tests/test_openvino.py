@@ -19,14 +19,17 @@ from test_graph import TEXTS, X, bert, make_private, near, same
 from test_onnx_graph import made, needs_openvino
 
 import mlflow_safeflavor
-from mlflow_safeflavor import cli, openvino_runtime, parity, recording
-from mlflow_safeflavor.artifact import Layout, read_json
-from mlflow_safeflavor.environment import Environment
+from mlflow_safeflavor import cli
+from mlflow_safeflavor.artifact.layout import Layout, read_json
+from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import InputError, ParityError, PlacementError, StructureError, TrustError
-from mlflow_safeflavor.graph_file import read_graph
-from mlflow_safeflavor.inventory import find_slots
-from mlflow_safeflavor.onnx_file import parse_model
-from mlflow_safeflavor.onnx_graph import read
+from mlflow_safeflavor.graph import openvino_engine
+from mlflow_safeflavor.graph.check import read
+from mlflow_safeflavor.graph.file import read_graph
+from mlflow_safeflavor.graph.onnx_file import parse_model
+from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.predict import golden
+from mlflow_safeflavor.save import graph as recording
 
 pytest_plugins = "saved_models"
 pytestmark = [pytest.mark.graphs, needs_openvino]
@@ -55,7 +58,7 @@ def test_what_is_saved_for_it_is_proven_with_it(asked):
     assert proof["onnx"]["inputs"] == proof["openvino"]["inputs"] > 20
     assert 0 < proof["openvino"]["difference"] < 1e-4
     recorded = read_json(Layout(asked).golden("openvino")[0])
-    assert recorded["tolerance"] == parity.TOLERANCES["float32"]
+    assert recorded["tolerance"] == golden.TOLERANCES["float32"]
     told = CliRunner().invoke(cli.main, ["inspect", str(asked)], env={"COLUMNS": "200"}).output
     assert "graph in OpenVINO" in told
 
@@ -106,7 +109,7 @@ def test_without_rows_of_its_own_it_is_compared_with_onnx_runtime(saved_with_gra
     assert done.exit_code == 0, done.output
 
 
-def spoil(monkeypatch, factor, constant=openvino_runtime._constant):
+def spoil(monkeypatch, factor, constant=openvino_engine._constant):
     """Let OpenVINO have other weights."""
     kept = []
 
@@ -114,7 +117,7 @@ def spoil(monkeypatch, factor, constant=openvino_runtime._constant):
         kept.append(array * np.float32(factor) if array.dtype == np.float32 else array)
         return constant(kept[-1])
 
-    monkeypatch.setattr(openvino_runtime, "_constant", spoiled)
+    monkeypatch.setattr(openvino_engine, "_constant", spoiled)
 
 
 def test_other_answers_are_found(saved_with_graph, monkeypatch):
@@ -126,7 +129,7 @@ def test_other_answers_are_found(saved_with_graph, monkeypatch):
 def test_other_answers_are_not_saved(monkeypatch):
     spoil(monkeypatch, 1.01)
     module = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval().requires_grad_(False)
-    runtime = openvino_runtime.Session
+    runtime = openvino_engine.Session
     with pytest.raises(recording.Refusal, match="differs by"):
         recording.record(module, find_slots(module), *places(module), runtimes={"openvino": runtime})
 
@@ -143,7 +146,7 @@ def places(module):
 def test_it_gets_no_file(asked):
     graph = read_graph(Layout(asked))
     assert graph.weights
-    parts = parse_model(openvino_runtime._without_weights(graph))["graph"]
+    parts = parse_model(openvino_engine._without_weights(graph))["graph"]
     assert not any(tensor["external_data"] for tensor in parts["initializer"])
     assert len(parts["input"]) == len(graph.inputs) + len(graph.weights)
 
@@ -198,8 +201,8 @@ def test_where_it_is_not_installed(asked, saved_with_graph, tiny_tokenizer, tmp_
 
 def test_what_it_does_not_know(saved_with_graph, monkeypatch):
     """An operator that a later release of it may have; without the engine the model is served."""
-    written = openvino_runtime.write_model
-    monkeypatch.setattr(openvino_runtime, "write_model", lambda model: written(model).replace(b"MatMul", b"MulMat"))
+    written = openvino_engine.write_model
+    monkeypatch.setattr(openvino_engine, "write_model", lambda model: written(model).replace(b"MatMul", b"MulMat"))
     with pytest.raises(StructureError, match="does not take the graph"):
         mlflow_safeflavor.load_model(saved_with_graph, **ASKED)
     assert mlflow_safeflavor.load_model(saved_with_graph).engine.name == "onnx"
@@ -237,7 +240,7 @@ def test_numbers_of_more_than_32_bits():
     """It would answer with others: 2**40 would be 0."""
     cast = [helper.make_node("Cast", ["input.ids"], ["z"], to=1), helper.make_node("Neg", ["z"], ["output.y"])]
     graph = read(made(*cast, inputs=(("ids", 7, ["rows"]),)))
-    session = openvino_runtime.Session(graph, {}, threads=1)
+    session = openvino_engine.Session(graph, {}, threads=1)
     most = np.iinfo(np.int32).max
     assert session({"ids": np.array([most, -most])})["y"].tolist() == [
         -float(np.float32(most)),
@@ -254,7 +257,7 @@ HALF = {"engine": "openvino", "dtype": "bfloat16"}
 
 
 def has_bfloat16():
-    return "BF16" in openvino_runtime._imported().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in openvino_engine._imported().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def test_bfloat16_where_the_cpu_has_it(saved_with_graph):
@@ -273,14 +276,14 @@ def test_bfloat16_where_the_cpu_has_it(saved_with_graph):
 def test_bfloat16_is_chosen_recorded_and_tolerated(tmp_path, monkeypatch):
     """The way of the option; on a CPU without, float32 takes its place, a little off."""
     if not has_bfloat16():
-        monkeypatch.setitem(openvino_runtime._NAMES, "bfloat16", ("f32", "FP32"))
+        monkeypatch.setitem(openvino_engine._NAMES, "bfloat16", ("f32", "FP32"))
         spoil(monkeypatch, 1 + 2**-9)
     given = {"task": "raw", "input_example": X, "rehearse": False, "graph": "only", "model_config": HALF}
     mlflow_safeflavor.save_model(make_private(), tmp_path / "m", **given)
     layout = Layout(tmp_path / "m")
     assert read_json(layout.graph_facts)["proof"]["openvino"]["dtype"] == "bfloat16"
-    assert read_json(layout.golden("openvino")[0])["tolerance"] == parity.TOLERANCES["bfloat16"]
-    assert read_json(layout.golden("onnx")[0])["tolerance"] == parity.TOLERANCES["float32"]
+    assert read_json(layout.golden("openvino")[0])["tolerance"] == golden.TOLERANCES["bfloat16"]
+    assert read_json(layout.golden("onnx")[0])["tolerance"] == golden.TOLERANCES["float32"]
     served = mlflow.pyfunc.load_model(str(tmp_path / "m"))._model_impl.model
     assert (served.engine.session.dtype, served.report.bit_identical) == ("bfloat16", True)
     plain = mlflow_safeflavor.load_model(tmp_path / "m", **ASKED)
@@ -289,7 +292,7 @@ def test_bfloat16_is_chosen_recorded_and_tolerated(tmp_path, monkeypatch):
 
 def test_bfloat16_has_a_tolerance_of_its_own(saved_with_graph, monkeypatch):
     """Beyond float32's, and no license: against rows that ONNX Runtime answered."""
-    monkeypatch.setitem(openvino_runtime._NAMES, "bfloat16", ("f32", "FP32"))
+    monkeypatch.setitem(openvino_engine._NAMES, "bfloat16", ("f32", "FP32"))
 
     def load(factor, **dtype):
         spoil(monkeypatch, factor)

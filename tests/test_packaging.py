@@ -38,7 +38,7 @@ def test_exact_contents(wheel):
     names = {re.sub(r"^mlflow_safeflavor-[^/]+\.dist-info/", "dist-info/", name) for name in wheel.namelist()}
     package = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "mlflow_safeflavor").rglob("*.py")}
     assert names == package | {
-        "mlflow_safeflavor/proven_classes.txt",
+        "mlflow_safeflavor/artifact/proven_classes.txt",
         "mlflow_safeflavor/py.typed",
         "dist-info/METADATA",
         "dist-info/RECORD",

@@ -17,7 +17,7 @@ from test_images import make_processor
 from torch import nn
 
 import mlflow_safeflavor
-from mlflow_safeflavor import host_cache, weights_files
+from mlflow_safeflavor.artifact import host_cache, weights_files
 
 pytestmark = pytest.mark.graphs
 
@@ -155,7 +155,7 @@ def test_what_was_kept_for_a_week_is_written_again(saved, cache):
 @pytest.mark.parametrize("why", ["rehash", "restart unknown", "no room", "no cache"])
 def test_nothing_is_kept(saved, cache, monkeypatch, why):
     if why == "restart unknown":
-        monkeypatch.setattr("mlflow_safeflavor.packed_weights.boot", lambda: "")
+        monkeypatch.setattr("mlflow_safeflavor.graph.packed_weights.boot", lambda: "")
     if why == "no room":
         monkeypatch.setattr(host_cache, "has_room", lambda folder, nbytes: False)
     if why == "no cache":

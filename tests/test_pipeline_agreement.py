@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, pipeline
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.module_engine import ModuleEngine
-from mlflow_safeflavor.tasks import task_class
-from mlflow_safeflavor.tokenizer import TextEncoder, write_tokenizer
+from mlflow_safeflavor.module.engine import ModuleEngine
+from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder, write_tokenizer
+from mlflow_safeflavor.tasks.table import task_class
 
 # Said by the reference about tokenizers that do not mark subwords.
 pytestmark = pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from mlflow_safeflavor import from_pretrained
+from mlflow_safeflavor.checkpoints.prefetch import MANIFEST, prefetch
 from mlflow_safeflavor.cli import main
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError, WeightsError
-from mlflow_safeflavor.prefetch import MANIFEST, prefetch
 
 NAME = "some/model"
 

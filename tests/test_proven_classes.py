@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from sweep import report
 
-import mlflow_safeflavor
-from mlflow_safeflavor.trust import is_proven
+from mlflow_safeflavor.artifact import trust
+from mlflow_safeflavor.artifact.trust import is_proven
 
-TABLE = Path(mlflow_safeflavor.__file__).with_name("proven_classes.txt")
+TABLE = Path(trust.__file__).with_name("proven_classes.txt")
 
 
 def row(name, float32, bfloat16):

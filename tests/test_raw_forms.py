@@ -11,7 +11,7 @@ from mlflow.types import ColSpec, TensorSpec
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.module_engine import named_tensors
+from mlflow_safeflavor.module.engine import named_tensors
 from mlflow_safeflavor.tasks.sizes import free_sizes
 
 NETS = """

@@ -8,8 +8,9 @@ import pytest
 from artifacts import edit_json
 
 import mlflow_safeflavor
-from mlflow_safeflavor import parity, rehearsal, save
 from mlflow_safeflavor.errors import ParityError, RehearsalError
+from mlflow_safeflavor.predict import golden
+from mlflow_safeflavor.save import rehearsal, save
 
 pytest_plugins = "saved_models"
 pytestmark = pytest.mark.slow
@@ -35,7 +36,7 @@ def test_a_good_model_is_published(save_tiny):
 
 
 def test_answers_that_only_this_process_gives_are_not_published(save_tiny, tmp_path, monkeypatch):
-    honest = parity.record
+    honest = golden.record
 
     def record(*args, **kwargs):
         answers = honest(*args, **kwargs)
@@ -47,7 +48,7 @@ def test_answers_that_only_this_process_gives_are_not_published(save_tiny, tmp_p
         edit_json(layout.parity, change)
         return answers
 
-    monkeypatch.setattr(parity, "record", record)
+    monkeypatch.setattr(golden, "record", record)
     with pytest.raises(RehearsalError, match="nothing was published") as refused:
         save_tiny()
     assert "ParityError" in refused.value.message
@@ -57,14 +58,14 @@ def test_answers_that_only_this_process_gives_are_not_published(save_tiny, tmp_p
 
 def test_without_a_rehearsal_the_same_is_found_at_load(save_tiny, monkeypatch):
     """What the test above needs to mean anything: nothing else at save would have found it."""
-    honest = parity.record
+    honest = golden.record
 
     def record(*args, **kwargs):
         answers = honest(*args, **kwargs)
         edit_json(args[-1].parity, lambda content: content["answers"][0].update(label="mine"))
         return answers
 
-    monkeypatch.setattr(parity, "record", record)
+    monkeypatch.setattr(golden, "record", record)
     path = save_tiny(rehearse=False)
     with pytest.raises(ParityError, match="mine"):
         mlflow_safeflavor.load_model(str(path))

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from mlflow_safeflavor import requirements, usercode
-from mlflow_safeflavor.environment import OWN_NAME, record
+from mlflow_safeflavor.environment import requirements
+from mlflow_safeflavor.environment.recorded import OWN_NAME, record
 from mlflow_safeflavor.errors import EnvironmentMismatchError
+from mlflow_safeflavor.module import user_code
 
 
 @pytest.fixture
@@ -295,8 +296,8 @@ def test_mlflow_finds_no_mismatch_in_the_real_pins(monkeypatch):
 def test_what_this_project_requires_is_not_pinned_for_a_hook_of_its_own_folder(monkeypatch):
     """Found in an editable install, as this file is."""
     module = pytest.importorskip("torch").nn.Module()
-    monkeypatch.setattr(usercode, "Owners", lambda: SimpleNamespace(of=lambda file: OWN_NAME))
+    monkeypatch.setattr(user_code, "Owners", lambda: SimpleNamespace(of=lambda file: OWN_NAME))
     hook = {"postprocess": lambda outputs, rows: rows}
-    assert usercode.distributions_of(module, hook, except_for=()) == []
-    monkeypatch.setattr(usercode, "Owners", lambda: SimpleNamespace(of=lambda file: "another"))
-    assert usercode.distributions_of(module, hook, except_for=()) == ["another"]
+    assert user_code.distributions_of(module, hook, except_for=()) == []
+    monkeypatch.setattr(user_code, "Owners", lambda: SimpleNamespace(of=lambda file: "another"))
+    assert user_code.distributions_of(module, hook, except_for=()) == ["another"]

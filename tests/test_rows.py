@@ -10,7 +10,7 @@ from mlflow.models.utils import _enforce_schema
 from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.rows import require_texts, rows_of, unfold_columns
+from mlflow_safeflavor.tasks.inputs.rows import require_texts, rows_of, unfold_columns
 
 ONE = {"text": "review"}
 TWO = {"text": "buggy_code", "text_pair": "fixed_code"}

@@ -27,9 +27,9 @@ from transformers import (
 )
 
 import mlflow_safeflavor
-from mlflow_safeflavor import save
-from mlflow_safeflavor.artifact import read_json
+from mlflow_safeflavor.artifact.layout import read_json
 from mlflow_safeflavor.errors import InputError, IntegrityError, PlacementError, StructureError, WeightsError
+from mlflow_safeflavor.save import save
 
 pytest_plugins = "saved_models"
 
@@ -115,7 +115,7 @@ def test_what_is_at_the_path_already_is_refused_and_kept(save_tiny, tmp_path, ki
 
 ALWAYS = {
     *("MLmodel", "requirements.txt", "conda.yaml", "python_env.yaml"),
-    *("code/mlflow_safeflavor/__init__.py", "code/mlflow_safeflavor/load.py"),
+    *("code/mlflow_safeflavor/__init__.py", "code/mlflow_safeflavor/load/load.py"),
     *("code/mlflow_safeflavor/tasks/text_classification.py", "code/mlflow_safeflavor/py.typed"),
     *(f"safeflavor/{name}.json" for name in ("config", "structure", "tensors", "environment", "parity", "manifest")),
     *("safeflavor/model.safetensors", "safeflavor/parity.safetensors"),

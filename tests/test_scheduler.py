@@ -17,12 +17,13 @@ import pytest
 import torch
 
 import mlflow_safeflavor
-from mlflow_safeflavor import batching, graph_file
-from mlflow_safeflavor.answers import predict_rows
-from mlflow_safeflavor.deadline import Deadline
 from mlflow_safeflavor.errors import AnswerError, DeadlineError, InputError, OverloadedError
-from mlflow_safeflavor.graph_engine import GraphEngine
-from mlflow_safeflavor.scheduler import Scheduler, Ticket, _next_batch
+from mlflow_safeflavor.graph import file
+from mlflow_safeflavor.graph.engine import GraphEngine
+from mlflow_safeflavor.predict import batching
+from mlflow_safeflavor.predict.answers import predict_rows
+from mlflow_safeflavor.predict.deadline import Deadline
+from mlflow_safeflavor.predict.scheduler import Scheduler, Ticket, _next_batch
 
 pytestmark = pytest.mark.graphs
 
@@ -433,8 +434,8 @@ def test_deterministic_costs_nothing_where_the_same_bits_were_seen(saved, texts,
     seen = {"dtype": "float32", "batch": True, "padding": True, fact: False}
     engine = GraphEngine(model.engine.session, keeps_bits=model.engine.keeps_bits)
     if fact is not None:
-        monkeypatch.setattr(graph_file, "_read_facts", lambda layout: {"proof": {"onnx": seen}})
-        engine.keeps_bits = graph_file.keeps_bits(model.files, "onnx", "float32")
+        monkeypatch.setattr(file, "_read_facts", lambda layout: {"proof": {"onnx": seen}})
+        engine.keeps_bits = file.keeps_bits(model.files, "onnx", "float32")
     rows = []
     run = engine.session
 
@@ -452,13 +453,15 @@ def test_deterministic_costs_nothing_where_the_same_bits_were_seen(saved, texts,
 def test_what_a_forward_costs_is_measured_once_and_stored(saved, monkeypatch):
     stored = mlflow_safeflavor.load_model(saved).spec.model_config["forward_cost"]
     assert stored >= 1  # 0 would be measured again by every host, and each would make other batches
-    monkeypatch.setattr("mlflow_safeflavor.batching.measure_forward_cost", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        "mlflow_safeflavor.predict.batching.measure_forward_cost", lambda *_: pytest.fail("measured again")
+    )
     assert mlflow_safeflavor.load_model(saved).scheduler.forward_cost == stored
     assert mlflow_safeflavor.load_model(saved, model_config={"forward_cost": 48}).scheduler.forward_cost == 48
 
 
 def test_what_a_forward_costs_is_measured_where_it_is_not_known(saved, monkeypatch):
-    monkeypatch.setattr("mlflow_safeflavor.batching.measure_forward_cost", lambda *_: 77)
+    monkeypatch.setattr("mlflow_safeflavor.predict.batching.measure_forward_cost", lambda *_: 77)
     model = mlflow_safeflavor.load_model(saved, model_config={"forward_cost": 0})
     assert model.scheduler.forward_cost == 77
 

@@ -183,7 +183,7 @@ def test_a_separate_environment_gives_the_same_rows(tmp_path, tiny_bert, tiny_to
     assert done.returncode == 0, "\n".join(said[-60:])
     found = json.loads((tmp_path / "answers.json").read_text())["predictions"]
     require_same_rows(found, json.loads(expected.to_json(orient="records", double_precision=15)))
-    loaded_from = [line for line in lines if "mlflow_safeflavor/load.py" in line and line.startswith("# ")]
+    loaded_from = [line for line in lines if "mlflow_safeflavor/load/load.py" in line and line.startswith("# ")]
     assert loaded_from, "no loader was imported at all"
-    assert [line for line in loaded_from if f"{path}/code/mlflow_safeflavor/load.py" not in line] == []
+    assert [line for line in loaded_from if f"{path}/code/mlflow_safeflavor/load/load.py" not in line] == []
     assert [line for line in lines if str(Path(mlflow_safeflavor.__file__).parent) in line] == []

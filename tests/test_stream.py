@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 import mlflow_safeflavor
-from mlflow_safeflavor import progress
 from mlflow_safeflavor.errors import InputError, PlacementError
+from mlflow_safeflavor.predict import progress
 
 COMPILER = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
 TEXTS = [f"the cat sat on {'the mat ' * (i % 7)}{i}" for i in range(40)]
@@ -72,7 +72,7 @@ def test_no_chunks_no_answers(model):
 
 def test_a_parquet_file_is_answered_with_the_rows_numbers(model, table, tmp_path, monkeypatch):
     table.to_parquet(tmp_path / "rows.parquet")
-    monkeypatch.setattr("mlflow_safeflavor.stream._CHUNK", 15)
+    monkeypatch.setattr("mlflow_safeflavor.predict.stream._CHUNK", 15)
     answers = list(model.predict(tmp_path / "rows.parquet"))
     assert [len(found) for found in answers] == [15, 15, 10]
     pd.testing.assert_frame_equal(pd.concat(answers), model.predict(table))
@@ -120,7 +120,7 @@ def test_a_bar_is_shown_on_a_terminal_when_it_takes_long(model, table, terminal,
 
 def test_streams_count_rows(model, table, terminal, tmp_path, monkeypatch):
     table.to_parquet(tmp_path / "rows.parquet")
-    monkeypatch.setattr("mlflow_safeflavor.stream._CHUNK", 15)
+    monkeypatch.setattr("mlflow_safeflavor.predict.stream._CHUNK", 15)
     list(model.predict(tmp_path / "rows.parquet", progress=True))
     assert "40/40" in terminal.getvalue()
 

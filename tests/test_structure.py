@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, MarianConfig, MarianModel
 
+from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.inventory import find_slots, take_inventory
-from mlflow_safeflavor.inventory_file import Inventory
-from mlflow_safeflavor.memory import real_memory
+from mlflow_safeflavor.module.inventory import find_slots, take_inventory
+from mlflow_safeflavor.module.memory import real_memory
 
 NOTHING = Inventory({}, {}, {})
 RANDOM = ["uniform_", "normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_"]

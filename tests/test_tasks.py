@@ -13,16 +13,16 @@ from architectures import ARCHITECTURES, tiny_model
 from tokenizers import Tokenizer, models
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
-from mlflow_safeflavor.answers import predict_rows
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.module_engine import ModuleEngine
-from mlflow_safeflavor.rows import rows_of
-from mlflow_safeflavor.scheduler import Scheduler
-from mlflow_safeflavor.tasks import TASKS, infer_task, task_class
+from mlflow_safeflavor.module.engine import ModuleEngine
+from mlflow_safeflavor.predict.answers import predict_rows
+from mlflow_safeflavor.predict.scheduler import Scheduler
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
 from mlflow_safeflavor.tasks.fill_mask import FillMask
+from mlflow_safeflavor.tasks.inputs.rows import rows_of
+from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder, write_tokenizer
+from mlflow_safeflavor.tasks.table import TASKS, infer_task, task_class
 from mlflow_safeflavor.tasks.text_classification import TextClassification
-from mlflow_safeflavor.tokenizer import TextEncoder, write_tokenizer
 
 TEXTS = [
     "the cat sat on the mat",

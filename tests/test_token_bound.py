@@ -7,8 +7,8 @@ import random
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from mlflow_safeflavor import token_bound
-from mlflow_safeflavor.token_bound import TokenBound
+from mlflow_safeflavor.tasks.inputs import token_bound
+from mlflow_safeflavor.tasks.inputs.token_bound import TokenBound
 
 WORDS = "the cat sat on a mat ing ▁the ▁cat ▁sat ▁a Ġthe Ġcat ##s ##t ##ing ##at".split()
 LETTERS = [*"abcdehinostgmĠ▁'.,!éÅ3", *(f"##{letter}" for letter in "abcdehinost")]

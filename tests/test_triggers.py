@@ -27,12 +27,12 @@ from transformers import BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, Ll
 from trigger_models import WIDTH, SmallConfig
 
 import mlflow_safeflavor
-from mlflow_safeflavor.checkpoint import from_pretrained
-from mlflow_safeflavor.damage import find_damage
+from mlflow_safeflavor.checkpoints.damage import find_damage
+from mlflow_safeflavor.checkpoints.from_pretrained import from_pretrained
+from mlflow_safeflavor.checkpoints.materialize import materialize
 from mlflow_safeflavor.errors import PlacementError, SafeFlavorError, StructureError, TrustError, WeightsError
-from mlflow_safeflavor.inventory import find_slots
-from mlflow_safeflavor.meta import materialize
-from mlflow_safeflavor.statedict import bits_equal
+from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.module.state_dict import bits_equal
 
 pytestmark = [
     # What MLflow warns of itself, at its first import and with pandas 3.

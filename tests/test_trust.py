@@ -10,10 +10,10 @@ import pytest
 from artifacts import edit_json, reseal
 
 import mlflow_safeflavor
-from mlflow_safeflavor import structure
-from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.trust import find_steering, is_proven, portable
 from mlflow_safeflavor.errors import StructureError, TrustError
-from mlflow_safeflavor.trust import find_steering, is_proven, portable
+from mlflow_safeflavor.module import structure
 
 pytest_plugins = "saved_models"
 

@@ -16,13 +16,14 @@ import torch
 import yaml
 
 import mlflow_safeflavor
-from mlflow_safeflavor import requirements, save
-from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.checkpoints.given import Source
+from mlflow_safeflavor.environment import requirements
+from mlflow_safeflavor.environment.owners import Owners
+from mlflow_safeflavor.environment.used import Use, find_used, way_to_bring
 from mlflow_safeflavor.errors import EnvironmentMismatchError
-from mlflow_safeflavor.given import Source
-from mlflow_safeflavor.owners import Owners
-from mlflow_safeflavor.pinning import Pinning
-from mlflow_safeflavor.used import Use, find_used, way_to_bring
+from mlflow_safeflavor.save import save
+from mlflow_safeflavor.save.pinning import Pinning
 
 pytest_plugins = "own_python"
 
@@ -155,7 +156,7 @@ def test_hashes_are_looked_up_once_and_for_all_that_is_pinned(own_site, pin, mon
     own_site.install("acme-a", "1.2")
     locked = []
     monkeypatch.setattr(
-        "mlflow_safeflavor.pinning.lock_file",
+        "mlflow_safeflavor.save.pinning.lock_file",
         lambda layout, recorded: locked.append((set(recorded.distributions), layout.requirements.read_text())),
     )
     for used in ({"acme-a": Use("1.2", "net", "module")}, {}, None):

@@ -6,7 +6,7 @@ from artifacts import edit_mlmodel, reseal
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import IntegrityError, StructureError
-from mlflow_safeflavor.vocabulary import find_table
+from mlflow_safeflavor.tasks.inputs.vocabulary import find_table
 
 pytest_plugins = "saved_models"
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mlflow_safeflavor import host_cache, weights_files
-from mlflow_safeflavor.digests import FileDigests, digests_of
+from mlflow_safeflavor.artifact import host_cache, weights_files
+from mlflow_safeflavor.artifact.digests import FileDigests, digests_of
+from mlflow_safeflavor.artifact.weights_files import HeldFile, hold, require_unchanged
 from mlflow_safeflavor.errors import IntegrityError
-from mlflow_safeflavor.weights_files import HeldFile, hold, require_unchanged
 
 pytest_plugins = "saved_models"
 
@@ -244,8 +244,8 @@ def test_many_threads_hash_once(weights, cache, hashed):
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from mlflow_safeflavor import weights_files
-from mlflow_safeflavor.digests import digests_of
+from mlflow_safeflavor.artifact import weights_files
+from mlflow_safeflavor.artifact.digests import digests_of
 weights, go = Path(sys.argv[1]), Path(sys.argv[2])
 weights_files._SMALL, weights_files._SETTLED, hashed = -1, -1.0, []
 recorded = digests_of(weights)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.sounds import read_sound, record_sound, to_wav
 from mlflow_safeflavor.tasks.arguments import arguments_of
 from mlflow_safeflavor.tasks.base import Features, Row
 from mlflow_safeflavor.tasks.classification import describe_labels
+from mlflow_safeflavor.tasks.inputs.sounds import read_sound, record_sound, to_wav
 from mlflow_safeflavor.tasks.processed import ProcessedTask
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from mlflow.models import ModelSignature
 
-from mlflow_safeflavor.caps import Caps
-from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.rows import Row, count_rows, place, require_clean, rows_of
+from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.inputs.caps import Caps
+from mlflow_safeflavor.tasks.inputs.rows import Row, count_rows, place, require_clean, rows_of
 from mlflow_safeflavor.tasks.params import Param, check_defaults, check_params, with_defaults
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Task(ABC):
     Args:
         config: What ``describe`` returned.
         columns: Field → column name, for every field this model uses; None for a sole column without a name.
-        encoder: The tokenizer, as ``mlflow_safeflavor.tokenizer.TextEncoder``; None for tasks without text. Tasks that
-            read something else name it in ``reads``.
+        encoder: The tokenizer, an ``inputs.tokenizer.TextEncoder``; None for tasks without text. Tasks that read
+            something else name it in ``reads``.
 
     Attributes:
         columns: As given, in the order of ``fields``.

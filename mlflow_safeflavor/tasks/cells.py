@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mlflow_safeflavor.arrays import array_of, is_tensor
+from mlflow_safeflavor.artifact.arrays import array_of, is_tensor
 from mlflow_safeflavor.errors import InputError
 
 __all__ = ["from_json", "plain", "sent", "to_json"]

@@ -10,10 +10,10 @@ import numpy as np
 from mlflow.types import DataType
 
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.pooling import POOLINGS, pool
-from mlflow_safeflavor.releases import Array, answer_of
-from mlflow_safeflavor.rows import require_texts
+from mlflow_safeflavor.mlflow_compat import Array, answer_of
+from mlflow_safeflavor.module.pooling import POOLINGS, pool
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
+from mlflow_safeflavor.tasks.inputs.rows import require_texts
 from mlflow_safeflavor.tasks.outputs import normalized, pick, require_finite
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
@@ -65,7 +65,7 @@ class FeatureExtraction(TextTask):
 
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-        from mlflow_safeflavor.embedding import Embedder
+        from mlflow_safeflavor.module.embedding import Embedder
 
         tokens = model.transformer if isinstance(model, Embedder) else model
         # An encoder taken out of such a model keeps its config.

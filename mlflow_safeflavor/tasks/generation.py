@@ -12,9 +12,9 @@ import numpy as np
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
-from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
+from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.outputs import require_finite
 from mlflow_safeflavor.tasks.params import Param, check_params, param_schema
 from mlflow_safeflavor.tasks.sampling import SAMPLING, sampler
@@ -443,7 +443,7 @@ def _ignores_padding(cls: type[Generation], model: Any, config: Mapping[str, Any
     """
     import torch
 
-    from mlflow_safeflavor.module_engine import ModuleEngine, evaluating
+    from mlflow_safeflavor.module.engine import ModuleEngine, evaluating
 
     task = cls(config, {"text": "text"})
     special = {config["pad_token_id"], config["generation"].get("bos_token_id"), *task.ends}

@@ -10,11 +10,8 @@ import numpy as np
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
-from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.heap import give_back
-from mlflow_safeflavor.processor import apply
-from mlflow_safeflavor.rows import place
+from mlflow_safeflavor.machine import give_back
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 from mlflow_safeflavor.tasks.classification import (
     FUNCTION,
@@ -24,6 +21,9 @@ from mlflow_safeflavor.tasks.classification import (
     read_logits,
     require_labels,
 )
+from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.inputs.processor import apply
+from mlflow_safeflavor.tasks.inputs.rows import place
 from mlflow_safeflavor.tasks.params import param_schema
 
 __all__ = ["ProcessedTask"]
@@ -43,7 +43,7 @@ class ProcessedTask(Task):
     Args:
         config: See ``Task``.
         columns: See ``Task``.
-        processor: What ``mlflow_safeflavor.processor.load_processor`` returned.
+        processor: What ``mlflow_safeflavor.tasks.inputs.processor.load_processor`` returned.
     """
 
     params = (TOP_K, FUNCTION)

@@ -9,8 +9,8 @@ import numpy as np
 from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.rows import place, require_texts
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
+from mlflow_safeflavor.tasks.inputs.rows import place, require_texts
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text import TextTask, count_windows, describe_text_model, groups, windows

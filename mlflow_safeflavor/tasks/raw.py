@@ -10,14 +10,14 @@ import pandas as pd
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
-from mlflow_safeflavor.arrays import array_of, is_tensor
-from mlflow_safeflavor.artifact import WAY_OUT
-from mlflow_safeflavor.engine import Engine
+from mlflow_safeflavor.artifact.arrays import array_of, is_tensor
+from mlflow_safeflavor.artifact.layout import WAY_OUT
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
-from mlflow_safeflavor.failures import is_out_of_memory
-from mlflow_safeflavor.releases import inferred_signature, rows_schema
+from mlflow_safeflavor.mlflow_compat import inferred_signature, rows_schema
+from mlflow_safeflavor.module.failures import is_out_of_memory
 from mlflow_safeflavor.tasks.arguments import named_arguments, needed_arguments, takes_any
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.sizes import free_sizes
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import numpy as np
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
-from mlflow_safeflavor.engine import Engine
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.rows import place, require_texts
 from mlflow_safeflavor.tasks.arguments import arguments_of, named_arguments
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.inputs.rows import place, require_texts
 from mlflow_safeflavor.tasks.params import Param, param_schema
 
 if TYPE_CHECKING:

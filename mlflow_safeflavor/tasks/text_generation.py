@@ -10,10 +10,10 @@ import numpy as np
 from mlflow.types import DataType, Schema
 
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.releases import Array, Object, Property, require_schema
-from mlflow_safeflavor.rows import describe_value, place, require_clean, require_texts
+from mlflow_safeflavor.mlflow_compat import Array, Object, Property, require_schema
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.generation import GENERATION_PARAMS, Generation
+from mlflow_safeflavor.tasks.inputs.rows import describe_value, place, require_clean, require_texts
 from mlflow_safeflavor.tasks.params import Param
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class TextGeneration(Generation):
                 where=f"input_columns, {self.columns}",
                 way_out='set tokenizer.chat_template, or save the model with input_columns={"text": …}',
             )
-        from mlflow_safeflavor.chat_template import render  # only a chat needs it, and with it jinja2
+        from mlflow_safeflavor.tasks.inputs.chat_template import render  # only a chat needs it, and with it jinja2
 
         try:
             rendered: str = render(tokenizer, messages)

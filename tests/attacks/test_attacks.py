@@ -22,9 +22,10 @@ from test_onnx_graph import needs_openvino
 from writers import byte_tokenizer, writer
 
 import mlflow_safeflavor
-from mlflow_safeflavor import cli, openvino_runtime
+from mlflow_safeflavor import cli
 from mlflow_safeflavor.errors import SafeFlavorError
-from mlflow_safeflavor.load import load_model
+from mlflow_safeflavor.graph import openvino_engine
+from mlflow_safeflavor.load.load import load_model
 
 pytest_plugins = "saved_models"
 
@@ -204,8 +205,8 @@ def test_attack_that_reaches_openvino(attack, prepare):
 
 @pytest.mark.parametrize("attack", CHECKED, ids=names(CHECKED))
 def test_openvino_gets_nothing_that_the_check_refuses(attack, prepare, monkeypatch):
-    monkeypatch.setattr(openvino_runtime, "require_installed", lambda: None)
-    monkeypatch.setattr(openvino_runtime, "Session", lambda *given, **more: pytest.fail("it got a graph"))
+    monkeypatch.setattr(openvino_engine, "require_installed", lambda: None)
+    monkeypatch.setattr(openvino_engine, "Session", lambda *given, **more: pytest.fail("it got a graph"))
     target = prepare(attack)
     found = outcome(lambda: load_model(str(target.root), model_config={"engine": "openvino"}))
     assert as_expected(found, attack.native), found
@@ -228,12 +229,13 @@ def test_every_command_that_looks_at_a_graph_refuses_it(attack, prepare, tmp_pat
 
 BOUNDED = """
 import resource, sys
-import mlflow.pyfunc, mlflow_safeflavor.load, mlflow_safeflavor.structure, mlflow_safeflavor.model, transformers
+import mlflow.pyfunc, mlflow_safeflavor.load.load, mlflow_safeflavor.module.structure, transformers
+import mlflow_safeflavor.predict.model
 import transformers.models.bert.modeling_bert
 from mlflow_safeflavor.errors import SafeFlavorError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**30,) * 2)
-for load in (mlflow_safeflavor.load.load_model, lambda p: mlflow.pyfunc.load_model(p, suppress_warnings=True)):
+for load in (mlflow_safeflavor.load.load.load_model, lambda p: mlflow.pyfunc.load_model(p, suppress_warnings=True)):
     try:
         load(sys.argv[1])
         print("loads")
@@ -263,12 +265,12 @@ def test_attack_on_time_or_memory_in_a_bounded_process(attack, prepare):
 
 ALL_BOUNDED = """
 import json, time
-from mlflow_safeflavor import onnx_runtime
+from mlflow_safeflavor.graph import onnx_engine
 onnx_runtime.available_memory = lambda: 2**31  # as in a container
 measured = {}
 for name in sys.argv[1:]:
     measured[name] = []
-    for load in (mlflow_safeflavor.load.load_model, lambda p: mlflow.pyfunc.load_model(p, suppress_warnings=True)):
+    for load in (mlflow_safeflavor.load.load.load_model, lambda p: mlflow.pyfunc.load_model(p, suppress_warnings=True)):
         begin = time.process_time()
         try:
             load(name)

@@ -24,7 +24,7 @@ warnings.simplefilter("ignore")
 import mlflow.pyfunc, mlflow_safeflavor, transformers
 from mlflow_safeflavor import cli
 from mlflow_safeflavor.errors import SafeFlavorError
-from mlflow_safeflavor.prefetch import prefetch
+from mlflow_safeflavor.checkpoints.prefetch import prefetch
 
 def load(path):
     model = mlflow_safeflavor.load_model(path)

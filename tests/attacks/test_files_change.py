@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 import mlflow_safeflavor
-from mlflow_safeflavor import load, weights_files
+from mlflow_safeflavor.artifact import weights_files
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError
+from mlflow_safeflavor.load import load
 
 pytest_plugins = "saved_models"
 pytestmark = pytest.mark.graphs
@@ -25,9 +26,9 @@ CHILD = '''
 import json, os, shutil, subprocess, sys
 from pathlib import Path
 import mlflow.pyfunc, mlflow_safeflavor
-from mlflow_safeflavor import weights_files
+from mlflow_safeflavor.artifact import weights_files
 from mlflow_safeflavor.errors import SafeFlavorError
-from mlflow_safeflavor.pyfunc import facts_of
+from mlflow_safeflavor.load.pyfunc import facts_of
 
 base, other, scratch, engine, small = sys.argv[1:]
 weights_files._SMALL = int(small)

@@ -22,11 +22,14 @@ from artifacts import reseal, rewrite
 from click.testing import CliRunner
 from hostile import Target
 
-from mlflow_safeflavor import docker, endpoint, generate_dockerfile, plain_files
+from mlflow_safeflavor import generate_dockerfile
+from mlflow_safeflavor.artifact import plain_files
+from mlflow_safeflavor.artifact.plain_files import list_files
 from mlflow_safeflavor.cli import main
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, plain
-from mlflow_safeflavor.load import load_model
-from mlflow_safeflavor.plain_files import list_files
+from mlflow_safeflavor.load import image as docker
+from mlflow_safeflavor.load.load import load_model
+from mlflow_safeflavor.verify import endpoint
 
 pytest_plugins = "saved_models"
 

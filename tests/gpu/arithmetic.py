@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 import mlflow_safeflavor
-from mlflow_safeflavor.arrays import array_of
-from mlflow_safeflavor.artifact import Layout
-from mlflow_safeflavor.parity import TOLERANCES, read_golden
+from mlflow_safeflavor.artifact.arrays import array_of
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.predict.golden import TOLERANCES, read_golden
 
 from .bench import Bench, check, largest, require
 from .models import texts_of

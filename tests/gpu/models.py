@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import mlflow_safeflavor
-from mlflow_safeflavor import recording
+from mlflow_safeflavor.save import graph as recording
 
 from . import odd_modules
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 import mlflow_safeflavor
-from mlflow_safeflavor.artifact import Layout
+from mlflow_safeflavor.artifact.inventory_file import read_inventory
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import PlacementError
-from mlflow_safeflavor.inventory import find_slots, realise
-from mlflow_safeflavor.inventory_file import read_inventory
-from mlflow_safeflavor.parity import TOLERANCES
-from mlflow_safeflavor.tensors import read_tensors
+from mlflow_safeflavor.module.inventory import find_slots, realise
+from mlflow_safeflavor.module.tensors import read_tensors
+from mlflow_safeflavor.predict.golden import TOLERANCES
 
 from .bench import Bench, check, largest, require
 from .models import classifier, texts_of, tokenizer

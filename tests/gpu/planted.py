@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from mlflow_safeflavor import placement, scheduler
+from mlflow_safeflavor.module import placement
+from mlflow_safeflavor.predict import scheduler
 
 from . import placing, room  # noqa: F401  (they list themselves)
 from .accelerator import fake

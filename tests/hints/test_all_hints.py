@@ -9,7 +9,7 @@ from pathlib import Path
 from hint_rows import FOLLOWED
 from sites import Site, all_sites, errors_without
 
-from mlflow_safeflavor.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 
 TESTS = Path(__file__).parents[1]
 
@@ -23,59 +23,59 @@ _LACKING = (
 )
 
 ELSEWHERE = {
-    Site("container", "This image was made to serve on a GPU, and there is none here",
+    Site("load/container", "This image was made to serve on a GPU, and there is none here",
          "docker run --gpus all …, on a host with NVIDIA's driver and container toolkit; -e "
          "MLFLOW_SAFEFLAVOR_DEVICE=cpu serves on the CPU all the same"):
         "test_dockerfile.py::test_a_container_for_a_gpu_says_what_it_is_missing",
-    Site("adapters", "An adapter cannot be merged into its base model",
+    Site("checkpoints/adapters", "An adapter cannot be merged into its base model",
          "…model = peft.PeftModel.from_pretrained(base, …).merge_and_unload(), where base is the module it was trained "
          "on; then save_model(model, tokenizer=…)"):
         "test_adapters.py::test_a_base_that_is_not_here_is_named_with_what_to_do",
-    Site("lock", "The wheel that was installed when the model was saved is not there any more",
+    Site("environment/hashes", "The wheel that was installed when the model was saved is not there any more",
          "name the folder that holds it: UV_FIND_LINKS=FOLDER; or save the model again where another build is "
          "installed"): _WHEELS,
-    Site("openvino_runtime", "OpenVINO is not installed", "pip install 'mlflow-safeflavor[openvino]'"):
+    Site("graph/openvino_engine", "OpenVINO is not installed", "pip install 'mlflow-safeflavor[openvino]'"):
         "test_openvino.py::test_where_it_is_not_installed",
-    Site("openvino_runtime", "This CPU has no arithmetic for the dtype, so that OpenVINO would silently take another",
+    Site("graph/openvino_engine", "This CPU has no arithmetic for the dtype, so that OpenVINO would silently take another",
          "leave dtype out"): "test_openvino.py::test_bfloat16_where_the_cpu_has_it",
-    Site("openvino_runtime", "OpenVINO does not take the graph of the model",
+    Site("graph/openvino_engine", "OpenVINO does not take the graph of the model",
          "leave the engine out, or `pip install --upgrade openvino`"):
         "test_openvino.py::test_what_it_does_not_know",
-    Site("engine_choice", "The model asks for OpenVINO, whose kernels trust the graph's arguments",
+    Site("load/engine_choice", "The model asks for OpenVINO, whose kernels trust the graph's arguments",
          'pass model_config={"engine": "openvino"} if you trust who saved it; else {"engine": "onnx"}'):
         "test_openvino.py::test_it_runs_only_where_somebody_wants_it",
-    Site("docker", "The model was not saved to be served by OpenVINO, which is not among its pins",
+    Site("load/image", "The model was not saved to be served by OpenVINO, which is not among its pins",
          'leave it out, or save the model with model_config={"engine": "openvino"}'):
         "test_openvino.py::test_images_of_what_was_saved_for_it",
-    Site("docker", "A graph is served on a CPU", 'target="cpu", or engine="module"'):
+    Site("load/image", "A graph is served on a CPU", 'target="cpu", or engine="module"'):
         "test_graph.py::test_an_image_has_the_pins_of_what_it_serves_with",
-    Site("docker", "A graph is served on a CPU", 'target="cpu"'): "test_graph.py::test_a_graph_alone_says_what_it_takes",
-    Site("placement", "device_map needs accelerate", "pip install 'mlflow-safeflavor[accelerate]'"):
+    Site("load/image", "A graph is served on a CPU", 'target="cpu"'): "test_graph.py::test_a_graph_alone_says_what_it_takes",
+    Site("module/placement", "device_map needs accelerate", "pip install 'mlflow-safeflavor[accelerate]'"):
         "test_device_map.py::test_without_accelerate_the_extra_is_named",
-    Site("wrappers", "The module's forward is wrapped by accelerate for mixed precision, as transformers' Trainer does, "
+    Site("module/wrappers", "The module's forward is wrapped by accelerate for mixed precision, as transformers' Trainer does, "
          "too", "{model} = accelerate.utils.extract_model_from_parallel({model}, keep_fp32_wrapper=False)"): _WRAPPERS,
-    Site("wrappers", "A part of the module is wrapped by training",
+    Site("module/wrappers", "A part of the module is wrapped by training",
          "{model} = {model}._orig_mod for torch.compile, {model}.module for the others"): _WRAPPERS,
-    Site("wrappers", "The module was compiled in place, and compiled code cannot be saved",
+    Site("module/wrappers", "The module was compiled in place, and compiled code cannot be saved",
          "{model}._compiled_call_impl = None"): _WRAPPERS,
-    Site("wrappers", "…, and no constructor gives it back", "…"): _WRAPPERS,
-    Site("pinning", "A clean process of this Python runs other versions than this process, which is what the pins would "
+    Site("module/wrappers", "…, and no constructor gives it back", "…"): _WRAPPERS,
+    Site("save/pinning", "A clean process of this Python runs other versions than this process, which is what the pins would "
          "name", "start Python without PYTHONPATH and changes of sys.path, or install the wanted versions: "
          "`pip install …`"): _PINS,
-    Site("pinning", _LACKING, _LACKING): _PINS,
+    Site("save/pinning", _LACKING, _LACKING): _PINS,
 }  # fmt: skip
 """Followed by other tests than those of this folder."""
 
 CANNOT = {
-    Site("wrappers", "The module's weights are spread over processes",
+    Site("module/wrappers", "The module's weights are spread over processes",
          "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
          "StateDictOptions(full_state_dict=True)) and load them into a plain module of the same class"):
         "needs a group of processes; the names it uses are those of torch's documentation",
-    Site("environment", "_WAY_OUT",
+    Site("environment/recorded", "_WAY_OUT",
          "install requirements.txt of the model (`pip install -r requirements.txt`) under the Python of its "
          "python_env.yaml, or let MLflow do both with --env-manager uv"):
         "installs gigabytes: tests/docker and `make matrix` install these files",
-    Site("environment", "The graph cannot answer this, and what its module needs is not installed",
+    Site("environment/recorded", "The graph cannot answer this, and what its module needs is not installed",
          "install requirements.txt of the model, and not only requirements-onnx.txt; an image of `mlflow-safeflavor "
          "dockerfile --engine module` has it all"):
         "installs gigabytes: tests/docker and `make matrix` install these files",
@@ -83,57 +83,59 @@ CANNOT = {
 """Cannot be followed within a test, and why."""
 
 FORWARDED = {
-    Site("caps", "require", "…"): "what its callers pass as instead=, each with a row of its own",
-    Site("checkpoint", "Not an option of from_pretrained", "…"): "a hint of _REFUSED",
+    Site("tasks/inputs/caps", "require", "…"): "what its callers pass as instead=, each with a row of its own",
+    Site("checkpoints/from_pretrained", "Not an option of from_pretrained", "…"): "a hint of _REFUSED",
     Site("tasks/text", "require_pieces", "…"): "instead= of those that call require_few_windows",
-    Site("damage", "…", "…"): "the error, as a warning",
+    Site("checkpoints/damage", "…", "…"): "the error, as a warning",
     Site("errors", "…", "…"): "an error that was raised, with another way out in front",
-    Site("given", "What is your own in a … would be lost", "…"): "_WAY_OUT of sentences, _WAY_OUT_OWN of pipelines",
-    Site("saved", "…", "…"): "way_out_of of plain_files",
-    Site("wrappers", "…", "…"): "a hint of _REFUSED",
-    Site("environment", "%s", "%s"): "the table of differences, with the hint of EnvironmentMismatchError",
+    Site(
+        "checkpoints/given", "What is your own in a … would be lost", "…"
+    ): "_WAY_OUT of sentences, _WAY_OUT_OWN of pipelines",
+    Site("load/saved", "…", "…"): "way_out_of of plain_files",
+    Site("module/wrappers", "…", "…"): "a hint of _REFUSED",
+    Site("environment/recorded", "%s", "%s"): "the table of differences, with the hint of EnvironmentMismatchError",
 }
 """Hand on what has a row elsewhere."""
 
 TELLS = {
-    ("pinning", "safeflavor: pinned because the rehearsal used it, and what it requires: %s"),
+    ("save/pinning", "safeflavor: pinned because the rehearsal used it, and what it requires: %s"),
     (
-        "pinning",
+        "save/pinning",
         "safeflavor: not rehearsed, so the pins are those of the model's classes, hooks and processor; what else its code "
         "imports or reads is not among them unless extra_pip_requirements says so",
     ),
-    ("environment", "Not installed and so not pinned, although something requires it: %s"),
-    ("environment", "Installed versions contradict what is required: %s"),
-    ("environment", "Metadata of %s holds a requirement nobody can read: %s"),
-    ("host_cache", "safeflavor: nothing is kept on this host: %s"),
-    ("packed_weights", "safeflavor: packed weights are not shared: %s"),
-    ("pyfunc", "safeflavor: %s"),
-    ("pyfunc", "safeflavor: %s failed"),
-    ("requirements", "%s is not installed here, so it stays as written and is not pinned any further"),
-    ("structure", "safeflavor: not saved, because a forward makes it anew: %s"),
-    ("weights_files", "safeflavor: no private copy of %s: %s"),
+    ("environment/recorded", "Not installed and so not pinned, although something requires it: %s"),
+    ("environment/recorded", "Installed versions contradict what is required: %s"),
+    ("environment/recorded", "Metadata of %s holds a requirement nobody can read: %s"),
+    ("artifact/host_cache", "safeflavor: nothing is kept on this host: %s"),
+    ("graph/packed_weights", "safeflavor: packed weights are not shared: %s"),
+    ("load/pyfunc", "safeflavor: %s"),
+    ("load/pyfunc", "safeflavor: %s failed"),
+    ("environment/requirements", "%s is not installed here, so it stays as written and is not pinned any further"),
+    ("module/structure", "safeflavor: not saved, because a forward makes it anew: %s"),
+    ("artifact/weights_files", "safeflavor: no private copy of %s: %s"),
 }
 """Lines of the log that tell what was done, and nothing to do."""
 
 BARE = {
     ("arguments", "… cannot be called like this"): "Python says which argument is missing",
-    ("checkpoint", "There is no model of tokens"): "of that config there is none",
+    ("checkpoints/from_pretrained", "There is no model of tokens"): "of that config there is none",
     ("cli", "The page cannot be written"): "the system says why",
-    ("embedding", "A layer of the model is unknown"): "the error inside says what is known",
-    ("endpoint", "The rows cannot be sent as JSON"): "the error inside names the value",
-    ("hub", "The hub does not say which commit this is"): "a hub that is none",
-    ("processor", "The processor cannot be written as JSON"): "its class says why",
-    ("processor", "The processor cannot be built again"): "its class says why",
-    ("processor", "The processor does not take a single image or sound"): "its class says why",
-    ("requirements", "conda_env cannot be read"): "the system says why",
-    ("structure", "The class does not make a module"): "only a changed artifact has such a class",
+    ("module/embedding", "A layer of the model is unknown"): "the error inside says what is known",
+    ("verify/endpoint", "The rows cannot be sent as JSON"): "the error inside names the value",
+    ("checkpoints/hub", "The hub does not say which commit this is"): "a hub that is none",
+    ("tasks/inputs/processor", "The processor cannot be written as JSON"): "its class says why",
+    ("tasks/inputs/processor", "The processor cannot be built again"): "its class says why",
+    ("tasks/inputs/processor", "The processor does not take a single image or sound"): "its class says why",
+    ("environment/requirements", "conda_env cannot be read"): "the system says why",
+    ("module/structure", "The class does not make a module"): "only a changed artifact has such a class",
     ("tasks/custom", "preprocess refuses a row"): "the user's own words",
     ("tasks/processed", "The processor refuses a value"): "its class says why",
     ("tasks/raw", "forward refused the arrays"): "forward says why",
     ("tasks/text_generation", "The chat template refuses a chat"): "the template's own words",
-    ("tokenizer", "The tokenizer cannot be built again by transformers"): "its class says why",
-    ("tokenizer", "The tokenizer cannot be written as JSON"): "its class says why",
-    ("tokenizer", "The tokenizer does not take plain texts"): "its class says why",
+    ("tasks/inputs/tokenizer", "The tokenizer cannot be built again by transformers"): "its class says why",
+    ("tasks/inputs/tokenizer", "The tokenizer cannot be written as JSON"): "its class says why",
+    ("tasks/inputs/tokenizer", "The tokenizer does not take plain texts"): "its class says why",
 }
 """Errors that say neither what is wanted nor what to do, and why that is enough."""
 

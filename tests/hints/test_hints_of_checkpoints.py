@@ -17,10 +17,11 @@ from test_prefetch import hub  # noqa: F401  (a fixture)
 from torch import nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from mlflow_safeflavor import conversion, from_pretrained, load_model, materialize, save_model
-from mlflow_safeflavor import hub as hubs
+from mlflow_safeflavor import from_pretrained, load_model, materialize, save_model
+from mlflow_safeflavor.checkpoints import hub as hubs
+from mlflow_safeflavor.checkpoints import transformers_keys
+from mlflow_safeflavor.checkpoints.prefetch import MANIFEST, prefetch
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError, TrustError, WeightsError
-from mlflow_safeflavor.prefetch import MANIFEST, prefetch
 
 pytest_plugins = "saved_models"
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -80,7 +81,7 @@ def tiny_folder(tmp_path):
 # Options of from_pretrained.
 
 
-@follows("checkpoint", "_REFUSED", "say dtype='float32', 'bfloat16', 'float16', 'float64' or 'as-is'")
+@follows("checkpoints/from_pretrained", "_REFUSED", "say dtype='float32', 'bfloat16', 'float16', 'float64' or 'as-is'")
 def test_torch_dtype(tiny_folder):
     with pytest.raises(InputError):
         from_pretrained(tiny_folder, model_class=Tiny, torch_dtype=torch.float32)
@@ -88,9 +89,9 @@ def test_torch_dtype(tiny_folder):
         assert from_pretrained(tiny_folder, model_class=Tiny, dtype=dtype)
 
 
-@follows("checkpoint", "_REFUSED", "leave it out: nothing is ever on the meta device here")
-@follows("checkpoint", "_REFUSED", "leave it out: what does not fit is an error")
-@follows("checkpoint", "_REFUSED", "load the weights without quantisation")
+@follows("checkpoints/from_pretrained", "_REFUSED", "leave it out: nothing is ever on the meta device here")
+@follows("checkpoints/from_pretrained", "_REFUSED", "leave it out: what does not fit is an error")
+@follows("checkpoints/from_pretrained", "_REFUSED", "load the weights without quantisation")
 def test_options_to_leave_out(tiny_folder):
     for name in ("low_cpu_mem_usage", "output_loading_info", "load_in_8bit"):
         with pytest.raises(InputError):
@@ -99,7 +100,9 @@ def test_options_to_leave_out(tiny_folder):
 
 
 @follows(
-    "checkpoint", "_REFUSED", "leave it out; the module comes on the CPU, and load_model(device=…) places a saved one"
+    "checkpoints/from_pretrained",
+    "_REFUSED",
+    "leave it out; the module comes on the CPU, and load_model(device=…) places a saved one",
 )
 def test_a_device_map_of_a_checkpoint(saved):
     with pytest.raises(InputError):
@@ -107,14 +110,14 @@ def test_a_device_map_of_a_checkpoint(saved):
     assert load_model(saved, device="cpu").report.device == "cpu"
 
 
-@follows("checkpoint", "_REFUSED", "name what may be fresh: new=('classifier.*',)")
+@follows("checkpoints/from_pretrained", "_REFUSED", "name what may be fresh: new=('classifier.*',)")
 def test_mismatched_sizes(folder):
     with pytest.raises(InputError):
         from_pretrained(folder, num_labels=5, ignore_mismatched_sizes=True)
     assert from_pretrained(folder, num_labels=5, new=("classifier.*",)).classifier.out_features == 5
 
 
-@follows("checkpoint", "_REFUSED", "mlflow_safeflavor.materialize(module, state_dict)")
+@follows("checkpoints/from_pretrained", "_REFUSED", "mlflow_safeflavor.materialize(module, state_dict)")
 def test_a_state_dict(tiny_folder):
     wanted = Tiny(TinyConfig())
     with pytest.raises(InputError):
@@ -124,14 +127,16 @@ def test_a_state_dict(tiny_folder):
     assert torch.equal(materialize(module, wanted.state_dict()).body.weight, wanted.body.weight)
 
 
-@follows("checkpoint", "_REFUSED", "import the class yourself and pass it as model_class=…")
+@follows("checkpoints/from_pretrained", "_REFUSED", "import the class yourself and pass it as model_class=…")
 def test_remote_code(tiny_folder):
     with pytest.raises(InputError):
         from_pretrained(tiny_folder, trust_remote_code=True)
     assert isinstance(from_pretrained(tiny_folder, model_class=Tiny), Tiny)
 
 
-@follows("checkpoint", "_REFUSED", "give the path of the very folder, or use materialize with the file")
+@follows(
+    "checkpoints/from_pretrained", "_REFUSED", "give the path of the very folder, or use materialize with the file"
+)
 def test_a_subfolder(tiny_folder):
     with pytest.raises(InputError):
         from_pretrained(tiny_folder.parent, model_class=Tiny, subfolder="tiny")
@@ -145,15 +150,17 @@ def test_a_subfolder(tiny_folder):
 
 
 @follows(
-    "checkpoint",
+    "checkpoints/from_pretrained",
     "There is no such folder, and a hub repository needs a pinned revision, as its branches and tags move",
     "take it from huggingface_hub.model_info(…).sha, or from the commit list of the repository",
 )
 @follows(
-    "hub", "The hub repository cannot be read", "check the id, the revision and the network, or give a local folder"
+    "checkpoints/hub",
+    "The hub repository cannot be read",
+    "check the id, the revision and the network, or give a local folder",
 )
 @follows(
-    "prefetch",
+    "checkpoints/prefetch",
     "A hub repository needs a pinned revision, as its branches and tags move",
     "take it from the repository's list of commits; or resolve=True (--resolve) takes the commit that the branch or tag "
     "is now, and records it",
@@ -177,7 +184,7 @@ def test_a_repository_of_the_hub(folder, tmp_path, hub, monkeypatch):  # noqa: F
 
 
 @follows(
-    "checkpoint",
+    "checkpoints/from_pretrained",
     "The checkpoint's class is not in the installed transformers",
     "say which class to build: model_class=…",
 )
@@ -189,7 +196,7 @@ def test_a_class_that_transformers_has_not(folder):
 
 
 @follows(
-    "checkpoint",
+    "checkpoints/from_pretrained",
     "The checkpoint is quantised, and its integer weights cannot be loaded as they are",
     "take the original checkpoint, or dequantise this one and save it",
 )
@@ -202,7 +209,7 @@ def test_a_quantised_checkpoint(folder, tmp_path):
 
 
 @follows(
-    "checkpoint",
+    "checkpoints/from_pretrained",
     "The checkpoint is of another model type than the class",
     "choose a class of the checkpoint's model type, or correct model_type in its config.json",
 )
@@ -215,7 +222,7 @@ def test_another_model_type(folder):
 
 
 @follows(
-    "checkpoint",
+    "checkpoints/from_pretrained",
     "_WAY_OUT",
     "choose the class that the checkpoint was saved from (model_class=…); new=('head.*',) allows fresh tensors, "
     "drop=('head.*',) leaves keys out, tie_word_embeddings=False unties",
@@ -236,7 +243,7 @@ def test_a_checkpoint_of_another_class(folder):
 
 
 @follows(
-    "checkpoint",
+    "checkpoints/from_pretrained",
     "The checkpoint does not hold a tensor, and the constructor does not compute it",
     "make it a parameter or persistent buffer and save the checkpoint again; new=(…,) accepts the random values of a "
     "new construction, but never unwritten memory",
@@ -252,7 +259,7 @@ def test_a_tensor_that_no_checkpoint_holds(tiny_folder):
     assert from_pretrained(tiny_folder, model_class=kept)
 
 
-@follows("checkpoint", "The checkpoint has no readable tokenizer", "pass tokenizer=…")
+@follows("checkpoints/from_pretrained", "The checkpoint has no readable tokenizer", "pass tokenizer=…")
 def test_a_folder_with_half_a_tokenizer(folder, tiny_tokenizer, tmp_path):
     (folder / "tokenizer_config.json").write_text("{}")
     with pytest.raises(StructureError):
@@ -264,7 +271,7 @@ def test_a_folder_with_half_a_tokenizer(folder, tiny_tokenizer, tmp_path):
 
 
 @follows(
-    "statedict",
+    "module/state_dict",
     "The folder holds no model weights",
     "load the base model with peft, merge_and_unload() and save that",
 )
@@ -283,7 +290,7 @@ def test_an_adapter_in_place_of_a_checkpoint(model, tmp_path):
 
 
 @follows(
-    "statedict",
+    "module/state_dict",
     "The folder holds no model weights",
     "mlflow_safeflavor.materialize(module, FILE) takes a file of any name",
 )
@@ -296,7 +303,9 @@ def test_weights_under_another_name(tiny_folder):
     assert materialize(module, tiny_folder / "weights.safetensors")
 
 
-@follows("statedict", "The checkpoint and the module do not fit each other", "take … off the keys; it comes from …")
+@follows(
+    "module/state_dict", "The checkpoint and the module do not fit each other", "take … off the keys; it comes from …"
+)
 def test_keys_of_a_wrapped_model(tiny_folder):
     changed(tiny_folder, lambda state: {f"module.{key}": value for key, value in state.items()})
     with pytest.raises(WeightsError) as refused:
@@ -306,7 +315,7 @@ def test_keys_of_a_wrapped_model(tiny_folder):
     assert from_pretrained(tiny_folder, model_class=Tiny)
 
 
-@follows("statedict", "A weight is too large for float16", "dtype='bfloat16' or 'float32'")
+@follows("module/state_dict", "A weight is too large for float16", "dtype='bfloat16' or 'float32'")
 def test_weights_beyond_float16(tiny_folder):
     changed(tiny_folder, lambda state: {**state, "body.bias": state["body.bias"] + 70000})
     with pytest.raises(WeightsError):
@@ -316,12 +325,12 @@ def test_weights_beyond_float16(tiny_folder):
 
 
 @follows(
-    "statedict",
+    "module/state_dict",
     "The checkpoint holds something else than tensors with values",
     "hand the state dict itself to mlflow_safeflavor.materialize, like torch.load(file, weights_only=True)['state_dict']",
 )
 @follows(
-    "statedict",
+    "module/state_dict",
     "The file holds more than tensors, and nothing of it was run",
     "torch.save(model.state_dict(), …) where the model comes from, or better: safetensors",
 )
@@ -349,12 +358,12 @@ def test_a_file_of_a_trainer(tmp_path):
 
 
 @follows(
-    "construction",
+    "module/construction",
     "Torch's default dtype changed while the model was constructed",
     "do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, meanwhile",
 )
 def test_a_default_dtype_that_does_not_stay(tiny_folder, monkeypatch):
-    monkeypatch.setattr("mlflow_safeflavor.construction._TRIES", 2)
+    monkeypatch.setattr("mlflow_safeflavor.module.construction._TRIES", 2)
 
     def restless():
         while not over.is_set():
@@ -381,7 +390,7 @@ def test_a_default_dtype_that_does_not_stay(tiny_folder, monkeypatch):
 
 
 @follows(
-    "construction",
+    "module/construction",
     "The constructor leaves sizes to the first forward",
     "replace lazy modules (torch.nn.LazyLinear) by those of fixed sizes",
 )
@@ -399,7 +408,7 @@ def test_a_lazy_module_in_a_checkpoint(tmp_path):
 
 
 @follows(
-    "construction",
+    "module/construction",
     "Tensors are on the meta device although the model was constructed on real memory",
     "its constructor itself asks for the meta device: take that out; or another thread was inside transformers' or "
     "accelerate's loader, which can break a process for good: load in a new one",
@@ -415,7 +424,7 @@ def test_a_constructor_that_asks_for_meta(tmp_path):
 
 
 @follows(
-    "construction",
+    "module/construction",
     "The constructor makes another module each time",
     "make its structure depend on its arguments alone",
 )
@@ -434,7 +443,7 @@ def test_a_constructor_that_counts(tmp_path):
 
 
 @follows(
-    "construction",
+    "module/construction",
     "The constructor of the model failed",
     "pass from_pretrained what it needs, as further keyword arguments; where it failed is chained to this error",
 )
@@ -447,14 +456,14 @@ def test_a_constructor_with_an_argument_of_its_own(tiny_folder):
 
 
 @follows(
-    "conversion",
+    "checkpoints/transformers_keys",
     "transformers' loader changed a tensor that it was only to rename",
     "store torch.save(model.state_dict(), …) of this release, and use materialize",
 )
 def test_a_loader_that_changes_weights(tmp_path, monkeypatch):
     model = Tiny(TinyConfig())
     with pytest.raises(WeightsError):
-        conversion._require_unchanged(
+        transformers_keys._require_unchanged(
             {"body.bias": model.body.bias + 1}, {"body.bias": model.body.bias.detach()}, model
         )
     torch.save(model.state_dict(), tmp_path / "weights.pt")
@@ -467,7 +476,7 @@ def test_a_loader_that_changes_weights(tmp_path, monkeypatch):
 
 
 @follows(
-    "meta",
+    "checkpoints/materialize",
     "_WAY_OUT_META",
     "take the checkpoint that was saved from this very class; the keys and shapes must be those of module.state_dict()",
 )
@@ -481,7 +490,7 @@ def test_a_state_dict_of_another_class():
 
 
 @follows(
-    "meta",
+    "checkpoints/materialize",
     "There is no data for tensors on the meta device",
     "build the module without torch.device('meta') and load the state dict into it, or add the values to the state "
     "dict under these names",
@@ -503,7 +512,7 @@ def test_a_buffer_without_values(monkeypatch):
 
 
 @follows(
-    "meta",
+    "checkpoints/materialize",
     "The module carries accelerate's hooks, which would take its tensors away again",
     "accelerate.hooks.remove_hook_from_module(model, recurse=True) first",
 )
@@ -524,17 +533,19 @@ def test_a_module_with_hooks_of_accelerate():
 
 
 @follows(
-    "prefetch",
+    "checkpoints/prefetch",
     "The checkpoint has no safetensors",
     "convert=True (--convert) reads the pickled weights, without running anything, and stores them as safetensors",
 )
-@follows("prefetch", "The checkpoint has no safetensors", "choose another checkpoint or revision")
-@follows("prefetch", "A local folder has no revision", "leave it out")
-@follows("prefetch", "The folder holds another checkpoint", "choose another folder, or remove this one")
+@follows("checkpoints/prefetch", "The checkpoint has no safetensors", "choose another checkpoint or revision")
+@follows("checkpoints/prefetch", "A local folder has no revision", "leave it out")
+@follows("checkpoints/prefetch", "The folder holds another checkpoint", "choose another folder, or remove this one")
 @follows(
-    "prefetch", "Files of the folder are not the ones that were prefetched", "remove the folder and prefetch again"
+    "checkpoints/prefetch",
+    "Files of the folder are not the ones that were prefetched",
+    "remove the folder and prefetch again",
 )
-@follows("prefetch", "The manifest is malformed", "remove the folder and prefetch again")
+@follows("checkpoints/prefetch", "The manifest is malformed", "remove the folder and prefetch again")
 def test_a_folder_that_is_prefetched(model, folder, tmp_path):
     (tmp_path / "pickled").mkdir()
     model.config.save_pretrained(tmp_path / "pickled")
@@ -562,7 +573,7 @@ def test_a_folder_that_is_prefetched(model, folder, tmp_path):
 
 
 @follows(
-    "prefetch",
+    "checkpoints/prefetch",
     "A downloaded file is not the one that the hub lists",
     "remove … and what it links to, and prefetch again",
 )
@@ -579,26 +590,32 @@ def test_a_file_that_was_changed_in_the_cache(folder, tmp_path, hub):  # noqa: F
 
 
 @follows(
-    "statedict", "A safetensors file cannot be read", "fetch the checkpoint again, or save it again where it comes from"
+    "module/state_dict",
+    "A safetensors file cannot be read",
+    "fetch the checkpoint again, or save it again where it comes from",
 )
 @follows(
-    "statedict", "A checkpoint file cannot be read", "fetch the checkpoint again, or save it again where it comes from"
+    "module/state_dict",
+    "A checkpoint file cannot be read",
+    "fetch the checkpoint again, or save it again where it comes from",
 )
 @follows(
-    "statedict", "The index of shards is malformed", "fetch the checkpoint again, or save it again where it comes from"
+    "module/state_dict",
+    "The index of shards is malformed",
+    "fetch the checkpoint again, or save it again where it comes from",
 )
 @follows(
-    "statedict",
+    "module/state_dict",
     "The index of shards points outside its folder",
     "fetch the checkpoint again, or save it again where it comes from",
 )
 @follows(
-    "statedict",
+    "module/state_dict",
     "A shard of the checkpoint is missing",
     "fetch the checkpoint again, or save it again where it comes from",
 )
 @follows(
-    "statedict",
+    "module/state_dict",
     "The shards do not hold what their index lists",
     "fetch the checkpoint again, or save it again where it comes from",
 )
@@ -640,7 +657,7 @@ def test_damaged_files_of_a_checkpoint(tmp_path):
 
 
 @follows(
-    "adapters",
+    "checkpoints/adapters",
     "The adapter does not fit its base model",
     "name the model that it was trained on: base_model_name_or_path in its adapter_config.json",
 )

@@ -21,7 +21,7 @@ from hint_rows import follows
 from test_hints_of_saving import X, code, refused, save  # noqa: F401  (fixtures)
 
 import mlflow_safeflavor
-from mlflow_safeflavor import load_model, placement
+from mlflow_safeflavor import load_model
 from mlflow_safeflavor.errors import (
     AnswerError,
     DeadlineError,
@@ -35,6 +35,7 @@ from mlflow_safeflavor.errors import (
     TrustError,
     WeightsError,
 )
+from mlflow_safeflavor.module import placement
 
 pytest_plugins = "saved_models"
 
@@ -52,7 +53,7 @@ def wrong(kind, path, **options):
 
 
 @follows(
-    "spec",
+    "artifact/spec",
     "MLmodel cannot be read",
     "fetch the artifact again, or log the model again; files of a saved model are not meant to be edited",
 )
@@ -68,7 +69,7 @@ def test_a_damaged_artifact(saved, copied, tmp_path, tiny_bert, tiny_tokenizer):
 
 
 @follows(
-    "plain_files",
+    "artifact/plain_files",
     "A file of the artifact is no plain file",
     "copy the model with `cp -rL`, which copies what links point to",
 )
@@ -78,13 +79,13 @@ def test_links(copied, tmp_path):
     file.symlink_to(tmp_path / "elsewhere.json")
     error = wrong(IntegrityError, copied)
     with pytest.raises(IntegrityError):
-        mlflow_safeflavor.plain_files.read_bytes(file, 10**6)
+        mlflow_safeflavor.artifact.plain_files.read_bytes(file, 10**6)
     subprocess.run([*error.way_out.split("`")[1].split(), copied, tmp_path / "whole"], check=True)
     load_model(tmp_path / "whole")
 
 
 @follows(
-    "plain_files",
+    "artifact/plain_files",
     "A file of the artifact may not be read by this user",
     "let its owner run `chmod -R a+rX` on the model's folder, or load it as another user",
 )
@@ -105,13 +106,15 @@ def test_a_file_of_another_user(copied, monkeypatch):
             patch.setattr(os, "open", refuse)
             patch.setattr("builtins.open", lambda path, *args, **options: refuse(path) and None)
             with pytest.raises(IntegrityError) as caught:
-                mlflow_safeflavor.plain_files.read_bytes(file, 10**6)
+                mlflow_safeflavor.artifact.plain_files.read_bytes(file, 10**6)
         error = caught.value
     subprocess.run([*error.way_out.split("`")[1].split(), copied], check=True)
     load_model(copied)
 
 
-@follows("spec", "This MLflow model was not saved by mlflow-safeflavor", "load it with the flavor that saved it")
+@follows(
+    "artifact/spec", "This MLflow model was not saved by mlflow-safeflavor", "load it with the flavor that saved it"
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_of_another_flavor(tmp_path):
     class Model(mlflow.pyfunc.PythonModel):
@@ -124,12 +127,14 @@ def test_a_model_of_another_flavor(tmp_path):
 
 
 @follows(
-    "parity",
+    "predict/golden",
     "The model answers recorded rows differently from when it was saved",
     "save the model again in this environment",
 )
 @follows(
-    "load", "The model cannot answer the rows that were recorded with it", "save the model again in this environment"
+    "load/load",
+    "The model cannot answer the rows that were recorded with it",
+    "save the model again in this environment",
 )
 def test_other_answers(copied, tiny_bert, tiny_tokenizer, tmp_path):
     def other(content):
@@ -146,13 +151,13 @@ def test_other_answers(copied, tiny_bert, tiny_tokenizer, tmp_path):
 
 
 @follows(
-    "inventory",
+    "module/inventory",
     "The rebuilt module has other tensors than the saved one",
     "save the model again; where this comes back, its constructor depends on more than its arguments: "
     "allow_pickle=True or graph='only' does without it",
 )
 @follows(
-    "load",
+    "load/load",
     "The rebuilt module is not the one that was saved",
     "save the model again; where this comes back, its constructor depends on more than its arguments: "
     "allow_pickle=True or graph='only' does without it",
@@ -178,7 +183,7 @@ def test_a_constructor_that_depends_on_the_process(save, user_code, monkeypatch)
     others = [save(model, **given, graph="only")]
     monkeypatch.setenv("MOOD", "more")
     wrong(WeightsError, path, **CODE)
-    monkeypatch.setattr("mlflow_safeflavor.inventory.fill", lambda *given: None)
+    monkeypatch.setattr("mlflow_safeflavor.module.inventory.fill", lambda *given: None)
     wrong(WeightsError, path, **CODE)
     monkeypatch.undo()
     monkeypatch.setenv("MOOD", "more")
@@ -193,12 +198,12 @@ def test_a_constructor_that_depends_on_the_process(save, user_code, monkeypatch)
 
 
 @follows(
-    "trust",
+    "artifact/trust",
     "This model runs its own … when it is loaded",
     "if you know who saved it, pass trust={…}; `mlflow-safeflavor inspect` runs nothing of it",
 )
 @follows(
-    "trust",
+    "artifact/trust",
     "This model runs its own … when it is loaded",
     "; under pyfunc, set MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true",
 )
@@ -224,7 +229,7 @@ def test_trust(save, code, monkeypatch):  # noqa: F811
 
 
 @follows(
-    "trust",
+    "artifact/trust",
     "The model's code would be imported in place of a library",
     "rename it and save the model again; if you did not write it, do not load this model",
 )
@@ -237,12 +242,12 @@ def test_code_named_like_a_library(save, code, tmp_path):  # noqa: F811
 
 
 @follows(
-    "usercode",
+    "module/user_code",
     "The model's own code cannot be imported",
     "when saving, pass code_paths=[…] with the file or package that defines it",
 )
 @follows(
-    "usercode",
+    "module/user_code",
     "Another module of the same name is imported already",
     "load models whose code differs under the same module name in separate processes",
 )
@@ -264,9 +269,9 @@ def test_code_that_is_not_with_the_model(save, code, user_code, clean_process): 
     clean_process(load, str(path))
 
 
-@follows("rehearsal", "A clean process cannot load the model as saved, so nothing was published", "…")
+@follows("save/rehearsal", "A clean process cannot load the model as saved, so nothing was published", "…")
 @follows(
-    "rehearsal",
+    "save/rehearsal",
     "A clean process cannot load the model as saved, so nothing was published",
     "make it load without this process's state: no __main__ classes, no network, no files of this machine; "
     'graph="only" keeps neither the class nor what its constructor reads',
@@ -298,12 +303,12 @@ CONSTRUCTOR = """
 
 
 @follows(
-    "rehearsal",
+    "save/rehearsal",
     "The clean process died while loading the model",
     "free memory and processors for a second copy of the model; rehearse=False publishes without this proof",
 )
 @follows(
-    "rehearsal",
+    "save/rehearsal",
     "The clean process did not finish loading the model",
     "free memory and processors for a second copy of the model; rehearse=False publishes without this proof",
 )
@@ -312,17 +317,17 @@ def test_a_rehearsal_that_died(save, code, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "sleeps.py").write_text("import time; time.sleep(60)")
     given = {"code_paths": [code.file]}
     with monkeypatch.context() as patch:
-        patch.setattr("mlflow_safeflavor.rehearsal._PROGRAM", tmp_path / "dies.py")
+        patch.setattr("mlflow_safeflavor.save.rehearsal._PROGRAM", tmp_path / "dies.py")
         error = refused(RehearsalError, save, code.Net(), **given, rehearse=True)
-        patch.setattr("mlflow_safeflavor.rehearsal._PROGRAM", tmp_path / "sleeps.py")
-        patch.setattr("mlflow_safeflavor.rehearsal._TIMEOUT", 0.2)
+        patch.setattr("mlflow_safeflavor.save.rehearsal._PROGRAM", tmp_path / "sleeps.py")
+        patch.setattr("mlflow_safeflavor.save.rehearsal._TIMEOUT", 0.2)
         refused(RehearsalError, save, code.Net(), **given, rehearse=True)
     skipped = eval(f"dict({error.way_out.partition('; ')[2].partition(' ')[0]})")
     load_model(save(code.Net(), **given, **skipped), **CODE)
 
 
 @follows(
-    "pickled",
+    "module/pickled",
     "The model cannot be unpickled here",
     "when saving, pass code_paths=[…] with the modules it needs",
 )
@@ -337,7 +342,7 @@ def test_a_pickle_without_its_code(save, code):  # noqa: F811
 
 
 @follows(
-    "guard",
+    "module/guard",
     "Building the model tried what no model may do while it is built",
     "if you did not save this model, do not use it; if you did, take this out of what it runs when it is built, or save "
     'it with graph="only", which builds nothing',
@@ -363,12 +368,12 @@ def test_a_constructor_that_reads_a_file(save, user_code, tmp_path):  # noqa: F8
 
 
 @follows(
-    "structure",
+    "module/structure",
     "Nobody has proven that this class of transformers is built for what was saved, and for nothing else",
     'save the model again with this release: it is then of the kind "import", for trust={"code"}',
 )
 def test_a_class_that_is_proven_no_more(tiny_bert, tiny_tokenizer, tmp_path, saved, monkeypatch):
-    monkeypatch.setattr("mlflow_safeflavor.trust._proven", frozenset)
+    monkeypatch.setattr("mlflow_safeflavor.artifact.trust._proven", frozenset)
     wrong(StructureError, saved)
     mlflow_safeflavor.save_model(tiny_bert(), tmp_path / "again", tokenizer=tiny_tokenizer, rehearse=False)
     load_model(tmp_path / "again", **CODE)
@@ -377,13 +382,13 @@ def test_a_class_that_is_proven_no_more(tiny_bert, tiny_tokenizer, tmp_path, sav
 # Placing.
 
 
-@follows("devices", "There is no such device here", "device='auto' takes what there is")
+@follows("module/devices", "There is no such device here", "device='auto' takes what there is")
 @follows(
-    "load",
+    "load/load",
     "device_map says where everything goes, in the dtype it was saved in",
     "leave device and dtype out, or device_map",
 )
-@follows("placement", "accelerate cannot spread the model like this", 'device_map="auto"')
+@follows("module/placement", "accelerate cannot spread the model like this", 'device_map="auto"')
 def test_devices(saved, monkeypatch):
     error = wrong(PlacementError, saved, device="cuda:9")
     load_model(saved, **eval(f"dict({error.way_out.partition(' takes')[0]})"))
@@ -403,7 +408,7 @@ def test_devices(saved, monkeypatch):
 
 
 @follows(
-    "placement",
+    "module/placement",
     "Tensors that lie inside other tensors, or not in order, cannot be offloaded to disk",
     "map their modules to a device",
 )
@@ -427,7 +432,9 @@ def test_a_view_on_disk(save, user_code):  # noqa: F811
     load_model(path, **CODE, device_map={"whole": "cpu", "part": "cpu", "last": "disk"}).predict(X)
 
 
-@follows("placement", "The model does not fit on the device", "device='cpu', or a smaller serving dtype when saving")
+@follows(
+    "module/placement", "The model does not fit on the device", "device='cpu', or a smaller serving dtype when saving"
+)
 def test_a_device_that_is_too_small(saved, monkeypatch):
     model = load_model(saved).module
     with monkeypatch.context() as patch:
@@ -445,7 +452,7 @@ def test_a_device_that_is_too_small(saved, monkeypatch):
 
 
 @follows(
-    "devices",
+    "module/devices",
     "The device cannot be used in a process that was forked after it had been used",
     "start processes with multiprocessing's 'spawn' or 'forkserver' and load the model in each, fork "
     "before anything uses the device, or load with device='cpu'",
@@ -458,7 +465,7 @@ def test_a_device_before_a_fork(saved, monkeypatch):
 
 
 @follows(
-    "failures",
+    "module/failures",
     "Memory ran out, and there is nothing smaller to try",
     "ask with fewer or shorter rows, or for fewer tokens, or later, when what else is on the device needs less; or "
     "serve the model on one with more memory",
@@ -481,22 +488,22 @@ def test_memory_that_runs_out(saved, monkeypatch):
 
 
 @follows(
-    "engine_choice",
+    "load/engine_choice",
     "The model was stored as a graph alone, so there is no module to rebuild",
     'leave it out, or save the model with graph="auto"',
 )
 @follows(
-    "engine_choice",
+    "load/engine_choice",
     "The model cannot be served as a graph like this",
     'leave those out, or pass engine="module" where the model was saved with its module',
 )
 @follows(
-    "graph_engine",
+    "graph/engine",
     "The model was stored as a graph, which does not take this input",
     'save the model with its module, too: graph="auto"',
 )
 @follows(
-    "graph_engine",
+    "graph/engine",
     "The model was stored as a graph of one forward, which cannot do this",
     'save the model with its module, too: graph="auto"',
 )
@@ -521,12 +528,12 @@ def test_graphs_alone_and_beside_a_module(save, code):  # noqa: F811
 
 
 @follows(
-    "module_engine",
+    "module/engine",
     "The module's forward returns something that is no tensor",
     "return tensors alone, or wrap the module in one whose forward does",
 )
 @follows(
-    "module_engine",
+    "module/engine",
     "Two outputs of forward have the same name when they are flattened",
     "return them under other names",
 )
@@ -564,13 +571,13 @@ def test_outputs(save, user_code):  # noqa: F811
 
 
 @follows(
-    "module_engine",
+    "module/engine",
     "compile needs a C++ compiler, and this machine has none",
     "install one (Debian: apt-get install g++), or leave compile out",
 )
 def test_compile_without_a_compiler(saved, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("mlflow_safeflavor.module_engine.shutil.which", lambda name: None)
+        patch.setattr("mlflow_safeflavor.module.engine.shutil.which", lambda name: None)
         wrong(PlacementError, saved, model_config={"compile": True})
     load_model(saved)
 
@@ -650,7 +657,7 @@ def test_custom_answers(save, user_code):  # noqa: F811
 
 
 @follows(
-    "failures",
+    "module/failures",
     "The model failed over the rows it was asked",
     "ask with fewer or other rows; the cause is chained to this error, and in the log of the server",
 )
@@ -670,9 +677,13 @@ def test_a_forward_that_fails(saved, monkeypatch):
     assert len(model.predict(FRAME)) == 1
 
 
-@follows("deadline", "The model did not answer in time", "send fewer rows at once, run more workers, or raise timeout")
 @follows(
-    "scheduler",
+    "predict/deadline",
+    "The model did not answer in time",
+    "send fewer rows at once, run more workers, or raise timeout",
+)
+@follows(
+    "predict/scheduler",
     "More requests wait at the model than it may queue",
     "ask again later, run more workers, or raise max_queue",
 )
@@ -721,13 +732,13 @@ def test_too_many_rows_and_requests(saved):
 
 
 @follows(
-    "weights_files",
+    "artifact/weights_files",
     "A file of weights was changed after the model was loaded from it",
     "load the model again; see MLFLOW_SAFEFLAVOR_CACHE in docs/limits.md",
 )
 def test_weights_that_change_under_a_model(saved, copied, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_SAFEFLAVOR_CACHE", "off")
-    monkeypatch.setattr("mlflow_safeflavor.weights_files._SMALL", 0)
+    monkeypatch.setattr("mlflow_safeflavor.artifact.weights_files._SMALL", 0)
     model = load_model(copied, verify="structure")
     weights = next(copied.rglob("model.safetensors"))
     content = weights.read_bytes()
@@ -744,7 +755,7 @@ def test_weights_that_change_under_a_model(saved, copied, tmp_path, monkeypatch)
 
 
 @follows(
-    "stream",
+    "predict/stream",
     "A path must be that of a Parquet file",
     "read the file yourself and pass a DataFrame; a text is passed as str, not as Path",
 )

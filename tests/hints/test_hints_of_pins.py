@@ -41,12 +41,12 @@ def net(user_code, place, folder="src"):
 
 
 @follows(
-    "used",
+    "environment/used",
     "Loading runs code that no installed distribution has, so no pin could bring it to another machine",
     "…; or build a distribution of it, and install that",
 )
 @follows(
-    "used",
+    "environment/used",
     "Loading reads files that no installed distribution has, so no pin could bring them to another machine",
     "put them into a package of yours, read them from there (`Path(__file__).with_name(…)`), and pass its folder with "
     "code_paths=[…]; or install a distribution that has them",

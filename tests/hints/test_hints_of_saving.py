@@ -126,7 +126,7 @@ def test_arguments(save, code, tmp_path):
     save(code.Net(), **given, **eval(f"dict({error.way_out.rpartition('which is ')[2]})"))
 
 
-@follows("artifact", "There is something at the target path already", "choose another path or remove it first")
+@follows("artifact/layout", "There is something at the target path already", "choose another path or remove it first")
 def test_a_path_that_is_taken(code, tmp_path):
     path, given = tmp_path / "taken", {"task": "raw", "input_example": X, "code_paths": [code.file]}
     path.write_text("mine")
@@ -137,34 +137,34 @@ def test_a_path_that_is_taken(code, tmp_path):
     mlflow_safeflavor.save_model(code.Net(), path, **options)
 
 
-@follows("source", "This cannot be saved as a model", "name the parts: save_model(model, tokenizer=…)")
+@follows("checkpoints/source", "This cannot be saved as a model", "name the parts: save_model(model, tokenizer=…)")
 def test_a_pair(save, tiny_bert, tiny_tokenizer):
     refused(StructureError, save, (tiny_bert(), tiny_tokenizer))
     save(tiny_bert(), tokenizer=tiny_tokenizer)
 
 
-@follows("tasks/__init__", "The task cannot be told from the model class", "say it: save_model(..., task=...)")
+@follows("tasks/table", "The task cannot be told from the model class", "say it: save_model(..., task=...)")
 def test_a_task_that_nobody_told(save, code):
     refused(StructureError, save, code.Net(), task=None, code_paths=[code.file])
     save(code.Net(), task="raw", code_paths=[code.file])
 
 
 @follows(
-    "save",
+    "save/save",
     "preprocess and postprocess belong to the custom task, which needs both",
     'pass task="custom", preprocess=… and postprocess=…',
 )
 @follows(
-    "save",
+    "save/save",
     "The … task needs an example: nobody else knows its rows",
     "pass input_example=… as predict takes it; its answers are recorded and replayed at each load",
 )
 @follows(
-    "save",
+    "save/save",
     "A hook cannot be imported anywhere else",
     "move it to a file and pass code_paths=[file], or pass allow_pickle=True",
 )
-@follows("save", "code_paths must not hold the loader itself", "leave it out")
+@follows("save/save", "code_paths must not hold the loader itself", "leave it out")
 def test_hooks(save, code):
     from pathlib import Path
 
@@ -183,7 +183,7 @@ def test_hooks(save, code):
 
 
 @follows(
-    "save",
+    "save/save",
     "The forward of the model cannot be stored as a graph",
     'save it with graph="auto" and engine="auto", which serves the module where there is no graph',
 )
@@ -194,10 +194,10 @@ def test_a_forward_that_is_no_graph(save, code):  # no graph is recorded in thes
 
 
 @follows(
-    "signature", "The signature does not fit the task", "leave signature out, or rename columns with input_columns"
+    "save/signature", "The signature does not fit the task", "leave signature out, or rename columns with input_columns"
 )
 @follows(
-    "signature",
+    "save/signature",
     "The signature does not declare %s, so MLflow drops %s from requests; leave signature out to have all params of "
     "the task.",
 )
@@ -213,7 +213,7 @@ def test_a_signature(save, tiny_bert, tiny_tokenizer):
 
 
 @follows(
-    "dtypes",
+    "module/dtypes",
     "safeflavor: the weights are %s, and become %s because no dtype was given; dtype='as-is' keeps them, and dtype=%r "
     "says that this is meant",
 )
@@ -235,7 +235,7 @@ def test_weights_of_another_dtype(save, code, caplog):
 
 
 @follows(
-    "structure",
+    "module/structure",
     "The module's class cannot be imported anywhere else",
     "move it to a file and pass code_paths=[file], or pass allow_pickle=True",
 )
@@ -254,16 +254,16 @@ def test_a_class_of_a_function(save, user_code):
 
 
 @follows(
-    "structure",
+    "module/structure",
     "The constructor does not give back all that the module holds: it was changed after it was made",
     "…allow_pickle=True, or graph='only'",
 )
 @follows(
-    "structure",
+    "module/structure",
     "The constructor does not give back the module: it was changed after it was made",
     "…allow_pickle=True, or graph='only'",
 )
-@follows("structure", "safeflavor: the module is pickled. %s")
+@follows("module/structure", "safeflavor: the module is pickled. %s")
 @pytest.mark.graphs
 def test_a_module_that_was_changed(save, code, tiny_bert, tiny_tokenizer):
     def changed(width=4):
@@ -289,7 +289,7 @@ def test_a_module_that_was_changed(save, code, tiny_bert, tiny_tokenizer):
 
 
 @follows(
-    "structure",
+    "module/structure",
     "A container of torch.nn does not know how modules of other classes were made",
     "write a class whose constructor makes all of it, or pass allow_pickle=True or graph='only'",
 )
@@ -305,8 +305,12 @@ def test_a_container_of_the_users_modules(save, user_code):
     load_model(save(parts, **given, graph="only"))
 
 
-@follows("structure", "A constructor argument cannot be stored as JSON", "pass allow_pickle=True instead of init_args")
-@follows("structure", "The constructor of the model failed", "when saving, pass init_args={…} or allow_pickle=True")
+@follows(
+    "module/structure", "A constructor argument cannot be stored as JSON", "pass allow_pickle=True instead of init_args"
+)
+@follows(
+    "module/structure", "The constructor of the model failed", "when saving, pass init_args={…} or allow_pickle=True"
+)
 def test_constructor_arguments(save, code):
     given = {"code_paths": [code.file]}
     made = SimpleNamespace(width=3)
@@ -316,7 +320,7 @@ def test_constructor_arguments(save, code):
 
 
 @follows(
-    "structure",
+    "module/structure",
     "The config names code, files or repositories, which a load would look for",
     "set them to None in model.config, or pass allow_pickle=True",
 )
@@ -329,19 +333,21 @@ def test_a_config_that_names_files(save, tiny_bert, tiny_tokenizer):
     load_model(save(model, tokenizer=tiny_tokenizer))
 
 
-@follows("wrappers", "safeflavor: %s is taken off, and the module inside it saved")
+@follows("module/wrappers", "safeflavor: %s is taken off, and the module inside it saved")
 @follows(
-    "wrappers",
+    "module/wrappers",
     "The module carries accelerate hooks, which move or offload its tensors",
     "accelerate.hooks.remove_hook_from_module(model, recurse=True) after bringing all weights back",
 )
 @follows(
-    "wrappers",
+    "module/wrappers",
     "The LightningModule holds the trainer that trained it",
     "{model}._trainer = None, or save the network inside it",
 )
 @follows(
-    "wrappers", "TorchScript keeps no class that could be called again", "save the module that was scripted or traced"
+    "module/wrappers",
+    "TorchScript keeps no class that could be called again",
+    "save the module that was scripted or traced",
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_wrappers(save, code):
@@ -365,12 +371,12 @@ def test_wrappers(save, code):
 
 
 @follows(
-    "wrappers",
+    "module/wrappers",
     "The module is quantised, and its integer weights cannot be rebuilt from a config",
     "save the model before quantising it",
 )
 @follows(
-    "wrappers",
+    "module/wrappers",
     "The module is quantised, and its integer weights cannot be rebuilt from a config",
     "save the model before quantising it, or model.dequantize() first",
 )
@@ -399,9 +405,9 @@ def test_a_quantised_module(save):
     load_model(save(model, **example), trust=["pickle"])
 
 
-@follows("wrappers", "Adapters lie beside the weights of the module", "{model} = {model}.merge_and_unload()")
+@follows("module/wrappers", "Adapters lie beside the weights of the module", "{model} = {model}.merge_and_unload()")
 @follows(
-    "wrappers",
+    "module/wrappers",
     "Adapters lie beside the weights of the module",
     "model.merge_and_unload() of the PeftModel; for adapters that transformers itself added (add_adapter, "
     "load_adapter): model = peft.PeftModel.from_pretrained(plain_model, folder).merge_and_unload()",
@@ -429,7 +435,7 @@ def test_adapters(save, tiny_bert, tiny_tokenizer, tmp_path):
 
 
 @follows(
-    "inventory",
+    "module/inventory",
     "The module holds tensors without values",
     "load the checkpoint with mlflow_safeflavor.from_pretrained, or fill the module with mlflow_safeflavor.materialize, "
     "then save it",
@@ -445,7 +451,7 @@ def test_a_module_on_meta(save, tiny_bert, tiny_tokenizer, tmp_path):
 
 
 @follows(
-    "inventory",
+    "module/inventory",
     "The module has lazy parameters that no forward has made yet",
     "call the module once, model(example), and save it then",
 )
@@ -457,14 +463,16 @@ def test_a_lazy_module(save):
     load_model(save(model, **given), trust=["code", "pickle"])
 
 
-@follows("inventory", "Tensors share memory but not a dtype", "give each its own memory (.clone()) before saving")
-@follows("inventory", "Two tensors of the module have the same path", "rename that attribute")
 @follows(
-    "inventory",
+    "module/inventory", "Tensors share memory but not a dtype", "give each its own memory (.clone()) before saving"
+)
+@follows("module/inventory", "Two tensors of the module have the same path", "rename that attribute")
+@follows(
+    "module/inventory",
     "The module holds a tensor that cannot be stored as plain values",
     "replace it by a dense tensor before saving (dequantise, .to_dense(), .resolve_conj())",
 )
-@follows("tensors", "A tensor has the name that safetensors keeps for itself", "rename that attribute")
+@follows("module/tensors", "A tensor has the name that safetensors keeps for itself", "rename that attribute")
 def test_odd_tensors(save):
     def net(**tensors):
         model = nn.Linear(4, 2)
@@ -495,11 +503,11 @@ def test_odd_tensors(save):
 
 
 @follows(
-    "damage",
+    "checkpoints/damage",
     "The model looks damaged already, before anything is saved",
     "load its checkpoint with mlflow_safeflavor.from_pretrained; on_damage='warn' saves it as it is",
 )
-@follows("damage", "…")
+@follows("checkpoints/damage", "…")
 @pytest.mark.filterwarnings("ignore:The model looks damaged")
 def test_a_damaged_module(save, tiny_bert, tiny_tokenizer, tmp_path):
     model = tiny_bert()
@@ -508,11 +516,11 @@ def test_a_damaged_module(save, tiny_bert, tiny_tokenizer, tmp_path):
     refused(WeightsError, save, model, tokenizer=tiny_tokenizer)
     save(from_pretrained(tmp_path / "checkpoint"), tokenizer=tiny_tokenizer)
     with pytest.warns(UserWarning, match="looks damaged"):
-        mlflow_safeflavor.damage.require_undamaged(model, "warn")
+        mlflow_safeflavor.checkpoints.damage.require_undamaged(model, "warn")
 
 
 @follows(
-    "pickled",
+    "module/pickled",
     "The model cannot be pickled",
     "take locks, files, loggers and generators out of the module before saving it",
 )
@@ -529,13 +537,13 @@ def test_a_lock(save):
 
 
 @follows(
-    "tokenizer",
+    "tasks/inputs/tokenizer",
     "The tokenizer has no fast backend, so it cannot be stored as JSON",
     "load it with AutoTokenizer.from_pretrained(..., use_fast=True), or convert it with "
     "transformers.convert_slow_tokenizer and wrap it in PreTrainedTokenizerFast(tokenizer_object=...)",
 )
 @follows(
-    "vocabulary",
+    "tasks/inputs/vocabulary",
     "The tokenizer has tokens that the model has no embedding for",
     "model.resize_token_embeddings(len(tokenizer)) before training, or pass the tokenizer that the model was trained with",
 )

@@ -19,9 +19,9 @@ from writers import byte_tokenizer, writer
 
 from mlflow_safeflavor import load_model
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.files import content_of
-from mlflow_safeflavor.images import read_image
-from mlflow_safeflavor.sounds import read_sound
+from mlflow_safeflavor.tasks.inputs.files import content_of
+from mlflow_safeflavor.tasks.inputs.images import read_image
+from mlflow_safeflavor.tasks.inputs.sounds import read_sound
 
 pytest_plugins = "saved_models"
 
@@ -35,26 +35,26 @@ def bad(model, data, params=None):
 # Rows.
 
 
-@follows("rows", "Rows cannot be read from this type", "pass a DataFrame with …")
+@follows("tasks/inputs/rows", "Rows cannot be read from this type", "pass a DataFrame with …")
 @follows(
-    "rows",
+    "tasks/inputs/rows",
     "A column is missing",
     "rename the columns of the data, or log the model with input_columns=... as the data has them",
 )
-@follows("rows", "There are columns that the model does not know", "select the columns first: data[…]")
+@follows("tasks/inputs/rows", "There are columns that the model does not know", "select the columns first: data[…]")
 @follows(
-    "rows",
+    "tasks/inputs/rows",
     "There are several columns, and the model takes one",
     "select it first: data[[…]], or log the model with input_columns=…",
 )
 @follows(
-    "rows",
+    "tasks/inputs/rows",
     "A text holds half of a surrogate pair, which nothing can read",
     'clean it first, for example text.encode("utf-8", "replace").decode()',
 )
-@follows("rows", "A value is missing", "drop the row or fill the value, for example data.dropna()")
+@follows("tasks/inputs/rows", "A value is missing", "drop the row or fill the value, for example data.dropna()")
 @follows(
-    "rows",
+    "tasks/inputs/rows",
     "A value is not a text",
     "convert it first, for example data[column].astype(str); drop or fill missing values",
 )
@@ -83,7 +83,7 @@ def test_rows(models, saved, save, tiny_bert, tiny_tokenizer):  # noqa: F811
     assert len(model.predict(eval(line, {"data": data, "column": "text"}).to_frame())) == 2
 
 
-@follows("rows", "require", "cut or split it")
+@follows("tasks/inputs/rows", "require", "cut or split it")
 @follows("tasks/text", "require", "cut or split it")
 @follows(
     "tasks/base",
@@ -91,7 +91,7 @@ def test_rows(models, saved, save, tiny_bert, tiny_tokenizer):  # noqa: F811
     "predict them in chunks: over HTTP in several requests, natively from an iterator of DataFrames",
 )
 @follows(
-    "caps",
+    "tasks/inputs/caps",
     "…",
     "…, or raise the cap: model_config={…: …} where the model is saved or loaded, or the variable MLFLOW_SAFEFLAVOR_…; "
     "0 for no bound",
@@ -115,7 +115,7 @@ def test_too_much_text(models, monkeypatch):  # noqa: F811
     rows = pd.DataFrame({"text": ["the cat"] * 5})
     bad(model, rows)
     assert sum(map(len, model.predict(rows[i : i + 2] for i in range(0, 5, 2)))) == 5
-    monkeypatch.setattr("mlflow_safeflavor.caps.ANSWERS_A_ROW", 1)
+    monkeypatch.setattr("mlflow_safeflavor.tasks.inputs.caps.ANSWERS_A_ROW", 1)
     model = models(TEXTS, max_answers=10)
     bad(model, ["a"] * 9, {"top_k": -1})
     assert len(model.predict(["a"] * 3, {"top_k": 2})) == 3
@@ -276,7 +276,7 @@ def test_prompts(save, tiny_bert, tiny_tokenizer, monkeypatch):  # noqa: F811
     "The model is not of the kind that its task writes with",
     'choose task="text-generation" for decoders, "text2text-generation" for encoder-decoders',
 )
-@follows("module_engine", "The model cannot write text", "choose the task this model was made for: task=...")
+@follows("module/engine", "The model cannot write text", "choose the task this model was made for: task=...")
 @follows(
     "tasks/text_generation",
     "The tokenizer has no chat template",
@@ -309,16 +309,16 @@ def test_writing(models, save, monkeypatch):  # noqa: F811
 # Images and sounds.
 
 
-@follows("images", "require", "scale or cut it first")
-@follows("images", "An image is empty, or too long and narrow", "scale or cut it first")
+@follows("tasks/inputs/images", "require", "scale or cut it first")
+@follows("tasks/inputs/images", "An image is empty, or too long and narrow", "scale or cut it first")
 @follows(
-    "images",
+    "tasks/inputs/images",
     "A file is not an image that can be read",
     "pass an image file as bytes or base64, a pathlib.Path, a PIL image, or a uint8 array of shape (H, W, 3) or (H, W); "
     "over HTTP, base64 without a data: prefix",
 )
 @follows(
-    "files",
+    "tasks/inputs/files",
     "A text is no file in base64",
     "pass the file's bytes, or pathlib.Path(…) for its path: a text is never taken for a path",
 )
@@ -359,10 +359,14 @@ def test_images(models, tmp_path):  # noqa: F811
     assert len(other.predict([image(8, 8)])) == 1
 
 
-@follows("sounds", "require", "cut it first")
-@follows("sounds", "A value is not a sound", "divide whole numbers by their range, 32768 for int16; average channels")
+@follows("tasks/inputs/sounds", "require", "cut it first")
 @follows(
-    "sounds",
+    "tasks/inputs/sounds",
+    "A value is not a sound",
+    "divide whole numbers by their range, 32768 for int16; average channels",
+)
+@follows(
+    "tasks/inputs/sounds",
     "A file is not a WAV file that can be read",
     "convert it, for example with ffmpeg -i FILE -c:a pcm_s16le sound.wav",
 )

@@ -19,8 +19,10 @@ from test_parity_endpoint import answering, scoring
 from test_requirements import flavor_site, lines_of, write_files  # noqa: F401  (a fixture)
 
 import mlflow_safeflavor
-from mlflow_safeflavor import generate_dockerfile, load_model, placement, processor, releases, requirements, structure
+from mlflow_safeflavor import generate_dockerfile, load_model, mlflow_compat
 from mlflow_safeflavor.cli import main
+from mlflow_safeflavor.environment import requirements
+from mlflow_safeflavor.environment.hashes import lock
 from mlflow_safeflavor.errors import (
     EnvironmentMismatchError,
     FormatVersionError,
@@ -32,9 +34,10 @@ from mlflow_safeflavor.errors import (
     StructureError,
     TrustError,
 )
-from mlflow_safeflavor.images import read_image
-from mlflow_safeflavor.lock import lock
-from mlflow_safeflavor.tokenizer import _require_same_ids
+from mlflow_safeflavor.module import placement, structure
+from mlflow_safeflavor.tasks.inputs import processor
+from mlflow_safeflavor.tasks.inputs.images import read_image
+from mlflow_safeflavor.tasks.inputs.tokenizer import _require_same_ids
 
 pytest_plugins = "saved_models"
 FRAME = pd.DataFrame({"text": ["the cat sat"]})
@@ -44,12 +47,12 @@ FRAME = pd.DataFrame({"text": ["the cat sat"]})
 
 
 @follows(
-    "environment",
+    "environment/recorded",
     "…",
     "install requirements.txt of the model (`pip install -r requirements.txt`) under the Python of its python_env.yaml, "
     'or let MLflow do both with --env-manager uv; or accept the differences with environment="warn"',
 )
-@follows("environment", "%s")
+@follows("environment/recorded", "%s")
 def test_another_version(copied):
     edit_json(
         copied / "safeflavor" / "environment.json", lambda content: content["distributions"].update(packaging="0.1")
@@ -79,20 +82,20 @@ def test_pinned_versions_are_named_only_where_others_are_installed(copied):
     edit_json(facts, lambda content: content["distributions"].update(packaging="0.1"))
 
 
-@follows("environment", "A distribution that the model needs is not installed", "pip install '…'")
+@follows("environment/recorded", "A distribution that the model needs is not installed", "pip install '…'")
 @follows(
-    "environment",
+    "environment/recorded",
     "Installed versions contradict what is required, so pip could never install these pins",
     "install versions that agree (`pip check` tells), or write all pins yourself with pip_requirements",
 )
 @follows(
-    "environment",
+    "environment/recorded",
     "Distributions that the model needs were not installed as releases, so no pin could bring them back",
     "publish it, or build a wheel (`pip wheel --no-deps -w FOLDER SOURCE`) and install that with `pip install …==… "
     "--find-links FOLDER`; or say where others get it, as in extra_pip_requirements=['… @ "
     "git+https://HOST/REPOSITORY@COMMIT']; or write all pins yourself with pip_requirements",
 )
-@follows("environment", "Installed versions contradict what is required: %s")
+@follows("environment/recorded", "Installed versions contradict what is required: %s")
 def test_closures(flavor_site, tmp_path):  # noqa: F811
     site = flavor_site
     with pytest.raises(EnvironmentMismatchError) as error:
@@ -120,17 +123,17 @@ def test_closures(flavor_site, tmp_path):  # noqa: F811
 
 
 @follows(
-    "requirements",
+    "environment/requirements",
     "PyTorch publishes no wheels with this label",
     "say where the wheel is with torch_index=URL or FOLDER, or drop the label with torch_index=None",
 )
 @follows(
-    "requirements",
+    "environment/requirements",
     "Only one of conda_env, pip_requirements and extra_pip_requirements can be used",
     "keep …, and write the rest into it",
 )
 @follows(
-    "requirements",
+    "environment/requirements",
     "torch_index holds a password, and requirements.txt is readable by everybody who can read the model",
     "write it as ${NAME_OF_A_VARIABLE}, which pip expands, or leave it to pip's own settings",
 )
@@ -155,23 +158,23 @@ def test_requirements(flavor_site, tmp_path):  # noqa: F811
 
 
 @follows(
-    "docker",
+    "load/image",
     "The pins install a torch for accelerators",
     'target="cuda" for an image with CUDA; or save the model where the CPU build of torch is installed, with '
     'torch_index="auto", which keeps its label',
 )
 @follows(
-    "docker",
+    "load/image",
     "The pins install a torch that knows no GPU",
     'target="cpu", or save the model where a torch with CUDA is installed',
 )
 @follows(
-    "lock",
+    "environment/hashes",
     "Hashes are looked up by uv, which is not installed",
     "pip install 'mlflow-safeflavor[docker]', or do without hashes",
 )
 @follows(
-    "lock",
+    "environment/hashes",
     "The pins cannot be locked with hashes",
     "say where the wheels are (torch_index=… when saving, UV_DEFAULT_INDEX, UV_FIND_LINKS); where several indexes have "
     "the name, UV_INDEX_STRATEGY=unsafe-best-match looks at all; or do without hashes",
@@ -202,12 +205,16 @@ def test_images(model, wheels, tmp_path, monkeypatch):  # noqa: F811
 
 
 @follows(
-    "pins",
+    "environment/pins",
     "A line of the requirements is none that installs wheels by name and version",
     "build wheels of what no index has (`pip wheel -w FOLDER …`), install them from there, and save the model with "
     "torch_index=FOLDER; let pip's own configuration hold other indexes and passwords",
 )
-@follows("pins", "Some pins have hashes and some have none", "save the model with hashes for all of them or for none")
+@follows(
+    "environment/pins",
+    "Some pins have hashes and some have none",
+    "save the model with hashes for all of them or for none",
+)
 def test_lines_that_install_no_wheels(wheels, tmp_path):  # noqa: F811
     with pytest.raises(EnvironmentMismatchError):
         pins_of(tmp_path / "m", "small @ git+https://git.example/small@c0ffee")
@@ -224,19 +231,21 @@ def test_lines_that_install_no_wheels(wheels, tmp_path):  # noqa: F811
 
 
 @follows(
-    "endpoint",
+    "verify/endpoint",
     "This is not an MLflow scoring server",
     "give the address that `mlflow models serve` or the container listens on",
 )
-@follows("endpoint", "The server refuses the request", "see that it serves this very model, and look at its log")
+@follows("verify/endpoint", "The server refuses the request", "see that it serves this very model, and look at its log")
 @follows(
-    "endpoint",
+    "verify/endpoint",
     "The server cannot be reached",
     "start it with `mlflow models serve`, and look at its log; or give it more time",
 )
-@follows("verify", "The server does not answer row by row", "see that it serves this very model")
+@follows("verify/verify", "The server does not answer row by row", "see that it serves this very model")
 @follows(
-    "verify", "There is nothing to compare your rows with", "pass endpoint=… (--endpoint URL), or leave the rows out"
+    "verify/verify",
+    "There is nothing to compare your rows with",
+    "pass endpoint=… (--endpoint URL), or leave the rows out",
 )
 def test_servers(saved, save, tiny_bert, tiny_tokenizer):  # noqa: F811
     other = save(tiny_bert(), tokenizer=tiny_tokenizer, input_columns={"text": "review"})
@@ -264,7 +273,7 @@ def test_servers(saved, save, tiny_bert, tiny_tokenizer):  # noqa: F811
 
 
 @follows(
-    "releases",
+    "mlflow_compat",
     "A newer MLflow wrote the signature, and this one cannot read it",
     "load it with mlflow_safeflavor.load_model, which does not need the signature, or install the pins",
 )
@@ -272,9 +281,9 @@ def test_a_signature_of_a_newer_mlflow(saved, monkeypatch):
     def fails(folder):
         raise TypeError("unknown type")
 
-    monkeypatch.setattr(releases.Model, "load", fails)
+    monkeypatch.setattr(mlflow_compat.Model, "load", fails)
     with pytest.raises(EnvironmentMismatchError):
-        releases.read_mlmodel(saved)
+        mlflow_compat.read_mlmodel(saved)
     assert len(load_model(saved).predict(FRAME)) == 1
 
 
@@ -282,12 +291,12 @@ def test_a_signature_of_a_newer_mlflow(saved, monkeypatch):
 
 
 @follows(
-    "pipelines",
+    "checkpoints/pipelines",
     "An argument of the pipeline is not done here",
     "make the pipeline without it, and do that before or after predict; or save the model as a custom task",
 )
 @follows(
-    "pipelines",
+    "checkpoints/pipelines",
     "_WAY_OUT_OWN",
     'save the model as a custom task: save_model(pipeline.model, tokenizer=pipeline.tokenizer, task="custom", '
     "preprocess=…, postprocess=…)",
@@ -319,18 +328,18 @@ def test_a_pipeline(save, user_code, tiny_tokenizer):  # noqa: F811
 
 
 @follows(
-    "processor",
+    "tasks/inputs/processor",
     "This is no processor that can be saved",
     "of a processor of several parts pass one: processor.image_processor or processor.feature_extractor",
 )
 @follows(
-    "processor",
+    "tasks/inputs/processor",
     "The processor, read again, gives other numbers than the one being saved",
     'pass one of transformers\' own classes; AutoImageProcessor.from_pretrained(…, use_fast=False) or backend="pil" gives '
     "the one that uses Pillow",
 )
-@follows("checkpoint", "The checkpoint has no readable processor", "pass processor=…")
-@follows("images", "Images need Pillow", "pip install 'mlflow-safeflavor[image]'")
+@follows("checkpoints/from_pretrained", "The checkpoint has no readable processor", "pass processor=…")
+@follows("tasks/inputs/images", "Images need Pillow", "pip install 'mlflow-safeflavor[image]'")
 def test_processors(save, tmp_path, monkeypatch):  # noqa: F811
     whole = type("Both", (), {"image_processor": make_processor(size=SMALL), "tokenizer": None})()
     refused(StructureError, save, make_model(), processor=whole)
@@ -359,7 +368,7 @@ def test_processors(save, tmp_path, monkeypatch):  # noqa: F811
 
 
 @follows(
-    "tokenizer",
+    "tasks/inputs/tokenizer",
     "The tokenizer, read again …, gives other ids than the one being saved",
     "save one whose behaviour is all in its backend: PreTrainedTokenizerFast(tokenizer_object=...)",
 )
@@ -372,7 +381,7 @@ def test_a_tokenizer_with_a_mind_of_its_own(save, tiny_bert, tiny_tokenizer):  #
 
 
 @follows(
-    "sentences",
+    "checkpoints/sentences",
     "The model holds a part of sentence-transformers that is not done here",
     'save it as a module of your own: task="custom" with preprocess, postprocess and code_paths',
 )
@@ -409,13 +418,15 @@ def test_a_sentence_transformer(save, user_code, tiny_tokenizer, tmp_path):  # n
 
 
 @follows(
-    "spec",
+    "artifact/spec",
     "The safeflavor entry of MLmodel says something that no model was saved with",
     "if you are saving it, give it such a …; otherwise fetch the artifact again, or log the model again; files of a saved "
     "model are not meant to be edited",
 )
 @follows(
-    "spec", "The model was saved in a format that this release does not read", "install mlflow-safeflavor … or newer"
+    "artifact/spec",
+    "The model was saved in a format that this release does not read",
+    "install mlflow-safeflavor … or newer",
 )
 def test_an_entry_of_mlmodel(save, copied, saved, tiny_bert, tiny_tokenizer):  # noqa: F811
     given = {"tokenizer": tiny_tokenizer}
@@ -434,7 +445,7 @@ def test_an_entry_of_mlmodel(save, copied, saved, tiny_bert, tiny_tokenizer):  #
 
 
 @follows(
-    "trust",
+    "artifact/trust",
     "A file of the model names code, files or repositories that a library would load",
     "if you did not save this model, do not use it; if you did, take this out of its config and save it again",
 )
@@ -451,7 +462,7 @@ def test_a_config_that_was_steered(save, copied, tiny_bert, tiny_tokenizer):  # 
 
 
 @follows(
-    "pickled",
+    "module/pickled",
     "The pickle holds byte code of another Python",
     "load it with that Python, or save the model with importable classes (code_paths=[…])",
 )
@@ -467,7 +478,7 @@ def test_a_pickle_of_another_python(save, code):  # noqa: F811
 
 
 @follows(
-    "placement",
+    "module/placement",
     "Torch's default dtype kept changing while the model was constructed",
     "do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, meanwhile",
 )

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 import mlflow_safeflavor
-from mlflow_safeflavor import structure
 from mlflow_safeflavor.errors import SafeFlavorError
+from mlflow_safeflavor.module import structure
 from sweep import facts
 
 CPU_SECONDS = 60

@@ -32,10 +32,11 @@ import numpy as np
 import torch
 import transformers
 
-from mlflow_safeflavor import inventory, recording
-from mlflow_safeflavor.module_engine import named_tensors
-from mlflow_safeflavor.onnx_graph import Graph
-from mlflow_safeflavor.onnx_runtime import Session
+from mlflow_safeflavor.graph.check import Graph
+from mlflow_safeflavor.graph.onnx_engine import Session
+from mlflow_safeflavor.module import inventory
+from mlflow_safeflavor.module.engine import named_tensors
+from mlflow_safeflavor.save import graph as recording
 
 HERE = Path(__file__).resolve().parent
 CPU_SECONDS = 60  # for one class
@@ -189,7 +190,7 @@ def _near(wanted: np.ndarray, found: np.ndarray) -> bool:
 
 
 def _fresh(graph: Graph, example: Tensors) -> Iterator[Tensors]:
-    """Values and sizes that are drawn anew, apart from ``graph_proof.py``: that is what is tested."""
+    """Values and sizes that are drawn anew, apart from ``graph/proof.py``: that is what is tested."""
     draw = random.Random(1)
     generator = torch.Generator().manual_seed(1)
     for i in range(FRESH):

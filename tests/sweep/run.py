@@ -39,8 +39,11 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import mlflow_safeflavor  # noqa: E402
-from mlflow_safeflavor import recording, requirements, structure  # noqa: E402
+from mlflow_safeflavor.artifact import trust  # noqa: E402
+from mlflow_safeflavor.environment import requirements  # noqa: E402
 from mlflow_safeflavor.errors import SafeFlavorError, WeightsError  # noqa: E402
+from mlflow_safeflavor.module import structure  # noqa: E402
+from mlflow_safeflavor.save import graph  # noqa: E402
 from sweep import facts, inputs, report, shrink  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
@@ -340,10 +343,10 @@ def sweeping() -> Iterator[tuple[CleanProcess, Path]]:
 
     Nothing is recorded as a graph, which takes the most of a save: ``graphs.py`` does that.
     """
-    recorded, proven, examples_of = requirements.record, structure.is_proven, recording.examples_of
+    recorded, proven, examples_of = requirements.record, structure.is_proven, graph.examples_of
     requirements.record = _once(recorded)
     structure.is_proven = lambda name: True  # which is what is found out here; clean.py does the same
-    recording.examples_of = _refuse
+    graph.examples_of = _refuse
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -352,12 +355,12 @@ def sweeping() -> Iterator[tuple[CleanProcess, Path]]:
             warnings.simplefilter("ignore")  # what transformers says about odd configs is not what is tested
             yield clean, Path(folder)
     finally:
-        requirements.record, structure.is_proven, recording.examples_of = recorded, proven, examples_of
+        requirements.record, structure.is_proven, graph.examples_of = recorded, proven, examples_of
         torch.set_num_threads(threads)
 
 
 def _refuse(*_: Any) -> Any:
-    raise recording.Refusal("the sweep records no graphs")
+    raise graph.Refusal("the sweep records no graphs")
 
 
 def _once(function: Any) -> Any:
@@ -401,7 +404,7 @@ def main() -> int:
     rows = report.read(arguments.results)
     arguments.results.with_suffix(".md").write_text(report.as_text(rows), encoding="utf-8")
     if parts == 1:
-        table = Path(mlflow_safeflavor.__file__).with_name("proven_classes.txt")
+        table = Path(trust.__file__).with_name("proven_classes.txt")
         report.write_proven(table, rows)
     wrong = report.wrong(rows)
     print(f"{len(rows)} classes, {len(report.equal(rows))} equal in both dtypes, {len(wrong)} wrong: {' '.join(wrong)}")

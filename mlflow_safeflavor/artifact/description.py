@@ -1,0 +1,83 @@
+"""``structure.json``: how a module is rebuilt, read and checked before anything is built. No torch is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout
+from mlflow_safeflavor.artifact.spec import ModelSpec
+from mlflow_safeflavor.artifact.trust import require_harmless
+from mlflow_safeflavor.errors import IntegrityError
+
+__all__ = ["malformed", "read_description", "what_runs"]
+
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "kind": str,
+    "class": str,
+    "hooks": dict,
+    "hooks_pickle": (dict, type(None)),
+    "pickle": (dict, type(None)),
+}
+_CONSTRUCTOR_KEYS: dict[str, type | tuple[type, ...]] = {
+    **_KEYS,
+    "config_class": (str, type(None)),
+    "config": (dict, type(None)),
+    "attn_implementation": dict,
+    "experts_implementation": dict,
+    "arguments": dict,
+    "layers": (list, type(None)),
+}
+_KEYS_OF: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "torch": {**_KEYS, "tree": dict},
+    "pickle": {**_KEYS, "reason": str, "pickle": dict},
+    "graph": _KEYS,
+}
+
+
+def read_description(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
+    """Read ``structure.json`` and ``config.json``; no tree of layers is looked at.
+
+    Raises:
+        IntegrityError: A file is missing or malformed, or wants to run more than ``MLmodel`` says,
+            which is what the caller agreed to.
+    """
+    content = layout.read_json(layout.structure)
+    if isinstance(content, dict) and spec.structure not in _KEYS_OF:
+        content["config"] = layout.read_json(layout.config) if content.get("config_class") else None
+    keys = _KEYS_OF.get(spec.structure, _CONSTRUCTOR_KEYS)
+    well_formed = (
+        isinstance(content, dict)
+        and content.keys() == keys.keys()
+        and all(isinstance(content[key], types) for key, types in keys.items())
+        and content["kind"] == spec.structure
+        and what_runs(content) == spec.runs
+        and (spec.task == "custom" or not content["hooks"])
+        and all(type(name) is str or (name is None and content["hooks_pickle"]) for name in content["hooks"].values())
+        and (content["kind"] != "transformers" or all(map(_is_flag, content["arguments"].values())))
+    )
+    if not well_formed:
+        raise malformed(layout)
+    if content["kind"] != "torch":  # whose tree names classes and arguments of torch.nn, and parts by any name
+        require_harmless(content, layout.name_of(layout.config), trusted=content["kind"] != "transformers")
+    return dict(content)
+
+
+def _is_flag(argument: Any) -> bool:
+    """Whether this is all that ``describe`` ever passes to a class that runs without agreement."""
+    return isinstance(argument, dict) and argument.keys() == {"value"} and isinstance(argument["value"], bool)
+
+
+def what_runs(structure: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of its own the artifact runs: "code" for imported classes and hooks, "pickle" for pickles."""
+    names = [structure["class"] if structure["kind"] == "import" else None, *structure["hooks"].values()]
+    code = any(name is not None for name in names)
+    pickles = any(structure[key] is not None for key in ("pickle", "hooks_pickle"))
+    return tuple(kind for kind, runs in (("code", code), ("pickle", pickles)) if runs)
+
+
+def malformed(layout: Layout) -> IntegrityError:
+    """The error of a description that no save writes."""
+    return IntegrityError(
+        "The description of the module is malformed", where=layout.name_of(layout.structure), way_out=WAY_OUT
+    )

@@ -1,0 +1,205 @@
+"""The save-time doctor: was the module damaged before it was handed over?
+
+It looks for three things: tensors that differ from what their constructor computes, tied weights that
+went apart, and values that look as if nobody wrote them. Each rule is chosen so that sound models, fresh
+or trained, do not trip it; so silence is no proof, and an alarm deserves a look.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from mlflow_safeflavor.errors import InputError, SafeFlavorError, WeightsError
+from mlflow_safeflavor.module.construction import construct_twice, declared_ties, recipe_of
+from mlflow_safeflavor.module.embedding import Embedder
+from mlflow_safeflavor.module.inventory import Slot, find_slots
+from mlflow_safeflavor.module.state_dict import bits_equal
+
+__all__ = ["find_damage", "format_damage", "require_undamaged"]
+
+_CHUNK = 2**24
+"""Elements looked at together, so that a big model is not copied to be examined."""
+
+_TINY, _HUGE = 1e-30, 1e30
+"""Trained weights lie far inside; random bits read as float32 lie outside in one of three cases."""
+
+_TINY_SHARE = 0.1
+_MATRIX = 64
+"""Smallest number of elements of a matrix whose being constant means something."""
+
+
+def find_damage(module: torch.nn.Module) -> list[str]:
+    """What is wrong with a module, one sentence each; empty for a sound one.
+
+    The module is only looked at. Where its constructor cannot be called again, as for a class that
+    stores no config, only the values themselves are judged.
+    """
+    if isinstance(module, Embedder):  # no constructor knows its layers, and none computes any of their values
+        return [*(f"transformer.{one}" for one in find_damage(module.transformer)), *find_damage(module.layers)]
+    slots = find_slots(module)
+    found = [f"{slot.path}: is on the meta device, it has no values" for slot in slots if slot.tensor.is_meta]
+    slots = [slot for slot in slots if not slot.tensor.is_meta]
+    computed, drawn = _constructed(module)
+    found += _find_changed(slots, computed)
+    found += _find_broken_ties(module)
+    for slot in slots:
+        found += [f"{slot.path}: {sentence}" for sentence in _find_unwritten(slot, slot.path in drawn)]
+    return found
+
+
+def _constructed(module: torch.nn.Module) -> tuple[dict[str, list[torch.Tensor]], set[str]]:
+    """Path → what the constructor computes, in float32 and in the module's dtype; and paths of random tensors."""
+    try:
+        recipe = recipe_of(module)
+        dtypes = {torch.float32, _float_dtype(module)} if recipe is not None else set()
+        built = [construct_twice(recipe, dtype) for dtype in dtypes if recipe is not None]
+    except SafeFlavorError:
+        return {}, set()
+    computed: dict[str, list[torch.Tensor]] = {}
+    drawn: set[str] = set()
+    for skeleton, agreed in built:
+        for slot in find_slots(skeleton):
+            if slot.path in agreed:
+                computed.setdefault(slot.path, []).append(slot.tensor)
+            else:
+                drawn.add(slot.path)
+    return computed, drawn - computed.keys()
+
+
+def _float_dtype(module: torch.nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+# --- differs from its constructor ----------------------------------------------------------------
+
+
+def _find_changed(slots: Sequence[Slot], computed: Mapping[str, Sequence[torch.Tensor]]) -> Iterator[str]:
+    """Non-persistent buffers and plain tensors; others are learned, so they may differ."""
+    # An LSTM lists its own weights once more, as plain tensors.
+    learned = {slot.tensor.untyped_storage().data_ptr() for slot in slots if slot.persistent}
+    for slot in slots:
+        expected = computed.get(slot.path, ()) if slot.tensor.untyped_storage().data_ptr() not in learned else ()
+        if not slot.persistent and expected and not any(_is_close(slot.tensor, value) for value in expected):
+            yield (
+                f"{slot.path}: this {'non-persistent buffer' if slot.kind == 'buffer' else 'plain tensor'} "
+                "differs from what its constructor computes"
+            )
+
+
+def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal but for rounding: another device, or a half precision that the module went through."""
+    if found.shape != expected.shape or found.is_floating_point() != expected.is_floating_point():
+        return False
+    if not found.is_floating_point():
+        return torch.equal(found.cpu().to(expected.dtype), expected)
+    ours = found.detach().cpu().double()
+    through = (expected, expected.bfloat16(), expected.half())
+    return any(torch.allclose(ours, way.to(found.dtype).double(), rtol=1e-5, atol=1e-8) for way in through)
+
+
+# --- ties ----------------------------------------------------------------------------------------
+
+
+def _find_broken_ties(module: torch.nn.Module) -> Iterator[str]:
+    """Declared pairs with different values. Equal values in two places are a waste, but no damage."""
+    tensors = module.state_dict(keep_vars=True)
+    # transformers drops a pair from this list when a checkpoint holds both with different values on purpose.
+    tied = getattr(module, "all_tied_weights_keys", None)
+    for name, source in declared_ties(module).items():
+        pair = [tensors[key] for key in (name, source) if key in tensors and not tensors[key].is_meta]
+        if len(pair) == 2 and (tied is None or name in tied) and not bits_equal(*pair):
+            yield f"{name}: is declared to be tied to {source}, but has other values"
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def _find_unwritten(slot: Slot, drawn: bool) -> Iterator[str]:
+    """Signs of memory that nobody wrote.
+
+    Args:
+        slot: Its tensor is judged by value.
+        drawn: Whether the constructor fills it with random numbers, so that it cannot be constant.
+    """
+    tensor = slot.tensor.detach()
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or not tensor.numel():
+        return
+    low, high = (float(value) for value in torch.aminmax(tensor))
+    if low != low:
+        yield "holds NaN"
+    elif slot.kind == "parameter" and high - low == float("inf") and not _is_finite(low, high):
+        yield "holds infinities"
+    elif slot.kind == "parameter" and _is_huge(tensor, low, high):
+        yield f"holds values up to {max(-low, high):.0e}, as memory that nobody wrote does"
+    elif (share := _tiny_share(tensor)) > _TINY_SHARE:
+        yield f"{share:.0%} of its values are smaller than {_TINY:.0e}, as in memory that nobody wrote"
+    elif drawn and slot.kind == "parameter" and tensor.dim() > 1 and tensor.numel() >= _MATRIX and _is_pattern(tensor):
+        yield "is one repeated pattern, where its constructor draws random values"
+
+
+def _is_finite(*values: float) -> bool:
+    return all(abs(value) != float("inf") for value in values)
+
+
+def _is_huge(tensor: torch.Tensor, low: float, high: float) -> bool:
+    """Beyond any weight; the dtype's own limits are used as masks, and are meant."""
+    limits = torch.finfo(tensor.dtype)
+    return any(abs(value) > _HUGE and value not in (limits.min, limits.max) for value in (low, high))
+
+
+def _tiny_share(tensor: torch.Tensor) -> float:
+    """Share of nonzero values below any that training gives. float16 cannot hold them."""
+    if tensor.dtype == torch.float16:
+        return 0.0
+    flat = tensor.reshape(-1)
+    count = 0
+    for start in range(0, flat.numel(), _CHUNK):
+        part = flat[start : start + _CHUNK]
+        count += int(((part != 0) & (part.abs() < _TINY)).sum())
+    return count / flat.numel()
+
+
+def _is_pattern(tensor: torch.Tensor) -> bool:
+    """All bytes zero, or one run of eight bytes again and again."""
+    raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+    words = raw[: raw.numel() // 8 * 8].view(torch.int64)
+    return bool((words == words[0]).all())
+
+
+# --- verdict -------------------------------------------------------------------------------------
+
+
+def format_damage(damage: Sequence[str], most: int = 10) -> str:
+    """Word findings for a message, one a line."""
+    more = [f"… and {len(damage) - most} more"] if len(damage) > most else []
+    return "\n    ".join([*damage[:most], *more])
+
+
+def require_undamaged(module: torch.nn.Module, on_damage: str = "error") -> None:
+    """Refuse a damaged module, or warn about it.
+
+    Args:
+        module: Only looked at.
+        on_damage: "error" or "warn".
+
+    Raises:
+        WeightsError: It is damaged, and ``on_damage`` is "error".
+        InputError: ``on_damage`` is neither.
+    """
+    if on_damage not in ("error", "warn"):
+        raise InputError("Unknown value", where="on_damage", wanted="error | warn", found=repr(on_damage))
+    damage = find_damage(module)
+    if not damage:
+        return
+    problem = WeightsError(
+        "The model looks damaged already, before anything is saved",
+        where=f"{type(module).__name__}, {len(damage)} findings",
+        found=format_damage(damage),
+        way_out="load its checkpoint with mlflow_safeflavor.from_pretrained; on_damage='warn' saves it as it is",
+    )
+    if on_damage == "error":
+        raise problem
+    warnings.warn(str(problem), stacklevel=3)

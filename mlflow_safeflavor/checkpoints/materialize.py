@@ -1,0 +1,215 @@
+"""The cure for modules that were built on the meta device: values for every tensor, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mlflow_safeflavor.arguments import checked
+from mlflow_safeflavor.checkpoints.transformers_keys import base_prefix, convert, ignored_keys, is_optional
+from mlflow_safeflavor.errors import StructureError, WeightsError
+from mlflow_safeflavor.module.construction import Recipe, construct_twice, declared_ties, recipe_of, require_memory
+from mlflow_safeflavor.module.devices import resolve_device
+from mlflow_safeflavor.module.inventory import find_slots, some
+from mlflow_safeflavor.module.placement import _islands, place, resolve_dtype
+from mlflow_safeflavor.module.state_dict import (
+    Fit,
+    Group,
+    cast,
+    find_groups,
+    fit,
+    read_state,
+    require_fit,
+    with_base_prefix,
+)
+
+__all__ = ["materialize"]
+
+
+@checked
+def materialize(
+    module: torch.nn.Module,
+    checkpoint: str | Path | Mapping[str, torch.Tensor],
+    *,
+    device: str | int | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+) -> torch.nn.Module:
+    """Fill a module that was built on the meta device, wholly or in part. It is changed in place.
+
+    Every tensor without memory gets the values of the checkpoint; tensors that were one object stay
+    one, and declared ties are tied. Buffers and plain tensors that no checkpoint holds are computed by
+    constructing the class again on real memory, if its arguments can be told: a
+    ``transformers.PreTrainedModel`` has a config. Else they are refused. Nothing is changed before there
+    is a value for everything. Tensors that have memory keep their values.
+
+    Args:
+        module: What to fill.
+        checkpoint: A safetensors file, a ``.bin`` or ``.pt`` state dict, the index of shards, a folder
+            with any of them, or a state dict.
+        device: Where the whole module goes then: "cpu", "cuda:0", an accelerator's index, …
+        dtype: Serving dtype to cast to; None keeps the dtypes that the module has.
+
+    Returns:
+        The same module.
+
+    Raises:
+        WeightsError: It names every tensor for which there is no data.
+        StructureError: The module carries accelerate's hooks, or there is no such checkpoint.
+        PlacementError: There is no such device.
+    """
+    target = resolve_device(device)
+    wanted = None if dtype is None else resolve_dtype(dtype)
+    _require_unhooked(module)
+    state = read_state(checkpoint)
+    where = "the given state dict" if isinstance(checkpoint, Mapping) else checkpoint
+    _assign(module, _find_values(module, state, where))
+    require_memory(module)
+    place(module, target, {} if wanted is None else _casts(module, wanted))
+    return module
+
+
+def _require_unhooked(module: torch.nn.Module) -> None:
+    for name, child in module.named_modules():
+        if hasattr(child, "_hf_hook"):
+            raise StructureError(
+                "The module carries accelerate's hooks, which would take its tensors away again",
+                where=name or "the model itself",
+                way_out="accelerate.hooks.remove_hook_from_module(model, recurse=True) first",
+            )
+
+
+def _find_values(module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: object) -> dict[int, torch.Tensor]:
+    """``id`` of each tensor on meta → what takes its place: new memory, or a tensor it is tied to.
+
+    Raises:
+        WeightsError: Something has no data, or the checkpoint has data for nothing.
+    """
+    meta = [slot for slot in find_slots(module) if slot.tensor.is_meta]
+    groups = find_groups(module, declared_ties(module))
+    tensors = module.state_dict(keep_vars=True)
+    skeleton, reason = _skeleton_of(module) if meta else (None, "")
+    computed = skeleton.computed if skeleton is not None else {}
+    # A state dict made by hand may hold what state_dict() would not list.
+    given = {slot.path: state[slot.path] for slot in meta if not slot.persistent and slot.path in state}
+    rest = {key: value for key, value in state.items() if key not in given}
+    result = _fit_meta(module, groups, rest)
+    if result.unexpected and skeleton is not None and hasattr(skeleton.recipe.cls, "from_pretrained"):
+        result = _fit_meta_converted(skeleton, module, groups, rest, result)
+    result.missing = [name for name in result.missing if not (name in computed and is_optional(module, name))]
+    require_fit(result, tensors, where, _WAY_OUT_META)
+    found: dict[int, torch.Tensor] = {}
+    for group in groups:
+        members = [tensors[name] for name in group.names]
+        home = next((tensor for tensor in members if not tensor.is_meta), None)
+        value = result.values.get(group.names[0])
+        if home is None and value is not None:
+            home = _new_memory(value, members[0], group.names[0])
+        found.update({id(tensor): home for tensor in members if tensor.is_meta and home is not None})
+    for slot in meta:
+        value = given.get(slot.path, computed.get(slot.path))
+        if id(slot.tensor) not in found and value is not None and value.shape == slot.tensor.shape:
+            found[id(slot.tensor)] = _new_memory(value, slot.tensor, slot.path)
+    _require_all([slot.path for slot in meta if id(slot.tensor) not in found], where, reason)
+    return found
+
+
+_WAY_OUT_META = (
+    "take the checkpoint that was saved from this very class; the keys and shapes must be those of module.state_dict()"
+)
+
+
+def _require_all(paths: Sequence[str], where: object, reason: str) -> None:
+    if paths:
+        raise WeightsError(
+            "There is no data for tensors on the meta device",
+            where=some(paths),
+            wanted=f"values in {where}, or a constructor that computes them",
+            found=reason or "neither: the constructor gives random values, or no such tensor",
+            way_out="build the module without torch.device('meta') and load the state dict into it, "
+            "or add the values to the state dict under these names",
+        )
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """The same class on real memory.
+
+    Attributes:
+        recipe, module: How it was made, and what came out.
+        computed: Path → what its constructor computes.
+    """
+
+    recipe: Recipe
+    module: torch.nn.Module
+    computed: Mapping[str, torch.Tensor]
+
+
+def _skeleton_of(module: torch.nn.Module) -> tuple[_Skeleton | None, str]:
+    """Nothing where the constructor cannot be called, and then the reason."""
+    recipe = recipe_of(module)
+    if recipe is None:
+        return None, f"how {type(module).__name__} was constructed is stored nowhere"
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    try:
+        built, computed = construct_twice(recipe, dtype)
+    except StructureError as error:
+        return None, f"{error.what} ({error.found})"
+    return _Skeleton(recipe, built, {s.path: s.tensor for s in find_slots(built) if s.path in computed}), ""
+
+
+def _fit_meta(module: torch.nn.Module, groups: Sequence[Group], state: Mapping[str, torch.Tensor]) -> Fit:
+    """Fit a state dict; only a group that is wholly on meta can miss anything."""
+    tensors = module.state_dict(keep_vars=True)
+    result = fit(groups, with_base_prefix(state, tensors, base_prefix(module)), ignored_keys(module))
+    filled = {group.names[0] for group in groups if any(not tensors[name].is_meta for name in group.names)}
+    result.missing = [name for name in result.missing if name not in filled]
+    return result
+
+
+def _fit_meta_converted(
+    skeleton: _Skeleton,
+    module: torch.nn.Module,
+    groups: Sequence[Group],
+    state: Mapping[str, torch.Tensor],
+    plain: Fit,
+) -> Fit:
+    try:
+        converted, unexpected = convert(skeleton.recipe, skeleton.module, state)
+    except WeightsError:
+        raise
+    except Exception:
+        return plain  # not a class for transformers' loader
+    result = _fit_meta(module, groups, converted)
+    result.unexpected = unexpected
+    return result if result.problems < plain.problems else plain
+
+
+def _new_memory(value: torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
+    """A copy of the values, as the kind of tensor that ``like`` is."""
+    copied = cast(value.detach().cpu(), like.dtype, name).clone(memory_format=torch.contiguous_format)
+    return torch.nn.Parameter(copied, requires_grad=like.requires_grad) if _is_parameter(like) else copied
+
+
+def _is_parameter(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter)
+
+
+def _assign(module: torch.nn.Module, found: Mapping[int, torch.Tensor]) -> None:
+    for slot in find_slots(module):
+        if slot.tensor.is_meta:
+            slot.put(found[id(slot.tensor)])
+
+
+def _casts(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Path → dtype of what has another dtype in a module of this serving dtype."""
+    islands = _islands(module, dtype)
+    wanted = {
+        slot.path: torch.float32 if islands and islands.search(f".{slot.path}.") else dtype
+        for slot in find_slots(module)
+        if slot.kind == "parameter" and slot.tensor.is_floating_point()
+    }
+    tensors = {slot.path: slot.tensor.dtype for slot in find_slots(module)}
+    return {path: dtype for path, dtype in wanted.items() if tensors[path] != dtype}

@@ -1,0 +1,272 @@
+"""Checkpoints as folders that a build can rely on: of one commit, hashed, loaded once, there at once or not at all."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow_safeflavor.arguments import checked
+from mlflow_safeflavor.artifact.layout import digest_of_file, read_json, staging, write_json
+from mlflow_safeflavor.artifact.plain_files import digest_of_plain, list_files
+from mlflow_safeflavor.checkpoints import from_pretrained, hub
+from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
+from mlflow_safeflavor.module.state_dict import read_state
+
+__all__ = ["MANIFEST", "Prefetched", "prefetch"]
+
+MANIFEST = "prefetch.json"
+"""In the folder, beside the checkpoint: where it is from, and size and SHA-256 of every file."""
+
+_VERSION = 1
+_SAFETENSORS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_PICKLED = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json")
+_BESIDE = re.compile(r"[\w.-]+\.(json|txt|model|jinja)|LICEN[CS]E.*|NOTICE.*|README\.md", re.IGNORECASE)
+"""Config, vocabularies and papers; no code, no pickles, nothing in folders."""
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+_WAY_OUT = "remove the folder and prefetch again"
+
+
+@dataclass(frozen=True)
+class Prefetched:
+    """What lies in a folder.
+
+    Args:
+        folder: The checkpoint; ``from_pretrained`` and ``save_model`` take it.
+        source: Id on the hub, or None for what was a local folder.
+        revision: The commit, or None.
+        files: Names of all files.
+        fresh: False where it was there already and has only been checked.
+    """
+
+    folder: Path
+    source: str | None
+    revision: str | None
+    files: tuple[str, ...]
+    fresh: bool
+
+
+@checked
+def prefetch(
+    name_or_path: str | Path,
+    output_dir: str | Path,
+    *,
+    revision: str | None = None,
+    resolve: bool = False,
+    convert: bool = False,
+    model_class: str | None = None,
+    dtype: str = "float32",
+    new: Sequence[str] = (),
+    drop: Sequence[str] = (),
+) -> Prefetched:
+    """Put weights, config and tokenizer of a checkpoint into a folder, load them once, and only then let it appear.
+
+    Only safetensors, JSON and texts are taken. Every file that comes from a hub is compared with the digest that the
+    hub lists. Where the folder is there already, its files are compared with its own manifest, and nothing is
+    downloaded.
+
+    Args:
+        name_or_path: Id of a hub repository, or a local checkpoint folder.
+        output_dir: Folder to create.
+        revision: Commit of the repository, 40 hexadecimal digits.
+        resolve: Take also a branch or a tag, and record which commit it was.
+        convert: Where there are no safetensors, read pickled weights without running anything of them, and write
+            safetensors.
+        model_class: Class of transformers to load it as; by default the one that its config names.
+        dtype: To load it in, for this check; what is stored stays as it is.
+        new: See ``from_pretrained``.
+        drop: See ``from_pretrained``.
+
+    Raises:
+        StructureError: The checkpoint or the hub cannot be read, the revision is not pinned, or there are no
+            safetensors.
+        IntegrityError: A file is damaged, or the folder holds something else.
+        SafeFlavorError: ``from_pretrained`` refuses it. Nothing is left at ``output_dir`` then.
+    """
+    target, source, commit = Path(output_dir), *_identity(name_or_path, revision, resolve)
+    if (target / MANIFEST).exists():
+        return _already_there(target, source, commit, Path(name_or_path))
+    with staging(target) as stage:
+        if source is None:
+            taken = _copy(Path(name_or_path), stage, convert)
+        else:
+            taken = _fetch(source, str(commit), stage, convert)
+        if convert and not any(stage.glob("model*.safetensors")):
+            _convert(stage)
+        _load(stage, model_class, dtype, new, drop)
+        content = {"version": _VERSION, "source": source, "asked": revision, "revision": commit, "taken": taken}
+        files = _describe(stage)
+        write_json(stage / MANIFEST, {**content, "files": files})
+    return Prefetched(target, source, commit, tuple(files), fresh=True)
+
+
+def _identity(name_or_path: str | Path, revision: str | None, resolve: bool) -> tuple[str | None, str | None]:
+    """Id on the hub and commit; None and None for a local folder."""
+    if Path(name_or_path).is_dir():
+        if revision is not None:
+            raise InputError("A local folder has no revision", where="revision", found=revision, way_out="leave it out")
+        return None, None
+    name = str(name_or_path)
+    if not hub.is_hub_id(name):
+        raise StructureError("There is no such checkpoint", where=name, wanted="a folder, or a hub id")
+    if hub.is_commit(revision):
+        return name, revision
+    if resolve and revision:
+        return name, hub.list_files(name, revision)[0]
+    raise StructureError(
+        "A hub repository needs a pinned revision, as its branches and tags move",
+        where=name,
+        wanted="a commit, 40 hexadecimal digits",
+        found=repr(revision),
+        way_out="take it from the repository's list of commits; or resolve=True (--resolve) takes the commit that the "
+        "branch or tag is now, and records it",
+    )
+
+
+def _choose(names: Collection[str], convert: bool, where: object) -> list[str]:
+    """The files to take: safetensors, or with ``convert`` pickled weights where there are none, and what is beside."""
+    weights = [name for name in names if _SAFETENSORS.fullmatch(name)]
+    pickled = [name for name in names if _PICKLED.fullmatch(name)]
+    if not weights and not (convert and pickled):
+        raise StructureError(
+            "The checkpoint has no safetensors",
+            where=where,
+            wanted="model.safetensors, or its shards and their index",
+            found=", ".join(sorted(names)[:10]) or "nothing",
+            way_out="convert=True (--convert) reads the pickled weights, without running anything, and stores them as "
+            "safetensors"
+            if pickled
+            else "choose another checkpoint or revision",
+        )
+    beside = [name for name in names if _BESIDE.fullmatch(name) and name != MANIFEST and not _is_index(name)]
+    return sorted({*(weights or pickled), *beside})
+
+
+def _is_index(name: str) -> bool:
+    """Whether it lists shards; those of weights that are not taken must not be there."""
+    return name.endswith(".index.json")
+
+
+def _copy(folder: Path, stage: Path, convert: bool) -> dict[str, str]:
+    """Copy the files of a local checkpoint. Returns name → SHA-256 of what was taken."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    taken = {}
+    for name in _choose(names, convert, folder):
+        shutil.copyfile(folder / name, stage / name)
+        taken[name] = digest_of_file(stage / name)
+    return taken
+
+
+def _fetch(name: str, commit: str, stage: Path, convert: bool) -> dict[str, str]:
+    """Download the files of a commit, and compare each with the digest that the hub lists."""
+    listed = {file.name: file for file in hub.list_files(name, commit)[1]}
+    where = f"{name} at {commit}"
+    chosen = _choose(listed, convert, where)
+    cached = hub.download(name, commit, chosen, exact=True)
+    taken = {}
+    for file in chosen:
+        shutil.copyfile(cached / file, stage / file)
+        if not listed[file].is_content_of(stage / file):
+            raise IntegrityError(
+                "A downloaded file is not the one that the hub lists",
+                where=f"{file} of {where}",
+                way_out=f"remove {cached / file} and what it links to, and prefetch again",
+            )
+        taken[file] = digest_of_file(stage / file)
+    return taken
+
+
+def _convert(stage: Path) -> None:
+    """Pickled weights → one file of safetensors, each tensor with memory of its own."""
+    from safetensors.torch import save_file
+
+    state = read_state(stage)
+    save_file(
+        {key: value.clone().contiguous() for key, value in state.items()}, stage / "model.safetensors", {"format": "pt"}
+    )
+    for path in stage.iterdir():
+        if _PICKLED.fullmatch(path.name):
+            path.unlink()
+
+
+def _load(stage: Path, model_class: str | None, dtype: str, new: Sequence[str], drop: Sequence[str]) -> None:
+    """Load it as its users will; the result is not kept."""
+    from_pretrained.from_pretrained(stage, model_class=_class(model_class), dtype=dtype, new=new, drop=drop)
+    if any((stage / name).exists() for name in _TOKENIZER):
+        from_pretrained.tokenizer_of(stage)
+
+
+def _class(name: str | None) -> type[Any] | None:
+    import transformers
+
+    if name is None:
+        return None
+    found = getattr(transformers, name, None)
+    if not isinstance(found, type):
+        raise InputError(
+            "Not a class of the installed transformers",
+            where="model_class",
+            wanted="a name like RobertaModel",
+            found=name,
+        )
+    return found
+
+
+def _describe(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name → size and SHA-256 of every file but the manifest; a link or a pipe is an IntegrityError."""
+    return {
+        name: {"size": facts.st_size, "sha256": digest_of_plain(folder / name)}
+        for name, facts in list_files(folder).items()
+        if name != MANIFEST
+    }
+
+
+def _already_there(folder: Path, source: str | None, commit: str | None, given: Path) -> Prefetched:
+    """Compare a folder with its own manifest, and the manifest with what is wanted now."""
+    manifest = read_json(folder / MANIFEST)
+    try:
+        version, files, taken = manifest["version"], dict(manifest["files"]), dict(manifest["taken"])
+        found = manifest["source"], manifest["revision"]
+    except (KeyError, TypeError, ValueError):
+        raise IntegrityError("The manifest is malformed", where=folder / MANIFEST, way_out=_WAY_OUT) from None
+    if version != _VERSION or found != (source, commit) or (source is None and _has_changed(given, taken)):
+        raise IntegrityError(
+            "The folder holds another checkpoint",
+            where=folder,
+            wanted=_name(source, commit, given),
+            found=_name(*found, "a local folder, or an earlier state of it"),
+            way_out="choose another folder, or remove this one",
+        )
+    if differences := sorted(_differences(files, _describe(folder))):
+        raise IntegrityError(
+            "Files of the folder are not the ones that were prefetched",
+            where=f"{folder}: {', '.join(differences[:5])}",
+            way_out=_WAY_OUT,
+        )
+    return Prefetched(folder, source, commit, tuple(files), fresh=False)
+
+
+def _has_changed(folder: Path, taken: dict[str, str]) -> bool:
+    """Whether a local checkpoint is no longer the one that was taken."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    chosen = _choose(names, convert=True, where=folder)
+    return taken != {name: digest_of_file(folder / name) for name in chosen}
+
+
+def _name(source: object, commit: object, otherwise: object) -> str:
+    return f"{source} at {commit}" if source else str(otherwise)
+
+
+def _differences(recorded: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
+    for name in recorded.keys() | found.keys():
+        if recorded.get(name) != found.get(name):
+            yield (
+                f"{name} is missing"
+                if name not in found
+                else f"{name} was added"
+                if name not in recorded
+                else f"{name} was changed"
+            )

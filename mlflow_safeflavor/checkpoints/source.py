@@ -1,0 +1,123 @@
+"""Take what the user handed over apart, by its type and never by its attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlflow_safeflavor.checkpoints import adapters, from_pretrained, pipelines, sentences
+from mlflow_safeflavor.checkpoints.given import Source
+from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.tasks.inputs.processor import hears
+from mlflow_safeflavor.tasks.table import infer_task, task_class
+
+__all__ = ["Source", "resolve_source"]
+
+
+def resolve_source(
+    model: Any, tokenizer: Any, task: str | None, dtype: str | torch.dtype | None, processor: Any = None
+) -> Source:
+    """What is to be saved.
+
+    Args:
+        model: A module, a ``transformers.Pipeline``, a dict of the parts of one, or the path of a checkpoint folder.
+        tokenizer: Goes before the one that comes with the model.
+        task: None to be told from the model.
+        dtype: What a folder is read in, as ``dtypes.read_as`` has it.
+        processor: Goes before the one that comes with the model.
+
+    Raises:
+        InputError: The model is a pipeline with an argument that is not done here.
+        StructureError: It is none of these, or the tokenizer, processor or task cannot be told.
+    """
+    source = _take_apart(model, dtype)
+    task = task_class(task or source.task or _task_of(source.module)).name
+    if processor is None and "processor" in task_class(task).reads:
+        processor = source.processor
+    source = replace(
+        source, task=task, tokenizer=source.tokenizer if tokenizer is None else tokenizer, processor=processor
+    )
+    folder = model.get("model") if isinstance(model, Mapping) else model
+    if isinstance(folder, (str, Path)):
+        source = _with_parts_of(folder, source)
+    _require_parts(source)
+    return source
+
+
+_PARTS = ("model", "task", "tokenizer", "processor", "image_processor", "feature_extractor")
+
+
+def _take_apart(model: Any, dtype: str | torch.dtype | None) -> Source:
+    if sentences.is_object(model):
+        return sentences.from_object(model)
+    if isinstance(model, torch.nn.Module):
+        return Source(model)
+    if isinstance(model, (str, Path)) and adapters.is_folder(model) and not sentences.is_folder(model):
+        return adapters.from_folder(model)
+    if isinstance(model, (str, Path)) and sentences.is_folder(model):
+        return sentences.from_folder(model, dtype)
+    if isinstance(model, (str, Path)):
+        module, stored = from_pretrained.read_checkpoint(model, dtype=dtype)
+        return Source(module, stored=stored)
+    if pipelines.is_pipeline(model):
+        return pipelines.take_apart(model)
+    if isinstance(model, Mapping) and "model" in model and model.keys() <= {*_PARTS}:
+        return _of_parts(model, _take_apart(model["model"], dtype))
+    raise StructureError(
+        "This cannot be saved as a model",
+        where="model",
+        wanted=f"a torch.nn.Module, a transformers.Pipeline, the path of a checkpoint folder, or a dict of {_PARTS}",
+        found=f"a dict of {', '.join(map(repr, model))}" if isinstance(model, Mapping) else type(model).__name__,
+        way_out="name the parts: save_model(model, tokenizer=…)" if isinstance(model, (tuple, list)) else None,
+    )
+
+
+def _of_parts(parts: Mapping[str, Any], source: Source) -> Source:
+    """A dict of parts; what it names goes before what comes with its model."""
+    processors = [parts.get(name) for name in ("processor", "image_processor", "feature_extractor")]
+    return replace(
+        source,
+        task=parts.get("task") or source.task,
+        tokenizer=parts.get("tokenizer") or source.tokenizer,
+        processor=next((processor for processor in processors if processor is not None), source.processor),
+    )
+
+
+def _task_of(module: torch.nn.Module) -> str:
+    return infer_task(type(module).__name__, getattr(module, "main_input_name", "input_ids"))
+
+
+def _with_parts_of(folder: str | Path, source: Source) -> Source:
+    """With tokenizer and processor of a checkpoint, as far as the task needs them and they are not given."""
+    cls = task_class(source.task)
+    if "processor" not in cls.reads:
+        return (
+            source if source.tokenizer is not None else replace(source, tokenizer=from_pretrained.tokenizer_of(folder))
+        )
+    if source.processor is not None:
+        return source
+    return replace(source, processor=from_pretrained.processor_of(folder, sounds=cls.hears))
+
+
+def _require_parts(source: Source) -> None:
+    cls = task_class(source.task)
+    if source.tokenizer is None and "encoder" in cls.reads:
+        raise StructureError(
+            "The task needs a tokenizer",
+            where="tokenizer",
+            wanted=f"the tokenizer of the {source.task} model",
+            found="None",
+        )
+    if source.processor is not None and not {"processor", "any_processor"} & set(cls.reads):
+        raise InputError("The task has no processor", where=f"task {source.task!r}", wanted="processor=None")
+    if "processor" in cls.reads and (source.processor is None or hears(source.processor) != cls.hears):
+        raise StructureError(
+            "The task needs a processor",
+            where="processor",
+            wanted=f"one for {'sounds, a feature extractor' if cls.hears else 'images'}",
+            found=type(source.processor).__name__,
+        )

@@ -1,0 +1,196 @@
+"""Pins with the hash of every wheel that may be installed for them, as ``pip install --require-hashes`` wants them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from packaging.utils import canonicalize_name
+
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.scratch import scratch_folder
+from mlflow_safeflavor.environment.pins import ONNX_REQUIREMENTS, Pin, Pins, parse_pins, read_pins
+from mlflow_safeflavor.environment.recorded import TORCH_FAMILY, Environment
+from mlflow_safeflavor.environment.wheels import Wheel, folder_of, wheels_in
+from mlflow_safeflavor.errors import EnvironmentMismatchError
+
+__all__ = ["lock", "lock_file", "missing_wheel", "wheels_for"]
+
+_TIMEOUT = 600  # seconds
+_AS_UV_SAYS = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_EXTRA_INDEX_URL", "find-links": "UV_FIND_LINKS"}
+"""Settings of pip → uv's variables: uv reads no pip.conf."""
+
+
+def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None) -> Pins:
+    """Resolve pins with uv, from wheels alone, and add the hashes of all that may be installed.
+
+    Where a folder named by the pins holds a wheel of a pinned version, that wheel counts, and never an index's of the
+    same version. An index named by the pins is asked for builds of torch alone. All other names are looked up where
+    pip and uv are configured to, and only in the first index that has the name; where pip is configured to several, it
+    and we take them as one. Nothing is built: a source distribution runs its author's code.
+
+    Args:
+        pins: What to lock. Those that have hashes are left as they are.
+        python: Version to resolve for, like "3.11.7".
+        installed: Canonical name → SHA-256 of the wheel that was installed when the model was saved, where that is
+            known; no other may be installed.
+
+    Raises:
+        EnvironmentMismatchError: uv is not installed, or finds no wheels for the pins, or others than were installed.
+    """
+    if pins.are_locked:
+        return pins
+    with scratch_folder("lock") as folder:
+        environ = _settings(folder)
+        Path(folder, "pyproject.toml").write_text(_project(pins, installed or {}, environ), encoding="utf-8")
+        Path(folder, "constraints.txt").write_text("\n".join(map(str, pins.constraints)), encoding="utf-8")
+        command = [_uv(), "pip", "compile", "pyproject.toml", "--output-file", "lock.txt", "--generate-hashes"]
+        command += ["--constraint", "constraints.txt", "--python-version", python, "--only-binary", ":all:"]
+        command += ["--no-header", "--no-annotate", "--quiet"]
+        # Neither settings nor interpreters of the folders around this one, which others may write to.
+        command += ["--no-config", "--python", sys.executable, "--no-python-downloads"]
+        command += [f"--find-links={found}" for option in pins.options if (found := folder_of(option))]
+        done = subprocess.run(
+            command, cwd=folder, env=environ, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
+        )
+        if done.returncode:
+            raise EnvironmentMismatchError(
+                "The pins cannot be locked with hashes",
+                where="uv pip compile",
+                wanted="a wheel to install for each pin",
+                found=done.stderr.strip()[-1500:],
+                way_out="say where the wheels are (torch_index=… when saving, UV_DEFAULT_INDEX, UV_FIND_LINKS); where "
+                "several indexes have the name, UV_INDEX_STRATEGY=unsafe-best-match looks at all; or do without hashes",
+            )
+        lines = Path(folder, "lock.txt").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+        locked = [_as_installed(pin, installed or {}) for pin in parse_pins(lines, "uv pip compile")]
+    return replace(pins, pins=tuple(locked), constraints=())
+
+
+def lock_file(layout: Layout, recorded: Environment) -> None:
+    """Lock the pins of an artifact that is being saved, and those of its graph alone where it has both.
+
+    Raises:
+        EnvironmentMismatchError: See ``lock``.
+    """
+    for path in (layout.requirements, layout.root / ONNX_REQUIREMENTS):
+        if path.exists():
+            locked = lock(read_pins(layout, path.name), python=recorded.python, installed=recorded.wheel_digests)
+            lines = [*locked.options, *map(str, locked.pins)]
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _as_installed(pin: Pin, installed: Mapping[str, str]) -> Pin:
+    """The pin with no other hash than that of the wheel which was installed when the model was saved."""
+    if (wanted := installed.get(pin.name)) is None:
+        return pin
+    if wanted not in pin.hashes:
+        raise missing_wheel(pin, wanted, pin.hashes)
+    return replace(pin, hashes=(wanted,))
+
+
+def missing_wheel(pin: Pin, wanted: str, found: Sequence[str]) -> EnvironmentMismatchError:
+    """The error about a wheel that was installed when the model was saved, and that nobody has any more."""
+    return EnvironmentMismatchError(
+        "The wheel that was installed when the model was saved is not there any more",
+        where=pin.requirement,
+        wanted=f"SHA-256 {wanted}",
+        found=", ".join(found[:5]) or "none in the folders that the model and UV_FIND_LINKS name",
+        way_out="name the folder that holds it: UV_FIND_LINKS=FOLDER; or save the model again where another build is "
+        "installed",
+    )
+
+
+def _project(pins: Pins, installed: Mapping[str, str], environ: Mapping[str, str]) -> str:
+    """A pyproject.toml in which each distribution that a folder or index of the pins has comes from there alone.
+
+    Looking at other indexes too, uv was seen to take their wheel of the same version.
+    """
+    places: dict[str, str] = {}  # canonical name → index, the first counts
+    for wheel in wheels_for(pins, installed, environ):
+        places.setdefault(wheel.name, _index(wheel.path.parent.absolute().as_uri(), flat=True))
+    for option in pins.options:
+        name, _, place = option.partition(" ")
+        if not folder_of(option):
+            for served in _served(place, pins):
+                places.setdefault(served, _index(place, flat=name == "--find-links"))
+    indexes = list(dict.fromkeys(places.values()))
+    lines = ["[project]", 'name = "mlflow-safeflavor-image"', 'version = "0"']
+    lines += [f"dependencies = {json.dumps([str(pin.requirement) for pin in pins.pins])}", "[tool.uv.sources]"]
+    lines += [f'{name} = {{index = "place-{indexes.index(index)}"}}' for name, index in places.items()]
+    for i, index in enumerate(indexes):
+        lines += ["[[tool.uv.index]]", f'name = "place-{i}"', "explicit = true", index]
+    return "\n".join(lines) + "\n"
+
+
+def _index(url: str, *, flat: bool) -> str:
+    return f"url = {json.dumps(url)}" + ('\nformat = "flat"' if flat else "")
+
+
+def _served(place: str, pins: Pins) -> list[str]:
+    """Names that a place of ``torch_index`` is asked for: the one that its page is of, or all builds with a label."""
+    page = canonicalize_name(place.rstrip("/").rpartition("/")[2])
+    labelled = [name for name, version in pins.versions.items() if name in TORCH_FAMILY or "+" in version]
+    return [page] if page in pins.versions else labelled
+
+
+def wheels_for(pins: Pins, installed: Mapping[str, str], environ: Mapping[str, str] | None = None) -> Iterator[Wheel]:
+    """Wheels of the pinned versions in folders of this machine: those that the pins name.
+
+    For what is known to have been installed from a wheel also those that uv is told of (``UV_FIND_LINKS``).
+    """
+    given = [folder for option in pins.options if (folder := folder_of(option))]
+    told = (os.environ if environ is None else environ).get("UV_FIND_LINKS", "").split(",")
+    others = [folder for place in told if (folder := folder_of(f"--find-links {place}"))]
+    versions = pins.versions
+    for folders, names in ((given, versions.keys()), (others, versions.keys() & installed.keys())):
+        for wheel in (wheel for folder in folders for wheel in wheels_in(folder)):
+            if wheel.name in names and versions[wheel.name] == wheel.version:
+                yield wheel
+
+
+def _uv() -> str:
+    if found := shutil.which(
+        "uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    ):
+        return found
+    raise EnvironmentMismatchError(
+        "Hashes are looked up by uv, which is not installed",
+        where="uv",
+        way_out="pip install 'mlflow-safeflavor[docker]', or do without hashes",
+    )
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    """Variables for uv: this process's own, with folders by absolute path, over what pip is configured to."""
+    environ = {**_pip_settings(folder), **os.environ}
+    if places := environ.get("UV_FIND_LINKS"):
+        absolute = (os.path.abspath(place) if os.path.isdir(place) else place for place in places.split(","))
+        environ["UV_FIND_LINKS"] = ",".join(absolute)
+    return environ
+
+
+def _pip_settings(folder: Path) -> Mapping[str, str]:
+    """Where pip is configured to look, as uv's variables.
+
+    pip takes the best of all its indexes; uv asks those beside the default one first, and then no other that has the
+    name. So nobody can put a build of a private name on a public index.
+    Asked in an empty folder: with ``-m`` Python imports from the working folder, which may be a downloaded model.
+    """
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
+    settings: dict[str, str] = {}
+    for line in done.stdout.splitlines():
+        name, _, value = line.partition("=")
+        variable = _AS_UV_SAYS.get(name.rpartition(".")[2])
+        if variable and value.startswith(("'", '"')):
+            settings[variable] = " ".join(value[1:-1].replace("\\n", " ").split())
+    if settings.get("UV_FIND_LINKS"):
+        settings["UV_FIND_LINKS"] = settings["UV_FIND_LINKS"].replace(" ", ",")
+    return settings

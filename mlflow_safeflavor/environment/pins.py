@@ -1,0 +1,148 @@
+"""requirements.txt of an artifact, read strictly: pins, their hashes, and where files are found; nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import read_text
+from mlflow_safeflavor.errors import EnvironmentMismatchError, IntegrityError
+
+__all__ = ["CONSTRAINTS", "ONNX_REQUIREMENTS", "Pin", "Pins", "parse_pins", "read_pins"]
+
+CONSTRAINTS = "constraints.txt"
+"""The one file that a requirements.txt may name, beside it."""
+
+ONNX_REQUIREMENTS = "requirements-onnx.txt"
+"""Pins for the graph alone, beside requirements.txt, of a model that has a module, too."""
+
+_OPTION = re.compile(r"--(find-links|extra-index-url) (https?://[^\s#\"'\\]+|file:///[^\s#\"'\\]+|/[^\s#\"'\\]*)")
+_HASHES = re.compile(r"((?:\s+--hash=sha256:[0-9a-f]{64})*)\s*")
+_WAY_OUT = (
+    "build wheels of what no index has (`pip wheel -w FOLDER …`), install them from there, and save the model with "
+    "torch_index=FOLDER; let pip's own configuration hold other indexes and passwords"
+)
+
+
+@dataclass(frozen=True)
+class Pin:
+    """One line about one distribution.
+
+    Attributes:
+        requirement: As packaging reads it; never with a URL.
+        hashes: SHA-256 of each file that may be installed; empty where the line has none.
+    """
+
+    requirement: Requirement
+    hashes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Canonical name."""
+        return canonicalize_name(self.requirement.name)
+
+    @property
+    def version(self) -> str | None:
+        """The exact version, with its local label; None where the line allows several."""
+        exact = re.fullmatch(r"==([^*,]+)", str(self.requirement.specifier))
+        return exact[1] if exact else None
+
+    def __str__(self) -> str:
+        hashes = (f"--hash=sha256:{digest}" for digest in self.hashes)
+        return " \\\n    ".join([str(self.requirement), *hashes])
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What an environment is installed from.
+
+    Attributes:
+        options: Lines ``--find-links PLACE`` and ``--extra-index-url URL``.
+        pins: One for each distribution.
+        constraints: Versions that nothing may leave.
+    """
+
+    options: tuple[str, ...]
+    pins: tuple[Pin, ...]
+    constraints: tuple[Pin, ...] = ()
+
+    @property
+    def are_locked(self) -> bool:
+        """Whether every pin has hashes, so that pip installs only these files."""
+        return all(pin.hashes for pin in self.pins)
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Canonical name → exact version, of those that have one."""
+        return {pin.name: pin.version for pin in self.pins if pin.version is not None}
+
+
+def read_pins(layout: Layout, name: str = "requirements.txt") -> Pins:
+    """Read a file of pins, and constraints.txt where it names that.
+
+    Args:
+        layout: The artifact.
+        name: requirements.txt or requirements-onnx.txt.
+
+    Raises:
+        EnvironmentMismatchError: A line is none that installs from wheels by name and version.
+        IntegrityError: A file cannot be read.
+    """
+    options: list[str] = []
+    pins: list[Pin] = []
+    constraints: tuple[Pin, ...] = ()
+    for line in _lines(layout, layout.root / name):
+        if line == f"-c {CONSTRAINTS}":
+            path = layout.root / CONSTRAINTS
+            constraints = tuple(parse_pins(_lines(layout, path), CONSTRAINTS))
+        elif _OPTION.fullmatch(line) and "${" not in line:  # which pip would fill in with secrets of this machine
+            options.append(line)
+        else:
+            pins += parse_pins([line], name)
+    if any(pin.hashes for pin in pins) and not all(pin.hashes for pin in pins):
+        raise IntegrityError(
+            "Some pins have hashes and some have none",
+            where=name,
+            way_out="save the model with hashes for all of them or for none",
+        )
+    return Pins(tuple(options), tuple(pins), constraints)
+
+
+def _lines(layout: Layout, path: Path) -> Iterator[str]:
+    """Logical lines: continued ones joined, without empty ones and comments."""
+    text = read_text(path, layout.limit_of(path.name) or 0)
+    for line in re.sub(r"\\\r?\n", " ", text).split("\n"):
+        if (line := line.strip()) and not line.startswith("#"):
+            yield line
+
+
+def parse_pins(lines: Iterator[str] | list[str], where: str) -> Iterator[Pin]:
+    """Read lines of the form ``name==1.0; marker --hash=sha256:…``.
+
+    Raises:
+        EnvironmentMismatchError: A line has another form.
+    """
+    for line in lines:
+        text, dashes, rest = line.partition(" --")
+        hashes = _HASHES.fullmatch(dashes + rest)
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            requirement = None
+        wanted = requirement is not None and requirement.url is None and hashes is not None and line.isprintable()
+        if requirement is None or hashes is None or not wanted:
+            raise EnvironmentMismatchError(
+                "A line of the requirements is none that installs wheels by name and version",
+                where=where,
+                wanted="name==version, with markers and hashes; --find-links or --extra-index-url with a place; "
+                f"-c {CONSTRAINTS}",
+                found=line[:300],
+                way_out=_WAY_OUT,
+            )
+        yield Pin(requirement, tuple(re.findall(r"sha256:([0-9a-f]{64})", hashes[1])))

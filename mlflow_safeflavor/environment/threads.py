@@ -1,0 +1,173 @@
+"""How many threads this process may keep busy: affinity, the container's quota, and the workers beside it.
+
+All of it is decided before torch is imported, since torch and its OpenMP read their variables once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlflow_safeflavor import machine
+
+__all__ = [
+    "Budget",
+    "find_budget",
+    "is_scoring_server",
+    "limit_threads",
+    "use_threads",
+]
+
+SPIN_COUNT = 10_000
+"""Turns that an idle OpenMP thread waits busily before it sleeps.
+
+With GNU OpenMP's default a second thread makes everything slower as soon as another process wants its core; without
+any waiting, short texts take twice as long on an idle machine. ``benchmarks/threads.py`` shows both, and this between.
+"""
+
+_SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was found, and what was chosen.
+
+    Attributes:
+        cores: Cores that affinity allows.
+        quota: Cores' worth of CPU time that the cgroup grants; None without a limit.
+        workers: Server processes that share them.
+        threads: Torch's threads in this process.
+        source: What decided: "num_threads", "OMP_NUM_THREADS" or "found".
+        spin_count: What an idle OpenMP thread waits; None where it was left as it is.
+    """
+
+    cores: int
+    quota: float | None
+    workers: int
+    threads: int
+    source: str
+    spin_count: int | None = None
+
+    def __str__(self) -> str:
+        quota = "no quota" if self.quota is None else f"a quota of {self.quota:g}"
+        spin = "" if self.spin_count is None else f", spinning {self.spin_count} turns"
+        return (
+            f"{self.cores} cores, {quota}, {self.workers} workers: "
+            f"{self.threads} threads{'' if self.source == 'found' else f' by {self.source}'}{spin}"
+        )
+
+
+def find_budget(requested: int = 0, *, environ: Mapping[str, str] = os.environ, root: Path = machine.ROOT) -> Budget:
+    """How many threads torch should use in this process; changes nothing.
+
+    Args:
+        requested: The run-time option ``num_threads``; 0 for as many as there is room for.
+        environ: Variables of this process. ``OMP_NUM_THREADS`` counts, where the user has set it.
+        root: Where ``proc`` and ``sys`` are.
+    """
+    cores, quota, workers = machine.cores(), machine.quota(root), _workers(environ, root)
+    room = cores if quota is None else min(cores, quota)
+    if requested:
+        return Budget(cores, quota, workers, requested, "num_threads")
+    if by_user := _positive(environ.get("OMP_NUM_THREADS", "")):
+        return Budget(cores, quota, workers, by_user, "OMP_NUM_THREADS")
+    return Budget(cores, quota, workers, max(1, math.floor(room / workers)), "found")
+
+
+def limit_threads(requested: int = 0) -> Budget:
+    """Make torch, once it is imported, use no more threads than there is room for, and let idle ones sleep soon.
+
+    This sets ``OMP_NUM_THREADS`` and ``GOMP_SPINCOUNT``, so it is for processes that are there for nothing else: see
+    ``is_scoring_server``. Variables for waiting that the user has set stay.
+
+    Args:
+        requested: See ``find_budget``.
+    """
+    budget = find_budget(requested)
+    os.environ["OMP_NUM_THREADS"] = str(budget.threads)
+    # Else tokenizers starts a thread a core of its own, beside torch's.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if budget.threads == 1 or any(name in os.environ for name in _SPIN_VARIABLES):
+        return budget
+    os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+    return replace(budget, spin_count=SPIN_COUNT)
+
+
+def is_scoring_server(root: Path = machine.ROOT) -> bool:
+    """Whether this process is MLflow's scoring server or a worker of it, and nobody else's."""
+    return any("mlflow.pyfunc.scoring_server" in part for command in _commands(root) for part in command)
+
+
+_one_at_a_time = threading.Lock()
+
+
+def use_threads(count: int) -> None:
+    """Make torch use so many threads for what the calling thread computes, and nowhere else; 0 changes nothing.
+
+    Torch counts for each thread, but what it is told is also the start for threads to come: that is put back.
+    """
+    torch = sys.modules.get("torch")
+    if not count or torch is None:
+        return
+    with _one_at_a_time, ThreadPoolExecutor(1) as another:
+        before = another.submit(torch.get_num_threads).result()
+        torch.get_num_threads()  # else torch begins with the common count at its first work here
+        torch.set_num_threads(count)
+        another.submit(torch.set_num_threads, before).result()
+
+
+_WORKERS_OPTION = re.compile(r"^(?:--workers|-w)(?:=(\d+))?$")
+_SERVERS = ("uvicorn", "gunicorn")
+
+
+def _workers(environ: Mapping[str, str], root: Path) -> int:
+    """Server processes that share this machine or container with this one, itself included.
+
+    The server's command line says so: it is this process's own where there is one worker, else that of
+    its parent. Where none is found, the variable that MLflow's container start reads counts.
+    """
+    for command in _commands(root):
+        if any(os.path.basename(part) in _SERVERS for part in command[:3]):
+            return _workers_option(command) or _positive(environ.get("WEB_CONCURRENCY", "")) or 1
+    return _positive(environ.get("MLFLOW_MODELS_WORKERS", "")) or 1
+
+
+def _workers_option(command: Sequence[str]) -> int | None:
+    for part, following in zip(command, [*command[1:], ""], strict=True):
+        if match := _WORKERS_OPTION.match(part):
+            return _positive(match[1] or following)
+    return None
+
+
+def _positive(text: str) -> int | None:
+    return int(text) if text.isdigit() and int(text) else None
+
+
+def _commands(root: Path) -> Iterator[list[str]]:
+    """Command lines of this process and those around it, outermost last."""
+    process = "self"
+    while process != "0":
+        yield _command_line(root, process)
+        process = _parent(root, process)
+
+
+def _command_line(root: Path, process: str) -> list[str]:
+    try:
+        return (root / "proc" / process / "cmdline").read_text(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def _parent(root: Path, process: str) -> str:
+    try:
+        # The command's name, in brackets, may hold blanks and brackets itself.
+        return (root / "proc" / process / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+    except (OSError, IndexError):
+        return "0"

@@ -1,0 +1,106 @@
+"""Wheels in a folder, and whether what is installed came from one of them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.metadata
+import io
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+
+from mlflow_safeflavor.artifact.plain_files import digest_of_plain, reason_to_refuse
+
+__all__ = ["Wheel", "folder_of", "installed_content", "installed_wheels", "wheels_in"]
+
+_MAX_RECORD = 64 * 10**6  # bytes; torch with CUDA has 2 MB
+_FROM_THE_WHEEL = ("METADATA", "WHEEL")
+"""Files of a dist-info folder that every installer takes over as they are."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A file that may be installed for a pin.
+
+    Attributes:
+        name: Canonical name of the distribution.
+        version: As in the file's name.
+        path: The file.
+    """
+
+    name: str
+    version: str
+    path: Path
+
+
+def folder_of(option: str) -> Path | None:
+    """The folder of this machine that a line ``--find-links PLACE`` names, if there is such a folder."""
+    name, _, place = option.partition(" ")
+    url = urlsplit(place)
+    folder = Path(unquote(url.path) if url.scheme == "file" else place)
+    is_local = name == "--find-links" and url.scheme in ("", "file")
+    return folder if is_local and folder.is_absolute() and folder.is_dir() else None
+
+
+def wheels_in(folder: Path) -> Iterator[Wheel]:
+    """Every wheel of a folder that is a plain file."""
+    for path in sorted(folder.glob("*.whl")):
+        try:
+            name, version, *_ = parse_wheel_filename(path.name)
+        except InvalidWheelFilename:
+            continue
+        if reason_to_refuse(path.lstat().st_mode) is None:
+            yield Wheel(name, str(version), path)
+
+
+def installed_wheels(
+    folder: Path, installed: Mapping[str, importlib.metadata.Distribution]
+) -> dict[str, dict[str, str]]:
+    """Canonical name → file, SHA-256 and installed content of each wheel of a folder that is what is installed."""
+    found: dict[str, dict[str, str]] = {}
+    for wheel in wheels_in(folder):
+        distribution = installed.get(wheel.name)
+        content = None if distribution is None else installed_content(distribution)
+        if content and distribution is not None and _entries_of(wheel.path) <= _entries(distribution):
+            facts = {"file": wheel.path.name, "sha256": digest_of_plain(wheel.path), "content": content}
+            found[wheel.name] = facts
+    return found
+
+
+def installed_content(distribution: importlib.metadata.Distribution) -> str | None:
+    """SHA-256 over what a wheel put into site-packages, by the installer's list; None where there is no such list.
+
+    Scripts and byte code are left out: installers make them anew on each machine.
+    """
+    entries = _entries(distribution)
+    return hashlib.sha256("\n".join(sorted(entries)).encode()).hexdigest() if entries else None
+
+
+def _entries(distribution: importlib.metadata.Distribution) -> set[str]:
+    return set(_parsed(distribution.read_text("RECORD") or ""))
+
+
+def _entries_of(wheel: Path) -> set[str]:
+    """What the wheel's own list says; something that nothing has where it cannot be read."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".dist-info/RECORD"))
+            if archive.getinfo(name).file_size > _MAX_RECORD:
+                raise ValueError("a list that is no list")
+            entries = set(_parsed(archive.read(name).decode("utf-8")))
+    except (OSError, ValueError, StopIteration, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+        entries = set()
+    return entries or {"unreadable"}
+
+
+def _parsed(record: str) -> Iterator[str]:
+    for path, digest, *_ in (row for row in csv.reader(io.StringIO(record)) if len(row) > 1):
+        folder, _, name = path.rpartition("/")
+        elsewhere = path.startswith(("/", "..")) or ".data/" in path
+        if digest and not elsewhere and (not folder.endswith(".dist-info") or name in _FROM_THE_WHEEL):
+            yield f"{path},{digest}"

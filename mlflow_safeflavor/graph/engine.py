@@ -1,0 +1,143 @@
+"""The engine that runs a graph, and rebuilds the module only for what the graph does not take."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+
+from mlflow_safeflavor.artifact.weights_files import HeldFile, require_unchanged
+from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.graph.check import Graph, describe_input
+
+if TYPE_CHECKING:
+    import torch
+
+    from mlflow_safeflavor.module.engine import ModuleEngine
+
+__all__ = ["GraphEngine", "Session", "runtime_of"]
+
+T = TypeVar("T")
+
+
+class Session(Protocol):
+    """A graph with its weights, ready to run on the CPU; safe from many threads."""
+
+    name: str
+    """Of the engine: "onnx" or "openvino"."""
+    dtype: str
+    """What it computes in; outputs are float32 all the same."""
+    tolerance: float
+    """Most that an output may differ from the module's: of itself, and of the largest value of its kind in it."""
+    graph: Graph
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the forward on what the graph takes."""
+        ...
+
+
+def runtime_of(engine: str, dtype: str | None = None) -> Callable[..., Session]:
+    """What makes sessions for an engine: (graph, weights, threads=…).
+
+    Args:
+        engine: "onnx" or "openvino".
+        dtype: For OpenVINO, what to compute in; by default float32.
+
+    Raises:
+        PlacementError: OpenVINO is not installed.
+    """
+    if engine == "onnx":
+        from mlflow_safeflavor.graph import onnx_engine
+
+        return onnx_engine.Session
+    from mlflow_safeflavor.graph import openvino_engine
+
+    openvino_engine.require_installed()
+    return partial(openvino_engine.Session, dtype=dtype or "float32")
+
+
+class GraphEngine:
+    """Runs a graph.
+
+    Args:
+        session: The graph with its weights, in ONNX Runtime or OpenVINO.
+        rebuild: Makes the engine of the module; None where the artifact holds a graph alone.
+        weights: Files that its weights are mapped from.
+        keeps_bits: See ``Engine``.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        rebuild: Callable[[], ModuleEngine] | None = None,
+        weights: Sequence[HeldFile] = (),
+        *,
+        keeps_bits: bool = False,
+    ) -> None:
+        self.session, self.name, self.on_cpu = session, session.name, True
+        self.keeps_bits = keeps_bits
+        self._rebuild = rebuild
+        self._weights = weights
+        self._rebuilt: ModuleEngine | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The module that the graph was recorded from, rebuilt and checked on first use.
+
+        Raises:
+            StructureError: The artifact holds a graph alone.
+        """
+        return self.fallback().module
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        graph = self.session.graph
+        dtypes = {known.name: known.dtype for known in graph.inputs}
+        arrays = {name: _fitted(array, dtypes.get(name, "")) for name, array in inputs.items()}
+        if misfit := graph.misfit(arrays):
+            if self._rebuild is not None:
+                return _apart(lambda: self.fallback()(inputs))
+            raise StructureError(
+                "The model was stored as a graph, which does not take this input",
+                where="forward",
+                wanted=", ".join(f"{known.name} {describe_input(known)}" for known in graph.inputs),
+                found=misfit,
+                way_out='save the model with its module, too: graph="auto"',
+            )
+        graph.require_rows(arrays)
+        require_unchanged(self._weights)
+        return self.session(arrays)
+
+    def fallback(self) -> ModuleEngine:
+        """The engine of the module, rebuilt on first use. Raises ``StructureError`` where there is none."""
+        with self._lock:
+            if self._rebuilt is None:
+                if self._rebuild is None:
+                    raise StructureError(
+                        "The model was stored as a graph of one forward, which cannot do this",
+                        where="engine",
+                        way_out='save the model with its module, too: graph="auto"',
+                    )
+                self._rebuilt = self._rebuild()
+            return self._rebuilt
+
+    def generate(self, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any], **options: Any) -> Any:
+        """Let the module write; see ``Engine.generate``."""
+        return _apart(lambda: self.fallback().generate(inputs, settings, **options))
+
+
+def _apart(run: Callable[[], T]) -> T:
+    """Run a module in a thread that its caller's contexts of torch (devices, autocast, threads) do not reach."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
+
+
+def _fitted(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Floating point numbers in the serving dtype, and whole ones as wide as the graph takes them: masks differ."""
+    floats = array.dtype.kind == "f" and dtype == "float32"
+    wider = array.dtype.kind in "iu" and dtype.startswith("int") and np.can_cast(array.dtype, dtype)
+    return array.astype(dtype, copy=False) if floats or wider else array

@@ -1,0 +1,119 @@
+"""Weights packed for the kernels of this CPU, once on a host, and mapped by every process that serves them.
+
+A process that is alone packs its own, which costs least. Where a second one comes, it writes the graph as it is run and
+all its packed weights into the private cache of this user; whoever comes later maps them, and the first one changes
+over to them. The bits are the same: the kernels and their weights are.
+
+What is kept was made here from weights whose digests were compared, and nobody else can write to it. It counts until
+the machine starts again, as nothing of it need have reached the disk, and for no longer than a week.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mlflow_safeflavor.artifact import host_cache
+from mlflow_safeflavor.artifact.weights_files import HeldFile, boot
+
+__all__ = ["PackedWeights"]
+
+_FILE = "packed.onnx"
+_MOST_AGE = 7 * 86400.0  # seconds
+
+_logger = logging.getLogger("mlflow.safeflavor")
+
+
+class PackedWeights:
+    """The entry of a graph and its weights in this host's cache.
+
+    Args:
+        content: The graph.
+        weights: Files that its weights are mapped from.
+        runtime: Name and version of what packs them.
+    """
+
+    def __init__(self, content: bytes, weights: Sequence[HeldFile], runtime: str) -> None:
+        here = (boot(), _cpu(), runtime, *(file.facts for file in weights))
+        self._name = f"packed-{hashlib.sha256(repr(here).encode() + content).hexdigest()[:32]}"
+        # Files that are not private copies may become others; small ones are copied in less time than it takes to ask.
+        self._kept = bool(boot()) and bool(weights) and all(file.kind == "copy" for file in weights)
+        self._awaited: Path | None = None
+        self._lock = threading.Lock()
+
+    def open(self, map_file: Callable[[Path], Any], save: Callable[[Path], None], nbytes: int) -> Any:
+        """What ``map_file`` makes of the kept file, written now if there is company; None if there is none.
+
+        Args:
+            map_file: Opens a file that ``save`` wrote.
+            save: Writes the graph to a path, and the weights to the same with the suffix ``.data``.
+            nbytes: Of the weights.
+        """
+        if not self._kept:
+            return None
+        try:
+            with host_cache.entry(self._name) as folder:
+                if folder is None:
+                    root = host_cache.cache_folder()
+                    self._awaited = None if root is None else root / self._name / _FILE
+                    return None
+                path = folder / _FILE
+                with suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > _MOST_AGE:
+                        path.unlink()
+                alone = not path.exists() and not host_cache.is_used(folder)
+                weakref.finalize(self, os.close, host_cache.in_use(folder))
+                if not alone and not path.exists() and host_cache.has_room(folder, 2 * nbytes):
+                    self._write(path, save)
+                if not path.exists():
+                    self._awaited = path
+                    return None
+            return map_file(path)
+        except Exception as error:  # ONNX Runtime's classes, and the disk's
+            _logger.info("safeflavor: packed weights are not shared: %s", str(error).partition("\n")[0])
+            return None
+
+    @staticmethod
+    def _write(path: Path, save: Callable[[Path], None]) -> None:
+        scratch, data = path.with_suffix(".new"), path.with_suffix(".data")
+        for left in (scratch, data):  # others may have mapped the old ones, which must stay as they are
+            left.unlink(missing_ok=True)
+        try:
+            save(scratch)
+        except BaseException:
+            for left in (scratch, data):
+                left.unlink(missing_ok=True)
+            raise
+        os.replace(scratch, path)
+
+    def found(self, map_file: Callable[[Path], Any]) -> Any:
+        """What ``map_file`` makes of the file that another process has written since; None if none has, and later."""
+        path = self._awaited
+        if path is None or not path.exists():
+            return None
+        with self._lock:
+            if self._awaited is None:
+                return None
+            self._awaited = None
+            try:
+                return map_file(path)
+            except Exception as error:
+                _logger.info("safeflavor: packed weights are not shared: %s", str(error).partition("\n")[0])
+                return None
+
+
+def _cpu() -> str:
+    """What decides how weights are packed."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

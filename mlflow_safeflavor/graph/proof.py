@@ -1,0 +1,258 @@
+"""The proof that a graph answers as its module does, and what of its bits depends on nothing.
+
+Both are run on inputs of many sizes. Outputs must lie within a tolerance. Whether a row has the same bits for any
+number of threads, alone and in a batch, unpadded and padded, is measured and recorded, as nobody promises it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mlflow_safeflavor.graph.check import Input
+from mlflow_safeflavor.graph.engine import Session
+
+__all__ = ["TEXT", "Arrays", "Facts", "Refusal", "prove"]
+
+Arrays = Mapping[str, np.ndarray]
+Run = Callable[[Arrays], Mapping[str, np.ndarray]]
+
+TEXT = frozenset(("input_ids", "attention_mask", "token_type_ids"))
+"""Inputs of shape (rows, length) that go together."""
+
+
+class Refusal(Exception):
+    """Why a forward has no graph, in words."""
+
+
+@dataclass
+class Facts:
+    """What was seen.
+
+    Attributes:
+        dtype: What the graph was computed in.
+        inputs: On how many inputs the graph answered as the module.
+        difference: The largest, of any output.
+        threads, batch, padding: Whether all bits of a row were the same for each number of threads, alone and in a
+            batch, without padding and with it; None where that was never tried.
+    """
+
+    dtype: str = "float32"
+    inputs: int = 0
+    difference: float = 0.0
+    threads: bool | None = None
+    batch: bool | None = None
+    padding: bool | None = None
+    sizes: dict[str, set[int]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``graph.json`` has it."""
+        return {name: getattr(self, name) for name in ("dtype", "inputs", "difference", "threads", "batch", "padding")}
+
+    def saw(self, name: str, same: bool) -> None:
+        """Note one comparison of bits; one that fails counts for all."""
+        setattr(self, name, same and getattr(self, name) is not False)
+
+
+def prove(
+    module: Run, sessions: Sequence[Session], inputs: Sequence[Input], example: Arrays, limit: int | None, seed: int
+) -> Facts:
+    """Run a module and its graph on many inputs.
+
+    Args:
+        module: What was recorded. Inputs that it refuses are left out.
+        sessions: The graph, with one, two and all threads; the first says what is tolerated.
+        inputs: What it takes.
+        example: What it was recorded with.
+        limit: Most tokens of a text.
+        seed: Of the sizes and values that are drawn.
+
+    Raises:
+        Refusal: An output differs by more than the tolerance, or no input could be found.
+    """
+    first, *others = sessions
+    facts = Facts(first.dtype)
+    for probe in _probes(inputs, example, limit, seed):
+        try:
+            wanted = module(probe)
+        except Exception:  # noqa: S112  (the module does not take such sizes, so nobody can be answered wrongly)
+            continue
+        found = _run(first, probe)
+        facts.difference = max(facts.difference, _difference(wanted, found, probe, first.tolerance))
+        facts.inputs += 1
+        for known in inputs:
+            for name, size in zip(known.shape, probe[known.name].shape, strict=True):
+                if isinstance(name, str):
+                    facts.sizes.setdefault(name, set()).add(size)
+        for other in others:
+            facts.saw("threads", _same(found, _run(other, probe)))
+        _compare_rows(first, probe, found, inputs, facts)
+    if not facts.inputs:
+        raise Refusal("no input could be found on which the module runs")
+    return facts
+
+
+def _run(session: Run, inputs: Arrays) -> Mapping[str, np.ndarray]:
+    try:
+        return session(inputs)
+    except Exception as error:  # the runtime has its own ways to refuse a shape
+        raise Refusal(f"the graph fails on {_shapes(inputs)}: {type(error).__name__}: {error}") from error
+
+
+def _shapes(inputs: Arrays) -> str:
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
+
+
+def _difference(
+    wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], inputs: Arrays, tolerance: float
+) -> float:
+    largest = 0.0
+    if wanted.keys() != found.keys():
+        raise Refusal(f"the graph gives {sorted(found)}, and the module {sorted(wanted)}")
+    for name, array in wanted.items():
+        other = found[name]
+        if array.shape != other.shape or array.dtype != other.dtype:
+            raise Refusal(
+                f"the graph gives {name} as {other.dtype}{list(other.shape)}, not {array.dtype}{list(array.shape)}"
+            )
+        if array.dtype.kind != "f":
+            if not np.array_equal(array, other):
+                raise Refusal(f"the graph gives other values of {name} on {_shapes(inputs)}")
+            continue
+        plain = np.isfinite(array)
+        if not np.array_equal(array[~plain], other[~plain], equal_nan=True):
+            raise Refusal(f"the graph gives other infinite values of {name} on {_shapes(inputs)}")
+        if plain.any():
+            off = float(np.abs(array[plain] - other[plain]).max())
+            allowed = tolerance * (1 + float(np.abs(array[plain]).max()))
+            if not off <= allowed:
+                raise Refusal(f"the graph differs by {off:.1e} in {name} on {_shapes(inputs)}, more than {allowed:.1e}")
+            largest = max(largest, off)
+    return largest
+
+
+def _same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
+    return all(array.tobytes() == other[name].tobytes() for name, array in one.items())
+
+
+# --- rows of a batch, each by itself -------------------------------------------------------------
+
+
+def _compare_rows(session: Run, probe: Arrays, found: Arrays, inputs: Sequence[Input], facts: Facts) -> None:
+    """Ask for each of the first rows alone, and without its padding."""
+    rows = {known.shape[0] for known in inputs if known.shape}
+    if len(rows) != 1 or not isinstance(next(iter(rows)), str) or any(not known.shape for known in inputs):
+        return
+    count = next(iter(probe.values())).shape[0]
+    texts = {known.name for known in inputs if known.shape[1:2] == ("length",)}
+    outputs = [name for name, array in found.items() if array.ndim and array.shape[0] == count]
+    for i in range(min(count, 3)):
+        row = {name: array[i : i + 1] for name, array in probe.items()}
+        alone = _run(session, row)
+        if count > 1:
+            facts.saw("batch", all(alone[name].tobytes() == found[name][i : i + 1].tobytes() for name in outputs))
+        mask = row.get("attention_mask")
+        if mask is None or mask.ndim != 2 or mask.all() or not mask.any():
+            continue
+        kept = np.flatnonzero(mask[0])
+        if kept[-1] - kept[0] + 1 != len(kept) or kept[0] != 0:  # padded on the left: positions would be others
+            continue
+        short = _run(session, {name: array[:, : len(kept)] if name in texts else array for name, array in row.items()})
+        facts.saw("padding", all(_cut(alone[name], short[name]).tobytes() == short[name].tobytes() for name in outputs))
+
+
+def _cut(padded: np.ndarray, bare: np.ndarray) -> np.ndarray:
+    """An output without what it has of padding."""
+    longer = padded.ndim > 1 and bare.ndim == padded.ndim and padded.shape[1] > bare.shape[1]
+    return padded[:, : bare.shape[1]] if longer else padded
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+_ROWS = (1, 2, 7, 32)
+_LENGTHS = (1, 2, 3, 17, 64, 200)
+_MOST_TOKENS = 2048
+"""Of one probe, so that the proof of a large model takes a minute and not an hour; one row may have more."""
+_AT_RANDOM = 8
+_MOST_PROBES = 200
+
+
+def _probes(inputs: Sequence[Input], example: Arrays, limit: int | None, seed: int) -> Iterator[Arrays]:
+    """Inputs of many sizes; the values are those of the example in another order, and masks of all kinds."""
+    draw = np.random.default_rng(seed)
+    yield example
+    for i, sizes in enumerate(_sizes(inputs, example, limit, random.Random(seed))):  # noqa: S311
+        yield {known.name: _values(known, sizes, example[known.name], draw, i) for known in inputs}
+
+
+def _sizes(
+    inputs: Sequence[Input], example: Arrays, limit: int | None, draw: random.Random
+) -> Iterator[dict[str, int]]:
+    """Every free size its own way: rows, lengths of texts, and others around that of the example."""
+    choices: dict[str, list[int]] = {}
+    for known in inputs:
+        for i, (name, size) in enumerate(zip(known.shape, example[known.name].shape, strict=True)):
+            if isinstance(name, str) and name not in choices:
+                text = i == 1 and known.name in TEXT
+                choices[name] = list(_ROWS if i == 0 else _lengths(limit) if text else (1, 2, size, size + 1, 2 * size))
+    rows = {known.shape[0] for known in inputs if known.shape}
+    combined: list[dict[str, int]] = [{}]
+    for name, numbers in choices.items():
+        combined = [{**one, name: number} for one in combined for number in numbers][:_MOST_PROBES]
+    if choices:
+        combined += [
+            {name: draw.randint(min(numbers), max(numbers)) for name, numbers in choices.items()}
+            for _ in range(_AT_RANDOM)
+        ]
+    yield from (one for one in combined if _affordable(one, rows))
+
+
+def _lengths(limit: int | None) -> list[int]:
+    return [length for length in _LENGTHS if limit is None or length < limit] + ([limit] if limit else [])
+
+
+def _affordable(sizes: Mapping[str, int], rows: set[int | str]) -> bool:
+    product = 1
+    for size in sizes.values():
+        product *= size
+    return product <= _MOST_TOKENS or all(sizes.get(str(name), 1) == 1 for name in rows)
+
+
+def _values(known: Input, sizes: Mapping[str, int], like: np.ndarray, draw: np.random.Generator, i: int) -> np.ndarray:
+    shape = tuple(sizes[size] if isinstance(size, str) else size for size in known.shape)
+    values: np.ndarray
+    if known.name == "attention_mask" and like.ndim == 2:
+        values = _MASKS[i % len(_MASKS)](shape, draw).astype(like.dtype)
+        return values
+    if known.name == "token_type_ids" and i % 2:
+        values = np.zeros(shape, like.dtype)
+        return values
+    chosen = draw.integers(like.size, size=shape)
+    values = like.reshape(-1)[chosen]
+    if known.name in TEXT and like.ndim == 2 and min(shape[1], like.shape[1]) > 2:
+        # Some models look for the token that ends a text, which stands in one place.
+        inner = like[:, 1:-1].reshape(-1)
+        values = inner[chosen % inner.size]
+        values[:, 0], values[:, -1] = like[0, 0], like[0, -1]
+    return values
+
+
+def _padded(shape: tuple[int, ...], draw: np.random.Generator, *, left: bool, empty: bool = False) -> np.ndarray:
+    real = draw.integers(1, shape[1] + 1, size=(shape[0], 1))
+    real[0] = 0 if empty else shape[1]
+    places = np.arange(shape[1])[None]
+    mask: np.ndarray = places >= shape[1] - real if left else places < real
+    return mask
+
+
+_MASKS: tuple[Callable[[tuple[int, ...], np.random.Generator], np.ndarray], ...] = (
+    lambda shape, draw: np.ones(shape),
+    lambda shape, draw: _padded(shape, draw, left=False),
+    lambda shape, draw: _padded(shape, draw, left=True),
+    lambda shape, draw: _padded(shape, draw, left=False, empty=True),
+)
+"""Nothing padded, padded on the right, on the left, and with a row of nothing but padding."""

@@ -1,0 +1,92 @@
+"""Where tensors of a module lie in the artifact's files of weights, and these bytes as arrays: mapped, never copied."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout
+from mlflow_safeflavor.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from mlflow_safeflavor.artifact.inventory_file import Inventory
+    from mlflow_safeflavor.graph.check import Weight
+
+__all__ = ["Place", "find_places", "map_weights"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Bytes of a file.
+
+    Attributes:
+        file: Its name in the artifact's folder of data.
+        start: Of the first byte.
+        length: Bytes.
+    """
+
+    file: str
+    start: int
+    length: int
+
+
+def find_places(inventory: Inventory, layout: Layout) -> dict[str, Place]:
+    """Path → place of each tensor that lies contiguously in a file of weights, which were just written."""
+    begins: dict[str, tuple[str, int]] = {}
+    for file in inventory.files:
+        with (layout.data / file).open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+        for name, facts in header.items():
+            if name != "__metadata__":
+                begins[name] = (file, 8 + length + facts["data_offsets"][0])
+    found = {}
+    for row in inventory.rows.values():
+        if row.stride is None and row.data in begins:
+            file, start = begins[row.data]
+            size = np.dtype(row.dtype).itemsize if row.dtype != "bfloat16" else 2
+            found[row.path] = Place(file, start + row.offset * size, math.prod(row.shape) * size)
+    return found
+
+
+def map_weights(weights: Mapping[str, Weight], files: Collection[str], layout: Layout) -> dict[str, np.ndarray]:
+    """The arrays that a graph takes from files of weights, read-only.
+
+    Args:
+        weights: As the graph names them.
+        files: Names of the artifact's files of weights, whose content was compared with what was saved.
+        layout: Says where they are held.
+
+    Raises:
+        IntegrityError: A tensor is in no such file, reaches beyond it, or is not of its dtype.
+    """
+    opened: dict[str, np.ndarray] = {}
+    found = {}
+    for name, weight in weights.items():
+        place, dtype = weight.place, np.dtype(weight.dtype)
+        if place.file in files and place.file not in opened:
+            path = layout.data / place.file
+            opened[place.file] = np.memmap(layout.held.get(path, path), mode="r", dtype=np.uint8)
+        size = len(opened.get(place.file, ()))
+        if not 0 <= place.start <= place.start + place.length <= size or place.start % dtype.itemsize:
+            raise IntegrityError(
+                "A tensor of the graph is not in the artifact's files of weights",
+                where=f"{layout.name_of(layout.graph)}, initializer {name[:200]!r}",
+                wanted=f"bytes of {' | '.join(sorted(files))[:200]}",
+                found=f"bytes {place.start} to {place.start + place.length} of {place.file[:200]!r}, which has {size}",
+                way_out=WAY_OUT,
+            )
+        part = opened[place.file][place.start : place.start + place.length]
+        if weight.dtype == "bool" and part.max(initial=0) > 1:  # kernels count some of these, and write all
+            raise IntegrityError(
+                "A tensor of the graph holds truth values that are neither 0 nor 1",
+                where=f"{layout.name_of(layout.graph)}, initializer {name[:200]!r}",
+                way_out=WAY_OUT,
+            )
+        found[name] = part.view(dtype).reshape(weight.shape)
+    return found

@@ -1,0 +1,65 @@
+"""A saved model on this disk: where it lies already, or a download that is gone once nothing needs it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from mlflow_safeflavor.artifact.scratch import scratch_folder
+
+__all__ = ["keep", "located"]
+
+
+@contextmanager
+def located(model_uri: str | Path, dst_path: str | Path | None = None) -> Iterator[Path]:
+    """A local folder for any URI that MLflow resolves.
+
+    What is downloaded for this alone is removed on leaving; if the process is killed before, by the next one that
+    makes a scratch folder.
+
+    Args:
+        model_uri: A folder, or a URI.
+        dst_path: Folder to download to, which stays.
+    """
+    if dst_path is None and Path(model_uri).is_dir():
+        yield Path(model_uri)
+        return
+    from mlflow.artifacts import download_artifacts
+
+    if dst_path is not None or _lies_here(str(model_uri)):
+        folder = None if dst_path is None else str(dst_path)
+        yield Path(download_artifacts(artifact_uri=str(model_uri), dst_path=folder))
+        return
+    with scratch_folder("download") as scratch:
+        yield Path(download_artifacts(artifact_uri=str(model_uri), dst_path=str(scratch)))
+
+
+def _lies_here(model_uri: str) -> bool:
+    """Whether MLflow gives the folder that it keeps the model in, where it is not asked for a copy."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    from mlflow_safeflavor.mlflow_compat import copies_runs
+
+    if copies_runs() and model_uri.startswith("runs:"):
+        return False
+    try:
+        repository = get_artifact_repository(model_uri)
+    except (MlflowException, ImportError):  # downloading says it better
+        return False
+    while (behind := getattr(repository, "repo", None)) is not None:
+        repository = behind
+    return isinstance(repository, LocalArtifactRepository)
+
+
+def keep(download: ExitStack, owner: object) -> None:
+    """Leave a download where it is as long as somebody lives who may still read it, at most as long as the process.
+
+    Args:
+        download: What removes it. Changed: it does no more.
+        owner: Who that is; a module lives as long as the process.
+    """
+    weakref.finalize(owner, download.pop_all().close)

@@ -1,0 +1,88 @@
+"""What is to answer: the graph in ONNX Runtime or OpenVINO, or the module. Told without torch where that can be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.spec import ModelSpec
+from mlflow_safeflavor.errors import PlacementError, TrustError
+from mlflow_safeflavor.graph.file import reason_against
+from mlflow_safeflavor.machine import is_plainly_cpu
+from mlflow_safeflavor.predict.options import run_time_options
+
+if TYPE_CHECKING:
+    import torch
+
+    from mlflow_safeflavor.load.load import LoadOptions
+
+__all__ = ["casts", "choose_engine", "needs_no_module"]
+
+
+def choose_engine(spec: ModelSpec, layout: Layout, options: LoadOptions) -> str:
+    """What is to answer, "onnx", "openvino" or "module": what was asked for, and can be had of what was saved.
+
+    A graph is served in float32 on a CPU, by OpenVINO also in bfloat16; whatever else is asked for needs the module. A
+    device that nobody chose is the CPU where the graph was asked for, or is all that there is.
+    """
+    chosen = run_time_options(options.model_config, stored=spec.model_config)
+    own = run_time_options(options.model_config)["engine"]
+    if own != chosen["engine"] == "openvino" and "code" not in options.trust:
+        raise TrustError(
+            "The model asks for OpenVINO, whose kernels trust the graph's arguments",
+            where="engine",
+            wanted='trust={"code"}, or an engine that whoever loads it chose',
+            way_out='pass model_config={"engine": "openvino"} if you trust who saved it; else {"engine": "onnx"}',
+        )
+    alone = spec.structure == "graph"
+    asked = "onnx" if alone and chosen["engine"] == "auto" else chosen["engine"]
+    chooses = asked in ("onnx", "openvino") and options.device == "auto"
+    device = "cpu" if chooses or options.device_map or is_plainly_cpu(options.device) else _device(options.device)
+    dtype = casts(spec, options)
+    other = {
+        "dtype": dtype if asked != "openvino" or dtype != "bfloat16" else None,
+        "device_map": options.device_map,
+        "compile": chosen["compile"],
+        "device": device if device != "cpu" else None,
+    }
+    needs_module = [name for name, value in other.items() if value]
+    reason = reason_against(layout)
+    if asked == "auto":
+        return "module" if needs_module or reason else "onnx"
+    if asked == "module" and alone:
+        raise PlacementError(
+            "The model was stored as a graph alone, so there is no module to rebuild",
+            where="engine",
+            wanted="onnx",
+            found="module",
+            way_out='leave it out, or save the model with graph="auto"',
+        )
+    if asked != "module" and (needs_module or reason is not None):
+        raise PlacementError(
+            "The model cannot be served as a graph like this",
+            where=", ".join(needs_module) or "engine",
+            wanted="a graph, which is served in float32 on a CPU, by OpenVINO also in bfloat16",
+            found=reason or ", ".join(f"{name}={other[name]!r}" for name in needs_module),
+            way_out='leave those out, or pass engine="module" where the model was saved with its module',
+        )
+    return asked
+
+
+def needs_no_module(spec: ModelSpec, layout: Layout, options: LoadOptions) -> bool:
+    """Whether the graph answers, as far as can be told before torch is imported: it knows of accelerators."""
+    asked = run_time_options(options.model_config, stored=spec.model_config)["engine"]
+    alone = asked == "auto" and spec.structure == "graph"
+    by_default = asked == "auto" and is_plainly_cpu(options.device)
+    return asked in ("onnx", "openvino") or alone or (by_default and choose_engine(spec, layout, options) == "onnx")
+
+
+def _device(asked: str | int | torch.device) -> str:
+    from mlflow_safeflavor.module.devices import resolve_device
+
+    return str(resolve_device(asked))
+
+
+def casts(spec: ModelSpec, options: LoadOptions) -> str | None:
+    """The dtype that was asked for, if it is another than the saved one."""
+    asked = str(options.dtype or "").removeprefix("torch.")
+    return asked if asked and asked != spec.dtype else None

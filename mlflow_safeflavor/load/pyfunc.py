@@ -1,0 +1,83 @@
+"""What MLflow's serving holds: rows in, rows out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow_safeflavor.environment import threads
+from mlflow_safeflavor.environment.recorded import Environment
+from mlflow_safeflavor.errors import AnswerError
+from mlflow_safeflavor.load.about_process import ENVIRONMENT_LABEL, asks_environment, describe_process
+from mlflow_safeflavor.load.load import LoadOptions, load_folder
+from mlflow_safeflavor.predict.options import run_time_options, tells_environment
+from mlflow_safeflavor.tasks.inputs.rows import unfold_columns
+
+if TYPE_CHECKING:
+    from mlflow_safeflavor.predict.model import LoadedModel
+
+__all__ = ["PyfuncModel", "facts_of", "load_pyfunc"]
+
+# Below MLflow's own logger, which serving sets up to print: one line in the server's or container's log.
+_logger = logging.getLogger("mlflow.safeflavor")
+
+
+class PyfuncModel:
+    """A loaded model behind ``mlflow.pyfunc``; ``predict`` may be called from many threads.
+
+    Args:
+        model: What answers.
+        facts: What is told to the request that asks for the environment; None where that is no special request.
+    """
+
+    def __init__(self, model: LoadedModel, facts: Mapping[str, Any] | None = None) -> None:
+        self.model = model
+        self.facts = facts
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
+        """One row out for each row in; see ``LoadedModel.predict``."""
+        if self.facts is not None and asks_environment(model_input):
+            return {ENVIRONMENT_LABEL: dict(self.facts)}
+        data = unfold_columns(model_input) if self.model.task.folds else model_input
+        try:
+            return self.model.predict(data, params, progress=False)
+        except AnswerError:  # its cause is nobody's business over HTTP, and of whoever runs the server
+            _logger.exception("safeflavor: %s failed", self.model.spec.task)
+            raise
+
+
+def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
+    """What ``mlflow.pyfunc.load_model`` and the scoring server call.
+
+    Under pyfunc the artifact's ``code/`` is already importable: MLflow has put it on the path, so
+    loading through it is the agreement to run that code. For pickles MLflow has a variable of its own,
+    which counts only where somebody set it: MLflow's default is to allow them.
+    """
+    options = run_time_options(model_config)
+    pickles = os.environ.get("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "").lower() in ("true", "1")
+    budget = None
+    if "torch" not in sys.modules and threads.is_scoring_server():  # any other process is its user's
+        budget = threads.limit_threads(options["num_threads"])
+    model = load_folder(
+        Path(path),
+        LoadOptions(
+            device=options["device"],
+            dtype=options["dtype"] or None,
+            verify=options["verify"],
+            environment=options["environment"],
+            model_config=options,
+            trust=frozenset({"code", "pickle"} if pickles else {"code"}),
+        ),
+    )
+    _logger.info("safeflavor: %s", "; ".join(str(fact) for fact in (model.spec.task, budget, model.report) if fact))
+    return PyfuncModel(model, facts_of(model, budget) if tells_environment() else None)
+
+
+def facts_of(model: LoadedModel, budget: threads.Budget | None = None) -> dict[str, Any]:
+    """What a loaded model runs on here; see ``describe_process``."""
+    pins = Environment.from_json(model.files.read_json(model.files.environment)).distributions
+    return describe_process(pins, device=model.report.device, budget=budget)

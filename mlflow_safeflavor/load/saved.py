@@ -1,0 +1,83 @@
+"""A saved model as every tool of ours reads it: first the manifest and all digests, then anything else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow_safeflavor.artifact.layout import Layout, find_broken_files, read_manifest
+from mlflow_safeflavor.artifact.plain_files import open_plain, way_out_of
+from mlflow_safeflavor.artifact.spec import ModelSpec, read_spec
+from mlflow_safeflavor.environment.recorded import Environment
+from mlflow_safeflavor.errors import IntegrityError
+
+__all__ = ["Saved", "copy_saved", "read_saved", "require_intact", "require_none"]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An artifact whose files are those of its manifest.
+
+    Attributes:
+        layout: Where its files lie.
+        spec: What it is.
+        environment: What it was saved with.
+        files: Name → SHA-256 and size.
+    """
+
+    layout: Layout
+    spec: ModelSpec
+    environment: Environment
+    files: Mapping[str, Mapping[str, Any]]
+
+
+def read_saved(layout: Layout, *, weights: bool) -> Saved:
+    """Compare an artifact with its manifest, and read what it is.
+
+    Args:
+        layout: The artifact.
+        weights: Whether to hash the weights, too, which takes a second for each gigabyte.
+
+    Raises:
+        SafeFlavorError: It is not what was saved, or of another flavor.
+    """
+    spec, guarded = read_spec(layout)
+    files = read_manifest(layout)["files"]
+    elsewhere = frozenset() if weights else frozenset(name for name in files if layout.is_weights(name))
+    require_intact(layout, guarded, digests=True, elsewhere=elsewhere)
+    return Saved(layout, spec, Environment.from_json(layout.read_json(layout.environment)), files)
+
+
+def copy_saved(layout: Layout, target: Path) -> Saved:
+    """Copy the files of the manifest and no other, and then compare the copy, which nobody else can change.
+
+    Raises:
+        SafeFlavorError: See ``read_saved``.
+    """
+    _, guarded = read_spec(layout)
+    require_intact(layout, guarded, digests=False)
+    for name in (layout.MLMODEL, layout.name_of(layout.manifest), *read_manifest(layout)["files"]):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with open_plain(layout.root / name) as source, (target / name).open("xb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+    return read_saved(Layout(target), weights=True)
+
+
+def require_intact(
+    layout: Layout, guarded: Mapping[str, Any], *, digests: bool, elsewhere: frozenset[str] = frozenset()
+) -> None:
+    """Raise an IntegrityError that names the first files which are not those of the manifest."""
+    broken = list(find_broken_files(layout, mlmodel=guarded, digests=digests, elsewhere=elsewhere))
+    require_none(broken, "Files of the artifact are not the ones that were saved")
+    if digests:
+        layout.sealed = {name: facts["sha256"] for name, facts in read_manifest(layout)["files"].items()}
+
+
+def require_none(problems: Sequence[str], what: str) -> None:
+    """Raise an IntegrityError that names the first of the problems, if there are any."""
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise IntegrityError(what, where=shown, way_out=way_out_of(shown))

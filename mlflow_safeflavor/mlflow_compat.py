@@ -1,0 +1,197 @@
+"""Where MLflow's releases from 2.9.2 on differ, as far as this package has to know."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import ModelInfo
+from mlflow.store.artifact.runs_artifact_repo import RunsArtifactRepository
+from mlflow.types import ColSpec, DataType, ParamSchema, Schema
+from mlflow.types.utils import _infer_schema
+
+from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
+
+__all__ = [
+    "Array",
+    "Object",
+    "Property",
+    "answer_of",
+    "copies_runs",
+    "inferred_signature",
+    "log",
+    "log_arguments",
+    "read_mlmodel",
+    "require_schema",
+    "rows_schema",
+    "schema_of",
+]
+
+
+class _Unsayable:
+    """In place of a type of columns that this MLflow does not have."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+try:
+    from mlflow.types.schema import Array, Object, Property
+
+    _SAYS_LISTS = True
+except ImportError:  # before 2.10
+    Array = Object = Property = _Unsayable  # type: ignore[assignment, misc]
+    _SAYS_LISTS = False
+
+try:
+    from mlflow.types.schema import AnyType
+except ImportError:  # before 2.19
+    AnyType = None  # type: ignore[assignment, misc]
+
+
+def schema_of(columns: Mapping[str, DataType | Array | Object]) -> Schema | None:
+    """Column → type, as a part of a signature; None where this MLflow has no such type."""
+    if any(isinstance(kind, _Unsayable) for kind in columns.values()):
+        return None
+    return Schema([ColSpec(kind, name) for name, kind in columns.items()])
+
+
+def answer_of(columns: Mapping[str, DataType | Array | Object]) -> Schema | None:
+    """As ``schema_of``, for answers: a sole column of lists becomes the property of an object.
+
+    Spark would take its type for that of the whole answer, and find no list in the table that comes back; an object
+    it takes for a struct of columns, which is what comes back.
+    """
+    if len(columns) == 1 and not all(isinstance(kind, DataType) for kind in columns.values()):
+        [(name, kind)] = columns.items()
+        if isinstance(kind, _Unsayable):
+            return None
+        return Schema([ColSpec(Object([Property(name, kind)]))])
+    return schema_of(columns)
+
+
+def rows_schema(arrays: Mapping[str, np.ndarray]) -> Schema | None:
+    """Answers that are arrays with one entry for each row, of any number of dimensions."""
+    columns: dict[str, Any] = {}
+    for name, array in arrays.items():
+        columns[name] = DataType.from_numpy_type(array.dtype)  # type: ignore[no-untyped-call]  # MLflow's
+        for _ in array.shape[1:]:
+            columns[name] = Array(columns[name])
+    return answer_of(columns)
+
+
+def require_schema(columns: Mapping[str, DataType | Array | Object]) -> Schema:
+    """As ``schema_of``, for inputs. Raises ``InputError`` where this MLflow has no such type."""
+    schema = schema_of(columns)
+    if schema is None:
+        raise _no_type(", ".join(columns))
+    return schema
+
+
+def inferred_signature(
+    rows: pd.DataFrame, answers: pd.DataFrame | None, params: ParamSchema | None = None
+) -> ModelSignature:
+    """The signature by what MLflow infers; it is silent about answers that this MLflow has no types for.
+
+    Args:
+        rows: What was asked.
+        answers: What was answered, as ``predict`` returns it, or None.
+        params: Goes along.
+
+    Raises:
+        InputError: This MLflow has no type for a column of ``rows``.
+    """
+    signature = _inferred(rows, answers)
+    if params is not None:
+        signature.params = params
+    return signature
+
+
+def _inferred(rows: pd.DataFrame, answers: pd.DataFrame | None) -> ModelSignature:
+    signature = ModelSignature(inputs=_schema_of_table(rows))
+    if answers is not None:
+        with suppress(InputError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whole numbers that may be missing are a matter of what is asked
+            signature.outputs = _schema_of_table(answers)
+    return _with_objects(signature) if _SAYS_LISTS else signature
+
+
+def _schema_of_table(table: pd.DataFrame) -> Schema:
+    """The types of columns, ``Any`` where MLflow finds none, as for a list of whole numbers and others.
+
+    Asked for all at once, it would give the names up, too, and drop from each request all columns but the first.
+    """
+    specs = []
+    for name in table.columns:
+        try:
+            (spec,) = _infer_schema(table[[name]]).inputs
+        except MlflowException:
+            if AnyType is None:
+                raise _no_type(str(name)) from None
+            spec = ColSpec(AnyType(), name)  # type: ignore[no-untyped-call]  # MLflow's
+        specs.append(spec)
+    return Schema(specs)
+
+
+def _with_objects(signature: ModelSignature) -> ModelSignature:
+    specs = getattr(signature.outputs, "inputs", ())
+    columns: dict[Any, Any] = {spec.name: spec.type for spec in specs if isinstance(spec, ColSpec)}
+    if len(columns) == 1 and None not in columns:
+        signature.outputs = answer_of(columns)
+    return signature
+
+
+def _no_type(columns: str) -> InputError:
+    return InputError(
+        "This MLflow has no type for a column of lists or dicts",
+        where=columns,
+        wanted=f"MLflow {'2.19' if _SAYS_LISTS else '2.10'} or newer",  # Any came later than lists
+        found=f"MLflow {mlflow.__version__}",
+    )
+
+
+def log_arguments(save: Callable[..., Any]) -> set[str]:
+    """What ``log_model`` takes beside the model: what ``save`` does, and what ``Model.log`` does."""
+    names = {name for function in (save, Model.log) for name in inspect.signature(function).parameters}
+    return names - {"artifact_path", "flavor", "kwargs", "mlflow_model", "model", "path"}
+
+
+def log(flavor: Any, name: str, **arguments: Any) -> ModelInfo:
+    """``Model.log``: under a name of its own, which models have since MLflow 3, else as an artifact of the run."""
+    named = "name" in inspect.signature(Model.log).parameters
+    place = {"artifact_path": None, "name": name} if named else {"artifact_path": name}
+    info: ModelInfo = Model.log(**place, flavor=flavor, **arguments)
+    return info
+
+
+def copies_runs() -> bool:
+    """Whether MLflow copies what ``runs:/…`` names, even if it lies on this disk; since MLflow 3."""
+    return hasattr(RunsArtifactRepository, "_download_model_artifacts")
+
+
+def read_mlmodel(folder: Path) -> Model:
+    """``MLmodel`` as MLflow reads it.
+
+    Raises:
+        EnvironmentMismatchError: Its signature says what this MLflow does not know.
+    """
+    try:
+        model: Model = Model.load(str(folder))
+    except TypeError as error:
+        raise EnvironmentMismatchError(
+            "A newer MLflow wrote the signature, and this one cannot read it",
+            where=folder / "MLmodel",
+            wanted="MLflow 2.10 or newer",
+            found=f"MLflow {mlflow.__version__}: {error}",
+            way_out="load it with mlflow_safeflavor.load_model, which does not need the signature, or install the pins",
+        ) from None
+    return model

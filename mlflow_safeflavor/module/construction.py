@@ -1,0 +1,292 @@
+"""What a constructor computes by itself, told apart from random values and from memory it never wrote."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from mlflow_safeflavor.errors import SafeFlavorError, StructureError, WeightsError
+from mlflow_safeflavor.module.inventory import UNKNOWN, find_meta, find_slots, shape_of, some
+from mlflow_safeflavor.module.layers import make_layers
+from mlflow_safeflavor.module.memory import asks_for_dtype, real_memory
+from mlflow_safeflavor.module.random_state import seed_generators
+from mlflow_safeflavor.module.state_dict import bits_equal
+from mlflow_safeflavor.module.structure import describe_constructor
+from mlflow_safeflavor.module.user_code import name_of
+
+__all__ = [
+    "Recipe",
+    "construct",
+    "construct_fresh",
+    "construct_twice",
+    "declared_ties",
+    "find_agreement",
+    "recipe_of",
+    "require_memory",
+]
+
+_TRIES = 25
+_PAIRS = 3
+FIRST_MARK, _SECOND_MARK = 3, 5
+"""What is written into memory before a constructor gets it."""
+
+
+class _Watch(TorchFunctionMode):
+    """Marks the memory that a constructor gets, and sees other threads change torch's default dtype.
+
+    A tensor that differs between two constructions with different marks holds memory that nobody
+    wrote. Only some thousand places of a tensor are marked, so that big ones cost no time.
+    """
+
+    _ALLOCATORS = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
+    _FACTORIES = frozenset(("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "zeros"))
+
+    def __init__(self, dtype: torch.dtype, mark: int) -> None:
+        super().__init__()
+        self.dtype, self.mark, self.disturbed = dtype, mark, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = torch.get_default_dtype()
+        result = func(*args, **kwargs)
+        self.disturbed |= before != self.dtype or torch.get_default_dtype() != self.dtype
+        name = getattr(func, "__name__", None)
+        # The other thread may come and go while func runs.
+        if name in self._FACTORIES and not asks_for_dtype(args, kwargs):
+            self.disturbed |= result.is_floating_point() and result.dtype != self.dtype
+        if name in self._ALLOCATORS and isinstance(result, torch.Tensor):
+            _write_marks(result, self.mark)
+        return result
+
+
+def _write_marks(tensor: torch.Tensor, mark: int) -> None:
+    if tensor.is_meta or not tensor.numel() or not tensor.is_contiguous():
+        return
+    flat = tensor.detach().view(-1)
+    value = mark != FIRST_MARK if tensor.dtype == torch.bool else mark
+    flat[:: max(1, flat.numel() // 4096)] = value
+    flat[-1] = value
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to call a constructor, any number of times.
+
+    Attributes:
+        cls: The module's class, or what else makes it.
+        config: First argument of its constructor, if not None; each call gets a copy.
+        arguments: Further arguments.
+    """
+
+    cls: Any
+    config: Any = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self, dtype: torch.dtype) -> torch.nn.Module:
+        """Call the constructor with a config that says ``dtype`` at every level.
+
+        Raises:
+            StructureError: It fails.
+        """
+        config = copy.deepcopy(self.config)  # some constructors change their config
+        try:
+            if config is not None:
+                _set_dtype(config, dtype)
+            module: torch.nn.Module = self.cls(*(() if config is None else (config,)), **self.arguments)
+        except Exception as error:
+            raise StructureError(
+                "The constructor of the model failed",
+                where=name_of(self.cls),
+                found=f"{type(error).__name__}: {error}",
+                way_out="pass from_pretrained what it needs, as further keyword arguments; where it failed is "
+                "chained to this error",
+            ) from error
+        return module
+
+
+def _set_dtype(config: Any, dtype: torch.dtype) -> None:
+    """Constructors of submodels obey the dtype in their config, not torch's default."""
+    config.dtype = dtype
+    for name in getattr(config, "sub_configs", None) or ():
+        if getattr(config, name, None) is not None:
+            _set_dtype(getattr(config, name), dtype)
+
+
+def recipe_of(module: torch.nn.Module) -> Recipe | None:
+    """How the module's constructor was called, as far as can be told; None if it cannot.
+
+    The result may make another module than the given one: compare before relying on it.
+    """
+    config = getattr(module, "config", None)
+    try:
+        described = describe_constructor(module)
+    except SafeFlavorError:
+        # A class of a script or function: no other process could import it, but this one has it.
+        return Recipe(type(module), config) if hasattr(module, "config_class") and config is not None else None
+    if described["kind"] == "torch":
+        return Recipe(make_layers, arguments={"node": described["tree"]})
+    arguments = {name: value["value"] for name, value in described["arguments"].items()}
+    return Recipe(type(module), config if described["config_class"] else None, arguments)
+
+
+def construct(
+    recipe: Recipe, dtype: torch.dtype, *, mark: int = FIRST_MARK, seed: int | None = None
+) -> torch.nn.Module:
+    """Call a constructor on real CPU memory, again if another thread got in between.
+
+    transformers' loader swaps torch's default dtype and ``PreTrainedModel.tie_weights`` for the whole
+    process while any thread loads, and transformers 4 even where parameters are allocated. The first and
+    last are noticed, and the constructor called again; declared ties that the second left out are tied here.
+
+    Args:
+        recipe: What to call.
+        dtype: Torch's default dtype meanwhile.
+        mark: Written into memory beforehand.
+        seed: Run the random initialisers, from this seed; by default they are skipped.
+
+    Raises:
+        StructureError: The constructor fails, or the default dtype keeps changing.
+        WeightsError: Its tensors are on the meta device nevertheless.
+    """
+    for attempt in range(_TRIES):
+        watch = _Watch(dtype, mark)
+        with real_memory(dtype, initialise=seed is not None), watch:
+            # Other random values at each mark; real_memory puts the random states back.
+            seed_generators(mark if seed is None else seed)
+            module = recipe.make(dtype)
+        _require_sizes(module, recipe)
+        if not watch.disturbed and not find_meta(find_slots(module)):
+            _tie(module)
+            return module
+        time.sleep(0.01 * attempt)
+    require_memory(module)
+    raise StructureError(
+        "Torch's default dtype changed while the model was constructed",
+        where=name_of(recipe.cls),
+        wanted=str(dtype),
+        found=f"another dtype at some point, in each of {_TRIES} attempts",
+        way_out="do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, meanwhile",
+    )
+
+
+def _require_sizes(module: torch.nn.Module, recipe: Recipe) -> None:
+    if lazy := [slot.path for slot in find_slots(module) if shape_of(slot.tensor) == UNKNOWN]:
+        raise StructureError(
+            "The constructor leaves sizes to the first forward",
+            where=f"{name_of(recipe.cls)}, {some(lazy)}",
+            wanted="sizes that follow from its arguments",
+            way_out="replace lazy modules (torch.nn.LazyLinear) by those of fixed sizes",
+        )
+
+
+def construct_twice(recipe: Recipe, dtype: torch.dtype) -> tuple[torch.nn.Module, set[str]]:
+    """A module with random initialisers skipped where they can be, and the paths of all that is not random in it."""
+    return _agreeing(lambda mark: construct(recipe, dtype, mark=mark))
+
+
+def construct_fresh(recipe: Recipe, dtype: torch.dtype) -> tuple[torch.nn.Module, set[str]]:
+    """A module whose random initialisers ran, and the paths of what they or the constructor wrote.
+
+    Two constructions from one seed, with different marks in memory: what differs was never written.
+    The seed is drawn from torch's generator, so that ``torch.manual_seed`` decides as ever.
+    """
+    seed = int(torch.randint(2**31, (), device="cpu"))
+    return _agreeing(lambda mark: construct(recipe, dtype, mark=mark, seed=seed))
+
+
+def _agreeing(make: Callable[[int], torch.nn.Module]) -> tuple[torch.nn.Module, set[str]]:
+    """A module, and what is equal in two of them; again if their structures differ, as another thread can cause."""
+    for attempt in range(_PAIRS):
+        module, other = make(FIRST_MARK), make(_SECOND_MARK)
+        try:
+            agreed = find_agreement(module, other)
+            break
+        except StructureError:
+            if attempt == _PAIRS - 1:
+                raise
+    return module, agreed
+
+
+def find_agreement(module: torch.nn.Module, other: torch.nn.Module) -> set[str]:
+    """Paths of the tensors that have the same values in two modules of one structure.
+
+    Raises:
+        StructureError: They do not hold the same tensors.
+    """
+    ours, theirs = ({slot.path: slot.tensor for slot in find_slots(each)} for each in (module, other))
+    facts = [{path: (tensor.shape, tensor.dtype) for path, tensor in each.items()} for each in (ours, theirs)]
+    for path in sorted(ours.keys() | theirs.keys()):
+        if facts[0].get(path) != facts[1].get(path):
+            raise StructureError(
+                "The constructor makes another module each time",
+                where=f"{name_of(type(module))}, {path}",
+                wanted=facts[0].get(path, "no such tensor"),
+                found=facts[1].get(path, "no such tensor"),
+                way_out="make its structure depend on its arguments alone",
+            )
+    return {path for path, tensor in ours.items() if bits_equal(tensor, theirs[path])}
+
+
+def require_memory(module: torch.nn.Module) -> None:
+    """Refuse a module of which some tensor is on meta after all.
+
+    Raises:
+        WeightsError: It names them.
+    """
+    if meta := find_meta(find_slots(module)):
+        raise WeightsError(
+            "Tensors are on the meta device although the model was constructed on real memory",
+            where=some(meta),
+            way_out="its constructor itself asks for the meta device: take that out; or another thread was inside "
+            "transformers' or accelerate's loader, which can break a process for good: load in a new one",
+        )
+
+
+# --- ties ----------------------------------------------------------------------------------------
+
+
+def declared_ties(module: torch.nn.Module) -> dict[str, str]:
+    """State-dict name → the name that the module's classes declare it tied to; empty if undeclared."""
+    expand = getattr(module, "get_expanded_tied_weights_keys", None)
+    if expand is not None:  # transformers 5
+        found: Mapping[str, str] = expand(all_submodels=True)
+        return dict(found)
+    return _embedding_tie(module)
+
+
+def _embedding_tie(module: torch.nn.Module) -> dict[str, str]:
+    """In transformers 4.57 methods declare one pair: output and input embeddings."""
+    if not getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+        return {}
+    try:
+        ends = [getattr(module, f"get_{end}_embeddings", lambda: None)() for end in ("output", "input")]
+    except NotImplementedError:  # a class of the user's that has no embeddings where 4.57 looks for them
+        return {}
+    wanted = [getattr(end, "weight", None) for end in ends]
+    names = {id(tensor): name for name, tensor in module.named_parameters(remove_duplicate=False)}
+    pair = [names.get(id(tensor)) for tensor in wanted]
+    return {pair[0]: pair[1]} if pair[0] and pair[1] and pair[0] != pair[1] else {}
+
+
+def _tie(module: torch.nn.Module) -> None:
+    """Tie the declared pairs. Constructors do so too, unless another thread is in transformers' loader."""
+    for name, source in declared_ties(module).items():
+        tensor = _tensor_at(module, source)
+        if tensor is not None and _tensor_at(module, name) is not tensor:
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, tensor)
+
+
+def _tensor_at(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+    parent, _, leaf = name.rpartition(".")
+    try:
+        found = getattr(module.get_submodule(parent), leaf, None)
+    except AttributeError:
+        return None
+    return found if isinstance(found, torch.Tensor) else None

@@ -1,0 +1,80 @@
+"""The serving dtype: chosen at save, recorded, and said aloud where weights are cast and nobody asked for it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from mlflow_safeflavor.artifact.spec import AS_IS, DTYPES
+from mlflow_safeflavor.module.inventory import dtype_name, find_slots
+from mlflow_safeflavor.module.placement import resolve_dtype
+
+__all__ = ["announced_cast", "count_dtypes", "dtypes_of", "read_as", "serving_dtype"]
+
+_logger = logging.getLogger("mlflow.safeflavor")
+
+DEFAULT = "float32"
+
+
+def dtypes_of(module: torch.nn.Module) -> dict[str, int]:
+    """Floating point dtypes of a module → number of values, of its parameters, or of all else if it has none."""
+    slots = find_slots(module)
+    weights = [slot.tensor for slot in slots if slot.kind == "parameter" and slot.tensor.is_floating_point()]
+    return count_dtypes(weights or [slot.tensor for slot in slots])
+
+
+def count_dtypes(tensors: Iterable[torch.Tensor]) -> dict[str, int]:
+    """Floating point dtypes → number of values, the most first."""
+    found: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            found[dtype_name(tensor.dtype)] += tensor.numel()
+    return dict(found.most_common())
+
+
+def serving_dtype(asked: str | torch.dtype | None, found: Mapping[str, int]) -> str:
+    """Name of the serving dtype.
+
+    Args:
+        asked: A dtype of ``DTYPES``; ``"as-is"``, which is the module's own dtype if all of its weights have one, and
+            else stays ``"as-is"``; None for float32.
+        found: As ``dtypes_of`` has it.
+
+    Raises:
+        PlacementError: It is none of these.
+    """
+    if asked == AS_IS:
+        only = next(iter(found), DEFAULT)
+        return only if len(found) < 2 and only in DTYPES else AS_IS
+    return dtype_name(resolve_dtype(DEFAULT if asked is None else asked))
+
+
+def announced_cast(asked: str | torch.dtype | None, found: Mapping[str, int], serving: str) -> str:
+    """What weights are cast from although nobody asked for it, which is logged once; empty where nothing is."""
+    others = ", ".join(name for name in found if name != serving)
+    if asked is not None or not others:
+        return ""
+    _logger.warning(
+        "safeflavor: the weights are %s, and become %s because no dtype was given; "
+        "dtype='as-is' keeps them, and dtype=%r says that this is meant",
+        others,
+        serving,
+        serving,
+    )
+    return others
+
+
+def read_as(asked: str | torch.dtype | None, found: Mapping[str, int]) -> str:
+    """The dtype that a checkpoint with weights of these dtypes is read in.
+
+    ``"as-is"`` is the dtype of most of its values; a class may keep islands in float32 beside it.
+
+    Raises:
+        PlacementError: What was asked for is no serving dtype.
+    """
+    if asked == AS_IS:
+        return next((name for name in found if name in DTYPES), DEFAULT)
+    return serving_dtype(asked, found)

@@ -1,0 +1,303 @@
+"""What may happen while something is built: no artifact steers a library to a network, a file or a process.
+
+Python reports such things to audit hooks, whatever library does them. There is one hook in a process, and it looks only
+at threads that build. It is no jail: code that somebody agreed to run can get around it, and what a library does
+without Python goes unseen. It keeps configs from steering installed code.
+
+Nothing of this package is imported at the top, since ``save/rehearsal_program.py`` runs this file by its path.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from types import FrameType
+from typing import Any
+
+__all__ = ["Guard", "guard_process", "guarded"]
+
+# --- what is refused -----------------------------------------------------------------------------
+
+_SYSTEM = (
+    *("/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/sbin", "/sys", "/usr", "/Library", "/System"),
+    *("/dev/null", "/dev/random", "/dev/urandom", "/etc/localtime", "/etc/mime.types", "/etc/os-release"),
+    *("/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/sys", "/proc/version"),
+    os.environ.get("SYSTEMROOT", "/usr"),
+)
+_OF_THE_PROCESS = ("cgroup", "maps", "mountinfo", "mounts", "smaps", "stat", "statm", "status")
+"""What a process may read of itself below ``/proc``: neither its variables nor its open files."""
+
+_METADATA = (".dist-info", ".egg-info")
+
+_NETWORK = {
+    "socket.connect": "opened a connection to {1}",
+    **dict.fromkeys(("socket.sendmsg", "socket.sendto"), "sent to {1}"),
+    **dict.fromkeys(("socket.getaddrinfo", "socket.gethostbyaddr", "socket.gethostbyname"), "looked up {0}"),
+    "socket.getnameinfo": "looked up {0}",
+}
+_OTHERS = {
+    "socket.bind": "waits for connections at {1}",
+    **dict.fromkeys(("os.exec", "os.posix_spawn", "os.startfile", "os.system", "pty.spawn"), "started {0!r}"),
+    **dict.fromkeys(("os.spawn", "subprocess.Popen"), "started {1!r}"),
+    **dict.fromkeys(("os.fork", "os.forkpty"), "started a process"),
+    **dict.fromkeys(("os.kill", "os.killpg"), "sent a signal to {0}"),
+    "builtins.input": "asked on the terminal: {0!r}",
+    "os.chdir": "changed the working folder to {0!r}",
+    **dict.fromkeys(("os.putenv", "os.unsetenv"), "changed the variable {0!r}"),
+}
+_HARMLESS = ("ninja", ["ninja", "--version"], None, None)
+"""RWKV of transformers starts this while it is built, to find out whether there is a compiler."""
+
+_CHANGES = {
+    **dict.fromkeys(("os.chflags", "os.chmod", "os.chown", "os.removexattr", "os.setxattr", "os.truncate"), 1),
+    **dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.utime", "sqlite3.connect"), 1),
+    **dict.fromkeys(("os.link", "os.rename", "os.symlink"), 2),
+}
+"""Events that change files, and how many of their arguments are paths."""
+
+_WATCHED = frozenset((*_NETWORK, *_OTHERS, *_CHANGES, "ctypes.dlopen", "open", "pickle.find_class"))
+
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+_IMPORT_SYSTEM = ("<frozen importlib._bootstrap_external>", "<frozen zipimport>")
+_OURS = ("mlflow_safeflavor", "__main__")
+
+
+class Guard:
+    """Looks at one event after the other, and refuses it with a ``PermissionError``.
+
+    An installed library may do as it likes while it is imported, short of a connection: what it does then was decided
+    by whoever installed it.
+
+    Args:
+        own: Folders that may be read beside what is installed.
+        writable: Of these, what may be written, too.
+        allowed: Events that are not looked at.
+
+    Attributes:
+        refused: What it did not let happen, in words; libraries may have caught some of it.
+        began: The frame that builds; what called that one is nobody's import of the model.
+    """
+
+    def __init__(
+        self, *own: str | os.PathLike[str], writable: Sequence[str] = (), allowed: Collection[str] = ()
+    ) -> None:
+        # The user's own, and where Spark and others put theirs.
+        self._installed = _installed(tuple(path for path in sys.path if path.rstrip("/\\").endswith("-packages")))
+        self._readable = (*_folders(*own), *self._installed)
+        self._writable = _folders(os.devnull, *writable)
+        self._allowed = frozenset(allowed)
+        self.refused: list[str] = []
+        self.began: FrameType | None = None
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        """Refuse an event of Python's audit hooks, or do nothing."""
+        if event in self._allowed or (event == "subprocess.Popen" and args == _HARMLESS):
+            return
+        if event == "open":
+            self._look_at_open(*args)
+        elif event in _CHANGES:
+            for path in args[: _CHANGES[event]]:
+                self._look_at_change(path)
+        elif event == "ctypes.dlopen":
+            if args[0] and os.path.dirname(args[0]) and not self._may_read(_path(args[0])):
+                self._refuse(f"loaded the library {args[0]!r}")
+        elif event == "pickle.find_class":
+            self._refuse(f"unpickled {args[0]}.{args[1]}")
+        elif event in _NETWORK:
+            self._refuse(_NETWORK[event].format(*args), even_imports=True)
+        elif event in _OTHERS:
+            self._refuse(_OTHERS[event].format(*args))
+
+    def _look_at_open(self, path: Any, mode: str | None, flags: int | None) -> None:
+        if (flags or 0) & _WRITES or set(mode or "") & set("wax+"):
+            self._look_at_change(path)
+        elif path == 0:
+            self._refuse("read from the terminal")
+        elif not isinstance(path, int) and not self._may_read(_path(path)):
+            self._refuse(f"read {_path(path)}, which is no part of the model")
+
+    def _look_at_change(self, path: Any) -> None:
+        if isinstance(path, int) or path in (":memory:", b":memory:"):  # what is open was looked at then
+            return
+        if not _is_below(_path(path), self._writable):
+            self._refuse(f"wrote {_path(path)}")
+
+    def _may_read(self, path: str) -> bool:
+        """Whether a file is part of the model or of what is installed; or is not there, as the caller will see."""
+        if _is_below(path, self._readable) or not os.path.lexists(path):
+            return True
+        real = os.path.realpath(path)
+        folder, name = os.path.split(real)
+        if _is_below(real, self._readable) or folder.endswith(_METADATA):
+            return True
+        if folder == f"/proc/{os.getpid()}":
+            return name in _OF_THE_PROCESS
+        # A package that is imported from elsewhere, such as an editable install. Links are followed for none of
+        # these thousands, which would take half a second.
+        modules = [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]
+        places = [place for module in modules for place in (*module.get("__path__", ()), module.get("__file__"))]
+        folders = tuple(os.path.join(place, "") for place in places if isinstance(place, str))
+        return _is_below(path, folders) or _is_below(real, folders)
+
+    def _refuse(self, what: str, *, even_imports: bool = False) -> None:
+        if even_imports or not self._is_import():
+            self.refused.append(what.encode("unicode_escape").decode()[:300])
+            raise PermissionError(f"building the model {what}")
+
+    def _is_import(self) -> bool:
+        """Whether Python reads or caches a module, or an installed one is being imported."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_globals is globals():
+            frame = frame.f_back
+        if frame is not None and frame.f_code.co_filename in _IMPORT_SYSTEM:
+            return True
+        # Up to where the building began: all this may have been called while another module is imported.
+        while frame not in (None, self.began) and str(frame.f_globals.get("__name__")).partition(".")[0] not in _OURS:
+            if frame.f_code.co_name == "<module>" and _is_below(frame.f_code.co_filename, self._installed):
+                return True
+            frame = frame.f_back
+        return False
+
+
+@cache
+def _installed(sites: tuple[str, ...]) -> tuple[str, ...]:
+    """Folders of what is installed, as ``_is_below`` wants them; remembered, as following their links takes a while."""
+    prefixes = (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)
+    libraries = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))
+    return _folders(*_SYSTEM, *prefixes, *libraries, *sites)
+
+
+def _folders(*paths: str | os.PathLike[str] | None) -> tuple[str, ...]:
+    """Each path, and where its links lead, as ``_is_below`` wants them."""
+    given = [os.fspath(path) for path in paths if path]
+    return tuple({os.path.join(way(path), "") for path in given for way in (os.path.abspath, os.path.realpath)})
+
+
+def _path(path: Any) -> str:
+    """An absolute path. ``..`` is resolved as the system does it, which goes through links."""
+    text = os.fsdecode(path)
+    return os.path.realpath(text) if ".." in text else os.path.abspath(text)
+
+
+def _is_below(path: str, folders: tuple[str, ...]) -> bool:
+    return os.path.join(path, "").startswith(folders)
+
+
+# --- who is looked at ----------------------------------------------------------------------------
+
+_guards: dict[int, Guard] = {}
+"""Thread → what looks at it. The hook can never be taken out again, so it costs next to nothing while this is empty."""
+
+
+def _hook(event: str, args: tuple[Any, ...]) -> None:
+    if _guards and event in _WATCHED and (guard := _guards.get(threading.get_ident())):
+        guard(event, args)
+
+
+_lock = threading.Lock()
+_hooked = False
+_stop_following: Callable[[], None] | None = None
+
+
+def guard_process(guard: Guard) -> None:
+    """Let a guard look at every thread of this process, for good."""
+    sys.addaudithook(lambda event, args: guard(event, args) if event in _WATCHED else None)
+
+
+@contextmanager
+def guarded(*own: str | os.PathLike[str], unpickles: bool = False) -> Iterator[None]:
+    """Look at what this thread does inside the block, and at threads that it starts there until these end.
+
+    Args:
+        own: Folders that may be read beside what is installed.
+        unpickles: Whether a pickle may name classes and functions.
+
+    Raises:
+        TrustError: Something was refused, whatever a library then made of it.
+    """
+    guard, cause = Guard(*own, allowed=["pickle.find_class"] if unpickles else []), None
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"] in (__name__, "contextlib"):
+        frame = frame.f_back
+    guard.began = frame
+    try:
+        with _watching(guard):
+            yield
+    except Exception as error:
+        if not guard.refused:
+            raise
+        cause = error
+    finally:
+        guard.began = None  # which would keep all that its function holds
+    if guard.refused:
+        from mlflow_safeflavor.errors import TrustError
+
+        raise TrustError(
+            "Building the model tried what no model may do while it is built",
+            where=", ".join(map(str, own)),
+            wanted="nothing but the files of the model and of installed packages",
+            found="it " + "; it ".join(dict.fromkeys(guard.refused)),
+            way_out="if you did not save this model, do not use it; if you did, take this out of what it runs when "
+            'it is built, or save it with graph="only", which builds nothing',
+        ) from cause
+
+
+@contextmanager
+def _watching(guard: Guard) -> Iterator[None]:
+    thread = threading.get_ident()
+    before = _guards.get(thread)
+    _watch(thread, guard)
+    try:
+        yield
+    finally:
+        _watch(thread, before)
+
+
+def _watch(thread: int, guard: Guard | None) -> None:
+    global _hooked, _stop_following
+    with _lock:
+        if guard is None:
+            _guards.pop(thread, None)
+        else:
+            _guards[thread] = guard
+        if not _hooked:
+            sys.addaudithook(_hook)
+            _hooked = True
+        if _guards and _stop_following is None:
+            _stop_following = _follow_threads()
+        elif not _guards and _stop_following is not None:
+            _stop_following()
+            _stop_following = None
+
+
+def _follow_threads() -> Callable[[], None]:
+    """Let a thread that a guarded one starts be guarded, too. Python before 3.12 has no event for it.
+
+    Returns:
+        What puts ``threading.Thread.start`` back.
+    """
+    before = threading.Thread.start
+
+    def start(self: threading.Thread) -> None:
+        guard = _guards.get(threading.get_ident())
+        if guard is not None:
+            self.run = partial(_run, guard, self.run)  # type: ignore[method-assign]
+        before(self)
+
+    def undo() -> None:
+        if threading.Thread.start is start:  # otherwise somebody else came after us
+            threading.Thread.start = before  # type: ignore[method-assign]
+
+    threading.Thread.start = start  # type: ignore[method-assign]
+    return undo
+
+
+def _run(guard: Guard, run: Callable[[], None]) -> None:
+    with _watching(guard):
+        run()

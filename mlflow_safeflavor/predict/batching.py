@@ -1,0 +1,101 @@
+"""Which pieces run together, so that time goes into tokens and neither into padding nor into calls."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mlflow_safeflavor.module.failures import is_out_of_memory
+from mlflow_safeflavor.module.random_state import kept_random_state
+from mlflow_safeflavor.tasks.base import Row, Task
+from mlflow_safeflavor.tasks.engine import Engine
+
+__all__ = ["cut_into_batches", "measure_forward_cost"]
+
+_MOST = 4096
+"""Tokens; on an accelerator a call may cost more, but no batch is that large."""
+
+
+def cut_into_batches(costs: Sequence[int], max_batch_tokens: int, forward_cost: int = 0) -> list[list[int]]:
+    """Indices of ``costs`` in the batches that take the least time together.
+
+    A batch takes ``forward_cost`` and, for each of its pieces, the cost of its longest one. Sorted by cost, the best
+    batches are runs of neighbours; which runs is found by dynamic programming over their ends.
+
+    Args:
+        costs: Tokens of each piece; none of them needs more than one place in a batch.
+        max_batch_tokens: Most tokens of a batch when its pieces are padded; a longer single piece goes alone.
+        forward_cost: What a batch costs beside its tokens, in tokens.
+
+    Returns:
+        Batches, the longest pieces first.
+    """
+    order = sorted(range(len(costs)), key=lambda i: -costs[i])
+    lengths = np.array([max(1, costs[i]) for i in order], dtype=np.int64)
+    # Of batches that cost the same the fewest: a batch costs one more, where everything else counts n + 1 times.
+    unit = len(order) + 1
+    # best[i]: least cost of the first i pieces; before[i]: where the last batch of these begins.
+    best: np.ndarray = np.zeros(unit, dtype=np.int64)
+    before = [0] * unit
+    low = 0
+    for i in range(1, len(order) + 1):
+        while low < i - 1 and (i - low) * lengths[low] > max_batch_tokens:
+            low += 1
+        starts = np.arange(low, i)
+        totals = best[low:i] + 1 + unit * (forward_cost + (i - starts) * lengths[low:i])
+        chosen = i - 1 - int(totals[::-1].argmin())  # the last one, so that full batches come first
+        best[i], before[i] = totals[chosen - low], chosen
+    batches: list[list[int]] = []
+    end = len(order)
+    while end:
+        batches.insert(0, order[before[end] : end])
+        end = before[end]
+    return batches
+
+
+@kept_random_state()
+def measure_forward_cost(task: Task, engine: Engine, rows: Sequence[Row], max_batch_tokens: int) -> int:
+    """What a call of the model costs beside its tokens, as the number of tokens that take as long.
+
+    Two forwards are timed, that of the shortest piece and that of as many of the longest as a batch takes, and a line
+    drawn through both. The number is rounded to a power of two: more digits would be noise.
+
+    Args:
+        task: What is asked.
+        engine: What runs the model; it has answered these rows before, so that it is warm.
+        rows: Golden rows.
+        max_batch_tokens: As in ``cut_into_batches``.
+
+    Returns:
+        At least 1: a stored 0 says that nobody has measured.
+    """
+    params = task.check_params(task.golden(task.config))
+    pieces = [piece for row in task.uncapped.encoded(rows, params) for piece in task.pieces(row)]
+    shortest, longest = min(pieces, key=task.cost), max(pieces, key=task.cost)
+    count = max(1, task.batch_budget(max_batch_tokens) // max(1, task.cost(longest)))
+    few, many = task.cost(shortest), count * task.cost(longest)
+    if task.cost(shortest) == task.cost(longest):
+        return 1  # there is nothing to choose: batches are as large as they may be
+    try:
+        small = _seconds(lambda: task.forward(engine, [shortest], params))
+        large = _seconds(lambda: task.forward(engine, [longest] * count, params))
+    except Exception as error:
+        if is_out_of_memory(error):
+            return 1  # there is no room for full batches, so none is made fuller than it has to be
+        raise
+    token = (large - small) / (many - few)
+    tokens = min(_MOST, small / token - few) if token > 0 else 0
+    return 1 << round(math.log2(max(1, tokens)))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The fastest of three: everything that disturbs makes it slower."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)

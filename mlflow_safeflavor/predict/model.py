@@ -1,0 +1,197 @@
+"""What loading gives back: a module that was checked, and what can be asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.spec import ModelSpec
+from mlflow_safeflavor.errors import SafeFlavorError
+from mlflow_safeflavor.module.failures import named_failure
+from mlflow_safeflavor.module.guard import guarded
+from mlflow_safeflavor.predict.answers import answer_rows, predict_rows
+from mlflow_safeflavor.predict.deadline import Deadline
+from mlflow_safeflavor.predict.progress import Watch, shown
+from mlflow_safeflavor.predict.report import LoadReport
+from mlflow_safeflavor.predict.scheduler import Scheduler
+from mlflow_safeflavor.predict.stream import parquet_chunks, stream
+from mlflow_safeflavor.tasks.base import Row, RowOutput
+from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.inputs.caps import Caps
+from mlflow_safeflavor.tasks.inputs.processor import load_processor
+from mlflow_safeflavor.tasks.inputs.rows import without_extra_columns
+from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder, load_tokenizer
+from mlflow_safeflavor.tasks.table import Task, task_class
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LoadedModel", "make_scheduler", "make_task"]
+
+
+def make_task(
+    spec: ModelSpec, layout: Layout, hooks: Mapping[str, Callable[..., Any]], options: Mapping[str, Any]
+) -> Task:
+    """The task that a spec names, bound to what was recorded for it and to the caps among the run-time options."""
+    cls = task_class(spec.task)
+    make: dict[str, Callable[[], Any]] = {
+        "encoder": lambda: TextEncoder(layout.tokenizer, spec.task_config["encoder"], layout.read_bytes),
+        "tokenizer": lambda: cache(lambda: _tokenizer_of(layout)),
+        "hooks": lambda: hooks,
+        "processor": lambda: load_processor(layout.processor, layout.read_json),
+        "any_processor": lambda: cache(lambda: _processor_of(layout)),
+    }
+    with guarded(layout.root):
+        task = cls(spec.task_config, spec.input_columns, **{name: make[name]() for name in cls.reads})
+    task.caps = Caps.of(options)
+    return task
+
+
+def make_scheduler(task: Task, engine: Engine, options: Mapping[str, Any]) -> Scheduler:
+    """What runs an engine for many callers, under the run-time options."""
+    names = ("max_batch_tokens", "forward_cost", "max_queue", "num_threads")
+    # What was seen of padding is about that on the right.
+    kept = engine.keeps_bits and task.config.get("padding_side") != "left"
+    return Scheduler(
+        task,
+        engine,
+        deterministic=options["deterministic"] and not kept,
+        anywhere=engine.name != "module",
+        **{name: options[name] for name in names},
+    )
+
+
+def _tokenizer_of(layout: Layout) -> Any:
+    """As transformers makes it; None if there was none."""
+    if not layout.has(layout.tokenizer):
+        return None
+    with layout.copied(layout.tokenizer) as folder:
+        return load_tokenizer(folder)
+
+
+def _processor_of(layout: Layout) -> Any:
+    """The image processor or feature extractor; None if there was none."""
+    return load_processor(layout.processor, layout.read_json) if layout.has(layout.processor) else None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A rebuilt, checked and placed model. ``predict`` may be called from many threads.
+
+    Attributes:
+        spec: What was saved.
+        report: What was checked.
+        task: Rows to arrays and back.
+        engine: Arrays to arrays.
+        files: What its files held when it was loaded.
+        scheduler: What runs the engine for many callers.
+        options: Run-time options that it was loaded with; see ``options.MODEL_CONFIG``.
+    """
+
+    spec: ModelSpec
+    report: LoadReport
+    task: Task
+    engine: Engine
+    files: Layout
+    scheduler: Scheduler
+    options: Mapping[str, Any]
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The transformer itself, rebuilt, checked and placed; on first use where a graph answers.
+
+        Raises:
+            StructureError: The artifact holds a graph alone.
+        """
+        return self.engine.module
+
+    def answered_by(self, engine: Engine) -> LoadedModel:
+        """The same model, answered by another engine."""
+        return replace(self, engine=engine, scheduler=make_scheduler(self.task, engine, self.options))
+
+    @property
+    def folder(self) -> Path:
+        """Root of the artifact, on which nothing depends any more."""
+        return self.files.root
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer that was saved; None if there was none. Made on first use."""
+        return _tokenizer_of(self.files)
+
+    @cached_property
+    def processor(self) -> Any:
+        """The image processor or feature extractor that was saved; None if there was none. Made on first use."""
+        return _processor_of(self.files)
+
+    def predict(
+        self,
+        data: Any,
+        params: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        progress: bool | None = None,
+    ) -> Any:
+        """Answer rows.
+
+        Args:
+            data: A DataFrame, Series, list, dict, string or numpy array; see ``rows.rows_of``. Also an iterator of
+                any of these, or the ``pathlib.Path`` of a Parquet file.
+            params: Per-request parameters of the task, as declared in the signature.
+            timeout: Seconds that the request may take, of a stream each chunk; None for what the model was loaded with.
+            progress: Whether to show a progress bar; None for on a terminal or in a notebook, when it takes longer.
+
+        Returns:
+            One row for each row of ``data``, in order, with the columns of the task's signature; for the
+            raw task a dict of arrays. For an iterator or a path an iterator, with the answers to a chunk at a time.
+
+        Raises:
+            InputError: A row, column or parameter cannot be answered; names which.
+            OverloadedError: Too many requests wait at the model.
+            DeadlineError: The model took longer than ``timeout``.
+            AnswerError: The model or a hook raised something of its own, which is the cause.
+        """
+        timeout = self.options["timeout"] if timeout is None else timeout
+        if isinstance(data, Path):
+            return self._stream(*parquet_chunks(data), params, timeout, progress)
+        if isinstance(data, Iterator):
+            return self._stream(data, None, params, timeout, progress)
+        deadline = Deadline(timeout)
+        with shown(progress) as watch:
+            return self._predict(data, params, deadline, watch)
+
+    def _predict(
+        self, data: Any, params: Mapping[str, Any] | None, deadline: Deadline, watch: Watch | None = None
+    ) -> Any:
+        names = [name for name in self.task.columns.values() if name is not None]
+        if self.options["extra_columns"] == "ignore" and names:  # which of several is the one without a name?
+            data = without_extra_columns(data, names)
+        try:
+            rows = self.task.rows(data)
+            answers = [answer for answer, _ in answer_rows(self.task, self.scheduler, rows, params, deadline, watch)]
+            return self.task.result(answers, data)
+        except (SafeFlavorError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers panics with what is no Exception
+            raise named_failure(error, "encoding or decoding") from error
+
+    def _stream(
+        self,
+        chunks: Iterator[Any],
+        total: int | None,
+        params: Mapping[str, Any] | None,
+        timeout: float | None,
+        progress: bool | None,
+    ) -> Iterator[Any]:
+        with shown(progress) as watch:
+            yield from stream(lambda chunk: self._predict(chunk, params, Deadline(timeout)), chunks, total, watch)
+
+    def answer(
+        self, rows: Sequence[Row], params: Mapping[str, Any] | None = None
+    ) -> tuple[list[dict[str, Any]], list[RowOutput]]:
+        """Answers and raw outputs of golden rows, which are by field already; see ``Task``."""
+        return predict_rows(self.task.uncapped, self.scheduler, rows, params)

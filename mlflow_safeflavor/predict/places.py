@@ -1,0 +1,95 @@
+"""Places: as many callers as there are cores encode or decode at a time, and take turns at it.
+
+More of them would only take the interpreter from the model's thread. Nobody keeps a place for longer than a few
+milliseconds while others wait, so that a request of minutes costs a small one a turn, not minutes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from mlflow_safeflavor.predict.deadline import Deadline
+
+__all__ = ["Places"]
+
+_TURN = 0.01
+"""Seconds that a place is kept, if what is done can be interrupted that often."""
+
+T = TypeVar("T")
+
+
+class Places:
+    """A number of places; who came first is next.
+
+    Args:
+        count: Callers at a time.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free, self._waiting, self._lock = count, deque[threading.Event](), threading.Lock()
+
+    @contextmanager
+    def taken(self, deadline: Deadline) -> Iterator[None]:
+        """A place, once it is this caller's turn. Raises ``DeadlineError`` where that is too late."""
+        self._take(deadline)
+        try:
+            yield
+        finally:
+            self._give()
+
+    def in_turns(self, work: Iterable[T | None], deadline: Deadline) -> Iterator[T]:
+        """What ``work`` makes, made a few milliseconds at a time, between which others take their turn.
+
+        Args:
+            work: Does its work while it is iterated; None where it can be interrupted but has nothing yet.
+            deadline: Of the request.
+        """
+        steps, going = iter(work), True
+        while going:
+            made: list[T] = []
+            with self.taken(deadline):
+                end, going = time.monotonic() + _TURN, False
+                for item in steps:
+                    if item is not None:
+                        made.append(item)
+                    if time.monotonic() >= end:
+                        going = True
+                        break
+            yield from made
+
+    def _take(self, deadline: Deadline) -> None:
+        if deadline.passed:
+            raise deadline.missed()
+        with self._lock:
+            if self._free:  # nobody waits while there is a free one
+                self._free -= 1
+                return
+            self._waiting.append(turn := threading.Event())
+        try:
+            turn.wait(deadline.left())
+        except BaseException:
+            if not self._withdrawn(turn):
+                self._give()
+            raise
+        if self._withdrawn(turn):
+            raise deadline.missed()
+
+    def _withdrawn(self, turn: threading.Event) -> bool:
+        """Whether a caller waits no longer; False where its place was handed over already."""
+        with self._lock:
+            if turn.is_set():
+                return False
+            self._waiting.remove(turn)
+            return True
+
+    def _give(self) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()  # handed over: who asks in this moment is not served before
+            else:
+                self._free += 1

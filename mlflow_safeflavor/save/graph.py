@@ -1,0 +1,162 @@
+"""A module's forward recorded as a graph: exported, checked as it will be at each load, and proven.
+
+Where that does not work the reason is kept, and the module serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.graph.check import Graph, Malformed, read
+from mlflow_safeflavor.graph.engine import Session, runtime_of
+from mlflow_safeflavor.graph.export import Exported, Forward, Inputs, export
+from mlflow_safeflavor.graph.proof import TEXT, Arrays, Facts, Refusal, prove
+from mlflow_safeflavor.graph.weights import Place
+from mlflow_safeflavor.machine import available_cpus
+from mlflow_safeflavor.module.engine import ModuleEngine, tensors_of
+from mlflow_safeflavor.module.inventory import Slot
+from mlflow_safeflavor.tasks.base import Row, Task
+
+__all__ = ["Refusal", "examples_of", "record"]
+
+
+def record(
+    module: torch.nn.Module,
+    slots: Sequence[Slot],
+    places: Mapping[str, Place],
+    examples: Sequence[Inputs],
+    *,
+    limit: int | None = None,
+    runtimes: Mapping[str, Callable[..., Session]] | None = None,
+) -> tuple[Graph, dict[str, Facts]]:
+    """Export a module's forward, and prove that the graph answers as the module does.
+
+    Args:
+        module: As it is served: in eval mode, gradients off.
+        slots: Its tensors.
+        places: Where those are in files of weights, by path.
+        examples: Inputs of its forward, as the task makes them; at least one.
+        limit: Most tokens of a text.
+        runtimes: What makes sessions, by the name of the engine; by default ONNX Runtime.
+
+    Returns:
+        The graph, and what was seen by engine.
+
+    Raises:
+        Refusal: The forward cannot be traced with free sizes, calls what a graph may not, or answers otherwise.
+    """
+    if len({tuple(sorted(inputs)) for inputs in examples}) != 1:
+        raise Refusal("the forward is not always called with the same arguments")
+    reasons = []
+    for example, free in product(_candidates(examples), _freedoms(examples)):
+        try:
+            exported = export(module, slots, places, examples, example, free)
+            return _proven(module, exported, slots, example, limit, runtimes or {"onnx": runtime_of("onnx")})
+        except Refusal as refusal:
+            reasons.append(str(refusal))
+    raise Refusal(reasons[0])
+
+
+def _proven(
+    module: torch.nn.Module,
+    exported: Exported,
+    slots: Sequence[Slot],
+    example: Inputs,
+    limit: int | None,
+    runtimes: Mapping[str, Callable[..., Session]],
+) -> tuple[Graph, dict[str, Facts]]:
+    graph = _read(exported.content({}))
+    arrays = {slot.path: slot.tensor.detach().cpu().numpy() for slot in slots if slot.path in graph.weights}
+    forward = Forward(module)
+    device = next((tensor.device for tensor in example.values()), torch.device("cpu"))
+
+    def run(inputs: Arrays) -> Arrays:
+        tensors = {name: torch.from_numpy(array.copy()).to(device) for name, array in inputs.items()}
+        with torch.inference_mode():
+            return {name: tensor.cpu().numpy() for name, tensor in forward(tensors).items()}
+
+    plain = {name: tensor.cpu().numpy() for name, tensor in example.items()}
+    facts = {}
+    for name, runtime in runtimes.items():
+        try:
+            sessions = [runtime(graph, arrays, threads=threads) for threads in sorted({1, 2, available_cpus()})]
+        except StructureError as error:  # a kernel that it does not have
+            raise Refusal(f"{error.what}: {error.found}") from error
+        facts[name] = prove(run, sessions, graph.inputs, plain, limit, seed=0)
+    seen = next(iter(facts.values())).sizes
+    fixed = {name: min(sizes) for name, sizes in seen.items() if len(sizes) == 1}
+    if narrow := fixed.keys() & {"rows", "length"}:
+        raise Refusal(f"the module took no inputs of another number of {min(narrow)} to prove the graph on")
+    return _read(exported.content(fixed)), facts
+
+
+def _read(content: bytes) -> Graph:
+    try:
+        return read(content)
+    except Malformed as error:
+        raise Refusal(f"the exported graph: {error}") from error
+
+
+class _Listener:
+    """An engine that remembers with what it called the forward."""
+
+    name = "listener"
+    keeps_bits = False
+
+    def __init__(self, engine: ModuleEngine) -> None:
+        self.engine, self.on_cpu, self.module = engine, engine.on_cpu, engine.module
+        self.heard: list[Inputs] = []
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.heard.append(tensors_of(inputs, self.engine.device, self.engine.dtype))
+        return self.engine(inputs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
+        raise Refusal("the model writes text token by token, with a cache that grows: that is no single forward")
+
+
+def examples_of(task: Task, engine: ModuleEngine, rows: Sequence[Row]) -> list[Inputs]:
+    """What a task gives to the engine for these rows: all in one batch, and the first two alone.
+
+    Raises:
+        Refusal: It has no forward of its own.
+    """
+    params = task.check_params(task.golden(task.config))
+    pieces = [piece for row in task.uncapped.encoded(rows, params) for piece in task.pieces(row)]
+    listener = _Listener(engine)
+    for batch in (pieces, *([piece] for piece in pieces[:2])):
+        task.forward(listener, batch, params)
+    return _equally_wide(listener.heard)
+
+
+def _equally_wide(examples: Sequence[Inputs]) -> list[Inputs]:
+    """Processors make masks of other dtypes for one row than for several."""
+    dtypes: dict[str, set[torch.dtype]] = {}
+    for inputs in examples:
+        for name, tensor in inputs.items():
+            dtypes.setdefault(name, set()).add(tensor.dtype)
+    return [{name: t.to(torch.int64) if len(dtypes[name]) > 1 else t for name, t in e.items()} for e in examples]
+
+
+def _candidates(examples: Sequence[Inputs]) -> Iterator[Inputs]:
+    """Inputs to trace with, the best first: sizes of 0 and 1 cannot become free."""
+    largest = max(examples, key=lambda inputs: sum(tensor.numel() for tensor in inputs.values()))
+    if all(tensor.dim() and tensor.shape[0] == 1 for tensor in largest.values()):
+        yield {name: tensor.repeat(2, *[1] * (tensor.dim() - 1)) for name, tensor in largest.items()}
+    yield largest
+
+
+def _freedoms(examples: Sequence[Inputs]) -> list[Mapping[str, set[int]]]:
+    """Dimensions to be free, by input: all of them; then rows, lengths and what differed between the examples."""
+    every = {name: set(range(tensor.dim())) for name, tensor in examples[0].items()}
+    some = {
+        name: {i for i in dims if i == 0 or (name in TEXT and i == 1) or len({e[name].shape[i] for e in examples}) > 1}
+        for name, dims in every.items()
+    }
+    return [every] if some == every else [every, some]

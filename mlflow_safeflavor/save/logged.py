@@ -1,0 +1,103 @@
+"""A model being logged: what MLflow holds of it meanwhile, so that the next log ends what a killed one left there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from mlflow.models.model import ModelInfo
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+from mlflow_safeflavor import mlflow_compat
+from mlflow_safeflavor.artifact.scratch import NOTE, add_companion, dead_folders, scratch_folder
+
+__all__ = ["NotedFlavor", "log", "noting"]
+
+
+def log(flavor: ModuleType, name: str, **arguments: Any) -> ModelInfo:
+    """Log with a flavor's ``save_model``, which gets ``arguments``."""
+    # Since MLflow 3 these are texts about a logged model; here they are defaults of the model's params.
+    own = {"params": arguments.pop("params")} if "params" in arguments else {}
+    with noting(flavor, own) as noted:
+        return mlflow_compat.log(noted, name, **arguments)
+
+
+class NotedFlavor:
+    """A flavor as ``Model.log`` calls it, which notes what MLflow made for it before it saves.
+
+    Args:
+        flavor: What saves.
+        notes: Scratch folder for the notes.
+        own: Arguments of the flavor's that ``Model.log`` would take for its own.
+    """
+
+    def __init__(self, flavor: ModuleType, notes: Path, own: Mapping[str, Any]) -> None:
+        self.__name__ = flavor.__name__
+        self.model_id: str | None = None
+        self._flavor, self._notes, self._own = flavor, notes, own
+
+    def save_model(self, path: str, mlflow_model: Any, **arguments: Any) -> None:
+        """Save at ``path``, which MLflow uploads and then removes together with the folder around it."""
+        folder = Path(path).parent
+        if not any(folder.iterdir()):  # made for this alone
+            add_companion(self._notes, folder)
+        self.model_id = getattr(mlflow_model, "model_id", None)  # since MLflow 3
+        if self.model_id is not None:
+            note = {"store": _store(), "model_id": self.model_id}
+            (self._notes / NOTE).write_text(json.dumps(note), encoding="utf-8")
+        self._flavor.save_model(path=path, mlflow_model=mlflow_model, **self._own, **arguments)
+
+
+@contextmanager
+def noting(flavor: ModuleType, own: Mapping[str, Any]) -> Iterator[NotedFlavor]:
+    """The flavor to log with. Models that killed processes left ``PENDING`` in this store are marked as failed first.
+
+    MLflow itself marks those whose logging an ``Exception`` ends, but not where one ends the process, such as
+    ``KeyboardInterrupt``.
+    """
+    with scratch_folder("log") as notes:
+        _fail_abandoned()
+        noted = NotedFlavor(flavor, notes, own)
+        try:
+            yield noted
+        except BaseException as error:
+            if noted.model_id is not None and not isinstance(error, Exception):
+                with suppress(Exception):
+                    _fail(noted.model_id)
+            raise
+
+
+def _fail_abandoned() -> None:
+    for folder in dead_folders(Path(tempfile.gettempdir()), "log"):
+        try:
+            note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+            store, model_id = note["store"], note["model_id"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if store == _store() and _fail(model_id):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fail(model_id: str) -> bool:
+    """Mark a logged model as failed if nobody has finished it. Returns whether nothing is left to do."""
+    client = mlflow.MlflowClient()
+    try:
+        if str(client.get_logged_model(model_id).status) == "PENDING":
+            client.finalize_logged_model(model_id, "FAILED")
+    except MlflowException as error:
+        return bool(error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST))
+    return True
+
+
+def _store() -> str:
+    """Names the tracking store without telling it: its URI may hold a password."""
+    return hashlib.sha256(mlflow.get_tracking_uri().encode()).hexdigest()

@@ -1,0 +1,177 @@
+"""The environment of a model that is being saved: what its parts need, and what its rehearsal used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.utils import canonicalize_name
+
+from mlflow_safeflavor.artifact.layout import Layout, write_json
+from mlflow_safeflavor.checkpoints.given import Source
+from mlflow_safeflavor.environment import requirements
+from mlflow_safeflavor.environment.hashes import lock_file
+from mlflow_safeflavor.environment.recorded import Environment, closure_of
+from mlflow_safeflavor.environment.used import Use
+from mlflow_safeflavor.errors import EnvironmentMismatchError
+from mlflow_safeflavor.module import user_code
+from mlflow_safeflavor.tasks.inputs.processor import requirements_of
+
+__all__ = ["Pinning"]
+
+_logger = logging.getLogger("mlflow.safeflavor")
+
+
+class Pinning:
+    """Writes environment.json and the files that pip, conda and uv install from; again, if a rehearsal used more.
+
+    Args:
+        layout: Where they are written.
+        source: What is saved.
+        engines: What can answer; where a graph can and a module, names that only the module needs are told apart.
+        code_paths: What comes with the model is not pinned.
+        hashes: Whether each pin gets the hashes of its files.
+        wanted: What the user says of it: ``torch_index``, ``pip_requirements``, ``extra_pip_requirements`` and
+            ``conda_env``, see ``requirements.environment_files``.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        source: Source,
+        engines: Collection[str],
+        code_paths: Sequence[str | Path] | None,
+        hashes: bool,
+        **wanted: Any,
+    ) -> None:
+        with_model = {Path(path).stem for path in code_paths or ()}
+        self._layout, self._engines, self._hashes, self._wanted = layout, engines, hashes, wanted
+        self._roots, self._graph_roots = (_roots(source, with_model, graph=graph) for graph in (False, True))
+        self._graph_roots += ["openvino"] if "openvino" in engines else []
+        self._recorded: Environment | None = None
+
+    @property
+    def optional(self) -> list[str]:
+        """Modules that all of MLflow brings along and a graph does without: what imports them can do so, too."""
+        if "onnx" not in self._engines:
+            return []
+        unneeded = closure_of(["mlflow"]) - closure_of(self._graph_roots)
+        owners = importlib.metadata.packages_distributions().items()
+        return sorted(module for module, names in owners if {*map(canonicalize_name, names)} <= unneeded)
+
+    def write(self, used: Mapping[str, Use] | None = None) -> Environment:
+        """Write the files, for what the parts of the model need and what was used.
+
+        Raises:
+            EnvironmentMismatchError: See ``requirements.environment_files``.
+        """
+        used = used or {}
+        graph_roots = [*self._graph_roots, *(name for name, use in used.items() if use.engine != "module")]
+        roots = [*(self._roots if "module" in self._engines else ()), *(graph_roots if "onnx" in self._engines else ())]
+        roots += used
+        recorded = requirements.environment_files(
+            self._layout.root,
+            list(dict.fromkeys(roots)),
+            graph_roots=[*graph_roots] if {"onnx", "module"} <= {*self._engines} else None,
+            torch_build={
+                "version": torch.__version__,
+                "cuda": torch.version.cuda,
+                "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+                "threads": torch.get_num_threads(),
+            },
+            **self._wanted,
+        )
+        write_json(self._layout.environment, recorded.to_json())
+        self._recorded = recorded
+        return recorded
+
+    def finish(self, used: Mapping[str, Use] | None) -> bool:
+        """Pin what a rehearsal used, and then look up hashes, once, where they are wanted.
+
+        Args:
+            used: None where there was no rehearsal.
+
+        Returns:
+            Whether files were written.
+
+        Raises:
+            EnvironmentMismatchError: See ``add`` and ``hashes.lock``.
+        """
+        written = used is not None and self.add(used)
+        if used is None:
+            _logger.info(
+                "safeflavor: not rehearsed, so the pins are those of the model's classes, hooks and processor; what "
+                "else its code imports or reads is not among them unless extra_pip_requirements says so"
+            )
+        if self._hashes:
+            lock_file(self._layout, self._recorded or self.write())
+        return written or self._hashes
+
+    def add(self, used: Mapping[str, Use]) -> bool:
+        """Pin what a rehearsal used beside what the model's parts need. Returns whether files were written.
+
+        Where the user wrote all lines they stay, and a warning gives those that are missing.
+
+        Raises:
+            EnvironmentMismatchError: It ran other versions than this process has, or see ``write``.
+        """
+        recorded = self._recorded or self.write()
+        _require_versions(recorded, used)
+        if any(self._wanted[name] is not None for name in ("pip_requirements", "conda_env")):
+            _warn_of_missing(self._layout.root, used)
+            return False
+        news = {
+            name: use
+            for name, use in used.items()
+            if name not in recorded.distributions or (use.engine != "module" and name in recorded.only_module)
+        }
+        if not news:
+            return False
+        self.write(used)
+        facts = (f"{name} {use.version} (for {use.reader})" for name, use in sorted(news.items()))
+        _logger.info("safeflavor: pinned because the rehearsal used it, and what it requires: %s", ", ".join(facts))
+        return True
+
+
+def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[str]:
+    """What serving needs directly; for a graph no torch, and transformers only for its processors or tokenizers.
+
+    What these need in turn is found by the rehearsal.
+    """
+    module = torch.nn.Module() if graph else source.module
+    calls = source.processor is not None or (source.task == "custom" and source.tokenizer is not None)
+    pickles = any(user_code.importable_name(hook) is None for hook in source.hooks.values())  # with their tensors
+    graph_roots = [*requirements.GRAPH_ROOTS, *requirements.server_roots()]
+    graph_roots += [name for name, needed in (("transformers", calls), ("torch", pickles)) if needed]
+    return [
+        *(graph_roots if graph else requirements.DEFAULT_ROOTS),
+        *user_code.distributions_of(module, source.hooks, except_for=with_model),
+        *([] if source.processor is None else requirements_of(source.processor)),
+    ]
+
+
+def _require_versions(recorded: Environment, used: Mapping[str, Use]) -> None:
+    others = {name: use for name, use in used.items() if recorded.distributions.get(name, use.version) != use.version}
+    if others:
+        raise EnvironmentMismatchError(
+            "A clean process of this Python runs other versions than this process, which is what the pins would name",
+            where=", ".join(others),
+            wanted=", ".join(f"{name} {recorded.distributions[name]}" for name in others),
+            found=", ".join(f"{name} {use.version}" for name, use in others.items()),
+            way_out="start Python without PYTHONPATH and changes of sys.path, or install the wanted versions: "
+            f"`pip install {' '.join(f'{name}=={recorded.distributions[name]}' for name in others)}`",
+        )
+
+
+def _warn_of_missing(folder: Path, used: Mapping[str, Use]) -> None:
+    lines = requirements.missing_lines(folder, {name: use.version for name, use in used.items()})
+    if lines:
+        _logger.warning(
+            "safeflavor: the rehearsal used what the given requirements do not bring, so that the model may not load "
+            "where they are installed, or answer otherwise. To add: %s",
+            ", ".join(f"{line} (for {used[line.partition('==')[0]].reader})" for line in lines),
+        )

@@ -1,0 +1,107 @@
+"""The rehearsal: load a staged artifact in a clean process before anybody can see it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlflow_safeflavor.artifact.scratch import scratch_folder
+from mlflow_safeflavor.environment.used import Opened, way_to_bring
+from mlflow_safeflavor.errors import RehearsalError
+
+__all__ = ["rehearse"]
+
+_TIMEOUT = 1800  # seconds; a model of several GB on a slow disk takes minutes
+_WAY_OUT = "free memory and processors for a second copy of the model; rehearse=False publishes without this proof"
+
+# Variables a process needs to start at all. Nothing else passes: a model that loads only because of
+# the author's PYTHONPATH, cache or token would not load anywhere else.
+_KEPT = frozenset(
+    (
+        *("PATH", "LANG", "LC_ALL", "TZ", "SYSTEMROOT", "LD_LIBRARY_PATH"),
+        *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_CORETYPE", "ATEN_CPU_CAPABILITY"),
+    )
+)
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DO_NOT_TRACK": "true"}
+
+_PROGRAM = Path(__file__).with_name("rehearsal_program.py")
+
+
+def rehearse(
+    staged: Path, engines: Sequence[str] = ("auto",), *, hidden: Collection[str] = (), allow_pickle: bool = False
+) -> tuple[Opened, list[str]]:
+    """Load ``staged`` through pyfunc, in a process that shares nothing with this one but the installed packages.
+
+    Once with each of the ``engines``. While MLflow is imported there, the modules ``hidden`` are not to be had.
+    Its interpreter is isolated (``-I``), its environment stripped, its working and home folders are
+    empty, the hub is offline. A connection beyond loopback is an error, and so is to read a file that is neither part
+    of the model nor of what is installed: it would not be there in a container. Loading replays the golden rows.
+
+    Returns:
+        Which files each engine was the first to open, and the ``sys.path`` of that process.
+
+    Raises:
+        RehearsalError: It could not be loaded there, or answered differently.
+    """
+    with scratch_folder("rehearsal") as folder, _lifeline() as lifeline:
+        scratch, answer = str(folder), folder / "answer.json"
+        environ = {name: value for name, value in os.environ.items() if name in _KEPT}
+        environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = str(allow_pickle).lower()
+        environ["MLFLOW_SAFEFLAVOR_CACHE"] = "off"  # nobody loads from that folder again
+        environ |= dict.fromkeys(("HOME", "HF_HOME", "TMPDIR", "TEMP", "TMP"), scratch)
+        environ |= {**_OFFLINE, "MLFLOW_TRACKING_URI": f"file:{scratch}/mlruns"}
+        if sys.version_info < (3, 12):
+            environ["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"  # else setuptools is imported in place of Python's own
+        command = [sys.executable, "-I", str(_PROGRAM), os.fspath(staged), " ".join(engines), os.fspath(answer)]
+        command += [" ".join(hidden)]
+        try:
+            process = subprocess.run(
+                command,
+                cwd=scratch,
+                env=environ,
+                stdin=lifeline,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_TIMEOUT,
+            )
+        except subprocess.TimeoutExpired:
+            raise RehearsalError(
+                "The clean process did not finish loading the model", wanted=f"within {_TIMEOUT} s", way_out=_WAY_OUT
+            ) from None
+        if not answer.exists():
+            raise RehearsalError(
+                "The clean process died while loading the model",
+                found=f"exit status {process.returncode}; {process.stderr[-2000:].strip()}",
+                way_out=_WAY_OUT,
+            )
+        told = json.loads(answer.read_text(encoding="utf-8"))
+    if problem := told["problem"]:
+        # Libraries tell in words of their own of what they were refused.
+        refused = [what for what in dict.fromkeys(told["refused"]) if what not in problem["message"]]
+        bring = way_to_bring(problem["missing"] or "")
+        raise RehearsalError(
+            "A clean process cannot load the model as saved, so nothing was published",
+            found="; ".join([f"{problem['kind']}: {problem['message']}", *refused]),
+            way_out=bring
+            if bring
+            else "make it load without this process's state: no __main__ classes, no network, no files of this "
+            'machine; graph="only" keeps neither the class nor what its constructor reads',
+        )
+    return told["opened"], told["path"]
+
+
+@contextmanager
+def _lifeline() -> Iterator[int]:
+    """What the clean process reads to its end: nobody writes to it, and it ends with this process, whatever ends it."""
+    reads, writes = os.pipe()
+    try:
+        yield reads
+    finally:
+        os.close(reads)
+        os.close(writes)

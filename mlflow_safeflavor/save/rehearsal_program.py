@@ -1,0 +1,145 @@
+"""What runs in the rehearsal's clean process: a load that may use nothing that stays behind on this machine.
+
+    python -I rehearsal_program.py MODEL ENGINES ANSWER HIDDEN
+
+It answers with what went wrong, and with which files were opened for whom, so that pins can be what runs.
+
+Run by its path, and with it ``guard``, so it imports nothing of this package; the model brings its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+
+def end_with_parent() -> None:
+    """End this process with the one that started it: standard input then ends. Nobody else reads from there."""
+    lifeline, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+
+    def wait() -> None:
+        os.read(lifeline, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Witness:
+    """Remembers which files are opened, and for whom, from now on.
+
+    What the interpreter imported when it started (``.pth`` files and ``sitecustomize`` run tools of all kinds) was
+    opened before, and what such a tool reads of its own is not remembered.
+
+    Args:
+        own: Folders whose files are not remembered.
+    """
+
+    def __init__(self, *own: str) -> None:
+        self._own = tuple(os.path.join(path, "") for path in (*own, *map(os.path.realpath, own)))
+        tops = {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names - {"__main__"}
+        # Namespaces without a file, such as "google", are no tools.
+        self._tools = {top for top in tops if getattr(sys.modules.get(top), "__file__", None)}
+        self._files: dict[str, str] = {}
+        self._readers: dict[str, str] = {}  # by folder, since finding one costs more than all the rest
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        """Look at one of the events of Python's audit hooks that open a file."""
+        given = args[_OPENS[event]]
+        if not isinstance(given, (str, bytes, os.PathLike)):
+            return
+        path = os.path.abspath(os.fsdecode(given))
+        if path in self._files or path.startswith(self._own):
+            return
+        folder = os.path.dirname(path)
+        reader = self._readers.get(folder) or self._reader(path)
+        if reader is not None:
+            self._files[path] = reader
+            if folder.removesuffix(f"{os.sep}__pycache__") not in sys.path:  # where unlike things lie side by side
+                self._readers[folder] = reader
+
+    def _reader(self, path: str) -> str | None:
+        """The module, neither Python's nor a tool's, for which a file is opened; None for a tool's own."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_globals is globals():  # the hook's own
+            frame = frame.f_back
+        while frame is not None and frame.f_globals is not globals():
+            name = str(frame.f_globals.get("__name__"))
+            top = name.partition(".")[0]
+            if top in self._tools and f"{os.sep}{top}" in path:
+                return None
+            if top not in self._tools and top not in sys.stdlib_module_names:
+                return name
+            frame = frame.f_back
+        return "the load"
+
+    def take(self) -> dict[str, str]:
+        """File → reader, of all that were opened since the last call."""
+        taken, self._files = self._files, {}
+        return taken
+
+
+_OPENS = {"open": 0, "import": 1, "ctypes.dlopen": 0}
+"""Events that open a file, and which of their arguments names it."""
+
+
+def main(model: str, engines: str, answer: str, hidden: str) -> None:
+    """Load the model with each of the engines, and write what happened, as JSON, to the file ``answer``.
+
+    While MLflow is imported, the modules ``hidden`` cannot be: what libraries import where it happens to be installed.
+    """
+    scratch, guards, witness = os.path.dirname(answer), _guards(), Witness(model, os.path.dirname(answer))
+    # The load itself guards what it builds; all the rest may do what ends with this process.
+    system, harmless = ("/dev", "/etc", "/proc"), ("os.chdir", "os.putenv", "os.unsetenv", "pickle.find_class")
+    guard = guards.Guard(model, scratch, *system, writable=[scratch], allowed=harmless)
+    guards.guard_process(guard)
+    sys.addaudithook(lambda event, args: witness(event, args) if event in _OPENS else None)
+    path, opened, problem = list(sys.path), {}, None
+    try:
+        ruled_out: Any = None
+        sys.modules.update(dict.fromkeys(hidden.split(), ruled_out))
+        import mlflow.pyfunc
+
+        for name in hidden.split():
+            del sys.modules[name]
+        for engine in engines.split():
+            # Another dtype that is stored as an option is the module's, or OpenVINO's.
+            dtype = {"dtype": ""} if engine == "onnx" else {}
+            mlflow.pyfunc.load_model(model, model_config={"engine": engine, **dtype})
+            opened[engine] = witness.take()
+    except BaseException as error:
+        problem = {"kind": type(error).__name__, "message": str(error), "missing": _missing(error)}
+    if guard.refused and problem is None:  # somebody caught it, which the next one may not
+        problem = {"kind": "PermissionError", "message": "something was refused", "missing": None}
+    told = {"problem": problem, "refused": guard.refused, "path": path, "opened": opened}
+    with open(answer, "w", encoding="utf-8") as file:
+        json.dump(told, file)
+
+
+def _missing(error: BaseException | None) -> str | None:
+    """The module that could not be imported, where that is at the bottom of an error."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError):
+            return error.name
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _guards() -> Any:
+    package = os.path.dirname(os.path.dirname(__file__))
+    spec = importlib.util.spec_from_file_location("guard", os.path.join(package, "module", "guard.py"))
+    assert spec is not None and spec.loader is not None  # noqa: S101, PT018
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    main(*sys.argv[1:])

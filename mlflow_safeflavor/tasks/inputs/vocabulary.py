@@ -1,0 +1,120 @@
+"""The table in which a model looks tokens up, and tokens that it has no row for.
+
+Looking up a token beyond the last row is an ``IndexError`` in the middle of an answer, and on an accelerator the end of
+the process; a tokenizer that got tokens without ``resize_token_embeddings`` answers well until somebody writes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mlflow_safeflavor.artifact.inventory_file import Inventory
+from mlflow_safeflavor.artifact.layout import WAY_OUT
+from mlflow_safeflavor.errors import IntegrityError, StructureError
+from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["find_table", "require_known_tokens", "require_rows"]
+
+
+def find_table(module: torch.nn.Module) -> tuple[str, int] | None:
+    """Name of the parameter in which tokens are looked up, and its rows; None where the module does not say.
+
+    A part with ``get_input_embeddings`` says so, and a module with a single ``torch.nn.Embedding`` as well. Where there
+    are two such tables, nobody knows which tokenizer reads which.
+    """
+    from torch import nn
+
+    parts = [module] if _said_table(module) is not None else list(module.modules())
+    said = [table for part in parts if (table := _said_table(part)) is not None]
+    tables = said or [child for child in module.modules() if isinstance(child, nn.Embedding)]
+    if len({id(table.weight) for table in tables}) != 1:
+        return None
+    table = tables[0]
+    names = (name for name, tensor in module.named_parameters(remove_duplicate=False) if tensor is table.weight)
+    name = next(names, None)
+    return None if name is None else (name, table.weight.shape[0])
+
+
+def _said_table(module: torch.nn.Module) -> torch.nn.Embedding | None:
+    from torch import nn
+
+    try:
+        table = module.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def require_known_tokens(tokenizer: Any, module: torch.nn.Module) -> str | None:
+    """Refuse a tokenizer with tokens that the module has no row for.
+
+    Args:
+        tokenizer: Of transformers.
+        module: Only looked at.
+
+    Returns:
+        Name of the table, as ``find_table`` gives it.
+
+    Raises:
+        StructureError: Names token, id and rows.
+    """
+    found = find_table(module)
+    if found is None:
+        return None
+    name, rows = found
+    unknown = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    if unknown:
+        number, token = unknown[0]
+        more = f", and {len(unknown) - 1} more tokens" if len(unknown) > 1 else ""
+        raise StructureError(
+            "The tokenizer has tokens that the model has no embedding for",
+            where=f"token {token!r}, id {number}{more}",
+            wanted=f"ids below {rows}, the rows of {name}",
+            found=f"ids up to {unknown[-1][0]}",
+            way_out="model.resize_token_embeddings(len(tokenizer)) before training, "
+            "or pass the tokenizer that the model was trained with",
+        )
+    return name
+
+
+def require_rows(config: Mapping[str, Any], encoder: TextEncoder | None, inventory: Inventory) -> None:
+    """Refuse an artifact whose tokenizer, or a token that fills up rows, is beyond the stored table.
+
+    Args:
+        config: Of the task; its ``encoder`` names the table.
+        encoder: The tokenizer, where the task has one.
+        inventory: What is stored.
+
+    Raises:
+        IntegrityError: Names token and rows.
+    """
+    table = (config.get("encoder") or {}).get("table")
+    if table is None:
+        return
+    row = inventory.rows.get(table)
+    if row is None or not row.shape:
+        raise IntegrityError(
+            "There is no such table of embeddings", where="encoder, table", found=table, way_out=WAY_OUT
+        )
+    said = [("task_config", config), ("encoder", config["encoder"])]
+    tokens = {
+        f"{place}, {name}": found[name]
+        for place, found in said
+        for name in ("pad_token_id", "mask_token_id")
+        if found.get(name) is not None
+    }
+    wrong = {name: token for name, token in tokens.items() if not 0 <= token < row.shape[0]}
+    if encoder is not None and encoder.size > row.shape[0]:
+        wrong["tokens of the tokenizer"] = encoder.size
+    for name, token in wrong.items():
+        raise IntegrityError(
+            "A token has no embedding",
+            where=name,
+            wanted=f"at most {row.shape[0]}, the rows of {table}",
+            found=token,
+            way_out=WAY_OUT,
+        )

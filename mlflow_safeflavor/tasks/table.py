@@ -1,0 +1,76 @@
+"""What a model is asked: rows in, rows out. One file a task family, and the table below."""
+
+from __future__ import annotations
+
+from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.tasks.audio_classification import AudioClassification
+from mlflow_safeflavor.tasks.base import Task
+from mlflow_safeflavor.tasks.custom import Custom
+from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
+from mlflow_safeflavor.tasks.fill_mask import FillMask
+from mlflow_safeflavor.tasks.image_classification import ImageClassification
+from mlflow_safeflavor.tasks.question_answering import QuestionAnswering
+from mlflow_safeflavor.tasks.raw import Raw
+from mlflow_safeflavor.tasks.text2text_generation import Text2TextGeneration, specific_task
+from mlflow_safeflavor.tasks.text_classification import TextClassification
+from mlflow_safeflavor.tasks.text_generation import TextGeneration
+from mlflow_safeflavor.tasks.token_classification import TokenClassification
+from mlflow_safeflavor.tasks.zero_shot_classification import ZeroShotClassification
+
+__all__ = ["TASKS", "Task", "infer_task", "task_class"]
+
+TASKS: dict[str, type[Task]] = {
+    cls.name: cls
+    for cls in (
+        AudioClassification,
+        Custom,
+        FeatureExtraction,
+        FillMask,
+        ImageClassification,
+        QuestionAnswering,
+        Raw,
+        Text2TextGeneration,
+        TextClassification,
+        TextGeneration,
+        TokenClassification,
+        ZeroShotClassification,
+    )
+}
+
+_ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
+"""Other names that transformers' pipelines have for a task."""
+
+
+def task_class(name: str) -> type[Task]:
+    """The task of that name; its ``name`` is what is recorded, whatever alias was asked for.
+
+    Raises:
+        StructureError: There is none.
+    """
+    name = _ALIASES.get(name, name)
+    if specific := specific_task(name):
+        return specific
+    if name not in TASKS:
+        raise StructureError("Unknown task", where=name, wanted=" | ".join(sorted(TASKS)))
+    return TASKS[name]
+
+
+def infer_task(class_name: str, main_input: str = "input_ids") -> str:
+    """The task that a model class was made for, from its name (``BertForSequenceClassification`` …).
+
+    Args:
+        class_name: Name of the class.
+        main_input: Its ``main_input_name``; tells Wav2Vec2ForSequenceClassification, which listens, from BERT's.
+
+    Raises:
+        StructureError: The class is made for something else.
+    """
+    for name, cls in TASKS.items():
+        if cls.serves(class_name) and cls.hears == (main_input in ("input_values", "input_features")):
+            return name
+    raise StructureError(
+        "The task cannot be told from the model class",
+        where=class_name,
+        wanted=" | ".join(sorted(TASKS)),
+        way_out="say it: save_model(..., task=...)",
+    )
