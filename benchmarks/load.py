@@ -80,7 +80,7 @@ def rebuild(size: str, dtype: str, rounds: int, cache: Path) -> None:
 
     from mlflow_safeflavor.artifact import inventory_file
     from mlflow_safeflavor.artifact.layout import Layout
-    from mlflow_safeflavor.load.load import read_spec
+    from mlflow_safeflavor.artifact.spec import read_spec
     from mlflow_safeflavor.module import inventory, structure, tensors
 
     checkpoint, layout = roberta_checkpoint(size, dtype, cache), Layout(our_roberta(size, dtype, cache))

@@ -53,12 +53,23 @@ _HOMES = {
     "verify_model": ("verify.verify", "verify_model"),
 }
 
+_LOADER_ALONE = (
+    "{name} is not in {folder}: that is the loader of a saved model, which MLflow imports when it loads the model. "
+    "Import mlflow_safeflavor before the first mlflow.pyfunc.load_model, or in another process"
+)
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name]
-    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    try:
+        home = importlib.import_module(f"{__name__}.{module}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{module.partition('.')[0]}":
+            raise
+        raise ImportError(_LOADER_ALONE.format(name=name, folder=__path__[0])) from None
+    return getattr(home, attribute)
 
 
 def __dir__() -> list[str]:

@@ -37,12 +37,17 @@ DATA = [f"{name}.json" for name in ("config", "structure", "tensors", "environme
 DATA += ["model.safetensors", "parity.safetensors", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
 TOP = ["MLmodel", "requirements.txt", "conda.yaml", "python_env.yaml", "input_example.json"]
 TOP += ["serving_input_example.json"]
-CODE = [f"code/mlflow_safeflavor/{file.relative_to(PACKAGE).as_posix()}" for file in sorted(PACKAGE.rglob("*.py"))]
+VENDORED = [
+    file
+    for file in sorted(PACKAGE.rglob("*.py"))
+    if file.relative_to(PACKAGE).parts[0] not in ("checkpoints", "cli.py", "save", "verify")
+]
+CODE = [f"code/mlflow_safeflavor/{file.relative_to(PACKAGE).as_posix()}" for file in VENDORED]
 FILES = [
     *TOP,
     *(f"safeflavor/{name}" for name in DATA),
     *CODE,
-    *(f"code/mlflow_safeflavor/{name}" for name in ("artifact/proven_classes.txt", "py.typed")),
+    *(f"code/mlflow_safeflavor/{name}" for name in ("LOADER.txt", "artifact/proven_classes.txt", "py.typed")),
 ]
 # MLflow's own reading of the files takes most of a second, so through pyfunc one vendored file stands for all.
 FILES_FOR_PYFUNC = [name for name in FILES if not name.startswith("code/") or name.endswith("/load.py")]

@@ -32,8 +32,8 @@ from transformers import (
 import mlflow_safeflavor
 from mlflow_safeflavor.cli import main
 from mlflow_safeflavor.errors import PlacementError, WeightsError
-from mlflow_safeflavor.load import load as loading
 from mlflow_safeflavor.module import placement
+from mlflow_safeflavor.module import rebuild as rebuilding
 from mlflow_safeflavor.module.inventory import find_slots
 
 pytest_plugins = "saved_models"
@@ -413,7 +413,7 @@ def test_the_dtype_it_was_saved_in_casts_nothing_and_copies_nothing(saved):
 def test_the_cast_comes_after_the_comparison(saved, monkeypatch):
     """A module that is not the saved one is refused before anything is cast."""
     order = []
-    for module, name in ((loading, "_check_tensors"), (placement, "place")):
+    for module, name in ((rebuilding, "_require_same_tensors"), (placement, "place")):
         original = getattr(module, name)
 
         def noting(*args, _name=name, _original=original, **kwargs):
@@ -422,12 +422,12 @@ def test_the_cast_comes_after_the_comparison(saved, monkeypatch):
 
         monkeypatch.setattr(module, name, noting)
     load(saved, dtype="bfloat16")
-    assert order == ["_check_tensors", "place"]
+    assert order == ["_require_same_tensors", "place"]
 
     def refuse(*args):
         raise WeightsError("not the same")
 
-    monkeypatch.setattr(loading, "_check_tensors", refuse)
+    monkeypatch.setattr(rebuilding, "_require_same_tensors", refuse)
     order.clear()
     with pytest.raises(WeightsError, match="not the same"):
         load(saved, dtype="bfloat16")

@@ -27,7 +27,7 @@ from mlflow_safeflavor.errors import (
     TrustError,
     WeightsError,
 )
-from mlflow_safeflavor.load import load as loading
+from mlflow_safeflavor.module import rebuild as rebuilding
 
 pytest_plugins = "saved_models"
 
@@ -58,8 +58,8 @@ def test_the_garbage_collector_is_paused_and_left_as_it_was(saved, tmp_path, mon
     broken = Path(shutil.copytree(saved, tmp_path / "broken"))
     edit_json(next(broken.rglob("config.json")), lambda config: config.update(num_hidden_layers=1))
     reseal(broken)
-    rebuild, seen = loading.rebuild, []
-    monkeypatch.setattr(loading, "rebuild", lambda *given: [seen.append(gc.isenabled()), rebuild(*given)][1])
+    rebuild, seen = rebuilding.rebuild, []
+    monkeypatch.setattr(rebuilding, "rebuild", lambda *given: [seen.append(gc.isenabled()), rebuild(*given)][1])
     try:
         (gc.enable if collects else gc.disable)()
         load(saved)

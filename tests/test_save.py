@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import accelerate
 import mlflow
@@ -54,7 +56,7 @@ def stored_dtypes(path):
 # Staging
 
 
-@pytest.mark.parametrize("step", ["_write_module", "_write_code", "_write_parity", "write_manifest", "rehearse_load"])
+@pytest.mark.parametrize("step", ["_write_module", "write_code", "_write_parity", "write_manifest", "rehearse_load"])
 def test_a_save_that_fails_leaves_nothing_at_the_path_nor_beside_it(save_tiny, tmp_path, monkeypatch, step):
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
@@ -134,6 +136,25 @@ def test_every_file_of_the_format_is_there(saved):
 def test_nothing_else_is_there_but_the_example(saved):
     others = {name for name in files_of(saved) - ALWAYS if not name.startswith("code/mlflow_safeflavor/")}
     assert others == {"input_example.json", "serving_input_example.json", "safeflavor/graph.json"}
+
+
+def test_the_loader_is_there_and_nothing_else_of_the_package(saved):
+    """It loads and answers in a process of its own, and says where what else the package does is to be had."""
+    code = saved / "code"
+    assert {path.name for path in (code / "mlflow_safeflavor").iterdir()}.isdisjoint(("checkpoints", "save", "verify"))
+    assert "checkpoints, cli.py, save, verify" in (code / "mlflow_safeflavor/LOADER.txt").read_text()
+    program = f"""if True:
+        import sys
+        sys.path.insert(0, {str(code)!r})
+        import mlflow_safeflavor
+        assert mlflow_safeflavor.__path__ == [{str(code / "mlflow_safeflavor")!r}]
+        print(len(mlflow_safeflavor.load_model({str(saved)!r}).predict(["a", "b"])))
+        mlflow_safeflavor.save_model
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "2\n", done.stderr
+    assert "ImportError: save_model is not in" in done.stderr
+    assert "Import mlflow_safeflavor before the first mlflow.pyfunc.load_model" in done.stderr
 
 
 def test_no_file_holds_a_pickle(saved):

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.errors import PlacementError, TrustError
 from mlflow_safeflavor.graph.file import reason_against
 from mlflow_safeflavor.machine import is_plainly_cpu
-from mlflow_safeflavor.predict.options import run_time_options
+from mlflow_safeflavor.predict.options import is_chosen_here
 
 if TYPE_CHECKING:
     import torch
 
-    from mlflow_safeflavor.load.load import LoadOptions
+    from mlflow_safeflavor.load.options import LoadOptions
 
 __all__ = ["casts", "choose_engine", "needs_no_module"]
 
 
-def choose_engine(spec: ModelSpec, layout: Layout, options: LoadOptions) -> str:
+def choose_engine(spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], options: LoadOptions) -> str:
     """What is to answer, "onnx", "openvino" or "module": what was asked for, and can be had of what was saved.
 
     A graph is served in float32 on a CPU, by OpenVINO also in bfloat16; whatever else is asked for needs the module. A
     device that nobody chose is the CPU where the graph was asked for, or is all that there is.
     """
-    chosen = run_time_options(options.model_config, stored=spec.model_config)
-    own = run_time_options(options.model_config)["engine"]
-    if own != chosen["engine"] == "openvino" and "code" not in options.trust:
+    stored = not is_chosen_here("engine", options.model_config)
+    if stored and chosen["engine"] == "openvino" and "code" not in options.trust:
         raise TrustError(
             "The model asks for OpenVINO, whose kernels trust the graph's arguments",
             where="engine",
@@ -38,7 +38,7 @@ def choose_engine(spec: ModelSpec, layout: Layout, options: LoadOptions) -> str:
     asked = "onnx" if alone and chosen["engine"] == "auto" else chosen["engine"]
     chooses = asked in ("onnx", "openvino") and options.device == "auto"
     device = "cpu" if chooses or options.device_map or is_plainly_cpu(options.device) else _device(options.device)
-    dtype = casts(spec, options)
+    dtype = casts(spec, options.dtype)
     other = {
         "dtype": dtype if asked != "openvino" or dtype != "bfloat16" else None,
         "device_map": options.device_map,
@@ -68,12 +68,16 @@ def choose_engine(spec: ModelSpec, layout: Layout, options: LoadOptions) -> str:
     return asked
 
 
-def needs_no_module(spec: ModelSpec, layout: Layout, options: LoadOptions) -> bool:
+def needs_no_module(spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], options: LoadOptions) -> bool:
     """Whether the graph answers, as far as can be told before torch is imported: it knows of accelerators."""
-    asked = run_time_options(options.model_config, stored=spec.model_config)["engine"]
+    asked = chosen["engine"]
     alone = asked == "auto" and spec.structure == "graph"
     by_default = asked == "auto" and is_plainly_cpu(options.device)
-    return asked in ("onnx", "openvino") or alone or (by_default and choose_engine(spec, layout, options) == "onnx")
+    return (
+        asked in ("onnx", "openvino")
+        or alone
+        or (by_default and choose_engine(spec, layout, chosen, options) == "onnx")
+    )
 
 
 def _device(asked: str | int | torch.device) -> str:
@@ -82,7 +86,7 @@ def _device(asked: str | int | torch.device) -> str:
     return str(resolve_device(asked))
 
 
-def casts(spec: ModelSpec, options: LoadOptions) -> str | None:
+def casts(spec: ModelSpec, dtype: str | torch.dtype | None) -> str | None:
     """The dtype that was asked for, if it is another than the saved one."""
-    asked = str(options.dtype or "").removeprefix("torch.")
+    asked = str(dtype or "").removeprefix("torch.")
     return asked if asked and asked != spec.dtype else None

@@ -13,7 +13,8 @@ from mlflow_safeflavor.environment import threads
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import AnswerError
 from mlflow_safeflavor.load.about_process import ENVIRONMENT_LABEL, asks_environment, describe_process
-from mlflow_safeflavor.load.load import LoadOptions, load_folder
+from mlflow_safeflavor.load.load import load_folder
+from mlflow_safeflavor.load.options import LoadOptions
 from mlflow_safeflavor.predict.options import run_time_options, tells_environment
 from mlflow_safeflavor.tasks.inputs.rows import unfold_columns
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mlflow_safeflavor.artifact.inventory_file import Inventory, read_inventory
 from mlflow_safeflavor.artifact.layout import Layout, find_broken_files, read_manifest
 from mlflow_safeflavor.artifact.plain_files import open_plain, way_out_of
 from mlflow_safeflavor.artifact.spec import ModelSpec, read_spec
+from mlflow_safeflavor.artifact.trust import require_agreed, require_known, require_no_shadows
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import IntegrityError
 
@@ -33,21 +36,39 @@ class Saved:
     environment: Environment
     files: Mapping[str, Mapping[str, Any]]
 
+    @cached_property
+    def inventory(self) -> Inventory:
+        """What must be in each of its tensors."""
+        return read_inventory(self.layout)
 
-def read_saved(layout: Layout, *, weights: bool) -> Saved:
-    """Compare an artifact with its manifest, and read what it is.
+    @property
+    def hashed_bytes(self) -> int:
+        """Bytes of all files but weights, which have digests tensor by tensor."""
+        return sum(facts["size"] for name, facts in self.files.items() if not self.layout.is_weights(name))
+
+
+def read_saved(layout: Layout, *, weights: bool, digests: bool = True, trust: Collection[str] | None = None) -> Saved:
+    """Compare an artifact with its manifest, and read what it is; nothing of it runs, and no torch is imported.
 
     Args:
         layout: The artifact.
         weights: Whether to hash the weights, too, which takes a second for each gigabyte.
+        digests: Whether to hash the other files.
+        trust: Kinds of its own code that may run; None where nothing is to be built.
 
     Raises:
         SafeFlavorError: It is not what was saved, or of another flavor.
     """
     spec, guarded = read_spec(layout)
+    if trust is not None:
+        require_known(trust)
+        for kind in spec.runs:
+            require_agreed(kind, trust, spec.model_class)
     files = read_manifest(layout)["files"]
     elsewhere = frozenset() if weights else frozenset(name for name in files if layout.is_weights(name))
-    require_intact(layout, guarded, digests=True, elsewhere=elsewhere)
+    require_intact(layout, guarded, digests=digests, elsewhere=elsewhere)
+    if trust is not None:
+        require_no_shadows(layout.code)
     return Saved(layout, spec, Environment.from_json(layout.read_json(layout.environment)), files)
 
 

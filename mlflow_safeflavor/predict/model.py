@@ -30,7 +30,7 @@ from mlflow_safeflavor.tasks.table import Task, task_class
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LoadedModel", "make_scheduler", "make_task"]
+__all__ = ["LoadedModel", "make_model", "make_task"]
 
 
 def make_task(
@@ -49,6 +49,20 @@ def make_task(
         task = cls(spec.task_config, spec.input_columns, **{name: make[name]() for name in cls.reads})
     task.caps = Caps.of(options)
     return task
+
+
+def make_model(
+    engine: Engine,
+    hooks: Mapping[str, Callable[..., Any]],
+    spec: ModelSpec,
+    layout: Layout,
+    options: Mapping[str, Any],
+    report: LoadReport,
+) -> LoadedModel:
+    """An engine, and what the spec says can be asked of it."""
+    layout.keep(layout.tokenizer, layout.processor)
+    task = make_task(spec, layout, hooks, options)
+    return LoadedModel(spec, report, task, engine, layout, make_scheduler(task, engine, options), options)
 
 
 def make_scheduler(task: Task, engine: Engine, options: Mapping[str, Any]) -> Scheduler:

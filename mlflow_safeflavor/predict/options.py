@@ -13,7 +13,7 @@ from typing import Any
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.inputs.caps import Caps
 
-__all__ = ["MODEL_CONFIG", "run_time_options", "tells_environment"]
+__all__ = ["MODEL_CONFIG", "is_chosen_here", "run_time_options", "tells_environment"]
 
 _PREFIX = "MLFLOW_SAFEFLAVOR_"
 
@@ -102,6 +102,11 @@ def run_time_options(
     from_environment = {name: value for name in MODEL_CONFIG if (value := environ.get(_PREFIX + name.upper()))}
     chosen = {**MODEL_CONFIG, **(stored or {}), **(model_config or {}), **from_environment}
     return {name: check(name, chosen[name]) for name, (_, check) in _OPTIONS.items()}
+
+
+def is_chosen_here(name: str, model_config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether an option is set by whoever loads the model, and not only by whoever saved it."""
+    return name in model_config or bool(environ.get(_PREFIX + name.upper()))
 
 
 def tells_environment(environ: Mapping[str, str] = os.environ) -> bool:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,13 +18,12 @@ from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.models.utils import _save_example
 from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
-from mlflow.utils.model_utils import _validate_and_copy_code_paths
 
 from mlflow_safeflavor import mlflow_compat
 from mlflow_safeflavor.arguments import checked, require_arguments
 from mlflow_safeflavor.artifact import inventory_file
 from mlflow_safeflavor.artifact.description import what_runs
-from mlflow_safeflavor.artifact.layout import Layout, digest_of_file, staging, write_manifest
+from mlflow_safeflavor.artifact.layout import Layout, staging, write_manifest
 from mlflow_safeflavor.artifact.spec import AS_IS, FLAVOR_NAME, ModelSpec, guarded_parts
 from mlflow_safeflavor.artifact.trust import KINDS
 from mlflow_safeflavor.checkpoints.damage import require_undamaged
@@ -37,7 +34,6 @@ from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.graph.engine import GraphEngine, runtime_of
 from mlflow_safeflavor.graph.file import open_graph, write_graph, write_reason
 from mlflow_safeflavor.graph.weights import find_places
-from mlflow_safeflavor.load.load import LoadOptions, bind, rebuild
 from mlflow_safeflavor.machine import available_cpus
 from mlflow_safeflavor.module import inventory as inventories
 from mlflow_safeflavor.module import pickled, placement, tensors, user_code
@@ -45,13 +41,15 @@ from mlflow_safeflavor.module import structure as structures
 from mlflow_safeflavor.module.dtypes import announced_cast, dtypes_of, serving_dtype
 from mlflow_safeflavor.module.engine import ModuleEngine, evaluating
 from mlflow_safeflavor.module.kept import kept_module, kept_parameters
+from mlflow_safeflavor.module.rebuild import rebuild
 from mlflow_safeflavor.module.wrappers import require_plain, taken_off
 from mlflow_safeflavor.predict import golden
 from mlflow_safeflavor.predict.batching import measure_forward_cost
-from mlflow_safeflavor.predict.model import LoadedModel, make_task
+from mlflow_safeflavor.predict.model import LoadedModel, make_model, make_task
 from mlflow_safeflavor.predict.options import MODEL_CONFIG, run_time_options
 from mlflow_safeflavor.predict.report import LoadReport
 from mlflow_safeflavor.save import graph as recording
+from mlflow_safeflavor.save.code import LOADER_MODULE, loader_digest, write_code
 from mlflow_safeflavor.save.logged import log
 from mlflow_safeflavor.save.pinning import Pinning
 from mlflow_safeflavor.save.rehearsal import rehearse as rehearse_load
@@ -64,10 +62,6 @@ from mlflow_safeflavor.tasks.table import task_class
 from mlflow_safeflavor.version import __version__
 
 __all__ = ["log_model", "save_model"]
-
-PACKAGE = Path(__file__).parents[1]
-LOADER_MODULE = "mlflow_safeflavor"
-"""Written into every saved model, so it can never move."""
 
 
 @checked
@@ -169,7 +163,7 @@ def save_model(
         require_undamaged(source.module, on_damage)
         described, cast = _write_module(source, serving, how, allow_pickle, layout)
         spec = replace(spec, structure=described["kind"], runs=what_runs(described))
-        _write_code(code_paths, layout)
+        write_code(code_paths, layout)
         with _answering(source, spec, described, cast, layout) as model:
             model.task.require_defaults()
             model.task.config = {**model.task.config, **model.task.measured(model.engine, source.example)}
@@ -384,24 +378,6 @@ def _write_task(
     )
 
 
-def loader_digest() -> str:
-    """SHA-256 over the files of this package, as it is vendored."""
-    digest = hashlib.sha256()
-    root = PACKAGE
-    for file in sorted(file for file in root.rglob("*.*") if file.suffix in (".py", ".txt")):
-        digest.update(file.relative_to(root).as_posix().encode() + digest_of_file(file).encode())
-    return digest.hexdigest()
-
-
-def _write_code(code_paths: Sequence[str | Path] | None, layout: Layout) -> None:
-    """The loader itself, and the user's code, below ``code/``."""
-    _validate_and_copy_code_paths([os.fspath(path) for path in code_paths or ()], layout.root)  # type: ignore[no-untyped-call]  # MLflow's
-    target = layout.code / LOADER_MODULE
-    if target.exists():
-        raise InputError("code_paths must not hold the loader itself", where=LOADER_MODULE, way_out="leave it out")
-    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("__pycache__"))
-
-
 @contextmanager
 def _answering(
     source: Source, spec: ModelSpec, described: Mapping[str, Any], cast: bool, layout: Layout
@@ -410,7 +386,6 @@ def _answering(
 
     A cast model exists only in the artifact, so there the rebuilt module answers.
     """
-    options = LoadOptions(trust=frozenset(KINDS))
     module, hooks = source.module, source.hooks
     device = next((slot.tensor.device for slot in inventories.find_slots(module)), torch.device("cpu"))
     if cast and described["kind"] == "graph":
@@ -419,10 +394,11 @@ def _answering(
         placement.place(module, device, dtypes)
     elif cast:
         device = torch.device("cpu")
-        module, hooks = rebuild(inventory_file.read_inventory(layout), spec, layout, options, LoadReport())
+        module, hooks = rebuild(layout, spec, inventory_file.read_inventory(layout), KINDS)
     with evaluating(module), _aligned(module, layout), kept_parameters(module, lambda: _stored(layout)):
         dtype = placement.input_dtype(spec.dtype, inventories.find_slots(module))
-        yield bind(ModuleEngine(module, device, dtype), hooks, spec, layout, options, LoadReport())
+        engine, options = ModuleEngine(module, device, dtype), run_time_options(stored=spec.model_config)
+        yield make_model(engine, hooks, spec, layout, options, LoadReport())
 
 
 @contextmanager

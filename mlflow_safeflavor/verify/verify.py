@@ -20,7 +20,8 @@ from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError
 from mlflow_safeflavor.graph.file import reason_against
 from mlflow_safeflavor.load.about_process import arrays_asking, describe_recorded, labelled_row, told_environment
 from mlflow_safeflavor.load.download import located
-from mlflow_safeflavor.load.load import LoadOptions, keep_if_needed, load_folder
+from mlflow_safeflavor.load.load import keep_if_needed, load_folder
+from mlflow_safeflavor.load.options import LoadOptions
 from mlflow_safeflavor.load.pyfunc import facts_of
 from mlflow_safeflavor.load.saved import read_saved
 from mlflow_safeflavor.mlflow_compat import read_mlmodel

@@ -132,7 +132,7 @@ def test_a_model_of_another_flavor(tmp_path):
     "save the model again in this environment",
 )
 @follows(
-    "load/load",
+    "load/replay",
     "The model cannot answer the rows that were recorded with it",
     "save the model again in this environment",
 )
@@ -157,7 +157,7 @@ def test_other_answers(copied, tiny_bert, tiny_tokenizer, tmp_path):
     "allow_pickle=True or graph='only' does without it",
 )
 @follows(
-    "load/load",
+    "module/rebuild",
     "The rebuilt module is not the one that was saved",
     "save the model again; where this comes back, its constructor depends on more than its arguments: "
     "allow_pickle=True or graph='only' does without it",
@@ -384,7 +384,7 @@ def test_a_class_that_is_proven_no_more(tiny_bert, tiny_tokenizer, tmp_path, sav
 
 @follows("module/devices", "There is no such device here", "device='auto' takes what there is")
 @follows(
-    "load/load",
+    "load/engines",
     "device_map says where everything goes, in the dtype it was saved in",
     "leave device and dtype out, or device_map",
 )

@@ -164,7 +164,7 @@ def test_a_task_that_nobody_told(save, code):
     "A hook cannot be imported anywhere else",
     "move it to a file and pass code_paths=[file], or pass allow_pickle=True",
 )
-@follows("save/save", "code_paths must not hold the loader itself", "leave it out")
+@follows("save/code", "code_paths must not hold the loader itself", "leave it out")
 def test_hooks(save, code):
     from pathlib import Path
 

@@ -1,0 +1,189 @@
+"""The engine of a saved model: its graph in a session, or its module, rebuilt and placed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from mlflow_safeflavor.artifact.description import read_description
+from mlflow_safeflavor.artifact.weights_files import HeldFile, require_unchanged
+from mlflow_safeflavor.environment.recorded import naming_missing, require_same
+from mlflow_safeflavor.environment.threads import find_budget
+from mlflow_safeflavor.errors import PlacementError
+from mlflow_safeflavor.load.replay import bind, replay
+from mlflow_safeflavor.load.saved import Saved
+from mlflow_safeflavor.module.guard import guarded
+from mlflow_safeflavor.predict.report import LoadReport
+
+if TYPE_CHECKING:
+    import torch
+
+    from mlflow_safeflavor.graph.engine import GraphEngine
+    from mlflow_safeflavor.module.engine import ModuleEngine
+
+__all__ = ["beside", "hooks_of", "open_graph", "open_module"]
+
+Hooks = dict[str, Callable[..., Any]]
+
+
+def open_graph(
+    name: str,
+    saved: Saved,
+    weights: list[HeldFile],
+    *,
+    dtype: str | None,
+    threads: int,
+    shares: bool,
+    beside: Callable[[], ModuleEngine] | None,
+) -> GraphEngine:
+    """A session of ONNX Runtime or OpenVINO with the weights of the artifact.
+
+    Args:
+        name: "onnx" or "openvino".
+        saved: The model.
+        weights: Its files of weights.
+        dtype: What OpenVINO computes in; None for float32.
+        threads: The run-time option ``num_threads``.
+        shares: Whether packed weights may come from, and go to, this host's cache.
+        beside: Makes the engine of the module for what the graph does not take; None without a module.
+    """
+    from mlflow_safeflavor.graph.engine import GraphEngine, runtime_of
+    from mlflow_safeflavor.graph.file import keeps_bits, open_graph
+
+    graph, arrays = open_graph(saved.inventory.files, saved.layout)
+    runtime = runtime_of(name, dtype)
+    if name == "onnx" and shares:
+        from mlflow_safeflavor.graph.onnx_engine import RUNTIME
+        from mlflow_safeflavor.graph.packed_weights import PackedWeights
+
+        runtime = partial(runtime, packed=PackedWeights(graph.content, weights, RUNTIME))
+    session = runtime(graph, arrays, threads=find_budget(threads).threads)
+    kept = keeps_bits(saved.layout, session.name, session.dtype)
+    return GraphEngine(session, beside, weights, keeps_bits=kept)
+
+
+def hooks_of(saved: Saved, trust: Collection[str]) -> Hooks:
+    """The user's hooks by name, and no module."""
+    from mlflow_safeflavor.module import user_code
+
+    described = read_description(saved.layout, saved.spec)
+    names = described["hooks"]
+    objects: Mapping[str, Any] = {}
+    if not all(names.values()):
+        from mlflow_safeflavor.module.rebuild import unpickled_hooks
+
+        objects = unpickled_hooks(described, saved.inventory, saved.layout, trust)
+    with guarded(saved.layout.root, unpickles=True):
+        if names and "code" in trust:
+            user_code.make_importable(saved.layout)
+        return {hook: user_code.import_name(name) if name else objects[hook] for hook, name in names.items()}
+
+
+def open_module(
+    saved: Saved,
+    weights: list[HeldFile],
+    *,
+    device: str | int | torch.device,
+    dtype: str | torch.dtype | None,
+    device_map: str | Mapping[str, Any] | None,
+    compiles: bool,
+    trust: Collection[str],
+) -> tuple[ModuleEngine, Hooks]:
+    """The module, rebuilt, compared and placed; and the user's hooks by name.
+
+    Args:
+        saved: The model.
+        weights: Its files of weights.
+        device: As ``load_model`` takes it.
+        dtype: As ``load_model`` takes it.
+        device_map: As ``load_model`` takes it.
+        compiles: The run-time option ``compile``.
+        trust: Kinds of the artifact's own code that may run.
+    """
+    from mlflow_safeflavor.module import placement
+    from mlflow_safeflavor.module.engine import ModuleEngine
+    from mlflow_safeflavor.module.inventory import find_slots
+    from mlflow_safeflavor.module.rebuild import rebuild
+
+    module, hooks = rebuild(saved.layout, saved.spec, saved.inventory, trust)
+    place = _place(module, saved, device, dtype, device_map)
+    # By a map, accelerate may read from them whenever a part of the module runs.
+    if device_map is None and not placement.maps_files(module, saved.inventory):
+        weights = []
+        saved.layout.held.clear()
+    takes = placement.input_dtype(dtype or saved.spec.dtype, find_slots(module))
+    return ModuleEngine(module, place, takes, weights, compile=compiles), hooks
+
+
+def _place(
+    module: torch.nn.Module,
+    saved: Saved,
+    asked: str | int | torch.device,
+    dtype: str | torch.dtype | None,
+    device_map: str | Mapping[str, Any] | None,
+) -> torch.device:
+    from mlflow_safeflavor.module import devices, placement, structure
+    from mlflow_safeflavor.module.inventory import find_slots
+
+    if device_map is not None and (asked != "auto" or dtype):
+        raise PlacementError(
+            "device_map says where everything goes, in the dtype it was saved in",
+            where="device_map",
+            found=f"device={asked!r}, dtype={dtype!r}",
+            way_out="leave device and dtype out, or device_map",
+        )
+    device = devices.resolve_device(asked)
+    if device_map is not None:
+        return placement.dispatch(module, device_map, saved.inventory, saved.layout)
+    casts = {}
+    if dtype:
+        described = structure.read_structure(saved.layout, saved.spec)
+        casts = placement.dtype_plan(module, described, placement.resolve_dtype(dtype), find_slots(module))
+    placement.place(module, device, casts)
+    return device
+
+
+def beside(
+    saved: Saved,
+    weights: list[HeldFile],
+    *,
+    dtype: str | torch.dtype | None,
+    chosen: Mapping[str, Any],
+    trust: Collection[str],
+    policy: str,
+    replays: bool,
+) -> Callable[[], ModuleEngine]:
+    """Makes the engine of the module, on the CPU beside a graph, when it is wanted; checked as if it were loaded alone.
+
+    Args:
+        saved: The model.
+        weights: Its files of weights.
+        dtype: As ``load_model`` takes it.
+        trust: Kinds of the artifact's own code that may run.
+        policy: What it takes as ``environment``.
+        chosen: The run-time options.
+        replays: Whether its golden rows are answered again.
+    """
+    late = saved.layout.golden("module")  # nothing is read later than now
+    for path in (*late, saved.layout.structure_pickle) if saved.spec.structure == "pickle" else late:
+        saved.layout.read_bytes(path)
+
+    def make() -> ModuleEngine:
+        require_unchanged(weights)
+        require_same(saved.environment, policy=policy)
+        with naming_missing():
+            engine, hooks = open_module(
+                saved,
+                list(weights),
+                device="cpu",
+                dtype=dtype,
+                device_map=None,
+                compiles=chosen["compile"],
+                trust=trust,
+            )
+        if replays:
+            replay(bind(engine, hooks, saved, chosen, LoadReport()), saved, dtype)
+        return engine
+
+    return make

@@ -1,0 +1,44 @@
+"""What whoever loads a model asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mlflow_safeflavor.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LoadOptions"]
+
+_VERIFY = ("full", "rehash", "structure", "off")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Arguments of ``load_model``."""
+
+    device: str | int | torch.device = "auto"
+    dtype: str | torch.dtype | None = None
+    device_map: str | Mapping[str, Any] | None = None
+    verify: str = "full"
+    environment: str = "warn"
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+    trust: Collection[str] = field(default_factory=frozenset)
+    replay: bool = True
+
+    def __post_init__(self) -> None:
+        if self.verify not in _VERIFY:
+            raise InputError("Unknown value", where="verify", wanted=" | ".join(_VERIFY), found=repr(self.verify))
+
+    @property
+    def hashes(self) -> bool:
+        """Whether the bytes of all files are compared with what was recorded."""
+        return self.verify in ("full", "rehash")
+
+    @property
+    def replays(self) -> bool:
+        """Whether the golden rows are answered again."""
+        return self.replay and self.verify != "off"

@@ -1,0 +1,54 @@
+"""The code that goes with a model: the loader, which is what serving reaches of this package, and the user's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mlflow.utils.model_utils import _validate_and_copy_code_paths
+
+from mlflow_safeflavor.artifact.layout import Layout, digest_of_file
+from mlflow_safeflavor.errors import InputError
+
+__all__ = ["LOADER_MODULE", "loader_digest", "write_code"]
+
+LOADER_MODULE = "mlflow_safeflavor"
+"""Written into every saved model, so it can never move."""
+
+_PACKAGE = Path(__file__).parents[1]
+_LEFT_OUT = ("checkpoints", "cli.py", "save", "verify")
+"""No load and no prediction runs these, a third of the package."""
+_NOTE = "LOADER.txt"
+
+
+def write_code(code_paths: Sequence[str | Path] | None, layout: Layout) -> None:
+    """Write the loader, and what the user named, below ``code/``."""
+    _validate_and_copy_code_paths([os.fspath(path) for path in code_paths or ()], layout.root)  # type: ignore[no-untyped-call]  # MLflow's
+    target = layout.code / LOADER_MODULE
+    if target.exists():
+        raise InputError("code_paths must not hold the loader itself", where=LOADER_MODULE, way_out="leave it out")
+    for file in _loader_files():
+        copy = target / file.relative_to(_PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    (target / _NOTE).write_text(
+        f"The part of mlflow-safeflavor that loads this model and answers. Not here: {', '.join(_LEFT_OUT)}.\n"
+    )
+
+
+def loader_digest() -> str:
+    """SHA-256 over the files of the loader, as it is vendored."""
+    digest = hashlib.sha256()
+    for file in _loader_files():
+        digest.update(file.relative_to(_PACKAGE).as_posix().encode() + digest_of_file(file).encode())
+    return digest.hexdigest()
+
+
+def _loader_files() -> Iterator[Path]:
+    for file in sorted(_PACKAGE.rglob("*.*")):
+        inside = file.relative_to(_PACKAGE)
+        if inside.parts[0] not in _LEFT_OUT and (file.suffix in (".py", ".txt") or file.name == "py.typed"):
+            yield file
