@@ -10,7 +10,7 @@ from artifacts import edit_json
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import ParityError, RehearsalError
 from mlflow_safeflavor.predict import golden
-from mlflow_safeflavor.save import rehearsal, save
+from mlflow_safeflavor.save import rehearsal, write
 
 pytest_plugins = "saved_models"
 pytestmark = pytest.mark.slow
@@ -72,13 +72,13 @@ def test_without_a_rehearsal_the_same_is_found_at_load(save_tiny, monkeypatch):
 
 
 def test_a_file_that_is_lost_on_the_way_is_not_published(save_tiny, tmp_path, monkeypatch):
-    honest = save.write_manifest
+    honest = write.write_manifest
 
     def lose(layout, **kwargs):
         honest(layout, **kwargs)
         (layout.tokenizer / "tokenizer.json").unlink()
 
-    monkeypatch.setattr(save, "write_manifest", lose)
+    monkeypatch.setattr(write, "write_manifest", lose)
     with pytest.raises(RehearsalError) as refused:
         save_tiny()
     assert "IntegrityError" in refused.value.message

@@ -56,7 +56,7 @@ def stored_dtypes(path):
 # Staging
 
 
-@pytest.mark.parametrize("step", ["_write_module", "write_code", "_write_parity", "write_manifest", "rehearse_load"])
+@pytest.mark.parametrize("step", ["write_module", "write_code", "write_parity", "seal", "rehearse_load"])
 def test_a_save_that_fails_leaves_nothing_at_the_path_nor_beside_it(save_tiny, tmp_path, monkeypatch, step):
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
@@ -71,7 +71,7 @@ def test_an_interrupted_save_leaves_nothing_either(save_tiny, tmp_path, monkeypa
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(save, "write_manifest", interrupt)
+    monkeypatch.setattr(save, "seal", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_tiny()
     assert list((tmp_path / "store").iterdir()) == []

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from mlflow_safeflavor.artifact import inventory_file
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.graph.check import Graph, Malformed, read
-from mlflow_safeflavor.graph.engine import Session, runtime_of
+from mlflow_safeflavor.graph.engine import GraphEngine, Session, runtime_of
 from mlflow_safeflavor.graph.export import Exported, Forward, Inputs, export
+from mlflow_safeflavor.graph.file import open_graph, write_graph, write_reason
 from mlflow_safeflavor.graph.proof import TEXT, Arrays, Facts, Refusal, prove
-from mlflow_safeflavor.graph.weights import Place
+from mlflow_safeflavor.graph.weights import Place, find_places
 from mlflow_safeflavor.machine import available_cpus
+from mlflow_safeflavor.module import inventory as inventories
 from mlflow_safeflavor.module.engine import ModuleEngine, tensors_of
 from mlflow_safeflavor.module.inventory import Slot
+from mlflow_safeflavor.predict.model import LoadedModel
 from mlflow_safeflavor.tasks.base import Row, Task
 
-__all__ = ["Refusal", "examples_of", "record"]
+__all__ = ["Refusal", "examples_of", "record", "store_graph"]
 
 
 def record(
@@ -160,3 +165,31 @@ def _freedoms(examples: Sequence[Inputs]) -> list[Mapping[str, set[int]]]:
         for name, dims in every.items()
     }
     return [every] if some == every else [every, some]
+
+
+def store_graph(model: LoadedModel, rows: Sequence[Row], required: bool) -> list[GraphEngine]:
+    """Record the forward as a graph, or the reason why there is none. Returns what runs it, what serves first."""
+    layout, slots = Layout(model.folder), inventories.find_slots(model.module)
+    runtimes = {"onnx": runtime_of("onnx")}
+    if model.spec.model_config["engine"] == "openvino":
+        runtimes, required = {"openvino": runtime_of("openvino", model.spec.model_config["dtype"]), **runtimes}, True
+    inventory = inventory_file.read_inventory(layout)
+    try:
+        if model.spec.dtype != "float32":
+            raise Refusal(f"a graph is served in float32, and this model in {model.spec.dtype}")
+        inputs = examples_of(model.task, cast("ModuleEngine", model.engine), rows)
+        places, limit = find_places(inventory, layout), getattr(model.task, "limit", None)
+        graph, facts = record(model.module, slots, places, inputs, limit=limit, runtimes=runtimes)
+    except Refusal as refusal:
+        if required:
+            raise StructureError(
+                "The forward of the model cannot be stored as a graph",
+                where=model.spec.model_class,
+                found=refusal,
+                way_out='save it with graph="auto" and engine="auto", which serves the module where there is no graph',
+            ) from refusal
+        write_reason(str(refusal), layout)
+        return []
+    write_graph(graph, facts, layout)
+    opened = open_graph(inventory.files, layout)
+    return [GraphEngine(runtime(*opened, threads=available_cpus())) for runtime in runtimes.values()]

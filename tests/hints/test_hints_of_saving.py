@@ -155,12 +155,12 @@ def test_a_task_that_nobody_told(save, code):
     'pass task="custom", preprocess=… and postprocess=…',
 )
 @follows(
-    "save/save",
+    "save/write",
     "The … task needs an example: nobody else knows its rows",
     "pass input_example=… as predict takes it; its answers are recorded and replayed at each load",
 )
 @follows(
-    "save/save",
+    "save/write",
     "A hook cannot be imported anywhere else",
     "move it to a file and pass code_paths=[file], or pass allow_pickle=True",
 )
@@ -183,7 +183,7 @@ def test_hooks(save, code):
 
 
 @follows(
-    "save/save",
+    "save/graph",
     "The forward of the model cannot be stored as a graph",
     'save it with graph="auto" and engine="auto", which serves the module where there is no graph',
 )

@@ -1,0 +1,106 @@
+"""The golden rows of a model being saved, answered by the module that was handed over and by its graphs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mlflow_safeflavor.artifact import inventory_file
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.spec import AS_IS, ModelSpec
+from mlflow_safeflavor.artifact.trust import KINDS
+from mlflow_safeflavor.checkpoints.given import Source
+from mlflow_safeflavor.graph.engine import GraphEngine
+from mlflow_safeflavor.module import inventory as inventories
+from mlflow_safeflavor.module import placement, tensors
+from mlflow_safeflavor.module.dtypes import dtypes_of
+from mlflow_safeflavor.module.engine import ModuleEngine, evaluating
+from mlflow_safeflavor.module.kept import kept_parameters
+from mlflow_safeflavor.module.rebuild import rebuild
+from mlflow_safeflavor.predict import golden
+from mlflow_safeflavor.predict.batching import measure_forward_cost
+from mlflow_safeflavor.predict.model import LoadedModel, make_model
+from mlflow_safeflavor.predict.options import run_time_options
+from mlflow_safeflavor.predict.report import LoadReport
+from mlflow_safeflavor.tasks.base import Row
+
+__all__ = ["answering", "write_parity"]
+
+
+@contextmanager
+def answering(
+    source: Source, spec: ModelSpec, described: Mapping[str, Any], cast: bool, layout: Layout
+) -> Iterator[LoadedModel]:
+    """The very module the user handed over, as it is served; unless it had to be cast.
+
+    A cast model exists only in the artifact, so there the rebuilt module answers.
+    """
+    module, hooks = source.module, source.hooks
+    device = next((slot.tensor.device for slot in inventories.find_slots(module)), torch.device("cpu"))
+    if cast and described["kind"] == "graph":
+        module = copy.deepcopy(module)
+        dtypes = placement.dtype_plan(module, described, spec.dtype, inventories.find_slots(module))
+        placement.place(module, device, dtypes)
+    elif cast:
+        device = torch.device("cpu")
+        module, hooks = rebuild(layout, spec, inventory_file.read_inventory(layout), KINDS)
+    with evaluating(module), _aligned(module, layout), kept_parameters(module, lambda: _stored(layout)):
+        dtype = placement.input_dtype(spec.dtype, inventories.find_slots(module))
+        engine, options = ModuleEngine(module, device, dtype), run_time_options(stored=spec.model_config)
+        yield make_model(engine, hooks, spec, layout, options, LoadReport())
+
+
+@contextmanager
+def _aligned(module: torch.nn.Module, layout: Layout) -> Iterator[None]:
+    """While inside, tensors that ``from_pretrained`` maps from anywhere in a file lie as they do after ``load_model``.
+
+    Else the recorded answers could differ from those of every load in their last bits: see ``tensors.ALIGNMENT``.
+    Tensors made in inference mode stay where they are, as torch lets nobody move them.
+    """
+    found = inventories.find_slots(module)
+    slots = [slot for slot in found if not (tensors.is_aligned(slot.tensor) or slot.tensor.is_inference())]
+    before = {id(slot.tensor): (slot.tensor, slot.tensor.data) for slot in slots}
+    if slots:
+        loaded = _stored(layout)
+        for slot in slots:
+            slot.tensor.data = loaded[slot.path].data
+    try:
+        yield
+    finally:
+        for tensor, data in before.values():
+            tensor.data = data
+
+
+def _stored(layout: Layout) -> dict[str, torch.Tensor]:
+    inventory = inventory_file.read_inventory(layout)
+    return inventories.realise(inventory, tensors.read_tensors(inventory, layout))
+
+
+def write_parity(
+    models: Sequence[LoadedModel], rows: Sequence[Row], spec: ModelSpec, layout: Layout
+) -> tuple[list[dict[str, Any]], ModelSpec]:
+    """Record the golden rows with each engine, the one that serves by default first.
+
+    Returns:
+        The answers of that one, and the spec with what was measured.
+    """
+    first = models[0]
+    cost = first.scheduler.forward_cost
+    if not cost and first.engine.on_cpu:
+        # Stored, so that all hosts make the same batches: the bits of an answer may depend on what shares its batch.
+        first.answer(rows, first.task.golden(first.task.config))
+        cost = measure_forward_cost(first.task, first.engine, rows, first.options["max_batch_tokens"])
+    answers = []
+    for model in models:
+        model.scheduler.forward_cost = cost
+        if isinstance(model.engine, GraphEngine):
+            dtypes: Collection[str] = [model.engine.session.dtype]
+        else:
+            dtypes = dtypes_of(model.module) if spec.dtype == AS_IS else [spec.dtype]
+        answers.append(golden.record(model, rows, dtypes, layout))
+    return answers[0], replace(spec, model_config={**spec.model_config, "forward_cost": cost})

@@ -1,0 +1,145 @@
+"""The files of a model being saved: module, tokenizer, example, ``MLmodel`` and manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from mlflow import pyfunc
+from mlflow.models import Model, ModelSignature
+from mlflow.models.utils import _save_example
+
+from mlflow_safeflavor.artifact.layout import Layout, write_manifest
+from mlflow_safeflavor.artifact.spec import FLAVOR_NAME, ModelSpec, guarded_parts
+from mlflow_safeflavor.checkpoints.given import Source
+from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.module import inventory as inventories
+from mlflow_safeflavor.module import pickled, placement, tensors, user_code
+from mlflow_safeflavor.module import structure as structures
+from mlflow_safeflavor.module.engine import evaluating
+from mlflow_safeflavor.predict.options import MODEL_CONFIG
+from mlflow_safeflavor.save.code import LOADER_MODULE, loader_digest
+from mlflow_safeflavor.tasks.base import Task
+from mlflow_safeflavor.tasks.inputs.processor import write_processor
+from mlflow_safeflavor.tasks.inputs.tokenizer import write_tokenizer
+from mlflow_safeflavor.tasks.inputs.vocabulary import require_known_tokens
+from mlflow_safeflavor.tasks.table import task_class
+from mlflow_safeflavor.version import __version__
+
+__all__ = ["seal", "write_example", "write_module", "write_task"]
+
+
+def write_module(
+    source: Source,
+    dtype: str,
+    described: dict[str, Any],
+    allow_pickle: bool,
+    layout: Layout,
+) -> tuple[dict[str, Any], bool]:
+    """Structure, pickle and tensors. Returns the structure, and whether any tensor was cast to the serving dtype."""
+    slots = inventories.find_slots(source.module)
+    casts = placement.dtype_plan(source.module, described, dtype, slots)
+    names = {hook: user_code.importable_name(function) for hook, function in source.hooks.items()}
+    to_pickle = {hook: source.hooks[hook] for hook, name in names.items() if name is None}
+    if to_pickle and not allow_pickle:
+        raise StructureError(
+            "A hook cannot be imported anywhere else",
+            where=", ".join(to_pickle),
+            wanted="a function at the top of a module",
+            way_out="move it to a file and pass code_paths=[file], or pass allow_pickle=True",
+        )
+    described |= {"hooks": names, "hooks_pickle": None, "pickle": None}
+    # Apart, so that a graph is served with its hooks where the module's class is not there.
+    pickles: dict[str, dict[str, Any]] = {
+        "pickle": {"module": source.module} if described["kind"] == "pickle" else {},
+        "hooks_pickle": to_pickle,
+    }
+    for facts, file in (("pickle", layout.structure_pickle), ("hooks_pickle", layout.hooks_pickle)):
+        if pickles[facts]:
+            with evaluating(source.module):
+                content, slots, described[facts] = pickled.dump(pickles[facts], slots)
+            layout.data.mkdir(exist_ok=True)
+            file.write_bytes(content)
+            inventories.require_saveable(slots)
+    inventory, values = inventories.take_inventory(slots, casts)
+    structures.write_structure(described, layout)
+    tensors.write_tensors(inventory, values, layout)
+    return described, bool(casts)
+
+
+def write_task(
+    source: Source,
+    dtype: str,
+    input_columns: Mapping[str, str] | None,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    layout: Layout,
+) -> ModelSpec:
+    """Tokenizer, and what the task must remember; together with the rest of the spec, which tells no structure yet."""
+    cls = task_class(source.task)
+    if cls.needs_example:
+        if source.example is None:
+            raise InputError(
+                f"The {source.task} task needs an example: nobody else knows its rows",
+                where="input_example",
+                way_out="pass input_example=… as predict takes it; its answers are recorded and replayed at each load",
+            )
+        input_columns = cls.columns_of(source.example) if input_columns is None else input_columns
+    input_columns = source.columns if input_columns is None else input_columns
+    config = cls.describe(source.module, {key: options[key] for key in options.keys() & cls.task_options})
+    config = cls.with_params(config, defaults)
+    if cls.needs_example:
+        config |= cls.describe_example(config, source.example)
+    encoder = None
+    if source.tokenizer is not None:
+        table = require_known_tokens(source.tokenizer, source.module)
+        encoder = {**write_tokenizer(source.tokenizer, layout.tokenizer), "table": table}
+    if source.processor is not None:
+        write_processor(source.processor, layout.processor)
+    return ModelSpec(
+        task=source.task,
+        dtype=dtype,
+        structure="graph",
+        model_class=user_code.name_of(type(source.module)),
+        task_config={**config, "encoder": encoder},
+        input_columns=cls.columns_for(input_columns),
+        model_config={key: options.get(key, default) for key, default in MODEL_CONFIG.items()},
+        loader_version=__version__,
+        loader_digest=loader_digest(),
+    )
+
+
+def write_example(mlmodel: Model, example: Any, task: Task, layout: Layout) -> None:
+    """Store the user's example as MLflow does."""
+    if example is None:
+        return
+    _save_example(mlmodel, task.stored_example(example), os.fspath(layout.root))
+
+
+def seal(
+    mlmodel: Model,
+    spec: ModelSpec,
+    signature: ModelSignature,
+    metadata: Mapping[str, Any] | None,
+    layout: Layout,
+) -> None:
+    """Write ``MLmodel`` and the manifest, or both again."""
+    for file in (layout.mlmodel, layout.manifest):
+        file.unlink(missing_ok=True)
+    mlmodel.signature = signature
+    if metadata is not None:
+        mlmodel.metadata = dict(metadata)
+    pyfunc.add_to_model(
+        mlmodel,
+        loader_module=LOADER_MODULE,
+        code=layout.CODE,
+        conda_env=layout.conda.name,
+        python_env=layout.python_env.name,
+        model_config=dict(spec.model_config),
+    )
+    mlmodel.add_flavor(FLAVOR_NAME, **spec.to_flavor())
+    mlmodel.model_size_bytes = sum(file.stat().st_size for file in layout.root.rglob("*") if file.is_file())
+    mlmodel.save(os.fspath(layout.mlmodel))
+    write_manifest(layout, mlmodel=guarded_parts(yaml.safe_load(layout.mlmodel.read_text(encoding="utf-8"))))
