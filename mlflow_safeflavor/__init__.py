@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.version import __version__ as __version__
@@ -63,13 +64,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name]
-    try:
-        home = importlib.import_module(f"{__name__}.{module}")
-    except ModuleNotFoundError as error:
-        if error.name != f"{__name__}.{module.partition('.')[0]}":
-            raise
-        raise ImportError(_LOADER_ALONE.format(name=name, folder=__path__[0])) from None
-    return getattr(home, attribute)
+    # Here alone: an editable install would add rooms of its own release to a loader of another.
+    if PathFinder.find_spec(f"{__name__}.{module.partition('.')[0]}", __path__) is None:
+        raise ImportError(_LOADER_ALONE.format(name=name, folder=__path__[0]))
+    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import accelerate
 import mlflow
@@ -174,9 +175,11 @@ def test_every_file_but_two_is_in_the_manifest(saved):
 
 
 def test_the_vendored_loader_is_this_loader(saved):
-    here = save.Path(mlflow_safeflavor.__file__).parent
+    here = Path(mlflow_safeflavor.__file__).parent
     there = saved / "code" / "mlflow_safeflavor"
-    wanted = {file.relative_to(here).as_posix(): file.read_bytes() for file in here.rglob("*.py")}
+    left_out = ("checkpoints", "cli.py", "save", "verify")
+    files = [file for file in here.rglob("*.py") if file.relative_to(here).parts[0] not in left_out]
+    wanted = {file.relative_to(here).as_posix(): file.read_bytes() for file in files}
     assert {file.relative_to(there).as_posix(): file.read_bytes() for file in there.rglob("*.py")} == wanted
 
 

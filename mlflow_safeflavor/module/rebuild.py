@@ -13,6 +13,7 @@ from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.errors import WeightsError
 from mlflow_safeflavor.module import bounds, inventory, memory, pickled, structure, tensors, user_code
 from mlflow_safeflavor.module.guard import guarded
+from mlflow_safeflavor.module.inventory import NOT_GIVEN_BACK
 
 __all__ = ["rebuild", "unpickled_hooks"]
 
@@ -71,5 +72,5 @@ def _require_same_tensors(module: torch.nn.Module, saved: Inventory, hidden: Map
             "The rebuilt module is not the one that was saved",
             where=differences[0],
             found=f"{len(differences)} differences",
-            way_out=inventory.NOT_GIVEN_BACK,
+            way_out=NOT_GIVEN_BACK,
         )
