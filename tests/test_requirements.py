@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from mlflow_safeflavor.environment import requirements
-from mlflow_safeflavor.environment.recorded import OWN_NAME, record
+from mlflow_safeflavor.environment.installed import OWN_NAME
+from mlflow_safeflavor.environment.record import record
 from mlflow_safeflavor.errors import EnvironmentMismatchError
 from mlflow_safeflavor.module import user_code
 

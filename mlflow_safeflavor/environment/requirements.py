@@ -21,17 +21,11 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from packaging.version import Version
 
 from mlflow_safeflavor.arguments import checked
+from mlflow_safeflavor.environment.closure import closure_of, tops_of
+from mlflow_safeflavor.environment.installed import OWN_NAME, TORCH_FAMILY, installed_version
 from mlflow_safeflavor.environment.pins import CONSTRAINTS, ONNX_REQUIREMENTS
-from mlflow_safeflavor.environment.recorded import (
-    OWN_NAME,
-    TORCH_FAMILY,
-    Environment,
-    closure_of,
-    installed_version,
-    record,
-    tops_of,
-    with_wheels,
-)
+from mlflow_safeflavor.environment.record import record, with_wheels
+from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.environment.wheels import folder_of
 from mlflow_safeflavor.errors import EnvironmentMismatchError
 

@@ -20,7 +20,8 @@ from mlflow_safeflavor.artifact.layout import (
 )
 from mlflow_safeflavor.artifact.spec import AS_IS, ModelSpec, guarded_parts, read_spec
 from mlflow_safeflavor.artifact.trust import require_agreed, require_known, require_no_shadows
-from mlflow_safeflavor.environment import recorded as environments
+from mlflow_safeflavor.environment import differences as environments
+from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import (
     AnswerError,
     InputError,
@@ -187,7 +188,7 @@ def _without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> tuple[ModelSpec, environments.Environment]:
+def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> tuple[ModelSpec, Environment]:
     """Everything that can be refused before torch is imported or anything is built."""
     if options.verify not in _VERIFY:
         raise InputError("Unknown value", where="verify", wanted=" | ".join(_VERIFY), found=repr(options.verify))
@@ -197,7 +198,7 @@ def _look(layout: Layout, options: LoadOptions, report: LoadReport) -> tuple[Mod
         require_agreed(kind, options.trust, spec.model_class)
     _check_files(layout, guarded, options, report)
     require_no_shadows(layout.code)
-    recorded = environments.Environment.from_json(layout.read_json(layout.environment))
+    recorded = Environment.from_json(layout.read_json(layout.environment))
     if needs_no_module(spec, layout, options):
         recorded = recorded.for_graph()
     differences = environments.require_same(recorded, policy=options.environment)
@@ -277,7 +278,7 @@ def _later(
     """What makes the engine of the module when it is wanted beside the graph's: checked as if it were loaded alone."""
     from mlflow_safeflavor.artifact.weights_files import require_unchanged
 
-    recorded = environments.Environment.from_json(layout.read_json(layout.environment))
+    recorded = Environment.from_json(layout.read_json(layout.environment))
 
     def make() -> ModuleEngine:
         require_unchanged(weights)

@@ -14,8 +14,9 @@ from packaging.utils import canonicalize_name
 from mlflow_safeflavor.artifact.layout import Layout, write_json
 from mlflow_safeflavor.checkpoints.given import Source
 from mlflow_safeflavor.environment import requirements
+from mlflow_safeflavor.environment.closure import closure_of
 from mlflow_safeflavor.environment.hashes import lock_file
-from mlflow_safeflavor.environment.recorded import Environment, closure_of
+from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.environment.used import Use
 from mlflow_safeflavor.errors import EnvironmentMismatchError
 from mlflow_safeflavor.module import user_code

@@ -47,12 +47,12 @@ FRAME = pd.DataFrame({"text": ["the cat sat"]})
 
 
 @follows(
-    "environment/recorded",
+    "environment/differences",
     "…",
     "install requirements.txt of the model (`pip install -r requirements.txt`) under the Python of its python_env.yaml, "
     'or let MLflow do both with --env-manager uv; or accept the differences with environment="warn"',
 )
-@follows("environment/recorded", "%s")
+@follows("environment/differences", "%s")
 def test_another_version(copied):
     edit_json(
         copied / "safeflavor" / "environment.json", lambda content: content["distributions"].update(packaging="0.1")
@@ -82,20 +82,20 @@ def test_pinned_versions_are_named_only_where_others_are_installed(copied):
     edit_json(facts, lambda content: content["distributions"].update(packaging="0.1"))
 
 
-@follows("environment/recorded", "A distribution that the model needs is not installed", "pip install '…'")
+@follows("environment/closure", "A distribution that the model needs is not installed", "pip install '…'")
 @follows(
-    "environment/recorded",
+    "environment/record",
     "Installed versions contradict what is required, so pip could never install these pins",
     "install versions that agree (`pip check` tells), or write all pins yourself with pip_requirements",
 )
 @follows(
-    "environment/recorded",
+    "environment/record",
     "Distributions that the model needs were not installed as releases, so no pin could bring them back",
     "publish it, or build a wheel (`pip wheel --no-deps -w FOLDER SOURCE`) and install that with `pip install …==… "
     "--find-links FOLDER`; or say where others get it, as in extra_pip_requirements=['… @ "
     "git+https://HOST/REPOSITORY@COMMIT']; or write all pins yourself with pip_requirements",
 )
-@follows("environment/recorded", "Installed versions contradict what is required: %s")
+@follows("environment/record", "Installed versions contradict what is required: %s")
 def test_closures(flavor_site, tmp_path):  # noqa: F811
     site = flavor_site
     with pytest.raises(EnvironmentMismatchError) as error:
