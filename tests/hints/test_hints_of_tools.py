@@ -128,7 +128,7 @@ def test_closures(flavor_site, tmp_path):  # noqa: F811
     "say where the wheel is with torch_index=URL or FOLDER, or drop the label with torch_index=None",
 )
 @follows(
-    "environment/requirements",
+    "environment/conda",
     "Only one of conda_env, pip_requirements and extra_pip_requirements can be used",
     "keep …, and write the rest into it",
 )
