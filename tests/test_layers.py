@@ -17,8 +17,9 @@ from torch.nn import functional
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError
 from mlflow_safeflavor.module.attributes import find_differences
-from mlflow_safeflavor.module.inventory import find_slots, take_inventory
+from mlflow_safeflavor.module.inventory import take_inventory
 from mlflow_safeflavor.module.layers import describe_layers, is_tree, make_layers
+from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.module.structure import build
 
 BLOCK = {"d_model": 4, "nhead": 2, "dim_feedforward": 8}

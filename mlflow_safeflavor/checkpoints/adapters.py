@@ -10,7 +10,7 @@ from mlflow_safeflavor.artifact.layout import read_json
 from mlflow_safeflavor.checkpoints import from_pretrained
 from mlflow_safeflavor.checkpoints.given import Source
 from mlflow_safeflavor.errors import StructureError, WeightsError
-from mlflow_safeflavor.module.inventory import some
+from mlflow_safeflavor.module.slots import some
 
 __all__ = ["from_folder", "is_folder"]
 

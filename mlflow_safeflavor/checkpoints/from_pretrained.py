@@ -27,8 +27,8 @@ from mlflow_safeflavor.errors import InputError, StructureError, WeightsError
 from mlflow_safeflavor.module.construction import Recipe, construct_fresh, construct_twice, require_memory
 from mlflow_safeflavor.module.dtypes import announced_cast, count_dtypes, read_as
 from mlflow_safeflavor.module.guard import guarded
-from mlflow_safeflavor.module.inventory import find_slots, some
 from mlflow_safeflavor.module.placement import _islands, resolve_dtype
+from mlflow_safeflavor.module.slots import find_slots, some
 from mlflow_safeflavor.module.state_dict import Fit, cast, find_groups, fit, read_state, require_fit, with_base_prefix
 
 __all__ = ["bare_model", "from_pretrained", "processor_of", "read_checkpoint", "tokenizer_of"]

@@ -13,8 +13,8 @@ from mlflow_safeflavor.checkpoints.transformers_keys import base_prefix, convert
 from mlflow_safeflavor.errors import StructureError, WeightsError
 from mlflow_safeflavor.module.construction import Recipe, construct_twice, declared_ties, recipe_of, require_memory
 from mlflow_safeflavor.module.devices import resolve_device
-from mlflow_safeflavor.module.inventory import find_slots, some
 from mlflow_safeflavor.module.placement import _islands, place, resolve_dtype
+from mlflow_safeflavor.module.slots import find_slots, some
 from mlflow_safeflavor.module.state_dict import (
     Fit,
     Group,

@@ -304,7 +304,7 @@ def _rebuild(
     """What runs the module, rebuilt, compared and placed, and the user's hooks by name."""
     from mlflow_safeflavor.module import placement
     from mlflow_safeflavor.module.engine import ModuleEngine
-    from mlflow_safeflavor.module.inventory import find_slots
+    from mlflow_safeflavor.module.slots import find_slots
 
     module, hooks = rebuild(inventory, spec, layout, options, report)
     with report.timed("place"):
@@ -335,10 +335,10 @@ def _hooks(
 def _unpickled_hooks(
     described: Mapping[str, Any], inventory: Inventory, layout: Layout, options: LoadOptions
 ) -> dict[str, Any]:
-    from mlflow_safeflavor.module import inventory as inventories
     from mlflow_safeflavor.module import pickled, tensors, user_code
+    from mlflow_safeflavor.module.fill import realise
 
-    realised = inventories.realise(inventory, tensors.read_tensors(inventory, layout))
+    realised = realise(inventory, tensors.read_tensors(inventory, layout))
     with guarded(layout.root, unpickles=True):
         if "code" in options.trust:
             user_code.make_importable(layout)
@@ -354,7 +354,7 @@ def rebuild(
         The module, and the user's hooks by name.
     """
     from mlflow_safeflavor.module import bounds, memory, pickled, structure, tensors, user_code
-    from mlflow_safeflavor.module import inventory as inventories
+    from mlflow_safeflavor.module.fill import fill, realise
 
     described = structure.read_structure(layout, spec)
     bounds.require_explained(described.get("config"), inventory, layout.name_of(layout.config))
@@ -365,7 +365,7 @@ def rebuild(
     with guarded(layout.root, unpickles=bool(spec.runs)):
         if "code" in options.trust:
             user_code.make_importable(layout)
-        realised = inventories.realise(inventory, values) if "pickle" in spec.runs else {}
+        realised = realise(inventory, values) if "pickle" in spec.runs else {}
         for file, facts in ((layout.structure_pickle, "pickle"), (layout.hooks_pickle, "hooks_pickle")):
             if described[facts] is not None:
                 with memory.real_memory(inventory=inventory):
@@ -375,7 +375,7 @@ def rebuild(
             hidden = {path: realised[path] for path, row in inventory.rows.items() if row.kind == "hidden"}
         else:
             module = structure.build(described, trust=options.trust, inventory=inventory)
-            inventories.fill(module, inventory, values)
+            fill(module, inventory, values)
         names = described["hooks"]
         hooks = {hook: user_code.import_name(name) if name else objects[hook] for hook, name in names.items()}
     _check_tensors(module, inventory, hidden, report)
@@ -385,7 +385,8 @@ def rebuild(
 def _check_tensors(
     module: torch.nn.Module, inventory: Inventory, hidden: Mapping[str, torch.Tensor], report: LoadReport
 ) -> None:
-    from mlflow_safeflavor.module.inventory import NOT_GIVEN_BACK, find_differences
+    from mlflow_safeflavor.module.fill import NOT_GIVEN_BACK
+    from mlflow_safeflavor.module.inventory import find_differences
 
     if differences := list(find_differences(module, inventory, hidden)):
         raise WeightsError(
@@ -407,7 +408,7 @@ def _place(
     report: LoadReport,
 ) -> torch.device:
     from mlflow_safeflavor.module import devices, placement, structure
-    from mlflow_safeflavor.module.inventory import find_slots
+    from mlflow_safeflavor.module.slots import find_slots
 
     if options.device_map is not None and (options.device != "auto" or options.dtype):
         raise PlacementError(

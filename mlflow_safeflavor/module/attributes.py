@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from mlflow_safeflavor.artifact.trust import portable
-from mlflow_safeflavor.module.inventory import OWN_STATE, Slot, find_places, find_slots
+from mlflow_safeflavor.module.slots import OWN_STATE, Slot, find_places, find_slots
 from mlflow_safeflavor.module.state_dict import bits_equal
 from mlflow_safeflavor.module.user_code import name_of
 

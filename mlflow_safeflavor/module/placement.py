@@ -22,7 +22,9 @@ from mlflow_safeflavor.errors import PlacementError
 from mlflow_safeflavor.module import structure as structures
 from mlflow_safeflavor.module.devices import find_accelerator, resolve_device
 from mlflow_safeflavor.module.failures import is_out_of_memory
-from mlflow_safeflavor.module.inventory import Slot, fill, find_meta, find_slots, some, take_inventory
+from mlflow_safeflavor.module.fill import fill
+from mlflow_safeflavor.module.inventory import take_inventory
+from mlflow_safeflavor.module.slots import Slot, find_meta, find_slots, some
 
 __all__ = ["dispatch", "dtype_plan", "input_dtype", "maps_files", "place", "resolve_dtype"]
 

@@ -35,10 +35,10 @@ from mlflow_safeflavor.module.attributes import find_differences, same_attribute
 from mlflow_safeflavor.module.bounds import within
 from mlflow_safeflavor.module.embedding import Embedder
 from mlflow_safeflavor.module.guard import guarded
-from mlflow_safeflavor.module.inventory import UNKNOWN, find_slots, shape_of, some
 from mlflow_safeflavor.module.layers import describe_layers, find_foreign, is_tree, make_layers
 from mlflow_safeflavor.module.leftovers import covered, fresh, written_by_forward
 from mlflow_safeflavor.module.memory import real_memory
+from mlflow_safeflavor.module.slots import UNKNOWN, find_slots, shape_of, some
 from mlflow_safeflavor.module.user_code import import_name, name_of
 from mlflow_safeflavor.module.wrappers import require_given_back, require_plain
 
@@ -345,7 +345,7 @@ def build(
 ) -> torch.nn.Module:
     """Call the constructor on real CPU memory, without random initialisation unless it is asked for.
 
-    The values of its parameters mean nothing before ``inventory.fill``.
+    The values of its parameters mean nothing before ``fill``.
 
     Args:
         structure: From ``describe`` or ``read_structure``, of a kind other than ``pickle``.

@@ -20,7 +20,7 @@ from mlflow_safeflavor.graph.proof import TEXT, Arrays, Facts, Refusal, prove
 from mlflow_safeflavor.graph.weights import Place
 from mlflow_safeflavor.machine import available_cpus
 from mlflow_safeflavor.module.engine import ModuleEngine, tensors_of
-from mlflow_safeflavor.module.inventory import Slot
+from mlflow_safeflavor.module.slots import Slot
 from mlflow_safeflavor.tasks.base import Row, Task
 
 __all__ = ["Refusal", "examples_of", "record"]

@@ -39,12 +39,15 @@ from mlflow_safeflavor.graph.file import open_graph, write_graph, write_reason
 from mlflow_safeflavor.graph.weights import find_places
 from mlflow_safeflavor.load.load import LoadOptions, bind, rebuild
 from mlflow_safeflavor.machine import available_cpus
-from mlflow_safeflavor.module import inventory as inventories
 from mlflow_safeflavor.module import pickled, placement, tensors, user_code
 from mlflow_safeflavor.module import structure as structures
 from mlflow_safeflavor.module.dtypes import announced_cast, dtypes_of, serving_dtype
 from mlflow_safeflavor.module.engine import ModuleEngine, evaluating
+from mlflow_safeflavor.module.fill import realise
+from mlflow_safeflavor.module.inventory import take_inventory
 from mlflow_safeflavor.module.kept import kept_module, kept_parameters
+from mlflow_safeflavor.module.saveable import require_saveable
+from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.module.wrappers import require_plain, taken_off
 from mlflow_safeflavor.predict import golden
 from mlflow_safeflavor.predict.batching import measure_forward_cost
@@ -158,7 +161,7 @@ def save_model(
     options = _options(source.task, {**source.options, **(model_config or {})})
     _require_openvino(options, graph)
     defaults = {**source.params, **defaults_of(signature), **(params or {})}
-    inventories.require_saveable(inventories.find_slots(source.module))
+    require_saveable(find_slots(source.module))
     serving = serving_dtype(dtype, dtypes_of(source.module))
     cast_from = announced_cast(dtype, source.stored or dtypes_of(source.module), serving)
     with kept_module(source.module), staging(path) as stage:
@@ -297,7 +300,7 @@ def _forward(source: Source, spec: ModelSpec, layout: Layout) -> Callable[[torch
         rows = [*([] if source.example is None else task.rows(source.example)), *task.golden_rows()]
         params = task.check_params(task.golden(task.config))
         pieces = [piece for row in task.encoded(rows, params) for piece in task.pieces(row)]
-        dtype = placement.input_dtype(AS_IS, inventories.find_slots(module))
+        dtype = placement.input_dtype(AS_IS, find_slots(module))
         for batch in (pieces, pieces[:1]):
             task.forward(ModuleEngine(module, torch.device("cpu"), dtype), batch, params)
 
@@ -312,7 +315,7 @@ def _write_module(
     layout: Layout,
 ) -> tuple[dict[str, Any], bool]:
     """Structure, pickle and tensors. Returns the structure, and whether any tensor was cast to the serving dtype."""
-    slots = inventories.find_slots(source.module)
+    slots = find_slots(source.module)
     casts = placement.dtype_plan(source.module, described, dtype, slots)
     names = {hook: user_code.importable_name(function) for hook, function in source.hooks.items()}
     to_pickle = {hook: source.hooks[hook] for hook, name in names.items() if name is None}
@@ -335,8 +338,8 @@ def _write_module(
                 content, slots, described[facts] = pickled.dump(pickles[facts], slots)
             layout.data.mkdir(exist_ok=True)
             file.write_bytes(content)
-            inventories.require_saveable(slots)
-    inventory, values = inventories.take_inventory(slots, casts)
+            require_saveable(slots)
+    inventory, values = take_inventory(slots, casts)
     structures.write_structure(described, layout)
     tensors.write_tensors(inventory, values, layout)
     return described, bool(casts)
@@ -412,16 +415,16 @@ def _answering(
     """
     options = LoadOptions(trust=frozenset(KINDS))
     module, hooks = source.module, source.hooks
-    device = next((slot.tensor.device for slot in inventories.find_slots(module)), torch.device("cpu"))
+    device = next((slot.tensor.device for slot in find_slots(module)), torch.device("cpu"))
     if cast and described["kind"] == "graph":
         module = copy.deepcopy(module)
-        dtypes = placement.dtype_plan(module, described, spec.dtype, inventories.find_slots(module))
+        dtypes = placement.dtype_plan(module, described, spec.dtype, find_slots(module))
         placement.place(module, device, dtypes)
     elif cast:
         device = torch.device("cpu")
         module, hooks = rebuild(inventory_file.read_inventory(layout), spec, layout, options, LoadReport())
     with evaluating(module), _aligned(module, layout), kept_parameters(module, lambda: _stored(layout)):
-        dtype = placement.input_dtype(spec.dtype, inventories.find_slots(module))
+        dtype = placement.input_dtype(spec.dtype, find_slots(module))
         yield bind(ModuleEngine(module, device, dtype), hooks, spec, layout, options, LoadReport())
 
 
@@ -432,7 +435,7 @@ def _aligned(module: torch.nn.Module, layout: Layout) -> Iterator[None]:
     Else the recorded answers could differ from those of every load in their last bits: see ``tensors.ALIGNMENT``.
     Tensors made in inference mode stay where they are, as torch lets nobody move them.
     """
-    found = inventories.find_slots(module)
+    found = find_slots(module)
     slots = [slot for slot in found if not (tensors.is_aligned(slot.tensor) or slot.tensor.is_inference())]
     before = {id(slot.tensor): (slot.tensor, slot.tensor.data) for slot in slots}
     if slots:
@@ -448,7 +451,7 @@ def _aligned(module: torch.nn.Module, layout: Layout) -> Iterator[None]:
 
 def _stored(layout: Layout) -> dict[str, torch.Tensor]:
     inventory = inventory_file.read_inventory(layout)
-    return inventories.realise(inventory, tensors.read_tensors(inventory, layout))
+    return realise(inventory, tensors.read_tensors(inventory, layout))
 
 
 def _write_parity(
@@ -478,7 +481,7 @@ def _write_parity(
 
 def _write_graph(model: LoadedModel, rows: Sequence[Row], required: bool) -> list[GraphEngine]:
     """Record the forward as a graph, or the reason why there is none. Returns what runs it, what serves first."""
-    layout, slots = Layout(model.folder), inventories.find_slots(model.module)
+    layout, slots = Layout(model.folder), find_slots(model.module)
     runtimes = {"onnx": runtime_of("onnx")}
     if model.spec.model_config["engine"] == "openvino":
         runtimes, required = {"openvino": runtime_of("openvino", model.spec.model_config["dtype"]), **runtimes}, True

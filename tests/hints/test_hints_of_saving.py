@@ -435,7 +435,7 @@ def test_adapters(save, tiny_bert, tiny_tokenizer, tmp_path):
 
 
 @follows(
-    "module/inventory",
+    "module/saveable",
     "The module holds tensors without values",
     "load the checkpoint with mlflow_safeflavor.from_pretrained, or fill the module with mlflow_safeflavor.materialize, "
     "then save it",
@@ -451,7 +451,7 @@ def test_a_module_on_meta(save, tiny_bert, tiny_tokenizer, tmp_path):
 
 
 @follows(
-    "module/inventory",
+    "module/saveable",
     "The module has lazy parameters that no forward has made yet",
     "call the module once, model(example), and save it then",
 )
@@ -466,9 +466,9 @@ def test_a_lazy_module(save):
 @follows(
     "module/inventory", "Tensors share memory but not a dtype", "give each its own memory (.clone()) before saving"
 )
-@follows("module/inventory", "Two tensors of the module have the same path", "rename that attribute")
+@follows("module/saveable", "Two tensors of the module have the same path", "rename that attribute")
 @follows(
-    "module/inventory",
+    "module/saveable",
     "The module holds a tensor that cannot be stored as plain values",
     "replace it by a dense tensor before saving (dequantise, .to_dense(), .resolve_conj())",
 )
