@@ -82,6 +82,7 @@ def rebuild(size: str, dtype: str, rounds: int, cache: Path) -> None:
     from mlflow_safeflavor.artifact.layout import Layout
     from mlflow_safeflavor.load.load import read_spec
     from mlflow_safeflavor.module import inventory, structure, tensors
+    from mlflow_safeflavor.module.build import build
     from mlflow_safeflavor.module.fill import fill
 
     checkpoint, layout = roberta_checkpoint(size, dtype, cache), Layout(our_roberta(size, dtype, cache))
@@ -89,7 +90,7 @@ def rebuild(size: str, dtype: str, rounds: int, cache: Path) -> None:
 
     def filled() -> tuple[torch.nn.Module, inventory_file.Inventory]:
         recorded = inventory_file.read_inventory(layout)
-        module = structure.build(structure.read_structure(layout, spec), inventory=recorded)
+        module = build(structure.read_structure(layout, spec), inventory=recorded)
         fill(module, recorded, tensors.read_tensors(recorded, layout))
         return module, recorded
 

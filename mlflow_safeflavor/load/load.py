@@ -354,6 +354,7 @@ def rebuild(
         The module, and the user's hooks by name.
     """
     from mlflow_safeflavor.module import bounds, memory, pickled, structure, tensors, user_code
+    from mlflow_safeflavor.module.build import build
     from mlflow_safeflavor.module.fill import fill, realise
 
     described = structure.read_structure(layout, spec)
@@ -374,7 +375,7 @@ def rebuild(
             module = objects["module"].eval().requires_grad_(False)
             hidden = {path: realised[path] for path, row in inventory.rows.items() if row.kind == "hidden"}
         else:
-            module = structure.build(described, trust=options.trust, inventory=inventory)
+            module = build(described, trust=options.trust, inventory=inventory)
             fill(module, inventory, values)
         names = described["hooks"]
         hooks = {hook: user_code.import_name(name) if name else objects[hook] for hook, name in names.items()}

@@ -19,7 +19,7 @@ from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.spec import AS_IS, DTYPES
 from mlflow_safeflavor.errors import PlacementError
-from mlflow_safeflavor.module import structure as structures
+from mlflow_safeflavor.module.build import build
 from mlflow_safeflavor.module.devices import find_accelerator, resolve_device
 from mlflow_safeflavor.module.failures import is_out_of_memory
 from mlflow_safeflavor.module.fill import fill
@@ -92,7 +92,7 @@ def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dic
     for attempt in range(_TRIES):
         with _Watch(dtype) as watch:
             # Whoever gets here has agreed to run the class already: it is being saved, or was just loaded.
-            skeleton = structures.build(described, trust={"code"}, dtype=dtype)
+            skeleton = build(described, trust={"code"}, dtype=dtype)
         seen.append({slot.path: slot.tensor.dtype for slot in find_slots(skeleton)})
         if not watch.disturbed:
             return seen[-1]

@@ -112,7 +112,7 @@ TELLS = {
     ("load/pyfunc", "safeflavor: %s"),
     ("load/pyfunc", "safeflavor: %s failed"),
     ("environment/lines", "%s is not installed here, so it stays as written and is not pinned any further"),
-    ("module/structure", "safeflavor: not saved, because a forward makes it anew: %s"),
+    ("module/comparison", "safeflavor: not saved, because a forward makes it anew: %s"),
     ("artifact/weights_files", "safeflavor: no private copy of %s: %s"),
 }
 """Lines of the log that tell what was done, and nothing to do."""
@@ -128,7 +128,7 @@ BARE = {
     ("tasks/inputs/processor", "The processor cannot be built again"): "its class says why",
     ("tasks/inputs/processor", "The processor does not take a single image or sound"): "its class says why",
     ("environment/conda", "conda_env cannot be read"): "the system says why",
-    ("module/structure", "The class does not make a module"): "only a changed artifact has such a class",
+    ("module/build", "The class does not make a module"): "only a changed artifact has such a class",
     ("tasks/custom", "preprocess refuses a row"): "the user's own words",
     ("tasks/processed", "The processor refuses a value"): "its class says why",
     ("tasks/raw", "forward refused the arrays"): "forward says why",

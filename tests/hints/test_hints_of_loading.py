@@ -368,7 +368,7 @@ def test_a_constructor_that_reads_a_file(save, user_code, tmp_path):  # noqa: F8
 
 
 @follows(
-    "module/structure",
+    "module/build",
     "Nobody has proven that this class of transformers is built for what was saved, and for nothing else",
     'save the model again with this release: it is then of the kind "import", for trust={"code"}',
 )

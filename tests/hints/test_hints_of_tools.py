@@ -34,7 +34,7 @@ from mlflow_safeflavor.errors import (
     StructureError,
     TrustError,
 )
-from mlflow_safeflavor.module import placement, structure
+from mlflow_safeflavor.module import placement
 from mlflow_safeflavor.tasks.inputs import processor
 from mlflow_safeflavor.tasks.inputs.images import read_image
 from mlflow_safeflavor.tasks.inputs.tokenizer import _require_same_ids
@@ -485,14 +485,14 @@ def test_a_pickle_of_another_python(save, code):  # noqa: F811
 def test_a_default_dtype_that_keeps_changing(save, code, monkeypatch):  # noqa: F811
     path, calls = save(code.Net(), code_paths=[code.file]), []
     with monkeypatch.context() as patch:
-        original = structure.build
+        original = placement.build
 
         def build(*given, **options):
             built = original(*given, **options)
             calls.append(1)
             return built.half() if "inventory" not in options and len(calls) % 2 else built
 
-        patch.setattr(placement.structures, "build", build)
+        patch.setattr(placement, "build", build)
         patch.setattr(
             placement._Watch, "disturbed", property(lambda self: True, lambda self, value: None), raising=False
         )
