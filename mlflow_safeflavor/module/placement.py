@@ -26,7 +26,7 @@ from mlflow_safeflavor.module.fill import fill
 from mlflow_safeflavor.module.inventory import take_inventory
 from mlflow_safeflavor.module.slots import Slot, find_meta, find_slots, some
 
-__all__ = ["dispatch", "dtype_plan", "input_dtype", "maps_files", "place", "resolve_dtype"]
+__all__ = ["dispatch", "dtype_plan", "input_dtype", "islands_of", "maps_files", "place", "resolve_dtype"]
 
 
 def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -70,7 +70,7 @@ def dtype_plan(
     parameters_differ = any(slot.tensor.dtype != dtype for slot in floating if slot.kind == "parameter")
     if not parameters_differ:
         return {}
-    islands = _islands(module, dtype)
+    islands = islands_of(module, dtype)
     constructed = _constructed_dtypes(structure, dtype)
     plan = {}
     for slot in floating:
@@ -134,7 +134,7 @@ def _with_dtype(config: Any, dtype: str) -> Any:
     return changed | {key: dtype for key in ("dtype", "torch_dtype") if key in config and "model_type" in config}
 
 
-def _islands(module: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
+def islands_of(module: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
     """What the class keeps in float32 (T5's ``wo``), to be searched in ``.path.``; transformers 4.57 and 5."""
     names: set[str] = set()
     for child in module.modules():

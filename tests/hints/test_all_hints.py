@@ -119,7 +119,7 @@ TELLS = {
 
 BARE = {
     ("arguments", "… cannot be called like this"): "Python says which argument is missing",
-    ("checkpoints/from_pretrained", "There is no model of tokens"): "of that config there is none",
+    ("checkpoints/recipe", "There is no model of tokens"): "of that config there is none",
     ("cli", "The page cannot be written"): "the system says why",
     ("module/embedding", "A layer of the model is unknown"): "the error inside says what is known",
     ("verify/endpoint", "The rows cannot be sent as JSON"): "the error inside names the value",

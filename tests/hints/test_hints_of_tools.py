@@ -338,7 +338,7 @@ def test_a_pipeline(save, user_code, tiny_tokenizer):  # noqa: F811
     'pass one of transformers\' own classes; AutoImageProcessor.from_pretrained(…, use_fast=False) or backend="pil" gives '
     "the one that uses Pillow",
 )
-@follows("checkpoints/from_pretrained", "The checkpoint has no readable processor", "pass processor=…")
+@follows("checkpoints/preprocessors", "The checkpoint has no readable processor", "pass processor=…")
 @follows("tasks/inputs/images", "Images need Pillow", "pip install 'mlflow-safeflavor[image]'")
 def test_processors(save, tmp_path, monkeypatch):  # noqa: F811
     whole = type("Both", (), {"image_processor": make_processor(size=SMALL), "tokenizer": None})()
