@@ -1,4 +1,4 @@
-"""The closure of installed distributions that some of them need, never inferred from imports."""
+"""The closure: installed distributions that others need, never inferred from imports."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def default_conda_env() -> dict[str, Any]:
 
 
 def parse_conda_env(conda_env: object, pip_requirements: object, extra: object) -> dict[str, Any] | None:
-    """The conda environment that the user gave; None where there is none. It excludes the two others.
+    """The conda environment that the user gave, or None; it excludes the two others.
 
     Raises:
         EnvironmentMismatchError: More than one is given, or it describes no environment.

@@ -20,7 +20,7 @@ NO_CONFIG: dict[str, Any] = {
 
 
 def describe_config(config: Any) -> dict[str, Any]:
-    """The config, its class and its implementations, JSON only; ``config_from_json`` reads it back."""
+    """Config, class and implementations, JSON only; ``config_from_json`` reads them back."""
     # Implementations are no part of a saved config, but they decide which kernels run, part by part: a
     # backbone may use another than the model around it, and may not even know the model's.
     return {

@@ -1,4 +1,4 @@
-"""Equality of two plain values: arrays, classes, tokenizers, configs, and all else that says so itself."""
+"""Equality of two plain values: arrays, classes, tokenizers, configs, and all else."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ Four kinds of structure, tried in this order when a model is saved (a fifth, ``g
 * ``transformers``: a class of the transformers package and its config; runs no code of the artifact;
 * ``torch``: a tree of classes of ``torch.nn`` and their arguments (``layers``); runs none either;
 * ``import``: any class that can be imported, and JSON arguments; runs the user's code;
-* ``pickle``: the module itself without its tensors (``pickled``), only if the user allows it; then also where a
-  constructor would load a checkpoint.
+* ``pickle``: the module itself without its tensors (``pickled``), only if the user allows it; then
+  also where a constructor would load a checkpoint.
 """
 
 from __future__ import annotations
