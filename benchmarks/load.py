@@ -82,18 +82,20 @@ def rebuild(size: str, dtype: str, rounds: int, cache: Path) -> None:
     from mlflow_safeflavor.artifact.layout import Layout
     from mlflow_safeflavor.artifact.spec import read_spec
     from mlflow_safeflavor.module import inventory, structure, tensors
+    from mlflow_safeflavor.module.build import build
+    from mlflow_safeflavor.module.fill import fill
 
     checkpoint, layout = roberta_checkpoint(size, dtype, cache), Layout(our_roberta(size, dtype, cache))
     spec, _ = read_spec(layout)  # MLmodel, which from_pretrained has no counterpart of
 
-    def fill() -> tuple[torch.nn.Module, inventory.Inventory]:
+    def filled() -> tuple[torch.nn.Module, inventory_file.Inventory]:
         recorded = inventory_file.read_inventory(layout)
-        module = structure.build(structure.read_structure(layout, spec), inventory=recorded)
-        inventory.fill(module, recorded, tensors.read_tensors(recorded, layout))
+        module = build(structure.read_structure(layout, spec), inventory=recorded)
+        fill(module, recorded, tensors.read_tensors(recorded, layout))
         return module, recorded
 
     def fill_and_compare() -> torch.nn.Module:
-        module, recorded = fill()
+        module, recorded = filled()
         if differences := list(inventory.find_differences(module, recorded)):
             raise SystemExit(f"The rebuilt module differs: {differences[0]}")
         return module
@@ -101,7 +103,7 @@ def rebuild(size: str, dtype: str, rounds: int, cache: Path) -> None:
     times = alternate(
         {
             "peer": lambda: AutoModel.from_pretrained(checkpoint, dtype=getattr(torch, dtype)),
-            "fill": lambda: list(fill()),
+            "fill": lambda: list(filled()),
             "compare": fill_and_compare,
         },
         rounds,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlflow_safeflavor.artifact.spec import FLAVOR_NAME
     from mlflow_safeflavor.checkpoints.from_pretrained import from_pretrained
     from mlflow_safeflavor.checkpoints.materialize import materialize
-    from mlflow_safeflavor.environment.requirements import default_conda_env as get_default_conda_env
+    from mlflow_safeflavor.environment.conda import default_conda_env as get_default_conda_env
     from mlflow_safeflavor.environment.requirements import default_requirements as get_default_pip_requirements
     from mlflow_safeflavor.load.image import generate_dockerfile
     from mlflow_safeflavor.load.load import load_model
@@ -45,7 +45,7 @@ _HOMES = {
     "FLAVOR_NAME": ("artifact.spec", "FLAVOR_NAME"),
     "from_pretrained": ("checkpoints.from_pretrained", "from_pretrained"),
     "generate_dockerfile": ("load.image", "generate_dockerfile"),
-    "get_default_conda_env": ("environment.requirements", "default_conda_env"),
+    "get_default_conda_env": ("environment.conda", "default_conda_env"),
     "get_default_pip_requirements": ("environment.requirements", "default_requirements"),
     "load_model": ("load.load", "load_model"),
     "log_model": ("save.save", "log_model"),

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import pytest
 
-from mlflow_safeflavor.environment import recorded
+from mlflow_safeflavor.environment.record import record
 
 # torch, and what is built on it, is imported where it is used: some tests also run without.
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class Site:
         return info
 
     def record(self, *roots, **options):
-        return recorded.record(roots, torch_build={}, path=self.path, **options)
+        return record(roots, torch_build={}, path=self.path, **options)
 
     def closure(self, *roots, **options):
         return dict(self.record(*roots, **options).distributions)

@@ -9,8 +9,11 @@ import torch
 from mlflow_safeflavor.artifact import inventory_file
 from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.module import inventory as inventories
 from mlflow_safeflavor.module import tensors
+from mlflow_safeflavor.module.fill import fill
+from mlflow_safeflavor.module.inventory import find_differences, take_inventory
+from mlflow_safeflavor.module.saveable import require_saveable
+from mlflow_safeflavor.module.slots import find_slots
 
 
 def bits(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
@@ -20,7 +23,7 @@ def bits(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
 
 
 def all_bits(module: torch.nn.Module) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    return {slot.path: bits(slot.tensor) for slot in inventories.find_slots(module)}
+    return {slot.path: bits(slot.tensor) for slot in find_slots(module)}
 
 
 def memory(module: torch.nn.Module) -> dict[str, tuple[str, int, tuple[int, ...]]]:
@@ -30,7 +33,7 @@ def memory(module: torch.nn.Module) -> dict[str, tuple[str, int, tuple[int, ...]
     elements have no memory and are left out; strides of dimensions of size one mean nothing.
     """
     spans = []
-    for slot in inventories.find_slots(module):
+    for slot in find_slots(module):
         tensor = slot.tensor
         if tensor.numel():
             last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -54,11 +57,11 @@ def memory(module: torch.nn.Module) -> dict[str, tuple[str, int, tuple[int, ...]
 
 def write(module: torch.nn.Module, folder: Path) -> tuple[Layout, Inventory]:
     """What a save does with tensors."""
-    slots = inventories.find_slots(module)
-    inventories.require_saveable(slots)
+    slots = find_slots(module)
+    require_saveable(slots)
     layout = Layout(folder)
     layout.data.mkdir(parents=True)
-    return layout, tensors.write_tensors(*inventories.take_inventory(slots), layout)
+    return layout, tensors.write_tensors(*take_inventory(slots), layout)
 
 
 def read_into(fresh: torch.nn.Module, layout: Layout) -> Inventory:
@@ -66,7 +69,7 @@ def read_into(fresh: torch.nn.Module, layout: Layout) -> Inventory:
     inventory = inventory_file.read_inventory(layout)
     held, problems = inventory_file.hold_weights(inventory, layout)
     assert problems == [], "bytes differ from their own digests"
-    inventories.fill(fresh, inventory, tensors.read_tensors(inventory, layout))
+    fill(fresh, inventory, tensors.read_tensors(inventory, layout))
     assert held  # until here: tensors are mapped through its descriptors
     return inventory
 
@@ -80,6 +83,6 @@ def round_trip(module: torch.nn.Module, fresh: torch.nn.Module, folder: Path) ->
     assert inventory == written, "the inventory read is not the one written"
     assert all_bits(fresh) == bits_before, "values, dtypes or shapes differ"
     assert memory(fresh) == memory_before, "memory is shared in another way, or laid out in another way"
-    assert list(inventories.find_differences(fresh, inventory)) == []
-    assert not [slot.path for slot in inventories.find_slots(fresh) if slot.tensor.requires_grad]
+    assert list(find_differences(fresh, inventory)) == []
+    assert not [slot.path for slot in find_slots(fresh) if slot.tensor.requires_grad]
     return inventory

@@ -36,7 +36,7 @@ from mlflow_safeflavor.errors import (
     TrustError,
     WeightsError,
 )
-from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.module.state_dict import bits_equal
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

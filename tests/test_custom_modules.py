@@ -33,7 +33,7 @@ from mlflow_safeflavor.errors import (
     StructureError,
     TrustError,
 )
-from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.module.slots import find_slots
 
 pytest_plugins = "saved_models"
 

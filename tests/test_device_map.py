@@ -17,8 +17,8 @@ from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import OverloadedError, ParityError, PlacementError
 from mlflow_safeflavor.module import devices, failures, placement, precision
 from mlflow_safeflavor.module.devices import resolve_device
-from mlflow_safeflavor.module.inventory import find_slots
 from mlflow_safeflavor.module.placement import resolve_dtype
+from mlflow_safeflavor.module.slots import find_slots
 
 pytest_plugins = "saved_models"
 

@@ -22,9 +22,10 @@ import mlflow_safeflavor
 from mlflow_safeflavor import generate_dockerfile
 from mlflow_safeflavor.artifact.layout import Layout, digest_of_file
 from mlflow_safeflavor.cli import main
-from mlflow_safeflavor.environment import recorded as environment
+from mlflow_safeflavor.environment.differences import find_differences
 from mlflow_safeflavor.environment.hashes import lock
 from mlflow_safeflavor.environment.pins import read_pins
+from mlflow_safeflavor.environment.record import with_wheels
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError, IntegrityError, TrustError
 from mlflow_safeflavor.load import container
 
@@ -319,7 +320,7 @@ def installed(model, wheels, site):
     with zipfile.ZipFile(wheels / "small-1.0-py3-none-any.whl") as wheel:
         wheel.extractall(site.folder)
     (info / "RECORD").write_text((info / "RECORD").read_text() + f"{info.name}/INSTALLER,sha256=x,3\n../bin/s,,\n")
-    recorded = environment.with_wheels(site.record("small"), [wheels], path=site.path)
+    recorded = with_wheels(site.record("small"), [wheels], path=site.path)
     assert recorded.wheel_digests == {"small": digest_of_file(wheels / "small-1.0-py3-none-any.whl")}
 
     def note(content):
@@ -365,12 +366,12 @@ def test_without_hashes_pip_is_given_the_very_file(installed, wheels, shadow, tm
 
 def test_another_build_of_the_same_version_is_a_difference(installed, wheels, site):
     recorded = dataclasses.replace(
-        site.record("small"), wheels=environment.with_wheels(site.record("small"), [wheels], path=site.path).wheels
+        site.record("small"), wheels=with_wheels(site.record("small"), [wheels], path=site.path).wheels
     )
-    assert environment.find_differences(recorded, path=site.path) == []
+    assert find_differences(recorded, path=site.path) == []
     record = site.folder / "small-1.0.dist-info" / "RECORD"
     record.write_text(record.read_text().replace("small.py,sha256=", "small.py,sha256=0"))
-    (difference,) = environment.find_differences(recorded, path=site.path)
+    (difference,) = find_differences(recorded, path=site.path)
     assert str(difference) == ("small: wanted the build of small-1.0-py3-none-any.whl, found another build of 1.0")
 
 

@@ -34,7 +34,7 @@ from mlflow_safeflavor.cli import main
 from mlflow_safeflavor.errors import PlacementError, WeightsError
 from mlflow_safeflavor.module import placement
 from mlflow_safeflavor.module import rebuild as rebuilding
-from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.module.slots import find_slots
 
 pytest_plugins = "saved_models"
 

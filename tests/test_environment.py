@@ -15,8 +15,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from mlflow_safeflavor.environment import recorded as environment
-from mlflow_safeflavor.environment.recorded import Difference, Environment
+from mlflow_safeflavor.environment import differences
+from mlflow_safeflavor.environment.differences import Difference, find_differences, format_differences, require_same
+from mlflow_safeflavor.environment.record import record
+from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import EnvironmentMismatchError, IntegrityError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -25,7 +27,7 @@ needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch
 
 
 def make_environment(**changes):
-    facts = environment.record([], torch_build={}, path=[]).to_json()
+    facts = record([], torch_build={}, path=[]).to_json()
     return Environment.from_json(facts | changes)
 
 
@@ -138,7 +140,7 @@ def test_the_first_folder_of_the_path_wins(site, tmp_path):
     site.path += second.path
     recorded = site.record("a")
     assert recorded.distributions["a"] == "1.0"
-    assert environment.find_differences(recorded, path=site.path) == []
+    assert find_differences(recorded, path=site.path) == []
 
 
 # What cannot be pinned
@@ -199,7 +201,7 @@ def test_conda_packages_are_releases_although_they_name_a_build_folder(site):
 
 def test_an_environment_survives_json(site):
     site.install("torch", "2.13.0+cpu")
-    recorded = environment.record(["torch"], torch_build={"threads": 2, "cuda": None}, path=site.path)
+    recorded = record(["torch"], torch_build={"threads": 2, "cuda": None}, path=site.path)
     text = json.dumps(recorded.to_json())
     assert Environment.from_json(json.loads(text)) == recorded
     assert json.loads(text)["distributions"] == {"torch": "2.13.0+cpu"}
@@ -234,8 +236,8 @@ def test_nothing_differs_where_it_was_recorded(site):
     site.install("torch", "2.13.0+cpu", ["sympy"])
     site.install("sympy", "1.14.0")
     recorded = site.record("torch")
-    assert environment.find_differences(recorded, torch_build={"cuda": "12"}, path=site.path) == []
-    assert environment.format_differences([]) == ""
+    assert find_differences(recorded, torch_build={"cuda": "12"}, path=site.path) == []
+    assert format_differences([]) == ""
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,7 @@ def test_nothing_differs_where_it_was_recorded(site):
 )
 def test_every_fact_of_the_platform_is_compared(change, kind, wanted):
     (name,) = change
-    (difference,) = environment.find_differences(make_environment(**change), path=[])
+    (difference,) = find_differences(make_environment(**change), path=[])
     assert (difference.kind, difference.name) == (kind, name)
     assert difference.wanted == (wanted or change[name])
     assert difference.found not in ("", difference.wanted)
@@ -259,7 +261,7 @@ def test_every_fact_of_the_platform_is_compared(change, kind, wanted):
 
 def test_another_version_of_the_same_c_library_is_no_difference(monkeypatch):
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.41"))
-    assert environment.find_differences(make_environment(libc="glibc 2.36"), path=[]) == []
+    assert find_differences(make_environment(libc="glibc 2.36"), path=[]) == []
 
 
 @pytest.mark.parametrize(
@@ -273,14 +275,14 @@ def test_another_version_of_the_same_c_library_is_no_difference(monkeypatch):
 def test_another_build_of_torch_is_told_from_another_release(site, wanted, found, kind):
     site.install("torch", found)
     recorded = make_environment(distributions={"torch": wanted})
-    assert environment.find_differences(recorded, path=site.path) == [Difference(kind, "torch", wanted, found)]
+    assert find_differences(recorded, path=site.path) == [Difference(kind, "torch", wanted, found)]
 
 
 def test_every_pin_is_compared_and_missing_ones_are_found(site):
     site.install("same", "1.0")
     site.install("other", "1.0+b")
     recorded = make_environment(distributions={"same": "1.0", "other": "1.0+a", "gone": "3"})
-    assert environment.find_differences(recorded, path=site.path) == [
+    assert find_differences(recorded, path=site.path) == [
         Difference("missing", "gone", "3", "not installed"),
         Difference("distribution", "other", "1.0+a", "1.0+b"),
     ]
@@ -290,12 +292,12 @@ def test_versions_are_compared_as_versions_and_by_the_metadata(site):
     site.install("spelled", "1.0b1")
     site.install("lying", "2.0").rename(site.folder / "lying-1.0.dist-info")
     recorded = make_environment(distributions={"spelled": "1.0-beta.1", "lying": "2.0"})
-    assert environment.find_differences(recorded, path=site.path) == []
+    assert find_differences(recorded, path=site.path) == []
 
 
 def test_a_folder_without_metadata_is_no_installation(site):
     (site.install("a", "1.0") / "METADATA").unlink()
-    (difference,) = environment.find_differences(make_environment(distributions={"a": "1.0"}), path=site.path)
+    (difference,) = find_differences(make_environment(distributions={"a": "1.0"}), path=site.path)
     assert (difference.kind, difference.found) == ("missing", "not installed")
     with pytest.raises(EnvironmentMismatchError, match="not installed"):
         site.record("a")
@@ -304,13 +306,13 @@ def test_a_folder_without_metadata_is_no_installation(site):
 def test_distributions_in_other_formats_are_found(site):
     (site.folder / "egg.egg-info").mkdir()
     (site.folder / "egg.egg-info" / "PKG-INFO").write_text("Metadata-Version: 1.0\nName: egg\nVersion: 4.2\n")
-    assert environment.find_differences(make_environment(distributions={"egg": "4.2"}), path=site.path) == []
+    assert find_differences(make_environment(distributions={"egg": "4.2"}), path=site.path) == []
 
 
 def test_facts_of_the_torch_build_are_compared_where_both_sides_know_them():
     recorded = make_environment(torch_build={"cuda": None, "cpu_capability": "AVX512", "threads": 2, "old": 1})
     now = {"cuda": "12.8", "cpu_capability": "AVX2", "threads": 2, "new": 1}
-    assert environment.find_differences(recorded, torch_build=now, path=[]) == [
+    assert find_differences(recorded, torch_build=now, path=[]) == [
         Difference("hardware", "torch cpu_capability", "AVX512", "AVX2"),
         Difference("torch-build", "torch cuda", "None", "12.8"),
     ]
@@ -323,7 +325,7 @@ DIFFERENCES = [
 
 
 def test_differences_are_told_in_aligned_columns_with_one_way_out():
-    heading, *rows, way_out = environment.format_differences(DIFFERENCES).splitlines()
+    heading, *rows, way_out = format_differences(DIFFERENCES).splitlines()
     assert heading == "This is not the environment that the model was saved in (2 differences)"
     assert rows == [
         "  python  wanted 3.11.7      found 3.12.1",
@@ -341,23 +343,23 @@ def differing(site):
 
 def test_policy_error_raises_the_table(differing, site):
     with pytest.raises(EnvironmentMismatchError) as caught:
-        environment.require_same(differing, policy="error", path=site.path)
+        require_same(differing, policy="error", path=site.path)
     text = str(caught.value)
     assert "(1 difference)\n  numpy  wanted 2.4.6  found 1.0\n  way out: install requirements.txt" in text
     assert 'environment="warn"' in text
 
 
 def test_policy_warn_logs_the_table_and_returns_it(differing, site, caplog):
-    differences = environment.require_same(differing, policy="warn", path=site.path)
+    differences = require_same(differing, policy="warn", path=site.path)
     assert differences == [Difference("distribution", "numpy", "2.4.6", "1.0")]
     (logged,) = caplog.records
     assert (logged.levelno, logged.name) == (logging.WARNING, "mlflow.safeflavor")
-    assert logged.getMessage() == environment.format_differences(differences)
+    assert logged.getMessage() == format_differences(differences)
 
 
 def test_policy_ignore_does_not_look(differing, site, caplog, monkeypatch):
-    monkeypatch.setattr(environment, "find_differences", lambda *_, **__: pytest.fail("it looked"))
-    assert environment.require_same(differing, policy="ignore", path=site.path) == []
+    monkeypatch.setattr(differences, "find_differences", lambda *_, **__: pytest.fail("it looked"))
+    assert require_same(differing, policy="ignore", path=site.path) == []
     assert caplog.records == []
 
 
@@ -365,7 +367,7 @@ def test_policy_ignore_does_not_look(differing, site, caplog, monkeypatch):
 def test_no_difference_is_no_message(site, caplog, policy):
     site.install("numpy", "1.0")
     same = make_environment(distributions={"numpy": "1.0"})
-    assert environment.require_same(same, policy=policy, path=site.path) == []
+    assert require_same(same, policy=policy, path=site.path) == []
     assert caplog.records == []
 
 
@@ -373,7 +375,7 @@ def test_an_unknown_policy_names_the_allowed_ones(differing):
     with pytest.raises(
         EnvironmentMismatchError, match=r"(?s)Unknown policy.*'ignore', 'warn', 'error'.*found: 'strict'"
     ):
-        environment.require_same(differing, policy="strict")
+        require_same(differing, policy="strict")
 
 
 # The real environment
@@ -381,7 +383,7 @@ def test_an_unknown_policy_names_the_allowed_ones(differing):
 
 @pytest.fixture(scope="module")
 def real():
-    return environment.record(REAL_ROOTS, torch_build={})
+    return record(REAL_ROOTS, torch_build={})
 
 
 @needs_torch
@@ -397,16 +399,18 @@ def test_the_real_closure_is_closed(real):
 
 @needs_torch
 def test_the_real_environment_is_like_itself(real):
-    assert environment.find_differences(real) == []
+    assert find_differences(real) == []
     changed = dataclasses.replace(real, distributions={**real.distributions, "torch": "0.1"})
-    assert [d.name for d in environment.find_differences(changed)] == ["torch"]
+    assert [d.name for d in find_differences(changed)] == ["torch"]
 
 
 @needs_torch
 def test_importing_the_module_imports_neither_torch_nor_transformers():
     code = (
-        "import sys, mlflow_safeflavor.environment.recorded as e;"
-        "e.find_differences(e.record(['torch'], torch_build={}));"
+        "import sys;"
+        "from mlflow_safeflavor.environment.differences import find_differences;"
+        "from mlflow_safeflavor.environment.record import record;"
+        "find_differences(record(['torch'], torch_build={}));"
         "sys.exit(', '.join(sys.modules.keys() & {'torch', 'transformers'}) or None)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)

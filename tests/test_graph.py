@@ -36,7 +36,7 @@ from mlflow_safeflavor.graph.file import reason_against
 from mlflow_safeflavor.graph.onnx_engine import Session
 from mlflow_safeflavor.load import engine_choice
 from mlflow_safeflavor.module.engine import ModuleEngine
-from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.save import graph as recording
 
 pytestmark = pytest.mark.graphs

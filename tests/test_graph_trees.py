@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mlflow_safeflavor.graph.check import read
 from mlflow_safeflavor.graph.onnx_engine import Session
-from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.save.graph import Refusal, record
 
 TREES, WIDTH, WORDS = 6, 8, 30

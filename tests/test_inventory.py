@@ -15,16 +15,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from mlflow_safeflavor.errors import StructureError, WeightsError
-from mlflow_safeflavor.module.inventory import (
-    STORABLE,
-    dtype_name,
-    fill,
-    find_differences,
-    find_places,
-    find_slots,
-    require_saveable,
-    take_inventory,
-)
+from mlflow_safeflavor.module.fill import fill
+from mlflow_safeflavor.module.inventory import dtype_name, find_differences, take_inventory
+from mlflow_safeflavor.module.saveable import STORABLE, require_saveable
+from mlflow_safeflavor.module.slots import find_places, find_slots
 from mlflow_safeflavor.module.tensors import read_tensors
 
 

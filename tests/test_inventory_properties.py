@@ -14,7 +14,8 @@ from memory import all_bits, memory, read_into, round_trip, write
 from torch import nn
 
 from mlflow_safeflavor.errors import WeightsError
-from mlflow_safeflavor.module.inventory import find_differences, find_slots, take_inventory
+from mlflow_safeflavor.module.inventory import find_differences, take_inventory
+from mlflow_safeflavor.module.slots import find_slots
 
 DTYPES = ("float32", "bfloat16", "float64", "int64", "int32", "uint8", "bool", "complex64", "float8_e4m3fn")
 PLACES = ("parameter", "buffer", "transient", "attribute", "list", "tuple", "dict")

@@ -17,9 +17,10 @@ from torch.nn import functional
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError
 from mlflow_safeflavor.module.attributes import find_differences
-from mlflow_safeflavor.module.inventory import find_slots, take_inventory
+from mlflow_safeflavor.module.build import build
+from mlflow_safeflavor.module.inventory import take_inventory
 from mlflow_safeflavor.module.layers import describe_layers, is_tree, make_layers
-from mlflow_safeflavor.module.structure import build
+from mlflow_safeflavor.module.slots import find_slots
 
 BLOCK = {"d_model": 4, "nhead": 2, "dim_feedforward": 8}
 shared, relu = nn.Linear(4, 4), nn.ReLU()

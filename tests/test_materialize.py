@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCau
 import mlflow_safeflavor
 from mlflow_safeflavor.checkpoints.materialize import materialize
 from mlflow_safeflavor.errors import IntegrityError, PlacementError, StructureError, TrustError, WeightsError
-from mlflow_safeflavor.module.inventory import find_meta, find_slots
+from mlflow_safeflavor.module.slots import find_meta, find_slots
 from mlflow_safeflavor.module.state_dict import bits_equal
 
 

@@ -10,6 +10,7 @@ from artifacts import TEXTS
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.module import structure
+from mlflow_safeflavor.module.build import build
 
 pytest_plugins = "saved_models"
 
@@ -95,7 +96,7 @@ def test_the_poison_works(poison, dtype):
 
 def test_the_poison_reaches_what_is_built_before_it_is_filled(saved, poison):
     spec = mlflow_safeflavor.load_model(str(saved)).spec
-    skeleton = structure.build(structure.read_structure(Layout(saved), spec))
+    skeleton = build(structure.read_structure(Layout(saved), spec))
     poisoned = {name for name, tensor in tensors_of(skeleton).items() if unwritten(tensor)}
     assert "bert.encoder.layer.0.attention.self.query.weight" in poisoned
     assert len(poisoned) > 5

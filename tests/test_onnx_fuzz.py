@@ -30,7 +30,7 @@ from mlflow_safeflavor.graph import check, onnx_engine
 from mlflow_safeflavor.graph.check import read
 from mlflow_safeflavor.graph.onnx_engine import Session
 from mlflow_safeflavor.graph.onnx_file import Malformed, parse_model
-from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.save.graph import record
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "12"))

@@ -27,7 +27,7 @@ from mlflow_safeflavor.graph import openvino_engine
 from mlflow_safeflavor.graph.check import read
 from mlflow_safeflavor.graph.file import read_graph
 from mlflow_safeflavor.graph.onnx_file import parse_model
-from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.predict import golden
 from mlflow_safeflavor.save import graph as recording
 

@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from mlflow_safeflavor.environment import requirements
-from mlflow_safeflavor.environment.recorded import OWN_NAME, record
+from mlflow_safeflavor.environment.files import environment_files
+from mlflow_safeflavor.environment.installed import OWN_NAME
+from mlflow_safeflavor.environment.record import record
 from mlflow_safeflavor.errors import EnvironmentMismatchError
 from mlflow_safeflavor.module import user_code
 
@@ -27,7 +29,7 @@ def flavor_site(site):
 
 def write_files(site, folder, **options):
     folder.mkdir(exist_ok=True)
-    recorded = requirements.environment_files(folder, ["torch", "mlflow"], torch_build={}, path=site.path, **options)
+    recorded = environment_files(folder, ["torch", "mlflow"], torch_build={}, path=site.path, **options)
     lines = (folder / "requirements.txt").read_text().splitlines()
     conda, python_env = (yaml.safe_load((folder / name).read_text()) for name in ("conda.yaml", "python_env.yaml"))
     return recorded, lines, conda, python_env

@@ -11,8 +11,9 @@ from transformers import BertConfig, BertModel, MarianConfig, MarianModel
 
 from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.module.inventory import find_slots, take_inventory
+from mlflow_safeflavor.module.inventory import take_inventory
 from mlflow_safeflavor.module.memory import real_memory
+from mlflow_safeflavor.module.slots import find_slots
 
 NOTHING = Inventory({}, {}, {})
 RANDOM = ["uniform_", "normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_"]

@@ -31,7 +31,7 @@ from mlflow_safeflavor.checkpoints.damage import find_damage
 from mlflow_safeflavor.checkpoints.from_pretrained import from_pretrained
 from mlflow_safeflavor.checkpoints.materialize import materialize
 from mlflow_safeflavor.errors import PlacementError, SafeFlavorError, StructureError, TrustError, WeightsError
-from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.module.state_dict import bits_equal
 
 pytestmark = [

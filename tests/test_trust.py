@@ -13,7 +13,7 @@ import mlflow_safeflavor
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.trust import find_steering, is_proven, portable
 from mlflow_safeflavor.errors import StructureError, TrustError
-from mlflow_safeflavor.module import structure
+from mlflow_safeflavor.module import constructor
 
 pytest_plugins = "saved_models"
 
@@ -74,7 +74,7 @@ def test_every_proven_class_is_one_of_transformers():
     assert is_proven("LlamaForCausalLM")
     assert not is_proven("TimmBackbone")
     assert not is_proven("BertConfig")
-    listed = structure.is_proven.__globals__["_proven"]()
+    listed = is_proven.__globals__["_proven"]()
     assert len(listed) > 1200
     if int(transformers.__version__.partition(".")[0]) >= 5:
         assert len(listed - set(dir(transformers))) < 30  # which releases take away
@@ -113,7 +113,7 @@ def test_a_config_that_names_files_is_refused_before_anything_is_written(tmp_pat
 def test_an_unproven_class_is_code_that_somebody_has_to_agree_to(tmp_path, tiny_bert, tiny_tokenizer, monkeypatch):
     model = tiny_bert()
     with monkeypatch.context() as patch:
-        patch.setattr(structure, "is_proven", lambda name: False)
+        patch.setattr(constructor, "is_proven", lambda name: False)
         mlflow_safeflavor.save_model(model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
     assert json.loads(Layout(tmp_path / "m").structure.read_text())["kind"] == "import"
     with pytest.raises(TrustError, match="BertForSequenceClassification"):

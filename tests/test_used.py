@@ -18,7 +18,7 @@ import yaml
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.checkpoints.given import Source
-from mlflow_safeflavor.environment import requirements
+from mlflow_safeflavor.environment.files import missing_lines
 from mlflow_safeflavor.environment.owners import Owners
 from mlflow_safeflavor.environment.used import Use, find_used, way_to_bring
 from mlflow_safeflavor.errors import EnvironmentMismatchError
@@ -233,7 +233,7 @@ def test_lines_of_the_users_own_stay_and_what_they_lack_is_told(own_site, pin, c
 def test_missing_lines_of_a_model_without_torch(tmp_path, pin):
     pin({}, pip_requirements=["mlflow"])
     used = {"torch": _use("torch", "module").version, "numpy": np.__version__}
-    assert requirements.missing_lines(tmp_path / "stage", used) == [f"torch=={used['torch'].partition('+')[0]}"]
+    assert missing_lines(tmp_path / "stage", used) == [f"torch=={used['torch'].partition('+')[0]}"]
 
 
 # --- for real ------------------------------------------------------------------------------------

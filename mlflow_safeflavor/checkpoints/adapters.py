@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_safeflavor.artifact.layout import read_json
-from mlflow_safeflavor.checkpoints import from_pretrained
+from mlflow_safeflavor.checkpoints.from_pretrained import read_checkpoint
 from mlflow_safeflavor.checkpoints.given import Source
+from mlflow_safeflavor.checkpoints.preprocessors import tokenizer_of
 from mlflow_safeflavor.errors import StructureError, WeightsError
-from mlflow_safeflavor.module.inventory import some
+from mlflow_safeflavor.module.slots import some
 
 __all__ = ["from_folder", "is_folder"]
 
@@ -45,7 +46,7 @@ def from_folder(folder: str | Path) -> Source:
         raise _not_merged("peft is not installed", folder, "pip install peft, or merge it elsewhere: ")
     import peft
 
-    read, stored = from_pretrained.read_checkpoint(base)
+    read, stored = read_checkpoint(base)
     model: Any = read
     whole = set(model.state_dict())
     ends = _HEADS.get(said.get("task_type") or "", ("",))
@@ -66,7 +67,7 @@ def from_folder(folder: str | Path) -> Source:
     if odd := sorted({*beyond, *(placed - given)}):
         raise WeightsError("The adapter does not fit its base model", where=folder, found=some(odd), way_out=_WAY_OUT)
     tokens = folder if (folder / "tokenizer_config.json").is_file() else base
-    tokenizer = from_pretrained.tokenizer_of(tokens) if (tokens / "tokenizer_config.json").is_file() else None
+    tokenizer = tokenizer_of(tokens) if (tokens / "tokenizer_config.json").is_file() else None
     return Source(adapted.merge_and_unload().eval(), tokenizer=tokenizer, stored=stored)
 
 

@@ -13,8 +13,8 @@ from mlflow_safeflavor.checkpoints.transformers_keys import base_prefix, convert
 from mlflow_safeflavor.errors import StructureError, WeightsError
 from mlflow_safeflavor.module.construction import Recipe, construct_twice, declared_ties, recipe_of, require_memory
 from mlflow_safeflavor.module.devices import resolve_device
-from mlflow_safeflavor.module.inventory import find_slots, some
-from mlflow_safeflavor.module.placement import _islands, place, resolve_dtype
+from mlflow_safeflavor.module.placement import islands_of, place, resolve_dtype
+from mlflow_safeflavor.module.slots import find_slots, some
 from mlflow_safeflavor.module.state_dict import (
     Fit,
     Group,
@@ -205,7 +205,7 @@ def _assign(module: torch.nn.Module, found: Mapping[int, torch.Tensor]) -> None:
 
 def _casts(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Path → dtype of what has another dtype in a module of this serving dtype."""
-    islands = _islands(module, dtype)
+    islands = islands_of(module, dtype)
     wanted = {
         slot.path: torch.float32 if islands and islands.search(f".{slot.path}.") else dtype
         for slot in find_slots(module)

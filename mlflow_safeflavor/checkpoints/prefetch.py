@@ -12,7 +12,9 @@ from typing import Any
 from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact.layout import digest_of_file, read_json, staging, write_json
 from mlflow_safeflavor.artifact.plain_files import digest_of_plain, list_files
-from mlflow_safeflavor.checkpoints import from_pretrained, hub
+from mlflow_safeflavor.checkpoints import hub
+from mlflow_safeflavor.checkpoints.from_pretrained import from_pretrained
+from mlflow_safeflavor.checkpoints.preprocessors import tokenizer_of
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
 from mlflow_safeflavor.module.state_dict import read_state
 
@@ -194,9 +196,9 @@ def _convert(stage: Path) -> None:
 
 def _load(stage: Path, model_class: str | None, dtype: str, new: Sequence[str], drop: Sequence[str]) -> None:
     """Load it as its users will; the result is not kept."""
-    from_pretrained.from_pretrained(stage, model_class=_class(model_class), dtype=dtype, new=new, drop=drop)
+    from_pretrained(stage, model_class=_class(model_class), dtype=dtype, new=new, drop=drop)
     if any((stage / name).exists() for name in _TOKENIZER):
-        from_pretrained.tokenizer_of(stage)
+        tokenizer_of(stage)
 
 
 def _class(name: str | None) -> type[Any] | None:

@@ -14,8 +14,10 @@ from typing import Any, cast
 import torch
 
 from mlflow_safeflavor.artifact.layout import read_json
-from mlflow_safeflavor.checkpoints import from_pretrained
+from mlflow_safeflavor.checkpoints.from_pretrained import read_checkpoint
 from mlflow_safeflavor.checkpoints.given import Source, library_class, require_unchanged
+from mlflow_safeflavor.checkpoints.preprocessors import tokenizer_of
+from mlflow_safeflavor.checkpoints.recipe import bare_model
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.module.embedding import ACTIVATIONS, Embedder
 from mlflow_safeflavor.module.state_dict import read_state
@@ -87,7 +89,7 @@ def from_folder(folder: str | Path, dtype: str | torch.dtype | None) -> Source:
     where = folder / modules[0]["path"]
     if (where / "adapter_config.json").is_file():
         raise _not_done(where, "a whole model", "an adapter of PEFT")
-    model, stored = from_pretrained.read_checkpoint(where, dtype=dtype, **from_pretrained.bare_model(where))
+    model, stored = read_checkpoint(where, dtype=dtype, **bare_model(where))
     said = {**said, "similarity": said.get("similarity_fn_name")}
     source = _sentence_transformer(model, _tokenizer_of(where, parts[0].config), parts[1:], said)
     return replace(source, stored=stored)
@@ -217,7 +219,7 @@ def _sentence_transformer(model: Any, tokenizer: Any, parts: Sequence[_Part], sa
 
 def _tokenizer_of(folder: Path, said: Mapping[str, Any]) -> Any:
     """A folder's tokenizer, cut and in lower case as its config says."""
-    tokenizer = from_pretrained.tokenizer_of(folder)
+    tokenizer = tokenizer_of(folder)
     if said.get("max_seq_length"):
         tokenizer.model_max_length = said["max_seq_length"]
     if said.get("do_lower_case"):
@@ -247,7 +249,7 @@ def _cross_encoder_folder(folder: Path, types: Sequence[str], said: Mapping[str,
         raise _not_done(f"{folder}, config.json, architectures", "a model for sequence classification", name)
     inside = (config.get(_ACTIVATION_KEYS[0]) or {}).get("activation_fn")
     activation = said.get("activation_fn") or inside or config.get(_ACTIVATION_KEYS[1])
-    model, stored = from_pretrained.read_checkpoint(folder, dtype=dtype)
+    model, stored = read_checkpoint(folder, dtype=dtype)
     source = _cross_encoder(model, _tokenizer_of(folder, _files_of(folder)[0]), activation, said)
     return replace(source, stored=stored)
 

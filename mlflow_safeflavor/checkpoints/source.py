@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from mlflow_safeflavor.checkpoints import adapters, from_pretrained, pipelines, sentences
+from mlflow_safeflavor.checkpoints import adapters, pipelines, sentences
+from mlflow_safeflavor.checkpoints.from_pretrained import read_checkpoint
 from mlflow_safeflavor.checkpoints.given import Source
+from mlflow_safeflavor.checkpoints.preprocessors import processor_of, tokenizer_of
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.tasks.inputs.processor import hears
 from mlflow_safeflavor.tasks.table import infer_task, task_class
@@ -61,7 +63,7 @@ def _take_apart(model: Any, dtype: str | torch.dtype | None) -> Source:
     if isinstance(model, (str, Path)) and sentences.is_folder(model):
         return sentences.from_folder(model, dtype)
     if isinstance(model, (str, Path)):
-        module, stored = from_pretrained.read_checkpoint(model, dtype=dtype)
+        module, stored = read_checkpoint(model, dtype=dtype)
         return Source(module, stored=stored)
     if pipelines.is_pipeline(model):
         return pipelines.take_apart(model)
@@ -95,12 +97,10 @@ def _with_parts_of(folder: str | Path, source: Source) -> Source:
     """With tokenizer and processor of a checkpoint, as far as the task needs them and they are not given."""
     cls = task_class(source.task)
     if "processor" not in cls.reads:
-        return (
-            source if source.tokenizer is not None else replace(source, tokenizer=from_pretrained.tokenizer_of(folder))
-        )
+        return source if source.tokenizer is not None else replace(source, tokenizer=tokenizer_of(folder))
     if source.processor is not None:
         return source
-    return replace(source, processor=from_pretrained.processor_of(folder, sounds=cls.hears))
+    return replace(source, processor=processor_of(folder, sounds=cls.hears))
 
 
 def _require_parts(source: Source) -> None:

@@ -15,8 +15,9 @@ from packaging.utils import canonicalize_name
 
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.scratch import scratch_folder
+from mlflow_safeflavor.environment.installed import TORCH_FAMILY
 from mlflow_safeflavor.environment.pins import ONNX_REQUIREMENTS, Pin, Pins, parse_pins, read_pins
-from mlflow_safeflavor.environment.recorded import TORCH_FAMILY, Environment
+from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.environment.wheels import Wheel, folder_of, wheels_in
 from mlflow_safeflavor.errors import EnvironmentMismatchError
 

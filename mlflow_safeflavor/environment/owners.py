@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from importlib.machinery import BYTECODE_SUFFIXES, EXTENSION_SUFFIXES, SOURCE_SUFFIXES
 from urllib.parse import unquote, urlsplit
 
-from mlflow_safeflavor.environment.recorded import installed_distributions, source_tree
+from mlflow_safeflavor.environment.installed import installed_distributions, source_tree
 
 __all__ = ["Owners", "is_code", "site_folders"]
 

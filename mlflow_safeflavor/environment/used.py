@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from mlflow_safeflavor.environment.installed import OWN_NAME, installed_distributions
 from mlflow_safeflavor.environment.owners import Owners, is_code, site_folders
-from mlflow_safeflavor.environment.recorded import OWN_NAME, installed_distributions
 from mlflow_safeflavor.errors import EnvironmentMismatchError
 
 __all__ = ["Opened", "Use", "find_used", "way_to_bring"]

@@ -18,7 +18,7 @@ import torch
 from mlflow_safeflavor.graph.proof import TEXT, Refusal
 from mlflow_safeflavor.graph.weights import Place
 from mlflow_safeflavor.module.engine import named_tensors
-from mlflow_safeflavor.module.inventory import Slot
+from mlflow_safeflavor.module.slots import Slot
 
 __all__ = ["OPSET", "Exported", "Forward", "Inputs", "export"]
 

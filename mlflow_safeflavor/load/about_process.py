@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mlflow_safeflavor.environment.recorded import Environment, installed_version, record
+from mlflow_safeflavor.environment.installed import installed_version
+from mlflow_safeflavor.environment.record import record
+from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.environment.threads import Budget
 from mlflow_safeflavor.version import __version__
 

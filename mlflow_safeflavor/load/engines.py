@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.artifact.description import read_description
 from mlflow_safeflavor.artifact.weights_files import HeldFile, require_unchanged
-from mlflow_safeflavor.environment.recorded import naming_missing, require_same
+from mlflow_safeflavor.environment.differences import naming_missing, require_same
 from mlflow_safeflavor.environment.threads import find_budget
 from mlflow_safeflavor.errors import PlacementError
 from mlflow_safeflavor.load.replay import bind, replay
@@ -103,8 +103,8 @@ def open_module(
     """
     from mlflow_safeflavor.module import placement
     from mlflow_safeflavor.module.engine import ModuleEngine
-    from mlflow_safeflavor.module.inventory import find_slots
     from mlflow_safeflavor.module.rebuild import rebuild
+    from mlflow_safeflavor.module.slots import find_slots
 
     module, hooks = rebuild(saved.layout, saved.spec, saved.inventory, trust)
     place = _place(module, saved, device, dtype, device_map)
@@ -124,7 +124,7 @@ def _place(
     device_map: str | Mapping[str, Any] | None,
 ) -> torch.device:
     from mlflow_safeflavor.module import devices, placement, structure
-    from mlflow_safeflavor.module.inventory import find_slots
+    from mlflow_safeflavor.module.slots import find_slots
 
     if device_map is not None and (asked != "auto" or dtype):
         raise PlacementError(

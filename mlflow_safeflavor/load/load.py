@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout
 from mlflow_safeflavor.artifact.spec import AS_IS, ModelSpec
-from mlflow_safeflavor.environment.recorded import naming_versions, require_same
+from mlflow_safeflavor.environment.differences import naming_versions, require_same
 from mlflow_safeflavor.errors import WeightsError
 from mlflow_safeflavor.load.download import keep, located
 from mlflow_safeflavor.load.engine_choice import casts, choose_engine, needs_no_module

@@ -7,24 +7,21 @@ lists are looked at here, because a forward may leave some behind.
 
 from __future__ import annotations
 
-import enum
 import functools
-import json
 import logging
-import pickle
 import random
 import reprlib
-import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from mlflow_safeflavor.artifact.trust import portable
-from mlflow_safeflavor.module.inventory import OWN_STATE, Slot, find_places, find_slots
+from mlflow_safeflavor.module.bookkeeping import BOOKKEEPING, is_users_hook, matters
+from mlflow_safeflavor.module.equality import NOTHING, equal, is_object, plain_config
+from mlflow_safeflavor.module.slots import OWN_STATE, Slot, find_places, find_slots
 from mlflow_safeflavor.module.state_dict import bits_equal
 from mlflow_safeflavor.module.user_code import name_of
 
@@ -67,9 +64,6 @@ def find_differences(given: torch.nn.Module, built: torch.nn.Module) -> Iterator
     yield from _Walk().modules("", given, built)
 
 
-# --- tensors that no state dict lists --------------------------------------------------------------
-
-
 def _slots_differ(given: torch.nn.Module, built: torch.nn.Module) -> Iterator[Difference]:
     place = find_places(built)
     ours, theirs = (_fleeting(module) for module in (given, built))
@@ -101,8 +95,6 @@ def _shape(tensor: torch.Tensor | None) -> str:
     return "no tensor" if tensor is None else f"a tensor of shape {list(tensor.shape)}"
 
 
-# --- everything else -------------------------------------------------------------------------------
-
 _MOST = 1_000_000
 """Values that are looked at: beyond lies an object that drags a data set along."""
 
@@ -127,10 +119,10 @@ class _Walk:
         if hasattr(built, "cls_to_become"):  # a lazy module, whose attributes its first forward makes
             return
         for name in sorted(vars(given).keys() | vars(built).keys()):
-            if name not in OWN_STATE and _matters(type(given), name):
+            if name not in OWN_STATE and matters(type(given), name):
                 yield from self._attribute(_join(path, name), name, given, built)
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
-            ours, theirs = (list(filter(_is_users_hook, getattr(each, kind).values())) for each in (given, built))
+            ours, theirs = (list(filter(is_users_hook, getattr(each, kind).values())) for each in (given, built))
             yield from self.values(_join(path, kind), ours, theirs)
         children = (given._modules, built._modules)
         for name in sorted(children[0].keys() | children[1].keys()):
@@ -142,17 +134,17 @@ class _Walk:
                 yield from self.modules(_join(path, name), mine, other)
 
     def _attribute(self, path: str, name: str, given: object, built: object) -> Iterator[Difference]:
-        mine, other = (vars(each).get(name, _NOTHING) for each in (given, built))
-        if other is _NOTHING or mine is _NOTHING:
+        mine, other = (vars(each).get(name, NOTHING) for each in (given, built))
+        if other is NOTHING or mine is NOTHING:
             # Setting what the class says anyway changes nothing: unwrapping leaves its own ``forward`` on the instance.
-            if name == "_hparams" and other is _NOTHING and not mine:  # Lightning makes them once somebody asks
+            if name == "_hparams" and other is NOTHING and not mine:  # Lightning makes them once somebody asks
                 return
-            default = getattr(type(given), name, _NOTHING)
+            default = getattr(type(given), name, NOTHING)
             if isinstance(default, functools.cached_property):
                 return
-            if name == "vocab_size" and other is _NOTHING and hasattr(given, "resize_token_embeddings"):
+            if name == "vocab_size" and other is NOTHING and hasattr(given, "resize_token_embeddings"):
                 return  # which leaves it on every model, whether its class reads it or not
-            mine, other = (default if each is _NOTHING else _unbound(each) for each in (mine, other))
+            mine, other = (default if each is NOTHING else _unbound(each) for each in (mine, other))
         yield from self.values(path, mine, other)
 
     def values(self, path: str, given: Any, built: Any, *, inside: bool = False) -> Iterator[Difference]:
@@ -178,9 +170,9 @@ class _Walk:
         elif isinstance(given, functools.partial) and isinstance(built, functools.partial):
             for name in ("func", "args", "keywords"):
                 yield from self.values(f"{path}.{name}", getattr(given, name), getattr(built, name), inside=True)
-        elif _is_object(given) and type(given) is not type and name_of(type(given)) == name_of(type(built)):
+        elif is_object(given) and type(given) is not type and name_of(type(given)) == name_of(type(built)):
             yield from self._objects(path, given, built)
-        elif not _equal(given, built):
+        elif not equal(given, built):
             yield _difference(path, given, built)
 
     def _known(self, given: Any, built: Any) -> bool:
@@ -194,7 +186,7 @@ class _Walk:
         if not built and not inside and all(isinstance(value, torch.Tensor) for value in given.values()):
             return  # an empty dict takes tensors back
         for key in [*given, *(key for key in built if key not in given)]:
-            mine, other = given.get(key, _NOTHING), built.get(key, _NOTHING)
+            mine, other = given.get(key, NOTHING), built.get(key, NOTHING)
             yield from self.values(f"{path}[{key!r}]", mine, other, inside=inside)
 
     def _functions(self, path: str, given: types.FunctionType, built: types.FunctionType) -> Iterator[Difference]:
@@ -221,7 +213,7 @@ class _Walk:
 
     def _objects(self, path: str, given: Any, built: Any) -> Iterator[Difference]:
         if hasattr(given, "to_json_string"):
-            yield from self.values(path, *(_config(each) for each in (given, built)), inside=True)
+            yield from self.values(path, *(plain_config(each) for each in (given, built)), inside=True)
             return
         try:
             same = "__eq__" in {name for base in type(given).__mro__[:-1] for name in vars(base)} and bool(
@@ -232,8 +224,8 @@ class _Walk:
         if not same:
             for name in sorted(vars(given).keys() | vars(built).keys()):
                 cached = isinstance(getattr(type(given), name, None), functools.cached_property)
-                if name not in _BOOKKEEPING and not cached:
-                    mine, other = (vars(each).get(name, _NOTHING) for each in (given, built))
+                if name not in BOOKKEEPING and not cached:
+                    mine, other = (vars(each).get(name, NOTHING) for each in (given, built))
                     yield from self.values(f"{path}.{name}", mine, other, inside=True)
 
 
@@ -243,68 +235,9 @@ def _unbound(value: Any) -> Any:
     return value
 
 
-class _Nothing:
-    def __repr__(self) -> str:
-        return "nothing"
-
-
-_NOTHING: Any = _Nothing()
-
-
 def _class_of(module: torch.nn.Module) -> type:
     """What a lazy module becomes with its first forward, else its class."""
     return getattr(module, "cls_to_become", None) or type(module)
-
-
-def _is_object(value: Any) -> bool:
-    """An instance with attributes of its own; one of C++ or Rust may have a place for them, and nothing there."""
-    others = (type, types.FunctionType, types.ModuleType, types.BuiltinFunctionType, enum.Enum, np.ndarray)
-    return bool(getattr(value, "__dict__", None)) and not isinstance(value, (*others, set, frozenset))
-
-
-def _equal(given: Any, built: Any) -> bool:
-    if isinstance(given, np.ndarray) or isinstance(built, np.ndarray):
-        return np.array_equal(given, built, equal_nan=given.dtype.kind in "fc" if hasattr(given, "dtype") else False)
-    if isinstance(given, type) and isinstance(built, type):
-        return name_of(given) == name_of(built)
-    try:
-        if given == built or (given != given and built != built):
-            return True
-    except Exception:  # no comparison, no difference
-        return True
-    if type(given) is not type(built) or isinstance(given, (bool, int, float, complex, str, bytes)):
-        return False
-    if isinstance(given, (list, tuple, set, frozenset, enum.Enum)) or given is None:
-        return False
-    if type(given).__module__ == "tokenizers":
-        return bool(_vocabulary(given) == _vocabulary(built))
-    try:
-        return pickle.dumps(given) == pickle.dumps(built)
-    except Exception:  # a lock, a file: nothing that could be compared
-        return True
-
-
-def _vocabulary(tokenizer: Any) -> Any:
-    """All but how the last texts were cut and padded."""
-    return json.loads(tokenizer.to_str()) | {"truncation": None, "padding": None}
-
-
-_CONFIG_NOTES = frozenset(
-    (
-        *("architectures", "dtype", "torch_dtype", "transformers_version"),
-        *("_commit_hash", "use_cache", "_attn_implementation_autoset"),
-    )
-)
-"""What a config says of its own file and of training."""
-
-
-def _config(config: Any) -> Any:
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items() if key not in _CONFIG_NOTES}
-        return [plain(item) for item in value] if isinstance(value, list) else value
-
-    return plain(portable(json.loads(config.to_json_string(use_diff=False))))
 
 
 _SHORT = reprlib.Repr()
@@ -326,83 +259,3 @@ def _words(value: Any) -> str:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-# --- what matters ------------------------------------------------------------------------------------
-
-_LIBRARIES = ("torch", "transformers", "accelerate")
-
-_TRAINING = {
-    torch.nn.modules.dropout._DropoutNd: {"p"},
-    torch.nn.modules.batchnorm._NormBase: {"momentum"},
-    torch.nn.Embedding: {"num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq", "sparse"},
-    torch.nn.EmbeddingBag: {"num_embeddings", "embedding_dim", "scale_grad_by_freq", "sparse"},
-    torch.nn.Linear: {"in_features", "out_features"},
-}
-"""Attributes that act while gradients are computed, and never in eval mode; and sizes, which tensors tell."""
-
-_BOOKKEEPING = frozenset(
-    (
-        *("_is_hf_initialized", "generation_config", "warnings_issued", "name_or_path", "model_tags", "hf_device_map"),
-        *("gradient_checkpointing", "_gradient_checkpointing_func", "_loss_function"),
-        *("_require_grads_hook", "_require_grads_hooks", "_weight_conversions"),
-        *("loss_type", "is_parallelizable", "model_parallel", "device_map", "_tp_plan", "_pp_plan", "_ep_plan"),
-        *("_tp_size", "all_tied_weights_keys", "_tied_weights_keys", "_no_split_modules", "_keep_in_fp32_modules"),
-        *("_keep_in_fp32_modules_strict", "hf_quantizer", "_hf_peft_config_loaded", "_auto_class", "_use_kernels"),
-        *("_device_mesh", "_skip_keys_device_placement", "_keys_to_ignore_on_load_unexpected", "_is_stateful"),
-        *("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save", "is_quantized", "quantization_method"),
-        *("deprecation_warnings", "_compiled_call_impl", "_weights_initialized", "_is_torch_compile"),
-        *("_is_accelerate_prepared", "_compile_kwargs"),
-    )
-)
-"""What transformers, torch and trainers keep on a module for themselves."""
-
-
-def _matters(cls: type, name: str) -> bool:
-    """Whether another value of this attribute could change a prediction."""
-    if name in _BOOKKEEPING or any(issubclass(cls, known) and name in names for known, names in _TRAINING.items()):
-        return False
-    homes = {base.__module__ for base in cls.__mro__} - {"builtins"}
-    if any(home.partition(".")[0] not in _LIBRARIES for home in homes):
-        return True  # a class of somebody's: whoever set it knows why
-    if name == "num_labels":
-        return False  # stays behind where head and config were changed, and only losses read it
-    return name in _names_read(frozenset(home for home in homes if home.startswith(("transformers.models", "torch"))))
-
-
-_MAKERS = frozenset(("__init__", "_init_weights", "reset_parameters", "extra_repr", "__repr__", "__setstate__"))
-
-
-@functools.cache
-def _names_read(homes: frozenset[str]) -> frozenset[str]:
-    """Names that code of these modules mentions outside constructors, decorators that they import included."""
-    found: set[str] = set()
-    for home in homes - {"torch.nn.modules.module"}:
-        for thing in list(vars(sys.modules.get(home, types)).values()):
-            if isinstance(thing, type) and thing.__module__ == home:
-                for name, member in vars(thing).items():
-                    if name not in _MAKERS:
-                        found |= _names_in(member)
-            elif isinstance(thing, types.FunctionType):
-                found |= _names_in(thing)
-    return frozenset(found)
-
-
-def _names_in(thing: Any) -> set[str]:
-    function = getattr(thing, "fget", None) or getattr(thing, "__func__", None) or thing
-    function = getattr(function, "func", function)  # a cached property
-    found: set[str] = set()
-    while function is not None:  # and what a decorator hides
-        codes: list[Any] = [getattr(function, "__code__", None)]
-        while codes:
-            code = codes.pop()
-            if isinstance(code, types.CodeType):
-                found |= {*code.co_names, *(const for const in code.co_consts if isinstance(const, str))}
-                codes += code.co_consts
-        function = getattr(function, "__wrapped__", None)
-    return found
-
-
-def _is_users_hook(hook: Callable[..., Any]) -> bool:
-    home = getattr(hook, "__module__", None) or type(hook).__module__
-    return home.partition(".")[0] not in ("transformers", "accelerate")

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from mlflow_safeflavor.artifact.spec import AS_IS, DTYPES
-from mlflow_safeflavor.module.inventory import dtype_name, find_slots
+from mlflow_safeflavor.module.inventory import dtype_name
 from mlflow_safeflavor.module.placement import resolve_dtype
+from mlflow_safeflavor.module.slots import find_slots
 
 __all__ = ["announced_cast", "count_dtypes", "dtypes_of", "read_as", "serving_dtype"]
 

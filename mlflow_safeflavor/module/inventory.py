@@ -2,7 +2,7 @@
 
 Three records describe a module's memory:
 
-* a ``Slot`` is a place in a live module that holds a tensor;
+* a ``Slot`` is a place in a live module that holds a tensor (``slots``);
 * a ``Row`` says what must be in that place: kind, dtype, shape, and which data it looks at;
 * a ``Data`` entry is one run of values in a safetensors file, with its SHA-256.
 
@@ -11,257 +11,20 @@ Rows that look at the same data are one alias group: tied weights, declared or n
 
 from __future__ import annotations
 
-import ast
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from mlflow_safeflavor.artifact.inventory_file import ITEM_SIZES, Data, Inventory, Row, contiguous_stride
-from mlflow_safeflavor.errors import StructureError, WeightsError
+from mlflow_safeflavor.artifact.inventory_file import Data, Inventory, Row
+from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.module.slots import Slot, find_meta, find_slots, hidden_slot, some
 
-__all__ = [
-    "NOT_GIVEN_BACK",
-    "OWN_STATE",
-    "STORABLE",
-    "UNKNOWN",
-    "Slot",
-    "dtype_name",
-    "fill",
-    "find_differences",
-    "find_meta",
-    "find_places",
-    "find_slots",
-    "hidden_slot",
-    "realise",
-    "require_saveable",
-    "shape_of",
-    "some",
-    "take_inventory",
-]
-
-NOT_GIVEN_BACK = (
-    "save the model again; where this comes back, its constructor depends on more than its arguments: "
-    "allow_pickle=True or graph='only' does without it"
-)
-"""What to do where a constructor makes something else now than when the model was saved."""
-
-_TENSOR_TYPES = (
-    (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    if hasattr(torch.nn, "Buffer")
-    else (
-        torch.Tensor,
-        torch.nn.Parameter,
-    )
-)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A place in a live module that holds a tensor.
-
-    Attributes:
-        path: ``encoder.layer.0.weight``; inside containers ``cache[0]['key']``.
-        kind: ``parameter``, ``buffer`` or ``attribute``; ``hidden`` where only a pickle reaches it.
-        persistent: Whether ``state_dict`` lists it.
-        tensor: What is there now.
-        put: Puts another tensor there.
-    """
-
-    path: str
-    kind: str
-    persistent: bool
-    tensor: torch.Tensor
-    put: Callable[[torch.Tensor], None]
+__all__ = ["describe_row", "dtype_name", "find_differences", "take_inventory"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` → ``float32``."""
     return str(dtype).removeprefix("torch.")
-
-
-# --- slots ---------------------------------------------------------------------------------------
-
-
-def find_slots(module: torch.nn.Module) -> list[Slot]:
-    """Every place in the module that holds a tensor, in a fixed order.
-
-    Parameters, buffers and plain attributes of every submodule, also inside lists, tuples and dicts,
-    and inside modules that such containers hide from ``named_modules``. A module that is shared is
-    listed once, under its first path.
-    """
-    slots: list[Slot] = []
-    seen: set[int] = set()
-    _walk_module(module, "", slots, seen)
-    return slots
-
-
-OWN_STATE = frozenset(vars(torch.nn.Module()))
-"""Attributes every ``nn.Module`` has: registries and hooks, walked separately or not at all."""
-
-_HOLD_NOTHING = frozenset((bool, int, float, str, type(None)))
-"""Types of most attributes, told apart faster than by asking what else they are."""
-
-
-def _walk_module(module: torch.nn.Module, prefix: str, slots: list[Slot], seen: set[int]) -> None:
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    for kind, registry in (("parameter", module._parameters), ("buffer", module._buffers)):
-        for name, tensor in list(registry.items()):
-            if tensor is not None:
-                persistent = kind == "parameter" or name not in module._non_persistent_buffers_set
-                put = _putter(registry, name)
-                slots.append(Slot(_join(prefix, name), kind, persistent, tensor, put))
-    attributes = vars(module)
-    for name, value in list(attributes.items()):
-        if name not in OWN_STATE and type(value) not in _HOLD_NOTHING:
-            _walk_value(value, _join(prefix, name), _putter(attributes, name), slots, seen)
-    for name, child in list(module._modules.items()):
-        if child is not None:
-            _walk_module(child, _join(prefix, name), slots, seen)
-
-
-def _walk_value(value: Any, path: str, put: Callable[[Any], None], slots: list[Slot], seen: set[int]) -> None:
-    if isinstance(value, torch.Tensor):
-        slots.append(Slot(path, "attribute", False, value, put))
-    elif isinstance(value, torch.nn.Module):
-        _walk_module(value, path, slots, seen)
-    elif isinstance(value, (list, dict)) and id(value) not in seen:
-        seen.add(id(value))
-        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            _walk_value(item, f"{path}[{key!r}]", _putter(value, key), slots, seen)
-    elif isinstance(value, tuple):
-        # A tuple cannot be changed: putting an item means putting a new tuple in its place.
-        items = list(value)
-
-        def put_item(index: int, item: Any) -> None:
-            items[index] = item
-            put(type(value)(*items) if hasattr(value, "_fields") else type(value)(items))
-
-        for index, item in enumerate(value):
-            _walk_value(item, f"{path}[{index}]", partial(put_item, index), slots, seen)
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
-def _putter(container: Any, key: Any) -> Callable[[Any], None]:
-    return lambda value: container.__setitem__(key, value)
-
-
-def hidden_slot(path: str, tensor: torch.Tensor) -> Slot:
-    """The place of a tensor that only a pickle reaches; nothing else can be put there."""
-    return Slot(path, "hidden", False, tensor, lambda new: None)
-
-
-def find_places(module: torch.nn.Module) -> Callable[[str], Callable[[Any], None] | None]:
-    """Where a forward pass may have left a tensor: attributes of submodules that are None, and keys of empty dicts.
-
-    Some models keep what a forward pass computed (``rope_deltas``, ``attention_bias_cache``), so a model that was
-    used may hold plain tensors where a new one holds nothing.
-
-    Returns:
-        Path → what puts something there, or None where nothing may be.
-    """
-    attributes: dict[str, Callable[[Any], None]] = {}
-    dicts: dict[str, dict[Any, Any]] = {}
-    for prefix, child in module.named_modules():
-        for name, value in list(vars(child).items()):
-            if name in OWN_STATE:
-                continue
-            if value is None:
-                attributes[_join(prefix, name)] = _putter(vars(child), name)
-            elif type(value) is dict and not value:
-                dicts[_join(prefix, name)] = value
-
-    def place(path: str) -> Callable[[Any], None] | None:
-        found = _KEY.fullmatch(path)
-        if found and found[1] in dicts:
-            return _putter(dicts[found[1]], ast.literal_eval(found[2]))
-        return attributes.get(path)
-
-    return place
-
-
-_KEY = re.compile(r"(.+)\[('[^'\\]*'|-?[0-9]+)\]")
-
-
-UNKNOWN: tuple[int, ...] = (-1,)
-"""Shape of a parameter that waits for the first forward, as those of ``torch.nn.LazyLinear`` do."""
-
-
-def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Sizes of a tensor, or ``UNKNOWN``."""
-    return UNKNOWN if torch.nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
-
-
-def find_meta(slots: Sequence[Slot]) -> list[str]:
-    """Paths of the tensors that have no memory."""
-    return [slot.path for slot in slots if slot.tensor.is_meta]
-
-
-def require_saveable(slots: Sequence[Slot]) -> None:
-    """Refuse tensors that cannot be stored as plain values.
-
-    Raises:
-        WeightsError: A tensor is on the meta device: it has no values.
-        StructureError: A tensor is sparse, quantised, a lazy or unknown subclass, or a lazy view.
-    """
-    if meta := find_meta(slots):
-        raise WeightsError(
-            "The module holds tensors without values",
-            where=some(meta),
-            wanted="tensors in memory",
-            found=f"{len(meta)} of {len(slots)} on the meta device",
-            way_out="load the checkpoint with mlflow_safeflavor.from_pretrained, "
-            "or fill the module with mlflow_safeflavor.materialize, then save it",
-        )
-    if waiting := [slot.path for slot in slots if torch.nn.parameter.is_lazy(slot.tensor)]:
-        raise StructureError(
-            "The module has lazy parameters that no forward has made yet",
-            where=some(waiting),
-            wanted="parameters of known shape",
-            way_out="call the module once, model(example), and save it then",
-        )
-    seen: set[str] = set()
-    for slot in slots:
-        tensor = slot.tensor
-        if slot.path in seen:
-            raise StructureError(
-                "Two tensors of the module have the same path",
-                where=slot.path,
-                found="an attribute whose name has dots or brackets in it",
-                way_out="rename that attribute",
-            )
-        seen.add(slot.path)
-        odd = (
-            f"a {type(tensor).__name__}" if type(tensor) not in _TENSOR_TYPES
-            else f"layout {tensor.layout}" if tensor.layout != torch.strided
-            else "a nested tensor" if tensor.is_nested
-            else "a quantised tensor" if tensor.is_quantized
-            else "a conjugated or negated view" if tensor.is_conj() or tensor.is_neg()
-            else f"dtype {tensor.dtype}" if tensor.dtype not in STORABLE
-            else None
-        )  # fmt: skip
-        if odd:
-            raise StructureError(
-                "The module holds a tensor that cannot be stored as plain values",
-                where=slot.path,
-                wanted="a dense torch.Tensor, nn.Parameter or buffer",
-                found=odd,
-                way_out="replace it by a dense tensor before saving (dequantise, .to_dense(), .resolve_conj())",
-            )
-
-
-STORABLE = frozenset(getattr(torch, name) for name in ITEM_SIZES if hasattr(torch, name))
-
-
-# --- inventory -----------------------------------------------------------------------------------
 
 
 def take_inventory(
@@ -361,59 +124,6 @@ def _dtype_of(group: Sequence[Slot], dtypes: Mapping[str, torch.dtype]) -> torch
     return targets.pop()
 
 
-# --- back into a module ---------------------------------------------------------------------------
-
-
-def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, torch.Tensor]) -> None:
-    """Put the stored tensors into the module, by assignment.
-
-    Each alias group becomes one object again, and whatever the constructor had put there is dropped.
-
-    Raises:
-        WeightsError: The module has other places for tensors than the inventory lists.
-    """
-    place = find_places(module)
-    for path, row in inventory.rows.items():
-        if row.kind == "attribute" and row.stride is None and (put := place(path)):
-            put(torch.empty(row.shape, device="meta"))  # a place for what a forward pass had left there
-    slots = {slot.path: slot for slot in find_slots(module)}
-    wanted = {path: row.shape for path, row in inventory.rows.items() if row.kind != "hidden"}
-    found = {path: shape_of(slot.tensor) for path, slot in slots.items()}
-    # A lazy module waits for any shape, and is an ordinary one with its next forward.
-    found |= {path: wanted[path] for path, shape in found.items() if shape == UNKNOWN and path in wanted}
-    # Shapes too, before anything works on them: a view with a stride of 0 is of any size and costs nothing.
-    for path in sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path)):
-        raise WeightsError(
-            "The rebuilt module has other tensors than the saved one",
-            where=path,
-            wanted=_describe(inventory.rows.get(path)),
-            found=f"{slots[path].kind} {list(shape_of(slots[path].tensor))}" if path in slots else "no such tensor",
-            way_out=NOT_GIVEN_BACK,
-        )
-    tensors = realise(inventory, values)
-    for path, slot in slots.items():
-        slot.put(tensors[path])
-
-
-def realise(inventory: Inventory, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Path → tensor as its row says. Rows that say the same of the same data get one object."""
-    made: dict[object, torch.Tensor] = {}
-    tensors = {}
-    for path, row in inventory.rows.items():
-        key = (row.data, row.shape, row.stride, row.offset, row.parameter)
-        if key not in made:
-            made[key] = _look_at(values[row.data], row)
-        tensors[path] = made[key]
-    return tensors
-
-
-def _look_at(value: torch.Tensor, row: Row) -> torch.Tensor:
-    if row.stride is not None or row.shape != tuple(value.shape):
-        stride = row.stride or contiguous_stride(row.shape)
-        value = torch.as_strided(value.reshape(-1), row.shape, stride, value.storage_offset() + row.offset)
-    return torch.nn.Parameter(value, requires_grad=False) if row.parameter else value
-
-
 def find_differences(
     module: torch.nn.Module, inventory: Inventory, hidden: Mapping[str, torch.Tensor] | None = None
 ) -> Iterator[str]:
@@ -433,7 +143,7 @@ def find_differences(
         if path in meta:
             yield f"{path}: is on the meta device, it has no values"
         elif row is None or wanted is None or _facts(row) != _facts(wanted):
-            yield f"{path}: wanted {_describe(wanted)}, found {_describe(row)}"
+            yield f"{path}: wanted {describe_row(wanted)}, found {describe_row(row)}"
         elif row.data != wanted.data:
             yield f"{path}: wanted to share memory with {wanted.data}, found {row.data}"
 
@@ -442,14 +152,9 @@ def _facts(row: Row) -> tuple[object, ...]:
     return row.kind, row.persistent, row.dtype, row.shape, row.stride, row.offset, row.parameter
 
 
-def _describe(row: Row | None) -> str:
+def describe_row(row: Row | None) -> str:
+    """Kind, dtype, shape and layout, for a message."""
     if row is None:
         return "no such tensor"
     layout = "" if row.stride is None else f" stride {list(row.stride)} offset {row.offset}"
     return f"{'' if row.persistent else 'non-persistent '}{row.kind} {row.dtype}{list(row.shape)}{layout}"
-
-
-def some(paths: Sequence[str], most: int = 5) -> str:
-    """The first few of many, for a message."""
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(paths[:most]) + more

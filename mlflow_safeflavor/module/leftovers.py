@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 
 from mlflow_safeflavor.module.attributes import Difference, find_differences
-from mlflow_safeflavor.module.inventory import find_slots
+from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.module.state_dict import bits_equal
 
 __all__ = ["covered", "fresh", "written_by_forward"]

@@ -19,7 +19,7 @@ import torch
 from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout
 from mlflow_safeflavor.artifact.trust import require_agreed
 from mlflow_safeflavor.errors import IntegrityError, StructureError
-from mlflow_safeflavor.module.inventory import Slot, hidden_slot
+from mlflow_safeflavor.module.slots import Slot, hidden_slot
 
 __all__ = ["dump", "load"]
 

@@ -19,12 +19,14 @@ from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.spec import AS_IS, DTYPES
 from mlflow_safeflavor.errors import PlacementError
-from mlflow_safeflavor.module import structure as structures
+from mlflow_safeflavor.module.build import build
 from mlflow_safeflavor.module.devices import find_accelerator, resolve_device
 from mlflow_safeflavor.module.failures import is_out_of_memory
-from mlflow_safeflavor.module.inventory import Slot, fill, find_meta, find_slots, some, take_inventory
+from mlflow_safeflavor.module.fill import fill
+from mlflow_safeflavor.module.inventory import take_inventory
+from mlflow_safeflavor.module.slots import Slot, find_meta, find_slots, some
 
-__all__ = ["dispatch", "dtype_plan", "input_dtype", "maps_files", "place", "resolve_dtype"]
+__all__ = ["dispatch", "dtype_plan", "input_dtype", "islands_of", "maps_files", "place", "resolve_dtype"]
 
 
 def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -68,7 +70,7 @@ def dtype_plan(
     parameters_differ = any(slot.tensor.dtype != dtype for slot in floating if slot.kind == "parameter")
     if not parameters_differ:
         return {}
-    islands = _islands(module, dtype)
+    islands = islands_of(module, dtype)
     constructed = _constructed_dtypes(structure, dtype)
     plan = {}
     for slot in floating:
@@ -90,7 +92,7 @@ def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dic
     for attempt in range(_TRIES):
         with _Watch(dtype) as watch:
             # Whoever gets here has agreed to run the class already: it is being saved, or was just loaded.
-            skeleton = structures.build(described, trust={"code"}, dtype=dtype)
+            skeleton = build(described, trust={"code"}, dtype=dtype)
         seen.append({slot.path: slot.tensor.dtype for slot in find_slots(skeleton)})
         if not watch.disturbed:
             return seen[-1]
@@ -132,7 +134,7 @@ def _with_dtype(config: Any, dtype: str) -> Any:
     return changed | {key: dtype for key in ("dtype", "torch_dtype") if key in config and "model_type" in config}
 
 
-def _islands(module: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
+def islands_of(module: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
     """What the class keeps in float32 (T5's ``wo``), to be searched in ``.path.``; transformers 4.57 and 5."""
     names: set[str] = set()
     for child in module.modules():

@@ -12,8 +12,9 @@ from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.errors import WeightsError
 from mlflow_safeflavor.module import bounds, inventory, memory, pickled, structure, tensors, user_code
+from mlflow_safeflavor.module.build import build
+from mlflow_safeflavor.module.fill import NOT_GIVEN_BACK, fill, realise
 from mlflow_safeflavor.module.guard import guarded
-from mlflow_safeflavor.module.inventory import NOT_GIVEN_BACK
 
 __all__ = ["rebuild", "unpickled_hooks"]
 
@@ -38,7 +39,7 @@ def rebuild(
     with guarded(layout.root, unpickles=bool(spec.runs)):
         if "code" in trust:
             user_code.make_importable(layout)
-        realised = inventory.realise(saved, values) if "pickle" in spec.runs else {}
+        realised = realise(saved, values) if "pickle" in spec.runs else {}
         for file, facts in ((layout.structure_pickle, "pickle"), (layout.hooks_pickle, "hooks_pickle")):
             if described[facts] is not None:
                 with memory.real_memory(inventory=saved):
@@ -47,8 +48,8 @@ def rebuild(
             module = objects["module"].eval().requires_grad_(False)
             hidden = {path: realised[path] for path, row in saved.rows.items() if row.kind == "hidden"}
         else:
-            module = structure.build(described, trust=trust, inventory=saved)
-            inventory.fill(module, saved, values)
+            module = build(described, trust=trust, inventory=saved)
+            fill(module, saved, values)
         names = described["hooks"]
         hooks = {hook: user_code.import_name(name) if name else objects[hook] for hook, name in names.items()}
     _require_same_tensors(module, saved, hidden)
@@ -59,7 +60,7 @@ def unpickled_hooks(
     described: Mapping[str, Any], saved: Inventory, layout: Layout, trust: Collection[str]
 ) -> dict[str, Any]:
     """Hooks that no name leads to, out of their own pickle; the module stays unbuilt."""
-    realised = inventory.realise(saved, tensors.read_tensors(saved, layout))
+    realised = realise(saved, tensors.read_tensors(saved, layout))
     with guarded(layout.root, unpickles=True):
         if "code" in trust:
             user_code.make_importable(layout)

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from mlflow_safeflavor.artifact.layout import parse_json
 from mlflow_safeflavor.errors import IntegrityError, StructureError, TrustError, WeightsError
-from mlflow_safeflavor.module.inventory import dtype_name, some
+from mlflow_safeflavor.module.inventory import dtype_name
+from mlflow_safeflavor.module.slots import some
 
 __all__ = ["Fit", "Group", "bits_equal", "cast", "find_groups", "fit", "read_state", "require_fit", "with_base_prefix"]
 

@@ -16,12 +16,13 @@ from mlflow_safeflavor.artifact.spec import AS_IS, ModelSpec
 from mlflow_safeflavor.artifact.trust import KINDS
 from mlflow_safeflavor.checkpoints.given import Source
 from mlflow_safeflavor.graph.engine import GraphEngine
-from mlflow_safeflavor.module import inventory as inventories
 from mlflow_safeflavor.module import placement, tensors
 from mlflow_safeflavor.module.dtypes import dtypes_of
 from mlflow_safeflavor.module.engine import ModuleEngine, evaluating
+from mlflow_safeflavor.module.fill import realise
 from mlflow_safeflavor.module.kept import kept_parameters
 from mlflow_safeflavor.module.rebuild import rebuild
+from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.predict import golden
 from mlflow_safeflavor.predict.batching import measure_forward_cost
 from mlflow_safeflavor.predict.model import LoadedModel, make_model
@@ -41,16 +42,16 @@ def answering(
     A cast model exists only in the artifact, so there the rebuilt module answers.
     """
     module, hooks = source.module, source.hooks
-    device = next((slot.tensor.device for slot in inventories.find_slots(module)), torch.device("cpu"))
+    device = next((slot.tensor.device for slot in find_slots(module)), torch.device("cpu"))
     if cast and described["kind"] == "graph":
         module = copy.deepcopy(module)
-        dtypes = placement.dtype_plan(module, described, spec.dtype, inventories.find_slots(module))
+        dtypes = placement.dtype_plan(module, described, spec.dtype, find_slots(module))
         placement.place(module, device, dtypes)
     elif cast:
         device = torch.device("cpu")
         module, hooks = rebuild(layout, spec, inventory_file.read_inventory(layout), KINDS)
     with evaluating(module), _aligned(module, layout), kept_parameters(module, lambda: _stored(layout)):
-        dtype = placement.input_dtype(spec.dtype, inventories.find_slots(module))
+        dtype = placement.input_dtype(spec.dtype, find_slots(module))
         engine, options = ModuleEngine(module, device, dtype), run_time_options(stored=spec.model_config)
         yield make_model(engine, hooks, spec, layout, options, LoadReport())
 
@@ -62,7 +63,7 @@ def _aligned(module: torch.nn.Module, layout: Layout) -> Iterator[None]:
     Else the recorded answers could differ from those of every load in their last bits: see ``tensors.ALIGNMENT``.
     Tensors made in inference mode stay where they are, as torch lets nobody move them.
     """
-    found = inventories.find_slots(module)
+    found = find_slots(module)
     slots = [slot for slot in found if not (tensors.is_aligned(slot.tensor) or slot.tensor.is_inference())]
     before = {id(slot.tensor): (slot.tensor, slot.tensor.data) for slot in slots}
     if slots:
@@ -78,7 +79,7 @@ def _aligned(module: torch.nn.Module, layout: Layout) -> Iterator[None]:
 
 def _stored(layout: Layout) -> dict[str, torch.Tensor]:
     inventory = inventory_file.read_inventory(layout)
-    return inventories.realise(inventory, tensors.read_tensors(inventory, layout))
+    return realise(inventory, tensors.read_tensors(inventory, layout))
 
 
 def write_parity(

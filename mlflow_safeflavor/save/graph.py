@@ -22,9 +22,8 @@ from mlflow_safeflavor.graph.file import open_graph, write_graph, write_reason
 from mlflow_safeflavor.graph.proof import TEXT, Arrays, Facts, Refusal, prove
 from mlflow_safeflavor.graph.weights import Place, find_places
 from mlflow_safeflavor.machine import available_cpus
-from mlflow_safeflavor.module import inventory as inventories
 from mlflow_safeflavor.module.engine import ModuleEngine, tensors_of
-from mlflow_safeflavor.module.inventory import Slot
+from mlflow_safeflavor.module.slots import Slot, find_slots
 from mlflow_safeflavor.predict.model import LoadedModel
 from mlflow_safeflavor.tasks.base import Row, Task
 
@@ -169,7 +168,7 @@ def _freedoms(examples: Sequence[Inputs]) -> list[Mapping[str, set[int]]]:
 
 def store_graph(model: LoadedModel, rows: Sequence[Row], required: bool) -> list[GraphEngine]:
     """Record the forward as a graph, or the reason why there is none. Returns what runs it, what serves first."""
-    layout, slots = Layout(model.folder), inventories.find_slots(model.module)
+    layout, slots = Layout(model.folder), find_slots(model.module)
     runtimes = {"onnx": runtime_of("onnx")}
     if model.spec.model_config["engine"] == "openvino":
         runtimes, required = {"openvino": runtime_of("openvino", model.spec.model_config["dtype"]), **runtimes}, True

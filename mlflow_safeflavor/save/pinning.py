@@ -13,9 +13,11 @@ from packaging.utils import canonicalize_name
 
 from mlflow_safeflavor.artifact.layout import Layout, write_json
 from mlflow_safeflavor.checkpoints.given import Source
-from mlflow_safeflavor.environment import requirements
+from mlflow_safeflavor.environment.closure import closure_of
+from mlflow_safeflavor.environment.files import environment_files, missing_lines
 from mlflow_safeflavor.environment.hashes import lock_file
-from mlflow_safeflavor.environment.recorded import Environment, closure_of
+from mlflow_safeflavor.environment.recorded import Environment
+from mlflow_safeflavor.environment.requirements import DEFAULT_ROOTS, GRAPH_ROOTS, server_roots
 from mlflow_safeflavor.environment.used import Use
 from mlflow_safeflavor.errors import EnvironmentMismatchError
 from mlflow_safeflavor.module import user_code
@@ -36,7 +38,7 @@ class Pinning:
         code_paths: What comes with the model is not pinned.
         hashes: Whether each pin gets the hashes of its files.
         wanted: What the user says of it: ``torch_index``, ``pip_requirements``, ``extra_pip_requirements`` and
-            ``conda_env``, see ``requirements.environment_files``.
+            ``conda_env``, see ``environment.files.environment_files``.
     """
 
     def __init__(
@@ -67,13 +69,13 @@ class Pinning:
         """Write the files, for what the parts of the model need and what was used.
 
         Raises:
-            EnvironmentMismatchError: See ``requirements.environment_files``.
+            EnvironmentMismatchError: See ``environment.files.environment_files``.
         """
         used = used or {}
         graph_roots = [*self._graph_roots, *(name for name, use in used.items() if use.engine != "module")]
         roots = [*(self._roots if "module" in self._engines else ()), *(graph_roots if "onnx" in self._engines else ())]
         roots += used
-        recorded = requirements.environment_files(
+        recorded = environment_files(
             self._layout.root,
             list(dict.fromkeys(roots)),
             graph_roots=[*graph_roots] if {"onnx", "module"} <= {*self._engines} else None,
@@ -145,10 +147,10 @@ def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[
     module = torch.nn.Module() if graph else source.module
     calls = source.processor is not None or (source.task == "custom" and source.tokenizer is not None)
     pickles = any(user_code.importable_name(hook) is None for hook in source.hooks.values())  # with their tensors
-    graph_roots = [*requirements.GRAPH_ROOTS, *requirements.server_roots()]
+    graph_roots = [*GRAPH_ROOTS, *server_roots()]
     graph_roots += [name for name, needed in (("transformers", calls), ("torch", pickles)) if needed]
     return [
-        *(graph_roots if graph else requirements.DEFAULT_ROOTS),
+        *(graph_roots if graph else DEFAULT_ROOTS),
         *user_code.distributions_of(module, source.hooks, except_for=with_model),
         *([] if source.processor is None else requirements_of(source.processor)),
     ]
@@ -168,7 +170,7 @@ def _require_versions(recorded: Environment, used: Mapping[str, Use]) -> None:
 
 
 def _warn_of_missing(folder: Path, used: Mapping[str, Use]) -> None:
-    lines = requirements.missing_lines(folder, {name: use.version for name, use in used.items()})
+    lines = missing_lines(folder, {name: use.version for name, use in used.items()})
     if lines:
         _logger.warning(
             "safeflavor: the rehearsal used what the given requirements do not bring, so that the model may not load "

@@ -24,12 +24,13 @@ from mlflow_safeflavor.checkpoints.source import resolve_source
 from mlflow_safeflavor.environment.used import find_used
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.graph.engine import runtime_of
-from mlflow_safeflavor.module import inventory as inventories
 from mlflow_safeflavor.module import placement, user_code
 from mlflow_safeflavor.module import structure as structures
 from mlflow_safeflavor.module.dtypes import announced_cast, dtypes_of, serving_dtype
 from mlflow_safeflavor.module.engine import ModuleEngine
 from mlflow_safeflavor.module.kept import kept_module
+from mlflow_safeflavor.module.saveable import require_saveable
+from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.module.wrappers import require_plain, taken_off
 from mlflow_safeflavor.predict.model import make_task
 from mlflow_safeflavor.predict.options import MODEL_CONFIG, run_time_options
@@ -134,7 +135,7 @@ def save_model(
     options = _options(source.task, {**source.options, **(model_config or {})})
     _require_openvino(options, graph)
     defaults = {**source.params, **defaults_of(signature), **(params or {})}
-    inventories.require_saveable(inventories.find_slots(source.module))
+    require_saveable(find_slots(source.module))
     serving = serving_dtype(dtype, dtypes_of(source.module))
     cast_from = announced_cast(dtype, source.stored or dtypes_of(source.module), serving)
     with kept_module(source.module), staging(path) as stage:
@@ -273,7 +274,7 @@ def _forward(source: Source, spec: ModelSpec, layout: Layout) -> Callable[[torch
         rows = [*([] if source.example is None else task.rows(source.example)), *task.golden_rows()]
         params = task.check_params(task.golden(task.config))
         pieces = [piece for row in task.encoded(rows, params) for piece in task.pieces(row)]
-        dtype = placement.input_dtype(AS_IS, inventories.find_slots(module))
+        dtype = placement.input_dtype(AS_IS, find_slots(module))
         for batch in (pieces, pieces[:1]):
             task.forward(ModuleEngine(module, torch.device("cpu"), dtype), batch, params)
 

@@ -19,6 +19,8 @@ from mlflow_safeflavor.module import inventory as inventories
 from mlflow_safeflavor.module import pickled, placement, tensors, user_code
 from mlflow_safeflavor.module import structure as structures
 from mlflow_safeflavor.module.engine import evaluating
+from mlflow_safeflavor.module.saveable import require_saveable
+from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.predict.options import MODEL_CONFIG
 from mlflow_safeflavor.save.code import LOADER_MODULE, loader_digest
 from mlflow_safeflavor.tasks.base import Task
@@ -39,7 +41,7 @@ def write_module(
     layout: Layout,
 ) -> tuple[dict[str, Any], bool]:
     """Structure, pickle and tensors. Returns the structure, and whether any tensor was cast to the serving dtype."""
-    slots = inventories.find_slots(source.module)
+    slots = find_slots(source.module)
     casts = placement.dtype_plan(source.module, described, dtype, slots)
     names = {hook: user_code.importable_name(function) for hook, function in source.hooks.items()}
     to_pickle = {hook: source.hooks[hook] for hook, name in names.items() if name is None}
@@ -62,7 +64,7 @@ def write_module(
                 content, slots, described[facts] = pickled.dump(pickles[facts], slots)
             layout.data.mkdir(exist_ok=True)
             file.write_bytes(content)
-            inventories.require_saveable(slots)
+            require_saveable(slots)
     inventory, values = inventories.take_inventory(slots, casts)
     structures.write_structure(described, layout)
     tensors.write_tensors(inventory, values, layout)

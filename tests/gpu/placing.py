@@ -13,7 +13,8 @@ import mlflow_safeflavor
 from mlflow_safeflavor.artifact.inventory_file import read_inventory
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import PlacementError
-from mlflow_safeflavor.module.inventory import find_slots, realise
+from mlflow_safeflavor.module.fill import realise
+from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.module.tensors import read_tensors
 from mlflow_safeflavor.predict.golden import TOLERANCES
 

@@ -71,11 +71,11 @@ CANNOT = {
          "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
          "StateDictOptions(full_state_dict=True)) and load them into a plain module of the same class"):
         "needs a group of processes; the names it uses are those of torch's documentation",
-    Site("environment/recorded", "_WAY_OUT",
+    Site("environment/differences", "_WAY_OUT",
          "install requirements.txt of the model (`pip install -r requirements.txt`) under the Python of its "
          "python_env.yaml, or let MLflow do both with --env-manager uv"):
         "installs gigabytes: tests/docker and `make matrix` install these files",
-    Site("environment/recorded", "The graph cannot answer this, and what its module needs is not installed",
+    Site("environment/differences", "The graph cannot answer this, and what its module needs is not installed",
          "install requirements.txt of the model, and not only requirements-onnx.txt; an image of `mlflow-safeflavor "
          "dockerfile --engine module` has it all"):
         "installs gigabytes: tests/docker and `make matrix` install these files",
@@ -93,7 +93,7 @@ FORWARDED = {
     ): "_WAY_OUT of sentences, _WAY_OUT_OWN of pipelines",
     Site("load/saved", "…", "…"): "way_out_of of plain_files",
     Site("module/wrappers", "…", "…"): "a hint of _REFUSED",
-    Site("environment/recorded", "%s", "%s"): "the table of differences, with the hint of EnvironmentMismatchError",
+    Site("environment/differences", "%s", "%s"): "the table of differences, with the hint of EnvironmentMismatchError",
 }
 """Hand on what has a row elsewhere."""
 
@@ -104,22 +104,22 @@ TELLS = {
         "safeflavor: not rehearsed, so the pins are those of the model's classes, hooks and processor; what else its code "
         "imports or reads is not among them unless extra_pip_requirements says so",
     ),
-    ("environment/recorded", "Not installed and so not pinned, although something requires it: %s"),
-    ("environment/recorded", "Installed versions contradict what is required: %s"),
-    ("environment/recorded", "Metadata of %s holds a requirement nobody can read: %s"),
+    ("environment/record", "Not installed and so not pinned, although something requires it: %s"),
+    ("environment/record", "Installed versions contradict what is required: %s"),
+    ("environment/closure", "Metadata of %s holds a requirement nobody can read: %s"),
     ("artifact/host_cache", "safeflavor: nothing is kept on this host: %s"),
     ("graph/packed_weights", "safeflavor: packed weights are not shared: %s"),
     ("load/pyfunc", "safeflavor: %s"),
     ("load/pyfunc", "safeflavor: %s failed"),
-    ("environment/requirements", "%s is not installed here, so it stays as written and is not pinned any further"),
-    ("module/structure", "safeflavor: not saved, because a forward makes it anew: %s"),
+    ("environment/lines", "%s is not installed here, so it stays as written and is not pinned any further"),
+    ("module/comparison", "safeflavor: not saved, because a forward makes it anew: %s"),
     ("artifact/weights_files", "safeflavor: no private copy of %s: %s"),
 }
 """Lines of the log that tell what was done, and nothing to do."""
 
 BARE = {
     ("arguments", "… cannot be called like this"): "Python says which argument is missing",
-    ("checkpoints/from_pretrained", "There is no model of tokens"): "of that config there is none",
+    ("checkpoints/recipe", "There is no model of tokens"): "of that config there is none",
     ("cli", "The page cannot be written"): "the system says why",
     ("module/embedding", "A layer of the model is unknown"): "the error inside says what is known",
     ("verify/endpoint", "The rows cannot be sent as JSON"): "the error inside names the value",
@@ -127,8 +127,8 @@ BARE = {
     ("tasks/inputs/processor", "The processor cannot be written as JSON"): "its class says why",
     ("tasks/inputs/processor", "The processor cannot be built again"): "its class says why",
     ("tasks/inputs/processor", "The processor does not take a single image or sound"): "its class says why",
-    ("environment/requirements", "conda_env cannot be read"): "the system says why",
-    ("module/structure", "The class does not make a module"): "only a changed artifact has such a class",
+    ("environment/conda", "conda_env cannot be read"): "the system says why",
+    ("module/build", "The class does not make a module"): "only a changed artifact has such a class",
     ("tasks/custom", "preprocess refuses a row"): "the user's own words",
     ("tasks/processed", "The processor refuses a value"): "its class says why",
     ("tasks/raw", "forward refused the arrays"): "forward says why",

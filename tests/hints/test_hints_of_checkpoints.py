@@ -150,7 +150,7 @@ def test_a_subfolder(tiny_folder):
 
 
 @follows(
-    "checkpoints/from_pretrained",
+    "checkpoints/folder",
     "There is no such folder, and a hub repository needs a pinned revision, as its branches and tags move",
     "take it from huggingface_hub.model_info(…).sha, or from the commit list of the repository",
 )
@@ -184,7 +184,7 @@ def test_a_repository_of_the_hub(folder, tmp_path, hub, monkeypatch):  # noqa: F
 
 
 @follows(
-    "checkpoints/from_pretrained",
+    "checkpoints/recipe",
     "The checkpoint's class is not in the installed transformers",
     "say which class to build: model_class=…",
 )
@@ -196,7 +196,7 @@ def test_a_class_that_transformers_has_not(folder):
 
 
 @follows(
-    "checkpoints/from_pretrained",
+    "checkpoints/recipe",
     "The checkpoint is quantised, and its integer weights cannot be loaded as they are",
     "take the original checkpoint, or dequantise this one and save it",
 )
@@ -209,7 +209,7 @@ def test_a_quantised_checkpoint(folder, tmp_path):
 
 
 @follows(
-    "checkpoints/from_pretrained",
+    "checkpoints/recipe",
     "The checkpoint is of another model type than the class",
     "choose a class of the checkpoint's model type, or correct model_type in its config.json",
 )
@@ -222,7 +222,7 @@ def test_another_model_type(folder):
 
 
 @follows(
-    "checkpoints/from_pretrained",
+    "checkpoints/fitted",
     "_WAY_OUT",
     "choose the class that the checkpoint was saved from (model_class=…); new=('head.*',) allows fresh tensors, "
     "drop=('head.*',) leaves keys out, tie_word_embeddings=False unties",
@@ -243,7 +243,7 @@ def test_a_checkpoint_of_another_class(folder):
 
 
 @follows(
-    "checkpoints/from_pretrained",
+    "checkpoints/fitted",
     "The checkpoint does not hold a tensor, and the constructor does not compute it",
     "make it a parameter or persistent buffer and save the checkpoint again; new=(…,) accepts the random values of a "
     "new construction, but never unwritten memory",
@@ -259,7 +259,7 @@ def test_a_tensor_that_no_checkpoint_holds(tiny_folder):
     assert from_pretrained(tiny_folder, model_class=kept)
 
 
-@follows("checkpoints/from_pretrained", "The checkpoint has no readable tokenizer", "pass tokenizer=…")
+@follows("checkpoints/preprocessors", "The checkpoint has no readable tokenizer", "pass tokenizer=…")
 def test_a_folder_with_half_a_tokenizer(folder, tiny_tokenizer, tmp_path):
     (folder / "tokenizer_config.json").write_text("{}")
     with pytest.raises(StructureError):

@@ -151,7 +151,7 @@ def test_other_answers(copied, tiny_bert, tiny_tokenizer, tmp_path):
 
 
 @follows(
-    "module/inventory",
+    "module/fill",
     "The rebuilt module has other tensors than the saved one",
     "save the model again; where this comes back, its constructor depends on more than its arguments: "
     "allow_pickle=True or graph='only' does without it",
@@ -183,7 +183,7 @@ def test_a_constructor_that_depends_on_the_process(save, user_code, monkeypatch)
     others = [save(model, **given, graph="only")]
     monkeypatch.setenv("MOOD", "more")
     wrong(WeightsError, path, **CODE)
-    monkeypatch.setattr("mlflow_safeflavor.module.inventory.fill", lambda *given: None)
+    monkeypatch.setattr("mlflow_safeflavor.module.fill.fill", lambda *given: None)
     wrong(WeightsError, path, **CODE)
     monkeypatch.undo()
     monkeypatch.setenv("MOOD", "more")
@@ -368,7 +368,7 @@ def test_a_constructor_that_reads_a_file(save, user_code, tmp_path):  # noqa: F8
 
 
 @follows(
-    "module/structure",
+    "module/build",
     "Nobody has proven that this class of transformers is built for what was saved, and for nothing else",
     'save the model again with this release: it is then of the kind "import", for trust={"code"}',
 )

@@ -235,7 +235,7 @@ def test_weights_of_another_dtype(save, code, caplog):
 
 
 @follows(
-    "module/structure",
+    "module/constructor",
     "The module's class cannot be imported anywhere else",
     "move it to a file and pass code_paths=[file], or pass allow_pickle=True",
 )
@@ -254,12 +254,12 @@ def test_a_class_of_a_function(save, user_code):
 
 
 @follows(
-    "module/structure",
+    "module/comparison",
     "The constructor does not give back all that the module holds: it was changed after it was made",
     "…allow_pickle=True, or graph='only'",
 )
 @follows(
-    "module/structure",
+    "module/comparison",
     "The constructor does not give back the module: it was changed after it was made",
     "…allow_pickle=True, or graph='only'",
 )
@@ -289,7 +289,7 @@ def test_a_module_that_was_changed(save, code, tiny_bert, tiny_tokenizer):
 
 
 @follows(
-    "module/structure",
+    "module/constructor",
     "A container of torch.nn does not know how modules of other classes were made",
     "write a class whose constructor makes all of it, or pass allow_pickle=True or graph='only'",
 )
@@ -306,11 +306,11 @@ def test_a_container_of_the_users_modules(save, user_code):
 
 
 @follows(
-    "module/structure", "A constructor argument cannot be stored as JSON", "pass allow_pickle=True instead of init_args"
+    "module/constructor",
+    "A constructor argument cannot be stored as JSON",
+    "pass allow_pickle=True instead of init_args",
 )
-@follows(
-    "module/structure", "The constructor of the model failed", "when saving, pass init_args={…} or allow_pickle=True"
-)
+@follows("module/build", "The constructor of the model failed", "when saving, pass init_args={…} or allow_pickle=True")
 def test_constructor_arguments(save, code):
     given = {"code_paths": [code.file]}
     made = SimpleNamespace(width=3)
@@ -320,7 +320,7 @@ def test_constructor_arguments(save, code):
 
 
 @follows(
-    "module/structure",
+    "module/constructor",
     "The config names code, files or repositories, which a load would look for",
     "set them to None in model.config, or pass allow_pickle=True",
 )
@@ -435,7 +435,7 @@ def test_adapters(save, tiny_bert, tiny_tokenizer, tmp_path):
 
 
 @follows(
-    "module/inventory",
+    "module/saveable",
     "The module holds tensors without values",
     "load the checkpoint with mlflow_safeflavor.from_pretrained, or fill the module with mlflow_safeflavor.materialize, "
     "then save it",
@@ -451,7 +451,7 @@ def test_a_module_on_meta(save, tiny_bert, tiny_tokenizer, tmp_path):
 
 
 @follows(
-    "module/inventory",
+    "module/saveable",
     "The module has lazy parameters that no forward has made yet",
     "call the module once, model(example), and save it then",
 )
@@ -466,9 +466,9 @@ def test_a_lazy_module(save):
 @follows(
     "module/inventory", "Tensors share memory but not a dtype", "give each its own memory (.clone()) before saving"
 )
-@follows("module/inventory", "Two tensors of the module have the same path", "rename that attribute")
+@follows("module/saveable", "Two tensors of the module have the same path", "rename that attribute")
 @follows(
-    "module/inventory",
+    "module/saveable",
     "The module holds a tensor that cannot be stored as plain values",
     "replace it by a dense tensor before saving (dequantise, .to_dense(), .resolve_conj())",
 )

@@ -34,7 +34,7 @@ from mlflow_safeflavor.errors import (
     StructureError,
     TrustError,
 )
-from mlflow_safeflavor.module import placement, structure
+from mlflow_safeflavor.module import placement
 from mlflow_safeflavor.tasks.inputs import processor
 from mlflow_safeflavor.tasks.inputs.images import read_image
 from mlflow_safeflavor.tasks.inputs.tokenizer import _require_same_ids
@@ -47,12 +47,12 @@ FRAME = pd.DataFrame({"text": ["the cat sat"]})
 
 
 @follows(
-    "environment/recorded",
+    "environment/differences",
     "…",
     "install requirements.txt of the model (`pip install -r requirements.txt`) under the Python of its python_env.yaml, "
     'or let MLflow do both with --env-manager uv; or accept the differences with environment="warn"',
 )
-@follows("environment/recorded", "%s")
+@follows("environment/differences", "%s")
 def test_another_version(copied):
     edit_json(
         copied / "safeflavor" / "environment.json", lambda content: content["distributions"].update(packaging="0.1")
@@ -82,20 +82,20 @@ def test_pinned_versions_are_named_only_where_others_are_installed(copied):
     edit_json(facts, lambda content: content["distributions"].update(packaging="0.1"))
 
 
-@follows("environment/recorded", "A distribution that the model needs is not installed", "pip install '…'")
+@follows("environment/closure", "A distribution that the model needs is not installed", "pip install '…'")
 @follows(
-    "environment/recorded",
+    "environment/record",
     "Installed versions contradict what is required, so pip could never install these pins",
     "install versions that agree (`pip check` tells), or write all pins yourself with pip_requirements",
 )
 @follows(
-    "environment/recorded",
+    "environment/record",
     "Distributions that the model needs were not installed as releases, so no pin could bring them back",
     "publish it, or build a wheel (`pip wheel --no-deps -w FOLDER SOURCE`) and install that with `pip install …==… "
     "--find-links FOLDER`; or say where others get it, as in extra_pip_requirements=['… @ "
     "git+https://HOST/REPOSITORY@COMMIT']; or write all pins yourself with pip_requirements",
 )
-@follows("environment/recorded", "Installed versions contradict what is required: %s")
+@follows("environment/record", "Installed versions contradict what is required: %s")
 def test_closures(flavor_site, tmp_path):  # noqa: F811
     site = flavor_site
     with pytest.raises(EnvironmentMismatchError) as error:
@@ -128,7 +128,7 @@ def test_closures(flavor_site, tmp_path):  # noqa: F811
     "say where the wheel is with torch_index=URL or FOLDER, or drop the label with torch_index=None",
 )
 @follows(
-    "environment/requirements",
+    "environment/conda",
     "Only one of conda_env, pip_requirements and extra_pip_requirements can be used",
     "keep …, and write the rest into it",
 )
@@ -338,7 +338,7 @@ def test_a_pipeline(save, user_code, tiny_tokenizer):  # noqa: F811
     'pass one of transformers\' own classes; AutoImageProcessor.from_pretrained(…, use_fast=False) or backend="pil" gives '
     "the one that uses Pillow",
 )
-@follows("checkpoints/from_pretrained", "The checkpoint has no readable processor", "pass processor=…")
+@follows("checkpoints/preprocessors", "The checkpoint has no readable processor", "pass processor=…")
 @follows("tasks/inputs/images", "Images need Pillow", "pip install 'mlflow-safeflavor[image]'")
 def test_processors(save, tmp_path, monkeypatch):  # noqa: F811
     whole = type("Both", (), {"image_processor": make_processor(size=SMALL), "tokenizer": None})()
@@ -485,14 +485,14 @@ def test_a_pickle_of_another_python(save, code):  # noqa: F811
 def test_a_default_dtype_that_keeps_changing(save, code, monkeypatch):  # noqa: F811
     path, calls = save(code.Net(), code_paths=[code.file]), []
     with monkeypatch.context() as patch:
-        original = structure.build
+        original = placement.build
 
         def build(*given, **options):
             built = original(*given, **options)
             calls.append(1)
             return built.half() if "inventory" not in options and len(calls) % 2 else built
 
-        patch.setattr(placement.structures, "build", build)
+        patch.setattr(placement, "build", build)
         patch.setattr(
             placement._Watch, "disturbed", property(lambda self: True, lambda self, value: None), raising=False
         )

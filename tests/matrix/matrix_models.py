@@ -22,7 +22,8 @@ import torch
 
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact.layout import Layout, read_json
-from mlflow_safeflavor.environment.recorded import Environment, find_differences
+from mlflow_safeflavor.environment.differences import find_differences
+from mlflow_safeflavor.environment.recorded import Environment
 
 # transformers, and MiniLM's weights, are imported where a model is made: graphs are asked where neither is installed.
 CODE = ["if x < 0:\n    return -x", "for i in range(n + 1):\n    total += a[i]", "return a == b", ""]

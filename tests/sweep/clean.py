@@ -15,7 +15,7 @@ import torch
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import SafeFlavorError
-from mlflow_safeflavor.module import structure
+from mlflow_safeflavor.module import build, constructor
 from sweep import facts
 
 CPU_SECONDS = 60
@@ -39,7 +39,7 @@ def _stop(*_: object) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    structure.is_proven = lambda name: True  # which is what is found out here
+    build.is_proven = constructor.is_proven = lambda name: True  # which is what is found out here
     warnings.simplefilter("ignore")
     lines = sys.stdout
     signal.signal(signal.SIGPROF, _stop)

@@ -34,8 +34,8 @@ import transformers
 
 from mlflow_safeflavor.graph.check import Graph
 from mlflow_safeflavor.graph.onnx_engine import Session
-from mlflow_safeflavor.module import inventory
 from mlflow_safeflavor.module.engine import named_tensors
+from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.save import graph as recording
 
 HERE = Path(__file__).resolve().parent
@@ -111,7 +111,7 @@ def check(class_name: str, model_type: str) -> dict[str, Any]:
 
 def _recorded(module: torch.nn.Module, example: Tensors) -> dict[str, Any]:
     examples = list(_examples(module, example))
-    slots = inventory.find_slots(module)
+    slots = find_slots(module)
     try:
         graph, proof = recording.record(module, slots, {}, examples)
     except recording.Refusal as refusal:

@@ -40,9 +40,9 @@ import transformers  # noqa: E402
 
 import mlflow_safeflavor  # noqa: E402
 from mlflow_safeflavor.artifact import trust  # noqa: E402
-from mlflow_safeflavor.environment import requirements  # noqa: E402
+from mlflow_safeflavor.environment import files as environment_files  # noqa: E402
 from mlflow_safeflavor.errors import SafeFlavorError, WeightsError  # noqa: E402
-from mlflow_safeflavor.module import structure  # noqa: E402
+from mlflow_safeflavor.module import build, constructor  # noqa: E402
 from mlflow_safeflavor.save import graph  # noqa: E402
 from sweep import facts, inputs, report, shrink  # noqa: E402
 
@@ -343,9 +343,10 @@ def sweeping() -> Iterator[tuple[CleanProcess, Path]]:
 
     Nothing is recorded as a graph, which takes the most of a save: ``graphs.py`` does that.
     """
-    recorded, proven, examples_of = requirements.record, structure.is_proven, graph.examples_of
-    requirements.record = _once(recorded)
-    structure.is_proven = lambda name: True  # which is what is found out here; clean.py does the same
+    recorded, proven, examples_of = environment_files.record, build.is_proven, graph.examples_of
+    environment_files.record = _once(recorded)
+    # Which is what is found out here; clean.py does the same.
+    build.is_proven = constructor.is_proven = lambda name: True
     graph.examples_of = _refuse
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -355,7 +356,8 @@ def sweeping() -> Iterator[tuple[CleanProcess, Path]]:
             warnings.simplefilter("ignore")  # what transformers says about odd configs is not what is tested
             yield clean, Path(folder)
     finally:
-        requirements.record, structure.is_proven, graph.examples_of = recorded, proven, examples_of
+        environment_files.record, graph.examples_of = recorded, examples_of
+        build.is_proven = constructor.is_proven = proven
         torch.set_num_threads(threads)
 
 

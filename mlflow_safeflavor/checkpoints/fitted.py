@@ -1,0 +1,118 @@
+"""A module that is constructed for a checkpoint, and filled with it where all of it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+
+from mlflow_safeflavor.checkpoints.transformers_keys import (
+    base_prefix,
+    convert,
+    ignored_keys,
+    is_converted,
+    is_optional,
+)
+from mlflow_safeflavor.errors import WeightsError
+from mlflow_safeflavor.module.construction import Recipe, construct_fresh, construct_twice, require_memory
+from mlflow_safeflavor.module.placement import islands_of
+from mlflow_safeflavor.module.slots import find_slots, some
+from mlflow_safeflavor.module.state_dict import Fit, cast, find_groups, fit, require_fit, with_base_prefix
+
+__all__ = ["fitted", "matches"]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name fits any of the patterns, such as ``classifier.*``."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def fitted(
+    recipe: Recipe, state: Mapping[str, torch.Tensor], dtype: torch.dtype, new: Sequence[str], where: Path
+) -> torch.nn.Module:
+    """Construct, fit, and only when everything fits, copy."""
+    module, computed = construct_twice(recipe, dtype)
+    result = _fit_or_convert(recipe, module, state, computed, new)
+    require_fit(result, module.state_dict(), where, _WAY_OUT)
+    absent = {group.names[0] for group in find_groups(module)} - result.values.keys()
+    absent |= {slot.path for slot in find_slots(module) if not slot.persistent}
+    if random := absent - computed:
+        module, written = construct_fresh(recipe, dtype)
+        _require_data(sorted(path for path in random if path not in written or not matches(path, new)), where)
+    _copy(module, result.values, dtype)
+    require_memory(module)
+    return module
+
+
+_WAY_OUT = (
+    "choose the class that the checkpoint was saved from (model_class=…); new=('head.*',) allows fresh tensors, "
+    "drop=('head.*',) leaves keys out, tie_word_embeddings=False unties"
+)
+
+
+def _fit(module: torch.nn.Module, state: Mapping[str, torch.Tensor], computed: set[str], new: Sequence[str]) -> Fit:
+    """Fit a state dict, and forgive what the class or the user said may be missing."""
+    groups = find_groups(module)
+    names = [name for group in groups for name in group.names]
+    result = fit(groups, with_base_prefix(state, names, base_prefix(module)), ignored_keys(module))
+    result.missing = [
+        name
+        for name in result.missing
+        # The class calls a table of sinusoids optional, say: right, but only if the constructor computes it.
+        if not matches(name, new) and not (name in computed and is_optional(module, name))
+    ]
+    result.mismatched = {name: odd for name, odd in result.mismatched.items() if not matches(name, new)}
+    return result
+
+
+def _require_data(paths: Sequence[str], where: object) -> None:
+    if paths:
+        raise WeightsError(
+            "The checkpoint does not hold a tensor, and the constructor does not compute it",
+            where=f"{where}: {some(paths)}",
+            wanted="the same values in two constructions",
+            found="random values, or memory that nobody wrote",
+            way_out="make it a parameter or persistent buffer and save the checkpoint again; "
+            f"new=({paths[0]!r},) accepts the random values of a new construction, but never unwritten memory",
+        )
+
+
+def _copy(module: torch.nn.Module, values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Copy values into the memory that the constructor allocated, so that ties and views see them too."""
+    islands = islands_of(module, dtype)
+    for group in find_groups(module):
+        if group.names[0] not in values:
+            continue
+        value, target = values[group.names[0]], group.tensor
+        if target.is_floating_point() and islands and islands.search(f".{group.names[0]}."):
+            target.data = target.data.float()
+        with torch.no_grad():
+            target.copy_(cast(value, target.dtype, group.names[0]))
+
+
+def _fit_or_convert(
+    recipe: Recipe,
+    module: torch.nn.Module,
+    state: Mapping[str, torch.Tensor],
+    computed: set[str],
+    new: Sequence[str],
+) -> Fit:
+    """Fit the state dict as it is, or else as transformers' loader converts it."""
+    plain = _fit(module, state, computed, new)
+    must = is_converted(module, state)
+    # Another name or layout shows as a key without a place; nothing else can be helped by converting.
+    if not must and not (plain.unexpected and hasattr(recipe.cls, "from_pretrained")):
+        return plain
+    try:
+        converted, unexpected = convert(recipe, module, state)
+    except WeightsError:
+        raise
+    except Exception:
+        if must:
+            raise
+        return plain  # its loader cannot build this class; the message is what does not fit by name
+    result = _fit(module, converted, computed, new)
+    result.unexpected = unexpected
+    return result if must or result.problems < plain.problems else plain

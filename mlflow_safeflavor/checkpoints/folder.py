@@ -1,0 +1,49 @@
+"""The local folder of a checkpoint, downloaded where it is the hub's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlflow_safeflavor.checkpoints import hub
+from mlflow_safeflavor.errors import StructureError
+
+__all__ = ["folder_of", "own_folders"]
+
+_HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
+_HUB_FILES = ("*.json", "*.safetensors")
+
+
+def folder_of(name_or_path: str | Path, revision: str | None, kwargs: dict[str, Any]) -> Path:
+    """The local folder of a checkpoint; takes the hub's options out of ``kwargs``."""
+    options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    if not hub.is_hub_id(name_or_path):
+        raise StructureError("There is no such checkpoint", where=name_or_path, wanted="a folder, or a hub id")
+    if not hub.is_commit(revision):
+        raise StructureError(
+            "There is no such folder, and a hub repository needs a pinned revision, as its branches and tags move",
+            where=name_or_path,
+            wanted="revision= a commit hash, 40 hexadecimal digits",
+            found=repr(revision),
+            way_out=f"take it from huggingface_hub.model_info({str(name_or_path)!r}).sha, or from the commit list "
+            "of the repository",
+        )
+    return _download(str(name_or_path), str(revision), options)
+
+
+def _download(name: str, revision: str, options: Mapping[str, Any]) -> Path:
+    folder = hub.download(name, revision, _HUB_FILES, **options)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    # Pickled weights only where there are no others.
+    return hub.download(name, revision, ["*.json", "*.bin"], **options)
+
+
+def own_folders(folder: str | Path) -> list[Path]:
+    """What may be read of a checkpoint: its folder, and where the links of a snapshot in the hub's cache lead."""
+    folder = Path(os.path.abspath(folder))
+    return [folder, *(above.parent / "blobs" for above in folder.parents if above.name == "snapshots")]

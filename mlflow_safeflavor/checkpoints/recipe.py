@@ -1,0 +1,122 @@
+"""The recipe for a checkpoint's module: its class, config, and arguments of the constructor."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+from mlflow_safeflavor.artifact.layout import read_json
+from mlflow_safeflavor.checkpoints.folder import own_folders
+from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.module.construction import Recipe
+from mlflow_safeflavor.module.guard import guarded
+
+__all__ = ["bare_model", "class_of", "recipe_for"]
+
+
+def _config_of(folder: Path) -> Any:
+    import transformers
+
+    try:
+        with guarded(*own_folders(folder)):
+            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise StructureError(
+            "There is no readable checkpoint", where=folder, wanted="a folder with config.json", found=error
+        ) from error
+
+
+def class_of(folder: Path) -> type[Any]:
+    """The transformers class that a checkpoint's config names."""
+    import transformers
+
+    config = _config_of(folder)
+    name = (config.architectures or ["none"])[0]
+    cls = getattr(transformers, name, None)
+    if not isinstance(cls, type):
+        raise StructureError(
+            "The checkpoint's class is not in the installed transformers",
+            where=folder,
+            found=name,
+            way_out="say which class to build: model_class=…",
+        )
+    return cls
+
+
+def recipe_for(cls: type[Any], folder: Path, kwargs: dict[str, Any]) -> Recipe:
+    """The class with the checkpoint's config, the user's changes of it, and what is left for the constructor."""
+    config = kwargs.pop("config", None)
+    attention = kwargs.pop("attn_implementation", None)
+    if config is None:
+        try:
+            config, kwargs = cls.config_class.from_pretrained(
+                folder, return_unused_kwargs=True, local_files_only=True, **kwargs
+            )
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise StructureError(
+                "The checkpoint's config cannot be read", where=folder, wanted=f"one for {cls.__name__}", found=error
+            ) from error
+    config = copy.deepcopy(config)
+    _forget_code(config)
+    if attention is not None:
+        config._attn_implementation = attention
+    config.name_or_path = os.fspath(folder)
+    _require_model_type(cls, folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise StructureError(
+            "The checkpoint is quantised, and its integer weights cannot be loaded as they are",
+            where=folder,
+            wanted="floating point weights",
+            way_out="take the original checkpoint, or dequantise this one and save it",
+        )
+    return Recipe(cls, config, kwargs)
+
+
+def _forget_code(config: Any) -> None:
+    """Take the names of code out of a config and its parts: asked to build a part, transformers would ask back."""
+    values = vars(config) if hasattr(config, "to_json_string") else config
+    for name in ("auto_map", "custom_pipelines"):
+        values.pop(name, None)
+    for value in values.values():
+        if isinstance(value, dict) or hasattr(value, "to_json_string"):
+            _forget_code(value)
+
+
+def _require_model_type(cls: type[Any], folder: Path) -> None:
+    """Refuse another family's class. Keys of BERT fit RoBERTa, whose positions count from elsewhere."""
+    config = folder / "config.json"
+    found = read_json(config, strict=False).get("model_type") if config.is_file() else None
+    wanted = getattr(cls.config_class, "model_type", None)
+    if found and wanted and found != wanted:
+        raise StructureError(
+            "The checkpoint is of another model type than the class",
+            where=folder,
+            wanted=f"{wanted}, for {cls.__name__}",
+            found=found,
+            way_out="choose a class of the checkpoint's model type, or correct model_type in its config.json",
+        )
+
+
+def bare_model(folder: str | Path) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for the model of tokens in a folder, without heads and pooler.
+
+    It is what sentence-transformers takes of a checkpoint: of T5 and its relatives the encoder.
+
+    Raises:
+        StructureError: There is no readable config, or transformers has no such model.
+    """
+    import transformers
+
+    config = _config_of(Path(folder))
+    cls: Any = transformers.AutoModel._model_mapping.get(type(config), None)
+    if isinstance(cls, type):
+        cls = getattr(transformers, f"{cls.__name__.removesuffix('Model')}EncoderModel", cls)
+    if not isinstance(cls, type):
+        raise StructureError("There is no model of tokens", where=folder, found=type(config).__name__)
+    arguments: dict[str, Any] = {"model_class": cls, "drop": ("cls.*", "lm_head.*", "classifier.*", "pooler.*")}
+    if "add_pooling_layer" in inspect.signature(cls).parameters:
+        return {**arguments, "drop": (*arguments["drop"], "*.pooler.*"), "add_pooling_layer": False}
+    return arguments

@@ -1,0 +1,136 @@
+"""Build a module from its description, on real memory."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+
+from mlflow_safeflavor.artifact.inventory_file import Inventory
+from mlflow_safeflavor.artifact.layout import WAY_OUT
+from mlflow_safeflavor.artifact.trust import is_proven, require_agreed
+from mlflow_safeflavor.errors import SafeFlavorError, StructureError
+from mlflow_safeflavor.module.bounds import within
+from mlflow_safeflavor.module.configs import config_from_json
+from mlflow_safeflavor.module.embedding import Embedder
+from mlflow_safeflavor.module.layers import make_layers
+from mlflow_safeflavor.module.memory import real_memory
+from mlflow_safeflavor.module.user_code import import_name
+
+__all__ = ["build", "flags_of"]
+
+
+def flags_of(cls: type) -> dict[str, bool]:
+    """Boolean constructor arguments of a class, with their defaults."""
+    parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+    return {parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, bool)}
+
+
+def build(
+    structure: Mapping[str, Any],
+    *,
+    trust: Collection[str] = (),
+    dtype: torch.dtype = torch.float32,
+    inventory: Inventory | None = None,
+    initialise: bool = False,
+) -> torch.nn.Module:
+    """Call the constructor on real CPU memory, without random initialisation unless it is asked for.
+
+    The values of its parameters mean nothing before ``fill``.
+
+    Args:
+        structure: From ``describe`` or ``read_structure``, of a kind other than ``pickle``.
+        trust: What the caller agreed to run.
+        dtype: Torch's default dtype during construction.
+        inventory: What the module must hold; bounds what its constructor may allocate.
+        initialise: Run random initialisers, too.
+
+    Raises:
+        TrustError: The class is the user's own, and nobody agreed to run it.
+        StructureError: The class is not there any more, or its constructor fails.
+    """
+    try:
+        make = _maker(structure, trust)
+        with real_memory(dtype, inventory=inventory, initialise=initialise):
+            module = make() if inventory is None else within(8 * inventory.nbytes, make)
+    except SafeFlavorError:
+        raise
+    except Exception as error:
+        raise StructureError(
+            "The constructor of the model failed",
+            where=structure["class"],
+            found=f"{type(error).__name__}: {error}",
+            way_out="when saving, pass init_args={…} or allow_pickle=True",
+        ) from error
+    if not isinstance(module, torch.nn.Module):  # a class may have a __new__ of its own
+        raise StructureError("The class does not make a module", where=structure["class"])
+    for parameter in module.parameters():
+        if not torch.nn.parameter.is_lazy(parameter):  # which has no gradient, and no shape
+            parameter.requires_grad_(False)
+    return module.eval()
+
+
+def _maker(structure: Mapping[str, Any], trust: Collection[str]) -> Callable[[], Any]:
+    """What calls the constructor, once it was looked at what that is."""
+    if structure["kind"] == "torch":
+        return functools.partial(make_layers, structure["tree"])
+    lookup = _transformers_class
+    if structure["kind"] == "import":
+        require_agreed("code", trust, structure["class"])
+        lookup = import_name
+    elif not is_proven(structure["class"].rpartition(":")[2]):
+        raise StructureError(
+            "Nobody has proven that this class of transformers is built for what was saved, and for nothing else",
+            where=structure["class"],
+            wanted="a class in proven_classes.txt of this release",
+            way_out='save the model again with this release: it is then of the kind "import", for trust={"code"}',
+        )
+    cls = lookup(structure["class"])
+    # Looked at before it is called: os.system is no model, and a call would be too late to tell.
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        raise StructureError("The class is no module", where=structure["class"], wanted="a torch.nn.Module")
+    if structure["kind"] == "transformers" and (odd := sorted(structure["arguments"].keys() - flags_of(cls))):
+        raise StructureError("The class has no such flag", where=f"{structure['class']}, {odd[0]}", way_out=WAY_OUT)
+
+    def make() -> Any:
+        arguments = {
+            name: value["value"] if "value" in value else config_from_json(value, lookup)
+            for name, value in structure["arguments"].items()
+        }
+        config = config_from_json(structure, lookup)
+        made = cls(**arguments) if config is None else cls(config, **arguments)
+        return made if structure["layers"] is None else Embedder(made, structure["layers"])
+
+    return make
+
+
+_DEFINES_MODELS = re.compile(r"transformers\.models(\.\w+)+\.(modeling|configuration)_\w+", re.ASCII)
+
+
+def _transformers_class(full_name: str) -> Any:
+    """A model or config class of the transformers package, by the module it was in or the package's own table.
+
+    Nothing outside that package is ever imported for an artifact's sake, and of that package only
+    modules that define models and configs: others hold command lines, downloads and what they import.
+    """
+    module_name, _, name = full_name.partition(":")
+    if _DEFINES_MODELS.fullmatch(module_name) and name.isidentifier():
+        try:
+            found = getattr(importlib.import_module(module_name), name, None)
+        except ImportError:
+            found = None
+        if found is None:  # moved between releases
+            found = getattr(importlib.import_module("transformers"), name, None)
+        if isinstance(found, type) and found.__module__.startswith("transformers.models."):
+            return found
+    raise StructureError(
+        "The model's class is not in the installed transformers",
+        where=full_name,
+        wanted="a class of the transformers package",
+        way_out=WAY_OUT,
+    )

@@ -1,0 +1,78 @@
+"""Comparison of a module with the one that its constructor makes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from mlflow_safeflavor.errors import StructureError
+from mlflow_safeflavor.module.attributes import find_differences
+from mlflow_safeflavor.module.build import build
+from mlflow_safeflavor.module.leftovers import covered, fresh, written_by_forward
+from mlflow_safeflavor.module.slots import UNKNOWN, find_slots, shape_of, some
+
+__all__ = ["compared", "require_same_shapes"]
+
+_logger = logging.getLogger("mlflow.safeflavor")
+
+
+def compared(
+    module: torch.nn.Module,
+    built: torch.nn.Module,
+    described: Mapping[str, Any],
+    forward: Callable[[torch.nn.Module], None],
+) -> torch.nn.Module:
+    """The module to be saved; refuses one that holds what its constructor does not give back."""
+    found = list(find_differences(module, built))
+    if not found:
+        return module
+    # The user's own class, in the user's own process: there is nothing to agree to.
+    written = written_by_forward(module, lambda: build(described, trust={"code"}), forward)
+    left = covered(found, written)
+    if lost := [difference for difference in found if difference.path not in left and not difference.tensor]:
+        more = f"; and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
+        raise StructureError(
+            "The constructor does not give back all that the module holds: it was changed after it was made",
+            where=f"{described['class']}, {lost[0].path}",
+            wanted="each attribute as it is in the module",
+            found="; ".join(map(str, lost[:_MOST_NAMED])) + more,
+            way_out=_way_out(described, "pass init_args={…} with the constructor's arguments, "),
+        )
+    if not left:
+        return module
+    _logger.info("safeflavor: not saved, because a forward makes it anew: %s", some(left))
+    return fresh(module, build(described, trust={"code"}, initialise=True), left)
+
+
+_MOST_NAMED = 5
+
+
+def _way_out(described: Mapping[str, Any], first: str) -> str:
+    """No arguments make a ``Sequential`` what it was not made for."""
+    return f"{'' if described['kind'] == 'torch' else first}allow_pickle=True, or graph='only'"
+
+
+def require_same_shapes(module: torch.nn.Module, structure: Mapping[str, Any]) -> torch.nn.Module:
+    """Call the constructor, and refuse one that makes other parameters and buffers than the module has."""
+    # The user's own class, in the user's own process: there is nothing to agree to.
+    built = build(structure, trust={"code"})
+    wanted, found = (
+        {slot.path: shape_of(slot.tensor) for slot in find_slots(each) if slot.persistent} for each in (built, module)
+    )
+    odd = sorted(
+        path
+        for path in wanted.keys() | found.keys()
+        if wanted.get(path) != found.get(path) and not (path in found and wanted.get(path) == UNKNOWN)
+    )
+    if odd:
+        raise StructureError(
+            "The constructor does not give back the module: it was changed after it was made",
+            where=f"{structure['class']}, {odd[0]}",
+            wanted=f"{wanted.get(odd[0], 'no such tensor')} as the constructor makes it",
+            found=f"{found.get(odd[0], 'no such tensor')} in the module, and {len(odd) - 1} more differences",
+            way_out=_way_out(structure, "keep config in step with the module, pass init_args={…}, "),
+        )
+    return built
