@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout, read_json
+from mlflow_safeflavor.artifact.json_files import read_json
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError, plain
 from mlflow_safeflavor.graph.check import lines_of
 from mlflow_safeflavor.graph.file import describe_graph, read_graph

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.arguments import checked
-from mlflow_safeflavor.artifact.layout import read_json
+from mlflow_safeflavor.artifact.json_files import read_json
 from mlflow_safeflavor.checkpoints import hub
 from mlflow_safeflavor.checkpoints.transformers_keys import (
     base_prefix,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.graph.check import Graph
 from mlflow_safeflavor.graph.packed_weights import PackedWeights

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import IntegrityError
 
 if TYPE_CHECKING:

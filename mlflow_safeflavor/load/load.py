@@ -13,22 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact.description import read_description
-from mlflow_safeflavor.artifact.layout import (
-    WAY_OUT,
-    Layout,
-    read_manifest,
-)
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.manifest import read_manifest
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.artifact.spec import AS_IS, ModelSpec, guarded_parts, read_spec
 from mlflow_safeflavor.artifact.trust import require_agreed, require_known, require_no_shadows
 from mlflow_safeflavor.environment import recorded as environments
-from mlflow_safeflavor.errors import (
-    AnswerError,
-    InputError,
-    ParityError,
-    PlacementError,
-    SafeFlavorError,
-    WeightsError,
-)
+from mlflow_safeflavor.errors import AnswerError, InputError, ParityError, PlacementError, SafeFlavorError, WeightsError
 from mlflow_safeflavor.load.download import keep, located
 from mlflow_safeflavor.load.engine_choice import casts, choose_engine, needs_no_module
 from mlflow_safeflavor.load.saved import require_intact, require_none

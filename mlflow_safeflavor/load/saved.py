@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow_safeflavor.artifact.layout import Layout, find_broken_files, read_manifest
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.manifest import find_broken_files, read_manifest
 from mlflow_safeflavor.artifact.plain_files import open_plain, way_out_of
 from mlflow_safeflavor.artifact.spec import ModelSpec, read_spec
 from mlflow_safeflavor.environment.recorded import Environment

@@ -27,7 +27,9 @@ import torch
 
 from mlflow_safeflavor.artifact.description import malformed, read_description
 from mlflow_safeflavor.artifact.inventory_file import Inventory
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout, write_json
+from mlflow_safeflavor.artifact.json_files import write_json
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.artifact.trust import find_steering, is_proven, portable, require_agreed
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError

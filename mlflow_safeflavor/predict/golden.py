@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlflow_safeflavor.artifact.arrays import read_arrays, write_arrays
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout, write_json
+from mlflow_safeflavor.artifact.json_files import write_json
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import IntegrityError, ParityError
 from mlflow_safeflavor.module.random_state import kept_random_state
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task

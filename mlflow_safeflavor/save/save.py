@@ -26,8 +26,11 @@ from mlflow_safeflavor import mlflow_compat
 from mlflow_safeflavor.arguments import checked, require_arguments
 from mlflow_safeflavor.artifact import inventory_file
 from mlflow_safeflavor.artifact.description import what_runs
-from mlflow_safeflavor.artifact.layout import Layout, digest_of_file, staging, write_manifest
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.manifest import write_manifest
+from mlflow_safeflavor.artifact.plain_files import digest_of_file
 from mlflow_safeflavor.artifact.spec import AS_IS, FLAVOR_NAME, ModelSpec, guarded_parts
+from mlflow_safeflavor.artifact.staging import staging
 from mlflow_safeflavor.artifact.trust import KINDS
 from mlflow_safeflavor.checkpoints.damage import require_undamaged
 from mlflow_safeflavor.checkpoints.given import Source

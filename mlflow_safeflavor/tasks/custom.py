@@ -12,7 +12,7 @@ import pandas as pd
 from mlflow.models import ModelSignature
 
 from mlflow_safeflavor.artifact.arrays import array_of, is_tensor
-from mlflow_safeflavor.artifact.layout import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import AnswerError, InputError, IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.mlflow_compat import inferred_signature
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task

@@ -11,7 +11,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from mlflow_safeflavor.artifact.arrays import array_of, is_tensor
-from mlflow_safeflavor.artifact.layout import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
 from mlflow_safeflavor.mlflow_compat import inferred_signature, rows_schema
 from mlflow_safeflavor.module.failures import is_out_of_memory

@@ -13,7 +13,9 @@ import pandas as pd
 from mlflow.types import DataType, Schema
 
 from mlflow_safeflavor.arguments import checked
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout, parse_json
+from mlflow_safeflavor.artifact.json_files import parse_json
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError

@@ -12,7 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT, read_json, write_json
+from mlflow_safeflavor.artifact.json_files import read_json, write_json
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.artifact.scratch import scratch_folder
 from mlflow_safeflavor.artifact.trust import require_harmless
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError, TrustError
