@@ -24,7 +24,7 @@ from mlflow_safeflavor.load.saved import Saved, read_saved
 from mlflow_safeflavor.version import __version__
 
 if TYPE_CHECKING:
-    from mlflow_safeflavor.predict.golden import ParityReport
+    from mlflow_safeflavor.predict.parity import ParityReport
 
 __all__ = ["main"]
 

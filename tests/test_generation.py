@@ -520,9 +520,9 @@ def saved(tmp_path):
 
 def _replay(loaded):
     from mlflow_safeflavor.artifact.layout import Layout
-    from mlflow_safeflavor.predict import golden
+    from mlflow_safeflavor.predict.replay import replay
 
-    return golden.replay(loaded, Layout(loaded.folder))
+    return replay(loaded, Layout(loaded.folder))
 
 
 def test_a_broken_cache_does_not_pass_the_replay(saved, monkeypatch):

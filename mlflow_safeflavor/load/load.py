@@ -438,7 +438,7 @@ def bind(
 
 
 def _replay(model: LoadedModel, layout: Layout, options: LoadOptions, report: LoadReport) -> None:
-    from mlflow_safeflavor.predict import golden as parity
+    from mlflow_safeflavor.predict import replay as parity
 
     if options.verify == "off" or not options.replay:
         return
