@@ -16,7 +16,9 @@ from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.inputs.rows import require_texts
 from mlflow_safeflavor.tasks.outputs import normalized, pick, require_finite
 from mlflow_safeflavor.tasks.params import Param
-from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
+from mlflow_safeflavor.tasks.text import TextTask
+from mlflow_safeflavor.tasks.text_model import describe_text_model
+from mlflow_safeflavor.tasks.text_params import MAX_LENGTH, TRUNCATION
 
 if TYPE_CHECKING:
     import torch

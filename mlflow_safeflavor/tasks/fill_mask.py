@@ -14,7 +14,9 @@ from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.inputs.rows import place
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
-from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
+from mlflow_safeflavor.tasks.text import TextTask
+from mlflow_safeflavor.tasks.text_model import describe_text_model
+from mlflow_safeflavor.tasks.text_params import MAX_LENGTH, TRUNCATION
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,9 @@ from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.outputs import require_finite
 from mlflow_safeflavor.tasks.params import Param, check_params, param_schema
 from mlflow_safeflavor.tasks.sampling import SAMPLING, sampler
-from mlflow_safeflavor.tasks.text import TRUNCATION, TextTask, describe_text_model
+from mlflow_safeflavor.tasks.text import TextTask
+from mlflow_safeflavor.tasks.text_model import describe_text_model
+from mlflow_safeflavor.tasks.text_params import TRUNCATION
 
 if TYPE_CHECKING:
     import torch

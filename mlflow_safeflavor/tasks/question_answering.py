@@ -13,7 +13,9 @@ from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.inputs.rows import place, require_texts
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
-from mlflow_safeflavor.tasks.text import TextTask, count_windows, describe_text_model, groups, windows
+from mlflow_safeflavor.tasks.text import TextTask, groups
+from mlflow_safeflavor.tasks.text_model import describe_text_model
+from mlflow_safeflavor.tasks.windows import count_windows, windows
 
 if TYPE_CHECKING:
     import torch

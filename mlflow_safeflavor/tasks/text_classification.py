@@ -17,7 +17,9 @@ from mlflow_safeflavor.tasks.classification import (
     read_logits,
     require_labels,
 )
-from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
+from mlflow_safeflavor.tasks.text import TextTask
+from mlflow_safeflavor.tasks.text_model import describe_text_model
+from mlflow_safeflavor.tasks.text_params import MAX_LENGTH, TRUNCATION
 
 if TYPE_CHECKING:
     import torch
