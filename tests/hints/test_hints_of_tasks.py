@@ -264,10 +264,12 @@ def test_prompts(save, tiny_bert, tiny_tokenizer, monkeypatch):  # noqa: F811
 
 @follows("tasks/generation", "require", "lower them, or send fewer rows at once")
 @follows(
-    "tasks/generation", "Not a setting of a generation config", "leave it out, also where a pipeline was made with it"
+    "tasks/generation_config",
+    "Not a setting of a generation config",
+    "leave it out, also where a pipeline was made with it",
 )
 @follows(
-    "tasks/generation",
+    "tasks/generation_config",
     "The generation config asks for what this task does not do",
     "set it to None in model.generation_config before saving",
 )
