@@ -15,7 +15,8 @@ from writers import ALL, DECODERS, ENCODER_DECODERS, ODD_DECODERS, byte_tokenize
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError, ParityError, StructureError
 from mlflow_safeflavor.module.engine import ModuleEngine
-from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder, load_tokenizer, write_tokenizer
+from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
+from mlflow_safeflavor.tasks.inputs.tokenizer import load_tokenizer, write_tokenizer
 from mlflow_safeflavor.tasks.table import infer_task, task_class
 from mlflow_safeflavor.tasks.text2text_generation import Text2TextGeneration
 from mlflow_safeflavor.tasks.text_generation import TextGeneration

@@ -24,7 +24,8 @@ from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.inputs.caps import Caps
 from mlflow_safeflavor.tasks.inputs.processor import load_processor
 from mlflow_safeflavor.tasks.inputs.rows import without_extra_columns
-from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder, load_tokenizer
+from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
+from mlflow_safeflavor.tasks.inputs.tokenizer import load_tokenizer
 from mlflow_safeflavor.tasks.table import Task, task_class
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ class Task(ABC):
     Args:
         config: What ``describe`` returned.
         columns: Field → column name, for every field this model uses; None for a sole column without a name.
-        encoder: The tokenizer, an ``inputs.tokenizer.TextEncoder``; None for tasks without text. Tasks that read
+        encoder: The tokenizer, an ``inputs.text_encoder.TextEncoder``; None for tasks without text. Tasks that read
             something else name it in ``reads``.
 
     Attributes:
