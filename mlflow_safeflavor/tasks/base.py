@@ -15,7 +15,10 @@ from mlflow.models import ModelSignature
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.inputs.caps import Caps
-from mlflow_safeflavor.tasks.inputs.rows import Row, count_rows, place, require_clean, rows_of
+from mlflow_safeflavor.tasks.inputs.records import count_rows
+from mlflow_safeflavor.tasks.inputs.rows import Row, rows_of
+from mlflow_safeflavor.tasks.inputs.texts import require_clean
+from mlflow_safeflavor.tasks.inputs.wording import place
 from mlflow_safeflavor.tasks.params import Param, check_defaults, check_params, with_defaults
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from mlflow_safeflavor.mlflow_compat import inferred_signature
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
 from mlflow_safeflavor.tasks.cells import from_json, plain, sent, to_json
 from mlflow_safeflavor.tasks.engine import Engine
-from mlflow_safeflavor.tasks.inputs.rows import place, rows_of
+from mlflow_safeflavor.tasks.inputs.rows import rows_of
+from mlflow_safeflavor.tasks.inputs.wording import place
 from mlflow_safeflavor.tasks.params import Param, param_of, param_schema
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from mlflow_safeflavor.tasks.classification import (
 )
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.inputs.processor import apply
-from mlflow_safeflavor.tasks.inputs.rows import place
+from mlflow_safeflavor.tasks.inputs.wording import place
 from mlflow_safeflavor.tasks.params import param_schema
 
 __all__ = ["ProcessedTask"]

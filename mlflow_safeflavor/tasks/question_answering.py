@@ -10,7 +10,8 @@ from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
-from mlflow_safeflavor.tasks.inputs.rows import place, require_texts
+from mlflow_safeflavor.tasks.inputs.texts import require_texts
+from mlflow_safeflavor.tasks.inputs.wording import place
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text import TextTask, groups
