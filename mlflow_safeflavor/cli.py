@@ -17,8 +17,8 @@ from mlflow_safeflavor.artifact.json_files import read_json
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError, plain
-from mlflow_safeflavor.graph.check import lines_of
 from mlflow_safeflavor.graph.file import describe_graph, read_graph
+from mlflow_safeflavor.graph.graph import lines_of
 from mlflow_safeflavor.load.download import located
 from mlflow_safeflavor.load.saved import Saved, read_saved
 from mlflow_safeflavor.version import __version__

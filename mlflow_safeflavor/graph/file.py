@@ -9,7 +9,9 @@ from mlflow_safeflavor.artifact.json_files import write_json
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import IntegrityError, StructureError
-from mlflow_safeflavor.graph.check import Graph, Malformed, read
+from mlflow_safeflavor.graph.check import read
+from mlflow_safeflavor.graph.graph import Graph
+from mlflow_safeflavor.graph.onnx_file import Malformed
 from mlflow_safeflavor.graph.weights import map_weights
 
 if TYPE_CHECKING:

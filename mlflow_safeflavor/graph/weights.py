@@ -16,7 +16,7 @@ from mlflow_safeflavor.errors import IntegrityError
 
 if TYPE_CHECKING:
     from mlflow_safeflavor.artifact.inventory_file import Inventory
-    from mlflow_safeflavor.graph.check import Weight
+    from mlflow_safeflavor.graph.graph import Weight
 
 __all__ = ["Place", "find_places", "map_weights"]
 

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.graph.check import Graph, Malformed, read
+from mlflow_safeflavor.graph.check import read
 from mlflow_safeflavor.graph.engine import Session, runtime_of
 from mlflow_safeflavor.graph.export import Exported, Forward, Inputs, export
+from mlflow_safeflavor.graph.graph import Graph
+from mlflow_safeflavor.graph.onnx_file import Malformed
 from mlflow_safeflavor.graph.proof import TEXT, Arrays, Facts, Refusal, prove
 from mlflow_safeflavor.graph.weights import Place
 from mlflow_safeflavor.machine import available_cpus
