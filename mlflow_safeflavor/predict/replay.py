@@ -14,7 +14,8 @@ from mlflow_safeflavor.module.random_state import kept_random_state
 from mlflow_safeflavor.predict.differences import differences_of, differing_arrays, differing_values
 from mlflow_safeflavor.predict.golden import TOLERANCES, Golden, Predictor, features_of, read_golden
 from mlflow_safeflavor.predict.parity import ParityReport, replayed_row
-from mlflow_safeflavor.tasks.base import Row, Task
+from mlflow_safeflavor.tasks.base import Task
+from mlflow_safeflavor.tasks.inputs.rows import Row
 
 __all__ = ["replay", "require_parity"]
 

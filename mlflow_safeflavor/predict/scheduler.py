@@ -20,8 +20,9 @@ from mlflow_safeflavor.predict.places import Places
 from mlflow_safeflavor.predict.progress import Watch
 from mlflow_safeflavor.predict.state import State, stop
 from mlflow_safeflavor.predict.ticket import Ticket
-from mlflow_safeflavor.tasks.base import Features, RowOutput, Task
+from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.features import Features, RowOutput
 
 __all__ = ["Scheduler"]
 

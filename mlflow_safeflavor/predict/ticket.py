@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlflow_safeflavor.tasks.base import Features, RowOutput
+from mlflow_safeflavor.tasks.features import Features, RowOutput
 
 __all__ = ["Ticket"]
 

@@ -23,7 +23,8 @@ from mlflow_safeflavor.graph.weights import Place
 from mlflow_safeflavor.machine import available_cpus
 from mlflow_safeflavor.module.engine import ModuleEngine, tensors_of
 from mlflow_safeflavor.module.inventory import Slot
-from mlflow_safeflavor.tasks.base import Row, Task
+from mlflow_safeflavor.tasks.base import Task
+from mlflow_safeflavor.tasks.inputs.rows import Row
 
 __all__ = ["Refusal", "examples_of", "record"]
 

@@ -59,8 +59,9 @@ from mlflow_safeflavor.save.logged import log
 from mlflow_safeflavor.save.pinning import Pinning
 from mlflow_safeflavor.save.rehearsal import rehearse as rehearse_load
 from mlflow_safeflavor.save.signature import columns_of, defaults_of, signature_of
-from mlflow_safeflavor.tasks.base import Row, Task
+from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.inputs.processor import write_processor
+from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.tokenizer import write_tokenizer
 from mlflow_safeflavor.tasks.inputs.vocabulary import require_known_tokens
 from mlflow_safeflavor.tasks.table import task_class

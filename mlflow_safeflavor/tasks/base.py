@@ -14,6 +14,7 @@ from mlflow.models import ModelSignature
 
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.caps import Caps
 from mlflow_safeflavor.tasks.inputs.records import count_rows
 from mlflow_safeflavor.tasks.inputs.rows import Row, rows_of
@@ -24,13 +25,7 @@ from mlflow_safeflavor.tasks.params import Param, check_defaults, check_params, 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Features", "Row", "RowOutput", "Task"]
-
-Features = Mapping[str, Any]
-"""One encoded row, or a piece of one, unpadded: model argument → list of int (or array)."""
-
-RowOutput = Mapping[str, np.ndarray]
-"""What the model said of one row or piece, in float32 at least, without padding: output name → array; for parity."""
+__all__ = ["Task"]
 
 
 class Task(ABC):

@@ -12,10 +12,11 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.generation_config import REPLACED, read_generation_config
 from mlflow_safeflavor.tasks.generation_params import GENERATION_PARAMS, KEEP_LOGITS, require_one_way
+from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.outputs import require_finite
 from mlflow_safeflavor.tasks.padding import ignores_padding
 from mlflow_safeflavor.tasks.params import Param, check_params, param_schema

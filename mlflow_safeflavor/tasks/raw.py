@@ -16,8 +16,10 @@ from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
 from mlflow_safeflavor.mlflow_compat import inferred_signature, rows_schema
 from mlflow_safeflavor.module.failures import is_out_of_memory
 from mlflow_safeflavor.tasks.arguments import named_arguments, needed_arguments, takes_any
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.features import Features, RowOutput
+from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.sizes import free_sizes
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from mlflow.types import DataType
 
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.mlflow_compat import Array, Object, Property, answer_of
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.classification import labels_of
+from mlflow_safeflavor.tasks.features import Features, RowOutput
+from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.texts import require_texts
 from mlflow_safeflavor.tasks.inputs.wording import place
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
