@@ -13,16 +13,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout, read_json
+from mlflow_safeflavor.artifact.json_files import read_json
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError, plain
-from mlflow_safeflavor.graph.check import lines_of
 from mlflow_safeflavor.graph.file import describe_graph, read_graph
+from mlflow_safeflavor.graph.graph import lines_of
 from mlflow_safeflavor.load.download import located
 from mlflow_safeflavor.load.saved import Saved, read_saved
 from mlflow_safeflavor.version import __version__
 
 if TYPE_CHECKING:
-    from mlflow_safeflavor.predict.golden import ParityReport
+    from mlflow_safeflavor.predict.parity import ParityReport
 
 __all__ = ["main"]
 

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from mlflow_safeflavor.artifact.layout import Layout, write_manifest
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.manifest import write_manifest
 from mlflow_safeflavor.artifact.spec import guarded_parts
 
 TEXTS = ["the cat sat", "a dog ran on the mat", "return x + y"]

@@ -75,7 +75,8 @@ class Attempts:
 
     def left_over(self):
         """What should not be there."""
-        from mlflow_safeflavor.artifact.layout import Layout, find_broken_files
+        from mlflow_safeflavor.artifact.layout import Layout
+        from mlflow_safeflavor.artifact.manifest import find_broken_files
         from mlflow_safeflavor.artifact.spec import read_spec
 
         mlflow.set_tracking_uri(self.uri)

@@ -34,9 +34,9 @@ from mlflow_safeflavor.predict.options import run_time_options
 from mlflow_safeflavor.predict.places import Places
 from mlflow_safeflavor.tasks import processed
 from mlflow_safeflavor.tasks.inputs.caps import Caps
-from mlflow_safeflavor.tasks.inputs.rows import require_clean
 from mlflow_safeflavor.tasks.inputs.sounds import read_sound, to_wav
-from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder
+from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
+from mlflow_safeflavor.tasks.inputs.texts import require_clean
 from mlflow_safeflavor.tasks.outputs import own
 
 SMALL = {

@@ -20,7 +20,8 @@ from click.testing import CliRunner
 
 import mlflow_safeflavor
 from mlflow_safeflavor import generate_dockerfile
-from mlflow_safeflavor.artifact.layout import Layout, digest_of_file
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import digest_of_file
 from mlflow_safeflavor.cli import main
 from mlflow_safeflavor.environment.differences import find_differences
 from mlflow_safeflavor.environment.hashes import lock

@@ -15,7 +15,8 @@ from writers import ALL, DECODERS, ENCODER_DECODERS, ODD_DECODERS, byte_tokenize
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError, ParityError, StructureError
 from mlflow_safeflavor.module.engine import ModuleEngine
-from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder, load_tokenizer, write_tokenizer
+from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
+from mlflow_safeflavor.tasks.inputs.tokenizer import load_tokenizer, write_tokenizer
 from mlflow_safeflavor.tasks.table import infer_task, task_class
 from mlflow_safeflavor.tasks.text2text_generation import Text2TextGeneration
 from mlflow_safeflavor.tasks.text_generation import TextGeneration
@@ -520,9 +521,9 @@ def saved(tmp_path):
 
 def _replay(loaded):
     from mlflow_safeflavor.artifact.layout import Layout
-    from mlflow_safeflavor.predict import golden
+    from mlflow_safeflavor.predict.replay import replay
 
-    return golden.replay(loaded, Layout(loaded.folder))
+    return replay(loaded, Layout(loaded.folder))
 
 
 def test_a_broken_cache_does_not_pass_the_replay(saved, monkeypatch):

@@ -27,7 +27,8 @@ from torch import nn
 
 import mlflow_safeflavor
 from mlflow_safeflavor import cli, generate_dockerfile
-from mlflow_safeflavor.artifact.layout import Layout, read_json
+from mlflow_safeflavor.artifact.json_files import read_json
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.spec import read_spec
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import InputError, PlacementError, StructureError

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from mlflow_safeflavor.graph.check import read
 from mlflow_safeflavor.graph.onnx_engine import Session
+from mlflow_safeflavor.graph.proof import Refusal
 from mlflow_safeflavor.module.slots import find_slots
-from mlflow_safeflavor.save.graph import Refusal, record
+from mlflow_safeflavor.save.graph import record
 
 TREES, WIDTH, WORDS = 6, 8, 30
 

@@ -16,8 +16,8 @@ import mlflow
 import pytest
 
 from mlflow_safeflavor.artifact import scratch
-from mlflow_safeflavor.artifact.layout import staging
 from mlflow_safeflavor.artifact.scratch import dead_folders, scratch_folder
+from mlflow_safeflavor.artifact.staging import staging
 from mlflow_safeflavor.save import logged
 
 HOLDS_ONE = """

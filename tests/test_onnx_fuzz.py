@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from mlflow_safeflavor.graph import check, onnx_engine
+from mlflow_safeflavor.graph import onnx_engine, operators
 from mlflow_safeflavor.graph.check import read
 from mlflow_safeflavor.graph.onnx_engine import Session
 from mlflow_safeflavor.graph.onnx_file import Malformed, parse_model
@@ -34,7 +34,7 @@ from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.save.graph import record
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "12"))
-OPERATORS = sorted(check._OPERATORS)
+OPERATORS = sorted(operators.OPERATORS)
 
 
 class Small(nn.Module):

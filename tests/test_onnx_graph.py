@@ -15,10 +15,12 @@ from onnx import helper, numpy_helper
 from mlflow_safeflavor import machine
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import IntegrityError, StructureError
-from mlflow_safeflavor.graph.check import _OPERATORS, Weight, lines_of, read
+from mlflow_safeflavor.graph.check import read
 from mlflow_safeflavor.graph.engine import GraphEngine, runtime_of
+from mlflow_safeflavor.graph.graph import Weight, lines_of
 from mlflow_safeflavor.graph.onnx_engine import Session
 from mlflow_safeflavor.graph.onnx_file import Malformed, parse_model, write_model
+from mlflow_safeflavor.graph.operators import OPERATORS
 from mlflow_safeflavor.graph.weights import Place, map_weights
 
 needs_openvino = pytest.mark.skipif(
@@ -226,7 +228,7 @@ def varint(number):
 
 
 def test_every_operator_is_of_the_standard_and_makes_arrays_of_arrays():
-    for name in _OPERATORS:
+    for name in OPERATORS:
         schema = onnx.defs.get_schema(name, 23)
         kinds = {attribute.type for attribute in schema.attributes.values()}
         assert not kinds & {onnx.defs.OpSchema.AttrType.GRAPH, onnx.defs.OpSchema.AttrType.GRAPHS}, name

@@ -20,7 +20,8 @@ from test_onnx_graph import made, needs_openvino
 
 import mlflow_safeflavor
 from mlflow_safeflavor import cli
-from mlflow_safeflavor.artifact.layout import Layout, read_json
+from mlflow_safeflavor.artifact.json_files import read_json
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import InputError, ParityError, PlacementError, StructureError, TrustError
 from mlflow_safeflavor.graph import openvino_engine

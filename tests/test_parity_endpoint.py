@@ -23,7 +23,8 @@ from click.testing import CliRunner
 import mlflow_safeflavor
 from mlflow_safeflavor.cli import main
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError, TrustError
-from mlflow_safeflavor.predict.golden import ParityReport, compare_answers
+from mlflow_safeflavor.predict.comparison import compare_answers
+from mlflow_safeflavor.predict.parity import ParityReport
 from mlflow_safeflavor.verify.page import render
 
 pytest_plugins = "saved_models"

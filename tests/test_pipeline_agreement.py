@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, pipeline
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.module.engine import ModuleEngine
-from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder, write_tokenizer
+from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
+from mlflow_safeflavor.tasks.inputs.tokenizer import write_tokenizer
 from mlflow_safeflavor.tasks.table import task_class
 
 # Said by the reference about tokenizers that do not mark subwords.

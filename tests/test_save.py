@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import mlflow_safeflavor
-from mlflow_safeflavor.artifact.layout import read_json
+from mlflow_safeflavor.artifact.json_files import read_json
 from mlflow_safeflavor.errors import InputError, IntegrityError, PlacementError, StructureError, WeightsError
 from mlflow_safeflavor.save import save
 

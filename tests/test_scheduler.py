@@ -23,7 +23,9 @@ from mlflow_safeflavor.graph.engine import GraphEngine
 from mlflow_safeflavor.predict import batching
 from mlflow_safeflavor.predict.answers import predict_rows
 from mlflow_safeflavor.predict.deadline import Deadline
-from mlflow_safeflavor.predict.scheduler import Scheduler, Ticket, _next_batch
+from mlflow_safeflavor.predict.scheduler import Scheduler
+from mlflow_safeflavor.predict.ticket import Ticket
+from mlflow_safeflavor.predict.turns import next_batch
 
 pytestmark = pytest.mark.graphs
 
@@ -519,7 +521,7 @@ def test_long_requests_come_up_more_seldom_than_short_ones_and_all_come_up():
     short = [Ticket([{}], [5], {}, "") for _ in range(4)]
     for _ in range(400):
         tickets = [*long, *short]
-        batch = _next_batch(state, tickets)
+        batch = next_batch(state, tickets)
         ran.append({"long" if ticket in long else "short" for ticket, _ in batch})
         # Whoever asked for little asks again as soon as it is answered.
         short = [ticket for ticket in short if ticket.waiting]

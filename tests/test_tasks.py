@@ -20,7 +20,8 @@ from mlflow_safeflavor.predict.scheduler import Scheduler
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
 from mlflow_safeflavor.tasks.fill_mask import FillMask
 from mlflow_safeflavor.tasks.inputs.rows import rows_of
-from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder, write_tokenizer
+from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
+from mlflow_safeflavor.tasks.inputs.tokenizer import write_tokenizer
 from mlflow_safeflavor.tasks.table import TASKS, infer_task, task_class
 from mlflow_safeflavor.tasks.text_classification import TextClassification
 

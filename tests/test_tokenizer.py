@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
 from mlflow_safeflavor.errors import IntegrityError, StructureError
-from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder, load_tokenizer, write_tokenizer
+from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
+from mlflow_safeflavor.tasks.inputs.tokenizer import load_tokenizer, write_tokenizer
 
 NASTY = [
     "",
@@ -358,7 +359,7 @@ def test_every_way_to_cut_a_pair(side, tmp_path):
 def test_encoding_imports_neither_transformers_nor_torch(tokenizers, tmp_path):
     config = write_tokenizer(tokenizers["byte-level"], tmp_path)
     code = (
-        "import json, sys; from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder;"
+        "import json, sys; from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder;"
         "encoder = TextEncoder(sys.argv[1], json.loads(sys.argv[2]));"
         "encoder.encode(['a'], max_length=4);"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"

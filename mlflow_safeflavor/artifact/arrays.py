@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import IntegrityError
 
 if TYPE_CHECKING:

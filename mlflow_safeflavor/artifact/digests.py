@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT, parse_json
+from mlflow_safeflavor.artifact.json_files import parse_json
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import IntegrityError
 from mlflow_safeflavor.machine import available_cpus
 

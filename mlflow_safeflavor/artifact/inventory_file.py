@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from mlflow_safeflavor.artifact.digests import FileDigests
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout, write_json
+from mlflow_safeflavor.artifact.json_files import write_json
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.artifact.weights_files import HeldFile, hold
 from mlflow_safeflavor.errors import IntegrityError
 

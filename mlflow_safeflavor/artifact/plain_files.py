@@ -16,6 +16,7 @@ from mlflow_safeflavor.errors import IntegrityError
 __all__ = [
     "WAY_OUT",
     "decode",
+    "digest_of_file",
     "digest_of_plain",
     "list_files",
     "open_plain",
@@ -61,6 +62,11 @@ def digest_of_plain(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(view[:count])
     return digest.hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of the bytes of a file, or of the file that a link names, as hexadecimal digits."""
+    return digest_of_plain(Path(os.path.realpath(path)))
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout
-from mlflow_safeflavor.artifact.plain_files import read_text
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT, read_text
 from mlflow_safeflavor.errors import FormatVersionError, IntegrityError
 
 __all__ = [

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from mlflow_safeflavor.artifact import host_cache
 from mlflow_safeflavor.artifact.digests import FileDigests, digests_of, find_wrong_digests
-from mlflow_safeflavor.artifact.layout import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import IntegrityError
 
 try:

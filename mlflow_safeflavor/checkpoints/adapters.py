@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from mlflow_safeflavor.artifact.layout import read_json
+from mlflow_safeflavor.artifact.json_files import read_json
 from mlflow_safeflavor.checkpoints.from_pretrained import read_checkpoint
 from mlflow_safeflavor.checkpoints.given import Source
 from mlflow_safeflavor.checkpoints.preprocessors import tokenizer_of

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow_safeflavor.artifact.layout import digest_of_file
+from mlflow_safeflavor.artifact.plain_files import digest_of_file
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError
 
 __all__ = ["HubFile", "download", "is_commit", "is_hub_id", "list_files"]

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlflow_safeflavor.checkpoints.given import Source, library_class, require_unchanged
 from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.tasks.generation import GENERATION_PARAMS
+from mlflow_safeflavor.tasks.generation_params import GENERATION_PARAMS
 
 __all__ = ["is_pipeline", "take_apart"]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_safeflavor.arguments import checked
-from mlflow_safeflavor.artifact.layout import digest_of_file, read_json, staging, write_json
-from mlflow_safeflavor.artifact.plain_files import digest_of_plain, list_files
+from mlflow_safeflavor.artifact.json_files import read_json, write_json
+from mlflow_safeflavor.artifact.plain_files import digest_of_file, digest_of_plain, list_files
+from mlflow_safeflavor.artifact.staging import staging
 from mlflow_safeflavor.checkpoints import hub
 from mlflow_safeflavor.checkpoints.from_pretrained import from_pretrained
 from mlflow_safeflavor.checkpoints.preprocessors import tokenizer_of

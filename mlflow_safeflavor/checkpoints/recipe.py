@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlflow_safeflavor.artifact.layout import read_json
+from mlflow_safeflavor.artifact.json_files import read_json
 from mlflow_safeflavor.checkpoints.folder import own_folders
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.module.construction import Recipe

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from mlflow_safeflavor.artifact.layout import read_json
+from mlflow_safeflavor.artifact.json_files import read_json
 from mlflow_safeflavor.checkpoints.from_pretrained import read_checkpoint
 from mlflow_safeflavor.checkpoints.given import Source, library_class, require_unchanged
 from mlflow_safeflavor.checkpoints.preprocessors import tokenizer_of

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlflow_safeflavor.artifact.weights_files import HeldFile, require_unchanged
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.graph.check import Graph, describe_input
+from mlflow_safeflavor.graph.graph import Graph, describe_input
 
 if TYPE_CHECKING:
     import torch

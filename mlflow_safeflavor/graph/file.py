@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout, write_json
+from mlflow_safeflavor.artifact.json_files import write_json
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import IntegrityError, StructureError
-from mlflow_safeflavor.graph.check import Graph, Malformed, read
+from mlflow_safeflavor.graph.check import read
+from mlflow_safeflavor.graph.graph import Graph
+from mlflow_safeflavor.graph.onnx_file import Malformed
 from mlflow_safeflavor.graph.weights import map_weights
 
 if TYPE_CHECKING:

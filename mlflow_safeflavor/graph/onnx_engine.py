@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.graph.check import Graph
+from mlflow_safeflavor.graph.graph import Graph
 from mlflow_safeflavor.graph.packed_weights import PackedWeights
 from mlflow_safeflavor.machine import available_memory, give_back
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mlflow_safeflavor.errors import PlacementError, StructureError
-from mlflow_safeflavor.graph.check import Graph
+from mlflow_safeflavor.graph.graph import Graph
 from mlflow_safeflavor.graph.onnx_file import parse_model, write_model
 
 __all__ = ["Session", "require_installed"]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mlflow_safeflavor.graph.check import Input
 from mlflow_safeflavor.graph.engine import Session
+from mlflow_safeflavor.graph.graph import Input
 
 __all__ = ["TEXT", "Arrays", "Facts", "Refusal", "prove"]
 

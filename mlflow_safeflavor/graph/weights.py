@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import IntegrityError
 
 if TYPE_CHECKING:
     from mlflow_safeflavor.artifact.inventory_file import Inventory
-    from mlflow_safeflavor.graph.check import Weight
+    from mlflow_safeflavor.graph.graph import Weight
 
 __all__ = ["Place", "find_places", "map_weights"]
 

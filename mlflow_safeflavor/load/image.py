@@ -9,8 +9,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mlflow_safeflavor.arguments import checked
-from mlflow_safeflavor.artifact.layout import Layout, staging
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.plain_files import digest_of_plain, open_plain
+from mlflow_safeflavor.artifact.staging import staging
 from mlflow_safeflavor.artifact.trust import require_agreed, require_known
 from mlflow_safeflavor.environment.hashes import lock, missing_wheel, wheels_for
 from mlflow_safeflavor.environment.pins import CONSTRAINTS, ONNX_REQUIREMENTS, Pin, Pins, read_pins

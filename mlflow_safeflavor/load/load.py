@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.arguments import checked
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.artifact.spec import AS_IS, ModelSpec
 from mlflow_safeflavor.environment.differences import naming_versions, require_same
 from mlflow_safeflavor.errors import WeightsError

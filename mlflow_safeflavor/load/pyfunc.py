@@ -16,7 +16,7 @@ from mlflow_safeflavor.load.about_process import ENVIRONMENT_LABEL, asks_environ
 from mlflow_safeflavor.load.load import load_folder
 from mlflow_safeflavor.load.options import LoadOptions
 from mlflow_safeflavor.predict.options import run_time_options, tells_environment
-from mlflow_safeflavor.tasks.inputs.rows import unfold_columns
+from mlflow_safeflavor.tasks.inputs.records import unfold_columns
 
 if TYPE_CHECKING:
     from mlflow_safeflavor.predict.model import LoadedModel

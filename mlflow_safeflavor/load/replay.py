@@ -12,6 +12,9 @@ from mlflow_safeflavor.load.engine_choice import casts
 from mlflow_safeflavor.load.saved import Saved
 from mlflow_safeflavor.predict import batching, golden
 from mlflow_safeflavor.predict.model import LoadedModel, make_model
+from mlflow_safeflavor.predict.parity import ParityReport
+from mlflow_safeflavor.predict.replay import replay as golden_replay
+from mlflow_safeflavor.predict.replay import require_parity
 from mlflow_safeflavor.predict.report import LoadReport
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.inputs.vocabulary import require_rows
@@ -35,7 +38,7 @@ def bind(
     return model
 
 
-def replay(model: LoadedModel, saved: Saved, dtype: str | torch.dtype | None) -> golden.ParityReport:
+def replay(model: LoadedModel, saved: Saved, dtype: str | torch.dtype | None) -> ParityReport:
     """Answer the golden rows again, and refuse a model that answers otherwise.
 
     Args:
@@ -47,10 +50,10 @@ def replay(model: LoadedModel, saved: Saved, dtype: str | torch.dtype | None) ->
         ParityError: Its answers are not the recorded ones.
     """
     cast = casts(model.spec, dtype)
-    result = golden.replay(model, saved.layout, cast or "")
+    result = golden_replay(model, saved.layout, cast or "")
     if not cast or model.engine.name == "openvino":
         # A module that was cast on request is meant to answer otherwise.
-        golden.require_parity(result, saved.layout, model.engine.name)
+        require_parity(result, saved.layout, model.engine.name)
     _measure_forward_cost(model, saved.layout)
     return result
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_safeflavor.artifact.inventory_file import Inventory, read_inventory
-from mlflow_safeflavor.artifact.layout import Layout, find_broken_files, read_manifest
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.manifest import find_broken_files, read_manifest
 from mlflow_safeflavor.artifact.plain_files import open_plain, way_out_of
 from mlflow_safeflavor.artifact.spec import ModelSpec, read_spec
 from mlflow_safeflavor.artifact.trust import require_agreed, require_known, require_no_shadows

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.artifact.inventory_file import Inventory
-from mlflow_safeflavor.artifact.layout import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.artifact.trust import is_proven, require_agreed
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError
 from mlflow_safeflavor.module.bounds import within

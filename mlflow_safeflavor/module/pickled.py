@@ -16,7 +16,8 @@ from typing import Any
 import cloudpickle
 import torch
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.artifact.trust import require_agreed
 from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.module.slots import Slot, hidden_slot

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mlflow_safeflavor.artifact.layout import parse_json
+from mlflow_safeflavor.artifact.json_files import parse_json
 from mlflow_safeflavor.errors import IntegrityError, StructureError, TrustError, WeightsError
 from mlflow_safeflavor.module.inventory import dtype_name
 from mlflow_safeflavor.module.slots import some

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.artifact.description import malformed, read_description
-from mlflow_safeflavor.artifact.layout import Layout, write_json
+from mlflow_safeflavor.artifact.json_files import write_json
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.errors import SafeFlavorError
 from mlflow_safeflavor.module.comparison import compared

@@ -14,7 +14,9 @@ from safetensors import safe_open
 from mlflow_safeflavor.artifact.arrays import reading
 from mlflow_safeflavor.artifact.digests import digests_of
 from mlflow_safeflavor.artifact.inventory_file import Inventory, write_inventory
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout, write_json
+from mlflow_safeflavor.artifact.json_files import write_json
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import StructureError, WeightsError
 from mlflow_safeflavor.module.inventory import dtype_name
 

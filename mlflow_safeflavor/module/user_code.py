@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout, digest_of_file
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT, digest_of_file
 from mlflow_safeflavor.environment.installed import OWN_NAME
 from mlflow_safeflavor.environment.owners import Owners
 from mlflow_safeflavor.errors import IntegrityError, StructureError

@@ -8,8 +8,11 @@ from typing import Any
 
 from mlflow_safeflavor.predict.deadline import Deadline
 from mlflow_safeflavor.predict.progress import Watch
-from mlflow_safeflavor.predict.scheduler import Scheduler, Ticket
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+from mlflow_safeflavor.predict.scheduler import Scheduler
+from mlflow_safeflavor.predict.ticket import Ticket
+from mlflow_safeflavor.tasks.base import Task
+from mlflow_safeflavor.tasks.features import Features, RowOutput
+from mlflow_safeflavor.tasks.inputs.rows import Row
 
 __all__ = ["answer_rows", "predict_rows"]
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from mlflow_safeflavor.module.failures import is_out_of_memory
 from mlflow_safeflavor.module.random_state import kept_random_state
-from mlflow_safeflavor.tasks.base import Row, Task
+from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.inputs.rows import Row
 
 __all__ = ["cut_into_batches", "measure_forward_cost"]
 

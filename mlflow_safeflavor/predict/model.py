@@ -19,12 +19,14 @@ from mlflow_safeflavor.predict.progress import Watch, shown
 from mlflow_safeflavor.predict.report import LoadReport
 from mlflow_safeflavor.predict.scheduler import Scheduler
 from mlflow_safeflavor.predict.stream import parquet_chunks, stream
-from mlflow_safeflavor.tasks.base import Row, RowOutput
 from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.features import RowOutput
 from mlflow_safeflavor.tasks.inputs.caps import Caps
+from mlflow_safeflavor.tasks.inputs.columns import without_extra_columns
 from mlflow_safeflavor.tasks.inputs.processor import load_processor
-from mlflow_safeflavor.tasks.inputs.rows import without_extra_columns
-from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder, load_tokenizer
+from mlflow_safeflavor.tasks.inputs.rows import Row
+from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
+from mlflow_safeflavor.tasks.inputs.tokenizer import load_tokenizer
 from mlflow_safeflavor.tasks.table import Task, task_class
 
 if TYPE_CHECKING:

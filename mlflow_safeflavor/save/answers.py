@@ -28,7 +28,7 @@ from mlflow_safeflavor.predict.batching import measure_forward_cost
 from mlflow_safeflavor.predict.model import LoadedModel, make_model
 from mlflow_safeflavor.predict.options import run_time_options
 from mlflow_safeflavor.predict.report import LoadReport
-from mlflow_safeflavor.tasks.base import Row
+from mlflow_safeflavor.tasks.inputs.rows import Row
 
 __all__ = ["answering", "write_parity"]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mlflow.utils.model_utils import _validate_and_copy_code_paths
 
-from mlflow_safeflavor.artifact.layout import Layout, digest_of_file
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import digest_of_file
 from mlflow_safeflavor.errors import InputError
 
 __all__ = ["LOADER_MODULE", "loader_digest", "write_code"]

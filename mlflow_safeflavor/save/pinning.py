@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from packaging.utils import canonicalize_name
 
-from mlflow_safeflavor.artifact.layout import Layout, write_json
+from mlflow_safeflavor.artifact.json_files import write_json
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.checkpoints.given import Source
 from mlflow_safeflavor.environment.closure import closure_of
 from mlflow_safeflavor.environment.files import environment_files, missing_lines

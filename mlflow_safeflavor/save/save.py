@@ -16,8 +16,9 @@ from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 from mlflow_safeflavor import mlflow_compat
 from mlflow_safeflavor.arguments import checked, require_arguments
 from mlflow_safeflavor.artifact.description import what_runs
-from mlflow_safeflavor.artifact.layout import Layout, staging
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.spec import AS_IS, ModelSpec
+from mlflow_safeflavor.artifact.staging import staging
 from mlflow_safeflavor.checkpoints.damage import require_undamaged
 from mlflow_safeflavor.checkpoints.given import Source
 from mlflow_safeflavor.checkpoints.source import resolve_source

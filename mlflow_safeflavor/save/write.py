@@ -11,7 +11,8 @@ from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.models.utils import _save_example
 
-from mlflow_safeflavor.artifact.layout import Layout, write_manifest
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.manifest import write_manifest
 from mlflow_safeflavor.artifact.spec import FLAVOR_NAME, ModelSpec, guarded_parts
 from mlflow_safeflavor.checkpoints.given import Source
 from mlflow_safeflavor.errors import InputError, StructureError

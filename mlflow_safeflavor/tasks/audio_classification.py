@@ -9,8 +9,9 @@ import numpy as np
 
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.arguments import arguments_of
-from mlflow_safeflavor.tasks.base import Features, Row
 from mlflow_safeflavor.tasks.classification import describe_labels
+from mlflow_safeflavor.tasks.features import Features
+from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.sounds import read_sound, record_sound, to_wav
 from mlflow_safeflavor.tasks.processed import ProcessedTask
 

@@ -14,20 +14,18 @@ from mlflow.models import ModelSignature
 
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.caps import Caps
-from mlflow_safeflavor.tasks.inputs.rows import Row, count_rows, place, require_clean, rows_of
+from mlflow_safeflavor.tasks.inputs.records import count_rows
+from mlflow_safeflavor.tasks.inputs.rows import Row, rows_of
+from mlflow_safeflavor.tasks.inputs.texts import require_clean
+from mlflow_safeflavor.tasks.inputs.wording import place
 from mlflow_safeflavor.tasks.params import Param, check_defaults, check_params, with_defaults
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Features", "Row", "RowOutput", "Task"]
-
-Features = Mapping[str, Any]
-"""One encoded row, or a piece of one, unpadded: model argument → list of int (or array)."""
-
-RowOutput = Mapping[str, np.ndarray]
-"""What the model said of one row or piece, in float32 at least, without padding: output name → array; for parity."""
+__all__ = ["Task"]
 
 
 class Task(ABC):
@@ -36,7 +34,7 @@ class Task(ABC):
     Args:
         config: What ``describe`` returned.
         columns: Field → column name, for every field this model uses; None for a sole column without a name.
-        encoder: The tokenizer, an ``inputs.tokenizer.TextEncoder``; None for tasks without text. Tasks that read
+        encoder: The tokenizer, an ``inputs.text_encoder.TextEncoder``; None for tasks without text. Tasks that read
             something else name it in ``reads``.
 
     Attributes:

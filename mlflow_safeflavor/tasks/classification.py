@@ -9,8 +9,9 @@ import numpy as np
 from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.tasks.base import Row, RowOutput
+from mlflow_safeflavor.tasks.features import RowOutput
 from mlflow_safeflavor.tasks.inputs.caps import Caps
+from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, sigmoid, softmax
 from mlflow_safeflavor.tasks.params import Param
 

@@ -12,13 +12,15 @@ import pandas as pd
 from mlflow.models import ModelSignature
 
 from mlflow_safeflavor.artifact.arrays import array_of, is_tensor
-from mlflow_safeflavor.artifact.layout import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import AnswerError, InputError, IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.mlflow_compat import inferred_signature
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.cells import from_json, plain, sent, to_json
 from mlflow_safeflavor.tasks.engine import Engine
-from mlflow_safeflavor.tasks.inputs.rows import place, rows_of
+from mlflow_safeflavor.tasks.features import Features, RowOutput
+from mlflow_safeflavor.tasks.inputs.rows import Row, rows_of
+from mlflow_safeflavor.tasks.inputs.wording import place
 from mlflow_safeflavor.tasks.params import Param, param_of, param_schema
 
 if TYPE_CHECKING:

@@ -12,11 +12,14 @@ from mlflow.types import DataType
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.mlflow_compat import Array, answer_of
 from mlflow_safeflavor.module.pooling import POOLINGS, pool
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
-from mlflow_safeflavor.tasks.inputs.rows import require_texts
+from mlflow_safeflavor.tasks.features import Features, RowOutput
+from mlflow_safeflavor.tasks.inputs.rows import Row
+from mlflow_safeflavor.tasks.inputs.texts import require_texts
 from mlflow_safeflavor.tasks.outputs import normalized, pick, require_finite
 from mlflow_safeflavor.tasks.params import Param
-from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
+from mlflow_safeflavor.tasks.text import TextTask
+from mlflow_safeflavor.tasks.text_model import describe_text_model
+from mlflow_safeflavor.tasks.text_params import MAX_LENGTH, TRUNCATION
 
 if TYPE_CHECKING:
     import torch

@@ -1,9 +1,8 @@
-"""What all tasks that write text share: their params, the model's generation config, decoding, and when to stop."""
+"""What all tasks that write text share: token by token, and when to stop."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,104 +12,28 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.features import Features, RowOutput
+from mlflow_safeflavor.tasks.generation_config import REPLACED, read_generation_config
+from mlflow_safeflavor.tasks.generation_params import GENERATION_PARAMS, KEEP_LOGITS, require_one_way
+from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.outputs import require_finite
+from mlflow_safeflavor.tasks.padding import ignores_padding
 from mlflow_safeflavor.tasks.params import Param, check_params, param_schema
 from mlflow_safeflavor.tasks.sampling import SAMPLING, sampler
-from mlflow_safeflavor.tasks.text import TRUNCATION, TextTask, describe_text_model
+from mlflow_safeflavor.tasks.stop_texts import Stop, first_stop
+from mlflow_safeflavor.tasks.text import TextTask
+from mlflow_safeflavor.tasks.text_model import describe_text_model
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GENERATION_PARAMS", "Generation"]
-
-_MOST_NEW_TOKENS = 32768
-"""Of models that count no positions: a request cannot ask for hours."""
-
-_LEAST, _MOST = 1e-9, 1e9
-"""Scores are divided by such numbers in float32, one after the other: beyond, they would become 0, infinite or NaN."""
-_POSITIVE = f"a number from {_LEAST:g} to {_MOST:g}"
-
-
-def _is_positive(value: float) -> bool:
-    return _LEAST <= value <= _MOST
-
+__all__ = ["Generation"]
 
 _WEIGHT = 32
 """Answers of other tasks that take about as long as to write a token."""
 _WRITTEN_A_ROW = 1024
 """Tokens that a row may be answered with on average, whatever ``max_answers`` is; with beams, by all of them."""
-
-GENERATION_PARAMS = (
-    Param(
-        "max_new_tokens",
-        "long",
-        default=64,
-        wanted=f"a whole number from 1 to {_MOST_NEW_TOKENS}",
-        allows=lambda value: 1 <= value <= _MOST_NEW_TOKENS,
-    ),
-    Param("do_sample", "boolean", default=False, wanted="true or false"),
-    Param("temperature", "double", default=1.0, wanted=_POSITIVE, allows=_is_positive),
-    Param(
-        "top_p",
-        "double",
-        default=1.0,
-        wanted=f"a number from {_LEAST:g} to 1",
-        allows=lambda value: _LEAST <= value <= 1,
-    ),
-    Param(
-        "top_k",
-        "long",
-        default=50,
-        wanted="a whole number of at least 1, or 0 for all tokens",
-        allows=lambda value: value >= 0,
-        none_is=0,
-    ),
-    Param("num_beams", "long", default=1, wanted="a whole number from 1 to 64", allows=lambda value: 1 <= value <= 64),
-    Param("repetition_penalty", "double", default=1.0, wanted=_POSITIVE, allows=_is_positive),
-    Param(
-        "seed",
-        "long",
-        default=-1,
-        wanted="a whole number of at least 0, or -1 for other draws each time",
-        allows=lambda value: -1 <= value < 2**63,
-        none_is=-1,
-    ),
-    Param("stop", "string", default=[], wanted="a list of texts, none of them empty", allows=all, many=True),
-    Param(
-        "max_length",
-        "long",
-        default=0,
-        wanted="0: it would count what is read and what is written together; max_new_tokens says how much is written",
-        allows=lambda value: value == 0,
-        none_is=0,
-    ),
-    TRUNCATION,
-)
-"""``max_length`` is declared so that MLflow does not drop it without an error: it may not be used."""
-
-_KEEP_LOGITS = Param("keep_logits", "boolean", default=False, wanted="true or false")
-"""For golden rows, which are compared by them; beside many rows they would fill the memory. In no signature."""
-
-_REPLACED = frozenset(
-    (
-        *("max_length", "max_new_tokens", "stop_strings", "do_sample", "num_beams", "repetition_penalty"),
-        *("num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
-        *("output_hidden_states", "transformers_version", "_from_model_config", "pad_token_id"),
-        *("cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile"),
-        *("continuous_batching_config", "max_time"),
-    )
-)
-"""Of a generation config, what params say instead, and what is about speed or shape and not about answers."""
-
-_REFUSED = frozenset(
-    (
-        *("assistant_early_exit", "constraints", "dola_layers", "eta_cutoff", "force_words_ids", "penalty_alpha"),
-        *("prompt_lookup_num_tokens", "token_healing", "top_h", "use_mtp", "watermarking_config"),
-    )
-)
-"""What is not done here, or only with code that transformers would download."""
 
 _COUNT_PADDING = ("no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "min_length")
 """Settings that look at the prompt's tokens, padding included."""
@@ -129,11 +52,11 @@ class Generation(TextTask):
 
     params: ClassVar[tuple[Param, ...]] = GENERATION_PARAMS
     forward_params = frozenset(param.name for param in GENERATION_PARAMS) - {"max_length", "truncation"} | {
-        _KEEP_LOGITS.name
+        KEEP_LOGITS.name
     }
     # Few tokens: enough to see that what the model keeps of earlier tokens is kept well.
     golden_params = MappingProxyType(
-        {"max_new_tokens": 4, "do_sample": False, "num_beams": 1, "truncation": True, _KEEP_LOGITS.name: True}
+        {"max_new_tokens": 4, "do_sample": False, "num_beams": 1, "truncation": True, KEEP_LOGITS.name: True}
     )
     answer = Schema([ColSpec(DataType.string, "generated_text"), ColSpec(DataType.string, "finish_reason")])
     encoder_decoder: ClassVar[bool]
@@ -166,17 +89,17 @@ class Generation(TextTask):
                 wanted="an encoder-decoder model" if cls.encoder_decoder else "a decoder alone",
                 way_out='choose task="text-generation" for decoders, "text2text-generation" for encoder-decoders',
             )
-        said = _generation_config(model, changes)
+        said = read_generation_config(model, changes)
         config = {
             **text,
             "input_names": [name for name in text["input_names"] if name != "token_type_ids"],
             "padding_side": "right" if cls.encoder_decoder else "left",
-            "generation": {name: value for name, value in said.items() if name not in _REPLACED},
+            "generation": {name: value for name, value in said.items() if name not in REPLACED},
             "params": cls._defaults(said, text["max_length"]),
             "pads": True,
         }
         masked = "attention_mask" in text["input_names"]
-        return {**config, "pads": masked and _ignores_padding(cls, model, config)}
+        return {**config, "pads": masked and ignores_padding(cls, model, config)}
 
     @classmethod
     def _defaults(cls, said: Mapping[str, Any], positions: int | None) -> dict[str, Any]:
@@ -193,7 +116,7 @@ class Generation(TextTask):
         if positions:
             most = positions if cls.encoder_decoder else positions // 2
             known["max_new_tokens"] = max(1, min(known["max_new_tokens"], most))
-        _require_one_way(check_params(cls.params, known))
+        require_one_way(check_params(cls.params, known))
         return known
 
     # Params.
@@ -206,8 +129,8 @@ class Generation(TextTask):
         return Schema([ColSpec(DataType.string, column) for column in self.columns.values()])
 
     def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
-        checked = check_params((*self.asked, _KEEP_LOGITS), params)
-        _require_one_way(checked)
+        checked = check_params((*self.asked, KEEP_LOGITS), params)
+        require_one_way(checked)
         positions = self.config["max_length"]
         # A prompt has at least one token beside the special ones.
         room = positions if self.encoder_decoder else (positions or 0) - self.encoder.special_tokens(pair=False) - 1
@@ -283,8 +206,8 @@ class Generation(TextTask):
                 inputs,
                 self._settings(params, self._start(mask)),
                 processors=self._processors(params, len(part)),
-                stopping=[_Stop(self.encoder.decode, params["stop"], self._start(mask))] if params["stop"] else [],
-                keep_logits=params[_KEEP_LOGITS.name],
+                stopping=[Stop(self.encoder.decode, params["stop"], self._start(mask))] if params["stop"] else [],
+                keep_logits=params[KEEP_LOGITS.name],
             )
             outputs.update(zip(part, self.read(found, mask), strict=True))
         return [outputs[i] for i in range(len(batch))]
@@ -369,93 +292,7 @@ class Generation(TextTask):
             require_finite([output["logits"].max(axis=-1)] if "logits" in output else [], i)
             ids = output["ids"].tolist()
             text = self.encoder.decode(ids)
-            stop = _first(text, params["stop"])
+            stop = first_stop(text, params["stop"])
             ended = stop is not None or bool(ids and ids[-1] in self.ends and not (forced and len(ids) == most))
             text = text[:stop] if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")
             yield {"generated_text": text, "finish_reason": "stop" if ended else "length"}
-
-
-class _Stop:
-    """Which rows have written one of the texts to stop at."""
-
-    def __init__(self, text_of: Callable[[Sequence[int]], str], stop: Sequence[str], start: int) -> None:
-        self.text_of, self.stop, self.start = text_of, stop, start
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Bool of shape (rows,)."""
-        import torch
-
-        written = input_ids[:, self.start :].tolist()
-        done = [_first(self.text_of(ids), self.stop) is not None for ids in written]
-        return torch.tensor(done, device=input_ids.device)
-
-
-def _first(text: str, stop: Sequence[str]) -> int | None:
-    """Where in ``text`` the first of the texts to stop at begins."""
-    return min((place for word in stop if (place := text.find(word)) >= 0), default=None)
-
-
-def _require_one_way(params: Mapping[str, Any]) -> None:
-    if params["do_sample"] and params["num_beams"] > 1:
-        raise InputError(
-            "Beams are searched, not sampled",
-            where="params, 'do_sample' and 'num_beams'",
-            wanted="num_beams 1 with do_sample, or do_sample false with beams",
-            found=f"num_beams {params['num_beams']}",
-        )
-
-
-def _generation_config(model: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the model's generation config says after some changes, JSON only."""
-    config = getattr(model, "generation_config", None)
-    if config is None or not callable(getattr(model, "generate", None)):
-        raise StructureError(
-            "The model cannot write text",
-            where=type(model).__name__,
-            wanted="a transformers model with generate() and a generation_config",
-        )
-    if unknown := sorted(changes.keys() - vars(type(config)()).keys()):
-        raise InputError(
-            "Not a setting of a generation config",
-            where=f"model_config, 'generation', {', '.join(map(repr, unknown))}",
-            wanted="an attribute of transformers.GenerationConfig",
-            way_out="leave it out, also where a pipeline was made with it",
-        )
-    said = {**json.loads(config.to_json_string()), **changes}
-    said = {name: value for name, value in said.items() if value is not None}
-    odd = sorted(name for name in said.keys() & _REFUSED if said[name])
-    odd += [name for name in ("num_beam_groups", "num_return_sequences") if said.get(name, 1) != 1]
-    if odd:
-        raise StructureError(
-            "The generation config asks for what this task does not do",
-            where=f"generation_config, {', '.join(odd)}",
-            wanted="greedy decoding, beams or sampling",
-            way_out="set it to None in model.generation_config before saving",
-        )
-    return said
-
-
-def _ignores_padding(cls: type[Generation], model: Any, config: Mapping[str, Any]) -> bool:
-    """Whether a prompt is continued alike alone and filled up beside a longer one.
-
-    Tried, because no attribute says so: recurrent models read what is masked, or mix the rows of a batch up, and some
-    decoders count positions from the padding on.
-    """
-    import torch
-
-    from mlflow_safeflavor.module.engine import ModuleEngine, evaluating
-
-    task = cls(config, {"text": "text"})
-    special = {config["pad_token_id"], config["generation"].get("bos_token_id"), *task.ends}
-    size = min(7, (config["max_length"] or 9) - 2)
-    ids = [token for token in range(model.config.get_text_config().vocab_size) if token not in special][-size:]
-    if len(ids) < 4:
-        return False
-    params = {param.name: param.default for param in cls.params} | {"max_new_tokens": 2, _KEEP_LOGITS.name: True}
-    short, long = (task.featured(part, params) for part in (ids[:3], ids))
-    first = next(model.parameters())
-    engine = ModuleEngine(model, first.device, first.dtype)
-    with evaluating(model):
-        alone, beside = (task.forward(engine, batch, params)[0]["logits"] for batch in ([short], [short, long]))
-    tolerance = 1e-4 if first.dtype in (torch.float32, torch.float64) else 2e-2
-    return alone.shape == beside.shape and bool(np.abs(alone - beside).max() <= tolerance * np.abs(alone).max())

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlflow_safeflavor.tasks.arguments import arguments_of
-from mlflow_safeflavor.tasks.base import Features, Row
 from mlflow_safeflavor.tasks.classification import describe_labels
+from mlflow_safeflavor.tasks.features import Features
 from mlflow_safeflavor.tasks.inputs.images import read_image, record_image
+from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.processed import ProcessedTask
 
 if TYPE_CHECKING:

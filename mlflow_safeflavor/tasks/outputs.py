@@ -9,7 +9,7 @@ import numpy as np
 
 from mlflow_safeflavor.artifact.arrays import is_tensor
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.tasks.inputs.rows import place
+from mlflow_safeflavor.tasks.inputs.wording import place
 
 __all__ = ["normalized", "own", "pick", "require_finite", "sigmoid", "softmax"]
 

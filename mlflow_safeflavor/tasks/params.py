@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from mlflow.types import DataType, ParamSchema, ParamSpec
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import InputError, IntegrityError
 
 __all__ = ["Param", "check_defaults", "check_params", "param_of", "param_schema", "with_defaults"]

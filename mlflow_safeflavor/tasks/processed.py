@@ -12,7 +12,7 @@ from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.machine import give_back
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.classification import (
     FUNCTION,
     LABEL_AND_SCORE,
@@ -22,8 +22,10 @@ from mlflow_safeflavor.tasks.classification import (
     require_labels,
 )
 from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.processor import apply
-from mlflow_safeflavor.tasks.inputs.rows import place
+from mlflow_safeflavor.tasks.inputs.rows import Row
+from mlflow_safeflavor.tasks.inputs.wording import place
 from mlflow_safeflavor.tasks.params import param_schema
 
 __all__ = ["ProcessedTask"]

@@ -9,11 +9,15 @@ import numpy as np
 from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
-from mlflow_safeflavor.tasks.inputs.rows import place, require_texts
+from mlflow_safeflavor.tasks.features import Features, RowOutput
+from mlflow_safeflavor.tasks.inputs.rows import Row
+from mlflow_safeflavor.tasks.inputs.texts import require_texts
+from mlflow_safeflavor.tasks.inputs.wording import place
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
-from mlflow_safeflavor.tasks.text import TextTask, count_windows, describe_text_model, groups, windows
+from mlflow_safeflavor.tasks.text import TextTask, groups
+from mlflow_safeflavor.tasks.text_model import describe_text_model
+from mlflow_safeflavor.tasks.windows import count_windows, windows
 
 if TYPE_CHECKING:
     import torch

@@ -11,13 +11,15 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from mlflow_safeflavor.artifact.arrays import array_of, is_tensor
-from mlflow_safeflavor.artifact.layout import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
 from mlflow_safeflavor.mlflow_compat import inferred_signature, rows_schema
 from mlflow_safeflavor.module.failures import is_out_of_memory
 from mlflow_safeflavor.tasks.arguments import named_arguments, needed_arguments, takes_any
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.features import Features, RowOutput
+from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.sizes import free_sizes
 
 if TYPE_CHECKING:

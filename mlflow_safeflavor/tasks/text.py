@@ -10,42 +10,26 @@ import numpy as np
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
-from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.tasks.arguments import arguments_of, named_arguments
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput, Task
+from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.engine import Engine
-from mlflow_safeflavor.tasks.inputs.rows import place, require_texts
+from mlflow_safeflavor.tasks.features import Features, RowOutput
+from mlflow_safeflavor.tasks.inputs.rows import Row
+from mlflow_safeflavor.tasks.inputs.texts import require_texts
+from mlflow_safeflavor.tasks.inputs.wording import place
 from mlflow_safeflavor.tasks.params import Param, param_schema
 
 if TYPE_CHECKING:
-    import torch
+    pass
+from mlflow_safeflavor.tasks.text_params import MAX_LENGTH, TRUNCATION
 
-__all__ = [
-    "MAX_LENGTH",
-    "SPANS",
-    "TRUNCATION",
-    "TextTask",
-    "count_windows",
-    "describe_text_model",
-    "groups",
-    "windows",
-]
+__all__ = ["SPANS", "TextTask", "groups"]
 
 SPANS = ("offsets", "word_ids", "sequence_ids")
 """What ``TextEncoder.encode`` adds with ``spans``."""
 
 _CHARACTERS = 20_000
 """Tokenised at a time."""
-
-MAX_LENGTH = Param(
-    "max_length",
-    "long",
-    default=0,
-    wanted="a whole number of tokens, or 0 for as many as the model takes",
-    allows=lambda value: value >= 0,
-    none_is=0,
-)
-TRUNCATION = Param("truncation", "boolean", default=True, wanted="true or false")
 
 _GOLDEN_TEXTS = (
     "Hello world.",
@@ -283,77 +267,6 @@ class TextTask(Task):
         """
 
 
-def describe_text_model(model: torch.nn.Module) -> dict[str, Any]:
-    """What ``TextTask`` needs to know of a model; JSON only.
-
-    Returns:
-        ``input_names`` that its forward takes, ``max_length`` in tokens or None, ``pad_token_id`` or None, and
-        ``padding_side`` ("right" or "left").
-
-    Raises:
-        StructureError: The model does not take token ids alone.
-    """
-    config = _text_config(model)
-    names = _input_names(model)
-    if "input_ids" not in names:
-        raise StructureError(
-            "The model does not read text",
-            where=f"{type(model).__name__}.forward",
-            wanted="an argument input_ids",
-            found=", ".join(named_arguments(model)),
-        )
-    return {
-        "input_names": names,
-        "max_length": _max_length(model, config),
-        # The model's own and not the tokenizer's: RoBERTa counts positions, and GPT-like classifiers find the
-        # last token, by comparing with it.
-        "pad_token_id": _pad_token_id(config),
-        # Whatever the tokenizer says: padding on the left shifts the positions of the real tokens where they are
-        # looked up in a table, and puts padding where classifiers look for the first token. Behind the last token it
-        # harms nobody, causal models included, but those that read the last place whatever it holds (XLNet).
-        "padding_side": "left" if getattr(config, "summary_type", None) == "last" else "right",
-    }
-
-
-def _text_config(model: torch.nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _pad_token_id(config: Any) -> int | None:
-    pad_id = getattr(config, "pad_token_id", None)
-    return pad_id if isinstance(pad_id, int) and pad_id >= 0 else None
-
-
-def _input_names(model: torch.nn.Module) -> list[str]:
-    takes = arguments_of(model)
-    known = ("input_ids", "token_type_ids", "attention_mask")
-    return [name for name in known if takes is None or name in takes]
-
-
-def _position_tables(model: torch.nn.Module) -> list[torch.nn.Embedding]:
-    """Tables in which absolute positions are looked up, whatever the architecture calls them."""
-    import torch
-
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) and ("pos" in (last := name.rpartition(".")[2]) or last == "wpe")
-    ]
-
-
-def _max_length(model: torch.nn.Module, config: Any) -> int | None:
-    limits = [getattr(config, "max_position_embeddings", None)]
-    # Tables with a padding index (RoBERTa and its relatives) give the first real token the position after it.
-    limits += [
-        table.num_embeddings - table.padding_idx - 1
-        for table in _position_tables(model)
-        if table.padding_idx is not None
-    ]
-    # XLNet says -1 for "no limit", others have no such attribute.
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
-
-
 def groups(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
     """Rows in order, as many at a time as are tokenised in some milliseconds, with the number of the first."""
     first = characters = 0
@@ -364,30 +277,3 @@ def groups(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
             first, characters = i + 1, 0
     if first < len(rows):
         yield first, rows[first:]
-
-
-def count_windows(tokens: int, room: int, overlap: int) -> int:
-    """How many ``windows`` there are of so many tokens."""
-    return len(range(0, max(1, tokens - overlap), room - overlap))
-
-
-def windows(row: Mapping[str, list[Any]], sequence: int, room: int, overlap: int) -> Iterator[dict[str, list[Any]]]:
-    """Cut one text of an encoded row into windows; each has all the other tokens, too.
-
-    The windows are those of transformers' tokenizers with ``stride`` and ``return_overflowing_tokens``.
-
-    Args:
-        row: What ``TextEncoder.encode`` made, uncut and with spans.
-        sequence: Which text is cut: 0, or 1 for the second one.
-        room: Most tokens of that text in a window.
-        overlap: How many tokens two neighbours share; less than ``room``.
-
-    Returns:
-        At least one row, from left to right.
-    """
-    body = [i for i, text in enumerate(row["sequence_ids"]) if text == sequence]
-    rest = [i for i, text in enumerate(row["sequence_ids"]) if text != sequence]
-    starts = range(0, max(1, len(body) - overlap), room - overlap)
-    for start in starts:
-        positions = sorted(rest + body[start : start + room])
-        yield {name: [values[i] for i in positions] for name, values in row.items()}

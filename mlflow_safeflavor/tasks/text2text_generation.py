@@ -8,9 +8,10 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.tasks.base import Features, Row
+from mlflow_safeflavor.tasks.features import Features
 from mlflow_safeflavor.tasks.generation import Generation
-from mlflow_safeflavor.tasks.inputs.rows import require_texts
+from mlflow_safeflavor.tasks.inputs.rows import Row
+from mlflow_safeflavor.tasks.inputs.texts import require_texts
 from mlflow_safeflavor.tasks.text import groups
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.classification import (
     FUNCTION,
     LABEL_AND_SCORE,
@@ -17,7 +16,11 @@ from mlflow_safeflavor.tasks.classification import (
     read_logits,
     require_labels,
 )
-from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
+from mlflow_safeflavor.tasks.features import Features, RowOutput
+from mlflow_safeflavor.tasks.inputs.rows import Row
+from mlflow_safeflavor.tasks.text import TextTask
+from mlflow_safeflavor.tasks.text_model import describe_text_model
+from mlflow_safeflavor.tasks.text_params import MAX_LENGTH, TRUNCATION
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,12 @@ from mlflow.types import DataType, Schema
 
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.mlflow_compat import Array, Object, Property, require_schema
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
-from mlflow_safeflavor.tasks.generation import GENERATION_PARAMS, Generation
-from mlflow_safeflavor.tasks.inputs.rows import describe_value, place, require_clean, require_texts
+from mlflow_safeflavor.tasks.features import Features, RowOutput
+from mlflow_safeflavor.tasks.generation import Generation
+from mlflow_safeflavor.tasks.generation_params import GENERATION_PARAMS
+from mlflow_safeflavor.tasks.inputs.rows import Row
+from mlflow_safeflavor.tasks.inputs.texts import require_clean, require_texts
+from mlflow_safeflavor.tasks.inputs.wording import describe_value, place
 from mlflow_safeflavor.tasks.params import Param
 
 if TYPE_CHECKING:

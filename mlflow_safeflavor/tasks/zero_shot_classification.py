@@ -12,12 +12,15 @@ from mlflow.types import DataType
 
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.mlflow_compat import Array, schema_of
-from mlflow_safeflavor.tasks.base import Features, Row, RowOutput
 from mlflow_safeflavor.tasks.classification import labels_of, read_logits
-from mlflow_safeflavor.tasks.inputs.rows import require_texts
+from mlflow_safeflavor.tasks.features import Features, RowOutput
+from mlflow_safeflavor.tasks.inputs.rows import Row
+from mlflow_safeflavor.tasks.inputs.texts import require_texts
 from mlflow_safeflavor.tasks.outputs import require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
-from mlflow_safeflavor.tasks.text import MAX_LENGTH, TRUNCATION, TextTask, describe_text_model
+from mlflow_safeflavor.tasks.text import TextTask
+from mlflow_safeflavor.tasks.text_model import describe_text_model
+from mlflow_safeflavor.tasks.text_params import MAX_LENGTH, TRUNCATION
 
 if TYPE_CHECKING:
     import torch

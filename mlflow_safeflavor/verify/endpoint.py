@@ -16,7 +16,7 @@ import pandas as pd
 import requests
 from mlflow.utils.proto_json_utils import NumpyEncoder
 
-from mlflow_safeflavor.artifact.layout import parse_json
+from mlflow_safeflavor.artifact.json_files import parse_json
 from mlflow_safeflavor.errors import InputError, SafeFlavorError
 
 __all__ = ["Endpoint", "as_served", "request_of_arrays", "request_of_rows"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlflow_safeflavor.errors import plain
-from mlflow_safeflavor.predict.golden import ParityReport
+from mlflow_safeflavor.predict.parity import ParityReport
 
 __all__ = ["render"]
 

@@ -13,7 +13,9 @@ import pandas as pd
 from mlflow.types import DataType, Schema
 
 from mlflow_safeflavor.arguments import checked
-from mlflow_safeflavor.artifact.layout import WAY_OUT, Layout, parse_json
+from mlflow_safeflavor.artifact.json_files import parse_json
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError
@@ -25,8 +27,11 @@ from mlflow_safeflavor.load.options import LoadOptions
 from mlflow_safeflavor.load.pyfunc import facts_of
 from mlflow_safeflavor.load.saved import read_saved
 from mlflow_safeflavor.mlflow_compat import read_mlmodel
-from mlflow_safeflavor.predict.golden import Golden, ParityReport, Replayed, compare_answers, read_golden, replay
+from mlflow_safeflavor.predict.comparison import compare_answers
+from mlflow_safeflavor.predict.golden import Golden, read_golden
 from mlflow_safeflavor.predict.options import run_time_options
+from mlflow_safeflavor.predict.parity import ParityReport, Replayed
+from mlflow_safeflavor.predict.replay import replay
 from mlflow_safeflavor.tasks.raw import Raw
 from mlflow_safeflavor.tasks.table import task_class
 from mlflow_safeflavor.verify.endpoint import Endpoint, as_served, request_of_arrays, request_of_rows

@@ -28,7 +28,9 @@ import torch
 from artifacts import edit_json, edit_mlmodel, flip, read_header, reseal, rewrite, write_header
 from onnx import helper, numpy_helper
 
-from mlflow_safeflavor.artifact.layout import Layout, digest_json, digest_of_file
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.manifest import digest_json
+from mlflow_safeflavor.artifact.plain_files import digest_of_file
 
 SOURCE = """
 import torch

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.module import placement
-from mlflow_safeflavor.predict import scheduler
+from mlflow_safeflavor.predict import forwards
 
 from . import placing, room  # noqa: F401  (they list themselves)
 from .accelerator import fake
@@ -75,7 +75,7 @@ PLANTS: dict[str, tuple[str, Any]] = {
     "a value is another": ("tensors", lambda: _afterwards(_put("fine", lambda tensor: tensor + 1e-9))),
     "a tie is gone": ("tensors", lambda: _afterwards(_untie)),
     "nothing is placed": ("tensors", lambda: _replaced(placement, "place", lambda *args: None)),
-    "no batch is halved": ("out_of_memory", lambda: _replaced(scheduler, "is_out_of_memory", lambda error: False)),
+    "no batch is halved": ("out_of_memory", lambda: _replaced(forwards, "is_out_of_memory", lambda error: False)),
     "files stay mapped": ("peak", lambda: _replaced(placement, "maps_files", lambda *args: True)),
 }
 

@@ -135,7 +135,7 @@ BARE = {
     ("tasks/text_generation", "The chat template refuses a chat"): "the template's own words",
     ("tasks/inputs/tokenizer", "The tokenizer cannot be built again by transformers"): "its class says why",
     ("tasks/inputs/tokenizer", "The tokenizer cannot be written as JSON"): "its class says why",
-    ("tasks/inputs/tokenizer", "The tokenizer does not take plain texts"): "its class says why",
+    ("tasks/inputs/probes", "The tokenizer does not take plain texts"): "its class says why",
 }
 """Errors that say neither what is wanted nor what to do, and why that is enough."""
 

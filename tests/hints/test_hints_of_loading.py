@@ -127,7 +127,7 @@ def test_a_model_of_another_flavor(tmp_path):
 
 
 @follows(
-    "predict/golden",
+    "predict/replay",
     "The model answers recorded rows differently from when it was saved",
     "save the model again in this environment",
 )

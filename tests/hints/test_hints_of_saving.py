@@ -19,12 +19,7 @@ from torch import nn
 
 import mlflow_safeflavor
 from mlflow_safeflavor import from_pretrained, load_model, materialize
-from mlflow_safeflavor.errors import (
-    InputError,
-    IntegrityError,
-    StructureError,
-    WeightsError,
-)
+from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError, WeightsError
 
 pytest_plugins = "saved_models"
 
@@ -126,7 +121,7 @@ def test_arguments(save, code, tmp_path):
     save(code.Net(), **given, **eval(f"dict({error.way_out.rpartition('which is ')[2]})"))
 
 
-@follows("artifact/layout", "There is something at the target path already", "choose another path or remove it first")
+@follows("artifact/staging", "There is something at the target path already", "choose another path or remove it first")
 def test_a_path_that_is_taken(code, tmp_path):
     path, given = tmp_path / "taken", {"task": "raw", "input_example": X, "code_paths": [code.file]}
     path.write_text("mine")

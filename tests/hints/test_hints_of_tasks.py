@@ -35,26 +35,26 @@ def bad(model, data, params=None):
 # Rows.
 
 
-@follows("tasks/inputs/rows", "Rows cannot be read from this type", "pass a DataFrame with …")
+@follows("tasks/inputs/records", "Rows cannot be read from this type", "pass a DataFrame with …")
 @follows(
-    "tasks/inputs/rows",
+    "tasks/inputs/columns",
     "A column is missing",
     "rename the columns of the data, or log the model with input_columns=... as the data has them",
 )
-@follows("tasks/inputs/rows", "There are columns that the model does not know", "select the columns first: data[…]")
+@follows("tasks/inputs/columns", "There are columns that the model does not know", "select the columns first: data[…]")
 @follows(
-    "tasks/inputs/rows",
+    "tasks/inputs/columns",
     "There are several columns, and the model takes one",
     "select it first: data[[…]], or log the model with input_columns=…",
 )
 @follows(
-    "tasks/inputs/rows",
+    "tasks/inputs/texts",
     "A text holds half of a surrogate pair, which nothing can read",
     'clean it first, for example text.encode("utf-8", "replace").decode()',
 )
 @follows("tasks/inputs/rows", "A value is missing", "drop the row or fill the value, for example data.dropna()")
 @follows(
-    "tasks/inputs/rows",
+    "tasks/inputs/texts",
     "A value is not a text",
     "convert it first, for example data[column].astype(str); drop or fill missing values",
 )
@@ -83,7 +83,7 @@ def test_rows(models, saved, save, tiny_bert, tiny_tokenizer):  # noqa: F811
     assert len(model.predict(eval(line, {"data": data, "column": "text"}).to_frame())) == 2
 
 
-@follows("tasks/inputs/rows", "require", "cut or split it")
+@follows("tasks/inputs/texts", "require", "cut or split it")
 @follows("tasks/text", "require", "cut or split it")
 @follows(
     "tasks/base",
@@ -264,10 +264,12 @@ def test_prompts(save, tiny_bert, tiny_tokenizer, monkeypatch):  # noqa: F811
 
 @follows("tasks/generation", "require", "lower them, or send fewer rows at once")
 @follows(
-    "tasks/generation", "Not a setting of a generation config", "leave it out, also where a pipeline was made with it"
+    "tasks/generation_config",
+    "Not a setting of a generation config",
+    "leave it out, also where a pipeline was made with it",
 )
 @follows(
-    "tasks/generation",
+    "tasks/generation_config",
     "The generation config asks for what this task does not do",
     "set it to None in model.generation_config before saving",
 )

@@ -37,7 +37,7 @@ from mlflow_safeflavor.errors import (
 from mlflow_safeflavor.module import placement
 from mlflow_safeflavor.tasks.inputs import processor
 from mlflow_safeflavor.tasks.inputs.images import read_image
-from mlflow_safeflavor.tasks.inputs.tokenizer import _require_same_ids
+from mlflow_safeflavor.tasks.inputs.probes import require_same_ids
 
 pytest_plugins = "saved_models"
 FRAME = pd.DataFrame({"text": ["the cat sat"]})
@@ -368,7 +368,7 @@ def test_processors(save, tmp_path, monkeypatch):  # noqa: F811
 
 
 @follows(
-    "tasks/inputs/tokenizer",
+    "tasks/inputs/probes",
     "The tokenizer, read again …, gives other ids than the one being saved",
     "save one whose behaviour is all in its backend: PreTrainedTokenizerFast(tokenizer_object=...)",
 )
@@ -376,7 +376,7 @@ def test_a_tokenizer_with_a_mind_of_its_own(save, tiny_bert, tiny_tokenizer):  #
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     backend = tiny_tokenizer.backend_tokenizer
     with pytest.raises(StructureError):
-        _require_same_ids([[5]], [[6]], "Shouts", "by transformers")
+        require_same_ids([[5]], [[6]], "Shouts", "by transformers")
     save(tiny_bert(), tokenizer=transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names))
 
 

@@ -21,7 +21,8 @@ import pandas as pd
 import torch
 
 import mlflow_safeflavor
-from mlflow_safeflavor.artifact.layout import Layout, read_json
+from mlflow_safeflavor.artifact.json_files import read_json
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.environment.differences import find_differences
 from mlflow_safeflavor.environment.recorded import Environment
 

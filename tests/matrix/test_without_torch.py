@@ -20,7 +20,8 @@ from artifacts import flip
 from click.testing import CliRunner
 
 import mlflow_safeflavor
-from mlflow_safeflavor.artifact.layout import Layout, read_json
+from mlflow_safeflavor.artifact.json_files import read_json
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.cli import main
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import EnvironmentMismatchError, IntegrityError, TrustError

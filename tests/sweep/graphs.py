@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import transformers
 
-from mlflow_safeflavor.graph.check import Graph
+from mlflow_safeflavor.graph.graph import Graph
 from mlflow_safeflavor.graph.onnx_engine import Session
 from mlflow_safeflavor.module.engine import named_tensors
 from mlflow_safeflavor.module.slots import find_slots

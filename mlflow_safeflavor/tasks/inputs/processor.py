@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mlflow_safeflavor.artifact.layout import WAY_OUT, read_json, write_json
+from mlflow_safeflavor.artifact.json_files import read_json, write_json
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.artifact.trust import require_harmless
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.module.bounds import within

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.artifact.inventory_file import Inventory
-from mlflow_safeflavor.artifact.layout import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 from mlflow_safeflavor.errors import IntegrityError, StructureError
-from mlflow_safeflavor.tasks.inputs.tokenizer import TextEncoder
+from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,83 @@
+"""JSON: written as the same bytes for the same value, read as what a stranger wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mlflow_safeflavor.artifact.plain_files import WAY_OUT, read_text
+from mlflow_safeflavor.errors import IntegrityError
+
+__all__ = ["MAX_JSON", "parse_file", "parse_json", "read_json", "write_json"]
+
+MAX_JSON = 64 * 10**6  # read whole, and some 20 times larger as objects
+_DEEPEST = 100  # lists and dicts within each other; of all that was ever saved a config's few levels are the most
+_TOO_DEEP = f"lists or dicts nested more than {_DEEPEST} deep"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` as JSON that is the same bytes for the same value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, *, strict: bool = True) -> Any:
+    """Read a JSON file of an artifact.
+
+    Args:
+        path: The file.
+        strict: Refuse links, and what JSON does not have but Python reads: equal keys, NaN and infinities.
+
+    Raises:
+        IntegrityError: The file is missing, no plain file, too large, no JSON, or nested too deep.
+    """
+    return parse_file(read_text(path if strict else Path(os.path.realpath(path)), MAX_JSON), path, strict)
+
+
+def parse_file(text: str, path: Path, strict: bool = True) -> Any:
+    """``parse_json`` of what was read of a file of an artifact. Raises ``IntegrityError`` that names it."""
+    try:
+        return parse_json(text, strict=strict)
+    except ValueError as error:
+        raise IntegrityError(
+            "A file of the artifact cannot be read as JSON", where=path, found=error, way_out=WAY_OUT
+        ) from None
+
+
+def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
+    """Parse JSON that any function may walk by recursion, wherever Python stands.
+
+    Args:
+        text: What somebody else wrote.
+        strict: Also refuse equal keys, NaN and infinities.
+
+    Raises:
+        ValueError: It is no JSON, or lists and dicts are nested more than 100 deep.
+    """
+    hooks: dict[str, Any] = {"object_pairs_hook": _without_duplicates, "parse_constant": _refuse_constant}
+    try:
+        content = json.loads(text, **hooks if strict else {})
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level = [content]
+    for _ in range(_DEEPEST + 1):
+        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
+        level = [item for part in parts for item in part]
+    if level:
+        raise ValueError(_TOO_DEEP)
+    return content
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Readers disagree on which of two equal keys counts, so what one checked another would not use."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

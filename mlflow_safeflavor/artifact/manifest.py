@@ -1,0 +1,138 @@
+"""The manifest of a saved model: size and SHA-256 of every file, and what of ``MLmodel`` answers depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mlflow_safeflavor.artifact.json_files import write_json
+from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.artifact.plain_files import (
+    WAY_OUT,
+    digest_of_file,
+    digest_of_plain,
+    list_files,
+    reason_to_refuse,
+)
+from mlflow_safeflavor.errors import IntegrityError
+
+__all__ = ["digest_json", "find_broken_files", "read_manifest", "write_manifest"]
+
+_MANIFEST_VERSION = 1
+_MAX_GUARDED = 10**7  # characters; the largest ever seen had some thousand
+
+
+def digest_json(value: object) -> str:
+    """SHA-256 of a JSON-able value, independent of key order.
+
+    Raises:
+        IntegrityError: It is no JSON, or larger than anything that was ever meant: a few lines of YAML
+            can name one list a billion times.
+    """
+    digest, size = hashlib.sha256(), 0
+    try:
+        for part in json.JSONEncoder(sort_keys=True, default=str).iterencode(value):
+            digest.update(part.encode())
+            size += len(part)
+            if size > _MAX_GUARDED:
+                raise ValueError(f"more than {_MAX_GUARDED} characters")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise IntegrityError(
+            "MLmodel holds something that no model was saved with", where=Layout.MLMODEL, found=error, way_out=WAY_OUT
+        ) from None
+    return digest.hexdigest()
+
+
+def write_manifest(layout: Layout, *, mlmodel: Mapping[str, Any]) -> None:
+    """Record size and SHA-256 of every file, and the parts of ``MLmodel`` that predictions depend on.
+
+    ``MLmodel`` itself cannot be listed: MLflow adds run, model and registry ids to it later.
+    """
+    own = (layout.MLMODEL, layout.name_of(layout.manifest))
+    files = {
+        name: {"sha256": digest_of_file(layout.root / name), "size": facts.st_size}
+        for name, facts in list_files(layout.root).items()
+        if name not in own
+    }
+    content = {"version": _MANIFEST_VERSION, "mlmodel": digest_json(mlmodel), "files": files}
+    write_json(layout.manifest, {**content, "sha256": digest_json(content)})
+
+
+def read_manifest(layout: Layout) -> dict[str, Any]:
+    """The manifest, with its shape and its names checked.
+
+    Raises:
+        IntegrityError: It is missing or malformed, or a name in it points outside the artifact.
+    """
+    manifest = layout.read_json(layout.manifest)
+    where = layout.name_of(layout.manifest)
+    try:
+        version, files, mlmodel = manifest["version"], manifest["files"], manifest["mlmodel"]
+        well_formed = (
+            set(manifest) == {"version", "files", "mlmodel", "sha256"}
+            and version == _MANIFEST_VERSION
+            and isinstance(mlmodel, str)
+            and all(
+                set(entry) == {"sha256", "size"} and type(entry["size"]) is int and type(entry["sha256"]) is str
+                for entry in files.values()
+            )
+        )
+    except (KeyError, TypeError, AttributeError):
+        well_formed = False
+    if not well_formed:
+        raise IntegrityError("The manifest is malformed", where=where, way_out=WAY_OUT)
+    for name in files:
+        pure = PurePosixPath(name)
+        too_long = any(len(part.encode(errors="replace")) > 255 for part in pure.parts) or len(name) > 4096
+        if too_long or pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name or "\\" in name:
+            raise IntegrityError(
+                "The manifest names no path inside the artifact", where=where, found=repr(name[:300]), way_out=WAY_OUT
+            )
+    # Some of its lines nobody compares with anything: the weights are hashed tensor by tensor.
+    if manifest["sha256"] != digest_json({name: manifest[name] for name in manifest.keys() - {"sha256"}}):
+        raise IntegrityError("The manifest is not the one that was saved", where=where, way_out=WAY_OUT)
+    return dict(manifest)
+
+
+def find_broken_files(
+    layout: Layout, *, mlmodel: Mapping[str, Any], digests: bool, elsewhere: frozenset[str] = frozenset()
+) -> Iterator[str]:
+    """Differences between the manifest and the files, one sentence each.
+
+    Args:
+        layout: The artifact.
+        mlmodel: The parts of ``MLmodel`` that ``write_manifest`` was given.
+        digests: Also read and hash every file; otherwise only names and sizes are compared.
+        elsewhere: Names whose bytes somebody else hashes (the weights, tensor by tensor).
+    """
+    manifest, there = read_manifest(layout), list_files(layout.root)
+    files = manifest["files"]
+    if manifest["mlmodel"] != digest_json(mlmodel):
+        yield f"{layout.MLMODEL}: its flavors or signature are not the ones that were saved"
+    for name, entry in files.items():
+        if name not in there:
+            yield f"{name}: is missing{_link_above(layout.root, name)}"
+        elif kind := reason_to_refuse(there[name].st_mode):
+            yield f"{name}: is {kind}, wanted a plain file"
+        elif (size := there[name].st_size) != entry["size"]:
+            yield f"{name}: has {size} bytes, wanted {entry['size']}"
+        elif size > (limit := layout.limit_of(name) or size):
+            yield f"{name}: has {size} bytes, of such a file at most {limit} are read"
+        elif digests and name not in elsewhere and (found := digest_of_plain(layout.root / name)) != entry["sha256"]:
+            yield f"{name}: has SHA-256 {found[:12]}…, wanted {entry['sha256'][:12]}…"
+    # A file nobody recorded could be imported (code/) or read in place of another (safeflavor/).
+    manifest_name = layout.name_of(layout.manifest)
+    for name, facts in there.items():
+        if name.partition("/")[0] in (layout.CODE, layout.DATA) and name not in files and name != manifest_name:
+            kind = reason_to_refuse(facts.st_mode)
+            yield f"{name}: {f'is {kind}, and ' if kind else ''}was not there when the model was saved"
+
+
+def _link_above(root: Path, name: str) -> str:
+    """Names a folder that is a symbolic link: nobody would look at what is behind it."""
+    links = (parent for parent in PurePosixPath(name).parents if (root / parent).is_symlink())
+    link = next((parent.as_posix() for parent in links if parent.as_posix() != "."), None)
+    return f", as {link} is a symbolic link" if link else ""

@@ -1,0 +1,105 @@
+"""A checked forward: what it takes, what it gives, and what it does in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlflow_safeflavor.graph.weights import Place
+
+__all__ = ["Graph", "Input", "Weight", "describe_input", "lines_of"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """An argument of the forward.
+
+    Attributes:
+        name: As the task gives it.
+        dtype: Like ``int64``.
+        shape: Sizes; a text for one that may be any: equal texts are equal sizes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the artifact that the graph takes.
+
+    Attributes:
+        dtype: Like ``float32``.
+        shape: Sizes.
+        place: Its bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    place: Place
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A checked forward.
+
+    Attributes:
+        content: The model as ONNX Runtime gets it.
+        inputs: What it takes.
+        outputs: What it gives, in its order.
+        weights: By name.
+        nodes: Operator, inputs and outputs of each, in the order in which they run.
+        lookups: Input whose values are rows of a table → how many rows the shortest such table has.
+        reused: Bytes of weights and constants, for each use but the first: what fusions may copy.
+    """
+
+    content: bytes
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    weights: Mapping[str, Weight]
+    nodes: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
+    lookups: Mapping[str, int]
+    reused: int
+
+    def misfit(self, inputs: Mapping[str, Any]) -> str | None:
+        """What keeps the graph from running on these arrays, in words; None if nothing does."""
+        if inputs.keys() != {known.name for known in self.inputs}:
+            return f"arguments {sorted(inputs)}, not {sorted(known.name for known in self.inputs)}"
+        sizes: dict[str, int] = {}
+        for known in self.inputs:
+            array = inputs[known.name]
+            shape, dtype = tuple(array.shape), str(array.dtype)
+            right = dtype == known.dtype and len(shape) == len(known.shape)
+            for size, wanted in zip(shape, known.shape, strict=False):
+                right &= size == (sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted)
+            if not right:
+                return f"{known.name} {dtype}{list(shape)}, not {describe_input(known)}"
+        return None
+
+    def require_rows(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse what asks for a row that a table does not have: the standard counts negative ones from its end.
+
+        Raises:
+            IndexError: As torch does.
+        """
+        for name, rows in self.lookups.items():
+            least, most = int(inputs[name].min(initial=0)), int(inputs[name].max(initial=0))
+            if least < 0 or most >= rows:
+                raise IndexError(f"{name} has {least if least < 0 else most}, which is no row of a table of {rows}")
+
+
+def describe_input(known: Input) -> str:
+    """``int64[rows, length]``."""
+    return f"{known.dtype}[{', '.join(map(str, known.shape))}]"
+
+
+def lines_of(graph: Graph) -> Iterator[str]:
+    """The graph to be read: one line an input, a weight, a node and an output."""
+    for known in graph.inputs:
+        yield f"input {known.name}: {describe_input(known)}"
+    for name, weight in graph.weights.items():
+        yield f"weight {name}: {weight.dtype}{list(weight.shape)}"
+    for operator, inputs, outputs in graph.nodes:
+        yield f"{', '.join(outputs)} = {operator}({', '.join(name or '-' for name in inputs)})"

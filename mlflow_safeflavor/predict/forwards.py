@@ -1,0 +1,80 @@
+"""Forwards of a model, one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import cast
+
+from mlflow_safeflavor.environment.threads import use_threads
+from mlflow_safeflavor.module.failures import is_out_of_memory, named_failure
+from mlflow_safeflavor.predict.attended import Attended
+from mlflow_safeflavor.predict.state import State
+from mlflow_safeflavor.predict.ticket import Ticket
+from mlflow_safeflavor.predict.turns import next_batch
+from mlflow_safeflavor.tasks.engine import Engine
+
+__all__ = ["run_here", "serve"]
+
+
+def run_here(state: State, ticket: Ticket) -> None:
+    """All of a request, in the thread of its caller."""
+    try:
+        while ticket.waiting:
+            _run_batch(state, next_batch(state, [ticket]))
+    finally:
+        with state.arrived:
+            state.running = False
+            if state.tickets:
+                state.arrived.notify()
+
+
+def serve(state: State) -> None:
+    """Whatever waits, in the model's own thread."""
+    if not state.anywhere:
+        use_threads(state.num_threads)
+    while True:
+        with state.arrived:
+            state.tickets[:] = [ticket for ticket in state.tickets if ticket.waiting and not ticket.abandoned]
+            while (state.running or not state.tickets) and not state.stopped:
+                state.arrived.wait()
+            if state.stopped:
+                return
+            state.running = True
+            tickets = list(state.tickets)
+        try:
+            _run_batch(state, next_batch(state, tickets))
+        except BaseException as error:  # a task's bug must not leave anybody waiting for ever
+            for ticket in tickets:
+                ticket.fail(named_failure(error))
+        state.running = False  # nobody comes between: what was run is among the tickets until this thread goes on
+        tickets.clear()  # until the next request, which may come much later
+
+
+def _run_batch(state: State, batch: Sequence[tuple[Ticket, int]]) -> None:
+    """One forward. If it fails, every request alone, so that only those fail that are to blame.
+
+    Where memory ran out, both halves of the batch by themselves, down to a single piece.
+    """
+    batch = [(ticket, i) for ticket, i in batch if not ticket.abandoned]
+    if not batch:
+        return
+    tickets = list(dict.fromkeys(ticket for ticket, _ in batch))
+    try:
+        engine = cast("Engine", Attended(state.engine, tickets))
+        outputs = state.task.forward(engine, [ticket.pieces[i] for ticket, i in batch], tickets[0].params)
+        for (ticket, i), output in zip(batch, outputs, strict=True):
+            ticket.give(i, output)
+        return
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise  # not the model's failure: somebody interrupts the caller who runs this
+        if len(batch) > 1 and is_out_of_memory(error):
+            parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+        elif len(tickets) > 1:
+            parts = [[(ticket, i) for ticket, i in batch if ticket is one] for one in tickets]
+        else:
+            tickets[0].fail(named_failure(error))
+            return
+    for part in parts:  # out of the block above: the error's frames hold the memory of what has failed
+        _run_batch(state, part)

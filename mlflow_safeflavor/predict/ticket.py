@@ -1,0 +1,64 @@
+"""A request at the model."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlflow_safeflavor.tasks.features import Features, RowOutput
+
+__all__ = ["Ticket"]
+
+
+class Ticket:
+    """A request at the model. Its pieces are answered in any order, and forgotten once nobody waits for them.
+
+    Args:
+        pieces: What the model must see.
+        costs: Of each piece.
+        params: What ``task.check_params`` returned.
+        key: The params that ``forward`` looks at; only tickets of the same key share a batch.
+    """
+
+    def __init__(
+        self, pieces: Sequence[Features], costs: Sequence[int], params: Mapping[str, Any], key: object
+    ) -> None:
+        self.pieces, self.costs, self.params, self.key = pieces, costs, params, key
+        self.waiting = deque(sorted(range(len(pieces)), key=lambda i: -costs[i]))
+        self.turn = 0
+        self.served = False
+        self.outputs: dict[int, RowOutput] = {}
+        self.error: BaseException | None = None
+        self.abandoned = False
+        self._over = threading.Event()
+
+    def wait(self, seconds: float | None) -> bool:
+        """Whether it is answered, or has failed, within so many seconds."""
+        return self._over.wait(seconds)
+
+    def result(self) -> list[RowOutput]:
+        """One output a piece, in order. Raises what the model raised."""
+        if self.error is not None:
+            raise self.error
+        return [self.outputs[i] for i in range(len(self.pieces))]
+
+    def take(self, tokens: int) -> list[int]:
+        """The next pieces, as many as ``tokens`` hold but at least one."""
+        taken: list[int] = []
+        while self.waiting and (tokens > 0 or not taken):
+            taken.append(self.waiting.popleft())
+            tokens -= self.costs[taken[-1]]
+        return taken
+
+    def give(self, i: int, output: RowOutput) -> None:
+        """Answer piece ``i``."""
+        self.outputs[i] = output
+        if len(self.outputs) == len(self.pieces):
+            self._over.set()
+
+    def fail(self, error: BaseException) -> None:
+        """Answer everything else with an exception."""
+        self.error, self.abandoned = error, True
+        self._over.set()

@@ -1,0 +1,86 @@
+"""Params of the tasks that write text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.tasks.params import Param
+from mlflow_safeflavor.tasks.text_params import TRUNCATION
+
+__all__ = ["GENERATION_PARAMS", "KEEP_LOGITS", "require_one_way"]
+
+_MOST_NEW_TOKENS = 32768
+"""Of models that count no positions: a request cannot ask for hours."""
+
+_LEAST, _MOST = 1e-9, 1e9
+"""Scores are divided by such numbers in float32, one after the other: beyond, they would become 0, infinite or NaN."""
+_POSITIVE = f"a number from {_LEAST:g} to {_MOST:g}"
+
+
+def _is_positive(value: float) -> bool:
+    return _LEAST <= value <= _MOST
+
+
+GENERATION_PARAMS = (
+    Param(
+        "max_new_tokens",
+        "long",
+        default=64,
+        wanted=f"a whole number from 1 to {_MOST_NEW_TOKENS}",
+        allows=lambda value: 1 <= value <= _MOST_NEW_TOKENS,
+    ),
+    Param("do_sample", "boolean", default=False, wanted="true or false"),
+    Param("temperature", "double", default=1.0, wanted=_POSITIVE, allows=_is_positive),
+    Param(
+        "top_p",
+        "double",
+        default=1.0,
+        wanted=f"a number from {_LEAST:g} to 1",
+        allows=lambda value: _LEAST <= value <= 1,
+    ),
+    Param(
+        "top_k",
+        "long",
+        default=50,
+        wanted="a whole number of at least 1, or 0 for all tokens",
+        allows=lambda value: value >= 0,
+        none_is=0,
+    ),
+    Param("num_beams", "long", default=1, wanted="a whole number from 1 to 64", allows=lambda value: 1 <= value <= 64),
+    Param("repetition_penalty", "double", default=1.0, wanted=_POSITIVE, allows=_is_positive),
+    Param(
+        "seed",
+        "long",
+        default=-1,
+        wanted="a whole number of at least 0, or -1 for other draws each time",
+        allows=lambda value: -1 <= value < 2**63,
+        none_is=-1,
+    ),
+    Param("stop", "string", default=[], wanted="a list of texts, none of them empty", allows=all, many=True),
+    Param(
+        "max_length",
+        "long",
+        default=0,
+        wanted="0: it would count what is read and what is written together; max_new_tokens says how much is written",
+        allows=lambda value: value == 0,
+        none_is=0,
+    ),
+    TRUNCATION,
+)
+"""``max_length`` is declared so that MLflow does not drop it without an error: it may not be used."""
+
+KEEP_LOGITS = Param("keep_logits", "boolean", default=False, wanted="true or false")
+"""For golden rows, which are compared by them; beside many rows they would fill the memory. In no signature."""
+
+
+def require_one_way(params: Mapping[str, Any]) -> None:
+    """Refuse params that ask for beams and draws at once. Raises ``InputError``."""
+    if params["do_sample"] and params["num_beams"] > 1:
+        raise InputError(
+            "Beams are searched, not sampled",
+            where="params, 'do_sample' and 'num_beams'",
+            wanted="num_beams 1 with do_sample, or do_sample false with beams",
+            found=f"num_beams {params['num_beams']}",
+        )

@@ -1,0 +1,83 @@
+"""Texts in rows: texts indeed, which can be encoded and are not too long."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.tasks.inputs.caps import Caps
+from mlflow_safeflavor.tasks.inputs.rows import Row
+from mlflow_safeflavor.tasks.inputs.wording import describe_value, place
+
+__all__ = ["require_clean", "require_texts"]
+
+
+def require_texts(rows: Sequence[Row], columns: Mapping[str, str | None]) -> None:
+    """Refuse rows in which a field of ``columns`` is anything but a text.
+
+    Raises:
+        InputError: Names the first such row and column.
+    """
+    for i, row in enumerate(rows):
+        for field, column in columns.items():
+            value = row.get(field)
+            if not isinstance(value, str):
+                raise InputError(
+                    "A value is not a text",
+                    where=place(i, column),
+                    wanted="a str (it may be empty)",
+                    found=describe_value(value) if field in row else "no such column",
+                    way_out="convert it first, for example data[column].astype(str); drop or fill missing values",
+                )
+
+
+def require_clean(value: Any, where: str, caps: Caps | None = None) -> None:
+    """Refuse a cell or param with a text, at any depth, that cannot be encoded as UTF-8 or is too long.
+
+    Args:
+        value: Anything.
+        where: Row and column, or param, for messages.
+        caps: With the most characters that all its texts may have together; None where they are files.
+
+    Raises:
+        InputError: Names ``where``.
+    """
+    characters = 0
+    for text in _texts_in(value):
+        characters += len(text)
+        if not (text.isascii() or _is_unicode(text)):
+            raise InputError(
+                "A text holds half of a surrogate pair, which nothing can read",
+                where=where,
+                wanted="a str that can be encoded as UTF-8",
+                found=ascii(reprlib.repr(text)),
+                way_out='clean it first, for example text.encode("utf-8", "replace").decode()',
+            )
+    if caps is not None:
+        caps.require("max_characters", characters, "A text is too long", where=where, instead="cut or split it")
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, Mapping):
+            waiting += [*part.keys(), *part.values()]
+        elif isinstance(part, (list, tuple, set, frozenset)):
+            waiting += part
+        elif isinstance(part, np.ndarray) and part.dtype.kind in "OU":
+            waiting += part.ravel().tolist()
+
+
+def _is_unicode(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,35 @@
+"""Windows: a long text, cut into parts that overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["count_windows", "windows"]
+
+
+def count_windows(tokens: int, room: int, overlap: int) -> int:
+    """How many ``windows`` there are of so many tokens."""
+    return len(range(0, max(1, tokens - overlap), room - overlap))
+
+
+def windows(row: Mapping[str, list[Any]], sequence: int, room: int, overlap: int) -> Iterator[dict[str, list[Any]]]:
+    """Cut one text of an encoded row into windows; each has all the other tokens, too.
+
+    The windows are those of transformers' tokenizers with ``stride`` and ``return_overflowing_tokens``.
+
+    Args:
+        row: What ``TextEncoder.encode`` made, uncut and with spans.
+        sequence: Which text is cut: 0, or 1 for the second one.
+        room: Most tokens of that text in a window.
+        overlap: How many tokens two neighbours share; less than ``room``.
+
+    Returns:
+        At least one row, from left to right.
+    """
+    body = [i for i, text in enumerate(row["sequence_ids"]) if text == sequence]
+    rest = [i for i, text in enumerate(row["sequence_ids"]) if text != sequence]
+    starts = range(0, max(1, len(body) - overlap), room - overlap)
+    for start in starts:
+        positions = sorted(rest + body[start : start + room])
+        yield {name: [values[i] for i in positions] for name, values in row.items()}
