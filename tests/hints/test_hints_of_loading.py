@@ -183,7 +183,7 @@ def test_a_constructor_that_depends_on_the_process(save, user_code, monkeypatch)
     others = [save(model, **given, graph="only")]
     monkeypatch.setenv("MOOD", "more")
     wrong(WeightsError, path, **CODE)
-    monkeypatch.setattr("mlflow_safeflavor.module.fill.fill", lambda *given: None)
+    monkeypatch.setattr("mlflow_safeflavor.module.rebuild.fill", lambda *given: None)
     wrong(WeightsError, path, **CODE)
     monkeypatch.undo()
     monkeypatch.setenv("MOOD", "more")
