@@ -115,7 +115,7 @@ class ModelSpec:
     """Facts about one saved model that everything else is derived from.
 
     Attributes:
-        task: Name in ``mlflow_safeflavor.tasks.TASKS``.
+        task: Name in ``mlflow_safeflavor.tasks.table.TASKS``.
         dtype: Serving dtype of the floating point weights; one of ``DTYPES`` or ``AS_IS``.
         structure: How the module is rebuilt; one of ``STRUCTURE_KINDS``.
         model_class: ``module:qualname`` of the module's class.
