@@ -19,7 +19,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 ML
 # One thread a test process: `-n $(JOBS)` already fills the cores, and sums come in one order.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv test test-here test-docker matrix sweep graphs check bench demo codebuggy stack stack-down clean
+.PHONY: help venv test unit test-here test-docker matrix sweep graphs check bench demo codebuggy stack stack-down clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -45,6 +45,9 @@ stack-down: $(STAMP)  ## stop all that `make stack` started
 
 # The Docker tests apart, in one process: they share an engine, and images that take minutes to build.
 test: test-here test-docker  ## run the tests
+
+unit: $(STAMP)  ## tests of one light room, in seconds: make unit ROOM=predict
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -q -p no:cacheprovider tests/unit/$(ROOM) $(ARGS)
 
 test-here: $(STAMP)
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "not docker" $(ARGS)

@@ -56,7 +56,7 @@ LEGS = [
 # They use what newer releases of their requirements lack (FallbackAsyncAdaptedQueuePool, pkg_resources, app.route).
 LIMITS = {"2.9": ["sqlalchemy<2.1", "setuptools>=77,<82"], "2.22": ["sqlalchemy<2.1", "starlette<1"]}
 
-LIGHT = ["test_cpu", "test_environment", "test_requirements", "test_rows", "matrix/test_without_torch"]
+LIGHT = ["unit/environment", "unit/tasks/test_rows.py", "matrix/test_without_torch.py"]
 """Tests that run where neither torch nor transformers is installed; the few of them that need torch skip."""
 
 SAVED, OWN = REPOSITORY / ".nox" / "saved", REPOSITORY / ".nox" / "project"
@@ -84,7 +84,7 @@ def matrix(session: nox.Session, transformers: str, mlflow: str) -> None:
     session.install(*_torch(str(session.python)))
     wanted = [f"transformers{TRANSFORMERS[transformers]}", f"mlflow{MLFLOW[mlflow]}"]
     session.install("--editable", ".[demo]", *wanted, *LIMITS.get(mlflow, []), "pytest>=8.2")
-    _test(session, "matrix/test_other_releases")
+    _test(session, "matrix/test_other_releases.py")
 
 
 @nox.session(python="3.11", tags=["ci"], requires=["saved"])
@@ -94,7 +94,7 @@ def without_transformers(session: nox.Session) -> None:
     session.install(*_torch(str(session.python)))
     session.install(*_requirements_without("torch", "transformers"), "pytest>=8.2")
     session.install("--no-deps", "--editable", ".")
-    _test(session, "matrix/test_without_transformers")
+    _test(session, "matrix/test_without_transformers.py")
 
 
 @nox.session(python=["3.10", "3.12", "3.13"], tags=["ci"], requires=["saved"])
@@ -149,5 +149,5 @@ def _requirements_without(*names: str) -> list[str]:
 def _test(session: nox.Session, *files: str) -> None:
     given = {"SAFEFLAVOR_MATRIX_PYTHON": sys.executable, "SAFEFLAVOR_MATRIX_SAVED": str(SAVED)}
     # Old releases warn about the new ones of what they are built on.
-    command = ["python", "-m", "pytest", "-W", "ignore", *(f"tests/{file}.py" for file in files), *session.posargs]
+    command = ["python", "-m", "pytest", "-W", "ignore", *(f"tests/{file}" for file in files), *session.posargs]
     session.run(*command, env={**OFFLINE, **ONE_THREAD, **given})

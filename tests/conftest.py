@@ -22,12 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mlflow
 import pytest
 
-from mlflow_safeflavor.environment.record import record
-
-# torch, and what is built on it, is imported where it is used: some tests also run without.
+# torch, MLflow, and what is built on them, are imported where they are used: some tests run without, and all the
+# faster.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -43,9 +41,8 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    if importlib.util.find_spec("torch"):
-        import torch
-
+    """Of torch, where a test module has imported it; `make` sets OMP_NUM_THREADS for what imports it later."""
+    if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
 
 
@@ -85,7 +82,7 @@ def _is_loopback(host: str) -> bool:
 @pytest.hookimpl(tryfirst=True)  # fixtures of a module save models, too
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Recording a graph takes seconds, so it is left to the tests that are about graphs or what serves them."""
-    if importlib.util.find_spec("torch") is None:
+    if "torch" not in sys.modules:  # this test saves nothing
         return
     from mlflow_safeflavor.save import graph
 
@@ -206,6 +203,8 @@ class Site:
         return info
 
     def record(self, *roots, **options):
+        from mlflow_safeflavor.environment.record import record
+
         return record(roots, torch_build={}, path=self.path, **options)
 
     def closure(self, *roots, **options):
@@ -226,6 +225,8 @@ def site(tmp_path: Path) -> Site:
 @pytest.fixture(scope="session")
 def _empty_store(tmp_path_factory) -> Path:
     """A store with its tables made, which takes MLflow seconds."""
+    import mlflow
+
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
@@ -234,6 +235,8 @@ def _empty_store(tmp_path_factory) -> Path:
 @pytest.fixture
 def tracking(tmp_path: Path, _empty_store: Path) -> Iterator[str]:
     """URI of an empty sqlite tracking store, in use until the test ends; artifacts lie beside it."""
+    import mlflow
+
     uri = f"sqlite:///{shutil.copy(_empty_store, tmp_path / 'mlflow.db')}"
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)

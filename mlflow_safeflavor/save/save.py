@@ -87,8 +87,8 @@ def save_model(
         tokenizer: Fast tokenizer of the model; not needed with a pipeline or folder.
         processor: Image processor or feature extractor of a model of images or sounds; not needed with a pipeline or
             folder.
-        task: A name in ``mlflow_safeflavor.tasks.table.TASKS``, as transformers' pipelines call them, or "custom" or "raw";
-            by default told from the model's class.
+        task: A name in ``tasks.table.TASKS``, as transformers' pipelines call them, or "custom" or "raw"; by default
+            told from the model's class.
         dtype: Serving dtype that weights are stored in: "float32", "bfloat16", "float16" or "float64"; or "as-is", so
             that every tensor keeps its own. By default float32, and a cast to it is logged and recorded.
         input_columns: Field of the task → column name in requests, e.g. ``{"text": "buggy_code",

@@ -13,7 +13,7 @@ from mlflow_safeflavor.artifact.plain_files import WAY_OUT
 
 TESTS = Path(__file__).parents[1]
 
-_WRAPPERS = "test_attributes.py::test_wrappers_are_named_with_the_line_that_takes_them_off"
+_WRAPPERS = "unit/module/test_attributes.py::test_wrappers_are_named_with_the_line_that_takes_them_off"
 _WHEELS = "test_dockerfile.py::test_the_way_out_of_a_wheel_that_has_moved"
 
 _PINS = "test_used.py::test_lines_of_the_users_own_stay_and_what_they_lack_is_told"

@@ -21,7 +21,7 @@ from mlflow_safeflavor.environment.record import record
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import EnvironmentMismatchError, IntegrityError
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[3]
 REAL_ROOTS = ("torch", "transformers", "tokenizers", "safetensors", "mlflow")
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch to be installed")
 
