@@ -162,10 +162,11 @@ class Target(Layout):
 
 
 MAY_IMPORT = re.compile(
-    r"transformers\.(models\.\w+(\.(modeling|configuration)_\w+|\.\w+_auto)?|(image|video)_processing_\w+)"
+    r"mlflow_safeflavor(\.\w+)+"
+    r"|transformers\.(models\.\w+(\.(modeling|configuration)_\w+|\.\w+_auto)?|(image|video)_processing_\w+)"
 )
-"""What a hostile load may import that an honest one does not: what defines models, and transformers' own tables. No
-pipeline, no timm."""
+"""What a hostile load may import that no load before it did: this package's own modules, what defines models, and
+transformers' own tables. No pipeline, no timm."""
 
 ATTACKS: list[Attack] = []
 SAME = "same"
