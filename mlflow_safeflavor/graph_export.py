@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mlflow_safeflavor import graph_rewrites
 from mlflow_safeflavor.graph_proof import TEXT, Refusal
 from mlflow_safeflavor.graph_weights import Place
 from mlflow_safeflavor.inventory import Slot
@@ -237,6 +238,7 @@ def _simplify(model: Any, slots: Sequence[Slot]) -> None:
 
     optimizer.optimize_ir(model, output_size_limit=_MOST_FOLDED, should_fold=should_fold)
     onnx_fusions.fuse(model)
+    graph_rewrites.fit_kernels(model)
 
 
 def _weights(graph: Any, places: Mapping[str, Place], slots: Sequence[Slot]) -> dict[Any, tuple[str, Place]]:
