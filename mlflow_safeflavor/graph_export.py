@@ -128,7 +128,7 @@ def _trace(module: torch.nn.Module, example: Inputs, free: Mapping[str, set[int]
         name: {i: auto if i in free[name] else static for i in range(tensor.dim())} for name, tensor in example.items()
     }
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), _bounded_sizes():
             program = torch.export.export(Forward(module), (dict(example),), dynamic_shapes=(dims,), strict=False)
             called = {node.target for node in program.graph.nodes}
             if any(_is_mutable(target) for target in called) or called & _CUTS:
@@ -152,6 +152,30 @@ def _split(tensor: torch.Tensor, size: int, dim: int = 0) -> Any:
 
 _CUTS = {torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default}
 """Become slices where sizes are free: there onnxscript makes a sequence of parts, at which its optimizer fails."""
+
+
+_MOST_OPERATIONS = 64
+"""Of one size, from those of the inputs; audio models with seven convolutions need some twenty."""
+
+
+@contextmanager
+def _bounded_sizes() -> Iterator[None]:
+    """Give up where sizes become too involved: the tracer would compare them for minutes, or for ever.
+
+    Windows of images double them with each layer (Swin); with one size of images there are none.
+    """
+
+    def look(module: torch.nn.Module, arguments: Any, outputs: Any) -> None:
+        for tensor in outputs if isinstance(outputs, tuple | list) else (outputs,):
+            for size in tensor.shape if isinstance(tensor, torch.Tensor) else ():
+                if not isinstance(size, int) and size.node.expr.count_ops() > _MOST_OPERATIONS:
+                    raise Refusal("what becomes of free sizes is too involved")
+
+    handle = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _is_mutable(target: Any) -> bool:

@@ -439,6 +439,18 @@ class Attends(nn.Module):
         return {"y": nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)}
 
 
+class Windows(nn.Module):
+    """Pads to whole windows, of another size each time."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.size = sizes[0]
+        self.next = Windows(*sizes[1:]) if sizes[1:] else nn.Identity()
+
+    def forward(self, x):
+        return self.next(nn.functional.pad(x, (0, (self.size - x.shape[1] % self.size) % self.size)))
+
+
 class Twice(nn.Module):
     """Gives its input, a weight, and one tensor under two names."""
 
@@ -491,6 +503,13 @@ def test_masks_that_are_the_same_for_all_queries():
     graph, facts = record(Attends(), *given)
     assert "Attention" in {operator for operator, *_ in graph.nodes}
     assert facts["onnx"].sizes["rows"] >= {1, 2, 7, 32}
+
+
+@pytest.mark.parametrize(("count", "width"), [(2, "x_1"), (7, 12)])
+def test_free_sizes_that_become_too_involved_are_fixed(count, width):
+    module = Windows(*(7, 5, 9, 4, 11, 6, 8)[:count])
+    graph, _ = record(module, torch.randn(3, 12), torch.randn(2, 12))
+    assert [known.shape for known in graph.inputs] == [("rows", width)]
 
 
 def test_outputs_that_are_something_else_already():
