@@ -133,7 +133,9 @@ def _trace(module: torch.nn.Module, example: Inputs, free: Mapping[str, set[int]
             called = {node.target for node in program.graph.nodes}
             if any(_is_mutable(target) for target in called) or called & _CUTS:
                 # Which tells what is changed, and makes splits of chunks.
-                program = program.run_decompositions({torch.ops.aten.split.Tensor: _split})
+                program = program.run_decompositions(
+                    {torch.ops.aten.split.Tensor: _split, torch.ops.aten.col2im.default: _fold}
+                )
     except Exception as error:  # so has the tracer
         raise Refusal(f"torch.export: {_first_line(error)}") from error
     changed = program.graph_signature
@@ -150,8 +152,29 @@ def _split(tensor: torch.Tensor, size: int, dim: int = 0) -> Any:
     return [tensor.narrow(dim, start, min(size, length - start)) for start in starts]
 
 
-_CUTS = {torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default}
-"""Become slices where sizes are free: there onnxscript makes a sequence of parts, at which its optimizer fails."""
+def _fold(
+    parts: torch.Tensor,
+    size: Sequence[int],
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Any:
+    if list(kernel) != list(stride) or set(dilation) != {1} or any(padding):
+        return NotImplemented  # parts overlap
+    down, across = size[0] // kernel[0], size[1] // kernel[1]
+    before = len(parts.shape) - 2
+    tiles = parts.reshape(*parts.shape[:before], -1, *kernel, down, across)
+    order = [*range(before + 1), *(before + i for i in (3, 1, 4, 2))]
+    whole = tiles.permute(order).reshape(*parts.shape[:before], -1, down * kernel[0], across * kernel[1])
+    return torch.nn.functional.pad(whole, (0, size[1] - whole.shape[-1], 0, size[0] - whole.shape[-2]))
+
+
+_CUTS = {torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default, torch.ops.aten.col2im.default}
+"""Cuts become slices where sizes are free: there onnxscript makes a sequence of parts, at which its optimizer fails.
+
+Parts side by side are put together by moving axes, without Col2Im, which no graph may hold.
+"""
 
 
 _MOST_OPERATIONS = 64

@@ -439,6 +439,14 @@ class Attends(nn.Module):
         return {"y": nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)}
 
 
+class Patches(nn.Module):
+    """Works on patches of an image, and puts it together again."""
+
+    def forward(self, x):
+        parts = nn.functional.unfold(x, (2, 3), stride=(2, 3))
+        return {"y": nn.functional.fold(parts * parts[..., :1], x.shape[-2:], (2, 3), stride=(2, 3))}
+
+
 class Windows(nn.Module):
     """Pads to whole windows, of another size each time."""
 
@@ -503,6 +511,12 @@ def test_masks_that_are_the_same_for_all_queries():
     graph, facts = record(Attends(), *given)
     assert "Attention" in {operator for operator, *_ in graph.nodes}
     assert facts["onnx"].sizes["rows"] >= {1, 2, 7, 32}
+
+
+def test_patches_side_by_side():
+    graph, facts = record(Patches(), torch.randn(3, 2, 8, 10), torch.randn(2, 2, 6, 6))
+    assert [known.shape[0] for known in graph.inputs] == ["rows"]
+    assert facts["onnx"].inputs > 20
 
 
 @pytest.mark.parametrize(("count", "width"), [(2, "x_1"), (7, 12)])
