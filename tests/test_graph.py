@@ -417,6 +417,51 @@ class Parts(nn.Module):
         return {"y": a * b[: x.shape[0]] + c.sum(0)}
 
 
+class Turns(nn.Module):
+    """Turns pairs of numbers by their place, which is the same in all rows."""
+
+    def forward(self, x):
+        heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        places = torch.arange(x.shape[1])[None, :, None] * torch.tensor([1.0, 0.1])
+        angles = torch.cat((places, places), -1)
+        cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+        half = torch.cat((-heads[..., 2:], heads[..., :2]), -1)
+        return {"y": heads * cos + half * sin}
+
+
+class Attends(nn.Module):
+    """With one mask for all places, of the lowest number, as older models make it."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 8)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.table(input_ids).unflatten(-1, (2, 4)).transpose(1, 2)
+        mask = (1 - attention_mask[:, None, None].to(x.dtype)) * torch.finfo(x.dtype).min
+        return {"y": nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)}
+
+
+class Patches(nn.Module):
+    """Works on patches of an image, and puts it together again."""
+
+    def forward(self, x):
+        parts = nn.functional.unfold(x, (2, 3), stride=(2, 3))
+        return {"y": nn.functional.fold(parts * parts[..., :1], x.shape[-2:], (2, 3), stride=(2, 3))}
+
+
+class Windows(nn.Module):
+    """Pads to whole windows, of another size each time."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.size = sizes[0]
+        self.next = Windows(*sizes[1:]) if sizes[1:] else nn.Identity()
+
+    def forward(self, x):
+        return self.next(nn.functional.pad(x, (0, (self.size - x.shape[1] % self.size) % self.size)))
+
+
 class Twice(nn.Module):
     """Gives its input, a weight, and one tensor under two names."""
 
@@ -431,7 +476,8 @@ class Twice(nn.Module):
 
 def record(module, *examples, limit=None):
     module = module.eval().requires_grad_(False)
-    return recording.record(module, find_slots(module), {}, [{"x": x} for x in examples], limit=limit)
+    examples = [x if isinstance(x, dict) else {"x": x} for x in examples]
+    return recording.record(module, find_slots(module), {}, examples, limit=limit)
 
 
 @pytest.mark.parametrize(
@@ -452,6 +498,35 @@ def test_forwards_without_a_graph(cls, reason):
 def test_parts_of_a_free_size(cut):
     graph, _ = record(Parts(cut), torch.randn(3, 4), torch.randn(5, 4))
     assert [known.shape[0] for known in graph.inputs] == ["rows"]
+
+
+def test_angles_that_are_the_same_in_all_rows():
+    graph, facts = record(Turns(), torch.randn(3, 5, 8), torch.randn(2, 4, 8))
+    operators = {operator for operator, *_ in graph.nodes}
+    assert operators & {"RotaryEmbedding", "Neg"} == {"RotaryEmbedding"}
+    assert facts["onnx"].sizes["rows"] >= {1, 2, 7, 32}
+
+
+def test_masks_that_are_the_same_for_all_queries():
+    """And rows of nothing but padding, over which torch takes the mean."""
+    ids = torch.arange(18).reshape(3, 6) % 9
+    given = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in (ids, ids[:, :4])]
+    graph, facts = record(Attends(), *given)
+    assert "Attention" in {operator for operator, *_ in graph.nodes}
+    assert facts["onnx"].sizes["rows"] >= {1, 2, 7, 32}
+
+
+def test_patches_side_by_side():
+    graph, facts = record(Patches(), torch.randn(3, 2, 8, 10), torch.randn(2, 2, 6, 6))
+    assert [known.shape[0] for known in graph.inputs] == ["rows"]
+    assert facts["onnx"].inputs > 20
+
+
+@pytest.mark.parametrize(("count", "width"), [(2, "x_1"), (7, 12)])
+def test_free_sizes_that_become_too_involved_are_fixed(count, width):
+    module = Windows(*(7, 5, 9, 4, 11, 6, 8)[:count])
+    graph, _ = record(module, torch.randn(3, 12), torch.randn(2, 12))
+    assert [known.shape for known in graph.inputs] == [("rows", width)]
 
 
 def test_outputs_that_are_something_else_already():

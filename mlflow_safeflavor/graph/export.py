@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mlflow_safeflavor.graph import rewrites
 from mlflow_safeflavor.graph.proof import TEXT, Refusal
 from mlflow_safeflavor.graph.weights import Place
 from mlflow_safeflavor.module.engine import named_tensors
@@ -127,12 +128,14 @@ def _trace(module: torch.nn.Module, example: Inputs, free: Mapping[str, set[int]
         name: {i: auto if i in free[name] else static for i in range(tensor.dim())} for name, tensor in example.items()
     }
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), _bounded_sizes():
             program = torch.export.export(Forward(module), (dict(example),), dynamic_shapes=(dims,), strict=False)
             called = {node.target for node in program.graph.nodes}
             if any(_is_mutable(target) for target in called) or called & _CUTS:
                 # Which tells what is changed, and makes splits of chunks.
-                program = program.run_decompositions({torch.ops.aten.split.Tensor: _split})
+                program = program.run_decompositions(
+                    {torch.ops.aten.split.Tensor: _split, torch.ops.aten.col2im.default: _fold}
+                )
     except Exception as error:  # so has the tracer
         raise Refusal(f"torch.export: {_first_line(error)}") from error
     changed = program.graph_signature
@@ -149,8 +152,53 @@ def _split(tensor: torch.Tensor, size: int, dim: int = 0) -> Any:
     return [tensor.narrow(dim, start, min(size, length - start)) for start in starts]
 
 
-_CUTS = {torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default}
-"""Become slices where sizes are free: there onnxscript makes a sequence of parts, at which its optimizer fails."""
+def _fold(
+    parts: torch.Tensor,
+    size: Sequence[int],
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Any:
+    if list(kernel) != list(stride) or set(dilation) != {1} or any(padding):
+        return NotImplemented  # parts overlap
+    down, across = size[0] // kernel[0], size[1] // kernel[1]
+    before = len(parts.shape) - 2
+    tiles = parts.reshape(*parts.shape[:before], -1, *kernel, down, across)
+    order = [*range(before + 1), *(before + i for i in (3, 1, 4, 2))]
+    whole = tiles.permute(order).reshape(*parts.shape[:before], -1, down * kernel[0], across * kernel[1])
+    return torch.nn.functional.pad(whole, (0, size[1] - whole.shape[-1], 0, size[0] - whole.shape[-2]))
+
+
+_CUTS = {torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default, torch.ops.aten.col2im.default}
+"""Cuts become slices where sizes are free: there onnxscript makes a sequence of parts, at which its optimizer fails.
+
+Parts side by side are put together by moving axes, without Col2Im, which no graph may hold.
+"""
+
+
+_MOST_OPERATIONS = 64
+"""Of one size, from those of the inputs; audio models with seven convolutions need some twenty."""
+
+
+@contextmanager
+def _bounded_sizes() -> Iterator[None]:
+    """Give up where sizes become too involved: the tracer would compare them for minutes, or for ever.
+
+    Windows of images double them with each layer (Swin); with one size of images there are none.
+    """
+
+    def look(module: torch.nn.Module, arguments: Any, outputs: Any) -> None:
+        for tensor in outputs if isinstance(outputs, tuple | list) else (outputs,):
+            for size in tensor.shape if isinstance(tensor, torch.Tensor) else ():
+                if not isinstance(size, int) and size.node.expr.count_ops() > _MOST_OPERATIONS:
+                    raise Refusal("what becomes of free sizes is too involved")
+
+    handle = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _is_mutable(target: Any) -> bool:
@@ -237,6 +285,7 @@ def _simplify(model: Any, slots: Sequence[Slot]) -> None:
 
     optimizer.optimize_ir(model, output_size_limit=_MOST_FOLDED, should_fold=should_fold)
     onnx_fusions.fuse(model)
+    rewrites.fit_kernels(model)
 
 
 def _weights(graph: Any, places: Mapping[str, Place], slots: Sequence[Slot]) -> dict[Any, tuple[str, Place]]:

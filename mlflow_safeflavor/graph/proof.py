@@ -233,6 +233,9 @@ def _values(known: Input, sizes: Mapping[str, int], like: np.ndarray, draw: np.r
         return values
     chosen = draw.integers(like.size, size=shape)
     values = like.reshape(-1)[chosen]
+    if like.ndim == 3 and like.dtype.kind == "i" and shape[2] == like.shape[2]:  # sides of a box go together
+        boxes = like.reshape(-1, shape[2])
+        values = boxes[chosen[..., 0] % len(boxes)]
     if known.name in TEXT and like.ndim == 2 and min(shape[1], like.shape[1]) > 2:
         # Some models look for the token that ends a text, which stands in one place.
         inner = like[:, 1:-1].reshape(-1)

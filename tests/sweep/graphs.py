@@ -211,6 +211,8 @@ def _values(name: str, shape: Sequence[int], like: torch.Tensor, generator: torc
         return torch.randn(shape, generator=generator) * 0.5
     chosen = torch.randint(like.numel(), tuple(shape), generator=generator)  # ids that the model knows
     values = like.reshape(-1)[chosen]
+    if name == "bbox" and shape[-1] == like.shape[-1]:  # its corners go together
+        values = like.reshape(-1, shape[-1])[chosen[..., 0] % like.shape[:-1].numel()]
     if name == "input_ids" and len(shape) == 2 and len(like.shape) == 2:
         # A text ends with its own token, and some models look for it.
         values[values == like[0, -1]] = like[0, 0]
