@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.graph import rewrites
+from mlflow_safeflavor.graph.decompositions import CUTS, DECOMPOSITIONS
 from mlflow_safeflavor.graph.proof import TEXT, Refusal
 from mlflow_safeflavor.graph.weights import Place
 from mlflow_safeflavor.module.engine import named_tensors
@@ -131,50 +132,15 @@ def _trace(module: torch.nn.Module, example: Inputs, free: Mapping[str, set[int]
         with torch.no_grad(), _quiet(), _bounded_sizes():
             program = torch.export.export(Forward(module), (dict(example),), dynamic_shapes=(dims,), strict=False)
             called = {node.target for node in program.graph.nodes}
-            if any(_is_mutable(target) for target in called) or called & _CUTS:
+            if any(_is_mutable(target) for target in called) or called & CUTS:
                 # Which tells what is changed, and makes splits of chunks.
-                program = program.run_decompositions(
-                    {torch.ops.aten.split.Tensor: _split, torch.ops.aten.col2im.default: _fold}
-                )
+                program = program.run_decompositions(DECOMPOSITIONS)
     except Exception as error:  # so has the tracer
         raise Refusal(f"torch.export: {_first_line(error)}") from error
     changed = program.graph_signature
     if changed.buffers_to_mutate or changed.user_inputs_to_mutate:
         raise Refusal("the forward changes its buffers or inputs")
     return program
-
-
-def _split(tensor: torch.Tensor, size: int, dim: int = 0) -> Any:
-    length = tensor.shape[dim]
-    if isinstance(length, int) and isinstance(size, int):
-        return NotImplemented  # one operator, as it was
-    starts = [i * size for i in range(-(-length // size))]
-    return [tensor.narrow(dim, start, min(size, length - start)) for start in starts]
-
-
-def _fold(
-    parts: torch.Tensor,
-    size: Sequence[int],
-    kernel: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    stride: Sequence[int],
-) -> Any:
-    if list(kernel) != list(stride) or set(dilation) != {1} or any(padding):
-        return NotImplemented  # parts overlap
-    down, across = size[0] // kernel[0], size[1] // kernel[1]
-    before = len(parts.shape) - 2
-    tiles = parts.reshape(*parts.shape[:before], -1, *kernel, down, across)
-    order = [*range(before + 1), *(before + i for i in (3, 1, 4, 2))]
-    whole = tiles.permute(order).reshape(*parts.shape[:before], -1, down * kernel[0], across * kernel[1])
-    return torch.nn.functional.pad(whole, (0, size[1] - whole.shape[-1], 0, size[0] - whole.shape[-2]))
-
-
-_CUTS = {torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default, torch.ops.aten.col2im.default}
-"""Cuts become slices where sizes are free: there onnxscript makes a sequence of parts, at which its optimizer fails.
-
-Parts side by side are put together by moving axes, without Col2Im, which no graph may hold.
-"""
 
 
 _MOST_OPERATIONS = 64
