@@ -14,7 +14,7 @@ import transformers
 from architectures import ARCHITECTURES, tiny_model
 from mlflow.models.utils import _enforce_schema
 from mlflow.pyfunc.scoring_server import predictions_to_json
-from test_tokenizer import _byte_level, _unigram, _wrapped
+from other_tokenizers import byte_level, unigram, wrapped
 from transformers import AutoTokenizer, pipeline
 
 import mlflow_safeflavor
@@ -126,8 +126,8 @@ def minilm(minilm_folder):
 def other_tokenizers():
     """Tokenizers of other kinds than WordPiece: bytes, where an emoji is several tokens, and sentence pieces."""
     return {
-        "byte-level": _wrapped(_byte_level(), model_max_length=33, model_input_names=["input_ids", "attention_mask"]),
-        "unigram": _wrapped(_unigram(), model_max_length=33, model_input_names=["input_ids", "attention_mask"]),
+        "byte-level": wrapped(byte_level(), model_max_length=33, model_input_names=["input_ids", "attention_mask"]),
+        "unigram": wrapped(unigram(), model_max_length=33, model_input_names=["input_ids", "attention_mask"]),
     }
 
 

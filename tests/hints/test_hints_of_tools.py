@@ -12,11 +12,11 @@ from architectures import tiny_model
 from artifacts import edit_json, edit_mlmodel, reseal
 from click.testing import CliRunner
 from hint_rows import follows
+from requirement_files import flavor_site, lines_of, write_files  # noqa: F401  (a fixture)
 from test_dockerfile import index, model, pins_of, wheels, with_requirements  # noqa: F401  (fixtures)
 from test_hints_of_saving import code, refused, save  # noqa: F401  (fixtures)
 from test_images import SMALL, make_model, make_processor, other_processor
 from test_parity_endpoint import answering, scoring
-from test_requirements import flavor_site, lines_of, write_files  # noqa: F401  (a fixture)
 
 import mlflow_safeflavor
 from mlflow_safeflavor import generate_dockerfile, load_model, mlflow_compat

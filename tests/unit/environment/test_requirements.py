@@ -8,38 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from requirement_files import lines_of, write_files
 
 from mlflow_safeflavor.environment import requirements
-from mlflow_safeflavor.environment.files import environment_files
 from mlflow_safeflavor.environment.installed import OWN_NAME
 from mlflow_safeflavor.environment.record import record
 from mlflow_safeflavor.errors import EnvironmentMismatchError
 from mlflow_safeflavor.module import user_code
 
-
-@pytest.fixture
-def flavor_site(site):
-    """What environment_files needs at least, under the names it looks for."""
-    site.install("torch", "2.13.0+cpu", ["sympy"])
-    site.install("sympy", "1.14.0")
-    site.install("mlflow", "3.17.2", ["mlflow-skinny==3.17.2"])
-    site.install("mlflow-skinny", "3.17.2")
-    return site
-
-
-def write_files(site, folder, **options):
-    folder.mkdir(exist_ok=True)
-    recorded = environment_files(folder, ["torch", "mlflow"], torch_build={}, path=site.path, **options)
-    lines = (folder / "requirements.txt").read_text().splitlines()
-    conda, python_env = (yaml.safe_load((folder / name).read_text()) for name in ("conda.yaml", "python_env.yaml"))
-    return recorded, lines, conda, python_env
-
-
-def lines_of(pins, torch_index="auto"):
-    return requirements.requirement_lines(pins, torch_index=torch_index)
-
-
 # requirements.txt
+
+pytest_plugins = "requirement_files"
 
 
 @pytest.mark.parametrize(

@@ -10,70 +10,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from other_tokenizers import NASTY, byte_level, unigram, wrapped
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
 from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
 from mlflow_safeflavor.tasks.inputs.tokenizer import load_tokenizer, write_tokenizer
-
-NASTY = [
-    "",
-    " ",
-    "a",
-    "The quick brown fox jumps over the lazy dog.",
-    "  leading, trailing and  double spaces \t tabs \r\n newlines\n\n",
-    "naïve café ÅÄÖ ﬁ ½ e\u0301",
-    "日本語 中文 한국어 ไทย",
-    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽",
-    "مرحبا بالعالم \u202eabc\u202c שלום",
-    "nul \x00 bell \x07 zero\u200bwidth \ufeffbom \u00adsoft",
-    "[CLS] looks like [SEP] special [MASK] tokens </s> <s> <pad>",
-    "def f(x):\n    return {x: [1.5, 'a'], **{}}  # comment",
-    "word " * 150,
-    "x" * 300,
-    "".join(chr(c) for c in range(32, 600)),
-    "https://example.org/a?b=c&d=%20#e",
-]
-CORPUS = [text for text in NASTY if text.strip()] * 3 + ["the cat sat on the mat and the dog ran"] * 20
-SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-
-
-def _byte_level():
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
-    )
-    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True)
-    return backend
-
-
-def _unigram():
-    backend = Tokenizer(models.Unigram())
-    backend.normalizer = normalizers.NFKC()
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.train_from_iterator(
-        CORPUS, trainers.UnigramTrainer(vocab_size=2500, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
-    )
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    return backend
-
-
-def _wrapped(backend, **settings):
-    names = {
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "mask_token": "<mask>",
-    }
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +24,11 @@ def tokenizers(minilm_folder):
     """Name → tokenizer: three algorithms, both sides of truncation, special tokens split or not."""
     return {
         "wordpiece": AutoTokenizer.from_pretrained(minilm_folder, local_files_only=True),
-        "byte-level": _wrapped(_byte_level(), model_max_length=64, model_input_names=["input_ids", "attention_mask"]),
-        "unigram": _wrapped(_unigram()),
-        "left": _wrapped(_unigram(), truncation_side="left", padding_side="left", model_max_length=20),
-        "split": _wrapped(_byte_level(), split_special_tokens=True),
-        "bare": _wrapped(Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))),
+        "byte-level": wrapped(byte_level(), model_max_length=64, model_input_names=["input_ids", "attention_mask"]),
+        "unigram": wrapped(unigram()),
+        "left": wrapped(unigram(), truncation_side="left", padding_side="left", model_max_length=20),
+        "split": wrapped(byte_level(), split_special_tokens=True),
+        "bare": wrapped(Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))),
     }
 
 
