@@ -219,6 +219,16 @@ def site(tmp_path: Path) -> Site:
     return Site(folder)
 
 
+@pytest.fixture
+def flavor_site(site):
+    """What environment_files needs at least, under the names it looks for."""
+    site.install("torch", "2.13.0+cpu", ["sympy"])
+    site.install("sympy", "1.14.0")
+    site.install("mlflow", "3.17.2", ["mlflow-skinny==3.17.2"])
+    site.install("mlflow-skinny", "3.17.2")
+    return site
+
+
 # MLflow.
 
 

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import yaml
 
 from mlflow_safeflavor.environment import requirements
 from mlflow_safeflavor.environment.files import environment_files
-
-
-@pytest.fixture
-def flavor_site(site):
-    """What environment_files needs at least, under the names it looks for."""
-    site.install("torch", "2.13.0+cpu", ["sympy"])
-    site.install("sympy", "1.14.0")
-    site.install("mlflow", "3.17.2", ["mlflow-skinny==3.17.2"])
-    site.install("mlflow-skinny", "3.17.2")
-    return site
 
 
 def write_files(site, folder, **options):

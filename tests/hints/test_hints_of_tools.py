@@ -12,7 +12,7 @@ from architectures import tiny_model
 from artifacts import edit_json, edit_mlmodel, reseal
 from click.testing import CliRunner
 from hint_rows import follows
-from requirement_files import flavor_site, lines_of, write_files  # noqa: F401  (a fixture)
+from requirement_files import lines_of, write_files
 from test_dockerfile import index, model, pins_of, wheels, with_requirements  # noqa: F401  (fixtures)
 from test_hints_of_saving import code, refused, save  # noqa: F401  (fixtures)
 from test_images import SMALL, make_model, make_processor, other_processor
@@ -96,7 +96,7 @@ def test_pinned_versions_are_named_only_where_others_are_installed(copied):
     "git+https://HOST/REPOSITORY@COMMIT']; or write all pins yourself with pip_requirements",
 )
 @follows("environment/record", "Installed versions contradict what is required: %s")
-def test_closures(flavor_site, tmp_path):  # noqa: F811
+def test_closures(flavor_site, tmp_path):
     site = flavor_site
     with pytest.raises(EnvironmentMismatchError) as error:
         site.record("numpy>=2")
@@ -137,7 +137,7 @@ def test_closures(flavor_site, tmp_path):  # noqa: F811
     "torch_index holds a password, and requirements.txt is readable by everybody who can read the model",
     "write it as ${NAME_OF_A_VARIABLE}, which pip expands, or leave it to pip's own settings",
 )
-def test_requirements(flavor_site, tmp_path):  # noqa: F811
+def test_requirements(flavor_site, tmp_path):
     pins = {"torch": "2.13.0+mine"}
     with pytest.raises(EnvironmentMismatchError):
         lines_of(pins)

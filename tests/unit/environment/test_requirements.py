@@ -18,8 +18,6 @@ from mlflow_safeflavor.module import user_code
 
 # requirements.txt
 
-pytest_plugins = "requirement_files"
-
 
 @pytest.mark.parametrize(
     ("version", "folder"),
