@@ -464,7 +464,7 @@ class Disturbed(nn.Module):
 @pytest.mark.parametrize("times", [0, 1, 3])
 def test_another_thread_in_the_middle_decides_nothing(save, times):
     path = save(seeded(Disturbed), init_args={}, input_example=X)
-    original = placement.structures.build
+    original = placement.build
 
     def build(*args, **kwargs):
         if "inventory" not in kwargs:  # the skeleton that tells dtypes, not the model itself
@@ -474,7 +474,7 @@ def test_another_thread_in_the_middle_decides_nothing(save, times):
 
     build.left = times
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement.structures, "build", build)
+        patch.setattr(placement, "build", build)
         found = load(path, trust={"code"}, dtype="bfloat16").module
     Disturbed.left = 0
     assert dtypes(found) == dict.fromkeys(("layer.weight", "layer.bias", "transient"), torch.bfloat16)
@@ -483,7 +483,7 @@ def test_another_thread_in_the_middle_decides_nothing(save, times):
 
 def test_a_default_dtype_that_never_settles_is_named(save, monkeypatch):
     path = save(seeded(Disturbed), init_args={}, input_example=X)
-    original, calls = placement.structures.build, []
+    original, calls = placement.build, []
 
     def build(*args, **kwargs):
         calls.append(1)
@@ -493,7 +493,7 @@ def test_a_default_dtype_that_never_settles_is_named(save, monkeypatch):
             built.transient = built.transient.float()
         return built
 
-    monkeypatch.setattr(placement.structures, "build", build)
+    monkeypatch.setattr(placement, "build", build)
     always = property(lambda self: True, lambda self, value: None)
     monkeypatch.setattr(placement._Watch, "disturbed", always, raising=False)
     with pytest.raises(PlacementError, match="kept changing"):

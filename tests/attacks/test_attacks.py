@@ -266,7 +266,7 @@ def test_attack_on_time_or_memory_in_a_bounded_process(attack, prepare):
 ALL_BOUNDED = """
 import json, time
 from mlflow_safeflavor.graph import onnx_engine
-onnx_runtime.available_memory = lambda: 2**31  # as in a container
+onnx_engine.available_memory = lambda: 2**31  # as in a container
 measured = {}
 for name in sys.argv[1:]:
     measured[name] = []

@@ -17,7 +17,7 @@ import pytest
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact import weights_files
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError
-from mlflow_safeflavor.load import load
+from mlflow_safeflavor.load import saved as reading
 
 pytest_plugins = "saved_models"
 pytestmark = pytest.mark.graphs
@@ -169,14 +169,14 @@ SWAPPED = {
 def test_a_file_that_changes_between_check_and_use_is_named(saved_with_graph, other, tmp_path, monkeypatch, name):
     """What was hashed is what is parsed: files are written to just after all of them were compared."""
     path = Path(shutil.copytree(saved_with_graph, tmp_path / "model"))
-    compare = load.require_intact
+    compare = reading.require_intact
 
     def compare_and_swap(*given, **options):
         compare(*given, **options)
         space = b" " * name.endswith(".json")  # so that no file is the same in both versions
         (path / "safeflavor" / name).write_bytes((other / "safeflavor" / name).read_bytes() + space)
 
-    monkeypatch.setattr(load, "require_intact", compare_and_swap)
+    monkeypatch.setattr(reading, "require_intact", compare_and_swap)
     engine = "onnx" if name == "graph.onnx" else "module"
     with pytest.raises(SafeFlavorError) as refused:
         mlflow_safeflavor.load_model(str(path), model_config={"engine": engine})
