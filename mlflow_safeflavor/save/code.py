@@ -21,7 +21,7 @@ LOADER_MODULE = "mlflow_safeflavor"
 
 _PACKAGE = Path(__file__).parents[1]
 _LEFT_OUT = ("checkpoints", "cli.py", "save", "verify")
-"""No load and no prediction runs these, a third of the package."""
+"""No load and no prediction runs these, a sixth of the package."""
 _NOTE = "LOADER.txt"
 
 
