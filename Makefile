@@ -46,7 +46,7 @@ stack-down: $(STAMP)  ## stop all that `make stack` started
 # The Docker tests apart, in one process: they share an engine, and images that take minutes to build.
 test: test-here test-docker  ## run the tests
 
-unit: $(STAMP)  ## tests of one light room, in seconds: make unit ROOM=predict
+unit: $(STAMP)  ## tests of one room: make unit ROOM=predict
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow and not serve" tests/unit/$(ROOM) $(ARGS)
 
 test-here: $(STAMP)
