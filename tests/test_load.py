@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import shutil
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -70,6 +71,17 @@ def test_the_garbage_collector_is_paused_and_left_as_it_was(saved, tmp_path, mon
     finally:
         gc.enable()
     assert seen == [False, False]
+
+
+def test_run_time_options_are_read_once_a_load(saved):
+    """Each reading asks the environment, and two could differ."""
+    read = []
+    sys.setprofile(lambda frame, event, _: event == "call" and read.append(frame.f_code.co_name))
+    try:
+        load(saved)
+    finally:
+        sys.setprofile(None)
+    assert read.count("run_time_options") == 1
 
 
 # Answers

@@ -39,8 +39,6 @@ FLAVOR_NAME = "safeflavor"
 # version and all earlier ones; one tiny saved model for each released version stays in
 # tests/formats/ so that this promise is tested and not only made.
 FORMAT_VERSION = 1
-READ_BY = {1: "0.1"}
-"""First release that reads a format version; grows by one line with each version."""
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 AS_IS = "as-is"

@@ -11,10 +11,13 @@ from mlflow_safeflavor.artifact.weights_files import HeldFile, require_unchanged
 from mlflow_safeflavor.environment.differences import naming_missing, require_same
 from mlflow_safeflavor.environment.threads import find_budget
 from mlflow_safeflavor.errors import PlacementError
-from mlflow_safeflavor.load.replay import bind, replay
+from mlflow_safeflavor.load.replay import replay
 from mlflow_safeflavor.load.saved import Saved
 from mlflow_safeflavor.module.guard import guarded
+from mlflow_safeflavor.predict.model import LoadedModel, make_model
 from mlflow_safeflavor.predict.report import LoadReport
+from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.tasks.inputs.vocabulary import require_rows
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow_safeflavor.graph.engine import GraphEngine
     from mlflow_safeflavor.module.engine import ModuleEngine
 
-__all__ = ["beside", "hooks_of", "open_graph", "open_module"]
+__all__ = ["beside", "bind", "hooks_of", "open_graph", "open_module"]
 
 Hooks = dict[str, Callable[..., Any]]
 
@@ -142,6 +145,19 @@ def _place(
         casts = placement.dtype_plan(module, described, placement.resolve_dtype(dtype), find_slots(module))
     placement.place(module, device, casts)
     return device
+
+
+def bind(
+    engine: Engine,
+    hooks: Mapping[str, Callable[..., Any]],
+    saved: Saved,
+    chosen: Mapping[str, Any],
+    report: LoadReport,
+) -> LoadedModel:
+    """An engine with all that was saved beside it, as one model; refused where its tokenizer has too many tokens."""
+    model = make_model(engine, hooks, saved.spec, saved.layout, chosen, report)
+    require_rows(saved.spec.task_config, model.task.encoder, saved.inventory)
+    return model
 
 
 def beside(

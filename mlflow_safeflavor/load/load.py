@@ -101,7 +101,8 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
         with report.timed("import"), _without_collecting():
             name = choose_engine(spec, layout, chosen, options)
             _import(name)
-        from mlflow_safeflavor.load.replay import bind, naming_failures, replay
+        from mlflow_safeflavor.load.engines import bind
+        from mlflow_safeflavor.load.replay import measure_forward_cost, naming_failures, replay
 
         with report.timed("digest"):
             weights = _weights_of(saved, hashes=options.hashes, rehash=options.verify == "rehash")
@@ -111,6 +112,8 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
             model = bind(engine, hooks, saved, chosen, report)
             with report.timed("replay"):
                 replayed = replay(model, saved, options.dtype) if options.replays else None
+                if replayed is not None:
+                    measure_forward_cost(model, layout)
     report.files, report.environment = len(saved.files), tuple(map(str, differences))
     report.engine, report.device = name, where
     report.weights = ", ".join(sorted({file.kind for file in weights}))
