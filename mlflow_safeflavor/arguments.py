@@ -156,7 +156,7 @@ def _require(parameter: inspect.Parameter, value: Any) -> None:
             where=parameter.name,
             wanted=" or ".join(_KINDS[kind][0] for kind in kinds),
             found=_described(value),
-            way_out=_way_out(parameter, kinds, value),
+            hint=_hint(parameter, kinds, value),
         )
 
 
@@ -173,7 +173,7 @@ def _described(value: Any) -> str:
     return "None" if value is None else f"{name} {reprlib.repr(value)}" if shown else name
 
 
-def _way_out(parameter: inspect.Parameter, kinds: Collection[str], value: Any) -> str | None:
+def _hint(parameter: inspect.Parameter, kinds: Collection[str], value: Any) -> str | None:
     name, one = parameter.name, isinstance(value, (str, os.PathLike))
     if one and any(kind.startswith(("Sequence", "Collection")) for kind in kinds):
         given = repr(value) if isinstance(value, str) or "Sequence[str | Path]" in kinds else f"str({name})"
@@ -198,5 +198,5 @@ def _unknown(name: str, known: Collection[str]) -> InputError:
         "There is no such argument",
         where=name,
         wanted=", ".join(sorted(known)),
-        way_out=f"is {close[0]} meant?" if close else "leave it out",
+        hint=f"is {close[0]} meant?" if close else "leave it out",
     )

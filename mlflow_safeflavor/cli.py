@@ -15,7 +15,7 @@ from rich.text import Text
 
 from mlflow_safeflavor.artifact.json_files import read_json
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError, plain
 from mlflow_safeflavor.graph.file import describe_graph, read_graph
 from mlflow_safeflavor.graph.graph import lines_of
@@ -113,7 +113,7 @@ def _read_inventory(layout: Layout) -> dict[str, Any]:
         sound = False
     if not sound:
         raise IntegrityError(
-            "The inventory of tensors is malformed", where=layout.name_of(layout.tensors), way_out=WAY_OUT
+            "The inventory of tensors is malformed", where=layout.name_of(layout.tensors), hint=FETCH_AGAIN
         )
     return dict(content)
 

@@ -17,7 +17,7 @@
     ├── DeadlineError                   the model did not answer in the time it was given (HTTP 504)
     └── PlacementError                  no such device, or the model does not fit on it
 
-Each message says what happened, where, what was wanted, what was found, and the way out.
+Each message says what happened, where, what was wanted, what was found, and the hint.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SafeFlavorError(MlflowException):
         where: The file, tensor, row, column or distribution it is about.
         wanted: What was recorded or required.
         found: What is there instead.
-        way_out: What the reader can do now.
+        hint: What the reader can do now.
     """
 
     status: ClassVar[int] = INVALID_PARAMETER_VALUE
@@ -84,20 +84,20 @@ class SafeFlavorError(MlflowException):
         where: object = None,
         wanted: object = None,
         found: object = None,
-        way_out: str | None = None,
+        hint: str | None = None,
     ) -> None:
         self.what = what
         self.where = where
         self.wanted = wanted
         self.found = found
-        self.way_out = way_out
-        details = {"where": where, "wanted": wanted, "found": found, "way out": way_out}
+        self.hint = hint
+        details = {"where": where, "wanted": wanted, "found": found, "hint": hint}
         lines = [what, *(f"  {name}: {plain(value)}" for name, value in details.items() if value is not None)]
         super().__init__("\n".join(lines), error_code=self.status)
 
-    def with_way_out(self, way_out: str) -> SafeFlavorError:
-        """The same error with another way out."""
-        return type(self)(self.what, where=self.where, wanted=self.wanted, found=self.found, way_out=way_out)
+    def with_hint(self, hint: str) -> SafeFlavorError:
+        """The same error with another hint."""
+        return type(self)(self.what, where=self.where, wanted=self.wanted, found=self.found, hint=hint)
 
 
 class EnvironmentMismatchError(SafeFlavorError):

@@ -192,6 +192,6 @@ def read_mlmodel(folder: Path) -> Model:
             where=folder / "MLmodel",
             wanted="MLflow 2.10 or newer",
             found=f"MLflow {mlflow.__version__}: {error}",
-            way_out="load it with mlflow_safeflavor.load_model, which does not need the signature, or install the pins",
+            hint="load it with mlflow_safeflavor.load_model, which does not need the signature, or install the pins",
         ) from None
     return model

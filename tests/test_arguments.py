@@ -128,7 +128,7 @@ def test_each_argument_is_refused_by_name_and_nothing_is_copied(function, parame
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("given", "way_out"), [
+@pytest.mark.parametrize(("given", "hint"), [
     ({"code_paths": "hooks.py"}, "pass code_paths=['hooks.py']"),
     ({"code_paths": Path("hooks.py")}, "pass code_paths=[PosixPath('hooks.py')]"),
     ({"task": Path("raw")}, "pass str(task)"),
@@ -137,10 +137,10 @@ def test_each_argument_is_refused_by_name_and_nothing_is_copied(function, parame
     ({"artefact_path": "a"}, "leave it out"),
     ({"graphs": "auto"}, "is graph meant?"),
 ], ids=str)  # fmt: skip
-def test_the_way_out_is_what_to_write_instead(given, way_out, tmp_path):
+def test_the_hint_is_what_to_write_instead(given, hint, tmp_path):
     with pytest.raises(InputError) as refused:
         save_model(torch.nn.Linear(1, 1), tmp_path / "model", **given)
-    assert refused.value.way_out == way_out
+    assert refused.value.hint == hint
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,17 +149,17 @@ def test_a_missing_argument_is_named():
         save_model(torch.nn.Linear(1, 1))
 
 
-@pytest.mark.parametrize(("given", "where", "way_out"), [
+@pytest.mark.parametrize(("given", "where", "hint"), [
     ({"artifact_path": "model"}, "artifact_path", "is name meant?"),
     ({"signature": False}, "signature", None),
     ({"code_paths": "/"}, "code_paths", "pass code_paths=['/']"),
     ({"example_no_conversion": True}, "example_no_conversion", "leave it out"),
     ({"path": "model"}, "path", "leave it out"),
 ], ids=str)  # fmt: skip
-def test_log_model_refuses_before_mlflow_knows_of_a_model(given, where, way_out, tracking):
+def test_log_model_refuses_before_mlflow_knows_of_a_model(given, where, hint, tracking):
     with pytest.raises(InputError) as refused:
         mlflow_safeflavor.log_model(torch.nn.Linear(1, 1), "model", **given)
-    assert (refused.value.where, refused.value.way_out) == (where, way_out)
+    assert (refused.value.where, refused.value.hint) == (where, hint)
     if hasattr(mlflow, "search_logged_models"):
         assert mlflow.search_logged_models(output_format="list") == []
 

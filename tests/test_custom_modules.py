@@ -302,12 +302,12 @@ def test_a_module_that_was_changed_after_it_was_made(save, user_code):
     assert "second" in caught.value.where
 
 
-def test_the_way_out_of_missing_arguments_names_both_ways(save, user_code):
+def test_the_hint_of_missing_arguments_names_both_ways(save, user_code):
     code, file = user_code("own_net", NET)
     with pytest.raises(StructureError) as caught:
         save(seeded(lambda: code.Net(8)), code_paths=[file], input_example=X)
-    assert "init_args" in caught.value.way_out
-    assert "allow_pickle=True" in caught.value.way_out
+    assert "init_args" in caught.value.hint
+    assert "allow_pickle=True" in caught.value.hint
 
 
 def test_modules_of_one_name_and_other_content_do_not_mix(save, user_code, tmp_path):
@@ -422,7 +422,7 @@ def test_a_pickle_is_made_only_where_it_was_allowed(save, predictor, tmp_path):
     model, file, _ = predictor
     with pytest.raises(StructureError) as caught:
         save(model, code_paths=[file], input_example=IDS)
-    assert "allow_pickle=True" in caught.value.way_out
+    assert "allow_pickle=True" in caught.value.hint
     assert not (tmp_path / "store" / "model").exists()
 
 
@@ -452,7 +452,7 @@ def test_a_pickle_needs_trust_natively(save, predictor):
         with pytest.raises(TrustError, match="runs its own pickle") as caught:
             load(path, *trust)
         assert caught.value.wanted == "trust={'pickle'}"
-        assert "MLFLOW_ALLOW_PICKLE_DESERIALIZATION" in caught.value.way_out
+        assert "MLFLOW_ALLOW_PICKLE_DESERIALIZATION" in caught.value.hint
         assert "predictor_code" not in sys.modules, "something of it ran before anybody agreed"
 
 
@@ -493,7 +493,7 @@ def test_a_class_of_a_notebook(save, monkeypatch):
     with pytest.raises(StructureError, match="cannot be imported anywhere else") as caught:
         save(model, init_args={"hidden": 8}, input_example=X)
     assert caught.value.where == "__main__:Net"
-    assert "code_paths" in caught.value.way_out
+    assert "code_paths" in caught.value.hint
     path = save(model, allow_pickle=True, input_example=X)
     monkeypatch.undo()  # another __main__, without that class
     same(load(path, "pickle").predict(X), expected)
@@ -634,7 +634,7 @@ def test_what_cannot_be_pickled_is_named(save, tmp_path):
     with pytest.raises(StructureError, match="cannot be pickled") as caught:
         save(Locked(), allow_pickle=True, input_example=X)
     assert "lock" in str(caught.value.found)
-    assert "lock" in caught.value.way_out
+    assert "lock" in caught.value.hint
     assert not (tmp_path / "store" / "model").exists()
 
 
@@ -647,7 +647,7 @@ def test_a_pickle_of_another_python_is_refused(save, predictor):
         load(path, "code", "pickle")
     assert caught.value.wanted == "Python 3.9"
     assert caught.value.found == "Python {}.{}".format(*sys.version_info)
-    assert "code_paths" in caught.value.way_out
+    assert "code_paths" in caught.value.hint
 
 
 @pytest.mark.parametrize("tensors", [[], ["head.weight"], ["nowhere"], None, "head.weight", [1], [["a"]]], ids=str)
@@ -667,7 +667,7 @@ def test_a_pickle_whose_code_is_gone_is_named(save, predictor):
     with pytest.raises(StructureError, match="cannot be unpickled here") as caught:
         load(path, "code", "pickle")
     assert "predictor_code" in str(caught.value.found)
-    assert "code_paths" in caught.value.way_out
+    assert "code_paths" in caught.value.hint
 
 
 def test_parametrized_modules_refuse_to_be_pickled(save):
@@ -683,7 +683,7 @@ def test_parametrized_modules_refuse_to_be_pickled(save):
 
     with pytest.raises(StructureError, match="The module is parametrized") as caught:
         save(seeded(Normed), allow_pickle=True, input_example=X)
-    assert 'remove_parametrizations(model.layer, "weight")' in caught.value.way_out
+    assert 'remove_parametrizations(model.layer, "weight")' in caught.value.hint
 
 
 # The custom task
@@ -764,7 +764,7 @@ def test_pickled_hooks_beside_an_imported_module(hooked):
     with pytest.raises(StructureError, match="hook cannot be imported") as caught:
         hooked(preprocess=pre)
     assert caught.value.where == "preprocess"
-    assert "allow_pickle=True" in caught.value.way_out
+    assert "allow_pickle=True" in caught.value.hint
     path, _, expected = hooked(preprocess=pre, allow_pickle=True)
     assert structure_of(path)["kind"] == "import"
     assert structure_of(path)["hooks"] == {"preprocess": None, "postprocess": "hooked_hooks:post"}

@@ -171,7 +171,7 @@ def test_a_device_that_is_not_there(saved, device_map, where, what):
     assert caught.value.where == where
     assert caught.value.wanted == what
     assert caught.value.found.startswith("cpu only")
-    assert caught.value.way_out
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("device", ["gpu", "", None, 1.5, True, -1])
@@ -230,7 +230,7 @@ def test_without_accelerate_the_extra_is_named(saved, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(PlacementError, match="device_map needs accelerate") as caught:
         load(saved, device_map="auto")
-    assert "mlflow-safeflavor[accelerate]" in caught.value.way_out
+    assert "mlflow-safeflavor[accelerate]" in caught.value.hint
     monkeypatch.undo()
     assert load(saved, device_map="auto").report.bit_identical
 
@@ -428,7 +428,7 @@ def test_a_device_that_was_used_before_the_fork(having, monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     with pytest.raises(PlacementError, match="forked after it had been used") as caught:
         resolve_device(device)
-    assert "spawn" in caught.value.way_out
+    assert "spawn" in caught.value.hint
     assert resolve_device("cpu") == torch.device("cpu")
 
 

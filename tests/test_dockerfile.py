@@ -275,7 +275,7 @@ def test_a_version_that_the_first_index_lacks_is_not_looked_for_elsewhere_unaske
     pins = pins_of(tmp_path / "m", "small==2.0")
     with pytest.raises(EnvironmentMismatchError, match="UV_INDEX_STRATEGY=unsafe-best-match"):
         lock(pins, python="3.11.0")
-    monkeypatch.setenv("UV_INDEX_STRATEGY", "unsafe-best-match")  # which is the way out
+    monkeypatch.setenv("UV_INDEX_STRATEGY", "unsafe-best-match")  # which is the hint
     (pin,) = lock(pins, python="3.11.0").pins
     assert list(pin.hashes) == [f"{digest_of_file(path)}"]
 
@@ -341,7 +341,7 @@ def test_what_was_installed_decides(installed, wheels, tmp_path):
         assert wanted in str(caught.value)
 
 
-def test_the_way_out_of_a_wheel_that_has_moved(installed, wheels, shadow, tmp_path, monkeypatch):
+def test_the_hint_of_a_wheel_that_has_moved(installed, wheels, shadow, tmp_path, monkeypatch):
     wheels.rename(tmp_path / "moved")
     monkeypatch.setenv("UV_FIND_LINKS", str(tmp_path / "moved"))
     folder = generate_dockerfile(str(with_requirements(installed, "small==1.0")), tmp_path / "image").parent
@@ -475,7 +475,7 @@ def test_a_container_for_a_gpu_says_what_it_is_missing(served, driver, found):
         served(driver, MLFLOW_SAFEFLAVOR_DEVICE="cuda")
     assert found in str(caught.value)
     assert "docker run --gpus all" in str(caught.value)
-    assert "--workers 3" in served(driver, MLFLOW_SAFEFLAVOR_DEVICE="cpu"), "the way out"
+    assert "--workers 3" in served(driver, MLFLOW_SAFEFLAVOR_DEVICE="cpu"), "the hint"
 
 
 def test_on_a_gpu_one_worker_has_the_weights(served):

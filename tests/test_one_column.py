@@ -86,7 +86,7 @@ TWO = {"id": ["7", "8"], "text": TEXTS[:2]}
 def test_several_columns_are_refused(saved, choice):
     model = mlflow_safeflavor.load_model(saved, model_config={"extra_columns": choice})
     for data in (pd.DataFrame(TWO), TWO, pd.DataFrame(TWO).to_dict("records"), {"id": "7", "text": "a"}):
-        with pytest.raises(InputError, match=r"several columns[\s\S]*columns 'id' and 'text'[\s\S]*way out: select it"):
+        with pytest.raises(InputError, match=r"several columns[\s\S]*columns 'id' and 'text'[\s\S]*hint: select it"):
             model.predict(data)
     with pytest.raises(InputError, match=r"wrong number of values[\s\S]*where: row 0\n[\s\S]*found: 2"):
         model.predict(np.array([["7", "a"]]))

@@ -221,7 +221,7 @@ class Heir(Renamed):
 def test_a_pipeline_with_methods_of_the_users_own_is_refused(save, tiny_tokenizer):
     made = {"model": classifier(), "tokenizer": tiny_tokenizer}
     for cls, method in ((Unsure, "postprocess"), (Heir, "forward")):
-        with pytest.raises(StructureError, match=rf"{cls.__name__}[\s\S]*{method}[\s\S]*way out[\s\S]*custom"):
+        with pytest.raises(StructureError, match=rf"{cls.__name__}[\s\S]*{method}[\s\S]*hint[\s\S]*custom"):
             save(cls(**made))
     patched = TextClassificationPipeline(**made)
     patched.preprocess = lambda text: None
@@ -275,7 +275,7 @@ def test_a_dict_of_parts_is_one_model(save, tiny_tokenizer, tmp_path):
     ],
     ids=["tuple", "list", "dict", "nested", "duck"],
 )
-def test_other_forms_are_refused_with_a_way_out(save, tiny_tokenizer, made):
+def test_other_forms_are_refused_with_a_hint(save, tiny_tokenizer, made):
     with pytest.raises(StructureError, match=r"cannot be saved as a model[\s\S]*transformers.Pipeline"):
         save(made(classifier(), tiny_tokenizer))
 

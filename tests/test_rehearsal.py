@@ -177,7 +177,7 @@ def test_a_module_that_only_this_process_finds_is_named_with_the_way_to_bring_it
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RehearsalError, match="only_here") as refused:
         rehearsed("try: import only_here\nexcept ImportError as error: raise ValueError('no extra') from error")
-    assert f"code_paths=['{tmp_path / 'only_here.py'}']" in refused.value.way_out
+    assert f"code_paths=['{tmp_path / 'only_here.py'}']" in refused.value.hint
 
 
 def test_the_environment_of_this_process_does_not_reach_it(rehearsed, monkeypatch, tmp_path):

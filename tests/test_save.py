@@ -400,8 +400,8 @@ class Unknown(PreTrainedModel):
         return self.layer(input_ids.float())
 
 
-def test_a_class_that_cannot_be_rebuilt_is_refused_with_a_way_out(save_tiny, tmp_path):
-    with pytest.raises(StructureError, match="way out: ") as refused:
+def test_a_class_that_cannot_be_rebuilt_is_refused_with_a_hint(save_tiny, tmp_path):
+    with pytest.raises(StructureError, match="hint: ") as refused:
         save_tiny(Unknown(PretrainedConfig(), [4, 2]), task="feature-extraction")
     assert "Unknown" in refused.value.message
     assert not (tmp_path / "store" / "model").exists()
@@ -410,14 +410,14 @@ def test_a_class_that_cannot_be_rebuilt_is_refused_with_a_way_out(save_tiny, tmp
 def test_a_module_that_was_changed_after_it_was_made_is_refused(save_tiny, tiny_bert):
     model = tiny_bert()
     model.classifier = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 2))
-    with pytest.raises(StructureError, match="way out: ") as refused:
+    with pytest.raises(StructureError, match="hint: ") as refused:
         save_tiny(model)
     assert "classifier" in refused.value.message
 
 
 def test_accelerate_hooks_are_refused(save_tiny, tiny_bert):
     model = accelerate.cpu_offload(tiny_bert(), execution_device=torch.device("cpu"))
-    with pytest.raises((StructureError, WeightsError), match="way out: ") as refused:
+    with pytest.raises((StructureError, WeightsError), match="hint: ") as refused:
         save_tiny(model)
     assert "hooks" in refused.value.message or "meta" in refused.value.message
 

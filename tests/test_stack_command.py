@@ -144,7 +144,7 @@ def test_the_kernel_ends_it_with_whoever_started_it(tmp_path):
 
 
 @pytest.mark.parametrize("option", [[], ["--local"]], ids=["containers", "processes"])
-def test_a_missing_part_is_one_line_and_a_way_out(tmp_path, monkeypatch, option):
+def test_a_missing_part_is_one_line_and_a_hint(tmp_path, monkeypatch, option):
     def missing(*_, **__):
         raise parts.MissingPartError("this part is not installed")
 

@@ -88,12 +88,12 @@ def test_code_that_no_distribution_has_is_refused_by_what_code_paths_would_name(
     own_site.write("acme_loose.py")
     with pytest.raises(EnvironmentMismatchError, match="acme_loose") as refused:
         own_site.used("acme_loose.py")
-    assert f"code_paths=['{own_site.folder / 'acme_loose.py'}']" in refused.value.way_out
+    assert f"code_paths=['{own_site.folder / 'acme_loose.py'}']" in refused.value.hint
     own_site.write("acme_pack/__init__.py")
     own_site.write("acme_pack/inner/__init__.py")
     with pytest.raises(EnvironmentMismatchError) as refused:
         own_site.used("acme_pack/inner/__init__.py", "acme_pack/__init__.py")
-    assert f"code_paths=['{own_site.folder / 'acme_pack'}']" in refused.value.way_out
+    assert f"code_paths=['{own_site.folder / 'acme_pack'}']" in refused.value.hint
     (tmp_path / "acme_elsewhere.py").write_text("")  # by way of a .pth file
     with pytest.raises(EnvironmentMismatchError, match="acme_elsewhere"):
         own_site.used(str(tmp_path / "acme_elsewhere.py"))
@@ -107,7 +107,7 @@ def test_data_that_no_distribution_has_is_refused_by_name(own_site, place, monke
     with pytest.raises(EnvironmentMismatchError, match="reads files that no installed distribution has") as refused:
         own_site.used("acme_code/__init__.py", place)
     assert f"{Path(place).name} (for net)" in refused.value.where
-    assert "Path(__file__)" in refused.value.way_out
+    assert "Path(__file__)" in refused.value.hint
 
 
 def test_a_module_that_only_this_process_has_comes_along_by_name(own_site, tmp_path):
@@ -188,13 +188,13 @@ def _use(name, engine):
     return Use(version(name), "net", engine)
 
 
-def test_an_editable_install_is_refused_by_name_and_its_way_out_works(own_site, pin, tmp_path):
+def test_an_editable_install_is_refused_by_name_and_its_hint_works(own_site, pin, tmp_path):
     url = {"url": tmp_path.as_uri(), "dir_info": {"editable": True}}
     own_site.install("acme-edit", "0.3", direct_url=url)
     used = {"acme-edit": Use("0.3", "net", "module")}
     with pytest.raises(EnvironmentMismatchError, match=r"acme-edit 0\.3: editable install") as refused:
         pin(used)
-    line = re.search(r"extra_pip_requirements=\['(.*?)'\]", refused.value.way_out)[1]
+    line = re.search(r"extra_pip_requirements=\['(.*?)'\]", refused.value.hint)[1]
     assert line in pin(used, extra_pip_requirements=[line])[1]
     assert line in pin(used, pip_requirements=[line])[1]
 
@@ -202,7 +202,7 @@ def test_an_editable_install_is_refused_by_name_and_its_way_out_works(own_site, 
 def test_another_version_than_this_process_has_is_refused(own_site, pin):
     with pytest.raises(EnvironmentMismatchError, match="runs other versions") as refused:
         pin({"numpy": Use("1.0", "torch", "module")})
-    assert f"pip install numpy=={np.__version__}" in refused.value.way_out
+    assert f"pip install numpy=={np.__version__}" in refused.value.hint
 
 
 OWN_LINES = ["mlflow", "torch", "safetensors", "acme-a"]

@@ -27,7 +27,7 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused_at_save(tiny_bert, ti
     assert "1 more" in caught.value.where
     assert f"below {rows}" in caught.value.wanted
     assert not (tmp_path / "model").exists()
-    model.resize_token_embeddings(len(tiny_tokenizer))  # the way out, followed literally
+    model.resize_token_embeddings(len(tiny_tokenizer))  # the hint, followed literally
     if task == "text-classification":
         mlflow_safeflavor.save_model(model, tmp_path / "model", tokenizer=tiny_tokenizer, task=task, rehearse=False)
 

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -64,4 +64,4 @@ def reading(where: str) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError) as error:
-        raise IntegrityError("A safetensors file cannot be read", where=where, found=error, way_out=WAY_OUT) from None
+        raise IntegrityError("A safetensors file cannot be read", where=where, found=error, hint=FETCH_AGAIN) from None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.artifact.trust import require_harmless
 from mlflow_safeflavor.errors import IntegrityError
@@ -80,5 +80,5 @@ def what_runs(structure: Mapping[str, Any]) -> tuple[str, ...]:
 def malformed(layout: Layout) -> IntegrityError:
     """The error of a description that no save writes."""
     return IntegrityError(
-        "The description of the module is malformed", where=layout.name_of(layout.structure), way_out=WAY_OUT
+        "The description of the module is malformed", where=layout.name_of(layout.structure), hint=FETCH_AGAIN
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow_safeflavor.artifact.json_files import parse_json
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import IntegrityError
 from mlflow_safeflavor.machine import available_cpus
 
@@ -67,7 +67,7 @@ def _read_header(descriptor: int, where: str) -> tuple[str, dict[str, tuple[int,
     prefix = os.pread(descriptor, 8, 0)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(_MAX_HEADER, size - 8):
-        raise IntegrityError("A safetensors file is cut short", where=where, way_out=WAY_OUT)
+        raise IntegrityError("A safetensors file is cut short", where=where, hint=FETCH_AGAIN)
     header, start = os.pread(descriptor, length, 8), 8 + length
     ranges = {}
     try:
@@ -78,7 +78,7 @@ def _read_header(descriptor: int, where: str) -> tuple[str, dict[str, tuple[int,
                     raise ValueError(f"{name!r} reaches from {first!r} to {stop!r}")
                 ranges[name] = (start + first, start + stop)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise IntegrityError("A safetensors header is malformed", where=where, found=error, way_out=WAY_OUT) from None
+        raise IntegrityError("A safetensors header is malformed", where=where, found=error, hint=FETCH_AGAIN) from None
     return hashlib.sha256(prefix + header).hexdigest(), ranges
 
 
@@ -94,7 +94,7 @@ def _hash_ranges(descriptor: int, ranges: Mapping[str, tuple[int, int]], where: 
         while start < stop:
             count = os.preadv(descriptor, [buffer[: stop - start]], start)
             if not count:
-                raise IntegrityError("A safetensors file is cut short", where=where, way_out=WAY_OUT)
+                raise IntegrityError("A safetensors file is cut short", where=where, hint=FETCH_AGAIN)
             found.update(buffer[:count])
             start += count
         return name, found.hexdigest()

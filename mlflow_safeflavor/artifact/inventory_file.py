@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from mlflow_safeflavor.artifact.digests import FileDigests
 from mlflow_safeflavor.artifact.json_files import write_json
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.artifact.weights_files import HeldFile, hold
 from mlflow_safeflavor.errors import IntegrityError
 
@@ -156,7 +156,7 @@ def read_inventory(layout: Layout) -> Inventory:
             "The inventory of tensors is malformed",
             where=layout.name_of(layout.tensors),
             found=error,
-            way_out=WAY_OUT,
+            hint=FETCH_AGAIN,
         ) from None
     return inventory
 
@@ -212,7 +212,7 @@ def hold_weights(
     for name, header in inventory.files.items():
         path = layout.data / name
         if not path.is_file():
-            raise IntegrityError("A file of the artifact is missing", where=layout.name_of(path), way_out=WAY_OUT)
+            raise IntegrityError("A file of the artifact is missing", where=layout.name_of(path), hint=FETCH_AGAIN)
         tensors = {data: entry.sha256 for data, entry in inventory.data.items() if entry.file == name}
         file, problems = hold(
             path, layout.name_of(path), FileDigests(header, tensors) if hashes else None, rehash=rehash

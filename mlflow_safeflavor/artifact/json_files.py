@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT, read_text
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN, read_text
 from mlflow_safeflavor.errors import IntegrityError
 
 __all__ = ["MAX_JSON", "parse_file", "parse_json", "read_json", "write_json"]
@@ -43,7 +43,7 @@ def parse_file(text: str, path: Path, strict: bool = True) -> Any:
         return parse_json(text, strict=strict)
     except ValueError as error:
         raise IntegrityError(
-            "A file of the artifact cannot be read as JSON", where=path, found=error, way_out=WAY_OUT
+            "A file of the artifact cannot be read as JSON", where=path, found=error, hint=FETCH_AGAIN
         ) from None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlflow_safeflavor.artifact.json_files import MAX_JSON, parse_file
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT, decode, read_bytes
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN, decode, read_bytes
 from mlflow_safeflavor.artifact.scratch import scratch_folder
 from mlflow_safeflavor.errors import IntegrityError
 
@@ -102,7 +102,7 @@ class Layout:
         name = self.name_of(path)
         content = read_bytes(path, self.limit_of(name) or sys.maxsize)
         if name in self.sealed and hashlib.sha256(content).hexdigest() != self.sealed[name]:
-            raise IntegrityError("A file of the artifact was changed while it was loaded", where=name, way_out=WAY_OUT)
+            raise IntegrityError("A file of the artifact was changed while it was loaded", where=name, hint=FETCH_AGAIN)
         if self._contents is not None:
             self._contents[path] = content
         return content
@@ -138,7 +138,7 @@ class Layout:
             except OSError:  # nowhere to write: the artifact's own files will do, if they are still the same
                 if any(read_bytes(path, sys.maxsize) != content for path, content in kept.items()):
                     raise IntegrityError(
-                        "A file of the artifact was changed after it was loaded", where=folder, way_out=WAY_OUT
+                        "A file of the artifact was changed after it was loaded", where=folder, hint=FETCH_AGAIN
                     ) from None
                 scratch = folder
             yield scratch

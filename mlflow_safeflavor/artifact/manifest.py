@@ -11,7 +11,7 @@ from typing import Any
 from mlflow_safeflavor.artifact.json_files import write_json
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.plain_files import (
-    WAY_OUT,
+    FETCH_AGAIN,
     digest_of_file,
     digest_of_plain,
     list_files,
@@ -41,7 +41,7 @@ def digest_json(value: object) -> str:
                 raise ValueError(f"more than {_MAX_GUARDED} characters")
     except (TypeError, ValueError, RecursionError) as error:
         raise IntegrityError(
-            "MLmodel holds something that no model was saved with", where=Layout.MLMODEL, found=error, way_out=WAY_OUT
+            "MLmodel holds something that no model was saved with", where=Layout.MLMODEL, found=error, hint=FETCH_AGAIN
         ) from None
     return digest.hexdigest()
 
@@ -83,17 +83,17 @@ def read_manifest(layout: Layout) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError):
         well_formed = False
     if not well_formed:
-        raise IntegrityError("The manifest is malformed", where=where, way_out=WAY_OUT)
+        raise IntegrityError("The manifest is malformed", where=where, hint=FETCH_AGAIN)
     for name in files:
         pure = PurePosixPath(name)
         too_long = any(len(part.encode(errors="replace")) > 255 for part in pure.parts) or len(name) > 4096
         if too_long or pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name or "\\" in name:
             raise IntegrityError(
-                "The manifest names no path inside the artifact", where=where, found=repr(name[:300]), way_out=WAY_OUT
+                "The manifest names no path inside the artifact", where=where, found=repr(name[:300]), hint=FETCH_AGAIN
             )
     # Some of its lines nobody compares with anything: the weights are hashed tensor by tensor.
     if manifest["sha256"] != digest_json({name: manifest[name] for name in manifest.keys() - {"sha256"}}):
-        raise IntegrityError("The manifest is not the one that was saved", where=where, way_out=WAY_OUT)
+        raise IntegrityError("The manifest is not the one that was saved", where=where, hint=FETCH_AGAIN)
     return dict(manifest)
 
 

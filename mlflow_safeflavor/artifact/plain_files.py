@@ -14,7 +14,7 @@ from pathlib import Path
 from mlflow_safeflavor.errors import IntegrityError
 
 __all__ = [
-    "WAY_OUT",
+    "FETCH_AGAIN",
     "decode",
     "digest_of_file",
     "digest_of_plain",
@@ -23,10 +23,10 @@ __all__ = [
     "read_bytes",
     "read_text",
     "reason_to_refuse",
-    "way_out_of",
+    "hint_of",
 ]
 
-WAY_OUT = "fetch the artifact again, or log the model again; files of a saved model are not meant to be edited"
+FETCH_AGAIN = "fetch the artifact again, or log the model again; files of a saved model are not meant to be edited"
 _MAX_FILES = 50_000
 _MAX_DEPTH = 64  # folders; Python's own walks recurse, and end in RecursionError
 _NO_BLOCKING = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -87,7 +87,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
                 where=path,
                 wanted=f"at most {limit} bytes",
                 found=f"{size} bytes",
-                way_out=WAY_OUT,
+                hint=FETCH_AGAIN,
             )
         return _read_at_most(file, limit)
 
@@ -103,7 +103,7 @@ def decode(content: bytes, path: Path) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise IntegrityError(
-            "A file of the artifact is no text", where=path, found=str(error), way_out=WAY_OUT
+            "A file of the artifact is no text", where=path, found=str(error), hint=FETCH_AGAIN
         ) from None
 
 
@@ -140,7 +140,7 @@ def list_files(root: Path) -> dict[str, os.stat_result]:
                 "The artifact holds more files or deeper folders than any model",
                 where=str(root / folder)[:300],
                 wanted=f"at most {_MAX_FILES} files, {_MAX_DEPTH} folders deep",
-                way_out=WAY_OUT,
+                hint=FETCH_AGAIN,
             )
     return dict(sorted(found.items()))
 
@@ -151,18 +151,18 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise IntegrityError("A file of the artifact is missing", where=path, way_out=WAY_OUT) from None
+        raise IntegrityError("A file of the artifact is missing", where=path, hint=FETCH_AGAIN) from None
     except PermissionError:
         raise IntegrityError(
             "A file of the artifact may not be read by this user",
             where=path,
-            way_out="let its owner run `chmod -R a+rX` on the model's folder, or load it as another user",
+            hint="let its owner run `chmod -R a+rX` on the model's folder, or load it as another user",
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.EMLINK):
             raise _refusal(path, "a symbolic link") from None
         raise IntegrityError(
-            "A file of the artifact cannot be read", where=str(path)[:300], found=error, way_out=WAY_OUT
+            "A file of the artifact cannot be read", where=str(path)[:300], found=error, hint=FETCH_AGAIN
         ) from None
 
 
@@ -172,10 +172,10 @@ def _refusal(path: Path, kind: str) -> IntegrityError:
         where=path,
         wanted="a plain file",
         found=kind,
-        way_out=way_out_of(kind),
+        hint=hint_of(kind),
     )
 
 
-def way_out_of(problem: str) -> str:
+def hint_of(problem: str) -> str:
     """What to do about an artifact whose files are not those that were saved; links are no damage."""
-    return "copy the model with `cp -rL`, which copies what links point to" if "a symbolic link" in problem else WAY_OUT
+    return "copy the model with `cp -rL`, which copies what links point to" if "a symbolic link" in problem else FETCH_AGAIN

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT, read_text
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN, read_text
 from mlflow_safeflavor.errors import FormatVersionError, IntegrityError
 
 __all__ = [
@@ -147,7 +147,7 @@ class ModelSpec:
                 where=f"MLmodel, {where}",
                 wanted=wanted,
                 found=repr(found)[:200],
-                way_out=f"if you are saving it, give it such a {where}; otherwise {WAY_OUT}",
+                hint=f"if you are saving it, give it such a {where}; otherwise {FETCH_AGAIN}",
             )
         for name in ("task_config", "input_columns", "model_config"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
@@ -182,7 +182,7 @@ class ModelSpec:
                 where="MLmodel",
                 wanted=f"format_version {FORMAT_VERSION} or older",
                 found=f"format_version {version}, written by mlflow-safeflavor {entry.get('loader_version')}",
-                way_out=f"install mlflow-safeflavor {entry.get('loader_version')} or newer",
+                hint=f"install mlflow-safeflavor {entry.get('loader_version')} or newer",
             )
         types = {f.name: f.type for f in dataclasses.fields(cls)}
         for name in types.keys() - entry.keys():
@@ -210,18 +210,18 @@ def read_spec(layout: Layout) -> tuple[ModelSpec, dict[str, Any]]:
     """
     with suppress(PermissionError):  # which reading names
         if not os.path.lexists(layout.mlmodel):
-            raise IntegrityError("There is no MLflow model", where=layout.root, wanted=layout.MLMODEL, way_out=WAY_OUT)
+            raise IntegrityError("There is no MLflow model", where=layout.root, wanted=layout.MLMODEL, hint=FETCH_AGAIN)
     try:
         content = yaml.safe_load(read_text(layout.mlmodel, layout.limit_of(layout.MLMODEL) or 0))
         entry = content["flavors"][FLAVOR_NAME]
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # such as a date of no calendar
-        raise IntegrityError("MLmodel cannot be read", where=layout.mlmodel, found=error, way_out=WAY_OUT) from None
+        raise IntegrityError("MLmodel cannot be read", where=layout.mlmodel, found=error, hint=FETCH_AGAIN) from None
     except (KeyError, TypeError):
         raise IntegrityError(
             "This MLflow model was not saved by mlflow-safeflavor",
             where=layout.mlmodel,
             wanted=f"a flavor named {FLAVOR_NAME}",
-            way_out="load it with the flavor that saved it",
+            hint="load it with the flavor that saved it",
         ) from None
     return ModelSpec.from_flavor(entry), guarded_parts(content)
 

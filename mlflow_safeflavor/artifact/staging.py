@@ -32,7 +32,7 @@ def staging(target: str | Path, *, umask: int | None = None) -> Iterator[Path]:
             "There is something at the target path already",
             where=target,
             wanted="a path that does not exist, or an empty folder",
-            way_out="choose another path or remove it first",
+            hint="choose another path or remove it first",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder("staging", target.parent, stem=f".{target.name}") as stage:

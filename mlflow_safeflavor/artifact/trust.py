@@ -54,15 +54,15 @@ def require_agreed(kind: str, trust: Collection[str], what: str) -> None:
         TrustError: ``kind`` is not in ``trust``.
     """
     if kind not in trust:
-        way_out = f"if you know who saved it, pass trust={{{kind!r}}}; `mlflow-safeflavor inspect` runs nothing of it"
+        hint = f"if you know who saved it, pass trust={{{kind!r}}}; `mlflow-safeflavor inspect` runs nothing of it"
         if kind == "pickle":
-            way_out += "; under pyfunc, set MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true"
+            hint += "; under pyfunc, set MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true"
         raise TrustError(
             f"This model runs its own {kind} when it is loaded",
             where=what,
             wanted=f"trust={{{kind!r}}}",
             found=f"trust={set(trust) or '{}'}",
-            way_out=way_out,
+            hint=hint,
         )
 
 
@@ -88,7 +88,7 @@ def require_no_shadows(code: Path) -> None:
             where=f"{code.name}/{shadows[0]}",
             wanted="module names of the model's own",
             found=", ".join(shadows),
-            way_out="rename it and save the model again; if you did not write it, do not load this model",
+            hint="rename it and save the model again; if you did not write it, do not load this model",
         )
 
 
@@ -174,6 +174,6 @@ def require_harmless(content: Any, where: object, *, trusted: bool = False) -> N
             "A file of the model names code, files or repositories that a library would load",
             where=where,
             found="; ".join(found[:5]),
-            way_out="if you did not save this model, do not use it; if you did, take this out of its config and save "
+            hint="if you did not save this model, do not use it; if you did, take this out of its config and save "
             "it again",
         )

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from mlflow_safeflavor.artifact import host_cache
 from mlflow_safeflavor.artifact.digests import FileDigests, digests_of, find_wrong_digests
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import IntegrityError
 
 try:
@@ -93,7 +93,7 @@ def require_unchanged(files: Iterable[HeldFile]) -> None:
                 "A file of weights was changed after the model was loaded from it",
                 where=file.where,
                 wanted="a file that nobody writes to, or room for a private copy of it",
-                way_out="load the model again; see MLFLOW_SAFEFLAVOR_CACHE in docs/limits.md",
+                hint="load the model again; see MLFLOW_SAFEFLAVOR_CACHE in docs/limits.md",
             )
 
 
@@ -116,7 +116,7 @@ def hold(source: Path, where: str, recorded: FileDigests | None, *, rehash: bool
         descriptor = os.open(source, os.O_RDONLY | _PLAIN)
     except OSError as error:
         raise IntegrityError(
-            "A file of the artifact cannot be read", where=where, found=error, way_out=WAY_OUT
+            "A file of the artifact cannot be read", where=where, found=error, hint=FETCH_AGAIN
         ) from None
     file = HeldFile(descriptor, "file", where, source)
     if file.size <= _SMALL:

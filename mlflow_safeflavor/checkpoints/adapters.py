@@ -58,20 +58,20 @@ def from_folder(folder: str | Path) -> Source:
         adapted: Any = peft.PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise WeightsError(
-            "The adapter does not fit its base model", where=folder, found=error, way_out=_WAY_OUT
+            "The adapter does not fit its base model", where=folder, found=error, hint=_HINT
         ) from error
     # peft leaves out what it does not find, on either side. Embeddings may be stored whole.
     given = peft.utils.load_peft_weights(str(folder), device="cpu").keys()
     placed = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     beyond = {name for name in given - placed if name.removeprefix("base_model.model.") not in whole}
     if odd := sorted({*beyond, *(placed - given)}):
-        raise WeightsError("The adapter does not fit its base model", where=folder, found=some(odd), way_out=_WAY_OUT)
+        raise WeightsError("The adapter does not fit its base model", where=folder, found=some(odd), hint=_HINT)
     tokens = folder if (folder / "tokenizer_config.json").is_file() else base
     tokenizer = tokenizer_of(tokens) if (tokens / "tokenizer_config.json").is_file() else None
     return Source(adapted.merge_and_unload().eval(), tokenizer=tokenizer, stored=stored)
 
 
-_WAY_OUT = "name the model that it was trained on: base_model_name_or_path in its adapter_config.json"
+_HINT = "name the model that it was trained on: base_model_name_or_path in its adapter_config.json"
 
 
 def _base_of(folder: Path, name: str | None) -> Path:
@@ -86,6 +86,6 @@ def _not_merged(found: str, folder: Path, first: str) -> StructureError:
         "An adapter cannot be merged into its base model",
         where=folder,
         found=found,
-        way_out=f"{first}model = peft.PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload(), where base "
+        hint=f"{first}model = peft.PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload(), where base "
         "is the module it was trained on; then save_model(model, tokenizer=…)",
     )

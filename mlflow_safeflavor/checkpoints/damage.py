@@ -198,7 +198,7 @@ def require_undamaged(module: torch.nn.Module, on_damage: str = "error") -> None
         "The model looks damaged already, before anything is saved",
         where=f"{type(module).__name__}, {len(damage)} findings",
         found=format_damage(damage),
-        way_out="load its checkpoint with mlflow_safeflavor.from_pretrained; on_damage='warn' saves it as it is",
+        hint="load its checkpoint with mlflow_safeflavor.from_pretrained; on_damage='warn' saves it as it is",
     )
     if on_damage == "error":
         raise problem

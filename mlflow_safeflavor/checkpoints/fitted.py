@@ -35,7 +35,7 @@ def fitted(
     """Construct, fit, and only when everything fits, copy."""
     module, computed = construct_twice(recipe, dtype)
     result = _fit_or_convert(recipe, module, state, computed, new)
-    require_fit(result, module.state_dict(), where, _WAY_OUT)
+    require_fit(result, module.state_dict(), where, _HINT)
     absent = {group.names[0] for group in find_groups(module)} - result.values.keys()
     absent |= {slot.path for slot in find_slots(module) if not slot.persistent}
     if random := absent - computed:
@@ -46,7 +46,7 @@ def fitted(
     return module
 
 
-_WAY_OUT = (
+_HINT = (
     "choose the class that the checkpoint was saved from (model_class=…); new=('head.*',) allows fresh tensors, "
     "drop=('head.*',) leaves keys out, tie_word_embeddings=False unties"
 )
@@ -74,7 +74,7 @@ def _require_data(paths: Sequence[str], where: object) -> None:
             where=f"{where}: {some(paths)}",
             wanted="the same values in two constructions",
             found="random values, or memory that nobody wrote",
-            way_out="make it a parameter or persistent buffer and save the checkpoint again; "
+            hint="make it a parameter or persistent buffer and save the checkpoint again; "
             f"new=({paths[0]!r},) accepts the random values of a new construction, but never unwritten memory",
         )
 

@@ -29,7 +29,7 @@ def folder_of(name_or_path: str | Path, revision: str | None, kwargs: dict[str, 
             where=name_or_path,
             wanted="revision= a commit hash, 40 hexadecimal digits",
             found=repr(revision),
-            way_out=f"take it from huggingface_hub.model_info({str(name_or_path)!r}).sha, or from the commit list "
+            hint=f"take it from huggingface_hub.model_info({str(name_or_path)!r}).sha, or from the commit list "
             "of the repository",
         )
     return _download(str(name_or_path), str(revision), options)

@@ -117,7 +117,7 @@ _REFUSED = {
 
 def _refuse_options(kwargs: Mapping[str, Any]) -> None:
     for name in kwargs.keys() & _REFUSED.keys():
-        raise InputError("Not an option of from_pretrained", where=name, way_out=_REFUSED[name])
+        raise InputError("Not an option of from_pretrained", where=name, hint=_REFUSED[name])
 
 
 def _restore_generation_config(module: Any, folder: Path) -> None:

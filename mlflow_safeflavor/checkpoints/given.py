@@ -58,13 +58,13 @@ def library_class(model: object, package: str, names: tuple[str, ...] = ()) -> t
     return found[0] if found and (not names or {cls.__name__ for cls in found} & {*names}) else None
 
 
-def require_unchanged(model: Any, cls: type, way_out: str) -> None:
+def require_unchanged(model: Any, cls: type, hint: str) -> None:
     """Refuse an object whose class, or which itself, has methods other than the library's: they would be lost.
 
     Args:
         model: The object.
         cls: What ``library_class`` returned for it.
-        way_out: For the message.
+        hint: For the message.
 
     Raises:
         StructureError: Names the methods.
@@ -78,5 +78,5 @@ def require_unchanged(model: Any, cls: type, way_out: str) -> None:
             where=name_of(type(model)),
             wanted=f"a {cls.__name__} as its library makes it",
             found=f"methods of your own: {', '.join(sorted(set(own)))}",
-            way_out=way_out,
+            hint=hint,
         )

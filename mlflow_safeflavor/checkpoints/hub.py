@@ -105,5 +105,5 @@ def _naming_failures(name: str, revision: str) -> Iterator[None]:
             "The hub repository cannot be read",
             where=f"{name} at {revision}",
             found=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}",
-            way_out="check the id, the revision and the network, or give a local folder",
+            hint="check the id, the revision and the network, or give a local folder",
         ) from error

@@ -77,7 +77,7 @@ def _require_unhooked(module: torch.nn.Module) -> None:
             raise StructureError(
                 "The module carries accelerate's hooks, which would take its tensors away again",
                 where=name or "the model itself",
-                way_out="accelerate.hooks.remove_hook_from_module(model, recurse=True) first",
+                hint="accelerate.hooks.remove_hook_from_module(model, recurse=True) first",
             )
 
 
@@ -99,7 +99,7 @@ def _find_values(module: torch.nn.Module, state: Mapping[str, torch.Tensor], whe
     if result.unexpected and skeleton is not None and hasattr(skeleton.recipe.cls, "from_pretrained"):
         result = _fit_meta_converted(skeleton, module, groups, rest, result)
     result.missing = [name for name in result.missing if not (name in computed and is_optional(module, name))]
-    require_fit(result, tensors, where, _WAY_OUT_META)
+    require_fit(result, tensors, where, _HINT_META)
     found: dict[int, torch.Tensor] = {}
     for group in groups:
         members = [tensors[name] for name in group.names]
@@ -116,7 +116,7 @@ def _find_values(module: torch.nn.Module, state: Mapping[str, torch.Tensor], whe
     return found
 
 
-_WAY_OUT_META = (
+_HINT_META = (
     "take the checkpoint that was saved from this very class; the keys and shapes must be those of module.state_dict()"
 )
 
@@ -128,7 +128,7 @@ def _require_all(paths: Sequence[str], where: object, reason: str) -> None:
             where=some(paths),
             wanted=f"values in {where}, or a constructor that computes them",
             found=reason or "neither: the constructor gives random values, or no such tensor",
-            way_out="build the module without torch.device('meta') and load the state dict into it, "
+            hint="build the module without torch.device('meta') and load the state dict into it, "
             "or add the values to the state dict under these names",
         )
 

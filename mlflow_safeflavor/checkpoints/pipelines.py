@@ -16,8 +16,8 @@ from mlflow_safeflavor.tasks.generation_params import GENERATION_PARAMS
 __all__ = ["is_pipeline", "take_apart"]
 
 _PACKAGE = "transformers.pipelines"
-_WAY_OUT = "make the pipeline without it, and do that before or after predict; or save the model as a custom task"
-_WAY_OUT_OWN = (
+_HINT = "make the pipeline without it, and do that before or after predict; or save the model as a custom task"
+_HINT_OWN = (
     'save the model as a custom task: save_model(pipeline.model, tokenizer=pipeline.tokenizer, task="custom", '
     "preprocess=…, postprocess=…)"
 )
@@ -59,7 +59,7 @@ def take_apart(pipeline: Any) -> Source:
     """
     cls = library_class(pipeline, _PACKAGE)
     assert cls is not None  # noqa: S101  (for mypy; is_pipeline says so)
-    require_unchanged(pipeline, cls, _WAY_OUT_OWN)
+    require_unchanged(pipeline, cls, _HINT_OWN)
     params: dict[str, Any] = {}
     for name, value in {**pipeline._preprocess_params, **pipeline._postprocess_params}.items():
         if name not in pipeline._forward_params:
@@ -104,7 +104,7 @@ def _param_of(name: str, value: Any, pipeline: Any) -> dict[str, Any]:
             where=f"{type(pipeline).__name__}, {name}",
             wanted=repr(_AS_USUAL[name]) if name in _AS_USUAL else "return_full_text true or false",
             found=repr(value),
-            way_out=_WAY_OUT,
+            hint=_HINT,
         )
     return {name: value.name.lower() if isinstance(value, enum.Enum) else value}
 

@@ -30,7 +30,7 @@ _PICKLED = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\
 _BESIDE = re.compile(r"[\w.-]+\.(json|txt|model|jinja)|LICEN[CS]E.*|NOTICE.*|README\.md", re.IGNORECASE)
 """Config, vocabularies and papers; no code, no pickles, nothing in folders."""
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
-_WAY_OUT = "remove the folder and prefetch again"
+_HINT = "remove the folder and prefetch again"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _identity(name_or_path: str | Path, revision: str | None, resolve: bool) -> 
     """Id on the hub and commit; None and None for a local folder."""
     if Path(name_or_path).is_dir():
         if revision is not None:
-            raise InputError("A local folder has no revision", where="revision", found=revision, way_out="leave it out")
+            raise InputError("A local folder has no revision", where="revision", found=revision, hint="leave it out")
         return None, None
     name = str(name_or_path)
     if not hub.is_hub_id(name):
@@ -124,7 +124,7 @@ def _identity(name_or_path: str | Path, revision: str | None, resolve: bool) -> 
         where=name,
         wanted="a commit, 40 hexadecimal digits",
         found=repr(revision),
-        way_out="take it from the repository's list of commits; or resolve=True (--resolve) takes the commit that the "
+        hint="take it from the repository's list of commits; or resolve=True (--resolve) takes the commit that the "
         "branch or tag is now, and records it",
     )
 
@@ -139,7 +139,7 @@ def _choose(names: Collection[str], convert: bool, where: object) -> list[str]:
             where=where,
             wanted="model.safetensors, or its shards and their index",
             found=", ".join(sorted(names)[:10]) or "nothing",
-            way_out="convert=True (--convert) reads the pickled weights, without running anything, and stores them as "
+            hint="convert=True (--convert) reads the pickled weights, without running anything, and stores them as "
             "safetensors"
             if pickled
             else "choose another checkpoint or revision",
@@ -176,7 +176,7 @@ def _fetch(name: str, commit: str, stage: Path, convert: bool) -> dict[str, str]
             raise IntegrityError(
                 "A downloaded file is not the one that the hub lists",
                 where=f"{file} of {where}",
-                way_out=f"remove {cached / file} and what it links to, and prefetch again",
+                hint=f"remove {cached / file} and what it links to, and prefetch again",
             )
         taken[file] = digest_of_file(stage / file)
     return taken
@@ -234,20 +234,20 @@ def _already_there(folder: Path, source: str | None, commit: str | None, given: 
         version, files, taken = manifest["version"], dict(manifest["files"]), dict(manifest["taken"])
         found = manifest["source"], manifest["revision"]
     except (KeyError, TypeError, ValueError):
-        raise IntegrityError("The manifest is malformed", where=folder / MANIFEST, way_out=_WAY_OUT) from None
+        raise IntegrityError("The manifest is malformed", where=folder / MANIFEST, hint=_HINT) from None
     if version != _VERSION or found != (source, commit) or (source is None and _has_changed(given, taken)):
         raise IntegrityError(
             "The folder holds another checkpoint",
             where=folder,
             wanted=_name(source, commit, given),
             found=_name(*found, "a local folder, or an earlier state of it"),
-            way_out="choose another folder, or remove this one",
+            hint="choose another folder, or remove this one",
         )
     if differences := sorted(_differences(files, _describe(folder))):
         raise IntegrityError(
             "Files of the folder are not the ones that were prefetched",
             where=f"{folder}: {', '.join(differences[:5])}",
-            way_out=_WAY_OUT,
+            hint=_HINT,
         )
     return Prefetched(folder, source, commit, tuple(files), fresh=False)
 

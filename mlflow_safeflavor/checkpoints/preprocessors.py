@@ -28,7 +28,7 @@ def tokenizer_of(folder: str | Path) -> Any:
             raise ValueError("a vocabulary of special tokens alone: its file is missing")
     except (OSError, ValueError, KeyError) as error:
         raise StructureError(
-            "The checkpoint has no readable tokenizer", where=folder, found=error, way_out="pass tokenizer=…"
+            "The checkpoint has no readable tokenizer", where=folder, found=error, hint="pass tokenizer=…"
         ) from error
     return found
 
@@ -50,5 +50,5 @@ def processor_of(folder: str | Path, *, sounds: bool) -> Any:
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise StructureError(
-            "The checkpoint has no readable processor", where=folder, found=error, way_out="pass processor=…"
+            "The checkpoint has no readable processor", where=folder, found=error, hint="pass processor=…"
         ) from error

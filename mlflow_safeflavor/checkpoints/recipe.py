@@ -41,7 +41,7 @@ def class_of(folder: Path) -> type[Any]:
             "The checkpoint's class is not in the installed transformers",
             where=folder,
             found=name,
-            way_out="say which class to build: model_class=…",
+            hint="say which class to build: model_class=…",
         )
     return cls
 
@@ -70,7 +70,7 @@ def recipe_for(cls: type[Any], folder: Path, kwargs: dict[str, Any]) -> Recipe:
             "The checkpoint is quantised, and its integer weights cannot be loaded as they are",
             where=folder,
             wanted="floating point weights",
-            way_out="take the original checkpoint, or dequantise this one and save it",
+            hint="take the original checkpoint, or dequantise this one and save it",
         )
     return Recipe(cls, config, kwargs)
 
@@ -96,7 +96,7 @@ def _require_model_type(cls: type[Any], folder: Path) -> None:
             where=folder,
             wanted=f"{wanted}, for {cls.__name__}",
             found=found,
-            way_out="choose a class of the checkpoint's model type, or correct model_type in its config.json",
+            hint="choose a class of the checkpoint's model type, or correct model_type in its config.json",
         )
 
 

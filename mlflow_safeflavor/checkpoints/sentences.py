@@ -26,7 +26,7 @@ __all__ = ["from_folder", "from_object", "is_folder", "is_object"]
 
 _PACKAGE = "sentence_transformers"
 _CONFIG = "config_sentence_transformers.json"
-_WAY_OUT = 'save it as a module of your own: task="custom" with preprocess, postprocess and code_paths'
+_HINT = 'save it as a module of your own: task="custom" with preprocess, postprocess and code_paths'
 
 
 def is_object(model: object) -> bool:
@@ -50,7 +50,7 @@ def from_object(model: Any) -> Source:
         StructureError: It is something else, has methods of the user's own, or a module that is not done here.
     """
     cls = cast(type, library_class(model, _PACKAGE))
-    require_unchanged(model, cls, _WAY_OUT)
+    require_unchanged(model, cls, _HINT)
     said = {name: getattr(model, name, None) for name in ("prompts", "default_prompt_name", "truncate_dim")}
     if cls.__name__ == "CrossEncoder":
         _require_none(getattr(model, "keep_in_fp32_modules", None), "keep_in_fp32_modules")
@@ -116,7 +116,7 @@ def _part_of(module: Any) -> _Part:
     config = dict(module.get_config_dict()) if hasattr(module, "get_config_dict") else {}
     if hasattr(module, "activation_function"):
         config["activation_function"] = _activation_of(module.activation_function)
-    require_unchanged(module, library_class(module, _PACKAGE) or type(module), _WAY_OUT)
+    require_unchanged(module, library_class(module, _PACKAGE) or type(module), _HINT)
     return _Part(_name_of(type(module)), config, module.state_dict)
 
 
@@ -317,5 +317,5 @@ def _not_done(where: object, wanted: str, found: str | None = None) -> Structure
         where=where,
         wanted=wanted,
         found=found,
-        way_out=_WAY_OUT,
+        hint=_HINT,
     )

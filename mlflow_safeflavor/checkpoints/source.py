@@ -74,7 +74,7 @@ def _take_apart(model: Any, dtype: str | torch.dtype | None) -> Source:
         where="model",
         wanted=f"a torch.nn.Module, a transformers.Pipeline, the path of a checkpoint folder, or a dict of {_PARTS}",
         found=f"a dict of {', '.join(map(repr, model))}" if isinstance(model, Mapping) else type(model).__name__,
-        way_out="name the parts: save_model(model, tokenizer=…)" if isinstance(model, (tuple, list)) else None,
+        hint="name the parts: save_model(model, tokenizer=…)" if isinstance(model, (tuple, list)) else None,
     )
 
 

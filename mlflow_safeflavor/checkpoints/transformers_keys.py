@@ -95,7 +95,7 @@ def _require_unchanged(
                 "transformers' loader changed a tensor that it was only to rename",
                 where=name,
                 found=odd,
-                way_out="store torch.save(model.state_dict(), …) of this release, and use materialize",
+                hint="store torch.save(model.state_dict(), …) of this release, and use materialize",
             )
 
 

@@ -68,7 +68,7 @@ def _roots(roots: Iterable[str], installed: Mapping[str, object]) -> Iterator[Re
                 where=requirement.name,
                 wanted=str(requirement),
                 found=MISSING,
-                way_out=f"pip install '{requirement}'",
+                hint=f"pip install '{requirement}'",
             )
         yield requirement
 

@@ -42,7 +42,7 @@ def parse_conda_env(conda_env: object, pip_requirements: object, extra: object) 
         raise EnvironmentMismatchError(
             "Only one of conda_env, pip_requirements and extra_pip_requirements can be used",
             where=", ".join(given),
-            way_out=f"keep {given[0]}, and write the rest into it",
+            hint=f"keep {given[0]}, and write the rest into it",
         )
     if conda_env is None:
         return None

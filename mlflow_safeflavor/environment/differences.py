@@ -42,7 +42,7 @@ POLICIES = ("ignore", "warn", "error")
 
 _HARDWARE = frozenset({"cpu_capability", "threads"})
 
-_WAY_OUT = (
+_HINT = (
     "install requirements.txt of the model (`pip install -r requirements.txt`) under the Python of its "
     "python_env.yaml, or let MLflow do both with --env-manager uv"
 )
@@ -141,13 +141,13 @@ def _same_version(wanted: str, found: str | None) -> bool:
 
 
 def format_differences(differences: Sequence[Difference]) -> str:
-    """The differences as an aligned table with one way out; empty for none."""
-    return f"{_table(differences)}\n  way out: {_WAY_OUT}" if differences else ""
+    """The differences as an aligned table with one hint; empty for none."""
+    return f"{_table(differences)}\n  hint: {_HINT}" if differences else ""
 
 
 @contextmanager
 def naming_versions(recorded: Environment, *, path: Sequence[str] | None = None) -> Iterator[None]:
-    """Put the pinned versions first in the way out of a load that failed inside, where others are installed.
+    """Put the pinned versions first in the hint of a load that failed inside, where others are installed.
 
     Raises:
         SafeFlavorError: What was raised inside.
@@ -159,8 +159,8 @@ def naming_versions(recorded: Environment, *, path: Sequence[str] | None = None)
         if not found:
             raise
         versions = "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
-        way_out = f"{_WAY_OUT} ({versions})" + (f"; or {error.way_out}" if error.way_out else "")
-        raise error.with_way_out(way_out).with_traceback(error.__traceback__) from error.__cause__
+        hint = f"{_HINT} ({versions})" + (f"; or {error.hint}" if error.hint else "")
+        raise error.with_hint(hint).with_traceback(error.__traceback__) from error.__cause__
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def naming_missing() -> Iterator[None]:
             "The graph cannot answer this, and what its module needs is not installed",
             where=error.name or str(error),
             found=MISSING,
-            way_out="install requirements.txt of the model, and not only requirements-onnx.txt; an image of "
+            hint="install requirements.txt of the model, and not only requirements-onnx.txt; an image of "
             "`mlflow-safeflavor dockerfile --engine module` has it all",
         ) from error
 
@@ -214,7 +214,7 @@ def require_same(recorded: Environment, *, policy: str, path: Sequence[str] | No
     differences = [] if policy == "ignore" else find_differences(recorded, path=path)
     if differences and policy == "error":
         raise EnvironmentMismatchError(
-            _table(differences), way_out=f'{_WAY_OUT}; or accept the differences with environment="warn"'
+            _table(differences), hint=f'{_HINT}; or accept the differences with environment="warn"'
         )
     if differences:
         _logger.warning("%s", format_differences(differences))

@@ -66,7 +66,7 @@ def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None)
                 where="uv pip compile",
                 wanted="a wheel to install for each pin",
                 found=done.stderr.strip()[-1500:],
-                way_out="say where the wheels are (torch_index=… when saving, UV_DEFAULT_INDEX, UV_FIND_LINKS); where "
+                hint="say where the wheels are (torch_index=… when saving, UV_DEFAULT_INDEX, UV_FIND_LINKS); where "
                 "several indexes have the name, UV_INDEX_STRATEGY=unsafe-best-match looks at all; or do without hashes",
             )
         lines = Path(folder, "lock.txt").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
@@ -103,7 +103,7 @@ def missing_wheel(pin: Pin, wanted: str, found: Sequence[str]) -> EnvironmentMis
         where=pin.requirement,
         wanted=f"SHA-256 {wanted}",
         found=", ".join(found[:5]) or "none in the folders that the model and UV_FIND_LINKS name",
-        way_out="name the folder that holds it: UV_FIND_LINKS=FOLDER; or save the model again where another build is "
+        hint="name the folder that holds it: UV_FIND_LINKS=FOLDER; or save the model again where another build is "
         "installed",
     )
 
@@ -164,7 +164,7 @@ def _uv() -> str:
     raise EnvironmentMismatchError(
         "Hashes are looked up by uv, which is not installed",
         where="uv",
-        way_out="pip install 'mlflow-safeflavor[docker]', or do without hashes",
+        hint="pip install 'mlflow-safeflavor[docker]', or do without hashes",
     )
 
 

@@ -24,7 +24,7 @@ ONNX_REQUIREMENTS = "requirements-onnx.txt"
 
 _OPTION = re.compile(r"--(find-links|extra-index-url) (https?://[^\s#\"'\\]+|file:///[^\s#\"'\\]+|/[^\s#\"'\\]*)")
 _HASHES = re.compile(r"((?:\s+--hash=sha256:[0-9a-f]{64})*)\s*")
-_WAY_OUT = (
+_HINT = (
     "build wheels of what no index has (`pip wheel -w FOLDER …`), install them from there, and save the model with "
     "torch_index=FOLDER; let pip's own configuration hold other indexes and passwords"
 )
@@ -109,7 +109,7 @@ def read_pins(layout: Layout, name: str = "requirements.txt") -> Pins:
         raise IntegrityError(
             "Some pins have hashes and some have none",
             where=name,
-            way_out="save the model with hashes for all of them or for none",
+            hint="save the model with hashes for all of them or for none",
         )
     return Pins(tuple(options), tuple(pins), constraints)
 
@@ -143,6 +143,6 @@ def parse_pins(lines: Iterator[str] | list[str], where: str) -> Iterator[Pin]:
                 wanted="name==version, with markers and hashes; --find-links or --extra-index-url with a place; "
                 f"-c {CONSTRAINTS}",
                 found=line[:300],
-                way_out=_WAY_OUT,
+                hint=_HINT,
             )
         yield Pin(requirement, tuple(re.findall(r"sha256:([0-9a-f]{64})", hashes[1])))

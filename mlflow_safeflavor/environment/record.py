@@ -81,7 +81,7 @@ def _raise_conflicts(conflicts: Sequence[tuple[str, str]]) -> None:
         "Installed versions contradict what is required, so pip could never install these pins",
         wanted="; ".join(wanted),
         found="; ".join(dict.fromkeys(found)),
-        way_out="install versions that agree (`pip check` tells), or write all pins yourself with pip_requirements",
+        hint="install versions that agree (`pip check` tells), or write all pins yourself with pip_requirements",
     )
 
 
@@ -98,7 +98,7 @@ def _require_releases(distributions: Iterable[Installed]) -> None:
         where=", ".join(sorted(sources)),
         wanted="releases installed by name and version",
         found="; ".join(f"{n} {v}: {source}" for n, (v, source) in sorted(sources.items())),
-        way_out=(
+        hint=(
             "publish it, or build a wheel (`pip wheel --no-deps -w FOLDER SOURCE`) and install that with "
             f"`pip install {name}=={version} --find-links FOLDER`; or say where others get it, as in "
             f"extra_pip_requirements=['{name} @ git+https://HOST/REPOSITORY@COMMIT']; "

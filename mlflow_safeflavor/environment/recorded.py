@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.artifact.spec import is_plain_text, is_scalar
 from mlflow_safeflavor.errors import IntegrityError
 
@@ -125,7 +125,7 @@ def _check(ok: object, where: str, wanted: str, found: object) -> None:
             where=f"environment.json, {where}",
             wanted=wanted,
             found="nothing" if found is None else repr(found)[:200],
-            way_out=WAY_OUT,
+            hint=FETCH_AGAIN,
         )
 
 

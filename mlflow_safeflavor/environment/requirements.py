@@ -75,7 +75,7 @@ def _wheel_page(name: str, build: str) -> str:
             where=f"{name}=={build}",
             wanted="+cpu, +cuNNN, +rocmX.Y or +xpu, or no label",
             found=f"+{label}",
-            way_out="say where the wheel is with torch_index=URL or FOLDER, or drop the label with torch_index=None",
+            hint="say where the wheel is with torch_index=URL or FOLDER, or drop the label with torch_index=None",
         )
     return f"{TORCH_WHEELS}/{'nightly/' if Version(build).is_devrelease else ''}{label}/{name}/"
 
@@ -87,7 +87,7 @@ def _index_option(torch_index: str) -> str:
             raise EnvironmentMismatchError(
                 "torch_index holds a password, and requirements.txt is readable by everybody who can read the model",
                 where="torch_index",
-                way_out="write it as ${NAME_OF_A_VARIABLE}, which pip expands, or leave it to pip's own settings",
+                hint="write it as ${NAME_OF_A_VARIABLE}, which pip expands, or leave it to pip's own settings",
             )
         return f"--extra-index-url {torch_index}"
     if url.scheme == "file" and not _UNSAFE.search(torch_index):

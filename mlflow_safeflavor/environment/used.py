@@ -101,7 +101,7 @@ def _refuse(strangers: Mapping[str, str]) -> None:
             where=", ".join(code.values()),
             wanted="modules of distributions, or of code_paths",
             found=", ".join(code),
-            way_out=f"{_pass(code)}; or build a distribution of it, and install that",
+            hint=f"{_pass(code)}; or build a distribution of it, and install that",
         )
     if strangers:
         raise EnvironmentMismatchError(
@@ -109,7 +109,7 @@ def _refuse(strangers: Mapping[str, str]) -> None:
             where=", ".join(f"{Path(file).name} (for {reader})" for file, reader in strangers.items()),
             wanted="files of distributions, or of code_paths",
             found=", ".join(strangers),
-            way_out="put them into a package of yours, read them from there (`Path(__file__).with_name(…)`), and pass "
+            hint="put them into a package of yours, read them from there (`Path(__file__).with_name(…)`), and pass "
             "its folder with code_paths=[…]; or install a distribution that has them",
         )
 

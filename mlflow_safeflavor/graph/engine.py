@@ -106,7 +106,7 @@ class GraphEngine:
                 where="forward",
                 wanted=", ".join(f"{known.name} {describe_input(known)}" for known in graph.inputs),
                 found=misfit,
-                way_out='save the model with its module, too: graph="auto"',
+                hint='save the model with its module, too: graph="auto"',
             )
         graph.require_rows(arrays)
         require_unchanged(self._weights)
@@ -120,7 +120,7 @@ class GraphEngine:
                     raise StructureError(
                         "The model was stored as a graph of one forward, which cannot do this",
                         where="engine",
-                        way_out='save the model with its module, too: graph="auto"',
+                        hint='save the model with its module, too: graph="auto"',
                     )
                 self._rebuilt = self._rebuild()
             return self._rebuilt

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.artifact.json_files import write_json
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.graph.check import read
 from mlflow_safeflavor.graph.graph import Graph
@@ -47,7 +47,7 @@ def _read_facts(layout: Layout) -> dict[str, Any]:
             "What is said of the graph is malformed",
             where=layout.name_of(layout.graph_facts),
             wanted=f"a proof beside {layout.graph.name}, and a reason where there is none",
-            way_out=WAY_OUT,
+            hint=FETCH_AGAIN,
         )
     return {kind: content[kind]}
 
@@ -115,7 +115,7 @@ def read_graph(layout: Layout) -> Graph:
             "The graph of the model is not one that may be run",
             where=layout.name_of(layout.graph),
             found=str(error)[:1000],
-            way_out=WAY_OUT,
+            hint=FETCH_AGAIN,
         ) from None
 
 

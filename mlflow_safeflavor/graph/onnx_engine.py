@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.graph.graph import Graph
 from mlflow_safeflavor.graph.packed_weights import PackedWeights
@@ -163,5 +163,5 @@ class Session:
 
 def _refused(found: str) -> StructureError:
     return StructureError(
-        "ONNX Runtime does not take the graph of the model", where="graph.onnx", found=found, way_out=WAY_OUT
+        "ONNX Runtime does not take the graph of the model", where="graph.onnx", found=found, hint=FETCH_AGAIN
     )

@@ -35,7 +35,7 @@ def require_installed() -> None:
     """
     if importlib.util.find_spec("openvino") is None:
         raise PlacementError(
-            "OpenVINO is not installed", where="engine", way_out="pip install 'mlflow-safeflavor[openvino]'"
+            "OpenVINO is not installed", where="engine", hint="pip install 'mlflow-safeflavor[openvino]'"
         )
 
 
@@ -89,7 +89,7 @@ class Session:
                 where="dtype",
                 wanted=dtype,
                 found=f"{core.get_property('CPU', 'FULL_DEVICE_NAME')}: {', '.join(known)}",
-                way_out="leave dtype out",
+                hint="leave dtype out",
             )
         options = {
             "EXECUTION_MODE_HINT": "ACCURACY",
@@ -111,7 +111,7 @@ class Session:
                 "OpenVINO does not take the graph of the model",
                 where="graph.onnx",
                 found=" ".join(str(error).split())[:400],
-                way_out="leave the engine out, or `pip install --upgrade openvino`",
+                hint="leave the engine out, or `pip install --upgrade openvino`",
             ) from error
         self._outputs = [self._compiled.output(f"output.{name}") for name in graph.outputs]
         self._request, self._lock = self._compiled.create_infer_request(), threading.Lock()

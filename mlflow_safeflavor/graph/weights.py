@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -80,14 +80,14 @@ def map_weights(weights: Mapping[str, Weight], files: Collection[str], layout: L
                 where=f"{layout.name_of(layout.graph)}, initializer {name[:200]!r}",
                 wanted=f"bytes of {' | '.join(sorted(files))[:200]}",
                 found=f"bytes {place.start} to {place.start + place.length} of {place.file[:200]!r}, which has {size}",
-                way_out=WAY_OUT,
+                hint=FETCH_AGAIN,
             )
         part = opened[place.file][place.start : place.start + place.length]
         if weight.dtype == "bool" and part.max(initial=0) > 1:  # kernels count some of these, and write all
             raise IntegrityError(
                 "A tensor of the graph holds truth values that are neither 0 nor 1",
                 where=f"{layout.name_of(layout.graph)}, initializer {name[:200]!r}",
-                way_out=WAY_OUT,
+                hint=FETCH_AGAIN,
             )
         found[name] = part.view(dtype).reshape(weight.shape)
     return found

@@ -71,6 +71,6 @@ def _without_gpu(missing: str) -> PlacementError:
         where="MLFLOW_SAFEFLAVOR_DEVICE",
         wanted=os.environ["MLFLOW_SAFEFLAVOR_DEVICE"],
         found=missing,
-        way_out="docker run --gpus all …, on a host with NVIDIA's driver and container toolkit; "
+        hint="docker run --gpus all …, on a host with NVIDIA's driver and container toolkit; "
         "-e MLFLOW_SAFEFLAVOR_DEVICE=cpu serves on the CPU all the same",
     )

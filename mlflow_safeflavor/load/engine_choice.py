@@ -32,7 +32,7 @@ def choose_engine(spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], op
             "The model asks for OpenVINO, whose kernels trust the graph's arguments",
             where="engine",
             wanted='trust={"code"}, or an engine that whoever loads it chose',
-            way_out='pass model_config={"engine": "openvino"} if you trust who saved it; else {"engine": "onnx"}',
+            hint='pass model_config={"engine": "openvino"} if you trust who saved it; else {"engine": "onnx"}',
         )
     alone = spec.structure == "graph"
     asked = "onnx" if alone and chosen["engine"] == "auto" else chosen["engine"]
@@ -55,7 +55,7 @@ def choose_engine(spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], op
             where="engine",
             wanted="onnx",
             found="module",
-            way_out='leave it out, or save the model with graph="auto"',
+            hint='leave it out, or save the model with graph="auto"',
         )
     if asked != "module" and (needs_module or reason is not None):
         raise PlacementError(
@@ -63,7 +63,7 @@ def choose_engine(spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], op
             where=", ".join(needs_module) or "engine",
             wanted="a graph, which is served in float32 on a CPU, by OpenVINO also in bfloat16",
             found=reason or ", ".join(f"{name}={other[name]!r}" for name in needs_module),
-            way_out='leave those out, or pass engine="module" where the model was saved with its module',
+            hint='leave those out, or pass engine="module" where the model was saved with its module',
         )
     return asked
 

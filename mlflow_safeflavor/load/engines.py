@@ -134,7 +134,7 @@ def _place(
             "device_map says where everything goes, in the dtype it was saved in",
             where="device_map",
             found=f"device={asked!r}, dtype={dtype!r}",
-            way_out="leave device and dtype out, or device_map",
+            hint="leave device and dtype out, or device_map",
         )
     device = devices.resolve_device(asked)
     if device_map is not None:

@@ -181,7 +181,7 @@ def _engine(asked: str, target: str, saved: Saved) -> str:
             where="engine",
             wanted="auto | onnx",
             found="openvino",
-            way_out='leave it out, or save the model with model_config={"engine": "openvino"}',
+            hint='leave it out, or save the model with model_config={"engine": "openvino"}',
         )
     if asked != "module" and target == "cuda":
         raise InputError(
@@ -189,7 +189,7 @@ def _engine(asked: str, target: str, saved: Saved) -> str:
             where="target",
             wanted="cpu",
             found="cuda",
-            way_out='target="cpu"' if alone else 'target="cpu", or engine="module"',
+            hint='target="cpu"' if alone else 'target="cpu", or engine="module"',
         )
     if asked == "onnx" and reason is not None:
         raise InputError(
@@ -226,7 +226,7 @@ def _require_target(pins: Mapping[str, str], target: str) -> None:
             where="requirements.txt",
             wanted="a torch with CUDA",
             found=f"torch=={pins['torch']}",
-            way_out='target="cpu", or save the model where a torch with CUDA is installed',
+            hint='target="cpu", or save the model where a torch with CUDA is installed',
         )
     if target == "cuda":
         return
@@ -237,7 +237,7 @@ def _require_target(pins: Mapping[str, str], target: str) -> None:
             where="requirements.txt",
             wanted="a torch for CPUs, such as torch==…+cpu, and no nvidia-* or triton",
             found=", ".join([f"torch=={pins.get('torch')}", *cuda[:5]]),
-            way_out='target="cuda" for an image with CUDA; or save the model where the CPU build of torch is '
+            hint='target="cuda" for an image with CUDA; or save the model where the CPU build of torch is '
             'installed, with torch_index="auto", which keeps its label',
         )
 

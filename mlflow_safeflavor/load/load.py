@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.artifact.spec import AS_IS, ModelSpec
 from mlflow_safeflavor.environment.differences import naming_versions, require_same
 from mlflow_safeflavor.errors import WeightsError
@@ -211,7 +211,7 @@ def _require_dtype(inventory: Inventory, spec: ModelSpec) -> None:
             where=rows[0].path,
             wanted=spec.dtype,
             found=rows[0].dtype,
-            way_out=WAY_OUT,
+            hint=FETCH_AGAIN,
         )
 
 

@@ -66,5 +66,5 @@ def naming_failures(where: str) -> Iterator[None]:
             "The model cannot answer the rows that were recorded with it",
             where=where,
             found=f"{type(error).__name__}: {error}",
-            way_out="save the model again in this environment",
+            hint="save the model again in this environment",
         ) from error

@@ -12,7 +12,7 @@ from typing import Any
 from mlflow_safeflavor.artifact.inventory_file import Inventory, read_inventory
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.manifest import find_broken_files, read_manifest
-from mlflow_safeflavor.artifact.plain_files import open_plain, way_out_of
+from mlflow_safeflavor.artifact.plain_files import open_plain, hint_of
 from mlflow_safeflavor.artifact.spec import ModelSpec, read_spec
 from mlflow_safeflavor.artifact.trust import require_agreed, require_known, require_no_shadows
 from mlflow_safeflavor.environment.recorded import Environment
@@ -102,4 +102,4 @@ def require_none(problems: Sequence[str], what: str) -> None:
     """Raise an IntegrityError that names the first of the problems, if there are any."""
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise IntegrityError(what, where=shown, way_out=way_out_of(shown))
+        raise IntegrityError(what, where=shown, hint=hint_of(shown))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlflow_safeflavor.artifact.inventory_file import Inventory
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import StructureError
 
 __all__ = ["find_unexplained", "require_explained", "within"]
@@ -65,7 +65,7 @@ def require_explained(config: Mapping[str, Any] | None, inventory: Inventory, wh
             where=f"{where}, {key}",
             wanted=f"at most {most:,}",
             found=f"{value:,}" if value.bit_length() < 100 else "a number of more than 30 digits",
-            way_out=WAY_OUT,
+            hint=FETCH_AGAIN,
         )
 
 
@@ -111,7 +111,7 @@ def within(
             watch.stop()
     except _TooMuch:
         watch.stop()
-    raise StructureError(f"{what} takes far more than it could need", where=where, found=watch.reason, way_out=WAY_OUT)
+    raise StructureError(f"{what} takes far more than it could need", where=where, found=watch.reason, hint=FETCH_AGAIN)
 
 
 class _Watch:

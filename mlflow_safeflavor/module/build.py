@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.artifact.inventory_file import Inventory
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.artifact.trust import is_proven, require_agreed
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError
 from mlflow_safeflavor.module.bounds import within
@@ -65,7 +65,7 @@ def build(
             "The constructor of the model failed",
             where=structure["class"],
             found=f"{type(error).__name__}: {error}",
-            way_out="when saving, pass init_args={…} or allow_pickle=True",
+            hint="when saving, pass init_args={…} or allow_pickle=True",
         ) from error
     if not isinstance(module, torch.nn.Module):  # a class may have a __new__ of its own
         raise StructureError("The class does not make a module", where=structure["class"])
@@ -88,14 +88,14 @@ def _maker(structure: Mapping[str, Any], trust: Collection[str]) -> Callable[[],
             "Nobody has proven that this class of transformers is built for what was saved, and for nothing else",
             where=structure["class"],
             wanted="a class in proven_classes.txt of this release",
-            way_out='save the model again with this release: it is then of the kind "import", for trust={"code"}',
+            hint='save the model again with this release: it is then of the kind "import", for trust={"code"}',
         )
     cls = lookup(structure["class"])
     # Looked at before it is called: os.system is no model, and a call would be too late to tell.
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
         raise StructureError("The class is no module", where=structure["class"], wanted="a torch.nn.Module")
     if structure["kind"] == "transformers" and (odd := sorted(structure["arguments"].keys() - flags_of(cls))):
-        raise StructureError("The class has no such flag", where=f"{structure['class']}, {odd[0]}", way_out=WAY_OUT)
+        raise StructureError("The class has no such flag", where=f"{structure['class']}, {odd[0]}", hint=FETCH_AGAIN)
 
     def make() -> Any:
         arguments = {
@@ -132,5 +132,5 @@ def _transformers_class(full_name: str) -> Any:
         "The model's class is not in the installed transformers",
         where=full_name,
         wanted="a class of the transformers package",
-        way_out=WAY_OUT,
+        hint=FETCH_AGAIN,
     )

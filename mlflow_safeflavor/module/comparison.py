@@ -39,7 +39,7 @@ def compared(
             where=f"{described['class']}, {lost[0].path}",
             wanted="each attribute as it is in the module",
             found="; ".join(map(str, lost[:_MOST_NAMED])) + more,
-            way_out=_way_out(described, "pass init_args={…} with the constructor's arguments, "),
+            hint=_hint(described, "pass init_args={…} with the constructor's arguments, "),
         )
     if not left:
         return module
@@ -50,7 +50,7 @@ def compared(
 _MOST_NAMED = 5
 
 
-def _way_out(described: Mapping[str, Any], first: str) -> str:
+def _hint(described: Mapping[str, Any], first: str) -> str:
     """No arguments make a ``Sequential`` what it was not made for."""
     return f"{'' if described['kind'] == 'torch' else first}allow_pickle=True, or graph='only'"
 
@@ -73,6 +73,6 @@ def require_same_shapes(module: torch.nn.Module, structure: Mapping[str, Any]) -
             where=f"{structure['class']}, {odd[0]}",
             wanted=f"{wanted.get(odd[0], 'no such tensor')} as the constructor makes it",
             found=f"{found.get(odd[0], 'no such tensor')} in the module, and {len(odd) - 1} more differences",
-            way_out=_way_out(structure, "keep config in step with the module, pass init_args={…}, "),
+            hint=_hint(structure, "keep config in step with the module, pass init_args={…}, "),
         )
     return built

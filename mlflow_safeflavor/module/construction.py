@@ -104,7 +104,7 @@ class Recipe:
                 "The constructor of the model failed",
                 where=name_of(self.cls),
                 found=f"{type(error).__name__}: {error}",
-                way_out="pass from_pretrained what it needs, as further keyword arguments; where it failed is "
+                hint="pass from_pretrained what it needs, as further keyword arguments; where it failed is "
                 "chained to this error",
             ) from error
         return module
@@ -171,7 +171,7 @@ def construct(
         where=name_of(recipe.cls),
         wanted=str(dtype),
         found=f"another dtype at some point, in each of {_TRIES} attempts",
-        way_out="do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, meanwhile",
+        hint="do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, meanwhile",
     )
 
 
@@ -181,7 +181,7 @@ def _require_sizes(module: torch.nn.Module, recipe: Recipe) -> None:
             "The constructor leaves sizes to the first forward",
             where=f"{name_of(recipe.cls)}, {some(lazy)}",
             wanted="sizes that follow from its arguments",
-            way_out="replace lazy modules (torch.nn.LazyLinear) by those of fixed sizes",
+            hint="replace lazy modules (torch.nn.LazyLinear) by those of fixed sizes",
         )
 
 
@@ -228,7 +228,7 @@ def find_agreement(module: torch.nn.Module, other: torch.nn.Module) -> set[str]:
                 where=f"{name_of(type(module))}, {path}",
                 wanted=facts[0].get(path, "no such tensor"),
                 found=facts[1].get(path, "no such tensor"),
-                way_out="make its structure depend on its arguments alone",
+                hint="make its structure depend on its arguments alone",
             )
     return {path for path, tensor in ours.items() if bits_equal(tensor, theirs[path])}
 
@@ -243,7 +243,7 @@ def require_memory(module: torch.nn.Module) -> None:
         raise WeightsError(
             "Tensors are on the meta device although the model was constructed on real memory",
             where=some(meta),
-            way_out="its constructor itself asks for the meta device: take that out; or another thread was inside "
+            hint="its constructor itself asks for the meta device: take that out; or another thread was inside "
             "transformers' or accelerate's loader, which can break a process for good: load in a new one",
         )
 

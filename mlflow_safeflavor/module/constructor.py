@@ -36,7 +36,7 @@ def describe_call(
             "A container of torch.nn does not know how modules of other classes were made",
             where=f"{name_of(cls)}, {foreign[0]}",
             found=name_of(type(foreign[1])),
-            way_out="write a class whose constructor makes all of it, or pass allow_pickle=True or graph='only'",
+            hint="write a class whose constructor makes all of it, or pass allow_pickle=True or graph='only'",
         )
     config = getattr(module, "config", None)
     structure: dict[str, Any] = {
@@ -69,7 +69,7 @@ def _require_plain_config(structure: Mapping[str, Any]) -> None:
             "The config names code, files or repositories, which a load would look for",
             where=structure["class"],
             found="; ".join(found),
-            way_out="set them to None in model.config, or pass allow_pickle=True",
+            hint="set them to None in model.config, or pass allow_pickle=True",
         )
 
 
@@ -80,7 +80,7 @@ def _require_importable(cls: type) -> None:
             where=name_of(cls),
             wanted="a class at the top of a module",
             found="a class of a script, notebook or function",
-            way_out="move it to a file and pass code_paths=[file], or pass allow_pickle=True",
+            hint="move it to a file and pass code_paths=[file], or pass allow_pickle=True",
         )
 
 
@@ -97,7 +97,7 @@ def _argument_to_json(name: str, value: Any) -> dict[str, Any]:
         where=f"init_args, {name}",
         wanted="numbers, strings, lists, dicts, None, or a transformers config",
         found=type(value).__name__,
-        way_out="pass allow_pickle=True instead of init_args",
+        hint="pass allow_pickle=True instead of init_args",
     )
 
 

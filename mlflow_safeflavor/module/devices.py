@@ -39,7 +39,7 @@ def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
             where="device",
             wanted=str(wanted),
             found=f"{there}; {reason}" if reason else there,
-            way_out="device='auto' takes what there is",
+            hint="device='auto' takes what there is",
         )
     require_usable(wanted)
     return wanted
@@ -59,7 +59,7 @@ def require_usable(device: torch.device) -> None:
             "The device cannot be used in a process that was forked after it had been used",
             where=str(device),
             wanted="a process that was started anew",
-            way_out="start processes with multiprocessing's 'spawn' or 'forkserver' and load the model in each, fork "
+            hint="start processes with multiprocessing's 'spawn' or 'forkserver' and load the model in each, fork "
             "before anything uses the device, or load with device='cpu'",
         )
 

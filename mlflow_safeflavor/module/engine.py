@@ -144,7 +144,7 @@ def _with_settings(module: torch.nn.Module, settings: Mapping[str, Any]) -> Any:
             "The model cannot write text",
             where=type(module).__name__,
             wanted="a transformers model with generate() and a generation_config",
-            way_out="choose the task this model was made for: task=...",
+            hint="choose the task this model was made for: task=...",
         )
     from transformers import GenerationConfig
 
@@ -159,7 +159,7 @@ def _compiled(module: torch.nn.Module) -> Callable[..., Any]:
             "compile needs a C++ compiler, and this machine has none",
             where="compile",
             wanted="g++ or clang++ on the PATH, or its name in CXX",
-            way_out="install one (Debian: apt-get install g++), or leave compile out",
+            hint="install one (Debian: apt-get install g++), or leave compile out",
         )
     # Sizes are symbols: otherwise every new length of a batch would be compiled anew.
     forward: Callable[..., Any] = torch.compile(module, dynamic=True)
@@ -199,7 +199,7 @@ def _flatten(path: str, value: Any, found: dict[str, torch.Tensor]) -> None:
             raise StructureError(
                 "Two outputs of forward have the same name when they are flattened",
                 where=path,
-                way_out="return them under other names",
+                hint="return them under other names",
             )
         found[path] = value
     elif isinstance(value, (tuple, list, Mapping)) or _fields(value):
@@ -232,5 +232,5 @@ def _no_tensor(path: str, value: Any) -> StructureError:
         where=f"output of forward, {path}",
         wanted="tensors and numbers, also in nested tuples, lists, dicts, named tuples and dataclasses",
         found=type(value).__name__,
-        way_out="return tensors alone, or wrap the module in one whose forward does",
+        hint="return tensors alone, or wrap the module in one whose forward does",
     )

@@ -34,14 +34,14 @@ def named_failure(error: BaseException, where: str = "forward") -> SafeFlavorErr
             "Memory ran out, and there is nothing smaller to try",
             where=where,
             found=error,
-            way_out="ask with fewer or shorter rows, or for fewer tokens, or later, when what else is on the device "
+            hint="ask with fewer or shorter rows, or for fewer tokens, or later, when what else is on the device "
             "needs less; or serve the model on one with more memory",
         )
     named = AnswerError(
         "The model failed over the rows it was asked",
         where=where,
         found=f"{type(error).__name__}: {error}",
-        way_out="ask with fewer or other rows; the cause is chained to this error, and in the log of the server",
+        hint="ask with fewer or other rows; the cause is chained to this error, and in the log of the server",
     )
     named.__cause__ = error
     return named

@@ -44,7 +44,7 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
             where=path,
             wanted=describe_row(inventory.rows.get(path)),
             found=f"{slots[path].kind} {list(shape_of(slots[path].tensor))}" if path in slots else "no such tensor",
-            way_out=NOT_GIVEN_BACK,
+            hint=NOT_GIVEN_BACK,
         )
     tensors = realise(inventory, values)
     for path, slot in slots.items():

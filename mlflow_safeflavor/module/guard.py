@@ -243,7 +243,7 @@ def guarded(*own: str | os.PathLike[str], unpickles: bool = False) -> Iterator[N
             where=", ".join(map(str, own)),
             wanted="nothing but the files of the model and of installed packages",
             found="it " + "; it ".join(dict.fromkeys(guard.refused)),
-            way_out="if you did not save this model, do not use it; if you did, take this out of what it runs when "
+            hint="if you did not save this model, do not use it; if you did, take this out of what it runs when "
             'it is built, or save it with graph="only", which builds nothing',
         ) from cause
 

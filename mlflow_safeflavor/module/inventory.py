@@ -119,7 +119,7 @@ def _dtype_of(group: Sequence[Slot], dtypes: Mapping[str, torch.dtype]) -> torch
             "Tensors share memory but not a dtype",
             where=some([slot.path for slot in group]),
             found=", ".join(sorted(dtype_name(dtype) for dtype in targets)),
-            way_out="give each its own memory (.clone()) before saving",
+            hint="give each its own memory (.clone()) before saving",
         )
     return targets.pop()
 

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.artifact.inventory_file import Inventory
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.module.allowance import Allowance, TooMuch
 from mlflow_safeflavor.module.random_state import kept_random_state
@@ -90,7 +90,7 @@ def _too_much(found: str) -> StructureError:
         "The constructor wants far more memory than the stored tensors take",
         where="a config or constructor argument",
         found=found,
-        way_out=WAY_OUT,
+        hint=FETCH_AGAIN,
     )
 
 

@@ -17,7 +17,7 @@ import cloudpickle
 import torch
 
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.artifact.trust import require_agreed
 from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.module.slots import Slot, hidden_slot
@@ -65,7 +65,7 @@ def dump(objects: Mapping[str, Any], slots: Sequence[Slot]) -> tuple[bytes, list
             "The model cannot be pickled",
             where=", ".join(f"{name} ({type(thing).__name__})" for name, thing in objects.items()),
             found=f"{type(error).__name__}: {error}",
-            way_out="take locks, files, loggers and generators out of the module before saving it",
+            hint="take locks, files, loggers and generators out of the module before saving it",
         ) from error
     paths = {id(slot.tensor): slot.path for slot in reversed(slots)}
     hidden = [tensor for tensor in pickler.tensors if id(tensor) not in paths]
@@ -114,7 +114,7 @@ def load(
             where=layout.name_of(file),
             wanted=f"Python {facts.get('python')}",
             found=f"Python {here}",
-            way_out="load it with that Python, or save the model with importable classes (code_paths=[…])",
+            hint="load it with that Python, or save the model with importable classes (code_paths=[…])",
         )
     try:
         content = layout.read_bytes(file)
@@ -124,7 +124,7 @@ def load(
             "The pickle or its list of tensors is damaged",
             where=layout.name_of(layout.structure),
             found=error,
-            way_out=WAY_OUT,
+            hint=FETCH_AGAIN,
         ) from None
     try:
         return dict(_Unpickler(io.BytesIO(content), in_order).load())
@@ -133,5 +133,5 @@ def load(
             "The model cannot be unpickled here",
             where=layout.name_of(file),
             found=f"{type(error).__name__}: {error}",
-            way_out="when saving, pass code_paths=[…] with the modules it needs",
+            hint="when saving, pass code_paths=[…] with the modules it needs",
         ) from error

@@ -102,7 +102,7 @@ def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dic
             "Torch's default dtype kept changing while the model was constructed",
             where=structure["class"],
             wanted=str(dtype),
-            way_out="do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, meanwhile",
+            hint="do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, meanwhile",
         )
     return seen[0]  # the constructor itself changes it, always in the same way
 
@@ -176,7 +176,7 @@ def _no_room(where: str, inventory: Inventory, error: BaseException) -> Placemen
         where=where,
         wanted=f"{inventory.nbytes / 1e9:.2f} GB",
         found=error,
-        way_out="device='cpu', or a smaller serving dtype when saving",
+        hint="device='cpu', or a smaller serving dtype when saving",
     )
 
 
@@ -214,7 +214,7 @@ def dispatch(
         import accelerate
     except ImportError:
         raise PlacementError(
-            "device_map needs accelerate", way_out="pip install 'mlflow-safeflavor[accelerate]'"
+            "device_map needs accelerate", hint="pip install 'mlflow-safeflavor[accelerate]'"
         ) from None
     devices = _device_map(module, device_map, accelerate)
     real = [device for device in devices.values() if isinstance(device, torch.device)]
@@ -234,7 +234,7 @@ def dispatch(
         if is_out_of_memory(error):
             raise _no_room("device_map", inventory, error) from None
         raise PlacementError(
-            "accelerate cannot spread the model like this", where="device_map", found=error, way_out='device_map="auto"'
+            "accelerate cannot spread the model like this", where="device_map", found=error, hint='device_map="auto"'
         ) from error
     # What is on the CPU beside an accelerator is on meta, too, between two forwards; but accelerate keeps its tensors.
     offloaded = [path for path in find_meta(find_slots(module)) if _place_of(path, devices) == "disk"]
@@ -243,7 +243,7 @@ def dispatch(
             "Tensors that lie inside other tensors, or not in order, cannot be offloaded to disk",
             where=some(lost),
             wanted="a tensor that a file holds by itself",
-            way_out="map their modules to a device",
+            hint="map their modules to a device",
         )
     _move_attributes(module, devices, main)
     return main

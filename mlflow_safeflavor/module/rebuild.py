@@ -73,5 +73,5 @@ def _require_same_tensors(module: torch.nn.Module, saved: Inventory, hidden: Map
             "The rebuilt module is not the one that was saved",
             where=differences[0],
             found=f"{len(differences)} differences",
-            way_out=NOT_GIVEN_BACK,
+            hint=NOT_GIVEN_BACK,
         )

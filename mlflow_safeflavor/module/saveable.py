@@ -35,7 +35,7 @@ def require_saveable(slots: Sequence[Slot]) -> None:
             where=some(meta),
             wanted="tensors in memory",
             found=f"{len(meta)} of {len(slots)} on the meta device",
-            way_out="load the checkpoint with mlflow_safeflavor.from_pretrained, "
+            hint="load the checkpoint with mlflow_safeflavor.from_pretrained, "
             "or fill the module with mlflow_safeflavor.materialize, then save it",
         )
     if waiting := [slot.path for slot in slots if torch.nn.parameter.is_lazy(slot.tensor)]:
@@ -43,7 +43,7 @@ def require_saveable(slots: Sequence[Slot]) -> None:
             "The module has lazy parameters that no forward has made yet",
             where=some(waiting),
             wanted="parameters of known shape",
-            way_out="call the module once, model(example), and save it then",
+            hint="call the module once, model(example), and save it then",
         )
     seen: set[str] = set()
     for slot in slots:
@@ -53,7 +53,7 @@ def require_saveable(slots: Sequence[Slot]) -> None:
                 "Two tensors of the module have the same path",
                 where=slot.path,
                 found="an attribute whose name has dots or brackets in it",
-                way_out="rename that attribute",
+                hint="rename that attribute",
             )
         seen.add(slot.path)
         odd = (
@@ -71,7 +71,7 @@ def require_saveable(slots: Sequence[Slot]) -> None:
                 where=slot.path,
                 wanted="a dense torch.Tensor, nn.Parameter or buffer",
                 found=odd,
-                way_out="replace it by a dense tensor before saving (dequantise, .to_dense(), .resolve_conj())",
+                hint="replace it by a dense tensor before saving (dequantise, .to_dense(), .resolve_conj())",
             )
 
 

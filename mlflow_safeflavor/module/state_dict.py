@@ -51,7 +51,7 @@ def read_state(source: str | Path | Mapping[str, torch.Tensor]) -> dict[str, tor
                 "The checkpoint holds something else than tensors with values",
                 where=key,
                 found="a tensor on the meta device" if isinstance(value, torch.Tensor) else type(value).__name__,
-                way_out="hand the state dict itself to mlflow_safeflavor.materialize, like "
+                hint="hand the state dict itself to mlflow_safeflavor.materialize, like "
                 "torch.load(file, weights_only=True)['state_dict']",
             )
     return state
@@ -77,13 +77,13 @@ def _find_weights(folder: Path) -> Path:
         where=folder,
         wanted=" | ".join(_IN_FOLDERS),
         found=f"a PEFT adapter: {some(found)}" if adapter else some(found) or "an empty folder",
-        way_out="load the base model with peft, merge_and_unload() and save that"
+        hint="load the base model with peft, merge_and_unload() and save that"
         if adapter
         else "mlflow_safeflavor.materialize(module, FILE) takes a file of any name",
     )
 
 
-_WAY_OUT = "fetch the checkpoint again, or save it again where it comes from"
+_HINT = "fetch the checkpoint again, or save it again where it comes from"
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
@@ -92,19 +92,19 @@ def _read_shards(index: Path) -> dict[str, Any]:
         names = sorted(set(weight_map.values()))
         plain = all(os.path.basename(name) == name for name in names)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError("The index of shards is malformed", where=index, found=error, way_out=_WAY_OUT) from None
+        raise IntegrityError("The index of shards is malformed", where=index, found=error, hint=_HINT) from None
     if not plain:
         raise IntegrityError(
-            "The index of shards points outside its folder", where=index, found=some(names), way_out=_WAY_OUT
+            "The index of shards points outside its folder", where=index, found=some(names), hint=_HINT
         )
     state: dict[str, Any] = {}
     for name in names:
         if not (index.parent / name).is_file():
-            raise IntegrityError("A shard of the checkpoint is missing", where=index.parent / name, way_out=_WAY_OUT)
+            raise IntegrityError("A shard of the checkpoint is missing", where=index.parent / name, hint=_HINT)
         state.update(_read_path(index.parent / name))
     if odd := sorted(weight_map.keys() ^ state.keys()):
         raise IntegrityError(
-            "The shards do not hold what their index lists", where=index, found=some(odd), way_out=_WAY_OUT
+            "The shards do not hold what their index lists", where=index, found=some(odd), hint=_HINT
         )
     return state
 
@@ -114,7 +114,7 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
-        raise IntegrityError("A safetensors file cannot be read", where=file, found=error, way_out=_WAY_OUT) from None
+        raise IntegrityError("A safetensors file cannot be read", where=file, found=error, hint=_HINT) from None
 
 
 def _read_torch(file: Path) -> dict[str, Any]:
@@ -126,10 +126,10 @@ def _read_torch(file: Path) -> dict[str, Any]:
             where=file,
             wanted="a state dict",
             found=str(error).strip().splitlines()[0],
-            way_out="torch.save(model.state_dict(), …) where the model comes from, or better: safetensors",
+            hint="torch.save(model.state_dict(), …) where the model comes from, or better: safetensors",
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise IntegrityError("A checkpoint file cannot be read", where=file, found=error, way_out=_WAY_OUT) from None
+        raise IntegrityError("A checkpoint file cannot be read", where=file, found=error, hint=_HINT) from None
     if not isinstance(content, Mapping):
         raise WeightsError(
             "The file holds no state dict", where=file, wanted="a dict of tensors", found=type(content).__name__
@@ -263,7 +263,7 @@ def cast(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """
     result = value.to(dtype)
     if dtype == torch.float16 and result is not value and torch.isinf(result).any() and not torch.isinf(value).any():
-        raise WeightsError("A weight is too large for float16", where=name, way_out="dtype='bfloat16' or 'float32'")
+        raise WeightsError("A weight is too large for float16", where=name, hint="dtype='bfloat16' or 'float32'")
     return result
 
 
@@ -293,7 +293,7 @@ _WRAPPERS = {
 }
 
 
-def require_fit(result: Fit, names: Iterable[str], where: object, way_out: str) -> None:
+def require_fit(result: Fit, names: Iterable[str], where: object, hint: str) -> None:
     """Refuse a state dict that does not fit in both directions.
 
     Raises:
@@ -303,13 +303,13 @@ def require_fit(result: Fit, names: Iterable[str], where: object, way_out: str) 
         return
     prefix = _shared_prefix(result.unexpected, set(names))
     if prefix is not None:
-        way_out = f"take {prefix!r} off the keys; it comes from {_WRAPPERS.get(prefix, 'a module around the model')}"
+        hint = f"take {prefix!r} off the keys; it comes from {_WRAPPERS.get(prefix, 'a module around the model')}"
     raise WeightsError(
         "The checkpoint and the module do not fit each other",
         where=where,
         wanted="every tensor of the module in the checkpoint, and nothing else",
         found=_summary(result) + (f"; all of these keys start with {prefix!r}" if prefix else ""),
-        way_out=way_out,
+        hint=hint,
     )
 
 

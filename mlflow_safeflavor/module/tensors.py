@@ -16,7 +16,7 @@ from mlflow_safeflavor.artifact.digests import digests_of
 from mlflow_safeflavor.artifact.inventory_file import Inventory, write_inventory
 from mlflow_safeflavor.artifact.json_files import write_json
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import StructureError, WeightsError
 from mlflow_safeflavor.module.inventory import dtype_name
 
@@ -86,7 +86,7 @@ def _write_file(values: Mapping[str, torch.Tensor], path: Path) -> None:
     """
     if _METADATA in values:
         raise StructureError(
-            "A tensor has the name that safetensors keeps for itself", where=_METADATA, way_out="rename that attribute"
+            "A tensor has the name that safetensors keeps for itself", where=_METADATA, hint="rename that attribute"
         )
     order = sorted(values, key=lambda name: (values[name].nbytes % ALIGNMENT != 0, -values[name].itemsize))
     header: dict[str, Any] = {_METADATA: {"format": "pt"}}
@@ -155,7 +155,7 @@ def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor
                 where=name,
                 wanted=_describe(wanted.get(name)),
                 found=_describe(found.get(name)),
-                way_out=WAY_OUT,
+                hint=FETCH_AGAIN,
             )
     return values
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT, digest_of_file
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN, digest_of_file
 from mlflow_safeflavor.environment.installed import OWN_NAME
 from mlflow_safeflavor.environment.owners import Owners
 from mlflow_safeflavor.errors import IntegrityError, StructureError
@@ -116,7 +116,7 @@ class _SourceLoader(SourceFileLoader):
         digest = hashlib.sha256(content).hexdigest()
         if digest != _sealed.get(path, digest):
             raise IntegrityError(
-                "A model's own code was changed after the model was loaded", where=path, way_out=WAY_OUT
+                "A model's own code was changed after the model was loaded", where=path, hint=FETCH_AGAIN
             )
         return content
 
@@ -139,7 +139,7 @@ def _require_same_module(imported: ModuleType | None, name: str, file: Path) -> 
         where=name,
         wanted=file,
         found=origin or "a module without a file",
-        way_out="load models whose code differs under the same module name in separate processes",
+        hint="load models whose code differs under the same module name in separate processes",
     )
 
 
@@ -159,6 +159,6 @@ def import_name(full_name: str) -> Any:
             "The model's own code cannot be imported",
             where=full_name,
             found=f"{type(error).__name__}: {error}",
-            way_out="when saving, pass code_paths=[…] with the file or package that defines it",
+            hint="when saving, pass code_paths=[…] with the file or package that defines it",
         ) from error
     return found

@@ -58,7 +58,7 @@ def require_plain(module: torch.nn.Module) -> None:
                     what,
                     where=f"{path or 'the model itself'}, {type(child).__name__}",
                     wanted="a plain module with all tensors in memory",
-                    way_out=line.format(model=f"model.{path}" if path else "model"),
+                    hint=line.format(model=f"model.{path}" if path else "model"),
                 )
 
 
@@ -151,7 +151,7 @@ def require_given_back(module: torch.nn.Module, error: SafeFlavorError, *, pickl
             where=path,
             wanted="plain weights, or a constructor that makes it so",
             found=f"{len(found)} such tensors; {error.what}",
-            way_out="; ".join(line for _, _, line in found[:3]) + (" …" if len(found) > 3 else ""),
+            hint="; ".join(line for _, _, line in found[:3]) + (" …" if len(found) > 3 else ""),
         ) from error
 
 

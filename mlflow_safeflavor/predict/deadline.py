@@ -43,5 +43,5 @@ class Deadline:
             where="timeout",
             wanted=f"within {self.seconds:g} seconds of the request",
             found=found,
-            way_out="send fewer rows at once, run more workers, or raise timeout",
+            hint="send fewer rows at once, run more workers, or raise timeout",
         )

@@ -11,7 +11,7 @@ import numpy as np
 from mlflow_safeflavor.artifact.arrays import read_arrays, write_arrays
 from mlflow_safeflavor.artifact.json_files import write_json
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import IntegrityError
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.engine import Engine
@@ -146,7 +146,7 @@ def read_golden(layout: Layout, engine: str) -> Golden:
             raise ValueError(f"tolerances {atol}, {rtol}: with these, any answer would do")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise IntegrityError(
-            "The golden rows are malformed", where=layout.name_of(facts), found=error, way_out=WAY_OUT
+            "The golden rows are malformed", where=layout.name_of(facts), found=error, hint=FETCH_AGAIN
         ) from None
     return Golden(rows, answers, arrays, atol, rtol)
 

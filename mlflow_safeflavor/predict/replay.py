@@ -85,5 +85,5 @@ def require_parity(report: ParityReport, layout: Layout, engine: str) -> None:
             where=f"{layout.name_of(layout.recorded(engine)[0])}, {len(wrong)} of {len(report.rows)} rows",
             wanted=f"within atol {report.atol:g}, rtol {report.rtol:g}",
             found=wrong[0].problem,
-            way_out="save the model again in this environment",
+            hint="save the model again in this environment",
         )

@@ -94,7 +94,7 @@ class Scheduler:
                     where="max_queue",
                     wanted=f"at most {self.max_queue}",
                     found=f"{there} are waiting",
-                    way_out="ask again later, run more workers, or raise max_queue",
+                    hint="ask again later, run more workers, or raise max_queue",
                 )
             state.arriving.add(arrival := object())
         try:

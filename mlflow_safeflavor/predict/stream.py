@@ -68,7 +68,7 @@ def parquet_chunks(path: Path) -> tuple[Iterator[pd.DataFrame], int]:
             "A path must be that of a Parquet file",
             where=path,
             found=error,
-            way_out="read the file yourself and pass a DataFrame; a text is passed as str, not as Path",
+            hint="read the file yourself and pass a DataFrame; a text is passed as str, not as Path",
         ) from None
     return _frames(file), file.metadata.num_rows
 

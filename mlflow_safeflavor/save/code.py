@@ -30,7 +30,7 @@ def write_code(code_paths: Sequence[str | Path] | None, layout: Layout) -> None:
     _validate_and_copy_code_paths([os.fspath(path) for path in code_paths or ()], layout.root)  # type: ignore[no-untyped-call]  # MLflow's
     target = layout.code / LOADER_MODULE
     if target.exists():
-        raise InputError("code_paths must not hold the loader itself", where=LOADER_MODULE, way_out="leave it out")
+        raise InputError("code_paths must not hold the loader itself", where=LOADER_MODULE, hint="leave it out")
     for file in _loader_files():
         copy = target / file.relative_to(_PACKAGE)
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -188,7 +188,7 @@ def store_graph(model: LoadedModel, rows: Sequence[Row], required: bool) -> list
                 "The forward of the model cannot be stored as a graph",
                 where=model.spec.model_class,
                 found=refusal,
-                way_out='save it with graph="auto" and engine="auto", which serves the module where there is no graph',
+                hint='save it with graph="auto" and engine="auto", which serves the module where there is no graph',
             ) from refusal
         write_reason(str(refusal), layout)
         return []

@@ -165,7 +165,7 @@ def _require_versions(recorded: Environment, used: Mapping[str, Use]) -> None:
             where=", ".join(others),
             wanted=", ".join(f"{name} {recorded.distributions[name]}" for name in others),
             found=", ".join(f"{name} {use.version}" for name, use in others.items()),
-            way_out="start Python without PYTHONPATH and changes of sys.path, or install the wanted versions: "
+            hint="start Python without PYTHONPATH and changes of sys.path, or install the wanted versions: "
             f"`pip install {' '.join(f'{name}=={recorded.distributions[name]}' for name in others)}`",
         )
 

@@ -17,7 +17,7 @@ from mlflow_safeflavor.errors import RehearsalError
 __all__ = ["rehearse"]
 
 _TIMEOUT = 1800  # seconds; a model of several GB on a slow disk takes minutes
-_WAY_OUT = "free memory and processors for a second copy of the model; rehearse=False publishes without this proof"
+_HINT = "free memory and processors for a second copy of the model; rehearse=False publishes without this proof"
 
 # Variables a process needs to start at all. Nothing else passes: a model that loads only because of
 # the author's PYTHONPATH, cache or token would not load anywhere else.
@@ -72,13 +72,13 @@ def rehearse(
             )
         except subprocess.TimeoutExpired:
             raise RehearsalError(
-                "The clean process did not finish loading the model", wanted=f"within {_TIMEOUT} s", way_out=_WAY_OUT
+                "The clean process did not finish loading the model", wanted=f"within {_TIMEOUT} s", hint=_HINT
             ) from None
         if not answer.exists():
             raise RehearsalError(
                 "The clean process died while loading the model",
                 found=f"exit status {process.returncode}; {process.stderr[-2000:].strip()}",
-                way_out=_WAY_OUT,
+                hint=_HINT,
             )
         told = json.loads(answer.read_text(encoding="utf-8"))
     if problem := told["problem"]:
@@ -88,7 +88,7 @@ def rehearse(
         raise RehearsalError(
             "A clean process cannot load the model as saved, so nothing was published",
             found="; ".join([f"{problem['kind']}: {problem['message']}", *refused]),
-            way_out=bring
+            hint=bring
             if bring
             else "make it load without this process's state: no __main__ classes, no network, no files of this "
             'machine; graph="only" keeps neither the class nor what its constructor reads',

@@ -244,7 +244,7 @@ def _hooks(task: str, *given: Callable[..., Any] | None) -> dict[str, Callable[.
             "preprocess and postprocess belong to the custom task, which needs both",
             where=f"task {task!r}",
             found=", ".join(hooks) or "none of them",
-            way_out='pass task="custom", preprocess=… and postprocess=…',
+            hint='pass task="custom", preprocess=… and postprocess=…',
         )
     return hooks
 

@@ -56,7 +56,7 @@ def signature_of(
             where="signature",
             wanted=f"inputs {own.inputs}",
             found=f"inputs {given.inputs}",
-            way_out="leave signature out, or rename columns with input_columns",
+            hint="leave signature out, or rename columns with input_columns",
         )
     kept = [param for param in task.asked if param.name in defaults_of(given)]
     if left := [param.name for param in task.asked if param not in kept]:

@@ -51,7 +51,7 @@ def write_module(
             "A hook cannot be imported anywhere else",
             where=", ".join(to_pickle),
             wanted="a function at the top of a module",
-            way_out="move it to a file and pass code_paths=[file], or pass allow_pickle=True",
+            hint="move it to a file and pass code_paths=[file], or pass allow_pickle=True",
         )
     described |= {"hooks": names, "hooks_pickle": None, "pickle": None}
     # Apart, so that a graph is served with its hooks where the module's class is not there.
@@ -87,7 +87,7 @@ def write_task(
             raise InputError(
                 f"The {source.task} task needs an example: nobody else knows its rows",
                 where="input_example",
-                way_out="pass input_example=… as predict takes it; its answers are recorded and replayed at each load",
+                hint="pass input_example=… as predict takes it; its answers are recorded and replayed at each load",
             )
         input_columns = cls.columns_of(source.example) if input_columns is None else input_columns
     input_columns = source.columns if input_columns is None else input_columns

@@ -83,7 +83,7 @@ def to_json(value: Any, where: str) -> Any:
         where=where,
         wanted="numbers, texts, bytes, numpy values and arrays, dates, decimals, None, and lists and dicts of them",
         found=type(value).__name__,
-        way_out="convert it before, or in the hook",
+        hint="convert it before, or in the hook",
     )
 
 

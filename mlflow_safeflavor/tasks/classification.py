@@ -72,7 +72,7 @@ def labels_of(model: torch.nn.Module) -> list[str]:
             where=f"{type(model).__name__}.config.id2label",
             wanted="a dict with the keys 0, 1, 2, … one for each logit",
             found=repr(id2label),
-            way_out="set model.config.id2label before saving",
+            hint="set model.config.id2label before saving",
         )
     return [labels[i] for i in range(len(labels))]
 

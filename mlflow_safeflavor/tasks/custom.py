@@ -12,7 +12,7 @@ import pandas as pd
 from mlflow.models import ModelSignature
 
 from mlflow_safeflavor.artifact.arrays import array_of, is_tensor
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import AnswerError, InputError, IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.mlflow_compat import inferred_signature
 from mlflow_safeflavor.tasks.base import Task
@@ -44,7 +44,7 @@ class _Outputs(dict[str, np.ndarray]):
                 "An output of forward does not have the rows of its batch as its first dimension",
                 where=name,
                 found=f"shape {list(self._left_out[name])}",
-                way_out="let forward return it with the rows first, or save the model with task='raw'",
+                hint="let forward return it with the rows first, or save the model with task='raw'",
             )
         raise KeyError(name)
 
@@ -71,7 +71,7 @@ def _failing(part: str, rows: Sequence[int]) -> Iterator[None]:
             f"{part} failed over a row",
             where=where,
             found=found,
-            way_out="ask without that row, or mend that function and save the model again; the cause is chained to "
+            hint="ask without that row, or mend that function and save the model again; the cause is chained to "
             "this error, and in the log of the server",
         ) from error
 
@@ -287,7 +287,7 @@ class Custom(Task):
         try:
             return {name: from_json(cell) for name, cell in value.items()}
         except (ValueError, KeyError, TypeError, ArithmeticError) as error:
-            raise IntegrityError("A golden row is malformed", found=error, way_out=WAY_OUT) from None
+            raise IntegrityError("A golden row is malformed", found=error, hint=FETCH_AGAIN) from None
 
 
 def _call(hook: Callable[..., Any], arguments: Sequence[Any], *, params: Any, processor: Callable[[], Any]) -> Any:

@@ -78,7 +78,7 @@ class FeatureExtraction(TextTask):
                 "The last hidden state of an encoder-decoder model is its decoder's, not that of the text",
                 where=type(tokens).__name__,
                 wanted="an encoder",
-                way_out="save the encoder alone, for example T5EncoderModel or model.get_encoder()",
+                hint="save the encoder alone, for example T5EncoderModel or model.get_encoder()",
             )
         cls.require_known(options)
         usual = {"pooling": "mean", "normalize": False, "prompts": {}, "include_prompt": True, "similarity": None}

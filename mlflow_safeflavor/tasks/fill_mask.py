@@ -88,7 +88,7 @@ class FillMask(TextTask):
                 "The tokenizer has no mask token",
                 where="tokenizer.mask_token",
                 wanted="the token this model was trained to fill",
-                way_out="set tokenizer.mask_token before saving",
+                hint="set tokenizer.mask_token before saving",
             )
         return mask_token
 
@@ -148,7 +148,7 @@ class FillMask(TextTask):
                 where=place(i, self.columns["text"]),
                 wanted=f"{self.mask_token!r} where a token is missing",
                 found=f"{read} of {written} within {limit} tokens" if written else "none",
-                way_out="shorten the text before the gap" if written else f"write {self.mask_token!r} into the text",
+                hint="shorten the text before the gap" if written else f"write {self.mask_token!r} into the text",
             )
 
     def collate(self, batch: Sequence[Features]) -> tuple[dict[str, np.ndarray], np.ndarray]:

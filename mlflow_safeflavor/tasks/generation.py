@@ -87,7 +87,7 @@ class Generation(TextTask):
                 "The model is not of the kind that its task writes with",
                 where=f"task {cls.name!r}, {type(model).__name__}",
                 wanted="an encoder-decoder model" if cls.encoder_decoder else "a decoder alone",
-                way_out='choose task="text-generation" for decoders, "text2text-generation" for encoder-decoders',
+                hint='choose task="text-generation" for decoders, "text2text-generation" for encoder-decoders',
             )
         said = read_generation_config(model, changes)
         config = {

@@ -44,7 +44,7 @@ def read_generation_config(model: Any, changes: Mapping[str, Any]) -> dict[str, 
             "Not a setting of a generation config",
             where=f"model_config, 'generation', {', '.join(map(repr, unknown))}",
             wanted="an attribute of transformers.GenerationConfig",
-            way_out="leave it out, also where a pipeline was made with it",
+            hint="leave it out, also where a pipeline was made with it",
         )
     said = {**json.loads(config.to_json_string()), **changes}
     said = {name: value for name, value in said.items() if value is not None}
@@ -55,6 +55,6 @@ def read_generation_config(model: Any, changes: Mapping[str, Any]) -> dict[str, 
             "The generation config asks for what this task does not do",
             where=f"generation_config, {', '.join(odd)}",
             wanted="greedy decoding, beams or sampling",
-            way_out="set it to None in model.generation_config before saving",
+            hint="set it to None in model.generation_config before saving",
         )
     return said

@@ -34,7 +34,7 @@ def pick(outputs: Mapping[str, np.ndarray], name: str, shape: Sequence[int | Non
             where="output of forward",
             wanted=f"{name}, shape ({', '.join('any' if length is None else str(length) for length in shape)})",
             found=", ".join(f"{key} {value.shape}" for key, value in outputs.items()) or "no tensor",
-            way_out="choose the task this model was made for: task=...",
+            hint="choose the task this model was made for: task=...",
         )
     assert array is not None  # noqa: S101  (for mypy; found says so)
     return array
@@ -68,7 +68,7 @@ def require_finite(values: Sequence[np.ndarray] | np.ndarray, first: int = 0) ->
             where=place(first + bad[0]),
             wanted="finite numbers",
             found=f"NaN or infinity in {len(bad)} of {len(values)} rows",
-            way_out="ask without that row; half precision overflows where float32 does not: save the model with "
+            hint="ask without that row; half precision overflows where float32 does not: save the model with "
             "dtype='float32'",
         )
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from mlflow.types import DataType, ParamSchema, ParamSpec
 
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import InputError, IntegrityError
 
 __all__ = ["Param", "check_defaults", "check_params", "param_of", "param_schema", "with_defaults"]
@@ -88,7 +88,7 @@ def check_defaults(task: str, declared: Sequence[Param], given: Mapping[str, Any
             f"The task {task} does not know a param",
             where=f"params, {', '.join(map(repr, unknown))}",
             wanted=" | ".join(param.name for param in declared) or "none: this task has no params",
-            way_out="leave it out, or choose the task that knows it: task=…",
+            hint="leave it out, or choose the task that knows it: task=…",
         )
     checked = check_params(declared, given)
     return {name: checked[name] for name in given}
@@ -104,7 +104,7 @@ def with_defaults(declared: Sequence[Param], saved: Mapping[str, Any]) -> tuple[
         checked = check_params(declared, saved)
     except InputError as error:
         raise IntegrityError(
-            "A default of a param is malformed", where=f"task_config, {error.where}", way_out=WAY_OUT
+            "A default of a param is malformed", where=f"task_config, {error.where}", hint=FETCH_AGAIN
         ) from error
     return tuple(replace(param, default=checked[param.name]) for param in declared)
 

@@ -109,7 +109,7 @@ class ProcessedTask(Task):
                 where=type(self.processor).__name__,
                 wanted=f"arguments of forward: {', '.join(takes)}",
                 found=", ".join(sorted(unknown)),
-                way_out="pass the processor the model was trained with: processor=…",
+                hint="pass the processor the model was trained with: processor=…",
             )
         return made
 

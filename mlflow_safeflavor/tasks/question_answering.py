@@ -157,7 +157,7 @@ class QuestionAnswering(TextTask):
             where=place(i, self.columns["question"]),
             wanted=f"fewer tokens: {limit} are read at once",
             found=found,
-            way_out="shorten the question, or raise max_seq_len if the model takes more",
+            hint="shorten the question, or raise max_seq_len if the model takes more",
         )
 
     def _read_at_once(self, params: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from mlflow_safeflavor.artifact.arrays import array_of, is_tensor
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
 from mlflow_safeflavor.mlflow_compat import inferred_signature, rows_schema
 from mlflow_safeflavor.module.failures import is_out_of_memory
@@ -49,7 +49,7 @@ class Raw(Task):
         form, names = config.get("form"), config.get("columns")
         listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if form not in ("arrays", "array", "table") or listed != (form == "table"):
-            raise IntegrityError("The form of the arrays is malformed", where="task_config, form", way_out=WAY_OUT)
+            raise IntegrityError("The form of the arrays is malformed", where="task_config, form", hint=FETCH_AGAIN)
 
     @classmethod
     def serves(cls, class_name: str) -> bool:
@@ -211,7 +211,7 @@ def _as_table(data: Any, columns: Sequence[str]) -> pd.DataFrame:
             "The columns of the table are not those of the example",
             wanted=", ".join(columns),
             found=", ".join(there),
-            way_out="rename or select the columns first, as in data[[…]]",
+            hint="rename or select the columns first, as in data[[…]]",
         )
     ordered: pd.DataFrame = table.set_axis(there, axis=1)[list(columns)]
     return ordered
@@ -233,7 +233,7 @@ def _column(name: str, array: np.ndarray) -> list[Any]:
             "A table cannot hold an output that is not one a row",
             where=name,
             found="a single number",
-            way_out="save the model with a dict of arrays as input_example",
+            hint="save the model with a dict of arrays as input_example",
         )
     cells: list[Any] = (array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array).tolist()
     return cells

@@ -72,5 +72,5 @@ def infer_task(class_name: str, main_input: str = "input_ids") -> str:
         "The task cannot be told from the model class",
         where=class_name,
         wanted=" | ".join(sorted(TASKS)),
-        way_out="say it: save_model(..., task=...)",
+        hint="say it: save_model(..., task=...)",
     )

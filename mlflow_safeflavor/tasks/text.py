@@ -158,7 +158,7 @@ class TextTask(Task):
                 where=place(i, *self.columns.values()),
                 wanted=f"at most {limit} tokens",
                 found=f"{length} tokens{' or more' if least else ''}",
-                way_out="shorten or split the text, or let it be cut: params={'truncation': True}",
+                hint="shorten or split the text, or let it be cut: params={'truncation': True}",
             )
 
     def require_short(self, first: int, rows: Sequence[Row], limit: int | None, *, cut: bool) -> None:
@@ -209,7 +209,7 @@ class TextTask(Task):
                 where=place(i, *self.columns.values()),
                 wanted="at least one token",
                 found="0 tokens",
-                way_out="drop the row, or put a text in it",
+                hint="drop the row, or put a text in it",
             )
 
     def cost(self, features: Features) -> int:

@@ -154,7 +154,7 @@ class TextGeneration(Generation):
             raise StructureError(
                 "The tokenizer has no chat template",
                 where=f"input_columns, {self.columns}",
-                way_out='set tokenizer.chat_template, or save the model with input_columns={"text": …}',
+                hint='set tokenizer.chat_template, or save the model with input_columns={"text": …}',
             )
         from mlflow_safeflavor.tasks.inputs.chat_template import render  # only a chat needs it, and with it jinja2
 

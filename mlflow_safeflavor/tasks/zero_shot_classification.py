@@ -93,7 +93,7 @@ class ZeroShotClassification(TextTask):
                 "There are no labels to choose from",
                 where="params, 'candidate_labels'",
                 wanted="at least one label",
-                way_out="pass params={'candidate_labels': […]}, with the request or when the model is saved",
+                hint="pass params={'candidate_labels': […]}, with the request or when the model is saved",
             )
         return checked
 
@@ -173,7 +173,7 @@ def _too_long(label: str, limit: int) -> InputError:
         where="params, 'candidate_labels'",
         wanted=f"labels that leave room within {limit} tokens, together with hypothesis_template",
         found=reprlib.repr(label),
-        way_out="shorten the label or the template: texts are cut, hypotheses are not",
+        hint="shorten the label or the template: texts are cut, hypotheses are not",
     )
 
 
@@ -188,6 +188,6 @@ def _entailment(model: torch.nn.Module) -> int:
             where=f"{type(model).__name__}.config.label2id",
             wanted="two labels or more, one of them starting with 'entail'",
             found=repr(label2id),
-            way_out="set model.config.id2label and label2id to what the model was trained with, before saving",
+            hint="set model.config.id2label and label2id to what the model was trained with, before saving",
         )
     return found[0]

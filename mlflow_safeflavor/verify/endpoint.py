@@ -81,7 +81,7 @@ class Endpoint:
                 where=str(self),
                 wanted=f"all answers within {self.timeout:g} s",
                 found=_reason(error),
-                way_out="start it with `mlflow models serve`, and look at its log; or give it more time",
+                hint="start it with `mlflow models serve`, and look at its log; or give it more time",
             ) from None
         finally:
             self._spent.append(time.monotonic() - started)
@@ -118,14 +118,14 @@ class Endpoint:
                 where=str(self),
                 wanted="predictions",
                 found=f"status {status}, {_shown(_cause(str(content['message'])))}",
-                way_out="see that it serves this very model, and look at its log",
+                hint="see that it serves this very model, and look at its log",
             )
         raise SafeFlavorError(
             "This is not an MLflow scoring server",
             where=str(self),
             wanted='status 200 and JSON with "predictions"',
             found=f"status {status}, {_shown(kind)}: {_shown(body.decode(errors='replace'))}",
-            way_out="give the address that `mlflow models serve` or the container listens on",
+            hint="give the address that `mlflow models serve` or the container listens on",
         )
 
 

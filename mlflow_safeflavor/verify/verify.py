@@ -15,7 +15,7 @@ from mlflow.types import DataType, Schema
 from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact.json_files import parse_json
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError
@@ -89,7 +89,7 @@ def verify_model(
             "There is nothing to compare your rows with",
             where="rows",
             wanted="the address of a server, too",
-            way_out="pass endpoint=… (--endpoint URL), or leave the rows out",
+            hint="pass endpoint=… (--endpoint URL), or leave the rows out",
         )
     server = None if endpoint is None else Endpoint(endpoint, timeout)
     with ExitStack() as download:
@@ -185,7 +185,7 @@ def _records(golden: Golden, spec: ModelSpec, layout: Layout) -> tuple[list[dict
             where=layout.name_of(layout.parity),
             wanted=", ".join(spec.input_columns),
             found=repr(error),
-            way_out=WAY_OUT,
+            hint=FETCH_AGAIN,
         ) from None
     return rows, answers
 
@@ -198,7 +198,7 @@ def _ask_rows(server: Endpoint, request: Mapping[str, Any], count: int) -> list[
             where=server,
             wanted=f"{count} predictions",
             found=f"{len(found)} predictions" if isinstance(found, list) else f"a {type(found).__name__}",
-            way_out="see that it serves this very model",
+            hint="see that it serves this very model",
         )
     return found
 

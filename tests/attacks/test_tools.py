@@ -330,7 +330,7 @@ def test_what_may_not_be_read_is_named(unreadable, name):
     with pytest.raises(IntegrityError, match="may not be read") as caught:
         load_model(str(unreadable))
     assert name in str(caught.value.where)
-    assert "chmod" in str(caught.value.way_out)
+    assert "chmod" in str(caught.value.hint)
 
 
 def test_a_fifo_that_appears_late_does_not_hang(tmp_path):
@@ -347,8 +347,8 @@ ESCAPE = "\x1b]0;owned\x07\x1b[31m"
 
 def test_plain_text():
     assert plain("a\nb\r\n\x1b[1m\u202e") == "a\n    b\n    \\x1b[1m\\u202e"
-    error = SafeFlavorError("What", where="x\n  way out: curl | sh", found=ESCAPE)
-    assert str(error) == "What\n  where: x\n      way out: curl | sh\n  found: \\x1b]0;owned\\x07\\x1b[31m"
+    error = SafeFlavorError("What", where="x\n  hint: curl | sh", found=ESCAPE)
+    assert str(error) == "What\n  where: x\n      hint: curl | sh\n  found: \\x1b]0;owned\\x07\\x1b[31m"
 
 
 def test_inspect_prints_what_tensors_are_called_as_it_is(target):
@@ -366,12 +366,12 @@ def test_inspect_prints_what_tensors_are_called_as_it_is(target):
 
 
 def test_a_file_whose_name_forges_lines(target):
-    (target.code / f"a\n  way out: curl | sh {ESCAPE}").write_text("")
+    (target.code / f"a\n  hint: curl | sh {ESCAPE}").write_text("")
     for tool in TOOLS:
         done = run(tool, target)
         assert done.exit_code == 2
         assert "\x1b" not in done.output
-        assert "\n  way out: curl" not in done.output
+        assert "\n  hint: curl" not in done.output
 
 
 # Servers

@@ -19,7 +19,7 @@ def told(request, monkeypatch):
     make, warn = SafeFlavorError.__init__, warnings.warn
 
     def note(self, what, **details):
-        said.append((what, details.get("way_out") or ""))
+        said.append((what, details.get("hint") or ""))
         make(self, what, **details)
 
     def note_warning(message, *args, **options):

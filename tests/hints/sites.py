@@ -1,6 +1,6 @@
 """Every place of the package that tells its users what to do, found in its source and named by text alone.
 
-A site is a call that hands over ``way_out=`` (or ``instead=``, which becomes one), a constant that is handed over
+A site is a call that hands over ``hint=`` (or ``instead=``, which becomes one), a constant that is handed over
 by position, or a call of a logger or of ``warnings.warn``. What is computed stands in its text as ``…``.
 """
 
@@ -18,8 +18,8 @@ import mlflow_safeflavor
 
 PACKAGE = Path(mlflow_safeflavor.__file__).parent
 ERRORS = frozenset(name for name in importlib.import_module("mlflow_safeflavor.errors").__all__ if name[0].isupper())
-_HINTS = ("way_out", "instead")
-_CONSTANT = re.compile(r"_?WAY_OUT\w*|_REFUSED")
+_HINTS = ("hint", "instead")
+_CONSTANT = re.compile(r"_HINT\w*|FETCH_AGAIN|_REFUSED")
 _LOGS = {("_logger", "info"), ("_logger", "warning"), ("_logger", "exception"), ("warnings", "warn")}
 
 
@@ -69,7 +69,7 @@ def errors_without() -> Iterator[tuple[str, str, bool]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ERRORS:
                 named = {keyword.arg for keyword in node.keywords}
-                if "way_out" not in named:
+                if "hint" not in named:
                     module = path.relative_to(PACKAGE).with_suffix("").as_posix()
                     yield module, " | ".join(_firsts(node.args[0], _Known({}, {}))), "wanted" in named
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from hint_rows import FOLLOWED
 from sites import Site, all_sites, errors_without
 
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 
 TESTS = Path(__file__).parents[1]
 
 _WRAPPERS = "unit/module/test_attributes.py::test_wrappers_are_named_with_the_line_that_takes_them_off"
-_WHEELS = "test_dockerfile.py::test_the_way_out_of_a_wheel_that_has_moved"
+_WHEELS = "test_dockerfile.py::test_the_hint_of_a_wheel_that_has_moved"
 
 _PINS = "test_used.py::test_lines_of_the_users_own_stay_and_what_they_lack_is_told"
 _LACKING = (
@@ -71,7 +71,7 @@ CANNOT = {
          "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
          "StateDictOptions(full_state_dict=True)) and load them into a plain module of the same class"):
         "needs a group of processes; the names it uses are those of torch's documentation",
-    Site("environment/differences", "_WAY_OUT",
+    Site("environment/differences", "_HINT",
          "install requirements.txt of the model (`pip install -r requirements.txt`) under the Python of its "
          "python_env.yaml, or let MLflow do both with --env-manager uv"):
         "installs gigabytes: tests/docker and `make matrix` install these files",
@@ -87,11 +87,11 @@ FORWARDED = {
     Site("checkpoints/from_pretrained", "Not an option of from_pretrained", "…"): "a hint of _REFUSED",
     Site("tasks/text", "require_pieces", "…"): "instead= of those that call require_few_windows",
     Site("checkpoints/damage", "…", "…"): "the error, as a warning",
-    Site("errors", "…", "…"): "an error that was raised, with another way out in front",
+    Site("errors", "…", "…"): "an error that was raised, with another hint in front",
     Site(
         "checkpoints/given", "What is your own in a … would be lost", "…"
-    ): "_WAY_OUT of sentences, _WAY_OUT_OWN of pipelines",
-    Site("load/saved", "…", "…"): "way_out_of of plain_files",
+    ): "_HINT of sentences, _HINT_OWN of pipelines",
+    Site("load/saved", "…", "…"): "hint_of of plain_files",
     Site("module/wrappers", "…", "…"): "a hint of _REFUSED",
     Site("environment/differences", "%s", "%s"): "the table of differences, with the hint of EnvironmentMismatchError",
 }
@@ -149,7 +149,7 @@ def rows() -> dict[Site, str]:
 def test_every_hint_was_followed():
     known = {*rows(), *ELSEWHERE, *CANNOT, *FORWARDED}
     # One hint for all damage: test_a_damaged_artifact follows it.
-    open_ = [site for site in all_sites() if site not in known and site.hint != WAY_OUT]
+    open_ = [site for site in all_sites() if site not in known and site.hint != FETCH_AGAIN]
     assert [str(site) for site in open_ if site[:2] not in TELLS] == []
 
 

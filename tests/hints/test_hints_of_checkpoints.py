@@ -170,7 +170,7 @@ def test_a_repository_of_the_hub(folder, tmp_path, hub, monkeypatch):  # noqa: F
     commit = hub.publish("some/model", folder)
     with pytest.raises(StructureError) as refused:
         from_pretrained("some/model")
-    line = refused.value.way_out.partition("take it from ")[2].partition(", or")[0]
+    line = refused.value.hint.partition("take it from ")[2].partition(", or")[0]
     assert eval(line, {"huggingface_hub": huggingface_hub}) == commit
     assert from_pretrained("some/model", revision=commit)
     with pytest.raises(StructureError, match="cannot be read"):
@@ -223,7 +223,7 @@ def test_another_model_type(folder):
 
 @follows(
     "checkpoints/fitted",
-    "_WAY_OUT",
+    "_HINT",
     "choose the class that the checkpoint was saved from (model_class=…); new=('head.*',) allows fresh tensors, "
     "drop=('head.*',) leaves keys out, tie_word_embeddings=False unties",
 )
@@ -252,7 +252,7 @@ def test_a_tensor_that_no_checkpoint_holds(tiny_folder):
     noisy = tiny(lambda module: module.register_buffer("noise", torch.randn(8), persistent=False))
     with pytest.raises(WeightsError) as refused:
         from_pretrained(tiny_folder, model_class=noisy)
-    new = eval(refused.value.way_out.partition("new=")[2].partition(" accepts")[0])
+    new = eval(refused.value.hint.partition("new=")[2].partition(" accepts")[0])
     assert from_pretrained(tiny_folder, model_class=noisy, new=new).noise.std() > 0.1
     kept = tiny(lambda module: module.register_buffer("noise", torch.randn(8)))
     kept(TinyConfig()).save_pretrained(tiny_folder)
@@ -310,7 +310,7 @@ def test_keys_of_a_wrapped_model(tiny_folder):
     changed(tiny_folder, lambda state: {f"module.{key}": value for key, value in state.items()})
     with pytest.raises(WeightsError) as refused:
         from_pretrained(tiny_folder, model_class=Tiny)
-    prefix = refused.value.way_out.split("'")[1]
+    prefix = refused.value.hint.split("'")[1]
     changed(tiny_folder, lambda state: {key.removeprefix(prefix): value for key, value in state.items()})
     assert from_pretrained(tiny_folder, model_class=Tiny)
 
@@ -477,7 +477,7 @@ def test_a_loader_that_changes_weights(tmp_path, monkeypatch):
 
 @follows(
     "checkpoints/materialize",
-    "_WAY_OUT_META",
+    "_HINT_META",
     "take the checkpoint that was saved from this very class; the keys and shapes must be those of module.state_dict()",
 )
 def test_a_state_dict_of_another_class():
@@ -525,7 +525,7 @@ def test_a_module_with_hooks_of_accelerate():
     accelerate.hooks.add_hook_to_module(model.body, accelerate.hooks.ModelHook())
     with pytest.raises(StructureError) as refused:
         materialize(model, wanted.state_dict())
-    exec(refused.value.way_out.removesuffix(" first"), {"accelerate": accelerate, "model": model})
+    exec(refused.value.hint.removesuffix(" first"), {"accelerate": accelerate, "model": model})
     assert materialize(model, wanted.state_dict())
 
 
@@ -583,7 +583,7 @@ def test_a_file_that_was_changed_in_the_cache(folder, tmp_path, hub):  # noqa: F
     (cached / "config.json").resolve().write_text("{}")
     with pytest.raises(IntegrityError) as refused:
         prefetch("some/model", tmp_path / "here", revision=commit)
-    removed = Path(refused.value.way_out.partition("remove ")[2].partition(" and what")[0])
+    removed = Path(refused.value.hint.partition("remove ")[2].partition(" and what")[0])
     for path in (removed.resolve(), removed):
         path.unlink()
     assert prefetch("some/model", tmp_path / "here", revision=commit).fresh

@@ -58,7 +58,7 @@ def wrong(kind, path, **options):
     "fetch the artifact again, or log the model again; files of a saved model are not meant to be edited",
 )
 def test_a_damaged_artifact(saved, copied, tmp_path, tiny_bert, tiny_tokenizer):
-    """Whatever was changed after saving has this one way out: the artifact as it was, or another one."""
+    """Whatever was changed after saving has this one hint: the artifact as it was, or another one."""
     rewrite(copied / "MLmodel", "{")
     wrong(IntegrityError, copied)
     shutil.rmtree(copied)
@@ -80,7 +80,7 @@ def test_links(copied, tmp_path):
     error = wrong(IntegrityError, copied)
     with pytest.raises(IntegrityError):
         mlflow_safeflavor.artifact.plain_files.read_bytes(file, 10**6)
-    subprocess.run([*error.way_out.split("`")[1].split(), copied, tmp_path / "whole"], check=True)
+    subprocess.run([*error.hint.split("`")[1].split(), copied, tmp_path / "whole"], check=True)
     load_model(tmp_path / "whole")
 
 
@@ -108,7 +108,7 @@ def test_a_file_of_another_user(copied, monkeypatch):
             with pytest.raises(IntegrityError) as caught:
                 mlflow_safeflavor.artifact.plain_files.read_bytes(file, 10**6)
         error = caught.value
-    subprocess.run([*error.way_out.split("`")[1].split(), copied], check=True)
+    subprocess.run([*error.hint.split("`")[1].split(), copied], check=True)
     load_model(copied)
 
 
@@ -215,7 +215,7 @@ def test_trust(save, code, monkeypatch):  # noqa: F811
     path = save(code.Net(), code_paths=[code.file])
     error = wrong(TrustError, path)
     assert CliRunner().invoke(main, ["inspect", str(path)]).exit_code == 0
-    load_model(path, **eval(f"dict({error.way_out.partition('pass ')[2].partition(';')[0]})"))
+    load_model(path, **eval(f"dict({error.hint.partition('pass ')[2].partition(';')[0]})"))
     own = code.Net()
     own.note = "kept"
     path = save(own, code_paths=[code.file], allow_pickle=True)
@@ -223,7 +223,7 @@ def test_trust(save, code, monkeypatch):  # noqa: F811
     monkeypatch.delenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", raising=False)  # which CodeBuggy's training sets
     with pytest.raises(TrustError) as refused_there:
         mlflow.pyfunc.load_model(str(path))
-    name, value = refused_there.value.way_out.rpartition("set ")[2].split("=")
+    name, value = refused_there.value.hint.rpartition("set ")[2].split("=")
     monkeypatch.setenv(name, value)
     mlflow.pyfunc.load_model(str(path))
 
@@ -280,7 +280,7 @@ def test_code_that_is_not_with_the_model(save, code, user_code, clean_process): 
 @pytest.mark.graphs
 def test_a_rehearsal(save, code, user_code, tmp_path):  # noqa: F811
     error = refused(RehearsalError, save, code.Net(), rehearse=True)
-    assert f"pass code_paths=['{code.file}']" in error.way_out
+    assert f"pass code_paths=['{code.file}']" in error.hint
     load_model(save(code.Net(), rehearse=True, code_paths=[code.file]), **CODE)
     (tmp_path / "mine.txt").touch()
     line = f"open({os.fspath(tmp_path / 'mine.txt')!r}).close()"
@@ -322,7 +322,7 @@ def test_a_rehearsal_that_died(save, code, tmp_path, monkeypatch):  # noqa: F811
         patch.setattr("mlflow_safeflavor.save.rehearsal._PROGRAM", tmp_path / "sleeps.py")
         patch.setattr("mlflow_safeflavor.save.rehearsal._TIMEOUT", 0.2)
         refused(RehearsalError, save, code.Net(), **given, rehearse=True)
-    skipped = eval(f"dict({error.way_out.partition('; ')[2].partition(' ')[0]})")
+    skipped = eval(f"dict({error.hint.partition('; ')[2].partition(' ')[0]})")
     load_model(save(code.Net(), **given, **skipped), **CODE)
 
 
@@ -391,7 +391,7 @@ def test_a_class_that_is_proven_no_more(tiny_bert, tiny_tokenizer, tmp_path, sav
 @follows("module/placement", "accelerate cannot spread the model like this", 'device_map="auto"')
 def test_devices(saved, monkeypatch):
     error = wrong(PlacementError, saved, device="cuda:9")
-    load_model(saved, **eval(f"dict({error.way_out.partition(' takes')[0]})"))
+    load_model(saved, **eval(f"dict({error.hint.partition(' takes')[0]})"))
     wrong(PlacementError, saved, device_map="auto", dtype="bfloat16")
     load_model(saved, device_map="auto")
     load_model(saved, dtype="bfloat16")
@@ -404,7 +404,7 @@ def test_devices(saved, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(accelerate, "dispatch_model", fail)
         error = wrong(PlacementError, saved, device_map={"bert": "cpu", "classifier": "disk"})
-    load_model(saved, **eval(f"dict({error.way_out})"))
+    load_model(saved, **eval(f"dict({error.hint})"))
 
 
 @follows(
@@ -448,7 +448,7 @@ def test_a_device_that_is_too_small(saved, monkeypatch):
         )
         with pytest.raises(PlacementError) as error:
             placement.place(model, torch.device("meta"), {})
-    load_model(saved, **eval(f"dict({error.value.way_out.partition(', or')[0]})"))
+    load_model(saved, **eval(f"dict({error.value.hint.partition(', or')[0]})"))
 
 
 @follows(
@@ -461,7 +461,7 @@ def test_a_device_before_a_fork(saved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     error = wrong(PlacementError, saved)
-    load_model(saved, **eval(f"dict({error.way_out.rpartition('load with ')[2]})"))
+    load_model(saved, **eval(f"dict({error.hint.rpartition('load with ')[2]})"))
 
 
 @follows(
@@ -751,7 +751,7 @@ def test_weights_that_change_under_a_model(saved, copied, tmp_path, monkeypatch)
     from pathlib import Path
 
     assert "MLFLOW_SAFEFLAVOR_CACHE" in (Path(__file__).parents[2] / "docs" / "limits.md").read_text()
-    assert error.value.way_out.startswith("load the model again")
+    assert error.value.hint.startswith("load the model again")
 
 
 @follows(

@@ -62,7 +62,7 @@ def test_a_log_of_a_model_with_a_loose_module_and_loose_data(own_site, user_code
         mlflow_safeflavor.log_model(model, "net", code_paths=[file], **options)
     assert refused.value.where == "acme_loose (for acme_order)"
     assert not [model for model in mlflow.search_logged_models(output_format="list") if model.status == "READY"]
-    [way] = re.findall(r"code_paths=\[(.*?)\]", refused.value.way_out)
+    [way] = re.findall(r"code_paths=\[(.*?)\]", refused.value.hint)
     assert way == repr(os.fspath(loose))
     with pytest.raises(EnvironmentMismatchError) as refused:
         mlflow_safeflavor.log_model(model, "net", code_paths=[file, os.fspath(loose)], **options)

@@ -107,18 +107,18 @@ def refused(kind, save, *args, **given):
 def test_arguments(save, code, tmp_path):
     given = {"code_paths": [code.file]}
     error = refused(InputError, save, code.Net(), **given, alow_pickle=False)
-    save(code.Net(), **given, **{error.way_out.split()[1]: False})
+    save(code.Net(), **given, **{error.hint.split()[1]: False})
     refused(InputError, save, code.Net(), **given, zzz=None)
     save(code.Net(), **given)
     error = refused(InputError, save, code.Net(), code_paths=code.file)
-    save(code.Net(), **eval(error.way_out.replace("pass ", "dict(") + ")"))
+    save(code.Net(), **eval(error.hint.replace("pass ", "dict(") + ")"))
     import pathlib
 
     task = pathlib.Path("raw")
     error = refused(InputError, save, code.Net(), **given, task=task)
-    save(code.Net(), **given, task=eval(error.way_out.removeprefix("pass "), {"task": task}))
+    save(code.Net(), **given, task=eval(error.hint.removeprefix("pass "), {"task": task}))
     error = refused(InputError, save, code.Net(), **given, rehearse=None)
-    save(code.Net(), **given, **eval(f"dict({error.way_out.rpartition('which is ')[2]})"))
+    save(code.Net(), **given, **eval(f"dict({error.hint.rpartition('which is ')[2]})"))
 
 
 @follows("artifact/staging", "There is something at the target path already", "choose another path or remove it first")
@@ -353,14 +353,14 @@ def test_wrappers(save, code):
     load_model(save(nn.DataParallel(model), task="raw", **given), trust=["code"])
     accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
     error = refused(StructureError, save, model, **given)
-    exec(error.way_out.partition(" after")[0], {"accelerate": accelerate, "model": model})
+    exec(error.hint.partition(" after")[0], {"accelerate": accelerate, "model": model})
     save(model, **given)
     refused(StructureError, save, torch.jit.script(nn.Linear(4, 2)), input_example=X["x"])
     save(nn.Linear(4, 2), input_example=X["x"], init_args={"in_features": 4, "out_features": 2})
     lightning = type("LightningModule", (nn.Module,), {"__module__": "lightning.pytorch.core.module"})()
     lightning.net, lightning._trainer = code.Net(), object()
     error = refused(StructureError, save, lightning, **given)
-    exec(error.way_out.partition(",")[0], {"model": lightning})
+    exec(error.hint.partition(",")[0], {"model": lightning})
     assert lightning._trainer is None
     save(lightning.net, **given)
 
@@ -396,7 +396,7 @@ def test_a_quantised_module(save):
 
     model = Quantised(nn.Linear(4, 2))
     error = refused(StructureError, save, model, **example)
-    exec(error.way_out.partition("or ")[2].removesuffix(" first"), {"model": model})
+    exec(error.hint.partition("or ")[2].removesuffix(" first"), {"model": model})
     load_model(save(model, **example), trust=["pickle"])
 
 
@@ -416,13 +416,13 @@ def test_adapters(save, tiny_bert, tiny_tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     error = refused(StructureError, save, model, tokenizer=tiny_tokenizer)
     named = {"model": model}
-    exec(error.way_out, named)
+    exec(error.hint, named)
     save(named["model"], tokenizer=tiny_tokenizer)
     native = tiny_bert()
     native.load_adapter(str(tmp_path / "adapter"))
     error = refused(StructureError, save, native, tokenizer=tiny_tokenizer)
     named = {"peft": peft, "plain_model": tiny_bert(), "folder": str(tmp_path / "adapter")}
-    exec(error.way_out.partition("load_adapter): ")[2], named)
+    exec(error.hint.partition("load_adapter): ")[2], named)
     save(named["model"], tokenizer=tiny_tokenizer)
 
 
@@ -454,7 +454,7 @@ def test_a_lazy_module(save):
     model, example = nn.LazyLinear(2), torch.ones(1, 4)
     given = {"input_example": {"input": example.numpy()}, "allow_pickle": True}
     error = refused(StructureError, save, model, **given)
-    exec(error.way_out.split(", ")[1], {"model": model, "example": example})
+    exec(error.hint.split(", ")[1], {"model": model, "example": example})
     load_model(save(model, **given), trust=["code", "pickle"])
 
 
@@ -557,7 +557,7 @@ def test_tokenizers(save, tiny_bert, tiny_tokenizer, tmp_path):
     fast.add_tokens(["dachshund"])
     model = tiny_bert()
     error = refused(StructureError, save, model, tokenizer=fast)
-    exec(error.way_out.partition(" before")[0], {"model": model, "tokenizer": fast})
+    exec(error.hint.partition(" before")[0], {"model": model, "tokenizer": fast})
     save(model, tokenizer=fast)
     save(tiny_bert(), tokenizer=tiny_tokenizer)
 

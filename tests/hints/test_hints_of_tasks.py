@@ -61,25 +61,25 @@ def bad(model, data, params=None):
 def test_rows(models, saved, save, tiny_bert, tiny_tokenizer):  # noqa: F811
     model = load_model(saved)
     data = pd.DataFrame({"review": ["the cat"], "stars": [1]})
-    select, log = bad(model, data).way_out.removeprefix("select it first: ").split(", or log the model with ")
+    select, log = bad(model, data).hint.removeprefix("select it first: ").split(", or log the model with ")
     assert len(model.predict(eval(select, {"data": data}))) == 1
     named = load_model(save(tiny_bert(), tokenizer=tiny_tokenizer, **eval(f"dict({log})")))
-    assert "one column" in bad(model, 3).way_out
-    assert "'review'" in bad(named, 3).way_out
+    assert "one column" in bad(model, 3).hint
+    assert "'review'" in bad(named, 3).hint
     assert len(named.predict(data[["review"]])) == 1
     bad(named, pd.DataFrame({"text": ["the cat"]}))
     assert len(named.predict(pd.DataFrame({"text": ["the cat"]}).rename(columns={"text": "review"}))) == 1
     error = bad(named, data)
-    assert len(named.predict(eval(error.way_out.partition(": ")[2], {"data": data}))) == 1
+    assert len(named.predict(eval(error.hint.partition(": ")[2], {"data": data}))) == 1
     text = "the \ud800 cat"
     error = bad(model, [text])
-    assert len(model.predict([eval(error.way_out.partition("example ")[2], {"text": text})])) == 1
+    assert len(model.predict([eval(error.hint.partition("example ")[2], {"text": text})])) == 1
     data = pd.DataFrame({"text": ["the cat", None]})
     error = bad(model, data)
-    assert len(model.predict(eval(error.way_out.partition("example ")[2], {"data": data}))) == 1
+    assert len(model.predict(eval(error.hint.partition("example ")[2], {"data": data}))) == 1
     data = pd.DataFrame({"text": [1, 2]})
     error = bad(model, data)
-    line = error.way_out.partition("example ")[2].partition(";")[0]
+    line = error.hint.partition("example ")[2].partition(";")[0]
     assert len(model.predict(eval(line, {"data": data, "column": "text"}).to_frame())) == 2
 
 
@@ -104,7 +104,7 @@ def test_too_much_text(models, monkeypatch):  # noqa: F811
     assert len(model.predict([long[:90]])) == 1
     assert len(models(TEXTS, max_characters=1000).predict([long])) == 1
     assert len(models(TEXTS, max_characters=0).predict([long])) == 1
-    monkeypatch.setenv(error.way_out.partition("variable ")[2].partition(";")[0], "1000")
+    monkeypatch.setenv(error.hint.partition("variable ")[2].partition(";")[0], "1000")
     assert len(models(TEXTS, max_rows=99).predict([long])) == 1
     model = models(TEXTS, max_tokens=10)
     object.__setattr__(model.task, "config", {**model.task.config, "max_length": None})
@@ -131,7 +131,7 @@ def test_texts_of_no_or_many_tokens(models, save):  # noqa: F811
     model, long = models(TEXTS), ["the cat " * 40]
     error = bad(model, long, {"truncation": False})
     assert len(model.predict(["the cat"], {"truncation": False})) == 1
-    assert len(model.predict(long, **eval(f"dict({error.way_out.partition('cut: ')[2]})"))) == 1
+    assert len(model.predict(long, **eval(f"dict({error.hint.partition('cut: ')[2]})"))) == 1
     written = writer("GPT2LMHeadModel", bos_token_id=None, generation={"bos_token_id": None})
     path = save(written, tokenizer=byte_tokenizer(), task="text-generation")
     model, few = load_model(path), {"max_new_tokens": 1}
@@ -169,7 +169,7 @@ def test_gaps(models):  # noqa: F811
     bad(model, ["the cat " * 40 + "[MASK]"])
     assert len(model.predict(["the cat [MASK]"])) == 1
     error = bad(model, ["the cat"])
-    assert len(model.predict([f"the cat {eval(error.way_out.split()[1])}"])) == 1
+    assert len(model.predict([f"the cat {eval(error.hint.split()[1])}"])) == 1
     model = models(GAPS, max_answers=1000)
     bad(model, ["[MASK] " * 20], {"top_k": 10**6})
     assert len(model.predict(["[MASK] " * 20], {"top_k": 3})) == 1
@@ -387,7 +387,7 @@ def test_sounds(models, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "sound.mp3").write_bytes(b"ID3 nothing")
     with pytest.raises(InputError) as error:
         read(tmp_path / "sound.mp3")
-    command = error.value.way_out.partition("with ")[2].split()
+    command = error.value.hint.partition("with ")[2].split()
     assert command[0] == "ffmpeg"
     try:
         subprocess.run(["ffmpeg", "-version"], capture_output=True, check=True)

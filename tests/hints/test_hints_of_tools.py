@@ -60,7 +60,7 @@ def test_another_version(copied):
     reseal(copied)
     with pytest.raises(EnvironmentMismatchError) as error:
         load_model(copied, environment="error")
-    load_model(copied, **eval(f"dict({error.value.way_out.rpartition(' with ')[2]})"))
+    load_model(copied, **eval(f"dict({error.value.hint.rpartition(' with ')[2]})"))
 
 
 def test_pinned_versions_are_named_only_where_others_are_installed(copied):
@@ -69,16 +69,16 @@ def test_pinned_versions_are_named_only_where_others_are_installed(copied):
     reseal(copied)
     with pytest.raises(ParityError) as error:
         load_model(copied)
-    assert error.value.way_out == "save the model again in this environment"
+    assert error.value.hint == "save the model again in this environment"
     edit_json(facts, lambda content: content["distributions"].update(packaging="0.1"))
     reseal(copied)
     for environment in ("warn", "ignore"):
         with pytest.raises(ParityError) as error:
             load_model(copied, environment=environment)
-        assert error.value.way_out.startswith("install requirements.txt of the model")
-        assert "(packaging: wanted 0.1, found " in error.value.way_out
-        assert error.value.way_out.endswith("; or save the model again in this environment")
-        assert error.value.way_out in str(error.value)
+        assert error.value.hint.startswith("install requirements.txt of the model")
+        assert "(packaging: wanted 0.1, found " in error.value.hint
+        assert error.value.hint.endswith("; or save the model again in this environment")
+        assert error.value.hint in str(error.value)
     edit_json(facts, lambda content: content["distributions"].update(packaging="0.1"))
 
 
@@ -100,7 +100,7 @@ def test_closures(flavor_site, tmp_path):
     site = flavor_site
     with pytest.raises(EnvironmentMismatchError) as error:
         site.record("numpy>=2")
-    assert error.value.way_out == "pip install 'numpy>=2'"
+    assert error.value.hint == "pip install 'numpy>=2'"
     site.install("numpy", "2.0")  # what that installs
     site.record("numpy>=2")
     given = {"extra_pip_requirements": ["sympy==1.0"]}
@@ -113,7 +113,7 @@ def test_closures(flavor_site, tmp_path):
     site.install("mine", "0.5", direct_url={"url": "file:///m", "dir_info": {"editable": True}})
     with pytest.raises(EnvironmentMismatchError) as error:
         write_files(site, tmp_path / "d", extra_pip_requirements=["mine"])
-    said = error.value.way_out.partition("extra_pip_requirements=")[2].partition(";")[0]
+    said = error.value.hint.partition("extra_pip_requirements=")[2].partition(";")[0]
     line = eval(said)[0].replace("HOST/REPOSITORY@COMMIT", "git.example/mine@c0ffee")
     write_files(site, tmp_path / "e", extra_pip_requirements=[line])
     write_files(site, tmp_path / "f", pip_requirements=["mlflow", "torch", "mine==0.5"])
@@ -150,7 +150,7 @@ def test_requirements(flavor_site, tmp_path):
     both = {"pip_requirements": ["mlflow", "torch"], "extra_pip_requirements": ["sympy"]}
     with pytest.raises(EnvironmentMismatchError) as error:
         write_files(flavor_site, tmp_path / "a", **both)
-    kept = error.value.way_out.split()[1].rstrip(",")
+    kept = error.value.hint.split()[1].rstrip(",")
     write_files(flavor_site, tmp_path / "b", **{kept: [line for lines in both.values() for line in lines]})
 
 
@@ -297,7 +297,7 @@ def test_a_signature_of_a_newer_mlflow(saved, monkeypatch):
 )
 @follows(
     "checkpoints/pipelines",
-    "_WAY_OUT_OWN",
+    "_HINT_OWN",
     'save the model as a custom task: save_model(pipeline.model, tokenizer=pipeline.tokenizer, task="custom", '
     "preprocess=…, postprocess=…)",
 )
@@ -360,7 +360,7 @@ def test_processors(save, tmp_path, monkeypatch):  # noqa: F811
         patch.setitem(sys.modules, "PIL", None)
         with pytest.raises(StructureError) as error:
             read_image(b"anything", "row 0", caps)
-    extra = error.value.way_out.partition("[")[2].partition("]")[0]
+    extra = error.value.hint.partition("[")[2].partition("]")[0]
     import importlib.metadata
 
     needed = importlib.metadata.requires("mlflow-safeflavor") or []
@@ -439,7 +439,7 @@ def test_an_entry_of_mlmodel(save, copied, saved, tiny_bert, tiny_tokenizer):  #
     edit_mlmodel(copied, newer)
     with pytest.raises(FormatVersionError) as error:
         load_model(copied)
-    wanted = error.value.way_out.split()[2]
+    wanted = error.value.hint.split()[2]
     assert wanted == mlflow_safeflavor.__version__  # the release that wrote it, and what that wrote it reads
     load_model(saved)
 

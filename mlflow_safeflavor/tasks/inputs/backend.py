@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError
 
 __all__ = ["TOKENIZER", "read_backend"]
@@ -38,7 +38,7 @@ def read_backend(path: Path, read: Callable[[Path], bytes] = Path.read_bytes) ->
         raise
     except Exception as error:  # tokenizers raises bare Exception for every kind of bad file
         raise IntegrityError(
-            "A file of the artifact cannot be read as a tokenizer", where=path, found=error, way_out=WAY_OUT
+            "A file of the artifact cannot be read as a tokenizer", where=path, found=error, hint=FETCH_AGAIN
         ) from None
 
 

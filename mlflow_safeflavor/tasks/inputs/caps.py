@@ -82,7 +82,7 @@ class Caps:
             where=where,
             wanted=f"at most {most:,.10g} {cap.removeprefix('max_')}",
             found=f"{found:,.10g}{' or more' if least else ''}",
-            way_out=f"{instead}, or raise the cap: model_config={{{cap!r}: …}} where the model is saved or loaded, "
+            hint=f"{instead}, or raise the cap: model_config={{{cap!r}: …}} where the model is saved or loaded, "
             f"or the variable MLFLOW_SAFEFLAVOR_{cap.upper()}; 0 for no bound",
         )
 

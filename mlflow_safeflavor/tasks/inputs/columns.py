@@ -42,7 +42,7 @@ def named_columns(columns: Mapping[str, str | None], data: Any) -> Mapping[str, 
             where=named_in_words(there),
             wanted="one column, whatever its name",
             found=f"{there}",
-            way_out=f"select it first: data[[{there[0]!r}]], or log the model with input_columns={named}",
+            hint=f"select it first: data[[{there[0]!r}]], or log the model with input_columns={named}",
         )
     return {field: there[0]} if there else columns
 
@@ -56,7 +56,7 @@ def require_columns(there: list[Any], known: list[Any], needed: list[Any], *, ro
             where=prefix + named_in_words(missing),
             wanted=named_in_words(known),
             found=f"only {there}" if there else "no columns",
-            way_out="rename the columns of the data, or log the model with input_columns=... as the data has them",
+            hint="rename the columns of the data, or log the model with input_columns=... as the data has them",
         )
     if extra := [name for name in there if name not in known]:
         raise InputError(
@@ -64,5 +64,5 @@ def require_columns(there: list[Any], known: list[Any], needed: list[Any], *, ro
             where=prefix + named_in_words(extra),
             wanted=f"only {named_in_words(known)}",
             found=f"{there}",
-            way_out=f"select the columns first: data[{known}]",
+            hint=f"select the columns first: data[{known}]",
         )

@@ -64,7 +64,7 @@ def _decode(text: bytes, where: str) -> bytes:
             where=where,
             wanted="the bytes of a file in base64, or a data: URL",
             found=f"{text[:40].decode()!a} …: {error}",
-            way_out="pass the file's bytes, or pathlib.Path(…) for its path: a text is never taken for a path",
+            hint="pass the file's bytes, or pathlib.Path(…) for its path: a text is never taken for a path",
         ) from None
 
 

@@ -67,7 +67,7 @@ def _pillow() -> tuple[Any, Any]:
         from PIL import Image, ImageOps
     except ImportError as error:
         raise StructureError(
-            "Images need Pillow", found=error, way_out="pip install 'mlflow-safeflavor[image]'"
+            "Images need Pillow", found=error, hint="pip install 'mlflow-safeflavor[image]'"
         ) from None
     return Image, ImageOps
 
@@ -103,7 +103,7 @@ def _require_size(image: Image, where: str, caps: Caps) -> None:
             where=where,
             wanted=f"one side at most {MAX_RATIO} times the other",
             found=f"{width} × {height}",
-            way_out="scale or cut it first",
+            hint="scale or cut it first",
         )
 
 
@@ -113,5 +113,5 @@ def _unreadable(where: str, error: object) -> InputError:
         where=where,
         wanted=f"a whole file of one of these formats: {', '.join(_FORMATS)}",
         found=error,
-        way_out=f"pass {_WANTED}; over HTTP, base64 without a data: prefix",
+        hint=f"pass {_WANTED}; over HTTP, base64 without a data: prefix",
     )

@@ -64,5 +64,5 @@ def require_same_ids(wanted: Sequence[object], found: Sequence[object], name: st
             where=f"{name}, text {PROBES[different[0] % len(PROBES)]!r}",
             wanted=wanted[different[0]],
             found=found[different[0]],
-            way_out="save one whose behaviour is all in its backend: PreTrainedTokenizerFast(tokenizer_object=...)",
+            hint="save one whose behaviour is all in its backend: PreTrainedTokenizerFast(tokenizer_object=...)",
         )

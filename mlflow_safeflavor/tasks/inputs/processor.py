@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlflow_safeflavor.artifact.json_files import read_json, write_json
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.artifact.trust import require_harmless
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.module.bounds import within
@@ -109,7 +109,7 @@ def load_processor(folder: str | Path, read: Callable[[Path], Any] = read_json) 
     config = read(path)
     name = next((config[key] for key in _TYPES if key in config), None) if isinstance(config, dict) else None
     if not isinstance(name, str):
-        raise IntegrityError("The processor is described by something else", where=path, way_out=WAY_OUT)
+        raise IntegrityError("The processor is described by something else", where=path, hint=FETCH_AGAIN)
     require_harmless(config, path)
     cls = _class_of(name)
     if cls is None:
@@ -118,7 +118,7 @@ def load_processor(folder: str | Path, read: Callable[[Path], Any] = read_json) 
             where=path,
             wanted="an image processor that uses Pillow, or a feature extractor for sounds",
             found=name,
-            way_out=WAY_OUT,
+            hint=FETCH_AGAIN,
         )
     for key, number, most in find_excess(config, _default(cls)):
         raise IntegrityError(
@@ -126,7 +126,7 @@ def load_processor(folder: str | Path, read: Callable[[Path], Any] = read_json) 
             where=f"{path}, {key}",
             wanted=f"at most {most:,.15g}",
             found=f"{number:,.15g}",
-            way_out=WAY_OUT,
+            hint=FETCH_AGAIN,
         )
 
     def make() -> Any:
@@ -196,7 +196,7 @@ def _transformers_class(processor: Any) -> type[Any]:
         where="processor",
         wanted="an image processor or feature extractor of transformers",
         found=type(processor).__name__,
-        way_out="of a processor of several parts pass one: processor.image_processor or processor.feature_extractor",
+        hint="of a processor of several parts pass one: processor.image_processor or processor.feature_extractor",
     )
 
 
@@ -233,6 +233,6 @@ def _require_same(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarr
             where=f"{name}, {key}",
             wanted="the same numbers" if exact else "nearly the same numbers as with torchvision",
             found=words,
-            way_out="pass one of transformers' own classes; AutoImageProcessor.from_pretrained(…, use_fast=False) or "
+            hint="pass one of transformers' own classes; AutoImageProcessor.from_pretrained(…, use_fast=False) or "
             'backend="pil" gives the one that uses Pillow',
         )

@@ -61,7 +61,7 @@ def records_of(data: Any, names: list[Any], needed: list[Any]) -> list[Mapping[A
         where=named_in_words(names),
         wanted=_ACCEPTED,
         found=describe_value(data),
-        way_out=f"pass a DataFrame with {named_in_words(names)}",
+        hint=f"pass a DataFrame with {named_in_words(names)}",
     )
 
 

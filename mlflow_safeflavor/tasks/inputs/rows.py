@@ -65,7 +65,7 @@ def _row(i: int, record: Mapping[Any, Any], columns: Mapping[str, Any], needed: 
                 where=place(i, columns[field]),
                 wanted="a value",
                 found=describe_value(value),
-                way_out="drop the row or fill the value, for example data.dropna()",
+                hint="drop the row or fill the value, for example data.dropna()",
             )
     return row
 

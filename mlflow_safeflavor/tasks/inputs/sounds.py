@@ -98,8 +98,8 @@ def _floats(value: Any, rate: int, where: str) -> np.ndarray:
     numbers = array.dtype.kind == "f" or (array.dtype.kind in "iu" and isinstance(value, (list, tuple)))
     if array.ndim != 1 or not (numbers or array.size == 0):
         found = f"{array.dtype} array of shape {array.shape}" if array.dtype.kind in "iufb" else type(value).__name__
-        way_out = "divide whole numbers by their range, 32768 for int16; average channels"
-        raise InputError("A value is not a sound", where=where, wanted=wanted, found=found, way_out=way_out)
+        hint = "divide whole numbers by their range, 32768 for int16; average channels"
+        raise InputError("A value is not a sound", where=where, wanted=wanted, found=found, hint=hint)
     with np.errstate(over="ignore"):
         samples: np.ndarray = array.astype(np.float32)
     if not np.isfinite(samples).all():
@@ -133,7 +133,7 @@ def _from_wav(content: bytes, where: str, caps: Caps) -> tuple[np.ndarray, int]:
             where=where,
             wanted="a whole WAV file, PCM of 8, 16, 24 or 32 bits or floating point of 32 or 64 bits",
             found=f"no chunk {error}" if isinstance(error, KeyError) else error,
-            way_out="convert it, for example with ffmpeg -i FILE -c:a pcm_s16le sound.wav",
+            hint="convert it, for example with ffmpeg -i FILE -c:a pcm_s16le sound.wav",
         ) from None
     mono: np.ndarray = samples[:, 0] if channels == 1 else samples.mean(axis=1, dtype=np.float64).astype(np.float32)
     return _floats(mono, rate, where), rate

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.tasks.inputs.backend import TOKENIZER, read_backend
 from mlflow_safeflavor.tasks.inputs.probes import PROBES
@@ -54,7 +54,7 @@ class TextEncoder:
             self._tokenizer.encode_special_tokens = bool(config["split_special_tokens"])
         except KeyError as error:
             raise IntegrityError(
-                "The config of the text encoder lacks a key", where="encoder", wanted=error.args[0], way_out=WAY_OUT
+                "The config of the text encoder lacks a key", where="encoder", wanted=error.args[0], hint=FETCH_AGAIN
             ) from None
 
     def encode(

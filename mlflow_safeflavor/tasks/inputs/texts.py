@@ -31,7 +31,7 @@ def require_texts(rows: Sequence[Row], columns: Mapping[str, str | None]) -> Non
                     where=place(i, column),
                     wanted="a str (it may be empty)",
                     found=describe_value(value) if field in row else "no such column",
-                    way_out="convert it first, for example data[column].astype(str); drop or fill missing values",
+                    hint="convert it first, for example data[column].astype(str); drop or fill missing values",
                 )
 
 
@@ -55,7 +55,7 @@ def require_clean(value: Any, where: str, caps: Caps | None = None) -> None:
                 where=where,
                 wanted="a str that can be encoded as UTF-8",
                 found=ascii(reprlib.repr(text)),
-                way_out='clean it first, for example text.encode("utf-8", "replace").decode()',
+                hint='clean it first, for example text.encode("utf-8", "replace").decode()',
             )
     if caps is not None:
         caps.require("max_characters", characters, "A text is too long", where=where, instead="cut or split it")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_safeflavor.artifact.json_files import read_json, write_json
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.artifact.scratch import scratch_folder
 from mlflow_safeflavor.artifact.trust import require_harmless
 from mlflow_safeflavor.errors import IntegrityError, StructureError, TrustError
@@ -91,7 +91,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     require_harmless(read_json(Path(folder) / _CONFIG), Path(folder) / _CONFIG)
     if odd := sorted({path.name for path in Path(folder).iterdir()} - set(_WRITTEN)):
         raise IntegrityError(
-            "A file beside the tokenizer is none that was saved", where=Path(folder) / odd[0], way_out=WAY_OUT
+            "A file beside the tokenizer is none that was saved", where=Path(folder) / odd[0], hint=FETCH_AGAIN
         )
     wanted = backend.encode_batch(list(PROBES))
     failure: object = None
@@ -120,7 +120,7 @@ def _private_copy(tokenizer: Any) -> Any:
             "The tokenizer has no fast backend, so it cannot be stored as JSON",
             where=type(tokenizer).__name__,
             wanted="a fast tokenizer (tokenizer.is_fast), which is backed by the tokenizers library",
-            way_out="load it with AutoTokenizer.from_pretrained(..., use_fast=True), or convert it with "
+            hint="load it with AutoTokenizer.from_pretrained(..., use_fast=True), or convert it with "
             "transformers.convert_slow_tokenizer and wrap it in PreTrainedTokenizerFast(tokenizer_object=...)",
         )
     try:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.artifact.inventory_file import Inventory
-from mlflow_safeflavor.artifact.plain_files import WAY_OUT
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
 
@@ -75,7 +75,7 @@ def require_known_tokens(tokenizer: Any, module: torch.nn.Module) -> str | None:
             where=f"token {token!r}, id {number}{more}",
             wanted=f"ids below {rows}, the rows of {name}",
             found=f"ids up to {unknown[-1][0]}",
-            way_out="model.resize_token_embeddings(len(tokenizer)) before training, "
+            hint="model.resize_token_embeddings(len(tokenizer)) before training, "
             "or pass the tokenizer that the model was trained with",
         )
     return name
@@ -98,7 +98,7 @@ def require_rows(config: Mapping[str, Any], encoder: TextEncoder | None, invento
     row = inventory.rows.get(table)
     if row is None or not row.shape:
         raise IntegrityError(
-            "There is no such table of embeddings", where="encoder, table", found=table, way_out=WAY_OUT
+            "There is no such table of embeddings", where="encoder, table", found=table, hint=FETCH_AGAIN
         )
     said = [("task_config", config), ("encoder", config["encoder"])]
     tokens = {
@@ -116,5 +116,5 @@ def require_rows(config: Mapping[str, Any], encoder: TextEncoder | None, invento
             where=name,
             wanted=f"at most {row.shape[0]}, the rows of {table}",
             found=token,
-            way_out=WAY_OUT,
+            hint=FETCH_AGAIN,
         )

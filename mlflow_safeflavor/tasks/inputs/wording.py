@@ -1,6 +1,6 @@
 """How messages name cells, columns and values.
 
-A message always names the row (counted from 0) and the column, what was wanted, what was found and the way out.
+A message always names the row (counted from 0) and the column, what was wanted, what was found and the hint.
 """
 
 from __future__ import annotations

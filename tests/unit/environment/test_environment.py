@@ -91,7 +91,7 @@ def test_cycles_end(site):
 
 def test_a_missing_root_is_refused(site):
     with pytest.raises(
-        EnvironmentMismatchError, match=r"(?s)not installed.*where: torch.*way out: pip install 'torch>=2'"
+        EnvironmentMismatchError, match=r"(?s)not installed.*where: torch.*hint: pip install 'torch>=2'"
     ):
         site.record("torch>=2")
 
@@ -159,7 +159,7 @@ def test_the_first_folder_of_the_path_wins(site, tmp_path):
         (["nonsense"], "direct_url.json cannot be read"),
     ],
 )
-def test_what_is_no_release_is_refused_by_name_with_the_way_out(site, direct_url, source):
+def test_what_is_no_release_is_refused_by_name_with_the_hint(site, direct_url, source):
     site.install("root", requires=["a"])
     site.install("a", direct_url=direct_url)
     with pytest.raises(EnvironmentMismatchError) as caught:
@@ -167,7 +167,7 @@ def test_what_is_no_release_is_refused_by_name_with_the_way_out(site, direct_url
     assert caught.value.where == "a"
     assert f"a 1.0: {source}" in caught.value.found or source in caught.value.found
     for way in ("pip install a==1.0 --find-links FOLDER", "extra_pip_requirements=['a @ git+", "pip_requirements"):
-        assert way in caught.value.way_out
+        assert way in caught.value.hint
 
 
 def test_every_install_that_is_no_release_is_named(site):
@@ -324,14 +324,14 @@ DIFFERENCES = [
 ]
 
 
-def test_differences_are_told_in_aligned_columns_with_one_way_out():
-    heading, *rows, way_out = format_differences(DIFFERENCES).splitlines()
+def test_differences_are_told_in_aligned_columns_with_one_hint():
+    heading, *rows, hint = format_differences(DIFFERENCES).splitlines()
     assert heading == "This is not the environment that the model was saved in (2 differences)"
     assert rows == [
         "  python  wanted 3.11.7      found 3.12.1",
         "  torch   wanted 2.13.0+cpu  found 2.13.0",
     ]
-    assert way_out.startswith("  way out: install requirements.txt of the model")
+    assert hint.startswith("  hint: install requirements.txt of the model")
     assert str(DIFFERENCES[1]) == "torch: wanted 2.13.0+cpu, found 2.13.0"
 
 
@@ -345,7 +345,7 @@ def test_policy_error_raises_the_table(differing, site):
     with pytest.raises(EnvironmentMismatchError) as caught:
         require_same(differing, policy="error", path=site.path)
     text = str(caught.value)
-    assert "(1 difference)\n  numpy  wanted 2.4.6  found 1.0\n  way out: install requirements.txt" in text
+    assert "(1 difference)\n  numpy  wanted 2.4.6  found 1.0\n  hint: install requirements.txt" in text
     assert 'environment="warn"' in text
 
 

@@ -196,14 +196,14 @@ def test_what_no_constructor_gives_back_is_named(code, name):
         structure.describe(model, forward=lambda module: module(torch.tensor(X["x"])))
     assert str(caught.value.found).startswith(words), caught.value.found
     for way in ("init_args", "allow_pickle=True", "graph='only'"):
-        assert way in caught.value.way_out
+        assert way in caught.value.hint
 
 
 def test_a_value_in_a_closure_is_named(code):
     assert [d.path for d in find_differences(code.Many(3.0), code.Many())] == ["f", "made.factor"]
 
 
-def test_a_refusal_leaves_nothing_and_every_way_out_works(save, code, tmp_path):
+def test_a_refusal_leaves_nothing_and_every_hint_works(save, code, tmp_path):
     model = seeded(code.Many)
     model.f = 3.0
     with pytest.raises(StructureError, match=r"f: 3\.0, rebuilt 2\.0"):
@@ -456,7 +456,7 @@ def test_wrappers_are_named_with_the_line_that_takes_them_off(save, code, name):
     wrap(model)
     with pytest.raises(StructureError) as caught:
         save(model)
-    assert line in caught.value.way_out
+    assert line in caught.value.hint
     if unwrap is None:
         exec(line, {"torch": torch, "model": model})
     else:
@@ -511,7 +511,7 @@ def _of(name: str) -> type[nn.Module]:
 def test_what_cannot_be_taken_off_is_named(save, make, words):
     with pytest.raises(StructureError) as caught:
         save(make(), allow_pickle=True)
-    assert words in caught.value.way_out
+    assert words in caught.value.hint
 
 
 def test_a_lightning_module_with_its_trainer_is_named(save):
@@ -519,4 +519,4 @@ def test_a_lightning_module_with_its_trainer_is_named(save):
     model._trainer = object()
     with pytest.raises(StructureError) as caught:
         save(model, allow_pickle=True)
-    assert "model._trainer = None" in caught.value.way_out
+    assert "model._trainer = None" in caught.value.hint

@@ -453,7 +453,7 @@ def test_one_memory_in_two_dtypes_is_refused(other):
     with pytest.raises(StructureError, match="share memory but not a dtype") as caught:
         take_inventory(find_slots(Holder(base=base, other=other(base))))
     assert caught.value.where == "base, other"
-    assert "clone" in caught.value.way_out
+    assert "clone" in caught.value.hint
 
 
 def test_a_cast_of_half_of_an_alias_group_is_refused():
@@ -514,7 +514,7 @@ def test_tensors_that_are_no_plain_values_are_refused_by_name(kind):
     error = refused(module)
     assert error.where == "deep.listed[0]"
     assert named in str(error.found)
-    assert error.way_out
+    assert error.hint
 
 
 def test_a_lazy_module_is_refused():
@@ -534,7 +534,7 @@ def test_tensors_on_meta_are_refused_by_name():
         require_saveable(find_slots(module))
     assert caught.value.where == "table['a'], layers.0.weight"
     assert "2 of 26" in caught.value.found
-    assert "materialize" in caught.value.way_out
+    assert "materialize" in caught.value.hint
 
 
 # What is compared

@@ -180,7 +180,7 @@ def test_a_rehearsal_and_the_command_line_know_it(tmp_path):
 
 @pytest.mark.graphs
 @pytest.mark.parametrize("change", ["attribute", "hook"])
-def test_what_was_changed_afterwards_is_named_with_a_way_out_that_works(change, tmp_path):
+def test_what_was_changed_afterwards_is_named_with_a_hint_that_works(change, tmp_path):
     module = nn.TransformerEncoderLayer(**BLOCK, batch_first=True).eval()
     if change == "attribute":
         module.norm2.eps = 0.5
@@ -189,8 +189,8 @@ def test_what_was_changed_afterwards_is_named_with_a_way_out_that_works(change, 
     save = {"task": "raw", "input_example": X[None], "rehearse": False}
     with pytest.raises(StructureError, match=r"norm2|linear2") as refused:
         mlflow_safeflavor.save_model(module, tmp_path / "m", **save)
-    assert "init_args" not in refused.value.way_out
-    assert "graph='only'" in refused.value.way_out
+    assert "init_args" not in refused.value.hint
+    assert "graph='only'" in refused.value.hint
     mlflow_safeflavor.save_model(module, tmp_path / "m", **save, graph="only")
     with torch.inference_mode():
         wanted = module(torch.tensor(X[None])).numpy()

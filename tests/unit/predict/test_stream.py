@@ -140,7 +140,7 @@ def test_nothing_is_shown_without_a_terminal_or_if_not_wanted(model, table, term
 def test_compile_needs_a_compiler(model, monkeypatch):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(PlacementError, match=r"compile needs a C\+\+ compiler[\s\S]*way out"):
+    with pytest.raises(PlacementError, match=r"compile needs a C\+\+ compiler[\s\S]*hint"):
         mlflow_safeflavor.load_model(model.folder, model_config={"compile": True})
 
 
