@@ -1,12 +1,15 @@
-"""The tests on other releases of transformers and MLflow, and on other Pythons: `make matrix`, or one by one.
+"""The tests on other releases of transformers and MLflow, and on other Pythons.
+
+`make matrix`, or one by one.
 
     .venv/bin/nox -l                                                 say what there is
     .venv/bin/nox -s "matrix(py3.11-transformers4.57-mlflow2.9)"     the environment this package was born in
     .venv/bin/nox -s light                                           what needs no torch
     .venv/bin/nox -s project                                         MLproject in an environment of its own
 
-Run it after `make venv`, whose environment is the other side of each comparison. Environments are made by uv, which
-keeps what it has unpacked: the first takes a minute, others seconds. A Python that is not installed is skipped.
+Run it after `make venv`, whose environment is the other side of each comparison. Environments are
+made by uv, which keeps what it has unpacked: the first takes a minute, others seconds. A Python
+that is not installed is skipped.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ nox.options.download_python = "never"
 nox.options.allow_parallel = True
 nox.options.error_on_missing_interpreters = False
 # pyenv's shims answer for those of its Pythons alone that are chosen.
-PYENV = sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.1[0-3].*"))
+PYENV = sorted(
+    Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.1[0-3].*")
+)
 os.environ.setdefault("PYENV_VERSION", ":".join(folder.name for folder in PYENV))
 
 TRANSFORMERS = {"4.57": "==4.57.5", "5.0": "==5.0.0", "5": ">=5,<6"}
@@ -53,11 +58,18 @@ LEGS = [
     for mlflow in MLFLOW
     if (python, mlflow) != ("3.13", "2.9")
 ]
-# They use what newer releases of their requirements lack (FallbackAsyncAdaptedQueuePool, pkg_resources, app.route).
-LIMITS = {"2.9": ["sqlalchemy<2.1", "setuptools>=77,<82"], "2.22": ["sqlalchemy<2.1", "starlette<1"]}
+# They use what newer releases of their requirements lack (FallbackAsyncAdaptedQueuePool,
+# pkg_resources, app.route).
+LIMITS = {
+    "2.9": ["sqlalchemy<2.1", "setuptools>=77,<82"],
+    "2.22": ["sqlalchemy<2.1", "starlette<1"],
+}
 
 LIGHT = ["unit/environment", "unit/tasks/test_rows.py", "matrix/test_without_torch.py"]
-"""Tests that run where neither torch nor transformers is installed; the few of them that need torch skip."""
+"""Tests that run where neither torch nor transformers is installed.
+
+The few of them that need torch skip.
+"""
 
 SAVED, OWN = REPOSITORY / ".nox" / "saved", REPOSITORY / ".nox" / "project"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -89,7 +101,10 @@ def matrix(session: nox.Session, transformers: str, mlflow: str) -> None:
 
 @nox.session(python="3.11", tags=["ci"], requires=["saved"])
 def without_transformers(session: nox.Session) -> None:
-    """Graphs where torch is installed and transformers is not: the same artifacts, the same bits."""
+    """Graphs where torch is installed and transformers is not.
+
+    The same artifacts, the same bits.
+    """
     _configure(session)
     session.install(*_torch(str(session.python)))
     session.install(*_requirements_without("torch", "transformers"), "pytest>=8.2")
@@ -116,7 +131,8 @@ def project(session: nox.Session) -> None:
     (OWN / "constraints.txt").write_text(torch)
     made = {"MLFLOW_ENV_ROOT": str(OWN), "MLFLOW_TRACKING_URI": f"sqlite:///{OWN}/mlflow.db"}
     made |= {"UV_CONSTRAINT": str(OWN / "constraints.txt")}
-    made |= {"PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}  # uv lies beside Python
+    # uv lies beside Python
+    made |= {"PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
     if index:
         made |= {"UV_INDEX": index[-1], "UV_INDEX_STRATEGY": "unsafe-best-match"}
     command = [sys.executable, "-m", "mlflow", "run", ".", "-e", "verify", "--env-manager", "uv"]
@@ -125,11 +141,19 @@ def project(session: nox.Session) -> None:
 
 
 def _configure(session: nox.Session) -> None:
-    """Let uv find what pip finds: torch's CPU build may lie in a folder that pip is configured to look in."""
+    """Let uv find what pip finds.
+
+    Torch's CPU build may lie in a folder that pip is configured to look in.
+    """
     command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
-    by_pip = os.environ.get("PIP_FIND_LINKS") or subprocess.run(command, capture_output=True, text=True).stdout
+    by_pip = (
+        os.environ.get("PIP_FIND_LINKS")
+        or subprocess.run(command, capture_output=True, text=True).stdout
+    )
     folders = ",".join(by_pip.split())
-    session.env.update({"UV_PYTHON_DOWNLOADS": "never", "UV_FIND_LINKS": os.environ.get("UV_FIND_LINKS", folders)})
+    session.env.update(
+        {"UV_PYTHON_DOWNLOADS": "never", "UV_FIND_LINKS": os.environ.get("UV_FIND_LINKS", folders)}
+    )
 
 
 def _torch(python: str = install.RUNNING) -> list[str]:
@@ -149,5 +173,13 @@ def _requirements_without(*names: str) -> list[str]:
 def _test(session: nox.Session, *files: str) -> None:
     given = {"SAFEFLAVOR_MATRIX_PYTHON": sys.executable, "SAFEFLAVOR_MATRIX_SAVED": str(SAVED)}
     # Old releases warn about the new ones of what they are built on.
-    command = ["python", "-m", "pytest", "-W", "ignore", *(f"tests/{file}" for file in files), *session.posargs]
+    command = [
+        "python",
+        "-m",
+        "pytest",
+        "-W",
+        "ignore",
+        *(f"tests/{file}" for file in files),
+        *session.posargs,
+    ]
     session.run(*command, env={**OFFLINE, **ONE_THREAD, **given})

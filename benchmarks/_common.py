@@ -58,27 +58,44 @@ def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int) -> di
 
 def median_and_spread(values: list[float], unit: float = 1.0, digits: int = 0) -> str:
     """``median (min–max)``."""
-    shown = [f"{value * unit:.{digits}f}" for value in (statistics.median(values), min(values), max(values))]
+    shown = [
+        f"{value * unit:.{digits}f}"
+        for value in (statistics.median(values), min(values), max(values))
+    ]
     return f"{shown[0]} ({shown[1]}–{shown[2]})"
 
 
 def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
     """Ratio of the medians; then the middle half of the ratios round by round."""
     by_round = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-    low, _, high = statistics.quantiles(by_round, n=4, method="inclusive") if len(by_round) > 1 else by_round * 3
+    low, _, high = (
+        statistics.quantiles(by_round, n=4, method="inclusive")
+        if len(by_round) > 1
+        else by_round * 3
+    )
     return statistics.median(ours) / statistics.median(theirs), low, high
 
 
 def timed_process(code: str, *arguments: str) -> Spent:
-    """Run Python code in a fresh process; seconds on the clock, and of CPU, from its start until it has run."""
+    """Run Python code in a fresh process.
+
+    Seconds on the clock, and of CPU, from its start until it has run.
+    """
     with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile("w+") as errors:
         # As on a new host: nobody remembers the digests of a file.
         environment = {**os.environ, "XDG_CACHE_HOME": cache}
         # Neither side compiles itself anew in each process.
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        command = [sys.executable, "-c", f"{code}\nimport time; print(time.process_time(), flush=True)", *arguments]
+        command = [
+            sys.executable,
+            "-c",
+            f"{code}\nimport time; print(time.process_time(), flush=True)",
+            *arguments,
+        ]
         start = time.perf_counter()
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process:
             assert process.stdout is not None
             cpu = process.stdout.readline()
             wall = time.perf_counter() - start
@@ -90,7 +107,8 @@ def timed_process(code: str, *arguments: str) -> Spent:
 
 # --- models --------------------------------------------------------------------------------------
 
-# Name → hidden size, layers, heads. The first has the shape of RoBERTa-base, the others that of nobody.
+# Name → hidden size, layers, heads. The first has the shape of RoBERTa-base, the others that of
+# nobody.
 SIZES = {"0.5 GB": (768, 12, 12), "2 GB": (1280, 24, 20), "7 GB": (2048, 32, 32)}
 
 
@@ -115,7 +133,9 @@ def minilm_classifier() -> Any:
     from transformers import BertForSequenceClassification
 
     torch.manual_seed(0)
-    return BertForSequenceClassification.from_pretrained(minilm_folder(), dtype=torch.float32).eval()
+    return BertForSequenceClassification.from_pretrained(
+        minilm_folder(), dtype=torch.float32
+    ).eval()
 
 
 def roberta_checkpoint(size: str, dtype: str, cache: Path) -> Path:
@@ -157,24 +177,32 @@ def save_ours(model: Any, folder: Path, dtype: str = "float32") -> Path:
 def save_peer(model: Any, task: str, folder: Path) -> Path:
     """The same model as MLflow's own flavor saves it.
 
-    The requirements are given by hand: where it infers them, it asks for torchvision and fails without.
+    The requirements are given by hand: where it infers them, it asks for torchvision and fails
+    without.
     """
     import mlflow.transformers
     import torch
     import transformers
 
-    logging.getLogger("mlflow").setLevel(logging.ERROR)  # it looks for a model card on the hub, and says so
+    # it looks for a model card on the hub, and says so
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
     shutil.rmtree(folder, ignore_errors=True)
     mlflow.transformers.save_model(
         transformers.pipeline(task, model=model, tokenizer=tokenizer()),
         str(folder),
-        pip_requirements=[f"{library.__name__}=={library.__version__}" for library in (torch, transformers, mlflow)],
+        pip_requirements=[
+            f"{library.__name__}=={library.__version__}"
+            for library in (torch, transformers, mlflow)
+        ],
     )
     return folder
 
 
 def roofs(size: int = 2048) -> dict[str, float]:
-    """GFLOP/s of a product of two square matrices in float32, the best of nine: what no forward can pass."""
+    """GFLOP/s of a product of two square matrices in float32, the best of nine.
+
+    What no forward can pass.
+    """
     import numpy as np
     import onnxruntime
     import torch
@@ -182,7 +210,9 @@ def roofs(size: int = 2048) -> dict[str, float]:
 
     x = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
     tensor = torch.from_numpy(x)
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in ("x", "y")]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in ("x", "y")
+    ]
     weight = helper.make_tensor("w", TensorProto.FLOAT, [size, size], x.tobytes(), raw=True)
     product = helper.make_node("MatMul", ["x", "w"], ["y"])
     graph = helper.make_graph([product], "product", values[:1], values[1:], [weight])

@@ -1,4 +1,6 @@
-"""What a skilled user writes instead: ONNX Runtime and tokenizers behind ``mlflow.pyfunc``, without this project.
+"""What a skilled user writes instead.
+
+ONNX Runtime and tokenizers behind ``mlflow.pyfunc``, without this project.
 
 Texts are sorted by length and run in batches of 32. Nothing is checked, pinned or compared.
 """
@@ -33,7 +35,9 @@ class Classifier(mlflow.pyfunc.PythonModel):
         self.tokenizer.enable_truncation(512)
         self.names = [known.name for known in self.session.get_inputs()]
 
-    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
         """Label and score of each row."""
         texts = model_input["text"].tolist()
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -43,27 +47,40 @@ class Classifier(mlflow.pyfunc.PythonModel):
             encoded = self.tokenizer.encode_batch([texts[i] for i in places])
             columns = {"ids": [e.ids for e in encoded], "mask": [e.attention_mask for e in encoded]}
             arrays = {name: np.array(rows, np.int64) for name, rows in columns.items()}
-            inputs = {"input_ids": arrays["ids"], "attention_mask": arrays["mask"], "token_type_ids": arrays["ids"] * 0}
+            inputs = {
+                "input_ids": arrays["ids"],
+                "attention_mask": arrays["mask"],
+                "token_type_ids": arrays["ids"] * 0,
+            }
             (logits,) = self.session.run(["logits"], {name: inputs[name] for name in self.names})
             powers = np.exp(logits - logits.max(1, keepdims=True))
             found[places] = powers / powers.sum(1, keepdims=True)
         best = found.argmax(1)
-        return pd.DataFrame({"label": [f"LABEL_{i}" for i in best], "score": found[np.arange(len(texts)), best]})
+        return pd.DataFrame(
+            {"label": [f"LABEL_{i}" for i in best], "score": found[np.arange(len(texts)), best]}
+        )
 
 
 class Nothing(mlflow.pyfunc.PythonModel):
     """Answers at once: what a request costs without any model."""
 
-    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
         """One label for every row."""
-        return pd.DataFrame({"label": ["LABEL_0"] * len(model_input), "score": [1.0] * len(model_input)})
+        return pd.DataFrame(
+            {"label": ["LABEL_0"] * len(model_input), "score": [1.0] * len(model_input)}
+        )
 
 
 def save_nothing(folder: Path) -> Path:
     """A model that answers at once."""
     example = pd.DataFrame({"text": ["a text"]})
     mlflow.pyfunc.save_model(
-        folder, python_model=Nothing(), code_paths=[__file__], signature=mlflow.models.infer_signature(example)
+        folder,
+        python_model=Nothing(),
+        code_paths=[__file__],
+        signature=mlflow.models.infer_signature(example),
     )
     return folder
 
@@ -73,7 +90,9 @@ def save(module: Any, tokenizer: Any, folder: Path) -> Path:
     import torch
 
     folder.mkdir(parents=True)
-    inputs = dict(tokenizer(["one text", "another, longer text"], padding=True, return_tensors="pt"))
+    inputs = dict(
+        tokenizer(["one text", "another, longer text"], padding=True, return_tensors="pt")
+    )
     rows, length = torch.export.Dim("rows"), torch.export.Dim("length")
     names = list(inputs)
     torch.onnx.export(
@@ -89,7 +108,10 @@ def save(module: Any, tokenizer: Any, folder: Path) -> Path:
     )
     tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "about.json").write_text(json.dumps({"names": names}))
-    artifacts = {"model": str(folder / "model.onnx"), "tokenizer": str(folder / "tokenizer" / "tokenizer.json")}
+    artifacts = {
+        "model": str(folder / "model.onnx"),
+        "tokenizer": str(folder / "tokenizer" / "tokenizer.json"),
+    }
     # One file: an artifact is copied by itself, and its external data would stay behind.
     import onnx
 

@@ -1,9 +1,13 @@
-"""Images side by side: `mlflow models build-docker` of mlflow.transformers' model, and ours of the same weights.
+"""Images side by side.
 
-    python benchmarks/docker.py [--only images,starts,latency,memory] [--requests 40] [--rounds 5] [--changes 3]
+`mlflow models build-docker` of mlflow.transformers' model, and ours of the same weights.
 
-Needs a Docker engine, or root and an installed dockerd. Both containers run as they come, and are asked in turn,
-one request at a time. What the tables mean, and what was seen, is in docs/benchmarks.md.
+    python benchmarks/docker.py [--only images,starts,latency,memory] [--requests 40] [--rounds 5]
+    [--changes 3]
+
+Needs a Docker engine, or root and an installed dockerd. Both containers run as they come, and are
+asked in turn, one request at a time. What the tables mean, and what was seen, is in
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", MLFLOW_DISABLE_TELEMETRY="true")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", MLFLOW_DISABLE_TELEMETRY="true"
+)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # This folder last: MLflow imports a library that has the name of this file.
 sys.path.append(sys.path.pop(0))
@@ -55,7 +61,9 @@ def save_both(model: Any, folder: Path, torch_index: str) -> dict[str, Path]:
     import mlflow_safeflavor
 
     ours = folder / "ours"
-    mlflow_safeflavor.save_model(model, ours, tokenizer=tokenizer(), torch_index=torch_index, rehearse=False)
+    mlflow_safeflavor.save_model(
+        model, ours, tokenizer=tokenizer(), torch_index=torch_index, rehearse=False
+    )
     peer = save_peer(model, "text-classification", folder / "peer")
     lines = (peer / "requirements.txt").read_text().splitlines()
     if torch_index != "auto":  # so that pip finds torch's build in the image
@@ -135,16 +143,22 @@ def memory_of(container: Container) -> float:
     total = 0
     for pid in lines:
         rollup = Path("/proc", pid, "smaps_rollup").read_text()
-        total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+        total += next(
+            int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")
+        )
     return total / 1e3
 
 
 @contextmanager
-def both(engine: Engine, images: dict[str, str], *options: str, **more: Any) -> Iterator[dict[str, Container]]:
+def both(
+    engine: Engine, images: dict[str, str], *options: str, **more: Any
+) -> Iterator[dict[str, Container]]:
     """Containers of both images, serving."""
     with ExitStack() as stack:
         containers = {
-            name: stack.enter_context(running(engine, image, *options, *more.get("mounts", {}).get(name, ())))
+            name: stack.enter_context(
+                running(engine, image, *options, *more.get("mounts", {}).get(name, ()))
+            )
             for name, image in images.items()
         }
         for container in containers.values():
@@ -158,7 +172,9 @@ def both(engine: Engine, images: dict[str, str], *options: str, **more: Any) -> 
 Row = tuple[str, ...]
 
 
-def row(what: str, ours: list[float], theirs: list[float], unit: str, digits: int = 0, goal: float = 0) -> Row:
+def row(
+    what: str, ours: list[float], theirs: list[float], unit: str, digits: int = 0, goal: float = 0
+) -> Row:
     """Cells of a table: median and spread of both sides, and their ratio."""
     middle, low, high = ratio(ours, theirs)
     verdict = f"≤ {goal:g} {'met' if middle <= goal else 'missed'}" if goal else ""
@@ -187,17 +203,23 @@ def compare(engine: Engine, torch_index: str, arguments: argparse.Namespace) -> 
             sizes = [engine.inspect("image", images[name])["Size"] / 1e6 for name in WHO]
             below = engine.inspect("image", TAG)["Size"] / 1e6
             yield row("size of the image", *([size] for size in sizes), "MB", goal=0.27)
-            yield row(f"without its base of {below:.0f} MB", *([size - below] for size in sizes), "MB")
+            yield row(
+                f"without its base of {below:.0f} MB", *([size - below] for size in sizes), "MB"
+            )
         if "starts" in arguments.only:
             ready: dict[str, list[float]] = {name: [] for name in WHO}
-            for turn in range(arguments.rounds + 1):  # the first reads the image from disk, and does not count
+            # the first reads the image from disk, and does not count
+            for turn in range(arguments.rounds + 1):
                 for name, image in images.items():
                     seconds = start(engine, image)
                     ready[name] += [seconds] if turn else []
             yield row("`docker run` to the first answer", *ready.values(), "s", 1, 0.4)
         if "latency" in arguments.only:
             with both(engine, images, "--cpus=1") as containers:
-                for what, text, goal in (("one short text", SHORT, 0.4), ("one long text", LONG, 0.55)):
+                for what, text, goal in (
+                    ("one short text", SHORT, 0.4),
+                    ("one long text", LONG, 0.55),
+                ):
                     times = latencies(containers, text, arguments.requests)
                     yield row(f"{what}, --cpus=1", *times.values(), "ms", 1, goal)
         if "images" in arguments.only:
@@ -210,7 +232,9 @@ def compare(engine: Engine, torch_index: str, arguments: argparse.Namespace) -> 
             yield row("build after a change of weights", *again.values(), "s", 1, 0.1)
         if "memory" in arguments.only:
             large = save_both(roberta_classifier(), Path(folder, "large"), torch_index)
-            mounts = {name: ("--volume", f"{path}:/opt/ml/model:ro") for name, path in large.items()}
+            mounts = {
+                name: ("--volume", f"{path}:/opt/ml/model:ro") for name, path in large.items()
+            }
             four = ("--env", "MLFLOW_MODELS_WORKERS=4")
             with both(engine, images, *four, mounts=mounts) as containers:
                 for _ in range(12):  # every worker has answered
@@ -221,8 +245,14 @@ def compare(engine: Engine, torch_index: str, arguments: argparse.Namespace) -> 
 
 def main() -> None:
     """Build, run and ask; print each row as it is known, and a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="images,starts,latency,memory", help="what to compare, separated by commas")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        default="images,starts,latency,memory",
+        help="what to compare, separated by commas",
+    )
     parser.add_argument("--requests", type=int, default=40, help="requests of each kind")
     parser.add_argument("--rounds", type=int, default=5, help="starts of each image")
     parser.add_argument("--changes", type=int, default=3, help="changes of weights")

@@ -1,12 +1,14 @@
 """Hostile requests beside honest callers: how long these wait then, and what memory is left behind.
 
-    python benchmarks/hostile.py [--rounds 5] [--seconds 6] [--tasks fill-mask,…] [--only native,serve] [--json FILE]
+    python benchmarks/hostile.py [--rounds 5] [--seconds 6] [--tasks fill-mask,…] [--only
+    native,serve] [--json FILE]
 
-16 honest callers ask for one small row after the other: for some seconds alone, then beside 4 hostile callers whose
-requests have to be refused, at least 200 of them, and then beside 4 callers of requests that are as long as the caps
-let through; in turn (A B C A B C …). Hostile callers go on for as long as honest ones are counted. Nothing else should
-run on the machine. Goals: beside refused ones 99 of 100 honest requests are answered within twice the time, and memory
-returns to within 5 %.
+16 honest callers ask for one small row after the other: for some seconds alone, then beside 4
+hostile callers whose requests have to be refused, at least 200 of them, and then beside 4 callers
+of requests that are as long as the caps let through; in turn (A B C A B C …). Hostile callers go on
+for as long as honest ones are counted. Nothing else should run on the machine. Goals: beside
+refused ones 99 of 100 honest requests are answered within twice the time, and memory returns to
+within 5 %.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ class Request:
     @property
     def body(self) -> bytes:
         """As JSON; half a surrogate pair stays one."""
-        return self.raw or json.dumps({"dataframe_records": self.rows, "params": self.params}).encode()
+        return (
+            self.raw or json.dumps({"dataframe_records": self.rows, "params": self.params}).encode()
+        )
 
 
 def _texts(*texts: str, status: int = 400, **params: Any) -> Request:
@@ -80,7 +84,9 @@ _EVERY = {
     "no column": Request([{}]),
     "a number for a text": Request([{"text": 1.5}]),
     "cut JSON": Request(raw=b'{"dataframe_records": [{"text": "a', status=0),
-    "100,000 lists in each other": Request(raw=b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", status=0),
+    "100,000 lists in each other": Request(
+        raw=b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", status=0
+    ),
 }
 _TEXTS = {
     **_EVERY,
@@ -106,13 +112,15 @@ REFUSED: dict[str, dict[str, Request]] = {
     "zero-shot-classification": {
         **_TEXTS,
         "200 rows, 200 labels": _texts(*["a cat"] * 200, candidate_labels=_LABELS),
-        "a template of 10,000 gaps": _texts("a", candidate_labels=_LABELS, hypothesis_template="{}" * 10_000),
+        "a template of 10,000 "
+        "gaps": _texts("a", candidate_labels=_LABELS, hypothesis_template="{}" * 10_000),
         "half a surrogate pair in labels": _texts("a", candidate_labels=["\ud800"]),
         "100 kB, and not to be cut": _texts(_LONG, candidate_labels=["cat"], truncation=False),
     },
     "token-classification": {
         **_TEXTS,
-        "100 kB, windows that share nearly all": _texts(_LONG, stride=509, aggregation_strategy="simple"),
+        "100 kB, windows that share nearly "
+        "all": _texts(_LONG, stride=509, aggregation_strategy="simple"),
         "100 kB, and not to be cut": _texts(_LONG, truncation=False),
         "10,000 labels to ignore": _texts("a", ignore_labels=["O"] * 10_000),
     },
@@ -120,7 +128,8 @@ REFUSED: dict[str, dict[str, Request]] = {
         **_EVERY,
         "a text of 9 MB": Request([{"question": "who?", "context": "x" * 9_000_000}]),
         "half a surrogate pair": Request([{"question": "who?", "context": "\ud800"}]),
-        "100 kB, windows that share nearly all": Request([{"question": "who?", "context": _LONG}], {"doc_stride": 378}),
+        "100 kB, windows that share nearly "
+        "all": Request([{"question": "who?", "context": _LONG}], {"doc_stride": 378}),
         "a question of 100 kB": Request([{"question": _LONG, "context": "who?"}]),
         "all spans": Request([{"question": "who?", "context": _LONG}], {"top_k": 10**6, "max_answer_len": 384}),
     },
@@ -138,7 +147,9 @@ ALLOWED: dict[str, dict[str, Request]] = {
     "token-classification": {
         "100 kB in windows": _texts(_LONG, stride=64, aggregation_strategy="simple", status=200),
     },
-    "question-answering": {"100 kB": Request([{"question": "who?", "context": _LONG}], {"top_k": 100}, 200)},
+    "question-answering": {
+        "100 kB": Request([{"question": "who?", "context": _LONG}], {"top_k": 100}, 200)
+    },
     "image-classification": {"25 megapixels": Request([{"image": _image(5000)}], {}, 200)},
 }
 
@@ -153,7 +164,9 @@ def save(task: str, folder: Path) -> Path:
     path = folder / task
     torch.manual_seed(0)
     if task == "image-classification":
-        config = transformers.ViTConfig(image_size=64, hidden_size=192, num_hidden_layers=6, num_attention_heads=3)
+        config = transformers.ViTConfig(
+            image_size=64, hidden_size=192, num_hidden_layers=6, num_attention_heads=3
+        )
         vit = transformers.ViTForImageClassification(config).eval()
         processor = transformers.ViTImageProcessor(size={"height": 64, "width": 64})
         mlflow_safeflavor.save_model(vit, path, processor=processor, rehearse=False, graph="no")
@@ -164,10 +177,19 @@ def save(task: str, folder: Path) -> Path:
         "token-classification": "BertForTokenClassification",
         "question-answering": "BertForQuestionAnswering",
     }
-    model = getattr(transformers, classes[task]).from_pretrained(minilm_folder(), dtype=torch.float32).eval()
+    model = (
+        getattr(transformers, classes[task])
+        .from_pretrained(minilm_folder(), dtype=torch.float32)
+        .eval()
+    )
     if task.startswith("zero"):
-        model.config.id2label, model.config.label2id = {0: "no", 1: "entailment"}, {"no": 0, "entailment": 1}
-    mlflow_safeflavor.save_model(model, path, task=task, tokenizer=tokenizer(), rehearse=False, graph="no")
+        model.config.id2label, model.config.label2id = (
+            {0: "no", 1: "entailment"},
+            {"no": 0, "entailment": 1},
+        )
+    mlflow_safeflavor.save_model(
+        model, path, task=task, tokenizer=tokenizer(), rehearse=False, graph="no"
+    )
     return path
 
 
@@ -200,8 +222,20 @@ def served(path: Path) -> Iterator[tuple[Ask, int]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local", "--model-uri", str(path)]
-    path_variable = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "--env-manager",
+        "local",
+        "--model-uri",
+        str(path),
+    ]
+    path_variable = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    )
     process = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", str(port)],
         env={**os.environ, "PATH": path_variable},
@@ -221,8 +255,12 @@ def asking(port: int) -> Ask:
     """Asks a scoring server over HTTP; a stack trace in its answer counts as 500."""
 
     def ask(request: Request) -> int:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as connection:
-            connection.request("POST", "/invocations", request.body, {"Content-Type": "application/json"})
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        ) as connection:
+            connection.request(
+                "POST", "/invocations", request.body, {"Content-Type": "application/json"}
+            )
             with connection.getresponse() as answer:
                 text = answer.read()
         traced = answer.status >= 400 and (b"Traceback" in text or b"stack_trace" in text)
@@ -291,7 +329,9 @@ class Seen:
         return statistics.quantiles(self.honest, n=100)[98]
 
 
-def run(ask: Ask, good: Request, bad: Mapping[str, Request], seconds: float, least: int = 0) -> Seen:
+def run(
+    ask: Ask, good: Request, bad: Mapping[str, Request], seconds: float, least: int = 0
+) -> Seen:
     """Honest and hostile callers for so many seconds, and until at least so many hostile requests are answered."""
     seen, turns, end = Seen(), itertools.count(), time.monotonic() + seconds
     kinds = list(bad.items())
@@ -333,13 +373,21 @@ def wrong_statuses(seen: Seen, requests: Mapping[str, Request]) -> dict[str, set
     }
 
 
-def measure(ask: Ask, process: int, task: str, rounds: int, seconds: float, *, http: bool) -> dict[str, Any]:
+def measure(
+    ask: Ask, process: int, task: str, rounds: int, seconds: float, *, http: bool
+) -> dict[str, Any]:
     """Alone, beside refused and beside long requests in turn; the first round warms up."""
-    refused = {name: request for name, request in REFUSED[task].items() if http or request.raw is None}
+    refused = {
+        name: request for name, request in REFUSED[task].items() if http or request.raw is None
+    }
     runs: dict[str, list[Seen]] = {"alone": [], "refused": [], "allowed": []}
     memory = []
     for turn in range(rounds + 1):
-        for name, bad, least in (("alone", {}, 0), ("refused", refused, REQUESTS), ("allowed", ALLOWED[task], 0)):
+        for name, bad, least in (
+            ("alone", {}, 0),
+            ("refused", refused, REQUESTS),
+            ("allowed", ALLOWED[task], 0),
+        ):
             before = cpu_seconds(process)
             seen = run(ask, GOOD[task], bad, seconds, least)
             seen.cpu = cpu_seconds(process) - before
@@ -357,7 +405,9 @@ def measure(ask: Ask, process: int, task: str, rounds: int, seconds: float, *, h
             for _ in range(_TIMES if request.status != 200 else 1):
                 ask(request)
             count = _TIMES if request.status != 200 else 1
-            times.append(((time.perf_counter() - begun) / count, (cpu_seconds(process) - cpu) / count))
+            times.append(
+                ((time.perf_counter() - begun) / count, (cpu_seconds(process) - cpu) / count)
+            )
         costs[name] = times
     return {
         "runs": {
@@ -376,7 +426,10 @@ def measure(ask: Ask, process: int, task: str, rounds: int, seconds: float, *, h
 
 
 _TIMES = 4
-"""Refused requests in a row when each kind is timed alone: CPU time is told in hundredths of a second."""
+"""Refused requests in a row when each kind is timed alone.
+
+CPU time is told in hundredths of a second.
+"""
 
 
 def shown(title: str, found: Mapping[str, Any]) -> None:
@@ -386,8 +439,10 @@ def shown(title: str, found: Mapping[str, Any]) -> None:
     for name, seen in found["runs"].items():
         print(
             f"  {name:8} honest p99 {median_and_spread(seen['p99'], 1e3, 0)} ms"
-            f"{_ratio(seen['p99'], alone['p99'])}, median {median_and_spread(seen['median'], 1e3, 0)} ms"
-            f"{_ratio(seen['median'], alone['median'])}; {sum(seen['honest'])} honest, {sum(seen['hostile'])} hostile, "
+            f"{_ratio(seen['p99'], alone['p99'])}, median "
+            f"{median_and_spread(seen['median'], 1e3, 0)} ms"
+            f"{_ratio(seen['median'], alone['median'])}; {sum(seen['honest'])} honest, "
+            f"{sum(seen['hostile'])} hostile, "
             f"CPU {median_and_spread(seen['cpu'], 1, 1)} s a run"
         )
     memory = found["resident"]
@@ -395,7 +450,10 @@ def shown(title: str, found: Mapping[str, Any]) -> None:
     print(f"; the last to the first {memory[-1] / memory[0]:.3f}")
     for name, times in found["one_by_one"].items():
         wall, cpu = ([each[i] for each in times] for i in (0, 1))
-        print(f"  {median_and_spread(wall, 1e3, 1):>22} ms, CPU {median_and_spread(cpu, 1e3, 1):>20} ms  {name}")
+        print(
+            f"  {median_and_spread(wall, 1e3, 1):>22} ms, CPU {median_and_spread(cpu, 1e3, 1):>20} "
+            f"ms  {name}"
+        )
 
 
 def _ratio(beside: list[float], alone: list[float]) -> str:
@@ -407,7 +465,9 @@ def _ratio(beside: list[float], alone: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--tasks", default=",".join(GOOD))
@@ -422,7 +482,9 @@ def main() -> None:
             for name, target in (("native", native), ("serve", served)):
                 if name in chosen.only.split(","):
                     with target(path) as (ask, process):
-                        found = measure(ask, process, task, chosen.rounds, chosen.seconds, http=name == "serve")
+                        found = measure(
+                            ask, process, task, chosen.rounds, chosen.seconds, http=name == "serve"
+                        )
                     results[f"{task}, {name}"] = found
                     shown(f"{task}, {name}", found)
     if chosen.json:

@@ -1,9 +1,10 @@
 """How long loading takes, side by side with what one would use otherwise, and how much memory it needs.
 
-    python benchmarks/load.py [--rounds 9] [--starts 7] [--large] [--only rebuild,digests,start,workers] [--json FILE]
+    python benchmarks/load.py [--rounds 9] [--starts 7] [--large] [--only
+    rebuild,digests,start,workers] [--json FILE]
 
-Candidates run in turn (A B A B …) in one go, so ratios can be trusted more than times. What the tables
-mean, and what was seen, is in docs/benchmarks.md.
+Candidates run in turn (A B A B …) in one go, so ratios can be trusted more than times. What the
+tables mean, and what was seen, is in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# No loader may ask a hub or report usage while the clock runs, here or in the processes started here.
+# No loader may ask a hub or report usage while the clock runs, here or in the processes started
+# here.
 os.environ.update(
-    HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", MLFLOW_DISABLE_TELEMETRY="true"
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
 )
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -48,7 +53,9 @@ RESULTS: list[dict[str, Any]] = []
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 
-def report(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], note: str = "") -> None:
+def report(
+    title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], note: str = ""
+) -> None:
     """Print a table and keep it for ``--json``."""
     table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
     for i, column in enumerate(columns):
@@ -56,7 +63,13 @@ def report(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], no
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    RESULTS.append({"table": title, "note": note, "rows": [dict(zip(columns, row, strict=True)) for row in rows]})
+    RESULTS.append(
+        {
+            "table": title,
+            "note": note,
+            "rows": [dict(zip(columns, row, strict=True)) for row in rows],
+        }
+    )
 
 
 def against(value: float, goal: float) -> str:
@@ -85,7 +98,10 @@ def rebuild(size: str, dtype: str, rounds: int, cache: Path) -> None:
     from mlflow_safeflavor.module.build import build
     from mlflow_safeflavor.module.fill import fill
 
-    checkpoint, layout = roberta_checkpoint(size, dtype, cache), Layout(our_roberta(size, dtype, cache))
+    checkpoint, layout = (
+        roberta_checkpoint(size, dtype, cache),
+        Layout(our_roberta(size, dtype, cache)),
+    )
     spec, _ = read_spec(layout)  # MLmodel, which from_pretrained has no counterpart of
 
     def filled() -> tuple[torch.nn.Module, inventory_file.Inventory]:
@@ -110,9 +126,19 @@ def rebuild(size: str, dtype: str, rounds: int, cache: Path) -> None:
     )
     peer = times["peer"].wall
     rows = [("AutoModel.from_pretrained", median_and_spread(peer, 1e3), "1", "")]
-    for name, what in (("fill", "ours: build, fill"), ("compare", "ours: build, fill, compare every tensor's facts")):
+    for name, what in (
+        ("fill", "ours: build, fill"),
+        ("compare", "ours: build, fill, compare every tensor's facts"),
+    ):
         wall = times[name].wall
-        rows.append((what, median_and_spread(wall, 1e3), ratio_cell(wall, peer), against(ratio(wall, peer)[0], 0.3)))
+        rows.append(
+            (
+                what,
+                median_and_spread(wall, 1e3),
+                ratio_cell(wall, peer),
+                against(ratio(wall, peer)[0], 0.3),
+            )
+        )
     gigabytes = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / 1e9
     report(
         f"Rebuild a RoBERTa of {gigabytes:.2f} GB, {dtype}, in a warm process",
@@ -128,7 +154,9 @@ def our_roberta(size: str, dtype: str, cache: Path) -> Path:
         import torch
         from transformers import AutoModel
 
-        model = AutoModel.from_pretrained(roberta_checkpoint(size, dtype, cache), dtype=getattr(torch, dtype))
+        model = AutoModel.from_pretrained(
+            roberta_checkpoint(size, dtype, cache), dtype=getattr(torch, dtype)
+        )
         _saved.add(save_ours(model, folder, dtype))
     return folder
 
@@ -176,9 +204,16 @@ def digests(size: str, dtype: str, rounds: int, cache: Path) -> None:
     rows = []
     for name, what in names.items():
         wall, cpu = per_gigabyte(name, times[name].wall), per_gigabyte(name, times[name].cpu)
-        goal = against(sorted(cpu)[len(cpu) // 2], 1.0) if name == "ours" else "the machine's own speed"
+        goal = (
+            against(sorted(cpu)[len(cpu) // 2], 1.0)
+            if name == "ours"
+            else "the machine's own speed"
+        )
         rows.append((what, median_and_spread(wall, 1, 2), median_and_spread(cpu, 1, 2), goal))
-    for name, what in (("first", "ours, and a private copy"), ("remembered", "ours, once the host has the copy")):
+    for name, what in (
+        ("first", "ours, and a private copy"),
+        ("remembered", "ours, once the host has the copy"),
+    ):
         rows.append((what, f"{median_and_spread(times[name].wall, 1e3, 1)} ms in all", "", ""))
     report(
         f"SHA-256 of {dtype} weights, from the page cache",
@@ -246,7 +281,9 @@ def start(rounds: int, cache: Path) -> None:
             median_and_spread(times[name].cpu, 1, 2),
             "" if name == "ours" else ratio_cell(times["ours"].wall, times[name].wall),
             "" if name == "onnx" else ratio_cell(times["onnx"].wall, times[name].wall),
-            against(ratio(times["onnx"].wall, times["peer"].wall)[0], 0.32) if name == "peer" else "",
+            against(ratio(times["onnx"].wall, times["peer"].wall)[0], 0.32)
+            if name == "peer"
+            else "",
         )
         for name, what in names.items()
     ]
@@ -262,11 +299,18 @@ def _timed(*command: str) -> Callable[[], Spent]:
 
 
 def _empty_model(ours: Path, folder: Path) -> Path:
-    """An artifact with our MLmodel and our pins, whose loader does nothing: what MLflow itself takes."""
+    """An artifact with our MLmodel and our pins, whose loader does nothing.
+
+    What MLflow itself takes.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "code").mkdir(parents=True)
     (folder / "code" / "empty_loader.py").write_text(EMPTY_LOADER)
-    mlmodel = (ours / "MLmodel").read_text().replace("loader_module: mlflow_safeflavor", "loader_module: empty_loader")
+    mlmodel = (
+        (ours / "MLmodel")
+        .read_text()
+        .replace("loader_module: mlflow_safeflavor", "loader_module: empty_loader")
+    )
     (folder / "MLmodel").write_text(mlmodel)
     shutil.copy(ours / "requirements.txt", folder)
     return folder
@@ -310,9 +354,14 @@ def workers(cache: Path) -> None:
 
     size = "0.5 GB"
     peer = cache / "peer-0.5GB-float32"
-    model = AutoModel.from_pretrained(roberta_checkpoint(size, "float32", cache), dtype=torch.float32)
+    model = AutoModel.from_pretrained(
+        roberta_checkpoint(size, "float32", cache), dtype=torch.float32
+    )
     save_peer(model, "feature-extraction", peer)
-    ours = {dtype: save_ours(model, cache / f"ours-cast-{dtype}", dtype) for dtype in ("float32", "bfloat16")}
+    ours = {
+        dtype: save_ours(model, cache / f"ours-cast-{dtype}", dtype)
+        for dtype in ("float32", "bfloat16")
+    }
     count = sum(parameter.numel() for parameter in model.parameters())
     del model
     rows = []
@@ -325,15 +374,22 @@ def workers(cache: Path) -> None:
     ):
         copy = count * width
         weights, growth = _memory_of_workers(how, folder)
-        goal = against((growth if how == "onnx" else weights) / copy, 1.1) if what.startswith("ours") else ""
-        known = "" if how == "onnx" else f"{weights / copy:.2f}"  # its memory has no addresses that are told
+        goal = (
+            against((growth if how == "onnx" else weights) / copy, 1.1)
+            if what.startswith("ours")
+            else ""
+        )
+        # its memory has no addresses that are told
+        known = "" if how == "onnx" else f"{weights / copy:.2f}"
         rows.append((what, f"{copy / 1e6:.0f}", known, f"{growth / copy:.2f}", goal))
     report(
         f"Proportional memory of {WORKERS} processes on one artifact of 125 M parameters",
         ("what", "one copy, MB", "weights, copies", "all growth, copies", "goal"),
         rows,
-        "Weights: proportional set size (PSS) of the memory that parameters lie in. All growth: PSS of the\n"
-        "processes after loading, less that before; it also holds the rest of the loader and its libraries.",
+        "Weights: proportional set size (PSS) of the memory that parameters lie in. All growth: "
+        "PSS of the\n"
+        "processes after loading, less that before; it also holds the rest of the loader and its "
+        "libraries.",
     )
 
 
@@ -351,16 +407,26 @@ def sessions(rounds: int, folder: Path) -> None:
     graph, arrays = open_graph(inventory.files, layout)
 
     def shared() -> Session:
-        return Session(graph, arrays, threads=1, packed=PackedWeights(graph.content, weights, RUNTIME))
+        return Session(
+            graph, arrays, threads=1, packed=PackedWeights(graph.content, weights, RUNTIME)
+        )
 
     company = [shared() for _ in range(2)]
     times = alternate({"own": lambda: Session(graph, arrays, threads=1), "shared": shared}, rounds)
     report(
-        f"A session of ONNX Runtime, {sum(array.nbytes for array in arrays.values()) / 1e6:.0f} MB of weights",
+        f"A session of ONNX Runtime, {sum(array.nbytes for array in arrays.values()) / 1e6:.0f} "
+        "MB of weights",
         ("weights", "ms", "CPU ms"),
         [
-            (what, median_and_spread(times[name].wall, 1e3, 0), median_and_spread(times[name].cpu, 1e3, 0))
-            for name, what in (("own", "packed for it alone"), ("shared", "mapped, packed by another process"))
+            (
+                what,
+                median_and_spread(times[name].wall, 1e3, 0),
+                median_and_spread(times[name].cpu, 1e3, 0),
+            )
+            for name, what in (
+                ("own", "packed for it alone"),
+                ("shared", "mapped, packed by another process"),
+            )
         ],
     )
     del company
@@ -387,7 +453,9 @@ def _memory_of_workers(how: str, folder: Path) -> tuple[float, float]:
                 _go_on(process)
             storages = [_answer(process) for process in processes]
         after = sum(_pss(process.pid, None) for process in processes)
-        weights = sum(_pss(process.pid, seen) for process, seen in zip(processes, storages, strict=True))
+        weights = sum(
+            _pss(process.pid, seen) for process, seen in zip(processes, storages, strict=True)
+        )
         return weights, after - before
     finally:
         for process in processes:
@@ -410,7 +478,10 @@ def _go_on(process: subprocess.Popen[str]) -> None:
 
 
 def _pss(pid: int, ranges: list[tuple[int, int]] | None) -> float:
-    """Proportional set size in bytes: of the whole process, or of the maps that cover the ranges."""
+    """Proportional set size in bytes.
+
+    Of the whole process, or of the maps that cover the ranges.
+    """
     if ranges is None:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
@@ -437,12 +508,20 @@ def _maps(pid: int) -> Iterator[tuple[int, int, float]]:
 
 def main() -> None:
     """Run what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=9, help="of what runs in one warm process")
     parser.add_argument("--starts", type=int, default=7, help="fresh processes of each kind")
-    parser.add_argument("--large", action="store_true", help="also 2 and 7 GB; needs 20 GB of disk and of memory")
-    parser.add_argument("--only", default="rebuild,digests,start,workers", help="parts, separated by commas")
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "mlflow-safeflavor-bench")
+    parser.add_argument(
+        "--large", action="store_true", help="also 2 and 7 GB; needs 20 GB of disk and of memory"
+    )
+    parser.add_argument(
+        "--only", default="rebuild,digests,start,workers", help="parts, separated by commas"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path(tempfile.gettempdir()) / "mlflow-safeflavor-bench"
+    )
     parser.add_argument("--json", type=Path, help="also write the tables to this file")
     options = parser.parse_args()
     parts, cache = options.only.split(","), options.cache
@@ -463,7 +542,9 @@ def main() -> None:
         workers(cache)
         sessions(options.rounds, cache / "ours-cast-float32")
     if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "results": RESULTS}, indent=1, ensure_ascii=False) + "\n")
+        options.json.write_text(
+            json.dumps({"machine": facts, "results": RESULTS}, indent=1, ensure_ascii=False) + "\n"
+        )
 
 
 def _remove_large(size: str, cache: Path) -> None:

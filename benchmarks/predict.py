@@ -1,9 +1,12 @@
-"""Predictions side by side: ours, mlflow.transformers', a hand-written ONNX Runtime pyfunc, and the bare module.
+"""Predictions side by side.
 
-    python benchmarks/predict.py [--rounds 5] [--only throughput,single,callers,http,limit] [--json FILE] [--plot FILE]
+Ours, mlflow.transformers', a hand-written ONNX Runtime pyfunc, and the bare module.
 
-All candidates run in turn in one process, servers one after the other on the same cores as the clients. What the
-tables mean, and what was seen, is in docs/benchmarks.md.
+    python benchmarks/predict.py [--rounds 5] [--only throughput,single,callers,http,limit] [--json
+    FILE] [--plot FILE]
+
+All candidates run in turn in one process, servers one after the other on the same cores as the
+clients. What the tables mean, and what was seen, is in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", MLFLOW_DISABLE_TELEMETRY="true")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", MLFLOW_DISABLE_TELEMETRY="true"
+)
 os.environ.update(MLFLOW_ALLOW_PICKLE_DESERIALIZATION="true")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # This folder last: MLflow imports a library that has the name of a file here.
@@ -93,7 +98,13 @@ Row = dict[str, Any]
 
 
 def row(
-    what: str, ours: list[float], theirs: list[float], unit: str, *, at_least: float = 0, at_most: float = 0
+    what: str,
+    ours: list[float],
+    theirs: list[float],
+    unit: str,
+    *,
+    at_least: float = 0,
+    at_most: float = 0,
 ) -> Row:
     """One comparison; the ratio is that of ours to theirs, in the unit that is shown."""
     middle, low, high = ratio(ours, theirs)
@@ -133,7 +144,9 @@ class Models:
         self.half = mlflow.pyfunc.load_model(str(self.half_path))
         self.peer = mlflow.pyfunc.load_model(str(self.peer_path))
         self.hand = mlflow.pyfunc.load_model(str(self.hand_path))
-        self.openvino = mlflow.pyfunc.load_model(str(self.ours_path), model_config={"engine": "openvino"})
+        self.openvino = mlflow.pyfunc.load_model(
+            str(self.ours_path), model_config={"engine": "openvino"}
+        )
 
 
 def frame(texts: Sequence[str]) -> pd.DataFrame:
@@ -161,7 +174,9 @@ def throughput(models: Models, rounds: int) -> Iterator[Row]:
         times = alternate(runs, rounds)
         done = {name: rates(found.wall, len(data)) for name, found in times.items()}
         yield row(what, done["ours"], done["peer"], "rows/s", at_least=peer)
-        yield row(f"{what}, against the one by hand", done["ours"], done["hand"], "rows/s", at_least=hand)
+        yield row(
+            f"{what}, against the one by hand", done["ours"], done["hand"], "rows/s", at_least=hand
+        )
         yield row("the same, in OpenVINO", done["openvino"], done["peer"], "rows/s")
         if len(lengths) == 512:
             yield row("the same, by the module in bfloat16", done["half"], done["peer"], "rows/s")
@@ -185,7 +200,9 @@ def single(models: Models, rounds: int) -> Iterator[Row]:
         ms = {name: [seconds / 40 * 1e3 for seconds in found.wall] for name, found in times.items()}
         what = f"one row of {tokens} tokens"
         yield row(what, ms["ours"], ms["peer"], "ms", at_most=1 / peer)
-        yield row(f"{what}, against the one by hand", ms["ours"], ms["hand"], "ms", at_most=1 / 0.95)
+        yield row(
+            f"{what}, against the one by hand", ms["ours"], ms["hand"], "ms", at_most=1 / 0.95
+        )
         yield row("the same, in OpenVINO", ms["openvino"], ms["peer"], "ms")
 
 
@@ -224,11 +241,27 @@ def callers(models: Models, rounds: int) -> Iterator[Row]:
         for name, (predict, threads) in runs.items():
             found[name].append(_ask_from_threads(predict, texts, threads))
     rate = {name: [rate for rate, _ in results] for name, results in found.items()}
-    slowest = {name: [p99(latencies) for _, latencies in results] for name, results in found.items()}
+    slowest = {
+        name: [p99(latencies) for _, latencies in results] for name, results in found.items()
+    }
     yield row("16 callers in process", rate["ours"], rate["peer"], "requests/s", at_least=4.8)
-    yield row("16 callers, against the one by hand", rate["ours"], rate["hand"], "requests/s", at_least=1.0)
-    yield row("16 callers in process, 99 of 100 within", slowest["ours"], slowest["peer"], "ms", at_most=0.5)
-    yield row("64 callers, against ours with 16", rate["many"], rate["ours"], "requests/s", at_least=0.9)
+    yield row(
+        "16 callers, against the one by hand",
+        rate["ours"],
+        rate["hand"],
+        "requests/s",
+        at_least=1.0,
+    )
+    yield row(
+        "16 callers in process, 99 of 100 within",
+        slowest["ours"],
+        slowest["peer"],
+        "ms",
+        at_most=0.5,
+    )
+    yield row(
+        "64 callers, against ours with 16", rate["many"], rate["ours"], "requests/s", at_least=0.9
+    )
 
 
 def limit(models: Models, rounds: int) -> Iterator[Row]:
@@ -240,12 +273,20 @@ def limit(models: Models, rounds: int) -> Iterator[Row]:
 
     lengths = natural_lengths(1024)
     data, options = frame(texts_of(lengths)), models.native.options
-    batches = cut_into_batches(lengths, options["max_batch_tokens"], models.native.scheduler.forward_cost)
+    batches = cut_into_batches(
+        lengths, options["max_batch_tokens"], models.native.scheduler.forward_cost
+    )
     packed = []
     for batch in batches:
         mean = max(1, round(sum(lengths[i] for i in batch) / len(batch)))
         ids = np.random.default_rng(0).integers(1000, 20000, (len(batch), mean))
-        packed.append({"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)})
+        packed.append(
+            {
+                "input_ids": ids,
+                "attention_mask": np.ones_like(ids),
+                "token_type_ids": np.zeros_like(ids),
+            }
+        )
 
     def bare() -> None:
         for inputs in packed:
@@ -285,7 +326,11 @@ def served(path: Path) -> Iterator[int]:
     for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):  # set for this process by ourselves
         environ.pop(name, None)
     process = subprocess.Popen(
-        command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        env=environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         until = time.monotonic() + 120
@@ -303,7 +348,10 @@ def served(path: Path) -> Iterator[int]:
         process.wait()
 
 
-HEAD = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+HEAD = (
+    b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    b"%d\r\n\r\n"
+)
 
 
 async def _ask_over_http(port: int, requests: Sequence[bytes], connections: int) -> float:
@@ -318,7 +366,11 @@ async def _ask_over_http(port: int, requests: Sequence[bytes], connections: int)
             answer = await reader.readuntil(b"\r\n\r\n")
             if b" 200 " not in answer.split(b"\r\n", 1)[0]:
                 raise SystemExit(f"The server answered {answer!r}")
-            length = next(line for line in answer.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            length = next(
+                line
+                for line in answer.lower().split(b"\r\n")
+                if line.startswith(b"content-length:")
+            )
             await reader.readexactly(int(length.split(b":")[1]))
         writer.close()
 
@@ -335,7 +387,9 @@ def http(models: Models, rounds: int) -> Iterator[Row]:
         "hand": models.hand_path,
         "nothing": models.nothing_path,
     }
-    found: dict[tuple[str, int], list[float]] = {(name, count): [] for name in paths for count in (1, 16)}
+    found: dict[tuple[str, int], list[float]] = {
+        (name, count): [] for name in paths for count in (1, 16)
+    }
     with ExitStack() as running:
         ports = {name: running.enter_context(served(path)) for name, path in paths.items()}
         for turn in range(rounds + 1):
@@ -348,11 +402,29 @@ def http(models: Models, rounds: int) -> Iterator[Row]:
     added = {name: [a - b for a, b in zip(ms[name], ms["nothing"], strict=True)] for name in paths}
     yield row("over HTTP, one caller", ms["ours"], ms["peer"], "ms", at_most=0.4)
     yield row("over HTTP, one caller, against the one by hand", ms["ours"], ms["hand"], "ms")
-    yield row("over HTTP, one caller, against a model that answers at once", ms["ours"], ms["nothing"], "ms")
+    yield row(
+        "over HTTP, one caller, against a model that answers at once",
+        ms["ours"],
+        ms["nothing"],
+        "ms",
+    )
     yield row("what ours adds to that, against the one by hand", added["ours"], added["hand"], "ms")
-    yield row("over HTTP, 16 connections", found["ours", 16], found["peer", 16], "requests/s", at_least=2.5)
-    yield row("over HTTP, 16, against the one by hand", found["ours", 16], found["hand", 16], "requests/s")
-    yield row("over HTTP, 16, against one that answers at once", found["ours", 16], found["nothing", 16], "requests/s")
+    yield row(
+        "over HTTP, 16 connections",
+        found["ours", 16],
+        found["peer", 16],
+        "requests/s",
+        at_least=2.5,
+    )
+    yield row(
+        "over HTTP, 16, against the one by hand", found["ours", 16], found["hand", 16], "requests/s"
+    )
+    yield row(
+        "over HTTP, 16, against one that answers at once",
+        found["ours", 16],
+        found["nothing", 16],
+        "requests/s",
+    )
 
 
 # --- the story -----------------------------------------------------------------------------------
@@ -366,10 +438,15 @@ def show(rows: Sequence[Row]) -> None:
     table = Table("what", "ours", f"{PEER}, or as said", "ratio", "goal")
     for found in rows:
         digits = 1 if found["unit"] == "ms" else 0
-        cells = (f"{median_and_spread(found[side], digits=digits)} {found['unit']}" for side in ("ours", "theirs"))
+        cells = (
+            f"{median_and_spread(found[side], digits=digits)} {found['unit']}"
+            for side in ("ours", "theirs")
+        )
         middle, low, high = found["ratio"]
         verdict = "" if found["met"] is None else " met" if found["met"] else " missed"
-        table.add_row(found["what"], *cells, f"{middle:.2f} ({low:.2f}–{high:.2f})", found["goal"] + verdict)
+        table.add_row(
+            found["what"], *cells, f"{middle:.2f} ({low:.2f}–{high:.2f})", found["goal"] + verdict
+        )
     console.print(table)
 
 
@@ -389,7 +466,13 @@ def plot(rows: Sequence[Row], file: Path) -> None:
             sorted(speed(value, found["unit"]) for value in found["ratio"])[1],
             *sorted(speed(value, found["unit"]) for value in found["ratio"][1:]),
         )
-        axes.barh(place, middle - 1, left=1, color="#3b75af" if found["met"] is not False else "#c44e52", height=0.6)
+        axes.barh(
+            place,
+            middle - 1,
+            left=1,
+            color="#3b75af" if found["met"] is not False else "#c44e52",
+            height=0.6,
+        )
         axes.plot([low, high], [place, place], color="black", linewidth=1)
         if found["goal"]:
             goal = speed(float(found["goal"].split()[1]), found["unit"])
@@ -403,7 +486,9 @@ def plot(rows: Sequence[Row], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, separated by commas")
     parser.add_argument("--json", type=Path, help="write all figures there, too")
@@ -411,17 +496,25 @@ def main() -> None:
     arguments = parser.parse_args()
     console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
     most = roofs()
-    console.print("products of 2048 x 2048: " + ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in most.items()))
+    console.print(
+        "products of 2048 x 2048: "
+        + ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in most.items())
+    )
     rows: list[Row] = []
     with TemporaryDirectory() as folder:
         models = Models(Path(folder))
-        console.print(f"a forward costs as much as {models.native.scheduler.forward_cost} tokens; {cpu.find_budget()}")
+        console.print(
+            f"a forward costs as much as {models.native.scheduler.forward_cost} tokens; "
+            f"{cpu.find_budget()}"
+        )
         for part in arguments.only.split(","):
             rows += PARTS[part](models, arguments.rounds)
     show(rows)
     if arguments.json:
         arguments.json.write_text(
-            json.dumps({"machine": machine(), "roofs": most, "rows": rows}, indent=1, ensure_ascii=False)
+            json.dumps(
+                {"machine": machine(), "roofs": most, "rows": rows}, indent=1, ensure_ascii=False
+            )
         )
     if arguments.plot:
         plot(rows, arguments.plot)

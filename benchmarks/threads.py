@@ -1,9 +1,12 @@
-"""How long idle OpenMP threads should spin: a forward of MiniLM, on an idle machine and beside another busy process.
+"""How long idle OpenMP threads should spin.
+
+A forward of MiniLM, on an idle machine and beside another busy process.
 
     python benchmarks/threads.py [--rounds 9]
 
-Each setting is a process of its own, since OpenMP reads its variables once; all are asked in turn, round by round.
-What was seen is in docs/benchmarks.md; `mlflow_safeflavor.environment.threads.SPIN_COUNT` is what was chosen.
+Each setting is a process of its own, since OpenMP reads its variables once; all are asked in turn,
+round by round. What was seen is in docs/benchmarks.md;
+`mlflow_safeflavor.environment.threads.SPIN_COUNT` is what was chosen.
 """
 
 from __future__ import annotations
@@ -55,7 +58,11 @@ for line in sys.stdin:
 def _process(code: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", code]
     here = {"PYTHONPATH": os.path.dirname(os.path.abspath(__file__)), "HF_HUB_OFFLINE": "1"}
-    quiet = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MKL_"))}
+    quiet = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OMP_", "GOMP_", "MKL_"))
+    }
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, env={**quiet, **here, **environ}, text=True, **pipes) as process:
         try:
@@ -65,7 +72,10 @@ def _process(code: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def measure(rounds: int, repeats: int) -> dict[tuple[str, str, int], list[float]]:
-    """Milliseconds by neighbour, setting and tokens, one a round. Only one process is asked at a time."""
+    """Milliseconds by neighbour, setting and tokens, one a round.
+
+    Only one process is asked at a time.
+    """
     found: dict[tuple[str, str, int], list[float]] = {}
     cores = str(len(os.sched_getaffinity(0)))
     with ExitStack() as stack:
@@ -83,13 +93,17 @@ def measure(rounds: int, repeats: int) -> dict[tuple[str, str, int], list[float]
                     for tokens in TOKENS:
                         for name, process in processes.items():
                             print(tokens, repeats, file=process.stdin, flush=True)
-                            found.setdefault((neighbour, name, tokens), []).append(float(process.stdout.readline()))
+                            found.setdefault((neighbour, name, tokens), []).append(
+                                float(process.stdout.readline())
+                            )
     return found
 
 
 def main() -> None:
     """Print one table: rows are settings, columns are neighbour and tokens."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--repeats", type=int, default=10, help="forwards in one round")
     arguments = parser.parse_args()
@@ -102,8 +116,13 @@ def main() -> None:
         for neighbour in ("idle", "busy"):
             for tokens in TOKENS:
                 times = found[neighbour, name, tokens]
-                against = statistics.median(times) / statistics.median(found[neighbour, "default", tokens])
-                cells.append(f"{statistics.median(times):.1f} ms ({min(times):.1f}–{max(times):.1f}), {against:.2f}×")
+                against = statistics.median(times) / statistics.median(
+                    found[neighbour, "default", tokens]
+                )
+                cells.append(
+                    f"{statistics.median(times):.1f} ms ({min(times):.1f}–{max(times):.1f}), "
+                    f"{against:.2f}×"
+                )
         table.add_row(name, *cells)
     console.print(table)
 

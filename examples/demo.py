@@ -58,7 +58,10 @@ def step(text: str) -> Iterator[None]:
 
 
 def log_minilm() -> tuple[str, str]:
-    """Log the model with its tokenizer; returns the URI it can be loaded by, and that of the store it is in."""
+    """Log the model with its tokenizer.
+
+    Returns the URI it can be loaded by, and that of the store it is in.
+    """
     with step("Importing MLflow, PyTorch and Transformers"):
         import mlflow
         import transformers
@@ -76,10 +79,13 @@ def log_minilm() -> tuple[str, str]:
 
     with step("Opening the tracking store"):
         FOLDER.mkdir(exist_ok=True)
-        if "MLFLOW_RUN_ID" not in os.environ:  # `mlflow run` has made a run already, in a store of its own
+        # `mlflow run` has made a run already, in a store of its own
+        if "MLFLOW_RUN_ID" not in os.environ:
             mlflow.set_tracking_uri(TRACKING_URI)
             if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-                mlflow.create_experiment(EXPERIMENT, artifact_location=(FOLDER / "artifacts").as_uri())
+                mlflow.create_experiment(
+                    EXPERIMENT, artifact_location=(FOLDER / "artifacts").as_uri()
+                )
             mlflow.set_experiment(EXPERIMENT)
 
     with step("Reading all-MiniLM-L6-v2 (22 million parameters)"):
@@ -101,7 +107,10 @@ def log_minilm() -> tuple[str, str]:
 
 
 def embed_on_host(model_uri: str) -> np.ndarray:
-    """Embeddings of ``SENTENCES`` by the model as any Python program would load it; (sentences, 384) float32."""
+    """Embeddings of ``SENTENCES`` by the model as any Python program would load it.
+
+    (sentences, 384) float32.
+    """
     import mlflow
 
     with step("Loading it here with mlflow.pyfunc.load_model"):
@@ -112,9 +121,14 @@ def embed_on_host(model_uri: str) -> np.ndarray:
 
 def embed_on_server(model_uri: str, tracking_uri: str) -> np.ndarray:
     """The same by ``mlflow models serve`` over HTTP."""
-    with serving(model_uri, tracking_uri) as url, step(f"Asking {url}/invocations for {len(SENTENCES)} embeddings"):
+    with (
+        serving(model_uri, tracking_uri) as url,
+        step(f"Asking {url}/invocations for {len(SENTENCES)} embeddings"),
+    ):
         body = json.dumps({"dataframe_records": [{"text": text} for text in SENTENCES]}).encode()
-        request = urllib.request.Request(f"{url}/invocations", data=body, headers={"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{url}/invocations", data=body, headers={"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return as_matrix(json.load(answer)["predictions"])
@@ -129,18 +143,24 @@ def as_matrix(rows: list[dict[str, list[float]]]) -> np.ndarray:
 
 @contextmanager
 def serving(model_uri: str, tracking_uri: str) -> Iterator[str]:
-    """A running ``mlflow models serve`` on a free loopback port; yields its URL and always stops it."""
+    """A running ``mlflow models serve`` on a free loopback port.
+
+    Yields its URL and always stops it.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url, log = f"http://127.0.0.1:{port}", FOLDER / "server.log"
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
     command += ["--model-uri", model_uri, "--host", "127.0.0.1", "--port", str(port)]
-    # MLflow looks for its server's command on PATH, where an environment that is not activated is not.
+    # MLflow looks for its server's command on PATH, where an environment that is not activated is
+    # not.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": tracking_uri}
     with log.open("wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
     try:
         with step("Starting mlflow models serve"):
             wait_until_ready(url, server, log)
@@ -150,7 +170,9 @@ def serving(model_uri: str, tracking_uri: str) -> Iterator[str]:
             stop(server)
 
 
-def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path, *, seconds: float = 180) -> None:
+def wait_until_ready(
+    url: str, server: subprocess.Popen[bytes], log: Path, *, seconds: float = 180
+) -> None:
     """Return once ``/ping`` says 200; exit with the end of the log if it never does."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.poll() is None:
@@ -180,7 +202,8 @@ def show_similarities(embeddings: np.ndarray) -> None:
     for i in range(len(SENTENCES)):
         table.add_column(str(i + 1), justify="right", no_wrap=True)
     for i, sentence in enumerate(SENTENCES):
-        cells = [f"{round(cosine, 2) + 0.0:.2f}" for cosine in cosines[i].tolist()]  # + 0.0: no -0.00
+        # + 0.0: no -0.00
+        cells = [f"{round(cosine, 2) + 0.0:.2f}" for cosine in cosines[i].tolist()]
         cells[nearest[i]] = f"[bold green]{cells[nearest[i]]}[/]"
         table.add_row(f"{i + 1}  {sentence}", *cells)
     console.print(table)
@@ -193,9 +216,14 @@ def agree(host: np.ndarray, server: np.ndarray) -> bool:
         return False
     difference = float(np.abs(host - server).max())
     if np.array_equal(host, server):
-        console.print(f"[green]✓ host and server agree: all {host.size} numbers are bit-identical[/]")
+        console.print(
+            f"[green]✓ host and server agree: all {host.size} numbers are bit-identical[/]"
+        )
     elif difference <= 1e-5:
-        console.print(f"[green]✓ host and server agree: {host.size} numbers, at most {difference:.1e} apart[/]")
+        console.print(
+            f"[green]✓ host and server agree: {host.size} numbers, at most {difference:.1e} "
+            "apart[/]"
+        )
     else:
         console.print(f"[red]✗ host and server differ by up to {difference:.3g}[/]")
     return difference <= 1e-5

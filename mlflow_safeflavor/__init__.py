@@ -1,8 +1,8 @@
 """MLflow flavor for PyTorch and Transformers models that answer the same everywhere, or refuse with a reason.
 
-Log a model once with ``log_model``; ``mlflow.pyfunc.load_model``, ``mlflow models serve``,
-``mlflow models build-docker`` and ``load_model`` then rebuild it on real memory, compare every tensor
-with what was saved, replay recorded answers, and only then predict.
+Log a model once with ``log_model``; ``mlflow.pyfunc.load_model``, ``mlflow models serve``, ``mlflow
+models build-docker`` and ``load_model`` then rebuild it on real memory, compare every tensor with
+what was saved, replay recorded answers, and only then predict.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from mlflow_safeflavor.checkpoints.from_pretrained import from_pretrained
     from mlflow_safeflavor.checkpoints.materialize import materialize
     from mlflow_safeflavor.environment.conda import default_conda_env as get_default_conda_env
-    from mlflow_safeflavor.environment.requirements import default_requirements as get_default_pip_requirements
+    from mlflow_safeflavor.environment.requirements import (
+        default_requirements as get_default_pip_requirements,
+    )
     from mlflow_safeflavor.load.image import generate_dockerfile
     from mlflow_safeflavor.load.load import load_model
     from mlflow_safeflavor.load.pyfunc import PyfuncModel
@@ -55,8 +57,9 @@ _HOMES = {
 }
 
 _LOADER_ALONE = (
-    "{name} is not in {folder}: that is the loader of a saved model, which MLflow imports when it loads the model. "
-    "Import mlflow_safeflavor before the first mlflow.pyfunc.load_model, or in another process"
+    "{name} is not in {folder}: that is the loader of a saved model, which MLflow imports when it "
+    "loads the model. Import mlflow_safeflavor before the first mlflow.pyfunc.load_model, or in "
+    "another process"
 )
 
 

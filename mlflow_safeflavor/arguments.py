@@ -1,4 +1,7 @@
-"""Arguments of the public functions: each is what its annotation says, before anything else happens."""
+"""Arguments of the public functions.
+
+Each is what its annotation says, before anything else happens.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,10 @@ def _of(module: str, name: str) -> Callable[[Any], bool]:
 
 
 def _listing(kinds: tuple[type, ...], *members: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """One of these kinds of list, and each member as one of the predicates says. A text is no list of its letters."""
+    """One of these kinds of list, and each member as one of the predicates says.
+
+    A text is no list of its letters.
+    """
 
     def is_one(value: Any) -> bool:
         lists = isinstance(value, kinds) and not isinstance(value, (str, bytes, Mapping))
@@ -64,7 +70,9 @@ def _listing(kinds: tuple[type, ...], *members: Callable[[Any], bool]) -> Callab
 
 def _mapping(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def is_one(value: Any) -> bool:
-        return isinstance(value, Mapping) and all(_is_text(key) and is_value(value[key]) for key in value)
+        return isinstance(value, Mapping) and all(
+            _is_text(key) and is_value(value[key]) for key in value
+        )
 
     return is_one
 
@@ -103,7 +111,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """A public function that refuses an argument which is not what its annotation says, and does nothing then.
 
-    Its module has to postpone annotations, which makes them texts: what they name need not be imported.
+    Its module has to postpone annotations, which makes them texts: what they name need not be
+    imported.
     """
     signature = inspect.signature(function)
 
@@ -121,7 +130,9 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def require_arguments(given: Mapping[str, Any], function: Callable[..., Any], known: Collection[str]) -> None:
+def require_arguments(
+    given: Mapping[str, Any], function: Callable[..., Any], known: Collection[str]
+) -> None:
     """Refuse keyword arguments that are not what ``function`` says of them, and those that are not among ``known``.
 
     Raises:
@@ -136,7 +147,10 @@ def require_arguments(given: Mapping[str, Any], function: Callable[..., Any], kn
 
 
 def kinds_of(annotation: str) -> Iterator[str]:
-    """The alternatives of an annotation, as it is written: those of ``Sequence[str | Path] | None`` are two."""
+    """The alternatives of an annotation, as it is written.
+
+    Those of ``Sequence[str | Path] | None`` are two.
+    """
     depth, alternative = 0, ""
     for sign in annotation:
         depth += (sign == "[") - (sign == "]")
@@ -168,7 +182,9 @@ def _described(value: Any) -> str:
     members: Collection[Any] = ()
     if isinstance(value, (list, tuple, set, Mapping)):
         members = value.values() if isinstance(value, Mapping) else value
-    shown = isinstance(value, _PLAIN) or (0 < len(members) < 10 and all(isinstance(one, _PLAIN) for one in members))
+    shown = isinstance(value, _PLAIN) or (
+        0 < len(members) < 10 and all(isinstance(one, _PLAIN) for one in members)
+    )
     name = type(value).__name__
     return "None" if value is None else f"{name} {reprlib.repr(value)}" if shown else name
 
@@ -176,7 +192,11 @@ def _described(value: Any) -> str:
 def _hint(parameter: inspect.Parameter, kinds: Collection[str], value: Any) -> str | None:
     name, one = parameter.name, isinstance(value, (str, os.PathLike))
     if one and any(kind.startswith(("Sequence", "Collection")) for kind in kinds):
-        given = repr(value) if isinstance(value, str) or "Sequence[str | Path]" in kinds else f"str({name})"
+        given = (
+            repr(value)
+            if isinstance(value, str) or "Sequence[str | Path]" in kinds
+            else f"str({name})"
+        )
         return f"pass {name}=[{given}]"
     if isinstance(value, os.PathLike) and "str" in kinds:
         return f"pass str({name})"
@@ -185,7 +205,9 @@ def _hint(parameter: inspect.Parameter, kinds: Collection[str], value: Any) -> s
     return None
 
 
-def _misfit(what: str, signature: inspect.Signature, given: Mapping[str, Any], error: TypeError) -> InputError:
+def _misfit(
+    what: str, signature: inspect.Signature, given: Mapping[str, Any], error: TypeError
+) -> InputError:
     for name in given:
         if name not in signature.parameters:
             return _unknown(name, signature.parameters)
@@ -193,7 +215,11 @@ def _misfit(what: str, signature: inspect.Signature, given: Mapping[str, Any], e
 
 
 def _unknown(name: str, known: Collection[str]) -> InputError:
-    close = ["name"] if name == "artifact_path" and "name" in known else difflib.get_close_matches(name, known, 1)
+    close = (
+        ["name"]
+        if name == "artifact_path" and "name" in known
+        else difflib.get_close_matches(name, known, 1)
+    )
     return InputError(
         "There is no such argument",
         where=name,

@@ -76,12 +76,16 @@ def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> Non
         "model class": spec.model_class,
         "structure": f"{spec.structure} (runs {_runs(spec.structure)})",
         **describe_graph(layout),
-        "serving dtype": spec.dtype + (f", cast from {spec.cast_from}: no dtype was given" if spec.cast_from else ""),
-        "input columns": ", ".join(f"{field} ← {column or _UNNAMED}" for field, column in spec.input_columns.items()),
+        "serving dtype": spec.dtype
+        + (f", cast from {spec.cast_from}: no dtype was given" if spec.cast_from else ""),
+        "input columns": ", ".join(
+            f"{field} ← {column or _UNNAMED}" for field, column in spec.input_columns.items()
+        ),
         "tensors": f"{len(inventory['tensors'])} in {len(inventory['data'])} alias groups",
         "weights": f"{sum(saved.files[name]['size'] for name in saved.files if layout.is_weights(name)) / 1e6:.1f} MB",
         "all files": f"{sum(entry['size'] for entry in saved.files.values()) / 1e6:.1f} MB",
-        "python": f"{environment.implementation} {environment.python}, {environment.system} {environment.machine}",
+        "python": f"{environment.implementation} {environment.python}, {environment.system} "
+        f"{environment.machine}",
         "pins": f"{len(environment.distributions)} distributions",
         "torch": environment.torch_build.get("version"),
         "run-time options": ", ".join(f"{k}={v!r}" for k, v in spec.model_config.items()),
@@ -90,7 +94,10 @@ def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> Non
         table.add_row(name, Text(plain(value)))
     console.print(table)
     if pins:
-        _say(console, "\n".join(f"{name}=={version}" for name, version in environment.distributions.items()))
+        _say(
+            console,
+            "\n".join(f"{name}=={version}" for name, version in environment.distributions.items()),
+        )
     if rows:
         console.print(_tensor_table(inventory))
     if calls:
@@ -99,21 +106,41 @@ def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> Non
 
 
 def _runs(structure: str) -> str:
-    return {"import": "its own code", "pickle": "a pickle", "graph": "no code"}.get(structure, "no code of its own")
+    return {"import": "its own code", "pickle": "a pickle", "graph": "no code"}.get(
+        structure, "no code of its own"
+    )
 
 
 def _read_inventory(layout: Layout) -> dict[str, Any]:
-    """``tensors.json`` to be shown; ``tensors.read_inventory``, which refuses more, would import torch."""
+    """``tensors.json`` to be shown.
+
+    ``tensors.read_inventory``, which refuses more, would import torch.
+    """
     content = read_json(layout.tensors)
-    fields = {"path": str, "kind": str, "persistent": bool, "dtype": str, "shape": list, "data": str}
+    fields = {
+        "path": str,
+        "kind": str,
+        "persistent": bool,
+        "dtype": str,
+        "shape": list,
+        "data": str,
+    }
     try:
-        sound = isinstance(content["data"], dict) and all(isinstance(name, str) for name in content["files"])
-        sound &= all(isinstance(row[name], kind) for row in content["tensors"] for name, kind in fields.items())
+        sound = isinstance(content["data"], dict) and all(
+            isinstance(name, str) for name in content["files"]
+        )
+        sound &= all(
+            isinstance(row[name], kind)
+            for row in content["tensors"]
+            for name, kind in fields.items()
+        )
     except (KeyError, TypeError):
         sound = False
     if not sound:
         raise IntegrityError(
-            "The inventory of tensors is malformed", where=layout.name_of(layout.tensors), hint=FETCH_AGAIN
+            "The inventory of tensors is malformed",
+            where=layout.name_of(layout.tensors),
+            hint=FETCH_AGAIN,
         )
     return dict(content)
 
@@ -130,11 +157,16 @@ def _tensor_table(inventory: dict[str, Any]) -> Table:
 
 @main.command()
 @click.argument("uri")
-@click.option("--endpoint", metavar="URL", help="Ask this running MLflow server, and load nothing for the golden rows.")
+@click.option(
+    "--endpoint",
+    metavar="URL",
+    help="Ask this running MLflow server, and load nothing for the golden rows.",
+)
 @click.option(
     "--rows",
     type=click.Path(exists=True, dir_okay=False),
-    help="Rows of yours for the server and the model loaded here: .json (records), .jsonl, .csv or .parquet.",
+    help="Rows of yours for the server and the model loaded here: .json (records), .jsonl, .csv "
+    "or .parquet.",
 )
 @click.option("--report", "page", type=click.Path(dir_okay=False), help="Write an HTML page.")
 @click.option("--device", default="auto", show_default=True, help="Where to load the model here.")
@@ -143,8 +175,15 @@ def _tensor_table(inventory: dict[str, Any]) -> Table:
     type=click.Choice(["onnx", "openvino", "module"]),
     help="What answers here; by default what serves.",
 )
-@click.option("--trust", multiple=True, metavar="KIND", help="Let the model's own code or pickle run here; repeatable.")
-@click.option("--rehash", is_flag=True, help="Hash all weights, also those that this host has hashed before.")
+@click.option(
+    "--trust",
+    multiple=True,
+    metavar="KIND",
+    help="Let the model's own code or pickle run here; repeatable.",
+)
+@click.option(
+    "--rehash", is_flag=True, help="Hash all weights, also those that this host has hashed before."
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -165,7 +204,8 @@ def verify(
 ) -> None:
     """Replay the golden rows of the model at URI, loaded here or behind a running server.
 
-    Exit status: 0 if all answers are equal or within tolerance, 1 if any is different, 2 for an error.
+    Exit status: 0 if all answers are equal or within tolerance, 1 if any is different, 2 for an
+    error.
     """
     from mlflow_safeflavor.verify.verify import verify_model
 
@@ -191,11 +231,23 @@ def verify(
 
 
 def _golden_table(report: ParityReport, title: str) -> Table:
-    table = Table("golden row", "largest difference", "verdict", title=Text(plain(title)), title_justify="left")
+    table = Table(
+        "golden row",
+        "largest difference",
+        "verdict",
+        title=Text(plain(title)),
+        title_justify="left",
+    )
     for row in report.rows:
         if row.golden:
-            verdict = Text(plain(row.problem or row.verdict))  # of a server's making, and so no markup
-            table.add_row(str(row.row), f"{row.max_difference:.3g}", verdict, style="red" if row.problem else None)
+            # of a server's making, and so no markup
+            verdict = Text(plain(row.problem or row.verdict))
+            table.add_row(
+                str(row.row),
+                f"{row.max_difference:.3g}",
+                verdict,
+                style="red" if row.problem else None,
+            )
     return table
 
 
@@ -212,7 +264,9 @@ def _print_comparison(report: ParityReport, console: Console) -> None:
     if report.first_difference:
         _say(console, f"first difference: {plain(report.first_difference)}")
     if report.environments["server"] is None:
-        console.print("the server does not tell its environment: see MLFLOW_SAFEFLAVOR_TELL_ENVIRONMENT")
+        console.print(
+            "the server does not tell its environment: see MLFLOW_SAFEFLAVOR_TELL_ENVIRONMENT"
+        )
 
 
 def _write_page(path: str, report: ParityReport, uri: str, endpoint: str | None) -> None:
@@ -221,16 +275,27 @@ def _write_page(path: str, report: ParityReport, uri: str, endpoint: str | None)
 
     server = str(Endpoint(endpoint)) if endpoint else None  # which leaves out a password
     try:
-        Path(path).write_text(render(report, model=uri, endpoint=server), encoding="utf-8", errors="replace")
+        Path(path).write_text(
+            render(report, model=uri, endpoint=server), encoding="utf-8", errors="replace"
+        )
     except OSError as error:
         raise InputError("The page cannot be written", where=path, found=error.strerror) from None
 
 
 @main.command()
 @click.argument("uri")
-@click.option("-o", "--output", "folder", required=True, type=click.Path(), help="Folder to create.")
-@click.option("--target", default="cpu", show_default=True, help="cpu refuses pins that install CUDA; cuda keeps them.")
-@click.option("--user", default="mlflow", show_default=True, help="Name of the user, not root, that serves.")
+@click.option(
+    "-o", "--output", "folder", required=True, type=click.Path(), help="Folder to create."
+)
+@click.option(
+    "--target",
+    default="cpu",
+    show_default=True,
+    help="cpu refuses pins that install CUDA; cuda keeps them.",
+)
+@click.option(
+    "--user", default="mlflow", show_default=True, help="Name of the user, not root, that serves."
+)
 @click.option(
     "--engine",
     default="auto",
@@ -238,8 +303,12 @@ def _write_page(path: str, report: ParityReport, uri: str, endpoint: str | None)
     help="onnx installs what the graph needs, module all; auto: onnx where it serves.",
 )
 @click.option("--base-image", help="Instead of python:X.Y.Z-slim.")
-@click.option("--hashes/--no-hashes", default=True, show_default=True, help="Lock the pins with hashes.")
-@click.option("--allow-pickle", is_flag=True, help="The image may run the pickle that the model holds.")
+@click.option(
+    "--hashes/--no-hashes", default=True, show_default=True, help="Lock the pins with hashes."
+)
+@click.option(
+    "--allow-pickle", is_flag=True, help="The image may run the pickle that the model holds."
+)
 def dockerfile(
     uri: str,
     folder: str,
@@ -269,18 +338,41 @@ def dockerfile(
 
 @main.command()
 @click.argument("model_id")
-@click.option("--revision", metavar="COMMIT", help="Commit of the repository, 40 hexadecimal digits.")
-@click.option("-o", "--output", "folder", required=True, type=click.Path(), help="Folder to create.")
-@click.option("--resolve", is_flag=True, help="Take also a branch or tag, and record which commit it is now.")
-@click.option("--convert", is_flag=True, help="Store pickled weights as safetensors where there are no others.")
-@click.option("--model-class", metavar="NAME", help="Class of transformers to load it as, for the check.")
+@click.option(
+    "--revision", metavar="COMMIT", help="Commit of the repository, 40 hexadecimal digits."
+)
+@click.option(
+    "-o", "--output", "folder", required=True, type=click.Path(), help="Folder to create."
+)
+@click.option(
+    "--resolve", is_flag=True, help="Take also a branch or tag, and record which commit it is now."
+)
+@click.option(
+    "--convert",
+    is_flag=True,
+    help="Store pickled weights as safetensors where there are no others.",
+)
+@click.option(
+    "--model-class", metavar="NAME", help="Class of transformers to load it as, for the check."
+)
 @click.option("--dtype", default="float32", show_default=True, help="To load it in, for the check.")
-@click.option("--new", multiple=True, metavar="PATTERN", help="Tensors that the checkpoint may lack; repeatable.")
-@click.option("--drop", multiple=True, metavar="PATTERN", help="Keys of the checkpoint to leave out; repeatable.")
+@click.option(
+    "--new",
+    multiple=True,
+    metavar="PATTERN",
+    help="Tensors that the checkpoint may lack; repeatable.",
+)
+@click.option(
+    "--drop",
+    multiple=True,
+    metavar="PATTERN",
+    help="Keys of the checkpoint to leave out; repeatable.",
+)
 def prefetch(model_id: str, folder: str, **options: Any) -> None:
     """Download weights, config and tokenizer of MODEL_ID, a hub repository or local folder, and load them once.
 
-    For build stages: the folder appears when all of it is there and right. A second run only checks it.
+    For build stages: the folder appears when all of it is there and right. A second run only checks
+    it.
     """
     from mlflow_safeflavor.checkpoints.prefetch import prefetch
 

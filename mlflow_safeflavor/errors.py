@@ -52,20 +52,24 @@ __all__ = [
 
 
 def plain(text: object) -> str:
-    """A text as a terminal, a log and a reader can take it: no control characters, and no lines but its own.
+    """A text as a terminal, a log and a reader can take it.
 
-    Whatever else a stranger writes, such as escape sequences, is shown as Python would write it in a source. Lines
-    stay, but begin with blanks, so that none looks like one of ours.
+    No control characters, and no lines but its own.
+
+    Whatever else a stranger writes, such as escape sequences, is shown as Python would write it in
+    a source. Lines stay, but begin with blanks, so that none looks like one of ours.
     """
     lines = str(text).replace("\r\n", "\n").split("\n")
-    return "\n    ".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
+    return "\n    ".join(
+        "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines
+    )
 
 
 class SafeFlavorError(MlflowException):
     """Root of the tree.
 
-    It is an ``MlflowException``, most kinds with ``INVALID_PARAMETER_VALUE``, because MLflow's scoring server
-    answers 500 with a full traceback to every other kind of exception.
+    It is an ``MlflowException``, most kinds with ``INVALID_PARAMETER_VALUE``, because MLflow's
+    scoring server answers 500 with a full traceback to every other kind of exception.
 
     Args:
         what: One sentence: what is wrong.
@@ -92,12 +96,17 @@ class SafeFlavorError(MlflowException):
         self.found = found
         self.hint = hint
         details = {"where": where, "wanted": wanted, "found": found, "hint": hint}
-        lines = [what, *(f"  {name}: {plain(value)}" for name, value in details.items() if value is not None)]
+        lines = [
+            what,
+            *(f"  {name}: {plain(value)}" for name, value in details.items() if value is not None),
+        ]
         super().__init__("\n".join(lines), error_code=self.status)
 
     def with_hint(self, hint: str) -> SafeFlavorError:
         """The same error with another hint."""
-        return type(self)(self.what, where=self.where, wanted=self.wanted, found=self.found, hint=hint)
+        return type(self)(
+            self.what, where=self.where, wanted=self.wanted, found=self.found, hint=hint
+        )
 
 
 class EnvironmentMismatchError(SafeFlavorError):
@@ -137,13 +146,19 @@ class InputError(SafeFlavorError):
 
 
 class AnswerError(SafeFlavorError):
-    """The model's forward or a hook raised an exception of its own, kept as ``__cause__``; the server says 500."""
+    """The model's forward or a hook raised an exception of its own, kept as ``__cause__``.
+
+    The server says 500.
+    """
 
     status = INTERNAL_ERROR
 
 
 class OverloadedError(SafeFlavorError):
-    """More requests wait at the model than it may queue, or a row needs more memory than there is; HTTP 503."""
+    """More requests wait at the model than it may queue, or a row needs more memory than there is.
+
+    HTTP 503.
+    """
 
     status = TEMPORARILY_UNAVAILABLE
 

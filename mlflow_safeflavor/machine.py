@@ -1,6 +1,9 @@
-"""The machine under this process, told without torch: cores, memory, and whether it may have an accelerator.
+"""The machine under this process, told without torch.
 
-In a container these are what it grants: affinity, and the quotas of this process's cgroup and those around it.
+Cores, memory, and whether it may have an accelerator.
+
+In a container these are what it grants: affinity, and the quotas of this process's cgroup and those
+around it.
 """
 
 from __future__ import annotations
@@ -16,7 +19,15 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "available_cpus", "available_memory", "cores", "give_back", "is_plainly_cpu", "quota"]
+__all__ = [
+    "ROOT",
+    "available_cpus",
+    "available_memory",
+    "cores",
+    "give_back",
+    "is_plainly_cpu",
+    "quota",
+]
 
 ROOT = Path("/")
 """Where ``proc`` and ``sys`` are."""
@@ -25,7 +36,10 @@ _NODES = ("nvidiactl", "nvidia0", "dxg", "kfd", "dri", "davinci0", "accel", "hab
 
 
 def available_cpus(root: Path = ROOT) -> int:
-    """Cores that this process may keep busy, whoever else wants them: affinity, cut by the quota; at least 1."""
+    """Cores that this process may keep busy, whoever else wants them: affinity, cut by the quota.
+
+    At least 1.
+    """
     granted = quota(root)
     return cores() if granted is None else max(1, min(cores(), math.floor(granted)))
 
@@ -37,13 +51,27 @@ def cores() -> int:
 
 def quota(root: Path) -> float | None:
     """The tightest quota of this process's cgroup and those around it, version 2 or 1."""
-    return min((found for folder in _cgroups(root) if (found := _quota_of(folder)) is not None), default=None)
+    return min(
+        (found for folder in _cgroups(root) if (found := _quota_of(folder)) is not None),
+        default=None,
+    )
 
 
 def available_memory(root: Path = ROOT) -> int:
-    """Bytes that this process may ever hold: the machine's memory, or what a container grants of it."""
-    system = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 << 30
-    limits = [folder / name for folder in _cgroups(root, "memory") for name in ("memory.max", "memory.limit_in_bytes")]
+    """Bytes that this process may ever hold.
+
+    The machine's memory, or what a container grants of it.
+    """
+    system = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if hasattr(os, "sysconf")
+        else 16 << 30
+    )
+    limits = [
+        folder / name
+        for folder in _cgroups(root, "memory")
+        for name in ("memory.max", "memory.limit_in_bytes")
+    ]
     return min([system, *(int(text) for path in limits if (text := _read(path)).isdecimal())])
 
 
@@ -55,7 +83,10 @@ def _read(path: Path) -> str:
 
 
 def _cgroups(root: Path, controller: str = "cpu") -> Iterator[Path]:
-    """Folders that may hold this process's quota, outermost last. In a container the path may be the host's."""
+    """Folders that may hold this process's quota, outermost last.
+
+    In a container the path may be the host's.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -99,7 +130,9 @@ def is_plainly_cpu(device: object, dev: Path = Path("/dev")) -> bool:
     if importlib.util.find_spec("torch") is None:
         return True
     others = entry_points(group="torch.backends")  # which torch imports along
-    return sys.platform == "linux" and not others and not any((dev / name).exists() for name in _NODES)
+    return (
+        sys.platform == "linux" and not others and not any((dev / name).exists() for name in _NODES)
+    )
 
 
 def give_back() -> None:

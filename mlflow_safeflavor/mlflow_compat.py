@@ -68,8 +68,8 @@ def schema_of(columns: Mapping[str, DataType | Array | Object]) -> Schema | None
 def answer_of(columns: Mapping[str, DataType | Array | Object]) -> Schema | None:
     """As ``schema_of``, for answers: a sole column of lists becomes the property of an object.
 
-    Spark would take its type for that of the whole answer, and find no list in the table that comes back; an object
-    it takes for a struct of columns, which is what comes back.
+    Spark would take its type for that of the whole answer, and find no list in the table that comes
+    back; an object it takes for a struct of columns, which is what comes back.
     """
     if len(columns) == 1 and not all(isinstance(kind, DataType) for kind in columns.values()):
         [(name, kind)] = columns.items()
@@ -100,7 +100,9 @@ def require_schema(columns: Mapping[str, DataType | Array | Object]) -> Schema:
 def inferred_signature(
     rows: pd.DataFrame, answers: pd.DataFrame | None, params: ParamSchema | None = None
 ) -> ModelSignature:
-    """The signature by what MLflow infers; it is silent about answers that this MLflow has no types for.
+    """The signature by what MLflow infers.
+
+    It is silent about answers that this MLflow has no types for.
 
     Args:
         rows: What was asked.
@@ -120,7 +122,8 @@ def _inferred(rows: pd.DataFrame, answers: pd.DataFrame | None) -> ModelSignatur
     signature = ModelSignature(inputs=_schema_of_table(rows))
     if answers is not None:
         with suppress(InputError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whole numbers that may be missing are a matter of what is asked
+            # whole numbers that may be missing are a matter of what is asked
+            warnings.simplefilter("ignore")
             signature.outputs = _schema_of_table(answers)
     return _with_objects(signature) if _SAYS_LISTS else signature
 
@@ -128,7 +131,8 @@ def _inferred(rows: pd.DataFrame, answers: pd.DataFrame | None) -> ModelSignatur
 def _schema_of_table(table: pd.DataFrame) -> Schema:
     """The types of columns, ``Any`` where MLflow finds none, as for a list of whole numbers and others.
 
-    Asked for all at once, it would give the names up, too, and drop from each request all columns but the first.
+    Asked for all at once, it would give the names up, too, and drop from each request all columns
+    but the first.
     """
     specs = []
     for name in table.columns:
@@ -160,8 +164,13 @@ def _no_type(columns: str) -> InputError:
 
 
 def log_arguments(save: Callable[..., Any]) -> set[str]:
-    """What ``log_model`` takes beside the model: what ``save`` does, and what ``Model.log`` does."""
-    names = {name for function in (save, Model.log) for name in inspect.signature(function).parameters}
+    """What ``log_model`` takes beside the model.
+
+    What ``save`` does, and what ``Model.log`` does.
+    """
+    names = {
+        name for function in (save, Model.log) for name in inspect.signature(function).parameters
+    }
     return names - {"artifact_path", "flavor", "kwargs", "mlflow_model", "model", "path"}
 
 
@@ -174,7 +183,10 @@ def log(flavor: Any, name: str, **arguments: Any) -> ModelInfo:
 
 
 def copies_runs() -> bool:
-    """Whether MLflow copies what ``runs:/…`` names, even if it lies on this disk; since MLflow 3."""
+    """Whether MLflow copies what ``runs:/…`` names, even if it lies on this disk.
+
+    Since MLflow 3.
+    """
     return hasattr(RunsArtifactRepository, "_download_model_artifacts")
 
 
@@ -192,6 +204,7 @@ def read_mlmodel(folder: Path) -> Model:
             where=folder / "MLmodel",
             wanted="MLflow 2.10 or newer",
             found=f"MLflow {mlflow.__version__}: {error}",
-            hint="load it with mlflow_safeflavor.load_model, which does not need the signature, or install the pins",
+            hint="load it with mlflow_safeflavor.load_model, which does not need the signature, "
+            "or install the pins",
         ) from None
     return model

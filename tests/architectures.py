@@ -7,9 +7,21 @@ from typing import Any
 import torch
 import transformers
 
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 SMALL = {"vocab_size": 40, "max_position_embeddings": 34, "pad_token_id": 0, **SHAPE}
-DIM = {"vocab_size": 40, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 34}
+DIM = {
+    "vocab_size": 40,
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 64,
+    "max_position_embeddings": 34,
+}
 GPT = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 34}
 XLNET = {"vocab_size": 40, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}
 
@@ -31,7 +43,9 @@ ARCHITECTURES = {
 
 def tiny_model(architecture: str, head: str, **changes: Any) -> transformers.PreTrainedModel:
     """A seeded ``BertForTokenClassification`` for ("Bert", "ForTokenClassification"), in eval mode."""
-    config = getattr(transformers, f"{architecture}Config")(**{**ARCHITECTURES[architecture], **changes})
+    config = getattr(transformers, f"{architecture}Config")(
+        **{**ARCHITECTURES[architecture], **changes}
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = getattr(transformers, f"{architecture}{head}")(config)

@@ -1,4 +1,7 @@
-"""Rows for tiny models; damage to files of a saved model, and a manifest made anew by somebody who may write."""
+"""Rows for tiny models.
+
+Damage to files of a saved model, and a manifest made anew by somebody who may write.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,14 @@ SAME_BATCHES = {"forward_cost": 512}
 def changes(count: int) -> list[dict[str, str]]:
     """Pairs of texts of up to 12 words that the tiny tokenizer knows; always the same ones."""
     chosen = random.Random(0)
-    words = "the a cat dog sat ran on under mat tree red green return x y = + - ( ) def if else".split()
+    words = (
+        "the a cat dog sat ran on under mat tree red green return x y = + - ( ) def if else".split()
+    )
     columns = ("buggy_code", "fixed_code")
-    return [{name: " ".join(chosen.choices(words, k=chosen.randint(1, 12))) for name in columns} for _ in range(count)]
+    return [
+        {name: " ".join(chosen.choices(words, k=chosen.randint(1, 12))) for name in columns}
+        for _ in range(count)
+    ]
 
 
 def forms_of(cells: list[Any]) -> dict[str, tuple[Any, Any, int]]:
@@ -48,14 +56,22 @@ def forms_of(cells: list[Any]) -> dict[str, tuple[Any, Any, int]]:
         "an array": (np.array(cells), None, 3),
         "an array of objects": (np.array(cells, dtype=object), None, 3),
         "an array of rows": (np.array(cells).reshape(3, 1), {"inputs": lists}, 3),
-        "a table": (series.to_frame("text"), {"dataframe_split": {"columns": ["text"], "data": lists}}, 3),
+        "a table": (
+            series.to_frame("text"),
+            {"dataframe_split": {"columns": ["text"], "data": lists}},
+            3,
+        ),
         "a table with an index": (
             series.set_axis([7, 7, 1]).to_frame("review"),
             {"dataframe_split": {"columns": ["review"], "index": [7, 8, 1], "data": lists}},
             3,
         ),
         "a table without names": (series.to_frame(), {"dataframe_split": {"data": lists}}, 3),
-        "a table of one row": (pd.DataFrame({"review": [one]}), {"dataframe_records": [{"review": one}]}, 1),
+        "a table of one row": (
+            pd.DataFrame({"review": [one]}),
+            {"dataframe_records": [{"review": one}]},
+            1,
+        ),
         "a dict": ({"review": one}, None, 1),
         "a dict of a list": ({"review": cells}, None, 3),
         "a dict of a list of one": ({"review": [one]}, None, 1),
@@ -80,7 +96,10 @@ def flip(path: Path, position: int | None = None) -> None:
 
 
 def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
-    """Let ``change`` work on the content of a JSON file; what it returns, unless None, takes its place."""
+    """Let ``change`` work on the content of a JSON file.
+
+    What it returns, unless None, takes its place.
+    """
     content = json.loads(path.read_text())
     changed = change(content)
     rewrite(path, json.dumps(content if changed is None else changed))

@@ -2,8 +2,9 @@
 
     python tests/bits.py [MODEL] [--requests 10000] [--threads 32] [--seed 0]
 
-MODEL is a saved model of one text; without it MiniLM with a seeded head is saved first. Every text is asked alone, then
-requests of one to four of them from all threads at once. Prints one JSON object; fails if a bit differs.
+MODEL is a saved model of one text; without it MiniLM with a seeded head is saved first. Every text
+is asked alone, then requests of one to four of them from all threads at once. Prints one JSON
+object; fails if a bit differs.
 """
 
 from __future__ import annotations
@@ -30,19 +31,27 @@ def save_minilm(folder):
     torch.manual_seed(0)
     model = BertForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    mlflow_safeflavor.save_model(model, folder, tokenizer=tokenizer, graph="require", rehearse=False)
+    mlflow_safeflavor.save_model(
+        model, folder, tokenizer=tokenizer, graph="require", rehearse=False
+    )
     return folder
 
 
 def texts_of(draw, count):
     """Texts of 1 to 60 words, most of them short."""
     words = "the a model logged once answers in notebook behind server container café 東京 x=1; unbelievable 😀".split()
-    return [" ".join(draw.choices(words, k=min(60, max(1, round(draw.lognormvariate(2, 0.9)))))) for _ in range(count)]
+    return [
+        " ".join(draw.choices(words, k=min(60, max(1, round(draw.lognormvariate(2, 0.9))))))
+        for _ in range(count)
+    ]
 
 
 def cells(answers):
     """Every cell of every row, floating point numbers to the last bit."""
-    return [[value.hex() if isinstance(value, float) else repr(value) for value in row] for row in answers.to_numpy()]
+    return [
+        [value.hex() if isinstance(value, float) else repr(value) for value in row]
+        for row in answers.to_numpy()
+    ]
 
 
 def main():
@@ -70,7 +79,8 @@ def main():
         found = list(pool.map(lambda request: cells(model.predict(request)), requests))
     seconds = time.perf_counter() - begun
     different = sum(
-        answer != [alone[text] for text in request] for answer, request in zip(found, requests, strict=True)
+        answer != [alone[text] for text in request]
+        for answer, request in zip(found, requests, strict=True)
     )
     told = {
         "engine": model.engine.name,

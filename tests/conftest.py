@@ -24,14 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-# torch, MLflow, and what is built on them, are imported where they are used: some tests run without, and all the
-# faster.
+# torch, MLflow, and what is built on them, are imported where they are used: some tests run
+# without, and all the faster.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# Loading through MLflow would write byte code into saved models, which tests share and compare file by file.
+# Loading through MLflow would write byte code into saved models, which tests share and compare file
+# by file.
 sys.dont_write_bytecode = True
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
@@ -41,7 +42,10 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """Of torch, where a test module has imported it; `make` sets OMP_NUM_THREADS for what imports it later."""
+    """Of torch, where a test module has imported it.
+
+    `make` sets OMP_NUM_THREADS for what imports it later.
+    """
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
 
@@ -161,7 +165,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_bert() -> Callable[..., PreTrainedModel]:
-    """``tiny_bert(head="classifier" | None, seed=0, **config)``: a new, seeded BERT of some 30,000 weights."""
+    """``tiny_bert(head="classifier" | None, seed=0, **config)``.
+
+    A new, seeded BERT of some 30,000 weights.
+    """
     import torch
     from transformers import BertConfig, BertForSequenceClassification, BertModel
 
@@ -196,7 +203,9 @@ class Site:
         info = self.folder / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir(parents=True)
         lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-        (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {line}" for line in requires)]) + "\n")
+        (info / "METADATA").write_text(
+            "\n".join([*lines, *(f"Requires-Dist: {line}" for line in requires)]) + "\n"
+        )
         (info / "INSTALLER").write_text(installer)
         if direct_url is not None:
             (info / "direct_url.json").write_text(json.dumps(direct_url))
@@ -244,14 +253,19 @@ def _empty_store(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tracking(tmp_path: Path, _empty_store: Path) -> Iterator[str]:
-    """URI of an empty sqlite tracking store, in use until the test ends; artifacts lie beside it."""
+    """URI of an empty sqlite tracking store, in use until the test ends.
+
+    Artifacts lie beside it.
+    """
     import mlflow
 
     uri = f"sqlite:///{shutil.copy(_empty_store, tmp_path / 'mlflow.db')}"
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     mlflow.set_experiment(
-        experiment_id=mlflow.create_experiment("test", artifact_location=(tmp_path / "artifacts").as_uri())
+        experiment_id=mlflow.create_experiment(
+            "test", artifact_location=(tmp_path / "artifacts").as_uri()
+        )
     )
     yield uri
     while mlflow.active_run():
@@ -260,7 +274,8 @@ def tracking(tmp_path: Path, _empty_store: Path) -> Iterator[str]:
     mlflow.set_registry_uri(None)
     os.environ.pop("MLFLOW_REGISTRY_URI", None)  # which that leaves, for processes of other tests
     mlflow.set_registry_uri(None)
-    os.environ.pop("MLFLOW_EXPERIMENT_ID", None)  # set_experiment leaves it there, for processes of other tests
+    # set_experiment leaves it there, for processes of other tests
+    os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
 
 
 @dataclass(frozen=True)
@@ -289,7 +304,9 @@ class Server:
         """POST to /invocations; a body that is no ``bytes`` is sent as JSON."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": content_type}
-        return self._ask(urllib.request.Request(self.url + "/invocations", data=data, headers=headers))
+        return self._ask(
+            urllib.request.Request(self.url + "/invocations", data=data, headers=headers)
+        )
 
     @staticmethod
     def _ask(request: urllib.request.Request) -> Response:
@@ -303,11 +320,18 @@ class Server:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[Server]]:
-    """``with serve(model_uri, env={…}) as server``: a real server on a free port, killed whatever happens."""
+    """``with serve(model_uri, env={…}) as server``.
+
+    A real server on a free port, killed whatever happens.
+    """
 
     @contextlib.contextmanager
     def start(
-        model_uri: str | Path, *, env: dict[str, str] | None = None, env_manager: str = "local", timeout: float = 120
+        model_uri: str | Path,
+        *,
+        env: dict[str, str] | None = None,
+        env_manager: str = "local",
+        timeout: float = 120,
     ) -> Iterator[Server]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -316,10 +340,14 @@ def serve(tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[Ser
         command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", env_manager]
         command += ["--model-uri", str(model_uri), "--host", "127.0.0.1", "--port", str(port)]
         # MLflow looks for its server's command on PATH.
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        path = os.pathsep.join(
+            [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+        )
         recorded = {**os.environ, "PATH": path, **(env or {})}
         with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, env=recorded, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=recorded, start_new_session=True
+            )
         server = Server(f"http://127.0.0.1:{port}", log, process)
         try:
             _wait_for_ping(server, timeout)
@@ -340,7 +368,9 @@ def _wait_for_ping(server: Server, timeout: float) -> None:
             if server.get("/ping").status == 200:
                 return
         time.sleep(0.2)
-    pytest.fail(f"the server did not answer /ping; its log:\n{server.log.read_text(errors='replace')}")
+    pytest.fail(
+        f"the server did not answer /ping; its log:\n{server.log.read_text(errors='replace')}"
+    )
 
 
 # Other processes.
@@ -348,10 +378,19 @@ def _wait_for_ping(server: Server, timeout: float) -> None:
 
 @pytest.fixture
 def clean_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """``clean_process(code, *arguments)``: run Python code isolated from this process's environment and folder."""
+    """``clean_process(code, *arguments)``.
 
-    def run(code: str, *arguments: str, env: dict[str, str] | None = None, check: bool = True) -> Any:
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
+    Run Python code isolated from this process's environment and folder.
+    """
+
+    def run(
+        code: str, *arguments: str, env: dict[str, str] | None = None, check: bool = True
+    ) -> Any:
+        kept = {
+            name: os.environ[name]
+            for name in ("PATH", "HOME", "TMPDIR", "LANG")
+            if name in os.environ
+        }
         done = subprocess.run(
             [sys.executable, "-I", "-c", code, *arguments],
             env={**kept, "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true", **(env or {})},

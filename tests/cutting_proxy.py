@@ -1,6 +1,7 @@
 """A TCP proxy in front of a real server, at which something happens after a number of bytes.
 
-So that an upload is interrupted in its middle at each run of a test, and not where a sleep happens to end.
+So that an upload is interrupted in its middle at each run of a test, and not where a sleep happens
+to end.
 """
 
 from __future__ import annotations
@@ -40,10 +41,18 @@ class CuttingProxy:
         """Where clients find the server now."""
         return f"http://127.0.0.1:{self.port}"
 
-    def arm(self, after: int, *, upload: bool, action: Callable[[], object] | None = None, once: bool = False) -> None:
+    def arm(
+        self,
+        after: int,
+        *,
+        upload: bool,
+        action: Callable[[], object] | None = None,
+        once: bool = False,
+    ) -> None:
         """Pass on ``after`` more bytes, then do ``action`` once, then cut all connections, and each new one.
 
-        ``triggered`` is set when the action is over, which may be after the client has failed: wait for it.
+        ``triggered`` is set when the action is over, which may be after the client has failed: wait
+        for it.
 
         Args:
             after: Bytes of all connections together.
@@ -118,7 +127,11 @@ class CuttingProxy:
         """How many bytes may pass, and whether this is the moment."""
         with self._lock:
             self.passed["upload" if upload else "download"] += size
-            if self._left is None or upload != self._counts_up or (self._once and self.triggered.is_set()):
+            if (
+                self._left is None
+                or upload != self._counts_up
+                or (self._once and self.triggered.is_set())
+            ):
                 return (0, False) if self.triggered.is_set() and not self._once else (size, False)
             before, self._left = self._left, max(self._left - size, 0)
             return min(size, before), size >= before > 0

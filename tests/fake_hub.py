@@ -31,7 +31,9 @@ class Hub:
 
     def publish(self, name: str, folder: Path, *, branch: str = "main") -> str:
         """Add the state of a folder as a commit that ``branch`` points at; gives the commit."""
-        content = b"".join(path.name.encode() + path.read_bytes() for path in sorted(folder.iterdir()))
+        content = b"".join(
+            path.name.encode() + path.read_bytes() for path in sorted(folder.iterdir())
+        )
         commit = hashlib.sha1(content).hexdigest()
         self.refs.setdefault(name, {}).update({branch: commit, commit: commit})
         self.folders[name, commit] = folder
@@ -55,7 +57,12 @@ def listing(folder: Path) -> list[dict]:
         blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         sha256 = hashlib.sha256(content).hexdigest()
         rows.append(
-            {"name": path.name, "size": len(content), "blob": blob, "sha256": sha256 if len(content) > LARGE else None}
+            {
+                "name": path.name,
+                "size": len(content),
+                "blob": blob,
+                "sha256": sha256 if len(content) > LARGE else None,
+            }
         )
     return rows
 
@@ -88,21 +95,38 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "RevisionNotFound")
         folder = self.hub.folders[name, commit]
         if api:
-            return self._send_json(self._info(name, commit, folder) if rest[0] == "revision" else self._tree(folder))
+            return self._send_json(
+                self._info(name, commit, folder) if rest[0] == "revision" else self._tree(folder)
+            )
         return self._send_file(folder / rest[2], commit, body)
 
     def _info(self, name, commit, folder):
         files = [
             {"rfilename": row["name"], "size": row["size"], "blobId": row["blob"]}
-            | ({"lfs": {"sha256": row["sha256"], "size": row["size"], "pointerSize": 130}} if row["sha256"] else {})
+            | (
+                {"lfs": {"sha256": row["sha256"], "size": row["size"], "pointerSize": 130}}
+                if row["sha256"]
+                else {}
+            )
             for row in self._listed(folder)
         ]
-        return {"id": name, "sha": commit, "private": False, "downloads": 0, "tags": [], "siblings": files}
+        return {
+            "id": name,
+            "sha": commit,
+            "private": False,
+            "downloads": 0,
+            "tags": [],
+            "siblings": files,
+        }
 
     def _tree(self, folder):
         return [
             {"type": "file", "path": row["name"], "size": row["size"], "oid": row["blob"]}
-            | ({"lfs": {"oid": row["sha256"], "size": row["size"], "pointerSize": 130}} if row["sha256"] else {})
+            | (
+                {"lfs": {"oid": row["sha256"], "size": row["size"], "pointerSize": 130}}
+                if row["sha256"]
+                else {}
+            )
             for row in self._listed(folder)
         ]
 
@@ -124,7 +148,11 @@ class _Handler(BaseHTTPRequestHandler):
         if first:
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
         self._send(
-            206 if first else 200, content[first:], headers, body=body, cut=self.hub.cut_after if large else None
+            206 if first else 200,
+            content[first:],
+            headers,
+            body=body,
+            cut=self.hub.cut_after if large else None,
         )
 
     def _send(self, status, content, headers, *, body=True, cut=None):

@@ -2,7 +2,8 @@
 
     python tests/kills.py FOLDER --kills 40 --seed 1
 
-Everything is imported once; each attempt is a fork. Prints one JSON object, and what happened as it goes to stderr.
+Everything is imported once; each attempt is a fork. Prints one JSON object, and what happened as it
+goes to stderr.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Attempts:
         self.temporary = Path(tempfile.gettempdir())
         self.uri = f"sqlite:///{folder / 'mlflow.db'}"
         torch.manual_seed(0)
-        self.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+        ).eval()
         self.example = {"input": np.ones((2, 4), "float32")}
         self.noted = set()
 
@@ -87,17 +90,31 @@ class Attempts:
         models = client.search_logged_models(["0"], max_results=200)
         pending = {model.model_id for model in models if str(model.status) == "PENDING"}
         ready = {model.model_id for model in models if str(model.status) == "READY"}
-        store = [path for path in (self.folder / "store").iterdir() if not path.name.startswith(".")]
+        store = [
+            path for path in (self.folder / "store").iterdir() if not path.name.startswith(".")
+        ]
         layouts = [Layout(path) for path in store]
         versions = client.search_model_versions()
-        empty = [path for path in self.temporary.iterdir() if path.is_dir() and not any(path.iterdir())]
+        empty = [
+            path for path in self.temporary.iterdir() if path.is_dir() and not any(path.iterdir())
+        ]
         return {
             "processes": self.rehearsing(),
-            "beside": [path.name for path in (self.folder / "store").iterdir() if path.name.startswith(".")],
-            "temporary": sorted(str(path) for path in self.temporary.rglob("*") if path not in empty),
-            "broken": [x for y in layouts for x in find_broken_files(y, mlmodel=read_spec(y)[1], digests=True)],
+            "beside": [
+                path.name for path in (self.folder / "store").iterdir() if path.name.startswith(".")
+            ],
+            "temporary": sorted(
+                str(path) for path in self.temporary.rglob("*") if path not in empty
+            ),
+            "broken": [
+                x
+                for y in layouts
+                for x in find_broken_files(y, mlmodel=read_spec(y)[1], digests=True)
+            ],
             "pending": sorted(pending & self.noted),
-            "half registered": [v.name for v in versions if v.source.rpartition("/")[2] not in ready],
+            "half registered": [
+                v.name for v in versions if v.source.rpartition("/")[2] not in ready
+            ],
         }, {
             "published": len(store),
             "ready": len(ready),
@@ -114,7 +131,9 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=8, help="seconds after which at the latest a kill comes")
+    parser.add_argument(
+        "--longest", type=float, default=8, help="seconds after which at the latest a kill comes"
+    )
     options = parser.parse_args()
     attempts, draw = Attempts(options.folder), random.Random(options.seed)
     (options.folder / "store").mkdir()
@@ -122,20 +141,35 @@ def main():
     for i in range(options.kills):
         how, number = ("save", "log")[i % 2], draw.choice(SIGNALS)
         after, graph = draw.uniform(0, options.longest), draw.choice(["no", "only", "auto"])
-        status = attempts.attempt(how, f"killed-{i}", graph=graph, killed_after=after, number=number)
+        status = attempts.attempt(
+            how, f"killed-{i}", graph=graph, killed_after=after, number=number
+        )
         found = attempts.left_over()[0]
         seen = {name: count + bool(found[name]) for name, count in seen.items()}
         assert not found["processes"], found["processes"]
         print(f"{i} {how} {graph} {number.name} after {after:.2f} s: {status}", file=sys.stderr)
     assert [attempts.attempt("save", "last"), attempts.attempt("log", "last")] == [0, 0]
     found, counted = attempts.left_over()
-    print(json.dumps({"left over": found, "counted": counted, "after how many kills": seen, "seed": options.seed}))
+    print(
+        json.dumps(
+            {
+                "left over": found,
+                "counted": counted,
+                "after how many kills": seen,
+                "seed": options.seed,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     (folder / "tmp").mkdir(parents=True)
-    os.environ |= {"TMPDIR": str(folder / "tmp"), "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"}
+    os.environ |= {
+        "TMPDIR": str(folder / "tmp"),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "OMP_NUM_THREADS": "1",
+    }
     import mlflow
     import numpy as np
     import torch

@@ -19,7 +19,11 @@ from mlflow_safeflavor.module.slots import find_slots
 def bits(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
     """Dtype, shape and every byte: NaNs and negative zeros count."""
     dense = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
-    return str(tensor.dtype), tuple(tensor.shape), dense.view(torch.uint8).numpy().tobytes() if dense.numel() else b""
+    return (
+        str(tensor.dtype),
+        tuple(tensor.shape),
+        dense.view(torch.uint8).numpy().tobytes() if dense.numel() else b"",
+    )
 
 
 def all_bits(module: torch.nn.Module) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -36,9 +40,13 @@ def memory(module: torch.nn.Module) -> dict[str, tuple[str, int, tuple[int, ...]
     for slot in find_slots(module):
         tensor = slot.tensor
         if tensor.numel():
-            last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+            last = sum(
+                (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+            )
             start = tensor.data_ptr()
-            stride = tuple(step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+            stride = tuple(
+                step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+            )
             spans.append((start, start + (last + 1) * tensor.itemsize, slot.path, stride))
     leaders: dict[str, tuple[str, int]] = {}
     group: list[tuple[int, str]] = []
@@ -82,7 +90,9 @@ def round_trip(module: torch.nn.Module, fresh: torch.nn.Module, folder: Path) ->
     inventory = read_into(fresh, layout)
     assert inventory == written, "the inventory read is not the one written"
     assert all_bits(fresh) == bits_before, "values, dtypes or shapes differ"
-    assert memory(fresh) == memory_before, "memory is shared in another way, or laid out in another way"
+    assert memory(fresh) == memory_before, (
+        "memory is shared in another way, or laid out in another way"
+    )
     assert list(find_differences(fresh, inventory)) == []
     assert not [slot.path for slot in find_slots(fresh) if slot.tensor.requires_grad]
     return inventory

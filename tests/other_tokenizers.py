@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 NASTY = [
@@ -23,7 +31,9 @@ NASTY = [
     "".join(chr(c) for c in range(32, 600)),
     "https://example.org/a?b=c&d=%20#e",
 ]
-CORPUS = [text for text in NASTY if text.strip()] * 3 + ["the cat sat on the mat and the dog ran"] * 20
+CORPUS = [text for text in NASTY if text.strip()] * 3 + [
+    "the cat sat on the mat and the dog ran"
+] * 20
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
@@ -34,9 +44,13 @@ def byte_level():
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
         CORPUS,
-        trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        ),
     )
-    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True)
+    backend.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), trim_offsets=True
+    )
     return backend
 
 
@@ -45,7 +59,10 @@ def unigram():
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.train_from_iterator(
-        CORPUS, trainers.UnigramTrainer(vocab_size=2500, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
+        CORPUS,
+        trainers.UnigramTrainer(
+            vocab_size=2500, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+        ),
     )
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]

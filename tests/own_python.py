@@ -17,7 +17,9 @@ class Site:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.folder = home / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+        self.folder = (
+            home / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+        )
         self.folder.mkdir(parents=True)
         self.python = home / "bin" / "python"
         self.python.parent.mkdir()
@@ -32,12 +34,22 @@ class Site:
         file.write_text(text)
         return file
 
-    def install(self, name, version="1.0", files=None, requires=(), *, direct_url=None, record=True):
-        """Files and metadata of a distribution; ``record`` says whether there is a list of its files."""
+    def install(
+        self, name, version="1.0", files=None, requires=(), *, direct_url=None, record=True
+    ):
+        """Files and metadata of a distribution.
+
+        ``record`` says whether there is a list of its files.
+        """
         info = f"{name.replace('-', '_')}-{version}.dist-info"
         files = {name.replace("-", "_") + "/__init__.py": ""} if files is None else files
         lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-        files = {**files, f"{info}/METADATA": "\n".join([*lines, *(f"Requires-Dist: {line}" for line in requires)])}
+        files = {
+            **files,
+            f"{info}/METADATA": "\n".join(
+                [*lines, *(f"Requires-Dist: {line}" for line in requires)]
+            ),
+        }
         files[f"{info}/INSTALLER"] = "pip"
         if direct_url:
             files[f"{info}/direct_url.json"] = json.dumps(direct_url)

@@ -10,9 +10,13 @@ from mlflow_safeflavor.environment.files import environment_files
 
 def write_files(site, folder, **options):
     folder.mkdir(exist_ok=True)
-    recorded = environment_files(folder, ["torch", "mlflow"], torch_build={}, path=site.path, **options)
+    recorded = environment_files(
+        folder, ["torch", "mlflow"], torch_build={}, path=site.path, **options
+    )
     lines = (folder / "requirements.txt").read_text().splitlines()
-    conda, python_env = (yaml.safe_load((folder / name).read_text()) for name in ("conda.yaml", "python_env.yaml"))
+    conda, python_env = (
+        yaml.safe_load((folder / name).read_text()) for name in ("conda.yaml", "python_env.yaml")
+    )
     return recorded, lines, conda, python_env
 
 

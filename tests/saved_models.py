@@ -21,13 +21,20 @@ _made: dict[str, Path] = {}
 
 @pytest.fixture
 def saved(tmp_path_factory, tiny_bert, tiny_tokenizer) -> Path:
-    """A saved tiny classifier with an input example; made once a process, so nobody may change it."""
+    """A saved tiny classifier with an input example.
+
+    Made once a process, so nobody may change it.
+    """
     if "saved" not in _made:
         path = tmp_path_factory.mktemp("artifact") / "model"
         example = [{"text": text} for text in TEXTS]
         # Weights large enough that no change of them drowns in the tolerance of recorded answers.
         model = tiny_bert(initializer_range=0.5)
-        given = {"tokenizer": tiny_tokenizer, "input_example": example, "model_config": SAME_BATCHES}
+        given = {
+            "tokenizer": tiny_tokenizer,
+            "input_example": example,
+            "model_config": SAME_BATCHES,
+        }
         mlflow_safeflavor.save_model(model, path, metadata={"a": 1}, rehearse=False, **given)
         _made["saved"] = path
     return _made["saved"]
@@ -43,7 +50,12 @@ def saved_with_graph(tmp_path_factory, tiny_bert, tiny_tokenizer, monkeypatch) -
         with monkeypatch.context() as patch:
             patch.setattr(graph, "examples_of", _examples_of)
             mlflow_safeflavor.save_model(
-                model, path, tokenizer=tiny_tokenizer, input_example=example, rehearse=False, graph="require"
+                model,
+                path,
+                tokenizer=tiny_tokenizer,
+                input_example=example,
+                rehearse=False,
+                graph="require",
             )
         _made["graph"] = path
     return _made["graph"]
@@ -51,5 +63,8 @@ def saved_with_graph(tmp_path_factory, tiny_bert, tiny_tokenizer, monkeypatch) -
 
 @pytest.fixture
 def copied(saved: Path, tmp_path: Path) -> Path:
-    """A copy of ``saved`` that a test may damage: hard links, so change files with ``rewrite`` alone."""
+    """A copy of ``saved`` that a test may damage.
+
+    Hard links, so change files with ``rewrite`` alone.
+    """
     return Path(shutil.copytree(saved, tmp_path / "copy", copy_function=os.link))

@@ -1,7 +1,7 @@
 """PostgreSQL, S3 and an MLflow tracking server, started once for all tests that need them.
 
-For test modules that say ``pytest_plugins = "stack_fixtures"``. Where a program is missing these tests are skipped,
-and with ``CI=true`` they fail.
+For test modules that say ``pytest_plugins = "stack_fixtures"``. Where a program is missing these
+tests are skipped, and with ``CI=true`` they fail.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ PATIENCE = {
 
 
 class Running(NamedTuple):
-    """The parts, and a proxy before each of two; everybody, also the tracking server, asks S3 by ``to_s3``."""
+    """The parts, and a proxy before each of two.
+
+    Everybody, also the tracking server, asks S3 by ``to_s3``.
+    """
 
     parts: LocalParts
     to_tracking: CuttingProxy
@@ -62,7 +65,10 @@ def port_of(url: str) -> int:
 
 @pytest.fixture
 def parts(running: Running) -> LocalParts:
-    """PostgreSQL, S3 and the tracking server, all of them running: a test that failed may have left one dead."""
+    """PostgreSQL, S3 and the tracking server, all of them running.
+
+    A test that failed may have left one dead.
+    """
     running.parts.start()
     return running.parts
 

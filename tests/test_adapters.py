@@ -25,7 +25,10 @@ TEXTS = ["the cat sat on the mat", "a dog ran", "return x + y"]
 
 @pytest.fixture
 def adapter(tmp_path, tiny_tokenizer):
-    """A folder with an adapter of a classifier; ``base``, that of its base model, lies beside it."""
+    """A folder with an adapter of a classifier.
+
+    ``base``, that of its base model, lies beside it.
+    """
     base = tiny_model("Bert", "ForSequenceClassification", num_labels=3)
     base.save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")
@@ -38,13 +41,17 @@ def adapter(tmp_path, tiny_tokenizer):
     rename(tmp_path / "adapter", str(tmp_path / "base"))
     model.eval()
     with torch.inference_mode():
-        rows = [model(**tiny_tokenizer(text, return_tensors="pt")).logits[0].numpy() for text in TEXTS]
+        rows = [
+            model(**tiny_tokenizer(text, return_tensors="pt")).logits[0].numpy() for text in TEXTS
+        ]
     return tmp_path / "adapter", np.stack(rows)
 
 
 def rename(folder, base):
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": base})
+    )
 
 
 @pytest.mark.parametrize("base", ["absolute", "relative"])
@@ -53,7 +60,10 @@ def test_an_adapter_is_merged_into_its_base(adapter, tmp_path, base):
     if base == "relative":
         rename(folder, "../base")
     mlflow_safeflavor.save_model(
-        folder, tmp_path / "model", rehearse=False, params={"top_k": None, "function_to_apply": "none"}
+        folder,
+        tmp_path / "model",
+        rehearse=False,
+        params={"top_k": None, "function_to_apply": "none"},
     )
     loaded = mlflow_safeflavor.load_model(tmp_path / "model")
     answers = loaded.predict(pd.DataFrame({"text": TEXTS}))
@@ -95,14 +105,16 @@ def test_an_adapter_of_another_base_is_refused(adapter, tmp_path):
     tiny_model("Bert", "Model").save_pretrained(tmp_path / "base")
     with pytest.raises(StructureError, match="base is a BertModel"):
         mlflow_safeflavor.save_model(folder, tmp_path / "model")
-    tiny_model("Bert", "ForSequenceClassification", num_labels=3, num_hidden_layers=1).save_pretrained(
-        tmp_path / "base"
-    )
+    tiny_model(
+        "Bert", "ForSequenceClassification", num_labels=3, num_hidden_layers=1
+    ).save_pretrained(tmp_path / "base")
     with pytest.raises(WeightsError, match=r"layer\.1"):
         mlflow_safeflavor.save_model(folder, tmp_path / "model")
 
 
 def test_without_peft_it_says_so(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlflow_safeflavor.checkpoints.adapters.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(
+        "mlflow_safeflavor.checkpoints.adapters.importlib.util.find_spec", lambda name: None
+    )
     with pytest.raises(StructureError, match="pip install peft"):
         mlflow_safeflavor.save_model(adapter[0], tmp_path / "model")

@@ -22,7 +22,11 @@ from mlflow_safeflavor.save import logged
 from mlflow_safeflavor.save.save import save_model
 
 FUNCTIONS = [prefetch, *(getattr(mlflow_safeflavor, name) for name in mlflow_safeflavor.__all__)]
-FUNCTIONS = [function for function in FUNCTIONS if inspect.isfunction(function) and hasattr(function, "__wrapped__")]
+FUNCTIONS = [
+    function
+    for function in FUNCTIONS
+    if inspect.isfunction(function) and hasattr(function, "__wrapped__")
+]
 PARAMETERS = [
     pytest.param(function, parameter, id=f"{function.__name__}-{parameter.name}")
     for function in FUNCTIONS
@@ -85,7 +89,11 @@ BAD = {
 
 def test_every_public_function_is_checked():
     unchecked = {"get_default_conda_env"}  # takes nothing
-    names = {name for name in mlflow_safeflavor.__all__ if inspect.isfunction(getattr(mlflow_safeflavor, name))}
+    names = {
+        name
+        for name in mlflow_safeflavor.__all__
+        if inspect.isfunction(getattr(mlflow_safeflavor, name))
+    }
     assert names - unchecked == {function.__name__ for function in FUNCTIONS} - {
         "prefetch",
         "default_requirements",
@@ -93,7 +101,11 @@ def test_every_public_function_is_checked():
 
 
 def test_the_table_has_each_kind_and_the_tests_have_it_too():
-    used = {kind for parameter in PARAMETERS for kind in arguments.kinds_of(parameter.values[1].annotation)}
+    used = {
+        kind
+        for parameter in PARAMETERS
+        for kind in arguments.kinds_of(parameter.values[1].annotation)
+    }
     assert used <= arguments._KINDS.keys()
     assert GOOD.keys() == BAD.keys() == arguments._KINDS.keys() - {"Any"}
 
@@ -106,19 +118,28 @@ def test_each_kind_knows_what_it_is_and_what_not(kind):
 
 
 @pytest.mark.parametrize(("function", "parameter"), PARAMETERS)
-def test_each_argument_is_refused_by_name_and_nothing_is_copied(function, parameter, tmp_path, monkeypatch):
+def test_each_argument_is_refused_by_name_and_nothing_is_copied(
+    function, parameter, tmp_path, monkeypatch
+):
     """With something that is nothing, with None, with a text and with a path, wherever these are not meant."""
-    monkeypatch.setattr(shutil, "copytree", lambda *args, **kwargs: pytest.fail("something was copied"))
+    monkeypatch.setattr(
+        shutil, "copytree", lambda *args, **kwargs: pytest.fail("something was copied")
+    )
     kinds = set(arguments.kinds_of(parameter.annotation))
     wrong = [Nothing(), *([] if "None" in kinds else [None])]
     wrong += [] if kinds & {"str", "StrPath", "Path"} else ["/", Path("/")]
     others = {
         other.name: GOOD[next(iter(arguments.kinds_of(other.annotation)))]
         for other in inspect.signature(function).parameters.values()
-        if other.default is inspect.Parameter.empty and other.kind is not inspect.Parameter.VAR_KEYWORD
+        if other.default is inspect.Parameter.empty
+        and other.kind is not inspect.Parameter.VAR_KEYWORD
         if other.annotation != "Any"
     }
-    others |= {"model": torch.nn.Linear(1, 1)} if "model" in inspect.signature(function).parameters else {}
+    others |= (
+        {"model": torch.nn.Linear(1, 1)}
+        if "model" in inspect.signature(function).parameters
+        else {}
+    )
     for value in wrong:
         with pytest.raises(InputError) as refused:
             function(**{**others, parameter.name: value})
@@ -174,7 +195,13 @@ def test_log_model_takes_what_mlflow_does_and_params_are_ours(tracking, monkeypa
         mlflow_model.save(f"{path}/MLmodel")
 
     monkeypatch.setattr("mlflow_safeflavor.save.save.save_model", save)
-    logged.log(sys.modules["mlflow_safeflavor.save.save"], "model", model=1, params={"top_k": None}, metadata={"a": 1})
+    logged.log(
+        sys.modules["mlflow_safeflavor.save.save"],
+        "model",
+        model=1,
+        params={"top_k": None},
+        metadata={"a": 1},
+    )
     assert given == {"model": 1, "params": {"top_k": None}}
 
 
@@ -194,4 +221,6 @@ def test_paths_are_taken_where_paths_are_meant(tmp_path):
         rehearse=False,
     )
     assert (tmp_path / "model" / "code" / "hooks.py").read_text() == "X = 1\n"
-    assert isinstance(mlflow_safeflavor.load_model(tmp_path / "model", trust=["code"]).options, Mapping)
+    assert isinstance(
+        mlflow_safeflavor.load_model(tmp_path / "model", trust=["code"]).options, Mapping
+    )

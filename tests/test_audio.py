@@ -1,4 +1,7 @@
-"""Audio classification: the answers of transformers' pipelines, whatever the file and whatever is beside a row."""
+"""Audio classification.
+
+The answers of transformers' pipelines, whatever the file and whatever is beside a row.
+"""
 
 import base64
 import io
@@ -14,8 +17,15 @@ import torch
 import transformers
 from artifacts import edit_json, reseal
 from mlflow.pyfunc.scoring_server import infer_and_parse_data
-from transformers import ASTFeatureExtractor, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor, pipeline
-from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES as AUDIO_MODELS
+from transformers import (
+    ASTFeatureExtractor,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+    pipeline,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES as AUDIO_MODELS,
+)
 
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact.layout import Layout
@@ -25,7 +35,12 @@ from mlflow_safeflavor.tasks.inputs.sounds import read_sound, to_wav
 from mlflow_safeflavor.tasks.table import infer_task
 
 RATE = 16_000
-TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37}
+TRANSFORMER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 37,
+}
 WAVES = {
     **TRANSFORMER,
     "conv_dim": (16, 16, 16),
@@ -36,7 +51,13 @@ WAVES = {
     "classifier_proj_size": 16,
 }
 STEPWISE = {**WAVES, "feat_extract_norm": "layer", "do_stable_layer_norm": True}
-WHISPER = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "num_mel_bins": 20}
+WHISPER = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "num_mel_bins": 20,
+}
 plain, masked = Wav2Vec2FeatureExtractor(), Wav2Vec2FeatureExtractor(return_attention_mask=True)
 # Name → class, config, extractor, whether rows of different lengths share a forward.
 ARCHITECTURES = {
@@ -57,7 +78,14 @@ ARCHITECTURES = {
     # A fixed length: always one forward.
     "AST": (
         "ASTForAudioClassification",
-        {**TRANSFORMER, "max_length": 64, "num_mel_bins": 40, "patch_size": 8, "time_stride": 8, "frequency_stride": 8},
+        {
+            **TRANSFORMER,
+            "max_length": 64,
+            "num_mel_bins": 40,
+            "patch_size": 8,
+            "time_stride": 8,
+            "frequency_stride": 8,
+        },
         ASTFeatureExtractor(max_length=64, num_mel_bins=40),
         True,
     ),
@@ -113,7 +141,9 @@ def model(saved):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_labels_and_scores_are_those_of_the_pipeline_for_each_alone(tmp_path, name):
     *_, extractor, together = ARCHITECTURES[name]
-    reference = pipeline("audio-classification", model=make_model(name), feature_extractor=extractor)
+    reference = pipeline(
+        "audio-classification", model=make_model(name), feature_extractor=extractor
+    )
     cells = [sound(length, seed) for seed, length in enumerate(LENGTHS)]
     wanted = [reference(cell.copy(), top_k=4) for cell in cells]
 
@@ -126,7 +156,9 @@ def test_labels_and_scores_are_those_of_the_pipeline_for_each_alone(tmp_path, na
     for (_, answer), ranked in zip(answers.iterrows(), wanted, strict=True):
         assert answer["labels"] == [entry["label"] for entry in ranked]
         assert answer["scores"] == pytest.approx([entry["score"] for entry in ranked], abs=2e-5)
-    assert len({tuple(np.round(scores, 4)) for scores in answers["scores"]}) > 3, "the answers say nothing"
+    assert len({tuple(np.round(scores, 4)) for scores in answers["scores"]}) > 3, (
+        "the answers say nothing"
+    )
     if not together:
         assert all(tensor.shape[0] <= 2 for _, _, given in calls for tensor in given.values())
 
@@ -146,7 +178,8 @@ def test_rows_of_different_lengths_share_a_forward_where_that_changes_nothing(mo
 
 
 SINCE_5 = pytest.mark.skipif(
-    transformers.__version__.startswith("4."), reason="pipelines of transformers 4 disregard the problem type"
+    transformers.__version__.startswith("4."),
+    reason="pipelines of transformers 4 disregard the problem type",
 )
 
 
@@ -159,7 +192,9 @@ SINCE_5 = pytest.mark.skipif(
     ],
 )
 def test_functions_are_those_of_the_pipeline(tmp_path, config):
-    reference = pipeline("audio-classification", model=make_model(**config), feature_extractor=masked)
+    reference = pipeline(
+        "audio-classification", model=make_model(**config), feature_extractor=masked
+    )
     wanted = reference(sound(), top_k=1)[0]
     mlflow_safeflavor.save_model(reference, tmp_path / "model", rehearse=False)
     answer = mlflow_safeflavor.load_model(str(tmp_path / "model")).predict([sound()]).iloc[0]
@@ -175,7 +210,9 @@ def wav(samples, width=2, rate=RATE):
     whole = np.round(np.asarray(samples, np.float64) * (2.0 ** (8 * width - 1))).astype(np.int64)
     if width == 1:
         whole += 128
-    data = b"".join(int(value).to_bytes(width, "little", signed=width > 1) for value in whole.ravel())
+    data = b"".join(
+        int(value).to_bytes(width, "little", signed=width > 1) for value in whole.ravel()
+    )
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setparams((1 if whole.ndim == 1 else whole.shape[1], width, rate, 0, "NONE", None))
@@ -186,9 +223,20 @@ def wav(samples, width=2, rate=RATE):
 def extensible(content):
     """The same file with the longer header that many programs write for 24 bits."""
     fmt = struct.pack("<H", 0xFFFE) + content[22:36]
-    fmt += struct.pack("<HHI", 22, 8 * content[32] // content[22], 0) + struct.pack("<H", 1) + b"\0" * 14
+    fmt += (
+        struct.pack("<HHI", 22, 8 * content[32] // content[22], 0)
+        + struct.pack("<H", 1)
+        + b"\0" * 14
+    )
     body = (
-        b"WAVE" + b"fmt " + struct.pack("<I", len(fmt)) + fmt + b"LIST" + struct.pack("<I", 3) + b"abc\0" + content[36:]
+        b"WAVE"
+        + b"fmt "
+        + struct.pack("<I", len(fmt))
+        + fmt
+        + b"LIST"
+        + struct.pack("<I", 3)
+        + b"abc\0"
+        + content[36:]
     )
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
@@ -237,7 +285,9 @@ def test_silence_in_json_is_whole_numbers():
 def test_another_rate_is_resampled(rate):
     def tone(rate):
         time = np.arange(rate // 2) / rate
-        return (0.5 * np.sin(2 * np.pi * 440 * time) + 0.25 * np.sin(2 * np.pi * 1000 * time)).astype(np.float32)
+        return (
+            0.5 * np.sin(2 * np.pi * 440 * time) + 0.25 * np.sin(2 * np.pi * 1000 * time)
+        ).astype(np.float32)
 
     found = read_sound(to_wav(tone(rate), rate), RATE, "", Caps())
     assert abs(len(found) - RATE // 2) <= 2
@@ -326,7 +376,9 @@ def test_how_long_a_sound_may_be_is_stored_at_save(tmp_path):
             mlflow_safeflavor.save_model(
                 make_model(), tmp_path / "model", model_config={"max_seconds": wrong}, **settings
             )
-    mlflow_safeflavor.save_model(make_model(), tmp_path / "model", model_config={"max_seconds": 0.3}, **settings)
+    mlflow_safeflavor.save_model(
+        make_model(), tmp_path / "model", model_config={"max_seconds": 0.3}, **settings
+    )
     loaded = mlflow_safeflavor.load_model(str(tmp_path / "model"))
     assert len(loaded.predict([sound(4800)])) == 1
     with pytest.raises(InputError, match=r"too long[\s\S]*at most 0\.3 seconds"):
@@ -336,12 +388,16 @@ def test_how_long_a_sound_may_be_is_stored_at_save(tmp_path):
 # Saved models.
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # SEW-D of transformers 4, when imported
+# SEW-D of transformers 4, when imported
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_the_task_of_every_audio_class_of_transformers():
     for name in set(AUDIO_MODELS.values()):
         cls = getattr(transformers, name)
         assert infer_task(name, cls.main_input_name) == "audio-classification", name
-    assert infer_task("BertForSequenceClassification", transformers.BertModel.main_input_name) == "text-classification"
+    assert (
+        infer_task("BertForSequenceClassification", transformers.BertModel.main_input_name)
+        == "text-classification"
+    )
     with pytest.raises(StructureError):
         infer_task("Wav2Vec2Model", "input_values")
 
@@ -382,7 +438,11 @@ def test_an_example_is_stored_as_a_server_takes_it(tmp_path):
     wanted = served.predict(example)
     request = json.loads((tmp_path / "model" / "serving_input_example.json").read_text())
     texts = [row[0] for row in request["dataframe_split"]["data"]]
-    for body in (request, {"inputs": {"call": texts}}, {"instances": [{"call": text} for text in texts]}):
+    for body in (
+        request,
+        {"inputs": {"call": texts}},
+        {"instances": [{"call": text} for text in texts]},
+    ):
         found = served.predict(infer_and_parse_data(body, served.metadata.get_input_schema()))
         assert list(found["label"]) == list(wanted["label"])
         assert list(found["score"]) == pytest.approx(list(wanted["score"]), abs=1e-6)
@@ -396,8 +456,14 @@ def test_a_server_answers_the_same_and_refuses_what_is_no_sound(serve, saved, mo
     with serve(saved, env=settings) as server:
         answer = server.invoke({"dataframe_records": [{"audio": text}]})
         assert answer.status == 200, answer.text
-        assert answer.json()["predictions"][0]["score"] == pytest.approx(wanted["score"][0], abs=1e-5)
-        for body in ({"inputs": text}, {"instances": [text]}, {"dataframe_split": {"data": [[text]]}}):
+        assert answer.json()["predictions"][0]["score"] == pytest.approx(
+            wanted["score"][0], abs=1e-5
+        )
+        for body in (
+            {"inputs": text},
+            {"instances": [text]},
+            {"dataframe_split": {"data": [[text]]}},
+        ):
             assert server.invoke(body).json() == answer.json()
         for value in ("/etc/passwd", "aGVsbG8=", text[:2000], "", 3, [0.1, 0.2]):
             refused = server.invoke({"dataframe_records": [{"audio": value}]})

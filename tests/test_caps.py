@@ -93,7 +93,9 @@ def models(tmp_path_factory):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = "the a cat dog sat ran on under mat tree red green return x y".split()
-    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+    vocabulary = {
+        token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])
+    }
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = [("[CLS]", 2), ("[SEP]", 3)]
@@ -102,7 +104,9 @@ def models(tmp_path_factory):
     )
     names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=32, **{f"{name}_token": token for name, token in names.items()}
+        tokenizer_object=backend,
+        model_max_length=32,
+        **{f"{name}_token": token for name, token in names.items()},
     )
     return Models(tmp_path_factory.mktemp("caps"), tokenizer)
 
@@ -119,14 +123,19 @@ WRITES, IMAGES = "text-generation", "image-classification"
 LABELS = [f"label {i}" for i in range(200)]
 # name: task, options, data, params, cap
 TOO_MUCH = {
-    "all tokens in many gaps": (GAPS, {"max_answers": 1000}, ["[MASK] " * 20], {"top_k": 10**6}, "max_answers"),
-    "many rows of gaps": (GAPS, {"max_answers": 1000}, ["[MASK] " * 20] * 9, {"top_k": 20}, "max_answers"),
-    "rows times labels": (ZERO_SHOT, {}, ["a cat"] * 200, {"candidate_labels": LABELS}, "max_pieces"),
-    "one row, a list of labels": (ZERO_SHOT, {}, ["a"], {"candidate_labels": ["x"] * 5000}, "max_pieces"),
+    "all tokens in many "
+    "gaps": (GAPS, {"max_answers": 1000}, ["[MASK] " * 20], {"top_k": 10**6}, "max_answers"),
+    "many rows of "
+    "gaps": (GAPS, {"max_answers": 1000}, ["[MASK] " * 20] * 9, {"top_k": 20}, "max_answers"),
+    "rows times "
+    "labels": (ZERO_SHOT, {}, ["a cat"] * 200, {"candidate_labels": LABELS}, "max_pieces"),
+    "one row, a list of "
+    "labels": (ZERO_SHOT, {}, ["a"], {"candidate_labels": ["x"] * 5000}, "max_pieces"),
     "a template times labels": (
         ZERO_SHOT, {}, ["a"], {"candidate_labels": LABELS, "hypothesis_template": "{}" * 9999}, "max_characters",
     ),
-    "one long label": (ZERO_SHOT, {}, ["a"], {"candidate_labels": ["x" * 300_000]}, "max_characters"),
+    "one long "
+    "label": (ZERO_SHOT, {}, ["a"], {"candidate_labels": ["x" * 300_000]}, "max_characters"),
     "windows that share nearly all": (
         TOKENS, {}, ["the cat " * 5000], {"stride": 29, "aggregation_strategy": "simple"}, "max_pieces",
     ),
@@ -146,11 +155,14 @@ TOO_MUCH = {
     "many targets": (GAPS, {}, ["[MASK]"], {"targets": ["cat"] * 9999}, "max_pieces"),
     "texts to stop at": (WRITES, {}, ["a"], {"stop": ["x"] * 9999}, "max_pieces"),
     "one of megabytes": (WRITES, {}, ["a"], {"stop": ["x" * 300_000]}, "max_characters"),
-    "writing with beams": (WRITES, {"max_answers": 1}, ["a"], {"num_beams": 64, "max_new_tokens": 20}, "max_answers"),
+    "writing with "
+    "beams": (WRITES, {"max_answers": 1}, ["a"], {"num_beams": 64, "max_new_tokens": 20}, "max_answers"),
     "labels to ignore": (TOKENS, {}, ["a"], {"ignore_labels": ["x"] * 9999}, "max_pieces"),
     "an image by its header": (IMAGES, {}, [image_file(6000, 6000)], {}, "max_pixels"),
-    "a TIFF by its header": (IMAGES, {"max_pixels": 99}, [image_file(10, 10, "TIFF")], {}, "max_pixels"),
-    "an array of pixels": (IMAGES, {"max_pixels": 99}, [np.zeros((10, 10, 3), np.uint8)], {}, "max_pixels"),
+    "a TIFF by its "
+    "header": (IMAGES, {"max_pixels": 99}, [image_file(10, 10, "TIFF")], {}, "max_pixels"),
+    "an array of "
+    "pixels": (IMAGES, {"max_pixels": 99}, [np.zeros((10, 10, 3), np.uint8)], {}, "max_pixels"),
 }  # fmt: skip
 
 
@@ -164,7 +176,8 @@ def test_too_much_is_refused_by_the_name_of_its_cap_in_no_time(models, name):
     begun = time.process_time()
     with pytest.raises(InputError) as raised:
         model.predict(data, params)
-    assert time.process_time() - begun < 0.5  # seconds of CPU, of all threads; benchmarks/hostile.py times it
+    # seconds of CPU, of all threads; benchmarks/hostile.py times it
+    assert time.process_time() - begun < 0.5
     assert f"'{cap}'" in raised.value.hint
     assert f"MLFLOW_SAFEFLAVOR_{cap.upper()}" in raised.value.hint
     assert raised.value.found
@@ -186,10 +199,12 @@ RAISED = {
 _CATS = "the cat " * 20_000
 FAR_TOO_LONG = {
     "windows": (TOKENS, {}, [_CATS], {"stride": 29, "aggregation_strategy": "simple"}),
-    "windows of a question": (QUESTIONS, {}, [{"question": "a", "context": _CATS}], {"doc_stride": 26}),
+    "windows of a "
+    "question": (QUESTIONS, {}, [{"question": "a", "context": _CATS}], {"doc_stride": 26}),
     "a question": (QUESTIONS, {}, [{"question": _CATS, "context": "a"}], {}),
     "not to be cut": (TEXTS, {}, [_CATS], {"truncation": False}),
-    "not to be cut for each label": (ZERO_SHOT, {}, [_CATS], {"candidate_labels": ["a"], "truncation": False}),
+    "not to be cut for each "
+    "label": (ZERO_SHOT, {}, [_CATS], {"candidate_labels": ["a"], "truncation": False}),
     "not to be cut for writing": (WRITES, {}, [_CATS], {"truncation": False}),
 }  # fmt: skip
 
@@ -210,10 +225,14 @@ def test_what_has_far_too_many_tokens_is_refused_by_its_beginning(models, monkey
 
 def test_a_table_may_ask_for_as_much_as_its_rows_are_worth(models):
     labels = LABELS[:16]
-    answers = models("zero-shot-classification", max_pieces=17).predict(["a", "the"], {"candidate_labels": labels})
+    answers = models("zero-shot-classification", max_pieces=17).predict(
+        ["a", "the"], {"candidate_labels": labels}
+    )
     assert len(answers) == 2
     with pytest.raises(InputError, match="max_pieces"):
-        models("zero-shot-classification", max_pieces=17).predict(["a"], {"candidate_labels": LABELS[:18]})
+        models("zero-shot-classification", max_pieces=17).predict(
+            ["a"], {"candidate_labels": LABELS[:18]}
+        )
 
 
 def test_caps_are_stored_and_raised_like_every_option(models, tmp_path, monkeypatch):
@@ -269,7 +288,8 @@ def test_a_sound_is_refused_by_its_header():
 
 SURROGATES = {
     "a row": (TEXTS, ["fine", "\ud800"], {}, "row 1"),
-    "a context": (QUESTIONS, [{"question": "a", "context": "\udfff"}], {}, "row 0, column 'context'"),
+    "a context": (QUESTIONS, [{"question": "a", "context": "\udfff"}], {}, "row 0, column "
+                                                                           "'context'"),
     "targets": (GAPS, ["the [MASK]"], {"targets": ["cat", "\ud800"]}, "params, 'targets'"),
     "labels": (ZERO_SHOT, ["a"], {"candidate_labels": ["\ud800"]}, "params, 'candidate_labels'"),
     "a template": (
@@ -280,7 +300,8 @@ SURROGATES = {
     ),
     "stop": (WRITES, ["a"], {"stop": ["\ud800"]}, "params, 'stop'"),
     "a label to ignore": (TOKENS, ["a"], {"ignore_labels": ["\ud800"]}, "params, 'ignore_labels'"),
-    "a strategy": (TOKENS, ["a"], {"aggregation_strategy": "\ud800"}, "params, 'aggregation_strategy'"),
+    "a strategy": (TOKENS, ["a"], {"aggregation_strategy": "\ud800"}, "params, "
+                                                                      "'aggregation_strategy'"),
     "base64": (IMAGES, ["\ud800"], {}, "row 0"),
 }  # fmt: skip
 
@@ -298,24 +319,40 @@ def test_texts_are_looked_at_at_any_depth():
     nested = "\ud800"
     for i in range(3000):  # deeper than Python recurses
         nested = {"x": nested} if i % 2 else [nested]
-    for value in (nested, {"\ud800": 1}, np.array(["\ud800"]), np.array([["a", "\ud800"]], object), ("a", ["\ud800"])):
+    for value in (
+        nested,
+        {"\ud800": 1},
+        np.array(["\ud800"]),
+        np.array([["a", "\ud800"]], object),
+        ("a", ["\ud800"]),
+    ):
         with pytest.raises(InputError, match="surrogate"):
             require_clean(value, "row 0")
     with pytest.raises(InputError, match="max_characters"):
         require_clean([["abc"], {"d": "ef"}], "row 0", Caps(max_characters=5))
-    require_clean([["abc"], {"d": "ef"}, 1, None, b"\xff", np.zeros(3)], "row 0", Caps(max_characters=6))
+    require_clean(
+        [["abc"], {"d": "ef"}, 1, None, b"\xff", np.zeros(3)], "row 0", Caps(max_characters=6)
+    )
 
 
 @pytest.mark.parametrize("name", ["temperature", "repetition_penalty", "top_p"])
 @pytest.mark.parametrize("value", [1e-46, 1e-320, 1e300, 5e-10])
 def test_what_is_nothing_in_float32_is_no_value(models, name, value):
     with pytest.raises(InputError, match=name):
-        models("text-generation").predict(["a cat"], {"do_sample": True, "max_new_tokens": 2, name: value})
+        models("text-generation").predict(
+            ["a cat"], {"do_sample": True, "max_new_tokens": 2, name: value}
+        )
 
 
 @pytest.mark.parametrize("least", [1e-9, 1e9])
 def test_the_smallest_and_largest_values_still_write(models, least):
-    params = {"do_sample": True, "seed": 1, "max_new_tokens": 4, "temperature": least, "repetition_penalty": least}
+    params = {
+        "do_sample": True,
+        "seed": 1,
+        "max_new_tokens": 4,
+        "temperature": least,
+        "repetition_penalty": least,
+    }
     (text,) = models("text-generation").predict(["a cat"], params)["generated_text"]
     assert text.startswith("a cat")
 
@@ -364,7 +401,10 @@ def test_places_are_given_in_the_order_of_arrival_and_turns_are_short():
 def test_a_deadline_counts_the_wait_for_a_place():
     places = Places(1)
     with places.taken(Deadline()):
-        with pytest.raises(DeadlineError, match=r"within 0\.05 seconds"), places.taken(Deadline(0.05)):
+        with (
+            pytest.raises(DeadlineError, match=r"within 0\.05 seconds"),
+            places.taken(Deadline(0.05)),
+        ):
             pytest.fail("there is no place")
         assert not places._waiting
     with places.taken(Deadline(5)):
@@ -407,7 +447,8 @@ def test_a_text_nobody_waits_for_is_written_no_further(models, monkeypatch):
     time.sleep(0.3)
     monkeypatch.undo()
     done = len(steps)
-    assert len(model.predict(["a cat"], {"max_new_tokens": 2})) == 1  # the model's thread is free again
+    # the model's thread is free again
+    assert len(model.predict(["a cat"], {"max_new_tokens": 2})) == 1
     assert done < 15
 
 
@@ -422,7 +463,9 @@ def test_a_long_table_is_held_in_parts(models, monkeypatch):
     monkeypatch.setattr(
         model.scheduler,
         "submit",
-        lambda pieces, *others, **named: held.append(len(pieces)) or submit(pieces, *others, **named),
+        lambda pieces, *others, **named: (
+            held.append(len(pieces)) or submit(pieces, *others, **named)
+        ),
     )
     submit = type(model.scheduler).submit.__get__(model.scheduler)
     found = model.predict(texts)
@@ -477,7 +520,10 @@ def test_custom_answers_share_no_memory_with_the_model_or_each_other(tmp_path):
 
     def post(outputs, rows):
         outputs["w"] *= 7  # its own copy
-        return [{"y": outputs["y"][i].tolist(), "c": constant, "d": {"c": constant}} for i in range(len(rows))]
+        return [
+            {"y": outputs["y"][i].tolist(), "c": constant, "d": {"c": constant}}
+            for i in range(len(rows))
+        ]
 
     mlflow_safeflavor.save_model(
         Leaky(), tmp_path / "m", task="custom", preprocess=pre, postprocess=post, rehearse=False,

@@ -1,4 +1,7 @@
-"""``from_pretrained``: every tensor from the checkpoint or the constructor, or an error that names it."""
+"""``from_pretrained``.
+
+Every tensor from the checkpoint or the constructor, or an error that names it.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +42,24 @@ from mlflow_safeflavor.errors import (
 from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.module.state_dict import bits_equal
 
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 
 
 def differing(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
     """Paths of the tensors of any kind that are not the same in both, bit for bit."""
-    ours, theirs = ({slot.path: slot.tensor.detach() for slot in find_slots(each)} for each in (one, other))
+    ours, theirs = (
+        {slot.path: slot.tensor.detach() for slot in find_slots(each)} for each in (one, other)
+    )
     both = ours.keys() & theirs.keys()
-    return sorted((ours.keys() ^ theirs.keys()) | {path for path in both if not bits_equal(ours[path], theirs[path])})
+    return sorted(
+        (ours.keys() ^ theirs.keys())
+        | {path for path in both if not bits_equal(ours[path], theirs[path])}
+    )
 
 
 @pytest.fixture
@@ -61,7 +74,9 @@ def rewrite(folder, change):
     """Put other tensors into the checkpoint's file."""
     file = folder / "model.safetensors"
     state = change(load_file(file))
-    save_file({key: value.contiguous() for key, value in state.items()}, file, metadata={"format": "pt"})
+    save_file(
+        {key: value.contiguous() for key, value in state.items()}, file, metadata={"format": "pt"}
+    )
 
 
 # What comes out.
@@ -80,8 +95,10 @@ def test_the_real_model_is_what_transformers_loads(minilm_folder):
     ("cls", "config"),
     [
         (ViTModel, lambda: ViTConfig(**TINY, image_size=32)),  # other key names in the file
-        (MixtralForCausalLM, lambda: MixtralConfig(**TINY, vocab_size=60, num_local_experts=2)),  # fused experts
-        (GPT2LMHeadModel, lambda: GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60)),  # tied
+        # fused experts
+        (MixtralForCausalLM, lambda: MixtralConfig(**TINY, vocab_size=60, num_local_experts=2)),
+        # tied
+        (GPT2LMHeadModel, lambda: GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60)),
         # Keeps submodules in float32, and computes sinusoids that the checkpoint leaves out.
         (T5ForConditionalGeneration, lambda: T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
         (
@@ -104,7 +121,9 @@ def test_native_classes_are_what_transformers_loads(cls, config, dtype, tmp_path
 
 
 def test_tied_weights_are_one_object(tmp_path):
-    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60)).save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60)).save_pretrained(
+        tmp_path
+    )
     loaded = from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
@@ -136,7 +155,9 @@ def test_constructor_arguments_and_config_changes(checkpoint):
     assert loaded.pooler is None
     assert loaded.config._attn_implementation == "eager"
     assert loaded.config.hidden_dropout_prob == 0.5
-    assert torch.equal(loaded.embeddings.word_embeddings.weight, model.bert.embeddings.word_embeddings.weight)
+    assert torch.equal(
+        loaded.embeddings.word_embeddings.weight, model.bert.embeddings.word_embeddings.weight
+    )
 
 
 def test_generation_config_comes_along(tmp_path):
@@ -166,7 +187,9 @@ def test_unexpected_keys_are_named(checkpoint):
 
 def test_mismatched_shapes_are_named(checkpoint):
     folder, _ = checkpoint
-    with pytest.raises(WeightsError, match=r"classifier.weight has shape \[2, 32\], wanted \[5, 32\]"):
+    with pytest.raises(
+        WeightsError, match=r"classifier.weight has shape \[2, 32\], wanted \[5, 32\]"
+    ):
         from_pretrained(folder, num_labels=5)
 
 
@@ -226,8 +249,12 @@ def test_a_fresh_head_is_initialised_on_real_memory(checkpoint, tiny_bert):
     torch.use_deterministic_algorithms(True)  # unwritten memory holds NaN now
     try:
         torch.manual_seed(3)
-        loaded = from_pretrained(folder, model_class=BertForSequenceClassification, new=("classifier.*",))
-        again = from_pretrained(folder, model_class=BertForSequenceClassification, new=("classifier.*",))
+        loaded = from_pretrained(
+            folder, model_class=BertForSequenceClassification, new=("classifier.*",)
+        )
+        again = from_pretrained(
+            folder, model_class=BertForSequenceClassification, new=("classifier.*",)
+        )
     finally:
         torch.use_deterministic_algorithms(False)
     assert differing(loaded.bert, base) == []
@@ -246,7 +273,9 @@ def test_new_takes_the_checkpoints_head_where_it_fits_and_a_fresh_one_where_not(
 
 def test_a_head_from_another_head(checkpoint):
     folder, model = checkpoint
-    other = from_pretrained(folder, model_class=BertForMaskedLM, new=("cls.*",), drop=("classifier.*", "bert.pooler.*"))
+    other = from_pretrained(
+        folder, model_class=BertForMaskedLM, new=("cls.*",), drop=("classifier.*", "bert.pooler.*")
+    )
     assert differing(other.bert.encoder, model.bert.encoder) == []
     assert other.cls.predictions.decoder.weight is other.bert.embeddings.word_embeddings.weight
 
@@ -310,7 +339,9 @@ def test_a_pinned_hub_repository_comes_from_the_cache(checkpoint, tmp_path):
     snapshot = tmp_path / "cache" / "models--some--model" / "snapshots" / commit
     snapshot.parent.mkdir(parents=True)
     folder.rename(snapshot)
-    loaded = from_pretrained("some/model", revision=commit, cache_dir=tmp_path / "cache", local_files_only=True)
+    loaded = from_pretrained(
+        "some/model", revision=commit, cache_dir=tmp_path / "cache", local_files_only=True
+    )
     assert differing(loaded, model) == []
 
 
@@ -322,7 +353,14 @@ def test_no_such_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["device_map", "low_cpu_mem_usage", "torch_dtype", "ignore_mismatched_sizes", "trust_remote_code"]
+    "name",
+    [
+        "device_map",
+        "low_cpu_mem_usage",
+        "torch_dtype",
+        "ignore_mismatched_sizes",
+        "trust_remote_code",
+    ],
 )
 def test_options_that_would_weaken_it_are_refused(checkpoint, name):
     with pytest.raises(InputError, match=name):
@@ -393,7 +431,9 @@ def test_the_process_stays_as_it_was(checkpoint):
 def test_many_threads_with_mixed_models_and_dtypes(checkpoint, tmp_path):
     folder, _ = checkpoint
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60)).save_pretrained(tmp_path / "gpt2")
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60)).save_pretrained(
+        tmp_path / "gpt2"
+    )
     wanted = {
         (source, dtype): from_pretrained(source, dtype=dtype)
         for source in (folder, tmp_path / "gpt2")

@@ -83,7 +83,9 @@ print("imported:", heavy)
 """
 
 
-def test_inspect_imports_neither_torch_nor_transformers_and_runs_no_code(clean_process, copied, tmp_path):
+def test_inspect_imports_neither_torch_nor_transformers_and_runs_no_code(
+    clean_process, copied, tmp_path
+):
     ran = tmp_path / "ran"
     for name in ("mlflow_safeflavor/__init__.py", "evil.py"):
         (copied / "code" / name).unlink(missing_ok=True)
@@ -96,7 +98,12 @@ def test_inspect_imports_neither_torch_nor_transformers_and_runs_no_code(clean_p
 
 
 def test_inspect_needs_no_trust(run, copied):
-    edit_mlmodel(copied, lambda content: content["flavors"]["safeflavor"].update(structure="pickle", runs=["pickle"]))
+    edit_mlmodel(
+        copied,
+        lambda content: content["flavors"]["safeflavor"].update(
+            structure="pickle", runs=["pickle"]
+        ),
+    )
     reseal(copied)
     done = run("inspect", copied)
     assert done.exit_code == 0, done.output
@@ -139,7 +146,10 @@ def test_verify_of_a_server_that_is_not_there(run, saved):
     # tests/test_parity_endpoint.py asks those that are.
     done = run("verify", saved, "--endpoint", "http://127.0.0.1:1")
     assert done.exit_code == 2, done.output
-    assert "SafeFlavorError: The server cannot be reached\n  where: http://127.0.0.1:1/invocations" in done.stderr
+    assert (
+        "SafeFlavorError: The server cannot be reached\n  where: http://127.0.0.1:1/invocations"
+        in done.stderr
+    )
     assert "Traceback" not in done.output
     assert done.stdout == ""
 
@@ -197,7 +207,9 @@ def test_inspect_of_a_model_with_a_missing_file(run, copied, name):
 
 @pytest.mark.parametrize("content", [[], None, {}, {"tensors": 1, "data": 2}], ids=repr)
 def test_inspect_of_a_model_with_a_malformed_inventory(run, copied, content):
-    edit_json(copied / "safeflavor" / "tensors.json", lambda _: content if content is not None else "null")
+    edit_json(
+        copied / "safeflavor" / "tensors.json", lambda _: content if content is not None else "null"
+    )
     done = run("inspect", copied)
     assert done.exit_code == 2, f"{done.output} {done.exception!r}"
     assert "tensors.json" in done.stderr

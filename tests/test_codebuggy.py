@@ -1,4 +1,7 @@
-"""CodeBuggy, the example application: its pairs, its model, and the whole way from ``mlflow run`` to a browser."""
+"""CodeBuggy, the example application.
+
+Its pairs, its model, and the whole way from ``mlflow run`` to a browser.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +124,10 @@ def run(code: str, *arguments: object) -> object:
 def library(tmp_path_factory) -> Path:
     """Some files of the standard library, one of them twice."""
     root = tmp_path_factory.mktemp("library")
-    names = "argparse calendar configparser difflib fractions gzip heapq optparse random shlex statistics tarfile"
+    names = (
+        "argparse calendar configparser difflib fractions gzip heapq optparse random shlex "
+        "statistics tarfile"
+    )
     for name in names.split():
         file = data.standard_library() / f"{name}.py"
         if file.exists():
@@ -143,7 +149,10 @@ def test_the_same_seed_gives_the_same_pairs(library, splits):
 def test_no_file_and_no_function_is_in_two_splits(splits):
     assert all(splits.values())
     files = [{pair.file for pair in pairs} for pairs in splits.values()]
-    code = [{code for pair in pairs for code in (pair.buggy_code, pair.fixed_code)} for pairs in splits.values()]
+    code = [
+        {code for pair in pairs for code in (pair.buggy_code, pair.fixed_code)}
+        for pairs in splits.values()
+    ]
     for groups in (files, code):
         assert sum(map(len, groups)) == len(set().union(*groups))
 
@@ -181,12 +190,18 @@ def test_a_pair_becomes_two_texts():
     assert read == [[1, 5, 6, 2], [1, 5, 2], [1, 7, 2], [1, 7, 8, 9, 8, 2]]
     roberta = torch.tensor([[1, 5, 6, 2, 2, 7, 2, 0]])
     ids, mask = split(roberta, (roberta != 0).long(), 2)
-    assert [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)] == [[1, 5, 6, 2], [1, 7, 2]]
+    assert [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)] == [
+        [1, 5, 6, 2],
+        [1, 7, 2],
+    ]
 
 
 def test_a_pair_is_judged_as_in_training(checkpoint, tiny_tokenizer):
     model = FixClassifier(str(checkpoint), tiny_tokenizer.sep_token_id).eval()
-    pairs = [data.Pair("x = y", "x = y + x", 1, "r", "f"), data.Pair("if x : return y", "if y :", 0, "r", "f")]
+    pairs = [
+        data.Pair("x = y", "x = y + x", 1, "r", "f"),
+        data.Pair("if x : return y", "if y :", 0, "r", "f"),
+    ]
     texts = ([pair.buggy_code for pair in pairs], [pair.fixed_code for pair in pairs])
     encoded = tiny_tokenizer(*texts, padding=True, return_tensors="pt")
     with torch.inference_mode():
@@ -199,7 +214,9 @@ def test_it_can_learn(checkpoint, tiny_tokenizer):
     rng = random.Random(0)
     short, long = "x = y", "x = y + x - y"
     sides = [rng.sample((short, long), 2) for _ in range(96)]
-    pairs = [data.Pair(before, after, int(after == long), "drop_not", "f") for before, after in sides]
+    pairs = [
+        data.Pair(before, after, int(after == long), "drop_not", "f") for before, after in sides
+    ]
     torch.manual_seed(0)
     model = FixClassifier(str(checkpoint), tiny_tokenizer.sep_token_id)
     losses = []
@@ -213,7 +230,9 @@ def test_it_can_learn(checkpoint, tiny_tokenizer):
     )
     assert len(losses) == 24
     assert not model.training
-    assert (ask(model, tiny_tokenizer, pairs).argmax(1) == torch.tensor([pair.label for pair in pairs])).all()
+    assert (
+        ask(model, tiny_tokenizer, pairs).argmax(1) == torch.tensor([pair.label for pair in pairs])
+    ).all()
 
 
 def test_the_temperature_tells_how_sure_one_may_be():
@@ -235,8 +254,14 @@ def test_every_entry_point_has_typed_parameters_and_a_command_that_exists():
         given = {key: "x" for key, said in entry["parameters"].items() if isinstance(said, str)}
         command = project.get_entry_point(name).compute_command(given, None)
         program = command.split()[1 if command.startswith("python ") else 0]
-        assert (REPOSITORY / program).is_file() or shutil.which(program, path=str(Path(sys.executable).parent))
-        assert all(set(said) == {"type", "default"} for said in entry["parameters"].values() if said != "string")
+        assert (REPOSITORY / program).is_file() or shutil.which(
+            program, path=str(Path(sys.executable).parent)
+        )
+        assert all(
+            set(said) == {"type", "default"}
+            for said in entry["parameters"].values()
+            if said != "string"
+        )
 
 
 @pytest.mark.parametrize("what", ["predict", "load", "threads"])
@@ -249,7 +274,10 @@ def test_bench_takes_its_parameters(what):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What ``mlflow run`` of this project leaves behind: a tiny model, trained once for all processes that test."""
+    """What ``mlflow run`` of this project leaves behind.
+
+    A tiny model, trained once for all processes that test.
+    """
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
@@ -259,7 +287,11 @@ def trained(tmp_path_factory):
             (folder / "encoder").mkdir(parents=True)
             make_tiny_encoder(folder / "encoder")
             (folder / "result.json").write_text(json.dumps(train(folder)))
-    return {"folder": folder, "env": environment(folder), **json.loads((folder / "result.json").read_text())}
+    return {
+        "folder": folder,
+        "env": environment(folder),
+        **json.loads((folder / "result.json").read_text()),
+    }
 
 
 def make_tiny_encoder(folder: Path) -> None:
@@ -268,7 +300,12 @@ def make_tiny_encoder(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(before.checkpoint())
     tokenizer.save_pretrained(folder)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
@@ -276,14 +313,28 @@ def make_tiny_encoder(folder: Path) -> None:
 
 def environment(folder: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    store = {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return {**kept, **store, **servers.TRUST, "PATH": path, "PYTHONPATH": str(REPOSITORY)}
 
 
 def mlflow_run(entry: str, parameters: dict[str, object]) -> list[str]:
     given = [part for name, value in parameters.items() for part in ("-P", f"{name}={value}")]
-    return [sys.executable, "-m", "mlflow", "run", str(REPOSITORY), "-e", entry, "--env-manager", "local", *given]
+    return [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "run",
+        str(REPOSITORY),
+        "-e",
+        entry,
+        "--env-manager",
+        "local",
+        *given,
+    ]
 
 
 def train(folder: Path) -> dict[str, object]:
@@ -296,7 +347,9 @@ def train(folder: Path) -> dict[str, object]:
         "held_out": folder / "heldout.jsonl",
     }
     command = mlflow_run("main", parameters)
-    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -307,13 +360,17 @@ def app(trained) -> Iterator[str]:
     port = servers.free_port()
     command = mlflow_run("serve", {"model_uri": "models:/codebuggy@champion", "port": port})
     log = trained["folder"] / f"app-{port}.log"
-    with servers.running(command, f"http://127.0.0.1:{port}", "/health", log, trained["env"]) as url:
+    with servers.running(
+        command, f"http://127.0.0.1:{port}", "/health", log, trained["env"]
+    ) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def rows(trained) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (trained["folder"] / "heldout.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (trained["folder"] / "heldout.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.slow
@@ -322,9 +379,16 @@ def test_training_logs_what_one_wants_to_see(trained, rows):
     run = client.get_run(trained["run_id"])
     metrics, params = run.data.metrics, run.data.params
     assert metrics["accuracy"] == pytest.approx(trained["accuracy"])
-    assert trained["baseline"] == max(metrics["baseline_majority"], metrics["baseline_bag_of_tokens"])
+    assert trained["baseline"] == max(
+        metrics["baseline_majority"], metrics["baseline_bag_of_tokens"]
+    )
     assert metrics["margin"] == pytest.approx(trained["accuracy"] - trained["baseline"])
-    assert {"loss", "validation_accuracy", "temperature", "accuracy_swap_comparison"} <= metrics.keys()
+    assert {
+        "loss",
+        "validation_accuracy",
+        "temperature",
+        "accuracy_swap_comparison",
+    } <= metrics.keys()
     assert len(client.get_metric_history(run.info.run_id, "loss")) > 1
     assert (params["pairs"], params["pairs_heldout"]) == (str(PAIRS), str(len(rows)))
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {
@@ -343,9 +407,17 @@ def test_training_logs_what_one_wants_to_see(trained, rows):
 def test_host_server_and_service_say_the_same_bits_of_200_pairs(trained, app):
     log, uri = trained["folder"] / f"mlflow-{os.getpid()}.log", "models:/codebuggy@champion"
     with servers.mlflow_server(uri, log, trained["env"]) as endpoint:
-        command = [sys.executable, EXAMPLE / "agreement.py", uri, trained["folder"] / "heldout.jsonl"]
+        command = [
+            sys.executable,
+            EXAMPLE / "agreement.py",
+            uri,
+            trained["folder"] / "heldout.jsonl",
+        ]
         done = subprocess.run(
-            [*command, "--endpoint", endpoint, "--app", app], env=trained["env"], capture_output=True, text=True
+            [*command, "--endpoint", endpoint, "--app", app],
+            env=trained["env"],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "service: 200 of 200 rows answered as here, bit for bit" in done.stdout
@@ -355,13 +427,16 @@ def test_host_server_and_service_say_the_same_bits_of_200_pairs(trained, app):
 @pytest.mark.slow
 @pytest.mark.serve
 @pytest.mark.graphs
-def test_as_a_graph_alone_it_is_served_without_its_class_and_without_trust(trained, rows, tmp_path, tracking, serve):
+def test_as_a_graph_alone_it_is_served_without_its_class_and_without_trust(
+    trained, rows, tmp_path, tracking, serve
+):
     store = mlflow.MlflowClient(trained["env"]["MLFLOW_TRACKING_URI"])
     saved = store.get_logged_model(trained["model_uri"].removeprefix("models:/")).artifact_location
     native = mlflow_safeflavor.load_model(saved, trust={"code", "pickle"})
     tokenizer = AutoTokenizer.from_pretrained(trained["folder"] / "encoder")
     example = pd.DataFrame(rows[:6], columns=["buggy_code", "fixed_code"])
-    logged = log(native.module, tokenizer, example, "only", "").model_uri  # as `train.py --graph only` does
+    # as `train.py --graph only` does
+    logged = log(native.module, tokenizer, example, "only", "").model_uri
     graph = Path(mlflow.artifacts.download_artifacts(logged, dst_path=str(tmp_path / "graph")))
     assert not list(graph.rglob("*.pkl"))
     assert [entry.name for entry in (graph / "code").iterdir()] == ["mlflow_safeflavor"]
@@ -374,9 +449,16 @@ def test_as_a_graph_alone_it_is_served_without_its_class_and_without_trust(train
 
 def check_remote(endpoint: str, app: str, trained: dict[str, object]) -> None:
     """The service that asks a server says what the one with the model in it says, until the server is gone."""
-    change = {"buggy_code": "def f(a):\n    return a[len(a)]", "fixed_code": "def f(a):\n    return a[-1]"}
-    with servers.service(["--endpoint", endpoint], trained["folder"] / f"remote-{os.getpid()}.log") as remote:
-        answers = [requests.post(f"{url}/predict", json=change, timeout=60) for url in (app, remote)]
+    change = {
+        "buggy_code": "def f(a):\n    return a[len(a)]",
+        "fixed_code": "def f(a):\n    return a[-1]",
+    }
+    with servers.service(
+        ["--endpoint", endpoint], trained["folder"] / f"remote-{os.getpid()}.log"
+    ) as remote:
+        answers = [
+            requests.post(f"{url}/predict", json=change, timeout=60) for url in (app, remote)
+        ]
         assert [answer.status_code for answer in answers] == [200, 200]
         assert answers[0].json() == answers[1].json()
     gone = f"http://127.0.0.1:{servers.free_port()}"
@@ -404,14 +486,18 @@ def test_the_service_answers_or_says_what_is_wrong(app):
         "buggy_code: Input should be": '{"buggy_code": "\\ud800", "fixed_code": "x"}',
     }
     for said, body in bad.items():
-        response = requests.post(f"{app}/predict", data=body, headers={"Content-Type": "application/json"}, timeout=60)
+        response = requests.post(
+            f"{app}/predict", data=body, headers={"Content-Type": "application/json"}, timeout=60
+        )
         assert response.status_code == 422, (said, response.text)
         assert said in response.json()["error"]
         assert "Traceback" not in response.text
     assert requests.get(f"{app}/predict", timeout=60).status_code == 405
 
 
-@pytest.mark.parametrize("arguments", [[], ["--model-uri", "models:/a/1", "--endpoint", "http://127.0.0.1:1"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--model-uri", "models:/a/1", "--endpoint", "http://127.0.0.1:1"]]
+)
 def test_a_service_needs_one_model(arguments):
     done = CliRunner().invoke(serve.main, arguments)
     assert done.exit_code == 2
@@ -421,7 +507,9 @@ def test_a_service_needs_one_model(arguments):
 @pytest.mark.slow
 def test_verify_through_mlflow_run(trained):
     command = mlflow_run("verify", {"model_uri": trained["model_uri"], "trust": "pickle"})
-    done = subprocess.run(command, cwd=trained["folder"], env=trained["env"], capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=trained["folder"], env=trained["env"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bit-identical" in done.stdout
 
@@ -439,7 +527,9 @@ def of_tiny_bert(monkeypatch, checkpoint, tiny_tokenizer):
 def test_before(of_tiny_bert, capsys):
     before.main()
     nested, on_cpu, from_config = capsys.readouterr().out.split("\n\n")[1:]
-    assert "RuntimeError: You are using `from_pretrained` with a meta device context manager" in nested
+    assert (
+        "RuntimeError: You are using `from_pretrained` with a meta device context manager" in nested
+    )
     assert "temperature: nan, saved was 1.7" in on_cpu
     assert "no error; keys that transformers misses or mistrusts: none" in from_config
     assert "temperature: nan, saved was 1.7" in from_config
@@ -469,7 +559,12 @@ def browser():
         pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
     options = webdriver.ChromeOptions()
     options.binary_location = binaries[0]
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1120,780"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--window-size=1120,780",
+    ):
         options.add_argument(argument)
     driver = webdriver.Chrome(options, webdriver.ChromeService(binaries[1]))
     yield driver
@@ -482,7 +577,10 @@ def test_two_snippets_are_pasted_and_a_verdict_is_read(app, browser, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    snippets = {"buggy": "def last(a):\n    return a[len(a)]", "fixed": "def last(a):\n    return a[len(a) - 1]"}
+    snippets = {
+        "buggy": "def last(a):\n    return a[len(a)]",
+        "fixed": "def last(a):\n    return a[len(a) - 1]",
+    }
     browser.get(app)
     for field, code in snippets.items():
         browser.find_element(By.ID, field).send_keys(code)
@@ -500,7 +598,11 @@ def test_two_snippets_are_pasted_and_a_verdict_is_read(app, browser, tmp_path):
         browser.save_screenshot(path)
     browser.find_element(By.ID, "fixed").clear()
     browser.find_element(By.CSS_SELECTOR, "button").click()
-    WebDriverWait(browser, 60).until(lambda _: "fixed_code: String should have at least 1 character" in verdict.text)
+    WebDriverWait(browser, 60).until(
+        lambda _: "fixed_code: String should have at least 1 character" in verdict.text
+    )
     # Nothing was asked of anybody else.
-    asked = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    asked = browser.execute_script(
+        "return performance.getEntriesByType('resource').map(entry => entry.name)"
+    )
     assert {address.startswith(app) for address in asked} == {True}

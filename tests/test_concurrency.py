@@ -1,4 +1,6 @@
-"""Many threads load while others are in transformers' own loader: every model right or refused by name, none wrong.
+"""Many threads load while others are in transformers' own loader.
+
+Every model right or refused by name, none wrong.
 
 That loader swaps torch's default dtype and ``PreTrainedModel.tie_weights`` for the whole process.
 """
@@ -16,7 +18,13 @@ import torch
 from artifacts import TEXTS
 from memory import all_bits, memory
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, ModernBertConfig, ModernBertModel, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedModel,
+)
 
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact.inventory_file import Inventory
@@ -38,7 +46,9 @@ class Sensitive(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, width)
         self.register_buffer("transient", torch.linspace(0, 1, width), persistent=False)
-        self.register_buffer("fixed", torch.linspace(0, 1, width, dtype=torch.float32), persistent=False)
+        self.register_buffer(
+            "fixed", torch.linspace(0, 1, width, dtype=torch.float32), persistent=False
+        )
         self.plain = [torch.linspace(1, 2, width)]
 
     def forward(self, x):
@@ -52,13 +62,25 @@ def seeded(make):
 
 
 def gpt2():
-    return seeded(lambda: GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=16, n_embd=16, n_layer=2, n_head=2)))
+    return seeded(
+        lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=30, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        )
+    )
 
 
 def modernbert():
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    special = {
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    }
     shape = {"vocab_size": 30, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3}
-    config = ModernBertConfig(num_attention_heads=2, attn_implementation="eager", **shape, **special)
+    config = ModernBertConfig(
+        num_attention_heads=2, attn_implementation="eager", **shape, **special
+    )
     return seeded(lambda: ModernBertModel(config))
 
 
@@ -75,7 +97,11 @@ def picture(model, data):
     if not isinstance(answers, dict):
         answers = {"frame": answers.to_json()}
     shared = {path: where[0] for path, where in memory(model.module).items()}
-    return all_bits(model.module), shared, {name: np.asarray(value).tobytes() for name, value in answers.items()}
+    return (
+        all_bits(model.module),
+        shared,
+        {name: np.asarray(value).tobytes() for name, value in answers.items()},
+    )
 
 
 @pytest.fixture
@@ -118,7 +144,9 @@ class Background:
             self.loads[i] += 1
 
     def __enter__(self):
-        self.threads = [threading.Thread(target=self._run, args=(i,)) for i in range(len(self.dtypes))]
+        self.threads = [
+            threading.Thread(target=self._run, args=(i,)) for i in range(len(self.dtypes))
+        ]
         for thread in self.threads:
             thread.start()
         return self
@@ -145,7 +173,10 @@ def _process_as_before():
 
 
 def storm(cases, load):
-    """``load`` each case many times from many threads. Gives problems, and how many loads were refused."""
+    """``load`` each case many times from many threads.
+
+    Gives problems, and how many loads were refused.
+    """
     names = [list(cases)[i % len(cases)] for i in range(LOADS)]
     barrier = threading.Barrier(THREADS)
     problems, refused = [], []
@@ -177,7 +208,9 @@ def test_thirty_two_threads_beside_transformers_own_loader(cases, checkpoint):
     def load(name):
         path, options, data = cases[name]
         found = picture(mlflow_safeflavor.load_model(path, **options), data)
-        return ", ".join(part for part, new, old in zip(parts, found, expected[name], strict=True) if new != old)
+        return ", ".join(
+            part for part, new, old in zip(parts, found, expected[name], strict=True) if new != old
+        )
 
     started = time.monotonic()
     with Background(checkpoint) as background:
@@ -232,7 +265,10 @@ def test_what_another_thread_had_set_for_a_moment_is_not_put_back():
 
 
 def test_an_outer_device_of_this_thread_reaches_no_tensor(cases):
-    """Right, or refused by name: recorded rows are answered in the caller's context, where arrays may go to meta."""
+    """Right, or refused by name.
+
+    Recorded rows are answered in the caller's context, where arrays may go to meta.
+    """
     expected = {
         name: picture(mlflow_safeflavor.load_model(path, **options), data)
         for name, (path, options, data) in cases.items()
@@ -252,19 +288,26 @@ def test_an_outer_default_dtype_reaches_nothing_and_is_put_back(cases):
         torch.set_default_dtype(torch.float64)
         try:
             model = mlflow_safeflavor.load_model(path, **options)
-            assert torch.get_default_dtype() == torch.float64, "the caller's default dtype was not put back"
+            assert torch.get_default_dtype() == torch.float64, (
+                "the caller's default dtype was not put back"
+            )
         finally:
             torch.set_default_dtype(torch.float32)
         assert picture(model, data) == expected, f"{name} under another default dtype"
 
 
 def test_one_loaded_model_from_many_threads(cases):
-    """Bit by bit: each row is run by itself. What merging does to the bits is in test_scheduler.py."""
+    """Bit by bit: each row is run by itself.
+
+    What merging does to the bits is in test_scheduler.py.
+    """
     path, options, data = cases["classifier"]
     model = mlflow_safeflavor.load_model(path, **options, model_config={"deterministic": True})
     expected = [model.predict([text])["score"].item() for text in data]
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda i: model.predict([data[i % len(data)]])["score"].item(), range(160)))
+        found = list(
+            pool.map(lambda i: model.predict([data[i % len(data)]])["score"].item(), range(160))
+        )
     assert found == [expected[i % len(data)] for i in range(160)]
 
 
@@ -273,7 +316,12 @@ def test_saving_beside_loading(cases, checkpoint, tmp_path):
     model = seeded(lambda: Sensitive(3))
 
     def save(name):
-        options = {"task": "raw", "init_args": {"width": 3}, "input_example": X, "dtype": "bfloat16"}
+        options = {
+            "task": "raw",
+            "init_args": {"width": 3},
+            "input_example": X,
+            "dtype": "bfloat16",
+        }
         mlflow_safeflavor.save_model(model, tmp_path / name, rehearse=False, **options)
 
     save("alone")
@@ -282,7 +330,9 @@ def test_saving_beside_loading(cases, checkpoint, tmp_path):
     with Background(checkpoint), ThreadPoolExecutor(4) as pool:
         outcomes = [pool.submit(save, name) for name in names]
     errors = [outcome.exception() for outcome in outcomes if outcome.exception() is not None]
-    assert all(isinstance(error, SafeFlavorError) for error in errors), f"failed without a name: {errors}"
+    assert all(isinstance(error, SafeFlavorError) for error in errors), (
+        f"failed without a name: {errors}"
+    )
     assert len(errors) < len(names), f"none was saved: {errors}"
     for name in names:
         file = tmp_path / name / "safeflavor" / "model.safetensors"

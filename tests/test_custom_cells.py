@@ -37,7 +37,9 @@ def numbers(rows, tokenizer):
 
 
 def shown(outputs, rows):
-    return [{"y": y, "cell": type(row["c"]).__name__} for y, row in zip(outputs["y"], rows, strict=True)]
+    return [
+        {"y": y, "cell": type(row["c"]).__name__} for y, row in zip(outputs["y"], rows, strict=True)
+    ]
 
 
 @pytest.fixture
@@ -47,8 +49,19 @@ def save(user_code, tmp_path, monkeypatch):
 
     def make(example, preprocess=numbers, postprocess=shown, **options):
         torch.manual_seed(0)
-        options = {"init_args": {}, "code_paths": [file], "allow_pickle": True, "rehearse": False, **options}
-        options = {"preprocess": preprocess, "postprocess": postprocess, "input_example": example, **options}
+        options = {
+            "init_args": {},
+            "code_paths": [file],
+            "allow_pickle": True,
+            "rehearse": False,
+            **options,
+        }
+        options = {
+            "preprocess": preprocess,
+            "postprocess": postprocess,
+            "input_example": example,
+            **options,
+        }
         mlflow_safeflavor.save_model(code.Net().eval(), tmp_path / "m", task="custom", **options)
         return mlflow_safeflavor.load_model(tmp_path / "m", trust={"code", "pickle"})
 
@@ -86,7 +99,9 @@ def test_a_cell_comes_back_as_it_was(cell):
         assert back == cell or (cell != cell and back != back)
 
 
-@pytest.mark.parametrize("cell", CELLS[:1] + CELLS[4:8] + CELLS[10:14], ids=lambda cell: f"{type(cell).__name__}")
+@pytest.mark.parametrize(
+    "cell", CELLS[:1] + CELLS[4:8] + CELLS[10:14], ids=lambda cell: f"{type(cell).__name__}"
+)
 def test_hooks_get_every_kind_of_cell(save, cell):
     loaded = save([{"c": cell}, {"c": cell}])
     found = loaded.predict([{"c": cell}])
@@ -102,7 +117,13 @@ def test_a_value_that_cannot_be_stored_is_named(save):
 
 
 def test_answers_become_plain():
-    value = {"t": torch.ones(2, dtype=torch.bfloat16), "n": np.float32(0.5), "a": [np.arange(2)], "d": b"x", "m": None}
+    value = {
+        "t": torch.ones(2, dtype=torch.bfloat16),
+        "n": np.float32(0.5),
+        "a": [np.arange(2)],
+        "d": b"x",
+        "m": None,
+    }
     assert plain(value) == {"t": [1.0, 1.0], "n": 0.5, "a": [[0, 1]], "d": b"x", "m": None}
 
 
@@ -114,7 +135,9 @@ def test_hooks_give_tensors_or_arrays_of_any_width_and_get_arrays(save, dtype):
 
     def post(outputs, rows):
         outputs["y"] += 0  # nobody else's
-        return [{"y": y, "kind": f"{type(y).__name__} of {outputs['y'].dtype}"} for y in outputs["y"]]
+        return [
+            {"y": y, "kind": f"{type(y).__name__} of {outputs['y'].dtype}"} for y in outputs["y"]
+        ]
 
     loaded = save(ROWS, pre, post)
     found = loaded.predict(ROWS)
@@ -179,7 +202,9 @@ def test_answers_as_a_table_and_shared_tensors(save):
 
 def test_an_output_that_is_not_one_a_row_is_named(save):
     with pytest.raises(StructureError, match="first dimension") as caught:
-        save(ROWS, postprocess=lambda outputs, rows: [{"y": float(outputs["all"][0])} for _ in rows])
+        save(
+            ROWS, postprocess=lambda outputs, rows: [{"y": float(outputs["all"][0])} for _ in rows]
+        )
     assert caught.value.where == "all"
     with pytest.raises(AnswerError, match="KeyError: 'z'"):
         save(ROWS, postprocess=lambda outputs, rows: [{"y": float(outputs["z"])} for _ in rows])
@@ -188,10 +213,15 @@ def test_an_output_that_is_not_one_a_row_is_named(save):
 def test_missing_cells_pass_mlflow_too(save, tmp_path):
     save([{"c": 1.5}, {"c": float("nan")}])
     served = mlflow.pyfunc.load_model(str(tmp_path / "m"))
-    assert served.predict(pd.DataFrame({"c": [float("nan"), 2.0]}))["cell"].tolist() == ["float", "float"]
+    assert served.predict(pd.DataFrame({"c": [float("nan"), 2.0]}))["cell"].tolist() == [
+        "float",
+        "float",
+    ]
 
 
-@pytest.mark.parametrize("values", [[1, 2.5, 3], [[1.0], [2]], [1, "a"], {"a": [1, 2.5]}, [[1], None, [2.5]]], ids=str)
+@pytest.mark.parametrize(
+    "values", [[1, 2.5, 3], [[1.0], [2]], [1, "a"], {"a": [1, 2.5]}, [[1], None, [2.5]]], ids=str
+)
 def test_a_column_without_a_type_of_mlflows_takes_no_other_along(save, tmp_path, values):
     """MLflow would say that there is one column without a name, and drop all but the first of each request."""
 
@@ -199,7 +229,14 @@ def test_a_column_without_a_type_of_mlflows_takes_no_other_along(save, tmp_path,
         return numbers([{"c": (row["c"], row["values"], row["last"])} for row in rows], tokenizer)
 
     row = {"c": 1.0, "values": values, "last": "z"}
-    loaded = save([row, row], pre, lambda outputs, rows: [{"c": row["c"], "read": str(row["values"])} for row in rows])
+    loaded = save(
+        [row, row],
+        pre,
+        lambda outputs, rows: [{"c": row["c"], "read": str(row["values"])} for row in rows],
+    )
     served = mlflow.pyfunc.load_model(str(tmp_path / "m"))
     assert served.metadata.get_input_schema().input_names() == ["c", "values", "last"]
-    assert served.predict(pd.DataFrame([row]))["read"].tolist() == loaded.predict([row])["read"].tolist()
+    assert (
+        served.predict(pd.DataFrame([row]))["read"].tolist()
+        == loaded.predict([row])["read"].tolist()
+    )

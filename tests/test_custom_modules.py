@@ -1,4 +1,7 @@
-"""Modules of the user's own: imported or pickled, with hooks or raw arrays, and only where somebody agreed."""
+"""Modules of the user's own.
+
+Imported or pickled, with hooks or raw arrays, and only where somebody agreed.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,10 @@ BERT = {
     "intermediate_size": 16,
     "max_position_embeddings": 16,
 }
-IDS = {"input_ids": np.array([[2, 5, 9, 3], [2, 7, 3, 0]]), "attention_mask": np.array([[1, 1, 1, 1], [1, 1, 1, 0]])}
+IDS = {
+    "input_ids": np.array([[2, 5, 9, 3], [2, 7, 3, 0]]),
+    "attention_mask": np.array([[1, 1, 1, 1], [1, 1, 1, 0]]),
+}
 X = {"x": np.array([[1.0, 2.0, 3.0, 4.0], [0.5, -1.0, 0.0, 2.0]], dtype=np.float32)}
 ROWS = [{"a": 1.0, "b": 2.0}, {"a": -3.0, "b": 0.5}]
 
@@ -80,7 +86,11 @@ def answer(module: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.nda
     """What a module says without any of this package."""
     with torch.inference_mode():
         found = module(**{name: torch.tensor(array) for name, array in arrays.items()})
-    return {"output_0": found.numpy()} if isinstance(found, torch.Tensor) else {k: v.numpy() for k, v in found.items()}
+    return (
+        {"output_0": found.numpy()}
+        if isinstance(found, torch.Tensor)
+        else {k: v.numpy() for k, v in found.items()}
+    )
 
 
 def same(found, expected) -> None:
@@ -133,7 +143,12 @@ def test_a_module_with_arguments_comes_from_the_artifacts_own_code(save, user_co
     code, file = user_code("own_net", NET)
     model = seeded(lambda: code.Net(8, act="tanh", scales=[3, 4]))
     expected, before = answer(model, X), all_bits(model)
-    path = save(model, init_args={"hidden": 8, "act": "tanh", "scales": [3, 4]}, code_paths=[file], input_example=X)
+    path = save(
+        model,
+        init_args={"hidden": 8, "act": "tanh", "scales": [3, 4]},
+        code_paths=[file],
+        input_example=X,
+    )
     forget(file)
     loaded = load(path, "code")
     assert Path(sys.modules["own_net"].__file__).parent == path / "code"
@@ -147,7 +162,10 @@ def test_a_module_with_arguments_comes_from_the_artifacts_own_code(save, user_co
 
 
 def test_pyfunc_answers_the_same(save, user_code):
-    """Under pyfunc MLflow has put the code on the path: loading through it is the agreement to run it."""
+    """Under pyfunc MLflow has put the code on the path.
+
+    Loading through it is the agreement to run it.
+    """
     code, file = user_code("own_net", NET)
     model = seeded(lambda: code.Net(8))
     expected = answer(model, X)
@@ -158,7 +176,9 @@ def test_pyfunc_answers_the_same(save, user_code):
 
 def test_code_needs_trust_and_nothing_of_it_runs_before(save, user_code, tmp_path):
     code, file = user_code("canary_net", NET + "\n    RAN = True\n")
-    path = save(seeded(lambda: code.Net(8)), init_args={"hidden": 8}, code_paths=[file], input_example=X)
+    path = save(
+        seeded(lambda: code.Net(8)), init_args={"hidden": 8}, code_paths=[file], input_example=X
+    )
     forget(file)
     for trust in ((), ("pickle",)):
         with pytest.raises(TrustError, match="runs its own code") as caught:
@@ -166,13 +186,17 @@ def test_code_needs_trust_and_nothing_of_it_runs_before(save, user_code, tmp_pat
         assert caught.value.where == "canary_net:Net"
         assert caught.value.wanted == "trust={'code'}"
         assert "canary_net" not in sys.modules, "the code ran before anybody agreed"
-        assert not any(str(path) in entry for entry in sys.path), "the code can be imported before anybody agreed"
+        assert not any(str(path) in entry for entry in sys.path), (
+            "the code can be imported before anybody agreed"
+        )
 
 
 @pytest.mark.parametrize("trust", [{"kode"}, {"code", "all"}], ids=["unknown", "one unknown"])
 def test_trust_in_something_that_does_not_exist(save, user_code, trust):
     code, file = user_code("own_net", NET)
-    path = save(seeded(lambda: code.Net(8)), init_args={"hidden": 8}, code_paths=[file], input_example=X)
+    path = save(
+        seeded(lambda: code.Net(8)), init_args={"hidden": 8}, code_paths=[file], input_example=X
+    )
     with pytest.raises(TrustError, match="Unknown kind of trust"):
         mlflow_safeflavor.load_model(str(path), trust=trust)
 
@@ -197,7 +221,12 @@ def test_a_config_among_the_arguments(save, user_code):
     config = BertConfig(**BERT)
     model = seeded(lambda: code.Scorer(5, encoder_config=config))
     expected = answer(model, IDS)
-    path = save(model, init_args={"labels": 5, "encoder_config": config}, code_paths=[file], input_example=IDS)
+    path = save(
+        model,
+        init_args={"labels": 5, "encoder_config": config},
+        code_paths=[file],
+        input_example=IDS,
+    )
     forget(file)
     loaded = load(path, "code")
     same(loaded.predict(IDS), expected)
@@ -245,7 +274,9 @@ def test_a_pretrained_model_of_the_users_own(save, user_code):
     loaded = load(path, "code")
     same(loaded.predict(IDS), expected)
     assert loaded.module.config.heads == 3
-    assert structure_of(path)["arguments"] == {"extra": {"value": True}}, "a flag that decides the structure"
+    assert structure_of(path)["arguments"] == {"extra": {"value": True}}, (
+        "a flag that decides the structure"
+    )
 
 
 def test_a_class_of_an_installed_package_is_pinned(save, tmp_path):
@@ -312,9 +343,21 @@ def test_the_hint_of_missing_arguments_names_both_ways(save, user_code):
 
 def test_modules_of_one_name_and_other_content_do_not_mix(save, user_code, tmp_path):
     code, file = user_code("same_name", NET)
-    first = save(seeded(lambda: code.Net(8)), "first", init_args={"hidden": 8}, code_paths=[file], input_example=X)
+    first = save(
+        seeded(lambda: code.Net(8)),
+        "first",
+        init_args={"hidden": 8},
+        code_paths=[file],
+        input_example=X,
+    )
     code, file = user_code("same_name", NET.replace("self.scales[0]", "self.scales[1]"))
-    second = save(seeded(lambda: code.Net(8)), "second", init_args={"hidden": 8}, code_paths=[file], input_example=X)
+    second = save(
+        seeded(lambda: code.Net(8)),
+        "second",
+        init_args={"hidden": 8},
+        code_paths=[file],
+        input_example=X,
+    )
     forget(file)
     assert load(second, "code").report.bit_identical
     with pytest.raises(StructureError, match="Another module of the same name") as caught:
@@ -328,7 +371,9 @@ def test_modules_of_one_name_and_other_content_do_not_mix(save, user_code, tmp_p
 def test_a_module_whose_name_begins_like_the_loaders_is_the_users(save, user_code):
     source = NET.replace("torch.randn(3)", "torch.randn(3) * 0")
     code, file = user_code("mlflow_safeflavor_extras", source)
-    path = save(seeded(lambda: code.Net(8)), init_args={"hidden": 8}, code_paths=[file], input_example=X)
+    path = save(
+        seeded(lambda: code.Net(8)), init_args={"hidden": 8}, code_paths=[file], input_example=X
+    )
     user_code("mlflow_safeflavor_extras", source.replace("self.scales[0]", "self.scales[1]"))
     with pytest.raises(StructureError, match="Another module of the same name"):
         load(path, "code")
@@ -357,7 +402,12 @@ def test_the_loader_does_not_go_into_code_paths(save, user_code):
     code, file = user_code("own_net", NET)
     package = str(Path(mlflow_safeflavor.__file__).parent)
     with pytest.raises(InputError, match="code_paths must not hold the loader"):
-        save(seeded(lambda: code.Net(8)), init_args={"hidden": 8}, code_paths=[file, package], input_example=X)
+        save(
+            seeded(lambda: code.Net(8)),
+            init_args={"hidden": 8},
+            code_paths=[file, package],
+            input_example=X,
+        )
 
 
 # Kind pickle
@@ -385,7 +435,10 @@ PREDICTOR = """
 
 @pytest.fixture
 def predictor(user_code, tmp_path, tiny_bert):
-    """The classic: encoder from a checkpoint in ``__init__``, and a head. With its code's file and its checkpoint."""
+    """The classic: encoder from a checkpoint in ``__init__``, and a head.
+
+    With its code's file and its checkpoint.
+    """
     checkpoint = tmp_path / "encoder"
     tiny_bert(None, **BERT).save_pretrained(checkpoint)
     code, file = user_code("predictor_code", PREDICTOR)
@@ -411,7 +464,10 @@ def test_encoder_and_head_come_back_without_the_checkpoint_and_without_init(save
 
 
 def test_this_is_where_other_ways_break(predictor, tmp_path):
-    """What the pickle is for: without its checkpoint the class cannot be called, here as anywhere."""
+    """What the pickle is for.
+
+    Without its checkpoint the class cannot be called, here as anywhere.
+    """
     model, _, checkpoint = predictor
     shutil.rmtree(checkpoint)
     with pytest.raises(OSError, match="encoder"):
@@ -433,9 +489,13 @@ def test_a_constructor_that_gives_the_module_back_is_preferred_to_a_pickle(save,
     assert not (path / "safeflavor" / "structure.pkl").exists()
 
 
-def test_a_constructor_that_loads_a_checkpoint_is_no_way_to_give_the_module_back(save, user_code, predictor):
+def test_a_constructor_that_loads_a_checkpoint_is_no_way_to_give_the_module_back(
+    save, user_code, predictor
+):
     _, _, checkpoint = predictor
-    code, file = user_code("loads", PREDICTOR.replace("checkpoint, labels", f"checkpoint={str(checkpoint)!r}, labels"))
+    code, file = user_code(
+        "loads", PREDICTOR.replace("checkpoint, labels", f"checkpoint={str(checkpoint)!r}, labels")
+    )
     model = seeded(code.Predictor)
     path = save(model, allow_pickle=True, code_paths=[file], input_example=IDS)
     shutil.rmtree(checkpoint)
@@ -552,7 +612,11 @@ def test_no_tensor_is_in_the_pickle(save, predictor):
     same(load(path, "code", "pickle").predict(IDS), expected)
     names, tensors, size = opcodes(path)
     assert tensors == len({id(slot.tensor) for slot in find_slots(model)}) + 1
-    bad = [name for name in names if "storage" in name.lower() or "_rebuild_" in name or name == "torch Tensor"]
+    bad = [
+        name
+        for name in names
+        if "storage" in name.lower() or "_rebuild_" in name or name == "torch Tensor"
+    ]
     assert bad == [], "the pickle builds tensors itself"
     pickled = (path / "safeflavor" / "structure.pkl").read_bytes()
     weights = (path / "safeflavor" / "model.safetensors").read_bytes()
@@ -573,7 +637,9 @@ def test_the_pickle_does_not_grow_with_the_weights(save):
             return self.layer(x) + self.kept[0]
 
     sizes = [
-        opcodes(save(seeded(lambda w=w: Wide(w)), f"wide{w}", allow_pickle=True, input_example=X))[2]
+        opcodes(save(seeded(lambda w=w: Wide(w)), f"wide{w}", allow_pickle=True, input_example=X))[
+            2
+        ]
         for w in (10, 50_000)
     ]
     assert abs(sizes[1] - sizes[0]) < 100
@@ -641,7 +707,10 @@ def test_what_cannot_be_pickled_is_named(save, tmp_path):
 def test_a_pickle_of_another_python_is_refused(save, predictor):
     model, file, _ = predictor
     path = save(model, allow_pickle=True, code_paths=[file], input_example=IDS)
-    edit_json(path / "safeflavor" / "structure.json", lambda content: content["pickle"].update(python="3.9"))
+    edit_json(
+        path / "safeflavor" / "structure.json",
+        lambda content: content["pickle"].update(python="3.9"),
+    )
     reseal(path)
     with pytest.raises(StructureError, match="byte code of another Python") as caught:
         load(path, "code", "pickle")
@@ -650,11 +719,16 @@ def test_a_pickle_of_another_python_is_refused(save, predictor):
     assert "code_paths" in caught.value.hint
 
 
-@pytest.mark.parametrize("tensors", [[], ["head.weight"], ["nowhere"], None, "head.weight", [1], [["a"]]], ids=str)
+@pytest.mark.parametrize(
+    "tensors", [[], ["head.weight"], ["nowhere"], None, "head.weight", [1], [["a"]]], ids=str
+)
 def test_a_damaged_list_of_tensors(save, predictor, tensors):
     model, file, _ = predictor
     path = save(model, allow_pickle=True, code_paths=[file], input_example=IDS)
-    edit_json(path / "safeflavor" / "structure.json", lambda content: content["pickle"].update(tensors=tensors))
+    edit_json(
+        path / "safeflavor" / "structure.json",
+        lambda content: content["pickle"].update(tensors=tensors),
+    )
     reseal(path)
     with pytest.raises((IntegrityError, StructureError)):
         load(path, "code", "pickle")
@@ -717,7 +791,9 @@ HOOKS = """
 
 @pytest.fixture
 def hooked(user_code, save):
-    """``hooked(**options)``: a saved model with the custom task; gives its path, its code and a reference answer.
+    """``hooked(**options)``: a saved model with the custom task.
+
+    Gives its path, its code and a reference answer.
 
     ``choose`` gives further options, from the module that the hooks are in.
     """
@@ -730,11 +806,25 @@ def hooked(user_code, save):
         def expected(rows, pre=hooks.pre):
             with torch.inference_mode():
                 outputs = [model(**pre([row], None)) for row in rows]
-            return [post[0] for post in (hooks.post(o, [row]) for o, row in zip(outputs, rows, strict=True))]
+            return [
+                post[0]
+                for post in (hooks.post(o, [row]) for o, row in zip(outputs, rows, strict=True))
+            ]
 
-        options = {"preprocess": hooks.pre, "postprocess": hooks.post, "input_example": ROWS, **options}
+        options = {
+            "preprocess": hooks.pre,
+            "postprocess": hooks.post,
+            "input_example": ROWS,
+            **options,
+        }
         options |= choose(hooks) if choose else {}
-        path = save(model, task="custom", init_args={"hidden": 8}, code_paths=[net_file, hooks_file], **options)
+        path = save(
+            model,
+            task="custom",
+            init_args={"hidden": 8},
+            code_paths=[net_file, hooks_file],
+            **options,
+        )
         return path, hooks, expected
 
     return make
@@ -747,7 +837,10 @@ def close(frame: pd.DataFrame, expected) -> None:
 
 def test_importable_hooks(hooked):
     path, _, expected = hooked()
-    assert structure_of(path)["hooks"] == {"preprocess": "hooked_hooks:pre", "postprocess": "hooked_hooks:post"}
+    assert structure_of(path)["hooks"] == {
+        "preprocess": "hooked_hooks:pre",
+        "postprocess": "hooked_hooks:post",
+    }
     loaded = load(path, "code")
     close(loaded.predict(ROWS), expected(ROWS))
     close(mlflow.pyfunc.load_model(str(path)).predict(pd.DataFrame(ROWS)), expected(ROWS))
@@ -769,7 +862,9 @@ def test_pickled_hooks_beside_an_imported_module(hooked):
     assert structure_of(path)["kind"] == "import"
     assert structure_of(path)["hooks"] == {"preprocess": None, "postprocess": "hooked_hooks:post"}
     with safe_open(path / "safeflavor" / "model.safetensors", framework="pt") as file:
-        assert torch.equal(file.get_tensor("<hidden 0>"), shift), "the closure's tensor belongs into the file"
+        assert torch.equal(file.get_tensor("<hidden 0>"), shift), (
+            "the closure's tensor belongs into the file"
+        )
     loaded = load(path, "code", "pickle")
     assert loaded.spec.runs == ("code", "pickle")
     close(loaded.predict(ROWS), expected(ROWS, pre))
@@ -797,7 +892,10 @@ def test_a_class_method_is_importable(hooked):
 
 
 def test_a_wrapped_function_is_not_the_function_of_its_name(hooked):
-    """functools.wraps gives it the name of the other: importing that would quietly drop the wrapper."""
+    """functools.wraps gives it the name of the other.
+
+    Importing that would quietly drop the wrapper.
+    """
 
     def choose(hooks):
         @functools.wraps(hooks.pre)
@@ -825,8 +923,12 @@ def test_lambdas_and_a_whole_pickled_model(save):
         task="custom",
         allow_pickle=True,
         input_example=ROWS,
-        preprocess=lambda rows, tokenizer: {"x": torch.tensor([[row["a"], row["b"]] for row in rows])},
-        postprocess=lambda outputs, rows: [{"sum": float(row.sum())} for row in outputs["output_0"]],
+        preprocess=lambda rows, tokenizer: {
+            "x": torch.tensor([[row["a"], row["b"]] for row in rows])
+        },
+        postprocess=lambda outputs, rows: [
+            {"sum": float(row.sum())} for row in outputs["output_0"]
+        ],
     )
     loaded = load(path, "pickle")
     assert loaded.spec.runs == ("pickle",)
@@ -853,14 +955,18 @@ def test_hooks_and_module_share_the_tensors_of_two_pickles(save):
         model,
         task="custom",
         allow_pickle=True,
-        preprocess=lambda rows, tokenizer: {"x": torch.tensor([[row["a"], row["b"], 0.0, 1.0] for row in rows])},
+        preprocess=lambda rows, tokenizer: {
+            "x": torch.tensor([[row["a"], row["b"], 0.0, 1.0] for row in rows])
+        },
         postprocess=lambda outputs, rows: [
             {"score": float((torch.tensor(y) * factor * shared).sum())} for y in outputs["output_0"]
         ],
         input_example=ROWS,
     )
     y = model(torch.tensor([[row["a"], row["b"], 0.0, 1.0] for row in ROWS]))
-    assert load(path, "pickle").predict(ROWS)["score"].tolist() == pytest.approx((y * 10).sum(-1).tolist(), rel=1e-5)
+    assert load(path, "pickle").predict(ROWS)["score"].tolist() == pytest.approx(
+        (y * 10).sum(-1).tolist(), rel=1e-5
+    )
 
 
 def test_order_is_kept_and_batches_are_as_said(hooked):
@@ -900,7 +1006,9 @@ def test_hooks_get_the_tokenizer_that_was_saved(hooked, tiny_tokenizer):
     seen = []
 
     def pre(rows, tokenizer):
-        ids = tokenizer([row["text"] for row in rows], padding="max_length", max_length=4, truncation=True)
+        ids = tokenizer(
+            [row["text"] for row in rows], padding="max_length", max_length=4, truncation=True
+        )
         seen.append(type(tokenizer).__name__)
         return {"x": torch.tensor(ids["input_ids"], dtype=torch.float32)}
 
@@ -949,7 +1057,9 @@ def test_postprocess_that_gives_something_else(hooked, wrong, named):
     assert named in str(caught.value.found)
 
 
-@pytest.mark.parametrize("absent", [["postprocess"], ["preprocess"], ["preprocess", "postprocess"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "absent", [["postprocess"], ["preprocess"], ["preprocess", "postprocess"]], ids=" ".join
+)
 def test_the_custom_task_needs_both_hooks(hooked, absent):
     with pytest.raises(InputError, match="needs both"):
         hooked(**dict.fromkeys(absent))
@@ -958,7 +1068,13 @@ def test_the_custom_task_needs_both_hooks(hooked, absent):
 def test_hooks_belong_to_the_custom_task_alone(save, user_code):
     code, file = user_code("own_net", NET)
     with pytest.raises(InputError, match="belong to the custom task"):
-        save(code.Net(8), init_args={"hidden": 8}, code_paths=[file], input_example=X, preprocess=print)
+        save(
+            code.Net(8),
+            init_args={"hidden": 8},
+            code_paths=[file],
+            input_example=X,
+            preprocess=print,
+        )
 
 
 def test_the_custom_task_needs_an_example(hooked):
@@ -966,7 +1082,9 @@ def test_the_custom_task_needs_an_example(hooked):
         hooked(input_example=None)
 
 
-@pytest.mark.parametrize("rows", [[{"a": 1.0}], [{"a": 1.0, "b": 2.0, "c": 3.0}], [{"a": 1.0, "b": None}], []], ids=str)
+@pytest.mark.parametrize(
+    "rows", [[{"a": 1.0}], [{"a": 1.0, "b": 2.0, "c": 3.0}], [{"a": 1.0, "b": None}], []], ids=str
+)
 def test_rows_that_do_not_have_the_examples_columns(hooked, rows):
     path, *_ = hooked()
     with pytest.raises(InputError):
@@ -990,21 +1108,36 @@ def test_an_answer_that_changed_is_seen_at_load(hooked):
 def raw(save, user_code, **options):
     code, file = user_code("raw_net", NET)
     model = seeded(lambda: code.Net(8))
-    return save(model, init_args={"hidden": 8}, code_paths=[file], input_example=X, **options), model
+    return save(
+        model, init_args={"hidden": 8}, code_paths=[file], input_example=X, **options
+    ), model
 
 
 def test_arrays_of_any_size_lists_and_tensors(save, user_code):
     path, model = raw(save, user_code)
     loaded = load(path, "code")
-    for x in (np.ones((1, 4), np.float32), np.ones((5, 4), np.float32), np.ones((2, 3, 4), np.float32)):
+    for x in (
+        np.ones((1, 4), np.float32),
+        np.ones((5, 4), np.float32),
+        np.ones((2, 3, 4), np.float32),
+    ):
         same(loaded.predict({"x": x}), answer(model, {"x": x}))
-    same(loaded.predict({"x": [[1.0, 2.0, 3.0, 4.0]]}), answer(model, {"x": np.float32([[1, 2, 3, 4]])}))
+    same(
+        loaded.predict({"x": [[1.0, 2.0, 3.0, 4.0]]}),
+        answer(model, {"x": np.float32([[1, 2, 3, 4]])}),
+    )
     same(loaded.predict({"x": torch.ones(1, 4)}), answer(model, {"x": np.ones((1, 4), np.float32)}))
-    same(loaded.predict({"x": np.ones((1, 4), np.float64)}), answer(model, {"x": np.ones((1, 4), np.float32)}))
+    same(
+        loaded.predict({"x": np.ones((1, 4), np.float64)}),
+        answer(model, {"x": np.ones((1, 4), np.float32)}),
+    )
 
 
 def test_the_callers_arrays_stay_theirs(save, user_code):
-    source = "from torch import nn\nclass Greedy(nn.Module):\n    def forward(self, x):\n        return x.mul_(2)\n"
+    source = (
+        "from torch import nn\nclass Greedy(nn.Module):\n    def forward(self, x):\n        "
+        "return x.mul_(2)\n"
+    )
     code, file = user_code("greedy", source)
     path = save(code.Greedy(), init_args={}, code_paths=[file], input_example=X)
     mine = np.ones((2, 2), np.float32)
@@ -1067,7 +1200,9 @@ def test_a_forward_that_asserts_refuses_too(save, user_code):
 def test_bfloat16_in_and_out(save, user_code):
     path, model = raw(save, user_code, dtype="bfloat16")
     loaded = load(path, "code")
-    assert {slot.tensor.dtype for slot in find_slots(loaded.module) if slot.kind == "parameter"} == {torch.bfloat16}
+    assert {
+        slot.tensor.dtype for slot in find_slots(loaded.module) if slot.kind == "parameter"
+    } == {torch.bfloat16}
     found = loaded.predict(X)
     assert found["y"].dtype == np.float32, "numpy knows no bfloat16"
     assert np.allclose(found["y"], answer(model, X)["y"], atol=0.1)
@@ -1093,7 +1228,9 @@ def test_integers_and_booleans_are_not_cast(save, user_code):
         """,
     )
     example = {"ids": np.array([[1, 2, 3]]), "keep": np.array([[True, False, True]])}
-    path = save(seeded(code.Picky), init_args={}, code_paths=[file], input_example=example, dtype="float16")
+    path = save(
+        seeded(code.Picky), init_args={}, code_paths=[file], input_example=example, dtype="float16"
+    )
     found = load(path, "code").predict(example)
     assert found["kept"].tolist() == [1, 3]
     assert found["mask"].tolist() == [[False, True, False]]
@@ -1102,7 +1239,10 @@ def test_integers_and_booleans_are_not_cast(save, user_code):
 
 @pytest.mark.parametrize("result", ["'text'", "None", "{'n': 'three'}", "(1, {'a': [object()]})"])
 def test_a_forward_without_named_tensors_is_refused(save, user_code, result):
-    source = f"from torch import nn\nclass Odd(nn.Module):\n    def forward(self, x):\n        return {result}\n"
+    source = (
+        "from torch import nn\nclass Odd(nn.Module):\n    def forward(self, x):\n        return "
+        f"{result}\n"
+    )
     code, file = user_code("odd_net", source)
     with pytest.raises(StructureError, match="forward"):
         save(code.Odd(), init_args={}, code_paths=[file], input_example=X)
@@ -1120,7 +1260,13 @@ def test_log_and_register(tracking, user_code, monkeypatch):
     code, file = user_code("logged_net", NET)
     model = seeded(lambda: code.Net(8))
     info = mlflow_safeflavor.log_model(
-        model, "net", task="raw", init_args={"hidden": 8}, code_paths=[file], input_example=X, rehearse=False
+        model,
+        "net",
+        task="raw",
+        init_args={"hidden": 8},
+        code_paths=[file],
+        input_example=X,
+        rehearse=False,
     )
     forget(file)
     same(mlflow_safeflavor.load_model(info.model_uri, trust={"code"}).predict(X), answer(model, X))
@@ -1143,12 +1289,20 @@ def test_rehearsal_refuses_code_that_was_left_out(save, user_code, tmp_path):
 @pytest.mark.slow
 def test_rehearsal_refuses_a_checkpoint_that_only_this_machine_has(save, predictor, tmp_path):
     model, file, checkpoint = predictor
-    arguments = {"init_args": {"checkpoint": str(checkpoint)}, "code_paths": [file], "input_example": IDS}
-    with pytest.raises(RehearsalError, match=r"read .*encoder/config\.json, which is no part of the model"):
+    arguments = {
+        "init_args": {"checkpoint": str(checkpoint)},
+        "code_paths": [file],
+        "input_example": IDS,
+    }
+    with pytest.raises(
+        RehearsalError, match=r"read .*encoder/config\.json, which is no part of the model"
+    ):
         save(model, rehearse=True, **arguments)
     assert not (tmp_path / "store" / "model").exists()
     path = save(model, **arguments)
-    with pytest.raises(TrustError, match=r"read .*encoder/config\.json, which is no part of the model"):
+    with pytest.raises(
+        TrustError, match=r"read .*encoder/config\.json, which is no part of the model"
+    ):
         load(path, "code")  # nor is it read where it happens to be there
 
 
@@ -1171,11 +1325,15 @@ def test_a_pickled_model_behind_a_real_server(save, predictor, serve):
         longest = max(map(len, ids))
         return {
             "input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in ids]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids]),
+            "attention_mask": torch.tensor(
+                [[1] * len(row) + [0] * (longest - len(row)) for row in ids]
+            ),
         }
 
     def post(outputs, rows):
-        return [{"best": int(row.argmax()), "score": float(row.max())} for row in outputs["output_0"]]
+        return [
+            {"best": int(row.argmax()), "score": float(row.max())} for row in outputs["output_0"]
+        ]
 
     rows = [{"text": "the cat"}, {"text": "sat on the cat"}, {"text": "on"}]
     path = save(
@@ -1192,7 +1350,11 @@ def test_a_pickled_model_behind_a_real_server(save, predictor, serve):
     with serve(path, env={"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "true"}) as server:
         found = server.invoke({"dataframe_records": rows})
         assert found.status == 200, found.text
-        assert pd.DataFrame(found.json()["predictions"])["best"].tolist() == expected["best"].tolist()
-        assert pd.DataFrame(found.json()["predictions"])["score"].tolist() == pytest.approx(expected["score"].tolist())
+        assert (
+            pd.DataFrame(found.json()["predictions"])["best"].tolist() == expected["best"].tolist()
+        )
+        assert pd.DataFrame(found.json()["predictions"])["score"].tolist() == pytest.approx(
+            expected["score"].tolist()
+        )
         wrong = server.invoke({"dataframe_records": [{"txet": "the"}]})
         assert wrong.status == 400, wrong.text

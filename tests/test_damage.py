@@ -15,7 +15,17 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
-from artifacts import SAME_BATCHES, TEXTS, edit_json, edit_mlmodel, flip, read_header, reseal, rewrite, write_header
+from artifacts import (
+    SAME_BATCHES,
+    TEXTS,
+    edit_json,
+    edit_mlmodel,
+    flip,
+    read_header,
+    reseal,
+    rewrite,
+    write_header,
+)
 from mlflow.exceptions import MlflowException
 
 import mlflow_safeflavor
@@ -33,8 +43,16 @@ from mlflow_safeflavor.module import tensors
 pytest_plugins = "saved_models"
 
 PACKAGE = Path(mlflow_safeflavor.__file__).parent
-DATA = [f"{name}.json" for name in ("config", "structure", "tensors", "environment", "parity", "graph", "manifest")]
-DATA += ["model.safetensors", "parity.safetensors", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+DATA = [
+    f"{name}.json"
+    for name in ("config", "structure", "tensors", "environment", "parity", "graph", "manifest")
+]
+DATA += [
+    "model.safetensors",
+    "parity.safetensors",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+]
 TOP = ["MLmodel", "requirements.txt", "conda.yaml", "python_env.yaml", "input_example.json"]
 TOP += ["serving_input_example.json"]
 VENDORED = [
@@ -47,14 +65,23 @@ FILES = [
     *TOP,
     *(f"safeflavor/{name}" for name in DATA),
     *CODE,
-    *(f"code/mlflow_safeflavor/{name}" for name in ("LOADER.txt", "artifact/proven_classes.txt", "py.typed")),
+    *(
+        f"code/mlflow_safeflavor/{name}"
+        for name in ("LOADER.txt", "artifact/proven_classes.txt", "py.typed")
+    ),
 ]
-# MLflow's own reading of the files takes most of a second, so through pyfunc one vendored file stands for all.
-FILES_FOR_PYFUNC = [name for name in FILES if not name.startswith("code/") or name.endswith("/load.py")]
+# MLflow's own reading of the files takes most of a second, so through pyfunc one vendored file
+# stands for all.
+FILES_FOR_PYFUNC = [
+    name for name in FILES if not name.startswith("code/") or name.endswith("/load.py")
+]
 
 MANIFEST = "safeflavor/manifest.json"
 WEIGHTS = "model.safetensors"
-FIRST, SECOND = "bert.encoder.layer.0.output.dense.weight", "bert.encoder.layer.1.output.dense.weight"
+FIRST, SECOND = (
+    "bert.encoder.layer.0.output.dense.weight",
+    "bert.encoder.layer.1.output.dense.weight",
+)
 SQUARE = "bert.encoder.layer.0.attention.self.query.weight"
 
 
@@ -76,7 +103,9 @@ def refuse_behind_pyfunc(path, kind, *named):
 
 
 def test_every_file_of_an_artifact_is_a_case(saved):
-    assert {file.relative_to(saved).as_posix() for file in saved.rglob("*") if file.is_file()} == set(FILES)
+    assert {
+        file.relative_to(saved).as_posix() for file in saved.rglob("*") if file.is_file()
+    } == set(FILES)
 
 
 # Accidents: the manifest is as it was
@@ -101,13 +130,17 @@ def test_a_missing_file_behind_pyfunc(copied, name):
     refuse_behind_pyfunc(copied, MlflowException if name == "MLmodel" else IntegrityError, name)
 
 
-@pytest.mark.parametrize("name", [name for name in FILES_FOR_PYFUNC if name not in ("MLmodel", MANIFEST)])
+@pytest.mark.parametrize(
+    "name", [name for name in FILES_FOR_PYFUNC if name not in ("MLmodel", MANIFEST)]
+)
 def test_a_flipped_bit_behind_pyfunc(copied, name):
     flip(copied / name)
     refuse_behind_pyfunc(copied, IntegrityError, name)
 
 
-@pytest.mark.parametrize("old", ["text-classification", "LABEL_0", "max_batch_tokens: 512", '"name": "lab'])
+@pytest.mark.parametrize(
+    "old", ["text-classification", "LABEL_0", "max_batch_tokens: 512", '"name": "lab']
+)
 @pytest.mark.parametrize("behind", ["native", "pyfunc"])
 def test_a_changed_flavor_entry_or_signature(copied, old, behind):
     text = (copied / "MLmodel").read_text()
@@ -119,9 +152,14 @@ def test_a_changed_flavor_entry_or_signature(copied, old, behind):
         refuse_behind_pyfunc(copied, IntegrityError, "MLmodel")
 
 
-@pytest.mark.parametrize("name", ["MLmodel", MANIFEST, "safeflavor/tensors.json", f"safeflavor/{WEIGHTS}"])
+@pytest.mark.parametrize(
+    "name", ["MLmodel", MANIFEST, "safeflavor/tensors.json", f"safeflavor/{WEIGHTS}"]
+)
 def test_a_bit_anywhere_changes_no_answer(copied, saved, name):
-    """Where a bit has no meaning (MLflow's ids and dates) the model answers as it did; else it is refused."""
+    """Where a bit has no meaning (MLflow's ids and dates) the model answers as it did.
+
+    Else it is refused.
+    """
     wanted = mlflow_safeflavor.load_model(str(saved)).predict(TEXTS)
     size = (saved / name).stat().st_size
     loaded = 0
@@ -138,7 +176,9 @@ def test_a_bit_anywhere_changes_no_answer(copied, saved, name):
     assert name == "MLmodel" or loaded == 0
 
 
-@pytest.mark.parametrize("name", [f"safeflavor/{WEIGHTS}", "safeflavor/parity.safetensors", "safeflavor/tensors.json"])
+@pytest.mark.parametrize(
+    "name", [f"safeflavor/{WEIGHTS}", "safeflavor/parity.safetensors", "safeflavor/tensors.json"]
+)
 @pytest.mark.parametrize("kept", [0, 4, 0.5, -1], ids=["empty", "4 bytes", "half", "one byte less"])
 def test_a_file_cut_short(copied, name, kept):
     content = (copied / name).read_bytes()
@@ -153,7 +193,9 @@ def test_a_file_that_grew(copied):
     refuse(copied, IntegrityError, WEIGHTS, verify="structure")
 
 
-@pytest.mark.parametrize("name", ["safeflavor/structure.pkl", "safeflavor/a/b.json", "code/sitecustomize.py", "code/x"])
+@pytest.mark.parametrize(
+    "name", ["safeflavor/structure.pkl", "safeflavor/a/b.json", "code/sitecustomize.py", "code/x"]
+)
 def test_a_file_that_was_not_there(copied, name):
     (copied / name).parent.mkdir(exist_ok=True)
     (copied / name).write_text("")
@@ -161,7 +203,9 @@ def test_a_file_that_was_not_there(copied, name):
     refuse_behind_pyfunc(copied, IntegrityError, name)
 
 
-@pytest.mark.parametrize("name", ["safeflavor/config.json", "code/mlflow_safeflavor/load/load.py", "requirements.txt"])
+@pytest.mark.parametrize(
+    "name", ["safeflavor/config.json", "code/mlflow_safeflavor/load/load.py", "requirements.txt"]
+)
 def test_a_link_in_place_of_a_file(copied, saved, name):
     (copied / name).unlink()
     (copied / name).symlink_to(saved / name)
@@ -184,10 +228,14 @@ def test_byte_code_that_running_left_behind_is_no_damage(copied):
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside", "/etc/hostname", "safeflavor/../../outside", "a//b", "./a", "code\\x.py", ".."]
+    "name",
+    ["../outside", "/etc/hostname", "safeflavor/../../outside", "a//b", "./a", "code\\x.py", ".."],
 )
 def test_a_manifest_that_names_something_outside(copied, name):
-    edit_json(copied / MANIFEST, lambda content: content["files"].update({name: {"sha256": "0" * 64, "size": 1}}))
+    edit_json(
+        copied / MANIFEST,
+        lambda content: content["files"].update({name: {"sha256": "0" * 64, "size": 1}}),
+    )
     refuse(copied, IntegrityError, MANIFEST, repr(name), "path")
 
 
@@ -208,7 +256,9 @@ def test_a_malformed_manifest(copied, content):
     refuse(copied, IntegrityError, MANIFEST, "malformed")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000], ids=["empty", "cut", "binary", "deep"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b"[" * 100_000], ids=["empty", "cut", "binary", "deep"]
+)
 @pytest.mark.parametrize("name", [MANIFEST, "safeflavor/tensors.json", "safeflavor/structure.json"])
 def test_a_file_that_is_no_json(copied, name, content):
     rewrite(copied / name, content)
@@ -217,7 +267,10 @@ def test_a_file_that_is_no_json(copied, name, content):
     refuse(copied, IntegrityError, name.rpartition("/")[2])
 
 
-DEEP = [f"safeflavor/{name}.json" for name in ("structure", "config", "tensors", "environment", "parity")]
+DEEP = [
+    f"safeflavor/{name}.json"
+    for name in ("structure", "config", "tensors", "environment", "parity")
+]
 
 
 @pytest.mark.parametrize("name", [MANIFEST, *DEEP])
@@ -309,7 +362,8 @@ def test_a_renamed_tensor_with_all_digests_made_anew(copied, verify):
 @pytest.mark.parametrize("verify", ["full", "off"])
 def test_another_dtype_in_the_header(copied, dtype, verify):
     change_header(copied, lambda header: header.update({FIRST: {**header[FIRST], "dtype": dtype}}))
-    # A dtype of another width does not fill the range that the header gives it, and safetensors says so.
+    # A dtype of another width does not fill the range that the header gives it, and safetensors
+    # says so.
     kind = WeightsError if dtype in ("I32", "U32") else IntegrityError
     named = (FIRST, "float32") if kind is WeightsError else (WEIGHTS,)
     refuse(copied, kind, *named, verify=verify)
@@ -393,7 +447,16 @@ def one_less(header):
     del header[FIRST]
 
 
-HEADERS = [same_range, overlapping, past_the_end, backwards, negative, without_range, three_numbers, other_shape]
+HEADERS = [
+    same_range,
+    overlapping,
+    past_the_end,
+    backwards,
+    negative,
+    without_range,
+    three_numbers,
+    other_shape,
+]
 HEADERS += [no_entry, one_more, one_less]
 
 
@@ -408,7 +471,14 @@ def test_a_header_that_lies(copied, change, verify):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\0" * 7, b"\xff" * 8, (2**40).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]", b"\0" * 8],
+    [
+        b"",
+        b"\0" * 7,
+        b"\xff" * 8,
+        (2**40).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        b"\0" * 8,
+    ],
     ids=["empty", "7 bytes", "huge length", "longer than the file", "no dict", "no header"],
 )
 @pytest.mark.parametrize("verify", ["full", "off"])
@@ -451,7 +521,9 @@ INVENTORY = {
     "unknown dtype": lambda inventory: inventory["data"][FIRST].update(dtype="float7"),
     "no dtype": lambda inventory: inventory["data"][FIRST].update(dtype="nn"),
     "data of another shape": lambda inventory: inventory["data"][FIRST].update(shape=[64, 64]),
-    "a file elsewhere": lambda inventory: inventory["data"][FIRST].update(file="../model.safetensors"),
+    "a file elsewhere": lambda inventory: inventory["data"][FIRST].update(
+        file="../model.safetensors"
+    ),
     "files elsewhere": lambda inventory: inventory["files"].update({"../../x.safetensors": "0"}),
     "unlisted file": lambda inventory: inventory["files"].update({"other.safetensors": "0"}),
     "newer version": lambda inventory: inventory.update(version=99),
@@ -472,15 +544,23 @@ def test_an_inventory_that_lies(copied, change, verify):
 
 @pytest.mark.parametrize("verify", ["full", "structure"])
 def test_an_inventory_that_lies_about_the_order_of_values(copied, verify):
-    """Nothing is missing and all facts agree with the inventory: only the recorded answers know better."""
-    edit_json(copied / "safeflavor" / "tensors.json", lambda all_: row_of(all_, SQUARE).update(stride=[1, 32]))
+    """Nothing is missing and all facts agree with the inventory.
+
+    Only the recorded answers know better.
+    """
+    edit_json(
+        copied / "safeflavor" / "tensors.json",
+        lambda all_: row_of(all_, SQUARE).update(stride=[1, 32]),
+    )
     reseal(copied)
     refuse(copied, ParityError, "row 0", verify=verify)
 
 
 @pytest.mark.parametrize("verify", ["full", "off"])
 def test_an_inventory_that_ties_what_was_not_tied(copied, verify):
-    edit_json(copied / "safeflavor" / "tensors.json", lambda all_: row_of(all_, FIRST).update(data=SECOND))
+    edit_json(
+        copied / "safeflavor" / "tensors.json", lambda all_: row_of(all_, FIRST).update(data=SECOND)
+    )
     reseal(copied)
     refuse(copied, WeightsError, FIRST, "share memory", verify=verify)
 
@@ -514,9 +594,13 @@ def test_another_class(copied, new, kind):
 
 
 def test_a_class_outside_transformers_is_not_imported(copied, tmp_path, monkeypatch):
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass BertForSequenceClassification: 0\n")
+    (tmp_path / "evil.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass BertForSequenceClassification: 0\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    edit_text(copied / "safeflavor" / "structure.json", "transformers.models.bert.modeling_bert", "evil")
+    edit_text(
+        copied / "safeflavor" / "structure.json", "transformers.models.bert.modeling_bert", "evil"
+    )
     reseal(copied)
     refuse(copied, StructureError, "evil:BertForSequenceClassification")
     assert not (tmp_path / "ran").exists()
@@ -554,7 +638,10 @@ def test_other_recorded_answers(copied):
 
 
 def test_other_recorded_labels(copied):
-    edit_json(copied / "safeflavor" / "parity.json", lambda content: content["answers"][0].update(label="LABEL_7"))
+    edit_json(
+        copied / "safeflavor" / "parity.json",
+        lambda content: content["answers"][0].update(label="LABEL_7"),
+    )
     reseal(copied)
     refuse(copied, ParityError, "row 0, label", "LABEL_7")
 
@@ -600,7 +687,11 @@ MLMODEL = {
     "own code": (flavor(structure="import", runs=["code"]), TrustError, "code"),
     "pickle that runs nothing": (flavor(structure="pickle"), IntegrityError, "structure.json"),
     "own code that runs nothing": (flavor(structure="import"), IntegrityError, "structure.json"),
-    "no task": (lambda content: content["flavors"]["safeflavor"].pop("task"), IntegrityError, "task"),
+    "no task": (
+        lambda content: content["flavors"]["safeflavor"].pop("task"),
+        IntegrityError,
+        "task",
+    ),
     "task of another type": (flavor(task=3), IntegrityError, "task"),
     "columns of another type": (flavor(input_columns=["text"]), IntegrityError, "input_columns"),
     "two columns without names": (
@@ -620,7 +711,9 @@ def test_another_flavor_entry(copied, change):
     refuse(copied, kind, named)
 
 
-@pytest.mark.parametrize("text", ["", "flavors: [", "\t", "- a", "flavors: {}", "flavors: {safeflavor: null}", "3"])
+@pytest.mark.parametrize(
+    "text", ["", "flavors: [", "\t", "- a", "flavors: {}", "flavors: {safeflavor: null}", "3"]
+)
 def test_an_mlmodel_that_is_none(copied, text):
     rewrite(copied / "MLmodel", text)
     refuse(copied, IntegrityError, "MLmodel")
@@ -636,7 +729,10 @@ def test_an_mlmodel_that_would_run_code_is_only_read(copied, tmp_path):
 
 
 def places(value, path=()):
-    """Path of every value; of lists the first two items stand for all, of tables of tensors the first two rows."""
+    """Path of every value.
+
+    Of lists the first two items stand for all, of tables of tensors the first two rows.
+    """
     if isinstance(value, dict):
         items = list(value.items())[: 2 if len(value) > 25 else None]
     else:
@@ -663,10 +759,18 @@ VALUES = [DELETED, None, "zz", -1, 10**9, [], {}, 1.5, True]
 def test_no_value_replaced_gives_other_answers_or_an_unnamed_error(copied, saved):
     wanted = mlflow_safeflavor.load_model(str(saved)).predict(TEXTS)
     escaped = []
-    for name, start in [("structure", ()), ("parity", ()), ("environment", ()), ("tensors", ()), ("MLmodel", None)]:
+    for name, start in [
+        ("structure", ()),
+        ("parity", ()),
+        ("environment", ()),
+        ("tensors", ()),
+        ("MLmodel", None),
+    ]:
         path = copied / ("MLmodel" if start is None else f"safeflavor/{name}.json")
         text = path.read_text()
-        read, write = (yaml.safe_load, yaml.safe_dump) if start is None else (json.loads, json.dumps)
+        read, write = (
+            (yaml.safe_load, yaml.safe_dump) if start is None else (json.loads, json.dumps)
+        )
         below = read(text)["flavors"]["safeflavor"] if start is None else read(text)
         prefix = ("flavors", "safeflavor") if start is None else ()
         for place in [(), *places(below)] if start is None else list(places(below)):
@@ -675,7 +779,10 @@ def test_no_value_replaced_gives_other_answers_or_an_unnamed_error(copied, saved
                 put(content, (*prefix, *place), new)
                 rewrite(path, write(content))
                 reseal(copied)
-                label = f"{name} {'.'.join(map(str, place))} = {'deleted' if new is DELETED else repr(new)}"
+                label = (
+                    f"{name} {'.'.join(map(str, place))} = "
+                    f"{'deleted' if new is DELETED else repr(new)}"
+                )
                 try:
                     found = mlflow_safeflavor.load_model(str(copied)).predict(TEXTS)
                 except SafeFlavorError:
@@ -696,7 +803,9 @@ def sharded(tmp_path, tiny_bert, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(tensors, "SHARD_BYTES", 50_000)
     path = tmp_path / "sharded"
     model = tiny_bert(initializer_range=0.5)
-    mlflow_safeflavor.save_model(model, path, tokenizer=tiny_tokenizer, model_config=SAME_BATCHES, rehearse=False)
+    mlflow_safeflavor.save_model(
+        model, path, tokenizer=tiny_tokenizer, model_config=SAME_BATCHES, rehearse=False
+    )
     return path
 
 
@@ -731,7 +840,8 @@ def test_two_shards_under_each_others_name(sharded):
     os.rename(sharded / "x", second)
     reseal(sharded)
     refuse(sharded, IntegrityError, first.name)
-    # Without digests it shows only that all tensors are there, and they are: the names in the files did not change.
+    # Without digests it shows only that all tensors are there, and they are: the names in the files
+    # did not change.
     assert mlflow_safeflavor.load_model(str(sharded), verify="structure").report.bit_identical
 
 

@@ -50,17 +50,22 @@ def tiny_llama(**config) -> torch.nn.Module:
 
 def tiny_gpt2() -> torch.nn.Module:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32)
+    ).eval()
 
 
 # Sound models.
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # DeBERTa in transformers 4
+# DeBERTa in transformers 4
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("name", CLASSES)
 def test_silent_on_fresh_models(name):
     model = tiny(name)
-    assert {dtype: find_damage(copy.deepcopy(model).to(dtype)) for dtype in DTYPES} == {dtype: [] for dtype in DTYPES}
+    assert {dtype: find_damage(copy.deepcopy(model).to(dtype)) for dtype in DTYPES} == {
+        dtype: [] for dtype in DTYPES
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -121,7 +126,10 @@ def test_unwritten_memory_with_a_poisoned_allocator():
 
 
 def test_unwritten_memory_as_it_comes():
-    """Fresh pages are zero, and what was freed before holds anything; the buffers give it away either way."""
+    """Fresh pages are zero, and what was freed before holds anything.
+
+    The buffers give it away either way.
+    """
     with torch.device("meta"):
         model = tiny_llama().to_empty(device="cpu")
     assert find_damage(model)
@@ -142,7 +150,9 @@ def test_unwritten_memory_as_it_comes():
 def test_repeated_bytes_in_a_weight(tiny_bert, raw, dtype):
     model = tiny_bert().to(dtype)
     weight = model.classifier.weight
-    weight.data = torch.frombuffer(bytearray(raw * (weight.nbytes // 8)), dtype=dtype).reshape(weight.shape)
+    weight.data = torch.frombuffer(bytearray(raw * (weight.nbytes // 8)), dtype=dtype).reshape(
+        weight.shape
+    )
     assert [line.split(":")[0] for line in find_damage(model)] == ["classifier.weight"]
 
 
@@ -152,7 +162,9 @@ def test_random_bytes_in_a_weight(tiny_bert):
     generator = torch.Generator().manual_seed(0)
     raw = torch.randint(0, 256, (weight.nbytes,), dtype=torch.uint8, generator=generator)
     weight.data = raw.view(torch.float32).reshape(weight.shape).nan_to_num(0)
-    assert [line.split(":")[0] for line in find_damage(model)] == ["bert.encoder.layer.0.output.dense.weight"]
+    assert [line.split(":")[0] for line in find_damage(model)] == [
+        "bert.encoder.layer.0.output.dense.weight"
+    ]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e35])
@@ -173,7 +185,8 @@ def test_a_buffer_that_its_constructor_would_not_compute(tiny_bert):
     model.model.rotary_emb.inv_freq *= 1.01
     # In transformers 4 a plain attribute is the same tensor.
     assert find_damage(model)[:1] == [
-        "model.rotary_emb.inv_freq: this non-persistent buffer differs from what its constructor computes"
+        "model.rotary_emb.inv_freq: this non-persistent buffer differs from what its constructor "
+        "computes"
     ]
     bert = tiny_bert()
     bert.bert.embeddings.position_ids[0, 3] = 5
@@ -208,7 +221,9 @@ def test_error_and_warning(tiny_bert):
     model = tiny_bert()
     require_undamaged(model)
     model.classifier.bias.data[0] = float("nan")
-    with pytest.raises(WeightsError, match=r"looks damaged already(?s:.*)classifier.bias: holds NaN") as caught:
+    with pytest.raises(
+        WeightsError, match=r"looks damaged already(?s:.*)classifier.bias: holds NaN"
+    ) as caught:
         require_undamaged(model)
     assert "from_pretrained" in str(caught.value)
     with pytest.warns(UserWarning, match="looks damaged already"):

@@ -1,4 +1,7 @@
-"""Devices and device maps: answers equal to the plain load, and a clear word where there is no such device."""
+"""Devices and device maps.
+
+Answers equal to the plain load, and a clear word where there is no such device.
+"""
 
 from __future__ import annotations
 
@@ -90,11 +93,20 @@ BERT_MAPS = {
     "sequential": "sequential",
     "one device": {"": "cpu"},
     "one device, by parts": {"bert": "cpu", "classifier": "cpu", "dropout": "cpu"},
-    "cpu and disk": {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"},
+    "cpu and disk": {
+        "bert.embeddings": "cpu",
+        "bert.encoder": "disk",
+        "bert.pooler": "cpu",
+        "classifier": "cpu",
+    },
     "all on disk": {"": "disk"},
     "all on disk, by parts": {"bert": "disk", "classifier": "disk"},
     "nested": {"": "cpu", "bert.encoder": "disk", "bert.encoder.layer.1": "cpu"},
-    "nested, disk at the root": {"": "disk", "bert.encoder.layer.0.attention": "cpu", "classifier": "disk"},
+    "nested, disk at the root": {
+        "": "disk",
+        "bert.encoder.layer.0.attention": "cpu",
+        "classifier": "disk",
+    },
     "devices as objects": {"bert": torch.device("cpu"), "classifier": torch.device("cpu", 0)},
 }
 
@@ -112,10 +124,14 @@ def test_answers_are_those_of_the_plain_load(saved, case):
 def test_what_is_offloaded_takes_no_memory(saved):
     module = load(saved, device_map={"bert.encoder": "disk", "": "cpu"}).module
     offloaded = {slot.path for slot in find_slots(module) if slot.tensor.is_meta}
-    assert offloaded == {name for name, _ in module.named_parameters() if name.startswith("bert.encoder.")}
+    assert offloaded == {
+        name for name, _ in module.named_parameters() if name.startswith("bert.encoder.")
+    }
 
 
-def test_offloaded_tensors_are_read_from_the_artifact_and_written_nowhere(saved, tmp_path, monkeypatch):
+def test_offloaded_tensors_are_read_from_the_artifact_and_written_nowhere(
+    saved, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     before = sorted(saved.rglob("*"))
     load(saved, device_map={"": "disk"}).predict(TEXTS)
@@ -142,10 +158,14 @@ def test_a_tied_model_offloaded_on_either_side_of_its_tie(gpt2, device_map):
         same(model.predict(IDS), expected)
 
 
-@pytest.mark.parametrize("device_map", [{"": "disk"}, {"": "cpu", "layers": "disk"}, {"": "cpu", "rotary_emb": "disk"}])
+@pytest.mark.parametrize(
+    "device_map", [{"": "disk"}, {"": "cpu", "layers": "disk"}, {"": "cpu", "rotary_emb": "disk"}]
+)
 def test_non_persistent_buffers_of_an_offloaded_model(modernbert, device_map):
     plain = load(modernbert)
-    transient = {slot.path: slot.tensor for slot in find_slots(plain.module) if slot.kind == "buffer"}
+    transient = {
+        slot.path: slot.tensor for slot in find_slots(plain.module) if slot.kind == "buffer"
+    }
     assert transient, "the test is void: no buffers"
     expected = plain.predict(IDS)
     model = load(modernbert, device_map=device_map)
@@ -256,7 +276,9 @@ class Sliced(torch.nn.Module):
 def sliced(tmp_path):
     path = tmp_path / "model"
     model = seeded(Sliced)
-    mlflow_safeflavor.save_model(model, path, task="raw", init_args={}, input_example=ONES, rehearse=False)
+    mlflow_safeflavor.save_model(
+        model, path, task="raw", init_args={}, input_example=ONES, rehearse=False
+    )
     return path
 
 
@@ -270,7 +292,9 @@ def test_views_cannot_be_offloaded(sliced, name):
 
 def test_the_rest_of_a_model_with_views_can_be_offloaded(sliced):
     expected = load(sliced, trust={"code"}).predict(ONES)
-    same(load(sliced, trust={"code"}, device_map={"": "cpu", "last": "disk"}).predict(ONES), expected)
+    same(
+        load(sliced, trust={"code"}, device_map={"": "cpu", "last": "disk"}).predict(ONES), expected
+    )
 
 
 def test_a_tied_model_with_an_exception_from_disk(gpt2):
@@ -279,7 +303,10 @@ def test_a_tied_model_with_an_exception_from_disk(gpt2):
 
 
 def test_tensors_beside_an_exception_from_disk_have_no_place(sliced):
-    """The part on disk is split around the exception; what belongs to none of its submodules is then left over."""
+    """The part on disk is split around the exception.
+
+    What belongs to none of its submodules is then left over.
+    """
     with pytest.raises(PlacementError, match="without a place") as caught:
         load(sliced, trust={"code"}, device_map={"": "disk", "last": "cpu"})
     assert caught.value.where == "scale"
@@ -345,7 +372,9 @@ def test_without_any_accelerator_an_int_is_refused(having):
     assert caught.value.found.startswith("cpu only")
 
 
-@pytest.mark.parametrize("device", ["gpu", "", None, True, False, 1.5, "cuda:-1", -1, "cuda:x", [], "CPU"], ids=repr)
+@pytest.mark.parametrize(
+    "device", ["gpu", "", None, True, False, 1.5, "cuda:-1", -1, "cuda:x", [], "CPU"], ids=repr
+)
 def test_no_device_at_all(having, device):
     having(cuda=2)
     with pytest.raises(PlacementError, match="Not a device") as caught:
@@ -378,7 +407,9 @@ def test_serving_dtypes(dtype, expected):
 
 
 @pytest.mark.parametrize(
-    "dtype", ["auto", "float80", "int8", "half", "", None, torch.int64, 16, "FLOAT32", "as-is"], ids=repr
+    "dtype",
+    ["auto", "float80", "int8", "half", "", None, torch.int64, 16, "FLOAT32", "as-is"],
+    ids=repr,
 )
 def test_no_serving_dtype(dtype):
     with pytest.raises(PlacementError, match="Not a serving dtype") as caught:
@@ -407,7 +438,12 @@ def test_a_model_that_does_not_fit_is_a_placement_error(saved, monkeypatch):
     ("cuda", "environ", "reason"),
     [
         (None, {}, f"cpu only; torch {torch.__version__} was built without CUDA"),
-        ("13.0", {}, "cpu only; torch was built for CUDA 13.0, and finds no GPU with a driver that is new enough"),
+        (
+            "13.0",
+            {},
+            "cpu only; torch was built for CUDA 13.0, and finds no GPU with a driver that is new "
+            "enough",
+        ),
         ("13.0", {"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES='' hides GPUs"),
     ],
 )
@@ -452,7 +488,12 @@ class Hungry(torch.nn.Module):
 
 @pytest.fixture
 def hungry(tiny_tokenizer, tmp_path):
-    options = {"task": "feature-extraction", "init_args": {}, "tokenizer": tiny_tokenizer, "rehearse": False}
+    options = {
+        "task": "feature-extraction",
+        "init_args": {},
+        "tokenizer": tiny_tokenizer,
+        "rehearse": False,
+    }
     mlflow_safeflavor.save_model(seeded(Hungry), tmp_path / "model", **options)
     model = load(tmp_path / "model", trust={"code"})
     model.module.rows.clear()
@@ -470,7 +511,9 @@ def test_a_batch_without_room_is_halved_and_answers_stay_in_order(hungry):
 
 def test_a_row_without_room_is_to_blame_alone(hungry):
     with ThreadPoolExecutor(2) as pool:
-        failed, answered = (pool.submit(hungry.predict, texts) for texts in (["the", "a", "else"], WORDS))
+        failed, answered = (
+            pool.submit(hungry.predict, texts) for texts in (["the", "a", "else"], WORDS)
+        )
         with pytest.raises(OverloadedError, match="Memory ran out") as caught:
             failed.result()
         assert len(answered.result()) == len(WORDS)
@@ -482,7 +525,11 @@ def test_a_row_without_room_is_to_blame_alone(hungry):
 def test_arrays_without_room_are_no_fault_of_the_arrays(tmp_path, monkeypatch):
     """They are one forward, whatever their rows are, so there is nothing smaller to try."""
     path = tmp_path / "model"
-    options = {"init_args": {"in_features": 4, "out_features": 2}, "input_example": ONES["x"], "task": "raw"}
+    options = {
+        "init_args": {"in_features": 4, "out_features": 2},
+        "input_example": ONES["x"],
+        "task": "raw",
+    }
     mlflow_safeflavor.save_model(torch.nn.Linear(4, 2), path, **options, rehearse=False)
     model = load(path, trust={"code"})
 
@@ -501,9 +548,24 @@ def test_arrays_without_room_are_no_fault_of_the_arrays(tmp_path, monkeypatch):
     [
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (MemoryError(), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
-        (Exception("[ONNXRuntimeError] : 1 : FAIL : void* onnxruntime::BFCArena::AllocateRawInternal"), True),
+        (
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            ),
+            True,
+        ),
+        (
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+            ),
+            True,
+        ),
+        (
+            Exception(
+                "[ONNXRuntimeError] : 1 : FAIL : void* onnxruntime::BFCArena::AllocateRawInternal"
+            ),
+            True,
+        ),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (ValueError("out of memory"), False),
     ],
@@ -545,7 +607,9 @@ def test_no_tf32_while_a_model_runs_on_a_gpu_and_afterwards_as_before(tf32, allo
         assert _settings() == before
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="named precisions came with torch 2.9")
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cudnn, "conv"), reason="named precisions came with torch 2.9"
+)
 def test_precisions_by_name_are_put_off_and_back(tf32):
     tf32.cuda.matmul.fp32_precision, tf32.cudnn.conv.fp32_precision = "tf32", "ieee"
     before = _settings()
@@ -571,7 +635,9 @@ def undecided(tiny_bert, tiny_tokenizer, tmp_path):
     model = tiny_bert(num_labels=2)
     with torch.no_grad():
         model.classifier.weight[1], model.classifier.bias[:] = model.classifier.weight[0], 0
-    mlflow_safeflavor.save_model(model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False)
+    mlflow_safeflavor.save_model(
+        model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False
+    )
     return tmp_path / "model"
 
 
@@ -592,7 +658,9 @@ def test_a_near_tie_that_rounding_decides_otherwise_is_no_difference(undecided, 
 
 
 def test_an_answer_that_its_outputs_do_not_give_is_one(undecided):
-    edit_json(Layout(undecided).parity, lambda content: content["answers"][1].update(label="LABEL_1"))
+    edit_json(
+        Layout(undecided).parity, lambda content: content["answers"][1].update(label="LABEL_1")
+    )
     reseal(undecided)
     with pytest.raises(ParityError, match="row 1, label"):
         load(undecided)

@@ -1,4 +1,7 @@
-"""The folder that `docker build` takes, without an engine; what comes of it is tested in tests/docker."""
+"""The folder that `docker build` takes, without an engine.
+
+What comes of it is tested in tests/docker.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,12 @@ from mlflow_safeflavor.environment.differences import find_differences
 from mlflow_safeflavor.environment.hashes import lock
 from mlflow_safeflavor.environment.pins import read_pins
 from mlflow_safeflavor.environment.record import with_wheels
-from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError, IntegrityError, TrustError
+from mlflow_safeflavor.errors import (
+    EnvironmentMismatchError,
+    InputError,
+    IntegrityError,
+    TrustError,
+)
 from mlflow_safeflavor.load import container
 
 pytest_plugins = "saved_models"
@@ -35,7 +43,10 @@ pytest_plugins = "saved_models"
 
 @pytest.fixture(autouse=True)
 def index(tmp_path, monkeypatch):
-    """The only index there is: an empty one in a folder, whatever pip and uv are configured to on this machine."""
+    """The only index there is.
+
+    An empty one in a folder, whatever pip and uv are configured to on this machine.
+    """
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
         monkeypatch.delenv(name)
     folder = tmp_path / "index"
@@ -53,14 +64,18 @@ def make_wheel(folder, name, version, requires=None, content=""):
     files = {
         f"{name}.py": content,
         f"{info}/METADATA": metadata + (f"Requires-Dist: {requires}\n" if requires else ""),
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: "
+        "py3-none-any\n",
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as wheel:
         for file, text in files.items():
             wheel.writestr(file, text)
-        wheel.writestr(f"{info}/RECORD", "".join(f"{file},{record_hash(text)}\n" for file, text in files.items()))
+        wheel.writestr(
+            f"{info}/RECORD",
+            "".join(f"{file},{record_hash(text)}\n" for file, text in files.items()),
+        )
     return path
 
 
@@ -91,13 +106,19 @@ def with_requirements(root, *lines):
 @pytest.fixture
 def model(copied, wheels):
     """A saved model with two pins, which that folder has."""
-    return with_requirements(copied, f"--find-links {wheels.as_uri()}", "small==1.0", "torch==2.4.0+cpu")
+    return with_requirements(
+        copied, f"--find-links {wheels.as_uri()}", "small==1.0", "torch==2.4.0+cpu"
+    )
 
 
 def test_what_is_written(model, tmp_path):
     path = generate_dockerfile(str(model), tmp_path / "image")
     folder = path.parent
-    assert sorted(entry.name for entry in folder.iterdir()) == ["Dockerfile", "environment", "model"]
+    assert sorted(entry.name for entry in folder.iterdir()) == [
+        "Dockerfile",
+        "environment",
+        "model",
+    ]
     lines = (folder / "environment" / "requirements.txt").read_text().splitlines()
     assert lines[0] == "--find-links /build/wheels"
     assert [line.split()[0] for line in lines if "==" in line] == ["small==1.0", "torch==2.4.0+cpu"]
@@ -114,7 +135,9 @@ def test_what_is_written(model, tmp_path):
         "--require-hashes",
     ):
         assert line in text
-    assert text.index("pip --python") < text.index("COPY model"), "weights lie above the environment"
+    assert text.index("pip --python") < text.index("COPY model"), (
+        "weights lie above the environment"
+    )
     assert text.index("container.check()") > text.index("COPY model")
     assert "PICKLE" not in text
 
@@ -124,10 +147,14 @@ def test_the_copied_model_is_the_model(model, tmp_path):
     folder = generate_dockerfile(str(model), tmp_path / "image").parent / "model"
     there = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     assert there == {
-        path.relative_to(model) for path in model.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+        path.relative_to(model)
+        for path in model.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
     assert all((folder / path).read_bytes() == (model / path).read_bytes() for path in there)
-    assert {(folder / path).stat().st_mode & 0o777 for path in there} == {0o644}, "readable for the image's user"
+    assert {(folder / path).stat().st_mode & 0o777 for path in there} == {0o644}, (
+        "readable for the image's user"
+    )
 
 
 def test_choices_reach_the_dockerfile(model, tmp_path):
@@ -160,8 +187,13 @@ def test_cuda_in_an_image_for_cuda_stays(model, wheels, tmp_path):
     assert "nvidia-thing==12.0" in (path.parent / "environment" / "requirements.txt").read_text()
     text = path.read_text()
     assert "docker run --rm --gpus all" in text
-    # While it is built there is no GPU, so the device is asked for only after the model was checked.
-    assert text.index("container.check()") < text.index("ENV MLFLOW_SAFEFLAVOR_DEVICE=cuda") < text.index("USER mlflow")
+    # While it is built there is no GPU, so the device is asked for only after the model was
+    # checked.
+    assert (
+        text.index("container.check()")
+        < text.index("ENV MLFLOW_SAFEFLAVOR_DEVICE=cuda")
+        < text.index("USER mlflow")
+    )
 
 
 def test_an_image_for_cpus_asks_for_no_gpu(model, tmp_path):
@@ -207,20 +239,38 @@ def test_hashes_in_the_model_itself(tmp_path, wheels, tiny_bert, tiny_tokenizer)
     path = tmp_path / "model"
     lines = [f"--find-links {wheels.as_uri()}", "small==1.0"]
     mlflow_safeflavor.save_model(
-        tiny_bert(), path, tokenizer=tiny_tokenizer, pip_requirements=lines, hashes=True, rehearse=False
+        tiny_bert(),
+        path,
+        tokenizer=tiny_tokenizer,
+        pip_requirements=lines,
+        hashes=True,
+        rehearse=False,
     )
     text = Layout(path).requirements.read_text()
     assert text.startswith(lines[0])
     assert [line.split()[0] for line in text.splitlines() if "==" in line] == [
         f"mlflow=={mlflow.__version__}", "small==1.0"
     ]  # fmt: skip
-    command = [sys.executable, "-m", "pip", "install", "--no-index", "--dry-run", "--ignore-installed", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-index",
+        "--dry-run",
+        "--ignore-installed",
+        "--quiet",
+    ]
     command += ["-r", str(path / "requirements.txt")]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
-    (wheels / "small-1.0-py3-none-any.whl").write_bytes((wheels / "nvidia_thing-12.0-py3-none-any.whl").read_bytes())
+    (wheels / "small-1.0-py3-none-any.whl").write_bytes(
+        (wheels / "nvidia_thing-12.0-py3-none-any.whl").read_bytes()
+    )
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "DO NOT MATCH THE HASHES" in done.stderr
-    assert mlflow.pyfunc.get_model_dependencies(str(path), format="pip").endswith("requirements.txt")
+    assert mlflow.pyfunc.get_model_dependencies(str(path), format="pip").endswith(
+        "requirements.txt"
+    )
 
 
 def pins_of(folder, *lines):
@@ -290,7 +340,9 @@ def test_constraints_count(tmp_path, wheels):
 def test_constraints_come_along(model, wheels, tmp_path):
     (model / "constraints.txt").write_text("small<2\n")
     with_requirements(model, f"--find-links {wheels.as_uri()}", "small==1.0", "-c constraints.txt")
-    folder = generate_dockerfile(str(model), tmp_path / "image", hashes=False).parent / "environment"
+    folder = (
+        generate_dockerfile(str(model), tmp_path / "image", hashes=False).parent / "environment"
+    )
     assert (folder / "requirements.txt").read_text().splitlines()[-1] == "-c constraints.txt"
     assert (folder / "constraints.txt").read_text() == "small<2\n"
 
@@ -320,9 +372,13 @@ def installed(model, wheels, site):
     info = site.install("small")
     with zipfile.ZipFile(wheels / "small-1.0-py3-none-any.whl") as wheel:
         wheel.extractall(site.folder)
-    (info / "RECORD").write_text((info / "RECORD").read_text() + f"{info.name}/INSTALLER,sha256=x,3\n../bin/s,,\n")
+    (info / "RECORD").write_text(
+        (info / "RECORD").read_text() + f"{info.name}/INSTALLER,sha256=x,3\n../bin/s,,\n"
+    )
     recorded = with_wheels(site.record("small"), [wheels], path=site.path)
-    assert recorded.wheel_digests == {"small": digest_of_file(wheels / "small-1.0-py3-none-any.whl")}
+    assert recorded.wheel_digests == {
+        "small": digest_of_file(wheels / "small-1.0-py3-none-any.whl")
+    }
 
     def note(content):
         content["distributions"]["small"], content["wheels"] = "1.0", recorded.to_json()["wheels"]
@@ -344,7 +400,9 @@ def test_what_was_installed_decides(installed, wheels, tmp_path):
 def test_the_hint_of_a_wheel_that_has_moved(installed, wheels, shadow, tmp_path, monkeypatch):
     wheels.rename(tmp_path / "moved")
     monkeypatch.setenv("UV_FIND_LINKS", str(tmp_path / "moved"))
-    folder = generate_dockerfile(str(with_requirements(installed, "small==1.0")), tmp_path / "image").parent
+    folder = generate_dockerfile(
+        str(with_requirements(installed, "small==1.0")), tmp_path / "image"
+    ).parent
     assert (
         digest_of_file(tmp_path / "moved" / "small-1.0-py3-none-any.whl")
         in (folder / "environment" / "requirements.txt").read_text()
@@ -353,11 +411,26 @@ def test_the_hint_of_a_wheel_that_has_moved(installed, wheels, shadow, tmp_path,
 
 
 def test_without_hashes_pip_is_given_the_very_file(installed, wheels, shadow, tmp_path):
-    folder = generate_dockerfile(str(installed), tmp_path / "image", hashes=False).parent / "environment"
-    (line,) = [line for line in (folder / "requirements.txt").read_text().splitlines() if line.startswith("small")]
+    folder = (
+        generate_dockerfile(str(installed), tmp_path / "image", hashes=False).parent / "environment"
+    )
+    (line,) = [
+        line
+        for line in (folder / "requirements.txt").read_text().splitlines()
+        if line.startswith("small")
+    ]
     wheel = "small-1.0-py3-none-any.whl"
     assert line == f"small @ file:///build/wheels/{wheel}#sha256={digest_of_file(wheels / wheel)}"
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--no-index"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "--quiet",
+        "--no-index",
+    ]
     line = line.replace("/build/wheels", quote(str(folder / "wheels")))
     assert subprocess.run([*command, line], check=False).returncode == 0
     (folder / "wheels" / wheel).write_bytes(shadow.read_bytes())
@@ -367,21 +440,28 @@ def test_without_hashes_pip_is_given_the_very_file(installed, wheels, shadow, tm
 
 def test_another_build_of_the_same_version_is_a_difference(installed, wheels, site):
     recorded = dataclasses.replace(
-        site.record("small"), wheels=with_wheels(site.record("small"), [wheels], path=site.path).wheels
+        site.record("small"),
+        wheels=with_wheels(site.record("small"), [wheels], path=site.path).wheels,
     )
     assert find_differences(recorded, path=site.path) == []
     record = site.folder / "small-1.0.dist-info" / "RECORD"
     record.write_text(record.read_text().replace("small.py,sha256=", "small.py,sha256=0"))
     (difference,) = find_differences(recorded, path=site.path)
-    assert str(difference) == ("small: wanted the build of small-1.0-py3-none-any.whl, found another build of 1.0")
+    assert str(difference) == (
+        "small: wanted the build of small-1.0-py3-none-any.whl, found another build of 1.0"
+    )
 
 
 def test_a_model_with_hashes_needs_no_uv(model, wheels, tmp_path, monkeypatch):
     digest = digest_of_file(wheels / "small-1.0-py3-none-any.whl")
-    with_requirements(model, f"--find-links {wheels.as_uri()}", "small==1.0 \\", f"    --hash=sha256:{digest}")
+    with_requirements(
+        model, f"--find-links {wheels.as_uri()}", "small==1.0 \\", f"    --hash=sha256:{digest}"
+    )
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     folder = generate_dockerfile(str(model), tmp_path / "image").parent / "environment"
-    assert f"small==1.0 \\\n    --hash=sha256:{digest}\n" in (folder / "requirements.txt").read_text()
+    assert (
+        f"small==1.0 \\\n    --hash=sha256:{digest}\n" in (folder / "requirements.txt").read_text()
+    )
     assert [path.name for path in (folder / "wheels").iterdir()] == ["small-1.0-py3-none-any.whl"]
 
 
@@ -389,7 +469,12 @@ def test_the_command(model, tmp_path):
     done = CliRunner().invoke(main, ["dockerfile", str(model), "-o", str(tmp_path / "image")])
     assert done.exit_code == 0, done.output
     assert f"docker build -t NAME {tmp_path / 'image'}" in done.stdout
-    assert CliRunner().invoke(main, ["dockerfile", str(model), "-o", str(tmp_path / "image")]).exit_code == 2
+    assert (
+        CliRunner()
+        .invoke(main, ["dockerfile", str(model), "-o", str(tmp_path / "image")])
+        .exit_code
+        == 2
+    )
 
 
 def test_a_damaged_record_is_refused(model, tmp_path):
@@ -410,7 +495,9 @@ def test_the_server_is_mlflows(monkeypatch, environ, workers):
     monkeypatch.setattr(container, "available_cpus", lambda: 3)
     container.serve()
     folder, (program, command, variables) = started
-    assert folder == "/opt/ml", "a folder that only root writes to: uvicorn imports from where it is started"
+    assert folder == "/opt/ml", (
+        "a folder that only root writes to: uvicorn imports from where it is started"
+    )
     assert program == command[0] == "sh"
     assert command[1] == "-c"
     assert shlex.split(command[2]) == [
@@ -421,7 +508,10 @@ def test_the_server_is_mlflows(monkeypatch, environ, workers):
 
 
 class Driver:
-    """What the library of NVIDIA's driver says: an error of ``cuInit``, or how many GPUs there are."""
+    """What the library of NVIDIA's driver says.
+
+    An error of ``cuInit``, or how many GPUs there are.
+    """
 
     def __init__(self, code=0, count=1):
         self.code, self.count = code, count
@@ -436,7 +526,10 @@ class Driver:
 
 @pytest.fixture
 def served(monkeypatch):
-    """``served(driver, **environ)``: the command that the container becomes, on a host with that driver."""
+    """``served(driver, **environ)``.
+
+    The command that the container becomes, on a host with that driver.
+    """
 
     def serve(driver, **environ):
         started = []
@@ -480,4 +573,6 @@ def test_a_container_for_a_gpu_says_what_it_is_missing(served, driver, found):
 
 def test_on_a_gpu_one_worker_has_the_weights(served):
     assert "--workers 1 " in served(Driver(), MLFLOW_SAFEFLAVOR_DEVICE="cuda")
-    assert "--workers 2 " in served(Driver(), MLFLOW_SAFEFLAVOR_DEVICE="cuda", MLFLOW_MODELS_WORKERS="2")
+    assert "--workers 2 " in served(
+        Driver(), MLFLOW_SAFEFLAVOR_DEVICE="cuda", MLFLOW_MODELS_WORKERS="2"
+    )

@@ -29,7 +29,10 @@ pytest_plugins = "saved_models"
 
 
 class Elsewhere(ArtifactRepository):
-    """Serves ``elsewhere:/path`` from this disk, as a store does that is not on it: file by file."""
+    """Serves ``elsewhere:/path`` from this disk, as a store does that is not on it.
+
+    File by file.
+    """
 
     def __init__(self, artifact_uri: str, *given: object, **options: object) -> None:
         super().__init__(artifact_uri)
@@ -89,7 +92,9 @@ def test_verify_inspect_and_dockerfile_leave_nothing(temporary, saved, tmp_path)
     assert list(temporary.iterdir()) == []
 
 
-def test_what_is_mapped_from_its_files_keeps_the_download_until_it_is_gone(temporary, saved, monkeypatch):
+def test_what_is_mapped_from_its_files_keeps_the_download_until_it_is_gone(
+    temporary, saved, monkeypatch
+):
     monkeypatch.setattr(weights_files, "_SMALL", -1)
     monkeypatch.setenv("MLFLOW_SAFEFLAVOR_CACHE", "off")
     model = mlflow_safeflavor.load_model(f"elsewhere:{saved}")
@@ -118,8 +123,13 @@ print(model.module(torch.ones(1, 2)).tolist(), len(list(Path(sys.argv[2]).iterdi
 """
 
 
-def test_code_can_be_imported_late_and_its_download_goes_with_the_process(temporary, tmp_path, user_code):
-    source = "import torch\nclass Late(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+def test_code_can_be_imported_late_and_its_download_goes_with_the_process(
+    temporary, tmp_path, user_code
+):
+    source = (
+        "import torch\nclass Late(torch.nn.Module):\n    def __init__(self):\n        "
+        "super().__init__()\n"
+    )
     source += "        self.bias = torch.nn.Parameter(torch.ones(2))\n"
     source += "    def forward(self, x):\n        from late_part import add\n        return add(x, self.bias)\n"
     _, part = user_code("late_part", "def add(a, b):\n    return a + b\n")
@@ -149,7 +159,9 @@ with scratch_folder("download", Path(sys.argv[1])):
 
 
 def test_what_a_killed_process_downloaded_is_swept(temporary):
-    with subprocess.Popen([sys.executable, "-c", HOLDS_ONE, str(temporary)], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS_ONE, str(temporary)], stdout=subprocess.PIPE
+    ) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGKILL)
     assert len(list(temporary.iterdir())) == 1

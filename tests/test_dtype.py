@@ -70,15 +70,25 @@ def save(tmp_path):
 def t5(**config):
     return seeded(
         lambda: T5EncoderModel(
-            T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, **config)
+            T5Config(
+                vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, **config
+            )
         )
     )
 
 
 def modernbert():
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    special = {
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    }
     shape = {"vocab_size": 30, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3}
-    config = ModernBertConfig(num_attention_heads=2, attn_implementation="eager", **shape, **special)
+    config = ModernBertConfig(
+        num_attention_heads=2, attn_implementation="eager", **shape, **special
+    )
     return seeded(lambda: ModernBertModel(config))
 
 
@@ -99,7 +109,13 @@ class Mixed(nn.Module):
         self.phase = torch.ones(3, dtype=torch.complex64)
 
     def forward(self, x):
-        return self.layer(x) * self.mask + self.count + self.exact.to(x.dtype) + self.plain + self.transient
+        return (
+            self.layer(x) * self.mask
+            + self.count
+            + self.exact.to(x.dtype)
+            + self.plain
+            + self.transient
+        )
 
 
 KEPT = {
@@ -118,7 +134,9 @@ CAST = {"layer.weight", "layer.bias", "mean", "transient", "plain"}
 
 @pytest.mark.parametrize("dtype", ["float32", *HALVES], ids=str)
 def test_the_serving_dtype_is_stored_and_comes_back(save, dtype):
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=16, n_embd=16, n_layer=1, n_head=2)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=30, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    ).eval()
     path = save(model, dtype=dtype)
     loaded = load(path)
     wanted = torch.float32 if dtype == "float32" else dtype
@@ -150,12 +168,17 @@ def test_every_kind_of_tensor_in_half_precision(save, dtype):
 
 
 def test_of_a_pickled_module_parameters_and_persistent_buffers_are_cast(save):
-    """No constructor says what its other tensors would be, so they stay; as nn.Module.to does it."""
+    """No constructor says what its other tensors would be, so they stay.
+
+    As nn.Module.to does it.
+    """
 
     class Local(Mixed):
         pass
 
-    found = load(save(seeded(Local), allow_pickle=True, input_example=X, dtype="bfloat16"), trust={"pickle"}).module
+    found = load(
+        save(seeded(Local), allow_pickle=True, input_example=X, dtype="bfloat16"), trust={"pickle"}
+    ).module
     wanted = dict.fromkeys(("layer.weight", "layer.bias", "mean", "fixed"), torch.bfloat16)
     assert dtypes(found) == {**KEPT, "transient": torch.float32, "plain": torch.float32, **wanted}
 
@@ -165,7 +188,9 @@ def test_rotary_frequencies_stay_float32(save):
     frequencies = {path: dtype for path, dtype in dtypes(model).items() if "inv_freq" in path}
     assert frequencies, "the test is void"
     found = load(save(model, dtype="bfloat16")).module
-    assert {path: dtype for path, dtype in dtypes(found).items() if "inv_freq" in path} == frequencies
+    assert {
+        path: dtype for path, dtype in dtypes(found).items() if "inv_freq" in path
+    } == frequencies
     assert set(frequencies.values()) == {torch.float32}
     for path in frequencies:
         assert all_bits(found)[path] == all_bits(model)[path], f"{path} went through half precision"
@@ -200,14 +225,21 @@ class Strict(PreTrainedModel):
 
     def forward(self, x):
         routed = self.router(x.float()) + self.router.correction
-        return self.layer(self.loose(x.to(self.loose.weight.dtype)).to(x.dtype)) * routed.to(x.dtype)
+        return self.layer(self.loose(x.to(self.loose.weight.dtype)).to(x.dtype)) * routed.to(
+            x.dtype
+        )
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_strict_islands_hold_in_both_halves(save, dtype):
     path = save(seeded(lambda: Strict(BertConfig())), dtype=dtype, input_example=X)
     found = dtypes(load(path, trust={"code"}).module)
-    assert found["router.weight"] == found["router.bias"] == found["router.correction"] == torch.float32
+    assert (
+        found["router.weight"]
+        == found["router.bias"]
+        == found["router.correction"]
+        == torch.float32
+    )
     assert found["layer.weight"] == dtype
     assert found["loose.weight"] == (torch.float32 if dtype == torch.float16 else dtype)
 
@@ -266,7 +298,9 @@ def test_a_cast_that_nobody_asked_for_is_said_once_and_recorded(save, caplog):
 
 @pytest.mark.parametrize("dtype", ["float32", "as-is"])
 def test_what_was_asked_for_is_not_announced(save, caplog, dtype):
-    path = save(seeded(Gaussian), init_args={}, input_example={"x": np.linspace(0, 1, 3)}, dtype=dtype)
+    path = save(
+        seeded(Gaussian), init_args={}, input_example={"x": np.linspace(0, 1, 3)}, dtype=dtype
+    )
     assert "no dtype was given" not in caplog.text
     assert load(path, trust={"code"}).spec.cast_from == ""
 
@@ -276,7 +310,11 @@ class Islands(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body, self.norm, self.head = nn.Linear(4, 8).bfloat16(), nn.LayerNorm(8), nn.Linear(8, 2)
+        self.body, self.norm, self.head = (
+            nn.Linear(4, 8).bfloat16(),
+            nn.LayerNorm(8),
+            nn.Linear(8, 2),
+        )
 
     def forward(self, x):
         return self.head(self.norm(self.body(x.bfloat16()).float()))
@@ -309,14 +347,19 @@ def test_a_checkpoint_is_read_as_it_is_or_says_what_it_becomes(
 ):
     tiny_bert().to(stored).save_pretrained(tmp_path / "checkpoint")
     if file.endswith(".bin"):  # transformers 5 writes none; and configs of old ones say no dtype
-        torch.save(load_file(tmp_path / "checkpoint" / "model.safetensors"), tmp_path / "checkpoint" / file)
+        torch.save(
+            load_file(tmp_path / "checkpoint" / "model.safetensors"), tmp_path / "checkpoint" / file
+        )
         (tmp_path / "checkpoint" / "model.safetensors").unlink()
         config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
         config = {key: value for key, value in config.items() if not key.endswith("dtype")}
         (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
     tiny_tokenizer.save_pretrained(tmp_path / "checkpoint")
     options = {"task": None, "input_example": None}
-    assert load(save(tmp_path / "checkpoint", "kept", dtype="as-is", **options)).spec.dtype == str(stored)[6:]
+    assert (
+        load(save(tmp_path / "checkpoint", "kept", dtype="as-is", **options)).spec.dtype
+        == str(stored)[6:]
+    )
     assert "no dtype was given" not in caplog.text
     spec = load(save(tmp_path / "checkpoint", "default", **options)).spec
     assert spec.dtype == "float32"
@@ -333,24 +376,34 @@ def test_from_pretrained_says_what_it_casts(tiny_bert, tmp_path, caplog):
     assert "the weights are bfloat16" in caplog.text
 
 
-@pytest.mark.parametrize("task", ["text-classification", "token-classification", "question-answering", "fill-mask"])
+@pytest.mark.parametrize(
+    "task", ["text-classification", "token-classification", "question-answering", "fill-mask"]
+)
 def test_scores_of_a_float64_model_are_in_float64(save, tiny_tokenizer, tmp_path, task):
     """To 1e-12 those of transformers' pipeline, which only casts those of whole texts to float32."""
-    head = {"text": "SequenceClassification", "token": "TokenClassification", "question": "QuestionAnswering"}
+    head = {
+        "text": "SequenceClassification",
+        "token": "TokenClassification",
+        "question": "QuestionAnswering",
+    }
     model = tiny_model("Bert", "For" + head.get(task.partition("-")[0], "MaskedLM")).double()
     text, tolerance = "the cat [MASK] on the mat", 1e-6 if task == "text-classification" else 1e-12
     rows = {"question": "a cat", "context": text} if task.startswith("question") else {"text": text}
     options = {"task": task, "tokenizer": tiny_tokenizer, "dtype": "float64", "graph": "no"}
     path = save(model, input_example=pd.DataFrame([rows]), **options)
     recorded = load_numpy(path / "safeflavor" / "parity.safetensors")
-    assert {array.dtype for name, array in recorded.items() if ".output." in name} == {np.dtype("float64")}
+    assert {array.dtype for name, array in recorded.items() if ".output." in name} == {
+        np.dtype("float64")
+    }
     answers = load(path).predict(pd.DataFrame([rows])).to_dict("records")[0]
     if task == "question-answering" and not hasattr(transformers, "QuestionAnsweringPipeline"):
         assert float(np.float32(answers["score"])) != answers["score"]
         return
     pipe = transformers.pipeline(task, model=model, tokenizer=tiny_tokenizer)
     wanted = pipe(**rows) if task == "question-answering" else pipe(text)
-    found = answers.get("score", [e["score"] for e in answers.get("entities", [])] or answers.get("scores"))
+    found = answers.get(
+        "score", [e["score"] for e in answers.get("entities", [])] or answers.get("scores")
+    )
     wanted = [e["score"] for e in wanted] if isinstance(wanted, list) else [wanted["score"]]
     assert np.allclose(np.ravel(found), wanted[: len(np.ravel(found))], atol=tolerance, rtol=0)
     assert len(np.ravel(found)) > 0
@@ -358,11 +411,18 @@ def test_scores_of_a_float64_model_are_in_float64(save, tiny_tokenizer, tmp_path
 
 def test_embeddings_of_a_float64_model_are_in_float64(save, tiny_bert, tiny_tokenizer):
     model = tiny_bert(None).double()
-    options = {"task": "feature-extraction", "tokenizer": tiny_tokenizer, "dtype": "as-is", "graph": "no"}
+    options = {
+        "task": "feature-extraction",
+        "tokenizer": tiny_tokenizer,
+        "dtype": "as-is",
+        "graph": "no",
+    }
     path = save(model, input_example=None, **options)
     answer = np.array(load(path).predict(["the cat sat"])["embedding"][0])
     with torch.inference_mode():
-        hidden = model(**tiny_tokenizer("the cat sat", return_tensors="pt")).last_hidden_state[0].mean(0)
+        hidden = (
+            model(**tiny_tokenizer("the cat sat", return_tensors="pt")).last_hidden_state[0].mean(0)
+        )
     assert hidden.dtype == torch.float64
     assert np.abs(answer - hidden.numpy()).max() < 1e-12
 
@@ -400,8 +460,12 @@ def test_a_cast_answers_as_torchs_own_cast(saved, tiny_tokenizer, dtype):
     for text in TEXTS:
         with torch.inference_mode():
             logits = model(**tiny_tokenizer(text, return_tensors="pt")).logits[0].float()
-        assert cast.predict([text])["score"].item() == pytest.approx(logits.softmax(0).max().item(), abs=1e-6)
-    assert cast.predict(TEXTS)["score"].tolist() != load(saved).predict(TEXTS)["score"].tolist(), "nothing was cast"
+        assert cast.predict([text])["score"].item() == pytest.approx(
+            logits.softmax(0).max().item(), abs=1e-6
+        )
+    assert cast.predict(TEXTS)["score"].tolist() != load(saved).predict(TEXTS)["score"].tolist(), (
+        "nothing was cast"
+    )
 
 
 def test_the_dtype_it_was_saved_in_casts_nothing_and_copies_nothing(saved):
@@ -440,7 +504,9 @@ def test_alias_groups_survive_a_cast(save):
     plain, cast = load(path).module, load(path, dtype="bfloat16").module
     assert cast.lm_head.weight is cast.transformer.wte.weight
     assert cast.lm_head.weight.dtype == torch.bfloat16
-    groups = [{name: where[0] for name, where in memory(module).items()} for module in (plain, cast)]
+    groups = [
+        {name: where[0] for name, where in memory(module).items()} for module in (plain, cast)
+    ]
     assert groups[0] == groups[1]
 
 
@@ -477,7 +543,9 @@ def test_another_thread_in_the_middle_decides_nothing(save, times):
         patch.setattr(placement, "build", build)
         found = load(path, trust={"code"}, dtype="bfloat16").module
     Disturbed.left = 0
-    assert dtypes(found) == dict.fromkeys(("layer.weight", "layer.bias", "transient"), torch.bfloat16)
+    assert dtypes(found) == dict.fromkeys(
+        ("layer.weight", "layer.bias", "transient"), torch.bfloat16
+    )
     assert build.left == -1, "it was not constructed once more for each disturbance"
 
 
@@ -517,7 +585,10 @@ def test_views_and_strides_survive_a_cast(save):
     path = save(model, init_args={}, input_example=X)
     found = load(path, trust={"code"}, dtype="bfloat16").module
     assert set(dtypes(found).values()) == {torch.bfloat16}
-    wanted = {name: (leader, offset // 2, stride) for name, (leader, offset, stride) in memory(model).items()}
+    wanted = {
+        name: (leader, offset // 2, stride)
+        for name, (leader, offset, stride) in memory(model).items()
+    }
     assert memory(found) == wanted, "half the bytes a number, so half the distance"
     assert torch.equal(found.view, model.view.bfloat16())
     assert found.again is found.turned

@@ -24,11 +24,19 @@ class Leaky(torch.nn.Module):
     def forward(self, x):
         x += 1
         self.cache = x * 2 if self.cache is None else self.cache
-        ours = {"weight": self.w, "turned": self.w.t(), "row": self.w[1], "buffer": self.b[:2], "cache": self.cache}
+        ours = {
+            "weight": self.w,
+            "turned": self.w.t(),
+            "row": self.w[1],
+            "buffer": self.b[:2],
+            "cache": self.cache,
+        }
         return {**ours, "input": x, "part": x[:, 1:], "fresh": x @ self.w.t(), "number": 3}
 
 
-@pytest.mark.parametrize("inference", [False, True], ids=["weights", "weights made in inference mode"])
+@pytest.mark.parametrize(
+    "inference", [False, True], ids=["weights", "weights made in inference mode"]
+)
 def test_nobody_elses_memory_can_be_written_through_an_output(inference):
     with torch.inference_mode(inference):
         module = Leaky().eval()
@@ -50,7 +58,10 @@ def test_what_cannot_be_written_is_taken_without_a_warning():
     x.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ModuleEngine(Leaky(), CPU, torch.float32)({"x": x})["input"].tolist() == np.ones((2, 4)).tolist()
+        assert (
+            ModuleEngine(Leaky(), CPU, torch.float32)({"x": x})["input"].tolist()
+            == np.ones((2, 4)).tolist()
+        )
 
 
 class Kinds(torch.nn.Module):
@@ -61,15 +72,24 @@ class Kinds(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("serving", "answered"),
-    [(torch.float32, "float32"), (torch.float64, "float64"), (torch.bfloat16, "float32"), (torch.float16, "float32")],
+    [
+        (torch.float32, "float32"),
+        (torch.float64, "float64"),
+        (torch.bfloat16, "float32"),
+        (torch.float16, "float32"),
+    ],
     ids=str,
 )
-def test_floating_point_numbers_come_in_the_serving_dtype_and_whole_ones_as_they_are(serving, answered):
+def test_floating_point_numbers_come_in_the_serving_dtype_and_whole_ones_as_they_are(
+    serving, answered
+):
     whole = {name: np.ones(2, name) for name in ("int64", "int32", "uint8", "bool")}
     floating = {name: np.array([1 / 3, 2.0], name) for name in ("float16", "float32", "float64")}
     module = Kinds()
     found = ModuleEngine(module, CPU, serving)({**whole, **floating})
-    assert module.seen == {name: getattr(torch, name) for name in whole} | dict.fromkeys(floating, serving)
+    assert module.seen == {name: getattr(torch, name) for name in whole} | dict.fromkeys(
+        floating, serving
+    )
     assert {name: str(array.dtype) for name, array in found.items()} == {
         **{name: "int64" if name == "bool" else name for name in whole},
         **dict.fromkeys(floating, answered),
@@ -87,7 +107,9 @@ def test_poolings_are_those_of_the_module_for_any_padding(kind):
     mask[5, 2:4] = False  # what is not counted within a text
     wanted = embedding.pool(torch.tensor(hidden), torch.tensor(mask), [kind]).numpy()
     hidden[~mask & mask.any(axis=1, keepdims=True)] = np.nan
-    found = np.array([pooling.pool(row, real, [kind]) for row, real in zip(hidden, mask, strict=True)])
+    found = np.array(
+        [pooling.pool(row, real, [kind]) for row, real in zip(hidden, mask, strict=True)]
+    )
     assert found.dtype == np.float32
     assert np.allclose(found, wanted, atol=1e-6)
     for row, real in zip(hidden[:3], mask[:3], strict=True):

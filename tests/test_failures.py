@@ -61,7 +61,12 @@ def artifacts(tmp_path_factory):
 
         torch.manual_seed(0)
         given = {"init_args": {"size": 1}, "code_paths": [file], "rehearse": False, "graph": "no"}
-        custom = {"task": "custom", "preprocess": code.pre, "postprocess": code.post, "input_example": [{"v": "1.5"}]}
+        custom = {
+            "task": "custom",
+            "preprocess": code.pre,
+            "postprocess": code.post,
+            "input_example": [{"v": "1.5"}],
+        }
         raw = {"task": "raw", "input_example": {"x": np.ones((2, 1), np.float32)}}
         for name, more in (("custom", custom), ("raw", raw)):
             mlflow_safeflavor.save_model(code.Net().eval(), folder / name, **given, **more)
@@ -183,7 +188,10 @@ def test_what_a_task_raises_outside_its_forward_is_named_too(model, monkeypatch)
 def test_over_http_an_error_has_a_name_and_no_trace(serve, artifacts, task):
     cases = {
         "custom": [
-            *[({"dataframe_records": values("1", text)}, 400 if kind is InputError else 500) for text, kind, *_ in BAD],
+            *[
+                ({"dataframe_records": values("1", text)}, 400 if kind is InputError else 500)
+                for text, kind, *_ in BAD
+            ],
             ({"dataframe_records": values("1", "ours")}, 400),
         ],
         "raw": [

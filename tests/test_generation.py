@@ -1,4 +1,7 @@
-"""Tasks that write text: what the live model writes, alone or in a batch, greedily or by seed, and after loading."""
+"""Tasks that write text.
+
+What the live model writes, alone or in a batch, greedily or by seed, and after loading.
+"""
 
 import copy
 import json
@@ -21,8 +24,18 @@ from mlflow_safeflavor.tasks.table import infer_task, task_class
 from mlflow_safeflavor.tasks.text2text_generation import Text2TextGeneration
 from mlflow_safeflavor.tasks.text_generation import TextGeneration
 
-TEXTS = ["the cat", "a", "on the other hand, the cat sat in the tree and ran", "Zürich 😀", "in her", ""]
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is the cat? 😀"}]
+TEXTS = [
+    "the cat",
+    "a",
+    "on the other hand, the cat sat in the tree and ran",
+    "Zürich 😀",
+    "in her",
+    "",
+]
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Where is the cat? 😀"},
+]
 
 
 class Bound:
@@ -79,26 +92,38 @@ def _trimmed(text):
 @pytest.mark.parametrize("name", DECODERS)
 def test_greedy_texts_are_those_of_the_pipeline(bound, name, bos, full):
     task = bound(name, byte_tokenizer(bos=bos))
-    reference = pipeline("text-generation", model=copy.deepcopy(task.model), tokenizer=byte_tokenizer(bos=bos))
+    reference = pipeline(
+        "text-generation", model=copy.deepcopy(task.model), tokenizer=byte_tokenizer(bos=bos)
+    )
     asked = {"max_new_tokens": 12, "return_full_text": full}
-    wanted = [_trimmed(reference(text, do_sample=False, **asked)[0]["generated_text"]) for text in TEXTS]
+    wanted = [
+        _trimmed(reference(text, do_sample=False, **asked)[0]["generated_text"]) for text in TEXTS
+    ]
     assert task.texts(TEXTS, **asked) == wanted
     assert len(set(wanted)) > 3
 
 
 # RWKV in transformers mixes up the rows of a batch, and with them the beams.
-@pytest.mark.parametrize(("name", "beams"), [(name, n) for name in ALL for n in (1, 3) if (name[:4], n) != ("Rwkv", 3)])
+@pytest.mark.parametrize(
+    ("name", "beams"), [(name, n) for name in ALL for n in (1, 3) if (name[:4], n) != ("Rwkv", 3)]
+)
 def test_tokens_are_those_of_the_live_model_whatever_is_beside_a_row(bound, name, beams):
     task = bound(name)
     answers, features, outputs = task.run(TEXTS, max_new_tokens=12, num_beams=beams)
     for row, output in zip(features, outputs, strict=True):
         ids = torch.tensor([row["input_ids"]])
         live = task.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, num_beams=beams, pad_token_id=2
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            num_beams=beams,
+            pad_token_id=2,
         )
         start = 1 if task.task.encoder_decoder else ids.shape[1]
         assert output["ids"].tolist() == task.task._until_end(live[0, start:].numpy()).tolist()
-    assert [answer["generated_text"] for answer in answers] == task.alone(TEXTS, max_new_tokens=12, num_beams=beams)
+    assert [answer["generated_text"] for answer in answers] == task.alone(
+        TEXTS, max_new_tokens=12, num_beams=beams
+    )
     assert len({tuple(output["ids"]) for output in outputs}) > 2
 
 
@@ -107,7 +132,9 @@ def test_rows_share_a_batch_where_the_model_ignores_padding(bound, name):
     task = bound(name)
     shapes = []
     generate = task.engine.generate
-    task.engine.generate = lambda inputs, *a, **k: shapes.append(len(inputs["input_ids"])) or generate(inputs, *a, **k)
+    task.engine.generate = lambda inputs, *a, **k: (
+        shapes.append(len(inputs["input_ids"])) or generate(inputs, *a, **k)
+    )
     task.answers(TEXTS, max_new_tokens=2)
     assert shapes == ([1] * len(TEXTS) if name in ODD_DECODERS else [len(TEXTS)])
 
@@ -129,7 +156,9 @@ def test_penalties_do_not_count_padding(bound, name, setting):
     assert texts == task.alone(TEXTS, max_new_tokens=20)
     assert texts != plain.texts(TEXTS, max_new_tokens=20)
     ids = torch.tensor([task.run(TEXTS)[1][0]["input_ids"]])
-    live = task.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, pad_token_id=2)
+    live = task.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, pad_token_id=2
+    )
     start = 1 if task.task.encoder_decoder else ids.shape[1]
     wanted = _trimmed(task.tokenizer.decode(live[0, start:], skip_special_tokens=True))
     assert _trimmed(texts[0]) == (wanted if task.task.encoder_decoder else TEXTS[0] + wanted)
@@ -144,7 +173,13 @@ def test_a_tokenizer_without_padding_token_is_enough(bound):
 
 
 def test_the_generation_config_tells_the_defaults(bound):
-    said = {"num_beams": 3, "max_length": 9, "length_penalty": 2.0, "forced_bos_token_id": 77, "eos_token_id": [2, 80]}
+    said = {
+        "num_beams": 3,
+        "max_length": 9,
+        "length_penalty": 2.0,
+        "forced_bos_token_id": 77,
+        "eos_token_id": [2, 80],
+    }
     task = bound(writer("BartForConditionalGeneration", generation=said))
     params = task.task.check_params({})
     assert (params["num_beams"], params["max_new_tokens"]) == (3, 8)
@@ -160,13 +195,17 @@ def test_the_generation_config_tells_the_defaults(bound):
 def test_what_the_module_says_later_does_not_count(bound):
     task = bound("BartForConditionalGeneration")
     before = task.texts(TEXTS, max_new_tokens=8)
-    task.model.generation_config = GenerationConfig(forced_bos_token_id=77, num_beams=2, decoder_start_token_id=2)
+    task.model.generation_config = GenerationConfig(
+        forced_bos_token_id=77, num_beams=2, decoder_start_token_id=2
+    )
     assert task.texts(TEXTS, max_new_tokens=8) == before
     assert task.model.generation_config.num_beams == 2
 
 
 def test_stop_texts_of_the_generation_config_are_the_default(bound):
-    assert bound(writer("GPT2LMHeadModel", generation={"stop_strings": "x"})).task.check_params({})["stop"] == ["x"]
+    assert bound(writer("GPT2LMHeadModel", generation={"stop_strings": "x"})).task.check_params({})[
+        "stop"
+    ] == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +254,9 @@ def test_sampling_leaves_torchs_random_state_alone(bound):
     assert task.texts(TEXTS, seed=7, **_SAMPLED) == first
 
 
-@pytest.mark.parametrize("warped", [{"top_k": 0}, {"top_k": 3, "temperature": 0.7}, {"top_k": 0, "top_p": 0.5}])
+@pytest.mark.parametrize(
+    "warped", [{"top_k": 0}, {"top_k": 3, "temperature": 0.7}, {"top_k": 0, "top_p": 0.5}]
+)
 def test_tokens_are_drawn_with_the_probabilities_that_transformers_draws_with(bound, warped):
     task = bound("LlamaForCausalLM")
     asked = {"do_sample": True, "max_new_tokens": 1}
@@ -252,7 +293,9 @@ def test_texts_end_before_a_stop_text_that_spans_tokens(bound):
     stop = whole[start : start + 3]
     assert len(task.tokenizer(stop)["input_ids"]) > 1
     texts = ["the cat", "a", "in her"]
-    answers, _, outputs = task.run(texts, max_new_tokens=30, return_full_text=False, stop=["never there", stop])
+    answers, _, outputs = task.run(
+        texts, max_new_tokens=30, return_full_text=False, stop=["never there", stop]
+    )
     assert answers[0] == {"generated_text": whole[:start], "finish_reason": "stop"}
     assert len(outputs[0]["ids"]) <= 30
     others = task.answers(texts, max_new_tokens=30, return_full_text=False)
@@ -297,7 +340,8 @@ def test_a_prompt_that_is_too_long_keeps_its_end(bound):
     assert task.texts([long], max_new_tokens=40)[0].startswith(long)
     with pytest.raises(InputError, match="where: row 1\n"):
         task.answers(["a", long], max_new_tokens=40, truncation=False)
-    # In transformers it counts what is read and what is written together; here it would have cut the prompt.
+    # In transformers it counts what is read and what is written together; here it would have cut
+    # the prompt.
     with pytest.raises(InputError, match=r"'max_length'[\s\S]*max_new_tokens"):
         task.answers([long], max_length=10)
 
@@ -319,9 +363,27 @@ def test_an_empty_text_needs_a_token_to_begin_with(bound):
     "wrong",
     [
         *({"max_new_tokens": value} for value in (0, -1, 1.5, 96, 10**9, True)),
-        *({"temperature": 0.0}, {"top_p": 1.1}, {"top_p": 0.0}, {"top_k": -1}, {"num_beams": 0}, {"num_beams": 1000}),
-        *({"repetition_penalty": 0.0}, {"seed": -2}, {"seed": 2**63}, {"stop": ["a", ""]}, {"stop": "a"}),
-        *({"do_sample": 1}, {"do_sample": True, "num_beams": 2}, {"max_length": 200}, {"unknown": 1}),
+        *(
+            {"temperature": 0.0},
+            {"top_p": 1.1},
+            {"top_p": 0.0},
+            {"top_k": -1},
+            {"num_beams": 0},
+            {"num_beams": 1000},
+        ),
+        *(
+            {"repetition_penalty": 0.0},
+            {"seed": -2},
+            {"seed": 2**63},
+            {"stop": ["a", ""]},
+            {"stop": "a"},
+        ),
+        *(
+            {"do_sample": 1},
+            {"do_sample": True, "num_beams": 2},
+            {"max_length": 200},
+            {"unknown": 1},
+        ),
     ],
     ids=str,
 )
@@ -350,18 +412,22 @@ def test_cost_counts_what_may_be_written(bound):
 
 @pytest.fixture
 def chat(bound):
-    return bound("LlamaForCausalLM", byte_tokenizer(bos=True, chat=True), {"messages": "conversation"})
+    return bound(
+        "LlamaForCausalLM", byte_tokenizer(bos=True, chat=True), {"messages": "conversation"}
+    )
 
 
 def test_chats_are_those_of_the_pipeline(chat):
     reference = pipeline(
-        "text-generation", model=copy.deepcopy(chat.model), tokenizer=byte_tokenizer(bos=True, chat=True)
+        "text-generation",
+        model=copy.deepcopy(chat.model),
+        tokenizer=byte_tokenizer(bos=True, chat=True),
     )
     begun = [CHAT[1], {"role": "assistant", "content": "In the"}]
     for messages in (CHAT, CHAT[1:], begun):
-        wanted = reference([messages], max_new_tokens=8, do_sample=False, return_full_text=False)[0][0][
-            "generated_text"
-        ]
+        wanted = reference([messages], max_new_tokens=8, do_sample=False, return_full_text=False)[
+            0
+        ][0]["generated_text"]
         (answer,) = chat.answers(pd.DataFrame({"conversation": [messages]}), max_new_tokens=8)
         assert answer["generated_text"] == _trimmed(wanted)
     (full,) = chat.texts({"conversation": [CHAT]}, max_new_tokens=8, return_full_text=True)
@@ -407,7 +473,9 @@ def test_a_model_reads_texts_or_chats(bound):
     with pytest.raises(InputError, match="not both"):
         TextGeneration.columns_for({"text": "a", "messages": "b"})
     with pytest.raises(StructureError, match="chat template"):
-        bound("LlamaForCausalLM", byte_tokenizer(), {"messages": "messages"}).answers({"messages": [CHAT]})
+        bound("LlamaForCausalLM", byte_tokenizer(), {"messages": "messages"}).answers(
+            {"messages": [CHAT]}
+        )
 
 
 # Which task.
@@ -438,7 +506,12 @@ def test_an_engine_that_cannot_write_says_so():
 @pytest.mark.parametrize("alias", ["summarization", "translation_en_to_de", "translation"])
 def test_names_of_specific_tasks_bring_prefix_and_settings(bound, alias):
     specific = {
-        "summarization": {"prefix": "summarize: ", "num_beams": 2, "max_length": 9, "no_repeat_ngram_size": 2},
+        "summarization": {
+            "prefix": "summarize: ",
+            "num_beams": 2,
+            "max_length": 9,
+            "no_repeat_ngram_size": 2,
+        },
         "translation_en_to_de": {"prefix": "translate English to German: "},
     }
     model = writer("T5ForConditionalGeneration", task_specific_params=specific)
@@ -450,7 +523,9 @@ def test_names_of_specific_tasks_bring_prefix_and_settings(bound, alias):
     beams, new = (2, 8) if alias == "summarization" else (1, 64)
     params = task.task.check_params({})
     assert (params["num_beams"], params["max_new_tokens"]) == (beams, new)
-    assert (task.task.config["generation"].get("no_repeat_ngram_size") == 2) == (alias == "summarization")
+    assert (task.task.config["generation"].get("no_repeat_ngram_size") == 2) == (
+        alias == "summarization"
+    )
 
 
 def test_a_prefix_can_be_an_option(bound):
@@ -465,7 +540,11 @@ def test_a_prefix_can_be_an_option(bound):
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BartForConditionalGeneration"])
 def test_loaded_models_write_what_the_live_one_writes(tmp_path, name):
-    said = {"num_beams": 2, "forced_bos_token_id": 77} if name in ENCODER_DECODERS else {"repetition_penalty": 1.7}
+    said = (
+        {"num_beams": 2, "forced_bos_token_id": 77}
+        if name in ENCODER_DECODERS
+        else {"repetition_penalty": 1.7}
+    )
     model, tokenizer = writer(name, generation=said), byte_tokenizer(eos=name in ENCODER_DECODERS)
     path = tmp_path / "model"
     mlflow_safeflavor.save_model(model, path, tokenizer=tokenizer, rehearse=False)
@@ -485,7 +564,9 @@ def test_loaded_models_write_what_the_live_one_writes(tmp_path, name):
     assert served.predict(frame, params=params)["generated_text"].tolist() == found
     stopped = served.predict(frame, params={**params, "stop": [found[0][-1]], "seed": 3})
     assert stopped["finish_reason"][0] == "stop"
-    assert served.predict({"text": TEXTS[:2]}, params=params)["generated_text"].tolist() == found[:2]
+    assert (
+        served.predict({"text": TEXTS[:2]}, params=params)["generated_text"].tolist() == found[:2]
+    )
 
 
 def test_saved_chats_are_asked_through_pyfunc(tmp_path):
@@ -515,7 +596,9 @@ def test_a_clean_process_replays_them(tmp_path, columns):
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / "model"
-    mlflow_safeflavor.save_model(writer("LlamaForCausalLM"), path, tokenizer=byte_tokenizer(), rehearse=False)
+    mlflow_safeflavor.save_model(
+        writer("LlamaForCausalLM"), path, tokenizer=byte_tokenizer(), rehearse=False
+    )
     return path
 
 
@@ -532,7 +615,11 @@ def test_a_broken_cache_does_not_pass_the_replay(saved, monkeypatch):
     loaded = mlflow_safeflavor.load_model(saved)
     assert _replay(loaded).bit_identical
     update = DynamicLayer.update
-    monkeypatch.setattr(DynamicLayer, "update", lambda self, k, v, *a, **kw: update(self, k, v.roll(1, -1), *a, **kw))
+    monkeypatch.setattr(
+        DynamicLayer,
+        "update",
+        lambda self, k, v, *a, **kw: update(self, k, v.roll(1, -1), *a, **kw),
+    )
     assert not _replay(loaded).ok
 
 

@@ -1,4 +1,7 @@
-"""The graph in ONNX Runtime: the module's answers, and the same bits for any company, padding and threads."""
+"""The graph in ONNX Runtime.
+
+The module's answers, and the same bits for any company, padding and threads.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,13 @@ from mlflow_safeflavor.save import graph as recording
 
 pytestmark = pytest.mark.graphs
 
-TEXTS = ["the cat sat on the mat", "a dog", "", "red tree under green tree " * 9, "x = y + ( x - y )"]
+TEXTS = [
+    "the cat sat on the mat",
+    "a dog",
+    "",
+    "red tree under green tree " * 9,
+    "x = y + ( x - y )",
+]
 SHAPE = {
     "vocab_size": 35,
     "hidden_size": 32,
@@ -55,7 +64,9 @@ SHAPE = {
 
 def bert(head, **config):
     torch.manual_seed(0)
-    return getattr(transformers, f"Bert{head}")(transformers.BertConfig(**SHAPE, initializer_range=0.5, **config))
+    return getattr(transformers, f"Bert{head}")(
+        transformers.BertConfig(**SHAPE, initializer_range=0.5, **config)
+    )
 
 
 def engine_of(served):
@@ -64,7 +75,10 @@ def engine_of(served):
 
 def both(path, **options):
     """The same artifact, served as a graph and as a module."""
-    served = [mlflow.pyfunc.load_model(str(path), model_config={"engine": name}) for name in ("auto", "module")]
+    served = [
+        mlflow.pyfunc.load_model(str(path), model_config={"engine": name})
+        for name in ("auto", "module")
+    ]
     assert [engine_of(model).name for model in served] == ["onnx", "module"]
     return served
 
@@ -122,7 +136,10 @@ def test_tasks_of_text(name, tiny_tokenizer, tmp_path):
     near(together, module.predict(rows))
     # One at a time the bits are the same; so they are natively.
     for i in range(len(rows)):
-        same(graph.predict(rows[i : i + 1]).reset_index(drop=True), together[i : i + 1].reset_index(drop=True))
+        same(
+            graph.predict(rows[i : i + 1]).reset_index(drop=True),
+            together[i : i + 1].reset_index(drop=True),
+        )
     same(mlflow_safeflavor.load_model(tmp_path / "m").predict(rows), together)
     assert engine_of(graph)._rebuilt is None  # all of it was answered by the graph
 
@@ -141,7 +158,9 @@ def test_images(tmp_path):
 
 
 def test_sounds(tmp_path):
-    mlflow_safeflavor.save_model(make_listener(), tmp_path / "m", processor=masked, graph="require", rehearse=False)
+    mlflow_safeflavor.save_model(
+        make_listener(), tmp_path / "m", processor=masked, graph="require", rehearse=False
+    )
     graph, module = both(tmp_path / "m")
     draw = np.random.default_rng(0)
     sounds = [draw.normal(size=size).astype(np.float32) for size in (1600, 2400, 4000)]
@@ -151,13 +170,17 @@ def test_sounds(tmp_path):
 
 
 def test_what_writes_stays_with_the_module(tiny_tokenizer, tmp_path):
-    config = transformers.GPT2Config(vocab_size=35, n_positions=32, n_embd=16, n_layer=1, n_head=2, pad_token_id=0)
+    config = transformers.GPT2Config(
+        vocab_size=35, n_positions=32, n_embd=16, n_layer=1, n_head=2, pad_token_id=0
+    )
     model = transformers.GPT2LMHeadModel(config)
     mlflow_safeflavor.save_model(model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
     assert "token by token" in reason_against(Layout(tmp_path / "m"))
     assert engine_of(mlflow.pyfunc.load_model(str(tmp_path / "m"))).name == "module"
     with pytest.raises(StructureError, match="cannot be stored as a graph"):
-        mlflow_safeflavor.save_model(model, tmp_path / "n", tokenizer=tiny_tokenizer, graph="require", rehearse=False)
+        mlflow_safeflavor.save_model(
+            model, tmp_path / "n", tokenizer=tiny_tokenizer, graph="require", rehearse=False
+        )
     assert not (tmp_path / "n").exists()
 
 
@@ -170,7 +193,9 @@ def make_private(width=4):
     class Private(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+            self.inner = nn.Sequential(
+                nn.Linear(width, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)
+            )
             self.shift = torch.arange(3.0)  # neither parameter nor buffer
 
         def forward(self, x, scale=None):
@@ -235,14 +260,22 @@ def test_classifier_without_torch(tiny_tokenizer, tmp_path, clean_process):
 
 
 def test_verify_asks_the_engine_that_is_wanted(tiny_tokenizer, tmp_path, monkeypatch):
-    mlflow_safeflavor.save_model(bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+    mlflow_safeflavor.save_model(
+        bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False
+    )
     asked = []
     for engine in (GraphEngine, ModuleEngine):
         call = engine.__call__
         monkeypatch.setattr(
-            engine, "__call__", lambda self, *a, call=call, **k: asked.append(self.name) or call(self, *a, **k)
+            engine,
+            "__call__",
+            lambda self, *a, call=call, **k: asked.append(self.name) or call(self, *a, **k),
         )
-    for options, name in (([], "onnx"), (["--engine", "onnx"], "onnx"), (["--engine", "module"], "module")):
+    for options, name in (
+        ([], "onnx"),
+        (["--engine", "onnx"], "onnx"),
+        (["--engine", "module"], "module"),
+    ):
         asked.clear()
         done = CliRunner().invoke(cli.main, ["verify", str(tmp_path / "m"), *options])
         assert done.exit_code == 0, done.output
@@ -251,10 +284,20 @@ def test_verify_asks_the_engine_that_is_wanted(tiny_tokenizer, tmp_path, monkeyp
 
 def test_serving_needs_nothing_but_the_pins(tiny_tokenizer, tmp_path, clean_process):
     """As in the lean image: what no pin brings along cannot be imported."""
-    mlflow_safeflavor.save_model(bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
-    pins = Environment.from_json(read_json(Layout(tmp_path / "m").environment)).for_graph().distributions
+    mlflow_safeflavor.save_model(
+        bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False
+    )
+    pins = (
+        Environment.from_json(read_json(Layout(tmp_path / "m").environment))
+        .for_graph()
+        .distributions
+    )
     owners = importlib.metadata.packages_distributions()
-    others = [name for name, there in owners.items() if not pins.keys() & set(map(canonicalize_name, there))]
+    others = [
+        name
+        for name, there in owners.items()
+        if not pins.keys() & set(map(canonicalize_name, there))
+    ]
     assert {"torch", "transformers"} <= {*others}
     clean_process(
         "import sys, json\n"
@@ -263,13 +306,21 @@ def test_serving_needs_nothing_but_the_pins(tiny_tokenizer, tmp_path, clean_proc
         "model = mlflow.pyfunc.load_model(sys.argv[1], model_config={'engine': 'onnx'})\n"
         "assert len(model.predict(pd.DataFrame({'text': ['a cat', 'a dog']}))) == 2\n",
         str(tmp_path / "m"),
-        json.dumps([name for name in others if name not in ("mlflow_safeflavor", "pkg_resources", "setuptools")]),
+        json.dumps(
+            [
+                name
+                for name in others
+                if name not in ("mlflow_safeflavor", "pkg_resources", "setuptools")
+            ]
+        ),
     )
 
 
 def test_an_image_has_the_pins_of_what_it_serves_with(tiny_tokenizer, tmp_path):
     path = tmp_path / "m"
-    mlflow_safeflavor.save_model(bert("Model"), path, tokenizer=tiny_tokenizer, torch_index=None, rehearse=False)
+    mlflow_safeflavor.save_model(
+        bert("Model"), path, tokenizer=tiny_tokenizer, torch_index=None, rehearse=False
+    )
 
     def image(engine="auto", **options):
         folder = tmp_path / f"image-{len(list(tmp_path.iterdir()))}"
@@ -301,7 +352,9 @@ def test_hooks(tmp_path):
         make_private(),
         tmp_path / "m",
         task="custom",
-        preprocess=lambda rows, tokenizer: {"x": torch.tensor([[row["a"], row["b"], 0.0, 1.0] for row in rows])},
+        preprocess=lambda rows, tokenizer: {
+            "x": torch.tensor([[row["a"], row["b"], 0.0, 1.0] for row in rows])
+        },
         postprocess=lambda outputs, rows: [{"best": int(y.argmax())} for y in outputs["y"]],
         input_example=[{"a": 1.0, "b": 2.0}, {"a": -3.0, "b": 0.5}],
         graph="only",
@@ -316,7 +369,12 @@ def test_hooks(tmp_path):
 def test_what_the_graph_does_not_take_goes_to_the_module(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
     mlflow_safeflavor.save_model(
-        make_private(), tmp_path / "m", task="raw", input_example=X, allow_pickle=True, rehearse=False
+        make_private(),
+        tmp_path / "m",
+        task="raw",
+        input_example=X,
+        allow_pickle=True,
+        rehearse=False,
     )
     served = mlflow.pyfunc.load_model(str(tmp_path / "m"))._model_impl.model
     assert served.engine.name == "onnx"
@@ -341,8 +399,14 @@ def test_a_graph_alone_says_what_it_takes(tmp_path):
     assert loaded.predict({"x": np.zeros((7, 4), np.float32)})["y"].shape == (7, 3)
     with pytest.raises(InputError, match="served on a CPU"):
         generate_dockerfile(str(tmp_path / "m"), tmp_path / "image", target="cuda", hashes=False)
-    assert generate_dockerfile(str(tmp_path / "m"), tmp_path / "image", target="cpu", hashes=False).exists()
-    for refused in ({"dtype": "bfloat16"}, {"model_config": {"compile": True}}, {"model_config": {"engine": "module"}}):
+    assert generate_dockerfile(
+        str(tmp_path / "m"), tmp_path / "image", target="cpu", hashes=False
+    ).exists()
+    for refused in (
+        {"dtype": "bfloat16"},
+        {"model_config": {"compile": True}},
+        {"model_config": {"engine": "module"}},
+    ):
         with pytest.raises(PlacementError):
             mlflow_safeflavor.load_model(str(tmp_path / "m"), **refused)
 
@@ -360,7 +424,9 @@ def test_beside_a_device_that_nobody_chose_a_graph_stays_on_the_cpu(tmp_path, mo
         assert engine_of(served).name == "onnx"
     assert engine_of(asked).fallback().device.type == "cpu"
     with pytest.raises(PlacementError, match="cuda:0"):
-        mlflow.pyfunc.load_model(str(tmp_path / "m"), model_config={"engine": "onnx", "device": "cuda:0"})
+        mlflow.pyfunc.load_model(
+            str(tmp_path / "m"), model_config={"engine": "onnx", "device": "cuda:0"}
+        )
 
 
 def test_half_precision_stays_with_the_module(tiny_tokenizer, tmp_path):
@@ -368,7 +434,9 @@ def test_half_precision_stays_with_the_module(tiny_tokenizer, tmp_path):
     mlflow_safeflavor.save_model(bert("ForSequenceClassification"), tmp_path / "m", **given)
     assert "served in float32" in reason_against(Layout(tmp_path / "m"))
     with pytest.raises(StructureError, match="served in float32"):
-        mlflow_safeflavor.save_model(bert("ForSequenceClassification"), tmp_path / "n", graph="only", **given)
+        mlflow_safeflavor.save_model(
+            bert("ForSequenceClassification"), tmp_path / "n", graph="only", **given
+        )
 
 
 # Recording and its proof.
@@ -447,7 +515,9 @@ class Patches(nn.Module):
 
     def forward(self, x):
         parts = nn.functional.unfold(x, (2, 3), stride=(2, 3))
-        return {"y": nn.functional.fold(parts * parts[..., :1], x.shape[-2:], (2, 3), stride=(2, 3))}
+        return {
+            "y": nn.functional.fold(parts * parts[..., :1], x.shape[-2:], (2, 3), stride=(2, 3))
+        }
 
 
 class Windows(nn.Module):
@@ -459,7 +529,9 @@ class Windows(nn.Module):
         self.next = Windows(*sizes[1:]) if sizes[1:] else nn.Identity()
 
     def forward(self, x):
-        return self.next(nn.functional.pad(x, (0, (self.size - x.shape[1] % self.size) % self.size)))
+        return self.next(
+            nn.functional.pad(x, (0, (self.size - x.shape[1] % self.size) % self.size))
+        )
 
 
 class Twice(nn.Module):
@@ -481,7 +553,8 @@ def record(module, *examples, limit=None):
 
 
 @pytest.mark.parametrize(
-    ("cls", "reason"), [(Decides, "torch.export"), (Counts, "changes"), (Random, "no operator that a graph may hold")]
+    ("cls", "reason"),
+    [(Decides, "torch.export"), (Counts, "changes"), (Random, "no operator that a graph may hold")],
 )
 def test_forwards_without_a_graph(cls, reason):
     with pytest.raises(recording.Refusal, match=reason):
@@ -563,7 +636,11 @@ def test_a_shape_that_the_module_treats_apart():
 def test_the_same_model_is_the_same_file(tiny_tokenizer, tmp_path):
     for name in "ab":
         mlflow_safeflavor.save_model(
-            bert("Model"), tmp_path / name, tokenizer=tiny_tokenizer, graph="require", rehearse=False
+            bert("Model"),
+            tmp_path / name,
+            tokenizer=tiny_tokenizer,
+            graph="require",
+            rehearse=False,
         )
     one, other = (Layout(tmp_path / name).graph.read_bytes() for name in "ab")
     assert one == other
@@ -572,16 +649,27 @@ def test_the_same_model_is_the_same_file(tiny_tokenizer, tmp_path):
 
 
 def test_any_reader_of_the_standard_opens_it(tiny_tokenizer, tmp_path):
-    """Without any of our code: ONNX Runtime finds the weights beside the file, and onnx calls it valid."""
+    """Without any of our code.
+
+    ONNX Runtime finds the weights beside the file, and onnx calls it valid.
+    """
     mlflow_safeflavor.save_model(
-        bert("ForSequenceClassification"), tmp_path / "m", tokenizer=tiny_tokenizer, graph="require", rehearse=False
+        bert("ForSequenceClassification"),
+        tmp_path / "m",
+        tokenizer=tiny_tokenizer,
+        graph="require",
+        rehearse=False,
     )
     file = Layout(tmp_path / "m").graph
     encoded = {name: np.array([ids]) for name, ids in tiny_tokenizer(TEXTS[0]).items()}
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(["output.logits"], {f"input.{name}": array for name, array in encoded.items()})
+    (logits,) = session.run(
+        ["output.logits"], {f"input.{name}": array for name, array in encoded.items()}
+    )
     score = np.exp(logits[0]).max() / np.exp(logits[0]).sum()
-    assert mlflow_safeflavor.load_model(tmp_path / "m").predict(TEXTS[0])["score"][0] == pytest.approx(score, rel=1e-5)
+    assert mlflow_safeflavor.load_model(tmp_path / "m").predict(TEXTS[0])["score"][
+        0
+    ] == pytest.approx(score, rel=1e-5)
     onnx.checker.check_model(file)
     stored = onnx.load(file, load_external_data=False).graph.initializer
     outside = {tensor.name for tensor in stored if tensor.external_data}
@@ -615,10 +703,17 @@ def test_negative_rows_of_a_table_are_refused(tmp_path):
 
 def test_many_threads(tiny_tokenizer, tmp_path):
     mlflow_safeflavor.save_model(
-        bert("ForSequenceClassification"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False, graph="only"
+        bert("ForSequenceClassification"),
+        tmp_path / "m",
+        tokenizer=tiny_tokenizer,
+        rehearse=False,
+        graph="only",
     )
     engine = mlflow_safeflavor.load_model(str(tmp_path / "m")).engine
-    batches = [dict(tiny_tokenizer([text, "a"], padding=True, truncation=True, return_tensors="np")) for text in TEXTS]
+    batches = [
+        dict(tiny_tokenizer([text, "a"], padding=True, truncation=True, return_tensors="np"))
+        for text in TEXTS
+    ]
     wanted = [engine(batch)["logits"] for batch in batches]
     with ThreadPoolExecutor(8) as pool:
         for i, found in enumerate(pool.map(lambda i: engine(batches[i % 5])["logits"], range(400))):
@@ -629,8 +724,14 @@ def test_many_threads(tiny_tokenizer, tmp_path):
 
 
 def test_inspect_shows_it(tiny_tokenizer, tmp_path):
-    mlflow_safeflavor.save_model(bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
-    shown = CliRunner().invoke(cli.main, ["inspect", str(tmp_path / "m"), "--graph"], catch_exceptions=False).output
+    mlflow_safeflavor.save_model(
+        bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False
+    )
+    shown = (
+        CliRunner()
+        .invoke(cli.main, ["inspect", str(tmp_path / "m"), "--graph"], catch_exceptions=False)
+        .output
+    )
     words = " ".join(shown.replace("│", " ").split())
     assert "same bits for any number of threads, any batch, any padding; within" in words
     assert "input input_ids: int64[rows, length]" in shown
@@ -639,7 +740,9 @@ def test_inspect_shows_it(tiny_tokenizer, tmp_path):
 
 
 def test_a_damaged_graph_is_refused(tiny_tokenizer, tmp_path):
-    mlflow_safeflavor.save_model(bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+    mlflow_safeflavor.save_model(
+        bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False
+    )
     file = Layout(tmp_path / "m").graph
     file.write_bytes(file.read_bytes().replace(b"Gelu", b"Relu"))
     with pytest.raises(mlflow_safeflavor.errors.IntegrityError, match=r"graph\.onnx"):
@@ -648,15 +751,22 @@ def test_a_damaged_graph_is_refused(tiny_tokenizer, tmp_path):
 
 def test_unknown_word(tmp_path):
     with pytest.raises(mlflow_safeflavor.errors.InputError, match=r"auto \| require \| only \| no"):
-        mlflow_safeflavor.save_model(make_private(), tmp_path / "m", task="raw", input_example=X, graph="jit")
+        mlflow_safeflavor.save_model(
+            make_private(), tmp_path / "m", task="raw", input_example=X, graph="jit"
+        )
     assert not Path(tmp_path / "m").exists()
 
 
 def test_pickled_hooks_need_no_class_of_the_module(tmp_path, monkeypatch):
-    """As where transformers changes between two releases: the graph answers, and the hooks come without the module."""
+    """As where transformers changes between two releases.
+
+    The graph answers, and the hooks come without the module.
+    """
     (tmp_path / "gone.py").write_text(
-        "import torch\n\n\nclass Net(torch.nn.Module):\n    def __init__(self, size):\n        super().__init__()\n"
-        "        self.layer = torch.nn.Linear(size, 3)\n\n    def forward(self, x):\n        return self.layer(x)\n"
+        "import torch\n\n\nclass Net(torch.nn.Module):\n    def __init__(self, size):\n        "
+        "super().__init__()\n"
+        "        self.layer = torch.nn.Linear(size, 3)\n\n    def forward(self, x):\n        "
+        "return self.layer(x)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     model = importlib.import_module("gone").Net(4).eval()
@@ -665,7 +775,9 @@ def test_pickled_hooks_need_no_class_of_the_module(tmp_path, monkeypatch):
         tmp_path / "m",
         task="custom",
         allow_pickle=True,
-        preprocess=lambda rows, tokenizer: {"x": torch.tensor([[row["a"], 1.0, 0.0, 1.0] for row in rows])},
+        preprocess=lambda rows, tokenizer: {
+            "x": torch.tensor([[row["a"], 1.0, 0.0, 1.0] for row in rows])
+        },
         postprocess=lambda outputs, rows: [{"score": float(y.sum())} for y in outputs["output_0"]],
         input_example=[{"a": 1.0}, {"a": -3.0}],
         rehearse=False,
@@ -676,9 +788,13 @@ def test_pickled_hooks_need_no_class_of_the_module(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "gone")
     (tmp_path / "gone.py").unlink()
     with pytest.raises(StructureError, match="cannot be unpickled"):
-        mlflow_safeflavor.load_model(str(tmp_path / "m"), trust={"pickle"}, model_config={"engine": "module"})
+        mlflow_safeflavor.load_model(
+            str(tmp_path / "m"), trust={"pickle"}, model_config={"engine": "module"}
+        )
     graph = mlflow_safeflavor.load_model(str(tmp_path / "m"), trust={"pickle"})
-    assert graph.predict(rows)["score"].tolist() == pytest.approx(expected["score"].tolist(), rel=1e-5)
+    assert graph.predict(rows)["score"].tolist() == pytest.approx(
+        expected["score"].tolist(), rel=1e-5
+    )
 
 
 @pytest.mark.slow
@@ -687,7 +803,11 @@ def test_another_dtype_among_the_options_is_the_modules(tmp_path):
     torch.manual_seed(0)
     example, options = X["x"], {"dtype": "bfloat16"}
     mlflow_safeflavor.save_model(
-        nn.Sequential(nn.Linear(4, 3)), tmp_path / "m", task="raw", input_example=example, model_config=options
+        nn.Sequential(nn.Linear(4, 3)),
+        tmp_path / "m",
+        task="raw",
+        input_example=example,
+        model_config=options,
     )
     assert engine_of(mlflow.pyfunc.load_model(str(tmp_path / "m"))).name == "module"
     own = {"dtype": "", "engine": "onnx"}

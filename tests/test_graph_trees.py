@@ -1,4 +1,7 @@
-"""Random trees of the layers that encoders are made of: recorded, and right on inputs that nobody has seen."""
+"""Random trees of the layers that encoders are made of.
+
+Recorded, and right on inputs that nobody has seen.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,10 @@ class Text(nn.Module):
 
 
 LEAVES = (
-    *(lambda draw, make=make: make() for make in (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, Pooled)),
+    *(
+        lambda draw, make=make: make()
+        for make in (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, Pooled)
+    ),
     lambda draw: nn.Linear(WIDTH, WIDTH, bias=draw.random() < 0.5),
     lambda draw: nn.LayerNorm(WIDTH),
     lambda draw: nn.Softmax(dim=-1),
@@ -111,7 +117,9 @@ def test_random_trees_are_recorded_and_answer_as_their_modules_do():
         torch.manual_seed(seed)
         module = Text(make_tree(random.Random(seed))).eval().requires_grad_(False)
         try:
-            graph, proof = record(module, find_slots(module), {}, [make_inputs(3, 7), make_inputs(1, 4)], limit=24)
+            graph, proof = record(
+                module, find_slots(module), {}, [make_inputs(3, 7), make_inputs(1, 4)], limit=24
+            )
         except Refusal as refusal:
             ends[str(refusal)] += 1
             continue
@@ -131,6 +139,8 @@ def test_random_trees_are_recorded_and_answer_as_their_modules_do():
                 assert float((tensor - torch.from_numpy(found[name])).abs().max()) <= allowed, told
             if facts.batch:
                 alone = engine({name: array[:1] for name, array in arrays.items()})
-                assert all(found[name][:1].tobytes() == alone[name].tobytes() for name in found), told
+                assert all(found[name][:1].tobytes() == alone[name].tobytes() for name in found), (
+                    told
+                )
     assert ends["recorded"] >= 0.75 * TREES, ends
     assert ends["same bits"], ends

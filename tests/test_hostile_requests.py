@@ -1,4 +1,6 @@
-"""Whatever is sent to a real server: no 5xx or traceback from this package, and afterwards it answers as before.
+"""Whatever is sent to a real server.
+
+No 5xx or traceback from this package, and afterwards it answers as before.
 
 FUZZ_SECONDS=600 pytest tests/test_hostile_requests.py     ten minutes instead of a few seconds
 """
@@ -23,13 +25,17 @@ GOOD = {"dataframe_records": [{"text": "the cat sat"}]}
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30),
-    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=8), children, max_size=4),
+    lambda children: (
+        st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=8), children, max_size=4)
+    ),
     max_leaves=12,
 )
 texts = st.text(max_size=60) | st.sampled_from(
     ["", "\x00", "\ud800", "x" * 100_000, "[SEP] [MASK]", "\u202e", "👩‍👩‍👧" * 50]
 )
-rows = st.lists(st.fixed_dictionaries({"text": texts | anything}, optional={"other": anything}), max_size=4)
+rows = st.lists(
+    st.fixed_dictionaries({"text": texts | anything}, optional={"other": anything}), max_size=4
+)
 split = st.fixed_dictionaries(
     {
         "columns": st.lists(st.sampled_from(["text", "other"]) | anything, max_size=3),
@@ -44,17 +50,35 @@ shapes = st.one_of(
         lambda value: {"inputs": value}
     ),
     (anything | rows).map(lambda value: {"instances": value}),
-    st.dictionaries(st.sampled_from(["dataframe_records", "dataframe_split", "inputs", "instances", "x"]), anything),
+    st.dictionaries(
+        st.sampled_from(["dataframe_records", "dataframe_split", "inputs", "instances", "x"]),
+        anything,
+    ),
 )
 values = anything | st.sampled_from([0, -1, 1, 2**31, 2**63, 1e308, "", "none", [], True])
 params = st.dictionaries(
-    st.sampled_from(["top_k", "function_to_apply", "max_length", "truncation", "unknown"]) | st.text(max_size=5), values
+    st.sampled_from(["top_k", "function_to_apply", "max_length", "truncation", "unknown"])
+    | st.text(max_size=5),
+    values,
 )
 with_params = st.tuples(shapes, params).map(lambda both: {**both[0], "params": both[1]})
-as_json = (shapes | with_params | anything).map(lambda value: json.dumps(value).encode("utf-8", "surrogatepass"))
-bodies = as_json | st.binary(max_size=200) | st.tuples(as_json, st.integers(0, 50)).map(lambda cut: cut[0][: cut[1]])
+as_json = (shapes | with_params | anything).map(
+    lambda value: json.dumps(value).encode("utf-8", "surrogatepass")
+)
+bodies = (
+    as_json
+    | st.binary(max_size=200)
+    | st.tuples(as_json, st.integers(0, 50)).map(lambda cut: cut[0][: cut[1]])
+)
 types = st.sampled_from(
-    ["application/json", "application/json; charset=latin-1", "text/csv", "text/plain", "a/b; c=d", ""]
+    [
+        "application/json",
+        "application/json; charset=latin-1",
+        "text/csv",
+        "text/plain",
+        "a/b; c=d",
+        "",
+    ]
 )
 
 
@@ -92,11 +116,15 @@ def test_nothing_that_is_sent_breaks_a_server(serve, saved):
             answer = server.invoke(body, content_type)
             sent.append(answer.status)
             if answer.status >= 500:
-                # MLflow's parser lets some of pandas' exceptions through; nothing of this package ran then.
+                # MLflow's parser lets some of pandas' exceptions through; nothing of this package
+                # ran then.
                 trace = _logged_since(server, logged)
-                assert "infer_and_parse_data" in trace, f"{answer.status} {answer.text[:500]}\n{trace}"
+                assert "infer_and_parse_data" in trace, (
+                    f"{answer.status} {answer.text[:500]}\n{trace}"
+                )
                 assert "mlflow_safeflavor" not in trace, trace
-            # MLflow itself answers a table of CSV that pandas cannot read with a stack trace of its own.
+            # MLflow itself answers a table of CSV that pandas cannot read with a stack trace of its
+            # own.
             if "parse_csv_input" not in answer.text:
                 assert "Traceback" not in answer.text, answer.text[:2000]
             assert "safeflavor" not in answer.text, answer.text[:2000]
@@ -107,26 +135,40 @@ def test_nothing_that_is_sent_breaks_a_server(serve, saved):
         assert server.invoke(GOOD) == before
         assert server.process.poll() is None
         assert {200, 400} <= set(sent), "neither good nor bad requests: the strategies are wrong"
-        print(f"{len(sent)} requests: { ({status: sent.count(status) for status in sorted(set(sent))}) }")
+        print(
+            f"{len(sent)} requests: "
+            f"{ ({status: sent.count(status) for status in sorted(set(sent))}) }"
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["fill-mask", "zero-shot-classification"])
-def test_hostile_requests_beside_honest_callers_have_the_right_statuses(serve, tmp_path, minilm_folder, task):
+def test_hostile_requests_beside_honest_callers_have_the_right_statuses(
+    serve, tmp_path, minilm_folder, task
+):
     import transformers
 
     import mlflow_safeflavor
 
-    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     if task == "fill-mask":
         model = transformers.BertForMaskedLM(transformers.BertConfig(**config))
     else:
         config |= {"id2label": {0: "no", 1: "entailment"}, "label2id": {"no": 0, "entailment": 1}}
         model = transformers.BertForSequenceClassification(transformers.BertConfig(**config))
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder)
-    mlflow_safeflavor.save_model(model.eval(), tmp_path / "m", task=task, tokenizer=tokenizer, rehearse=False)
+    mlflow_safeflavor.save_model(
+        model.eval(), tmp_path / "m", task=task, tokenizer=tokenizer, rehearse=False
+    )
     benchmark = _benchmark()
-    with serve(tmp_path / "m", env={"OMP_NUM_THREADS": "1", "MLFLOW_SAFEFLAVOR_TIMEOUT": "60"}) as server:
+    with serve(
+        tmp_path / "m", env={"OMP_NUM_THREADS": "1", "MLFLOW_SAFEFLAVOR_TIMEOUT": "60"}
+    ) as server:
         ask = benchmark.asking(int(server.url.rpartition(":")[2]))
         requests = {**benchmark.REFUSED[task], **benchmark.ALLOWED[task]}
         seen = benchmark.run(ask, benchmark.GOOD[task], requests, 0, 2 * len(requests))
@@ -136,7 +178,9 @@ def test_hostile_requests_beside_honest_callers_have_the_right_statuses(serve, t
 
 
 def _benchmark():
-    spec = importlib.util.spec_from_file_location("hostile_benchmark", REPOSITORY / "benchmarks" / "hostile.py")
+    spec = importlib.util.spec_from_file_location(
+        "hostile_benchmark", REPOSITORY / "benchmarks" / "hostile.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules["hostile_benchmark"] = module  # where dataclasses look their annotations up
     spec.loader.exec_module(module)

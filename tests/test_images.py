@@ -1,4 +1,7 @@
-"""Image classification: the answers of transformers' pipelines, however an image is handed over, and nothing worse."""
+"""Image classification.
+
+The answers of transformers' pipelines, however an image is handed over, and nothing worse.
+"""
 
 import base64
 import io
@@ -20,7 +23,13 @@ from transformers import pipeline
 
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.errors import InputError, IntegrityError, ParityError, StructureError, TrustError
+from mlflow_safeflavor.errors import (
+    InputError,
+    IntegrityError,
+    ParityError,
+    StructureError,
+    TrustError,
+)
 from mlflow_safeflavor.predict.golden import read_golden
 from mlflow_safeflavor.tasks.inputs import files, processor
 from mlflow_safeflavor.tasks.inputs.caps import Caps
@@ -28,23 +37,48 @@ from mlflow_safeflavor.tasks.inputs.images import read_image
 from mlflow_safeflavor.tasks.table import infer_task
 
 SINCE_5 = pytest.mark.skipif(
-    transformers.__version__.startswith("4."), reason="pipelines of transformers 4 disregard the problem type"
+    transformers.__version__.startswith("4."),
+    reason="pipelines of transformers 4 disregard the problem type",
 )
 SMALL = {"height": 32, "width": 32}
-TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37}
+TRANSFORMER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 37,
+}
 STAGES = {"depths": [1, 1], "hidden_sizes": [8, 16], "num_stages": 2}
 # Class prefix → config, processor, its settings.
 ARCHITECTURES = {
     "ViT": ({**TRANSFORMER, "image_size": 32, "patch_size": 8}, "ViT", {"size": SMALL}),
-    "DeiT": ({**TRANSFORMER, "image_size": 32, "patch_size": 8}, "DeiT", {"size": SMALL, "crop_size": SMALL}),
+    "DeiT": (
+        {**TRANSFORMER, "image_size": 32, "patch_size": 8},
+        "DeiT",
+        {"size": SMALL, "crop_size": SMALL},
+    ),
     "Swin": (
-        {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+        {
+            "image_size": 32,
+            "patch_size": 4,
+            "embed_dim": 8,
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "window_size": 4,
+        },
         "ViT",
         {"size": SMALL},
     ),
     "ConvNext": (STAGES, "ConvNext", {"size": {"shortest_edge": 48}}),
-    "ResNet": ({**STAGES, "embedding_size": 8}, "ConvNext", {"size": {"shortest_edge": 48}, "crop_pct": 0.875}),
-    "MobileNetV2": ({"depth_multiplier": 0.25, "image_size": 32}, "MobileNetV2", {"size": {"shortest_edge": 40}}),
+    "ResNet": (
+        {**STAGES, "embedding_size": 8},
+        "ConvNext",
+        {"size": {"shortest_edge": 48}, "crop_pct": 0.875},
+    ),
+    "MobileNetV2": (
+        {"depth_multiplier": 0.25, "image_size": 32},
+        "MobileNetV2",
+        {"size": {"shortest_edge": 40}},
+    ),
 }
 
 
@@ -57,7 +91,9 @@ def make_processor(name="ViT", **settings):
 def make_model(name="ViT", **config):
     torch.manual_seed(0)
     settings = {**ARCHITECTURES[name][0], "num_labels": 5, **config}
-    model = getattr(transformers, f"{name}ForImageClassification")(getattr(transformers, f"{name}Config")(**settings))
+    model = getattr(transformers, f"{name}ForImageClassification")(
+        getattr(transformers, f"{name}Config")(**settings)
+    )
     with torch.no_grad():  # far from each other, so that no change drowns in the tolerance
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
@@ -70,7 +106,9 @@ def pixels(height=50, width=70, seed=0):
 
 def encoded(image, format="PNG", **options):
     file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, format, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
+        file, format, **options
+    )
     return file.getvalue()
 
 
@@ -78,7 +116,9 @@ def encoded(image, format="PNG", **options):
 def saved(tmp_path_factory):
     """A saved ViT, which nobody may change."""
     path = tmp_path_factory.mktemp("vit") / "model"
-    mlflow_safeflavor.save_model(make_model(), path, processor=make_processor(size=SMALL), rehearse=False)
+    mlflow_safeflavor.save_model(
+        make_model(), path, processor=make_processor(size=SMALL), rehearse=False
+    )
     return path
 
 
@@ -89,9 +129,14 @@ def model(saved):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_labels_and_scores_are_those_of_the_pipeline(tmp_path, name):
-    module, images = make_model(name), make_processor(ARCHITECTURES[name][1], **ARCHITECTURES[name][2])
+    module, images = (
+        make_model(name),
+        make_processor(ARCHITECTURES[name][1], **ARCHITECTURES[name][2]),
+    )
     reference = pipeline("image-classification", model=module, image_processor=images)
-    cells = [Image.fromarray(pixels(h, w, seed=h)) for h, w in ((50, 70), (32, 32), (20, 90), (200, 31))]
+    cells = [
+        Image.fromarray(pixels(h, w, seed=h)) for h, w in ((50, 70), (32, 32), (20, 90), (200, 31))
+    ]
     cells += [cells[0].convert("L"), cells[0].convert("RGBA"), cells[0].convert("CMYK")]
     wanted = [reference(cell, top_k=5) for cell in cells]
 
@@ -204,11 +249,16 @@ def bomb(width, height):
     """A PNG of some bytes that claims to have any size."""
 
     def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 999))
+        + chunk(b"IEND", b"")
     )
 
 
@@ -222,7 +272,10 @@ BAD = {
         bytes(b ^ (i == 3000) for i, b in enumerate(encoded(pixels()))),
         "not an image that can be read",
     ),
-    "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image that can be read"),
+    "a program": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "not an image that can be read",
+    ),
     "a decompression bomb": (bomb(60_000, 60_000), "not an image|too large"),
     "just too many pixels": (bomb(7_072, 7_072), "too large"),
     "long and narrow": (encoded(pixels(2, 101)), "long and narrow"),
@@ -231,7 +284,10 @@ BAD = {
     "an address": ("http://127.0.0.1/cat.png", "no file in base64"),
     "a file address": ("file:///etc/passwd", "no file in base64"),
     "base64 of a text": (base64.b64encode(b"hello").decode(), "not an image that can be read"),
-    "a data URL of MLflow's making": (base64.b64decode("dataimage/pngbase64" + "A" * 41), "without a data: prefix"),
+    "a data URL of MLflow's making": (
+        base64.b64decode("dataimage/pngbase64" + "A" * 41),
+        "without a data: prefix",
+    ),
     "a number": (3, "not an image"),
     "floats": (np.zeros((4, 4, 3)), "float64 array"),
     "four channels": (np.zeros((4, 4, 4), np.uint8), r"shape \(4, 4, 4\)"),
@@ -271,13 +327,23 @@ def test_only_plain_files_of_bounded_size_are_read(tmp_path, model, monkeypatch)
 def test_only_json_is_written_and_the_manifest_guards_it(saved, tmp_path):
     folder = Layout(saved).processor
     assert [path.name for path in folder.iterdir()] == ["preprocessor_config.json"]
-    assert json.loads((folder / "preprocessor_config.json").read_text())["image_processor_type"] == "ViTImageProcessor"
-    assert any(line.startswith("pillow==") for line in (saved / "requirements.txt").read_text().splitlines())
+    assert (
+        json.loads((folder / "preprocessor_config.json").read_text())["image_processor_type"]
+        == "ViTImageProcessor"
+    )
+    assert any(
+        line.startswith("pillow==")
+        for line in (saved / "requirements.txt").read_text().splitlines()
+    )
 
 
 CHANGES = {
     "code of others": ({"auto_map": {"AutoImageProcessor": "code.Mine"}}, TrustError, "names code"),
-    "a class of something else": ({"image_processor_type": "BertModel"}, IntegrityError, "none of transformers'"),
+    "a class of something else": (
+        {"image_processor_type": "BertModel"},
+        IntegrityError,
+        "none of transformers'",
+    ),
     "no class": ({"image_processor_type": "os.system"}, IntegrityError, "none of transformers'"),
     "no name": ({"image_processor_type": 3}, IntegrityError, "something else"),
 }
@@ -287,7 +353,9 @@ CHANGES = {
 def test_a_damaged_processor_is_refused(saved, tmp_path, case):
     change, error, words = CHANGES[case]
     root = shutil.copytree(saved, tmp_path / "copy")
-    edit_json(Layout(root).processor / "preprocessor_config.json", lambda content: content.update(change))
+    edit_json(
+        Layout(root).processor / "preprocessor_config.json", lambda content: content.update(change)
+    )
     with pytest.raises(IntegrityError, match=r"preprocessor_config\.json"):
         mlflow_safeflavor.load_model(str(root))
     reseal(root)
@@ -310,7 +378,10 @@ def test_golden_rows_hold_no_pixels(saved):
 
 def test_another_mean_shows_in_the_golden_rows(saved, tmp_path):
     root = shutil.copytree(saved, tmp_path / "copy")
-    edit_json(Layout(root).processor / "preprocessor_config.json", lambda config: config.update(image_mean=[0.4] * 3))
+    edit_json(
+        Layout(root).processor / "preprocessor_config.json",
+        lambda config: config.update(image_mean=[0.4] * 3),
+    )
     reseal(root)
     with pytest.raises(ParityError):
         mlflow_safeflavor.load_model(str(root))
@@ -326,7 +397,9 @@ def other_processor(step, *bases):
     class Other(*bases, type(make_processor())):
         def preprocess(self, *args, **kwargs):
             made = super().preprocess(*args, **kwargs)
-            made["pixel_values"] = made["pixel_values"] + step * torch.rand(made["pixel_values"].shape)
+            made["pixel_values"] = made["pixel_values"] + step * torch.rand(
+                made["pixel_values"].shape
+            )
             return made
 
     return Other(size=SMALL)
@@ -355,7 +428,9 @@ def test_what_is_no_processor_is_refused(tmp_path, tiny_tokenizer):
 
 def test_a_processor_of_another_model_is_refused(tmp_path):
     sounds = transformers.Wav2Vec2FeatureExtractor()
-    with pytest.raises(StructureError, match=r"wanted: one for images[\s\S]*Wav2Vec2FeatureExtractor"):
+    with pytest.raises(
+        StructureError, match=r"wanted: one for images[\s\S]*Wav2Vec2FeatureExtractor"
+    ):
         mlflow_safeflavor.save_model(make_model(), tmp_path / "model", processor=sounds)
     assert not (tmp_path / "model").exists()
 
@@ -367,7 +442,9 @@ def test_a_checkpoint_folder_brings_its_processor(tmp_path):
     mlflow_safeflavor.save_model(tmp_path / "checkpoint", tmp_path / "model", rehearse=False)
     loaded = mlflow_safeflavor.load_model(str(tmp_path / "model"))
     assert loaded.spec.task == "image-classification"
-    wanted = images(images=Image.fromarray(pixels()), return_tensors="pt")["pixel_values"][0].numpy()
+    wanted = images(images=Image.fromarray(pixels()), return_tensors="pt")["pixel_values"][
+        0
+    ].numpy()
     found = processor.apply(loaded.processor, Image.fromarray(pixels()))["pixel_values"]
     assert found.dtype == wanted.dtype
     assert np.array_equal(found, wanted)
@@ -375,7 +452,10 @@ def test_a_checkpoint_folder_brings_its_processor(tmp_path):
 
 def test_the_task_of_a_class():
     assert infer_task("ViTForImageClassification", "pixel_values") == "image-classification"
-    assert infer_task("DeiTForImageClassificationWithTeacher", "pixel_values") == "image-classification"
+    assert (
+        infer_task("DeiTForImageClassificationWithTeacher", "pixel_values")
+        == "image-classification"
+    )
 
 
 # Over the wire.
@@ -383,7 +463,9 @@ def test_the_task_of_a_class():
 
 def test_an_example_is_stored_as_a_server_takes_it(tmp_path, saved):
     """Whatever form it has, and also in those requests that MLflow does not decode."""
-    example = pd.DataFrame({"photo": pd.Series([Image.fromarray(pixels()), pixels(40, 40)], dtype=object)})
+    example = pd.DataFrame(
+        {"photo": pd.Series([Image.fromarray(pixels()), pixels(40, 40)], dtype=object)}
+    )
     mlflow_safeflavor.save_model(
         make_model(),
         tmp_path / "model",
@@ -416,10 +498,24 @@ def test_a_server_answers_the_same_and_refuses_what_is_no_image(serve, saved, mo
     with serve(saved, env=settings) as server:
         answer = server.invoke({"dataframe_records": [{"image": text}]})
         assert answer.status == 200, answer.text
-        assert answer.json()["predictions"][0]["score"] == pytest.approx(wanted["score"][0], abs=1e-6)
-        for body in ({"inputs": text}, {"instances": [text]}, {"dataframe_split": {"data": [[text]]}}):
+        assert answer.json()["predictions"][0]["score"] == pytest.approx(
+            wanted["score"][0], abs=1e-6
+        )
+        for body in (
+            {"inputs": text},
+            {"instances": [text]},
+            {"dataframe_split": {"data": [[text]]}},
+        ):
             assert server.invoke(body).json() == answer.json()
-        for value in ("/etc/passwd", "file:///etc/passwd", "aGVsbG8=", f"data:image/png;base64,{text}", "", 3, [1]):
+        for value in (
+            "/etc/passwd",
+            "file:///etc/passwd",
+            "aGVsbG8=",
+            f"data:image/png;base64,{text}",
+            "",
+            3,
+            [1],
+        ):
             refused = server.invoke({"dataframe_records": [{"image": value}]})
             assert refused.status == 400, f"{value}: {refused.text}"
             assert "root:" not in refused.text

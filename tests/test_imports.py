@@ -12,14 +12,19 @@ import mlflow_safeflavor
 
 LIGHT = ("artifact", "environment", "graph", "load", "predict", "tasks")
 """Rooms that can be had without torch and transformers; functions of theirs may import them."""
-BUT = {"mlflow_safeflavor.graph.export", "mlflow_safeflavor.graph.decompositions"}  # which a save needs
+# which a save needs
+BUT = {"mlflow_safeflavor.graph.export", "mlflow_safeflavor.graph.decompositions"}
 HEAVY = {"torch", "transformers"}
 
 
 def light_modules():
     """Each of a light room, and those beside the rooms."""
     found = pkgutil.walk_packages(mlflow_safeflavor.__path__, "mlflow_safeflavor.")
-    modules = {module.name for module in found if module.name.count(".") == 1 or module.name.split(".")[1] in LIGHT}
+    modules = {
+        module.name
+        for module in found
+        if module.name.count(".") == 1 or module.name.split(".")[1] in LIGHT
+    }
     return sorted(modules - BUT)
 
 
@@ -28,7 +33,11 @@ def test_importing_loads_neither_torch_nor_transformers(module):
     """Where they are installed."""
     command = [sys.executable, "-X", "importtime", "-c", f"import {module}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rpartition("|")[2].strip()
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     assert module in imported
     assert not HEAVY & imported
 

@@ -1,4 +1,7 @@
-"""The process and the module that was handed over belong to the caller: afterwards they are as they were."""
+"""The process and the module that was handed over belong to the caller.
+
+Afterwards they are as they were.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,9 @@ def _their_own(monkeypatch):
 def process_unchanged():
     before = of_the_process()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("accelerators were seeded"))
+        patch.setattr(
+            torch.cuda, "manual_seed_all", lambda seed: pytest.fail("accelerators were seeded")
+        )
         yield
     after = of_the_process()
     assert [name for name in before if before[name] != after[name]] == []
@@ -95,7 +100,9 @@ def test_save_and_every_load_leave_the_process_as_it_was(tmp_path, pickle):
     with process_unchanged():
         mlflow_safeflavor.save_model(module, path, **given, **RAW)
     with process_unchanged():
-        mlflow_safeflavor.load_model(str(path), trust={"pickle", "code"}, model_config={"num_threads": 2})
+        mlflow_safeflavor.load_model(
+            str(path), trust={"pickle", "code"}, model_config={"num_threads": 2}
+        )
     with process_unchanged():
         mlflow_safeflavor.verify_model(str(path), trust={"pickle", "code"})
     with process_unchanged():
@@ -136,7 +143,9 @@ def test_the_option_of_one_model_does_not_reach_another(saved):
         model.engine._forward = count
 
     models = {
-        wanted: mlflow_safeflavor.load_model(str(saved), model_config={"num_threads": wanted, "engine": "module"})
+        wanted: mlflow_safeflavor.load_model(
+            str(saved), model_config={"num_threads": wanted, "engine": "module"}
+        )
         for wanted in (3, 0, 2)
     }
     for wanted, model in models.items():
@@ -208,7 +217,9 @@ def test_a_save_leaves_the_module_as_it_was_also_when_it_is_refused(tmp_path, op
     module.layer.eval()
     before = facts_of(module)
     with suppress(SafeFlavorError, YAMLError), process_unchanged():
-        mlflow_safeflavor.save_model(module, tmp_path / "model", allow_pickle=True, **{**RAW, **options})
+        mlflow_safeflavor.save_model(
+            module, tmp_path / "model", allow_pickle=True, **{**RAW, **options}
+        )
     assert facts_of(module) == before
 
 

@@ -1,4 +1,7 @@
-"""What is served by its graph needs an environment without torch: made from the artifact's own pins, and asked."""
+"""What is served by its graph needs an environment without torch.
+
+Made from the artifact's own pins, and asked.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,26 @@ import mlflow_safeflavor
 pytestmark = [pytest.mark.slow, pytest.mark.graphs]
 
 TEXTS = ["a cat on the mat", "", "naïve Straße 你好 🙂", "the dog sat"]
-HEAVY = ("torch", "transformers", "onnx", "onnxscript", "scipy", "pyarrow", "sklearn", "matplotlib", "sqlalchemy")
+HEAVY = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "scipy",
+    "pyarrow",
+    "sklearn",
+    "matplotlib",
+    "sqlalchemy",
+)
 BODIES = {
     "classifier": {"dataframe_records": [{"text": text} for text in TEXTS]},
     "embedding": {"inputs": TEXTS},
     "tokens": {"dataframe_records": [{"text": text} for text in TEXTS]},
-    "answers": {"dataframe_records": [{"question": "who sat", "context": text} for text in ("the dog sat", "a cat")]},
+    "answers": {
+        "dataframe_records": [
+            {"question": "who sat", "context": text} for text in ("the dog sat", "a cat")
+        ]
+    },
     "raw": {"inputs": {"ids": [[4, 5, 6], [7, 8, 0]], "mask": [[1, 1, 1], [1, 1, 0]]}},
 }
 
@@ -57,7 +74,10 @@ class Nested(torch.nn.Module):
 @pytest.fixture(scope="module")
 def models(minilm_folder, tmp_path_factory):
     """Five models, each of its graph alone, and one that has its module, too."""
-    folder, tokenizer = tmp_path_factory.mktemp("lean"), transformers.AutoTokenizer.from_pretrained(minilm_folder)
+    folder, tokenizer = (
+        tmp_path_factory.mktemp("lean"),
+        transformers.AutoTokenizer.from_pretrained(minilm_folder),
+    )
     torch.manual_seed(0)
 
     def make(head):
@@ -74,14 +94,22 @@ def models(minilm_folder, tmp_path_factory):
         "answers": "ForQuestionAnswering",
     }
     for name, head in heads.items():
-        # With its rehearsal, the first; what that finds must be no more than what libraries take where it is.
+        # With its rehearsal, the first; what that finds must be no more than what libraries take
+        # where it is.
         options = {"tokenizer": tokenizer, "rehearse": name == "classifier"}
         mlflow_safeflavor.save_model(make(head), folder / name, graph="only", **options)
     both = make("ForSequenceClassification")
-    mlflow_safeflavor.save_model(both, folder / "both", tokenizer=tokenizer, graph="require", rehearse=False)
+    mlflow_safeflavor.save_model(
+        both, folder / "both", tokenizer=tokenizer, graph="require", rehearse=False
+    )
     example = {name: np.array(rows) for name, rows in BODIES["raw"]["inputs"].items()}
     mlflow_safeflavor.save_model(
-        Nested(make("Model")).eval(), folder / "raw", task="raw", input_example=example, graph="only", rehearse=False
+        Nested(make("Model")).eval(),
+        folder / "raw",
+        task="raw",
+        input_example=example,
+        graph="only",
+        rehearse=False,
     )
     return folder
 
@@ -99,7 +127,9 @@ def test_pins_are_what_serves_a_graph(models):
         assert not {"mlflow", "scikit-learn", *HEAVY} & found.keys(), name
     assert pins["embedding"] == pins["tokens"] == pins["answers"] == pins["raw"]
     assert pins["embedding"].items() <= pins["classifier"].items()
-    assert len(pins["classifier"]) < len(pins["embedding"]) + 6, "small ones that somebody takes where they are"
+    assert len(pins["classifier"]) < len(pins["embedding"]) + 6, (
+        "small ones that somebody takes where they are"
+    )
     assert {"torch", "transformers", "mlflow"} <= pins_of(models / "both").keys()
     assert pins_of(models / "both", "requirements-onnx.txt") == pins["embedding"]
 
@@ -123,14 +153,19 @@ def test_what_a_hook_takes_of_all_that_mlflow_brings_is_pinned(user_code, tmp_pa
     given = {"preprocess": hooks.preprocess, "postprocess": hooks.postprocess, "code_paths": [file]}
     example = [{"a": 0.5}, {"a": -2.0}]
     model = torch.nn.Linear(2, 1)
-    mlflow_safeflavor.save_model(model, tmp_path / "m", task="custom", input_example=example, graph="only", **given)
+    mlflow_safeflavor.save_model(
+        model, tmp_path / "m", task="custom", input_example=example, graph="only", **given
+    )
     pins = pins_of(tmp_path / "m")
     assert "scipy" in pins
     assert not {"torch", "mlflow", "pyarrow"} & pins.keys()
 
 
 def test_five_models_are_served_where_torch_is_not(models, serve, tmp_path):
-    """`mlflow models serve` makes the environment from the pins; answers are the host's, bit for bit."""
+    """`mlflow models serve` makes the environment from the pins.
+
+    Answers are the host's, bit for bit.
+    """
     env = {
         "MLFLOW_ENV_ROOT": str(tmp_path / "envs"),
         "UV_INDEX_STRATEGY": "unsafe-best-match",  # as pip looks
@@ -150,13 +185,19 @@ def test_five_models_are_served_where_torch_is_not(models, serve, tmp_path):
     environments = sorted((tmp_path / "envs").glob("**/bin/python"))
     assert len(environments) == 2, "one for the four, and one for what the rehearsal found"
     for python in environments:
-        look = f"import importlib.util as u; print([name for name in {HEAVY!r} if u.find_spec(name)])"
+        look = (
+            f"import importlib.util as u; print([name for name in {HEAVY!r} if u.find_spec(name)])"
+        )
         done = subprocess.run([python, "-c", look], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]"
     script = "import sys; sys.path.insert(0, sys.argv[1] + '/code')" + BOTH
     command = [environments[0], "-c", script, models / "both", json.dumps(TEXTS)]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env={**os.environ, **env}, capture_output=True, text=True, check=True
+    )
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["rows"] == mlflow_safeflavor.load_model(str(models / "both")).predict(TEXTS).to_dict("records")
+    assert told["rows"] == mlflow_safeflavor.load_model(str(models / "both")).predict(
+        TEXTS
+    ).to_dict("records")
     assert "torch" in told["refused"]
     assert "requirements.txt of the model" in told["refused"]

@@ -63,7 +63,9 @@ def sweep(folder):
         pass
 
 
-def test_what_a_killed_process_left_goes_and_what_a_living_one_uses_stays(another, temporary, tmp_path):
+def test_what_a_killed_process_left_goes_and_what_a_living_one_uses_stays(
+    another, temporary, tmp_path
+):
     (tmp_path / "mlflow").mkdir()
     living, kept = another()
     killed, left = another(tmp_path / "mlflow")
@@ -105,7 +107,14 @@ def test_a_staged_model_is_swept_by_a_save_of_another_beside_it(tmp_path, tempor
 
 
 @pytest.mark.parametrize(
-    "name", ["a.staging", ".m-staging", ".m-0123456-abcd1234.staging", ".m-01234567-abcd1234.other", "tmpabcd1234"]
+    "name",
+    [
+        "a.staging",
+        ".m-staging",
+        ".m-0123456-abcd1234.staging",
+        ".m-01234567-abcd1234.other",
+        "tmpabcd1234",
+    ],
 )
 def test_what_only_looks_alike_stays(tmp_path, temporary, name):
     (tmp_path / name).mkdir()
@@ -120,7 +129,12 @@ def test_a_link_and_a_file_of_such_a_name_stay(tmp_path, temporary):
     (tmp_path / name.format(1)).symlink_to(tmp_path / "mine")
     (tmp_path / name.format(2)).write_text("mine")
     sweep(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"mine", "tmp", name.format(1), name.format(2)}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "mine",
+        "tmp",
+        name.format(1),
+        name.format(2),
+    }
 
 
 def test_on_another_host_or_without_locks_only_age_counts(tmp_path, temporary, monkeypatch):
@@ -161,7 +175,9 @@ def test_threads_that_make_and_sweep_at_once_lose_nothing(tmp_path, temporary):
 
 # Logged models.
 
-pending = pytest.mark.skipif(not hasattr(mlflow, "initialize_logged_model"), reason="MLflow 3 has logged models")
+pending = pytest.mark.skipif(
+    not hasattr(mlflow, "initialize_logged_model"), reason="MLflow 3 has logged models"
+)
 
 
 def abandoned(temporary, uri, model_id):
@@ -232,7 +248,9 @@ def test_kills_at_random_moments_leave_nothing(tmp_path):
     print("seed", seed)
     command = [sys.executable, Path(__file__).with_name("kills.py"), tmp_path / "kills"]
     done = subprocess.run(
-        [*map(str, command), "--kills", str(kills), "--seed", str(seed)], capture_output=True, text=True
+        [*map(str, command), "--kills", str(kills), "--seed", str(seed)],
+        capture_output=True,
+        text=True,
     )
     print(done.stderr)
     found = json.loads(done.stdout.splitlines()[-1])
@@ -249,7 +267,10 @@ def test_the_clean_process_ends_with_the_one_that_saves(tmp_path, number):
     (tmp_path / "probe" / "code" / "probe.py").write_text(code)
     flavor = "flavors:\n  python_function:\n    loader_module: probe\n    code: code\n"
     (tmp_path / "probe" / "MLmodel").write_text(flavor)
-    rehearse = "import sys; from pathlib import Path; from mlflow_safeflavor.save.rehearsal import rehearse"
+    rehearse = (
+        "import sys; from pathlib import Path; from mlflow_safeflavor.save.rehearsal import "
+        "rehearse"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", f"{rehearse}; rehearse(Path(sys.argv[1]))", str(tmp_path / "probe")],
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},

@@ -61,7 +61,9 @@ def test_the_garbage_collector_is_paused_and_left_as_it_was(saved, tmp_path, mon
     edit_json(next(broken.rglob("config.json")), lambda config: config.update(num_hidden_layers=1))
     reseal(broken)
     rebuild, seen = rebuilding.rebuild, []
-    monkeypatch.setattr(rebuilding, "rebuild", lambda *given: [seen.append(gc.isenabled()), rebuild(*given)][1])
+    monkeypatch.setattr(
+        rebuilding, "rebuild", lambda *given: [seen.append(gc.isenabled()), rebuild(*given)][1]
+    )
     try:
         (gc.enable if collects else gc.disable)()
         load(saved)
@@ -80,7 +82,9 @@ def test_run_time_options_are_read_once_a_load(saved, monkeypatch):
     for name, module in list(sys.modules.items()):
         if name.startswith("mlflow_safeflavor.") and hasattr(module, "run_time_options"):
             monkeypatch.setattr(
-                module, "run_time_options", lambda *given, **named: read.append(1) or run_time_options(*given, **named)
+                module,
+                "run_time_options",
+                lambda *given, **named: read.append(1) or run_time_options(*given, **named),
             )
     load(saved)
     assert read == [1]
@@ -89,7 +93,9 @@ def test_run_time_options_are_read_once_a_load(saved, monkeypatch):
 # Answers
 
 
-def test_native_pyfunc_and_the_model_that_was_saved_answer_the_same(saved, wanted, original, tiny_tokenizer):
+def test_native_pyfunc_and_the_model_that_was_saved_answer_the_same(
+    saved, wanted, original, tiny_tokenizer
+):
     behind_pyfunc = mlflow.pyfunc.load_model(str(saved)).predict(pd.DataFrame({"text": TEXTS}))
     assert behind_pyfunc.equals(wanted)
     with torch.inference_mode():
@@ -109,7 +115,9 @@ def test_pyfunc_takes_rows_in_every_shape(saved, wanted, data):
 
 
 def test_params_reach_the_task_through_pyfunc(saved):
-    found = mlflow.pyfunc.load_model(str(saved)).predict(pd.DataFrame({"text": TEXTS}), params={"top_k": 2})
+    found = mlflow.pyfunc.load_model(str(saved)).predict(
+        pd.DataFrame({"text": TEXTS}), params={"top_k": 2}
+    )
     assert found["labels"].map(sorted).tolist() == [["LABEL_0", "LABEL_1"]] * len(TEXTS)
     assert found["scores"].map(sum).tolist() == pytest.approx([1.0] * len(TEXTS))
 
@@ -148,7 +156,9 @@ def test_the_report_says_in_numbers_what_was_checked(saved, original):
     listed = yaml.safe_load((saved / "safeflavor" / "manifest.json").read_text())["files"]
     assert report.files == len(listed)
     assert report.hashed_bytes == sum(entry["size"] for entry in listed.values())
-    assert report.golden_rows == len(yaml.safe_load((saved / "safeflavor" / "parity.json").read_text())["rows"])
+    assert report.golden_rows == len(
+        yaml.safe_load((saved / "safeflavor" / "parity.json").read_text())["rows"]
+    )
     assert report.bit_identical
     assert report.max_difference == 0
     assert report.environment == ()
@@ -166,7 +176,11 @@ def test_structure_hashes_nothing_but_replays(saved, wanted):
 
 def test_off_replays_nothing_but_still_compares_tensors(saved, wanted):
     model = load(saved, verify="off")
-    assert (model.report.hashed_bytes, model.report.golden_rows, model.report.tensors > 0) == (0, 0, True)
+    assert (model.report.hashed_bytes, model.report.golden_rows, model.report.tensors > 0) == (
+        0,
+        0,
+        True,
+    )
     assert "no golden rows" in str(model.report)
     assert model.predict(TEXTS).equals(wanted)
 
@@ -196,7 +210,9 @@ def test_devices_that_are_there(saved, wanted, device):
     assert model.predict(TEXTS)["label"].equals(wanted["label"])
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:99", 99, "meta", "cpu:1", "", True, None], ids=repr)
+@pytest.mark.parametrize(
+    "device", ["tpu", "cuda:99", 99, "meta", "cpu:1", "", True, None], ids=repr
+)
 def test_devices_that_are_not_there_are_named(saved, device):
     with pytest.raises(InputError if device in (True, None) else PlacementError) as refused:
         load(saved, device=device)
@@ -260,7 +276,9 @@ def meta_by_default():
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("around", [lambda: torch.device("meta"), meta_by_default], ids=["context", "default device"])
+@pytest.mark.parametrize(
+    "around", [lambda: torch.device("meta"), meta_by_default], ids=["context", "default device"]
+)
 def test_a_meta_device_around_it_reaches_no_tensor(saved, wanted, around):
     with around():
         model = load(saved)
@@ -324,14 +342,23 @@ def mapped_ranges(name):
 @pytest.mark.parametrize("kind", ["memory", "copy", "file"])
 def test_weights_are_a_mapped_file_and_no_copy_of_it(saved, monkeypatch, tmp_path, kind):
     monkeypatch.setattr(weights_files, "_SMALL", {"memory": 10**7}.get(kind, -1))
-    monkeypatch.setenv("MLFLOW_SAFEFLAVOR_CACHE", "off" if kind == "file" else str(tmp_path / "cache"))
+    monkeypatch.setenv(
+        "MLFLOW_SAFEFLAVOR_CACHE", "off" if kind == "file" else str(tmp_path / "cache")
+    )
     model = load(saved)
     assert model.report.weights == kind
-    name = {"memory": "memfd:safeflavor-weights (deleted)", "copy": f"{tmp_path}/cache", "file": str(saved)}[kind]
+    name = {
+        "memory": "memfd:safeflavor-weights (deleted)",
+        "copy": f"{tmp_path}/cache",
+        "file": str(saved),
+    }[kind]
     ranges = mapped_ranges(name)
     assert ranges, "the file is not mapped"
     for name, tensor in model.module.state_dict().items():
-        inside = any(first <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= last for first, last in ranges)
+        inside = any(
+            first <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= last
+            for first, last in ranges
+        )
         assert inside, f"{name} is a copy"
 
 
@@ -345,9 +372,13 @@ def test_changing_a_loaded_model_does_not_change_its_file(saved):
 # What MLflow does to a saved model, and what others may not
 
 
-def test_what_mlflow_adds_to_the_mlmodel_is_no_damage(tracking, tiny_bert, tiny_tokenizer, tmp_path):
+def test_what_mlflow_adds_to_the_mlmodel_is_no_damage(
+    tracking, tiny_bert, tiny_tokenizer, tmp_path
+):
     with mlflow.start_run():
-        info = mlflow_safeflavor.log_model(tiny_bert(), "tiny", tokenizer=tiny_tokenizer, rehearse=False)
+        info = mlflow_safeflavor.log_model(
+            tiny_bert(), "tiny", tokenizer=tiny_tokenizer, rehearse=False
+        )
     model = mlflow_safeflavor.load_model(info.model_uri, str(tmp_path))
     content = yaml.safe_load(next(tmp_path.rglob("MLmodel")).read_text())
     assert content["model_id"] == info.model_id
@@ -356,7 +387,10 @@ def test_what_mlflow_adds_to_the_mlmodel_is_no_damage(tracking, tiny_bert, tiny_
 
 
 def test_what_others_add_to_the_mlmodel_is_no_damage(copied, wanted):
-    edit_mlmodel(copied, lambda content: content.update(run_id="0" * 32, metadata={"x": 1}, prompts=["a"], note="b"))
+    edit_mlmodel(
+        copied,
+        lambda content: content.update(run_id="0" * 32, metadata={"x": 1}, prompts=["a"], note="b"),
+    )
     assert load(copied).predict(TEXTS).equals(wanted)
 
 
@@ -366,7 +400,9 @@ def test_a_newer_format_is_refused_with_the_release_that_reads_it(copied):
 
     edit_mlmodel(copied, newer)
     reseal(copied)
-    with pytest.raises(FormatVersionError, match=r"install mlflow-safeflavor 7\.1\.0 or newer") as refused:
+    with pytest.raises(
+        FormatVersionError, match=r"install mlflow-safeflavor 7\.1\.0 or newer"
+    ) as refused:
         load(copied)
     assert "format_version 99" in refused.value.message
     with pytest.raises(FormatVersionError):
@@ -375,7 +411,9 @@ def test_a_newer_format_is_refused_with_the_release_that_reads_it(copied):
 
 @pytest.mark.parametrize("version", ["1", True, 0, -1, None, 1.0])
 def test_a_format_version_that_is_none_is_refused(copied, version):
-    edit_mlmodel(copied, lambda content: content["flavors"]["safeflavor"].update(format_version=version))
+    edit_mlmodel(
+        copied, lambda content: content["flavors"]["safeflavor"].update(format_version=version)
+    )
     reseal(copied)
     with pytest.raises(IntegrityError, match="format_version") as refused:
         load(copied)
@@ -399,7 +437,9 @@ def test_a_model_of_another_flavor_is_refused(copied):
 
 
 def other_environment(copied):
-    edit_json(copied / "safeflavor" / "environment.json", lambda content: content.update(python="3.9.1"))
+    edit_json(
+        copied / "safeflavor" / "environment.json", lambda content: content.update(python="3.9.1")
+    )
     reseal(copied)
 
 
@@ -424,16 +464,37 @@ def test_there_is_no_other_policy(saved):
 
 
 def test_options_come_through_model_config(saved):
-    model = served(saved, model_config={"verify": "off", "dtype": "bfloat16", "max_batch_tokens": 7, "num_threads": 2})
+    model = served(
+        saved,
+        model_config={
+            "verify": "off",
+            "dtype": "bfloat16",
+            "max_batch_tokens": 7,
+            "num_threads": 2,
+        },
+    )
     assert model.report.golden_rows == 0
     assert {tensor.dtype for tensor in model.module.parameters()} == {torch.bfloat16}
     assert (model.options["max_batch_tokens"], model.options["num_threads"]) == (7, 2)
 
 
 def test_variables_win_over_model_config(saved, monkeypatch):
-    for name, value in {"VERIFY": "structure", "DTYPE": "float16", "MAX_BATCH_TOKENS": "9", "NUM_THREADS": "1"}.items():
+    for name, value in {
+        "VERIFY": "structure",
+        "DTYPE": "float16",
+        "MAX_BATCH_TOKENS": "9",
+        "NUM_THREADS": "1",
+    }.items():
         monkeypatch.setenv(f"MLFLOW_SAFEFLAVOR_{name}", value)
-    model = served(saved, model_config={"verify": "off", "dtype": "bfloat16", "max_batch_tokens": 7, "num_threads": 2})
+    model = served(
+        saved,
+        model_config={
+            "verify": "off",
+            "dtype": "bfloat16",
+            "max_batch_tokens": 7,
+            "num_threads": 2,
+        },
+    )
     assert (model.report.hashed_bytes, model.report.golden_rows > 0) == (0, True)
     assert {tensor.dtype for tensor in model.module.parameters()} == {torch.float16}
     assert (model.options["max_batch_tokens"], model.options["num_threads"]) == (9, 1)
@@ -447,7 +508,11 @@ def test_a_variable_set_to_nothing_is_not_set(saved, monkeypatch):
 def test_defaults_are_the_ones_stored_with_the_model(tmp_path, tiny_bert, tiny_tokenizer):
     options = {"verify": "off", "max_batch_tokens": 7}
     mlflow_safeflavor.save_model(
-        tiny_bert(), tmp_path / "model", tokenizer=tiny_tokenizer, model_config=options, rehearse=False
+        tiny_bert(),
+        tmp_path / "model",
+        tokenizer=tiny_tokenizer,
+        model_config=options,
+        rehearse=False,
     )
     model = served(tmp_path / "model")
     assert (model.report.golden_rows, model.options["max_batch_tokens"]) == (0, 7)
@@ -466,7 +531,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "kind", "named"), WRONG, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "named"), WRONG, ids=lambda value: getattr(value, "__name__", value)
+)
 @pytest.mark.parametrize("by", ["variable", "model_config"])
 def test_wrong_values_are_named(saved, monkeypatch, by, name, value, kind, named):
     config = {}

@@ -10,20 +10,37 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 import mlflow_safeflavor
 from mlflow_safeflavor.checkpoints.materialize import materialize
-from mlflow_safeflavor.errors import IntegrityError, PlacementError, StructureError, TrustError, WeightsError
+from mlflow_safeflavor.errors import (
+    IntegrityError,
+    PlacementError,
+    StructureError,
+    TrustError,
+    WeightsError,
+)
 from mlflow_safeflavor.module.slots import find_meta, find_slots
 from mlflow_safeflavor.module.state_dict import bits_equal
 
 
 def differing(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
     """Paths of the tensors of any kind that are not the same in both, bit for bit."""
-    ours, theirs = ({slot.path: slot.tensor.detach() for slot in find_slots(each)} for each in (one, other))
+    ours, theirs = (
+        {slot.path: slot.tensor.detach() for slot in find_slots(each)} for each in (one, other)
+    )
     both = ours.keys() & theirs.keys()
-    return sorted((ours.keys() ^ theirs.keys()) | {path for path in both if not bits_equal(ours[path], theirs[path])})
+    return sorted(
+        (ours.keys() ^ theirs.keys())
+        | {path for path in both if not bits_equal(ours[path], theirs[path])}
+    )
 
 
 def on_meta(model):
@@ -153,7 +170,11 @@ def test_a_head_tied_to_an_embedding_that_is_there(tmp_path):
     empty = on_meta(model)
     empty.set_input_embeddings(nn.Embedding(64, 32))
     empty.lm_head.weight = nn.Parameter(torch.ones(64, 32, device="meta"))
-    state = {key: value for key, value in model.state_dict().items() if "embed" not in key and "lm_head" not in key}
+    state = {
+        key: value
+        for key, value in model.state_dict().items()
+        if "embed" not in key and "lm_head" not in key
+    }
     materialize(empty, state)
     assert empty.lm_head.weight is empty.model.embed_tokens.weight
     assert torch.equal(empty.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
@@ -187,10 +208,16 @@ def refused(module, state, message):
 def test_refusals_name_the_tensor_and_change_nothing(tiny_bert):
     model = tiny_bert()
     state = model.state_dict()
-    refused(on_meta(model), {k: v for k, v in state.items() if k != "classifier.bias"}, "missing .*classifier.bias")
+    refused(
+        on_meta(model),
+        {k: v for k, v in state.items() if k != "classifier.bias"},
+        "missing .*classifier.bias",
+    )
     refused(on_meta(model), {**state, "extra": torch.ones(1)}, r"1 unexpected \(extra\)")
     refused(
-        on_meta(model), {**state, "classifier.bias": torch.ones(3)}, r"classifier.bias has shape \[3\], wanted \[2\]"
+        on_meta(model),
+        {**state, "classifier.bias": torch.ones(3)},
+        r"classifier.bias has shape \[3\], wanted \[2\]",
     )
     refused(on_meta(model), {f"module.{k}": v for k, v in state.items()}, "start with 'module.'")
     refused(made(Cached, 8, device="meta"), made(Cached, 8).state_dict(), r"no data(?s:.*)steps")
@@ -198,7 +225,9 @@ def test_refusals_name_the_tensor_and_change_nothing(tiny_bert):
 
 def test_a_state_dict_may_hold_more_than_state_dict_lists():
     model = made(Cached, 8)
-    filled = materialize(made(Cached, 8, device="meta"), {**model.state_dict(), "steps": torch.arange(8)})
+    filled = materialize(
+        made(Cached, 8, device="meta"), {**model.state_dict(), "steps": torch.arange(8)}
+    )
     assert differing(filled, model) == []
 
 
@@ -261,6 +290,8 @@ def test_inside_a_meta_context(tiny_bert, tmp_path):
 def test_the_package_never_allocates_in_the_place_of_values():
     """``to_empty`` and ``empty_like`` give memory that nobody wrote."""
     for file in Path(mlflow_safeflavor.__file__).parent.rglob("*.py"):
-        code = "\n".join(line.split("#")[0] for line in file.read_text(encoding="utf-8").splitlines())
+        code = "\n".join(
+            line.split("#")[0] for line in file.read_text(encoding="utf-8").splitlines()
+        )
         assert "to_empty(" not in code, file
         assert "empty_like(" not in code, file

@@ -1,4 +1,7 @@
-"""No memory that nobody wrote survives a load: shown with an allocator that fills it with NaN or the largest int."""
+"""No memory that nobody wrote survives a load.
+
+Shown with an allocator that fills it with NaN or the largest int.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ pytest_plugins = "saved_models"
 @pytest.fixture
 def poison():
     """Inside, memory that is allocated and not written holds NaN, or the largest int."""
-    before = (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -48,9 +54,18 @@ MODELS = {
     "MPNet": ("MPNet", {}),
     "Albert (shared layers)": ("Albert", {"embedding_size": 16, "num_hidden_groups": 1}),
     "DistilBert": ("DistilBert", {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2}),
-    "DebertaV2 (relative positions)": ("DebertaV2", {"relative_attention": True, "position_buckets": 8}),
-    "GPT2 (causal mask)": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 40, "n_inner": 64}),
-    "ModernBert (rotary)": ("ModernBert", {"num_hidden_layers": 4, "global_attn_every_n_layers": 3}),
+    "DebertaV2 (relative positions)": (
+        "DebertaV2",
+        {"relative_attention": True, "position_buckets": 8},
+    ),
+    "GPT2 (causal mask)": (
+        "GPT2",
+        {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 40, "n_inner": 64},
+    ),
+    "ModernBert (rotary)": (
+        "ModernBert",
+        {"num_hidden_layers": 4, "global_attn_every_n_layers": 3},
+    ),
     "Llama (rotary)": ("Llama", {"num_key_value_heads": 1}),
     "Qwen2 (rotary)": ("Qwen2", {"num_key_value_heads": 1}),
 }
@@ -60,7 +75,14 @@ def make(name):
     """A seeded tiny model whose every floating tensor holds random numbers, so that no default hides a missing one."""
     torch.manual_seed(0)
     if name == "T5 (tied, relative bias)":
-        shape = {"vocab_size": 30, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+        shape = {
+            "vocab_size": 30,
+            "d_model": 32,
+            "d_kv": 16,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 2,
+        }
         model = transformers.T5EncoderModel(transformers.T5Config(**shape, pad_token_id=0))
     else:
         architecture, values = MODELS[name]
@@ -74,9 +96,13 @@ def make(name):
 
 def tensors_of(module):
     """Path → tensor: parameters, buffers and plain attributes, tied ones under each of their names."""
-    found = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    found = dict(module.named_parameters(remove_duplicate=False)) | dict(
+        module.named_buffers(remove_duplicate=False)
+    )
     for prefix, child in module.named_modules(remove_duplicate=False):
-        plain = {name: value for name, value in vars(child).items() if isinstance(value, torch.Tensor)}
+        plain = {
+            name: value for name, value in vars(child).items() if isinstance(value, torch.Tensor)
+        }
         found |= {f"{prefix}.{name}": value for name, value in plain.items()}
     return found
 
@@ -87,11 +113,15 @@ def unwritten(tensor):
     return tensor.dtype != torch.bool and bool((tensor == torch.iinfo(tensor.dtype).max).any())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.int32], ids=str
+)
 def test_the_poison_works(poison, dtype):
     assert unwritten(torch.empty(3, dtype=dtype))
     assert unwritten(torch.empty_like(torch.zeros(3, dtype=dtype)))
-    assert unwritten(torch.nn.Linear(2, 2, device="meta", dtype=torch.float32).to_empty(device="cpu").weight)
+    assert unwritten(
+        torch.nn.Linear(2, 2, device="meta", dtype=torch.float32).to_empty(device="cpu").weight
+    )
 
 
 def test_the_poison_reaches_what_is_built_before_it_is_filled(saved, poison):
@@ -105,7 +135,9 @@ def test_the_poison_reaches_what_is_built_before_it_is_filled(saved, poison):
 @pytest.mark.parametrize("name", [*MODELS, "T5 (tied, relative bias)"])
 def test_every_tensor_is_written_and_equal_to_the_original(tmp_path, tiny_tokenizer, poison, name):
     model = make(name)
-    mlflow_safeflavor.save_model(model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False)
+    mlflow_safeflavor.save_model(
+        model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False
+    )
     loaded = mlflow_safeflavor.load_model(str(tmp_path / "model"))
     expected, found = tensors_of(model), tensors_of(loaded.module)
     assert found.keys() == expected.keys()
@@ -121,7 +153,9 @@ def test_every_tensor_is_written_and_equal_to_the_original(tmp_path, tiny_tokeni
 def test_tensors_that_are_in_no_checkpoint_are_among_them():
     """Else the test above would show nothing about the tensors that other loaders lose."""
     kinds = {name: set(tensors_of(make(name))) - set(make(name).state_dict()) for name in MODELS}
-    assert any("inv_freq" in path for path in kinds["ModernBert (rotary)"] | kinds["Llama (rotary)"])
+    assert any(
+        "inv_freq" in path for path in kinds["ModernBert (rotary)"] | kinds["Llama (rotary)"]
+    )
     assert any("position_ids" in path for path in kinds["Bert"])
 
 
@@ -130,7 +164,9 @@ def test_tensors_that_are_in_no_checkpoint_are_among_them():
 def test_no_cast_leaves_memory_unwritten(tmp_path, tiny_tokenizer, poison, saved_as, served_as):
     path = tmp_path / "model"
     model = make("ModernBert (rotary)")
-    mlflow_safeflavor.save_model(model, path, tokenizer=tiny_tokenizer, dtype=saved_as, rehearse=False)
+    mlflow_safeflavor.save_model(
+        model, path, tokenizer=tiny_tokenizer, dtype=saved_as, rehearse=False
+    )
     module = mlflow_safeflavor.load_model(str(path), dtype=served_as).module
     steps = [getattr(torch, dtype) for dtype in (saved_as, served_as) if dtype]
     for name, parameter in module.named_parameters():

@@ -1,4 +1,7 @@
-"""Models of one text, image or sound: one column without a name, in every form and on every path."""
+"""Models of one text, image or sound.
+
+One column without a name, in every form and on every path.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,9 @@ pytest_plugins = "saved_models"
 @pytest.fixture(scope="module")
 def viewer(tmp_path_factory):
     path = tmp_path_factory.mktemp("image") / "model"
-    mlflow_safeflavor.save_model(make_viewer(), path, processor=make_processor(size=SMALL), rehearse=False)
+    mlflow_safeflavor.save_model(
+        make_viewer(), path, processor=make_processor(size=SMALL), rehearse=False
+    )
     return path, [encoded(pixels(seed=seed)) for seed in range(3)]
 
 
@@ -53,7 +58,9 @@ def answers_of(model, data):
 
 def is_same(found, wanted):
     labels = [row["label"] for row in found] == [row["label"] for row in wanted]
-    return labels and [row["score"] for row in found] == pytest.approx([row["score"] for row in wanted], abs=1e-5)
+    return labels and [row["score"] for row in found] == pytest.approx(
+        [row["score"] for row in wanted], abs=1e-5
+    )
 
 
 def test_every_form_has_the_same_answer_natively_and_by_pyfunc(kind):
@@ -85,16 +92,28 @@ TWO = {"id": ["7", "8"], "text": TEXTS[:2]}
 @pytest.mark.parametrize("choice", ["error", "ignore"])
 def test_several_columns_are_refused(saved, choice):
     model = mlflow_safeflavor.load_model(saved, model_config={"extra_columns": choice})
-    for data in (pd.DataFrame(TWO), TWO, pd.DataFrame(TWO).to_dict("records"), {"id": "7", "text": "a"}):
-        with pytest.raises(InputError, match=r"several columns[\s\S]*columns 'id' and 'text'[\s\S]*hint: select it"):
+    for data in (
+        pd.DataFrame(TWO),
+        TWO,
+        pd.DataFrame(TWO).to_dict("records"),
+        {"id": "7", "text": "a"},
+    ):
+        with pytest.raises(
+            InputError, match=r"several columns[\s\S]*columns 'id' and 'text'[\s\S]*hint: select it"
+        ):
             model.predict(data)
-    with pytest.raises(InputError, match=r"wrong number of values[\s\S]*where: row 0\n[\s\S]*found: 2"):
+    with pytest.raises(
+        InputError, match=r"wrong number of values[\s\S]*where: row 0\n[\s\S]*found: 2"
+    ):
         model.predict(np.array([["7", "a"]]))
     assert len(model.predict(pd.DataFrame(TWO)[["text"]])) == 2
 
 
 def test_mlflow_itself_takes_the_first_of_several_columns(saved):
-    """Before any model is asked, and without a word; docs/limits.md says so. A name is what makes it look for one."""
+    """Before any model is asked, and without a word; docs/limits.md says so.
+
+    A name is what makes it look for one.
+    """
     model = mlflow.pyfunc.load_model(str(saved))
     assert answers_of(model, pd.DataFrame(TWO)) == answers_of(model, TWO["id"])
 
@@ -114,7 +133,11 @@ def test_mlflow_itself_takes_the_first_of_several_columns(saved):
         ([{"review": "a"}, {"text": "b"}], r"column is missing[\s\S]*row 1, column 'review'"),
         ([{"review": "a"}, {"review": "b", "id": 1}], r"does not know[\s\S]*row 1, column 'id'"),
         ([{"review": "a"}, "b"], r"different shapes[\s\S]*where: row 1, column 'review'\n"),
-        (5, r"cannot be read[\s\S]*where: one column\n[\s\S]*int 5[\s\S]*a DataFrame with one column"),
+        (
+            5,
+            r"cannot be read[\s\S]*where: one column\n[\s\S]*int 5[\s\S]*a DataFrame with one "
+            r"column",
+        ),
     ],
     ids=repr,
 )
@@ -124,12 +147,23 @@ def test_what_is_refused_makes_sense_without_a_name(saved, data, message):
 
 
 def test_a_named_column_is_required(tmp_path, tiny_bert, tiny_tokenizer):
-    given = {"tokenizer": tiny_tokenizer, "input_columns": {"text": "buggy_code"}, "rehearse": False}
+    given = {
+        "tokenizer": tiny_tokenizer,
+        "input_columns": {"text": "buggy_code"},
+        "rehearse": False,
+    }
     mlflow_safeflavor.save_model(tiny_bert(), tmp_path / "model", **given)
-    native, served = mlflow_safeflavor.load_model(tmp_path / "model"), mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    native, served = (
+        mlflow_safeflavor.load_model(tmp_path / "model"),
+        mlflow.pyfunc.load_model(str(tmp_path / "model")),
+    )
     assert served.metadata.get_input_schema().input_names() == ["buggy_code"]
     named = pd.DataFrame({"buggy_code": TEXTS, "id": [1, 2, 3]})
-    assert answers_of(served, named) == answers_of(native, named[["buggy_code"]]) == answers_of(native, TEXTS)
+    assert (
+        answers_of(served, named)
+        == answers_of(native, named[["buggy_code"]])
+        == answers_of(native, TEXTS)
+    )
     with pytest.raises(InputError, match="column 'buggy_code'"):
         native.predict({"text": TEXTS})
     with pytest.raises(MlflowException, match="missing inputs"):
@@ -139,4 +173,6 @@ def test_a_named_column_is_required(tmp_path, tiny_bert, tiny_tokenizer):
 def test_what_is_recorded(saved):
     spec = mlflow_safeflavor.load_model(saved).spec
     assert dict(spec.input_columns) == {"text": None}
-    assert Model.load(str(saved)).signature.inputs.to_dict() == [{"type": "string", "required": True}]
+    assert Model.load(str(saved)).signature.inputs.to_dict() == [
+        {"type": "string", "required": True}
+    ]

@@ -1,4 +1,6 @@
-"""Whatever is written into graph.onnx: one error of ours, or a session that is made or refused; never a crash.
+"""Whatever is written into graph.onnx: one error of ours, or a session that is made or refused.
+
+Never a crash.
 
 And what our reader accepts, it sees as the standard's own parser does.
 
@@ -49,7 +51,9 @@ class Small(nn.Module):
         x = self.norm(self.words(input_ids))
         x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
         mask = attention_mask[:, None, None, :].bool().expand(-1, -1, input_ids.shape[1], -1)
-        x = nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], attn_mask=mask)[:, 0]
+        x = nn.functional.scaled_dot_product_attention(
+            x[:, None], x[:, None], x[:, None], attn_mask=mask
+        )[:, 0]
         x = torch.cat([x, x * 2], dim=1).mean(dim=1)
         return {"logits": self.out(nn.functional.gelu(x))}
 
@@ -59,7 +63,10 @@ def recorded() -> bytes:
     """A real graph with its weights inside."""
     torch.manual_seed(0)
     module = Small().eval().requires_grad_(False)
-    inputs = {"input_ids": torch.randint(20, (2, 5)), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
+    inputs = {
+        "input_ids": torch.randint(20, (2, 5)),
+        "attention_mask": torch.ones(2, 5, dtype=torch.int64),
+    }
     graph, _ = record(module, find_slots(module), {}, [inputs])
     return graph.content
 
@@ -67,7 +74,17 @@ def recorded() -> bytes:
 # Mutations.
 
 NUMBERS = [0, 1, -1, 2, 3, 7, 16, 23, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63)]
-TEXTS = ["", "input.input_ids", "output.logits", "a\0b", "ai.onnx", "com.microsoft", "ORTM", "/etc/passwd", "../x"]
+TEXTS = [
+    "",
+    "input.input_ids",
+    "output.logits",
+    "a\0b",
+    "ai.onnx",
+    "com.microsoft",
+    "ORTM",
+    "/etc/passwd",
+    "../x",
+]
 LABEL = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"]
 
 
@@ -98,13 +115,21 @@ def mutate_proto(content, draw):
             kept[at], kept[other] = kept[other], kept[at]
         elif not field.message_type:
             kept.insert(other, some_value(field, draw))
-        kept = [part if not field.message_type else type(part).FromString(part.SerializeToString()) for part in kept]
+        kept = [
+            part if not field.message_type else type(part).FromString(part.SerializeToString())
+            for part in kept
+        ]
         message.ClearField(field.name)
         getattr(message, field.name).extend(kept)
         if kind == "add" and field.message_type:
             getattr(message, field.name).add()
     elif field.message_type:
-        draw.choice([lambda: getattr(message, field.name).SetInParent(), lambda: message.ClearField(field.name)])()
+        draw.choice(
+            [
+                lambda: getattr(message, field.name).SetInParent(),
+                lambda: message.ClearField(field.name),
+            ]
+        )()
     elif draw.random() < 0.2:
         message.ClearField(field.name)
     else:
@@ -144,7 +169,9 @@ def mutate_bytes(content, draw):
         other = draw.randrange(len(content))
         piece += content[other : other + size]
     elif kind == "varint":
-        piece = draw.choice([b"\xff" * 9 + b"\x01", b"\x80\x00", b"\xff\xff\xff\xff\x07", b"\x80" * 10 + b"\x01"])
+        piece = draw.choice(
+            [b"\xff" * 9 + b"\x01", b"\x80\x00", b"\xff\xff\xff\xff\x07", b"\x80" * 10 + b"\x01"]
+        )
     else:
         piece = bytes([draw.randrange(256)]) + piece
     return content[:at] + piece + content[at + size :]
@@ -154,7 +181,9 @@ def mutated(content, seed):
     draw = random.Random(seed)
     for _ in range(draw.choice([1, 1, 2, 4])):
         try:
-            content = draw.choice([mutate_bytes, mutate_proto, mutate_proto])(content, draw) or content
+            content = (
+                draw.choice([mutate_bytes, mutate_proto, mutate_proto])(content, draw) or content
+            )
             onnx.ModelProto.FromString(content)
         except Exception:  # nothing more to change in its fields, or a text that is none
             break
@@ -172,7 +201,9 @@ def require_same(ours, theirs, where="model"):
     assert not list(getattr(onnx, "unknown_fields", lambda _: [])(theirs))
     for name, value in known.items():
         field = theirs.DESCRIPTOR.fields_by_name[name]
-        pairs = zip(value, found[name], strict=True) if field.is_repeated else [(value, found[name])]
+        pairs = (
+            zip(value, found[name], strict=True) if field.is_repeated else [(value, found[name])]
+        )
         for our, their in pairs:
             if field.message_type:
                 require_same(our, their, f"{where}.{name}")
@@ -224,7 +255,10 @@ class WithoutArena(onnxruntime.SessionOptions):
 
 
 def run_mutants(file, seconds, seed):
-    """Mutants of a graph, and single nodes of every operator, one after the other; each is kept until it was run."""
+    """Mutants of a graph, and single nodes of every operator, one after the other.
+
+    Each is kept until it was run.
+    """
     onnx_engine.available_memory = lambda: MOST_GIGABYTES * 2**30 // 3 * 4
     content, last = Path(file).read_bytes(), Path(file).with_name("last.onnx")
     if seed % 2:  # each array its own piece of the heap, which the C library then finds damaged
@@ -237,7 +271,11 @@ def run_mutants(file, seconds, seed):
     answered, i = set(), 0
     while time.monotonic() < until:
         i += 1
-        made = single(names[i % len(names)], draw) if i % 3 else mutated(content, draw.randrange(2**48))
+        made = (
+            single(names[i % len(names)], draw)
+            if i % 3
+            else mutated(content, draw.randrange(2**48))
+        )
         if made is None:
             continue
         last.write_bytes(made)
@@ -253,7 +291,9 @@ def run_mutants(file, seconds, seed):
             continue
         sizes = {"rows": 2, "length": 5}
         inputs = {
-            known.name: np.ones([n if isinstance(n, int) else sizes.get(n, 3) for n in known.shape], known.dtype)
+            known.name: np.ones(
+                [n if isinstance(n, int) else sizes.get(n, 3) for n in known.shape], known.dtype
+            )
             for known in graph.inputs
             if all(isinstance(n, str) or n < 100 for n in known.shape) and known.dtype != "bfloat16"
         }
@@ -266,7 +306,12 @@ def run_mutants(file, seconds, seed):
     seen["operators"] = len(answered)
     if "FUZZ_SECONDS" in os.environ:
         print("never answered:", sorted({*OPERATORS} - answered), file=sys.stderr)
-    print("DONE", json.dumps(seen), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, flush=True)
+    print(
+        "DONE",
+        json.dumps(seen),
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        flush=True,
+    )
 
 
 def pool(draw):
@@ -281,7 +326,11 @@ def pool(draw):
         np.array([[0, -1], [1, 2**40]], "int64"), np.arange(8).reshape(2, 4).astype(floats),
         np.array([3, 1], "uint8"), np.arange(72).reshape(3, 2, 3, 4).astype(floats),
     ]  # fmt: skip
-    return [array for array in made if array.dtype != "float32" or not np.isnan(array).any() or draw.random() < 0.5]
+    return [
+        array
+        for array in made
+        if array.dtype != "float32" or not np.isnan(array).any() or draw.random() < 0.5
+    ]
 
 
 def single(operator, draw):
@@ -295,7 +344,9 @@ def single(operator, draw):
         if i >= least and draw.random() < 0.3:
             inputs.append("")
             continue
-        fits = [array for array in arrays if f"tensor({NAMES[str(array.dtype)]})" in formal.types] or arrays
+        fits = [
+            array for array in arrays if f"tensor({NAMES[str(array.dtype)]})" in formal.types
+        ] or arrays
         name = f"c{i}"
         inputs.append(name)
         inits.append(numpy_helper.from_array(np.ascontiguousarray(draw.choice(fits)), name))
@@ -306,7 +357,8 @@ def single(operator, draw):
             if value is not None:
                 attributes[name] = value
     outputs = [
-        f"v{i}" if not i or draw.random() < 0.8 else "" for i in range(draw.randint(1, min(schema.max_output, 3)))
+        f"v{i}" if not i or draw.random() < 0.8 else ""
+        for i in range(draw.randint(1, min(schema.max_output, 3)))
     ]
     try:
         node = helper.make_node(operator, inputs, outputs, **attributes)
@@ -330,8 +382,29 @@ NAMES = {"float32": "float", "float64": "double"} | {
 def some_attribute(name, attribute, draw):
     kinds = onnx.defs.OpSchema.AttrType
     number = lambda: draw.choice([0, 1, 1, 2, 2, 3, -1, -2, 100, 2**31, 2**62, -(2**63)])  # noqa: E731
-    texts = ["constant", "reflect", "edge", "wrap", "nearest", "linear", "cubic", "SAME_UPPER", "VALID", "bilinear"]
-    texts += ["ij,jk->ik", "i...,->i", "tanh", "none", "align_corners", "bidirectional", "reverse", "add", "floor"]
+    texts = [
+        "constant",
+        "reflect",
+        "edge",
+        "wrap",
+        "nearest",
+        "linear",
+        "cubic",
+        "SAME_UPPER",
+        "VALID",
+        "bilinear",
+    ]
+    texts += [
+        "ij,jk->ik",
+        "i...,->i",
+        "tanh",
+        "none",
+        "align_corners",
+        "bidirectional",
+        "reverse",
+        "add",
+        "floor",
+    ]
     return {
         kinds.INT: number,
         kinds.INTS: lambda: [number() for _ in range(draw.randrange(1, 5))],
@@ -339,25 +412,36 @@ def some_attribute(name, attribute, draw):
         kinds.FLOATS: lambda: [1.0] * draw.randrange(1, 3),
         kinds.STRING: lambda: draw.choice(texts),
         kinds.STRINGS: lambda: draw.choice([["Tanh", "Sigmoid", "Relu"], ["Tanh"], ["x"]]),
-        kinds.TENSOR: lambda: numpy_helper.from_array(draw.choice(pool(draw)).reshape(-1)[:1].copy()),
+        kinds.TENSOR: lambda: numpy_helper.from_array(
+            draw.choice(pool(draw)).reshape(-1)[:1].copy()
+        ),
     }.get(attribute.type, lambda: None)()
 
 
 def test_what_is_accepted_never_crashes_the_process(recorded, tmp_path):
     file = tmp_path / "graph.onnx"
     file.write_bytes(recorded)
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_onnx_fuzz as t"
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_onnx_fuzz "
+        "as t"
+    )
     first = random.SystemRandom().randrange(2**32)
     for seed in (first, first + 1):
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", f"{code}; t.run_mutants({str(file)!r}, {SECONDS * 3 / 8}, {seed})"],
+            [sys.executable, "-W", "ignore", "-c", f"{code}; t.run_mutants({str(file)!r}, "
+                                                   f"{SECONDS * 3 / 8}, {seed})"],
             capture_output=True, text=True, timeout=SECONDS + 240,
             env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "165"},
         )  # fmt: skip
         *_, last = done.stdout.strip().splitlines() or [""]
         kept = f"kept in {file.with_name('last.onnx')}"
-        assert last.startswith("DONE"), f"{done.returncode}, seed {seed}, after {last}, {kept}\n{done.stderr[-2000:]}"
-        seen, gigabytes = json.loads(last.split(" ", 1)[1].rpartition(" ")[0]), float(last.rpartition(" ")[2])
+        assert last.startswith("DONE"), (
+            f"{done.returncode}, seed {seed}, after {last}, {kept}\n{done.stderr[-2000:]}"
+        )
+        seen, gigabytes = (
+            json.loads(last.split(" ", 1)[1].rpartition(" ")[0]),
+            float(last.rpartition(" ")[2]),
+        )
         assert gigabytes < 2 * MOST_GIGABYTES, f"{gigabytes} GB, seed {seed}"
         assert seen["answered"], seen
         assert seen["raised"], seen

@@ -1,4 +1,7 @@
-"""The check of graph.onnx, piece by piece: what is read, what is refused by which words, and where weights are."""
+"""The check of graph.onnx, piece by piece.
+
+What is read, what is refused by which words, and where weights are.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,8 @@ def test_what_is_read(runtime):
         )
     )  # fmt: skip
     assert [str(line) for line in lines_of(graph)] == [
-        "input x: float32[rows, 4]", "weight w: float32[4, 2]", "z = MatMul(input.x, w)", "output.y = Add(z, b)",
+        "input x: float32[rows, 4]", "weight w: float32[4, 2]", "z = MatMul(input.x, "
+                                                                "w)", "output.y = Add(z, b)",
     ]  # fmt: skip
     assert graph.weights == {"w": Weight("float32", (4, 2), Place("model.safetensors", 64, 32))}
     assert (graph.outputs, graph.lookups, graph.reused) == (("y",), {}, 0)
@@ -73,12 +77,24 @@ def test_what_is_read(runtime):
 
 
 def test_what_was_read_is_written():
-    """Field by field, as the standard's own reader sees it; numbers below zero and none among them."""
+    """Field by field, as the standard's own reader sees it.
+
+    Numbers below zero and none among them.
+    """
     nodes = [
         helper.make_node("Gather", ["input.x", "b"], ["z"], axis=-1),
-        helper.make_node("Resize", ["z", "", "b"], ["output.y"], cubic_coeff_a=-0.75, mode="cubic", axes=[-1, 0, 300]),
+        helper.make_node(
+            "Resize",
+            ["z", "", "b"],
+            ["output.y"],
+            cubic_coeff_a=-0.75,
+            mode="cubic",
+            axes=[-1, 0, 300],
+        ),
     ]
-    content = made(*nodes, constants=[("b", np.array([-1, 0, 2**40])), ("c", np.array(1.5, np.float32))])
+    content = made(
+        *nodes, constants=[("b", np.array([-1, 0, 2**40])), ("c", np.array(1.5, np.float32))]
+    )
     written = write_model(parse_model(content))
     assert onnx.load_model_from_string(written) == onnx.load_model_from_string(content)
     assert write_model(parse_model(written)) == written
@@ -136,13 +152,17 @@ WRONG = {
     "element type 8": (CAST, lambda model: attribute(model, i=8)),
     "not of the type that it says": (CAST, lambda model: attribute(model, ints=[1])),
     "node 0, Loop: no operator": ([helper.make_node("Loop", ["input.x"], ["output.y"])], None),
-    "no operator that a graph": ([helper.make_node("Relu", ["input.x"], ["output.y"], domain="ai.onnx")], None),
-    "node 0, Relu: uses 'z', which nothing": ([helper.make_node("Relu", ["z"], ["output.y"])], None),
+    "no operator that a "
+    "graph": ([helper.make_node("Relu", ["input.x"], ["output.y"], domain="ai.onnx")], None),
+    "node 0, Relu: uses 'z', which "
+    "nothing": ([helper.make_node("Relu", ["z"], ["output.y"])], None),
     "gives a name that there is already": ([RELU, RELU], None),
     "outputs that no node gives": ([helper.make_node("Relu", ["input.x"], ["y"])], None),
     "has no name": ([helper.make_node("Max", ["input.x", "", "input.x"], ["output.y"])], None),
-    "1 results, not 2": ([helper.make_node("Split", ["input.x"], ["output.y"], num_outputs=2)], None),
-    "batch_dims -2": ([helper.make_node("GatherND", ["input.x", "input.x"], ["output.y"], batch_dims=-2)], None),
+    "1 results, not "
+    "2": ([helper.make_node("Split", ["input.x"], ["output.y"], num_outputs=2)], None),
+    "batch_dims "
+    "-2": ([helper.make_node("GatherND", ["input.x", "input.x"], ["output.y"], batch_dims=-2)], None),
     "texts": ([helper.make_node("Constant", [], ["output.y"], value_string="a")], None),
     "version 3 of the format": ([RELU], lambda model: setattr(model, "ir_version", 3)),
     "operators of": ([RELU], lambda model: setattr(model.opset_import[0], "version", 99)),
@@ -211,7 +231,12 @@ def test_numbers_are_those_of_the_standard():
     packed = onnx.TensorProto(dims=dims).SerializeToString()
     single = b"".join(b"\x08" + varint(size) for size in dims)
     padded = b"\x08\x85\x80\x80\x00"
-    for content, wanted in ((packed, dims), (single, dims), (padded, [5]), (b"\x08" + b"\xff" * 9 + b"\x01", [-1])):
+    for content, wanted in (
+        (packed, dims),
+        (single, dims),
+        (padded, [5]),
+        (b"\x08" + b"\xff" * 9 + b"\x01", [-1]),
+    ):
         tensor = onnx.TensorProto.FromString(content)
         assert list(tensor.dims) == wanted
         graph = b"\x2a" + varint(len(content)) + content
@@ -231,7 +256,10 @@ def test_every_operator_is_of_the_standard_and_makes_arrays_of_arrays():
     for name in OPERATORS:
         schema = onnx.defs.get_schema(name, 23)
         kinds = {attribute.type for attribute in schema.attributes.values()}
-        assert not kinds & {onnx.defs.OpSchema.AttrType.GRAPH, onnx.defs.OpSchema.AttrType.GRAPHS}, name
+        assert not kinds & {
+            onnx.defs.OpSchema.AttrType.GRAPH,
+            onnx.defs.OpSchema.AttrType.GRAPHS,
+        }, name
         assert schema.deprecated is False, name
         for part in [*schema.inputs, *schema.outputs]:
             assert any(kind.startswith("tensor(") for kind in part.types), name
@@ -253,7 +281,9 @@ def places(place, dtype="float32", shape=(2, 2)):
 
 
 def test_weights_are_mapped_and_never_written(layout):
-    (found,) = map_weights(places(Place("model.safetensors", 8, 16)), ["model.safetensors"], layout).values()
+    (found,) = map_weights(
+        places(Place("model.safetensors", 8, 16)), ["model.safetensors"], layout
+    ).values()
     assert found.tolist() == [[2, 3], [4, 5]]
     assert not found.flags.writeable
     assert not found.flags.owndata
@@ -276,7 +306,9 @@ def test_truth_values_of_two(layout):
     place = places(Place("model.safetensors", 32, 2), "bool", (2,))
     assert map_weights(place, ["model.safetensors"], layout)["w"].tolist() == [False, True]
     with pytest.raises(IntegrityError, match="truth values"):
-        map_weights(places(Place("model.safetensors", 33, 2), "bool", (2,)), ["model.safetensors"], layout)
+        map_weights(
+            places(Place("model.safetensors", 33, 2), "bool", (2,)), ["model.safetensors"], layout
+        )
 
 
 # Sessions.
@@ -284,7 +316,10 @@ def test_truth_values_of_two(layout):
 
 def test_what_no_runtime_takes(runtime):
     graph = read(
-        made(helper.make_node("MatMul", ["input.x", "w"], ["output.y"]), constants=[("w", np.ones((3, 2), np.float32))])
+        made(
+            helper.make_node("MatMul", ["input.x", "w"], ["output.y"]),
+            constants=[("w", np.ones((3, 2), np.float32))],
+        )
     )
     with pytest.raises(StructureError, match=r"graph\.onnx"):
         runtime(graph, {}, threads=1)
@@ -299,7 +334,10 @@ def test_a_file_of_two_formats_is_read_as_the_one_that_was_checked():
 
 
 def test_nothing_is_computed_before_the_first_run():
-    """Neither constants nor weights into which norms are fused: that would be outside the bound of memory."""
+    """Neither constants nor weights into which norms are fused.
+
+    That would be outside the bound of memory.
+    """
     zeros = helper.make_node("ConstantOfShape", ["shape"], ["z"])
     nodes = [zeros, helper.make_node("Add", ["z", "input.x"], ["output.y"])]
     graph = read(made(*nodes, constants=[("shape", np.array([2**27, 1]))]))  # 512 MB
@@ -314,7 +352,10 @@ def resident() -> int:
 
 
 def test_weights_that_many_nodes_use_count_once_more_each():
-    nodes = [helper.make_node("MatMul", [f"v{i}" if i else "input.x", "alias"], [f"v{i + 1}"]) for i in range(5)]
+    nodes = [
+        helper.make_node("MatMul", [f"v{i}" if i else "input.x", "alias"], [f"v{i + 1}"])
+        for i in range(5)
+    ]
     last = helper.make_node("Identity", ["v5"], ["output.y"])
     alias = helper.make_node("Unsqueeze", ["w", "axis"], ["alias"])
     constants = [("w", np.zeros((4, 4), np.float32)), ("axis", np.array([0]))]
@@ -335,7 +376,14 @@ def test_memory_of_a_container(tmp_path):
 
 # What is said of it.
 
-SEEN = {"dtype": "float32", "inputs": 1, "difference": 0.0, "threads": True, "batch": True, "padding": True}
+SEEN = {
+    "dtype": "float32",
+    "inputs": 1,
+    "difference": 0.0,
+    "threads": True,
+    "batch": True,
+    "padding": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -364,14 +412,19 @@ def test_facts_in_words(layout):
 
     layout.graph.write_bytes(b"")
     other = SEEN | {"padding": False, "dtype": "bfloat16", "difference": 0.004}
-    layout.graph_facts.write_text(json.dumps({"version": 1, "proof": {"onnx": SEEN, "openvino": other}}))
+    layout.graph_facts.write_text(
+        json.dumps({"version": 1, "proof": {"onnx": SEEN, "openvino": other}})
+    )
     assert describe_graph(layout) == {
-        "graph": "same bits for any number of threads, any batch, any padding; within 0 of the module on 1 inputs",
-        "graph in OpenVINO": "same bits for any number of threads, any batch; other bits for any padding; "
-        "within 0.004 of the module on 1 inputs in bfloat16",
+        "graph": "same bits for any number of threads, any batch, any padding; within 0 of the "
+        "module on 1 inputs",
+        "graph in OpenVINO": "same bits for any number of threads, any batch; other bits for any "
+        "padding; within 0.004 of the module on 1 inputs in bfloat16",
     }
     assert keeps_bits(layout, "onnx", "float32")
     assert not keeps_bits(layout, "openvino", "bfloat16")  # other bits for any padding
-    layout.graph_facts.write_text(json.dumps({"version": 1, "proof": {"onnx": SEEN, "openvino": SEEN}}))
+    layout.graph_facts.write_text(
+        json.dumps({"version": 1, "proof": {"onnx": SEEN, "openvino": SEEN}})
+    )
     assert keeps_bits(layout, "openvino", "float32")
     assert not keeps_bits(layout, "openvino", "bfloat16")  # nothing was seen of that

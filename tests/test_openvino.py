@@ -1,4 +1,7 @@
-"""The graph in OpenVINO: its proof, its golden rows, its tolerance; and nothing told to its makers."""
+"""The graph in OpenVINO: its proof, its golden rows, its tolerance.
+
+And nothing told to its makers.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,13 @@ from mlflow_safeflavor import cli
 from mlflow_safeflavor.artifact.json_files import read_json
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.environment.recorded import Environment
-from mlflow_safeflavor.errors import InputError, ParityError, PlacementError, StructureError, TrustError
+from mlflow_safeflavor.errors import (
+    InputError,
+    ParityError,
+    PlacementError,
+    StructureError,
+    TrustError,
+)
 from mlflow_safeflavor.graph import openvino_engine
 from mlflow_safeflavor.graph.check import read
 from mlflow_safeflavor.graph.file import read_graph
@@ -49,7 +58,9 @@ def asked(folder, tiny_tokenizer):
     """A classifier that was saved to be served by OpenVINO; made once."""
     if not (folder / "asked").exists():
         model = bert("ForSequenceClassification")
-        mlflow_safeflavor.save_model(model, folder / "asked", tokenizer=tiny_tokenizer, rehearse=False, **ASKED)
+        mlflow_safeflavor.save_model(
+            model, folder / "asked", tokenizer=tiny_tokenizer, rehearse=False, **ASKED
+        )
     return folder / "asked"
 
 
@@ -67,17 +78,26 @@ def test_what_is_saved_for_it_is_proven_with_it(asked):
 def test_it_answers_as_the_others_do(asked):
     served = mlflow.pyfunc.load_model(str(asked))
     model = served._model_impl.model
-    assert (model.engine.name, model.report.engine, model.report.bit_identical) == ("openvino", "openvino", True)
+    assert (model.engine.name, model.report.engine, model.report.bit_identical) == (
+        "openvino",
+        "openvino",
+        True,
+    )
     assert model.report.golden_rows > 0
     found = served.predict(ROWS)
     for engine in ("onnx", "module"):
-        near(mlflow_safeflavor.load_model(asked, model_config={"engine": engine}).predict(ROWS), found)
+        near(
+            mlflow_safeflavor.load_model(asked, model_config={"engine": engine}).predict(ROWS),
+            found,
+        )
     same(mlflow_safeflavor.load_model(asked, **ASKED).predict(ROWS), found)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_are_those_that_are_given(asked, threads):
-    model = mlflow_safeflavor.load_model(asked, model_config={"engine": "openvino", "num_threads": threads})
+    model = mlflow_safeflavor.load_model(
+        asked, model_config={"engine": "openvino", "num_threads": threads}
+    )
     compiled = model.engine.session._compiled
     assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
     assert compiled.get_property("ENABLE_CPU_PINNING") is False
@@ -132,12 +152,17 @@ def test_other_answers_are_not_saved(monkeypatch):
     module = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval().requires_grad_(False)
     runtime = openvino_engine.Session
     with pytest.raises(recording.Refusal, match="differs by"):
-        recording.record(module, find_slots(module), *places(module), runtimes={"openvino": runtime})
+        recording.record(
+            module, find_slots(module), *places(module), runtimes={"openvino": runtime}
+        )
 
 
 def places(module):
     """Of tensors that lie in a file, and inputs of two sizes."""
-    found = {slot.path: recording.Place("model.safetensors", 0, slot.tensor.nbytes) for slot in find_slots(module)}
+    found = {
+        slot.path: recording.Place("model.safetensors", 0, slot.tensor.nbytes)
+        for slot in find_slots(module)
+    }
     return found, [{"input": torch.rand(rows, 4)} for rows in (3, 2)]
 
 
@@ -196,24 +221,36 @@ def test_where_it_is_not_installed(asked, saved_with_graph, tiny_tokenizer, tmp_
     with pytest.raises(PlacementError, match=r"pip install 'mlflow-safeflavor\[openvino\]'"):
         mlflow_safeflavor.load_model(saved_with_graph, **ASKED)
     with pytest.raises(PlacementError, match="not installed"):
-        mlflow_safeflavor.save_model(bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, **ASKED)
-    assert mlflow_safeflavor.load_model(asked, model_config={"engine": "auto"}).engine.name == "onnx"
+        mlflow_safeflavor.save_model(
+            bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, **ASKED
+        )
+    assert (
+        mlflow_safeflavor.load_model(asked, model_config={"engine": "auto"}).engine.name == "onnx"
+    )
 
 
 def test_what_it_does_not_know(saved_with_graph, monkeypatch):
     """An operator that a later release of it may have; without the engine the model is served."""
     written = openvino_engine.write_model
-    monkeypatch.setattr(openvino_engine, "write_model", lambda model: written(model).replace(b"MatMul", b"MulMat"))
+    monkeypatch.setattr(
+        openvino_engine, "write_model", lambda model: written(model).replace(b"MatMul", b"MulMat")
+    )
     with pytest.raises(StructureError, match="does not take the graph"):
         mlflow_safeflavor.load_model(saved_with_graph, **ASKED)
     assert mlflow_safeflavor.load_model(saved_with_graph).engine.name == "onnx"
 
 
-@pytest.mark.parametrize("wrong", [{"graph": "no"}, {"model_config": {"engine": "openvino", "dtype": "float16"}}])
+@pytest.mark.parametrize(
+    "wrong", [{"graph": "no"}, {"model_config": {"engine": "openvino", "dtype": "float16"}}]
+)
 def test_what_it_cannot_be_saved_with(tiny_tokenizer, tmp_path, wrong):
     with pytest.raises(InputError, match="openvino"):
         mlflow_safeflavor.save_model(
-            bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False, **{**ASKED, **wrong}
+            bert("Model"),
+            tmp_path / "m",
+            tokenizer=tiny_tokenizer,
+            rehearse=False,
+            **{**ASKED, **wrong},
         )
     assert not (tmp_path / "m").exists()
 
@@ -229,7 +266,9 @@ def test_other_inputs_go_to_the_module(tmp_path, monkeypatch):
     model = mlflow_safeflavor.load_model(tmp_path / "m", trust={"code", "pickle"})
     plain = model.predict(X)["y"]
     assert model.engine._rebuilt is None
-    np.testing.assert_allclose(model.predict({**X, "scale": np.float32(2)})["y"], 2 * plain, rtol=1e-5)
+    np.testing.assert_allclose(
+        model.predict({**X, "scale": np.float32(2)})["y"], 2 * plain, rtol=1e-5
+    )
     assert model.engine._rebuilt is not None
     alone = mlflow_safeflavor.load_model(tmp_path / "alone", **ASKED)
     np.testing.assert_array_equal(alone.predict(X)["y"], plain)
@@ -239,7 +278,10 @@ def test_other_inputs_go_to_the_module(tmp_path, monkeypatch):
 
 def test_numbers_of_more_than_32_bits():
     """It would answer with others: 2**40 would be 0."""
-    cast = [helper.make_node("Cast", ["input.ids"], ["z"], to=1), helper.make_node("Neg", ["z"], ["output.y"])]
+    cast = [
+        helper.make_node("Cast", ["input.ids"], ["z"], to=1),
+        helper.make_node("Neg", ["z"], ["output.y"]),
+    ]
     graph = read(made(*cast, inputs=(("ids", 7, ["rows"]),)))
     session = openvino_engine.Session(graph, {}, threads=1)
     most = np.iinfo(np.int32).max
@@ -258,7 +300,9 @@ HALF = {"engine": "openvino", "dtype": "bfloat16"}
 
 
 def has_bfloat16():
-    return "BF16" in openvino_engine._imported().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in openvino_engine._imported().Core().get_property(
+        "CPU", "OPTIMIZATION_CAPABILITIES"
+    )
 
 
 def test_bfloat16_where_the_cpu_has_it(saved_with_graph):
@@ -271,7 +315,9 @@ def test_bfloat16_where_the_cpu_has_it(saved_with_graph):
             mlflow_safeflavor.load_model(saved_with_graph, dtype="bfloat16", **ASKED)
     for engine, dtype in (("openvino", "float16"), ("onnx", "bfloat16")):
         with pytest.raises(PlacementError, match="cannot be served as a graph"):
-            mlflow_safeflavor.load_model(saved_with_graph, dtype=dtype, model_config={"engine": engine})
+            mlflow_safeflavor.load_model(
+                saved_with_graph, dtype=dtype, model_config={"engine": engine}
+            )
 
 
 def test_bfloat16_is_chosen_recorded_and_tolerated(tmp_path, monkeypatch):
@@ -279,7 +325,13 @@ def test_bfloat16_is_chosen_recorded_and_tolerated(tmp_path, monkeypatch):
     if not has_bfloat16():
         monkeypatch.setitem(openvino_engine._NAMES, "bfloat16", ("f32", "FP32"))
         spoil(monkeypatch, 1 + 2**-9)
-    given = {"task": "raw", "input_example": X, "rehearse": False, "graph": "only", "model_config": HALF}
+    given = {
+        "task": "raw",
+        "input_example": X,
+        "rehearse": False,
+        "graph": "only",
+        "model_config": HALF,
+    }
     mlflow_safeflavor.save_model(make_private(), tmp_path / "m", **given)
     layout = Layout(tmp_path / "m")
     assert read_json(layout.graph_facts)["proof"]["openvino"]["dtype"] == "bfloat16"
@@ -311,10 +363,16 @@ def test_bfloat16_has_a_tolerance_of_its_own(saved_with_graph, monkeypatch):
 @pytest.mark.slow
 def test_pins_and_rehearsal(tiny_tokenizer, saved_with_graph, tmp_path):
     """Saved with a rehearsal, whose guard refuses processes and connections."""
-    mlflow_safeflavor.save_model(bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, graph="only", **ASKED)
+    mlflow_safeflavor.save_model(
+        bert("Model"), tmp_path / "m", tokenizer=tiny_tokenizer, graph="only", **ASKED
+    )
     version = importlib.metadata.version("openvino")
     assert f"openvino=={version}" in Layout(tmp_path / "m").requirements.read_text().splitlines()
-    pins = Environment.from_json(read_json(Layout(tmp_path / "m").environment)).for_graph().distributions
+    pins = (
+        Environment.from_json(read_json(Layout(tmp_path / "m").environment))
+        .for_graph()
+        .distributions
+    )
     assert pins["openvino"] == version
     assert not {"torch", "transformers"} & {canonicalize_name(name) for name in pins}
     assert "openvino" not in Layout(saved_with_graph).requirements.read_text()

@@ -26,7 +26,18 @@ def wheel(tmp_path_factory):
             shutil.copy(path, source / name)
     (source / "tests").mkdir()
     (source / "tests" / "__init__.py").touch()
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", target, "."]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        target,
+        ".",
+    ]
     done = subprocess.run(build, cwd=source, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (built,) = target.iterdir()
@@ -35,8 +46,14 @@ def wheel(tmp_path_factory):
 
 
 def test_exact_contents(wheel):
-    names = {re.sub(r"^mlflow_safeflavor-[^/]+\.dist-info/", "dist-info/", name) for name in wheel.namelist()}
-    package = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "mlflow_safeflavor").rglob("*.py")}
+    names = {
+        re.sub(r"^mlflow_safeflavor-[^/]+\.dist-info/", "dist-info/", name)
+        for name in wheel.namelist()
+    }
+    package = {
+        path.relative_to(REPOSITORY).as_posix()
+        for path in (REPOSITORY / "mlflow_safeflavor").rglob("*.py")
+    }
     assert names == package | {
         "mlflow_safeflavor/artifact/proven_classes.txt",
         "mlflow_safeflavor/py.typed",
@@ -59,12 +76,25 @@ def test_metadata(wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == "<3.14,>=3.10"
     assert metadata["Description-Content-Type"] == "text/markdown"
-    needed = {re.match(r"[\w.-]+", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
+    needed = {
+        re.match(r"[\w.-]+", line)[0]
+        for line in metadata.get_all("Requires-Dist")
+        if "extra ==" not in line
+    }
     assert {"mlflow", "torch", "transformers", "cloudpickle"} <= needed
     assert not {"boto3", "pytest", "accelerate"} & needed
-    assert {"accelerate", "all", "demo", "dev", "docker", "image", "openvino", "s3", "stack", "test"} == set(
-        metadata.get_all("Provides-Extra")
-    )
+    assert {
+        "accelerate",
+        "all",
+        "demo",
+        "dev",
+        "docker",
+        "image",
+        "openvino",
+        "s3",
+        "stack",
+        "test",
+    } == set(metadata.get_all("Provides-Extra"))
 
 
 def test_only_the_package_is_importable(wheel):

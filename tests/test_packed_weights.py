@@ -95,12 +95,18 @@ def rows(name: str):
     if name == "texts":
         return pd.DataFrame({"text": TEXTS})
     if name == "images":
-        return [np.random.default_rng(i).integers(0, 256, (40 + i, 50, 3), np.uint8) for i in range(3)]
+        return [
+            np.random.default_rng(i).integers(0, 256, (40 + i, 50, 3), np.uint8) for i in range(3)
+        ]
     return {"ids": np.random.default_rng(0).integers(0, 50, (3, 7))}
 
 
 def bits(answer) -> object:
-    return {key: value.tobytes() for key, value in answer.items()} if isinstance(answer, dict) else answer.to_dict()
+    return (
+        {key: value.tobytes() for key, value in answer.items()}
+        if isinstance(answer, dict)
+        else answer.to_dict()
+    )
 
 
 def files(cache: Path) -> list[Path]:

@@ -1,4 +1,7 @@
-"""Defaults of params: those a pipeline was made with, and those that are given when a model is saved."""
+"""Defaults of params.
+
+Those a pipeline was made with, and those that are given when a model is saved.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,18 @@ from writers import byte_tokenizer, writer
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError, StructureError
 
-TEXT = "the cat sat on the mat and the dog ran under a red tree if x = y + x else return the green cat"
+TEXT = (
+    "the cat sat on the mat and the dog ran under a red tree if x = y + x else return the green cat"
+)
 NLI = {0: "contradiction", 1: "neutral", 2: "entailment"}
 
 
 @pytest.fixture
 def save(tmp_path, tiny_tokenizer):
-    """Save without a rehearsal; gives what native predict and predict of pyfunc answer to rows without params."""
+    """Save without a rehearsal.
+
+    Gives what native predict and predict of pyfunc answer to rows without params.
+    """
 
     def run(model, **options):
         path = tmp_path / f"model-{len(list(tmp_path.iterdir()))}"
@@ -48,7 +56,10 @@ def answers(path, rows):
 
 
 def declared(path):
-    return {param.name: param.default for param in mlflow.models.get_model_info(str(path)).signature.params}
+    return {
+        param.name: param.default
+        for param in mlflow.models.get_model_info(str(path)).signature.params
+    }
 
 
 def classifier(**config):
@@ -66,36 +77,59 @@ def test_a_pipeline_of_text_classification_keeps_its_arguments(save, tiny_tokeni
     (wanted,) = pipe([TEXT])
     assert found["labels"] == [answer["label"] for answer in wanted]
     assert found["scores"] == pytest.approx([answer["score"] for answer in wanted], abs=1e-6)
-    plain = pipeline("text-classification", model=classifier(), tokenizer=tiny_tokenizer, truncation=True)([TEXT])
+    plain = pipeline(
+        "text-classification", model=classifier(), tokenizer=tiny_tokenizer, truncation=True
+    )([TEXT])
     assert abs(plain[0]["score"] - found["scores"][0]) > 1e-3, "the arguments change nothing"
-    assert declared(path) == {"top_k": -1, "function_to_apply": "sigmoid", "max_length": 8, "truncation": True}
+    assert declared(path) == {
+        "top_k": -1,
+        "function_to_apply": "sigmoid",
+        "max_length": 8,
+        "truncation": True,
+    }
 
 
-@pytest.mark.parametrize("given", [{"aggregation_strategy": "max", "stride": 3}, {"ignore_labels": ["LABEL_1"]}])
+@pytest.mark.parametrize(
+    "given", [{"aggregation_strategy": "max", "stride": 3}, {"ignore_labels": ["LABEL_1"]}]
+)
 def test_a_pipeline_of_token_classification_keeps_its_arguments(save, tiny_tokenizer, given):
     model = tiny_model("Bert", "ForTokenClassification", num_labels=3)
     pipe = pipeline("token-classification", model=model, tokenizer=tiny_tokenizer, **given)
     (found,) = answers(save(pipe), pd.DataFrame({"text": [TEXT * 2]}))
     wanted = pipe(TEXT * 2)
-    assert [{**entity, "score": 0} for entity in found["entities"]] == [{**entity, "score": 0} for entity in wanted]
+    assert [{**entity, "score": 0} for entity in found["entities"]] == [
+        {**entity, "score": 0} for entity in wanted
+    ]
     assert [entity["score"] for entity in found["entities"]] == pytest.approx(
         [float(entity["score"]) for entity in wanted], abs=1e-6
     )
 
 
 def test_a_pipeline_of_fill_mask_keeps_its_arguments(save, tiny_tokenizer):
-    given = {"top_k": 2, "targets": ["cat", "dog", "tree"], "tokenizer_kwargs": {"truncation": True, "max_length": 9}}
-    pipe = pipeline("fill-mask", model=tiny_model("Bert", "ForMaskedLM"), tokenizer=tiny_tokenizer, **given)
+    given = {
+        "top_k": 2,
+        "targets": ["cat", "dog", "tree"],
+        "tokenizer_kwargs": {"truncation": True, "max_length": 9},
+    }
+    pipe = pipeline(
+        "fill-mask", model=tiny_model("Bert", "ForMaskedLM"), tokenizer=tiny_tokenizer, **given
+    )
     text = "the [MASK] sat on " + TEXT
     (found,) = answers(save(pipe), pd.DataFrame({"text": [text]}))
     wanted = pipe(text)
-    assert [gap["token_str"] for gap in found["predictions"][0]] == [answer["token_str"] for answer in wanted]
+    assert [gap["token_str"] for gap in found["predictions"][0]] == [
+        answer["token_str"] for answer in wanted
+    ]
     assert found["score"] == pytest.approx(wanted[0]["score"], abs=1e-6)
 
 
 def test_a_pipeline_of_zero_shot_classification_keeps_its_arguments(save, tiny_tokenizer):
     model = classifier(id2label=NLI, label2id={label: i for i, label in NLI.items()})
-    given = {"candidate_labels": ["cat", "red tree"], "hypothesis_template": "the {} ran", "multi_label": True}
+    given = {
+        "candidate_labels": ["cat", "red tree"],
+        "hypothesis_template": "the {} ran",
+        "multi_label": True,
+    }
     pipe = pipeline("zero-shot-classification", model=model, tokenizer=tiny_tokenizer, **given)
     path = save(pipe)
     (found,) = answers(path, pd.DataFrame({"text": ["the dog sat"]}))
@@ -120,7 +154,9 @@ def test_a_pipeline_of_feature_extraction_keeps_its_arguments(save, tiny_tokeniz
 
 def test_a_pipeline_of_images_keeps_its_arguments(save):
     given = {"top_k": 2, "function_to_apply": "sigmoid"}
-    pipe = pipeline("image-classification", model=viewer(), image_processor=make_processor(size=SMALL), **given)
+    pipe = pipeline(
+        "image-classification", model=viewer(), image_processor=make_processor(size=SMALL), **given
+    )
     loaded = mlflow_safeflavor.load_model(save(pipe))
     (found,) = loaded.predict([pixels()]).to_dict("records")
     from PIL import Image
@@ -139,10 +175,23 @@ def test_a_pipeline_of_sounds_keeps_its_arguments(save):
 
 
 WRITING = {
-    "arguments": {"max_new_tokens": 7, "do_sample": False, "return_full_text": False, "repetition_penalty": 1.4},
-    "settings without a param": {"max_new_tokens": 9, "do_sample": False, "no_repeat_ngram_size": 2},
+    "arguments": {
+        "max_new_tokens": 7,
+        "do_sample": False,
+        "return_full_text": False,
+        "repetition_penalty": 1.4,
+    },
+    "settings without a param": {
+        "max_new_tokens": 9,
+        "do_sample": False,
+        "no_repeat_ngram_size": 2,
+    },
     "beams": {"max_new_tokens": 6, "do_sample": False, "num_beams": 3, "length_penalty": 2.0},
-    "a config": {"generation_config": GenerationConfig(max_new_tokens=5, do_sample=False, repetition_penalty=1.9)},
+    "a config": {
+        "generation_config": GenerationConfig(
+            max_new_tokens=5, do_sample=False, repetition_penalty=1.9
+        )
+    },
 }
 
 
@@ -150,7 +199,9 @@ WRITING = {
 def test_a_pipeline_that_writes_keeps_its_arguments(save, name):
     model = writer("GPT2LMHeadModel")
     before = model.generation_config.to_dict()
-    pipe = pipeline("text-generation", model=model, tokenizer=byte_tokenizer(), **copy.deepcopy(WRITING[name]))
+    pipe = pipeline(
+        "text-generation", model=model, tokenizer=byte_tokenizer(), **copy.deepcopy(WRITING[name])
+    )
     (found,) = answers(save(pipe), pd.DataFrame({"text": ["the cat"]}))
     (wanted,) = pipe("the cat")
     assert found["generated_text"] == wanted["generated_text"].rstrip("\N{REPLACEMENT CHARACTER}")
@@ -178,7 +229,9 @@ def test_what_a_pipeline_that_writes_does_by_itself_is_kept(save):
     ids=str,
 )
 def test_what_a_pipeline_that_writes_may_not_carry_is_named(save, given, named):
-    pipe = pipeline("text-generation", model=writer("GPT2LMHeadModel"), tokenizer=byte_tokenizer(), **given)
+    pipe = pipeline(
+        "text-generation", model=writer("GPT2LMHeadModel"), tokenizer=byte_tokenizer(), **given
+    )
     with pytest.raises((InputError, StructureError), match=named):
         save(pipe)
 
@@ -221,7 +274,9 @@ class Heir(Renamed):
 def test_a_pipeline_with_methods_of_the_users_own_is_refused(save, tiny_tokenizer):
     made = {"model": classifier(), "tokenizer": tiny_tokenizer}
     for cls, method in ((Unsure, "postprocess"), (Heir, "forward")):
-        with pytest.raises(StructureError, match=rf"{cls.__name__}[\s\S]*{method}[\s\S]*hint[\s\S]*custom"):
+        with pytest.raises(
+            StructureError, match=rf"{cls.__name__}[\s\S]*{method}[\s\S]*hint[\s\S]*custom"
+        ):
             save(cls(**made))
     patched = TextClassificationPipeline(**made)
     patched.preprocess = lambda text: None
@@ -259,7 +314,10 @@ def test_a_dict_of_parts_is_one_model(save, tiny_tokenizer, tmp_path):
     rows = pd.DataFrame({"text": [TEXT]})
     wanted = answers(save(classifier(), tokenizer=tiny_tokenizer), rows)
     assert answers(save({"model": classifier(), "tokenizer": tiny_tokenizer}), rows) == wanted
-    assert answers(save({"model": tmp_path / "checkpoint", "tokenizer": tiny_tokenizer}), rows) == wanted
+    assert (
+        answers(save({"model": tmp_path / "checkpoint", "tokenizer": tiny_tokenizer}), rows)
+        == wanted
+    )
     parts = {"model": viewer(), "image_processor": make_processor(size=SMALL)}
     assert len(mlflow_safeflavor.load_model(save(parts)).predict([pixels()])) == 1
 
@@ -271,17 +329,24 @@ def test_a_dict_of_parts_is_one_model(save, tiny_tokenizer, tmp_path):
         lambda model, tokenizer: [model, tokenizer],
         lambda model, tokenizer: {"model": model, "tokeniser": tokenizer},
         lambda model, tokenizer: {"model": (model, tokenizer)},
-        lambda model, tokenizer: type("Duck", (), {"model": model, "tokenizer": tokenizer, "task": "ner"})(),
+        lambda model, tokenizer: type(
+            "Duck", (), {"model": model, "tokenizer": tokenizer, "task": "ner"}
+        )(),
     ],
     ids=["tuple", "list", "dict", "nested", "duck"],
 )
 def test_other_forms_are_refused_with_a_hint(save, tiny_tokenizer, made):
-    with pytest.raises(StructureError, match=r"cannot be saved as a model[\s\S]*transformers.Pipeline"):
+    with pytest.raises(
+        StructureError, match=r"cannot be saved as a model[\s\S]*transformers.Pipeline"
+    ):
         save(made(classifier(), tiny_tokenizer))
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # the pipeline's own, with numpy 2
-@pytest.mark.skipif(not hasattr(transformers, "QuestionAnsweringPipeline"), reason="transformers 5 has none")
+# the pipeline's own, with numpy 2
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.skipif(
+    not hasattr(transformers, "QuestionAnsweringPipeline"), reason="transformers 5 has none"
+)
 @pytest.mark.parametrize("said", [
     {}, {"top_k": 3, "max_answer_len": 4}, {"handle_impossible_answer": True}, {"doc_stride": 3, "max_seq_len": 16},
     {"align_to_words": False}, {"max_question_len": 2},
@@ -289,7 +354,10 @@ def test_other_forms_are_refused_with_a_hint(save, tiny_tokenizer, made):
 def test_pipelines_of_questions_bring_their_arguments(save, tiny_tokenizer, said):
     model = tiny_model("Bert", "ForQuestionAnswering")
     pipe = pipeline("question-answering", model=model, tokenizer=tiny_tokenizer, **said)
-    row = {"question": "where is the cat", "context": "the cat sat on the mat . a dog ran to the cat . red dogs"}
+    row = {
+        "question": "where is the cat",
+        "context": "the cat sat on the mat . a dog ran to the cat . red dogs",
+    }
     wanted = pipe(**row)
     wanted = wanted if isinstance(wanted, list) else [wanted]
     (found,) = answers(save(pipe), pd.DataFrame([row]))
@@ -302,8 +370,16 @@ def test_pipelines_of_questions_bring_their_arguments(save, tiny_tokenizer, said
 
 
 TASKS = {
-    "text-classification": ("ForSequenceClassification", {"top_k": None, "max_length": 6}, {"text": [TEXT]}),
-    "token-classification": ("ForTokenClassification", {"aggregation_strategy": "simple"}, {"text": [TEXT]}),
+    "text-classification": (
+        "ForSequenceClassification",
+        {"top_k": None, "max_length": 6},
+        {"text": [TEXT]},
+    ),
+    "token-classification": (
+        "ForTokenClassification",
+        {"aggregation_strategy": "simple"},
+        {"text": [TEXT]},
+    ),
     "fill-mask": ("ForMaskedLM", {"top_k": 2, "max_length": 12}, {"text": ["a [MASK]"]}),
     "feature-extraction": ("Model", {"max_length": 5}, {"text": [TEXT]}),
     "zero-shot-classification": (
@@ -322,14 +398,22 @@ TASKS = {
 @pytest.mark.parametrize("task", TASKS)
 def test_defaults_given_at_save_are_what_requests_leave_out(save, tiny_tokenizer, task):
     head, params, rows = TASKS[task]
-    config = {"id2label": NLI, "label2id": {label: i for i, label in NLI.items()}} if "zero" in task else {}
+    config = (
+        {"id2label": NLI, "label2id": {label: i for i, label in NLI.items()}}
+        if "zero" in task
+        else {}
+    )
     model = tiny_model("Bert", head, **config)
     path = save(model, tokenizer=tiny_tokenizer, task=task, params=params)
     plain = mlflow_safeflavor.load_model(save(model, tokenizer=tiny_tokenizer, task=task))
     frame = pd.DataFrame(rows)
     assert answers(path, frame) == plain.predict(frame, params=params).to_dict("records")
-    assert declared(path).items() >= {name: -1 if value is None else value for name, value in params.items()}.items()
-    assert mlflow_safeflavor.load_model(path).report.bit_identical  # golden rows are asked with them
+    assert (
+        declared(path).items()
+        >= {name: -1 if value is None else value for name, value in params.items()}.items()
+    )
+    # golden rows are asked with them
+    assert mlflow_safeflavor.load_model(path).report.bit_identical
     if "zero" not in task:
         assert answers(path, frame) != plain.predict(frame).to_dict("records")
 
@@ -337,7 +421,11 @@ def test_defaults_given_at_save_are_what_requests_leave_out(save, tiny_tokenizer
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BartForConditionalGeneration"])
 def test_defaults_of_models_that_write(save, name):
     encodes = name.startswith("Bart")
-    path = save(writer(name), tokenizer=byte_tokenizer(eos=encodes), params={"max_new_tokens": 3, "num_beams": 2})
+    path = save(
+        writer(name),
+        tokenizer=byte_tokenizer(eos=encodes),
+        params={"max_new_tokens": 3, "num_beams": 2},
+    )
     found = mlflow_safeflavor.load_model(path)
     assert found.task.check_params({})["max_new_tokens"] == 3
     answered = found.predict(["the cat"])
@@ -354,19 +442,29 @@ def test_defaults_of_models_that_write(save, name):
     ],
     ids=str,
 )
-def test_defaults_that_are_not_allowed_are_refused_at_save(save, tiny_tokenizer, params, named, tmp_path):
+def test_defaults_that_are_not_allowed_are_refused_at_save(
+    save, tiny_tokenizer, params, named, tmp_path
+):
     with pytest.raises(InputError, match=named):
         save(classifier(), tokenizer=tiny_tokenizer, params=params)
 
 
-def test_rows_that_are_too_long_do_not_keep_a_model_from_being_saved_without_truncation(save, tiny_tokenizer):
+def test_rows_that_are_too_long_do_not_keep_a_model_from_being_saved_without_truncation(
+    save, tiny_tokenizer
+):
     path = save(classifier(), tokenizer=tiny_tokenizer, params={"truncation": False})
     with pytest.raises(InputError, match="truncation is off"):
         mlflow_safeflavor.load_model(path).predict([TEXT * 3])
 
 
 def test_params_beat_those_of_a_pipeline_and_a_request_beats_both(save, tiny_tokenizer):
-    pipe = pipeline("text-classification", model=classifier(), tokenizer=tiny_tokenizer, top_k=2, truncation=True)
+    pipe = pipeline(
+        "text-classification",
+        model=classifier(),
+        tokenizer=tiny_tokenizer,
+        top_k=2,
+        truncation=True,
+    )
     found = mlflow_safeflavor.load_model(save(pipe, params={"top_k": 3}))
     assert len(found.predict([TEXT])["labels"][0]) == 3
     assert "labels" not in found.predict([TEXT], params={"top_k": 1})
@@ -386,7 +484,10 @@ def test_params_of_a_signature_are_defaults_everywhere(save, tiny_tokenizer, cap
 
 def test_params_of_a_signature_that_the_task_does_not_know_are_refused(save, tiny_tokenizer):
     inputs = infer_signature(pd.DataFrame({"text": ["a"]})).inputs
-    for spec, named in ((ParamSpec("topk", "long", 1), "'topk'"), (ParamSpec("top_k", "string", "all"), "'top_k'")):
+    for spec, named in (
+        (ParamSpec("topk", "long", 1), "'topk'"),
+        (ParamSpec("top_k", "string", "all"), "'top_k'"),
+    ):
         with pytest.raises(InputError, match=named):
             save(
                 classifier(),
@@ -397,7 +498,11 @@ def test_params_of_a_signature_that_the_task_does_not_know_are_refused(save, tin
 
 def test_a_signature_without_params_says_so(save, tiny_tokenizer, caplog):
     with caplog.at_level(logging.WARNING, "mlflow.safeflavor"):
-        save(classifier(), tokenizer=tiny_tokenizer, signature=infer_signature(pd.DataFrame({"text": ["a"]})))
+        save(
+            classifier(),
+            tokenizer=tiny_tokenizer,
+            signature=infer_signature(pd.DataFrame({"text": ["a"]})),
+        )
     assert "does not declare top_k, function_to_apply, max_length, truncation" in caplog.text
     caplog.clear()
     save(classifier(), tokenizer=tiny_tokenizer)

@@ -1,4 +1,7 @@
-"""``verify --endpoint``: real servers, a dead one, one that is none, and what the page and the exit status say."""
+"""``verify --endpoint``.
+
+Real servers, a dead one, one that is none, and what the page and the exit status say.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,9 @@ def run(monkeypatch):
     def invoke(*arguments):
         done = CliRunner().invoke(main, ["verify", *(str(argument) for argument in arguments)])
         assert "Traceback" not in done.output
-        assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
+        assert done.exception is None or isinstance(done.exception, SystemExit), repr(
+            done.exception
+        )
         return done
 
     return invoke
@@ -50,7 +55,10 @@ def run(monkeypatch):
 
 @contextlib.contextmanager
 def answering(answer):
-    """URL of a server on a free port that answers each POST with ``answer(body)``: status, content type, content."""
+    """URL of a server on a free port that answers each POST with ``answer(body)``.
+
+    Status, content type, content.
+    """
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -87,8 +95,12 @@ class Url(str):
 
 
 def scoring(path, change=None):
-    """What MLflow's own request handler answers for a model loaded in this process; ``change`` works on predictions."""
-    from mlflow.pyfunc import scoring_server  # whose import warns, which saved_models lets pass only in tests
+    """What MLflow's own request handler answers for a model loaded in this process.
+
+    ``change`` works on predictions.
+    """
+    # whose import warns, which saved_models lets pass only in tests
+    from mlflow.pyfunc import scoring_server
 
     model = mlflow.pyfunc.load_model(str(path))
     schema = model.metadata.get_input_schema()
@@ -97,7 +109,11 @@ def scoring(path, change=None):
         try:
             done = scoring_server.invocations(body, "application/json", model, schema)
         except mlflow.exceptions.MlflowException as error:
-            return error.get_http_status_code(), "application/json", error.serialize_as_json().encode()
+            return (
+                error.get_http_status_code(),
+                "application/json",
+                error.serialize_as_json().encode(),
+            )
         content = json.loads(done.response)
         if change is not None:
             change(content["predictions"])
@@ -107,11 +123,18 @@ def scoring(path, change=None):
 
 
 def facts_in(page):
-    """Lines of the page's table of environments: name → (texts, whether they are marked as different)."""
+    """Lines of the page's table of environments.
+
+    Name → (texts, whether they are marked as different).
+    """
     reader = Page()
     reader.feed(page)
     assert reader.open == [], "a tag is not closed"
-    return {cells[0]: (cells[1:], marked) for table, cells, marked in reader.lines if table == "environments" and cells}
+    return {
+        cells[0]: (cells[1:], marked)
+        for table, cells, marked in reader.lines
+        if table == "environments" and cells
+    }
 
 
 class Page(HTMLParser):
@@ -121,7 +144,14 @@ class Page(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.tags, self.lines, self.table, self.text, self.attributes = [], [], [], None, "", []
+        self.open, self.tags, self.lines, self.table, self.text, self.attributes = (
+            [],
+            [],
+            [],
+            None,
+            "",
+            [],
+        )
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
@@ -164,7 +194,9 @@ def test_a_server_of_the_same_model_tells_what_it_runs_on(run, serve, saved, tmp
     assert "180 rows of yours: 180 bit-identical" in done.output
     assert "does not tell" not in done.output
     assert report.bit_identical
-    assert len(report.rows) == len(json.loads((saved / "safeflavor" / "parity.json").read_text())["rows"])
+    assert len(report.rows) == len(
+        json.loads((saved / "safeflavor" / "parity.json").read_text())["rows"]
+    )
     assert len(nothing_special.json()["predictions"]) == len(TEXTS)
 
     told = report.environments["server"]
@@ -172,13 +204,24 @@ def test_a_server_of_the_same_model_tells_what_it_runs_on(run, serve, saved, tmp
     assert told["environment"]["python"] == platform.python_version()
     assert told["environment"]["distributions"] == recorded["distributions"]
     assert told["environment"]["torch_build"]["version"] == str(torch.__version__)
-    assert told["environment"]["torch_build"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert (
+        told["environment"]["torch_build"]["cpu_capability"]
+        == torch.backends.cpu.get_cpu_capability()
+    )
     assert told["device"] == "cpu"
     assert told["budget"]["threads"] == 1
     assert told["budget"]["source"] == "num_threads"
     assert told["loader_version"] == mlflow_safeflavor.__version__
     text = json.dumps(told)
-    for private in ("hunter2", "A_SECRET_VARIABLE", str(saved), "/tmp", "/home", "/root", "site-packages"):
+    for private in (
+        "hunter2",
+        "A_SECRET_VARIABLE",
+        str(saved),
+        "/tmp",
+        "/home",
+        "/root",
+        "site-packages",
+    ):
         assert private not in text
     assert socket.gethostname() not in text
 
@@ -205,7 +248,10 @@ def test_a_server_of_other_weights_is_found_out_and_tells_nothing_unasked(
     assert done.exit_code == 1, done.output
     assert "verdict: different" in done.output
     fields = [name for name in ("label", "score") if found[0][name] != recorded[0][name]]
-    first = f"first difference: row 0, {fields[0]}: {found[0][fields[0]]!r}, recorded {recorded[0][fields[0]]!r}"
+    first = (
+        f"first difference: row 0, {fields[0]}: {found[0][fields[0]]!r}, recorded "
+        f"{recorded[0][fields[0]]!r}"
+    )
     assert first in done.output
     assert ordinary == found[:1], "with the variable unset the label of a row means nothing"
     assert "MLFLOW_SAFEFLAVOR_TELL_ENVIRONMENT" in done.output
@@ -233,7 +279,9 @@ def affine(tmp_path):
             return {"y": self.out(x) * mask[:, None] * scale, "count": mask.sum()}
 
     path = tmp_path / "affine"
-    mlflow_safeflavor.save_model(Affine(), path, task="raw", input_example=EXAMPLE, allow_pickle=True, rehearse=False)
+    mlflow_safeflavor.save_model(
+        Affine(), path, task="raw", input_example=EXAMPLE, allow_pickle=True, rehearse=False
+    )
     return path
 
 
@@ -269,7 +317,9 @@ def test_a_server_that_is_not_there(run, saved):
 
 @pytest.mark.parametrize("status", [200, 404, 501])
 def test_a_server_that_is_no_mlflow(run, saved, status):
-    with answering(lambda body: (status, "text/html", "<html>\x1b[31mWelcome ü</html>".encode())) as url:
+    with answering(
+        lambda body: (status, "text/html", "<html>\x1b[31mWelcome ü</html>".encode())
+    ) as url:
         done = run(saved, "--endpoint", url)
     assert done.exit_code == 2, done.output
     assert "This is not an MLflow scoring server" in done.stderr
@@ -326,7 +376,9 @@ def test_a_server_of_a_model_with_other_columns(run, saved, affine, monkeypatch)
     assert "status 400" in done.stderr
 
 
-@pytest.mark.parametrize("address", ["", "host:5000", "ftp://host", "http://", "http://host:port", "http://[::1"])
+@pytest.mark.parametrize(
+    "address", ["", "host:5000", "ftp://host", "http://", "http://host:port", "http://[::1"]
+)
 def test_an_address_that_is_none(run, saved, address):
     done = run(saved, "--endpoint", address)
     assert done.exit_code == 2, done.output
@@ -351,8 +403,9 @@ def test_golden_rows_that_were_changed_prove_nothing(run, copied, name):
     with answering(lambda body: (200, "application/json", b"{}")) as url:
         done = run(copied, "--endpoint", url)
     assert done.exit_code == 2, done.output
-    assert f"IntegrityError: Files of the artifact are not the ones that were saved\n  where: safeflavor/{name}" in (
-        done.stderr
+    assert (
+        "IntegrityError: Files of the artifact are not the ones that were saved\n  where: "
+        f"safeflavor/{name}" in (done.stderr)
     )
     assert url.asked == []
 
@@ -360,7 +413,8 @@ def test_golden_rows_that_were_changed_prove_nothing(run, copied, name):
 @pytest.mark.parametrize("rows", [[1], [{}], ["text"]], ids=repr)
 def test_golden_rows_that_are_none(copied, rows):
     edit_json(
-        copied / "safeflavor" / "parity.json", lambda content: content.update(rows=rows, answers=content["answers"][:1])
+        copied / "safeflavor" / "parity.json",
+        lambda content: content.update(rows=rows, answers=content["answers"][:1]),
     )
     reseal(copied)
     with pytest.raises(IntegrityError, match="golden rows are not rows of this model"):
@@ -391,11 +445,14 @@ def test_within_tolerance(run, saved, tmp_path):
     assert done.exit_code == 0, done.output
     assert "verdict: within tolerance" in done.output
     recorded = json.loads((saved / "safeflavor" / "parity.json").read_text())["answers"]
-    assert f"first difference: row 0, score: {recorded[0]['score'] + 1e-6!r}, recorded" in done.output
+    assert (
+        f"first difference: row 0, score: {recorded[0]['score'] + 1e-6!r}, recorded" in done.output
+    )
     assert 'id="verdict">within tolerance<' in page.read_text()
     svg = ET.fromstring(re.search(r"<svg.*</svg>", page.read_text(), re.DOTALL)[0])
     bars = [text.text for text in svg.iter("text")]
-    # Labels are equal, scores are off by 1e-6 and rounding: a little more for some, a little less for others.
+    # Labels are equal, scores are off by 1e-6 and rounding: a little more for some, a little less
+    # for others.
     assert bars[:2] == [str(len(recorded)), "0"]
     assert {"1e-7", "1e-6"} & set(bars)
     assert "other" not in bars
@@ -420,7 +477,10 @@ def test_one_answer_among_rows_of_ones_own(run, saved, tmp_path):
         done = run(saved, "--endpoint", url, "--rows", rows, "--report", page)
     assert done.exit_code == 1, done.output
     assert "4 rows of yours: 3 bit-identical, 1 different" in done.output
-    assert "first difference: your row 3, label: '[red]<script>alert(1)</script>\\x1b[1m', here 'LABEL_" in done.output
+    assert (
+        "first difference: your row 3, label: '[red]<script>alert(1)</script>\\x1b[1m', here "
+        "'LABEL_" in done.output
+    )
     content = page.read_text()
     reader = Page()
     reader.feed(content)
@@ -437,25 +497,87 @@ CASES = {
     "equal": ({"a": 0.1}, {"a": 0.1}, "bit-identical", 0.0, None),
     "a NaN": ({"a": float("nan")}, {"a": None}, "bit-identical", 0.0, None),
     "infinity": ({"a": float("inf")}, {"a": float("inf")}, "bit-identical", 0.0, None),
-    "the last bit": ({"a": 0.1}, {"a": np.nextafter(0.1, 1).item()}, "within tolerance", 2e-17, "row 0, a: 0.1"),
-    "minus zero": ({"a": 0.0}, {"a": -0.0}, "within tolerance", 0.0, "row 0, a: -0.0, recorded 0.0"),
-    "beyond": ({"a": [1.0, 2.0]}, {"a": [1.0, 2.5]}, "different", 0.5, "row 0, a[1]: 2.5, recorded 2.0"),
-    "the worse one": ({"a": [1.0, 2.0]}, {"a": [1.00001, 3.0]}, "different", 1.0, "row 0, a[1]: 3.0"),
-    "nested": ({"a": [[1.0], [2.0]]}, {"a": [[1.0], [2.5]]}, "different", 0.5, "row 0, a[1][0]: 2.5"),
-    "ragged": ({"a": [[1.0], [2.0, 3.0]]}, {"a": [[1.0], [2.0, 4.0]]}, "different", 1.0, "row 0, a[1][1]: 4.0"),
-    "a NaN for a number": ({"a": 1.0}, {"a": float("nan")}, "different", np.inf, "row 0, a: nan, recorded 1.0"),
+    "the last bit": (
+        {"a": 0.1},
+        {"a": np.nextafter(0.1, 1).item()},
+        "within tolerance",
+        2e-17,
+        "row 0, a: 0.1",
+    ),
+    "minus zero": (
+        {"a": 0.0},
+        {"a": -0.0},
+        "within tolerance",
+        0.0,
+        "row 0, a: -0.0, recorded 0.0",
+    ),
+    "beyond": (
+        {"a": [1.0, 2.0]},
+        {"a": [1.0, 2.5]},
+        "different",
+        0.5,
+        "row 0, a[1]: 2.5, recorded 2.0",
+    ),
+    "the worse one": (
+        {"a": [1.0, 2.0]},
+        {"a": [1.00001, 3.0]},
+        "different",
+        1.0,
+        "row 0, a[1]: 3.0",
+    ),
+    "nested": (
+        {"a": [[1.0], [2.0]]},
+        {"a": [[1.0], [2.5]]},
+        "different",
+        0.5,
+        "row 0, a[1][0]: 2.5",
+    ),
+    "ragged": (
+        {"a": [[1.0], [2.0, 3.0]]},
+        {"a": [[1.0], [2.0, 4.0]]},
+        "different",
+        1.0,
+        "row 0, a[1][1]: 4.0",
+    ),
+    "a NaN for a number": (
+        {"a": 1.0},
+        {"a": float("nan")},
+        "different",
+        np.inf,
+        "row 0, a: nan, recorded 1.0",
+    ),
     "a whole number": ({"a": 100_000}, {"a": 100_001}, "different", 1.0, "row 0, a: 100001"),
     "a huge number": ({"a": 2**70}, {"a": 2**70}, "bit-identical", 0.0, None),
     "a truth value": ({"a": True}, {"a": 1}, "different", np.inf, "row 0, a: 1, recorded True"),
     "a text": ({"a": "x"}, {"a": "y"}, "different", np.inf, "row 0, a: 'y', recorded 'x'"),
-    "a number as text": ({"a": 1.0}, {"a": "1.0"}, "different", np.inf, "row 0, a: '1.0', recorded 1.0"),
-    "another length": ({"a": [1.0]}, {"a": [1.0, 1.0]}, "different", np.inf, "row 0, a: [1.0, 1.0], recorded"),
-    "a field too few": ({"a": 1.0, "b": 1}, {"a": 1.0}, "different", np.inf, "row 0: {'a': 1.0}, recorded"),
+    "a number as text": (
+        {"a": 1.0},
+        {"a": "1.0"},
+        "different",
+        np.inf,
+        "row 0, a: '1.0', recorded 1.0",
+    ),
+    "another length": (
+        {"a": [1.0]},
+        {"a": [1.0, 1.0]},
+        "different",
+        np.inf,
+        "row 0, a: [1.0, 1.0], recorded",
+    ),
+    "a field too few": (
+        {"a": 1.0, "b": 1},
+        {"a": 1.0},
+        "different",
+        np.inf,
+        "row 0: {'a': 1.0}, recorded",
+    ),
     "empty": ({"a": []}, {"a": []}, "bit-identical", 0.0, None),
 }
 
 
-@pytest.mark.parametrize(("old", "new", "verdict", "most", "first"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    ("old", "new", "verdict", "most", "first"), CASES.values(), ids=CASES.keys()
+)
 def test_comparing(old, new, verdict, most, first):
     (row,) = compare_answers([old], [new], 1e-4, 1e-4, golden=True)
     assert row.verdict == verdict
@@ -487,7 +609,9 @@ def test_texts_stay_texts_in_every_kind_of_file(run, saved, tmp_path, ending):
 
 
 def test_many_rows_go_in_several_requests_in_order(saved):
-    frame = pd.DataFrame({"text": [f"{'the cat ' * (i % 7)}{i}" for i in range(250)]}, index=range(250, 0, -1))
+    frame = pd.DataFrame(
+        {"text": [f"{'the cat ' * (i % 7)}{i}" for i in range(250)]}, index=range(250, 0, -1)
+    )
     with scoring(saved) as url:
         report = mlflow_safeflavor.verify_model(str(saved), endpoint=url, rows=frame)
     sent = [len(json.loads(body)["dataframe_split"]["data"]) for _, body in url.asked]
@@ -541,7 +665,12 @@ def double(rows, tokenizer):
 
 def name_it(outputs, rows):
     return [
-        {"name": row["name"], "value": value.item(), "big": bool(value > 2), "whole": round(value.item())}
+        {
+            "name": row["name"],
+            "value": value.item(),
+            "big": bool(value > 2),
+            "whole": round(value.item()),
+        }
         for row, value in zip(rows, outputs["y"], strict=True)
     ]
 
@@ -575,9 +704,12 @@ def times(tmp_path):
 def test_hooks_of_ones_own_and_what_the_server_tells(monkeypatch, times):
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
     monkeypatch.setenv(TELL, "true")
-    rows = pd.DataFrame({"name": ["x", "y", "z"], "size": [1, 2, 3]})  # whole numbers, which MLflow makes doubles of
+    # whole numbers, which MLflow makes doubles of
+    rows = pd.DataFrame({"name": ["x", "y", "z"], "size": [1, 2, 3]})
     with scoring(times) as url:
-        report = mlflow_safeflavor.verify_model(str(times), endpoint=url, rows=rows, trust={"code", "pickle"})
+        report = mlflow_safeflavor.verify_model(
+            str(times), endpoint=url, rows=rows, trust={"code", "pickle"}
+        )
         with pytest.raises(TrustError):
             mlflow_safeflavor.verify_model(str(times), endpoint=url, rows=rows)
     assert report.bit_identical
@@ -600,7 +732,9 @@ def test_what_looks_like_the_request_is_answered_as_rows(monkeypatch, saved, aff
     model = mlflow.pyfunc.load_model(str(saved))
     label = "safeflavor_environment"
     assert len(model.predict(pd.DataFrame({"text": [label]}))) == 1
-    assert list(model.predict(pd.DataFrame({"text": ["a", "b"]}, index=[label, label])).columns) == ["label", "score"]
+    assert list(
+        model.predict(pd.DataFrame({"text": ["a", "b"]}, index=[label, label])).columns
+    ) == ["label", "score"]
     assert list(model.predict(pd.DataFrame({"text": ["a"]}, index=[label]))) == [label]
     arrays = mlflow.pyfunc.load_model(str(affine)).predict(EXAMPLE)
     assert sorted(arrays) == ["count", "y"]
@@ -620,7 +754,10 @@ def test_differences_of_environments_are_marked_and_told_facts_escaped(saved, tm
     here.environments["server"] = told
     content = render(here, model="<i>", endpoint="http://h/?<u>")
     facts = facts_in(content)
-    assert facts["python"] == ([platform.python_version(), platform.python_version(), "<b>3.99</b>"], True)
+    assert facts["python"] == (
+        [platform.python_version(), platform.python_version(), "<b>3.99</b>"],
+        True,
+    )
     assert facts["pin torch"][1]
     assert facts["pin numpy"][0][2] == "not installed"
     assert facts["pin numpy"][1]

@@ -1,4 +1,7 @@
-"""The answers of every text task are those of transformers' pipelines: tiny models of all kinds, and real weights."""
+"""The answers of every text task are those of transformers' pipelines.
+
+Tiny models of all kinds, and real weights.
+"""
 
 import copy
 import inspect
@@ -55,7 +58,9 @@ class Asked:
         checked = self.task.check_params(params)
         features = self.task.encoded(rows, checked)
         pieces = [list(self.task.pieces(row)) for row in features]
-        found = iter(self.task.forward(self.engine, [piece for row in pieces for piece in row], checked))
+        found = iter(
+            self.task.forward(self.engine, [piece for row in pieces for piece in row], checked)
+        )
         outputs = [self.task.join([next(found) for _ in row]) for row in pieces]
         answers = self.task.decoded(rows, features, outputs, checked)
         assert json.loads(json.dumps(answers, allow_nan=False)) == answers
@@ -71,14 +76,22 @@ class Asked:
 def asked(tmp_path):
     def make(name, model, tokenizer, columns=None, **options):
         return Asked(
-            tmp_path / f"tokenizer-{len(list(tmp_path.iterdir()))}", name, model, tokenizer, columns, **options
+            tmp_path / f"tokenizer-{len(list(tmp_path.iterdir()))}",
+            name,
+            model,
+            tokenizer,
+            columns,
+            **options,
         )
 
     return make
 
 
 def _named_for(model, tokenizer):
-    """A copy that makes only what the model takes: transformers' pipelines hand over all there is."""
+    """A copy that makes only what the model takes.
+
+    Transformers' pipelines hand over all there is.
+    """
     tokenizer = copy.deepcopy(tokenizer)
     taken = inspect.signature(model.forward).parameters
     tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in taken]
@@ -113,7 +126,9 @@ def minilm(minilm_folder):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             cls = getattr(transformers, f"Bert{head}")
-            model = cls.from_pretrained(minilm_folder, local_files_only=True, dtype=torch.float32, **config)
+            model = cls.from_pretrained(
+                minilm_folder, local_files_only=True, dtype=torch.float32, **config
+            )
             for name, parameter in model.named_parameters():
                 if name.endswith("weight") and name.split(".")[0] in ("classifier", "qa_outputs"):
                     torch.nn.init.normal_(parameter)  # far apart, as those of a trained head
@@ -124,10 +139,17 @@ def minilm(minilm_folder):
 
 @pytest.fixture(scope="module")
 def other_tokenizers():
-    """Tokenizers of other kinds than WordPiece: bytes, where an emoji is several tokens, and sentence pieces."""
+    """Tokenizers of other kinds than WordPiece.
+
+    Bytes, where an emoji is several tokens, and sentence pieces.
+    """
     return {
-        "byte-level": wrapped(byte_level(), model_max_length=33, model_input_names=["input_ids", "attention_mask"]),
-        "unigram": wrapped(unigram(), model_max_length=33, model_input_names=["input_ids", "attention_mask"]),
+        "byte-level": wrapped(
+            byte_level(), model_max_length=33, model_input_names=["input_ids", "attention_mask"]
+        ),
+        "unigram": wrapped(
+            unigram(), model_max_length=33, model_input_names=["input_ids", "attention_mask"]
+        ),
     }
 
 
@@ -146,23 +168,32 @@ REAL = [
 @pytest.mark.parametrize("problem", [None, "multi_label_classification"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_text_classification(asked, tiny_tokenizer, architecture, problem):
-    model = tiny_model(architecture, "ForSequenceClassification", num_labels=3, problem_type=problem)
+    model = tiny_model(
+        architecture, "ForSequenceClassification", num_labels=3, problem_type=problem
+    )
     reference = _reference("text-classification", model, tiny_tokenizer)
     wanted = [reference(text, top_k=None, truncation=True) for text in TEXTS]
     found = asked("text-classification", model, tiny_tokenizer).texts(TEXTS, top_k=-1)
     for answer, ranked in zip(found, wanted, strict=True):
         assert answer["labels"] == [entry["label"] for entry in ranked]
         _same(answer["scores"], [entry["score"] for entry in ranked])
-    assert len({answer["label"] for answer in found}) > 1 or np.ptp([answer["score"] for answer in found]) > 1e-3
+    assert (
+        len({answer["label"] for answer in found}) > 1
+        or np.ptp([answer["score"] for answer in found]) > 1e-3
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_text_classification_of_pairs(asked, tiny_tokenizer, architecture):
     model = tiny_model(architecture, "ForSequenceClassification", num_labels=3)
     reference = _reference("text-classification", model, tiny_tokenizer)
-    rows = [{"text": a, "text_pair": b} for a, b in zip(TEXTS, [*TEXTS[2:], "red", "mat"], strict=True)]
+    rows = [
+        {"text": a, "text_pair": b} for a, b in zip(TEXTS, [*TEXTS[2:], "red", "mat"], strict=True)
+    ]
     wanted = [reference(dict(row), truncation=True) for row in rows]
-    found = asked("text-classification", model, tiny_tokenizer, {"text": "text", "text_pair": "text_pair"})(rows)
+    found = asked(
+        "text-classification", model, tiny_tokenizer, {"text": "text", "text_pair": "text_pair"}
+    )(rows)
     _same(found, [row[0] if isinstance(row, list) else row for row in wanted])
 
 
@@ -174,7 +205,10 @@ def test_feature_extraction(asked, tiny_tokenizer, architecture, pooling):
     found = asked("feature-extraction", model, tiny_tokenizer, pooling=pooling).texts(TEXTS)
     for text, answer in zip(TEXTS, found, strict=True):
         (hidden,) = np.array(reference(text, tokenize_kwargs={"truncation": True}))
-        _same(answer["embedding"], list({"mean": hidden.mean(axis=0), "cls": hidden[0], "last": hidden[-1]}[pooling]))
+        _same(
+            answer["embedding"],
+            list({"mean": hidden.mean(axis=0), "cls": hidden[0], "last": hidden[-1]}[pooling]),
+        )
 
 
 # Token classification.
@@ -227,15 +261,24 @@ def test_token_classification_in_windows(asked, tiny_tokenizer, stride):
     reference = _reference("token-classification", model, tiny_tokenizer)
     texts = [text for text in TEXTS if text]
     for strategy in STRATEGIES[1:]:
-        wanted = [{"entities": reference(text, aggregation_strategy=strategy, stride=stride)} for text in texts]
-        found = asked("ner", model, tiny_tokenizer).texts(texts, aggregation_strategy=strategy, stride=stride)
+        wanted = [
+            {"entities": reference(text, aggregation_strategy=strategy, stride=stride)}
+            for text in texts
+        ]
+        found = asked("ner", model, tiny_tokenizer).texts(
+            texts, aggregation_strategy=strategy, stride=stride
+        )
         _same(found, wanted)
     assert max(entity["end"] for row in found for entity in row["entities"]) > 300
 
 
 @pytest.mark.parametrize(
     "params",
-    [{"stride": 3}, {"stride": 30, "aggregation_strategy": "first"}, {"aggregation_strategy": "mean"}],
+    [
+        {"stride": 3},
+        {"stride": 30, "aggregation_strategy": "first"},
+        {"aggregation_strategy": "mean"},
+    ],
     ids=str,
 )
 def test_params_of_token_classification_that_do_not_fit(asked, tiny_tokenizer, params):
@@ -285,23 +328,37 @@ def test_fill_mask_of_other_tokenizers(asked, other_tokenizers, kind):
     model = tiny_model("Roberta", "ForMaskedLM", vocab_size=2600)
     texts = [text.replace("[MASK]", "<mask>") for text in GAPS]
     reference = _reference("fill-mask", model, tokenizer)
-    _same(asked("fill-mask", model, tokenizer).texts(texts, top_k=3), [_filled(reference, t, top_k=3) for t in texts])
+    _same(
+        asked("fill-mask", model, tokenizer).texts(texts, top_k=3),
+        [_filled(reference, t, top_k=3) for t in texts],
+    )
 
 
 def test_fill_mask_of_real_weights(asked, minilm):
     model, tokenizer = minilm("ForMaskedLM")
-    texts = ["Paris is the [MASK] of France.", "Good [MASK], Mr. [MASK] 😀!", "[MASK] isn't 3 € , ' café '"]
+    texts = [
+        "Paris is the [MASK] of France.",
+        "Good [MASK], Mr. [MASK] 😀!",
+        "[MASK] isn't 3 € , ' café '",
+    ]
     reference = _reference("fill-mask", model, tokenizer)
-    _same(asked("fill-mask", model, tokenizer).texts(texts), [_filled(reference, text) for text in texts])
+    _same(
+        asked("fill-mask", model, tokenizer).texts(texts),
+        [_filled(reference, text) for text in texts],
+    )
 
 
 def test_texts_without_gaps_are_refused(asked, tiny_tokenizer):
     fill = asked("fill-mask", tiny_model("Bert", "ForMaskedLM"), tiny_tokenizer)
     with pytest.raises(InputError, match=r"no gap[\s\S]*where: row 1\n[\s\S]*\[MASK\][\s\S]*hint"):
         fill.texts(["a [MASK]", "a cat"])
-    with pytest.raises(InputError, match=r"beyond[\s\S]*where: row 0\n[\s\S]*1 of 2 within 32 tokens"):
+    with pytest.raises(
+        InputError, match=r"beyond[\s\S]*where: row 0\n[\s\S]*1 of 2 within 32 tokens"
+    ):
         fill.texts(["[MASK] " + LONG + "[MASK]"])
-    with pytest.raises(InputError, match=r"'targets', 'cats dog'[\s\S]*one token each[\s\S]*cat ##s dog"):
+    with pytest.raises(
+        InputError, match=r"'targets', 'cats dog'[\s\S]*one token each[\s\S]*cat ##s dog"
+    ):
         fill.texts(["a [MASK]"], targets=["cat", "cats dog"])
     tiny_tokenizer.mask_token = None
     with pytest.raises(StructureError, match="no mask token"):
@@ -322,30 +379,44 @@ def _labelled(answer):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_zero_shot_classification(asked, tiny_tokenizer, architecture):
-    model = tiny_model(architecture, "ForSequenceClassification", id2label=NLI, label2id={v: k for k, v in NLI.items()})
+    model = tiny_model(
+        architecture,
+        "ForSequenceClassification",
+        id2label=NLI,
+        label2id={v: k for k, v in NLI.items()},
+    )
     reference = _reference("zero-shot-classification", model, tiny_tokenizer)
-    zero_shot = asked("zero-shot-classification", model, tiny_tokenizer, params={"candidate_labels": CANDIDATES})
+    zero_shot = asked(
+        "zero-shot-classification", model, tiny_tokenizer, params={"candidate_labels": CANDIDATES}
+    )
     texts = [text for text in TEXTS if text]  # the pipeline takes no empty text
     for labels, multi in ((CANDIDATES, False), (CANDIDATES, True), (CANDIDATES[:1], False)):
         params = {"hypothesis_template": TEMPLATE, "multi_label": multi}
         wanted = [_labelled(reference(text, candidate_labels=labels, **params)) for text in texts]
         _same(zero_shot.texts(texts, candidate_labels=labels, **params), wanted)
     stored = zero_shot.texts(["", *texts], hypothesis_template=TEMPLATE)
-    _same(stored[1:], zero_shot.texts(texts, candidate_labels=CANDIDATES, hypothesis_template=TEMPLATE))
+    _same(
+        stored[1:],
+        zero_shot.texts(texts, candidate_labels=CANDIDATES, hypothesis_template=TEMPLATE),
+    )
     assert len({tuple(answer["scores"]) for answer in stored}) > 1
 
 
 @pytest.mark.parametrize("entailment", [0, 2])
 def test_zero_shot_classification_of_real_weights(asked, minilm, entailment):
     names = {0: "ENTAILMENT", 1: "neutral", 2: "contradiction"} if entailment == 0 else NLI
-    model, tokenizer = minilm("ForSequenceClassification", id2label=names, label2id={v: k for k, v in names.items()})
+    model, tokenizer = minilm(
+        "ForSequenceClassification", id2label=names, label2id={v: k for k, v in names.items()}
+    )
     tokenizer.model_max_length = 128
     reference = _reference("zero-shot-classification", model, tokenizer)
     zero_shot = asked("zero-shot-classification", model, tokenizer)
     texts = [text for text in REAL if text]
     labels = ["politics", "cooking 🍲", "travel, or something of the kind " * 9]
     for multi in (False, True):
-        wanted = [_labelled(reference(text, candidate_labels=labels, multi_label=multi)) for text in texts]
+        wanted = [
+            _labelled(reference(text, candidate_labels=labels, multi_label=multi)) for text in texts
+        ]
         _same(zero_shot.texts(texts, candidate_labels=labels, multi_label=multi), wanted)
 
 
@@ -353,21 +424,36 @@ def test_what_zero_shot_classification_refuses(asked, tiny_tokenizer):
     model = tiny_model("Bert", "ForSequenceClassification", num_labels=3)
     with pytest.raises(StructureError, match=r"entailment[\s\S]*label2id[\s\S]*LABEL_0"):
         asked("zero-shot-classification", model, tiny_tokenizer)
-    model = tiny_model("Bert", "ForSequenceClassification", id2label=NLI, label2id={v: k for k, v in NLI.items()})
+    model = tiny_model(
+        "Bert", "ForSequenceClassification", id2label=NLI, label2id={v: k for k, v in NLI.items()}
+    )
     for labels in (["a", ""], "a", [1]):
         with pytest.raises(InputError, match="candidate_labels"):
-            asked("zero-shot-classification", model, tiny_tokenizer, params={"candidate_labels": labels})
+            asked(
+                "zero-shot-classification",
+                model,
+                tiny_tokenizer,
+                params={"candidate_labels": labels},
+            )
     zero_shot = asked("zero-shot-classification", model, tiny_tokenizer)
-    with pytest.raises(InputError, match=r"no labels[\s\S]*candidate_labels[\s\S]*when the model is saved"):
+    with pytest.raises(
+        InputError, match=r"no labels[\s\S]*candidate_labels[\s\S]*when the model is saved"
+    ):
         zero_shot.texts(["a"])
     with pytest.raises(InputError, match=r"'hypothesis_template'[\s\S]*\{\}"):
         zero_shot.texts(["a"], candidate_labels=["a"], hypothesis_template="about it")
-    with pytest.raises(InputError, match=r"label leaves no room[\s\S]*within 32 tokens[\s\S]*'red red"):
+    with pytest.raises(
+        InputError, match=r"label leaves no room[\s\S]*within 32 tokens[\s\S]*'red red"
+    ):
         zero_shot.texts(["", "a"], candidate_labels=["cat", "red " * 40])
-    with pytest.raises(InputError, match=r"truncation is off[\s\S]*where: row 1\n[\s\S]*at most 32 tokens"):
+    with pytest.raises(
+        InputError, match=r"truncation is off[\s\S]*where: row 1\n[\s\S]*at most 32 tokens"
+    ):
         zero_shot.texts(["", LONG], candidate_labels=["cat"], truncation=False)
     # A template is filled in and never run.
-    assert zero_shot.texts(["a"], candidate_labels=["cat"], hypothesis_template="{} {0.__class__} {:99999999999}")
+    assert zero_shot.texts(
+        ["a"], candidate_labels=["cat"], hypothesis_template="{} {0.__class__} {:99999999999}"
+    )
 
 
 # Question answering.
@@ -427,7 +513,9 @@ class PlainAnswers:
                     first = encoding.word_to_chars(encoding.token_to_word(a), 1)[0]
                     last = encoding.word_to_chars(encoding.token_to_word(b), 1)[1]
                 text = context[first:last]
-                twin = next((entry for entry in found if entry["answer"].lower() == text.lower()), None)
+                twin = next(
+                    (entry for entry in found if entry["answer"].lower() == text.lower()), None
+                )
                 if twin:
                     twin["score"] += score
                 else:
@@ -439,16 +527,26 @@ class PlainAnswers:
 
     def spans(self, encoding, max_answer_len):
         context = [i for i, text in enumerate(encoding.sequence_ids) if text == 1]
-        read = [*context, *(i for i, token in enumerate(encoding.ids) if token == self.tokenizer.cls_token_id)]
+        read = [
+            *context,
+            *(i for i, token in enumerate(encoding.ids) if token == self.tokenizer.cls_token_id),
+        ]
         made = {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids}
         made["attention_mask"] = [1] * len(encoding.ids)
         with torch.inference_mode():
-            output = self.model(**{name: torch.tensor([made[name]]) for name in self.tokenizer.model_input_names})
+            output = self.model(
+                **{name: torch.tensor([made[name]]) for name in self.tokenizer.model_input_names}
+            )
         start, end = (
             dict(zip(read, logits[0, read].softmax(0).tolist(), strict=True))
             for logits in (output.start_logits, output.end_logits)
         )
-        spans = [(start[a] * end[b], a, b) for a in context for b in context if 0 <= b - a < max_answer_len]
+        spans = [
+            (start[a] * end[b], a, b)
+            for a in context
+            for b in context
+            if 0 <= b - a < max_answer_len
+        ]
         return sorted(spans, reverse=True), start.get(0, 0.0) * end.get(0, 0.0)
 
 
@@ -465,7 +563,9 @@ def _answered(model, tokenizer, rows, **params):
         if params.get("top_k", 1) == 1:
             yield found[0]
             continue
-        yield from _likely([{**found[0], **{f"{name}s": [entry[name] for entry in found] for name in found[0]}}])
+        yield from _likely(
+            [{**found[0], **{f"{name}s": [entry[name] for entry in found] for name in found[0]}}]
+        )
 
 
 def _likely(answers):
@@ -473,7 +573,9 @@ def _likely(answers):
     for answer in answers:
         likely = np.asarray(answer.get("scores", [])) > 1e-9
         for name in [name for name in answer if f"{name}s" in answer]:
-            answer[f"{name}s"] = [value for value, kept in zip(answer[f"{name}s"], likely, strict=True) if kept]
+            answer[f"{name}s"] = [
+                value for value, kept in zip(answer[f"{name}s"], likely, strict=True) if kept
+            ]
     return answers
 
 
@@ -487,7 +589,8 @@ def test_question_answering(asked, tiny_tokenizer, architecture):
         found = _likely(answer(QUESTIONS, **params))
         _same(found, wanted)
         assert all(
-            row["context"][a["start"] : a["end"]] == a["answer"] for row, a in zip(QUESTIONS, found, strict=True)
+            row["context"][a["start"] : a["end"]] == a["answer"]
+            for row, a in zip(QUESTIONS, found, strict=True)
         )
     assert len({(entry["start"], entry["end"]) for entry in found}) > 2
 
@@ -499,16 +602,23 @@ def test_question_answering_of_other_tokenizers(asked, other_tokenizers, kind):
     model = tiny_model("Roberta", "ForQuestionAnswering", vocab_size=2600)
     answer = asked("question-answering", model, tokenizer)
     for params in QA_PARAMS[:4]:
-        # Steps at which no window starts with a space: transformers counts that space in, there and nowhere else.
+        # Steps at which no window starts with a space: transformers counts that space in, there and
+        # nowhere else.
         params = {"doc_stride": 7, **params}
-        _same(_likely(answer(QUESTIONS, **params)), list(_answered(model, tokenizer, QUESTIONS, **params)))
+        _same(
+            _likely(answer(QUESTIONS, **params)),
+            list(_answered(model, tokenizer, QUESTIONS, **params)),
+        )
 
 
 def test_question_answering_of_real_weights(asked, minilm):
     model, tokenizer = minilm("ForQuestionAnswering")
     rows = [{"question": "Who met whom 🤝?", "context": text} for text in REAL if text]
     answer = asked("question-answering", model, tokenizer)
-    for params in ({"top_k": 3, "handle_impossible_answer": True}, {"max_seq_len": 100, "doc_stride": 40, "top_k": 2}):
+    for params in (
+        {"top_k": 3, "handle_impossible_answer": True},
+        {"max_seq_len": 100, "doc_stride": 40, "top_k": 2},
+    ):
         _same(_likely(answer(rows, **params)), list(_answered(model, tokenizer, rows, **params)))
 
 
@@ -516,7 +626,9 @@ def test_logits_of_a_module_that_names_no_outputs_are_read_by_position(asked, ti
     answer = asked("question-answering", tiny_model("Bert", "ForQuestionAnswering"), tiny_tokenizer)
     named = answer(QUESTIONS)
     module = answer.engine
-    answer.engine = lambda inputs: {f"output_{i}": value for i, value in enumerate(module(inputs).values())}
+    answer.engine = lambda inputs: {
+        f"output_{i}": value for i, value in enumerate(module(inputs).values())
+    }
     assert answer(QUESTIONS) == named
 
 
@@ -525,15 +637,23 @@ def test_an_answer_is_found_in_the_last_of_many_windows(asked, tiny_tokenizer):
     model = tiny_model("Bert", "ForQuestionAnswering")
     answer = asked("question-answering", model, tiny_tokenizer)
     context = "😀 e\u0301 " + "the cat ran " * 40 + "green"
-    (features,) = answer.task.encoded([{"question": "dog", "context": context}], answer.task.check_params({}))
+    (features,) = answer.task.encoded(
+        [{"question": "dog", "context": context}], answer.task.check_params({})
+    )
     pieces = answer.task.pieces(features)
     logits = np.zeros(sum(answer.task.cost(piece) for piece in pieces), np.float32)
     logits[-2] = 50  # before the last [SEP]
     output = {"start_logits": logits, "end_logits": logits}
     params = answer.task.check_params({})
-    (found,) = answer.task.decoded([{"question": "dog", "context": context}], [features], [output], params)
+    (found,) = answer.task.decoded(
+        [{"question": "dog", "context": context}], [features], [output], params
+    )
     assert len(pieces) > 5
-    assert (found["answer"], found["start"], found["end"]) == ("green", len(context) - 5, len(context))
+    assert (found["answer"], found["start"], found["end"]) == (
+        "green",
+        len(context) - 5,
+        len(context),
+    )
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -542,7 +662,9 @@ def test_the_context_comes_first_where_the_tokenizer_pads_on_the_left(asked, tin
     answer = asked("question-answering", tiny_model("GPT2", "ForQuestionAnswering"), tiny_tokenizer)
     row = {"question": "dog dog", "context": "the cat"}
     (features,) = answer.task.encoded([row], answer.task.check_params({}))
-    texts = [row["question"], row["context"]] if side == "right" else [row["context"], row["question"]]
+    texts = (
+        [row["question"], row["context"]] if side == "right" else [row["context"], row["question"]]
+    )
     assert answer.task.pieces(features)[0]["input_ids"] == tiny_tokenizer(*texts)["input_ids"]
     assert answer([row])[0]["answer"] in ("the", "cat", "the cat")
 
@@ -557,11 +679,19 @@ def test_the_context_comes_first_where_the_tokenizer_pads_on_the_left(asked, tin
             {},
             r"no room[\s\S]*row 1, column 'question'[\s\S]*32[\s\S]*43 tok",
         ),
-        ({"question": "a", "context": LONG}, {"doc_stride": 28}, r"'doc_stride'[\s\S]*row 1[\s\S]*less than the 28"),
+        (
+            {"question": "a", "context": LONG},
+            {"doc_stride": 28},
+            r"'doc_stride'[\s\S]*row 1[\s\S]*less than the 28",
+        ),
         ({"question": 1, "context": "a"}, {}, r"not a text[\s\S]*row 1, column 'question'"),
         ({"question": "a", "context": "a"}, {"top_k": 0}, "'top_k'"),
         ({"question": "a", "context": "a"}, {"max_answer_len": 0}, "'max_answer_len'"),
-        ({"question": "a", "context": "a"}, {"max_seq_len": 33}, r"'max_seq_len'[\s\S]*5 to 32 tokens"),
+        (
+            {"question": "a", "context": "a"},
+            {"max_seq_len": 33},
+            r"'max_seq_len'[\s\S]*5 to 32 tokens",
+        ),
     ],
     ids=range(8),
 )
@@ -589,7 +719,11 @@ PER_TASK = {
         {"aggregation_strategy": "first", "ignore_labels": []},
     ),
     "fill-mask": ("ForMaskedLM", ["text"], {"top_k": 2, "targets": ["cat", "dog"]}),
-    "zero-shot-classification": ("ForSequenceClassification", ["text"], {"candidate_labels": ["cat", "dog"]}),
+    "zero-shot-classification": (
+        "ForSequenceClassification",
+        ["text"],
+        {"candidate_labels": ["cat", "dog"]},
+    ),
     "question-answering": ("ForQuestionAnswering", ["question", "context"], {"top_k": 2}),
 }
 
@@ -601,10 +735,17 @@ def test_saved_loaded_and_asked_through_mlflow(name, tiny_tokenizer, tmp_path):
     model = tiny_model("Bert", head, **config)
     defaults = {"candidate_labels": ["tree", "mat", "x"]} if "zero" in name else {}
     mlflow_safeflavor.save_model(
-        model, tmp_path / "model", tokenizer=tiny_tokenizer, task=name, params=defaults, rehearse=False
+        model,
+        tmp_path / "model",
+        tokenizer=tiny_tokenizer,
+        task=name,
+        params=defaults,
+        rehearse=False,
     )
     loaded = mlflow.pyfunc.load_model(str(tmp_path / "model"))
-    rows = pd.DataFrame({column: ["the [MASK] sat on a tree", "a 😀 [MASK]", "[MASK] [MASK]"] for column in columns})
+    rows = pd.DataFrame(
+        {column: ["the [MASK] sat on a tree", "a 😀 [MASK]", "[MASK] [MASK]"] for column in columns}
+    )
     asked = Asked(tmp_path / "tokenizer", name, model, tiny_tokenizer, params=defaults)
     fields = rows.to_dict(orient="records")
     outputs = loaded.metadata.get_output_schema()
@@ -613,7 +754,10 @@ def test_saved_loaded_and_asked_through_mlflow(name, tiny_tokenizer, tmp_path):
         _same(found.to_dict(orient="records"), asked(fields, **given))
         if outputs.has_input_names():
             declared = found[outputs.input_names()]
-            _same(_enforce_schema(declared, outputs).to_dict(orient="records"), declared.to_dict(orient="records"))
+            _same(
+                _enforce_schema(declared, outputs).to_dict(orient="records"),
+                declared.to_dict(orient="records"),
+            )
         else:  # one column of lists is said as an object, for Spark
             assert [known.name for known in outputs.input_types()[0].properties] == [*found.columns]
         buffer = io.StringIO()
@@ -626,7 +770,11 @@ def test_saved_loaded_and_asked_through_mlflow(name, tiny_tokenizer, tmp_path):
 def test_golden_rows_suit_any_tokenizer(asked, tiny_tokenizer, other_tokenizers):
     for name, (head, _, _) in PER_TASK.items():
         for tokenizer in (tiny_tokenizer, *other_tokenizers.values()):
-            config = {"id2label": NLI, "label2id": {v: k for k, v in NLI.items()}} if "zero" in name else {}
+            config = (
+                {"id2label": NLI, "label2id": {v: k for k, v in NLI.items()}}
+                if "zero" in name
+                else {}
+            )
             task = asked(name, tiny_model("Bert", head, vocab_size=2600, **config), tokenizer)
             assert len(task(task.task.golden_rows(), **task.task.golden(task.task.config))) >= 3
 

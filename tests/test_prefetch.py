@@ -28,7 +28,10 @@ NAME = "some/model"
 
 @pytest.fixture
 def checkpoint(tmp_path, tiny_bert, tiny_tokenizer):
-    """A checkpoint folder as people publish it: weights, tokenizer, and things that nobody should take."""
+    """A checkpoint folder as people publish it.
+
+    Weights, tokenizer, and things that nobody should take.
+    """
     folder = tmp_path / "published"
     tiny_bert().save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
@@ -47,7 +50,9 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            running.url + "/{repo_id}/resolve/{revision}/{filename}",
         )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -82,8 +87,12 @@ def test_weights_config_and_tokenizer_of_a_commit(hub, checkpoint, tmp_path):
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert manifest["revision"] == commit
     rows = {row["name"]: row for row in listing(checkpoint)}
-    assert manifest["files"]["model.safetensors"] == {key: rows["model.safetensors"][key] for key in ("sha256", "size")}
-    assert not {"modeling_evil.py", "training_args.bin", "model.fp16.safetensors"} & set(hub.downloads)
+    assert manifest["files"]["model.safetensors"] == {
+        key: rows["model.safetensors"][key] for key in ("sha256", "size")
+    }
+    assert not {"modeling_evil.py", "training_args.bin", "model.fp16.safetensors"} & set(
+        hub.downloads
+    )
 
 
 def test_a_second_run_checks_and_downloads_nothing(hub, checkpoint, tmp_path):
@@ -109,7 +118,9 @@ def test_a_damaged_folder_is_not_taken_for_done(hub, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("revision", [None, "main", "v1.0", "abc123"])
-def test_a_revision_that_moves_is_refused_before_anything_is_asked(hub, checkpoint, tmp_path, revision):
+def test_a_revision_that_moves_is_refused_before_anything_is_asked(
+    hub, checkpoint, tmp_path, revision
+):
     hub.publish(NAME, checkpoint)
     with pytest.raises(StructureError, match=r"pinned revision(?s:.*)--resolve"):
         prefetch(NAME, tmp_path / "out", revision=revision)
@@ -158,7 +169,9 @@ def test_an_interrupted_download_leaves_nothing_and_can_be_repeated(hub, checkpo
     with pytest.raises(StructureError, match="cannot be read"):
         prefetch(NAME, tmp_path / "out", revision=commit)
     assert names(tmp_path) == {"published", "hub-cache"}, "neither the folder nor a staging folder"
-    assert [path for path in (tmp_path / "hub-cache").rglob("model.safetensors") if path.is_file()] == []
+    assert [
+        path for path in (tmp_path / "hub-cache").rglob("model.safetensors") if path.is_file()
+    ] == []
     hub.cut_after, hub.down = None, False
     assert prefetch(NAME, tmp_path / "out", revision=commit).fresh
     assert same_weights(tmp_path / "out", checkpoint)
@@ -170,7 +183,9 @@ def test_bytes_that_the_hub_does_not_list_are_refused(hub, checkpoint, tmp_path)
     flip(checkpoint / "model.safetensors")
     commit = hub.publish(NAME, checkpoint)
     kept.write_text(json.dumps(rows))
-    with pytest.raises(IntegrityError, match=r"not the one that the hub lists(?s:.*)model\.safetensors"):
+    with pytest.raises(
+        IntegrityError, match=r"not the one that the hub lists(?s:.*)model\.safetensors"
+    ):
         prefetch(NAME, tmp_path / "out", revision=commit)
     assert not (tmp_path / "out").exists()
 
@@ -195,7 +210,11 @@ main(["prefetch", sys.argv[1], "--revision", sys.argv[2], "-o", sys.argv[3]])
 def test_as_a_command_with_nothing_but_the_variables_that_users_set(checkpoint, tmp_path):
     with running_hub() as hub:
         commit = hub.publish(NAME, checkpoint)
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+        environ = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "TRANSFORMERS_"))
+        }
         environ |= {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "home"),
@@ -285,7 +304,9 @@ def run(monkeypatch):
 
 
 def test_the_command_says_what_it_did(run, checkpoint, tmp_path):
-    done = run(checkpoint, "-o", tmp_path / "out", "--model-class", "BertModel", "--drop", "classifier.*")
+    done = run(
+        checkpoint, "-o", tmp_path / "out", "--model-class", "BertModel", "--drop", "classifier.*"
+    )
     assert done.exit_code == 0, done.output
     assert f"wrote {tmp_path / 'out'}: {len(TAKEN)} files" in done.output
     again = run(checkpoint, "-o", tmp_path / "out")

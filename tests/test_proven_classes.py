@@ -30,7 +30,9 @@ RESULTS = [
 
 @pytest.mark.parametrize(("float32", "bfloat16", "proven"), RESULTS)
 @pytest.mark.parametrize("known", [True, False])
-def test_what_was_swept_is_as_it_was_seen_and_all_else_as_it_was(tmp_path, float32, bfloat16, proven, known):
+def test_what_was_swept_is_as_it_was_seen_and_all_else_as_it_was(
+    tmp_path, float32, bfloat16, proven, known
+):
     table = tmp_path / "proven_classes.txt"
     table.write_text(f"# Classes\nBertModel{' AClass' * known}\nZClass\n")
     report.write_proven(table, [row("AClass", float32, bfloat16)])

@@ -83,10 +83,16 @@ def test_a_forward_of_one_argument_takes_every_form(user_code, tmp_path, saved):
     loaded = mlflow_safeflavor.load_model(path, trust={"code"})
     served = mlflow.pyfunc.load_model(str(path))
     wanted = wanted.numpy().ravel()
-    known = [form for form in FORMS if saved != "table" or form not in ("lists in a column", "dict")]
+    known = [
+        form for form in FORMS if saved != "table" or form not in ("lists in a column", "dict")
+    ]
     for form in known:
         assert np.allclose(numbers(loaded.predict(FORMS[form])), wanted, atol=1e-6), form
-    enforced = {"array": ["array", "table"], "table": ["table"], "dict": ["dict", "lists in a column"]}
+    enforced = {
+        "array": ["array", "table"],
+        "table": ["table"],
+        "dict": ["dict", "lists in a column"],
+    }
     for form in enforced[saved]:
         assert np.allclose(numbers(served.predict(FORMS[form])), wanted, atol=1e-6), form
 
@@ -141,7 +147,9 @@ def test_outputs_by_name():
     assert named_tensors((one, (two, None))).keys() == {"output_0", "output_1_0"}
     assert named_tensors(pair(one, two)).keys() == {"left", "right"}
     assert named_tensors(Answer(one, [two, {"a": one}])).keys() == {"score", "parts_0", "parts_1_a"}
-    assert named_tensors({"logits": one, "past_key_values": ((one,),), "loss": None}).keys() == {"logits"}
+    assert named_tensors({"logits": one, "past_key_values": ((one,),), "loss": None}).keys() == {
+        "logits"
+    }
     for outputs, where in (
         ({"a": {"b": object()}}, "a_b"),
         ((one, "text"), "output_1"),
@@ -157,7 +165,9 @@ def test_sizes_that_vary():
 
     def pairs(arrays):
         ids, mask = arrays["ids"], arrays["mask"]
-        return (ids * mask)[:, :7] @ np.ones((min(7, ids.shape[1]), 2)) + arrays["x"] @ weight[:, :1]
+        return (ids * mask)[:, :7] @ np.ones((min(7, ids.shape[1]), 2)) + arrays["x"] @ weight[
+            :, :1
+        ]
 
     arrays = {"ids": np.ones((2, 7)), "mask": np.ones((2, 7)), "x": np.ones((2, 4))}
     assert free_sizes(pairs, arrays) == {"ids": [-1, -1], "mask": [-1, -1], "x": [-1, 4]}
@@ -169,7 +179,9 @@ def test_sizes_that_vary():
 
 def test_the_signature_fixes_what_does_not_vary(user_code, tmp_path):
     path, _, _ = save(user_code, tmp_path, "Recurrent", {"x": X[None]})
-    assert mlflow.models.Model.load(path).signature.inputs.inputs == [TensorSpec(np.dtype("float32"), (-1, -1, 4), "x")]
+    assert mlflow.models.Model.load(path).signature.inputs.inputs == [
+        TensorSpec(np.dtype("float32"), (-1, -1, 4), "x")
+    ]
 
 
 def test_answers_that_are_one_list_a_row_are_an_object_for_spark(user_code, tmp_path):
@@ -180,7 +192,9 @@ def test_answers_that_are_one_list_a_row_are_an_object_for_spark(user_code, tmp_
     assert [p.name for p in spec.type.properties] == ["output_0"]
 
 
-@pytest.mark.parametrize("example", [pd.DataFrame({"a": [1.0, 2.0]}), np.array([[1.0], [2.0]])], ids=["table", "array"])
+@pytest.mark.parametrize(
+    "example", [pd.DataFrame({"a": [1.0, 2.0]}), np.array([[1.0], [2.0]])], ids=["table", "array"]
+)
 def test_numbers_of_a_float64_model_are_not_cut(tmp_path, example):
     module = torch.nn.Linear(1, 1).double()
     torch.nn.init.ones_(module.weight), torch.nn.init.zeros_(module.bias)
@@ -188,6 +202,9 @@ def test_numbers_of_a_float64_model_are_not_cut(tmp_path, example):
         module, tmp_path / "m", task="raw", input_example=example, dtype="float64", rehearse=False
     )
     little = example + 1e-12
-    for model in (mlflow_safeflavor.load_model(tmp_path / "m"), mlflow.pyfunc.load_model(str(tmp_path / "m"))):
+    for model in (
+        mlflow_safeflavor.load_model(tmp_path / "m"),
+        mlflow.pyfunc.load_model(str(tmp_path / "m")),
+    ):
         answer = model.predict(little)["output_0"]
         assert np.array_equal(np.ravel(np.asarray(answer, dtype=float)), np.ravel(little))

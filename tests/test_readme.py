@@ -24,7 +24,12 @@ def test_python_blocks_run_in_order(tmp_path):
     # MLflow leaves the last test's experiment in the environment.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300
+        [sys.executable, script],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
 
@@ -42,7 +47,9 @@ def test_make_targets_exist():
 def test_commands_exist():
     from mlflow_safeflavor.cli import main
 
-    named = set(re.findall(r"^mlflow-safeflavor ([a-z-]+)", "\n".join(blocks("bash")), re.MULTILINE))
+    named = set(
+        re.findall(r"^mlflow-safeflavor ([a-z-]+)", "\n".join(blocks("bash")), re.MULTILINE)
+    )
     assert named
     assert named <= set(main.commands)
 

@@ -21,7 +21,9 @@ def save_tiny(tmp_path, tiny_bert, tiny_tokenizer):
     """Save a tiny classifier at ``tmp_path/store/model`` with its rehearsal."""
 
     def run(**options):
-        mlflow_safeflavor.save_model(tiny_bert(), tmp_path / "store" / "model", tokenizer=tiny_tokenizer, **options)
+        mlflow_safeflavor.save_model(
+            tiny_bert(), tmp_path / "store" / "model", tokenizer=tiny_tokenizer, **options
+        )
         return tmp_path / "store" / "model"
 
     return run
@@ -106,7 +108,9 @@ def rehearsed(tmp_path):
         (root / "MLmodel").write_text(PROBE.format(python=platform.python_version()))
         indented = "".join(f"    {line}\n" for line in code.splitlines())
         model = "type('Model', (), {'predict': print})()"
-        (root / "code" / "probe.py").write_text(f"def _load_pyfunc(path):\n{indented}    return {model}\n")
+        (root / "code" / "probe.py").write_text(
+            f"def _load_pyfunc(path):\n{indented}    return {model}\n"
+        )
         rehearsal.rehearse(root)
 
     return run
@@ -119,7 +123,10 @@ def rehearsed(tmp_path):
             "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 53))",
             "connection to ('192.0.2.1', 53)",
         ),
-        ("socket.socket(socket.AF_UNIX).connect('/run/theirs.sock')", "connection to /run/theirs.sock"),
+        (
+            "socket.socket(socket.AF_UNIX).connect('/run/theirs.sock')",
+            "connection to /run/theirs.sock",
+        ),
         ("socket.create_connection(('127.0.0.1', 9))", "looked up 127.0.0.1"),
         ("subprocess.run(['true'])", "started ['true']"),
     ],
@@ -142,7 +149,10 @@ def test_a_file_that_only_this_machine_has_is_refused_and_named(rehearsed, tmp_p
 def test_what_a_library_was_refused_is_named_beside_its_own_words(rehearsed, tmp_path):
     (tmp_path / "words.txt").write_text("mine")
     with pytest.raises(RehearsalError, match=r"ValueError: no words; read .*/words\.txt"):
-        rehearsed(f"try: open({str(tmp_path / 'words.txt')!r})\nexcept OSError: raise ValueError('no words') from None")
+        rehearsed(
+            f"try: open({str(tmp_path / 'words.txt')!r})\nexcept OSError: raise ValueError('no "
+            "words') from None"
+        )
 
 
 def test_what_was_refused_and_caught_is_refused_all_the_same(rehearsed, tmp_path):
@@ -172,11 +182,16 @@ def test_files_of_the_model_of_packages_and_of_its_own_are_read(rehearsed, tmp_p
     )
 
 
-def test_a_module_that_only_this_process_finds_is_named_with_the_way_to_bring_it(rehearsed, monkeypatch, tmp_path):
+def test_a_module_that_only_this_process_finds_is_named_with_the_way_to_bring_it(
+    rehearsed, monkeypatch, tmp_path
+):
     (tmp_path / "only_here.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RehearsalError, match="only_here") as refused:
-        rehearsed("try: import only_here\nexcept ImportError as error: raise ValueError('no extra') from error")
+        rehearsed(
+            "try: import only_here\nexcept ImportError as error: raise ValueError('no extra') "
+            "from error"
+        )
     assert f"code_paths=['{tmp_path / 'only_here.py'}']" in refused.value.hint
 
 
@@ -184,7 +199,13 @@ def test_the_environment_of_this_process_does_not_reach_it(rehearsed, monkeypatc
     (tmp_path / "mine.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    for name in ("HF_TOKEN", "HF_HOME", "MLFLOW_SAFEFLAVOR_VERIFY", "AWS_SECRET_ACCESS_KEY", "SECRET"):
+    for name in (
+        "HF_TOKEN",
+        "HF_HOME",
+        "MLFLOW_SAFEFLAVOR_VERIFY",
+        "AWS_SECRET_ACCESS_KEY",
+        "SECRET",
+    ):
         monkeypatch.setenv(name, "mine")
     monkeypatch.chdir(tmp_path)
     rehearsed(

@@ -31,7 +31,13 @@ from transformers import (
 
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact.json_files import read_json
-from mlflow_safeflavor.errors import InputError, IntegrityError, PlacementError, StructureError, WeightsError
+from mlflow_safeflavor.errors import (
+    InputError,
+    IntegrityError,
+    PlacementError,
+    StructureError,
+    WeightsError,
+)
 from mlflow_safeflavor.save import save
 
 pytest_plugins = "saved_models"
@@ -57,8 +63,12 @@ def stored_dtypes(path):
 # Staging
 
 
-@pytest.mark.parametrize("step", ["write_module", "write_code", "write_parity", "seal", "rehearse_load"])
-def test_a_save_that_fails_leaves_nothing_at_the_path_nor_beside_it(save_tiny, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(
+    "step", ["write_module", "write_code", "write_parity", "seal", "rehearse_load"]
+)
+def test_a_save_that_fails_leaves_nothing_at_the_path_nor_beside_it(
+    save_tiny, tmp_path, monkeypatch, step
+):
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
@@ -120,7 +130,10 @@ ALWAYS = {
     *("MLmodel", "requirements.txt", "conda.yaml", "python_env.yaml"),
     *("code/mlflow_safeflavor/__init__.py", "code/mlflow_safeflavor/load/load.py"),
     *("code/mlflow_safeflavor/tasks/text_classification.py", "code/mlflow_safeflavor/py.typed"),
-    *(f"safeflavor/{name}.json" for name in ("config", "structure", "tensors", "environment", "parity", "manifest")),
+    *(
+        f"safeflavor/{name}.json"
+        for name in ("config", "structure", "tensors", "environment", "parity", "manifest")
+    ),
     *("safeflavor/model.safetensors", "safeflavor/parity.safetensors"),
     *("safeflavor/tokenizer/tokenizer.json", "safeflavor/tokenizer/tokenizer_config.json"),
 }
@@ -135,15 +148,21 @@ def test_every_file_of_the_format_is_there(saved):
 
 
 def test_nothing_else_is_there_but_the_example(saved):
-    others = {name for name in files_of(saved) - ALWAYS if not name.startswith("code/mlflow_safeflavor/")}
+    others = {
+        name for name in files_of(saved) - ALWAYS if not name.startswith("code/mlflow_safeflavor/")
+    }
     assert others == {"input_example.json", "serving_input_example.json", "safeflavor/graph.json"}
 
 
 def test_the_loader_is_there_and_nothing_else_of_the_package(saved):
     """It loads and answers in a process of its own, and says where what else the package does is to be had."""
     code = saved / "code"
-    assert {path.name for path in (code / "mlflow_safeflavor").iterdir()}.isdisjoint(("checkpoints", "save", "verify"))
-    assert "checkpoints, cli.py, save, verify" in (code / "mlflow_safeflavor/LOADER.txt").read_text()
+    assert {path.name for path in (code / "mlflow_safeflavor").iterdir()}.isdisjoint(
+        ("checkpoints", "save", "verify")
+    )
+    assert (
+        "checkpoints, cli.py, save, verify" in (code / "mlflow_safeflavor/LOADER.txt").read_text()
+    )
     program = f"""if True:
         import sys
         sys.path.insert(0, {str(code)!r})
@@ -152,14 +171,17 @@ def test_the_loader_is_there_and_nothing_else_of_the_package(saved):
         print(len(mlflow_safeflavor.load_model({str(saved)!r}).predict(["a", "b"])))
         mlflow_safeflavor.save_model
     """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
     assert done.stdout == "2\n", done.stderr
     assert "ImportError: save_model is not in" in done.stderr
     assert "Import mlflow_safeflavor before the first mlflow.pyfunc.load_model" in done.stderr
 
 
 def test_no_file_holds_a_pickle(saved):
-    # A pickle of protocol 2 and later starts with 80 and its protocol, and each ends with a dot; torch.save zips one.
+    # A pickle of protocol 2 and later starts with 80 and its protocol, and each ends with a dot;
+    # torch.save zips one.
     for file in filter(lambda path: path.is_file(), saved.rglob("*")):
         content = file.read_bytes()
         assert not (content[:1] == b"\x80" and content[-1:] == b"."), file
@@ -180,14 +202,20 @@ def test_the_vendored_loader_is_this_loader(saved):
     left_out = ("checkpoints", "cli.py", "save", "verify")
     files = [file for file in here.rglob("*.py") if file.relative_to(here).parts[0] not in left_out]
     wanted = {file.relative_to(here).as_posix(): file.read_bytes() for file in files}
-    assert {file.relative_to(there).as_posix(): file.read_bytes() for file in there.rglob("*.py")} == wanted
+    assert {
+        file.relative_to(there).as_posix(): file.read_bytes() for file in there.rglob("*.py")
+    } == wanted
 
 
 def test_the_mlmodel_says_what_it_is(saved):
     content = yaml.safe_load((saved / "MLmodel").read_text())
     assert content["flavors"]["python_function"]["loader_module"] == "mlflow_safeflavor"
     entry = content["flavors"]["safeflavor"]
-    assert (entry["task"], entry["dtype"], entry["structure"]) == ("text-classification", "float32", "transformers")
+    assert (entry["task"], entry["dtype"], entry["structure"]) == (
+        "text-classification",
+        "float32",
+        "transformers",
+    )
     assert entry["format_version"] == 1
     assert content["metadata"] == {"a": 1}
     assert content["model_size_bytes"] > 0
@@ -207,7 +235,8 @@ def test_the_loader_itself_is_no_code_of_the_users(save_tiny):
 
 
 def test_saving_the_same_model_twice_gives_the_same_bytes(save_tiny, tmp_path):
-    # What a forward costs is measured otherwise, and decides which golden rows share a batch, and so their last bits.
+    # What a forward costs is measured otherwise, and decides which golden rows share a batch, and
+    # so their last bits.
     known = {"forward_cost": 64}
     first, second = (save_tiny(path=tmp_path / name, model_config=known) for name in ("one", "two"))
     for name in sorted(files_of(first) - {"MLmodel", "safeflavor/manifest.json"}):
@@ -225,10 +254,14 @@ def test_the_model_is_left_as_it_was(save_tiny, tiny_bert):
     def facts():
         return {
             "modes": {name: child.training for name, child in model.named_modules()},
-            "objects": {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()},
+            "objects": {
+                name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()
+            },
             "pointers": {name: tensor.data_ptr() for name, tensor in model.state_dict().items()},
             "dtypes": {name: tensor.dtype for name, tensor in model.state_dict().items()},
-            "requires_grad": {name: tensor.requires_grad for name, tensor in model.named_parameters()},
+            "requires_grad": {
+                name: tensor.requires_grad for name, tensor in model.named_parameters()
+            },
             "grads": {name: tensor.grad for name, tensor in model.named_parameters()},
             "attributes": {name: sorted(vars(child)) for name, child in model.named_modules()},
             "config": model.config.to_json_string(),
@@ -262,7 +295,9 @@ def test_the_tokenizer_keeps_its_truncation_and_padding(save_tiny, tiny_tokenize
     path = save_tiny()
     assert (backend.truncation, backend.padding) == before
     stored = json.loads((path / "safeflavor" / "tokenizer" / "tokenizer.json").read_text())
-    assert (stored["truncation"], stored["padding"]) == (None, None), "state of earlier calls was saved"
+    assert (stored["truncation"], stored["padding"]) == (None, None), (
+        "state of earlier calls was saved"
+    )
 
 
 def test_dropout_does_not_reach_the_golden_rows_of_a_model_in_training_mode(save_tiny, tiny_bert):
@@ -282,12 +317,16 @@ def test_weights_are_stored_in_the_serving_dtype(save_tiny, tiny_bert, dtype):
     assert yaml.safe_load((path / "MLmodel").read_text())["flavors"]["safeflavor"]["dtype"] == name
     module = mlflow_safeflavor.load_model(str(path)).module
     for name, tensor in tiny_bert().state_dict().items():
-        assert torch.equal(module.state_dict()[name], tensor.to(module.state_dict()[name].dtype)), name
+        assert torch.equal(module.state_dict()[name], tensor.to(module.state_dict()[name].dtype)), (
+            name
+        )
 
 
 def test_a_half_precision_model_is_stored_in_float32_unless_asked_otherwise(save_tiny, tiny_bert):
     path = save_tiny(tiny_bert().to(torch.bfloat16))
-    assert {dtype for dtype in stored_dtypes(path).values() if dtype.is_floating_point} == {torch.float32}
+    assert {dtype for dtype in stored_dtypes(path).values() if dtype.is_floating_point} == {
+        torch.float32
+    }
 
 
 @pytest.mark.parametrize("dtype", ["auto", "int8", "", "as is"])
@@ -298,7 +337,14 @@ def test_no_other_dtype_is_a_serving_dtype(save_tiny, dtype):
 
 
 def tiny_t5():
-    shape = {"vocab_size": 30, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    shape = {
+        "vocab_size": 30,
+        "d_model": 32,
+        "d_kv": 16,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 2,
+    }
     torch.manual_seed(0)
     return T5EncoderModel(T5Config(**shape, pad_token_id=0)).eval()
 
@@ -309,7 +355,9 @@ def test_what_a_class_keeps_in_float32_stays_so_in_float16(save_tiny):
     islands = {name for name, dtype in dtypes.items() if dtype == torch.float32}
     assert islands == {f"encoder.block.{i}.layer.1.DenseReluDense.wo.weight" for i in range(2)}
     loaded = mlflow_safeflavor.load_model(str(path))
-    assert {name for name, tensor in loaded.module.named_parameters() if tensor.dtype == torch.float32} == islands
+    assert {
+        name for name, tensor in loaded.module.named_parameters() if tensor.dtype == torch.float32
+    } == islands
 
 
 def test_tied_weights_are_stored_once_and_tied_again(save_tiny):
@@ -324,9 +372,14 @@ def test_tied_weights_are_stored_once_and_tied_again(save_tiny):
 
 def test_a_tie_that_no_class_declares_is_stored_once_and_tied_again(save_tiny, tiny_bert):
     model = tiny_bert()
-    model.bert.encoder.layer[1].output.dense.weight = model.bert.encoder.layer[0].output.dense.weight
+    model.bert.encoder.layer[1].output.dense.weight = model.bert.encoder.layer[
+        0
+    ].output.dense.weight
     module = mlflow_safeflavor.load_model(str(save_tiny(model))).module
-    assert module.bert.encoder.layer[1].output.dense.weight is module.bert.encoder.layer[0].output.dense.weight
+    assert (
+        module.bert.encoder.layer[1].output.dense.weight
+        is module.bert.encoder.layer[0].output.dense.weight
+    )
 
 
 # What may be handed over
@@ -342,7 +395,9 @@ def test_a_pipeline_is_taken_apart(save_tiny, tiny_bert, tiny_tokenizer, tmp_pat
     expected = pipeline(TEXTS)
     found = answers_of(path)
     assert found["label"].tolist() == [answer["label"] for answer in expected]
-    assert found["score"].tolist() == pytest.approx([answer["score"] for answer in expected], abs=1e-6)
+    assert found["score"].tolist() == pytest.approx(
+        [answer["score"] for answer in expected], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("as_path", [str, lambda path: path], ids=["str", "Path"])
@@ -353,7 +408,9 @@ def test_a_checkpoint_folder_is_read(save_tiny, tiny_bert, tiny_tokenizer, tmp_p
     assert answers_of(path).equals(answers_of(save_tiny(path=tmp_path / "other")))
 
 
-def test_nothing_of_the_checkpoint_folder_is_named_in_the_artifact(save_tiny, tiny_bert, tiny_tokenizer, tmp_path):
+def test_nothing_of_the_checkpoint_folder_is_named_in_the_artifact(
+    save_tiny, tiny_bert, tiny_tokenizer, tmp_path
+):
     tiny_bert().save_pretrained(tmp_path / "checkpoint")
     tiny_tokenizer.save_pretrained(tmp_path / "checkpoint")
     path = save_tiny(tmp_path / "checkpoint", tokenizer=None)
@@ -368,7 +425,9 @@ def test_a_folder_without_a_checkpoint_is_refused(save_tiny, tmp_path):
     assert str(tmp_path / "empty") in refused.value.message
 
 
-@pytest.mark.parametrize("model", [None, 7, {"a": 1}, object()], ids=["None", "int", "dict", "object"])
+@pytest.mark.parametrize(
+    "model", [None, 7, {"a": 1}, object()], ids=["None", "int", "dict", "object"]
+)
 def test_what_is_no_model_is_refused(tmp_path, tiny_tokenizer, model):
     with pytest.raises(StructureError, match="cannot be saved as a model") as refused:
         mlflow_safeflavor.save_model(model, tmp_path / "model", tokenizer=tiny_tokenizer)
@@ -424,7 +483,9 @@ def test_accelerate_hooks_are_refused(save_tiny, tiny_bert):
 
 def test_a_hook_alone_is_refused_too(save_tiny, tiny_bert):
     model = tiny_bert()
-    accelerate.hooks.add_hook_to_module(model.bert.pooler, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
+    accelerate.hooks.add_hook_to_module(
+        model.bert.pooler, accelerate.hooks.AlignDevicesHook(execution_device="cpu")
+    )
     with pytest.raises(StructureError, match="accelerate hooks") as refused:
         save_tiny(model)
     assert "bert.pooler" in refused.value.message
@@ -456,7 +517,9 @@ def test_pairs_are_asked_for_under_the_users_column_names(save_tiny):
     assert found.equals(mlflow_safeflavor.load_model(str(path)).predict(rows))
 
 
-@pytest.mark.parametrize("columns", [{"txt": "a"}, {"text_pair": "b"}, {"text": "a", "text_pair": "a"}, {"text": 3}])
+@pytest.mark.parametrize(
+    "columns", [{"txt": "a"}, {"text_pair": "b"}, {"text": "a", "text_pair": "a"}, {"text": 3}]
+)
 def test_columns_that_do_not_fit_the_task_are_refused(save_tiny, columns):
     with pytest.raises(InputError, match="input_columns") as refused:
         save_tiny(input_columns=columns)
@@ -464,7 +527,9 @@ def test_columns_that_do_not_fit_the_task_are_refused(save_tiny, columns):
 
 
 def test_a_signature_of_the_same_inputs_is_kept(save_tiny):
-    signature = ModelSignature(Schema([ColSpec(DataType.string, "text")]), Schema([ColSpec(DataType.string, "label")]))
+    signature = ModelSignature(
+        Schema([ColSpec(DataType.string, "text")]), Schema([ColSpec(DataType.string, "label")])
+    )
     path = save_tiny(signature=signature)
     assert mlflow.models.get_model_info(str(path)).signature == signature
 
@@ -487,7 +552,12 @@ def test_a_signature_names_a_sole_column(save_tiny, tmp_path):
     with pytest.raises(MlflowException, match="missing inputs"):
         mlflow.pyfunc.load_model(path).predict({"text": "a"})
     unnamed = ModelSignature(Schema([ColSpec(DataType.string)]))
-    assert mlflow.models.get_model_info(str(save_tiny(path=tmp_path / "any", signature=unnamed))).signature == unnamed
+    assert (
+        mlflow.models.get_model_info(
+            str(save_tiny(path=tmp_path / "any", signature=unnamed))
+        ).signature
+        == unnamed
+    )
 
 
 @pytest.mark.parametrize(
@@ -506,7 +576,10 @@ def test_an_example_that_the_model_could_not_answer_is_refused(save_tiny, exampl
 
 
 def test_the_example_is_stored_and_replayed(save_tiny, saved):
-    assert mlflow.models.Model.load(str(saved)).load_input_example(str(saved))["text"].tolist() == TEXTS
+    assert (
+        mlflow.models.Model.load(str(saved)).load_input_example(str(saved))["text"].tolist()
+        == TEXTS
+    )
     rows = read_json(saved / "safeflavor" / "parity.json")["rows"]
     assert [row["text"] for row in rows[: len(TEXTS)]] == TEXTS
     assert mlflow_safeflavor.load_model(str(saved)).report.golden_rows == len(rows) > len(TEXTS)
@@ -521,11 +594,15 @@ def test_a_key_of_model_config_that_nobody_reads_is_refused(save_tiny, key):
 
 
 def test_options_of_the_task_and_of_the_run_time_are_stored(save_tiny, tiny_bert):
-    path = save_tiny(tiny_bert(None), model_config={"pooling": "cls", "normalize": True, "max_batch_tokens": 64})
+    path = save_tiny(
+        tiny_bert(None), model_config={"pooling": "cls", "normalize": True, "max_batch_tokens": 64}
+    )
     entry = yaml.safe_load((path / "MLmodel").read_text())["flavors"]["safeflavor"]
     assert (entry["task_config"]["pooling"], entry["task_config"]["normalize"]) == (["cls"], True)
     assert entry["model_config"]["max_batch_tokens"] == 64
-    embedding = torch.tensor(mlflow_safeflavor.load_model(str(path)).predict(TEXTS)["embedding"].tolist())
+    embedding = torch.tensor(
+        mlflow_safeflavor.load_model(str(path)).predict(TEXTS)["embedding"].tolist()
+    )
     assert torch.allclose(embedding.norm(dim=1), torch.ones(3))
 
 
@@ -535,7 +612,11 @@ def test_options_of_the_task_and_of_the_run_time_are_stored(save_tiny, tiny_bert
 def test_a_logged_model_is_registered_and_found_by_name(tracking, tiny_bert, tiny_tokenizer):
     with mlflow.start_run() as run:
         info = mlflow_safeflavor.log_model(
-            tiny_bert(), "classifier", tokenizer=tiny_tokenizer, registered_model_name="tiny", rehearse=False
+            tiny_bert(),
+            "classifier",
+            tokenizer=tiny_tokenizer,
+            registered_model_name="tiny",
+            rehearse=False,
         )
     assert info.run_id == run.info.run_id
     assert info.registered_model_version == 1
@@ -549,7 +630,11 @@ def test_a_logged_model_is_registered_and_found_by_name(tracking, tiny_bert, tin
 def test_a_log_that_fails_registers_nothing(tracking, tiny_bert, tiny_tokenizer):
     with mlflow.start_run(), pytest.raises(InputError):
         mlflow_safeflavor.log_model(
-            tiny_bert(), "classifier", tokenizer=tiny_tokenizer, registered_model_name="tiny", model_config={"a": 1}
+            tiny_bert(),
+            "classifier",
+            tokenizer=tiny_tokenizer,
+            registered_model_name="tiny",
+            model_config={"a": 1},
         )
     assert mlflow.MlflowClient().search_registered_models() == []
 
@@ -563,7 +648,9 @@ def test_modes_are_those_of_any_new_file(tmp_path, tiny_bert, tiny_tokenizer, um
     """Other users' servers must be able to read what this one saves, as far as it lets them."""
     before = os.umask(umask)
     try:
-        mlflow_safeflavor.save_model(tiny_bert(), tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False)
+        mlflow_safeflavor.save_model(
+            tiny_bert(), tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False
+        )
     finally:
         os.umask(before)
     for path in [tmp_path / "model", *(tmp_path / "model").rglob("*")]:
@@ -574,7 +661,9 @@ def test_modes_are_those_of_any_new_file(tmp_path, tiny_bert, tiny_tokenizer, um
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_golden_rows_are_recorded_with_weights_that_lie_as_they_will_after_a_load(tmp_path, inference):
+def test_golden_rows_are_recorded_with_weights_that_lie_as_they_will_after_a_load(
+    tmp_path, inference
+):
     class Where(torch.nn.Module):
         """Answers how far its weight is from where torch would put it, in bytes."""
 
@@ -587,10 +676,13 @@ def test_golden_rows_are_recorded_with_weights_that_lie_as_they_will_after_a_loa
 
     with torch.inference_mode(inference):
         module, memory = Where(), torch.ones(32)
-        module.weight = torch.nn.Parameter(memory[2:18], not inference)  # as from_pretrained maps them from a file
+        # as from_pretrained maps them from a file
+        module.weight = torch.nn.Parameter(memory[2:18], not inference)
     at, example = module.weight.data_ptr(), {"x": [1.0]}
     options = {"allow_pickle": True, "graph": "no", "rehearse": False}
-    mlflow_safeflavor.save_model(module, tmp_path / "m", task="raw", input_example=example, **options)
+    mlflow_safeflavor.save_model(
+        module, tmp_path / "m", task="raw", input_example=example, **options
+    )
     assert module.weight.data_ptr() == at, "the model is only looked at"
     assert module(torch.ones(1))["bytes"].tolist() == [8.0]
     if not inference:  # torch lets nobody move a tensor that was made so

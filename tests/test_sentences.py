@@ -1,4 +1,7 @@
-"""Models of sentence-transformers: as objects and as folders of every age they answer as ``encode`` and ``predict``."""
+"""Models of sentence-transformers.
+
+As objects and as folders of every age they answer as ``encode`` and ``predict``.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,24 @@ pytest.importorskip("sentence_transformers", minversion="6")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
-    from sentence_transformers.models import Dense, Dropout, LayerNorm, Normalize, Pooling, Transformer
+    from sentence_transformers.models import (
+        Dense,
+        Dropout,
+        LayerNorm,
+        Normalize,
+        Pooling,
+        Transformer,
+    )
     from sentence_transformers.models import WordWeights as Unknown
 
-TEXTS = ["the cat sat on the mat", "a", "Cats sating UNDER reds", "", "dog " * 60, "return x + y if dog else cat"]
+TEXTS = [
+    "the cat sat on the mat",
+    "a",
+    "Cats sating UNDER reds",
+    "",
+    "dog " * 60,
+    "return x + y if dog else cat",
+]
 PAIRS = list(zip(TEXTS, [*TEXTS[2:], "red", "mat"], strict=True))
 SIZE = 32
 
@@ -54,12 +71,22 @@ def seeded(module):
 
 def t5(size):
     torch.manual_seed(0)
-    sizes = {"d_model": SIZE, "d_ff": 32, "d_kv": 16, "num_layers": 1, "num_heads": 2, "pad_token_id": 0}
+    sizes = {
+        "d_model": SIZE,
+        "d_ff": 32,
+        "d_kv": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "pad_token_id": 0,
+    }
     return T5EncoderModel(T5Config(vocab_size=size, **sizes)).eval()
 
 
 KINDS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
-PROMPTS = {"prompts": {"query": "find the cat : ", "document": "x ="}, "default_prompt_name": "query"}
+PROMPTS = {
+    "prompts": {"query": "find the cat : ", "document": "x ="},
+    "default_prompt_name": "query",
+}
 
 # Name → what is behind the transformer, arguments of the transformer, and of the whole.
 LAYOUTS = {
@@ -69,7 +96,11 @@ LAYOUTS = {
         {},
         {},
     ),
-    "dense": (lambda: [Pooling(SIZE, pooling_mode="cls"), seeded(Dense(SIZE, 12)), Normalize()], {}, {}),
+    "dense": (
+        lambda: [Pooling(SIZE, pooling_mode="cls"), seeded(Dense(SIZE, 12)), Normalize()],
+        {},
+        {},
+    ),
     "two dense": (
         lambda: [
             Pooling(SIZE, pooling_mode="lasttoken"),
@@ -91,7 +122,10 @@ LAYOUTS = {
     ),
     "prompts": (lambda: [Pooling(SIZE)], {}, PROMPTS),
     "prompts that do not count": (
-        lambda: [Pooling(SIZE, pooling_mode=("mean", "cls", "weightedmean"), include_prompt=False), Normalize()],
+        lambda: [
+            Pooling(SIZE, pooling_mode=("mean", "cls", "weightedmean"), include_prompt=False),
+            Normalize(),
+        ],
         {},
         PROMPTS,
     ),
@@ -100,10 +134,22 @@ LAYOUTS = {
         {},
         PROMPTS,
     ),
-    "short": (lambda: [Pooling(SIZE), Normalize()], {"max_seq_length": 7, "do_lower_case": True}, {}),
-    "cut off": (lambda: [Pooling(SIZE), Normalize()], {}, {"truncate_dim": 5, "similarity_fn_name": "dot"}),
+    "short": (
+        lambda: [Pooling(SIZE), Normalize()],
+        {"max_seq_length": 7, "do_lower_case": True},
+        {},
+    ),
+    "cut off": (
+        lambda: [Pooling(SIZE), Normalize()],
+        {},
+        {"truncate_dim": 5, "similarity_fn_name": "dot"},
+    ),
     "T5": (lambda: [Pooling(SIZE)], {"model": t5(35)}, {}),
-    "Roberta": (lambda: [Pooling(SIZE, pooling_mode="cls")], {"model": tiny_model("Roberta", "Model")}, {}),
+    "Roberta": (
+        lambda: [Pooling(SIZE, pooling_mode="cls")],
+        {"model": tiny_model("Roberta", "Model")},
+        {},
+    ),
     "MPNet": (lambda: [Pooling(SIZE)], {"model": tiny_model("MPNet", "Model")}, {}),
 }
 
@@ -153,7 +199,11 @@ def test_the_layout_of_old_releases(transformer, tmp_path):
     folder, new = tmp_path / "old", tmp_path / "new"
     model.save(str(new))
     folder.mkdir()
-    shutil.copytree(new, folder / "0_Transformer", ignore=lambda path, names: [n for n in names if n[1:2] == "_"])
+    shutil.copytree(
+        new,
+        folder / "0_Transformer",
+        ignore=lambda path, names: [n for n in names if n[1:2] == "_"],
+    )
     (folder / "0_Transformer" / "modules.json").unlink()
     (folder / "0_Transformer" / "config_sentence_transformers.json").unlink()
     said = {"max_seq_length": 6, "do_lower_case": False}
@@ -161,7 +211,9 @@ def test_the_layout_of_old_releases(transformer, tmp_path):
     modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
     flags = {f"pooling_mode_{mode}": mode in ("cls_token", "mean_tokens") for mode in modes}
     (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": SIZE, **flags}))
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": SIZE, **flags})
+    )
     (folder / "2_Dense").mkdir()
     dense = {
         "in_features": 64,
@@ -171,7 +223,10 @@ def test_the_layout_of_old_releases(transformer, tmp_path):
     }
     (folder / "2_Dense" / "config.json").write_text(json.dumps(dense))
     layer = seeded(torch.nn.Linear(64, 9))
-    torch.save({f"linear.{k}": v for k, v in layer.state_dict().items()}, folder / "2_Dense" / "pytorch_model.bin")
+    torch.save(
+        {f"linear.{k}": v for k, v in layer.state_dict().items()},
+        folder / "2_Dense" / "pytorch_model.bin",
+    )
     types = [("0_Transformer", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense")]
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -214,7 +269,10 @@ def test_arguments_of_encode_are_params(transformer, tmp_path):
         ({"prompt_name": ""}, {"prompt": ""}),
         ({"prompt": "a cat "}, {"prompt": "a cat "}),
         ({"truncate_dim": 3}, {"truncate_dim": 3}),
-        ({"truncate_dim": 3, "normalize_embeddings": True}, {"truncate_dim": 3, "normalize_embeddings": True}),
+        (
+            {"truncate_dim": 3, "normalize_embeddings": True},
+            {"truncate_dim": 3, "normalize_embeddings": True},
+        ),
     ):
         wanted = model.encode(TEXTS, **theirs)
         assert error(embeddings(found, **ours), wanted) < 1e-6, ours
@@ -256,7 +314,8 @@ def test_the_object_is_left_as_it_was(transformer, tmp_path):
     save(model, tmp_path / "model", dtype="bfloat16")
     after = model.state_dict()
     assert all(
-        torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items()
+        torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype
+        for name, tensor in before.items()
     )
 
 
@@ -264,7 +323,9 @@ def test_the_object_is_left_as_it_was(transformer, tmp_path):
 
 
 def cross_encoder(tmp_path, tokenizer, labels, **options):
-    tiny_model("Bert", "ForSequenceClassification", num_labels=labels).save_pretrained(tmp_path / "bare")
+    tiny_model("Bert", "ForSequenceClassification", num_labels=labels).save_pretrained(
+        tmp_path / "bare"
+    )
     tokenizer.save_pretrained(tmp_path / "bare")
     return CrossEncoder(str(tmp_path / "bare"), device="cpu", **options)
 
@@ -275,7 +336,12 @@ def scores(loaded):
     if "labels" not in answers:
         return answers["score"].to_numpy()
     names = loaded.task.config["labels"]
-    return np.array([[dict(zip(a, b, strict=True))[n] for n in names] for a, b in answers[["labels", "scores"]].values])
+    return np.array(
+        [
+            [dict(zip(a, b, strict=True))[n] for n in names]
+            for a, b in answers[["labels", "scores"]].values
+        ]
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -301,7 +367,12 @@ def test_scores_are_those_of_predict(tmp_path, tiny_tokenizer, labels, options):
 @pytest.mark.parametrize(
     "said",
     [
-        {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity", "version": "4.0.0"}},
+        {
+            "sentence_transformers": {
+                "activation_fn": "torch.nn.modules.linear.Identity",
+                "version": "4.0.0",
+            }
+        },
         {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"},
     ],
     ids=["version 4", "version 3"],
@@ -320,7 +391,9 @@ def test_scores_of_older_folders(tmp_path, tiny_tokenizer, said):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["sentences", "inside", "pairs"])
-def test_a_folder_of_another_dtype_is_kept_or_says_what_it_becomes(transformer, tmp_path, tiny_tokenizer, kind, caplog):
+def test_a_folder_of_another_dtype_is_kept_or_says_what_it_becomes(
+    transformer, tmp_path, tiny_tokenizer, kind, caplog
+):
     folder = tmp_path / "folder"
     if kind == "pairs":
         cross_encoder(tmp_path, tiny_tokenizer, 1).bfloat16().save(str(folder))
@@ -331,7 +404,9 @@ def test_a_folder_of_another_dtype_is_kept_or_says_what_it_becomes(transformer, 
         modules[0]["path"] = "0_Transformer"
         (folder / "modules.json").write_text(json.dumps(modules))
         (folder / "0_Transformer").mkdir()
-        for file in [file for file in folder.iterdir() if file.is_file() and file.name != "modules.json"]:
+        for file in [
+            file for file in folder.iterdir() if file.is_file() and file.name != "modules.json"
+        ]:
             file.rename(folder / "0_Transformer" / file.name)
     spec = save(folder, tmp_path / "model").spec
     assert (spec.dtype, spec.cast_from) == ("float32", "bfloat16")
@@ -352,14 +427,22 @@ class Own(SentenceTransformer):
 
 REFUSED = {
     "WordWeights": lambda make: [make(), Unknown(["a"], {"a": 1.0}), Pooling(SIZE)],
-    "PReLU": lambda make: [make(), Pooling(SIZE), Dense(SIZE, 4, activation_function=torch.nn.PReLU())],
+    "PReLU": lambda make: [
+        make(),
+        Pooling(SIZE),
+        Dense(SIZE, 4, activation_function=torch.nn.PReLU()),
+    ],
     "negative_slope=0.3": lambda make: [
         make(),
         Pooling(SIZE),
         Dense(SIZE, 4, activation_function=torch.nn.LeakyReLU(0.3)),
     ],
     "one Pooling": lambda make: [make(), Normalize()],
-    "module_input_name": lambda make: [make(), Pooling(SIZE), Dense(SIZE, 4, module_output_name="other")],
+    "module_input_name": lambda make: [
+        make(),
+        Pooling(SIZE),
+        Dense(SIZE, 4, module_output_name="other"),
+    ],
 }
 
 
@@ -385,7 +468,10 @@ def test_other_objects_of_the_package_are_refused_by_name(transformer, tmp_path,
     with pytest.raises(StructureError, match="SparseEncoder"):
         save(SparseEncoder(str(tmp_path / "mlm"), device="cpu"), tmp_path / "model")
     with pytest.raises(StructureError, match="Tanh"):
-        save(cross_encoder(tmp_path, tiny_tokenizer, 1, activation_fn=torch.nn.Tanh()), tmp_path / "model")
+        save(
+            cross_encoder(tmp_path, tiny_tokenizer, 1, activation_fn=torch.nn.Tanh()),
+            tmp_path / "model",
+        )
     first = transformer()
     first.processing_kwargs = {"text": {"max_length": 4}}
     with pytest.raises(StructureError, match="processing_kwargs"):
@@ -395,7 +481,11 @@ def test_other_objects_of_the_package_are_refused_by_name(transformer, tmp_path,
 def test_a_folder_that_merely_has_a_config_goes_on_as_before(tmp_path, tiny_tokenizer):
     tiny_model("Bert", "Model").save_pretrained(tmp_path / "bare")
     tiny_tokenizer.save_pretrained(tmp_path / "bare")
-    found = save(tmp_path / "bare", tmp_path / "model", model_config={"pooling": ["cls", "max"], "normalize": True})
+    found = save(
+        tmp_path / "bare",
+        tmp_path / "model",
+        model_config={"pooling": ["cls", "max"], "normalize": True},
+    )
     vectors = embeddings(found)
     assert vectors.shape == (len(TEXTS), 2 * SIZE)
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(len(TEXTS)), abs=1e-6)
@@ -403,7 +493,13 @@ def test_a_folder_that_merely_has_a_config_goes_on_as_before(tmp_path, tiny_toke
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("pooling", "median"), ("pooling", []), ("prompts", {"a": 1}), ("similarity", "angle"), ("include_prompt", 1)],
+    [
+        ("pooling", "median"),
+        ("pooling", []),
+        ("prompts", {"a": 1}),
+        ("similarity", "angle"),
+        ("include_prompt", 1),
+    ],
 )
 def test_options_that_are_not_allowed(name, value):
     with pytest.raises(InputError, match=f"model_config, '{name}'"):

@@ -1,4 +1,7 @@
-"""Real servers, and a really separate environment: the same rows as in this process, and 400 for what is no row."""
+"""Real servers, and a really separate environment.
+
+The same rows as in this process, and 400 for what is no row.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,9 @@ def wanted(saved):
 
 def require_same_rows(found, expected):
     assert [row["label"] for row in found] == [row["label"] for row in expected]
-    assert [row["score"] for row in found] == pytest.approx([row["score"] for row in expected], abs=1e-6)
+    assert [row["score"] for row in found] == pytest.approx(
+        [row["score"] for row in expected], abs=1e-6
+    )
 
 
 GOOD = {"dataframe_records": [{"text": text} for text in TEXTS]}
@@ -50,7 +55,9 @@ def test_a_server_answers_as_pyfunc_does(serve, saved, wanted):
         assert answer.status == 200, answer.text
         require_same_rows(answer.json()["predictions"], wanted[:1])
         answer = server.invoke({**GOOD, "params": {"top_k": 2}})
-        assert [len(row["labels"]) for row in answer.json()["predictions"]] == [2] * len(TEXTS), answer.text
+        assert [len(row["labels"]) for row in answer.json()["predictions"]] == [2] * len(TEXTS), (
+            answer.text
+        )
 
         def ask(i):
             rows = [{"text": TEXTS[(i + j) % len(TEXTS)]} for j in range(1 + i % 5)]
@@ -64,7 +71,8 @@ def test_a_server_answers_as_pyfunc_does(serve, saved, wanted):
             require_same_rows(answer.json()["predictions"], expected)
 
 
-# Body → what the answer has to name. MLflow itself refuses some of these before the model sees them.
+# Body → what the answer has to name. MLflow itself refuses some of these before the model sees
+# them.
 BAD = {
     "None": ({"dataframe_records": [{"text": "a"}, {"text": None}]}, "text"),
     "NaN": (b'{"dataframe_records": [{"text": "a"}, {"text": NaN}]}', "text"),
@@ -100,14 +108,17 @@ def test_what_is_no_row_is_answered_with_400_and_nothing_of_the_server(serve, sa
                 f"status {answer.status}" if answer.status != 400 else "",
                 "a traceback" if "Traceback" in answer.text or 'File "' in answer.text else "",
                 "a path"
-                if re.search(r"/\S+\.py\b|site-packages", answer.text) or str(saved.parent) in answer.text
+                if re.search(r"/\S+\.py\b|site-packages", answer.text)
+                or str(saved.parent) in answer.text
                 else "",
                 f"no {named}" if named.lower() not in answer.text.lower() else "",
             ]
             if any(problems):
                 wrong.append(f"{name}: {', '.join(filter(None, problems))}: {answer.text[:300]}")
             after = server.invoke(GOOD)
-            assert after.status == 200, f"after {name} the server does not answer any more: {after.text}"
+            assert after.status == 200, (
+                f"after {name} the server does not answer any more: {after.text}"
+            )
             require_same_rows(after.json()["predictions"], wanted)
         assert wrong == []
 
@@ -128,7 +139,13 @@ def test_a_damaged_model_is_not_served(copied):
         "--model-uri",
         str(copied),
     ]
-    done = subprocess.run(command, input=json.dumps(GOOD), capture_output=True, text=True, env=with_this_python_first())
+    done = subprocess.run(
+        command,
+        input=json.dumps(GOOD),
+        capture_output=True,
+        text=True,
+        env=with_this_python_first(),
+    )
     assert done.returncode != 0
     assert "IntegrityError" in done.stderr
     assert "safeflavor/config.json" in done.stderr
@@ -149,12 +166,19 @@ def pip_settings():
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = [line.partition("=") for line in listing.splitlines()]
     # Variables are listed first and win.
-    return {key.rpartition(".")[2]: ast.literal_eval(value) for key, _, value in reversed(lines) if value}
+    return {
+        key.rpartition(".")[2]: ast.literal_eval(value)
+        for key, _, value in reversed(lines)
+        if value
+    }
 
 
 @pytest.fixture
 def wheel_folder():
-    """A folder that pip is configured to look in and that holds the installed torch; None where there is none."""
+    """A folder that pip is configured to look in and that holds the installed torch.
+
+    None where there is none.
+    """
     version = mlflow_safeflavor.get_default_pip_requirements(torch_index=None)
     name = next(line for line in version if line.startswith("torch==")).replace("==", "-")
     folders = [Path(folder) for folder in pip_settings().get("find-links", "").split()]
@@ -162,28 +186,54 @@ def wheel_folder():
 
 
 @pytest.mark.slow
-def test_a_separate_environment_gives_the_same_rows(tmp_path, tiny_bert, tiny_tokenizer, wheel_folder):
+def test_a_separate_environment_gives_the_same_rows(
+    tmp_path, tiny_bert, tiny_tokenizer, wheel_folder
+):
     path = tmp_path / "model"
     index = "auto" if wheel_folder is None else str(wheel_folder)
     model = tiny_bert(initializer_range=0.5)
-    mlflow_safeflavor.save_model(model, path, tokenizer=tiny_tokenizer, torch_index=index, rehearse=False)
+    mlflow_safeflavor.save_model(
+        model, path, tokenizer=tiny_tokenizer, torch_index=index, rehearse=False
+    )
     assert "mlflow-safeflavor" not in (path / "requirements.txt").read_text()
     expected = mlflow.pyfunc.load_model(str(path)).predict(pd.DataFrame({"text": TEXTS}))
     (tmp_path / "rows.json").write_text(json.dumps(GOOD))
-    command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "uv", "--model-uri", str(path)]
-    command += ["--input-path", str(tmp_path / "rows.json"), "--output-path", str(tmp_path / "answers.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "predict",
+        "--env-manager",
+        "uv",
+        "--model-uri",
+        str(path),
+    ]
+    command += [
+        "--input-path",
+        str(tmp_path / "rows.json"),
+        "--output-path",
+        str(tmp_path / "answers.json"),
+    ]
     environment = with_this_python_first() | {
         "PYTHONVERBOSE": "1",  # says from where each module comes
-        "UV_INDEX_STRATEGY": "unsafe-best-match",  # as pip looks: at all indexes, for the pinned version
+        # as pip looks: at all indexes, for the pinned version
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
         **({} if wheel_folder is None else {"UV_FIND_LINKS": str(wheel_folder)}),
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", timeout=900)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, errors="replace", timeout=900
+    )
     lines = done.stderr.splitlines()
     said = [line for line in lines if not line.startswith(("import ", "# "))]
     assert done.returncode == 0, "\n".join(said[-60:])
     found = json.loads((tmp_path / "answers.json").read_text())["predictions"]
     require_same_rows(found, json.loads(expected.to_json(orient="records", double_precision=15)))
-    loaded_from = [line for line in lines if "mlflow_safeflavor/load/load.py" in line and line.startswith("# ")]
+    loaded_from = [
+        line for line in lines if "mlflow_safeflavor/load/load.py" in line and line.startswith("# ")
+    ]
     assert loaded_from, "no loader was imported at all"
-    assert [line for line in loaded_from if f"{path}/code/mlflow_safeflavor/load/load.py" not in line] == []
+    assert [
+        line for line in loaded_from if f"{path}/code/mlflow_safeflavor/load/load.py" not in line
+    ] == []
     assert [line for line in lines if str(Path(mlflow_safeflavor.__file__).parent) in line] == []

@@ -1,7 +1,9 @@
-"""PostgreSQL, S3 and an MLflow tracking server: the same answers on every way to a model, and no half models.
+"""PostgreSQL, S3 and an MLflow tracking server.
 
-Interruptions happen at a byte and not at a time: a proxy cuts, or kills the real server, in the middle of an upload or
-a download.
+The same answers on every way to a model, and no half models.
+
+Interruptions happen at a byte and not at a time: a proxy cuts, or kills the real server, in the
+middle of an upload or a download.
 """
 
 from __future__ import annotations
@@ -62,12 +64,17 @@ def client(parts, to_tracking, to_s3, monkeypatch):
 
 @pytest.fixture
 def log(client, parts, tiny_bert, tiny_tokenizer):
-    """``log(name, direct=False)``: log and register a tiny classifier of two texts; gives MLflow's info."""
+    """``log(name, direct=False)``: log and register a tiny classifier of two texts.
+
+    Gives MLflow's info.
+    """
 
     def run(name, *, direct=False):
         experiment = "direct" if direct else "proxied"
         if client.get_experiment_by_name(experiment) is None:
-            client.create_experiment(experiment, artifact_location=parts.direct_artifacts if direct else None)
+            client.create_experiment(
+                experiment, artifact_location=parts.direct_artifacts if direct else None
+            )
         mlflow.set_experiment(experiment)
         with mlflow.start_run():
             return mlflow_safeflavor.log_model(
@@ -85,7 +92,10 @@ def log(client, parts, tiny_bert, tiny_tokenizer):
 
 @pytest.fixture
 def champion(log, client, to_tracking):
-    """Ids of two logged models, ``model_id`` and ``direct``, the first being the champion; bytes of its upload."""
+    """Ids of two logged models, ``model_id`` and ``direct``, the first being the champion.
+
+    Bytes of its upload.
+    """
     if not _made:
         before = to_tracking.passed["upload"]
         info = log(NAME)
@@ -114,15 +124,23 @@ def test_every_way_to_the_champion_gives_the_same_bits(champion, parts, client):
     assert len({row["score"] for row in wanted}) > 150, "answers that are all alike prove nothing"
     assert answers_of(mlflow.pyfunc.load_model(CHAMPION), table) == wanted
     try:
-        # What runs is left as it is, and there is a champion: this starts the model's server and the app.
-        done = CliRunner().invoke(stack.main, ["--folder", str(parts.folder), "up", "--local", "--port", "0"])
+        # What runs is left as it is, and there is a champion: this starts the model's server and
+        # the app.
+        done = CliRunner().invoke(
+            stack.main, ["--folder", str(parts.folder), "up", "--local", "--port", "0"]
+        )
         assert done.exit_code == 0, done.output
         urls = json.loads((parts.folder / "stack.json").read_text())
         body = {"dataframe_split": {"columns": list(table.columns), "data": table.values.tolist()}}
-        served = requests.post(f"{urls['model']}/invocations", json=body, timeout=60).json()["predictions"]
+        served = requests.post(f"{urls['model']}/invocations", json=body, timeout=60).json()[
+            "predictions"
+        ]
         report = mlflow_safeflavor.verify_model(CHAMPION, endpoint=urls["model"])
         records = table.to_dict(orient="records")
-        asked = [requests.post(f"{urls['app']}/predict", json=record, timeout=60).json() for record in records]
+        asked = [
+            requests.post(f"{urls['app']}/predict", json=record, timeout=60).json()
+            for record in records
+        ]
     finally:
         stop_everything(parts.folder, "app", "model")
     assert served == wanted
@@ -137,10 +155,14 @@ def test_other_ways_to_the_artifacts(champion, client, to_tracking, to_s3, monke
     for name, value in PRESIGNED.items():
         monkeypatch.setenv(name, value)
     before = to_tracking.passed["download"]
-    model = mlflow_safeflavor.load_model(CHAMPION if way == "presigned" else f"models:/{champion['direct']}")
+    model = mlflow_safeflavor.load_model(
+        CHAMPION if way == "presigned" else f"models:/{champion['direct']}"
+    )
     assert model.report.bit_identical
     # A few hundred bytes a file, to be told where it is, and not the files.
-    assert to_tracking.passed["download"] - before < model.report.hashed_bytes / 3, "the files came past the server"
+    assert to_tracking.passed["download"] - before < model.report.hashed_bytes / 3, (
+        "the files came past the server"
+    )
 
 
 # Uploads that break off.
@@ -149,7 +171,9 @@ def test_other_ways_to_the_artifacts(champion, client, to_tracking, to_s3, monke
 def half_models(client):
     """Ids of logged models that are not READY."""
     experiments = [client.get_experiment_by_name(name) for name in ("proxied", "direct")]
-    found = client.search_logged_models([experiment.experiment_id for experiment in experiments if experiment])
+    found = client.search_logged_models(
+        [experiment.experiment_id for experiment in experiments if experiment]
+    )
     return {model.model_id for model in found if model.status != "READY"}
 
 
@@ -166,7 +190,9 @@ def require_nothing_of(name, client, before):
 def assert_named(error):
     """The error says which file, or that there is no model at all."""
     told = str(error)
-    assert any(word in told for word in ("safeflavor/", "code/", "MLmodel", "manifest", "No such artifact")), told
+    assert any(
+        word in told for word in ("safeflavor/", "code/", "MLmodel", "manifest", "No such artifact")
+    ), told
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["through the server", "to S3"])
@@ -192,7 +218,9 @@ def test_an_upload_that_is_cut(champion, log, client, to_tracking, to_s3, direct
         mlflow.pyfunc.load_model(f"models:/by-hand/{version.version}")
 
 
-def test_the_s3_server_is_killed_in_an_upload_and_in_a_download(champion, log, client, parts, to_s3):
+def test_the_s3_server_is_killed_in_an_upload_and_in_a_download(
+    champion, log, client, parts, to_s3
+):
     before = half_models(client)
     to_s3.arm(champion["upload"] // 2, upload=True, action=parts.s3.kill)
     with pytest.raises(MlflowException):
@@ -238,7 +266,9 @@ with mlflow.start_run():
 """
 
 
-def test_the_client_is_killed_in_an_upload(champion, client, to_tracking, tiny_bert, tiny_tokenizer, tmp_path):
+def test_the_client_is_killed_in_an_upload(
+    champion, client, to_tracking, tiny_bert, tiny_tokenizer, tmp_path
+):
     before = half_models(client)
     tiny_bert().save_pretrained(tmp_path / "checkpoint")
     tiny_tokenizer.save_pretrained(tmp_path / "checkpoint")
@@ -282,7 +312,9 @@ def test_a_download_that_is_cut(champion, client, to_tracking, to_s3, tmp_path, 
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_a_download_that_is_cut_once_comes_whole_at_the_second_try(champion, client, to_s3, monkeypatch):
+def test_a_download_that_is_cut_once_comes_whole_at_the_second_try(
+    champion, client, to_s3, monkeypatch
+):
     retries = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1"}
     for name, value in {**PRESIGNED, **retries}.items():
         monkeypatch.setenv(name, value)
@@ -294,12 +326,19 @@ def test_a_download_that_is_cut_once_comes_whole_at_the_second_try(champion, cli
 def test_half_an_object_in_the_store(champion, client, parts):
     uri = f"models:/{champion['direct']}"
     s3 = parts.s3_client()
-    listed = [entry["Key"] for entry in s3.list_objects_v2(Bucket="codebuggy", Prefix="direct/")["Contents"]]
-    (key,) = (key for key in listed if champion["direct"] in key and key.endswith("/model.safetensors"))
+    listed = [
+        entry["Key"]
+        for entry in s3.list_objects_v2(Bucket="codebuggy", Prefix="direct/")["Contents"]
+    ]
+    (key,) = (
+        key for key in listed if champion["direct"] in key and key.endswith("/model.safetensors")
+    )
     content = s3.get_object(Bucket="codebuggy", Key=key)["Body"].read()
     s3.put_object(Bucket="codebuggy", Key=key, Body=content[: len(content) // 2])
     try:
-        with pytest.raises(IntegrityError, match=r"safeflavor/model\.safetensors: has \d+ bytes, wanted"):
+        with pytest.raises(
+            IntegrityError, match=r"safeflavor/model\.safetensors: has \d+ bytes, wanted"
+        ):
             mlflow_safeflavor.load_model(uri)
         with pytest.raises(MlflowException, match=r"model\.safetensors"):
             mlflow.pyfunc.load_model(uri)

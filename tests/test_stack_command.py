@@ -1,4 +1,7 @@
-"""``stack.py`` and the compose file: what is stopped after a crash, what is said where something is missing."""
+"""``stack.py`` and the compose file.
+
+What is stopped after a crash, what is said where something is missing.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ from servers import free_ports
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLE = REPOSITORY / "examples" / "codebuggy"
-WORKER = "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); print('up', flush=True); time.sleep(600)"
+WORKER = (
+    "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); print('up', flush=True); "
+    "time.sleep(600)"
+)
 
 
 @pytest.fixture
@@ -87,7 +93,9 @@ def group_is_empty(pids):
 def test_a_number_that_is_somebody_elses_now_is_left_alone(tmp_path):
     with subprocess.Popen(["sleep", "600"], start_new_session=True) as innocent:
         try:
-            (tmp_path / "app.pid").write_text(json.dumps({"pid": innocent.pid, "began": time.time() - 3600}))
+            (tmp_path / "app.pid").write_text(
+                json.dumps({"pid": innocent.pid, "began": time.time() - 3600})
+            )
             assert not Background("app", tmp_path).is_running()
             assert down(tmp_path).exit_code == 0
             assert innocent.poll() is None
@@ -129,8 +137,10 @@ def test_what_ends_at_once_is_said_with_the_end_of_its_log(tmp_path):
 
 def test_the_kernel_ends_it_with_whoever_started_it(tmp_path):
     code = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); from background import Background; from pathlib import Path\n"
-        "Background('s3', Path(sys.argv[2])).start(['sleep', '600'], os.environ, death_signal='KILL')"
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from background import Background; from "
+        "pathlib import Path\n"
+        "Background('s3', Path(sys.argv[2])).start(['sleep', '600'], os.environ, "
+        "death_signal='KILL')"
     )
     subprocess.run([sys.executable, "-c", code, EXAMPLE, tmp_path], check=True, timeout=60)
     process = Background("s3", tmp_path)
@@ -197,7 +207,9 @@ def test_whoever_is_waited_for_has_a_health_check(services):
     waited = {name for service in services.values() for name in service.get("depends_on", {})}
     assert waited == {"postgres", "s3", "model"}
     checked = {name for name, service in services.items() if "healthcheck" in service}
-    assert waited - checked == {"model"}, "its check is in the image that `mlflow-safeflavor dockerfile` describes"
+    assert waited - checked == {"model"}, (
+        "its check is in the image that `mlflow-safeflavor dockerfile` describes"
+    )
 
 
 def test_every_variable_without_a_default_is_said_by_the_command(tmp_path):

@@ -1,4 +1,7 @@
-"""Tasks: the answers of transformers' pipelines, whatever rows are beside a row; refusals that name row and column."""
+"""Tasks: the answers of transformers' pipelines, whatever rows are beside a row.
+
+Refusals that name row and column.
+"""
 
 import copy
 import json
@@ -30,7 +33,8 @@ TEXTS = [
     "",
     "red tree",
     "return x + y",
-    "def ran ( x ) = y - x if the dog sat under a tree else the cat ran on the mat ( x + y ) and the rest is cut",
+    "def ran ( x ) = y - x if the dog sat under a tree else the cat ran on the mat ( x + y ) and "
+    "the rest is cut",
     "dog",
     "the 😀 is unknown",
 ]
@@ -53,7 +57,10 @@ class Bound:
         return self.engine(inputs)
 
     def rows(self, *columns):
-        return [dict(zip(self.task.columns, values, strict=True)) for values in zip(*columns, strict=True)]
+        return [
+            dict(zip(self.task.columns, values, strict=True))
+            for values in zip(*columns, strict=True)
+        ]
 
     def ask(self, *columns, budget=512, **params):
         # Calls so dear that all rows share one, as far as the budget goes.
@@ -101,16 +108,25 @@ HEADS = {
 @pytest.mark.parametrize("top_k", [1, 2, 100, None])
 @pytest.mark.parametrize("pair", [False, True], ids=["single", "pair"])
 @pytest.mark.parametrize("head", HEADS)
-def test_labels_and_scores_are_those_of_the_pipeline(bound, tiny_bert, tiny_tokenizer, head, pair, top_k):
+def test_labels_and_scores_are_those_of_the_pipeline(
+    bound, tiny_bert, tiny_tokenizer, head, pair, top_k
+):
     model = tiny_bert(initializer_range=0.2, **HEADS[head])
-    reference = pipeline("text-classification", model=model, tokenizer=copy.deepcopy(tiny_tokenizer))
+    reference = pipeline(
+        "text-classification", model=model, tokenizer=copy.deepcopy(tiny_tokenizer)
+    )
     inputs = [{"text": a, "text_pair": b} if pair else a for a, b in zip(TEXTS, PAIRS, strict=True)]
-    if pair:  # transformers drops an empty second text of a single row; see test_an_empty_pair_is_a_pair
+    # transformers drops an empty second text of a single row; see test_an_empty_pair_is_a_pair
+    if pair:
         inputs = [row for row in inputs if row["text_pair"]]
     wanted = [reference(row, top_k=top_k, truncation=True, max_length=32) for row in inputs]
     wanted = [row[0] if pair and isinstance(row[0], list) else row for row in wanted]
 
-    columns = [[row["text"] for row in inputs], [row["text_pair"] for row in inputs]] if pair else [inputs]
+    columns = (
+        [[row["text"] for row in inputs], [row["text_pair"] for row in inputs]]
+        if pair
+        else [inputs]
+    )
     task = bound(TextClassification, model, tiny_tokenizer, COLUMNS if pair else None)
     answers = task.answers(*columns, top_k=top_k)
 
@@ -127,7 +143,9 @@ def test_labels_and_scores_are_those_of_the_pipeline(bound, tiny_bert, tiny_toke
 
 @pytest.mark.parametrize("function", ["softmax", "sigmoid", "none"])
 def test_function_to_apply_is_that_of_the_pipeline(classifier, tiny_tokenizer, function):
-    reference = pipeline("text-classification", model=classifier.engine.module, tokenizer=tiny_tokenizer)
+    reference = pipeline(
+        "text-classification", model=classifier.engine.module, tokenizer=tiny_tokenizer
+    )
     wanted = reference(TEXTS[0], function_to_apply=function, top_k=None)
     answer = classifier.answers(TEXTS[:1], function_to_apply=function, top_k=-1)[0]
     assert answer["labels"] == [entry["label"] for entry in wanted]
@@ -139,7 +157,9 @@ def test_sigmoid_and_softmax_of_large_logits_do_not_overflow(classifier):
     logits = [{"logits": np.array([800.0, -800.0, 0.0], np.float32)}]
     for function in ("sigmoid", "softmax"):
         params = classifier.task.check_params({"function_to_apply": function})
-        assert classifier.task.decoded([{}], [{}], logits, params) == [{"label": "LABEL_0", "score": 1.0}]
+        assert classifier.task.decoded([{}], [{}], logits, params) == [
+            {"label": "LABEL_0", "score": 1.0}
+        ]
 
 
 def test_equal_scores_go_to_the_first_label(classifier):
@@ -171,7 +191,9 @@ def test_columns_may_have_any_names_and_any_order(pair_classifier):
 @pytest.fixture(scope="module")
 def minilm(minilm_folder, tmp_path_factory):
     """Model, tokenizer and a maker of tasks on the real weights."""
-    model = AutoModel.from_pretrained(minilm_folder, local_files_only=True, dtype=torch.float32).eval()
+    model = AutoModel.from_pretrained(
+        minilm_folder, local_files_only=True, dtype=torch.float32
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder, local_files_only=True)
 
     def make(**options):
@@ -181,14 +203,23 @@ def minilm(minilm_folder, tmp_path_factory):
     return model, copy.deepcopy(tokenizer), make
 
 
-SENTENCES = ["A man is eating food.", "", "Someone eats a meal 🍲.", "word " * 700, "The stock market fell. " * 9, "x"]
+SENTENCES = [
+    "A man is eating food.",
+    "",
+    "Someone eats a meal 🍲.",
+    "word " * 700,
+    "The stock market fell. " * 9,
+    "x",
+]
 
 
 def _reference(minilm, pooling, normalize):
     model, tokenizer, _ = minilm
     with torch.inference_mode():
         for text in SENTENCES:
-            hidden = model(**tokenizer([text], truncation=True, max_length=512, return_tensors="pt"))[0][0]
+            hidden = model(
+                **tokenizer([text], truncation=True, max_length=512, return_tensors="pt")
+            )[0][0]
             vector = {"mean": hidden.mean(dim=0), "cls": hidden[0], "last": hidden[-1]}[pooling]
             yield (vector / vector.norm() if normalize else vector).numpy()
 
@@ -199,15 +230,22 @@ def test_embeddings_of_real_weights(minilm, pooling, normalize):
     answers, outputs = minilm[2](pooling=pooling, normalize=normalize).ask(SENTENCES, budget=4000)
     wanted = np.stack(list(_reference(minilm, pooling, normalize)))
     _close([answer["embedding"] for answer in answers], wanted)
-    assert all(output["embedding"].dtype == np.float32 and output["embedding"].shape == (384,) for output in outputs)
+    assert all(
+        output["embedding"].dtype == np.float32 and output["embedding"].shape == (384,)
+        for output in outputs
+    )
 
 
 def test_mean_of_unnormalised_vectors_is_the_default(minilm):
-    assert minilm[2]().answers(SENTENCES) == minilm[2](pooling="mean", normalize=False).answers(SENTENCES)
+    assert minilm[2]().answers(SENTENCES) == minilm[2](pooling="mean", normalize=False).answers(
+        SENTENCES
+    )
 
 
 def test_near_sentences_have_near_embeddings(minilm):
-    vectors = np.array([answer["embedding"] for answer in minilm[2](normalize=True).answers(SENTENCES)])
+    vectors = np.array(
+        [answer["embedding"] for answer in minilm[2](normalize=True).answers(SENTENCES)]
+    )
     similar, different = vectors[0] @ vectors[2], vectors[0] @ vectors[4]
     assert similar > 0.6 > 0.3 > different
 
@@ -243,18 +281,31 @@ def test_a_batch_answers_as_each_row_alone(bound, tiny_tokenizer, architecture, 
         (alone,) = task.ask([text])[1]
         _close(output, alone[name])
         if head != "Model":
-            taken = {name: inputs[name] for name in task.task.config["input_names"] if name in inputs}
+            taken = {
+                name: inputs[name] for name in task.task.config["input_names"] if name in inputs
+            }
             with torch.inference_mode():
                 _close(output, model(**taken).logits[0])
     assert np.abs(together[0] - together[2]).max() > 1e-3  # else the comparison above says nothing
 
 
 def test_padding_is_put_where_the_model_does_not_read_it(bound, tiny_tokenizer):
-    """The side belongs to the model: the tokenizer's own is a habit of training or of generation."""
+    """The side belongs to the model.
+
+    The tokenizer's own is a habit of training or of generation.
+    """
     for tokenizers_side in ("left", "right"):
         tiny_tokenizer.padding_side = tokenizers_side
-        for architecture, wanted in (("Bert", [1, 1, 1, 0, 0]), ("Llama", [1, 1, 1, 0, 0]), ("XLNet", [0, 0, 1, 1, 1])):
-            task = bound(TextClassification, tiny_model(architecture, "ForSequenceClassification"), tiny_tokenizer)
+        for architecture, wanted in (
+            ("Bert", [1, 1, 1, 0, 0]),
+            ("Llama", [1, 1, 1, 0, 0]),
+            ("XLNet", [0, 0, 1, 1, 1]),
+        ):
+            task = bound(
+                TextClassification,
+                tiny_model(architecture, "ForSequenceClassification"),
+                tiny_tokenizer,
+            )
             task.ask(["dog", "the cat sat"])
             (batch,) = task.batches
             assert batch["attention_mask"].tolist() == [[1] * 5, wanted], architecture
@@ -264,7 +315,10 @@ def test_padding_is_put_where_the_model_does_not_read_it(bound, tiny_tokenizer):
 
 
 def test_rows_are_filled_up_with_the_models_padding_token(bound, tiny_tokenizer):
-    for cls, head in ((TextClassification, "ForSequenceClassification"), (FeatureExtraction, "Model")):
+    for cls, head in (
+        (TextClassification, "ForSequenceClassification"),
+        (FeatureExtraction, "Model"),
+    ):
         task = bound(cls, tiny_model("GPT2", head, pad_token_id=7), tiny_tokenizer)
         task.ask(["dog", "the cat sat"])
         (batch,) = task.batches
@@ -273,7 +327,11 @@ def test_rows_are_filled_up_with_the_models_padding_token(bound, tiny_tokenizer)
 
 
 def test_a_classifier_without_padding_token_runs_row_by_row(bound, tiny_tokenizer):
-    task = bound(TextClassification, tiny_model("GPT2", "ForSequenceClassification", pad_token_id=None), tiny_tokenizer)
+    task = bound(
+        TextClassification,
+        tiny_model("GPT2", "ForSequenceClassification", pad_token_id=None),
+        tiny_tokenizer,
+    )
     answers = task.answers(TEXTS)
     assert [len(batch["input_ids"]) for batch in task.batches] == [1] * len(TEXTS)
     assert answers == [task.answers([text])[0] for text in TEXTS]
@@ -302,7 +360,9 @@ def test_the_first_and_last_real_token_on_either_side_of_padding(pooling, wanted
     task = FeatureExtraction({**POOLED, "pooling": [pooling]}, {"text": "text"})
     hidden = np.array([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
     mask = np.array([[True, True, False], [False, True, True]])
-    assert [output["embedding"].tolist() for output in task.read({"last_hidden_state": hidden}, mask)] == wanted
+    assert [
+        output["embedding"].tolist() for output in task.read({"last_hidden_state": hidden}, mask)
+    ] == wanted
 
 
 def test_nan_at_padding_positions_does_not_reach_the_mean(classifier):
@@ -314,7 +374,9 @@ def test_nan_at_padding_positions_does_not_reach_the_mean(classifier):
 
 def test_scores_of_a_whole_vocabulary_bound_a_batch(bound, tiny_tokenizer, monkeypatch):
     task = bound(FillMask, tiny_model("Bert", "ForMaskedLM"), tiny_tokenizer)
-    rows = [f"the {tiny_tokenizer.mask_token} {text}" for text in ("dog", "cat", "dog ran", "cat sat")]
+    rows = [
+        f"the {tiny_tokenizer.mask_token} {text}" for text in ("dog", "cat", "dog ran", "cat sat")
+    ]
     wanted = task.answers(rows)
     assert len(task.batches) == 1
     monkeypatch.setattr("mlflow_safeflavor.tasks.fill_mask._SCORES", 12 * task.task.encoder.size)
@@ -342,7 +404,9 @@ def test_the_longest_text_a_model_takes(bound, tiny_tokenizer, architecture, lim
 
 def test_a_roberta_of_usual_shape_takes_512_tokens():
     with torch.device("meta"):
-        model = transformers.RobertaModel(transformers.RobertaConfig(max_position_embeddings=514, num_hidden_layers=1))
+        model = transformers.RobertaModel(
+            transformers.RobertaConfig(max_position_embeddings=514, num_hidden_layers=1)
+        )
     assert FeatureExtraction.describe(model, {})["max_length"] == 512
 
 
@@ -356,18 +420,25 @@ def test_max_length_cuts(pair_classifier, tiny_tokenizer):
     assert max(batch["input_ids"].shape[1] for batch in pair_classifier.batches) == 6
     wanted = tiny_tokenizer(TEXTS[:1], PAIRS[-1:], truncation=True, max_length=6)
     (features,) = pair_classifier.task.encoded(
-        pair_classifier.rows(TEXTS[:1], PAIRS[-1:]), pair_classifier.task.check_params({"max_length": 6})
+        pair_classifier.rows(TEXTS[:1], PAIRS[-1:]),
+        pair_classifier.task.check_params({"max_length": 6}),
     )
     assert features["input_ids"] == wanted["input_ids"][0]
 
 
-def test_a_text_that_is_too_long_without_truncation_names_row_and_columns(classifier, pair_classifier):
+def test_a_text_that_is_too_long_without_truncation_names_row_and_columns(
+    classifier, pair_classifier
+):
     texts = ["dog", "the " * 40]
-    with pytest.raises(InputError, match=r"where: row 1\n[\s\S]*at most 32 tokens[\s\S]*42 tokens[\s\S]*hint"):
+    with pytest.raises(
+        InputError, match=r"where: row 1\n[\s\S]*at most 32 tokens[\s\S]*42 tokens[\s\S]*hint"
+    ):
         classifier.ask(texts, truncation=False)
     with pytest.raises(InputError, match=r"where: row 0\n[\s\S]*at most 4 tokens"):
         classifier.ask(["the cat sat on", "dog"], truncation=False, max_length=4)
-    with pytest.raises(InputError, match=r"row 1, columns 'before' and 'after'[\s\S]*at most 32 tokens"):
+    with pytest.raises(
+        InputError, match=r"row 1, columns 'before' and 'after'[\s\S]*at most 32 tokens"
+    ):
         pair_classifier.ask(texts, texts, truncation=False)
     assert classifier.answers(["the " * 30], truncation=False) == classifier.answers(["the " * 30])
 
@@ -406,9 +477,15 @@ def test_a_bad_value_names_row_and_column(pair_classifier, value):
         ({"max_length": 33}, r"'max_length'[\s\S]*3 to 32 tokens[\s\S]*found: 33"),
         ({"truncation": 1}, r"'truncation'[\s\S]*true or false[\s\S]*found: int 1"),
         ({"truncation": None}, r"'truncation'[\s\S]*found: NoneType"),
-        ({"function_to_apply": "tanh"}, r"'function_to_apply'[\s\S]*default \| softmax[\s\S]*found: str 'tanh'"),
+        (
+            {"function_to_apply": "tanh"},
+            r"'function_to_apply'[\s\S]*default \| softmax[\s\S]*found: str 'tanh'",
+        ),
         ({"function_to_apply": 1}, r"'function_to_apply'[\s\S]*found: int 1"),
-        ({"topk": 1, 5: 1}, r"Unknown param[\s\S]*'topk', 5[\s\S]*top_k, function_to_apply, max_length, truncation"),
+        (
+            {"topk": 1, 5: 1},
+            r"Unknown param[\s\S]*'topk', 5[\s\S]*top_k, function_to_apply, max_length, truncation",
+        ),
         ([1], r"params is no dict[\s\S]*found: list"),
     ],
     ids=str,
@@ -421,11 +498,24 @@ def test_a_bad_param_is_named(classifier, params, message):
 def test_good_params_in_plain_python_types(classifier):
     defaults = {"top_k": 1, "function_to_apply": "default", "max_length": 0, "truncation": True}
     assert classifier.task.check_params(None) == classifier.task.check_params({}) == defaults
-    given = {"top_k": np.int64(2), "max_length": np.int32(5), "truncation": np.False_, "function_to_apply": None}
+    given = {
+        "top_k": np.int64(2),
+        "max_length": np.int32(5),
+        "truncation": np.False_,
+        "function_to_apply": None,
+    }
     checked = classifier.task.check_params(given)
-    assert checked == {"top_k": 2, "max_length": 5, "truncation": False, "function_to_apply": "default"}
+    assert checked == {
+        "top_k": 2,
+        "max_length": 5,
+        "truncation": False,
+        "function_to_apply": "default",
+    }
     assert {type(value) for value in checked.values()} == {int, bool, str}
-    assert classifier.task.check_params({"top_k": None, "max_length": None}) == {**defaults, "top_k": -1}
+    assert classifier.task.check_params({"top_k": None, "max_length": None}) == {
+        **defaults,
+        "top_k": -1,
+    }
     assert classifier.task.check_params(checked) == checked
 
 
@@ -436,20 +526,32 @@ def test_max_length_leaves_room_for_special_tokens_and_both_texts(pair_classifie
 
 
 def test_an_answer_that_is_no_number_names_the_row(classifier):
-    outputs = [{"logits": np.array([0, 1, 2], np.float32)}, {"logits": np.array([0, np.nan, 2], np.float32)}]
-    with pytest.raises(InputError, match=r"not a number[\s\S]*row 1[\s\S]*1 of 2 rows[\s\S]*float32"):
+    outputs = [
+        {"logits": np.array([0, 1, 2], np.float32)},
+        {"logits": np.array([0, np.nan, 2], np.float32)},
+    ]
+    with pytest.raises(
+        InputError, match=r"not a number[\s\S]*row 1[\s\S]*1 of 2 rows[\s\S]*float32"
+    ):
         classifier.task.decoded([{}, {}], [{}, {}], outputs, classifier.task.check_params({}))
 
 
 @pytest.mark.parametrize(
     "outputs",
-    [{"last_hidden_state": np.zeros((1, 3, 3))}, {"logits": np.zeros((1, 2))}, {"logits": np.zeros((2, 3))}, {}],
+    [
+        {"last_hidden_state": np.zeros((1, 3, 3))},
+        {"logits": np.zeros((1, 2))},
+        {"logits": np.zeros((2, 3))},
+        {},
+    ],
     ids=["another name", "another label count", "another row count", "nothing"],
 )
 def test_a_model_that_returns_something_else(classifier, outputs):
     with pytest.raises(StructureError, match=r"does not return[\s\S]*logits, shape \(1, 3\)"):
         classifier.task.forward(
-            lambda inputs: outputs, classifier.task.encoded([{"text": "a"}], classifier.task.check_params({})), {}
+            lambda inputs: outputs,
+            classifier.task.encoded([{"text": "a"}], classifier.task.check_params({})),
+            {},
         )
 
 
@@ -488,7 +590,10 @@ def test_labels_that_are_no_numbering_are_refused(tiny_bert):
     [
         ({"pooling": "median"}, r"'pooling'[\s\S]*mean \| cls \| last \| max[\s\S]*'median'"),
         ({"normalize": 1}, r"'normalize'[\s\S]*True \| False[\s\S]*1"),
-        ({"pool": "cls"}, r"'pool'[\s\S]*include_prompt \| normalize \| pooling \| prompts \| similarity"),
+        (
+            {"pool": "cls"},
+            r"'pool'[\s\S]*include_prompt \| normalize \| pooling \| prompts \| similarity",
+        ),
     ],
 )
 def test_an_option_that_is_not_allowed(tiny_bert, options, message):
@@ -497,10 +602,14 @@ def test_an_option_that_is_not_allowed(tiny_bert, options, message):
 
 
 def test_models_that_do_not_read_text_are_refused():
-    with pytest.raises(StructureError, match=r"does not read text[\s\S]*Linear\.forward[\s\S]*input_ids"):
+    with pytest.raises(
+        StructureError, match=r"does not read text[\s\S]*Linear\.forward[\s\S]*input_ids"
+    ):
         FeatureExtraction.describe(torch.nn.Linear(2, 2), {})
     with torch.device("meta"):
-        model = transformers.BartModel(transformers.BartConfig(d_model=16, encoder_layers=1, decoder_layers=1))
+        model = transformers.BartModel(
+            transformers.BartConfig(d_model=16, encoder_layers=1, decoder_layers=1)
+        )
     with pytest.raises(StructureError, match=r"encoder-decoder[\s\S]*BartModel[\s\S]*hint"):
         FeatureExtraction.describe(model, {})
 
@@ -536,24 +645,38 @@ def test_tasks_by_name():
     assert all(cls.name == name for name, cls in TASKS.items())
     assert task_class("sentiment-analysis").name == "text-classification"
     assert task_class("ner").name == "token-classification"
-    with pytest.raises(StructureError, match=r"Unknown task[\s\S]*feature-extraction \| [\s\S]*text-classification"):
+    with pytest.raises(
+        StructureError, match=r"Unknown task[\s\S]*feature-extraction \| [\s\S]*text-classification"
+    ):
         task_class("chess")
 
 
 def test_signatures(classifier, pair_classifier, minilm):
-    assert [spec["name"] for spec in pair_classifier.task.signature().inputs.to_dict()] == ["before", "after"]
+    assert [spec["name"] for spec in pair_classifier.task.signature().inputs.to_dict()] == [
+        "before",
+        "after",
+    ]
     signature = classifier.task.signature()
     assert signature.inputs.to_dict() == [{"type": "string", "required": True}]
-    assert [(s["name"], s["type"]) for s in signature.outputs.to_dict()] == [("label", "string"), ("score", "double")]
-    assert {param.name: param.default for param in signature.params} == classifier.task.check_params({})
+    assert [(s["name"], s["type"]) for s in signature.outputs.to_dict()] == [
+        ("label", "string"),
+        ("score", "double"),
+    ]
+    assert {
+        param.name: param.default for param in signature.params
+    } == classifier.task.check_params({})
     # One column of lists is said as an object: Spark takes that for the columns that come back.
     (output,) = minilm[2]().task.signature().outputs.to_dict()
-    assert output["properties"] == {"embedding": {"type": "array", "items": {"type": "double"}, "required": True}}
+    assert output["properties"] == {
+        "embedding": {"type": "array", "items": {"type": "double"}, "required": True}
+    }
 
 
 def test_golden_rows_have_clearly_different_lengths(minilm, pair_classifier):
     task = minilm[2]().task
-    lengths = sorted(task.cost(features) for features in task.encoded(task.golden_rows(), task.check_params({})))
+    lengths = sorted(
+        task.cost(features) for features in task.encoded(task.golden_rows(), task.check_params({}))
+    )
     assert len(lengths) == 4
     assert min(np.diff(lengths)) >= 5
     assert 50 <= lengths[-1] <= 80
@@ -587,7 +710,11 @@ def test_input_columns_that_do_not_fit(columns):
 
 
 def test_feature_extraction_takes_one_text():
-    assert FeatureExtraction.columns_for(None) == FeatureExtraction.columns_for({"text": None}) == {"text": None}
+    assert (
+        FeatureExtraction.columns_for(None)
+        == FeatureExtraction.columns_for({"text": None})
+        == {"text": None}
+    )
     with pytest.raises(InputError, match=r"fields: text \(required\)"):
         FeatureExtraction.columns_for({"text": "a", "text_pair": "b"})
 
@@ -616,11 +743,17 @@ def test_many_threads_with_mixed_lengths_and_params_get_single_threaded_answers(
 
     wanted = [(encode(job), pair_classifier.answers(*job[0], **job[1])) for job in jobs]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda job: (encode(job), pair_classifier.answers(*job[0], **job[1])), jobs))
+        found = list(
+            pool.map(lambda job: (encode(job), pair_classifier.answers(*job[0], **job[1])), jobs)
+        )
     for (found_features, found_answers), (features, answers) in zip(found, wanted, strict=True):
         assert found_features == features
         for one, other in zip(found_answers, answers, strict=True):
-            assert (one.keys(), one["label"], one.get("labels")) == (other.keys(), other["label"], other.get("labels"))
+            assert (one.keys(), one["label"], one.get("labels")) == (
+                other.keys(),
+                other["label"],
+                other.get("labels"),
+            )
             _close(one["score"], other["score"])
             _close(one.get("scores", [0]), other.get("scores", [0]))
 
@@ -630,5 +763,7 @@ def test_a_text_of_many_characters_is_cut_and_an_empty_one_is_a_text(classifier)
     answers = classifier.answers([long, "", long[:200]])
     assert len(long) >= 170_000
     assert answers[0] == pytest.approx(answers[2])
-    with pytest.raises(InputError, match=r"row 1[\s\S]*longer than the model takes|longer than[\s\S]*row 1"):
+    with pytest.raises(
+        InputError, match=r"row 1[\s\S]*longer than the model takes|longer than[\s\S]*row 1"
+    ):
         classifier.answers(["dog", long], truncation=False)

@@ -1,8 +1,9 @@
 """Every way that is known in which a model comes back other than it was saved.
 
-Each test first shows the trouble with the usual tools, as it is with transformers 5.23, torch 2.13, accelerate 1.15
-and MLflow 3.17 (the assertions on trouble are skipped on other releases of transformers, where it differs), and then
-what this package does: the right model, or an error that names the tensor.
+Each test first shows the trouble with the usual tools, as it is with transformers 5.23, torch 2.13,
+accelerate 1.15 and MLflow 3.17 (the assertions on trouble are skipped on other releases of
+transformers, where it differs), and then what this package does: the right model, or an error that
+names the tensor.
 """
 
 from __future__ import annotations
@@ -23,14 +24,28 @@ import transformers
 import trigger_models as models
 from packaging.version import Version
 from safetensors.torch import load_file, load_model, save_file, save_model
-from transformers import BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaModel, T5Config, T5EncoderModel
+from transformers import (
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5EncoderModel,
+)
 from trigger_models import WIDTH, SmallConfig
 
 import mlflow_safeflavor
 from mlflow_safeflavor.checkpoints.damage import find_damage
 from mlflow_safeflavor.checkpoints.from_pretrained import from_pretrained
 from mlflow_safeflavor.checkpoints.materialize import materialize
-from mlflow_safeflavor.errors import PlacementError, SafeFlavorError, StructureError, TrustError, WeightsError
+from mlflow_safeflavor.errors import (
+    PlacementError,
+    SafeFlavorError,
+    StructureError,
+    TrustError,
+    WeightsError,
+)
 from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.module.state_dict import bits_equal
 
@@ -48,9 +63,14 @@ X = np.linspace(-1, 1, 2 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
 
 def differing(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
     """Paths of the tensors of any kind that are not the same in both, bit for bit."""
-    ours, theirs = ({slot.path: slot.tensor.detach() for slot in find_slots(each)} for each in (one, other))
+    ours, theirs = (
+        {slot.path: slot.tensor.detach() for slot in find_slots(each)} for each in (one, other)
+    )
     both = ours.keys() & theirs.keys()
-    return sorted((ours.keys() ^ theirs.keys()) | {path for path in both if not bits_equal(ours[path], theirs[path])})
+    return sorted(
+        (ours.keys() ^ theirs.keys())
+        | {path for path in both if not bits_equal(ours[path], theirs[path])}
+    )
 
 
 @contextmanager
@@ -68,7 +88,9 @@ def seeded(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     return make().eval()
 
 
-def saved_and_loaded(model: torch.nn.Module, path: Path, example: dict[str, np.ndarray], **options) -> torch.nn.Module:
+def saved_and_loaded(
+    model: torch.nn.Module, path: Path, example: dict[str, np.ndarray], **options
+) -> torch.nn.Module:
     """Through ``save_model`` and ``load_model``, with the golden answers replayed."""
     options = {"code_paths": [models.__file__], "rehearse": False, **options}
     mlflow_safeflavor.save_model(model, path, task="raw", input_example=example, **options)
@@ -78,13 +100,23 @@ def saved_and_loaded(model: torch.nn.Module, path: Path, example: dict[str, np.n
 @pytest.fixture
 def tiny_gpt2(tmp_path):
     """A tied model and its checkpoint folder."""
-    model = seeded(lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32)))
+    model = seeded(
+        lambda: GPT2LMHeadModel(
+            GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32)
+        )
+    )
     model.save_pretrained(tmp_path / "gpt2")
     return tmp_path / "gpt2", model
 
 
 def llama_config() -> LlamaConfig:
-    return LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    return LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=64,
+    )
 
 
 # Meta in plain sight.
@@ -142,11 +174,18 @@ def test_a_buffer_that_init_weights_forgets(tmp_path):
     model.save_pretrained(tmp_path / "checkpoint")
     if TROUBLE:
         with poisoned():
-            plain, info = models.ForgottenBuffer.from_pretrained(tmp_path / "checkpoint", output_loading_info=True)
+            plain, info = models.ForgottenBuffer.from_pretrained(
+                tmp_path / "checkpoint", output_loading_info=True
+            )
         assert not any(info.values())  # silent
         assert torch.isnan(plain.scale).all()
         assert torch.isnan(plain.shift).all()
-        assert [line.split(":")[0] for line in find_damage(plain)] == ["scale", "shift", "scale", "shift"]
+        assert [line.split(":")[0] for line in find_damage(plain)] == [
+            "scale",
+            "shift",
+            "scale",
+            "shift",
+        ]
         with pytest.raises(WeightsError, match=r"scale: this non-persistent buffer differs"):
             saved_and_loaded(plain, tmp_path / "never", {"x": X})
     with poisoned():
@@ -266,13 +305,17 @@ def test_threads_with_tied_models_and_mixed_dtypes(tiny_gpt2, clean_process):
     printed = clean_process(THREADS, str(folder)).stdout
     counts = json.loads(printed.split("COUNTS")[1])
     print(counts)
-    # How many of transformers' own loads were wrong ("theirs") is chance; the sure way to see it is the next test.
+    # How many of transformers' own loads were wrong ("theirs") is chance; the sure way to see it is
+    # the next test.
     assert counts["wrong"] == 0
     assert counts["right"] + counts["refused"] == 20
 
 
 def test_a_process_that_a_race_left_broken(tiny_gpt2, monkeypatch):
-    """What two interleaved loads leave behind for good: transformers' no-op in the place of ``tie_weights``."""
+    """What two interleaved loads leave behind for good.
+
+    Transformers' no-op in the place of ``tie_weights``.
+    """
     folder, model = tiny_gpt2
     if not TROUBLE:
         pytest.skip("transformers 4 does not swap tie_weights")
@@ -339,8 +382,13 @@ def test_prefixed_keys(tmp_path, tiny_bert, prefix):
     model = tiny_bert(None)
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    save_file({prefix + key: value for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
-    plain = BertModel.from_pretrained(tmp_path, dtype=torch.float32)  # random, and only the log says so
+    save_file(
+        {prefix + key: value for key, value in load_file(file).items()},
+        file,
+        metadata={"format": "pt"},
+    )
+    # random, and only the log says so
+    plain = BertModel.from_pretrained(tmp_path, dtype=torch.float32)
     assert not torch.equal(plain.pooler.dense.weight, model.pooler.dense.weight)
     with pytest.raises(WeightsError, match=f"start with {prefix!r}"):
         from_pretrained(tmp_path)
@@ -348,14 +396,17 @@ def test_prefixed_keys(tmp_path, tiny_bert, prefix):
 
 def test_an_undeclared_tie(tmp_path):
     model = seeded(models.Tied)
-    save_model(model, str(tmp_path / "one.safetensors"))  # safetensors keeps one of two equal tensors
+    # safetensors keeps one of two equal tensors
+    save_model(model, str(tmp_path / "one.safetensors"))
     with torch.device("meta"):
         empty = models.Tied()
     with pytest.warns(UserWarning, match="is a no-op"):
         load_model(empty, str(tmp_path / "one.safetensors"), strict=False)
     assert empty.embed.weight.is_meta  # nothing was loaded
     untied = models.Tied()
-    untied.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    untied.load_state_dict(
+        {name: value.clone() for name, value in model.state_dict().items()}, assign=True
+    )
     assert untied.head.weight is not untied.embed.weight  # silent
 
     filled = materialize(empty, tmp_path / "one.safetensors")
@@ -367,7 +418,10 @@ def test_an_undeclared_tie(tmp_path):
 
 def test_an_undeclared_tie_of_a_transformers_model(tmp_path):
     model = seeded(lambda: models.UndeclaredTie(SmallConfig()))
-    torch.save({"body.weight": model.body.weight, "body.bias": model.body.bias}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {"body.weight": model.body.weight, "body.bias": model.body.bias},
+        tmp_path / "pytorch_model.bin",
+    )
     model.config.save_pretrained(tmp_path)
     loaded = from_pretrained(tmp_path, model_class=models.UndeclaredTie)
     assert loaded.other.weight is loaded.body.weight
@@ -378,7 +432,9 @@ def test_init_weights_that_overwrites_loaded_weights(tmp_path):
     model = seeded(lambda: models.OldInitialiser(SmallConfig()))
     model.save_pretrained(tmp_path / "checkpoint")
     if TROUBLE:
-        plain, info = models.OldInitialiser.from_pretrained(tmp_path / "checkpoint", output_loading_info=True)
+        plain, info = models.OldInitialiser.from_pretrained(
+            tmp_path / "checkpoint", output_loading_info=True
+        )
         assert not any(info.values())  # silent
         assert not torch.equal(plain.norm.weight, model.norm.weight)
     loaded = from_pretrained(tmp_path / "checkpoint", model_class=models.OldInitialiser)
@@ -396,7 +452,10 @@ def test_to_empty_and_a_strict_load(tmp_path):
         empty = LlamaModel(model.config)
     with poisoned():
         unwritten = copy.deepcopy(empty).to_empty(device="cpu")
-    assert str(unwritten.load_state_dict(model.state_dict(), strict=True)) == "<All keys matched successfully>"
+    assert (
+        str(unwritten.load_state_dict(model.state_dict(), strict=True))
+        == "<All keys matched successfully>"
+    )
     assert torch.isnan(unwritten.rotary_emb.inv_freq).all()  # silent
     assert any("rotary_emb.inv_freq" in line for line in find_damage(unwritten))
     assert differing(materialize(empty, model.state_dict()), model) == []
@@ -413,7 +472,8 @@ def test_empty_like_in_the_place_of_values(tiny_gpt2):
     folder, model = tiny_gpt2
     with torch.device("meta"):
         empty = GPT2LMHeadModel(model.config)
-    with pytest.raises(ValueError, match="is on the meta device, we need a `value`"):  # as accelerate 1.15 has it
+    # as accelerate 1.15 has it
+    with pytest.raises(ValueError, match="is on the meta device, we need a `value`"):
         accelerate.utils.set_module_tensor_to_device(empty, "lm_head.weight", "cpu")
     with poisoned():
         for name, tensor in model.state_dict().items():
@@ -434,15 +494,21 @@ def test_torch_computes_with_meta_weights_and_real_inputs():
     with torch.device("meta"):
         layer, convolution = torch.nn.Linear(WIDTH, WIDTH, bias=False), torch.nn.Conv1d(2, 2, 1)
         index = torch.arange(WIDTH)
-    if torch.__version__.startswith("2.13"):  # a CPU tensor of memory that nobody wrote, and no error
+    # a CPU tensor of memory that nobody wrote, and no error
+    if torch.__version__.startswith("2.13"):
         x = torch.from_numpy(X)
-        assert [answer.is_meta for answer in (layer(x), convolution(x), x[..., index])] == [False] * 3
+        assert [answer.is_meta for answer in (layer(x), convolution(x), x[..., index])] == [
+            False
+        ] * 3
     with pytest.raises(WeightsError, match="without values"):
         mlflow_safeflavor.save_model(layer, "never", task="raw", input_example={"input": X})
 
 
 def test_nan_that_does_not_reach_the_answer(tmp_path):
-    """Attention on the CPU turned NaN frequencies into finite answers: looking at answers finds nothing."""
+    """Attention on the CPU turned NaN frequencies into finite answers.
+
+    Looking at answers finds nothing.
+    """
     model = seeded(lambda: LlamaModel(llama_config()))
     model.rotary_emb.inv_freq.fill_(float("nan"))
     assert any(line.startswith("rotary_emb.inv_freq") for line in find_damage(model))
@@ -453,7 +519,9 @@ def test_nan_that_does_not_reach_the_answer(tmp_path):
 
 def test_disk_offload(tiny_gpt2, tmp_path):
     folder, model = tiny_gpt2
-    offloaded = accelerate.disk_offload(copy.deepcopy(model), str(tmp_path / "offload"), execution_device="cpu")
+    offloaded = accelerate.disk_offload(
+        copy.deepcopy(model), str(tmp_path / "offload"), execution_device="cpu"
+    )
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta|offloaded"):
         offloaded.to("cpu")
     with pytest.raises(SafeFlavorError, match=r"without values|hooks"):
@@ -467,9 +535,13 @@ def test_disk_offload(tiny_gpt2, tmp_path):
 def test_an_offloaded_encoder_logged_by_mlflow_pytorch(tiny_gpt2, tmp_path):
     _, model = tiny_gpt2
     ids = torch.arange(4)[None]
-    offloaded = accelerate.disk_offload(copy.deepcopy(model), str(tmp_path / "offload"), execution_device="cpu")
+    offloaded = accelerate.disk_offload(
+        copy.deepcopy(model), str(tmp_path / "offload"), execution_device="cpu"
+    )
     pins = ["torch", "transformers", "accelerate"]
-    mlflow.pytorch.save_model(offloaded, str(tmp_path / "theirs"), pip_requirements=pins, serialization_format="pickle")
+    mlflow.pytorch.save_model(
+        offloaded, str(tmp_path / "theirs"), pip_requirements=pins, serialization_format="pickle"
+    )
     theirs = mlflow.pytorch.load_model(str(tmp_path / "theirs"))
     assert torch.equal(theirs(ids).logits, model(ids).logits)  # on this host, so far
     (tmp_path / "offload").rename(tmp_path / "elsewhere")
@@ -486,7 +558,8 @@ def test_dtype_left_out(tiny_gpt2):
     folder, model = tiny_gpt2
     model.to(torch.bfloat16).save_pretrained(folder)
     if TROUBLE:
-        assert GPT2LMHeadModel.from_pretrained(folder).dtype == torch.bfloat16  # since 5.0 the default is "auto"
+        # since 5.0 the default is "auto"
+        assert GPT2LMHeadModel.from_pretrained(folder).dtype == torch.bfloat16
     assert from_pretrained(folder).lm_head.weight.dtype == torch.float32
     with pytest.raises(PlacementError, match="Not a serving dtype"):
         from_pretrained(folder, dtype="auto")
@@ -497,7 +570,8 @@ def test_submodules_that_must_stay_in_float32(tmp_path):
     model = seeded(lambda: T5EncoderModel(config))
     model.save_pretrained(tmp_path)
     path = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
-    assert copy.deepcopy(model).to(torch.float16).get_parameter(path).dtype == torch.float16  # the trouble
+    # the trouble
+    assert copy.deepcopy(model).to(torch.float16).get_parameter(path).dtype == torch.float16
     assert from_pretrained(tmp_path, dtype="float16").get_parameter(path).dtype == torch.float32
     with torch.device("meta"):
         empty = T5EncoderModel(config)
@@ -508,7 +582,11 @@ def test_submodules_that_must_stay_in_float32(tmp_path):
 
 def test_files_with_other_names_than_the_state_dict(tmp_path):
     config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
     )
     model = seeded(lambda: transformers.ViTModel(config))
     model.save_pretrained(tmp_path)

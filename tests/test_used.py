@@ -1,4 +1,7 @@
-"""Pins are what runs: distributions that a rehearsal imports or reads are pinned, or refused by name."""
+"""Pins are what runs.
+
+Distributions that a rehearsal imports or reads are pinned, or refused by name.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +37,24 @@ ROWS = [{"a": 1.0, "b": 2.0}, {"a": -3.0, "b": 0.5}]
 
 
 def test_a_file_belongs_to_the_distribution_that_lists_it(own_site):
-    own_site.install("acme-a", files={"acme/a.py": "", "acme/a/words, all.json": "", "../../../share/acme/a.txt": ""})
+    own_site.install(
+        "acme-a",
+        files={"acme/a.py": "", "acme/a/words, all.json": "", "../../../share/acme/a.txt": ""},
+    )
     own_site.install("acme-b", files={"acme/b.py": "", "acme_b/__init__.py": ""})
     owners = Owners(own_site.path)
     assert owners.of(str(own_site.folder / "acme" / "a.py")) == "acme-a"
-    assert owners.of(str(own_site.folder / "acme" / "b.py")) == "acme-b", "a namespace has several owners"
+    assert owners.of(str(own_site.folder / "acme" / "b.py")) == "acme-b", (
+        "a namespace has several owners"
+    )
     assert owners.of(str(own_site.folder / "acme" / "a" / "words, all.json")) == "acme-a"
     assert owners.of(str(own_site.home / "share" / "acme" / "a.txt")) == "acme-a"
-    assert owners.of(str(own_site.folder / "acme_b" / "_made_here.py")) == "acme-b", "code that was made beside its own"
-    assert owners.of(str(own_site.folder / "acme_b" / "fetched.json")) is None, "data that came later"
+    assert owners.of(str(own_site.folder / "acme_b" / "_made_here.py")) == "acme-b", (
+        "code that was made beside its own"
+    )
+    assert owners.of(str(own_site.folder / "acme_b" / "fetched.json")) is None, (
+        "data that came later"
+    )
     assert owners.of(str(own_site.folder / "acme" / "c.py")) is None, "beside code of two owners"
 
 
@@ -59,9 +71,13 @@ def test_without_a_list_the_top_level_name_counts(own_site):
     assert Owners(own_site.path).of(str(own_site.folder / "acme_old" / "data.json")) == "acme-old"
 
 
-def test_all_below_the_folder_of_an_editable_install_but_not_the_environment_in_it(own_site, tmp_path):
+def test_all_below_the_folder_of_an_editable_install_but_not_the_environment_in_it(
+    own_site, tmp_path
+):
     url = {"url": tmp_path.as_uri(), "dir_info": {"editable": True}}
-    own_site.install("acme-edit", files={"__editable__.acme_edit.pth": str(tmp_path / "src")}, direct_url=url)
+    own_site.install(
+        "acme-edit", files={"__editable__.acme_edit.pth": str(tmp_path / "src")}, direct_url=url
+    )
     owners = Owners(own_site.path)
     assert owners.of(str(tmp_path / "src" / "acme_edit" / "data.json")) == "acme-edit"
     assert owners.of(str(own_site.folder / "stranger.json")) is None
@@ -81,7 +97,10 @@ def test_imports_and_data_count_metadata_and_pythons_own_do_not(own_site):
         json.__file__,
         "nowhere.json",
     )
-    assert used == {"acme-code": Use("2.0", "net", "module"), "acme-data": Use("0.1", "net", "module")}
+    assert used == {
+        "acme-code": Use("2.0", "net", "module"),
+        "acme-data": Use("0.1", "net", "module"),
+    }
 
 
 def test_code_that_no_distribution_has_is_refused_by_what_code_paths_would_name(own_site, tmp_path):
@@ -99,12 +118,16 @@ def test_code_that_no_distribution_has_is_refused_by_what_code_paths_would_name(
         own_site.used(str(tmp_path / "acme_elsewhere.py"))
 
 
-@pytest.mark.parametrize("place", ["acme_code/fetched.bin", "nltk_data/words.txt", "../../../nltk_data/words.txt"])
+@pytest.mark.parametrize(
+    "place", ["acme_code/fetched.bin", "nltk_data/words.txt", "../../../nltk_data/words.txt"]
+)
 def test_data_that_no_distribution_has_is_refused_by_name(own_site, place, monkeypatch):
     monkeypatch.setattr(sys, "prefix", str(own_site.home))
     own_site.install("acme-code")
     own_site.write(place)
-    with pytest.raises(EnvironmentMismatchError, match="reads files that no installed distribution has") as refused:
+    with pytest.raises(
+        EnvironmentMismatchError, match="reads files that no installed distribution has"
+    ) as refused:
         own_site.used("acme_code/__init__.py", place)
     assert f"{Path(place).name} (for net)" in refused.value.where
     assert "Path(__file__)" in refused.value.hint
@@ -125,14 +148,19 @@ def test_a_module_that_only_this_process_has_comes_along_by_name(own_site, tmp_p
 
 @pytest.fixture
 def pin(tmp_path):
-    """``pin(used, **wanted)``: what ``Pinning`` makes of it, as (anything added?, lines of requirements.txt)."""
+    """``pin(used, **wanted)``.
+
+    What ``Pinning`` makes of it, as (anything added?, lines of requirements.txt).
+    """
 
     def run(used, engines=("module",), hashes=False, **wanted):
         layout = Layout(tmp_path / "stage")
         layout.data.mkdir(parents=True, exist_ok=True)
         none = dict.fromkeys(("pip_requirements", "extra_pip_requirements", "conda_env"))
         source = Source(task="raw", module=torch.nn.Linear(1, 1))
-        pinning = Pinning(layout, source, engines, None, hashes, **{"torch_index": None, **none, **wanted})
+        pinning = Pinning(
+            layout, source, engines, None, hashes, **{"torch_index": None, **none, **wanted}
+        )
         pinning.write()
         return pinning.finish(used), layout.requirements.read_text().splitlines()
 
@@ -144,7 +172,10 @@ def test_what_was_used_is_pinned_with_what_it_requires(own_site, pin, caplog):
     own_site.install("acme-b", "1.5")
     with caplog.at_level(logging.INFO, "mlflow.safeflavor"):
         added, lines = pin(
-            {"acme-a": Use("1.2", "used_net", "module"), "numpy": Use(np.__version__, "torch", "module")}
+            {
+                "acme-a": Use("1.2", "used_net", "module"),
+                "numpy": Use(np.__version__, "torch", "module"),
+            }
         )
     assert added
     assert {"acme-a==1.2", "acme-b==1.5"} <= set(lines)
@@ -157,7 +188,9 @@ def test_hashes_are_looked_up_once_and_for_all_that_is_pinned(own_site, pin, mon
     locked = []
     monkeypatch.setattr(
         "mlflow_safeflavor.save.pinning.lock_file",
-        lambda layout, recorded: locked.append((set(recorded.distributions), layout.requirements.read_text())),
+        lambda layout, recorded: locked.append(
+            (set(recorded.distributions), layout.requirements.read_text())
+        ),
     )
     for used in ({"acme-a": Use("1.2", "net", "module")}, {}, None):
         assert pin(used, hashes=True)[0]
@@ -177,9 +210,13 @@ def test_what_the_graph_used_is_not_left_out_of_its_image(own_site, pin, tmp_pat
     own_site.install("acme-b")
     uses = {"acme-a": Use("1.0", "net", "onnx"), "acme-b": Use("1.0", "net", "module")}
     pin({**uses, "regex": _use("regex", "onnx")}, engines=("onnx", "module"))
-    only_module = json.loads((tmp_path / "stage" / "safeflavor" / "environment.json").read_text())["only_module"]
+    only_module = json.loads((tmp_path / "stage" / "safeflavor" / "environment.json").read_text())[
+        "only_module"
+    ]
     assert {"acme-b", "transformers"} <= set(only_module)
-    assert not {"acme-a", "regex"} & set(only_module), "regex is one that else only transformers requires"
+    assert not {"acme-a", "regex"} & set(only_module), (
+        "regex is one that else only transformers requires"
+    )
 
 
 def _use(name, engine):
@@ -192,7 +229,9 @@ def test_an_editable_install_is_refused_by_name_and_its_hint_works(own_site, pin
     url = {"url": tmp_path.as_uri(), "dir_info": {"editable": True}}
     own_site.install("acme-edit", "0.3", direct_url=url)
     used = {"acme-edit": Use("0.3", "net", "module")}
-    with pytest.raises(EnvironmentMismatchError, match=r"acme-edit 0\.3: editable install") as refused:
+    with pytest.raises(
+        EnvironmentMismatchError, match=r"acme-edit 0\.3: editable install"
+    ) as refused:
         pin(used)
     line = re.search(r"extra_pip_requirements=\['(.*?)'\]", refused.value.hint)[1]
     assert line in pin(used, extra_pip_requirements=[line])[1]
@@ -212,19 +251,35 @@ OWN_LINES = ["mlflow", "torch", "safetensors", "acme-a"]
     "wanted",
     [
         {"pip_requirements": OWN_LINES},
-        {"conda_env": {"dependencies": ["python=3.11", "pytorch>=2", "acme-a=1", {"pip": ["mlflow", "safetensors"]}]}},
+        {
+            "conda_env": {
+                "dependencies": [
+                    "python=3.11",
+                    "pytorch>=2",
+                    "acme-a=1",
+                    {"pip": ["mlflow", "safetensors"]},
+                ]
+            }
+        },
     ],
     ids=["pip_requirements", "conda_env"],
 )
 def test_lines_of_the_users_own_stay_and_what_they_lack_is_told(own_site, pin, caplog, wanted):
-    for name, requires in (("acme-a", ["acme-b"]), ("acme-b", []), ("acme-c", ["acme-d"]), ("acme-d", [])):
+    for name, requires in (
+        ("acme-a", ["acme-b"]),
+        ("acme-b", []),
+        ("acme-c", ["acme-d"]),
+        ("acme-d", []),
+    ):
         own_site.install(name, requires=requires)
     used = {f"acme-{letter}": Use("1.0", "net", "module") for letter in "abcd"}
     added, lines = pin(used | {"numpy": Use(np.__version__, "torch", "module")}, **wanted)
     assert not added
     assert not any(line.startswith("acme-c") for line in lines)
     told = caplog.records[-1].getMessage()
-    assert told.endswith("To add: acme-c==1.0 (for net)"), "neither what is brought along nor what is not missing"
+    assert told.endswith("To add: acme-c==1.0 (for net)"), (
+        "neither what is brought along nor what is not missing"
+    )
     caplog.clear()
     pin(used, pip_requirements=[*OWN_LINES, "acme-c==1.0"])
     assert "To add" not in caplog.text
@@ -282,11 +337,20 @@ TOOL = """
 
 
 def install_what_the_code_uses(own_site):
-    own_site.install("acme-order", "1.2", {"acme_order/__init__.py": "ORDER = ['y', 'z']"}, requires=["acme-base"])
+    own_site.install(
+        "acme-order",
+        "1.2",
+        {"acme_order/__init__.py": "ORDER = ['y', 'z']"},
+        requires=["acme-base"],
+    )
     own_site.install("acme-base", "2.1")
     own_site.install("acme-lazy", "3.0", {"acme_lazy/__init__.py": "SCALE = 2.0"})
     own_site.install("acme-data", "0.1", {"acme_data/words.json": '["score"]'})
-    tool = {"acme_tool/__init__.py": dedent(TOOL), "acme_tool/rules.py": "", "acme_tool/rules.txt": ""}
+    tool = {
+        "acme_tool/__init__.py": dedent(TOOL),
+        "acme_tool/rules.py": "",
+        "acme_tool/rules.txt": "",
+    }
     own_site.install("acme-tool", "9.0", tool)
     own_site.install("acme-start", "9.0")
     own_site.write("acme_tool.pth", "import acme_tool")
@@ -303,7 +367,9 @@ def seeded(make):
 
 
 @pytest.mark.slow
-def test_a_save_pins_what_modules_hooks_and_data_need_and_no_tool(own_site, user_code, tmp_path, caplog, monkeypatch):
+def test_a_save_pins_what_modules_hooks_and_data_need_and_no_tool(
+    own_site, user_code, tmp_path, caplog, monkeypatch
+):
     install_what_the_code_uses(own_site)
     used = {}
     monkeypatch.setattr(save, "find_used", lambda *opened: used.update(find_used(*opened)) or used)
@@ -325,7 +391,10 @@ def test_a_save_pins_what_modules_hooks_and_data_need_and_no_tool(own_site, user
     pins = dict(line.split("==") for line in lines if "==" in line)
     wanted = {"acme-order": "1.2", "acme-base": "2.1", "acme-lazy": "3.0", "acme-data": "0.1"}
     assert wanted.items() <= pins.items()
-    assert not {"acme-tool", "acme-start", "pytest", "ruff", "coverage", "pip", "mlflow-safeflavor"} & pins.keys()
+    assert (
+        not {"acme-tool", "acme-start", "pytest", "ruff", "coverage", "pip", "mlflow-safeflavor"}
+        & pins.keys()
+    )
     assert "acme-order" in used
     assert "setuptools" not in used, "imported in place of Python's own distutils"
     assert "acme-data 0.1 (for used_hooks)" in caplog.text
@@ -334,10 +403,15 @@ def test_a_save_pins_what_modules_hooks_and_data_need_and_no_tool(own_site, user
     assert wanted.items() <= recorded["distributions"].items()
     conda = yaml.safe_load((path / "conda.yaml").read_text())
     assert conda["dependencies"][-1]["pip"] == lines
-    loaded = mlflow_safeflavor.load_model(str(path), trust={"code"}, environment="error")  # and with its manifest
+    # and with its manifest
+    loaded = mlflow_safeflavor.load_model(str(path), trust={"code"}, environment="error")
     assert loaded.report.bit_identical
     size = yaml.safe_load((path / "MLmodel").read_text())["model_size_bytes"]
-    files = (file for file in path.rglob("*") if file.is_file() and file.name not in ("MLmodel", "manifest.json"))
+    files = (
+        file
+        for file in path.rglob("*")
+        if file.is_file() and file.name not in ("MLmodel", "manifest.json")
+    )
     assert size == sum(file.stat().st_size for file in files)
 
 
@@ -348,7 +422,12 @@ def test_without_a_rehearsal_the_log_says_so(own_site, user_code, tmp_path, capl
     example = {"x": np.ones((2, 2), "float32")}
     with caplog.at_level(logging.INFO, "mlflow.safeflavor"):
         mlflow_safeflavor.save_model(
-            seeded(net.Net), tmp_path / "m", task="raw", input_example=example, code_paths=[file], rehearse=False
+            seeded(net.Net),
+            tmp_path / "m",
+            task="raw",
+            input_example=example,
+            code_paths=[file],
+            rehearse=False,
         )
     assert "not rehearsed" in caplog.text
     assert "acme" not in (tmp_path / "m" / "requirements.txt").read_text()

@@ -14,14 +14,25 @@ TASKS = ["text-classification", "feature-extraction", "custom"]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_tokenizer_with_more_tokens_than_rows_is_refused_at_save(tiny_bert, tiny_tokenizer, tmp_path, task):
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused_at_save(
+    tiny_bert, tiny_tokenizer, tmp_path, task
+):
     tiny_tokenizer.add_tokens(["zebra", "okapi"])
     model = tiny_bert(None if task == "feature-extraction" else "classifier")
     rows = model.config.vocab_size
-    hooks = {"preprocess": print, "postprocess": print, "input_example": [{"text": "a"}], "allow_pickle": True}
+    hooks = {
+        "preprocess": print,
+        "postprocess": print,
+        "input_example": [{"text": "a"}],
+        "allow_pickle": True,
+    }
     with pytest.raises(StructureError, match="no embedding") as caught:
         mlflow_safeflavor.save_model(
-            model, tmp_path / "model", tokenizer=tiny_tokenizer, task=task, **(hooks if task == "custom" else {})
+            model,
+            tmp_path / "model",
+            tokenizer=tiny_tokenizer,
+            task=task,
+            **(hooks if task == "custom" else {}),
         )
     assert f"'zebra', id {rows}" in caught.value.where
     assert "1 more" in caught.value.where
@@ -29,7 +40,9 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused_at_save(tiny_bert, ti
     assert not (tmp_path / "model").exists()
     model.resize_token_embeddings(len(tiny_tokenizer))  # the hint, followed literally
     if task == "text-classification":
-        mlflow_safeflavor.save_model(model, tmp_path / "model", tokenizer=tiny_tokenizer, task=task, rehearse=False)
+        mlflow_safeflavor.save_model(
+            model, tmp_path / "model", tokenizer=tiny_tokenizer, task=task, rehearse=False
+        )
 
 
 def test_more_rows_than_tokens_are_as_they_should_be(tiny_bert, tiny_tokenizer):
@@ -43,7 +56,10 @@ def test_a_table_inside_a_module_of_the_users(tiny_bert):
             self.parts = torch.nn.ModuleList(parts)
 
     name = "parts.0.embeddings.word_embeddings.weight"
-    assert find_table(Two(tiny_bert(None), torch.nn.Linear(2, 2))) == (name, tiny_bert().config.vocab_size)
+    assert find_table(Two(tiny_bert(None), torch.nn.Linear(2, 2))) == (
+        name,
+        tiny_bert().config.vocab_size,
+    )
     assert find_table(Two(tiny_bert(None), tiny_bert(None))) is None, "two tokenizers, or one"
 
 
@@ -64,7 +80,10 @@ def test_tables_of_other_modules():
         (lambda config: config.update(pad_token_id=10**6), "task_config, pad_token_id"),
         (lambda config: config.update(pad_token_id=-1), "task_config, pad_token_id"),
         (lambda config: config["encoder"].update(mask_token_id=99), "encoder, mask_token_id"),
-        (lambda config: config["encoder"].update(table="classifier.weight"), "encoder, mask_token_id"),
+        (
+            lambda config: config["encoder"].update(table="classifier.weight"),
+            "encoder, mask_token_id",
+        ),
         (lambda config: config["encoder"].update(table="nothing"), "encoder, table"),
     ],
     ids=["pad", "negative", "mask", "other table", "no table"],

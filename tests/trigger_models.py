@@ -1,4 +1,7 @@
-"""Small models with the habits that the meta device breaks, for ``test_triggers``; saved through ``code_paths``."""
+"""Small models with the habits that the meta device breaks, for ``test_triggers``.
+
+Saved through ``code_paths``.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ class SmallConfig(PretrainedConfig):
 
 
 class Small(PreTrainedModel):
-    """What all have in common: one linear layer, and weights that are initialised as transformers asks."""
+    """What all have in common.
+
+    One linear layer, and weights that are initialised as transformers asks.
+    """
 
     config_class = SmallConfig
 
@@ -49,7 +55,9 @@ class ForgottenBuffer(Small):
     def __init__(self, config):
         super().__init__(config)
         self.register_buffer("scale", torch.linspace(1, 2, WIDTH), persistent=False)
-        self.register_buffer("shift", torch.from_numpy(np.arange(WIDTH, dtype=np.float32)), persistent=False)
+        self.register_buffer(
+            "shift", torch.from_numpy(np.arange(WIDTH, dtype=np.float32)), persistent=False
+        )
         self.post_init()
 
     def forward(self, x):

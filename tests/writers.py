@@ -10,7 +10,16 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n"), ("o", "n"), ("e", "r"), ("i", "n"), ("Ġ", "c")]
+MERGES = [
+    ("t", "h"),
+    ("th", "e"),
+    ("Ġ", "the"),
+    ("a", "n"),
+    ("o", "n"),
+    ("e", "r"),
+    ("i", "n"),
+    ("Ġ", "c"),
+]
 VOCABULARY = ["<pad>", "<s>", "</s>", *BYTES, *("".join(pair) for pair in MERGES)]
 SIZE = len(VOCABULARY)
 
@@ -22,7 +31,9 @@ def byte_tokenizer(*, pad="<pad>", bos=False, eos=False, chat=False, **options):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     single = ("<s> " if bos else "") + "$A" + (" </s>" if eos else "")
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=pad,
@@ -43,15 +54,32 @@ _BART = {
     **{"max_position_embeddings": 96, "pad_token_id": 0, "decoder_start_token_id": 2},
 }
 _LLAMA = {
-    **{"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
     **{"max_position_embeddings": 96, "initializer_range": 0.3},
 }
 
 DECODERS = {
-    "GPT2LMHeadModel": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 96, "initializer_range": 0.3},
+    "GPT2LMHeadModel": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 96,
+        "initializer_range": 0.3,
+    },
     "LlamaForCausalLM": {**_LLAMA, "num_key_value_heads": 1},
     "OPTForCausalLM": {
-        **{"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 32, "num_hidden_layers": 2, "init_std": 0.3},
+        **{
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 32,
+            "num_hidden_layers": 2,
+            "init_std": 0.3,
+        },
         **{"num_attention_heads": 2, "max_position_embeddings": 96, "pad_token_id": 0},
     },
     "GPTNeoXForCausalLM": _LLAMA,
@@ -60,11 +88,23 @@ ODD_DECODERS = {
     # Counts positions from the padding on.
     "BartForCausalLM": _BART,
     # Recurrent.
-    "RwkvForCausalLM": {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 96, "use_cache": True},
+    "RwkvForCausalLM": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "context_length": 96,
+        "use_cache": True,
+    },
 }
 ENCODER_DECODERS = {
     "T5ForConditionalGeneration": {
-        **{"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "initializer_factor": 3.0},
+        **{
+            "d_model": 32,
+            "d_kv": 16,
+            "d_ff": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "initializer_factor": 3.0,
+        },
         **{"pad_token_id": 0, "decoder_start_token_id": 0},
     },
     "BartForConditionalGeneration": _BART,

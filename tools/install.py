@@ -37,7 +37,16 @@ def has_nvidia_gpu() -> bool:
 
 def offered_torch_versions(python: str) -> set[str]:
     """Every version of torch that pip, as it is configured here, would consider; downloads none."""
-    command = [sys.executable, "-m", "pip", "index", "versions", "torch", "--python-version", python]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "index",
+        "versions",
+        "torch",
+        "--python-version",
+        python,
+    ]
     listing = subprocess.run(command, capture_output=True, text=True)
     versions = re.search(r"^Available versions: (.*)$", listing.stdout, re.MULTILINE)
     return set(versions[1].split(", ")) if versions else set()
@@ -67,7 +76,16 @@ def torch_arguments(version: str, index: str, python: str = RUNNING) -> tuple[li
 
 def run(what: str, *arguments: str) -> None:
     """Run pip, quietly but for one line that says what it does and how long that took."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-qq", "--no-compile", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "-qq",
+        "--no-compile",
+        *arguments,
+    ]
     started = time.monotonic()
     done = threading.Event()
 
@@ -85,26 +103,49 @@ def run(what: str, *arguments: str) -> None:
     if ticker.is_alive():
         ticker.join()
     mark = "\r" if sys.stdout.isatty() else ""
-    print(f"{mark}{what}: {'done' if status == 0 else 'FAILED'}, {time.monotonic() - started:.0f} s", flush=True)
+    print(
+        f"{mark}{what}: {'done' if status == 0 else 'FAILED'}, {time.monotonic() - started:.0f} s",
+        flush=True,
+    )
     if status != 0:
-        sys.exit(f"pip could not do it: {' '.join(command)}\nTORCH_INDEX=URL names another place to take torch from.")
+        sys.exit(
+            f"pip could not do it: {' '.join(command)}\nTORCH_INDEX=URL names another place to "
+            "take torch from."
+        )
 
 
 def compile_all() -> None:
     """Byte code, with all cores, as pip does not; but for tests that come along, and templates that are no Python."""
     print("byte code …", flush=True)
-    command = [sys.executable, "-m", "compileall", "-qq", "-j", "0", "-x", "/tests?/", sysconfig.get_path("purelib")]
+    command = [
+        sys.executable,
+        "-m",
+        "compileall",
+        "-qq",
+        "-j",
+        "0",
+        "-x",
+        "/tests?/",
+        sysconfig.get_path("purelib"),
+    ]
     subprocess.run([*command, "mlflow_safeflavor"])
 
 
 def main() -> None:
     """Install torch first, then everything else around it."""
     if not (3, 10) <= sys.version_info[:2] < (3, 14):
-        sys.exit(f"Python 3.10 to 3.13 is needed, this is {platform.python_version()}: make venv PYTHON=python3.11")
+        sys.exit(
+            f"Python 3.10 to 3.13 is needed, this is {platform.python_version()}: make venv "
+            "PYTHON=python3.11"
+        )
     environ = os.environ.get
     arguments, why = torch_arguments(environ("TORCH") or TORCH, environ("TORCH_INDEX", ""))
     run(f"torch {environ('TORCH') or TORCH} ({why})", *arguments)
-    pins = [f"{name}=={version}" for name in ("transformers", "mlflow") if (version := environ(name.upper()))]
+    pins = [
+        f"{name}=={version}"
+        for name in ("transformers", "mlflow")
+        if (version := environ(name.upper()))
+    ]
     run("mlflow-safeflavor and what it is tested with", "--editable", f".[{EXTRAS}]", *pins)
     compile_all()
 

@@ -1,4 +1,7 @@
-"""The package in numbers: python tools/measure.py [FOLDER …], one column a folder; by default the package."""
+"""The package in numbers: python tools/measure.py [FOLDER …], one column a folder.
+
+By default the package.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,31 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def measure(folder: Path) -> dict[str, str]:
-    """Label → figure. Bodies are counted in lines, without docstrings; comments without those that tools read."""
+    """Label → figure.
+
+    Bodies are counted in lines, without docstrings; comments without those that tools read.
+    """
     texts = [file.read_text(encoding="utf-8") for file in sorted(folder.rglob("*.py"))]
     files = [len(text.splitlines()) for text in texts]
-    functions = [node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, FUNCTIONS)]
+    functions = [
+        node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, FUNCTIONS)
+    ]
     bodies = sorted(map(_lines, functions))
-    parameters = sorted(len(f.args.posonlyargs) + len(f.args.args) + len(f.args.kwonlyargs) for f in functions)
+    parameters = sorted(
+        len(f.args.posonlyargs) + len(f.args.args) + len(f.args.kwonlyargs) for f in functions
+    )
     comments = sum(len(list(_comments(text))) for text in texts)
     longest = max(len(line) for text in texts for line in text.splitlines())
     return {
         "files": f"{len(files)}, median {statistics.median(files):.0f} lines, longest {max(files)}",
         "lines": f"{sum(files):,}",
         "functions": f"{len(functions):,}",
-        "body of a function": f"median {statistics.median(bodies):.0f}, 9 in 10 up to {_nine_in_ten(bodies)}",
+        "body of a function": f"median {statistics.median(bodies):.0f}, 9 in 10 up to "
+        f"{_nine_in_ten(bodies)}",
         "parameters": f"9 in 10 up to {_nine_in_ten(parameters)}, most {parameters[-1]}",
         "longest line": f"{longest} columns",
-        "lines over 100 columns": f"{sum(len(line) > 100 for text in texts for line in text.splitlines()):,}",
+        "lines over 100 "
+        "columns": f"{sum(len(line) > 100 for text in texts for line in text.splitlines()):,}",
         "comments": f"{100 * comments / sum(files):.1f} a hundred lines",
     }
 
@@ -41,7 +53,9 @@ def _lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 def _comments(text: str) -> Iterator[str]:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT and not token.string.startswith(("# noqa", "# type:", "# pragma")):
+        if token.type == tokenize.COMMENT and not token.string.startswith(
+            ("# noqa", "# type:", "# pragma")
+        ):
             yield token.string
 
 

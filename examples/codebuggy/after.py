@@ -2,7 +2,8 @@
 
     python after.py
 
-It is saved, loaded in another process, and answers the same there to the last bit; its ``__init__`` is not called.
+It is saved, loaded in another process, and answers the same there to the last bit; its ``__init__``
+is not called.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import mlflow_safeflavor
 
 ROWS = [{"buggy_code": BEFORE, "fixed_code": AFTER}]
 TRUST = {"code", "pickle"}
-# Another process, isolated: of the model's code it can import what the saved model brings, and nothing else.
+# Another process, isolated: of the model's code it can import what the saved model brings, and
+# nothing else.
 LOAD = """
 import json, sys
 import mlflow_safeflavor

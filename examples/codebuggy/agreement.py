@@ -1,6 +1,7 @@
 """Do host, ``mlflow models serve`` and the service say the same of the same pairs, bit for bit?
 
-    python agreement.py models:/codebuggy@champion heldout.jsonl --endpoint http://127.0.0.1:5000 --app http://127.0.0.1:8080
+    python agreement.py models:/codebuggy@champion heldout.jsonl --endpoint http://127.0.0.1:5000
+    --app http://127.0.0.1:8080
 
 A container is one more ``--endpoint``: ``mlflow-safeflavor verify`` compares any.
 """
@@ -30,7 +31,8 @@ class Agreement:
 
     Attributes:
         labels: What the model says here, one a row.
-        server: How many rows, golden ones included, the scoring server answers with the same bits, and of how many.
+        server: How many rows, golden ones included, the scoring server answers with the same bits,
+            and of how many.
         app: The same of the service, without golden rows.
         first_difference: In words; None if there is none.
     """
@@ -50,20 +52,35 @@ class Agreement:
         """Two lines, or three."""
         lines = [
             f"{who}: {same} of {rows} rows answered as here, bit for bit"
-            for who, (same, rows) in {"mlflow models serve": self.server, "service": self.app}.items()
+            for who, (same, rows) in {
+                "mlflow models serve": self.server,
+                "service": self.app,
+            }.items()
         ]
         return "\n".join([*lines, *([self.first_difference] if self.first_difference else [])])
 
 
-def compare(model_uri: str, endpoint: str, app: str, rows: Sequence[Mapping[str, Any]]) -> Agreement:
+def compare(
+    model_uri: str, endpoint: str, app: str, rows: Sequence[Mapping[str, Any]]
+) -> Agreement:
     """Answer ``rows`` by the model loaded here, by a scoring server, and by ``POST /predict`` of the service."""
-    torch.set_num_threads(1)  # as servers do, by the model's `num_threads`: more threads round sums in another order
-    frame = pd.DataFrame([{name: row[name] for name in ("buggy_code", "fixed_code")} for row in rows])
+    # as servers do, by the model's `num_threads`: more threads round sums in another order
+    torch.set_num_threads(1)
+    frame = pd.DataFrame(
+        [{name: row[name] for name in ("buggy_code", "fixed_code")} for row in rows]
+    )
     report = mlflow_safeflavor.verify_model(model_uri, endpoint=endpoint, rows=frame, trust=TRUST)
-    here = mlflow_safeflavor.load_model(model_uri, trust=TRUST).predict(frame).to_dict(orient="records")
+    here = (
+        mlflow_safeflavor.load_model(model_uri, trust=TRUST)
+        .predict(frame)
+        .to_dict(orient="records")
+    )
     there = [ask(app, row) for row in frame.to_dict(orient="records")]
     # JSON carries a double with all its bits.
-    equal = [a["label"] == b["label"] and a["score"] == b["score"] for a, b in zip(here, there, strict=True)]
+    equal = [
+        a["label"] == b["label"] and a["score"] == b["score"]
+        for a, b in zip(here, there, strict=True)
+    ]
     first = report.first_difference
     if first is None and not all(equal):
         i = equal.index(False)

@@ -1,8 +1,8 @@
 """Processes that outlive the command that started them, each with a file that says which it is.
 
-A file ``NAME.pid`` holds the process id and when that process began, so that a number the kernel has given to somebody
-else since is never signalled. Every process leads a group of its own; its workers are stopped with it, also those that
-a killed leader left behind.
+A file ``NAME.pid`` holds the process id and when that process began, so that a number the kernel
+has given to somebody else since is never signalled. Every process leads a group of its own; its
+workers are stopped with it, also those that a killed leader left behind.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Background:
             command: Program and arguments.
             environ: All of its variables.
             user: Run it as this user; takes root.
-            death_signal: Sent to it by the kernel when this process is gone, however that came about; by default
-                it stays.
+            death_signal: Sent to it by the kernel when this process is gone, however that came
+                about; by default it stays.
 
         Raises:
             NotReadyError: It runs already.
@@ -76,7 +76,13 @@ class Background:
             dict(environ),
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, str(self.log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+                (
+                    os.POSIX_SPAWN_OPEN,
+                    1,
+                    str(self.log),
+                    os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+                    0o600,
+                ),
                 (os.POSIX_SPAWN_DUP2, 1, 2),
             ],
             setsid=True,
@@ -94,7 +100,10 @@ class Background:
         return False
 
     def kill(self) -> None:
-        """End the process and its workers at once, as a machine that fails would; its files stay."""
+        """End the process and its workers at once, as a machine that fails would.
+
+        Its files stay.
+        """
         self._signal(signal.SIGKILL)
         self._wait_for_end(_ENDING)
 
@@ -138,7 +147,10 @@ class Background:
         return not alive
 
     def _group_lives(self) -> bool:
-        """Whether anybody of the group runs. Zombies do not: where nobody collects them they stay for ever."""
+        """Whether anybody of the group runs.
+
+        Zombies do not: where nobody collects them they stay for ever.
+        """
         pid = self._pid()
         if pid is None:
             return False

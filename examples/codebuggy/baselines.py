@@ -24,12 +24,18 @@ def score_bag_of_tokens(train: Sequence[Pair], heldout: Sequence[Pair]) -> float
     """Accuracy of logistic regression on which tokens, and pairs of neighbours, came and went, and what is longer."""
     model = make_pipeline(DictVectorizer(), LogisticRegression(max_iter=2000))
     model.fit([_difference(pair) for pair in train], [pair.label for pair in train])
-    return float(model.score([_difference(pair) for pair in heldout], [pair.label for pair in heldout]))
+    return float(
+        model.score([_difference(pair) for pair in heldout], [pair.label for pair in heldout])
+    )
 
 
 def _difference(pair: Pair) -> dict[str, float]:
     before, after = _bag(pair.buggy_code), _bag(pair.fixed_code)
-    changed = {token: after[token] - before[token] for token in before | after if after[token] != before[token]}
+    changed = {
+        token: after[token] - before[token]
+        for token in before | after
+        if after[token] != before[token]
+    }
     return {**changed, "<longer>": float(len(pair.fixed_code) > len(pair.buggy_code))}
 
 

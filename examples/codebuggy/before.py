@@ -2,10 +2,10 @@
 
     python before.py
 
-The model is whole when it is saved. Three ways to load it again, by the very same versions: the nested
-``from_pretrained`` is an error; with a device of its own it loads, with memory that nobody wrote, and breaks at the
-first row; made from a config it loads without a complaint, and all that it ever answers is made of such memory.
-``after.py`` is the same classifier through this flavor.
+The model is whole when it is saved. Three ways to load it again, by the very same versions: the
+nested ``from_pretrained`` is an error; with a device of its own it loads, with memory that nobody
+wrote, and breaks at the first row; made from a config it loads without a complaint, and all that it
+ever answers is made of such memory. ``after.py`` is the same classifier through this flavor.
 """
 
 from __future__ import annotations
@@ -74,14 +74,20 @@ def load_again(cls: type[Nested], folder: str, tokenizer: Any) -> None:
         console.print(f"  loaded: [red]{describe(error)}[/]")
         return
     problems = sorted(str(key) for keys in info.values() for key in keys)
-    console.print(f"  loaded: no error; keys that transformers misses or mistrusts: {problems or 'none'}")
-    console.print(f"  temperature: [red]{model.classifier.temperature.item():g}[/], saved was {TEMPERATURE}")
+    console.print(
+        f"  loaded: no error; keys that transformers misses or mistrusts: {problems or 'none'}"
+    )
+    console.print(
+        f"  temperature: [red]{model.classifier.temperature.item():g}[/], saved was {TEMPERATURE}"
+    )
     console.print(f"  answers: [red]{answer(model.eval(), tokenizer)}[/]")
 
 
 @contextmanager
 def unwritten_memory_shows() -> Iterator[None]:
-    """Memory that nobody wrote holds whatever lay there, and other things in each run; here torch fills it.
+    """Memory that nobody wrote holds whatever lay there, and other things in each run.
+
+    Here torch fills it.
 
     With NaN, and with the largest whole number.
     """

@@ -1,9 +1,10 @@
 """Pairs of code before and after a change, made from Python's own standard library.
 
-Functions of a suitable length get seeded changes of their syntax tree. A *mutation* puts a bug in: (mutated, original)
-is then a fix, and (original, mutated) the opposite of one. A *rewording* says the same in other words, and is no fix in
-either direction. All code goes through ``ast.unparse``, so that formatting and comments give nothing away. Files, and
-not pairs, are dealt to the three splits, and a function that stands in several files is used once.
+Functions of a suitable length get seeded changes of their syntax tree. A *mutation* puts a bug in:
+(mutated, original) is then a fix, and (original, mutated) the opposite of one. A *rewording* says
+the same in other words, and is no fix in either direction. All code goes through ``ast.unparse``,
+so that formatting and comments give nothing away. Files, and not pairs, are dealt to the three
+splits, and a function that stands in several files is used once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 LINES = range(2, 10)
-"""Lines of a function without its docstring: the encoder cuts long ones, and of one line little can be told."""
+"""Lines of a function without its docstring.
+
+The encoder cuts long ones, and of one line little can be told.
+"""
 CHARACTERS = 280
 PER_FUNCTION = 3
 """Changes of one function at the most, each by another rule."""
@@ -28,11 +32,23 @@ PER_FILE = 90
 REWORDED = 0.4
 """Share of rewordings among the changes that fix nothing, where one fits."""
 SPLITS = {"train": 0.75, "validation": 0.1, "heldout": 0.15}
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "lib2to3", "__pycache__"}
+SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "lib2to3",
+    "__pycache__",
+}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Rule = Callable[[Any, random.Random], "ast.AST | None"]
-"""A node → what stands in its place, or None where the rule does not apply. The node itself is never changed."""
+"""A node → what stands in its place, or None where the rule does not apply.
+
+The node itself is never changed.
+"""
 
 
 @dataclass(frozen=True)
@@ -101,7 +117,10 @@ def swap_comparison(node: Any, rng: random.Random) -> ast.AST | None:
 
 
 def swap_operator(node: Any, rng: random.Random) -> ast.AST | None:
-    """``a + b`` → ``a - b``, ``a and b`` → ``a or b``, …; never on texts, where it could not even run."""
+    """``a + b`` → ``a - b``, ``a and b`` → ``a or b``, ….
+
+    Never on texts, where it could not even run.
+    """
     if not isinstance(node, (ast.BinOp, ast.BoolOp, ast.AugAssign)) or type(node.op) not in SWAPPED:
         return None
     texts = any(_is_text(child) for child in ast.walk(node))
@@ -109,18 +128,31 @@ def swap_operator(node: Any, rng: random.Random) -> ast.AST | None:
 
 
 def _is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)))
+    return isinstance(node, ast.JoinedStr) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes))
+    )
 
 
 def shift_by_one(node: Any, rng: random.Random) -> ast.AST | None:
     """``a + 1`` → ``a``, ``3`` → ``4``, ``range(n)`` → ``range(n - 1)``, ``a[i:]`` → ``a[i + 1:]`` and so on."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)) and _is_one(node.right):
+    if (
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, (ast.Add, ast.Sub))
+        and _is_one(node.right)
+    ):
         return node.left
     if isinstance(node, ast.Constant) and type(node.value) is int and node.value < 100:
         return ast.Constant(node.value + rng.choice((-1, 1)) if node.value else 1)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range" and node.args:
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "range"
+        and node.args
+    ):
         end = 0 if len(node.args) == 1 else 1
-        return _but(node, args=[*node.args[:end], _moved(node.args[end], rng), *node.args[end + 1 :]])
+        return _but(
+            node, args=[*node.args[:end], _moved(node.args[end], rng), *node.args[end + 1 :]]
+        )
     if isinstance(node, ast.Slice) and isinstance(node.lower, ast.Name):
         return _but(node, lower=_moved(node.lower, rng))
     return None
@@ -135,7 +167,10 @@ def _moved(node: ast.expr, rng: random.Random) -> ast.expr:
 
 
 def negate_condition(node: Any, rng: random.Random) -> ast.AST | None:
-    """``if a:`` → ``if not a:``; comparisons are left to ``swap_comparison``, and ``not a`` to ``drop_not``."""
+    """``if a:`` → ``if not a:``.
+
+    Comparisons are left to ``swap_comparison``, and ``not a`` to ``drop_not``.
+    """
     if not isinstance(node, (ast.If, ast.While, ast.IfExp)):
         return None
     if isinstance(node.test, (ast.Compare, ast.Constant)) or _is_not(node.test):
@@ -154,7 +189,11 @@ def _is_not(node: Any) -> bool:
 
 def swap_arguments(node: Any, rng: random.Random) -> ast.AST | None:
     """``f(a, b)`` → ``f(b, a)``."""
-    if not isinstance(node, ast.Call) or len(node.args) < 2 or any(isinstance(a, ast.Starred) for a in node.args):
+    if (
+        not isinstance(node, ast.Call)
+        or len(node.args) < 2
+        or any(isinstance(a, ast.Starred) for a in node.args)
+    ):
         return None
     i, args = rng.randrange(len(node.args) - 1), list(node.args)
     args[i], args[i + 1] = args[i + 1], args[i]
@@ -179,7 +218,11 @@ def _other_values(node: ast.expr) -> list[Any]:
         return [not value]
     if value is None:
         return [0, True, False]
-    return [other for other in (None, 0, 1, value * 10) if other != value] if isinstance(value, (int, float)) else []
+    return (
+        [other for other in (None, 0, 1, value * 10) if other != value]
+        if isinstance(value, (int, float))
+        else []
+    )
 
 
 # Rewordings
@@ -200,14 +243,20 @@ def mirror_comparison(node: Any, rng: random.Random) -> ast.AST | None:
     if not isinstance(node, ast.Compare) or len(node.ops) != 1 or type(node.ops[0]) not in MIRRORED:
         return None
     left, right = node.left, node.comparators[0]
-    if not isinstance(left, (ast.Name, ast.Constant)) or not isinstance(right, (ast.Name, ast.Constant)):
+    if not isinstance(left, (ast.Name, ast.Constant)) or not isinstance(
+        right, (ast.Name, ast.Constant)
+    ):
         return None
     return ast.Compare(right, [MIRRORED[type(node.ops[0])]()], [left])
 
 
 def reword_negation(node: Any, rng: random.Random) -> ast.AST | None:
     """``a is not b`` → ``not a is b``, ``a not in b`` → ``not a in b``."""
-    if not isinstance(node, ast.Compare) or len(node.ops) != 1 or not isinstance(node.ops[0], (ast.IsNot, ast.NotIn)):
+    if (
+        not isinstance(node, ast.Compare)
+        or len(node.ops) != 1
+        or not isinstance(node.ops[0], (ast.IsNot, ast.NotIn))
+    ):
         return None
     return ast.UnaryOp(ast.Not(), _but(node, ops=[FLIPPED[type(node.ops[0])]()]))
 
@@ -227,8 +276,13 @@ def rename_variable(node: Any, rng: random.Random) -> ast.AST | None:
     inside = list(ast.walk(node))
     if any(isinstance(child, (ast.Global, ast.Nonlocal)) for child in inside):
         return None
-    # Names that more than `Name` nodes say (arguments, handlers, imports, inner functions) are left alone.
-    elsewhere = {getattr(child, field, None) for child in inside for field in ("name", "arg", "asname", "rest")}
+    # Names that more than `Name` nodes say (arguments, handlers, imports, inner functions) are left
+    # alone.
+    elsewhere = {
+        getattr(child, field, None)
+        for child in inside
+        for field in ("name", "arg", "asname", "rest")
+    }
     names = [child for child in inside if isinstance(child, ast.Name)]
     local = sorted({name.id for name in names if isinstance(name.ctx, ast.Store)} - elsewhere)
     fresh = sorted(set(NAMES) - {name.id for name in names} - elsewhere)
@@ -251,12 +305,18 @@ REWORDINGS: tuple[Rule, ...] = (mirror_comparison, reword_negation, swap_branche
 
 
 def label_of_the_opposite(pair: Pair) -> int:
-    """Whether the same change backwards fixes a bug: what puts one in does, and a rewording never."""
+    """Whether the same change backwards fixes a bug.
+
+    What puts one in does, and a rewording never.
+    """
     return 0 if pair.rule in {rule.__name__ for rule in REWORDINGS} else 1 - pair.label
 
 
 def apply(rule: Rule, function: Function, rng: random.Random) -> str | None:
-    """The code of ``function`` with ``rule`` applied in one random place; None where it fits nowhere."""
+    """The code of ``function`` with ``rule`` applied in one random place.
+
+    None where it fits nowhere.
+    """
     nodes = list(ast.walk(function))
     for old in rng.sample(nodes, len(nodes)):
         new = rule(old, rng)
@@ -278,7 +338,11 @@ def changes(function: Function, code: str, file: str, rng: random.Random) -> Ite
     mutations, rewordings = (rng.sample(rules, len(rules)) for rules in (MUTATIONS, REWORDINGS))
     for _ in range(PER_FUNCTION):
         label = rng.randrange(2)
-        reworded = _first(rewordings, function, code, rng) if not label and rng.random() < REWORDED else None
+        reworded = (
+            _first(rewordings, function, code, rng)
+            if not label and rng.random() < REWORDED
+            else None
+        )
         found = reworded or _first(mutations, function, code, rng)
         if found:
             rule, changed = found
@@ -287,7 +351,9 @@ def changes(function: Function, code: str, file: str, rng: random.Random) -> Ite
             yield Pair(before, after, label, rule.__name__, file)
 
 
-def _first(rules: list[Rule], function: Function, code: str, rng: random.Random) -> tuple[Rule, str] | None:
+def _first(
+    rules: list[Rule], function: Function, code: str, rng: random.Random
+) -> tuple[Rule, str] | None:
     """The first rule that fits, and the code it makes; takes from ``rules`` what was tried."""
     while rules:
         rule = rules.pop()
@@ -306,16 +372,29 @@ def standard_library() -> Path:
 
 
 def find_files(root: Path) -> list[Path]:
-    """Python files below ``root`` but tests, tables and what pip installed, in a fixed order; relative to ``root``."""
+    """Python files below ``root`` but tests, tables and what pip installed, in a fixed order.
+
+    Relative to ``root``.
+    """
     files = (file.relative_to(root) for file in root.rglob("*.py"))
-    return sorted(file for file in files if not SKIPPED & set(file.parts) and not file.name.startswith("test_"))
+    return sorted(
+        file
+        for file in files
+        if not SKIPPED & set(file.parts) and not file.name.startswith("test_")
+    )
 
 
 def split_files(files: Sequence[Path], seed: int) -> dict[str, list[Path]]:
     """Deal files to the splits, shuffled by ``seed``."""
     shuffled = random.Random(seed).sample(list(files), len(files))
-    first, second = (round(len(files) * share) for share in (SPLITS["train"], 1 - SPLITS["heldout"]))
-    return {"train": shuffled[:first], "validation": shuffled[first:second], "heldout": shuffled[second:]}
+    first, second = (
+        round(len(files) * share) for share in (SPLITS["train"], 1 - SPLITS["heldout"])
+    )
+    return {
+        "train": shuffled[:first],
+        "validation": shuffled[first:second],
+        "heldout": shuffled[second:],
+    }
 
 
 def read_functions(file: Path) -> Iterator[tuple[Function, str]]:
@@ -328,7 +407,8 @@ def read_functions(file: Path) -> Iterator[tuple[Function, str]]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             if ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:]
-            # Writing code takes long, and a function of far more nodes than characters allowed is too long anyway.
+            # Writing code takes long, and a function of far more nodes than characters allowed is
+            # too long anyway.
             if node.body and sum(1 for _ in ast.walk(node)) < CHARACTERS:
                 code = ast.unparse(node)
                 if len(code) <= CHARACTERS and code.count("\n") + 1 in LINES:
@@ -368,6 +448,12 @@ def make_pairs(count: int, *, seed: int = 0, root: Path | None = None) -> dict[s
 
 
 def write_rows(pairs: Sequence[Pair], file: Path) -> None:
-    """JSON lines of ``buggy_code``, ``fixed_code`` and ``label``: what a model is asked, and the right answer."""
-    rows = [{"buggy_code": pair.buggy_code, "fixed_code": pair.fixed_code, "label": pair.label} for pair in pairs]
+    """JSON lines of ``buggy_code``, ``fixed_code`` and ``label``.
+
+    What a model is asked, and the right answer.
+    """
+    rows = [
+        {"buggy_code": pair.buggy_code, "fixed_code": pair.fixed_code, "label": pair.label}
+        for pair in pairs
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

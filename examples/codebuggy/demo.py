@@ -1,9 +1,11 @@
-"""The whole story in one command: train, log, serve, and ask the service about code that the model has never seen.
+"""The whole story in one command.
+
+Train, log, serve, and ask the service about code that the model has never seen.
 
     python examples/codebuggy/demo.py [--pairs 7000] [--epochs 2]
 
-Everything it makes lies in ``.demo/codebuggy``. The exit status is 1 if the held-out pair is answered wrongly, or if
-host, ``mlflow models serve`` and service do not agree bit for bit.
+Everything it makes lies in ``.demo/codebuggy``. The exit status is 1 if the held-out pair is
+answered wrongly, or if host, ``mlflow models serve`` and service do not agree bit for bit.
 """
 
 from __future__ import annotations
@@ -57,7 +59,10 @@ def show(row: dict[str, Any], url: str) -> bool:
 @click.option("--pairs", default=7000, show_default=True)
 @click.option("--epochs", default=2, show_default=True)
 @click.option(
-    "--folder", default=FOLDER, type=click.Path(file_okay=False, path_type=Path), help="Where all of it goes."
+    "--folder",
+    default=FOLDER,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where all of it goes.",
 )
 def main(pairs: int, epochs: int, folder: Path) -> None:
     """Train, log, serve, ask, compare."""
@@ -74,8 +79,16 @@ def main(pairs: int, epochs: int, folder: Path) -> None:
     ):
         found = compare(uri, endpoint, app, rows)
         console.print(found.text)
-        # One that the model is right about on this host: the question is whether the service says so, too.
-        right = show(next(rows[i] for i, label in enumerate(found.labels) if (label == "fix") == rows[i]["label"]), app)
+        # One that the model is right about on this host: the question is whether the service says
+        # so, too.
+        right = show(
+            next(
+                rows[i]
+                for i, label in enumerate(found.labels)
+                if (label == "fix") == rows[i]["label"]
+            ),
+            app,
+        )
     sys.exit(0 if right and found.same else 1)
 
 

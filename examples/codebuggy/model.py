@@ -1,4 +1,7 @@
-"""An encoder that ``__init__`` loads, and a head: the kind of module that no loader gets right by calling it again."""
+"""An encoder that ``__init__`` loads, and a head.
+
+The kind of module that no loader gets right by calling it again.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ LABELS = ("no fix", "fix")
 class FixClassifier(nn.Module):
     """Does a change fix a bug?
 
-    Code before and after the change arrive as one pair, and are read one by one. The head is given the difference of
-    their mean hidden states, in which cancels out what stands on both sides.
+    Code before and after the change arrive as one pair, and are read one by one. The head is given
+    the difference of their mean hidden states, in which cancels out what stands on both sides.
 
     Args:
         encoder: Name or folder of a BERT- or RoBERTa-like checkpoint.
@@ -39,14 +42,17 @@ class FixClassifier(nn.Module):
             nn.Dropout(0.1),
             nn.Linear(width, len(LABELS)),
         )
-        # Found after training, so that a score is a probability. `state_dict` leaves it out, and so do checkpoints.
+        # Found after training, so that a score is a probability. `state_dict` leaves it out, and so
+        # do checkpoints.
         self.register_buffer("temperature", torch.ones(()), persistent=False)
 
     def load_encoder(self, encoder: str, revision: str | None) -> nn.Module:
         """The encoder with its weights, as ``__init__`` wants it."""
         return AutoModel.from_pretrained(encoder, revision=revision, dtype=torch.float32)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Logits of ``LABELS``.
 
         Args:
@@ -71,12 +77,16 @@ class FixClassifier(nn.Module):
         return logits / self.temperature
 
 
-def split(input_ids: torch.Tensor, attention_mask: torch.Tensor, separator: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, separator: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of two texts → all first texts, then all second ones, each as a row of its own.
 
-    ``[CLS] a [SEP] b [SEP]`` becomes ``[CLS] a [SEP]`` and ``[CLS] b [SEP]``; ``<s> a </s></s> b </s>`` likewise.
+    ``[CLS] a [SEP] b [SEP]`` becomes ``[CLS] a [SEP]`` and ``[CLS] b [SEP]``; ``<s> a </s></s> b
+    </s>`` likewise.
 
-    Each stays as long as the pair: a length that depends on the ids is nothing that a graph could be recorded of.
+    Each stays as long as the pair: a length that depends on the ids is nothing that a graph could
+    be recorded of.
 
     Returns:
         Ids and mask, each of shape (2 · rows, length of the pair), int64.
@@ -88,5 +98,8 @@ def split(input_ids: torch.Tensor, attention_mask: torch.Tensor, separator: int)
     shifted = places + end + twice
     inside = shifted.clamp(max=length - 1)
     after = torch.where(places == 0, input_ids[:, :1], input_ids.gather(1, inside))
-    masks = (attention_mask * (places <= end), attention_mask.gather(1, inside) * (shifted < length))
+    masks = (
+        attention_mask * (places <= end),
+        attention_mask.gather(1, inside) * (shifted < length),
+    )
     return torch.cat((input_ids, after)), torch.cat(masks)

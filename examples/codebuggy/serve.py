@@ -3,9 +3,10 @@
     python serve.py --model-uri models:/codebuggy@champion   # the model in this process
     python serve.py --endpoint http://127.0.0.1:5000         # an MLflow scoring server that runs already
 
-``POST /predict`` takes ``{"buggy_code": "...", "fixed_code": "..."}``; ``GET /`` is a page to paste two snippets into,
-``GET /health`` says whether there is a model to ask. A model that holds a pickle is loaded only with MLflow's own
-``MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true``, as under ``mlflow models serve``.
+``POST /predict`` takes ``{"buggy_code": "...", "fixed_code": "..."}``; ``GET /`` is a page to paste
+two snippets into, ``GET /health`` says whether there is a model to ask. A model that holds a pickle
+is loaded only with MLflow's own ``MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true``, as under ``mlflow
+models serve``.
 """
 
 from __future__ import annotations
@@ -27,9 +28,14 @@ from pydantic import BaseModel, ConfigDict, StringConstraints
 
 PAGE = Path(__file__).with_name("page.html")
 # The page holds all it needs, and may ask nobody but this service.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src "
+    "'self'; img-src data:"
+)
 
-Code = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=20_000, pattern=r"\S")]
+Code = Annotated[
+    str, StringConstraints(strict=True, min_length=1, max_length=20_000, pattern=r"\S")
+]
 
 
 class Change(BaseModel):
@@ -56,7 +62,10 @@ class Predictor(Protocol):
     """Whoever knows the answer."""
 
     def predict(self, row: Mapping[str, str]) -> dict[str, Any]:
-        """``label`` and ``score`` of a row. Raises ``MlflowException`` for a bad row, ``Unavailable`` for no answer."""
+        """``label`` and ``score`` of a row.
+
+        Raises ``MlflowException`` for a bad row, ``Unavailable`` for no answer.
+        """
         ...
 
     def require_ready(self) -> None:
@@ -73,7 +82,9 @@ class Loaded:
         self.model = mlflow.pyfunc.load_model(model_uri)
 
     def predict(self, row: Mapping[str, str]) -> dict[str, Any]:
-        answer: dict[str, Any] = pd.DataFrame(self.model.predict(pd.DataFrame([row]))).iloc[0].to_dict()
+        answer: dict[str, Any] = (
+            pd.DataFrame(self.model.predict(pd.DataFrame([row]))).iloc[0].to_dict()
+        )
         return answer
 
     def require_ready(self) -> None:
@@ -104,12 +115,18 @@ class Remote:
         try:
             return requests.request(method, self.endpoint + path, timeout=self.timeout, **options)
         except requests.RequestException as error:
-            raise Unavailable(f"{self.endpoint} cannot be reached ({type(error).__name__})") from None
+            raise Unavailable(
+                f"{self.endpoint} cannot be reached ({type(error).__name__})"
+            ) from None
 
 
 def create_app(predictor: Predictor) -> FastAPI:
-    """The service around a model; every error is ``{"error": "…"}`` in one sentence, without a traceback."""
-    app = FastAPI(title="CodeBuggy", docs_url=None, redoc_url=None)  # FastAPI's own pages load from elsewhere
+    """The service around a model.
+
+    Every error is ``{"error": "…"}`` in one sentence, without a traceback.
+    """
+    # FastAPI's own pages load from elsewhere
+    app = FastAPI(title="CodeBuggy", docs_url=None, redoc_url=None)
     page = PAGE.read_text(encoding="utf-8")
 
     @app.get("/", response_class=HTMLResponse)
@@ -124,11 +141,15 @@ def create_app(predictor: Predictor) -> FastAPI:
     @app.post("/predict")
     def predict(change: Change) -> Verdict:
         answer = predictor.predict(change.model_dump())
-        return Verdict(fixes_bug=answer["label"] == "fix", label=answer["label"], score=answer["score"])
+        return Verdict(
+            fixes_bug=answer["label"] == "fix", label=answer["label"], score=answer["score"]
+        )
 
     @app.exception_handler(RequestValidationError)
     def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _error(422, "; ".join(_where(found["loc"]) + found["msg"] for found in error.errors()))
+        return _error(
+            422, "; ".join(_where(found["loc"]) + found["msg"] for found in error.errors())
+        )
 
     @app.exception_handler(MlflowException)
     def refuse_row(request: Request, error: MlflowException) -> JSONResponse:
@@ -154,13 +175,17 @@ def _error(status: int, text: str) -> JSONResponse:
 
 @click.command()
 @click.option("--model-uri", envvar="CODEBUGGY_MODEL_URI", help="Model to load into this process.")
-@click.option("--endpoint", envvar="CODEBUGGY_ENDPOINT", help="Address of a running MLflow scoring server.")
+@click.option(
+    "--endpoint", envvar="CODEBUGGY_ENDPOINT", help="Address of a running MLflow scoring server."
+)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535))
 def main(model_uri: str | None, endpoint: str | None, host: str, port: int) -> None:
     """Serve a page and POST /predict."""
     if bool(model_uri) == bool(endpoint):
-        raise click.UsageError("say either --model-uri or --endpoint (CODEBUGGY_MODEL_URI, CODEBUGGY_ENDPOINT)")
+        raise click.UsageError(
+            "say either --model-uri or --endpoint (CODEBUGGY_MODEL_URI, CODEBUGGY_ENDPOINT)"
+        )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all that a model needs is in it
     try:
         predictor = Remote(endpoint) if endpoint else Loaded(str(model_uri))

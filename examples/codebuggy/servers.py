@@ -23,17 +23,37 @@ TRUST = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "true"}
 def mlflow_server(model_uri: str, log: Path, env: Mapping[str, str] | None = None) -> Iterator[str]:
     """``mlflow models serve`` of a model; yields its address."""
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local", "--model-uri", model_uri]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "--env-manager",
+        "local",
+        "--model-uri",
+        model_uri,
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with running(command, f"http://127.0.0.1:{port}", "/ping", log, env) as url:
         yield url
 
 
 @contextmanager
-def service(arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Iterator[str]:
+def service(
+    arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """``serve.py`` with ``--model-uri`` or ``--endpoint``; yields its address."""
     port = free_port()
-    command = [sys.executable, str(HERE / "serve.py"), *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        sys.executable,
+        str(HERE / "serve.py"),
+        *arguments,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with running(command, f"http://127.0.0.1:{port}", "/health", log, env) as url:
         yield url
 
@@ -54,14 +74,25 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def running(
-    command: Sequence[str], url: str, path: str, log: Path, env: Mapping[str, str] | None, seconds: float = 180
+    command: Sequence[str],
+    url: str,
+    path: str,
+    log: Path,
+    env: Mapping[str, str] | None,
+    seconds: float = 180,
 ) -> Iterator[str]:
-    """A command that serves ``url``, from the moment ``path`` answers 200; raises ``RuntimeError`` if it never does.
+    """A command that serves ``url``, from the moment ``path`` answers 200.
 
-    ``env`` is its whole environment, but for where MLflow finds its server and the agreement to run the pickle.
+    Raises ``RuntimeError`` if it never does.
+
+    ``env`` is its whole environment, but for where MLflow finds its server and the agreement to run
+    the pickle.
     """
-    # MLflow looks for its server's command on PATH, where an environment that is not activated is not.
-    binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    # MLflow looks for its server's command on PATH, where an environment that is not activated is
+    # not.
+    binaries = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    )
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -85,7 +116,9 @@ def wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float) 
             if requests.get(url, timeout=5).ok:
                 return
         time.sleep(0.2)
-    raise RuntimeError(f"{url} did not become ready; the end of {log}:\n{log.read_text(errors='replace')[-3000:]}")
+    raise RuntimeError(
+        f"{url} did not become ready; the end of {log}:\n{log.read_text(errors='replace')[-3000:]}"
+    )
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

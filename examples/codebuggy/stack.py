@@ -1,11 +1,14 @@
-"""The whole of CodeBuggy on this machine: PostgreSQL, S3, MLflow, the model and the app, as containers or processes.
+"""The whole of CodeBuggy on this machine.
+
+PostgreSQL, S3, MLflow, the model and the app, as containers or processes.
 
     python stack.py up            # containers: docker compose
     python stack.py up --local    # processes on loopback; nothing is pulled
     python stack.py down          # stops either, also what a crash left
 
-``up`` trains and registers a model where there is no champion yet, waits until everything is healthy, asks one
-question and prints the answer. ``make stack``, ``make stack LOCAL=1`` and ``make stack-down`` are the same.
+``up`` trains and registers a model where there is no champion yet, waits until everything is
+healthy, asks one question and prints the answer. ``make stack``, ``make stack LOCAL=1`` and ``make
+stack-down`` are the same.
 """
 
 from __future__ import annotations
@@ -94,12 +97,18 @@ def require_champion(tracking_uri: str, training: list[str]) -> None:
     """Train and register a model where the registry has no champion yet.
 
     Args:
-        tracking_uri: Of a running server. Artifacts go through it, so its S3 server need not be reachable from here.
+        tracking_uri: Of a running server. Artifacts go through it, so its S3 server need not be
+            reachable from here.
         training: More arguments for ``train.py``.
     """
-    # By default the server hands out addresses at its S3 server, which may be one that only it can reach.
-    environ = environment({"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false"})
-    if answers(f"{tracking_uri}/api/2.0/mlflow/registered-models/alias?name={MODEL}&alias=champion"):
+    # By default the server hands out addresses at its S3 server, which may be one that only it can
+    # reach.
+    environ = environment(
+        {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false"}
+    )
+    if answers(
+        f"{tracking_uri}/api/2.0/mlflow/registered-models/alias?name={MODEL}&alias=champion"
+    ):
         console.print(f"[green]✓[/] {CHAMPION} is there")
         return
     with step("Training a model and registering it"):
@@ -111,7 +120,10 @@ def require_champion(tracking_uri: str, training: list[str]) -> None:
 
 
 def start_locally(folder: Path, port: int, training: list[str]) -> str:
-    """Start everything as processes that stay; gives the address of the app. All addresses are in ``stack.json``."""
+    """Start everything as processes that stay; gives the address of the app.
+
+    All addresses are in ``stack.json``.
+    """
     with step("Starting PostgreSQL, SeaweedFS and MLflow"):
         parts = LocalParts(folder, survive=True)
         parts.start()
@@ -122,12 +134,19 @@ def start_locally(folder: Path, port: int, training: list[str]) -> str:
     with step("Starting the app"):
         urls["app"] = serve_app(Background("app", folder), urls["model"], port)
     (folder / "stack.json").write_text(json.dumps(urls), encoding="utf-8")
-    console.print("   ".join(f"{name}: {url}" for name, url in urls.items()), f"  logs: {folder}", soft_wrap=True)
+    console.print(
+        "   ".join(f"{name}: {url}" for name, url in urls.items()),
+        f"  logs: {folder}",
+        soft_wrap=True,
+    )
     return urls["app"]
 
 
 def serve_model(process: Background, tracking_uri: str) -> str:
-    """Start ``mlflow models serve`` of the champion, in place of one that runs; gives its address."""
+    """Start ``mlflow models serve`` of the champion, in place of one that runs.
+
+    Gives its address.
+    """
     process.stop()
     url = f"http://127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
@@ -141,7 +160,14 @@ def serve_app(process: Background, model_url: str, port: int) -> str:
     """Start the app before a model that is served, in place of one that runs; gives its address."""
     process.stop()
     url = f"http://127.0.0.1:{port or free_port()}"
-    command = [sys.executable, HERE / "serve.py", "--endpoint", model_url, "--port", url.rpartition(":")[2]]
+    command = [
+        sys.executable,
+        HERE / "serve.py",
+        "--endpoint",
+        model_url,
+        "--port",
+        url.rpartition(":")[2],
+    ]
     process.start(command, environment({}))
     wait_until(lambda: answers(f"{url}/health"), process, _STARTING)
     return url
@@ -160,8 +186,14 @@ def start_containers(folder: Path, port: int, training: list[str]) -> str:
     image = Path(environ["MODEL_IMAGE"])
     with step("Writing the model's image, and building and starting it with the app"):
         shutil.rmtree(image, ignore_errors=True)
-        client = {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false"}
-        run(["mlflow-safeflavor", "dockerfile", CHAMPION, "-o", image, "--allow-pickle"], {**environ, **client})
+        client = {
+            "MLFLOW_TRACKING_URI": tracking_uri,
+            "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+        }
+        run(
+            ["mlflow-safeflavor", "dockerfile", CHAMPION, "-o", image, "--allow-pickle"],
+            {**environ, **client},
+        )
         run([*compose(), "up", "--detach", "--wait", "--build", "model", "app"], environ)
     return f"http://127.0.0.1:{environ['APP_PORT']}"
 
@@ -173,7 +205,10 @@ def compose() -> list[str]:
         MissingPartError: There is none.
     """
     words = ["docker", "compose"]
-    if shutil.which("docker") is None or subprocess.run([*words, "version"], capture_output=True).returncode:
+    if (
+        shutil.which("docker") is None
+        or subprocess.run([*words, "version"], capture_output=True).returncode
+    ):
         raise MissingPartError("docker compose is not installed")
     return [*words, "--file", str(HERE / "compose.yaml")]
 
@@ -196,7 +231,9 @@ def container_settings(folder: Path) -> dict[str, str]:
 
 
 @click.group()
-@click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, help="Data, logs and pid files.")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), default=FOLDER, help="Data, logs and pid files."
+)
 @click.pass_context
 def main(context: click.Context, folder: Path) -> None:
     """CodeBuggy with all its parts on this machine."""
@@ -216,7 +253,10 @@ def up(folder: Path, local: bool, port: int, training: tuple[str, ...]) -> None:
     except (MissingPartError, NotReadyError, OSError) as error:
         console.print(str(error), style="red", markup=False)
         if not local:
-            console.print("Where images cannot be pulled, or there is no engine: make stack LOCAL=1", markup=False)
+            console.print(
+                "Where images cannot be pulled, or there is no engine: make stack LOCAL=1",
+                markup=False,
+            )
         console.print("What runs already goes on; `make stack-down` stops it.", markup=False)
         sys.exit(1)
     console.print(f"Asked {url}/predict about a pair of snippets; it answers:", markup=False)
@@ -226,7 +266,10 @@ def up(folder: Path, local: bool, port: int, training: tuple[str, ...]) -> None:
 @main.command()
 @click.pass_obj
 def down(folder: Path) -> None:
-    """Stop everything that ``up`` started, also after a crash. Data stay in the folder, and in Docker's volumes."""
+    """Stop everything that ``up`` started, also after a crash.
+
+    Data stay in the folder, and in Docker's volumes.
+    """
     stopped = stop_everything(folder)
     if (folder / "containers.json").exists():
         try:

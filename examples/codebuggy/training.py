@@ -23,8 +23,10 @@ class Recipe:
 
     Attributes:
         epochs: Passes over the training pairs.
-        rate: Peak learning rate of the encoder; the head, which starts from nothing, learns five times as fast.
-        frozen: Layers of the encoder that stay as they are, counted from the embeddings, which then stay, too.
+        rate: Peak learning rate of the encoder; the head, which starts from nothing, learns five
+            times as fast.
+        frozen: Layers of the encoder that stay as they are, counted from the embeddings, which then
+            stay, too.
         bfloat16: Whether matrix products of the training use bfloat16; the weights stay float32.
         seed: Of the order of pairs and of dropout.
     """
@@ -42,7 +44,10 @@ def batches(pairs: Sequence[Pair], rng: random.Random | None = None) -> Iterator
     stretch = BATCH * 20 if rng else len(order)
     parts = []
     for start in range(0, len(order), stretch or 1):
-        near = sorted(order[start : start + stretch], key=lambda pair: len(pair.buggy_code) + len(pair.fixed_code))
+        near = sorted(
+            order[start : start + stretch],
+            key=lambda pair: len(pair.buggy_code) + len(pair.fixed_code),
+        )
         parts += [near[i : i + BATCH] for i in range(0, len(near), BATCH)]
     yield from rng.sample(parts, len(parts)) if rng else parts
 
@@ -50,7 +55,12 @@ def batches(pairs: Sequence[Pair], rng: random.Random | None = None) -> Iterator
 def encode(texts: list[str], tokenizer: Any, multiple: int = 1) -> dict[str, torch.Tensor]:
     """``input_ids`` and ``attention_mask`` of single texts, their length padded to a multiple."""
     length = min(MAX_TOKENS, tokenizer.model_max_length)
-    options = {"padding": True, "pad_to_multiple_of": multiple, "truncation": True, "max_length": length}
+    options = {
+        "padding": True,
+        "pad_to_multiple_of": multiple,
+        "truncation": True,
+        "max_length": length,
+    }
     encoded = tokenizer(texts, return_tensors="pt", **options)
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
@@ -89,7 +99,9 @@ def fit(
         on_epoch(epoch + 1)
 
 
-def _optimizer(model: FixClassifier, recipe: Recipe, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+def _optimizer(
+    model: FixClassifier, recipe: Recipe, steps: int
+) -> tuple[torch.optim.Optimizer, Any]:
     layers = model.encoder.encoder.layer
     encoder = layers[recipe.frozen :] if recipe.frozen else model.encoder
     groups = [
@@ -108,7 +120,11 @@ def _optimizer(model: FixClassifier, recipe: Recipe, steps: int) -> tuple[torch.
 
 
 def _step(
-    model: FixClassifier, tokenizer: Any, pairs: Sequence[Pair], optimizer: torch.optim.Optimizer, recipe: Recipe
+    model: FixClassifier,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
 ) -> float:
     texts = [*(pair.buggy_code for pair in pairs), *(pair.fixed_code for pair in pairs)]
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
@@ -116,7 +132,9 @@ def _step(
         before, after = model.embed(**encode(texts, tokenizer, multiple=16)).float().chunk(2)
         # Each change there and back: what was encoded once is learned from twice.
         logits = model.judge(torch.cat((after - before, before - after)))
-    labels = torch.tensor([pair.label for pair in pairs] + [label_of_the_opposite(pair) for pair in pairs])
+    labels = torch.tensor(
+        [pair.label for pair in pairs] + [label_of_the_opposite(pair) for pair in pairs]
+    )
     loss = nn.functional.cross_entropy(logits.float(), labels)
     optimizer.zero_grad()
     loss.backward()
@@ -132,7 +150,10 @@ def ask(model: FixClassifier, tokenizer: Any, pairs: Sequence[Pair]) -> torch.Te
         for part in batches(pairs):
             before, after = (
                 model.embed(**encode(texts, tokenizer))
-                for texts in ([pair.buggy_code for pair in part], [pair.fixed_code for pair in part])
+                for texts in (
+                    [pair.buggy_code for pair in part],
+                    [pair.fixed_code for pair in part],
+                )
             )
             rows.update(zip(map(id, part), model.judge(after - before), strict=True))
     return torch.stack([rows[id(pair)] for pair in pairs])

@@ -64,4 +64,6 @@ def reading(where: str) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError) as error:
-        raise IntegrityError("A safetensors file cannot be read", where=where, found=error, hint=FETCH_AGAIN) from None
+        raise IntegrityError(
+            "A safetensors file cannot be read", where=where, found=error, hint=FETCH_AGAIN
+        ) from None

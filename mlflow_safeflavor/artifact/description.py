@@ -1,4 +1,7 @@
-"""``structure.json``: how a module is rebuilt, read and checked before anything is built. No torch is needed."""
+"""``structure.json``: how a module is rebuilt, read and checked before anything is built.
+
+No torch is needed.
+"""
 
 from __future__ import annotations
 
@@ -54,24 +57,40 @@ def read_description(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
         and content["kind"] == spec.structure
         and what_runs(content) == spec.runs
         and (spec.task == "custom" or not content["hooks"])
-        and all(type(name) is str or (name is None and content["hooks_pickle"]) for name in content["hooks"].values())
+        and all(
+            type(name) is str or (name is None and content["hooks_pickle"])
+            for name in content["hooks"].values()
+        )
         and (content["kind"] != "transformers" or all(map(_is_flag, content["arguments"].values())))
     )
     if not well_formed:
         raise malformed(layout)
-    if content["kind"] != "torch":  # whose tree names classes and arguments of torch.nn, and parts by any name
-        require_harmless(content, layout.name_of(layout.config), trusted=content["kind"] != "transformers")
+    # whose tree names classes and arguments of torch.nn, and parts by any name
+    if content["kind"] != "torch":
+        require_harmless(
+            content, layout.name_of(layout.config), trusted=content["kind"] != "transformers"
+        )
     return dict(content)
 
 
 def _is_flag(argument: Any) -> bool:
     """Whether this is all that ``describe`` ever passes to a class that runs without agreement."""
-    return isinstance(argument, dict) and argument.keys() == {"value"} and isinstance(argument["value"], bool)
+    return (
+        isinstance(argument, dict)
+        and argument.keys() == {"value"}
+        and isinstance(argument["value"], bool)
+    )
 
 
 def what_runs(structure: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of its own the artifact runs: "code" for imported classes and hooks, "pickle" for pickles."""
-    names = [structure["class"] if structure["kind"] == "import" else None, *structure["hooks"].values()]
+    """What of its own the artifact runs.
+
+    "code" for imported classes and hooks, "pickle" for pickles.
+    """
+    names = [
+        structure["class"] if structure["kind"] == "import" else None,
+        *structure["hooks"].values(),
+    ]
     code = any(name is not None for name in names)
     pickles = any(structure[key] is not None for key in ("pickle", "hooks_pickle"))
     return tuple(kind for kind, runs in (("code", code), ("pickle", pickles)) if runs)
@@ -80,5 +99,7 @@ def what_runs(structure: Mapping[str, Any]) -> tuple[str, ...]:
 def malformed(layout: Layout) -> IntegrityError:
     """The error of a description that no save writes."""
     return IntegrityError(
-        "The description of the module is malformed", where=layout.name_of(layout.structure), hint=FETCH_AGAIN
+        "The description of the module is malformed",
+        where=layout.name_of(layout.structure),
+        hint=FETCH_AGAIN,
     )

@@ -74,16 +74,26 @@ def _read_header(descriptor: int, where: str) -> tuple[str, dict[str, tuple[int,
         for name, entry in parse_json(header).items():
             if name != "__metadata__":
                 first, stop = entry["data_offsets"]
-                if type(first) is not int or type(stop) is not int or not 0 <= first <= stop <= size - start:
+                if (
+                    type(first) is not int
+                    or type(stop) is not int
+                    or not 0 <= first <= stop <= size - start
+                ):
                     raise ValueError(f"{name!r} reaches from {first!r} to {stop!r}")
                 ranges[name] = (start + first, start + stop)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise IntegrityError("A safetensors header is malformed", where=where, found=error, hint=FETCH_AGAIN) from None
+        raise IntegrityError(
+            "A safetensors header is malformed", where=where, found=error, hint=FETCH_AGAIN
+        ) from None
     return hashlib.sha256(prefix + header).hexdigest(), ranges
 
 
-def _hash_ranges(descriptor: int, ranges: Mapping[str, tuple[int, int]], where: str) -> dict[str, str]:
-    """SHA-256 of each range, in as many threads as there are cores: hashlib and reading let go of the GIL.
+def _hash_ranges(
+    descriptor: int, ranges: Mapping[str, tuple[int, int]], where: str
+) -> dict[str, str]:
+    """SHA-256 of each range, in as many threads as there are cores.
+
+    Hashlib and reading let go of the GIL.
 
     Read, not mapped: a file that is cut short meanwhile would end the process with SIGBUS.
     """
@@ -94,7 +104,9 @@ def _hash_ranges(descriptor: int, ranges: Mapping[str, tuple[int, int]], where: 
         while start < stop:
             count = os.preadv(descriptor, [buffer[: stop - start]], start)
             if not count:
-                raise IntegrityError("A safetensors file is cut short", where=where, hint=FETCH_AGAIN)
+                raise IntegrityError(
+                    "A safetensors file is cut short", where=where, hint=FETCH_AGAIN
+                )
             found.update(buffer[:count])
             start += count
         return name, found.hexdigest()

@@ -1,7 +1,10 @@
-"""What this user keeps on this host from one load to the next: entries by name, in a folder nobody else can write.
+"""What this user keeps on this host from one load to the next.
 
-An optimisation: whatever fails here costs time and nothing else. An entry is a folder. Of several processes that want
-the same one, one makes it while the others wait, for as long as it shows signs of life.
+Entries by name, in a folder nobody else can write.
+
+An optimisation: whatever fails here costs time and nothing else. An entry is a folder. Of several
+processes that want the same one, one makes it while the others wait, for as long as it shows signs
+of life.
 """
 
 from __future__ import annotations
@@ -39,10 +42,13 @@ _logger = logging.getLogger("mlflow.safeflavor")
 
 
 def cache_folder() -> Path | None:
-    """The folder of all entries, which only this user can write; None where there is none or none is wanted.
+    """The folder of all entries, which only this user can write.
 
-    In order: ``MLFLOW_SAFEFLAVOR_CACHE``; ``XDG_CACHE_HOME`` and ``~/.cache``, unless files cannot be locked there, as
-    on some network file systems; and the temporary folder, for containers with a read-only home.
+    None where there is none or none is wanted.
+
+    In order: ``MLFLOW_SAFEFLAVOR_CACHE``; ``XDG_CACHE_HOME`` and ``~/.cache``, unless files cannot
+    be locked there, as on some network file systems; and the temporary folder, for containers with
+    a read-only home.
     """
     chosen = os.environ.get(VARIABLE, "")
     if fcntl is None or chosen.lower() == "off":
@@ -81,8 +87,9 @@ def _locks(folder: Path) -> bool:
 def entry(name: str) -> Iterator[Path | None]:
     """The folder of an entry, empty if it is new, for this process alone while the block lasts.
 
-    None where there is no cache, or where another process holds the entry for more than a second without a sign of
-    life. What fails inside the block with an ``OSError`` is the caller's to take lightly.
+    None where there is no cache, or where another process holds the entry for more than a second
+    without a sign of life. What fails inside the block with an ``OSError`` is the caller's to take
+    lightly.
     """
     with contextlib.ExitStack() as stack:
         folder = None
@@ -104,13 +111,17 @@ def entry(name: str) -> Iterator[Path | None]:
 def in_use(folder: Path) -> int:
     """A descriptor that keeps an entry from being swept until it is closed."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    with contextlib.suppress(OSError):  # no locks on folders: nor can a sweep take one, and leaves it alone
+    # no locks on folders: nor can a sweep take one, and leaves it alone
+    with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return descriptor
 
 
 def is_used(folder: Path) -> bool:
-    """Whether somebody keeps an entry from being swept; to be asked while it is this process's alone."""
+    """Whether somebody keeps an entry from being swept.
+
+    To be asked while it is this process's alone.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,7 +185,9 @@ def _lock(path: Path) -> int | None:
 
 
 def _open_lock(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    return os.open(
+        path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
+    )
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -197,7 +210,9 @@ def has_room(folder: Path, nbytes: int) -> bool:
 
 
 def sweep(room: int = 0) -> None:
-    """Remove entries that nobody uses now: those unused for a month, and the least recently used over 20 GB.
+    """Remove entries that nobody uses now.
+
+    Those unused for a month, and the least recently used over 20 GB.
 
     Args:
         room: Bytes that are about to be added.

@@ -1,9 +1,13 @@
-"""``tensors.json``: what must be in each tensor of a module, and its data held to be mapped. No torch is needed.
+"""``tensors.json``: what must be in each tensor of a module, and its data held to be mapped.
 
-* A ``Row`` says what must be in one place of a module: kind, dtype, shape, and which data it looks at;
+No torch is needed.
+
+* A ``Row`` says what must be in one place of a module: kind, dtype, shape, and which data it looks
+  at;
 * a ``Data`` entry is one run of values in a safetensors file, with its SHA-256.
 
-Rows that look at the same data are one alias group: tied weights, declared or not, views of one buffer.
+Rows that look at the same data are one alias group: tied weights, declared or not, views of one
+buffer.
 """
 
 from __future__ import annotations
@@ -91,7 +95,8 @@ class Inventory:
     Attributes:
         rows: Path → row.
         data: Name → data.
-        files: File name → SHA-256 of its header. Header and data together are every byte of the file.
+        files: File name → SHA-256 of its header. Header and data together are every byte of the
+            file.
     """
 
     rows: Mapping[str, Row]
@@ -146,9 +151,13 @@ def read_inventory(layout: Layout) -> Inventory:
         if content["version"] != _INVENTORY_VERSION:
             raise ValueError(f"version {content['version']!r}")
         rows = [
-            Row(**{**row, "shape": tuple(row["shape"]), "stride": _tuple(row["stride"])}) for row in content["tensors"]
+            Row(**{**row, "shape": tuple(row["shape"]), "stride": _tuple(row["stride"])})
+            for row in content["tensors"]
         ]
-        data = {name: Data(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in content["data"].items()}
+        data = {
+            name: Data(**{**entry, "shape": tuple(entry["shape"])})
+            for name, entry in content["data"].items()
+        }
         inventory = Inventory({row.path: row for row in rows}, data, dict(content["files"]))
         _check_inventory(inventory, len(rows))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -166,7 +175,10 @@ def _tuple(value: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def _check_inventory(inventory: Inventory, row_count: int) -> None:
-    """Everything a later step relies on: known dtypes, plain file names, views inside their data."""
+    """Everything a later step relies on.
+
+    Known dtypes, plain file names, views inside their data.
+    """
     if len(inventory.rows) != row_count:
         raise ValueError("a path stands there twice")
     for name, entry in inventory.data.items():
@@ -176,24 +188,35 @@ def _check_inventory(inventory: Inventory, row_count: int) -> None:
         if os.path.basename(file) != file or not file.endswith(".safetensors"):
             raise ValueError(f"file {file!r}")
     for row in inventory.rows.values():
-        if not all(type(text) is str for text in (row.path, row.kind)) or type(row.parameter) is not bool:
+        if (
+            not all(type(text) is str for text in (row.path, row.kind))
+            or type(row.parameter) is not bool
+        ):
             raise ValueError(f"tensor {row.path!r}, {row.kind!r}")
         entry = inventory.data[row.data]
         numbers = (*row.shape, *(row.stride or ()), row.offset, *entry.shape)
-        if row.dtype != entry.dtype or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+        if row.dtype != entry.dtype or any(
+            type(n) is not int or not 0 <= n < 2**63 for n in numbers
+        ):
             raise ValueError(f"tensor {row.path!r}")
         if row.stride is not None and len(row.stride) != len(row.shape):
             raise ValueError(f"tensor {row.path!r}: stride {row.stride}")
         steps = row.stride or contiguous_stride(row.shape)
-        last = row.offset + sum(max(size - 1, 0) * step for size, step in zip(row.shape, steps, strict=True))
-        if 0 not in row.shape and (last + 1) * nbytes_of(row.dtype, ()) > nbytes_of(entry.dtype, entry.shape):
+        last = row.offset + sum(
+            max(size - 1, 0) * step for size, step in zip(row.shape, steps, strict=True)
+        )
+        if 0 not in row.shape and (last + 1) * nbytes_of(row.dtype, ()) > nbytes_of(
+            entry.dtype, entry.shape
+        ):
             raise ValueError(f"tensor {row.path!r} reaches past the end of {row.data!r}")
 
 
 def hold_weights(
     inventory: Inventory, layout: Layout, *, hashes: bool = True, rehash: bool = False
 ) -> tuple[list[HeldFile], list[str]]:
-    """Open all files of weights, and compare their digests; from then on the layout says where to map them from.
+    """Open all files of weights, and compare their digests.
+
+    From then on the layout says where to map them from.
 
     Args:
         inventory: Names them, and says what must be in them.
@@ -202,8 +225,8 @@ def hold_weights(
         rehash: Believe nothing that this host remembers.
 
     Returns:
-        The files, which must live as long as what is mapped from them; and bytes that are not the ones that were
-        saved, one sentence each.
+        The files, which must live as long as what is mapped from them; and bytes that are not the
+        ones that were saved, one sentence each.
 
     Raises:
         IntegrityError: A file is missing, cut short, or its header is malformed.
@@ -212,10 +235,17 @@ def hold_weights(
     for name, header in inventory.files.items():
         path = layout.data / name
         if not path.is_file():
-            raise IntegrityError("A file of the artifact is missing", where=layout.name_of(path), hint=FETCH_AGAIN)
-        tensors = {data: entry.sha256 for data, entry in inventory.data.items() if entry.file == name}
+            raise IntegrityError(
+                "A file of the artifact is missing", where=layout.name_of(path), hint=FETCH_AGAIN
+            )
+        tensors = {
+            data: entry.sha256 for data, entry in inventory.data.items() if entry.file == name
+        }
         file, problems = hold(
-            path, layout.name_of(path), FileDigests(header, tensors) if hashes else None, rehash=rehash
+            path,
+            layout.name_of(path),
+            FileDigests(header, tensors) if hashes else None,
+            rehash=rehash,
         )
         layout.held[path] = file.path
         held.append(file)

@@ -13,7 +13,8 @@ from mlflow_safeflavor.errors import IntegrityError
 __all__ = ["MAX_JSON", "parse_file", "parse_json", "read_json", "write_json"]
 
 MAX_JSON = 64 * 10**6  # read whole, and some 20 times larger as objects
-_DEEPEST = 100  # lists and dicts within each other; of all that was ever saved a config's few levels are the most
+# lists and dicts within each other; of all that was ever saved a config's few levels are the most
+_DEEPEST = 100
 _TOO_DEEP = f"lists or dicts nested more than {_DEEPEST} deep"
 
 
@@ -29,21 +30,30 @@ def read_json(path: Path, *, strict: bool = True) -> Any:
 
     Args:
         path: The file.
-        strict: Refuse links, and what JSON does not have but Python reads: equal keys, NaN and infinities.
+        strict: Refuse links, and what JSON does not have but Python reads: equal keys, NaN and
+            infinities.
 
     Raises:
         IntegrityError: The file is missing, no plain file, too large, no JSON, or nested too deep.
     """
-    return parse_file(read_text(path if strict else Path(os.path.realpath(path)), MAX_JSON), path, strict)
+    return parse_file(
+        read_text(path if strict else Path(os.path.realpath(path)), MAX_JSON), path, strict
+    )
 
 
 def parse_file(text: str, path: Path, strict: bool = True) -> Any:
-    """``parse_json`` of what was read of a file of an artifact. Raises ``IntegrityError`` that names it."""
+    """``parse_json`` of what was read of a file of an artifact.
+
+    Raises ``IntegrityError`` that names it.
+    """
     try:
         return parse_json(text, strict=strict)
     except ValueError as error:
         raise IntegrityError(
-            "A file of the artifact cannot be read as JSON", where=path, found=error, hint=FETCH_AGAIN
+            "A file of the artifact cannot be read as JSON",
+            where=path,
+            found=error,
+            hint=FETCH_AGAIN,
         ) from None
 
 
@@ -57,14 +67,21 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
     Raises:
         ValueError: It is no JSON, or lists and dicts are nested more than 100 deep.
     """
-    hooks: dict[str, Any] = {"object_pairs_hook": _without_duplicates, "parse_constant": _refuse_constant}
+    hooks: dict[str, Any] = {
+        "object_pairs_hook": _without_duplicates,
+        "parse_constant": _refuse_constant,
+    }
     try:
         content = json.loads(text, **hooks if strict else {})
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     level = [content]
     for _ in range(_DEEPEST + 1):
-        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
+        parts = [
+            part.values() if isinstance(part, dict) else part
+            for part in level
+            if isinstance(part, (dict, list))
+        ]
         level = [item for part in parts for item in part]
     if level:
         raise ValueError(_TOO_DEEP)

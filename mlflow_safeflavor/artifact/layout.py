@@ -28,7 +28,8 @@ class Layout:
 
     Args:
         root: The folder.
-        keeps: Read each file once: later readers get what the first one got, whatever happened to the file.
+        keeps: Read each file once: later readers get what the first one got, whatever happened to
+            the file.
     """
 
     MLMODEL = "MLmodel"
@@ -69,7 +70,10 @@ class Layout:
         return self.data / f"parity-{engine}.json", self.data / f"parity-{engine}.safetensors"
 
     def recorded(self, engine: str) -> tuple[Path, Path]:
-        """Golden rows that an engine is compared with: in OpenVINO those of ONNX Runtime where it has none."""
+        """Golden rows that an engine is compared with.
+
+        In OpenVINO those of ONNX Runtime where it has none.
+        """
         own = self.golden(engine)
         return self.golden("onnx") if engine == "openvino" and not own[0].exists() else own
 
@@ -79,7 +83,10 @@ class Layout:
         return pure.parent.as_posix() == self.DATA and pure.match("model*.safetensors")
 
     def limit_of(self, name: str) -> int | None:
-        """Bytes that a file may have which is read whole; None for weights, code and what nobody reads."""
+        """Bytes that a file may have which is read whole.
+
+        None for weights, code and what nobody reads.
+        """
         pure = PurePosixPath(name)
         if pure.parts[:2] == (self.DATA, self.tokenizer.name):
             return _MAX_TOKENIZER
@@ -95,14 +102,19 @@ class Layout:
         """Content of a file that is read whole.
 
         Raises:
-            IntegrityError: It is missing, no plain file, too large, or not what was compared with the manifest.
+            IntegrityError: It is missing, no plain file, too large, or not what was compared with
+                the manifest.
         """
         if self._contents is not None and path in self._contents:
             return self._contents[path]
         name = self.name_of(path)
         content = read_bytes(path, self.limit_of(name) or sys.maxsize)
         if name in self.sealed and hashlib.sha256(content).hexdigest() != self.sealed[name]:
-            raise IntegrityError("A file of the artifact was changed while it was loaded", where=name, hint=FETCH_AGAIN)
+            raise IntegrityError(
+                "A file of the artifact was changed while it was loaded",
+                where=name,
+                hint=FETCH_AGAIN,
+            )
         if self._contents is not None:
             self._contents[path] = content
         return content
@@ -113,7 +125,9 @@ class Layout:
 
     def keep(self, *folders: Path) -> None:
         """Read all files below folders now, so that nobody reads them later."""
-        for path in (path for folder in folders for path in folder.rglob("*") if self._contents is not None):
+        for path in (
+            path for folder in folders for path in folder.rglob("*") if self._contents is not None
+        ):
             if not path.is_dir():
                 self.read_bytes(path)
 
@@ -124,7 +138,11 @@ class Layout:
     @contextmanager
     def copied(self, folder: Path) -> Iterator[Path]:
         """A folder with the files that were kept of one of the artifact's, for libraries that only read files."""
-        kept = {path: content for path, content in (self._contents or {}).items() if folder in path.parents}
+        kept = {
+            path: content
+            for path, content in (self._contents or {}).items()
+            if folder in path.parents
+        }
         if not kept:
             yield folder
             return
@@ -135,10 +153,13 @@ class Layout:
                     copy = scratch / path.relative_to(folder)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     copy.write_bytes(content)
-            except OSError:  # nowhere to write: the artifact's own files will do, if they are still the same
+            # nowhere to write: the artifact's own files will do, if they are still the same
+            except OSError:
                 if any(read_bytes(path, sys.maxsize) != content for path, content in kept.items()):
                     raise IntegrityError(
-                        "A file of the artifact was changed after it was loaded", where=folder, hint=FETCH_AGAIN
+                        "A file of the artifact was changed after it was loaded",
+                        where=folder,
+                        hint=FETCH_AGAIN,
                     ) from None
                 scratch = folder
             yield scratch

@@ -1,4 +1,7 @@
-"""The manifest of a saved model: size and SHA-256 of every file, and what of ``MLmodel`` answers depend on."""
+"""The manifest of a saved model.
+
+Size and SHA-256 of every file, and what of ``MLmodel`` answers depend on.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,8 @@ def digest_json(value: object) -> str:
     """SHA-256 of a JSON-able value, independent of key order.
 
     Raises:
-        IntegrityError: It is no JSON, or larger than anything that was ever meant: a few lines of YAML
-            can name one list a billion times.
+        IntegrityError: It is no JSON, or larger than anything that was ever meant: a few lines of
+            YAML can name one list a billion times.
     """
     digest, size = hashlib.sha256(), 0
     try:
@@ -41,7 +44,10 @@ def digest_json(value: object) -> str:
                 raise ValueError(f"more than {_MAX_GUARDED} characters")
     except (TypeError, ValueError, RecursionError) as error:
         raise IntegrityError(
-            "MLmodel holds something that no model was saved with", where=Layout.MLMODEL, found=error, hint=FETCH_AGAIN
+            "MLmodel holds something that no model was saved with",
+            where=Layout.MLMODEL,
+            found=error,
+            hint=FETCH_AGAIN,
         ) from None
     return digest.hexdigest()
 
@@ -76,7 +82,9 @@ def read_manifest(layout: Layout) -> dict[str, Any]:
             and version == _MANIFEST_VERSION
             and isinstance(mlmodel, str)
             and all(
-                set(entry) == {"sha256", "size"} and type(entry["size"]) is int and type(entry["sha256"]) is str
+                set(entry) == {"sha256", "size"}
+                and type(entry["size"]) is int
+                and type(entry["sha256"]) is str
                 for entry in files.values()
             )
         )
@@ -86,19 +94,38 @@ def read_manifest(layout: Layout) -> dict[str, Any]:
         raise IntegrityError("The manifest is malformed", where=where, hint=FETCH_AGAIN)
     for name in files:
         pure = PurePosixPath(name)
-        too_long = any(len(part.encode(errors="replace")) > 255 for part in pure.parts) or len(name) > 4096
-        if too_long or pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name or "\\" in name:
+        too_long = (
+            any(len(part.encode(errors="replace")) > 255 for part in pure.parts) or len(name) > 4096
+        )
+        if (
+            too_long
+            or pure.is_absolute()
+            or ".." in pure.parts
+            or pure.as_posix() != name
+            or "\\" in name
+        ):
             raise IntegrityError(
-                "The manifest names no path inside the artifact", where=where, found=repr(name[:300]), hint=FETCH_AGAIN
+                "The manifest names no path inside the artifact",
+                where=where,
+                found=repr(name[:300]),
+                hint=FETCH_AGAIN,
             )
     # Some of its lines nobody compares with anything: the weights are hashed tensor by tensor.
-    if manifest["sha256"] != digest_json({name: manifest[name] for name in manifest.keys() - {"sha256"}}):
-        raise IntegrityError("The manifest is not the one that was saved", where=where, hint=FETCH_AGAIN)
+    if manifest["sha256"] != digest_json(
+        {name: manifest[name] for name in manifest.keys() - {"sha256"}}
+    ):
+        raise IntegrityError(
+            "The manifest is not the one that was saved", where=where, hint=FETCH_AGAIN
+        )
     return dict(manifest)
 
 
 def find_broken_files(
-    layout: Layout, *, mlmodel: Mapping[str, Any], digests: bool, elsewhere: frozenset[str] = frozenset()
+    layout: Layout,
+    *,
+    mlmodel: Mapping[str, Any],
+    digests: bool,
+    elsewhere: frozenset[str] = frozenset(),
 ) -> Iterator[str]:
     """Differences between the manifest and the files, one sentence each.
 
@@ -121,14 +148,25 @@ def find_broken_files(
             yield f"{name}: has {size} bytes, wanted {entry['size']}"
         elif size > (limit := layout.limit_of(name) or size):
             yield f"{name}: has {size} bytes, of such a file at most {limit} are read"
-        elif digests and name not in elsewhere and (found := digest_of_plain(layout.root / name)) != entry["sha256"]:
+        elif (
+            digests
+            and name not in elsewhere
+            and (found := digest_of_plain(layout.root / name)) != entry["sha256"]
+        ):
             yield f"{name}: has SHA-256 {found[:12]}…, wanted {entry['sha256'][:12]}…"
     # A file nobody recorded could be imported (code/) or read in place of another (safeflavor/).
     manifest_name = layout.name_of(layout.manifest)
     for name, facts in there.items():
-        if name.partition("/")[0] in (layout.CODE, layout.DATA) and name not in files and name != manifest_name:
+        if (
+            name.partition("/")[0] in (layout.CODE, layout.DATA)
+            and name not in files
+            and name != manifest_name
+        ):
             kind = reason_to_refuse(facts.st_mode)
-            yield f"{name}: {f'is {kind}, and ' if kind else ''}was not there when the model was saved"
+            yield (
+                f"{name}: {f'is {kind}, and ' if kind else ''}was not there when the model was "
+                "saved"
+            )
 
 
 def _link_above(root: Path, name: str) -> str:

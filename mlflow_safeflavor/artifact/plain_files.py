@@ -1,4 +1,7 @@
-"""Plain files of a folder that a stranger wrote: no links, pipes or devices, not too many, not too large."""
+"""Plain files of a folder that a stranger wrote.
+
+No links, pipes or devices, not too many, not too large.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,23 @@ __all__ = [
     "decode",
     "digest_of_file",
     "digest_of_plain",
+    "hint_of",
     "list_files",
     "open_plain",
     "read_bytes",
     "read_text",
     "reason_to_refuse",
-    "hint_of",
 ]
 
-FETCH_AGAIN = "fetch the artifact again, or log the model again; files of a saved model are not meant to be edited"
+FETCH_AGAIN = (
+    "fetch the artifact again, or log the model again; files of a saved model are not meant to be "
+    "edited"
+)
 _MAX_FILES = 50_000
 _MAX_DEPTH = 64  # folders; Python's own walks recurse, and end in RecursionError
-_NO_BLOCKING = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_NO_BLOCKING = (
+    getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+)
 
 
 def reason_to_refuse(mode: int) -> str | None:
@@ -93,7 +101,10 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """Read a plain file of UTF-8; raises IntegrityError as ``read_bytes`` does, and where it is no UTF-8."""
+    """Read a plain file of UTF-8.
+
+    Raises IntegrityError as ``read_bytes`` does, and where it is no UTF-8.
+    """
     return decode(read_bytes(path, limit), path)
 
 
@@ -122,7 +133,8 @@ def list_files(root: Path) -> dict[str, os.stat_result]:
     Byte code in ``__pycache__`` is left out: running vendored code leaves it behind.
 
     Raises:
-        IntegrityError: A folder cannot be read, or there are more files or deeper folders than in any model.
+        IntegrityError: A folder cannot be read, or there are more files or deeper folders than in
+            any model.
     """
     found: dict[str, os.stat_result] = {}
     waiting = [("", 0)]
@@ -151,18 +163,24 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise IntegrityError("A file of the artifact is missing", where=path, hint=FETCH_AGAIN) from None
+        raise IntegrityError(
+            "A file of the artifact is missing", where=path, hint=FETCH_AGAIN
+        ) from None
     except PermissionError:
         raise IntegrityError(
             "A file of the artifact may not be read by this user",
             where=path,
-            hint="let its owner run `chmod -R a+rX` on the model's folder, or load it as another user",
+            hint="let its owner run `chmod -R a+rX` on the model's folder, or load it as another "
+            "user",
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.EMLINK):
             raise _refusal(path, "a symbolic link") from None
         raise IntegrityError(
-            "A file of the artifact cannot be read", where=str(path)[:300], found=error, hint=FETCH_AGAIN
+            "A file of the artifact cannot be read",
+            where=str(path)[:300],
+            found=error,
+            hint=FETCH_AGAIN,
         ) from None
 
 
@@ -177,5 +195,12 @@ def _refusal(path: Path, kind: str) -> IntegrityError:
 
 
 def hint_of(problem: str) -> str:
-    """What to do about an artifact whose files are not those that were saved; links are no damage."""
-    return "copy the model with `cp -rL`, which copies what links point to" if "a symbolic link" in problem else FETCH_AGAIN
+    """What to do about an artifact whose files are not those that were saved.
+
+    Links are no damage.
+    """
+    return (
+        "copy the model with `cp -rL`, which copies what links point to"
+        if "a symbolic link" in problem
+        else FETCH_AGAIN
+    )

@@ -1,8 +1,11 @@
-"""Folders that end with their process: it removes them, or the next process that makes one there does.
+"""Folders that end with their process.
 
-A signal ends Python without unwinding, so what a killed process leaves has to be found by another. A folder is locked
-(``flock`` on the folder itself, which the kernel gives up with the process) as long as it is in use. Locks are not seen
-from every other host of a shared file system, so its name tells the host, and elsewhere only age counts.
+It removes them, or the next process that makes one there does.
+
+A signal ends Python without unwinding, so what a killed process leaves has to be found by another.
+A folder is locked (``flock`` on the folder itself, which the kernel gives up with the process) as
+long as it is in use. Locks are not seen from every other host of a shared file system, so its name
+tells the host, and elsewhere only age counts.
 """
 
 from __future__ import annotations
@@ -38,7 +41,10 @@ NOTE = "note.json"
 
 @cache
 def _host() -> str:
-    """Names the running kernel, which is what keeps the locks: containers share it, another boot is another."""
+    """Names the running kernel, which is what keeps the locks.
+
+    Containers share it, another boot is another.
+    """
     try:
         kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     except OSError:
@@ -46,16 +52,23 @@ def _host() -> str:
     return hashlib.sha256(kernel.encode()).hexdigest()[:8]
 
 
-_NAME = re.compile(r".+-(?P<host>[0-9a-f]{8})-[a-z0-9_]{8}\.(?P<kind>download|staging|rehearsal|lock|tokenizer|log)")
+_NAME = re.compile(
+    r".+-(?P<host>[0-9a-f]{8})-[a-z0-9_]{8}\.(?P<kind>download|staging|rehearsal|lock|tokenizer|log)"
+)
 
 
 @contextmanager
-def scratch_folder(kind: str, parent: Path | None = None, *, stem: str = "safeflavor") -> Iterator[Path]:
-    """A new folder, removed on leaving unless it was renamed; before that, what killed processes left is swept.
+def scratch_folder(
+    kind: str, parent: Path | None = None, *, stem: str = "safeflavor"
+) -> Iterator[Path]:
+    """A new folder, removed on leaving unless it was renamed.
+
+    Before that, what killed processes left is swept.
 
     Args:
         kind: The end of its name, one of those in ``_NAME``.
-        parent: Where to make it; by default the folder for temporary files, which is swept in any case.
+        parent: Where to make it; by default the folder for temporary files, which is swept in any
+            case.
         stem: The start of its name.
     """
     temporary = Path(tempfile.gettempdir())
@@ -90,7 +103,9 @@ def dead_folders(parent: Path, kind: str | None = None) -> Iterator[Path]:
         kind: Only these; by default all.
     """
     try:
-        found = [(path, match) for path in parent.iterdir() if (match := _NAME.fullmatch(path.name))]
+        found = [
+            (path, match) for path in parent.iterdir() if (match := _NAME.fullmatch(path.name))
+        ]
     except OSError:
         return
     for path, match in found:
@@ -148,7 +163,10 @@ def _lock(folder: Path) -> int | None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Holds the lock of a folder of this user. Says whether there are locks; raises ``OSError`` as ``_lock`` does."""
+    """Holds the lock of a folder of this user.
+
+    Says whether there are locks; raises ``OSError`` as ``_lock`` does.
+    """
     lock = _lock(folder)
     try:
         if lock is not None and not _is(folder, lock):

@@ -49,11 +49,14 @@ STRUCTURE_KINDS = ("transformers", "torch", "import", "pickle", "graph")
 
 _NAME = r"[^\W\d]\w*"
 _QUALNAME = rf"({_NAME}|<locals>|<lambda>)"
-# Used with fullmatch. None of these may hold what ends a line, or what a shell, Dockerfile or terminal obeys: readers
-# print them, and write them into files.
+# Used with fullmatch. None of these may hold what ends a line, or what a shell, Dockerfile or
+# terminal obeys: readers print them, and write them into files.
 _PATTERNS = {
     "task": (r"[a-z0-9]{1,40}(-[a-z0-9]{1,40}){0,5}", "words of small letters with dashes"),
-    "model_class": (rf"(?=.{{1,1000}}\Z){_NAME}(\.{_NAME})*:{_QUALNAME}(\.{_QUALNAME})*", "module:qualname"),
+    "model_class": (
+        rf"(?=.{{1,1000}}\Z){_NAME}(\.{_NAME})*:{_QUALNAME}(\.{_QUALNAME})*",
+        "module:qualname",
+    ),
     "loader_version": (r"\d[0-9A-Za-z.+!-]{0,63}", "a version"),
     "loader_digest": (r"[0-9a-f]{64}", "64 hexadecimal digits"),
     "cast_from": (r"([a-z][a-z0-9_]{0,19}(, (?=.))?){0,8}", "names of dtypes"),
@@ -72,7 +75,9 @@ def is_scalar(value: object) -> bool:
     """Whether it is a JSON value without parts; texts are plain, numbers finite and of 64 bits."""
     if isinstance(value, (bool, int)):
         return -(2**63) <= value < 2**63
-    return value is None or is_plain_text(value) or (isinstance(value, float) and math.isfinite(value))
+    return (
+        value is None or is_plain_text(value) or (isinstance(value, float) and math.isfinite(value))
+    )
 
 
 def _is_json(value: object, nesting: int = 0) -> bool:
@@ -80,7 +85,9 @@ def _is_json(value: object, nesting: int = 0) -> bool:
     if nesting > _MAX_NESTING:
         return False
     if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_json(part, nesting + 1) for key, part in value.items())
+        return all(
+            isinstance(key, str) and _is_json(part, nesting + 1) for key, part in value.items()
+        )
     if isinstance(value, (list, tuple)):
         return all(_is_json(part, nesting + 1) for part in value)
     return isinstance(value, str) or is_scalar(value)
@@ -118,12 +125,15 @@ class ModelSpec:
         structure: How the module is rebuilt; one of ``STRUCTURE_KINDS``.
         model_class: ``module:qualname`` of the module's class.
         task_config: What the task recorded at save (pooling, labels, padding, …); JSON only.
-        input_columns: Field of the task → column name in the user's rows; None for a sole column without a name.
+        input_columns: Field of the task → column name in the user's rows; None for a sole column
+            without a name.
         model_config: Run-time options with their stored defaults.
         loader_version: Release of this package that wrote the artifact.
         loader_digest: SHA-256 over the vendored loader's source.
-        cast_from: Dtypes that weights had before they were cast to ``dtype`` though nobody asked for it, or nothing.
-        runs: What of its own the artifact runs when loaded: "code", "pickle"; the caller must agree.
+        cast_from: Dtypes that weights had before they were cast to ``dtype`` though nobody asked
+            for it, or nothing.
+        runs: What of its own the artifact runs when loaded: "code", "pickle"; the caller must
+            agree.
         format_version: See ``FORMAT_VERSION``.
     """
 
@@ -157,7 +167,10 @@ class ModelSpec:
         """The JSON-able entry written to ``MLmodel``; ``from_flavor`` reads it back."""
         entry = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         entry["runs"] = list(self.runs)
-        return {name: dict(value) if isinstance(value, MappingProxyType) else value for name, value in entry.items()}
+        return {
+            name: dict(value) if isinstance(value, MappingProxyType) else value
+            for name, value in entry.items()
+        }
 
     @classmethod
     def from_flavor(cls, entry: Mapping[str, Any]) -> ModelSpec:
@@ -169,28 +182,40 @@ class ModelSpec:
         """
         if not isinstance(entry, Mapping):
             raise IntegrityError(
-                "The safeflavor entry of MLmodel is malformed", where="MLmodel", wanted="a mapping", found=repr(entry)
+                "The safeflavor entry of MLmodel is malformed",
+                where="MLmodel",
+                wanted="a mapping",
+                found=repr(entry),
             )
         version = entry.get("format_version")
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise IntegrityError(
-                "MLmodel has no usable format_version", where="MLmodel", wanted="a whole number", found=repr(version)
+                "MLmodel has no usable format_version",
+                where="MLmodel",
+                wanted="a whole number",
+                found=repr(version),
             )
         if version > FORMAT_VERSION:
             raise FormatVersionError(
                 "The model was saved in a format that this release does not read",
                 where="MLmodel",
                 wanted=f"format_version {FORMAT_VERSION} or older",
-                found=f"format_version {version}, written by mlflow-safeflavor {entry.get('loader_version')}",
+                found=f"format_version {version}, written by mlflow-safeflavor "
+                f"{entry.get('loader_version')}",
                 hint=f"install mlflow-safeflavor {entry.get('loader_version')} or newer",
             )
         types = {f.name: f.type for f in dataclasses.fields(cls)}
         for name in types.keys() - entry.keys():
             raise IntegrityError(
-                "The safeflavor entry of MLmodel is incomplete", where="MLmodel", wanted=name, found="no such key"
+                "The safeflavor entry of MLmodel is incomplete",
+                where="MLmodel",
+                wanted=name,
+                found="no such key",
             )
         for name, type_name in types.items():
-            expected: type = {"str": str, "int": int, "tuple[str, ...]": list}.get(str(type_name), Mapping)
+            expected: type = {"str": str, "int": int, "tuple[str, ...]": list}.get(
+                str(type_name), Mapping
+            )
             if not isinstance(entry[name], expected):
                 raise IntegrityError(
                     "A key of the safeflavor entry of MLmodel has the wrong type",
@@ -210,12 +235,20 @@ def read_spec(layout: Layout) -> tuple[ModelSpec, dict[str, Any]]:
     """
     with suppress(PermissionError):  # which reading names
         if not os.path.lexists(layout.mlmodel):
-            raise IntegrityError("There is no MLflow model", where=layout.root, wanted=layout.MLMODEL, hint=FETCH_AGAIN)
+            raise IntegrityError(
+                "There is no MLflow model",
+                where=layout.root,
+                wanted=layout.MLMODEL,
+                hint=FETCH_AGAIN,
+            )
     try:
         content = yaml.safe_load(read_text(layout.mlmodel, layout.limit_of(layout.MLMODEL) or 0))
         entry = content["flavors"][FLAVOR_NAME]
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # such as a date of no calendar
-        raise IntegrityError("MLmodel cannot be read", where=layout.mlmodel, found=error, hint=FETCH_AGAIN) from None
+    # such as a date of no calendar
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise IntegrityError(
+            "MLmodel cannot be read", where=layout.mlmodel, found=error, hint=FETCH_AGAIN
+        ) from None
     except (KeyError, TypeError):
         raise IntegrityError(
             "This MLflow model was not saved by mlflow-safeflavor",
@@ -227,5 +260,8 @@ def read_spec(layout: Layout) -> tuple[ModelSpec, dict[str, Any]]:
 
 
 def guarded_parts(mlmodel: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of ``MLmodel`` that predictions depend on; MLflow adds ids and dates to the rest."""
+    """The parts of ``MLmodel`` that predictions depend on.
+
+    MLflow adds ids and dates to the rest.
+    """
     return {name: mlmodel.get(name) for name in ("flavors", "signature")}

@@ -37,8 +37,8 @@ def staging(target: str | Path, *, umask: int | None = None) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder("staging", target.parent, stem=f".{target.name}") as stage:
         yield stage
-        # The folder is made private (0700), and safetensors' files are (0600); a model has the modes that
-        # any new folder and file would have.
+        # The folder is made private (0700), and safetensors' files are (0600); a model has the
+        # modes that any new folder and file would have.
         _set_modes(stage, _own_umask() if umask is None else umask)
         os.replace(stage, target)
 
@@ -50,7 +50,10 @@ def _own_umask() -> int:
 
 
 def _set_modes(root: Path, umask: int) -> None:
-    """Give a folder and all below it the modes that new ones get under ``umask``; scripts stay executable."""
+    """Give a folder and all below it the modes that new ones get under ``umask``.
+
+    Scripts stay executable.
+    """
     for path in (root, *root.rglob("*")):
         if not path.is_symlink():
             executable = 0o111 if path.is_dir() else path.stat().st_mode & 0o111

@@ -1,7 +1,8 @@
 """What we agree to rebuild: nothing an artifact names runs before it was looked at here.
 
-Somebody who agreed to nothing gets classes whose saving was proven, made from plain values: neither a config nor an
-argument names code, a file or a repository. ``guard`` is there for what this does not foresee.
+Somebody who agreed to nothing gets classes whose saving was proven, made from plain values: neither
+a config nor an argument names code, a file or a repository. ``guard`` is there for what this does
+not foresee.
 """
 
 from __future__ import annotations
@@ -38,12 +39,17 @@ def require_known(trust: Collection[str]) -> None:
     """
     if isinstance(trust, str) or not set(trust) <= set(KINDS):
         raise TrustError(
-            "Unknown kind of trust", where="trust", wanted='a set of "code" and "pickle"', found=repr(trust)
+            "Unknown kind of trust",
+            where="trust",
+            wanted='a set of "code" and "pickle"',
+            found=repr(trust),
         )
 
 
 def require_agreed(kind: str, trust: Collection[str], what: str) -> None:
-    """Refuse to run something the caller did not agree to. Called first thing, and again at the very place.
+    """Refuse to run something the caller did not agree to.
+
+    Called first thing, and again at the very place.
 
     Args:
         kind: "code" or "pickle".
@@ -54,7 +60,10 @@ def require_agreed(kind: str, trust: Collection[str], what: str) -> None:
         TrustError: ``kind`` is not in ``trust``.
     """
     if kind not in trust:
-        hint = f"if you know who saved it, pass trust={{{kind!r}}}; `mlflow-safeflavor inspect` runs nothing of it"
+        hint = (
+            f"if you know who saved it, pass trust={{{kind!r}}}; `mlflow-safeflavor inspect` runs "
+            "nothing of it"
+        )
         if kind == "pickle":
             hint += "; under pyfunc, set MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true"
         raise TrustError(
@@ -88,7 +97,8 @@ def require_no_shadows(code: Path) -> None:
             where=f"{code.name}/{shadows[0]}",
             wanted="module names of the model's own",
             found=", ".join(shadows),
-            hint="rename it and save the model again; if you did not write it, do not load this model",
+            hint="rename it and save the model again; if you did not write it, do not load this "
+            "model",
         )
 
 
@@ -106,13 +116,21 @@ def _proven() -> frozenset[str]:
     return frozenset(" ".join(line for line in lines if not line.startswith("#")).split())
 
 
-# Configs. The names are those by which transformers and timm come to load something while they build: found by
-# reading every `from_pretrained`, `cached_file`, `hf_hub_download`, `torch.load`, `open` and `create_model` in them.
+# Configs. The names are those by which transformers and timm come to load something while they
+# build: found by reading every `from_pretrained`, `cached_file`, `hf_hub_download`, `torch.load`,
+# `open` and `create_model` in them.
 
 _CODE = frozenset(("auto_map", "custom_pipelines"))
 _ELSEWHERE = frozenset(
     (
-        *("_name_or_path", "cache_dir", "checkpoint", "name_or_path", "pretrained", "pretrained_cfg"),
+        *(
+            "_name_or_path",
+            "cache_dir",
+            "checkpoint",
+            "name_or_path",
+            "pretrained",
+            "pretrained_cfg",
+        ),
         *("pretrained_cfg_overlay", "target_lang", "use_pretrained_backbone"),
     )
 )
@@ -124,14 +142,21 @@ _LABELS = frozenset(("id2label", "label2id"))
 
 
 def find_steering(content: Any, *, trusted: bool = False, where: str = "") -> Iterator[str]:
-    """What a config, or the JSON of a processor or tokenizer, would have libraries load: keys with their values.
+    """What a config, or the JSON of a processor or tokenizer, would have libraries load.
+
+    Keys with their values.
 
     Args:
         content: JSON, looked at as deep as it is.
-        trusted: Whether the code of the artifact runs anyhow: then only what would bring other code is found.
+        trusted: Whether the code of the artifact runs anyhow: then only what would bring other code
+            is found.
         where: The key of ``content``, for those that are found.
     """
-    pairs = content.items() if isinstance(content, dict) else enumerate(content if isinstance(content, list) else ())
+    pairs = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content if isinstance(content, list) else ())
+    )
     for key, value in pairs:
         path = f"{where}.{key}".removeprefix(".")
         if _steers(str(key), value, trusted):
@@ -141,7 +166,8 @@ def find_steering(content: Any, *, trusted: bool = False, where: str = "") -> It
 
 
 def _steers(key: str, value: Any, trusted: bool) -> bool:
-    if key.endswith("_implementation"):  # owner/name is a kernel on a hub, which transformers would fetch and run
+    # owner/name is a kernel on a hub, which transformers would fetch and run
+    if key.endswith("_implementation"):
         return "/" in str(value)
     if not value:
         return False
@@ -150,7 +176,9 @@ def _steers(key: str, value: Any, trusted: bool) -> bool:
     if key in _REGISTERED and isinstance(value, str):
         return re.fullmatch(r"[\w.-]+", value) is None
     # A number is no file: drop_path is a probability.
-    return key in _ELSEWHERE or (not isinstance(value, (bool, int, float)) and _FILES.fullmatch(key) is not None)
+    return key in _ELSEWHERE or (
+        not isinstance(value, (bool, int, float)) and _FILES.fullmatch(key) is not None
+    )
 
 
 def portable(config: Any) -> Any:
@@ -159,7 +187,11 @@ def portable(config: Any) -> Any:
         return [portable(value) for value in config]
     if not isinstance(config, dict):
         return config
-    kept = {key: portable(value) for key, value in config.items() if key not in (*_CODE, "_name_or_path")}
+    kept = {
+        key: portable(value)
+        for key, value in config.items()
+        if key not in (*_CODE, "_name_or_path")
+    }
     return kept | ({"use_pretrained_backbone": False} if "use_pretrained_backbone" in kept else {})
 
 
@@ -174,6 +206,6 @@ def require_harmless(content: Any, where: object, *, trusted: bool = False) -> N
             "A file of the model names code, files or repositories that a library would load",
             where=where,
             found="; ".join(found[:5]),
-            hint="if you did not save this model, do not use it; if you did, take this out of its config and save "
-            "it again",
+            hint="if you did not save this model, do not use it; if you did, take this out of its "
+            "config and save it again",
         )

@@ -1,13 +1,15 @@
 """Files of weights, held so that what was checked is what is used, whatever happens to the artifact afterwards.
 
-Weights are used by mapping their file, so that worker processes share its pages; and whoever writes to a mapped file
-changes the weights, or takes them away: a process that then reads gets SIGBUS. So what is mapped is
+Weights are used by mapping their file, so that worker processes share its pages; and whoever writes
+to a mapped file changes the weights, or takes them away: a process that then reads gets SIGBUS. So
+what is mapped is
 
 * "memory": a copy of this process, of a small file;
-* "copy": a private copy on this host (``host_cache``), which every process of this user maps, under the digests that
-  were recorded for it. The copy's own bytes were hashed, and the artifact's as well;
-* "file": the artifact's file itself, where there is no room for a copy or none is wanted. It is looked at before each
-  forward, and a change is an error.
+* "copy": a private copy on this host (``host_cache``), which every process of this user maps, under
+  the digests that were recorded for it. The copy's own bytes were hashed, and the artifact's as
+  well;
+* "file": the artifact's file itself, where there is no room for a copy or none is wanted. It is
+  looked at before each forward, and a change is an error.
 """
 
 from __future__ import annotations
@@ -34,11 +36,13 @@ except ImportError:  # Windows
 
 __all__ = ["HeldFile", "boot", "hold", "require_unchanged"]
 
-_SMALL = 16 * 10**6  # bytes; a copy of each process costs little memory, and less time than a file would
+# bytes; a copy of each process costs little memory, and less time than a file would
+_SMALL = 16 * 10**6
 _SETTLED = 2.0  # seconds; a file changed more recently could change again without a new time stamp
 _HASHED_AGAIN = 7 * 86400.0  # seconds; for what no time stamp shows
 _FICLONE = 0x40049409
-_PLAIN = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))  # links and pipes are refused
+# links and pipes are refused
+_PLAIN = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
 _CHUNK = 1 << 30
 
 _logger = logging.getLogger("mlflow.safeflavor")
@@ -72,7 +76,10 @@ class HeldFile:
         return os.fstat(self.descriptor).st_blocks * 512 < self.size // 2
 
     def changed(self) -> bool:
-        """Whether somebody wrote to the file since it was opened; what nobody else can write is not looked at."""
+        """Whether somebody wrote to the file since it was opened.
+
+        What nobody else can write is not looked at.
+        """
         return self.kind == "file" and _facts_of(self.descriptor) != self.facts
 
     def copy_to(self, target: int) -> None:
@@ -81,7 +88,9 @@ class HeldFile:
             ioctl(target, _FICLONE, self.descriptor)
         except (OSError, TypeError):
             start, size = 0, os.fstat(self.descriptor).st_size
-            while start < size and (count := os.sendfile(target, self.descriptor, start, size - start)):
+            while start < size and (
+                count := os.sendfile(target, self.descriptor, start, size - start)
+            ):
                 start += count
 
 
@@ -97,7 +106,9 @@ def require_unchanged(files: Iterable[HeldFile]) -> None:
             )
 
 
-def hold(source: Path, where: str, recorded: FileDigests | None, *, rehash: bool) -> tuple[HeldFile, list[str]]:
+def hold(
+    source: Path, where: str, recorded: FileDigests | None, *, rehash: bool
+) -> tuple[HeldFile, list[str]]:
     """Open a file of weights, in one of the three ways, and compare its digests.
 
     Args:
@@ -162,8 +173,8 @@ def _name_of(recorded: FileDigests) -> str:
 class _Entry:
     """The copy of one file of weights in the cache, and marks of what was hashed; for this process alone meanwhile.
 
-    A mark stands for one file as it was: its path, inode, size and times. It is worth nothing after a restart, since
-    nothing of a copy need have reached the disk, and for no longer than a week.
+    A mark stands for one file as it was: its path, inode, size and times. It is worth nothing after
+    a restart, since nothing of a copy need have reached the disk, and for no longer than a week.
     """
 
     def __init__(self, folder: Path, recorded: FileDigests, rehash: bool) -> None:
@@ -171,7 +182,10 @@ class _Entry:
         self.copy = folder / "model.safetensors"
 
     def hold(self, source: HeldFile) -> tuple[HeldFile, list[str]]:
-        """The copy, made if need be; the artifact's own file where there is no room. What is wrong with either."""
+        """The copy, made if need be; the artifact's own file where there is no room.
+
+        What is wrong with either.
+        """
         if self.copy.exists():
             if not self._is_marked(source):
                 if problems := _find_wrong(source, self.recorded):
@@ -184,7 +198,8 @@ class _Entry:
                 if not _find_wrong(copy, self.recorded):
                     self._mark(copy)
                     return copy, []
-            self.copy.unlink()  # a disk that failed, or a machine that did before the copy was written
+            # a disk that failed, or a machine that did before the copy was written
+            self.copy.unlink()
         return self._make(source)
 
     def _make(self, source: HeldFile) -> tuple[HeldFile, list[str]]:

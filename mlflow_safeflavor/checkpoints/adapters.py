@@ -36,14 +36,17 @@ def from_folder(folder: str | Path) -> Source:
     """The base model with the adapter merged into it, in float32 and on the CPU.
 
     Raises:
-        StructureError: The base is not on this machine or of another class than the adapter, or there is no peft.
+        StructureError: The base is not on this machine or of another class than the adapter, or
+            there is no peft.
         WeightsError: The adapter and the base do not fit each other.
     """
     folder = Path(folder)
     said = read_json(folder / _CONFIG, strict=False)
     base = _base_of(folder, said.get("base_model_name_or_path"))
     if importlib.util.find_spec("peft") is None:
-        raise _not_merged("peft is not installed", folder, "pip install peft, or merge it elsewhere: ")
+        raise _not_merged(
+            "peft is not installed", folder, "pip install peft, or merge it elsewhere: "
+        )
     import peft
 
     read, stored = read_checkpoint(base)
@@ -52,7 +55,9 @@ def from_folder(folder: str | Path) -> Source:
     ends = _HEADS.get(said.get("task_type") or "", ("",))
     if not type(model).__name__.endswith(ends):
         raise _not_merged(
-            f"its base is a {type(model).__name__}", folder, f"a class for {said['task_type']} is needed: "
+            f"its base is a {type(model).__name__}",
+            folder,
+            f"a class for {said['task_type']} is needed: ",
         )
     try:
         adapted: Any = peft.PeftModel.from_pretrained(model, str(folder))
@@ -63,9 +68,13 @@ def from_folder(folder: str | Path) -> Source:
     # peft leaves out what it does not find, on either side. Embeddings may be stored whole.
     given = peft.utils.load_peft_weights(str(folder), device="cpu").keys()
     placed = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    beyond = {name for name in given - placed if name.removeprefix("base_model.model.") not in whole}
+    beyond = {
+        name for name in given - placed if name.removeprefix("base_model.model.") not in whole
+    }
     if odd := sorted({*beyond, *(placed - given)}):
-        raise WeightsError("The adapter does not fit its base model", where=folder, found=some(odd), hint=_HINT)
+        raise WeightsError(
+            "The adapter does not fit its base model", where=folder, found=some(odd), hint=_HINT
+        )
     tokens = folder if (folder / "tokenizer_config.json").is_file() else base
     tokenizer = tokenizer_of(tokens) if (tokens / "tokenizer_config.json").is_file() else None
     return Source(adapted.merge_and_unload().eval(), tokenizer=tokenizer, stored=stored)
@@ -86,6 +95,7 @@ def _not_merged(found: str, folder: Path, first: str) -> StructureError:
         "An adapter cannot be merged into its base model",
         where=folder,
         found=found,
-        hint=f"{first}model = peft.PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload(), where base "
-        "is the module it was trained on; then save_model(model, tokenizer=…)",
+        hint=f"{first}model = peft.PeftModel.from_pretrained(base, "
+        f"{str(folder)!r}).merge_and_unload(), where base is the module it was trained on; then "
+        "save_model(model, tokenizer=…)",
     )

@@ -1,8 +1,8 @@
 """The save-time doctor: was the module damaged before it was handed over?
 
-It looks for three things: tensors that differ from what their constructor computes, tied weights that
-went apart, and values that look as if nobody wrote them. Each rule is chosen so that sound models, fresh
-or trained, do not trip it; so silence is no proof, and an alarm deserves a look.
+It looks for three things: tensors that differ from what their constructor computes, tied weights
+that went apart, and values that look as if nobody wrote them. Each rule is chosen so that sound
+models, fresh or trained, do not trip it; so silence is no proof, and an alarm deserves a look.
 """
 
 from __future__ import annotations
@@ -37,16 +37,26 @@ def find_damage(module: torch.nn.Module) -> list[str]:
     The module is only looked at. Where its constructor cannot be called again, as for a class that
     stores no config, only the values themselves are judged.
     """
-    if isinstance(module, Embedder):  # no constructor knows its layers, and none computes any of their values
-        return [*(f"transformer.{one}" for one in find_damage(module.transformer)), *find_damage(module.layers)]
+    # no constructor knows its layers, and none computes any of their values
+    if isinstance(module, Embedder):
+        return [
+            *(f"transformer.{one}" for one in find_damage(module.transformer)),
+            *find_damage(module.layers),
+        ]
     slots = find_slots(module)
-    found = [f"{slot.path}: is on the meta device, it has no values" for slot in slots if slot.tensor.is_meta]
+    found = [
+        f"{slot.path}: is on the meta device, it has no values"
+        for slot in slots
+        if slot.tensor.is_meta
+    ]
     slots = [slot for slot in slots if not slot.tensor.is_meta]
     computed, drawn = _constructed(module)
     found += _find_changed(slots, computed)
     found += _find_broken_ties(module)
     for slot in slots:
-        found += [f"{slot.path}: {sentence}" for sentence in _find_unwritten(slot, slot.path in drawn)]
+        found += [
+            f"{slot.path}: {sentence}" for sentence in _find_unwritten(slot, slot.path in drawn)
+        ]
     return found
 
 
@@ -76,16 +86,27 @@ def _float_dtype(module: torch.nn.Module) -> torch.dtype:
 # --- differs from its constructor ----------------------------------------------------------------
 
 
-def _find_changed(slots: Sequence[Slot], computed: Mapping[str, Sequence[torch.Tensor]]) -> Iterator[str]:
+def _find_changed(
+    slots: Sequence[Slot], computed: Mapping[str, Sequence[torch.Tensor]]
+) -> Iterator[str]:
     """Non-persistent buffers and plain tensors; others are learned, so they may differ."""
     # An LSTM lists its own weights once more, as plain tensors.
     learned = {slot.tensor.untyped_storage().data_ptr() for slot in slots if slot.persistent}
     for slot in slots:
-        expected = computed.get(slot.path, ()) if slot.tensor.untyped_storage().data_ptr() not in learned else ()
-        if not slot.persistent and expected and not any(_is_close(slot.tensor, value) for value in expected):
+        expected = (
+            computed.get(slot.path, ())
+            if slot.tensor.untyped_storage().data_ptr() not in learned
+            else ()
+        )
+        if (
+            not slot.persistent
+            and expected
+            and not any(_is_close(slot.tensor, value) for value in expected)
+        ):
             yield (
-                f"{slot.path}: this {'non-persistent buffer' if slot.kind == 'buffer' else 'plain tensor'} "
-                "differs from what its constructor computes"
+                f"{slot.path}: this "
+                f"{'non-persistent buffer' if slot.kind == 'buffer' else 'plain tensor'} differs "
+                "from what its constructor computes"
             )
 
 
@@ -97,19 +118,27 @@ def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
         return torch.equal(found.cpu().to(expected.dtype), expected)
     ours = found.detach().cpu().double()
     through = (expected, expected.bfloat16(), expected.half())
-    return any(torch.allclose(ours, way.to(found.dtype).double(), rtol=1e-5, atol=1e-8) for way in through)
+    return any(
+        torch.allclose(ours, way.to(found.dtype).double(), rtol=1e-5, atol=1e-8) for way in through
+    )
 
 
 # --- ties ----------------------------------------------------------------------------------------
 
 
 def _find_broken_ties(module: torch.nn.Module) -> Iterator[str]:
-    """Declared pairs with different values. Equal values in two places are a waste, but no damage."""
+    """Declared pairs with different values.
+
+    Equal values in two places are a waste, but no damage.
+    """
     tensors = module.state_dict(keep_vars=True)
-    # transformers drops a pair from this list when a checkpoint holds both with different values on purpose.
+    # transformers drops a pair from this list when a checkpoint holds both with different values on
+    # purpose.
     tied = getattr(module, "all_tied_weights_keys", None)
     for name, source in declared_ties(module).items():
-        pair = [tensors[key] for key in (name, source) if key in tensors and not tensors[key].is_meta]
+        pair = [
+            tensors[key] for key in (name, source) if key in tensors and not tensors[key].is_meta
+        ]
         if len(pair) == 2 and (tied is None or name in tied) and not bits_equal(*pair):
             yield f"{name}: is declared to be tied to {source}, but has other values"
 
@@ -125,7 +154,10 @@ def _find_unwritten(slot: Slot, drawn: bool) -> Iterator[str]:
         drawn: Whether the constructor fills it with random numbers, so that it cannot be constant.
     """
     tensor = slot.tensor.detach()
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or not tensor.numel():
+    if (
+        tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        or not tensor.numel()
+    ):
         return
     low, high = (float(value) for value in torch.aminmax(tensor))
     if low != low:
@@ -135,8 +167,17 @@ def _find_unwritten(slot: Slot, drawn: bool) -> Iterator[str]:
     elif slot.kind == "parameter" and _is_huge(tensor, low, high):
         yield f"holds values up to {max(-low, high):.0e}, as memory that nobody wrote does"
     elif (share := _tiny_share(tensor)) > _TINY_SHARE:
-        yield f"{share:.0%} of its values are smaller than {_TINY:.0e}, as in memory that nobody wrote"
-    elif drawn and slot.kind == "parameter" and tensor.dim() > 1 and tensor.numel() >= _MATRIX and _is_pattern(tensor):
+        yield (
+            f"{share:.0%} of its values are smaller than {_TINY:.0e}, as in memory that nobody "
+            "wrote"
+        )
+    elif (
+        drawn
+        and slot.kind == "parameter"
+        and tensor.dim() > 1
+        and tensor.numel() >= _MATRIX
+        and _is_pattern(tensor)
+    ):
         yield "is one repeated pattern, where its constructor draws random values"
 
 
@@ -147,7 +188,9 @@ def _is_finite(*values: float) -> bool:
 def _is_huge(tensor: torch.Tensor, low: float, high: float) -> bool:
     """Beyond any weight; the dtype's own limits are used as masks, and are meant."""
     limits = torch.finfo(tensor.dtype)
-    return any(abs(value) > _HUGE and value not in (limits.min, limits.max) for value in (low, high))
+    return any(
+        abs(value) > _HUGE and value not in (limits.min, limits.max) for value in (low, high)
+    )
 
 
 def _tiny_share(tensor: torch.Tensor) -> float:
@@ -190,7 +233,9 @@ def require_undamaged(module: torch.nn.Module, on_damage: str = "error") -> None
         InputError: ``on_damage`` is neither.
     """
     if on_damage not in ("error", "warn"):
-        raise InputError("Unknown value", where="on_damage", wanted="error | warn", found=repr(on_damage))
+        raise InputError(
+            "Unknown value", where="on_damage", wanted="error | warn", found=repr(on_damage)
+        )
     damage = find_damage(module)
     if not damage:
         return
@@ -198,7 +243,8 @@ def require_undamaged(module: torch.nn.Module, on_damage: str = "error") -> None
         "The model looks damaged already, before anything is saved",
         where=f"{type(module).__name__}, {len(damage)} findings",
         found=format_damage(damage),
-        hint="load its checkpoint with mlflow_safeflavor.from_pretrained; on_damage='warn' saves it as it is",
+        hint="load its checkpoint with mlflow_safeflavor.from_pretrained; on_damage='warn' saves "
+        "it as it is",
     )
     if on_damage == "error":
         raise problem

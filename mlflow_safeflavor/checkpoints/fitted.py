@@ -16,10 +16,22 @@ from mlflow_safeflavor.checkpoints.transformers_keys import (
     is_optional,
 )
 from mlflow_safeflavor.errors import WeightsError
-from mlflow_safeflavor.module.construction import Recipe, construct_fresh, construct_twice, require_memory
+from mlflow_safeflavor.module.construction import (
+    Recipe,
+    construct_fresh,
+    construct_twice,
+    require_memory,
+)
 from mlflow_safeflavor.module.placement import islands_of
 from mlflow_safeflavor.module.slots import find_slots, some
-from mlflow_safeflavor.module.state_dict import Fit, cast, find_groups, fit, require_fit, with_base_prefix
+from mlflow_safeflavor.module.state_dict import (
+    Fit,
+    cast,
+    find_groups,
+    fit,
+    require_fit,
+    with_base_prefix,
+)
 
 __all__ = ["fitted", "matches"]
 
@@ -30,7 +42,11 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def fitted(
-    recipe: Recipe, state: Mapping[str, torch.Tensor], dtype: torch.dtype, new: Sequence[str], where: Path
+    recipe: Recipe,
+    state: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    new: Sequence[str],
+    where: Path,
 ) -> torch.nn.Module:
     """Construct, fit, and only when everything fits, copy."""
     module, computed = construct_twice(recipe, dtype)
@@ -40,19 +56,26 @@ def fitted(
     absent |= {slot.path for slot in find_slots(module) if not slot.persistent}
     if random := absent - computed:
         module, written = construct_fresh(recipe, dtype)
-        _require_data(sorted(path for path in random if path not in written or not matches(path, new)), where)
+        _require_data(
+            sorted(path for path in random if path not in written or not matches(path, new)), where
+        )
     _copy(module, result.values, dtype)
     require_memory(module)
     return module
 
 
 _HINT = (
-    "choose the class that the checkpoint was saved from (model_class=…); new=('head.*',) allows fresh tensors, "
-    "drop=('head.*',) leaves keys out, tie_word_embeddings=False unties"
+    "choose the class that the checkpoint was saved from (model_class=…); new=('head.*',) allows "
+    "fresh tensors, drop=('head.*',) leaves keys out, tie_word_embeddings=False unties"
 )
 
 
-def _fit(module: torch.nn.Module, state: Mapping[str, torch.Tensor], computed: set[str], new: Sequence[str]) -> Fit:
+def _fit(
+    module: torch.nn.Module,
+    state: Mapping[str, torch.Tensor],
+    computed: set[str],
+    new: Sequence[str],
+) -> Fit:
     """Fit a state dict, and forgive what the class or the user said may be missing."""
     groups = find_groups(module)
     names = [name for group in groups for name in group.names]
@@ -60,10 +83,13 @@ def _fit(module: torch.nn.Module, state: Mapping[str, torch.Tensor], computed: s
     result.missing = [
         name
         for name in result.missing
-        # The class calls a table of sinusoids optional, say: right, but only if the constructor computes it.
+        # The class calls a table of sinusoids optional, say: right, but only if the constructor
+        # computes it.
         if not matches(name, new) and not (name in computed and is_optional(module, name))
     ]
-    result.mismatched = {name: odd for name, odd in result.mismatched.items() if not matches(name, new)}
+    result.mismatched = {
+        name: odd for name, odd in result.mismatched.items() if not matches(name, new)
+    }
     return result
 
 
@@ -75,7 +101,8 @@ def _require_data(paths: Sequence[str], where: object) -> None:
             wanted="the same values in two constructions",
             found="random values, or memory that nobody wrote",
             hint="make it a parameter or persistent buffer and save the checkpoint again; "
-            f"new=({paths[0]!r},) accepts the random values of a new construction, but never unwritten memory",
+            f"new=({paths[0]!r},) accepts the random values of a new construction, but never "
+            "unwritten memory",
         )
 
 
@@ -102,7 +129,8 @@ def _fit_or_convert(
     """Fit the state dict as it is, or else as transformers' loader converts it."""
     plain = _fit(module, state, computed, new)
     must = is_converted(module, state)
-    # Another name or layout shows as a key without a place; nothing else can be helped by converting.
+    # Another name or layout shows as a key without a place; nothing else can be helped by
+    # converting.
     if not must and not (plain.unexpected and hasattr(recipe.cls, "from_pretrained")):
         return plain
     try:

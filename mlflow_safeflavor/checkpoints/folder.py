@@ -22,15 +22,18 @@ def folder_of(name_or_path: str | Path, revision: str | None, kwargs: dict[str, 
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     if not hub.is_hub_id(name_or_path):
-        raise StructureError("There is no such checkpoint", where=name_or_path, wanted="a folder, or a hub id")
+        raise StructureError(
+            "There is no such checkpoint", where=name_or_path, wanted="a folder, or a hub id"
+        )
     if not hub.is_commit(revision):
         raise StructureError(
-            "There is no such folder, and a hub repository needs a pinned revision, as its branches and tags move",
+            "There is no such folder, and a hub repository needs a pinned revision, as its "
+            "branches and tags move",
             where=name_or_path,
             wanted="revision= a commit hash, 40 hexadecimal digits",
             found=repr(revision),
-            hint=f"take it from huggingface_hub.model_info({str(name_or_path)!r}).sha, or from the commit list "
-            "of the repository",
+            hint=f"take it from huggingface_hub.model_info({str(name_or_path)!r}).sha, or from the "
+            "commit list of the repository",
         )
     return _download(str(name_or_path), str(revision), options)
 
@@ -44,6 +47,12 @@ def _download(name: str, revision: str, options: Mapping[str, Any]) -> Path:
 
 
 def own_folders(folder: str | Path) -> list[Path]:
-    """What may be read of a checkpoint: its folder, and where the links of a snapshot in the hub's cache lead."""
+    """What may be read of a checkpoint.
+
+    Its folder, and where the links of a snapshot in the hub's cache lead.
+    """
     folder = Path(os.path.abspath(folder))
-    return [folder, *(above.parent / "blobs" for above in folder.parents if above.name == "snapshots")]
+    return [
+        folder,
+        *(above.parent / "blobs" for above in folder.parents if above.name == "snapshots"),
+    ]

@@ -35,27 +35,29 @@ def from_pretrained(
 ) -> torch.nn.Module:
     """A checkpoint as a module whose every tensor came from the checkpoint or from the constructor.
 
-    transformers' own loader builds modules on the meta device, and whatever its code then forgets to
-    fill is garbage. So it is not used: the constructor runs on real memory, and the checkpoint is
-    copied into what it allocated, so that ties and views stay what the constructor made them. What no
-    checkpoint holds (non-persistent buffers, plain tensor attributes) is what the constructor
-    computed, provided that two constructions agree on it. Only a checkpoint whose keys transformers
-    would rename or convert goes through its loader, and then for nothing but the converted tensors.
+    transformers' own loader builds modules on the meta device, and whatever its code then forgets
+    to fill is garbage. So it is not used: the constructor runs on real memory, and the checkpoint
+    is copied into what it allocated, so that ties and views stay what the constructor made them.
+    What no checkpoint holds (non-persistent buffers, plain tensor attributes) is what the
+    constructor computed, provided that two constructions agree on it. Only a checkpoint whose keys
+    transformers would rename or convert goes through its loader, and then for nothing but the
+    converted tensors.
 
     Other threads may load at the same time, with this function or with transformers' own.
 
     Args:
         name_or_path: A local folder, or the id of a hub repository.
-        model_class: Class to build, any ``transformers.PreTrainedModel``; by default the one that the
-            checkpoint's config names.
-        dtype: "float32", "bfloat16", "float16" or "float64"; or "as-is", the dtype of most of its values. Submodules
-            that their class keeps in float32 stay there. By default float32, and a cast to it is logged.
+        model_class: Class to build, any ``transformers.PreTrainedModel``; by default the one that
+            the checkpoint's config names.
+        dtype: "float32", "bfloat16", "float16" or "float64"; or "as-is", the dtype of most of its
+            values. Submodules that their class keeps in float32 stay there. By default float32, and
+            a cast to it is logged.
         revision: Commit of a hub repository, 40 hexadecimal digits; needed for one.
-        new: Patterns like "classifier.*" of tensors that may be fresh: missing in the checkpoint, of
-            another shape there, or random in the constructor.
+        new: Patterns like "classifier.*" of tensors that may be fresh: missing in the checkpoint,
+            of another shape there, or random in the constructor.
         drop: Patterns like "lm_head.*" of keys of the checkpoint to leave out.
-        kwargs: Changes of the config and arguments of the constructor, as for transformers; ``token``,
-            ``cache_dir`` and ``local_files_only`` for the hub.
+        kwargs: Changes of the config and arguments of the constructor, as for transformers;
+            ``token``, ``cache_dir`` and ``local_files_only`` for the hub.
 
     Returns:
         The module on the CPU, in eval mode, with memory of its own.
@@ -66,7 +68,13 @@ def from_pretrained(
         WeightsError: The checkpoint and the class do not fit each other.
     """
     module, found = read_checkpoint(
-        name_or_path, model_class=model_class, dtype=dtype, revision=revision, new=new, drop=drop, **kwargs
+        name_or_path,
+        model_class=model_class,
+        dtype=dtype,
+        revision=revision,
+        new=new,
+        drop=drop,
+        **kwargs,
     )
     announced_cast(dtype, found, read_as(dtype, found))
     return module
@@ -82,13 +90,20 @@ def read_checkpoint(
     drop: Sequence[str] = (),
     **kwargs: Any,
 ) -> tuple[torch.nn.Module, dict[str, int]]:
-    """The module that ``from_pretrained`` returns, and the dtypes its weights are stored in; logs no cast."""
+    """The module that ``from_pretrained`` returns, and the dtypes its weights are stored in.
+
+    Logs no cast.
+    """
     read_as(dtype, {})  # a dtype that is none is said before anything is read
     _refuse_options(kwargs)
     folder = folder_of(name_or_path, revision, kwargs)
     cls = model_class or class_of(folder)
     # A class of the user's own is the user's own business; what a checkpoint says is not.
-    with guarded(*own_folders(folder)) if cls.__module__.startswith("transformers.") else nullcontext():
+    with (
+        guarded(*own_folders(folder))
+        if cls.__module__.startswith("transformers.")
+        else nullcontext()
+    ):
         recipe = recipe_for(cls, folder, kwargs)
         state = {key: value for key, value in read_state(folder).items() if not matches(key, drop)}
         found = count_dtypes(state.values())
@@ -98,20 +113,37 @@ def read_checkpoint(
 
 
 _REFUSED = {
-    **dict.fromkeys(("dtype", "torch_dtype"), "say dtype='float32', 'bfloat16', 'float16', 'float64' or 'as-is'"),
-    **dict.fromkeys(("low_cpu_mem_usage", "_fast_init"), "leave it out: nothing is ever on the meta device here"),
     **dict.fromkeys(
-        ("device_map", "max_memory", "offload_folder", "offload_state_dict", "offload_buffers", "tp_plan"),
+        ("dtype", "torch_dtype"), "say dtype='float32', 'bfloat16', 'float16', 'float64' or 'as-is'"
+    ),
+    **dict.fromkeys(
+        ("low_cpu_mem_usage", "_fast_init"), "leave it out: nothing is ever on the meta device here"
+    ),
+    **dict.fromkeys(
+        (
+            "device_map",
+            "max_memory",
+            "offload_folder",
+            "offload_state_dict",
+            "offload_buffers",
+            "tp_plan",
+        ),
         "leave it out; the module comes on the CPU, and load_model(device=…) places a saved one",
     ),
     **dict.fromkeys(
-        ("quantization_config", "load_in_8bit", "load_in_4bit", "gguf_file"), "load the weights without quantisation"
+        ("quantization_config", "load_in_8bit", "load_in_4bit", "gguf_file"),
+        "load the weights without quantisation",
     ),
     **dict.fromkeys(("ignore_mismatched_sizes",), "name what may be fresh: new=('classifier.*',)"),
     **dict.fromkeys(("state_dict",), "mlflow_safeflavor.materialize(module, state_dict)"),
     **dict.fromkeys(("output_loading_info",), "leave it out: what does not fit is an error"),
-    **dict.fromkeys(("trust_remote_code",), "import the class yourself and pass it as model_class=…"),
-    **dict.fromkeys(("subfolder", "variant"), "give the path of the very folder, or use materialize with the file"),
+    **dict.fromkeys(
+        ("trust_remote_code",), "import the class yourself and pass it as model_class=…"
+    ),
+    **dict.fromkeys(
+        ("subfolder", "variant"),
+        "give the path of the very folder, or use materialize with the file",
+    ),
 }
 
 
@@ -121,5 +153,9 @@ def _refuse_options(kwargs: Mapping[str, Any]) -> None:
 
 
 def _restore_generation_config(module: Any, folder: Path) -> None:
-    if (folder / "generation_config.json").is_file() and getattr(module, "generation_config", None) is not None:
-        module.generation_config = type(module.generation_config).from_pretrained(folder, local_files_only=True)
+    if (folder / "generation_config.json").is_file() and getattr(
+        module, "generation_config", None
+    ) is not None:
+        module.generation_config = type(module.generation_config).from_pretrained(
+            folder, local_files_only=True
+        )

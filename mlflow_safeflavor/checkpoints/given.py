@@ -1,4 +1,7 @@
-"""What the user handed over to be saved, as one thing: a module, its tokenizer, its task, and what goes with them."""
+"""What the user handed over to be saved, as one thing.
+
+A module, its tokenizer, its task, and what goes with them.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,8 @@ class Source:
         options: Options of the task that came with the model.
         params: Defaults of params that came with the model.
         columns: Field → column name that the model was made for; None for the task's own.
-        stored: Floating point dtypes → number of values, of the files it was read from; empty for a module.
+        stored: Floating point dtypes → number of values, of the files it was read from; empty for a
+            module.
     """
 
     module: torch.nn.Module
@@ -59,7 +63,9 @@ def library_class(model: object, package: str, names: tuple[str, ...] = ()) -> t
 
 
 def require_unchanged(model: Any, cls: type, hint: str) -> None:
-    """Refuse an object whose class, or which itself, has methods other than the library's: they would be lost.
+    """Refuse an object whose class, or which itself, has methods other than the library's.
+
+    They would be lost.
 
     Args:
         model: The object.
@@ -69,9 +75,17 @@ def require_unchanged(model: Any, cls: type, hint: str) -> None:
     Raises:
         StructureError: Names the methods.
     """
-    own = [name for name, value in vars(model).items() if callable(value) and callable(getattr(cls, name, None))]
+    own = [
+        name
+        for name, value in vars(model).items()
+        if callable(value) and callable(getattr(cls, name, None))
+    ]
     for base in type(model).__mro__[: type(model).__mro__.index(cls)]:
-        own += [name for name, value in vars(base).items() if callable(value) or not name.startswith("_")]
+        own += [
+            name
+            for name, value in vars(base).items()
+            if callable(value) or not name.startswith("_")
+        ]
     if own:
         raise StructureError(
             f"What is your own in a {cls.__name__} would be lost",

@@ -32,7 +32,10 @@ class HubFile:
     sha256: str | None
 
     def is_content_of(self, path: Path) -> bool:
-        """Whether a file on this disk has the bytes that the hub lists; true where it lists none."""
+        """Whether a file on this disk has the bytes that the hub lists.
+
+        True where it lists none.
+        """
         if self.sha256 is not None:
             return digest_of_file(path) == self.sha256
         return self.blob is None or _git_blob(path) == self.blob
@@ -49,7 +52,10 @@ def is_hub_id(name: str | Path) -> bool:
 
 
 def is_commit(revision: str | None) -> bool:
-    """Whether a revision is a commit, and so means the same files for ever; branches and tags move."""
+    """Whether a revision is a commit, and so means the same files for ever.
+
+    Branches and tags move.
+    """
     return re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
 
 
@@ -63,29 +69,45 @@ def list_files(name: str, revision: str) -> tuple[str, list[HubFile]]:
 
     with _naming_failures(name, revision):
         info = HfApi().model_info(name, revision=revision, files_metadata=True)
-        files = [HubFile(file.rfilename, file.blob_id, _sha256(file.lfs)) for file in info.siblings or ()]
+        files = [
+            HubFile(file.rfilename, file.blob_id, _sha256(file.lfs)) for file in info.siblings or ()
+        ]
     if not is_commit(info.sha):
-        raise StructureError("The hub does not say which commit this is", where=f"{name} at {revision}", found=info.sha)
+        raise StructureError(
+            "The hub does not say which commit this is",
+            where=f"{name} at {revision}",
+            found=info.sha,
+        )
     return str(info.sha), files
 
 
 def _sha256(large: Any) -> str | None:
     """Releases of huggingface_hub before 1.0 give a dict."""
-    return None if large is None else str(large["sha256"] if isinstance(large, Mapping) else large.sha256)
+    return (
+        None
+        if large is None
+        else str(large["sha256"] if isinstance(large, Mapping) else large.sha256)
+    )
 
 
-def download(name: str, commit: str, patterns: Collection[str], *, exact: bool = False, **options: Any) -> Path:
-    """The folder in the hub's cache that has the files of a commit; what is not there is downloaded.
+def download(
+    name: str, commit: str, patterns: Collection[str], *, exact: bool = False, **options: Any
+) -> Path:
+    """The folder in the hub's cache that has the files of a commit.
+
+    What is not there is downloaded.
 
     Args:
         name: The repository.
         commit: See ``is_commit``.
         patterns: Names of the wanted files, with wildcards.
         exact: They have no wildcards, and mean what they say.
-        options: ``token``, ``cache_dir`` and ``local_files_only``, as for ``huggingface_hub.snapshot_download``.
+        options: ``token``, ``cache_dir`` and ``local_files_only``, as for
+            ``huggingface_hub.snapshot_download``.
 
     Raises:
-        StructureError: The hub cannot be reached or broke off. Files that came whole stay in the cache.
+        StructureError: The hub cannot be reached or broke off. Files that came whole stay in the
+            cache.
     """
     from huggingface_hub import snapshot_download
 
@@ -100,7 +122,8 @@ def _naming_failures(name: str, revision: str) -> Iterator[None]:
         yield
     except SafeFlavorError:
         raise
-    except Exception as error:  # its HTTP library, and with it the exceptions of a broken connection, is another one
+    # its HTTP library, and with it the exceptions of a broken connection, is another one
+    except Exception as error:
         raise StructureError(  # in each major release of huggingface_hub
             "The hub repository cannot be read",
             where=f"{name} at {revision}",

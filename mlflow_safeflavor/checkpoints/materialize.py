@@ -1,4 +1,7 @@
-"""The cure for modules that were built on the meta device: values for every tensor, or a refusal."""
+"""The cure for modules that were built on the meta device.
+
+Values for every tensor, or a refusal.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,20 @@ from pathlib import Path
 import torch
 
 from mlflow_safeflavor.arguments import checked
-from mlflow_safeflavor.checkpoints.transformers_keys import base_prefix, convert, ignored_keys, is_optional
+from mlflow_safeflavor.checkpoints.transformers_keys import (
+    base_prefix,
+    convert,
+    ignored_keys,
+    is_optional,
+)
 from mlflow_safeflavor.errors import StructureError, WeightsError
-from mlflow_safeflavor.module.construction import Recipe, construct_twice, declared_ties, recipe_of, require_memory
+from mlflow_safeflavor.module.construction import (
+    Recipe,
+    construct_twice,
+    declared_ties,
+    recipe_of,
+    require_memory,
+)
 from mlflow_safeflavor.module.devices import resolve_device
 from mlflow_safeflavor.module.placement import islands_of, place, resolve_dtype
 from mlflow_safeflavor.module.slots import find_slots, some
@@ -40,15 +54,15 @@ def materialize(
     """Fill a module that was built on the meta device, wholly or in part. It is changed in place.
 
     Every tensor without memory gets the values of the checkpoint; tensors that were one object stay
-    one, and declared ties are tied. Buffers and plain tensors that no checkpoint holds are computed by
-    constructing the class again on real memory, if its arguments can be told: a
-    ``transformers.PreTrainedModel`` has a config. Else they are refused. Nothing is changed before there
-    is a value for everything. Tensors that have memory keep their values.
+    one, and declared ties are tied. Buffers and plain tensors that no checkpoint holds are computed
+    by constructing the class again on real memory, if its arguments can be told: a
+    ``transformers.PreTrainedModel`` has a config. Else they are refused. Nothing is changed before
+    there is a value for everything. Tensors that have memory keep their values.
 
     Args:
         module: What to fill.
-        checkpoint: A safetensors file, a ``.bin`` or ``.pt`` state dict, the index of shards, a folder
-            with any of them, or a state dict.
+        checkpoint: A safetensors file, a ``.bin`` or ``.pt`` state dict, the index of shards, a
+            folder with any of them, or a state dict.
         device: Where the whole module goes then: "cpu", "cuda:0", an accelerator's index, …
         dtype: Serving dtype to cast to; None keeps the dtypes that the module has.
 
@@ -81,7 +95,9 @@ def _require_unhooked(module: torch.nn.Module) -> None:
             )
 
 
-def _find_values(module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: object) -> dict[int, torch.Tensor]:
+def _find_values(
+    module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: object
+) -> dict[int, torch.Tensor]:
     """``id`` of each tensor on meta → what takes its place: new memory, or a tensor it is tied to.
 
     Raises:
@@ -93,12 +109,20 @@ def _find_values(module: torch.nn.Module, state: Mapping[str, torch.Tensor], whe
     skeleton, reason = _skeleton_of(module) if meta else (None, "")
     computed = skeleton.computed if skeleton is not None else {}
     # A state dict made by hand may hold what state_dict() would not list.
-    given = {slot.path: state[slot.path] for slot in meta if not slot.persistent and slot.path in state}
+    given = {
+        slot.path: state[slot.path] for slot in meta if not slot.persistent and slot.path in state
+    }
     rest = {key: value for key, value in state.items() if key not in given}
     result = _fit_meta(module, groups, rest)
-    if result.unexpected and skeleton is not None and hasattr(skeleton.recipe.cls, "from_pretrained"):
+    if (
+        result.unexpected
+        and skeleton is not None
+        and hasattr(skeleton.recipe.cls, "from_pretrained")
+    ):
         result = _fit_meta_converted(skeleton, module, groups, rest, result)
-    result.missing = [name for name in result.missing if not (name in computed and is_optional(module, name))]
+    result.missing = [
+        name for name in result.missing if not (name in computed and is_optional(module, name))
+    ]
     require_fit(result, tensors, where, _HINT_META)
     found: dict[int, torch.Tensor] = {}
     for group in groups:
@@ -107,7 +131,9 @@ def _find_values(module: torch.nn.Module, state: Mapping[str, torch.Tensor], whe
         value = result.values.get(group.names[0])
         if home is None and value is not None:
             home = _new_memory(value, members[0], group.names[0])
-        found.update({id(tensor): home for tensor in members if tensor.is_meta and home is not None})
+        found.update(
+            {id(tensor): home for tensor in members if tensor.is_meta and home is not None}
+        )
     for slot in meta:
         value = given.get(slot.path, computed.get(slot.path))
         if id(slot.tensor) not in found and value is not None and value.shape == slot.tensor.shape:
@@ -117,7 +143,8 @@ def _find_values(module: torch.nn.Module, state: Mapping[str, torch.Tensor], whe
 
 
 _HINT_META = (
-    "take the checkpoint that was saved from this very class; the keys and shapes must be those of module.state_dict()"
+    "take the checkpoint that was saved from this very class; the keys and shapes must be those "
+    "of module.state_dict()"
 )
 
 
@@ -157,14 +184,22 @@ def _skeleton_of(module: torch.nn.Module) -> tuple[_Skeleton | None, str]:
         built, computed = construct_twice(recipe, dtype)
     except StructureError as error:
         return None, f"{error.what} ({error.found})"
-    return _Skeleton(recipe, built, {s.path: s.tensor for s in find_slots(built) if s.path in computed}), ""
+    return _Skeleton(
+        recipe, built, {s.path: s.tensor for s in find_slots(built) if s.path in computed}
+    ), ""
 
 
-def _fit_meta(module: torch.nn.Module, groups: Sequence[Group], state: Mapping[str, torch.Tensor]) -> Fit:
+def _fit_meta(
+    module: torch.nn.Module, groups: Sequence[Group], state: Mapping[str, torch.Tensor]
+) -> Fit:
     """Fit a state dict; only a group that is wholly on meta can miss anything."""
     tensors = module.state_dict(keep_vars=True)
-    result = fit(groups, with_base_prefix(state, tensors, base_prefix(module)), ignored_keys(module))
-    filled = {group.names[0] for group in groups if any(not tensors[name].is_meta for name in group.names)}
+    result = fit(
+        groups, with_base_prefix(state, tensors, base_prefix(module)), ignored_keys(module)
+    )
+    filled = {
+        group.names[0] for group in groups if any(not tensors[name].is_meta for name in group.names)
+    }
     result.missing = [name for name in result.missing if name not in filled]
     return result
 
@@ -189,8 +224,14 @@ def _fit_meta_converted(
 
 def _new_memory(value: torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
     """A copy of the values, as the kind of tensor that ``like`` is."""
-    copied = cast(value.detach().cpu(), like.dtype, name).clone(memory_format=torch.contiguous_format)
-    return torch.nn.Parameter(copied, requires_grad=like.requires_grad) if _is_parameter(like) else copied
+    copied = cast(value.detach().cpu(), like.dtype, name).clone(
+        memory_format=torch.contiguous_format
+    )
+    return (
+        torch.nn.Parameter(copied, requires_grad=like.requires_grad)
+        if _is_parameter(like)
+        else copied
+    )
 
 
 def _is_parameter(tensor: torch.Tensor) -> bool:

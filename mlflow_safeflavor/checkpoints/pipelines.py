@@ -1,4 +1,7 @@
-"""transformers' pipelines: a model with its tokenizer or processor, and the arguments that requests leave out."""
+"""transformers' pipelines.
+
+A model with its tokenizer or processor, and the arguments that requests leave out.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,13 @@ from mlflow_safeflavor.tasks.generation_params import GENERATION_PARAMS
 __all__ = ["is_pipeline", "take_apart"]
 
 _PACKAGE = "transformers.pipelines"
-_HINT = "make the pipeline without it, and do that before or after predict; or save the model as a custom task"
+_HINT = (
+    "make the pipeline without it, and do that before or after predict; or save the model as a "
+    "custom task"
+)
 _HINT_OWN = (
-    'save the model as a custom task: save_model(pipeline.model, tokenizer=pipeline.tokenizer, task="custom", '
+    "save the model as a custom task: save_model(pipeline.model, tokenizer=pipeline.tokenizer, "
+    'task="custom", '
     "preprocess=…, postprocess=…)"
 )
 
@@ -26,7 +33,14 @@ _NESTED = ("tokenizer_kwargs", "tokenizer_params", "tokenizer_encode_kwargs", "t
 """Arguments that hold arguments of the tokenizer."""
 _NO_MATTER = frozenset(
     (
-        *("_legacy", "max_question_len", "padding", "return_overflowing_tokens", "return_tensors", "timeout"),
+        *(
+            "_legacy",
+            "max_question_len",
+            "padding",
+            "return_overflowing_tokens",
+            "return_tensors",
+            "timeout",
+        ),
         "tokenizer",
     )
 )
@@ -50,8 +64,8 @@ def is_pipeline(model: object) -> bool:
 def take_apart(pipeline: Any) -> Source:
     """Model, tokenizer, processor, and as defaults of params whatever arguments the pipeline was made with.
 
-    Arguments that mean nothing to a param are left in ``params`` under the pipeline's name, where the task refuses
-    them by that name.
+    Arguments that mean nothing to a param are left in ``params`` under the pipeline's name, where
+    the task refuses them by that name.
 
     Raises:
         InputError: An argument has a value that is not done here; names it.
@@ -65,15 +79,21 @@ def take_apart(pipeline: Any) -> Source:
         if name not in pipeline._forward_params:
             params |= _param_of(name, value, pipeline)
     options: dict[str, Any] = {}
-    if getattr(pipeline.model, "can_generate", bool)() and getattr(cls, "_pipeline_calls_generate", True):
+    if getattr(pipeline.model, "can_generate", bool)() and getattr(
+        cls, "_pipeline_calls_generate", True
+    ):
         settings, written = _generation(pipeline)
         params |= written
         options = {"generation": settings} if settings else {}
-        if getattr(pipeline.model.config, "is_encoder_decoder", False) and getattr(pipeline, "prefix", None):
+        if getattr(pipeline.model.config, "is_encoder_decoder", False) and getattr(
+            pipeline, "prefix", None
+        ):
             options["prefix"] = pipeline.prefix
     else:
         params |= pipeline._forward_params
-    processors = (getattr(pipeline, name, None) for name in ("image_processor", "feature_extractor"))
+    processors = (
+        getattr(pipeline, name, None) for name in ("image_processor", "feature_extractor")
+    )
     return Source(
         pipeline.model,
         pipeline.task or "",
@@ -87,7 +107,11 @@ def take_apart(pipeline: Any) -> Source:
 def _param_of(name: str, value: Any, pipeline: Any) -> dict[str, Any]:
     """An argument of a pipeline as params: none, one, or several of a dict."""
     if name in _NESTED:
-        return {key: item for part in value for key, item in _param_of(part, value[part], pipeline).items()}
+        return {
+            key: item
+            for part in value
+            for key, item in _param_of(part, value[part], pipeline).items()
+        }
     if name in _NO_MATTER or (value is None and name != "top_k"):
         return {}
     if name == "truncation" and value in _TRUNCATION:
@@ -112,7 +136,9 @@ def _param_of(name: str, value: Any, pipeline: Any) -> dict[str, Any]:
 def _generation(pipeline: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a pipeline changes of its model's generation config, and as params what its user said of that."""
     own = _config_to_json(pipeline.model.generation_config)
-    said = {name: value for name, value in pipeline._forward_params.items() if name not in _NO_MATTER}
+    said = {
+        name: value for name, value in pipeline._forward_params.items() if name not in _NO_MATTER
+    }
     usual = _config_to_json(pipeline._default_generation_config)
     if hasattr(pipeline, "_prepare_generate_kwargs"):
         said = {**pipeline._generate_kwargs, **said}
@@ -123,12 +149,20 @@ def _generation(pipeline: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     else:  # transformers before 5 keep one config, of the model, the pipeline and the user
         given = said.pop("generation_config", pipeline.generation_config)
         settings = {**_config_to_json(given), **said}
-        said = {name: value for name, value in settings.items() if value not in (own.get(name), usual.get(name))}
+        said = {
+            name: value
+            for name, value in settings.items()
+            if value not in (own.get(name), usual.get(name))
+        }
     said.pop("transformers_version", None)
     known = {param.name for param in GENERATION_PARAMS}
     params = {name: value for name, value in said.items() if name in known and value is not None}
     if "stop_strings" in said:
-        params["stop"] = [said["stop_strings"]] if isinstance(said["stop_strings"], str) else said["stop_strings"]
+        params["stop"] = (
+            [said["stop_strings"]]
+            if isinstance(said["stop_strings"], str)
+            else said["stop_strings"]
+        )
     if "max_length" in params and getattr(pipeline.model.config, "is_encoder_decoder", False):
         # There it counts the token that the decoder starts with, and nothing of the text.
         params.setdefault("max_new_tokens", params.pop("max_length") - 1)
@@ -138,4 +172,8 @@ def _generation(pipeline: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _config_to_json(config: Any) -> dict[str, Any]:
-    return {} if config is None else {k: v for k, v in json.loads(config.to_json_string()).items() if v is not None}
+    return (
+        {}
+        if config is None
+        else {k: v for k, v in json.loads(config.to_json_string()).items() if v is not None}
+    )

@@ -1,4 +1,7 @@
-"""Checkpoints as folders that a build can rely on: of one commit, hashed, loaded once, there at once or not at all."""
+"""Checkpoints as folders that a build can rely on.
+
+Of one commit, hashed, loaded once, there at once or not at all.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,9 @@ MANIFEST = "prefetch.json"
 _VERSION = 1
 _SAFETENSORS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _PICKLED = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json")
-_BESIDE = re.compile(r"[\w.-]+\.(json|txt|model|jinja)|LICEN[CS]E.*|NOTICE.*|README\.md", re.IGNORECASE)
+_BESIDE = re.compile(
+    r"[\w.-]+\.(json|txt|model|jinja)|LICEN[CS]E.*|NOTICE.*|README\.md", re.IGNORECASE
+)
 """Config, vocabularies and papers; no code, no pickles, nothing in folders."""
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 _HINT = "remove the folder and prefetch again"
@@ -67,25 +72,25 @@ def prefetch(
 ) -> Prefetched:
     """Put weights, config and tokenizer of a checkpoint into a folder, load them once, and only then let it appear.
 
-    Only safetensors, JSON and texts are taken. Every file that comes from a hub is compared with the digest that the
-    hub lists. Where the folder is there already, its files are compared with its own manifest, and nothing is
-    downloaded.
+    Only safetensors, JSON and texts are taken. Every file that comes from a hub is compared with
+    the digest that the hub lists. Where the folder is there already, its files are compared with
+    its own manifest, and nothing is downloaded.
 
     Args:
         name_or_path: Id of a hub repository, or a local checkpoint folder.
         output_dir: Folder to create.
         revision: Commit of the repository, 40 hexadecimal digits.
         resolve: Take also a branch or a tag, and record which commit it was.
-        convert: Where there are no safetensors, read pickled weights without running anything of them, and write
-            safetensors.
+        convert: Where there are no safetensors, read pickled weights without running anything of
+            them, and write safetensors.
         model_class: Class of transformers to load it as; by default the one that its config names.
         dtype: To load it in, for this check; what is stored stays as it is.
         new: See ``from_pretrained``.
         drop: See ``from_pretrained``.
 
     Raises:
-        StructureError: The checkpoint or the hub cannot be read, the revision is not pinned, or there are no
-            safetensors.
+        StructureError: The checkpoint or the hub cannot be read, the revision is not pinned, or
+            there are no safetensors.
         IntegrityError: A file is damaged, or the folder holds something else.
         SafeFlavorError: ``from_pretrained`` refuses it. Nothing is left at ``output_dir`` then.
     """
@@ -100,21 +105,36 @@ def prefetch(
         if convert and not any(stage.glob("model*.safetensors")):
             _convert(stage)
         _load(stage, model_class, dtype, new, drop)
-        content = {"version": _VERSION, "source": source, "asked": revision, "revision": commit, "taken": taken}
+        content = {
+            "version": _VERSION,
+            "source": source,
+            "asked": revision,
+            "revision": commit,
+            "taken": taken,
+        }
         files = _describe(stage)
         write_json(stage / MANIFEST, {**content, "files": files})
     return Prefetched(target, source, commit, tuple(files), fresh=True)
 
 
-def _identity(name_or_path: str | Path, revision: str | None, resolve: bool) -> tuple[str | None, str | None]:
+def _identity(
+    name_or_path: str | Path, revision: str | None, resolve: bool
+) -> tuple[str | None, str | None]:
     """Id on the hub and commit; None and None for a local folder."""
     if Path(name_or_path).is_dir():
         if revision is not None:
-            raise InputError("A local folder has no revision", where="revision", found=revision, hint="leave it out")
+            raise InputError(
+                "A local folder has no revision",
+                where="revision",
+                found=revision,
+                hint="leave it out",
+            )
         return None, None
     name = str(name_or_path)
     if not hub.is_hub_id(name):
-        raise StructureError("There is no such checkpoint", where=name, wanted="a folder, or a hub id")
+        raise StructureError(
+            "There is no such checkpoint", where=name, wanted="a folder, or a hub id"
+        )
     if hub.is_commit(revision):
         return name, revision
     if resolve and revision:
@@ -124,8 +144,8 @@ def _identity(name_or_path: str | Path, revision: str | None, resolve: bool) -> 
         where=name,
         wanted="a commit, 40 hexadecimal digits",
         found=repr(revision),
-        hint="take it from the repository's list of commits; or resolve=True (--resolve) takes the commit that the "
-        "branch or tag is now, and records it",
+        hint="take it from the repository's list of commits; or resolve=True (--resolve) takes the "
+        "commit that the branch or tag is now, and records it",
     )
 
 
@@ -139,12 +159,16 @@ def _choose(names: Collection[str], convert: bool, where: object) -> list[str]:
             where=where,
             wanted="model.safetensors, or its shards and their index",
             found=", ".join(sorted(names)[:10]) or "nothing",
-            hint="convert=True (--convert) reads the pickled weights, without running anything, and stores them as "
-            "safetensors"
+            hint="convert=True (--convert) reads the pickled weights, without running anything, "
+            "and stores them as safetensors"
             if pickled
             else "choose another checkpoint or revision",
         )
-    beside = [name for name in names if _BESIDE.fullmatch(name) and name != MANIFEST and not _is_index(name)]
+    beside = [
+        name
+        for name in names
+        if _BESIDE.fullmatch(name) and name != MANIFEST and not _is_index(name)
+    ]
     return sorted({*(weights or pickled), *beside})
 
 
@@ -188,14 +212,18 @@ def _convert(stage: Path) -> None:
 
     state = read_state(stage)
     save_file(
-        {key: value.clone().contiguous() for key, value in state.items()}, stage / "model.safetensors", {"format": "pt"}
+        {key: value.clone().contiguous() for key, value in state.items()},
+        stage / "model.safetensors",
+        {"format": "pt"},
     )
     for path in stage.iterdir():
         if _PICKLED.fullmatch(path.name):
             path.unlink()
 
 
-def _load(stage: Path, model_class: str | None, dtype: str, new: Sequence[str], drop: Sequence[str]) -> None:
+def _load(
+    stage: Path, model_class: str | None, dtype: str, new: Sequence[str], drop: Sequence[str]
+) -> None:
     """Load it as its users will; the result is not kept."""
     from_pretrained(stage, model_class=_class(model_class), dtype=dtype, new=new, drop=drop)
     if any((stage / name).exists() for name in _TOKENIZER):
@@ -219,7 +247,10 @@ def _class(name: str | None) -> type[Any] | None:
 
 
 def _describe(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name → size and SHA-256 of every file but the manifest; a link or a pipe is an IntegrityError."""
+    """Name → size and SHA-256 of every file but the manifest.
+
+    A link or a pipe is an IntegrityError.
+    """
     return {
         name: {"size": facts.st_size, "sha256": digest_of_plain(folder / name)}
         for name, facts in list_files(folder).items()
@@ -231,11 +262,21 @@ def _already_there(folder: Path, source: str | None, commit: str | None, given: 
     """Compare a folder with its own manifest, and the manifest with what is wanted now."""
     manifest = read_json(folder / MANIFEST)
     try:
-        version, files, taken = manifest["version"], dict(manifest["files"]), dict(manifest["taken"])
+        version, files, taken = (
+            manifest["version"],
+            dict(manifest["files"]),
+            dict(manifest["taken"]),
+        )
         found = manifest["source"], manifest["revision"]
     except (KeyError, TypeError, ValueError):
-        raise IntegrityError("The manifest is malformed", where=folder / MANIFEST, hint=_HINT) from None
-    if version != _VERSION or found != (source, commit) or (source is None and _has_changed(given, taken)):
+        raise IntegrityError(
+            "The manifest is malformed", where=folder / MANIFEST, hint=_HINT
+        ) from None
+    if (
+        version != _VERSION
+        or found != (source, commit)
+        or (source is None and _has_changed(given, taken))
+    ):
         raise IntegrityError(
             "The folder holds another checkpoint",
             where=folder,

@@ -22,13 +22,19 @@ def tokenizer_of(folder: str | Path) -> Any:
 
     try:
         with guarded(*own_folders(folder)):
-            found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        # transformers 5 makes one where the vocabulary's file is missing, and every word is unknown to it.
+            found: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        # transformers 5 makes one where the vocabulary's file is missing, and every word is unknown
+        # to it.
         if found.get_vocab().keys() <= {*found.all_special_tokens}:
             raise ValueError("a vocabulary of special tokens alone: its file is missing")
     except (OSError, ValueError, KeyError) as error:
         raise StructureError(
-            "The checkpoint has no readable tokenizer", where=folder, found=error, hint="pass tokenizer=…"
+            "The checkpoint has no readable tokenizer",
+            where=folder,
+            found=error,
+            hint="pass tokenizer=…",
         ) from error
     return found
 
@@ -41,7 +47,11 @@ def processor_of(folder: str | Path, *, sounds: bool) -> Any:
     """
     import transformers
 
-    pillow = {"backend": "pil"} if int(transformers.__version__.partition(".")[0]) >= 5 else {"use_fast": False}
+    pillow = (
+        {"backend": "pil"}
+        if int(transformers.__version__.partition(".")[0]) >= 5
+        else {"use_fast": False}
+    )
     auto: Any = transformers.AutoFeatureExtractor if sounds else transformers.AutoImageProcessor
     try:
         with guarded(*own_folders(folder)):
@@ -50,5 +60,8 @@ def processor_of(folder: str | Path, *, sounds: bool) -> Any:
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise StructureError(
-            "The checkpoint has no readable processor", where=folder, found=error, hint="pass processor=…"
+            "The checkpoint has no readable processor",
+            where=folder,
+            found=error,
+            hint="pass processor=…",
         ) from error

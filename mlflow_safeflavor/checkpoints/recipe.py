@@ -22,10 +22,15 @@ def _config_of(folder: Path) -> Any:
 
     try:
         with guarded(*own_folders(folder)):
-            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError) as error:
         raise StructureError(
-            "There is no readable checkpoint", where=folder, wanted="a folder with config.json", found=error
+            "There is no readable checkpoint",
+            where=folder,
+            wanted="a folder with config.json",
+            found=error,
         ) from error
 
 
@@ -57,7 +62,10 @@ def recipe_for(cls: type[Any], folder: Path, kwargs: dict[str, Any]) -> Recipe:
             )
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise StructureError(
-                "The checkpoint's config cannot be read", where=folder, wanted=f"one for {cls.__name__}", found=error
+                "The checkpoint's config cannot be read",
+                where=folder,
+                wanted=f"one for {cls.__name__}",
+                found=error,
             ) from error
     config = copy.deepcopy(config)
     _forget_code(config)
@@ -76,7 +84,10 @@ def recipe_for(cls: type[Any], folder: Path, kwargs: dict[str, Any]) -> Recipe:
 
 
 def _forget_code(config: Any) -> None:
-    """Take the names of code out of a config and its parts: asked to build a part, transformers would ask back."""
+    """Take the names of code out of a config and its parts.
+
+    Asked to build a part, transformers would ask back.
+    """
     values = vars(config) if hasattr(config, "to_json_string") else config
     for name in ("auto_map", "custom_pipelines"):
         values.pop(name, None)
@@ -86,7 +97,10 @@ def _forget_code(config: Any) -> None:
 
 
 def _require_model_type(cls: type[Any], folder: Path) -> None:
-    """Refuse another family's class. Keys of BERT fit RoBERTa, whose positions count from elsewhere."""
+    """Refuse another family's class.
+
+    Keys of BERT fit RoBERTa, whose positions count from elsewhere.
+    """
     config = folder / "config.json"
     found = read_json(config, strict=False).get("model_type") if config.is_file() else None
     wanted = getattr(cls.config_class, "model_type", None)
@@ -96,7 +110,8 @@ def _require_model_type(cls: type[Any], folder: Path) -> None:
             where=folder,
             wanted=f"{wanted}, for {cls.__name__}",
             found=found,
-            hint="choose a class of the checkpoint's model type, or correct model_type in its config.json",
+            hint="choose a class of the checkpoint's model type, or correct model_type in its "
+            "config.json",
         )
 
 
@@ -115,8 +130,13 @@ def bare_model(folder: str | Path) -> dict[str, Any]:
     if isinstance(cls, type):
         cls = getattr(transformers, f"{cls.__name__.removesuffix('Model')}EncoderModel", cls)
     if not isinstance(cls, type):
-        raise StructureError("There is no model of tokens", where=folder, found=type(config).__name__)
-    arguments: dict[str, Any] = {"model_class": cls, "drop": ("cls.*", "lm_head.*", "classifier.*", "pooler.*")}
+        raise StructureError(
+            "There is no model of tokens", where=folder, found=type(config).__name__
+        )
+    arguments: dict[str, Any] = {
+        "model_class": cls,
+        "drop": ("cls.*", "lm_head.*", "classifier.*", "pooler.*"),
+    }
     if "add_pooling_layer" in inspect.signature(cls).parameters:
         return {**arguments, "drop": (*arguments["drop"], "*.pooler.*"), "add_pooling_layer": False}
     return arguments

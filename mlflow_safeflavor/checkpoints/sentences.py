@@ -1,7 +1,10 @@
-"""Models of sentence-transformers, as objects and as folders: they answer as ``encode`` and ``predict`` do.
+"""Models of sentence-transformers, as objects and as folders.
 
-Both say the same things under the same names: what a module's ``get_config_dict`` returns is what ``save`` writes. The
-package is never imported: an object has it imported already, and a folder is read without.
+They answer as ``encode`` and ``predict`` do.
+
+Both say the same things under the same names: what a module's ``get_config_dict`` returns is what
+``save`` writes. The package is never imported: an object has it imported already, and a folder is
+read without.
 """
 
 from __future__ import annotations
@@ -47,16 +50,22 @@ def from_object(model: Any) -> Source:
     """Take a ``SentenceTransformer`` or ``CrossEncoder`` apart.
 
     Raises:
-        StructureError: It is something else, has methods of the user's own, or a module that is not done here.
+        StructureError: It is something else, has methods of the user's own, or a module that is not
+            done here.
     """
     cls = cast(type, library_class(model, _PACKAGE))
     require_unchanged(model, cls, _HINT)
-    said = {name: getattr(model, name, None) for name in ("prompts", "default_prompt_name", "truncate_dim")}
+    said = {
+        name: getattr(model, name, None)
+        for name in ("prompts", "default_prompt_name", "truncate_dim")
+    }
     if cls.__name__ == "CrossEncoder":
         _require_none(getattr(model, "keep_in_fp32_modules", None), "keep_in_fp32_modules")
         if isinstance(model, torch.nn.Module):
             _require_single([_name_of(type(module)) for module in model.children()])
-        activation = getattr(model, "activation_fn", None) or getattr(model, "default_activation_function", None)
+        activation = getattr(model, "activation_fn", None) or getattr(
+            model, "default_activation_function", None
+        )
         return _cross_encoder(model.model, model.tokenizer, _activation_of(activation), said)
     if cls.__name__ != "SentenceTransformer":
         raise _not_done(_name_of(cls), "a SentenceTransformer or a CrossEncoder")
@@ -64,7 +73,9 @@ def from_object(model: Any) -> Source:
     parts = [_part_of(module) for module in model.children()]
     first = next(iter(model.children()))
     _require_plain_first(parts[0])
-    return _sentence_transformer(first.auto_model, first.tokenizer, parts[1:], {**said, "similarity": similarity})
+    return _sentence_transformer(
+        first.auto_model, first.tokenizer, parts[1:], {**said, "similarity": similarity}
+    )
 
 
 def from_folder(folder: str | Path, dtype: str | torch.dtype | None) -> Source:
@@ -79,11 +90,17 @@ def from_folder(folder: str | Path, dtype: str | torch.dtype | None) -> Source:
     """
     folder = Path(folder)
     said = read_json(folder / _CONFIG, strict=False) if (folder / _CONFIG).is_file() else {}
-    modules = read_json(folder / "modules.json", strict=False) if (folder / "modules.json").is_file() else []
+    modules = (
+        read_json(folder / "modules.json", strict=False)
+        if (folder / "modules.json").is_file()
+        else []
+    )
     if not modules or said.get("model_type") == "CrossEncoder":
         return _cross_encoder_folder(folder, [module["type"] for module in modules], said, dtype)
     if said.get("model_type", "SentenceTransformer") != "SentenceTransformer":
-        raise _not_done(f"{folder}, {said['model_type']}", "a SentenceTransformer or a CrossEncoder")
+        raise _not_done(
+            f"{folder}, {said['model_type']}", "a SentenceTransformer or a CrossEncoder"
+        )
     parts = [_Part(module["type"], *_files_of(folder / module["path"])) for module in modules]
     _require_plain_first(parts[0])
     where = folder / modules[0]["path"]
@@ -121,8 +138,13 @@ def _part_of(module: Any) -> _Part:
 
 
 def _files_of(folder: Path) -> tuple[dict[str, Any], Callable[[], Mapping[str, torch.Tensor]]]:
-    names = ("sentence_bert_config.json", *sorted(path.name for path in folder.glob("sentence_*_config.json")))
-    file = next((folder / name for name in (*names, "config.json") if (folder / name).is_file()), None)
+    names = (
+        "sentence_bert_config.json",
+        *sorted(path.name for path in folder.glob("sentence_*_config.json")),
+    )
+    file = next(
+        (folder / name for name in (*names, "config.json") if (folder / name).is_file()), None
+    )
     return {} if file is None else read_json(file, strict=False), lambda: read_state(folder)
 
 
@@ -137,8 +159,14 @@ def _require_plain_first(part: _Part) -> None:
             "module_output_name": ("token_embeddings",),
             "modality_config": ({"text": text},),
         }.get(name, ())
-        if value and value not in usual and name not in ("max_seq_length", "do_lower_case", "unpad_inputs"):
-            raise _not_done(f"{part.type}, {name}", repr(usual[0]) if usual else "None", repr(value))
+        if (
+            value
+            and value not in usual
+            and name not in ("max_seq_length", "do_lower_case", "unpad_inputs")
+        ):
+            raise _not_done(
+                f"{part.type}, {name}", repr(usual[0]) if usual else "None", repr(value)
+            )
 
 
 _POOLINGS = {
@@ -149,17 +177,34 @@ _POOLINGS = {
     "weightedmean": "weightedmean",
     "lasttoken": "last",
 }
-_FLAGS = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+_FLAGS = (
+    "cls_token",
+    "max_tokens",
+    "mean_tokens",
+    "mean_sqrt_len_tokens",
+    "weightedmean_tokens",
+    "lasttoken",
+)
 """Before one key named all poolings, each had a flag, ``pooling_mode_cls_token`` …, concatenated in this order."""
 
 
-def _layers_of(parts: Sequence[_Part]) -> Iterator[tuple[dict[str, Any], Mapping[str, torch.Tensor]]]:
+def _layers_of(
+    parts: Sequence[_Part],
+) -> Iterator[tuple[dict[str, Any], Mapping[str, torch.Tensor]]]:
     """Each module as a layer of ``Embedder``, with its tensors."""
     for part in parts:
         config = part.config
-        names = {config[key] for key in ("module_input_name", "module_output_name") if config.get(key)}
-        if part.kind != "Pooling" and (len(names) > 1 or not names <= {"sentence_embedding", "token_embeddings"}):
-            raise _not_done(f"{part.type}, module_input_name", "the same name in and out", ", ".join(sorted(names)))
+        names = {
+            config[key] for key in ("module_input_name", "module_output_name") if config.get(key)
+        }
+        if part.kind != "Pooling" and (
+            len(names) > 1 or not names <= {"sentence_embedding", "token_embeddings"}
+        ):
+            raise _not_done(
+                f"{part.type}, module_input_name",
+                "the same name in and out",
+                ", ".join(sorted(names)),
+            )
         if part.kind == "Pooling":
             yield {"kind": "pooling", "kinds": _kinds(part)}, {}
         elif part.kind == "Normalize":
@@ -173,7 +218,9 @@ def _layers_of(parts: Sequence[_Part]) -> Iterator[tuple[dict[str, Any], Mapping
                     "size": config["in_features"],
                     "new_size": config["out_features"],
                     "bias": config.get("bias", True),
-                    "activation": _activation_named(config.get("activation_function", "torch.nn.Tanh"), part.type),
+                    "activation": _activation_named(
+                        config.get("activation_function", "torch.nn.Tanh"), part.type
+                    ),
                     "residual": config.get("use_residual", False),
                 },
                 part.state(),
@@ -193,11 +240,17 @@ def _kinds(part: _Part) -> list[str]:
     return [_POOLINGS[name] for name in said]
 
 
-def _sentence_transformer(model: Any, tokenizer: Any, parts: Sequence[_Part], said: Mapping[str, Any]) -> Source:
+def _sentence_transformer(
+    model: Any, tokenizer: Any, parts: Sequence[_Part], said: Mapping[str, Any]
+) -> Source:
     layers = list(_layers_of(parts))
     kinds = [layer["kind"] for layer, _ in layers]
     if kinds.count("pooling") != 1:
-        raise _not_done("modules", "one Pooling", f"{kinds.count('pooling')} of {len(kinds)} modules behind the model")
+        raise _not_done(
+            "modules",
+            "one Pooling",
+            f"{kinds.count('pooling')} of {len(kinds)} modules behind the model",
+        )
     prompts = {name: text for name, text in (said.get("prompts") or {}).items() if text}
     default = said.get("default_prompt_name")
     options: dict[str, Any] = {
@@ -238,7 +291,9 @@ _ACTIVATION_KEYS = ("sentence_transformers", "sbert_ce_default_activation_functi
 _FUNCTIONS = {"Sigmoid": "sigmoid", "Identity": "none"}
 
 
-def _cross_encoder_folder(folder: Path, types: Sequence[str], said: Mapping[str, Any], dtype: Any) -> Source:
+def _cross_encoder_folder(
+    folder: Path, types: Sequence[str], said: Mapping[str, Any], dtype: Any
+) -> Source:
     if types:
         _require_single(types)
         _require_plain_cross_encoder(_files_of(folder)[0])
@@ -246,7 +301,9 @@ def _cross_encoder_folder(folder: Path, types: Sequence[str], said: Mapping[str,
     config = read_json(folder / "config.json", strict=False)
     name = (config.get("architectures") or ["no class"])[0]
     if not name.endswith("ForSequenceClassification"):
-        raise _not_done(f"{folder}, config.json, architectures", "a model for sequence classification", name)
+        raise _not_done(
+            f"{folder}, config.json, architectures", "a model for sequence classification", name
+        )
     inside = (config.get(_ACTIVATION_KEYS[0]) or {}).get("activation_fn")
     activation = said.get("activation_fn") or inside or config.get(_ACTIVATION_KEYS[1])
     model, stored = read_checkpoint(folder, dtype=dtype)
@@ -255,14 +312,24 @@ def _cross_encoder_folder(folder: Path, types: Sequence[str], said: Mapping[str,
 
 
 def _require_plain_cross_encoder(config: Mapping[str, Any]) -> None:
-    known = ("transformer_task", "modality_config", "module_output_name", "max_seq_length", "do_lower_case")
+    known = (
+        "transformer_task",
+        "modality_config",
+        "module_output_name",
+        "max_seq_length",
+        "do_lower_case",
+    )
     for name, value in config.items():
         task = name == "transformer_task" and value != "sequence-classification"
         if value and (task or name not in (*known, "unpad_inputs")):
-            raise _not_done(f"Transformer, {name}", "sequence-classification" if task else "None", repr(value))
+            raise _not_done(
+                f"Transformer, {name}", "sequence-classification" if task else "None", repr(value)
+            )
 
 
-def _cross_encoder(model: Any, tokenizer: Any, activation: str | None, said: Mapping[str, Any]) -> Source:
+def _cross_encoder(
+    model: Any, tokenizer: Any, activation: str | None, said: Mapping[str, Any]
+) -> Source:
     if prompt := (said.get("prompts") or {}).get(said.get("default_prompt_name")):
         raise _not_done("CrossEncoder, default_prompt_name", "None", repr(prompt))
     labels = model.config.num_labels
@@ -285,7 +352,10 @@ def _name_of(cls: type) -> str:
 
 
 def _activation_of(activation: Any) -> str:
-    """The class of an activation; with its arguments, so that it is known nowhere, where it has any of its own."""
+    """The class of an activation.
+
+    With its arguments, so that it is known nowhere, where it has any of its own.
+    """
     cls = type(activation)
     try:
         usual = repr(activation) == repr(cls())
@@ -294,10 +364,14 @@ def _activation_of(activation: Any) -> str:
     return _name_of(cls) if usual else f"{_name_of(cls)}, {activation!r}"
 
 
-def _activation_named(name: str, where: str, known: Sequence[str] = tuple(sorted(ACTIVATIONS))) -> str:
+def _activation_named(
+    name: str, where: str, known: Sequence[str] = tuple(sorted(ACTIVATIONS))
+) -> str:
     short = name.rpartition(".")[2]
     if not name.startswith("torch.nn.") or short not in known or "," in name:
-        raise _not_done(f"{where}, activation", " | ".join(f"torch.nn.{one}" for one in known), name)
+        raise _not_done(
+            f"{where}, activation", " | ".join(f"torch.nn.{one}" for one in known), name
+        )
     return short
 
 

@@ -21,12 +21,17 @@ __all__ = ["Source", "resolve_source"]
 
 
 def resolve_source(
-    model: Any, tokenizer: Any, task: str | None, dtype: str | torch.dtype | None, processor: Any = None
+    model: Any,
+    tokenizer: Any,
+    task: str | None,
+    dtype: str | torch.dtype | None,
+    processor: Any = None,
 ) -> Source:
     """What is to be saved.
 
     Args:
-        model: A module, a ``transformers.Pipeline``, a dict of the parts of one, or the path of a checkpoint folder.
+        model: A module, a ``transformers.Pipeline``, a dict of the parts of one, or the path of a
+            checkpoint folder.
         tokenizer: Goes before the one that comes with the model.
         task: None to be told from the model.
         dtype: What a folder is read in, as ``dtypes.read_as`` has it.
@@ -41,7 +46,10 @@ def resolve_source(
     if processor is None and "processor" in task_class(task).reads:
         processor = source.processor
     source = replace(
-        source, task=task, tokenizer=source.tokenizer if tokenizer is None else tokenizer, processor=processor
+        source,
+        task=task,
+        tokenizer=source.tokenizer if tokenizer is None else tokenizer,
+        processor=processor,
     )
     folder = model.get("model") if isinstance(model, Mapping) else model
     if isinstance(folder, (str, Path)):
@@ -58,7 +66,11 @@ def _take_apart(model: Any, dtype: str | torch.dtype | None) -> Source:
         return sentences.from_object(model)
     if isinstance(model, torch.nn.Module):
         return Source(model)
-    if isinstance(model, (str, Path)) and adapters.is_folder(model) and not sentences.is_folder(model):
+    if (
+        isinstance(model, (str, Path))
+        and adapters.is_folder(model)
+        and not sentences.is_folder(model)
+    ):
         return adapters.from_folder(model)
     if isinstance(model, (str, Path)) and sentences.is_folder(model):
         return sentences.from_folder(model, dtype)
@@ -72,9 +84,14 @@ def _take_apart(model: Any, dtype: str | torch.dtype | None) -> Source:
     raise StructureError(
         "This cannot be saved as a model",
         where="model",
-        wanted=f"a torch.nn.Module, a transformers.Pipeline, the path of a checkpoint folder, or a dict of {_PARTS}",
-        found=f"a dict of {', '.join(map(repr, model))}" if isinstance(model, Mapping) else type(model).__name__,
-        hint="name the parts: save_model(model, tokenizer=…)" if isinstance(model, (tuple, list)) else None,
+        wanted="a torch.nn.Module, a transformers.Pipeline, the path of a checkpoint folder, or "
+        f"a dict of {_PARTS}",
+        found=f"a dict of {', '.join(map(repr, model))}"
+        if isinstance(model, Mapping)
+        else type(model).__name__,
+        hint="name the parts: save_model(model, tokenizer=…)"
+        if isinstance(model, (tuple, list))
+        else None,
     )
 
 
@@ -85,7 +102,9 @@ def _of_parts(parts: Mapping[str, Any], source: Source) -> Source:
         source,
         task=parts.get("task") or source.task,
         tokenizer=parts.get("tokenizer") or source.tokenizer,
-        processor=next((processor for processor in processors if processor is not None), source.processor),
+        processor=next(
+            (processor for processor in processors if processor is not None), source.processor
+        ),
     )
 
 
@@ -97,7 +116,11 @@ def _with_parts_of(folder: str | Path, source: Source) -> Source:
     """With tokenizer and processor of a checkpoint, as far as the task needs them and they are not given."""
     cls = task_class(source.task)
     if "processor" not in cls.reads:
-        return source if source.tokenizer is not None else replace(source, tokenizer=tokenizer_of(folder))
+        return (
+            source
+            if source.tokenizer is not None
+            else replace(source, tokenizer=tokenizer_of(folder))
+        )
     if source.processor is not None:
         return source
     return replace(source, processor=processor_of(folder, sounds=cls.hears))
@@ -113,8 +136,12 @@ def _require_parts(source: Source) -> None:
             found="None",
         )
     if source.processor is not None and not {"processor", "any_processor"} & set(cls.reads):
-        raise InputError("The task has no processor", where=f"task {source.task!r}", wanted="processor=None")
-    if "processor" in cls.reads and (source.processor is None or hears(source.processor) != cls.hears):
+        raise InputError(
+            "The task has no processor", where=f"task {source.task!r}", wanted="processor=None"
+        )
+    if "processor" in cls.reads and (
+        source.processor is None or hears(source.processor) != cls.hears
+    ):
         raise StructureError(
             "The task needs a processor",
             where="processor",

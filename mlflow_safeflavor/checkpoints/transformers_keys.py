@@ -1,4 +1,7 @@
-"""What transformers knows about the keys of its checkpoints: prefixes, leftovers, and converted layouts."""
+"""What transformers knows about the keys of its checkpoints.
+
+Prefixes, leftovers, and converted layouts.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ def base_prefix(module: torch.nn.Module) -> str | None:
 
 
 def ignored_keys(module: torch.nn.Module) -> list[str]:
-    """Keys that transformers also lets be left over: buffers that old releases stored and that are computed now."""
+    """Keys that transformers also lets be left over.
+
+    Buffers that old releases stored and that are computed now.
+    """
     patterns = list(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ())
     buffers = [name for name, _ in module.named_buffers()]
     if any(name.endswith("position_ids") for name in buffers):
@@ -42,7 +48,9 @@ def ignored_keys(module: torch.nn.Module) -> list[str]:
 def is_converted(module: torch.nn.Module, keys: Iterable[str]) -> bool:
     """Whether transformers would convert values, even where all keys fit by name."""
     converters = _converters(module)
-    return any(converter.rename_source_key(key)[1] is not None for converter in converters for key in keys)
+    return any(
+        converter.rename_source_key(key)[1] is not None for converter in converters for key in keys
+    )
 
 
 def _converters(module: torch.nn.Module) -> list[Any]:
@@ -75,9 +83,12 @@ def convert(
             **recipe.arguments,
         )
     absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    # The loader does not report what the class calls optional, so it is taken only if it was there by name.
+    # The loader does not report what the class calls optional, so it is taken only if it was there
+    # by name.
     known = with_base_prefix(state, module.state_dict(), base_prefix(module))
-    absent |= {name for name in loaded.state_dict() if name not in known and is_optional(module, name)}
+    absent |= {
+        name for name in loaded.state_dict() if name not in known and is_optional(module, name)
+    }
     result = {name: value for name, value in loaded.state_dict().items() if name not in absent}
     _require_unchanged(result, known, loaded)
     return result, sorted(info["unexpected_keys"])
@@ -89,7 +100,9 @@ def _require_unchanged(
     """Refuse what a thread race on the default dtype, or ``_init_weights`` of custom code, does to loaded weights."""
     converters = _converters(module)
     for name, value in result.items():
-        renamed_only = not any(converter.rename_source_key(name)[1] is not None for converter in converters)
+        renamed_only = not any(
+            converter.rename_source_key(name)[1] is not None for converter in converters
+        )
         if odd := _oddity(value, state.get(name) if renamed_only else None):
             raise WeightsError(
                 "transformers' loader changed a tensor that it was only to rename",
@@ -104,6 +117,10 @@ def _oddity(value: torch.Tensor, before: torch.Tensor | None) -> str | None:
         return "on the meta device"
     if value.dtype in (torch.float16, torch.bfloat16):
         return f"{value.dtype}, wanted float32"
-    if before is not None and before.shape == value.shape and not bits_equal(value, before.to(value.dtype)):
+    if (
+        before is not None
+        and before.shape == value.shape
+        and not bits_equal(value, before.to(value.dtype))
+    ):
         return "other values than in the checkpoint"
     return None

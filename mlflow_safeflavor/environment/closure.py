@@ -10,7 +10,12 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from mlflow_safeflavor.environment.installed import MISSING, OWN_NAME, Installed, installed_distributions
+from mlflow_safeflavor.environment.installed import (
+    MISSING,
+    OWN_NAME,
+    Installed,
+    installed_distributions,
+)
 from mlflow_safeflavor.errors import EnvironmentMismatchError
 
 __all__ = ["closure_of", "reached_from", "tops_of"]
@@ -30,7 +35,9 @@ def tops_of(names: Iterable[str], *, path: Sequence[str] | None = None) -> list[
     for name in sorted(names):
         if not any(name in closure for closure in tops.values()):
             closure = reached_from([name], installed)[0]
-            tops = {top: below for top, below in tops.items() if top not in closure} | {name: closure}
+            tops = {top: below for top, below in tops.items() if top not in closure} | {
+                name: closure
+            }
     return sorted(tops)
 
 
@@ -79,7 +86,9 @@ def _requires(distribution: Installed, extras: Collection[str]) -> Iterator[Requ
         try:
             requirement = _parse_requirement(line)
         except InvalidRequirement:
-            _logger.warning("Metadata of %s holds a requirement nobody can read: %s", distribution.name, line)
+            _logger.warning(
+                "Metadata of %s holds a requirement nobody can read: %s", distribution.name, line
+            )
             continue
         if requirement.marker is None:
             if "" in extras:
@@ -99,6 +108,8 @@ def _holds(line: str, extra: str) -> bool:
 
 def _satisfies(requirement: Requirement, version: str) -> bool:
     try:
-        return not requirement.specifier or requirement.specifier.contains(Version(version), prereleases=True)
+        return not requirement.specifier or requirement.specifier.contains(
+            Version(version), prereleases=True
+        )
     except InvalidVersion:
         return False

@@ -30,13 +30,19 @@ def default_conda_env() -> dict[str, Any]:
     return with_pip_section(bare_conda_env(), default_requirements())
 
 
-def parse_conda_env(conda_env: object, pip_requirements: object, extra: object) -> dict[str, Any] | None:
+def parse_conda_env(
+    conda_env: object, pip_requirements: object, extra: object
+) -> dict[str, Any] | None:
     """The conda environment that the user gave, or None; it excludes the two others.
 
     Raises:
         EnvironmentMismatchError: More than one is given, or it describes no environment.
     """
-    arguments = {"conda_env": conda_env, "pip_requirements": pip_requirements, "extra_pip_requirements": extra}
+    arguments = {
+        "conda_env": conda_env,
+        "pip_requirements": pip_requirements,
+        "extra_pip_requirements": extra,
+    }
     given = [name for name, value in arguments.items() if value is not None]
     if len(given) > 1:
         raise EnvironmentMismatchError(
@@ -52,7 +58,8 @@ def parse_conda_env(conda_env: object, pip_requirements: object, extra: object) 
         raise EnvironmentMismatchError(
             "conda_env describes no conda environment",
             where="conda_env",
-            wanted="a mapping with a list of dependencies, or the path of a YAML file that holds one",
+            wanted="a mapping with a list of dependencies, or the path of a YAML file that holds "
+            "one",
             found=repr(conda_env)[:200],
         )
     return dict(conda_env)
@@ -67,18 +74,24 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise EnvironmentMismatchError("conda_env cannot be read", where=path, found=error) from None
+        raise EnvironmentMismatchError(
+            "conda_env cannot be read", where=path, found=error
+        ) from None
 
 
 def pip_section(conda: Mapping[str, Any]) -> list[str]:
     """Requirement lines among the dependencies; empty where there are none."""
-    sections = [part["pip"] for part in conda["dependencies"] if isinstance(part, Mapping) and "pip" in part]
+    sections = [
+        part["pip"] for part in conda["dependencies"] if isinstance(part, Mapping) and "pip" in part
+    ]
     return [*sections[0]] if sections and sections[0] else []
 
 
 def with_pip_section(conda: Mapping[str, Any], lines: Sequence[str]) -> dict[str, Any]:
     """The same environment with these requirement lines."""
-    others = [part for part in conda["dependencies"] if not (isinstance(part, Mapping) and "pip" in part)]
+    others = [
+        part for part in conda["dependencies"] if not (isinstance(part, Mapping) and "pip" in part)
+    ]
     return {**conda, "dependencies": [*others, {"pip": [*lines]}]}
 
 

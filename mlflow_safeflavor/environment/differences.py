@@ -23,7 +23,12 @@ from mlflow_safeflavor.environment.installed import (
 )
 from mlflow_safeflavor.environment.recorded import PLATFORM_KEYS, Environment, platform_facts
 from mlflow_safeflavor.environment.wheels import installed_content
-from mlflow_safeflavor.errors import EnvironmentMismatchError, ParityError, StructureError, WeightsError
+from mlflow_safeflavor.errors import (
+    EnvironmentMismatchError,
+    ParityError,
+    StructureError,
+    WeightsError,
+)
 
 __all__ = [
     "POLICIES",
@@ -43,8 +48,8 @@ POLICIES = ("ignore", "warn", "error")
 _HARDWARE = frozenset({"cpu_capability", "threads"})
 
 _HINT = (
-    "install requirements.txt of the model (`pip install -r requirements.txt`) under the Python of its "
-    "python_env.yaml, or let MLflow do both with --env-manager uv"
+    "install requirements.txt of the model (`pip install -r requirements.txt`) under the Python of "
+    "its python_env.yaml, or let MLflow do both with --env-manager uv"
 )
 
 
@@ -53,10 +58,10 @@ class Difference:
     """One fact that is not as it was at save.
 
     Attributes:
-        kind: ``python`` (another minor version), ``python-patch``, ``implementation``, ``system``, ``machine``,
-            ``libc``, ``distribution``, ``missing``, ``wheel`` (same version, other
-            content than the wheel it came from), ``torch-build`` (same torch release, other build) or
-            ``hardware`` (CPU capability and threads, which no installation can change).
+        kind: ``python`` (another minor version), ``python-patch``, ``implementation``, ``system``,
+            ``machine``, ``libc``, ``distribution``, ``missing``, ``wheel`` (same version, other
+            content than the wheel it came from), ``torch-build`` (same torch release, other build)
+            or ``hardware`` (CPU capability and threads, which no installation can change).
         name: The distribution or fact.
         wanted: What was recorded.
         found: What is there now.
@@ -72,12 +77,15 @@ class Difference:
 
 
 def find_differences(
-    recorded: Environment, *, torch_build: Mapping[str, Any] | None = None, path: Sequence[str] | None = None
+    recorded: Environment,
+    *,
+    torch_build: Mapping[str, Any] | None = None,
+    path: Sequence[str] | None = None,
 ) -> list[Difference]:
     """Compare this interpreter and what is installed with what was recorded; imports nothing.
 
-    The C library counts only when its family differs (glibc or another): its version is the choice of
-    whoever builds the base image, and the recorded predictions prove more than it could.
+    The C library counts only when its family differs (glibc or another): its version is the choice
+    of whoever builds the base image, and the recorded predictions prove more than it could.
 
     Args:
         recorded: From environment.json.
@@ -100,15 +108,20 @@ def _platform_differences(recorded: Environment) -> Iterator[Difference]:
             wanted, found = wanted.partition(" ")[0], found.partition(" ")[0]
         if wanted != found:
             is_patch = name == "python" and wanted.split(".")[:2] == found.split(".")[:2]
-            yield Difference("python-patch" if is_patch else name, name, wanted or "unknown", found or "unknown")
+            yield Difference(
+                "python-patch" if is_patch else name, name, wanted or "unknown", found or "unknown"
+            )
 
 
-def _distribution_differences(pins: Mapping[str, str], path: Sequence[str] | None) -> Iterator[Difference]:
+def _distribution_differences(
+    pins: Mapping[str, str], path: Sequence[str] | None
+) -> Iterator[Difference]:
     listed = listed_versions(sys.path if path is None else path)
     for name, wanted in pins.items():
         if _same_version(wanted, listed.get(name)):
             continue
-        # The slow question, asked only where a folder name did not settle it: other formats, zip files, finders.
+        # The slow question, asked only where a folder name did not settle it: other formats, zip
+        # files, finders.
         found = installed_version(name, path)
         if found is None:
             yield Difference("missing", name, wanted, MISSING)
@@ -122,8 +135,15 @@ def _wheel_differences(recorded: Environment, path: Sequence[str] | None) -> Ite
     for name, wheel in recorded.wheels.items():
         one = find_installed(name, path)
         content = None if one is None else installed_content(one.distribution)
-        if one and content and content != wheel["content"] and _same_version(recorded.distributions[name], one.version):
-            yield Difference("wheel", name, f"the build of {wheel['file']}", f"another build of {one.version}")
+        if (
+            one
+            and content
+            and content != wheel["content"]
+            and _same_version(recorded.distributions[name], one.version)
+        ):
+            yield Difference(
+                "wheel", name, f"the build of {wheel['file']}", f"another build of {one.version}"
+            )
 
 
 def _build_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Difference]:
@@ -155,7 +175,9 @@ def naming_versions(recorded: Environment, *, path: Sequence[str] | None = None)
     try:
         yield
     except (ParityError, StructureError, WeightsError) as error:
-        found = [str(one) for one in find_differences(recorded, path=path) if one.kind in _INSTALLABLE]
+        found = [
+            str(one) for one in find_differences(recorded, path=path) if one.kind in _INSTALLABLE
+        ]
         if not found:
             raise
         versions = "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
@@ -177,23 +199,29 @@ def naming_missing() -> Iterator[None]:
             "The graph cannot answer this, and what its module needs is not installed",
             where=error.name or str(error),
             found=MISSING,
-            hint="install requirements.txt of the model, and not only requirements-onnx.txt; an image of "
-            "`mlflow-safeflavor dockerfile --engine module` has it all",
+            hint="install requirements.txt of the model, and not only requirements-onnx.txt; an "
+            "image of `mlflow-safeflavor dockerfile --engine module` has it all",
         ) from error
 
 
-_INSTALLABLE = frozenset(("python", "implementation", "distribution", "missing", "wheel", "torch-build"))
+_INSTALLABLE = frozenset(
+    ("python", "implementation", "distribution", "missing", "wheel", "torch-build")
+)
 """Kinds of differences that installing something else removes."""
 
 
 def _table(differences: Sequence[Difference]) -> str:
     names, wanted = (max(len(getattr(d, part)) for d in differences) for part in ("name", "wanted"))
-    rows = [f"  {d.name:<{names}}  wanted {d.wanted:<{wanted}}  found {d.found}" for d in differences]
+    rows = [
+        f"  {d.name:<{names}}  wanted {d.wanted:<{wanted}}  found {d.found}" for d in differences
+    ]
     count = "1 difference" if len(rows) == 1 else f"{len(rows)} differences"
     return "\n".join([f"This is not the environment that the model was saved in ({count})", *rows])
 
 
-def require_same(recorded: Environment, *, policy: str, path: Sequence[str] | None = None) -> list[Difference]:
+def require_same(
+    recorded: Environment, *, policy: str, path: Sequence[str] | None = None
+) -> list[Difference]:
     """Act on differences as the policy says.
 
     Args:
@@ -209,7 +237,10 @@ def require_same(recorded: Environment, *, policy: str, path: Sequence[str] | No
     """
     if policy not in POLICIES:
         raise EnvironmentMismatchError(
-            "Unknown policy for a differing environment", where="environment", wanted=list(POLICIES), found=repr(policy)
+            "Unknown policy for a differing environment",
+            where="environment",
+            wanted=list(POLICIES),
+            found=repr(policy),
         )
     differences = [] if policy == "ignore" else find_differences(recorded, path=path)
     if differences and policy == "error":

@@ -34,7 +34,11 @@ from mlflow_safeflavor.environment.lines import (
 from mlflow_safeflavor.environment.pins import CONSTRAINTS, ONNX_REQUIREMENTS
 from mlflow_safeflavor.environment.record import record, with_wheels
 from mlflow_safeflavor.environment.recorded import Environment
-from mlflow_safeflavor.environment.requirements import DEFAULT_ROOTS, TORCH_WHEELS, requirement_lines
+from mlflow_safeflavor.environment.requirements import (
+    DEFAULT_ROOTS,
+    TORCH_WHEELS,
+    requirement_lines,
+)
 from mlflow_safeflavor.environment.wheels import folder_of
 
 __all__ = ["environment_files", "missing_lines"]
@@ -57,13 +61,14 @@ def environment_files(
     Args:
         folder: Root of the artifact.
         roots: What the model needs directly.
-        graph_roots: What of a model with a graph and a module its graph needs; the pins of that are written to
-            requirements-onnx.txt, too, unless the user wrote all lines.
+        graph_roots: What of a model with a graph and a module its graph needs; the pins of that are
+            written to requirements-onnx.txt, too, unless the user wrote all lines.
         torch_build: See ``record``.
         torch_index: See ``requirement_lines``; not used where the user writes the lines.
-        pip_requirements: Replaces all lines: requirement strings, or the path of a requirements file.
-        extra_pip_requirements: Adds to them. What is installed is pinned exactly, with what it requires; URLs,
-            options and what is not installed stay as written.
+        pip_requirements: Replaces all lines: requirement strings, or the path of a requirements
+            file.
+        extra_pip_requirements: Adds to them. What is installed is pinned exactly, with what it
+            requires; URLs, options and what is not installed stay as written.
         conda_env: Used as it is: a dict, or the path of a YAML file.
         path: Folders to search instead of ``sys.path``.
 
@@ -71,17 +76,22 @@ def environment_files(
         What belongs into environment.json.
 
     Raises:
-        EnvironmentMismatchError: The arguments exclude each other or cannot be read, or see ``record``.
+        EnvironmentMismatchError: The arguments exclude each other or cannot be read, or see
+            ``record``.
     """
     conda = parse_conda_env(conda_env, pip_requirements, extra_pip_requirements)
     given = pip_requirements if conda is None else pip_section(conda)
     if given is not None:
-        lines, constraints = parse_requirements(given, "pip_requirements" if conda is None else "conda_env")
+        lines, constraints = parse_requirements(
+            given, "pip_requirements" if conda is None else "conda_env"
+        )
         lines = with_mlflow(lines, path)
         more = [*installed_roots(lines, path)]
         environment = record([*roots, *more], torch_build=torch_build, strict=False, path=path)
     else:
-        extra, constraints = parse_requirements(extra_pip_requirements or (), "extra_pip_requirements")
+        extra, constraints = parse_requirements(
+            extra_pip_requirements or (), "extra_pip_requirements"
+        )
         more = [*installed_roots(extra, path)]
         environment, lines = _pin([*roots, *more], extra, torch_build, torch_index, path)
     _write_files(Path(folder), lines, constraints, bare_conda_env() if conda is None else conda)
@@ -104,7 +114,11 @@ def _pin(
     verbatim = [line for line in extra if not is_pinnable(line, path)]
     elsewhere = {name for line in verbatim if applies(line) and (name := name_of(line)) is not None}
     environment = record(roots, torch_build=torch_build, editable_ok=elsewhere, path=path)
-    pins = {name: version for name, version in environment.distributions.items() if name not in elsewhere}
+    pins = {
+        name: version
+        for name, version in environment.distributions.items()
+        if name not in elsewhere
+    }
     return environment, [*requirement_lines(pins, torch_index=torch_index), *verbatim]
 
 
@@ -112,10 +126,16 @@ def _without(lines: Iterable[str], names: Collection[str]) -> list[str]:
     """The lines but pins of these distributions, and pages of their wheels."""
     pages = tuple(f"/{name}/" for name in names)
     there = (line for line in lines if name_of(line) not in names)
-    return [line for line in there if not (line.startswith(f"--find-links {TORCH_WHEELS}") and line.endswith(pages))]
+    return [
+        line
+        for line in there
+        if not (line.startswith(f"--find-links {TORCH_WHEELS}") and line.endswith(pages))
+    ]
 
 
-def missing_lines(folder: Path, used: Mapping[str, str], *, path: Sequence[str] | None = None) -> list[str]:
+def missing_lines(
+    folder: Path, used: Mapping[str, str], *, path: Sequence[str] | None = None
+) -> list[str]:
     """Lines for what was used and neither requirements.txt nor conda.yaml of an artifact brings.
 
     Args:
@@ -124,30 +144,52 @@ def missing_lines(folder: Path, used: Mapping[str, str], *, path: Sequence[str] 
         path: Folders to search instead of ``sys.path``.
     """
     lines, _ = parse_requirements(folder / "requirements.txt", "requirements.txt")
-    conda = [part for part in read_yaml(folder / "conda.yaml")["dependencies"] if isinstance(part, str)]
-    # Conda's names are those of Python for all but a few; what follows them is a version, in its own words.
-    named = [_CONDA_NAMES.get(name, name) for part in conda if (name := re.split(r"[\s=<>!~\[]", part, maxsplit=1)[0])]
+    conda = [
+        part for part in read_yaml(folder / "conda.yaml")["dependencies"] if isinstance(part, str)
+    ]
+    # Conda's names are those of Python for all but a few; what follows them is a version, in its
+    # own words.
+    named = [
+        _CONDA_NAMES.get(name, name)
+        for part in conda
+        if (name := re.split(r"[\s=<>!~\[]", part, maxsplit=1)[0])
+    ]
     brought = closure_of(installed_roots([*lines, *named], path), path=path)
     brought |= set(filter(None, map(name_of, [*lines, *named])))
-    return requirement_lines({name: used[name] for name in tops_of(used.keys() - brought, path=path)}, torch_index=None)
+    return requirement_lines(
+        {name: used[name] for name in tops_of(used.keys() - brought, path=path)}, torch_index=None
+    )
 
 
 _CONDA_NAMES = {"pytorch": "torch"}
 
 
-def _write_files(folder: Path, lines: Sequence[str], constraints: Sequence[str], conda: Mapping[str, Any]) -> None:
+def _write_files(
+    folder: Path, lines: Sequence[str], constraints: Sequence[str], conda: Mapping[str, Any]
+) -> None:
     if constraints:
         (folder / CONSTRAINTS).write_text("\n".join(constraints) + "\n", encoding="utf-8")
     lines = _write_lines(folder / "requirements.txt", lines, constraints)
-    # No build dependencies: MLflow would put pip, setuptools and wheel on the same pip command line, where they
-    # contradict pins of the closure, break hash checking, and are looked for in folders that only hold the pins.
-    python_env = {"python": python_release(), "build_dependencies": [], "dependencies": ["-r requirements.txt"]}
-    for name, value in (("conda.yaml", with_pip_section(conda, lines)), ("python_env.yaml", python_env)):
+    # No build dependencies: MLflow would put pip, setuptools and wheel on the same pip command
+    # line, where they contradict pins of the closure, break hash checking, and are looked for in
+    # folders that only hold the pins.
+    python_env = {
+        "python": python_release(),
+        "build_dependencies": [],
+        "dependencies": ["-r requirements.txt"],
+    }
+    for name, value in (
+        ("conda.yaml", with_pip_section(conda, lines)),
+        ("python_env.yaml", python_env),
+    ):
         (folder / name).write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
 
 
 def _write_lines(path: Path, lines: Sequence[str], constraints: Sequence[str]) -> Sequence[str]:
-    """Write a file that pip reads, with the name of the constraints where there are any. Returns its lines."""
+    """Write a file that pip reads, with the name of the constraints where there are any.
+
+    Returns its lines.
+    """
     lines = [*lines, f"-c {CONSTRAINTS}"] if constraints else lines
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return lines

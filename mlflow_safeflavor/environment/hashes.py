@@ -24,41 +24,75 @@ from mlflow_safeflavor.errors import EnvironmentMismatchError
 __all__ = ["lock", "lock_file", "missing_wheel", "wheels_for"]
 
 _TIMEOUT = 600  # seconds
-_AS_UV_SAYS = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_EXTRA_INDEX_URL", "find-links": "UV_FIND_LINKS"}
+_AS_UV_SAYS = {
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_EXTRA_INDEX_URL",
+    "find-links": "UV_FIND_LINKS",
+}
 """Settings of pip → uv's variables: uv reads no pip.conf."""
 
 
 def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None) -> Pins:
     """Resolve pins with uv, from wheels alone, and add the hashes of all that may be installed.
 
-    Where a folder named by the pins holds a wheel of a pinned version, that wheel counts, and never an index's of the
-    same version. An index named by the pins is asked for builds of torch alone. All other names are looked up where
-    pip and uv are configured to, and only in the first index that has the name; where pip is configured to several, it
-    and we take them as one. Nothing is built: a source distribution runs its author's code.
+    Where a folder named by the pins holds a wheel of a pinned version, that wheel counts, and never
+    an index's of the same version. An index named by the pins is asked for builds of torch alone.
+    All other names are looked up where pip and uv are configured to, and only in the first index
+    that has the name; where pip is configured to several, it and we take them as one. Nothing is
+    built: a source distribution runs its author's code.
 
     Args:
         pins: What to lock. Those that have hashes are left as they are.
         python: Version to resolve for, like "3.11.7".
-        installed: Canonical name → SHA-256 of the wheel that was installed when the model was saved, where that is
-            known; no other may be installed.
+        installed: Canonical name → SHA-256 of the wheel that was installed when the model was
+            saved, where that is known; no other may be installed.
 
     Raises:
-        EnvironmentMismatchError: uv is not installed, or finds no wheels for the pins, or others than were installed.
+        EnvironmentMismatchError: uv is not installed, or finds no wheels for the pins, or others
+            than were installed.
     """
     if pins.are_locked:
         return pins
     with scratch_folder("lock") as folder:
         environ = _settings(folder)
-        Path(folder, "pyproject.toml").write_text(_project(pins, installed or {}, environ), encoding="utf-8")
-        Path(folder, "constraints.txt").write_text("\n".join(map(str, pins.constraints)), encoding="utf-8")
-        command = [_uv(), "pip", "compile", "pyproject.toml", "--output-file", "lock.txt", "--generate-hashes"]
-        command += ["--constraint", "constraints.txt", "--python-version", python, "--only-binary", ":all:"]
+        Path(folder, "pyproject.toml").write_text(
+            _project(pins, installed or {}, environ), encoding="utf-8"
+        )
+        Path(folder, "constraints.txt").write_text(
+            "\n".join(map(str, pins.constraints)), encoding="utf-8"
+        )
+        command = [
+            _uv(),
+            "pip",
+            "compile",
+            "pyproject.toml",
+            "--output-file",
+            "lock.txt",
+            "--generate-hashes",
+        ]
+        command += [
+            "--constraint",
+            "constraints.txt",
+            "--python-version",
+            python,
+            "--only-binary",
+            ":all:",
+        ]
         command += ["--no-header", "--no-annotate", "--quiet"]
-        # Neither settings nor interpreters of the folders around this one, which others may write to.
+        # Neither settings nor interpreters of the folders around this one, which others may write
+        # to.
         command += ["--no-config", "--python", sys.executable, "--no-python-downloads"]
-        command += [f"--find-links={found}" for option in pins.options if (found := folder_of(option))]
+        command += [
+            f"--find-links={found}" for option in pins.options if (found := folder_of(option))
+        ]
         done = subprocess.run(
-            command, cwd=folder, env=environ, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
+            command,
+            cwd=folder,
+            env=environ,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT,
         )
         if done.returncode:
             raise EnvironmentMismatchError(
@@ -66,11 +100,16 @@ def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None)
                 where="uv pip compile",
                 wanted="a wheel to install for each pin",
                 found=done.stderr.strip()[-1500:],
-                hint="say where the wheels are (torch_index=… when saving, UV_DEFAULT_INDEX, UV_FIND_LINKS); where "
-                "several indexes have the name, UV_INDEX_STRATEGY=unsafe-best-match looks at all; or do without hashes",
+                hint="say where the wheels are (torch_index=… when saving, UV_DEFAULT_INDEX, "
+                "UV_FIND_LINKS); where several indexes have the name, "
+                "UV_INDEX_STRATEGY=unsafe-best-match looks at all; or do without hashes",
             )
-        lines = Path(folder, "lock.txt").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
-        locked = [_as_installed(pin, installed or {}) for pin in parse_pins(lines, "uv pip compile")]
+        lines = (
+            Path(folder, "lock.txt").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+        )
+        locked = [
+            _as_installed(pin, installed or {}) for pin in parse_pins(lines, "uv pip compile")
+        ]
     return replace(pins, pins=tuple(locked), constraints=())
 
 
@@ -82,7 +121,11 @@ def lock_file(layout: Layout, recorded: Environment) -> None:
     """
     for path in (layout.requirements, layout.root / ONNX_REQUIREMENTS):
         if path.exists():
-            locked = lock(read_pins(layout, path.name), python=recorded.python, installed=recorded.wheel_digests)
+            locked = lock(
+                read_pins(layout, path.name),
+                python=recorded.python,
+                installed=recorded.wheel_digests,
+            )
             lines = [*locked.options, *map(str, locked.pins)]
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -103,8 +146,8 @@ def missing_wheel(pin: Pin, wanted: str, found: Sequence[str]) -> EnvironmentMis
         where=pin.requirement,
         wanted=f"SHA-256 {wanted}",
         found=", ".join(found[:5]) or "none in the folders that the model and UV_FIND_LINKS name",
-        hint="name the folder that holds it: UV_FIND_LINKS=FOLDER; or save the model again where another build is "
-        "installed",
+        hint="name the folder that holds it: UV_FIND_LINKS=FOLDER; or save the model again where "
+        "another build is installed",
     )
 
 
@@ -123,8 +166,13 @@ def _project(pins: Pins, installed: Mapping[str, str], environ: Mapping[str, str
                 places.setdefault(served, _index(place, flat=name == "--find-links"))
     indexes = list(dict.fromkeys(places.values()))
     lines = ["[project]", 'name = "mlflow-safeflavor-image"', 'version = "0"']
-    lines += [f"dependencies = {json.dumps([str(pin.requirement) for pin in pins.pins])}", "[tool.uv.sources]"]
-    lines += [f'{name} = {{index = "place-{indexes.index(index)}"}}' for name, index in places.items()]
+    lines += [
+        f"dependencies = {json.dumps([str(pin.requirement) for pin in pins.pins])}",
+        "[tool.uv.sources]",
+    ]
+    lines += [
+        f'{name} = {{index = "place-{indexes.index(index)}"}}' for name, index in places.items()
+    ]
     for i, index in enumerate(indexes):
         lines += ["[[tool.uv.index]]", f'name = "place-{i}"', "explicit = true", index]
     return "\n".join(lines) + "\n"
@@ -135,16 +183,24 @@ def _index(url: str, *, flat: bool) -> str:
 
 
 def _served(place: str, pins: Pins) -> list[str]:
-    """Names that a place of ``torch_index`` is asked for: the one that its page is of, or all builds with a label."""
+    """Names that a place of ``torch_index`` is asked for.
+
+    The one that its page is of, or all builds with a label.
+    """
     page = canonicalize_name(place.rstrip("/").rpartition("/")[2])
-    labelled = [name for name, version in pins.versions.items() if name in TORCH_FAMILY or "+" in version]
+    labelled = [
+        name for name, version in pins.versions.items() if name in TORCH_FAMILY or "+" in version
+    ]
     return [page] if page in pins.versions else labelled
 
 
-def wheels_for(pins: Pins, installed: Mapping[str, str], environ: Mapping[str, str] | None = None) -> Iterator[Wheel]:
+def wheels_for(
+    pins: Pins, installed: Mapping[str, str], environ: Mapping[str, str] | None = None
+) -> Iterator[Wheel]:
     """Wheels of the pinned versions in folders of this machine: those that the pins name.
 
-    For what is known to have been installed from a wheel also those that uv is told of (``UV_FIND_LINKS``).
+    For what is known to have been installed from a wheel also those that uv is told of
+    (``UV_FIND_LINKS``).
     """
     given = [folder for option in pins.options if (folder := folder_of(option))]
     told = (os.environ if environ is None else environ).get("UV_FIND_LINKS", "").split(",")
@@ -172,7 +228,9 @@ def _settings(folder: Path) -> dict[str, str]:
     """Variables for uv: this process's own, with folders by absolute path, over what pip is configured to."""
     environ = {**_pip_settings(folder), **os.environ}
     if places := environ.get("UV_FIND_LINKS"):
-        absolute = (os.path.abspath(place) if os.path.isdir(place) else place for place in places.split(","))
+        absolute = (
+            os.path.abspath(place) if os.path.isdir(place) else place for place in places.split(",")
+        )
         environ["UV_FIND_LINKS"] = ",".join(absolute)
     return environ
 
@@ -180,12 +238,15 @@ def _settings(folder: Path) -> dict[str, str]:
 def _pip_settings(folder: Path) -> Mapping[str, str]:
     """Where pip is configured to look, as uv's variables.
 
-    pip takes the best of all its indexes; uv asks those beside the default one first, and then no other that has the
-    name. So nobody can put a build of a private name on a public index.
-    Asked in an empty folder: with ``-m`` Python imports from the working folder, which may be a downloaded model.
+    pip takes the best of all its indexes; uv asks those beside the default one first, and then no
+    other that has the name. So nobody can put a build of a private name on a public index. Asked in
+    an empty folder: with ``-m`` Python imports from the working folder, which may be a downloaded
+    model.
     """
     command = [sys.executable, "-m", "pip", "config", "list"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
+    )
     settings: dict[str, str] = {}
     for line in done.stdout.splitlines():
         name, _, value = line.partition("=")

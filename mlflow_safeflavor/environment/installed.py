@@ -34,7 +34,9 @@ TORCH_FAMILY = frozenset({"torch", "torchaudio", "torchvision"})
 MISSING = "not installed"
 
 
-def _search(path: Sequence[str] | None, **context: str) -> Iterator[importlib.metadata.Distribution]:
+def _search(
+    path: Sequence[str] | None, **context: str
+) -> Iterator[importlib.metadata.Distribution]:
     where: dict[str, Any] = dict(context) if path is None else {**context, "path": list(path)}
     yield from importlib.metadata.distributions(**where)
 
@@ -77,15 +79,21 @@ def _read(distribution: importlib.metadata.Distribution) -> Installed | None:
     else:
         try:
             metadata = distribution.metadata
-        except FileNotFoundError:  # the importlib_metadata backport, whose finder MLflow puts on sys.meta_path
+        # the importlib_metadata backport, whose finder MLflow puts on sys.meta_path
+        except FileNotFoundError:
             return None
-        names, versions, requires = metadata.get_all("Name"), metadata.get_all("Version"), distribution.requires
+        names, versions, requires = (
+            metadata.get_all("Name"),
+            metadata.get_all("Version"),
+            distribution.requires,
+        )
     if not (names and versions and names[0] and versions[0]):
         return None
     return Installed(names[0], versions[0], tuple(requires or ()), distribution)
 
 
-@functools.cache  # by what was just read, so never stale: importlib parses all anew at each access, for seconds
+# by what was just read, so never stale: importlib parses all anew at each access, for seconds
+@functools.cache
 def _parse(headers: str) -> tuple[list[str] | None, list[str] | None, list[str] | None]:
     parsed = email.parser.HeaderParser().parsestr(headers)
     return parsed.get_all("Name"), parsed.get_all("Version"), parsed.get_all("Requires-Dist")
@@ -96,12 +104,17 @@ def source_tree(distribution: importlib.metadata.Distribution) -> str | None:
     if distribution.read_text("METADATA") is not None:
         return None
     folder = Path(str(distribution.locate_file("")))
-    is_source = any((folder / name).is_file() for name in ("setup.py", "setup.cfg", "pyproject.toml"))
+    is_source = any(
+        (folder / name).is_file() for name in ("setup.py", "setup.cfg", "pyproject.toml")
+    )
     return str(folder) if is_source else None
 
 
 def listed_versions(path: Iterable[str]) -> dict[str, str]:
-    """Canonical name → version, from the names of the dist-info folders alone: a hundred times faster than reading."""
+    """Canonical name → version, from the names of the dist-info folders alone.
+
+    A hundred times faster than reading.
+    """
     found: dict[str, str] = {}
     for folder in path:
         try:
@@ -109,7 +122,9 @@ def listed_versions(path: Iterable[str]) -> dict[str, str]:
         except OSError:
             continue
         for entry in entries:
-            if entry.endswith(".dist-info") and os.path.isfile(os.path.join(folder, entry, "METADATA")):
+            if entry.endswith(".dist-info") and os.path.isfile(
+                os.path.join(folder, entry, "METADATA")
+            ):
                 name, _, version = entry.removesuffix(".dist-info").rpartition("-")
                 found.setdefault(canonicalize_name(name), version)
     return found

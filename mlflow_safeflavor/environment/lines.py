@@ -15,7 +15,15 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from mlflow_safeflavor.environment.installed import OWN_NAME, installed_version
 from mlflow_safeflavor.errors import EnvironmentMismatchError
 
-__all__ = ["StrPath", "applies", "installed_roots", "is_pinnable", "name_of", "parse_requirements", "with_mlflow"]
+__all__ = [
+    "StrPath",
+    "applies",
+    "installed_roots",
+    "is_pinnable",
+    "name_of",
+    "parse_requirements",
+    "with_mlflow",
+]
 
 _logger = logging.getLogger("mlflow.safeflavor")
 
@@ -25,13 +33,20 @@ _MLFLOW_NAMES = frozenset({"mlflow", "mlflow-skinny"})
 _OPTION = re.compile(r"(?:^|\s)-")  # begins the options behind a requirement, such as --hash
 
 
-def parse_requirements(given: StrPath | Iterable[str], argument: str) -> tuple[list[str], list[str]]:
-    """Requirement lines and constraint lines; ``-r`` and ``-c`` are read and replaced by what they hold."""
+def parse_requirements(
+    given: StrPath | Iterable[str], argument: str
+) -> tuple[list[str], list[str]]:
+    """Requirement lines and constraint lines.
+
+    ``-r`` and ``-c`` are read and replaced by what they hold.
+    """
     # MLflow's own reader, so that a line means here what it means at load.
     from mlflow.utils.requirements_utils import _parse_requirements as parse
 
     try:
-        source = os.fspath(given) if isinstance(given, (str, os.PathLike)) else [*map(os.fspath, given)]
+        source = (
+            os.fspath(given) if isinstance(given, (str, os.PathLike)) else [*map(os.fspath, given)]
+        )
         parsed = list(parse(source, is_constraint=False))  # type: ignore[no-untyped-call]
     except (OSError, TypeError, UnicodeDecodeError) as error:
         raise EnvironmentMismatchError(
@@ -64,9 +79,14 @@ def is_pinnable(line: str, path: Sequence[str] | None) -> bool:
     requirement = _requirement_of(line)
     if requirement is None or requirement.url or _OPTION.search(line) or not applies(line):
         return False
-    if canonicalize_name(requirement.name) == OWN_NAME or installed_version(requirement.name, path) is not None:
+    if (
+        canonicalize_name(requirement.name) == OWN_NAME
+        or installed_version(requirement.name, path) is not None
+    ):
         return True
-    _logger.warning("%s is not installed here, so it stays as written and is not pinned any further", line)
+    _logger.warning(
+        "%s is not installed here, so it stays as written and is not pinned any further", line
+    )
     return False
 
 
@@ -96,7 +116,10 @@ def name_of(line: str) -> str | None:
 
 
 def with_mlflow(lines: list[str], path: Sequence[str] | None) -> list[str]:
-    """MLflow has to be in every environment that serves a model; its own flavors add it in the same way."""
+    """MLflow has to be in every environment that serves a model.
+
+    Its own flavors add it in the same way.
+    """
     if _MLFLOW_NAMES & {name_of(line) for line in lines}:
         return lines
     version = installed_version("mlflow", path)

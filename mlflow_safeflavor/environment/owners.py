@@ -23,8 +23,9 @@ _CODE = (*SOURCE_SUFFIXES, *BYTECODE_SUFFIXES, *EXTENSION_SUFFIXES)
 class Owners:
     """Files of the distributions that are installed in some folders.
 
-    A file belongs to the distribution whose list of installed files (``RECORD``) has it. Where there is no such list,
-    as in packages of Debian, to the one that has its top-level name; of an editable install, all below its folder.
+    A file belongs to the distribution whose list of installed files (``RECORD``) has it. Where
+    there is no such list, as in packages of Debian, to the one that has its top-level name; of an
+    editable install, all below its folder.
 
     Args:
         path: Folders to search instead of ``sys.path``.
@@ -42,8 +43,12 @@ class Owners:
             if folder is not None:
                 trees[os.path.join(_real(folder), "")] = name
             elif not record:
-                tops = (one.distribution.read_text("top_level.txt") or name.replace("-", "_")).split()
-                trees |= {base + top + end: name for top in tops for end in (os.sep, *SOURCE_SUFFIXES)}
+                tops = (
+                    one.distribution.read_text("top_level.txt") or name.replace("-", "_")
+                ).split()
+                trees |= {
+                    base + top + end: name for top in tops for end in (os.sep, *SOURCE_SUFFIXES)
+                }
         # The longest first: the environment may lie in the folder of an editable install.
         self._trees = sorted(trees.items(), key=lambda tree: -len(tree[0]))
 
@@ -51,8 +56,9 @@ class Owners:
         """Canonical name of the distribution that a file belongs to; None where there is none.
 
         Args:
-            file: Absolute path. Code that a package has made beside its own belongs to it, data does not: an index
-                brings the one with the next release or makes it anew, and never the other.
+            file: Absolute path. Code that a package has made beside its own belongs to it, data
+                does not: an index brings the one with the next release or makes it anew, and never
+                the other.
         """
         if file in self._files:
             return self._files[file]
@@ -75,7 +81,10 @@ class Owners:
 
 
 def _listed(record: str, base: str) -> Iterator[str]:
-    """Files of a ``RECORD`` but metadata. There are tens of thousands in all, and csv is for the few with a comma."""
+    """Files of a ``RECORD`` but metadata.
+
+    There are tens of thousands in all, and csv is for the few with a comma.
+    """
     lines = record.splitlines()
     for row in csv.reader(lines) if '"' in record else (line.split(",", 1) for line in lines):
         file = base + (row[0] if row else "")
@@ -89,7 +98,10 @@ def is_code(file: str) -> bool:
 
 
 def site_folders(path: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Folders of ``sys.path``, or of ``path``, that distributions are installed in; each ends with a separator."""
+    """Folders of ``sys.path``, or of ``path``, that distributions are installed in.
+
+    Each ends with a separator.
+    """
     searched = sys.path if path is None else path
     sites = [folder for folder in searched if folder.rstrip("/\\").endswith("-packages")]
     sites += [sysconfig.get_path(name) for name in ("purelib", "platlib")]

@@ -1,4 +1,7 @@
-"""requirements.txt of an artifact, read strictly: pins, their hashes, and where files are found; nothing else."""
+"""requirements.txt of an artifact, read strictly: pins, their hashes, and where files are found.
+
+Nothing else.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,14 @@ CONSTRAINTS = "constraints.txt"
 ONNX_REQUIREMENTS = "requirements-onnx.txt"
 """Pins for the graph alone, beside requirements.txt, of a model that has a module, too."""
 
-_OPTION = re.compile(r"--(find-links|extra-index-url) (https?://[^\s#\"'\\]+|file:///[^\s#\"'\\]+|/[^\s#\"'\\]*)")
+_OPTION = re.compile(
+    r"--(find-links|extra-index-url) (https?://[^\s#\"'\\]+|file:///[^\s#\"'\\]+|/[^\s#\"'\\]*)"
+)
 _HASHES = re.compile(r"((?:\s+--hash=sha256:[0-9a-f]{64})*)\s*")
 _HINT = (
-    "build wheels of what no index has (`pip wheel -w FOLDER …`), install them from there, and save the model with "
-    "torch_index=FOLDER; let pip's own configuration hold other indexes and passwords"
+    "build wheels of what no index has (`pip wheel -w FOLDER …`), install them from there, and "
+    "save the model with torch_index=FOLDER; let pip's own configuration hold other indexes and "
+    "passwords"
 )
 
 
@@ -101,7 +107,8 @@ def read_pins(layout: Layout, name: str = "requirements.txt") -> Pins:
         if line == f"-c {CONSTRAINTS}":
             path = layout.root / CONSTRAINTS
             constraints = tuple(parse_pins(_lines(layout, path), CONSTRAINTS))
-        elif _OPTION.fullmatch(line) and "${" not in line:  # which pip would fill in with secrets of this machine
+        # which pip would fill in with secrets of this machine
+        elif _OPTION.fullmatch(line) and "${" not in line:
             options.append(line)
         else:
             pins += parse_pins([line], name)
@@ -135,13 +142,18 @@ def parse_pins(lines: Iterator[str] | list[str], where: str) -> Iterator[Pin]:
             requirement = Requirement(text)
         except InvalidRequirement:
             requirement = None
-        wanted = requirement is not None and requirement.url is None and hashes is not None and line.isprintable()
+        wanted = (
+            requirement is not None
+            and requirement.url is None
+            and hashes is not None
+            and line.isprintable()
+        )
         if requirement is None or hashes is None or not wanted:
             raise EnvironmentMismatchError(
                 "A line of the requirements is none that installs wheels by name and version",
                 where=where,
-                wanted="name==version, with markers and hashes; --find-links or --extra-index-url with a place; "
-                f"-c {CONSTRAINTS}",
+                wanted="name==version, with markers and hashes; --find-links or --extra-index-url "
+                f"with a place; -c {CONSTRAINTS}",
                 found=line[:300],
                 hint=_HINT,
             )

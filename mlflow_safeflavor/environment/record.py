@@ -36,37 +36,51 @@ def record(
     mlflow-safeflavor itself is vendored in every artifact and so never part of the closure; what it
     requires is followed only where it is a root. A requirement *of a distribution* that is not
     installed at all is left out with a warning: metadata that names something the program runs
-    without is common, and pip fetches it anyway. An installed version that contradicts a requirement is
-    refused, because pip would refuse the same pins later, in the container.
+    without is common, and pip fetches it anyway. An installed version that contradicts a
+    requirement is refused, because pip would refuse the same pins later, in the container.
 
     Args:
         roots: Names or requirement strings, extras included (``"mlflow[extras]"``).
         torch_build: Facts that only torch knows; stored as they are.
-        editable_ok: Names that may be editable, VCS, folder or archive installs, since the caller pins them.
-        strict: False logs contradictions and accepts every kind of install: for pins that the user wrote.
+        editable_ok: Names that may be editable, VCS, folder or archive installs, since the caller
+            pins them.
+        strict: False logs contradictions and accepts every kind of install: for pins that the user
+            wrote.
         path: Folders to search instead of ``sys.path``.
 
     Raises:
-        EnvironmentMismatchError: A root is not installed, two requirements contradict each other, or a
-            distribution of the closure cannot be pinned.
+        EnvironmentMismatchError: A root is not installed, two requirements contradict each other,
+            or a distribution of the closure cannot be pinned.
     """
     installed = installed_distributions(path)
     closure, missing, conflicts = reached_from(roots, installed)
     if missing:
-        _logger.warning("Not installed and so not pinned, although something requires it: %s", "; ".join(missing))
+        _logger.warning(
+            "Not installed and so not pinned, although something requires it: %s",
+            "; ".join(missing),
+        )
     if conflicts and strict:
         _raise_conflicts(conflicts)
     if conflicts:
         found = "; ".join(f"{wanted}, found {version}" for wanted, version in conflicts)
         _logger.warning("Installed versions contradict what is required: %s", found)
     if strict:
-        _require_releases([installed[name] for name in closure - set(map(canonicalize_name, editable_ok))])
+        _require_releases(
+            [installed[name] for name in closure - set(map(canonicalize_name, editable_ok))]
+        )
     pins = {name: installed[name].version for name in closure}
-    return Environment(**platform_facts(), distributions=pins, torch_build=torch_build, only_module=(), wheels={})
+    return Environment(
+        **platform_facts(), distributions=pins, torch_build=torch_build, only_module=(), wheels={}
+    )
 
 
-def with_wheels(recorded: Environment, folders: Iterable[Path], *, path: Sequence[str] | None = None) -> Environment:
-    """Record which distributions came from a wheel of these folders: an index may have others of the same version."""
+def with_wheels(
+    recorded: Environment, folders: Iterable[Path], *, path: Sequence[str] | None = None
+) -> Environment:
+    """Record which distributions came from a wheel of these folders.
+
+    An index may have others of the same version.
+    """
     there = installed_distributions(path).items()
     installed = {name: one.distribution for name, one in there if name in recorded.distributions}
     wheels: dict[str, dict[str, str]] = {}
@@ -81,35 +95,41 @@ def _raise_conflicts(conflicts: Sequence[tuple[str, str]]) -> None:
         "Installed versions contradict what is required, so pip could never install these pins",
         wanted="; ".join(wanted),
         found="; ".join(dict.fromkeys(found)),
-        hint="install versions that agree (`pip check` tells), or write all pins yourself with pip_requirements",
+        hint="install versions that agree (`pip check` tells), or write all pins yourself with "
+        "pip_requirements",
     )
 
 
 def _require_releases(distributions: Iterable[Installed]) -> None:
     """Refuse what no index could deliver to another machine."""
     sources = {
-        d.name: (d.version, source) for d in distributions if (source := _find_source(d.distribution)) is not None
+        d.name: (d.version, source)
+        for d in distributions
+        if (source := _find_source(d.distribution)) is not None
     }
     if not sources:
         return
     name, (version, _) = next(iter(sorted(sources.items())))
     raise EnvironmentMismatchError(
-        "Distributions that the model needs were not installed as releases, so no pin could bring them back",
+        "Distributions that the model needs were not installed as releases, so no pin could bring "
+        "them back",
         where=", ".join(sorted(sources)),
         wanted="releases installed by name and version",
         found="; ".join(f"{n} {v}: {source}" for n, (v, source) in sorted(sources.items())),
         hint=(
-            "publish it, or build a wheel (`pip wheel --no-deps -w FOLDER SOURCE`) and install that with "
-            f"`pip install {name}=={version} --find-links FOLDER`; or say where others get it, as in "
-            f"extra_pip_requirements=['{name} @ git+https://HOST/REPOSITORY@COMMIT']; "
-            "or write all pins yourself with pip_requirements"
+            "publish it, or build a wheel (`pip wheel --no-deps -w FOLDER SOURCE`) and install "
+            f"that with `pip install {name}=={version} --find-links FOLDER`; or say where others "
+            f"get it, as in extra_pip_requirements=['{name} @ "
+            "git+https://HOST/REPOSITORY@COMMIT']; or write all pins yourself with "
+            "pip_requirements"
         ),
     )
 
 
 def _find_source(distribution: importlib.metadata.Distribution) -> str | None:
     """Where a distribution came from if not as a release from an index (PEP 610)."""
-    # conda writes the folder of its build machine into direct_url.json; those are releases all the same.
+    # conda writes the folder of its build machine into direct_url.json; those are releases all the
+    # same.
     if (distribution.read_text("INSTALLER") or "").strip() == "conda":
         return None
     text = distribution.read_text("direct_url.json")

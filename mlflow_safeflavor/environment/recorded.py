@@ -26,11 +26,14 @@ class Environment:
         system: Such as ``Linux``.
         machine: Such as ``x86_64``.
         libc: Such as ``glibc 2.36``; empty where the platform does not tell.
-        distributions: Canonical name → exact version with its local label (``2.13.0+cpu``), sorted by name.
-        torch_build: Facts about torch that only torch itself knows, handed in by the caller; JSON scalars.
-        only_module: Names among them that nobody needs who serves the graph and never rebuilds the module.
-        wheels: Names among them that came from a wheel of a folder that requirements.txt names → its ``file``,
-            ``sha256``, and ``content``; see ``wheels.installed_content``.
+        distributions: Canonical name → exact version with its local label (``2.13.0+cpu``), sorted
+            by name.
+        torch_build: Facts about torch that only torch itself knows, handed in by the caller; JSON
+            scalars.
+        only_module: Names among them that nobody needs who serves the graph and never rebuilds the
+            module.
+        wheels: Names among them that came from a wheel of a folder that requirements.txt names →
+            its ``file``, ``sha256``, and ``content``; see ``wheels.installed_content``.
     """
 
     python: str
@@ -45,7 +48,9 @@ class Environment:
 
     def __post_init__(self) -> None:
         for name in ("distributions", "torch_build", "wheels"):
-            object.__setattr__(self, name, MappingProxyType(dict(sorted(getattr(self, name).items()))))
+            object.__setattr__(
+                self, name, MappingProxyType(dict(sorted(getattr(self, name).items())))
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The JSON-able value of ``environment.json``; ``from_json`` reads it back."""
@@ -61,7 +66,11 @@ class Environment:
 
     def for_graph(self) -> Environment:
         """Without the distributions that only the module needs."""
-        kept = {name: version for name, version in self.distributions.items() if name not in self.only_module}
+        kept = {
+            name: version
+            for name, version in self.distributions.items()
+            if name not in self.only_module
+        }
         wheels = {name: wheel for name, wheel in self.wheels.items() if name in kept}
         return replace(self, distributions=kept, only_module=(), wheels=wheels)
 
@@ -78,20 +87,35 @@ class Environment:
             _check(isinstance(value, str) and re.fullmatch(pattern, value), key, words, value)
         for key in ("distributions", "torch_build"):
             found = entry.get(key)
-            _check(isinstance(found, Mapping) and all(isinstance(k, str) for k in found), key, "an object", found)
+            _check(
+                isinstance(found, Mapping) and all(isinstance(k, str) for k in found),
+                key,
+                "an object",
+                found,
+            )
         for name, version in entry["distributions"].items():
             _check(re.fullmatch(_DISTRIBUTION, name), "distributions", "names", name)
             exact = re.fullmatch(_VERSION, version) if isinstance(version, str) else None
             _check(exact, f"distributions, {name}", "a version as a string", version)
         for name, fact in entry["torch_build"].items():
-            _check(is_plain_text(name) and is_scalar(fact), "torch_build", "names with numbers or short texts", fact)
+            _check(
+                is_plain_text(name) and is_scalar(fact),
+                "torch_build",
+                "names with numbers or short texts",
+                fact,
+            )
         only_module = entry.get("only_module", [])
         sound = isinstance(only_module, list) and all(map(is_plain_text, only_module))
         _check(sound, "only_module", "a list of names", only_module)
         wheels = entry.get("wheels", {})
         _check(isinstance(wheels, Mapping), "wheels", "an object", wheels)
         for name, wheel in wheels.items():
-            _check(name in entry["distributions"] and _is_wheel(wheel), "wheels", "file, sha256 and content", wheel)
+            _check(
+                name in entry["distributions"] and _is_wheel(wheel),
+                "wheels",
+                "file, sha256 and content",
+                wheel,
+            )
         facts = {key: entry[key] for key in (*PLATFORM_KEYS, "distributions", "torch_build")}
         return cls(**facts, only_module=tuple(only_module), wheels=wheels)
 
@@ -110,11 +134,18 @@ _VERSION = r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,100}"
 
 
 def _is_wheel(value: object) -> bool:
-    patterns = {"file": r"[\w.+!-]{1,250}\.whl", "sha256": r"[0-9a-f]{64}", "content": r"[0-9a-f]{64}"}
+    patterns = {
+        "file": r"[\w.+!-]{1,250}\.whl",
+        "sha256": r"[0-9a-f]{64}",
+        "content": r"[0-9a-f]{64}",
+    }
     return (
         isinstance(value, Mapping)
         and value.keys() == patterns.keys()
-        and all(isinstance(value[key], str) and re.fullmatch(patterns[key], value[key]) for key in patterns)
+        and all(
+            isinstance(value[key], str) and re.fullmatch(patterns[key], value[key])
+            for key in patterns
+        )
     )
 
 

@@ -34,31 +34,40 @@ GRAPH_ROOTS = ("onnxruntime", "tokenizers", "safetensors", "numpy", "pandas")
 
 TORCH_WHEELS = "https://download.pytorch.org/whl"
 _TORCH_LABEL = re.compile(r"cpu|xpu|cu\d+|rocm\d+(\.\d+)*")
-_TORCH_TRITON = re.compile(r"pytorch-triton|(pytorch-)?triton-(rocm|xpu)")  # what PyTorch builds and PyPI lacks
+# what PyTorch builds and PyPI lacks
+_TORCH_TRITON = re.compile(r"pytorch-triton|(pytorch-)?triton-(rocm|xpu)")
 _UNSAFE = re.compile(r"[\s#]")
 
 
-def requirement_lines(pins: Mapping[str, str], *, torch_index: StrPath | None = "auto") -> list[str]:
+def requirement_lines(
+    pins: Mapping[str, str], *, torch_index: StrPath | None = "auto"
+) -> list[str]:
     """The lines of requirements.txt: one exact pin a distribution, and where to find torch's build.
 
     Args:
         pins: Canonical name → exact version.
-        torch_index: ``"auto"`` keeps a ``+cpu``/``+cuNNN``/``+rocmX.Y``/``+xpu`` label and names PyTorch's own page of
-            wheels for it. The URL of an index or a folder of wheels is named instead, labels stay. None drops the
-            labels, names nothing.
+        torch_index: ``"auto"`` keeps a ``+cpu``/``+cuNNN``/``+rocmX.Y``/``+xpu`` label and names
+            PyTorch's own page of wheels for it. The URL of an index or a folder of wheels is named
+            instead, labels stay. None drops the labels, names nothing.
 
     Raises:
-        EnvironmentMismatchError: torch_index is none of these, or "auto" meets a label that PyTorch does not publish.
+        EnvironmentMismatchError: torch_index is none of these, or "auto" meets a label that PyTorch
+            does not publish.
     """
     pins = dict(sorted(pins.items()))
     if torch_index is None:
         pins |= {name: pins[name].partition("+")[0] for name in pins.keys() & TORCH_FAMILY}
         options = []
     elif torch_index == "auto":
-        # No --extra-index-url: uv looks for every name that PyTorch's index shares with PyPI (filelock, jinja2, numpy,
-        # …) only in the first index that has the name, and then does not find the exact pin. A page for --find-links
-        # offers one distribution and no other, and pip and uv read it the same way.
-        builds = {name: version for name, version in pins.items() if name in TORCH_FAMILY and "+" in version}
+        # No --extra-index-url: uv looks for every name that PyTorch's index shares with PyPI
+        # (filelock, jinja2, numpy, …) only in the first index that has the name, and then does not
+        # find the exact pin. A page for --find-links offers one distribution and no other, and pip
+        # and uv read it the same way.
+        builds = {
+            name: version
+            for name, version in pins.items()
+            if name in TORCH_FAMILY and "+" in version
+        }
         if "torch" in builds:
             builds |= {name: builds["torch"] for name in pins if _TORCH_TRITON.fullmatch(name)}
         options = [f"--find-links {_wheel_page(name, build)}" for name, build in builds.items()]
@@ -75,7 +84,8 @@ def _wheel_page(name: str, build: str) -> str:
             where=f"{name}=={build}",
             wanted="+cpu, +cuNNN, +rocmX.Y or +xpu, or no label",
             found=f"+{label}",
-            hint="say where the wheel is with torch_index=URL or FOLDER, or drop the label with torch_index=None",
+            hint="say where the wheel is with torch_index=URL or FOLDER, or drop the label with "
+            "torch_index=None",
         )
     return f"{TORCH_WHEELS}/{'nightly/' if Version(build).is_devrelease else ''}{label}/{name}/"
 
@@ -85,9 +95,11 @@ def _index_option(torch_index: str) -> str:
     if url.scheme in ("http", "https") and url.netloc and not _UNSAFE.search(torch_index):
         if url.password and not re.fullmatch(r"\$\{[A-Z0-9_]+\}", url.password):
             raise EnvironmentMismatchError(
-                "torch_index holds a password, and requirements.txt is readable by everybody who can read the model",
+                "torch_index holds a password, and requirements.txt is readable by everybody who "
+                "can read the model",
                 where="torch_index",
-                hint="write it as ${NAME_OF_A_VARIABLE}, which pip expands, or leave it to pip's own settings",
+                hint="write it as ${NAME_OF_A_VARIABLE}, which pip expands, or leave it to pip's "
+                "own settings",
             )
         return f"--extra-index-url {torch_index}"
     if url.scheme == "file" and not _UNSAFE.search(torch_index):
@@ -105,16 +117,23 @@ def _index_option(torch_index: str) -> str:
 
 
 @checked
-def default_requirements(*, torch_index: StrPath | None = "auto", path: Sequence[str] | None = None) -> list[str]:
+def default_requirements(
+    *, torch_index: StrPath | None = "auto", path: Sequence[str] | None = None
+) -> list[str]:
     """Pins of what every saved model needs directly, as ``get_default_pip_requirements`` gives them."""
-    pins = {name: version for name in DEFAULT_ROOTS if (version := installed_version(name, path)) is not None}
+    pins = {
+        name: version
+        for name in DEFAULT_ROOTS
+        if (version := installed_version(name, path)) is not None
+    }
     return requirement_lines(pins, torch_index=torch_index)
 
 
 def server_roots(path: Sequence[str] | None = None) -> list[str]:
     """What of MLflow loads and serves a model of ours where nothing else needs more of it.
 
-    Of MLflow before 2.15 all, since it was not made of parts. Until 2.20 the smaller part lacks its own server.
+    Of MLflow before 2.15 all, since it was not made of parts. Until 2.20 the smaller part lacks its
+    own server.
     """
     if installed_version("mlflow-skinny", path) is None:
         return ["mlflow"]

@@ -1,4 +1,6 @@
-"""How many threads this process may keep busy: affinity, the container's quota, and the workers beside it.
+"""How many threads this process may keep busy.
+
+Affinity, the container's quota, and the workers beside it.
 
 All of it is decided before torch is imported, since torch and its OpenMP read their variables once.
 """
@@ -28,8 +30,9 @@ __all__ = [
 SPIN_COUNT = 10_000
 """Turns that an idle OpenMP thread waits busily before it sleeps.
 
-With GNU OpenMP's default a second thread makes everything slower as soon as another process wants its core; without
-any waiting, short texts take twice as long on an idle machine. ``benchmarks/threads.py`` shows both, and this between.
+With GNU OpenMP's default a second thread makes everything slower as soon as another process wants
+its core; without any waiting, short texts take twice as long on an idle machine.
+``benchmarks/threads.py`` shows both, and this between.
 """
 
 _SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -59,12 +62,14 @@ class Budget:
         quota = "no quota" if self.quota is None else f"a quota of {self.quota:g}"
         spin = "" if self.spin_count is None else f", spinning {self.spin_count} turns"
         return (
-            f"{self.cores} cores, {quota}, {self.workers} workers: "
-            f"{self.threads} threads{'' if self.source == 'found' else f' by {self.source}'}{spin}"
+            f"{self.cores} cores, {quota}, {self.workers} workers: {self.threads} "
+            f"threads{'' if self.source == 'found' else f' by {self.source}'}{spin}"
         )
 
 
-def find_budget(requested: int = 0, *, environ: Mapping[str, str] = os.environ, root: Path = machine.ROOT) -> Budget:
+def find_budget(
+    requested: int = 0, *, environ: Mapping[str, str] = os.environ, root: Path = machine.ROOT
+) -> Budget:
     """How many threads torch should use in this process; changes nothing.
 
     Args:
@@ -84,8 +89,8 @@ def find_budget(requested: int = 0, *, environ: Mapping[str, str] = os.environ, 
 def limit_threads(requested: int = 0) -> Budget:
     """Make torch, once it is imported, use no more threads than there is room for, and let idle ones sleep soon.
 
-    This sets ``OMP_NUM_THREADS`` and ``GOMP_SPINCOUNT``, so it is for processes that are there for nothing else: see
-    ``is_scoring_server``. Variables for waiting that the user has set stay.
+    This sets ``OMP_NUM_THREADS`` and ``GOMP_SPINCOUNT``, so it is for processes that are there for
+    nothing else: see ``is_scoring_server``. Variables for waiting that the user has set stay.
 
     Args:
         requested: See ``find_budget``.
@@ -102,16 +107,21 @@ def limit_threads(requested: int = 0) -> Budget:
 
 def is_scoring_server(root: Path = machine.ROOT) -> bool:
     """Whether this process is MLflow's scoring server or a worker of it, and nobody else's."""
-    return any("mlflow.pyfunc.scoring_server" in part for command in _commands(root) for part in command)
+    return any(
+        "mlflow.pyfunc.scoring_server" in part for command in _commands(root) for part in command
+    )
 
 
 _one_at_a_time = threading.Lock()
 
 
 def use_threads(count: int) -> None:
-    """Make torch use so many threads for what the calling thread computes, and nowhere else; 0 changes nothing.
+    """Make torch use so many threads for what the calling thread computes, and nowhere else.
 
-    Torch counts for each thread, but what it is told is also the start for threads to come: that is put back.
+    0 changes nothing.
+
+    Torch counts for each thread, but what it is told is also the start for threads to come: that is
+    put back.
     """
     torch = sys.modules.get("torch")
     if not count or torch is None:
@@ -130,8 +140,8 @@ _SERVERS = ("uvicorn", "gunicorn")
 def _workers(environ: Mapping[str, str], root: Path) -> int:
     """Server processes that share this machine or container with this one, itself included.
 
-    The server's command line says so: it is this process's own where there is one worker, else that of
-    its parent. Where none is found, the variable that MLflow's container start reads counts.
+    The server's command line says so: it is this process's own where there is one worker, else that
+    of its parent. Where none is found, the variable that MLflow's container start reads counts.
     """
     for command in _commands(root):
         if any(os.path.basename(part) in _SERVERS for part in command[:3]):
@@ -168,6 +178,11 @@ def _command_line(root: Path, process: str) -> list[str]:
 def _parent(root: Path, process: str) -> str:
     try:
         # The command's name, in brackets, may hold blanks and brackets itself.
-        return (root / "proc" / process / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+        return (
+            (root / "proc" / process / "stat")
+            .read_text(errors="replace")
+            .rpartition(")")[2]
+            .split()[1]
+        )
     except (OSError, IndexError):
         return "0"

@@ -60,7 +60,8 @@ def find_used(opened: Opened, path: Sequence[str]) -> dict[str, Use]:
             elif _is_strange(file, path):
                 strangers.setdefault(file, reader)
     _refuse(strangers)
-    for name in (OWN_NAME, "mlflow"):  # vendored; and pinned anyhow, as it is or in its smaller part
+    # vendored; and pinned anyhow, as it is or in its smaller part
+    for name in (OWN_NAME, "mlflow"):
         used.pop(name, None)
     return used
 
@@ -86,18 +87,28 @@ def _is_pythons(file: str) -> bool:
 
 
 def _is_strange(file: str, path: Sequence[str]) -> bool:
-    """Whether a file that no distribution has is one that only this environment has: no file of the system."""
+    """Whether a file that no distribution has is one that only this environment has.
+
+    No file of the system.
+    """
     here, name = os.path.join(os.path.realpath(os.path.dirname(file)), ""), os.path.basename(file)
-    environment = sys.prefix != sys.base_prefix and here.startswith(os.path.join(os.path.realpath(sys.prefix), ""))
+    environment = sys.prefix != sys.base_prefix and here.startswith(
+        os.path.join(os.path.realpath(sys.prefix), "")
+    )
     place = here.startswith(site_folders(path)) or (environment and name != "pyvenv.cfg")
     return (place or file.endswith((".py", ".pyc"))) and os.path.isfile(file)
 
 
 def _refuse(strangers: Mapping[str, str]) -> None:
-    code = {root: f"{Path(root).stem} (for {reader})" for file, reader in strangers.items() if (root := _root(file))}
+    code = {
+        root: f"{Path(root).stem} (for {reader})"
+        for file, reader in strangers.items()
+        if (root := _root(file))
+    }
     if code:
         raise EnvironmentMismatchError(
-            "Loading runs code that no installed distribution has, so no pin could bring it to another machine",
+            "Loading runs code that no installed distribution has, so no pin could bring it to "
+            "another machine",
             where=", ".join(code.values()),
             wanted="modules of distributions, or of code_paths",
             found=", ".join(code),
@@ -105,17 +116,24 @@ def _refuse(strangers: Mapping[str, str]) -> None:
         )
     if strangers:
         raise EnvironmentMismatchError(
-            "Loading reads files that no installed distribution has, so no pin could bring them to another machine",
-            where=", ".join(f"{Path(file).name} (for {reader})" for file, reader in strangers.items()),
+            "Loading reads files that no installed distribution has, so no pin could bring them "
+            "to another machine",
+            where=", ".join(
+                f"{Path(file).name} (for {reader})" for file, reader in strangers.items()
+            ),
             wanted="files of distributions, or of code_paths",
             found=", ".join(strangers),
-            hint="put them into a package of yours, read them from there (`Path(__file__).with_name(…)`), and pass "
-            "its folder with code_paths=[…]; or install a distribution that has them",
+            hint="put them into a package of yours, read them from there "
+            "(`Path(__file__).with_name(…)`), and pass its folder with code_paths=[…]; or install "
+            "a distribution that has them",
         )
 
 
 def _root(file: str) -> str | None:
-    """What code_paths has to name, so that the module in a file comes along: the file or its package's folder."""
+    """What code_paths has to name, so that the module in a file comes along.
+
+    The file or its package's folder.
+    """
     if not is_code(file):
         return None
     root = Path(file)
@@ -129,7 +147,10 @@ def _pass(roots: Iterable[str]) -> str:
 
 
 def way_to_bring(module: str) -> str | None:
-    """How a module that a clean process did not find comes along; None where this process does not have it either."""
+    """How a module that a clean process did not find comes along.
+
+    None where this process does not have it either.
+    """
     top = module.partition(".")[0]
     try:
         spec = importlib.util.find_spec(top) if top else None
@@ -142,7 +163,7 @@ def way_to_bring(module: str) -> str | None:
     if owner := Owners().of(place):
         version = installed_distributions(None)[owner].version
         return (
-            f"install {owner}=={version} into {sysconfig.get_path('purelib')}: {place} was found only because of "
-            "PYTHONPATH, the user's site-packages or a changed sys.path"
+            f"install {owner}=={version} into {sysconfig.get_path('purelib')}: {place} was found "
+            "only because of PYTHONPATH, the user's site-packages or a changed sys.path"
         )
     return _pass([_root(place) or place])

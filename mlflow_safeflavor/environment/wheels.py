@@ -66,14 +66,24 @@ def installed_wheels(
     for wheel in wheels_in(folder):
         distribution = installed.get(wheel.name)
         content = None if distribution is None else installed_content(distribution)
-        if content and distribution is not None and _entries_of(wheel.path) <= _entries(distribution):
-            facts = {"file": wheel.path.name, "sha256": digest_of_plain(wheel.path), "content": content}
+        if (
+            content
+            and distribution is not None
+            and _entries_of(wheel.path) <= _entries(distribution)
+        ):
+            facts = {
+                "file": wheel.path.name,
+                "sha256": digest_of_plain(wheel.path),
+                "content": content,
+            }
             found[wheel.name] = facts
     return found
 
 
 def installed_content(distribution: importlib.metadata.Distribution) -> str | None:
-    """SHA-256 over what a wheel put into site-packages, by the installer's list; None where there is no such list.
+    """SHA-256 over what a wheel put into site-packages, by the installer's list.
+
+    None where there is no such list.
 
     Scripts and byte code are left out: installers make them anew on each machine.
     """
@@ -93,7 +103,14 @@ def _entries_of(wheel: Path) -> set[str]:
             if archive.getinfo(name).file_size > _MAX_RECORD:
                 raise ValueError("a list that is no list")
             entries = set(_parsed(archive.read(name).decode("utf-8")))
-    except (OSError, ValueError, StopIteration, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+    except (
+        OSError,
+        ValueError,
+        StopIteration,
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+    ):
         entries = set()
     return entries or {"unreadable"}
 
@@ -102,5 +119,9 @@ def _parsed(record: str) -> Iterator[str]:
     for path, digest, *_ in (row for row in csv.reader(io.StringIO(record)) if len(row) > 1):
         folder, _, name = path.rpartition("/")
         elsewhere = path.startswith(("/", "..")) or ".data/" in path
-        if digest and not elsewhere and (not folder.endswith(".dist-info") or name in _FROM_THE_WHEEL):
+        if (
+            digest
+            and not elsewhere
+            and (not folder.endswith(".dist-info") or name in _FROM_THE_WHEEL)
+        ):
             yield f"{path},{digest}"

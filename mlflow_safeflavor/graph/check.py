@@ -1,7 +1,7 @@
 """``graph.onnx``: a recorded forward, checked before ONNX Runtime sees it.
 
-The file is not trusted. It may hold operators of the standard that compute arrays from arrays, and nothing else: no
-subgraph, no function, no operator library, no file but the artifact's own weights.
+The file is not trusted. It may hold operators of the standard that compute arrays from arrays, and
+nothing else: no subgraph, no function, no operator library, no file but the artifact's own weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def read(content: bytes) -> Graph:
         raise Malformed(f"version {model.get('ir_version')} of the format")
     opsets = [(entry.get("domain", ""), entry.get("version")) for entry in model["opset_import"]]
     if len(opsets) != 1 or opsets[0][0] or opsets[0][1] not in _OPSETS:
-        raise Malformed(f"operators of {opsets}, not of the standard's version {_OPSETS[0]} to {_OPSETS[-1]}")
+        raise Malformed(
+            f"operators of {opsets}, not of the standard's version {_OPSETS[0]} to {_OPSETS[-1]}"
+        )
     graph = model.get("graph")
     if graph is None:
         raise Malformed("no graph")
@@ -42,7 +44,9 @@ def read(content: bytes) -> Graph:
     known = {f"{_IN}{value.name}" for value in inputs}
     if len(known) != len(inputs):
         raise Malformed("two inputs have one name")
-    known |= _new(known, [tensor.get("name", "") for tensor in graph["initializer"]], "an initializer")
+    known |= _new(
+        known, [tensor.get("name", "") for tensor in graph["initializer"]], "an initializer"
+    )
     sizes = {tensor["name"]: size_of(tensor) for tensor in graph["initializer"]}
     nodes = []
     if len(graph["node"]) > _MOST_NODES:
@@ -64,14 +68,26 @@ def read(content: bytes) -> Graph:
             sizes.update(dict.fromkeys(filter(None, node["output"]), size))
     outputs = [value.get("name", "") for value in graph["output"]]
     given = {name for _, _, names in nodes for name in names}
-    if not outputs or len(set(outputs)) != len(outputs) or not all(name in given for name in outputs):
+    if (
+        not outputs
+        or len(set(outputs)) != len(outputs)
+        or not all(name in given for name in outputs)
+    ):
         raise Malformed("outputs that no node gives")
     if not all(name.startswith(_OUT) for name in outputs):
         raise Malformed("outputs of other names than a save gives")
     for value in graph["output"]:
         _typed(value, f"output {value['name'][:60]!r}")
     names = tuple(name.removeprefix(_OUT) for name in outputs)
-    return Graph(content, inputs, names, weights, tuple(nodes), _lookups(nodes, weights), _reused(nodes, sizes))
+    return Graph(
+        content,
+        inputs,
+        names,
+        weights,
+        tuple(nodes),
+        _lookups(nodes, weights),
+        _reused(nodes, sizes),
+    )
 
 
 _IN, _OUT = "input.", "output."
@@ -83,13 +99,20 @@ def _lookups(
 ) -> dict[str, int]:
     found: dict[str, int] = {}
     for operator, taken, _ in nodes:
-        if operator == "Gather" and len(taken) == 2 and taken[0] in weights and taken[1].startswith(_IN):
+        if (
+            operator == "Gather"
+            and len(taken) == 2
+            and taken[0] in weights
+            and taken[1].startswith(_IN)
+        ):
             name, rows = taken[1].removeprefix(_IN), (*weights[taken[0]].shape, 0)[0]
             found[name] = min(rows, found.get(name, rows))
     return found
 
 
-def _reused(nodes: Sequence[tuple[str, tuple[str, ...], tuple[str, ...]]], sizes: Mapping[str, int]) -> int:
+def _reused(
+    nodes: Sequence[tuple[str, tuple[str, ...], tuple[str, ...]]], sizes: Mapping[str, int]
+) -> int:
     uses = Counter(name for _, taken, _ in nodes for name in taken)
     return sum(size * (uses[name] - 1) for name, size in sizes.items() if uses[name])
 

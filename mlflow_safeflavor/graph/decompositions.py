@@ -32,12 +32,18 @@ def _fold(
     before = len(parts.shape) - 2
     tiles = parts.reshape(*parts.shape[:before], -1, *kernel, down, across)
     order = [*range(before + 1), *(before + i for i in (3, 1, 4, 2))]
-    whole = tiles.permute(order).reshape(*parts.shape[:before], -1, down * kernel[0], across * kernel[1])
-    return torch.nn.functional.pad(whole, (0, size[1] - whole.shape[-1], 0, size[0] - whole.shape[-2]))
+    whole = tiles.permute(order).reshape(
+        *parts.shape[:before], -1, down * kernel[0], across * kernel[1]
+    )
+    return torch.nn.functional.pad(
+        whole, (0, size[1] - whole.shape[-1], 0, size[0] - whole.shape[-2])
+    )
 
 
 CUTS = {torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default, torch.ops.aten.col2im.default}
-"""Cuts become slices where sizes are free: there onnxscript makes a sequence of parts, at which its optimizer fails.
+"""Cuts become slices where sizes are free.
+
+There onnxscript makes a sequence of parts, at which its optimizer fails.
 
 Parts side by side are put together by moving axes, without Col2Im, which no graph may hold.
 """

@@ -32,7 +32,10 @@ class Session(Protocol):
     dtype: str
     """What it computes in; outputs are float32 all the same."""
     tolerance: float
-    """Most that an output may differ from the module's: of itself, and of the largest value of its kind in it."""
+    """Most that an output may differ from the module's.
+
+    Of itself, and of the largest value of its kind in it.
+    """
     graph: Graph
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -113,7 +116,10 @@ class GraphEngine:
         return self.session(arrays)
 
     def fallback(self) -> ModuleEngine:
-        """The engine of the module, rebuilt on first use. Raises ``StructureError`` where there is none."""
+        """The engine of the module, rebuilt on first use.
+
+        Raises ``StructureError`` where there is none.
+        """
         with self._lock:
             if self._rebuilt is None:
                 if self._rebuild is None:
@@ -125,7 +131,9 @@ class GraphEngine:
                 self._rebuilt = self._rebuild()
             return self._rebuilt
 
-    def generate(self, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any], **options: Any) -> Any:
+    def generate(
+        self, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any], **options: Any
+    ) -> Any:
         """Let the module write; see ``Engine.generate``."""
         return _apart(lambda: self.fallback().generate(inputs, settings, **options))
 
@@ -137,7 +145,10 @@ def _apart(run: Callable[[], T]) -> T:
 
 
 def _fitted(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Floating point numbers in the serving dtype, and whole ones as wide as the graph takes them: masks differ."""
+    """Floating point numbers in the serving dtype, and whole ones as wide as the graph takes them.
+
+    Masks differ.
+    """
     floats = array.dtype.kind == "f" and dtype == "float32"
     wider = array.dtype.kind in "iu" and dtype.startswith("int") and np.can_cast(array.dtype, dtype)
     return array.astype(dtype, copy=False) if floats or wider else array

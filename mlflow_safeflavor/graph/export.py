@@ -1,8 +1,8 @@
 """A module's forward as ``graph.onnx``: traced with free sizes, with the artifact's own weights.
 
-Weights are not stored again. An initializer that is a tensor of the module is external data: bytes of
-``model.safetensors``. What the exporter would fold or transpose stays a node, so that there is one copy of it. Only
-small constants of the graph's own are inside the file.
+Weights are not stored again. An initializer that is a tensor of the module is external data: bytes
+of ``model.safetensors``. What the exporter would fold or transpose stays a node, so that there is
+one copy of it. Only small constants of the graph's own are inside the file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ Sizes = Mapping[str, tuple["int | str", ...]]
 """Input → its sizes; a text for one that may be any, equal texts for equal sizes."""
 
 OPSET = 23
-"""The first with Attention as one operator; its kernel is the fastest that ONNX Runtime has for it on a CPU."""
+"""The first with Attention as one operator.
+
+Its kernel is the fastest that ONNX Runtime has for it on a CPU.
+"""
 
 _MOST_FOLDED = 1 << 16
 """Bytes of a constant that the exporter may compute: tables of positions, never a weight."""
@@ -72,7 +75,9 @@ class Exported:
         slots: Sequence[Slot],
     ) -> None:
         self.sizes = sizes
-        self._proto = _written(model, list(example), sizes, outputs, _weights(model.graph, places, slots))
+        self._proto = _written(
+            model, list(example), sizes, outputs, _weights(model.graph, places, slots)
+        )
 
     def content(self, fixed: Mapping[str, int]) -> bytes:
         """The serialised model; the same bytes for the same forward.
@@ -103,7 +108,8 @@ def export(
         slots: Its tensors.
         places: Where those are in files of weights, by path.
         examples: Inputs of its forward; sizes that are equal in all of them are one.
-        example: What to trace with; free sizes must be 2 or more, as the tracer takes 1 for a constant.
+        example: What to trace with; free sizes must be 2 or more, as the tracer takes 1 for a
+            constant.
         free: Input → its dimensions that may have any size.
 
     Raises:
@@ -113,7 +119,9 @@ def export(
     sizes = _sizes(program, example, examples)
     with _quiet():
         try:
-            made = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+            made = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
+            )
             model = made.model  # type: ignore[union-attr]  # None without dynamo
             _simplify(model, slots)
         except Exception as error:  # the exporter has no end of ways to fail
@@ -123,14 +131,19 @@ def export(
     return Exported(model, example, sizes, outputs, places, slots)
 
 
-def _trace(module: torch.nn.Module, example: Inputs, free: Mapping[str, set[int]]) -> torch.export.ExportedProgram:
+def _trace(
+    module: torch.nn.Module, example: Inputs, free: Mapping[str, set[int]]
+) -> torch.export.ExportedProgram:
     auto, static = torch.export.Dim.AUTO, torch.export.Dim.STATIC
     dims = {
-        name: {i: auto if i in free[name] else static for i in range(tensor.dim())} for name, tensor in example.items()
+        name: {i: auto if i in free[name] else static for i in range(tensor.dim())}
+        for name, tensor in example.items()
     }
     try:
         with torch.no_grad(), _quiet(), _bounded_sizes():
-            program = torch.export.export(Forward(module), (dict(example),), dynamic_shapes=(dims,), strict=False)
+            program = torch.export.export(
+                Forward(module), (dict(example),), dynamic_shapes=(dims,), strict=False
+            )
             called = {node.target for node in program.graph.nodes}
             if any(_is_mutable(target) for target in called) or called & CUTS:
                 # Which tells what is changed, and makes splits of chunks.
@@ -149,7 +162,9 @@ _MOST_OPERATIONS = 64
 
 @contextmanager
 def _bounded_sizes() -> Iterator[None]:
-    """Give up where sizes become too involved: the tracer would compare them for minutes, or for ever.
+    """Give up where sizes become too involved.
+
+    The tracer would compare them for minutes, or for ever.
 
     Windows of images double them with each layer (Swin); with one size of images there are none.
     """
@@ -180,7 +195,9 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the exporter says of packages that nobody asked for."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    ]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -196,8 +213,12 @@ def _quiet() -> Iterator[None]:
 # --- sizes ---------------------------------------------------------------------------------------
 
 
-def _sizes(program: torch.export.ExportedProgram, example: Inputs, examples: Sequence[Inputs]) -> Sizes:
-    """Which sizes are free, and which of them are one: the tracer leaves apart what broadcasting would allow.
+def _sizes(
+    program: torch.export.ExportedProgram, example: Inputs, examples: Sequence[Inputs]
+) -> Sizes:
+    """Which sizes are free, and which of them are one.
+
+    The tracer leaves apart what broadcasting would allow.
 
     Raises:
         Refusal: A size that differs between the examples is not free.
@@ -213,7 +234,9 @@ def _sizes(program: torch.export.ExportedProgram, example: Inputs, examples: Seq
         for name, tensor in example.items()
         for i in range(tensor.dim())
     }
-    texts = {seen[name, 1] for name, tensor in example.items() if name in TEXT and tensor.dim() == 2}
+    texts = {
+        seen[name, 1] for name, tensor in example.items() if name in TEXT and tensor.dim() == 2
+    }
     names: dict[Any, str] = {}
     found: dict[str, tuple[int | str, ...]] = {}
     for (name, tensor), shape in zip(example.items(), taken, strict=True):
@@ -223,12 +246,22 @@ def _sizes(program: torch.export.ExportedProgram, example: Inputs, examples: Seq
             symbol = None if isinstance(size, int) else size.node.expr
             if symbol is None or not symbol.is_symbol:  # fixed, or bound to others (twice another)
                 if differs:
-                    raise Refusal(f"the forward takes one size of {name} only, in dimension {i}: {size}")
+                    raise Refusal(
+                        f"the forward takes one size of {name} only, in dimension {i}: {size}"
+                    )
                 sizes.append(tensor.shape[i])
                 continue
             # Boxes of words are as many as the words.
             text = (name in TEXT and tensor.dim() == 2) or (differs and seen[name, i] in texts)
-            key = "rows" if i == 0 else "length" if text else seen[name, i] if differs else (i, seen[name, i])
+            key = (
+                "rows"
+                if i == 0
+                else "length"
+                if text
+                else seen[name, i]
+                if differs
+                else (i, seen[name, i])
+            )
             sizes.append(names.setdefault(key, key if isinstance(key, str) else f"{name}_{i}"))
         found[name] = tuple(sizes)
     return found
@@ -238,15 +271,24 @@ def _sizes(program: torch.export.ExportedProgram, example: Inputs, examples: Seq
 
 
 def _simplify(model: Any, slots: Sequence[Slot]) -> None:
-    """Fold constants and fuse what has an operator of its own; what is computed from weights is not folded."""
+    """Fold constants and fuse what has an operator of its own.
+
+    What is computed from weights is not folded.
+    """
     from onnxscript import optimizer
     from onnxscript.rewriter import onnx_fusions
 
     weights = {_memory(slot.tensor) for slot in slots if slot.tensor.is_floating_point()}
 
     def should_fold(node: Any) -> bool | None:
-        known = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
-        tensors = [raw for value in known if isinstance(raw := getattr(value, "raw", None), torch.Tensor)]
+        known = [
+            value.const_value
+            for value in node.inputs
+            if value is not None and value.const_value is not None
+        ]
+        tensors = [
+            raw for value in known if isinstance(raw := getattr(value, "raw", None), torch.Tensor)
+        ]
         return False if any(_memory(tensor) in weights for tensor in tensors) else None
 
     optimizer.optimize_ir(model, output_size_limit=_MOST_FOLDED, should_fold=should_fold)
@@ -254,7 +296,9 @@ def _simplify(model: Any, slots: Sequence[Slot]) -> None:
     rewrites.fit_kernels(model)
 
 
-def _weights(graph: Any, places: Mapping[str, Place], slots: Sequence[Slot]) -> dict[Any, tuple[str, Place]]:
+def _weights(
+    graph: Any, places: Mapping[str, Place], slots: Sequence[Slot]
+) -> dict[Any, tuple[str, Place]]:
     """Initializers that are tensors of the module: under their paths, with their places."""
     paths = {_memory(slot.tensor): slot.path for slot in reversed(slots) if slot.tensor.numel()}
     found = {}
@@ -271,7 +315,11 @@ def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _written(
-    model: Any, inputs: Sequence[str], sizes: Sizes, outputs: Sequence[str], weights: Mapping[Any, tuple[str, Place]]
+    model: Any,
+    inputs: Sequence[str],
+    sizes: Sizes,
+    outputs: Sequence[str],
+    weights: Mapping[Any, tuple[str, Place]],
 ) -> Any:
     """The model as protobuf under our names, without what is for people or for the exporter."""
     import onnx_ir as ir
@@ -306,14 +354,19 @@ def _written(
     graph.name, model.producer_name, model.producer_version = "forward", "mlflow-safeflavor", None
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]
-    own = sum(len(tensor.raw_data) for tensor in proto.graph.initializer if not tensor.external_data)
+    own = sum(
+        len(tensor.raw_data) for tensor in proto.graph.initializer if not tensor.external_data
+    )
     if own > _MOST_OWN:
         raise Refusal(f"{own} bytes of constants that are no tensors of the module")
     return proto
 
 
 def _make_outputs_own(graph: Any) -> None:
-    """Let each output be what one node alone gives: names of inputs, weights and other outputs are taken."""
+    """Let each output be what one node alone gives.
+
+    Names of inputs, weights and other outputs are taken.
+    """
     import onnx_ir as ir
 
     taken = {*graph.inputs, *graph.initializers.values()}

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
     from mlflow_safeflavor.graph.proof import Facts
 
-__all__ = ["describe_graph", "keeps_bits", "open_graph", "read_graph", "reason_against", "write_graph", "write_reason"]
+__all__ = [
+    "describe_graph",
+    "keeps_bits",
+    "open_graph",
+    "read_graph",
+    "reason_against",
+    "write_graph",
+    "write_reason",
+]
 
 _VERSION = 1
 
@@ -40,9 +48,16 @@ def _read_facts(layout: Layout) -> dict[str, Any]:
     content = layout.read_json(layout.graph_facts)
     kinds = {"reason": str, "proof": dict}
     sound = isinstance(content, dict) and content.get("version") == _VERSION and len(content) == 2
-    kind = next((name for name in kinds if sound and isinstance(content.get(name), kinds[name])), None)
+    kind = next(
+        (name for name in kinds if sound and isinstance(content.get(name), kinds[name])), None
+    )
     there = layout.graph.exists()
-    if kind is None or not content[kind] or there != (kind == "proof") or (there and not _is_proof(content["proof"])):
+    if (
+        kind is None
+        or not content[kind]
+        or there != (kind == "proof")
+        or (there and not _is_proof(content["proof"]))
+    ):
         raise IntegrityError(
             "What is said of the graph is malformed",
             where=layout.name_of(layout.graph_facts),
@@ -68,7 +83,10 @@ def _is_sound(facts: Any) -> bool:
 
 
 def reason_against(layout: Layout) -> str | None:
-    """Why an artifact has no graph, in words; None if it has one, which is not looked at any closer."""
+    """Why an artifact has no graph, in words.
+
+    None if it has one, which is not looked at any closer.
+    """
     if not (layout.graph_facts.exists() or layout.graph.exists()):
         return "it was saved without one"
     reason = _read_facts(layout).get("reason")
@@ -89,7 +107,10 @@ def _described(facts: Mapping[str, Any]) -> str:
     bits = f"same bits for {', '.join(held)}" if held else "bits depend on everything"
     not_held = f"; other bits for {', '.join(lost)}" if lost and held else ""
     dtype = f" in {facts['dtype']}" if facts["dtype"] != "float32" else ""
-    return f"{bits}{not_held}; within {facts['difference']:.1g} of the module on {facts['inputs']} inputs{dtype}"
+    return (
+        f"{bits}{not_held}; within {facts['difference']:.1g} of the module on {facts['inputs']} "
+        f"inputs{dtype}"
+    )
 
 
 def keeps_bits(layout: Layout, engine: str, dtype: str) -> bool:
@@ -123,7 +144,8 @@ def open_graph(files: Collection[str], layout: Layout) -> tuple[Graph, dict[str,
     """Read and check a graph, and map its weights.
 
     Args:
-        files: Names of the artifact's files of weights, whose content was compared with what was saved.
+        files: Names of the artifact's files of weights, whose content was compared with what was
+            saved.
         layout: Says where they are held.
 
     Raises:

@@ -73,13 +73,17 @@ class Graph:
             shape, dtype = tuple(array.shape), str(array.dtype)
             right = dtype == known.dtype and len(shape) == len(known.shape)
             for size, wanted in zip(shape, known.shape, strict=False):
-                right &= size == (sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted)
+                right &= size == (
+                    sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
+                )
             if not right:
                 return f"{known.name} {dtype}{list(shape)}, not {describe_input(known)}"
         return None
 
     def require_rows(self, inputs: Mapping[str, Any]) -> None:
-        """Refuse what asks for a row that a table does not have: the standard counts negative ones from its end.
+        """Refuse what asks for a row that a table does not have.
+
+        The standard counts negative ones from its end.
 
         Raises:
             IndexError: As torch does.
@@ -87,7 +91,10 @@ class Graph:
         for name, rows in self.lookups.items():
             least, most = int(inputs[name].min(initial=0)), int(inputs[name].max(initial=0))
             if least < 0 or most >= rows:
-                raise IndexError(f"{name} has {least if least < 0 else most}, which is no row of a table of {rows}")
+                raise IndexError(
+                    f"{name} has {least if least < 0 else most}, which is no row of a table of "
+                    f"{rows}"
+                )
 
 
 def describe_input(known: Input) -> str:

@@ -59,7 +59,9 @@ def _place(pairs: Sequence[Mapping[str, str]], where: str) -> Place:
     facts = {pair.get("key", ""): pair.get("value", "") for pair in pairs}
     if len(facts) != len(pairs) or facts.keys() != {"location", "offset", "length"}:
         raise Malformed(f"{where}: external data without location, offset and length, or with more")
-    if not all(re.fullmatch(r"[0-9]{1,18}", facts[name], re.ASCII) for name in ("offset", "length")):
+    if not all(
+        re.fullmatch(r"[0-9]{1,18}", facts[name], re.ASCII) for name in ("offset", "length")
+    ):
         raise Malformed(f"{where}: an offset or a length that is no number")
     return Place(facts["location"], int(facts["offset"]), int(facts["length"]))
 

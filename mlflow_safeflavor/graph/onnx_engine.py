@@ -1,11 +1,13 @@
 """A graph in ONNX Runtime: arrays in, arrays out, and no torch.
 
-A session gets the checked bytes of the graph and the weights as arrays that were mapped and compared already, so it
-opens no file of the artifact. Its memory comes from one arena of this process with an upper bound, so that a graph that
-asks for more is an error and not the end of the process.
+A session gets the checked bytes of the graph and the weights as arrays that were mapped and
+compared already, so it opens no file of the artifact. Its memory comes from one arena of this
+process with an upper bound, so that a graph that asks for more is an error and not the end of the
+process.
 
-It packs what it multiplies with, about half of a transformer's weights, into memory of its own, since packed ones are
-faster for short texts and give other last bits: never without. For processes side by side see ``packed_weights``.
+It packs what it multiplies with, about half of a transformer's weights, into memory of its own,
+since packed ones are faster for short texts and give other last bits: never without. For processes
+side by side see ``packed_weights``.
 """
 
 from __future__ import annotations
@@ -33,16 +35,22 @@ _most: int | None = None
 
 
 def _limit_memory() -> int:
-    """Bound what all sessions of this process hold together, in bytes: there is one arena a process.
+    """Bound what all sessions of this process hold together, in bytes.
 
-    Three quarters of what there is; the rest is Python's, and what kernels use without asking the arena.
+    There is one arena a process.
+
+    Three quarters of what there is; the rest is Python's, and what kernels use without asking the
+    arena.
     """
     global _most
     with _lock:
         if _most is None:
             most = available_memory() // 4 * 3
             place = onnxruntime.OrtMemoryInfo(
-                "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+                "Cpu",
+                onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
+                0,
+                onnxruntime.OrtMemType.DEFAULT,
             )
             # Strategy 1: as much as was asked for, and not twice the last extension.
             arena = onnxruntime.OrtArenaCfg({"max_mem": most, "arena_extend_strategy": 1})
@@ -54,8 +62,8 @@ def _limit_memory() -> int:
 _GREEDY = ("ConstantFolding", "ConvBNFusion", "ConvMulFusion")
 """What would compute while a session is made, outside the arena and for as long as it takes.
 
-Without them sessions are made in a third of the time, weights that are transposed are not copied, and forwards take as
-long: transposing and normalising are fused into the products all the same.
+Without them sessions are made in a third of the time, weights that are transposed are not copied,
+and forwards take as long: transposing and normalising are fused into the products all the same.
 """
 
 _WITH_PACKED_WEIGHTS = {
@@ -67,23 +75,27 @@ _WITH_PACKED_WEIGHTS = {
 _SPIN = 50
 """Microseconds that an idle thread waits busily for the next node before it sleeps.
 
-A row of 12 tokens of MiniLM on two cores took 6.0 ms without any, 4.5 with these, 4.4 with ONNX Runtime's own much
-longer wait; beside ten busy processes 19, 22 and 35 ms: a spinning thread takes a core from whoever could use it.
+A row of 12 tokens of MiniLM on two cores took 6.0 ms without any, 4.5 with these, 4.4 with ONNX
+Runtime's own much longer wait; beside ten busy processes 19, 22 and 35 ms: a spinning thread takes
+a core from whoever could use it.
 """
 
 
 class Session:
-    """A graph with its weights, ready to run; safe from many threads, as ONNX Runtime lets several run at once.
+    """A graph with its weights, ready to run.
+
+    Safe from many threads, as ONNX Runtime lets several run at once.
 
     Args:
         graph: Checked.
-        weights: Name → array, of the dtype and shape that the graph says; kept alive as long as they are used, and
-            never written.
+        weights: Name → array, of the dtype and shape that the graph says; kept alive as long as
+            they are used, and never written.
         threads: Of one run. They sleep soon when they have nothing to do; see ``_SPIN``.
         packed: Where this host keeps the packed weights, if it may.
 
     Raises:
-        StructureError: ONNX Runtime has no kernel for a node, or its nodes do not fit each other or the memory.
+        StructureError: ONNX Runtime has no kernel for a node, or its nodes do not fit each other or
+            the memory.
     """
 
     name, dtype = "onnx", "float32"
@@ -92,7 +104,12 @@ class Session:
     layers of them stay below this, and a wrong operator is far beyond."""
 
     def __init__(
-        self, graph: Graph, weights: Mapping[str, np.ndarray], *, threads: int, packed: PackedWeights | None = None
+        self,
+        graph: Graph,
+        weights: Mapping[str, np.ndarray],
+        *,
+        threads: int,
+        packed: PackedWeights | None = None,
     ) -> None:
         most = _limit_memory()
         self.graph = graph
@@ -100,7 +117,8 @@ class Session:
         self._weights = {name: weights[name] for name in graph.weights}
         if graph.reused > most:
             raise _refused(
-                f"constants that are used several times, {graph.reused} bytes in all: each use may be a copy"
+                f"constants that are used several times, {graph.reused} bytes in all: each use "
+                "may be a copy"
             )
         nbytes = sum(array.nbytes for array in self._weights.values())
         shared = None if packed is None else packed.open(self._map, self._save, nbytes)
@@ -109,7 +127,10 @@ class Session:
             self._weights = {}
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the forward. Raises ONNX Runtime's own exceptions, where a node cannot take what it is given."""
+        """Run the forward.
+
+        Raises ONNX Runtime's own exceptions, where a node cannot take what it is given.
+        """
         if self._packed is not None and (shared := self._packed.found(self._map)):
             self._session, self._weights = shared, {}
             give_back()
@@ -128,13 +149,19 @@ class Session:
             )
             for name, value in _WITH_PACKED_WEIGHTS.items():
                 options.add_session_config_entry(name, value)
-        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in self._weights.items()}
+        values = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array)
+            for name, array in self._weights.items()
+        }
         try:
             options.add_external_initializers(list(values), list(values.values()))
             for name, value in values.items():  # or what is not packed would be copied
                 options.add_initializer(name, value)
             return onnxruntime.InferenceSession(
-                self.graph.content, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(_GREEDY)
+                self.graph.content,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=list(_GREEDY),
             )
         except Exception as error:  # it has a class for each of its codes
             raise _refused(str(error).strip().partition("\n")[0][:400]) from error
@@ -154,14 +181,19 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self._threads, 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.log_severity_level = 4  # what it says of fusions is for its makers; errors are raised
+        # what it says of fusions is for its makers; errors are raised
+        options.log_severity_level = 4
         options.add_session_config_entry("session.use_env_allocators", "1")
-        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # given back when freed
+        # given back when freed
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN))
         return options
 
 
 def _refused(found: str) -> StructureError:
     return StructureError(
-        "ONNX Runtime does not take the graph of the model", where="graph.onnx", found=found, hint=FETCH_AGAIN
+        "ONNX Runtime does not take the graph of the model",
+        where="graph.onnx",
+        found=found,
+        hint=FETCH_AGAIN,
     )

@@ -1,9 +1,9 @@
 """``graph.onnx`` read without the onnx package, as strictly as a check needs it.
 
-A model is a protobuf message. ONNX Runtime reads it with a parser of its own, so what is looked at here must be what
-that parser sees: every field is one of the tables below and of its type, no field that stands once comes twice, and
-nothing is left over. What a recorded forward never has (subgraphs, functions, training, sparse tensors, texts for
-people) is in no table.
+A model is a protobuf message. ONNX Runtime reads it with a parser of its own, so what is looked at
+here must be what that parser sees: every field is one of the tables below and of its type, no field
+that stands once comes twice, and nothing is left over. What a recorded forward never has
+(subgraphs, functions, training, sparse tensors, texts for people) is in no table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class _Field:
 
 
 def _message(**fields: tuple[int, Any] | tuple[int, Any, bool]) -> dict[int, _Field]:
-    return {number: _Field(name, kind, bool(rest)) for name, (number, kind, *rest) in fields.items()}
+    return {
+        number: _Field(name, kind, bool(rest)) for name, (number, kind, *rest) in fields.items()
+    }
 
 
 # Numbers and types from onnx.proto3 of the ONNX standard, IR version 10.
@@ -50,7 +52,8 @@ _NODE = _message(
 _DIMENSION = _message(dim_value=(1, "int"), dim_param=(2, "text"))
 _SHAPE = _message(dim=(1, _DIMENSION, True))
 _VALUE = _message(
-    name=(1, "text"), type=(2, _message(tensor_type=(1, _message(elem_type=(1, "int"), shape=(2, _SHAPE)))))
+    name=(1, "text"),
+    type=(2, _message(tensor_type=(1, _message(elem_type=(1, "int"), shape=(2, _SHAPE))))),
 )
 _GRAPH = _message(
     node=(1, _NODE, True), name=(2, "text"), initializer=(5, _TENSOR, True), input=(11, _VALUE, True),
@@ -62,15 +65,23 @@ _MODEL = _message(
 )  # fmt: skip
 
 _WIRES = {"int": 0, "float": 5}
-"""How a field of a type stands in the bytes; all others, and lists of numbers, have a length before them."""
+"""How a field of a type stands in the bytes.
+
+All others, and lists of numbers, have a length before them.
+"""
 _LENGTH = 2
 
 _MOST_VALUES = 400_000
-"""Of a model, messages and packed numbers included: two bytes of a file may be a message, which takes 500 in Python."""
+"""Of a model, messages and packed numbers included.
+
+Two bytes of a file may be a message, which takes 500 in Python.
+"""
 
 
 def parse_model(content: bytes) -> dict[str, Any]:
-    """The fields of a model by name: lists where they may come more than once; left out where they did not come.
+    """The fields of a model by name: lists where they may come more than once.
+
+    Left out where they did not come.
 
     Raises:
         Malformed: It is no such message.
@@ -115,7 +126,9 @@ class _Reader:
     def __init__(self) -> None:
         self.left = _MOST_VALUES
 
-    def message(self, content: memoryview, fields: Mapping[int, _Field], where: str) -> dict[str, Any]:
+    def message(
+        self, content: memoryview, fields: Mapping[int, _Field], where: str
+    ) -> dict[str, Any]:
         found: dict[str, Any] = {field.name: [] for field in fields.values() if field.repeated}
         place = 0
         while place < len(content):
@@ -132,7 +145,9 @@ class _Reader:
                 (found[field.name],) = values
         return found
 
-    def _values(self, content: memoryview, place: int, field: _Field, wire: int, where: str) -> tuple[list[Any], int]:
+    def _values(
+        self, content: memoryview, place: int, field: _Field, wire: int, where: str
+    ) -> tuple[list[Any], int]:
         """The values of one occurrence of a field, several where numbers are packed, and where the next one begins."""
         kind = field.kind
         own = _WIRES.get(kind, _LENGTH) if isinstance(kind, str) else _LENGTH
@@ -164,7 +179,9 @@ class _Reader:
             value, place = self._number(part, place, kind, where)
             yield value
 
-    def _number(self, content: memoryview, place: int, kind: str, where: str) -> tuple[int | float, int]:
+    def _number(
+        self, content: memoryview, place: int, kind: str, where: str
+    ) -> tuple[int | float, int]:
         self._count(where)
         if kind == "int":
             value, place = _varint(content, place)

@@ -1,8 +1,10 @@
-"""A graph in OpenVINO: arrays in, arrays out, in float32 or, where somebody asks for it, in bfloat16.
+"""A graph in OpenVINO.
 
-OpenVINO gets no file and no path, but what was read and checked of the graph, written anew with its weights as inputs;
-these are then replaced by constants whose memory are the weights' mapped and compared arrays. It packs those of matrix
-products for itself once more.
+Arrays in, arrays out, in float32 or, where somebody asks for it, in bfloat16.
+
+OpenVINO gets no file and no path, but what was read and checked of the graph, written anew with its
+weights as inputs; these are then replaced by constants whose memory are the weights' mapped and
+compared arrays. It packs those of matrix products for itself once more.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def require_installed() -> None:
     """
     if importlib.util.find_spec("openvino") is None:
         raise PlacementError(
-            "OpenVINO is not installed", where="engine", hint="pip install 'mlflow-safeflavor[openvino]'"
+            "OpenVINO is not installed",
+            where="engine",
+            hint="pip install 'mlflow-safeflavor[openvino]'",
         )
 
 
@@ -45,7 +49,10 @@ _importing = threading.Lock()
 
 
 def _imported() -> Any:
-    """OpenVINO, imported as where its telemetry is not installed: else each import is told to its makers."""
+    """OpenVINO, imported as where its telemetry is not installed.
+
+    Else each import is told to its makers.
+    """
     with _importing:
         if "openvino" not in sys.modules:
             there = sys.modules.pop("openvino_telemetry", None)
@@ -63,7 +70,8 @@ class Session:
 
     Args:
         graph: Checked.
-        weights: Name → array, of the dtype and shape that the graph says; kept alive and never written.
+        weights: Name → array, of the dtype and shape that the graph says; kept alive and never
+            written.
         threads: Of one run.
         dtype: What sums are made of; outputs are float32 all the same.
 
@@ -75,7 +83,12 @@ class Session:
     name = "openvino"
 
     def __init__(
-        self, graph: Graph, weights: Mapping[str, np.ndarray], *, threads: int, dtype: str = "float32"
+        self,
+        graph: Graph,
+        weights: Mapping[str, np.ndarray],
+        *,
+        threads: int,
+        dtype: str = "float32",
     ) -> None:
         openvino = _imported()
         self.graph, self.dtype = graph, dtype
@@ -85,7 +98,8 @@ class Session:
         hint, capability = _NAMES[dtype]
         if capability not in (known := core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")):
             raise PlacementError(
-                "This CPU has no arithmetic for the dtype, so that OpenVINO would silently take another",
+                "This CPU has no arithmetic for the dtype, so that OpenVINO would silently take "
+                "another",
                 where="dtype",
                 wanted=dtype,
                 found=f"{core.get_property('CPU', 'FULL_DEVICE_NAME')}: {', '.join(known)}",
@@ -124,11 +138,21 @@ class Session:
             Exception: OpenVINO's own, where a node cannot take what it is given.
         """
         for name, array in inputs.items():
-            if array.dtype == np.int64 and array.size and not _INT32.min <= array.min() <= array.max() <= _INT32.max:
-                raise OverflowError(f"{name} has numbers of more than 32 bits, which OpenVINO does not compute with")
-        with self._lock:  # there is one stream, so others would wait anyway, each with memory of its own
+            if (
+                array.dtype == np.int64
+                and array.size
+                and not _INT32.min <= array.min() <= array.max() <= _INT32.max
+            ):
+                raise OverflowError(
+                    f"{name} has numbers of more than 32 bits, which OpenVINO does not compute with"
+                )
+        # there is one stream, so others would wait anyway, each with memory of its own
+        with self._lock:
             found = self._request.infer({f"input.{name}": array for name, array in inputs.items()})
-        return {name: found[output] for name, output in zip(self.graph.outputs, self._outputs, strict=True)}
+        return {
+            name: found[output]
+            for name, output in zip(self.graph.outputs, self._outputs, strict=True)
+        }
 
 
 def _without_weights(graph: Graph) -> bytes:
@@ -136,15 +160,23 @@ def _without_weights(graph: Graph) -> bytes:
     model = parse_model(graph.content)
     parts = model["graph"]
     weights = [tensor for tensor in parts["initializer"] if tensor["name"] in graph.weights]
-    parts["initializer"] = [tensor for tensor in parts["initializer"] if tensor["name"] not in graph.weights]
+    parts["initializer"] = [
+        tensor for tensor in parts["initializer"] if tensor["name"] not in graph.weights
+    ]
     for tensor in weights:
-        facts = {"elem_type": tensor["data_type"], "shape": {"dim": [{"dim_value": size} for size in tensor["dims"]]}}
+        facts = {
+            "elem_type": tensor["data_type"],
+            "shape": {"dim": [{"dim_value": size} for size in tensor["dims"]]},
+        }
         parts["input"].append({"name": tensor["name"], "type": {"tensor_type": facts}})
     return write_model(model)
 
 
 def _constant(array: np.ndarray) -> Any:
-    """A constant that is an array's own memory; nothing writes there, but OpenVINO takes none that is read-only."""
+    """A constant that is an array's own memory.
+
+    Nothing writes there, but OpenVINO takes none that is read-only.
+    """
     from openvino.op import Constant
 
     if not array.size:

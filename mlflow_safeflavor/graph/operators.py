@@ -148,10 +148,13 @@ OPERATORS = frozenset(
         "Xor",
     ]
 )
-"""Of the standard's operators those that compute arrays: none with a subgraph, a sequence, a text, chance or a file.
+"""Of the standard's operators those that compute arrays.
 
-Nor any that torch's exporter never writes and that has a kernel of its own with a record of trusting its arguments
-(MaxUnpool, Col2Im, ReverseSequence, RNN), or might (OneHot, MelWeightMatrix, LpPool).
+None with a subgraph, a sequence, a text, chance or a file.
+
+Nor any that torch's exporter never writes and that has a kernel of its own with a record of
+trusting its arguments (MaxUnpool, Col2Im, ReverseSequence, RNN), or might (OneHot, MelWeightMatrix,
+LpPool).
 """
 
 _ATTRIBUTES = {1: "f", 2: "i", 3: "s", 4: "t", 6: "floats", 7: "ints", 8: "strings"}
@@ -159,13 +162,18 @@ _ATTRIBUTES = {1: "f", 2: "i", 3: "s", 4: "t", 6: "floats", 7: "ints", 8: "strin
 
 
 def check_attributes(attributes: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Refuse attributes that are not of the type that they say, or hold texts. Raises ``Malformed``."""
+    """Refuse attributes that are not of the type that they say, or hold texts.
+
+    Raises ``Malformed``.
+    """
     names = [attribute.get("name", "") for attribute in attributes]
     if len(set(names)) != len(names) or "" in names:
         raise Malformed(f"{where}: two attributes of one name, or one without")
     for name, attribute in zip(names, attributes, strict=True):
         field = _ATTRIBUTES.get(attribute.get("type", 0))
-        there = {key for key, value in attribute.items() if key not in ("name", "type") and value != []}
+        there = {
+            key for key, value in attribute.items() if key not in ("name", "type") and value != []
+        }
         if field is None or not there <= {field} or field not in attribute:
             raise Malformed(f"{where}: attribute {name[:60]!r} is not of the type that it says")
         if name.startswith("value_string"):
@@ -180,11 +188,15 @@ _VARIADIC = frozenset(("Concat", "Einsum", "Max", "Mean", "Min", "Sum"))
 
 
 def check_granted(node: Mapping[str, Any], where: str) -> None:
-    """Refuse what kernels of ONNX Runtime take for granted: they would end the process, or read outside of an array.
+    """Refuse what kernels of ONNX Runtime take for granted.
+
+    They would end the process, or read outside of an array.
 
     Found by ``tests/test_onnx_fuzz.py``, and never written by the exporter.
     """
-    numbers = {attribute["name"]: attribute["i"] for attribute in node["attribute"] if "i" in attribute}
+    numbers = {
+        attribute["name"]: attribute["i"] for attribute in node["attribute"] if "i" in attribute
+    }
     left_out = node["input"] if node["op_type"] in _VARIADIC else node["input"][-1:]
     if "" in left_out:
         raise Malformed(f"{where}: an argument that is there and has no name")

@@ -1,11 +1,13 @@
 """Weights packed for the kernels of this CPU, once on a host, and mapped by every process that serves them.
 
-A process that is alone packs its own, which costs least. Where a second one comes, it writes the graph as it is run and
-all its packed weights into the private cache of this user; whoever comes later maps them, and the first one changes
-over to them. The bits are the same: the kernels and their weights are.
+A process that is alone packs its own, which costs least. Where a second one comes, it writes the
+graph as it is run and all its packed weights into the private cache of this user; whoever comes
+later maps them, and the first one changes over to them. The bits are the same: the kernels and
+their weights are.
 
-What is kept was made here from weights whose digests were compared, and nobody else can write to it. It counts until
-the machine starts again, as nothing of it need have reached the disk, and for no longer than a week.
+What is kept was made here from weights whose digests were compared, and nobody else can write to
+it. It counts until the machine starts again, as nothing of it need have reached the disk, and for
+no longer than a week.
 """
 
 from __future__ import annotations
@@ -44,13 +46,18 @@ class PackedWeights:
     def __init__(self, content: bytes, weights: Sequence[HeldFile], runtime: str) -> None:
         here = (boot(), _cpu(), runtime, *(file.facts for file in weights))
         self._name = f"packed-{hashlib.sha256(repr(here).encode() + content).hexdigest()[:32]}"
-        # Files that are not private copies may become others; small ones are copied in less time than it takes to ask.
+        # Files that are not private copies may become others; small ones are copied in less time
+        # than it takes to ask.
         self._kept = bool(boot()) and bool(weights) and all(file.kind == "copy" for file in weights)
         self._awaited: Path | None = None
         self._lock = threading.Lock()
 
-    def open(self, map_file: Callable[[Path], Any], save: Callable[[Path], None], nbytes: int) -> Any:
-        """What ``map_file`` makes of the kept file, written now if there is company; None if there is none.
+    def open(
+        self, map_file: Callable[[Path], Any], save: Callable[[Path], None], nbytes: int
+    ) -> Any:
+        """What ``map_file`` makes of the kept file, written now if there is company.
+
+        None if there is none.
 
         Args:
             map_file: Opens a file that ``save`` wrote.
@@ -78,13 +85,16 @@ class PackedWeights:
                     return None
             return map_file(path)
         except Exception as error:  # ONNX Runtime's classes, and the disk's
-            _logger.info("safeflavor: packed weights are not shared: %s", str(error).partition("\n")[0])
+            _logger.info(
+                "safeflavor: packed weights are not shared: %s", str(error).partition("\n")[0]
+            )
             return None
 
     @staticmethod
     def _write(path: Path, save: Callable[[Path], None]) -> None:
         scratch, data = path.with_suffix(".new"), path.with_suffix(".data")
-        for left in (scratch, data):  # others may have mapped the old ones, which must stay as they are
+        # others may have mapped the old ones, which must stay as they are
+        for left in (scratch, data):
             left.unlink(missing_ok=True)
         try:
             save(scratch)
@@ -95,7 +105,10 @@ class PackedWeights:
         os.replace(scratch, path)
 
     def found(self, map_file: Callable[[Path], Any]) -> Any:
-        """What ``map_file`` makes of the file that another process has written since; None if none has, and later."""
+        """What ``map_file`` makes of the file that another process has written since.
+
+        None if none has, and later.
+        """
         path = self._awaited
         if path is None or not path.exists():
             return None
@@ -106,7 +119,9 @@ class PackedWeights:
             try:
                 return map_file(path)
             except Exception as error:
-                _logger.info("safeflavor: packed weights are not shared: %s", str(error).partition("\n")[0])
+                _logger.info(
+                    "safeflavor: packed weights are not shared: %s", str(error).partition("\n")[0]
+                )
                 return None
 
 

@@ -1,7 +1,8 @@
 """The proof that a graph answers as its module does, and what of its bits depends on nothing.
 
-Both are run on inputs of many sizes. Outputs must lie within a tolerance. Whether a row has the same bits for any
-number of threads, alone and in a batch, unpadded and padded, is measured and recorded, as nobody promises it.
+Both are run on inputs of many sizes. Outputs must lie within a tolerance. Whether a row has the
+same bits for any number of threads, alone and in a batch, unpadded and padded, is measured and
+recorded, as nobody promises it.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Facts:
         dtype: What the graph was computed in.
         inputs: On how many inputs the graph answered as the module.
         difference: The largest, of any output.
-        threads, batch, padding: Whether all bits of a row were the same for each number of threads, alone and in a
-            batch, without padding and with it; None where that was never tried.
+        threads, batch, padding: Whether all bits of a row were the same for each number of threads,
+            alone and in a batch, without padding and with it; None where that was never tried.
     """
 
     dtype: str = "float32"
@@ -51,7 +52,10 @@ class Facts:
 
     def to_json(self) -> dict[str, Any]:
         """As ``graph.json`` has it."""
-        return {name: getattr(self, name) for name in ("dtype", "inputs", "difference", "threads", "batch", "padding")}
+        return {
+            name: getattr(self, name)
+            for name in ("dtype", "inputs", "difference", "threads", "batch", "padding")
+        }
 
     def saw(self, name: str, same: bool) -> None:
         """Note one comparison of bits; one that fails counts for all."""
@@ -59,7 +63,12 @@ class Facts:
 
 
 def prove(
-    module: Run, sessions: Sequence[Session], inputs: Sequence[Input], example: Arrays, limit: int | None, seed: int
+    module: Run,
+    sessions: Sequence[Session],
+    inputs: Sequence[Input],
+    example: Arrays,
+    limit: int | None,
+    seed: int,
 ) -> Facts:
     """Run a module and its graph on many inputs.
 
@@ -100,7 +109,9 @@ def _run(session: Run, inputs: Arrays) -> Mapping[str, np.ndarray]:
     try:
         return session(inputs)
     except Exception as error:  # the runtime has its own ways to refuse a shape
-        raise Refusal(f"the graph fails on {_shapes(inputs)}: {type(error).__name__}: {error}") from error
+        raise Refusal(
+            f"the graph fails on {_shapes(inputs)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _shapes(inputs: Arrays) -> str:
@@ -108,7 +119,10 @@ def _shapes(inputs: Arrays) -> str:
 
 
 def _difference(
-    wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], inputs: Arrays, tolerance: float
+    wanted: Mapping[str, np.ndarray],
+    found: Mapping[str, np.ndarray],
+    inputs: Arrays,
+    tolerance: float,
 ) -> float:
     largest = 0.0
     if wanted.keys() != found.keys():
@@ -117,7 +131,8 @@ def _difference(
         other = found[name]
         if array.shape != other.shape or array.dtype != other.dtype:
             raise Refusal(
-                f"the graph gives {name} as {other.dtype}{list(other.shape)}, not {array.dtype}{list(array.shape)}"
+                f"the graph gives {name} as {other.dtype}{list(other.shape)}, not "
+                f"{array.dtype}{list(array.shape)}"
             )
         if array.dtype.kind != "f":
             if not np.array_equal(array, other):
@@ -130,7 +145,10 @@ def _difference(
             off = float(np.abs(array[plain] - other[plain]).max())
             allowed = tolerance * (1 + float(np.abs(array[plain]).max()))
             if not off <= allowed:
-                raise Refusal(f"the graph differs by {off:.1e} in {name} on {_shapes(inputs)}, more than {allowed:.1e}")
+                raise Refusal(
+                    f"the graph differs by {off:.1e} in {name} on {_shapes(inputs)}, more than "
+                    f"{allowed:.1e}"
+                )
             largest = max(largest, off)
     return largest
 
@@ -142,10 +160,16 @@ def _same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> boo
 # --- rows of a batch, each by itself -------------------------------------------------------------
 
 
-def _compare_rows(session: Run, probe: Arrays, found: Arrays, inputs: Sequence[Input], facts: Facts) -> None:
+def _compare_rows(
+    session: Run, probe: Arrays, found: Arrays, inputs: Sequence[Input], facts: Facts
+) -> None:
     """Ask for each of the first rows alone, and without its padding."""
     rows = {known.shape[0] for known in inputs if known.shape}
-    if len(rows) != 1 or not isinstance(next(iter(rows)), str) or any(not known.shape for known in inputs):
+    if (
+        len(rows) != 1
+        or not isinstance(next(iter(rows)), str)
+        or any(not known.shape for known in inputs)
+    ):
         return
     count = next(iter(probe.values())).shape[0]
     texts = {known.name for known in inputs if known.shape[1:2] == ("length",)}
@@ -154,15 +178,31 @@ def _compare_rows(session: Run, probe: Arrays, found: Arrays, inputs: Sequence[I
         row = {name: array[i : i + 1] for name, array in probe.items()}
         alone = _run(session, row)
         if count > 1:
-            facts.saw("batch", all(alone[name].tobytes() == found[name][i : i + 1].tobytes() for name in outputs))
+            facts.saw(
+                "batch",
+                all(alone[name].tobytes() == found[name][i : i + 1].tobytes() for name in outputs),
+            )
         mask = row.get("attention_mask")
         if mask is None or mask.ndim != 2 or mask.all() or not mask.any():
             continue
         kept = np.flatnonzero(mask[0])
-        if kept[-1] - kept[0] + 1 != len(kept) or kept[0] != 0:  # padded on the left: positions would be others
+        # padded on the left: positions would be others
+        if kept[-1] - kept[0] + 1 != len(kept) or kept[0] != 0:
             continue
-        short = _run(session, {name: array[:, : len(kept)] if name in texts else array for name, array in row.items()})
-        facts.saw("padding", all(_cut(alone[name], short[name]).tobytes() == short[name].tobytes() for name in outputs))
+        short = _run(
+            session,
+            {
+                name: array[:, : len(kept)] if name in texts else array
+                for name, array in row.items()
+            },
+        )
+        facts.saw(
+            "padding",
+            all(
+                _cut(alone[name], short[name]).tobytes() == short[name].tobytes()
+                for name in outputs
+            ),
+        )
 
 
 def _cut(padded: np.ndarray, bare: np.ndarray) -> np.ndarray:
@@ -176,13 +216,21 @@ def _cut(padded: np.ndarray, bare: np.ndarray) -> np.ndarray:
 _ROWS = (1, 2, 7, 32)
 _LENGTHS = (1, 2, 3, 17, 64, 200)
 _MOST_TOKENS = 2048
-"""Of one probe, so that the proof of a large model takes a minute and not an hour; one row may have more."""
+"""Of one probe, so that the proof of a large model takes a minute and not an hour.
+
+One row may have more.
+"""
 _AT_RANDOM = 8
 _MOST_PROBES = 200
 
 
-def _probes(inputs: Sequence[Input], example: Arrays, limit: int | None, seed: int) -> Iterator[Arrays]:
-    """Inputs of many sizes; the values are those of the example in another order, and masks of all kinds."""
+def _probes(
+    inputs: Sequence[Input], example: Arrays, limit: int | None, seed: int
+) -> Iterator[Arrays]:
+    """Inputs of many sizes.
+
+    The values are those of the example in another order, and masks of all kinds.
+    """
     draw = np.random.default_rng(seed)
     yield example
     for i, sizes in enumerate(_sizes(inputs, example, limit, random.Random(seed))):  # noqa: S311
@@ -192,13 +240,22 @@ def _probes(inputs: Sequence[Input], example: Arrays, limit: int | None, seed: i
 def _sizes(
     inputs: Sequence[Input], example: Arrays, limit: int | None, draw: random.Random
 ) -> Iterator[dict[str, int]]:
-    """Every free size its own way: rows, lengths of texts, and others around that of the example."""
+    """Every free size its own way.
+
+    Rows, lengths of texts, and others around that of the example.
+    """
     choices: dict[str, list[int]] = {}
     for known in inputs:
         for i, (name, size) in enumerate(zip(known.shape, example[known.name].shape, strict=True)):
             if isinstance(name, str) and name not in choices:
                 text = i == 1 and known.name in TEXT
-                choices[name] = list(_ROWS if i == 0 else _lengths(limit) if text else (1, 2, size, size + 1, 2 * size))
+                choices[name] = list(
+                    _ROWS
+                    if i == 0
+                    else _lengths(limit)
+                    if text
+                    else (1, 2, size, size + 1, 2 * size)
+                )
     rows = {known.shape[0] for known in inputs if known.shape}
     combined: list[dict[str, int]] = [{}]
     for name, numbers in choices.items():
@@ -212,7 +269,9 @@ def _sizes(
 
 
 def _lengths(limit: int | None) -> list[int]:
-    return [length for length in _LENGTHS if limit is None or length < limit] + ([limit] if limit else [])
+    return [length for length in _LENGTHS if limit is None or length < limit] + (
+        [limit] if limit else []
+    )
 
 
 def _affordable(sizes: Mapping[str, int], rows: set[int | str]) -> bool:
@@ -222,7 +281,9 @@ def _affordable(sizes: Mapping[str, int], rows: set[int | str]) -> bool:
     return product <= _MOST_TOKENS or all(sizes.get(str(name), 1) == 1 for name in rows)
 
 
-def _values(known: Input, sizes: Mapping[str, int], like: np.ndarray, draw: np.random.Generator, i: int) -> np.ndarray:
+def _values(
+    known: Input, sizes: Mapping[str, int], like: np.ndarray, draw: np.random.Generator, i: int
+) -> np.ndarray:
     shape = tuple(sizes[size] if isinstance(size, str) else size for size in known.shape)
     values: np.ndarray
     if known.name == "attention_mask" and like.ndim == 2:
@@ -233,7 +294,8 @@ def _values(known: Input, sizes: Mapping[str, int], like: np.ndarray, draw: np.r
         return values
     chosen = draw.integers(like.size, size=shape)
     values = like.reshape(-1)[chosen]
-    if like.ndim == 3 and like.dtype.kind == "i" and shape[2] == like.shape[2]:  # sides of a box go together
+    # sides of a box go together
+    if like.ndim == 3 and like.dtype.kind == "i" and shape[2] == like.shape[2]:
         boxes = like.reshape(-1, shape[2])
         values = boxes[chosen[..., 0] % len(boxes)]
     if known.name in TEXT and like.ndim == 2 and min(shape[1], like.shape[1]) > 2:
@@ -244,7 +306,9 @@ def _values(known: Input, sizes: Mapping[str, int], like: np.ndarray, draw: np.r
     return values
 
 
-def _padded(shape: tuple[int, ...], draw: np.random.Generator, *, left: bool, empty: bool = False) -> np.ndarray:
+def _padded(
+    shape: tuple[int, ...], draw: np.random.Generator, *, left: bool, empty: bool = False
+) -> np.ndarray:
     real = draw.integers(1, shape[1] + 1, size=(shape[0], 1))
     real[0] = 0 if empty else shape[1]
     places = np.arange(shape[1])[None]

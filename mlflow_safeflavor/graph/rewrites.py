@@ -1,4 +1,7 @@
-"""Where ONNX Runtime's kernels take another thing than the exporter writes: rewrites of the exported model."""
+"""Where ONNX Runtime's kernels take another thing than the exporter writes.
+
+Rewrites of the exported model.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,16 @@ def fit_kernels(model: Any) -> None:
     """Let each kernel compute what torch computes."""
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
-    CommonSubexpressionEliminationPass()(model)  # fusions leave the angles of positions once a layer
+    # fusions leave the angles of positions once a layer
+    CommonSubexpressionEliminationPass()(model)
     _raise_masks(model.graph)
     _broadcast(model.graph)
 
 
 def _raise_masks(graph: Any) -> None:
-    """Attention takes the lowest number for minus infinity: where a row is all masked it gives 0, torch the mean.
+    """Attention takes the lowest number for minus infinity.
+
+    Where a row is all masked it gives 0, torch the mean.
 
     The next number is as low as any that a score could be added to.
     """
@@ -32,7 +38,10 @@ def _raise_masks(graph: Any) -> None:
         return
     lowest, next_to = (
         ir.val(name, const_value=ir.tensor(np.array(number), name=name))
-        for name, number in (("lowest", _LOWEST), ("next_to_lowest", np.nextafter(_LOWEST, np.float32(0))))
+        for name, number in (
+            ("lowest", _LOWEST),
+            ("next_to_lowest", np.nextafter(_LOWEST, np.float32(0))),
+        )
     )
     raised: dict[Any, Any] = {}
     for node in graph:
@@ -57,8 +66,8 @@ def _is_lowest(tensor: Any) -> bool:
 def _broadcast(graph: Any) -> None:
     """Write out what torch broadcasts, and a kernel wants in full.
 
-    RotaryEmbedding refuses one row of angles, as of positions that are counted and not given, and Attention a mask
-    that is one for all queries.
+    RotaryEmbedding refuses one row of angles, as of positions that are counted and not given, and
+    Attention a mask that is one for all queries.
     """
     import onnx_ir as ir
 
@@ -91,7 +100,8 @@ def _in_full(node: Any) -> Iterator[tuple[int, int, Any, int]]:
 
 def _shape(value: Any) -> Any:
     node = value.producer()
-    if value.shape is None and node is not None and node.op_type in ("Cos", "Sin"):  # a fusion does not say
+    # a fusion does not say
+    if value.shape is None and node is not None and node.op_type in ("Cos", "Sin"):
         return node.inputs[0].shape
     return value.shape
 

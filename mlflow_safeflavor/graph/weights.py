@@ -1,4 +1,7 @@
-"""Where tensors of a module lie in the artifact's files of weights, and these bytes as arrays: mapped, never copied."""
+"""Where tensors of a module lie in the artifact's files of weights, and these bytes as arrays.
+
+Mapped, never copied.
+"""
 
 from __future__ import annotations
 
@@ -55,12 +58,15 @@ def find_places(inventory: Inventory, layout: Layout) -> dict[str, Place]:
     return found
 
 
-def map_weights(weights: Mapping[str, Weight], files: Collection[str], layout: Layout) -> dict[str, np.ndarray]:
+def map_weights(
+    weights: Mapping[str, Weight], files: Collection[str], layout: Layout
+) -> dict[str, np.ndarray]:
     """The arrays that a graph takes from files of weights, read-only.
 
     Args:
         weights: As the graph names them.
-        files: Names of the artifact's files of weights, whose content was compared with what was saved.
+        files: Names of the artifact's files of weights, whose content was compared with what was
+            saved.
         layout: Says where they are held.
 
     Raises:
@@ -74,16 +80,21 @@ def map_weights(weights: Mapping[str, Weight], files: Collection[str], layout: L
             path = layout.data / place.file
             opened[place.file] = np.memmap(layout.held.get(path, path), mode="r", dtype=np.uint8)
         size = len(opened.get(place.file, ()))
-        if not 0 <= place.start <= place.start + place.length <= size or place.start % dtype.itemsize:
+        if (
+            not 0 <= place.start <= place.start + place.length <= size
+            or place.start % dtype.itemsize
+        ):
             raise IntegrityError(
                 "A tensor of the graph is not in the artifact's files of weights",
                 where=f"{layout.name_of(layout.graph)}, initializer {name[:200]!r}",
                 wanted=f"bytes of {' | '.join(sorted(files))[:200]}",
-                found=f"bytes {place.start} to {place.start + place.length} of {place.file[:200]!r}, which has {size}",
+                found=f"bytes {place.start} to {place.start + place.length} of "
+                f"{place.file[:200]!r}, which has {size}",
                 hint=FETCH_AGAIN,
             )
         part = opened[place.file][place.start : place.start + place.length]
-        if weight.dtype == "bool" and part.max(initial=0) > 1:  # kernels count some of these, and write all
+        # kernels count some of these, and write all
+        if weight.dtype == "bool" and part.max(initial=0) > 1:
             raise IntegrityError(
                 "A tensor of the graph holds truth values that are neither 0 nor 1",
                 where=f"{layout.name_of(layout.graph)}, initializer {name[:200]!r}",

@@ -1,8 +1,8 @@
 """What a process runs on, and the one reserved request that asks a server for it.
 
-MLflow drops every param that a signature does not declare, so the request is put into what does pass through its
-unchanged scoring server: the label of a row, or, for models that take nothing but arrays, values that spell the same
-name in bits.
+MLflow drops every param that a signature does not declare, so the request is put into what does
+pass through its unchanged scoring server: the label of a row, or, for models that take nothing but
+arrays, values that spell the same name in bits.
 """
 
 from __future__ import annotations
@@ -42,18 +42,32 @@ _MOST_NUMBERS = 10**6
 
 
 def labelled_row(columns: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
-    """The request to a model with columns: one row that it could answer, under the reserved label."""
-    return {"dataframe_split": {"columns": list(columns), "index": [ENVIRONMENT_LABEL], "data": [list(values)]}}
+    """The request to a model with columns.
+
+    One row that it could answer, under the reserved label.
+    """
+    return {
+        "dataframe_split": {
+            "columns": list(columns),
+            "index": [ENVIRONMENT_LABEL],
+            "data": [list(values)],
+        }
+    }
 
 
 def arrays_asking(example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """The request to a model of arrays, one bit a row; None where all are single numbers or rows are very large.
+    """The request to a model of arrays, one bit a row.
+
+    None where all are single numbers or rows are very large.
 
     Args:
-        example: Arrays that the model takes; only their names, types and the shapes of their rows count.
+        example: Arrays that the model takes; only their names, types and the shapes of their rows
+            count.
     """
     rows = {
-        name: np.zeros((len(_BITS), *value.shape[1:]), value.dtype) for name, value in example.items() if value.ndim
+        name: np.zeros((len(_BITS), *value.shape[1:]), value.dtype)
+        for name, value in example.items()
+        if value.ndim
     }
     if not rows or sum(array.size for array in rows.values()) > _MOST_NUMBERS:
         return None
@@ -68,7 +82,9 @@ def asks_environment(data: Any) -> bool:
         return len(data) == 1 and bool(np.all(data.index == ENVIRONMENT_LABEL))
     values = data.values() if isinstance(data, Mapping) else [data]
     arrays = [value for value in values if isinstance(value, np.ndarray) and value.ndim]
-    return bool(arrays) and all(len(array) == len(_BITS) and bool(np.all(array.T == _BITS)) for array in arrays)
+    return bool(arrays) and all(
+        len(array) == len(_BITS) and bool(np.all(array.T == _BITS)) for array in arrays
+    )
 
 
 def told_environment(predictions: Any) -> dict[str, Any] | None:
@@ -80,15 +96,20 @@ def told_environment(predictions: Any) -> dict[str, Any] | None:
 # The facts
 
 
-def describe_process(pins: Iterable[str], *, device: str, budget: Budget | None = None) -> dict[str, Any]:
+def describe_process(
+    pins: Iterable[str], *, device: str, budget: Budget | None = None
+) -> dict[str, Any]:
     """What this process runs on, as JSON. No variables, no paths, no names of hosts or users.
 
     Args:
-        pins: Names of the distributions that the model was saved with; others are nobody's business.
+        pins: Names of the distributions that the model was saved with; others are nobody's
+            business.
         device: Where the model is.
         budget: How its threads were chosen, where they were.
     """
-    installed = {name: version for name in pins if (version := installed_version(name, None)) is not None}
+    installed = {
+        name: version for name in pins if (version := installed_version(name, None)) is not None
+    }
     environment = replace(record([], torch_build=_torch_build()), distributions=installed)
     return {
         "environment": environment.to_json(),

@@ -1,4 +1,7 @@
-"""A saved model on this disk: where it lies already, or a download that is gone once nothing needs it."""
+"""A saved model on this disk.
+
+Where it lies already, or a download that is gone once nothing needs it.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ __all__ = ["keep", "located"]
 def located(model_uri: str | Path, dst_path: str | Path | None = None) -> Iterator[Path]:
     """A local folder for any URI that MLflow resolves.
 
-    What is downloaded for this alone is removed on leaving; if the process is killed before, by the next one that
-    makes a scratch folder.
+    What is downloaded for this alone is removed on leaving; if the process is killed before, by the
+    next one that makes a scratch folder.
 
     Args:
         model_uri: A folder, or a URI.

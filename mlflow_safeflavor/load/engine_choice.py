@@ -1,4 +1,7 @@
-"""What is to answer: the graph in ONNX Runtime or OpenVINO, or the module. Told without torch where that can be."""
+"""What is to answer: the graph in ONNX Runtime or OpenVINO, or the module.
+
+Told without torch where that can be.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,16 @@ if TYPE_CHECKING:
 __all__ = ["casts", "choose_engine", "needs_no_module"]
 
 
-def choose_engine(spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], options: LoadOptions) -> str:
-    """What is to answer, "onnx", "openvino" or "module": what was asked for, and can be had of what was saved.
+def choose_engine(
+    spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], options: LoadOptions
+) -> str:
+    """What is to answer, "onnx", "openvino" or "module".
 
-    A graph is served in float32 on a CPU, by OpenVINO also in bfloat16; whatever else is asked for needs the module. A
-    device that nobody chose is the CPU where the graph was asked for, or is all that there is.
+    What was asked for, and can be had of what was saved.
+
+    A graph is served in float32 on a CPU, by OpenVINO also in bfloat16; whatever else is asked for
+    needs the module. A device that nobody chose is the CPU where the graph was asked for, or is all
+    that there is.
     """
     stored = not is_chosen_here("engine", options.model_config)
     if stored and chosen["engine"] == "openvino" and "code" not in options.trust:
@@ -32,12 +40,17 @@ def choose_engine(spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], op
             "The model asks for OpenVINO, whose kernels trust the graph's arguments",
             where="engine",
             wanted='trust={"code"}, or an engine that whoever loads it chose',
-            hint='pass model_config={"engine": "openvino"} if you trust who saved it; else {"engine": "onnx"}',
+            hint='pass model_config={"engine": "openvino"} if you trust who saved it; else '
+            '{"engine": "onnx"}',
         )
     alone = spec.structure == "graph"
     asked = "onnx" if alone and chosen["engine"] == "auto" else chosen["engine"]
     chooses = asked in ("onnx", "openvino") and options.device == "auto"
-    device = "cpu" if chooses or options.device_map or is_plainly_cpu(options.device) else _device(options.device)
+    device = (
+        "cpu"
+        if chooses or options.device_map or is_plainly_cpu(options.device)
+        else _device(options.device)
+    )
     dtype = casts(spec, options.dtype)
     other = {
         "dtype": dtype if asked != "openvino" or dtype != "bfloat16" else None,
@@ -63,13 +76,19 @@ def choose_engine(spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], op
             where=", ".join(needs_module) or "engine",
             wanted="a graph, which is served in float32 on a CPU, by OpenVINO also in bfloat16",
             found=reason or ", ".join(f"{name}={other[name]!r}" for name in needs_module),
-            hint='leave those out, or pass engine="module" where the model was saved with its module',
+            hint='leave those out, or pass engine="module" where the model was saved with its '
+            "module",
         )
     return asked
 
 
-def needs_no_module(spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], options: LoadOptions) -> bool:
-    """Whether the graph answers, as far as can be told before torch is imported: it knows of accelerators."""
+def needs_no_module(
+    spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], options: LoadOptions
+) -> bool:
+    """Whether the graph answers, as far as can be told before torch is imported.
+
+    It knows of accelerators.
+    """
     asked = chosen["engine"]
     alone = asked == "auto" and spec.structure == "graph"
     by_default = asked == "auto" and is_plainly_cpu(options.device)

@@ -49,7 +49,8 @@ def open_graph(
         dtype: What OpenVINO computes in; None for float32.
         threads: The run-time option ``num_threads``.
         shares: Whether packed weights may come from, and go to, this host's cache.
-        beside: Makes the engine of the module for what the graph does not take; None without a module.
+        beside: Makes the engine of the module for what the graph does not take; None without a
+            module.
     """
     from mlflow_safeflavor.graph.engine import GraphEngine, runtime_of
     from mlflow_safeflavor.graph.file import keeps_bits, open_graph
@@ -80,7 +81,10 @@ def hooks_of(saved: Saved, trust: Collection[str]) -> Hooks:
     with guarded(saved.layout.root, unpickles=True):
         if names and "code" in trust:
             user_code.make_importable(saved.layout)
-        return {hook: user_code.import_name(name) if name else objects[hook] for hook, name in names.items()}
+        return {
+            hook: user_code.import_name(name) if name else objects[hook]
+            for hook, name in names.items()
+        }
 
 
 def open_module(
@@ -142,7 +146,9 @@ def _place(
     casts = {}
     if dtype:
         described = structure.read_structure(saved.layout, saved.spec)
-        casts = placement.dtype_plan(module, described, placement.resolve_dtype(dtype), find_slots(module))
+        casts = placement.dtype_plan(
+            module, described, placement.resolve_dtype(dtype), find_slots(module)
+        )
     placement.place(module, device, casts)
     return device
 
@@ -154,7 +160,10 @@ def bind(
     chosen: Mapping[str, Any],
     report: LoadReport,
 ) -> LoadedModel:
-    """An engine with all that was saved beside it, as one model; refused where its tokenizer has too many tokens."""
+    """An engine with all that was saved beside it, as one model.
+
+    Refused where its tokenizer has too many tokens.
+    """
     model = make_model(engine, hooks, saved.spec, saved.layout, chosen, report)
     require_rows(saved.spec.task_config, model.task.encoder, saved.inventory)
     return model
@@ -170,7 +179,9 @@ def beside(
     policy: str,
     replays: bool,
 ) -> Callable[[], ModuleEngine]:
-    """Makes the engine of the module, on the CPU beside a graph, when it is wanted; checked as if it were loaded alone.
+    """Makes the engine of the module, on the CPU beside a graph, when it is wanted.
+
+    Checked as if it were loaded alone.
 
     Args:
         saved: The model.
@@ -182,7 +193,9 @@ def beside(
         replays: Whether its golden rows are answered again.
     """
     late = saved.layout.golden("module")  # nothing is read later than now
-    for path in (*late, saved.layout.structure_pickle) if saved.spec.structure == "pickle" else late:
+    for path in (
+        (*late, saved.layout.structure_pickle) if saved.spec.structure == "pickle" else late
+    ):
         saved.layout.read_bytes(path)
 
     def make() -> ModuleEngine:

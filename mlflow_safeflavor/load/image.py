@@ -1,4 +1,7 @@
-"""An image for one model: its own environment in a layer below its weights, checked while it is built."""
+"""An image for one model.
+
+Its own environment in a layer below its weights, checked while it is built.
+"""
 
 from __future__ import annotations
 
@@ -76,8 +79,11 @@ _ON_A_GPU = """\
 ENV MLFLOW_SAFEFLAVOR_DEVICE=cuda
 """
 
-# In place of the working folder, which is first otherwise; Python 3.10 has no -P, and sys is built in.
-_IMPORTS = "import sys; sys.path[0] = '/opt/ml/model/code'; from mlflow_safeflavor.load import container"
+# In place of the working folder, which is first otherwise; Python 3.10 has no -P, and sys is built
+# in.
+_IMPORTS = (
+    "import sys; sys.path[0] = '/opt/ml/model/code'; from mlflow_safeflavor.load import container"
+)
 
 
 @checked
@@ -94,28 +100,30 @@ def generate_dockerfile(
 ) -> Path:
     """Write a folder from which ``docker build`` makes an image that serves a model.
 
-    It serves as the image of ``mlflow models build-docker`` does: MLflow's scoring server on port 8080, the model
-    at ``/opt/ml/model``. It differs in what is around it; ``docs/docker.md`` compares them.
+    It serves as the image of ``mlflow models build-docker`` does: MLflow's scoring server on port
+    8080, the model at ``/opt/ml/model``. It differs in what is around it; ``docs/docker.md``
+    compares them.
 
     Args:
         model_uri: See ``load_model``.
         output_dir: Folder to create.
-        target: "cpu" refuses pins that install CUDA; "cuda" keeps them, and the container serves on a GPU or says
-            what it is missing.
+        target: "cpu" refuses pins that install CUDA; "cuda" keeps them, and the container serves on
+            a GPU or says what it is missing.
         user: Name of the user, not root, that serves.
-        engine: "onnx", and "openvino" for a model that was saved with it, installs only what the graph needs, and
-            serves nothing else; the model must have one. "module"
-            installs all pins. "auto" is "onnx" where that is what serves by default: a proven graph, on a CPU.
+        engine: "onnx", and "openvino" for a model that was saved with it, installs only what the
+            graph needs, and serves nothing else; the model must have one. "module" installs all
+            pins. "auto" is "onnx" where that is what serves by default: a proven graph, on a CPU.
         base_image: By default ``python:X.Y.Z-slim`` of the Python that saved the model.
-        hashes: Lock the pins with the hashes of the files that may be installed; needs uv and an index.
+        hashes: Lock the pins with the hashes of the files that may be installed; needs uv and an
+            index.
         trust: {"pickle"} where the model holds a pickle that the image may run.
 
     Returns:
         The Dockerfile.
 
     Raises:
-        SafeFlavorError: The model is none of ours, its pins do not fit the target or cannot be locked, or it
-            holds a pickle that nobody agreed to run; nothing is written then.
+        SafeFlavorError: The model is none of ours, its pins do not fit the target or cannot be
+            locked, or it holds a pickle that nobody agreed to run; nothing is written then.
     """
     _require_sane(target, user, engine, base_image)
     require_known(trust)
@@ -130,7 +138,9 @@ def generate_dockerfile(
         if engine != "module":
             read_graph(saved.layout)  # what is refused there would fail in the build only
         lean = engine != "module" and (saved.layout.root / ONNX_REQUIREMENTS).is_file()
-        pins = read_pins(saved.layout, ONNX_REQUIREMENTS if lean else saved.layout.requirements.name)
+        pins = read_pins(
+            saved.layout, ONNX_REQUIREMENTS if lean else saved.layout.requirements.name
+        )
         installed = environment.wheel_digests
         _require_target(pins.versions, target)
         if hashes:
@@ -155,14 +165,23 @@ def generate_dockerfile(
 
 def _require_sane(target: str, user: str, engine: str, base_image: str | None) -> None:
     if base_image is not None and not _IMAGE.fullmatch(base_image):
-        raise InputError("Not a name of an image", where="base_image", wanted="NAME:TAG", found=repr(base_image))
+        raise InputError(
+            "Not a name of an image", where="base_image", wanted="NAME:TAG", found=repr(base_image)
+        )
     if engine not in ENGINES:
-        raise InputError("Unknown engine", where="engine", wanted=" | ".join(ENGINES), found=repr(engine))
+        raise InputError(
+            "Unknown engine", where="engine", wanted=" | ".join(ENGINES), found=repr(engine)
+        )
     if target not in TARGETS:
-        raise InputError("Unknown target", where="target", wanted=" | ".join(TARGETS), found=repr(target))
+        raise InputError(
+            "Unknown target", where="target", wanted=" | ".join(TARGETS), found=repr(target)
+        )
     if not _NAME.fullmatch(user) or user == "root":
         raise InputError(
-            "Not a name for the user that serves", where="user", wanted="lower case letters, not root", found=repr(user)
+            "Not a name for the user that serves",
+            where="user",
+            wanted="lower case letters, not root",
+            found=repr(user),
         )
 
 
@@ -172,7 +191,11 @@ def _engine(asked: str, target: str, saved: Saved) -> str:
     if asked == "auto":
         stored = run_time_options({}, stored=saved.spec.model_config, environ={})
         on_cpu = target == "cpu" and stored["device"] in ("auto", "cpu")
-        by_graph = on_cpu and stored["engine"] in ("auto", "onnx") and not (stored["compile"] or stored["dtype"])
+        by_graph = (
+            on_cpu
+            and stored["engine"] in ("auto", "onnx")
+            and not (stored["compile"] or stored["dtype"])
+        )
         asked = "onnx" if alone or (by_graph and reason is None) else "module"
         asked = "openvino" if on_cpu and stored["engine"] == "openvino" else asked
     if asked == "openvino" and not saved.layout.golden("openvino")[0].is_file():
@@ -200,7 +223,8 @@ def _engine(asked: str, target: str, saved: Saved) -> str:
         )
     if asked == "module" and alone:
         raise InputError(
-            "The model was stored as a graph alone, so there is no module that an image could serve",
+            "The model was stored as a graph alone, so there is no module that an image could "
+            "serve",
             where="engine",
             wanted="auto | onnx",
             found="module",
@@ -237,20 +261,26 @@ def _require_target(pins: Mapping[str, str], target: str) -> None:
             where="requirements.txt",
             wanted="a torch for CPUs, such as torch==…+cpu, and no nvidia-* or triton",
             found=", ".join([f"torch=={pins.get('torch')}", *cuda[:5]]),
-            hint='target="cuda" for an image with CUDA; or save the model where the CPU build of torch is '
+            hint='target="cuda" for an image with CUDA; or save the model where the CPU build of '
+            "torch is "
             'installed, with torch_index="auto", which keeps its label',
         )
 
 
 def _write_environment(pins: Pins, installed: Mapping[str, str], folder: Path) -> None:
-    """requirements.txt, and what it names that only this machine has: constraints, and wheels of a folder."""
+    """requirements.txt, and what it names that only this machine has.
+
+    Constraints, and wheels of a folder.
+    """
     (folder / _WHEELS).mkdir(parents=True)
     there = _copy_wheels(pins, installed, folder / _WHEELS)
     options = [option for option in pins.options if not folder_of(option)]
     if there or len(options) < len(pins.options):
         options.insert(0, f"--find-links /build/{_WHEELS}")
     if pins.constraints:
-        (folder / CONSTRAINTS).write_text("".join(f"{pin}\n" for pin in pins.constraints), encoding="utf-8")
+        (folder / CONSTRAINTS).write_text(
+            "".join(f"{pin}\n" for pin in pins.constraints), encoding="utf-8"
+        )
     lines = [*options, *(_line(pin, installed, there) for pin in pins.pins)]
     lines += [f"-c {CONSTRAINTS}"] if pins.constraints else []
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -258,7 +288,10 @@ def _write_environment(pins: Pins, installed: Mapping[str, str], folder: Path) -
 
 def _copy_wheels(pins: Pins, installed: Mapping[str, str], folder: Path) -> dict[str, str]:
     """Copy the wheels that may be installed. Returns SHA-256 → name of each."""
-    allowed = {pin.name: pin.hashes or ((installed[pin.name],) if pin.name in installed else ()) for pin in pins.pins}
+    allowed = {
+        pin.name: pin.hashes or ((installed[pin.name],) if pin.name in installed else ())
+        for pin in pins.pins
+    }
     there: dict[str, str] = {}
     for wheel in wheels_for(pins, installed):
         copy = folder / wheel.path.name
@@ -273,10 +306,16 @@ def _copy_wheels(pins: Pins, installed: Mapping[str, str], folder: Path) -> dict
 
 
 def _line(pin: Pin, installed: Mapping[str, str], there: Mapping[str, str]) -> str:
-    """The pin; without hashes, where it is known which wheel was installed, that very file: pip may prefer others."""
+    """The pin; without hashes, where it is known which wheel was installed, that very file.
+
+    Pip may prefer others.
+    """
     if pin.hashes or pin.name not in installed:
         return str(pin)
     if (digest := installed[pin.name]) not in there:
         raise missing_wheel(pin, digest, [])
     marker = f" ; {pin.requirement.marker}" if pin.requirement.marker else ""
-    return f"{pin.requirement.name} @ file:///build/{_WHEELS}/{quote(there[digest])}#sha256={digest}{marker}"
+    return (
+        f"{pin.requirement.name} @ "
+        f"file:///build/{_WHEELS}/{quote(there[digest])}#sha256={digest}{marker}"
+    )

@@ -22,9 +22,9 @@ from mlflow_safeflavor.load.saved import Saved, read_saved, require_none
 from mlflow_safeflavor.predict.options import run_time_options
 from mlflow_safeflavor.predict.report import LoadReport
 
-# torch, and what is built on it, is imported inside the functions below: a graph is served without it, and the
-# environment check comes first, so that a wrong environment is named before it fails to import, and so that what torch
-# reads only once can still be set.
+# torch, and what is built on it, is imported inside the functions below: a graph is served without
+# it, and the environment check comes first, so that a wrong environment is named before it fails to
+# import, and so that what torch reads only once can still be set.
 if TYPE_CHECKING:
     import torch
 
@@ -52,19 +52,21 @@ def load_model(
     """Load a model that ``save_model`` or ``log_model`` wrote, or raise an error that says why not.
 
     Args:
-        model_uri: A folder, or any URI that MLflow resolves (``models:/name@champion``, ``runs:/…``).
-        dst_path: Folder to download to, which stays; by default what is downloaded is removed once the model is loaded.
+        model_uri: A folder, or any URI that MLflow resolves (``models:/name@champion``,
+            ``runs:/…``).
+        dst_path: Folder to download to, which stays; by default what is downloaded is removed once
+            the model is loaded.
         device: "auto", "cpu", "cuda:0", an index of an accelerator, or a ``torch.device``.
         dtype: Cast to this dtype after everything was compared; None keeps the saved one.
-        device_map: Spread over several devices instead of one: "auto", "balanced", "sequential", or a dict
-            of submodule name → device, index or "disk". Needs accelerate.
-        verify: "full" hashes every byte, of large files once a week on this host; "rehash" each time. "structure"
-            compares names, sizes and all tensors' facts. All these replay the golden rows; "off" only compares the
-            tensors' facts.
+        device_map: Spread over several devices instead of one: "auto", "balanced", "sequential", or
+            a dict of submodule name → device, index or "disk". Needs accelerate.
+        verify: "full" hashes every byte, of large files once a week on this host; "rehash" each
+            time. "structure" compares names, sizes and all tensors' facts. All these replay the
+            golden rows; "off" only compares the tensors' facts.
         environment: "error", "warn" or "ignore" when this environment is not the recorded one.
         trust: Kinds of the artifact's own code that may run: "code", "pickle".
-        model_config: Run-time options other than those above, e.g. ``{"deterministic": True}``; by default those
-            stored with the model.
+        model_config: Run-time options other than those above, e.g. ``{"deterministic": True}``; by
+            default those stored with the model.
 
     Returns:
         The model, on its device, in eval mode, without gradients, warmed up.
@@ -91,7 +93,9 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
     """Load an artifact from a local folder: the one path that native loading and pyfunc share."""
     report = LoadReport()
     with report.timed("look"):
-        saved = read_saved(Layout(root, keeps=True), weights=False, digests=options.hashes, trust=options.trust)
+        saved = read_saved(
+            Layout(root, keeps=True), weights=False, digests=options.hashes, trust=options.trust
+        )
         spec, layout = saved.spec, saved.layout
         chosen = run_time_options(options.model_config, stored=spec.model_config)
         no_module = needs_no_module(spec, layout, chosen, options)
@@ -117,12 +121,17 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
     report.files, report.environment = len(saved.files), tuple(map(str, differences))
     report.engine, report.device = name, where
     report.weights = ", ".join(sorted({file.kind for file in weights}))
-    report.hashed_bytes = saved.hashed_bytes + sum(file.size for file in weights) if options.hashes else 0
+    report.hashed_bytes = (
+        saved.hashed_bytes + sum(file.size for file in weights) if options.hashes else 0
+    )
     report.tensors, report.alias_groups = len(saved.inventory.rows), len(saved.inventory.data)
     report.weight_bytes = saved.inventory.nbytes
     if replayed is not None:
         report.golden_rows = len(replayed.rows)
-        report.max_difference, report.bit_identical = replayed.max_difference, replayed.bit_identical
+        report.max_difference, report.bit_identical = (
+            replayed.max_difference,
+            replayed.bit_identical,
+        )
     return model
 
 
@@ -147,7 +156,11 @@ def _weights_of(saved: Saved, *, hashes: bool, rehash: bool) -> list[HeldFile]:
 
 
 def _open(
-    name: str, saved: Saved, weights: list[HeldFile], chosen: Mapping[str, Any], options: LoadOptions
+    name: str,
+    saved: Saved,
+    weights: list[HeldFile],
+    chosen: Mapping[str, Any],
+    options: LoadOptions,
 ) -> tuple[Engine, dict[str, Callable[..., Any]], str]:
     """The engine, the user's hooks, and in words where the engine runs."""
     from mlflow_safeflavor.load import engines
@@ -162,7 +175,11 @@ def _open(
             compiles=chosen["compile"],
             trust=options.trust,
         )
-        return module, hooks, str(module.device) if options.device_map is None else f"{module.device}, by device_map"
+        return (
+            module,
+            hooks,
+            str(module.device) if options.device_map is None else f"{module.device}, by device_map",
+        )
     beside = None
     if saved.spec.structure != "graph":
         beside = engines.beside(
@@ -190,8 +207,8 @@ def _open(
 def _without_collecting() -> Iterator[None]:
     """Python's garbage collector paused while torch and transformers are imported.
 
-    They make hundreds of thousands of objects that stay; going through them again and again was seen to take a sixth
-    of the time.
+    They make hundreds of thousands of objects that stay; going through them again and again was
+    seen to take a sixth of the time.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -204,7 +221,9 @@ def _without_collecting() -> Iterator[None]:
 
 def _require_dtype(inventory: Inventory, spec: ModelSpec) -> None:
     """Refuse a serving dtype that no parameter has; some may be kept in float32 beside it."""
-    rows = [row for row in inventory.rows.values() if row.kind == "parameter" and "float" in row.dtype]
+    rows = [
+        row for row in inventory.rows.values() if row.kind == "parameter" and "float" in row.dtype
+    ]
     if rows and spec.dtype != AS_IS and all(row.dtype != spec.dtype for row in rows):
         raise WeightsError(
             "The weights are not of the dtype that MLmodel says",
@@ -218,8 +237,8 @@ def _require_dtype(inventory: Inventory, spec: ModelSpec) -> None:
 def keep_if_needed(download: ExitStack, model: LoadedModel) -> None:
     """Keep a download that a loaded model may still read; see ``download.keep``.
 
-    Code imports more of itself at any time, and modules outlive models. A file that is mapped is looked at before each
-    forward, and removing it is a change.
+    Code imports more of itself at any time, and modules outlive models. A file that is mapped is
+    looked at before each forward, and removing it is a change.
     """
     if model.spec.runs:
         keep(download, sys.modules[__name__])

@@ -31,7 +31,9 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         if self.verify not in _VERIFY:
-            raise InputError("Unknown value", where="verify", wanted=" | ".join(_VERIFY), found=repr(self.verify))
+            raise InputError(
+                "Unknown value", where="verify", wanted=" | ".join(_VERIFY), found=repr(self.verify)
+            )
 
     @property
     def hashes(self) -> bool:

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 from mlflow_safeflavor.environment import threads
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import AnswerError
-from mlflow_safeflavor.load.about_process import ENVIRONMENT_LABEL, asks_environment, describe_process
+from mlflow_safeflavor.load.about_process import (
+    ENVIRONMENT_LABEL,
+    asks_environment,
+    describe_process,
+)
 from mlflow_safeflavor.load.load import load_folder
 from mlflow_safeflavor.load.options import LoadOptions
 from mlflow_safeflavor.predict.options import run_time_options, tells_environment
@@ -23,7 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PyfuncModel", "facts_of", "load_pyfunc"]
 
-# Below MLflow's own logger, which serving sets up to print: one line in the server's or container's log.
+# Below MLflow's own logger, which serving sets up to print: one line in the server's or container's
+# log.
 _logger = logging.getLogger("mlflow.safeflavor")
 
 
@@ -32,7 +37,8 @@ class PyfuncModel:
 
     Args:
         model: What answers.
-        facts: What is told to the request that asks for the environment; None where that is no special request.
+        facts: What is told to the request that asks for the environment; None where that is no
+            special request.
     """
 
     def __init__(self, model: LoadedModel, facts: Mapping[str, Any] | None = None) -> None:
@@ -46,7 +52,8 @@ class PyfuncModel:
         data = unfold_columns(model_input) if self.model.task.folds else model_input
         try:
             return self.model.predict(data, params, progress=False)
-        except AnswerError:  # its cause is nobody's business over HTTP, and of whoever runs the server
+        # its cause is nobody's business over HTTP, and of whoever runs the server
+        except AnswerError:
             _logger.exception("safeflavor: %s failed", self.model.spec.task)
             raise
 
@@ -55,13 +62,14 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
     """What ``mlflow.pyfunc.load_model`` and the scoring server call.
 
     Under pyfunc the artifact's ``code/`` is already importable: MLflow has put it on the path, so
-    loading through it is the agreement to run that code. For pickles MLflow has a variable of its own,
-    which counts only where somebody set it: MLflow's default is to allow them.
+    loading through it is the agreement to run that code. For pickles MLflow has a variable of its
+    own, which counts only where somebody set it: MLflow's default is to allow them.
     """
     options = run_time_options(model_config)
     pickles = os.environ.get("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "").lower() in ("true", "1")
     budget = None
-    if "torch" not in sys.modules and threads.is_scoring_server():  # any other process is its user's
+    # any other process is its user's
+    if "torch" not in sys.modules and threads.is_scoring_server():
         budget = threads.limit_threads(options["num_threads"])
     model = load_folder(
         Path(path),
@@ -74,7 +82,10 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
             trust=frozenset({"code", "pickle"} if pickles else {"code"}),
         ),
     )
-    _logger.info("safeflavor: %s", "; ".join(str(fact) for fact in (model.spec.task, budget, model.report) if fact))
+    _logger.info(
+        "safeflavor: %s",
+        "; ".join(str(fact) for fact in (model.spec.task, budget, model.report) if fact),
+    )
     return PyfuncModel(model, facts_of(model, budget) if tells_environment() else None)
 
 

@@ -42,7 +42,10 @@ def replay(model: LoadedModel, saved: Saved, dtype: str | torch.dtype | None) ->
 
 
 def measure_forward_cost(model: LoadedModel, layout: Layout) -> None:
-    """Measure what a forward costs where nobody has, or only on another kind of device: the CPU it was saved on."""
+    """Measure what a forward costs where nobody has, or only on another kind of device.
+
+    The CPU it was saved on.
+    """
     if model.scheduler.forward_cost and model.engine.on_cpu:
         return
     recorded = golden.read_golden(layout, model.engine.name)
@@ -58,8 +61,11 @@ def naming_failures(where: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # Rows are at fault only when users hand them over. tokenizers panics with what is no Exception.
-        named = isinstance(error, SafeFlavorError) and not isinstance(error, (InputError, AnswerError))
+        # Rows are at fault only when users hand them over. tokenizers panics with what is no
+        # Exception.
+        named = isinstance(error, SafeFlavorError) and not isinstance(
+            error, (InputError, AnswerError)
+        )
         if named or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         raise ParityError(

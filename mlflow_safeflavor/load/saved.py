@@ -1,4 +1,7 @@
-"""A saved model as every tool of ours reads it: first the manifest and all digests, then anything else."""
+"""A saved model as every tool of ours reads it.
+
+First the manifest and all digests, then anything else.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 from mlflow_safeflavor.artifact.inventory_file import Inventory, read_inventory
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.manifest import find_broken_files, read_manifest
-from mlflow_safeflavor.artifact.plain_files import open_plain, hint_of
+from mlflow_safeflavor.artifact.plain_files import hint_of, open_plain
 from mlflow_safeflavor.artifact.spec import ModelSpec, read_spec
 from mlflow_safeflavor.artifact.trust import require_agreed, require_known, require_no_shadows
 from mlflow_safeflavor.environment.recorded import Environment
@@ -45,11 +48,17 @@ class Saved:
     @property
     def hashed_bytes(self) -> int:
         """Bytes of all files but weights, which have digests tensor by tensor."""
-        return sum(facts["size"] for name, facts in self.files.items() if not self.layout.is_weights(name))
+        return sum(
+            facts["size"] for name, facts in self.files.items() if not self.layout.is_weights(name)
+        )
 
 
-def read_saved(layout: Layout, *, weights: bool, digests: bool = True, trust: Collection[str] | None = None) -> Saved:
-    """Compare an artifact with its manifest, and read what it is; nothing of it runs, and no torch is imported.
+def read_saved(
+    layout: Layout, *, weights: bool, digests: bool = True, trust: Collection[str] | None = None
+) -> Saved:
+    """Compare an artifact with its manifest, and read what it is.
+
+    Nothing of it runs, and no torch is imported.
 
     Args:
         layout: The artifact.
@@ -66,7 +75,9 @@ def read_saved(layout: Layout, *, weights: bool, digests: bool = True, trust: Co
         for kind in spec.runs:
             require_agreed(kind, trust, spec.model_class)
     files = read_manifest(layout)["files"]
-    elsewhere = frozenset() if weights else frozenset(name for name in files if layout.is_weights(name))
+    elsewhere = (
+        frozenset() if weights else frozenset(name for name in files if layout.is_weights(name))
+    )
     require_intact(layout, guarded, digests=digests, elsewhere=elsewhere)
     if trust is not None:
         require_no_shadows(layout.code)
@@ -89,17 +100,25 @@ def copy_saved(layout: Layout, target: Path) -> Saved:
 
 
 def require_intact(
-    layout: Layout, guarded: Mapping[str, Any], *, digests: bool, elsewhere: frozenset[str] = frozenset()
+    layout: Layout,
+    guarded: Mapping[str, Any],
+    *,
+    digests: bool,
+    elsewhere: frozenset[str] = frozenset(),
 ) -> None:
     """Raise an IntegrityError that names the first files which are not those of the manifest."""
     broken = list(find_broken_files(layout, mlmodel=guarded, digests=digests, elsewhere=elsewhere))
     require_none(broken, "Files of the artifact are not the ones that were saved")
     if digests:
-        layout.sealed = {name: facts["sha256"] for name, facts in read_manifest(layout)["files"].items()}
+        layout.sealed = {
+            name: facts["sha256"] for name, facts in read_manifest(layout)["files"].items()
+        }
 
 
 def require_none(problems: Sequence[str], what: str) -> None:
     """Raise an IntegrityError that names the first of the problems, if there are any."""
     if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        shown = "; ".join(problems[:5]) + (
+            f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        )
         raise IntegrityError(what, where=shown, hint=hint_of(shown))

@@ -1,8 +1,9 @@
 """How much memory a constructor may ask for.
 
-Its arguments are numbers of a file, and products of them: a few calls can ask for more than any machine has. Torch
-allocates before anybody can look, and the system may kill a process that then writes to it. So while a module is
-constructed, what an operator would make is looked at before it is called.
+Its arguments are numbers of a file, and products of them: a few calls can ask for more than any
+machine has. Torch allocates before anybody can look, and the system may kill a process that then
+writes to it. So while a module is constructed, what an operator would make is looked at before it
+is called.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ class TooMuch(Exception):
 class Allowance(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls operators while what they made is within a number of bytes.
 
-    A bound from the arguments comes first, which costs microseconds and is never too low. Where it is beyond the
-    allowance, torch computes the size without memory, which imports the compiler and is rare. What an operator
-    uses inside and lets go again is not seen. A tensor that is let go counts on: a parameter may hold its memory.
+    A bound from the arguments comes first, which costs microseconds and is never too low. Where it
+    is beyond the allowance, torch computes the size without memory, which imports the compiler and
+    is rare. What an operator uses inside and lets go again is not seen. A tensor that is let go
+    counts on: a parameter may hold its memory.
 
     Args:
         most_bytes: The allowance.
@@ -64,7 +66,9 @@ class Allowance(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _require(self, nbytes: int) -> None:
         if nbytes > self.left:
-            raise TooMuch(f"wants {nbytes:,} bytes, and {max(0, self.left):,} are left of what may be held")
+            raise TooMuch(
+                f"wants {nbytes:,} bytes, and {max(0, self.left):,} are left of what may be held"
+            )
 
     def _hold(self, tensor: torch.Tensor) -> None:
         nbytes = tensor.untyped_storage().nbytes()
@@ -85,11 +89,16 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _exact_bytes(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
-    """What torch says without memory; 0 where only the values tell, which is looked at afterwards."""
+    """What torch says without memory.
+
+    0 where only the values tell, which is looked at afterwards.
+    """
 
     def empty(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            return torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device="meta"
+            )
         if isinstance(value, (list, tuple)):
             return [empty(item) for item in value]
         return torch.device("meta") if isinstance(value, torch.device) else value
@@ -101,7 +110,9 @@ def _exact_bytes(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
         result = func(*empty(args), **arguments)
     except (NotImplementedError, RuntimeError):
         return 0
-    return sum(tensor.untyped_storage().nbytes() for tensor in _tensors(result) if not _is_view(func))
+    return sum(
+        tensor.untyped_storage().nbytes() for tensor in _tensors(result) if not _is_view(func)
+    )
 
 
 def _is_view(func: Any) -> bool:
@@ -133,7 +144,9 @@ def _of_broadcast(given: Sequence[Any]) -> int:
 
 def _of_numbers(given: Sequence[Any]) -> int:
     """Whatever is given may be a factor."""
-    return max(1, _of_broadcast(given)) * math.prod(math.ceil(abs(number)) + 1 for number in _numbers(given))
+    return max(1, _of_broadcast(given)) * math.prod(
+        math.ceil(abs(number)) + 1 for number in _numbers(given)
+    )
 
 
 def _of_square(given: Sequence[Any]) -> int:
@@ -142,7 +155,9 @@ def _of_square(given: Sequence[Any]) -> int:
 
 def _of_range(given: Sequence[Any]) -> int:
     first, *more = [number for number in given if type(number) in (int, float)]
-    start, end, step = (0, first, 1) if not more else (first, more[0], more[1] if len(more) > 1 else 1)
+    start, end, step = (
+        (0, first, 1) if not more else (first, more[0], more[1] if len(more) > 1 else 1)
+    )
     return math.ceil(abs((end - start) / step)) + 1 if step else 0
 
 
@@ -157,7 +172,8 @@ def _of_sum(given: Sequence[Any]) -> int:
 def _of_index(given: Sequence[Any]) -> int:
     """As many rows as there are indices."""
     tensor, indices = given[0], given[1]
-    if not isinstance(indices, (list, tuple)):  # embedding(weight, indices), index_select(tensor, dim, indices)
+    # embedding(weight, indices), index_select(tensor, dim, indices)
+    if not isinstance(indices, (list, tuple)):
         dim = indices if type(indices) is int else 0
         indices = [None] * (dim % max(1, tensor.dim())) + list(_tensors(given[1:]))
     picked = sum(isinstance(index, torch.Tensor) for index in indices)
@@ -171,7 +187,9 @@ def _of_convolution(given: Sequence[Any]) -> int:
     count = inputs.shape[0] * max(weight.shape[0], weight.shape[1] * groups)
     for i, size in enumerate(inputs.shape[2:]):
         at = [values[min(i, len(values) - 1)] for values in (stride, padding, dilation, more)]
-        count *= size * max(1, at[0]) + 2 * abs(at[1]) + at[2] * weight.shape[2 + i] + abs(at[3]) + 1
+        count *= (
+            size * max(1, at[0]) + 2 * abs(at[1]) + at[2] * weight.shape[2 + i] + abs(at[3]) + 1
+        )
     return int(count)
 
 
@@ -183,19 +201,23 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(item)
 
 
-def _named(rule: Callable[[Sequence[Any]], int], names: str) -> dict[str, Callable[[Sequence[Any]], int]]:
+def _named(
+    rule: Callable[[Sequence[Any]], int], names: str
+) -> dict[str, Callable[[Sequence[Any]], int]]:
     return dict.fromkeys(names.split(), rule)
 
 
 _RULES: Mapping[str, Callable[[Sequence[Any]], int]] = {
     **_named(
         _of_numbers,
-        "zeros ones full empty empty_strided new_zeros new_ones new_full new_empty new_empty_strided linspace logspace "
-        "hann_window repeat repeat_interleave constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
-        "replication_pad1d replication_pad2d replication_pad3d _pad_circular im2col upsample_nearest1d "
-        "upsample_nearest2d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
-        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d "
-        "avg_pool2d max_pool2d_with_indices unfold_copy one_hot stft _fft_r2c _fft_c2r _fft_c2c pixel_unshuffle",
+        "zeros ones full empty empty_strided new_zeros new_ones new_full new_empty "
+        "new_empty_strided linspace logspace hann_window repeat repeat_interleave constant_pad_nd "
+        "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
+        "replication_pad3d _pad_circular im2col upsample_nearest1d upsample_nearest2d "
+        "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
+        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _adaptive_avg_pool2d _adaptive_avg_pool3d "
+        "adaptive_max_pool2d avg_pool2d max_pool2d_with_indices unfold_copy one_hot stft _fft_r2c "
+        "_fft_c2r _fft_c2c pixel_unshuffle",
     ),
     **_named(_of_square, "eye diag_embed diag"),
     **_named(_of_range, "arange"),

@@ -1,8 +1,10 @@
-"""Plain attributes of two modules, compared: numbers, texts, lists, functions, classes, hooks; all that is no tensor.
+"""Plain attributes of two modules, compared: numbers, texts, lists, functions, classes, hooks.
 
-A constructor gives back what it computes, and nothing that was set afterwards, so a threshold that somebody changed
-would come back as its default. Tensors are compared by their inventory; of them only those that no ``state_dict``
-lists are looked at here, because a forward may leave some behind.
+All that is no tensor.
+
+A constructor gives back what it computes, and nothing that was set afterwards, so a threshold that
+somebody changed would come back as its default. Tensors are compared by their inventory; of them
+only those that no ``state_dict`` lists are looked at here, because a forward may leave some behind.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Difference:
         path: ``head.threshold``; inside containers ``head.sizes[0]``.
         given: What the module handed over holds, in words.
         built: What the rebuilt module holds, in words.
-        tensor: Whether a tensor is all that differs. Its inventory says whether that can be put back.
+        tensor: Whether a tensor is all that differs. Its inventory says whether that can be put
+            back.
     """
 
     path: str
@@ -50,15 +53,18 @@ class Difference:
 
 def same_attributes(given: torch.nn.Module, built: torch.nn.Module) -> bool:
     """Whether no plain attribute differs."""
-    return next((False for difference in find_differences(given, built) if not difference.tensor), True)
+    return next(
+        (False for difference in find_differences(given, built) if not difference.tensor), True
+    )
 
 
 def find_differences(given: torch.nn.Module, built: torch.nn.Module) -> Iterator[Difference]:
     """All that differs but parameters and persistent buffers.
 
-    Left out is what changes no prediction: devices, training mode and gradients, what transformers, accelerate and
-    training keep on a module for themselves, attributes of library classes that no code of theirs reads, and
-    caches of ``functools.cached_property``. What cannot be compared, such as a lock, counts as equal.
+    Left out is what changes no prediction: devices, training mode and gradients, what transformers,
+    accelerate and training keep on a module for themselves, attributes of library classes that no
+    code of theirs reads, and caches of ``functools.cached_property``. What cannot be compared, such
+    as a lock, counts as equal.
     """
     yield from _slots_differ(given, built)
     yield from _Walk().modules("", given, built)
@@ -71,14 +77,22 @@ def _slots_differ(given: torch.nn.Module, built: torch.nn.Module) -> Iterator[Di
         mine, other = (slots[path].tensor if path in slots else None for slots in (ours, theirs))
         if mine is None or other is None or mine.shape != other.shape:
             # What takes a place that the constructor leaves empty can be put back.
-            returns = mine is not None and other is None and place(path) is not None and mine.is_contiguous()
+            returns = (
+                mine is not None
+                and other is None
+                and place(path) is not None
+                and mine.is_contiguous()
+            )
             yield Difference(path, _shape(mine), _shape(other), tensor=returns)
         elif not _same_values(mine, other):
             yield Difference(path, "a tensor", "one of other values", tensor=True)
 
 
 def _same_values(given: torch.Tensor, built: torch.Tensor) -> bool:
-    """Whether they hold the same in the given one's dtype; on the meta device none holds anything."""
+    """Whether they hold the same in the given one's dtype.
+
+    On the meta device none holds anything.
+    """
     if given.is_meta or built.is_meta:
         return given.shape == built.shape
     return bits_equal(given, built.to(given.dtype))
@@ -88,7 +102,9 @@ def _fleeting(module: torch.nn.Module) -> dict[str, Slot]:
     slots = find_slots(module)
     # An LSTM lists its own weights once more, as plain tensors.
     lasting = {id(slot.tensor) for slot in slots if slot.persistent}
-    return {slot.path: slot for slot in slots if not slot.persistent and id(slot.tensor) not in lasting}
+    return {
+        slot.path: slot for slot in slots if not slot.persistent and id(slot.tensor) not in lasting
+    }
 
 
 def _shape(tensor: torch.Tensor | None) -> str:
@@ -110,19 +126,30 @@ class _Walk:
     def __init__(self) -> None:
         self.seen: dict[tuple[int, int], tuple[Any, Any]] = {}
 
-    def modules(self, path: str, given: torch.nn.Module, built: torch.nn.Module) -> Iterator[Difference]:
+    def modules(
+        self, path: str, given: torch.nn.Module, built: torch.nn.Module
+    ) -> Iterator[Difference]:
         if self._known(given, built):
             return
-        if _class_of(given) is not _class_of(built) and name_of(_class_of(given)) != name_of(_class_of(built)):
-            yield Difference(path or "the module itself", f"a {name_of(type(given))}", f"a {name_of(type(built))}")
+        if _class_of(given) is not _class_of(built) and name_of(_class_of(given)) != name_of(
+            _class_of(built)
+        ):
+            yield Difference(
+                path or "the module itself",
+                f"a {name_of(type(given))}",
+                f"a {name_of(type(built))}",
+            )
             return
-        if hasattr(built, "cls_to_become"):  # a lazy module, whose attributes its first forward makes
+        # a lazy module, whose attributes its first forward makes
+        if hasattr(built, "cls_to_become"):
             return
         for name in sorted(vars(given).keys() | vars(built).keys()):
             if name not in OWN_STATE and matters(type(given), name):
                 yield from self._attribute(_join(path, name), name, given, built)
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
-            ours, theirs = (list(filter(is_users_hook, getattr(each, kind).values())) for each in (given, built))
+            ours, theirs = (
+                list(filter(is_users_hook, getattr(each, kind).values())) for each in (given, built)
+            )
             yield from self.values(_join(path, kind), ours, theirs)
         children = (given._modules, built._modules)
         for name in sorted(children[0].keys() | children[1].keys()):
@@ -133,21 +160,31 @@ class _Walk:
             else:
                 yield from self.modules(_join(path, name), mine, other)
 
-    def _attribute(self, path: str, name: str, given: object, built: object) -> Iterator[Difference]:
+    def _attribute(
+        self, path: str, name: str, given: object, built: object
+    ) -> Iterator[Difference]:
         mine, other = (vars(each).get(name, NOTHING) for each in (given, built))
         if other is NOTHING or mine is NOTHING:
-            # Setting what the class says anyway changes nothing: unwrapping leaves its own ``forward`` on the instance.
-            if name == "_hparams" and other is NOTHING and not mine:  # Lightning makes them once somebody asks
+            # Setting what the class says anyway changes nothing: unwrapping leaves its own
+            # ``forward`` on the instance.
+            # Lightning makes them once somebody asks
+            if name == "_hparams" and other is NOTHING and not mine:
                 return
             default = getattr(type(given), name, NOTHING)
             if isinstance(default, functools.cached_property):
                 return
-            if name == "vocab_size" and other is NOTHING and hasattr(given, "resize_token_embeddings"):
+            if (
+                name == "vocab_size"
+                and other is NOTHING
+                and hasattr(given, "resize_token_embeddings")
+            ):
                 return  # which leaves it on every model, whether its class reads it or not
             mine, other = (default if each is NOTHING else _unbound(each) for each in (mine, other))
         yield from self.values(path, mine, other)
 
-    def values(self, path: str, given: Any, built: Any, *, inside: bool = False) -> Iterator[Difference]:
+    def values(
+        self, path: str, given: Any, built: Any, *, inside: bool = False
+    ) -> Iterator[Difference]:
         """``inside`` an object that is no module, no inventory lists tensors."""
         if given is built or isinstance(given, _UNCOMPARABLE) or self._known(given, built):
             return
@@ -157,7 +194,11 @@ class _Walk:
                 yield _difference(path, given, built)
         elif isinstance(given, torch.nn.Module) and isinstance(built, torch.nn.Module):
             yield from self.modules(path, given, built)
-        elif isinstance(given, (list, tuple)) and isinstance(built, (list, tuple)) and len(given) == len(built):
+        elif (
+            isinstance(given, (list, tuple))
+            and isinstance(built, (list, tuple))
+            and len(given) == len(built)
+        ):
             for index, pair in enumerate(zip(given, built, strict=True)):
                 yield from self.values(f"{path}[{index}]", *pair, inside=inside)
         elif isinstance(given, dict) and isinstance(built, dict):
@@ -169,8 +210,14 @@ class _Walk:
             yield from self.values(path, given.__self__, built.__self__, inside=inside)
         elif isinstance(given, functools.partial) and isinstance(built, functools.partial):
             for name in ("func", "args", "keywords"):
-                yield from self.values(f"{path}.{name}", getattr(given, name), getattr(built, name), inside=True)
-        elif is_object(given) and type(given) is not type and name_of(type(given)) == name_of(type(built)):
+                yield from self.values(
+                    f"{path}.{name}", getattr(given, name), getattr(built, name), inside=True
+                )
+        elif (
+            is_object(given)
+            and type(given) is not type
+            and name_of(type(given)) == name_of(type(built))
+        ):
             yield from self._objects(path, given, built)
         elif not equal(given, built):
             yield _difference(path, given, built)
@@ -179,31 +226,54 @@ class _Walk:
         if isinstance(given, (bool, int, float, str, bytes, type(None))):
             return False
         known = (id(given), id(built)) in self.seen or len(self.seen) > _MOST
-        self.seen[id(given), id(built)] = (given, built)  # kept, so that no other object gets its id
+        # kept, so that no other object gets its id
+        self.seen[id(given), id(built)] = (given, built)
         return known
 
-    def _dicts(self, path: str, given: dict[Any, Any], built: dict[Any, Any], inside: bool) -> Iterator[Difference]:
-        if not built and not inside and all(isinstance(value, torch.Tensor) for value in given.values()):
+    def _dicts(
+        self, path: str, given: dict[Any, Any], built: dict[Any, Any], inside: bool
+    ) -> Iterator[Difference]:
+        if (
+            not built
+            and not inside
+            and all(isinstance(value, torch.Tensor) for value in given.values())
+        ):
             return  # an empty dict takes tensors back
         for key in [*given, *(key for key in built if key not in given)]:
             mine, other = given.get(key, NOTHING), built.get(key, NOTHING)
             yield from self.values(f"{path}[{key!r}]", mine, other, inside=inside)
 
-    def _functions(self, path: str, given: types.FunctionType, built: types.FunctionType) -> Iterator[Difference]:
+    def _functions(
+        self, path: str, given: types.FunctionType, built: types.FunctionType
+    ) -> Iterator[Difference]:
         inner: Any = built
-        while given.__module__.startswith("transformers.") and (inner := getattr(inner, "__wrapped__", None)):
-            if inner is given:  # accelerate's unwrapping takes transformers' own decorators off, too
+        while given.__module__.startswith("transformers.") and (
+            inner := getattr(inner, "__wrapped__", None)
+        ):
+            # accelerate's unwrapping takes transformers' own decorators off, too
+            if inner is given:
                 return
-        code = [(f.__module__, f.__qualname__, f.__code__.co_code, f.__code__.co_names) for f in (given, built)]
+        code = [
+            (f.__module__, f.__qualname__, f.__code__.co_code, f.__code__.co_names)
+            for f in (given, built)
+        ]
         if code[0] != code[1]:
             yield _difference(path, given, built)
             return
         for name in ("__defaults__", "__kwdefaults__"):
-            yield from self.values(f"{path}.{name}", getattr(given, name), getattr(built, name), inside=True)
-        consts = [[c for c in f.__code__.co_consts if not isinstance(c, types.CodeType)] for f in (given, built)]
+            yield from self.values(
+                f"{path}.{name}", getattr(given, name), getattr(built, name), inside=True
+            )
+        consts = [
+            [c for c in f.__code__.co_consts if not isinstance(c, types.CodeType)]
+            for f in (given, built)
+        ]
         yield from self.values(f"{path}.__code__", *consts, inside=True)
         for name, *cells in zip(
-            given.__code__.co_freevars, given.__closure__ or (), built.__closure__ or (), strict=False
+            given.__code__.co_freevars,
+            given.__closure__ or (),
+            built.__closure__ or (),
+            strict=False,
         ):
             try:
                 mine, other = (cell.cell_contents for cell in cells)
@@ -213,12 +283,14 @@ class _Walk:
 
     def _objects(self, path: str, given: Any, built: Any) -> Iterator[Difference]:
         if hasattr(given, "to_json_string"):
-            yield from self.values(path, *(plain_config(each) for each in (given, built)), inside=True)
+            yield from self.values(
+                path, *(plain_config(each) for each in (given, built)), inside=True
+            )
             return
         try:
-            same = "__eq__" in {name for base in type(given).__mro__[:-1] for name in vars(base)} and bool(
-                given == built
-            )
+            same = "__eq__" in {
+                name for base in type(given).__mro__[:-1] for name in vars(base)
+            } and bool(given == built)
         except Exception:  # an array, or a class with an idea of its own of what == is
             same = False
         if not same:
@@ -254,7 +326,11 @@ def _words(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return _shape(value)
     name = getattr(value, "__qualname__", None)
-    return f"{value.__module__}:{name}" if name and getattr(value, "__module__", None) else _SHORT.repr(value)
+    return (
+        f"{value.__module__}:{name}"
+        if name and getattr(value, "__module__", None)
+        else _SHORT.repr(value)
+    )
 
 
 def _join(path: str, name: str) -> str:

@@ -17,7 +17,13 @@ _LIBRARIES = ("torch", "transformers", "accelerate")
 _TRAINING = {
     torch.nn.modules.dropout._DropoutNd: {"p"},
     torch.nn.modules.batchnorm._NormBase: {"momentum"},
-    torch.nn.Embedding: {"num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq", "sparse"},
+    torch.nn.Embedding: {
+        "num_embeddings",
+        "embedding_dim",
+        "padding_idx",
+        "scale_grad_by_freq",
+        "sparse",
+    },
     torch.nn.EmbeddingBag: {"num_embeddings", "embedding_dim", "scale_grad_by_freq", "sparse"},
     torch.nn.Linear: {"in_features", "out_features"},
 }
@@ -25,15 +31,57 @@ _TRAINING = {
 
 BOOKKEEPING = frozenset(
     (
-        *("_is_hf_initialized", "generation_config", "warnings_issued", "name_or_path", "model_tags", "hf_device_map"),
+        *(
+            "_is_hf_initialized",
+            "generation_config",
+            "warnings_issued",
+            "name_or_path",
+            "model_tags",
+            "hf_device_map",
+        ),
         *("gradient_checkpointing", "_gradient_checkpointing_func", "_loss_function"),
         *("_require_grads_hook", "_require_grads_hooks", "_weight_conversions"),
-        *("loss_type", "is_parallelizable", "model_parallel", "device_map", "_tp_plan", "_pp_plan", "_ep_plan"),
-        *("_tp_size", "all_tied_weights_keys", "_tied_weights_keys", "_no_split_modules", "_keep_in_fp32_modules"),
-        *("_keep_in_fp32_modules_strict", "hf_quantizer", "_hf_peft_config_loaded", "_auto_class", "_use_kernels"),
-        *("_device_mesh", "_skip_keys_device_placement", "_keys_to_ignore_on_load_unexpected", "_is_stateful"),
-        *("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save", "is_quantized", "quantization_method"),
-        *("deprecation_warnings", "_compiled_call_impl", "_weights_initialized", "_is_torch_compile"),
+        *(
+            "loss_type",
+            "is_parallelizable",
+            "model_parallel",
+            "device_map",
+            "_tp_plan",
+            "_pp_plan",
+            "_ep_plan",
+        ),
+        *(
+            "_tp_size",
+            "all_tied_weights_keys",
+            "_tied_weights_keys",
+            "_no_split_modules",
+            "_keep_in_fp32_modules",
+        ),
+        *(
+            "_keep_in_fp32_modules_strict",
+            "hf_quantizer",
+            "_hf_peft_config_loaded",
+            "_auto_class",
+            "_use_kernels",
+        ),
+        *(
+            "_device_mesh",
+            "_skip_keys_device_placement",
+            "_keys_to_ignore_on_load_unexpected",
+            "_is_stateful",
+        ),
+        *(
+            "_keys_to_ignore_on_load_missing",
+            "_keys_to_ignore_on_save",
+            "is_quantized",
+            "quantization_method",
+        ),
+        *(
+            "deprecation_warnings",
+            "_compiled_call_impl",
+            "_weights_initialized",
+            "_is_torch_compile",
+        ),
         *("_is_accelerate_prepared", "_compile_kwargs"),
     )
 )
@@ -42,17 +90,23 @@ BOOKKEEPING = frozenset(
 
 def matters(cls: type, name: str) -> bool:
     """Whether another value of this attribute could change a prediction."""
-    if name in BOOKKEEPING or any(issubclass(cls, known) and name in names for known, names in _TRAINING.items()):
+    if name in BOOKKEEPING or any(
+        issubclass(cls, known) and name in names for known, names in _TRAINING.items()
+    ):
         return False
     homes = {base.__module__ for base in cls.__mro__} - {"builtins"}
     if any(home.partition(".")[0] not in _LIBRARIES for home in homes):
         return True  # a class of somebody's: whoever set it knows why
     if name == "num_labels":
         return False  # stays behind where head and config were changed, and only losses read it
-    return name in _names_read(frozenset(home for home in homes if home.startswith(("transformers.models", "torch"))))
+    return name in _names_read(
+        frozenset(home for home in homes if home.startswith(("transformers.models", "torch")))
+    )
 
 
-_MAKERS = frozenset(("__init__", "_init_weights", "reset_parameters", "extra_repr", "__repr__", "__setstate__"))
+_MAKERS = frozenset(
+    ("__init__", "_init_weights", "reset_parameters", "extra_repr", "__repr__", "__setstate__")
+)
 
 
 @functools.cache
@@ -79,7 +133,10 @@ def _names_in(thing: Any) -> set[str]:
         while codes:
             code = codes.pop()
             if isinstance(code, types.CodeType):
-                found |= {*code.co_names, *(const for const in code.co_consts if isinstance(const, str))}
+                found |= {
+                    *code.co_names,
+                    *(const for const in code.co_consts if isinstance(const, str)),
+                }
                 codes += code.co_consts
         function = getattr(function, "__wrapped__", None)
     return found

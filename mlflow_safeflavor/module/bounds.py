@@ -1,7 +1,7 @@
 """Bounds on what a config may make its classes ask for: numbers, time, and objects of Python.
 
-``memory`` counts tensors and modules while they are made. Python's own lists and dicts, and loops, it does not see: 3
-million labels without a name were two dicts of 1 GB before the first tensor was.
+``memory`` counts tensors and modules while they are made. Python's own lists and dicts, and loops,
+it does not see: 3 million labels without a name were two dicts of 1 GB before the first tensor was.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ __all__ = ["find_unexplained", "require_explained", "within"]
 Result = TypeVar("Result")
 
 _FLOOR = 2**20
-"""No number up to this needs an explanation. Of the 820 configs of transformers 5.23, two have a larger one by default
+"""No number up to this needs an explanation.
+
+Of the 820 configs of transformers 5.23, two have a larger one by default
 whose name is not in the table below."""
 
 _OBJECTS = 4_000_000
@@ -34,15 +36,21 @@ _OBJECTS = 4_000_000
 _NAMES: tuple[tuple[str, int], ...] = (
     # Configs make a name for each label, twice.
     (r"num_labels", 2**16),
-    # Rotary positions need no table: Llama 4 says 10,485,760. Where there is one, it is counted as a tensor.
+    # Rotary positions need no table: Llama 4 says 10,485,760. Where there is one, it is counted as
+    # a tensor.
     (r"max_.*(positions?|embeddings|length)|.*(chunk|context)_?(size|length)", 2**24),
     # What is only computed with; hashes and frequencies.
     (r".*(theta|base|period|timescale)", 2**40),
 )
 
 
-def find_unexplained(config: Mapping[str, Any], inventory: Inventory) -> Iterator[tuple[str, int, int]]:
-    """Whole numbers of a config that no stored tensor has as a size and nothing else explains: key, number, bound."""
+def find_unexplained(
+    config: Mapping[str, Any], inventory: Inventory
+) -> Iterator[tuple[str, int, int]]:
+    """Whole numbers of a config that no stored tensor has as a size and nothing else explains.
+
+    Key, number, bound.
+    """
     largest = max((size for row in inventory.rows.values() for size in row.shape), default=0)
     waiting: list[tuple[str, Any]] = [("", config)]
     while waiting:
@@ -52,13 +60,18 @@ def find_unexplained(config: Mapping[str, Any], inventory: Inventory) -> Iterato
         elif isinstance(value, list):
             waiting += [(key, item) for item in value]
         elif type(value) is int:
-            most = max(largest, next((most for name, most in _NAMES if re.fullmatch(name, key)), _FLOOR))
+            most = max(
+                largest, next((most for name, most in _NAMES if re.fullmatch(name, key)), _FLOOR)
+            )
             if abs(value) > most:
                 yield key, value, most
 
 
 def require_explained(config: Mapping[str, Any] | None, inventory: Inventory, where: str) -> None:
-    """Refuse a config with numbers far beyond the stored tensors. Raises ``StructureError`` naming key and number."""
+    """Refuse a config with numbers far beyond the stored tensors.
+
+    Raises ``StructureError`` naming key and number.
+    """
     for key, value, most in find_unexplained(config or {}, inventory):
         raise StructureError(
             "The config asks for far more than the stored tensors take",
@@ -85,18 +98,18 @@ def within(
 ) -> Result:
     """Call a function, and interrupt it when it takes far more time or memory than it could need.
 
-    Another thread looks now and then, and only at what takes longer than the first look; it ends with the call. A
-    single call of C, which nothing can interrupt, is let finish.
+    Another thread looks now and then, and only at what takes longer than the first look; it ends
+    with the call. A single call of C, which nothing can interrupt, is let finish.
 
     Args:
         most_bytes: Memory that the call may add, beside 1 GB.
         function: What is called.
         what: What it does, for the message.
         where: What decides how much that takes.
-        most_seconds: Seconds of the processor that this thread may take: other threads and slow disks do not count.
-            10 more for each GB of ``most_bytes``.
-        objects: How many objects of Python may be added before memory counts, as other threads may need any amount of
-            that at the same time.
+        most_seconds: Seconds of the processor that this thread may take: other threads and slow
+            disks do not count. 10 more for each GB of ``most_bytes``.
+        objects: How many objects of Python may be added before memory counts, as other threads may
+            need any amount of that at the same time.
         first_look: Seconds before the first look.
 
     Raises:
@@ -111,7 +124,12 @@ def within(
             watch.stop()
     except _TooMuch:
         watch.stop()
-    raise StructureError(f"{what} takes far more than it could need", where=where, found=watch.reason, hint=FETCH_AGAIN)
+    raise StructureError(
+        f"{what} takes far more than it could need",
+        where=where,
+        found=watch.reason,
+        hint=FETCH_AGAIN,
+    )
 
 
 class _Watch:
@@ -119,14 +137,18 @@ class _Watch:
 
     NEXT_LOOK, UNWINDING = 0.05, 5.0
 
-    def __init__(self, most_bytes: int, most_seconds: float, objects: int, first_look: float) -> None:
+    def __init__(
+        self, most_bytes: int, most_seconds: float, objects: int, first_look: float
+    ) -> None:
         self.most_bytes, self.most_seconds, self.objects = most_bytes, most_seconds, objects
         self.reason: str | None = None
         self._watched = threading.get_ident()
         self._seconds = _seconds_of(self._watched)
         self._begin = (self._seconds(), sys.getallocatedblocks(), _private_bytes())
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, args=(first_look,), name="safeflavor-bounds", daemon=True)
+        self._thread = threading.Thread(
+            target=self._look, args=(first_look,), name="safeflavor-bounds", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:
@@ -159,7 +181,10 @@ def _raise_in(thread: int, error: type[BaseException] | None) -> None:
 
 
 def _seconds_of(thread: int) -> Callable[[], float]:
-    """A clock of the processor time of a thread; of the time on the wall where the system has none."""
+    """A clock of the processor time of a thread.
+
+    Of the time on the wall where the system has none.
+    """
     if not hasattr(time, "pthread_getcpuclockid"):
         return time.monotonic
     clock = time.pthread_getcpuclockid(thread)

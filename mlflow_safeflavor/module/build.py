@@ -28,7 +28,11 @@ __all__ = ["build", "flags_of"]
 def flags_of(cls: type) -> dict[str, bool]:
     """Boolean constructor arguments of a class, with their defaults."""
     parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
-    return {parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, bool)}
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if isinstance(parameter.default, bool)
+    }
 
 
 def build(
@@ -85,17 +89,25 @@ def _maker(structure: Mapping[str, Any], trust: Collection[str]) -> Callable[[],
         lookup = import_name
     elif not is_proven(structure["class"].rpartition(":")[2]):
         raise StructureError(
-            "Nobody has proven that this class of transformers is built for what was saved, and for nothing else",
+            "Nobody has proven that this class of transformers is built for what was saved, and "
+            "for nothing else",
             where=structure["class"],
             wanted="a class in proven_classes.txt of this release",
-            hint='save the model again with this release: it is then of the kind "import", for trust={"code"}',
+            hint='save the model again with this release: it is then of the kind "import", for '
+            'trust={"code"}',
         )
     cls = lookup(structure["class"])
     # Looked at before it is called: os.system is no model, and a call would be too late to tell.
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
-        raise StructureError("The class is no module", where=structure["class"], wanted="a torch.nn.Module")
-    if structure["kind"] == "transformers" and (odd := sorted(structure["arguments"].keys() - flags_of(cls))):
-        raise StructureError("The class has no such flag", where=f"{structure['class']}, {odd[0]}", hint=FETCH_AGAIN)
+        raise StructureError(
+            "The class is no module", where=structure["class"], wanted="a torch.nn.Module"
+        )
+    if structure["kind"] == "transformers" and (
+        odd := sorted(structure["arguments"].keys() - flags_of(cls))
+    ):
+        raise StructureError(
+            "The class has no such flag", where=f"{structure['class']}, {odd[0]}", hint=FETCH_AGAIN
+        )
 
     def make() -> Any:
         arguments = {
@@ -109,14 +121,17 @@ def _maker(structure: Mapping[str, Any], trust: Collection[str]) -> Callable[[],
     return make
 
 
-_DEFINES_MODELS = re.compile(r"transformers\.models(\.\w+)+\.(modeling|configuration)_\w+", re.ASCII)
+_DEFINES_MODELS = re.compile(
+    r"transformers\.models(\.\w+)+\.(modeling|configuration)_\w+", re.ASCII
+)
 
 
 def _transformers_class(full_name: str) -> Any:
     """A model or config class of the transformers package, by the module it was in or the package's own table.
 
     Nothing outside that package is ever imported for an artifact's sake, and of that package only
-    modules that define models and configs: others hold command lines, downloads and what they import.
+    modules that define models and configs: others hold command lines, downloads and what they
+    import.
     """
     module_name, _, name = full_name.partition(":")
     if _DEFINES_MODELS.fullmatch(module_name) and name.isidentifier():

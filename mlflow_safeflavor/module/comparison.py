@@ -32,10 +32,13 @@ def compared(
     # The user's own class, in the user's own process: there is nothing to agree to.
     written = written_by_forward(module, lambda: build(described, trust={"code"}), forward)
     left = covered(found, written)
-    if lost := [difference for difference in found if difference.path not in left and not difference.tensor]:
+    if lost := [
+        difference for difference in found if difference.path not in left and not difference.tensor
+    ]:
         more = f"; and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
         raise StructureError(
-            "The constructor does not give back all that the module holds: it was changed after it was made",
+            "The constructor does not give back all that the module holds: it was changed after "
+            "it was made",
             where=f"{described['class']}, {lost[0].path}",
             wanted="each attribute as it is in the module",
             found="; ".join(map(str, lost[:_MOST_NAMED])) + more,
@@ -60,19 +63,22 @@ def require_same_shapes(module: torch.nn.Module, structure: Mapping[str, Any]) -
     # The user's own class, in the user's own process: there is nothing to agree to.
     built = build(structure, trust={"code"})
     wanted, found = (
-        {slot.path: shape_of(slot.tensor) for slot in find_slots(each) if slot.persistent} for each in (built, module)
+        {slot.path: shape_of(slot.tensor) for slot in find_slots(each) if slot.persistent}
+        for each in (built, module)
     )
     odd = sorted(
         path
         for path in wanted.keys() | found.keys()
-        if wanted.get(path) != found.get(path) and not (path in found and wanted.get(path) == UNKNOWN)
+        if wanted.get(path) != found.get(path)
+        and not (path in found and wanted.get(path) == UNKNOWN)
     )
     if odd:
         raise StructureError(
             "The constructor does not give back the module: it was changed after it was made",
             where=f"{structure['class']}, {odd[0]}",
             wanted=f"{wanted.get(odd[0], 'no such tensor')} as the constructor makes it",
-            found=f"{found.get(odd[0], 'no such tensor')} in the module, and {len(odd) - 1} more differences",
+            found=f"{found.get(odd[0], 'no such tensor')} in the module, and {len(odd) - 1} more "
+            "differences",
             hint=_hint(structure, "keep config in step with the module, pass init_args={…}, "),
         )
     return built

@@ -21,13 +21,17 @@ NO_CONFIG: dict[str, Any] = {
 
 def describe_config(config: Any) -> dict[str, Any]:
     """Config, class and implementations, JSON only; ``config_from_json`` reads them back."""
-    # Implementations are no part of a saved config, but they decide which kernels run, part by part: a
-    # backbone may use another than the model around it, and may not even know the model's.
+    # Implementations are no part of a saved config, but they decide which kernels run, part by
+    # part: a backbone may use another than the model around it, and may not even know the model's.
     return {
         "config": _config_to_json(config),
         "config_class": name_of(type(config)),
         **{
-            kind: {path: getattr(part, f"_{kind}") for path, part in _parts(config) if hasattr(part, f"_{kind}")}
+            kind: {
+                path: getattr(part, f"_{kind}")
+                for path, part in _parts(config)
+                if hasattr(part, f"_{kind}")
+            }
             for kind in _IMPLEMENTATIONS
         },
     }
@@ -54,7 +58,8 @@ def config_from_json(described: Mapping[str, Any], lookup: Callable[[str], Any])
     if described["config_class"] is None:
         return None
     config_class = lookup(described["config_class"])
-    # Infinities are written as objects, and read by from_json_file but not by from_dict (transformers 5).
+    # Infinities are written as objects, and read by from_json_file but not by from_dict
+    # (transformers 5).
     decode = getattr(config_class, "_decode_special_floats", dict)
     config = config_class.from_dict(decode(dict(described["config"])))
     for kind in _IMPLEMENTATIONS:

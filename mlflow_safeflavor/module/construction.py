@@ -44,8 +44,12 @@ class _Watch(TorchFunctionMode):
     wrote. Only some thousand places of a tensor are marked, so that big ones cost no time.
     """
 
-    _ALLOCATORS = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
-    _FACTORIES = frozenset(("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "zeros"))
+    _ALLOCATORS = frozenset(
+        ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+    )
+    _FACTORIES = frozenset(
+        ("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "zeros")
+    )
 
     def __init__(self, dtype: torch.dtype, mark: int) -> None:
         super().__init__()
@@ -98,14 +102,16 @@ class Recipe:
         try:
             if config is not None:
                 _set_dtype(config, dtype)
-            module: torch.nn.Module = self.cls(*(() if config is None else (config,)), **self.arguments)
+            module: torch.nn.Module = self.cls(
+                *(() if config is None else (config,)), **self.arguments
+            )
         except Exception as error:
             raise StructureError(
                 "The constructor of the model failed",
                 where=name_of(self.cls),
                 found=f"{type(error).__name__}: {error}",
-                hint="pass from_pretrained what it needs, as further keyword arguments; where it failed is "
-                "chained to this error",
+                hint="pass from_pretrained what it needs, as further keyword arguments; where it "
+                "failed is chained to this error",
             ) from error
         return module
 
@@ -128,7 +134,11 @@ def recipe_of(module: torch.nn.Module) -> Recipe | None:
         described = describe_constructor(module)
     except SafeFlavorError:
         # A class of a script or function: no other process could import it, but this one has it.
-        return Recipe(type(module), config) if hasattr(module, "config_class") and config is not None else None
+        return (
+            Recipe(type(module), config)
+            if hasattr(module, "config_class") and config is not None
+            else None
+        )
     if described["kind"] == "torch":
         return Recipe(make_layers, arguments={"node": described["tree"]})
     arguments = {name: value["value"] for name, value in described["arguments"].items()}
@@ -140,9 +150,10 @@ def construct(
 ) -> torch.nn.Module:
     """Call a constructor on real CPU memory, again if another thread got in between.
 
-    transformers' loader swaps torch's default dtype and ``PreTrainedModel.tie_weights`` for the whole
-    process while any thread loads, and transformers 4 even where parameters are allocated. The first and
-    last are noticed, and the constructor called again; declared ties that the second left out are tied here.
+    transformers' loader swaps torch's default dtype and ``PreTrainedModel.tie_weights`` for the
+    whole process while any thread loads, and transformers 4 even where parameters are allocated.
+    The first and last are noticed, and the constructor called again; declared ties that the second
+    left out are tied here.
 
     Args:
         recipe: What to call.
@@ -171,7 +182,8 @@ def construct(
         where=name_of(recipe.cls),
         wanted=str(dtype),
         found=f"another dtype at some point, in each of {_TRIES} attempts",
-        hint="do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, meanwhile",
+        hint="do not call torch.set_default_dtype, or transformers' from_pretrained in other "
+        "threads, meanwhile",
     )
 
 
@@ -201,7 +213,10 @@ def construct_fresh(recipe: Recipe, dtype: torch.dtype) -> tuple[torch.nn.Module
 
 
 def _agreeing(make: Callable[[int], torch.nn.Module]) -> tuple[torch.nn.Module, set[str]]:
-    """A module, and what is equal in two of them; again if their structures differ, as another thread can cause."""
+    """A module, and what is equal in two of them.
+
+    Again if their structures differ, as another thread can cause.
+    """
     for attempt in range(_PAIRS):
         module, other = make(FIRST_MARK), make(_SECOND_MARK)
         try:
@@ -219,8 +234,13 @@ def find_agreement(module: torch.nn.Module, other: torch.nn.Module) -> set[str]:
     Raises:
         StructureError: They do not hold the same tensors.
     """
-    ours, theirs = ({slot.path: slot.tensor for slot in find_slots(each)} for each in (module, other))
-    facts = [{path: (tensor.shape, tensor.dtype) for path, tensor in each.items()} for each in (ours, theirs)]
+    ours, theirs = (
+        {slot.path: slot.tensor for slot in find_slots(each)} for each in (module, other)
+    )
+    facts = [
+        {path: (tensor.shape, tensor.dtype) for path, tensor in each.items()}
+        for each in (ours, theirs)
+    ]
     for path in sorted(ours.keys() | theirs.keys()):
         if facts[0].get(path) != facts[1].get(path):
             raise StructureError(
@@ -243,8 +263,9 @@ def require_memory(module: torch.nn.Module) -> None:
         raise WeightsError(
             "Tensors are on the meta device although the model was constructed on real memory",
             where=some(meta),
-            hint="its constructor itself asks for the meta device: take that out; or another thread was inside "
-            "transformers' or accelerate's loader, which can break a process for good: load in a new one",
+            hint="its constructor itself asks for the meta device: take that out; or another "
+            "thread was inside transformers' or accelerate's loader, which can break a process for "
+            "good: load in a new one",
         )
 
 
@@ -252,7 +273,10 @@ def require_memory(module: torch.nn.Module) -> None:
 
 
 def declared_ties(module: torch.nn.Module) -> dict[str, str]:
-    """State-dict name → the name that the module's classes declare it tied to; empty if undeclared."""
+    """State-dict name → the name that the module's classes declare it tied to.
+
+    Empty if undeclared.
+    """
     expand = getattr(module, "get_expanded_tied_weights_keys", None)
     if expand is not None:  # transformers 5
         found: Mapping[str, str] = expand(all_submodels=True)
@@ -265,8 +289,11 @@ def _embedding_tie(module: torch.nn.Module) -> dict[str, str]:
     if not getattr(getattr(module, "config", None), "tie_word_embeddings", False):
         return {}
     try:
-        ends = [getattr(module, f"get_{end}_embeddings", lambda: None)() for end in ("output", "input")]
-    except NotImplementedError:  # a class of the user's that has no embeddings where 4.57 looks for them
+        ends = [
+            getattr(module, f"get_{end}_embeddings", lambda: None)() for end in ("output", "input")
+        ]
+    # a class of the user's that has no embeddings where 4.57 looks for them
+    except NotImplementedError:
         return {}
     wanted = [getattr(end, "weight", None) for end in ends]
     names = {id(tensor): name for name, tensor in module.named_parameters(remove_duplicate=False)}
@@ -275,7 +302,10 @@ def _embedding_tie(module: torch.nn.Module) -> dict[str, str]:
 
 
 def _tie(module: torch.nn.Module) -> None:
-    """Tie the declared pairs. Constructors do so too, unless another thread is in transformers' loader."""
+    """Tie the declared pairs.
+
+    Constructors do so too, unless another thread is in transformers' loader.
+    """
     for name, source in declared_ties(module).items():
         tensor = _tensor_at(module, source)
         if tensor is not None and _tensor_at(module, name) is not tensor:

@@ -36,7 +36,8 @@ def describe_call(
             "A container of torch.nn does not know how modules of other classes were made",
             where=f"{name_of(cls)}, {foreign[0]}",
             found=name_of(type(foreign[1])),
-            hint="write a class whose constructor makes all of it, or pass allow_pickle=True or graph='only'",
+            hint="write a class whose constructor makes all of it, or pass allow_pickle=True or "
+            "graph='only'",
         )
     config = getattr(module, "config", None)
     structure: dict[str, Any] = {
@@ -49,7 +50,9 @@ def describe_call(
     if structure["kind"] == "import":
         _require_importable(cls)
     if init_args is not None:
-        structure["arguments"] = {name: _argument_to_json(name, value) for name, value in init_args.items()}
+        structure["arguments"] = {
+            name: _argument_to_json(name, value) for name, value in init_args.items()
+        }
         return structure, require_same_shapes(module, structure)
     if hasattr(cls, "config_class") and config is not None:
         structure |= describe_config(config)
@@ -58,7 +61,10 @@ def describe_call(
 
 
 def _is_transformers(cls: type) -> bool:
-    """Whether it is a class that anybody may build: of transformers, and proven to come back as it was."""
+    """Whether it is a class that anybody may build.
+
+    Of transformers, and proven to come back as it was.
+    """
     ours = cls.__module__.startswith("transformers.models.") and hasattr(cls, "config_class")
     return ours and is_proven(cls.__name__)
 
@@ -101,12 +107,15 @@ def _argument_to_json(name: str, value: Any) -> dict[str, Any]:
     )
 
 
-def _find_arguments(module: torch.nn.Module, structure: Mapping[str, Any]) -> tuple[dict[str, Any], torch.nn.Module]:
+def _find_arguments(
+    module: torch.nn.Module, structure: Mapping[str, Any]
+) -> tuple[dict[str, Any], torch.nn.Module]:
     """The description with the constructor's arguments, and what comes of them.
 
-    Arguments are stored nowhere in a module, so they are found by building: boolean ones other than the defaults
-    (``add_pooling_layer=False``) are tried, for a class of the user's also attributes of the same names as
-    arguments. They are right when the same tensors and attributes come out, else the first with the same tensors.
+    Arguments are stored nowhere in a module, so they are found by building: boolean ones other than
+    the defaults (``add_pooling_layer=False``) are tried, for a class of the user's also attributes
+    of the same names as arguments. They are right when the same tensors and attributes come out,
+    else the first with the same tensors.
     """
     flags = [(name, {"value": not default}) for name, default in flags_of(type(module)).items()]
     named = _named_like_arguments(module) if structure["kind"] == "import" else {}

@@ -13,7 +13,9 @@ __all__ = ["find_accelerator", "require_usable", "resolve_device"]
 
 
 def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
-    """``"auto"`` → an accelerator where torch sees one, else the CPU; an int is an accelerator's index.
+    """``"auto"`` → an accelerator where torch sees one, else the CPU.
+
+    An int is an accelerator's index.
 
     Raises:
         PlacementError: Torch sees no such device, or this process cannot use it.
@@ -28,7 +30,10 @@ def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
             wanted = torch.device((kind or "cpu") if device == "auto" else device)
     except (RuntimeError, TypeError) as error:
         raise PlacementError(
-            "Not a device", where="device", wanted="auto, cpu, cuda, cuda:0, mps, 0, …", found=f"{device!r} ({error})"
+            "Not a device",
+            where="device",
+            wanted="auto, cpu, cuda, cuda:0, mps, 0, …",
+            found=f"{device!r} ({error})",
         ) from None
     count = 1 if wanted.type == "cpu" else _device_count(wanted.type)
     if wanted.type == "meta" or (wanted.index or 0) >= count:
@@ -46,7 +51,9 @@ def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
 
 
 def require_usable(device: torch.device) -> None:
-    """Refuse a device whose driver was started before this process was forked off: no driver survives that.
+    """Refuse a device whose driver was started before this process was forked off.
+
+    No driver survives that.
 
     Raises:
         PlacementError: This is such a process.
@@ -59,14 +66,15 @@ def require_usable(device: torch.device) -> None:
             "The device cannot be used in a process that was forked after it had been used",
             where=str(device),
             wanted="a process that was started anew",
-            hint="start processes with multiprocessing's 'spawn' or 'forkserver' and load the model in each, fork "
-            "before anything uses the device, or load with device='cpu'",
+            hint="start processes with multiprocessing's 'spawn' or 'forkserver' and load the "
+            "model in each, fork before anything uses the device, or load with device='cpu'",
         )
 
 
 def find_accelerator() -> str | None:
     """Kind of the accelerator that torch sees; None without one."""
-    others = torch._C._get_privateuse1_backend_name()  # what somebody registered with torch, else no device
+    # what somebody registered with torch, else no device
+    others = torch._C._get_privateuse1_backend_name()
     return next((kind for kind in ("cuda", "xpu", "mps", others) if _device_count(kind)), None)
 
 
@@ -74,7 +82,11 @@ def _device_count(kind: str) -> int:
     if kind == "mps":
         return int(torch.backends.mps.is_available())
     backend: Any = getattr(torch, kind, None)
-    return int(backend.device_count()) if backend is not None and hasattr(backend, "device_count") else 0
+    return (
+        int(backend.device_count())
+        if backend is not None and hasattr(backend, "device_count")
+        else 0
+    )
 
 
 def _why_no_cuda() -> str:

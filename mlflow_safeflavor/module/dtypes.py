@@ -23,7 +23,11 @@ DEFAULT = "float32"
 def dtypes_of(module: torch.nn.Module) -> dict[str, int]:
     """Floating point dtypes of a module → number of values, of its parameters, or of all else if it has none."""
     slots = find_slots(module)
-    weights = [slot.tensor for slot in slots if slot.kind == "parameter" and slot.tensor.is_floating_point()]
+    weights = [
+        slot.tensor
+        for slot in slots
+        if slot.kind == "parameter" and slot.tensor.is_floating_point()
+    ]
     return count_dtypes(weights or [slot.tensor for slot in slots])
 
 
@@ -40,8 +44,8 @@ def serving_dtype(asked: str | torch.dtype | None, found: Mapping[str, int]) -> 
     """Name of the serving dtype.
 
     Args:
-        asked: A dtype of ``DTYPES``; ``"as-is"``, which is the module's own dtype if all of its weights have one, and
-            else stays ``"as-is"``; None for float32.
+        asked: A dtype of ``DTYPES``; ``"as-is"``, which is the module's own dtype if all of its
+            weights have one, and else stays ``"as-is"``; None for float32.
         found: As ``dtypes_of`` has it.
 
     Raises:
@@ -54,7 +58,10 @@ def serving_dtype(asked: str | torch.dtype | None, found: Mapping[str, int]) -> 
 
 
 def announced_cast(asked: str | torch.dtype | None, found: Mapping[str, int], serving: str) -> str:
-    """What weights are cast from although nobody asked for it, which is logged once; empty where nothing is."""
+    """What weights are cast from although nobody asked for it, which is logged once.
+
+    Empty where nothing is.
+    """
     others = ", ".join(name for name in found if name != serving)
     if asked is not None or not others:
         return ""

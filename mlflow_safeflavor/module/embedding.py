@@ -1,7 +1,7 @@
 """One vector a text: how tokens are pooled, and what sentence-transformers puts before and behind that.
 
-A pooling alone is the business of the task. With layers that have weights, or in another order, all of it becomes one
-module, the ``Embedder``, so that an engine can run it in a single forward.
+A pooling alone is the business of the task. With layers that have weights, or in another order, all
+of it becomes one module, the ``Embedder``, so that an engine can run it in a single forward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,18 @@ __all__ = ["ACTIVATIONS", "Embedder"]
 
 ACTIVATIONS = frozenset(
     (
-        *("CELU", "ELU", "GELU", "Hardsigmoid", "Hardswish", "Hardtanh", "Identity", "LeakyReLU", "LogSigmoid", "Mish"),
+        *(
+            "CELU",
+            "ELU",
+            "GELU",
+            "Hardsigmoid",
+            "Hardswish",
+            "Hardtanh",
+            "Identity",
+            "LeakyReLU",
+            "LogSigmoid",
+            "Mish",
+        ),
         *("ReLU", "ReLU6", "SELU", "SiLU", "Sigmoid", "Softplus", "Softsign", "Tanh", "Tanhshrink"),
     )
 )
@@ -37,7 +48,8 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, kinds: Sequence[str]) -> torc
         Shape (rows, size times kinds), in the dtype of ``hidden``.
     """
     real = mask[:, :, None]
-    # Masked out, not multiplied by zero: a padding position may hold NaN. Sums are in float32 at least.
+    # Masked out, not multiplied by zero: a padding position may hold NaN. Sums are in float32 at
+    # least.
     wide = torch.promote_types(hidden.dtype, torch.float32)
     kept = hidden.masked_fill(~real, 0).to(wide)
     count = real.sum(dim=1).to(wide).clamp(min=1e-9)
@@ -57,7 +69,9 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, kinds: Sequence[str]) -> torc
             # Of the last one the place is largest; of the first one the places from the end are.
             order = places if kind == "last" else hidden.shape[1] + 1 - places
             chosen = (order * mask).argmax(dim=1)
-            vector = hidden.gather(1, chosen[:, None, None].expand(-1, 1, hidden.shape[2])).squeeze(1)
+            vector = hidden.gather(1, chosen[:, None, None].expand(-1, 1, hidden.shape[2])).squeeze(
+                1
+            )
         found.append(vector.to(hidden.dtype))
     return torch.cat(found, dim=1)
 
@@ -67,7 +81,8 @@ class Embedder(torch.nn.Module):
 
     Args:
         transformer: The model.
-        layers: Kind and arguments of each layer, in order; JSON only, see ``_LAYERS``. Exactly one is a pooling.
+        layers: Kind and arguments of each layer, in order; JSON only, see ``_LAYERS``. Exactly one
+            is a pooling.
 
     Raises:
         StructureError: A layer is unknown.
@@ -95,7 +110,8 @@ class Embedder(torch.nn.Module):
 
         Args:
             input_ids: Shape (rows, longest).
-            pooling_mask: 1 for tokens that are pooled, 0 for padding, and for prompts where they do not count.
+            pooling_mask: 1 for tokens that are pooled, 0 for padding, and for prompts where they do
+                not count.
             attention_mask: For the model, if it takes one.
             token_type_ids: For the model, if it takes them.
         """
@@ -104,7 +120,9 @@ class Embedder(torch.nn.Module):
         vectors = self.transformer(input_ids=input_ids, **given)[0]
         mask = pooling_mask.bool()
         for layer in self.layers:
-            vectors = pool(vectors, mask, layer.kinds) if isinstance(layer, _Pooling) else layer(vectors)
+            vectors = (
+                pool(vectors, mask, layer.kinds) if isinstance(layer, _Pooling) else layer(vectors)
+            )
         return {"sentence_embedding": vectors}
 
 
@@ -117,7 +135,9 @@ class _Pooling(torch.nn.Module):
 
 
 class _Dense(torch.nn.Module):
-    def __init__(self, size: int, new_size: int, bias: bool, activation: str, residual: bool) -> None:
+    def __init__(
+        self, size: int, new_size: int, bias: bool, activation: str, residual: bool
+    ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation}")
@@ -163,4 +183,6 @@ def _layer(described: Mapping[str, Any]) -> torch.nn.Module:
     try:
         return _LAYERS[arguments.pop("kind")](**arguments)
     except (KeyError, TypeError, ValueError) as error:
-        raise StructureError("A layer of the model is unknown", where=f"layers, {described}", found=error) from error
+        raise StructureError(
+            "A layer of the model is unknown", where=f"layers, {described}", found=error
+        ) from error

@@ -1,4 +1,7 @@
-"""Runs the rebuilt module behind the engine's seam: arrays become tensors where it is, and what it returns arrays."""
+"""Runs the rebuilt module behind the engine's seam.
+
+Arrays become tensors where it is, and what it returns arrays.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ class ModuleEngine:
         device: Where it is.
         dtype: Its serving dtype.
         weights: Files that its tensors are mapped from.
-        compile: Run ``forward`` through ``torch.compile``, which takes a minute at first and rounds differently.
-            ``generate`` runs as it is.
+        compile: Run ``forward`` through ``torch.compile``, which takes a minute at first and rounds
+            differently. ``generate`` runs as it is.
 
     Raises:
         PlacementError: There is no compiler.
@@ -76,7 +79,9 @@ class ModuleEngine:
 
         require_unchanged(self._weights)
         require_usable(self.device)
-        view = _with_settings(self.module, {**settings, "return_dict_in_generate": True, "output_logits": keep_logits})
+        view = _with_settings(
+            self.module, {**settings, "return_dict_in_generate": True, "output_logits": keep_logits}
+        )
         with torch.inference_mode(), exact_products(self.device):
             found = view.generate(
                 **tensors_of(inputs, self.device, self.dtype),
@@ -88,14 +93,18 @@ class ModuleEngine:
             return arrays_of({"sequences": found.sequences, **kept})
 
 
-def tensors_of(inputs: Mapping[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def tensors_of(
+    inputs: Mapping[str, np.ndarray], device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """Inputs as ``forward`` takes them: on its device, floating point numbers in the serving dtype.
 
-    Copies, always: a forward may write to its input, and where a tensor begins in memory decides on the last bits of
-    some kernels. Numpy aligns to 16 bytes, torch to 64.
+    Copies, always: a forward may write to its input, and where a tensor begins in memory decides on
+    the last bits of some kernels. Numpy aligns to 16 bytes, torch to 64.
     """
     made = {name: torch.tensor(array) for name, array in inputs.items()}
-    return {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in made.items()}
+    return {
+        name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in made.items()
+    }
 
 
 def arrays_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -103,7 +112,10 @@ def arrays_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     found = {}
     for name, tensor in tensors.items():
         array = array_of(tensor)
-        if tensor.device.type == "cpu" and tensor.data_ptr() == array.__array_interface__["data"][0]:
+        if (
+            tensor.device.type == "cpu"
+            and tensor.data_ptr() == array.__array_interface__["data"][0]
+        ):
             if tensor.is_inference():  # made in that forward, which may keep it or return it twice
                 array.flags.writeable = False
             else:  # a weight, an input, or a part of one
@@ -135,11 +147,13 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 def _with_settings(module: torch.nn.Module, settings: Mapping[str, Any]) -> Any:
     """The same module, parameters and all, with another generation config.
 
-    Whatever a config given to ``generate`` leaves open, transformers takes from the module's own; and that one is
-    not rebuilt with the module. A copy for each call also keeps what ``generate`` leaves behind on its module from
-    the calls of other threads.
+    Whatever a config given to ``generate`` leaves open, transformers takes from the module's own;
+    and that one is not rebuilt with the module. A copy for each call also keeps what ``generate``
+    leaves behind on its module from the calls of other threads.
     """
-    if getattr(module, "generation_config", None) is None or not callable(getattr(module, "generate", None)):
+    if getattr(module, "generation_config", None) is None or not callable(
+        getattr(module, "generate", None)
+    ):
         raise StructureError(
             "The model cannot write text",
             where=type(module).__name__,
@@ -154,7 +168,9 @@ def _with_settings(module: torch.nn.Module, settings: Mapping[str, Any]) -> Any:
 
 
 def _compiled(module: torch.nn.Module) -> Callable[..., Any]:
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name):
+    if not any(
+        shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name
+    ):
         raise PlacementError(
             "compile needs a C++ compiler, and this machine has none",
             where="compile",
@@ -167,10 +183,12 @@ def _compiled(module: torch.nn.Module) -> Callable[..., Any]:
 
 
 def named_tensors(outputs: Any) -> dict[str, torch.Tensor]:
-    """Flatten the result of a forward to tensors by name: ``logits``, ``output_0``, ``aux_h``, ``output_1_0`` ….
+    """Flatten the result of a forward to tensors by name.
 
-    Tuples, lists, dicts, named tuples and dataclasses may be nested; numbers become tensors, None is left out. So are
-    the caches of a transformers model, which only its next step could read.
+    ``logits``, ``output_0``, ``aux_h``, ``output_1_0`` ….
+
+    Tuples, lists, dicts, named tuples and dataclasses may be nested; numbers become tensors, None
+    is left out. So are the caches of a transformers model, which only its next step could read.
 
     Raises:
         StructureError: A part is none of these, or two parts have the same name; names its path.
@@ -179,7 +197,11 @@ def named_tensors(outputs: Any) -> dict[str, torch.Tensor]:
         return {"output_0": outputs}
     if not (parts := _parts(outputs)) and not isinstance(outputs, (tuple, list, Mapping)):
         raise _no_tensor(type(outputs).__name__, outputs)
-    names = {} if isinstance(outputs, Mapping) or _fields(outputs) else {k: f"output_{k}" for k in parts}
+    names = (
+        {}
+        if isinstance(outputs, Mapping) or _fields(outputs)
+        else {k: f"output_{k}" for k in parts}
+    )
     found: dict[str, torch.Tensor] = {}
     for key, value in parts.items():
         _flatten(names.get(key, str(key)), value, found)
@@ -218,7 +240,10 @@ def _parts(value: Any) -> dict[Any, Any]:
 
 
 def _fields(value: Any) -> tuple[str, ...]:
-    """Names of the parts of a named tuple or dataclass; a transformers ModelOutput, which is both, is a dict."""
+    """Names of the parts of a named tuple or dataclass.
+
+    A transformers ModelOutput, which is both, is a dict.
+    """
     if isinstance(value, (Mapping, type)):
         return ()
     if dataclasses.is_dataclass(value):
@@ -230,7 +255,8 @@ def _no_tensor(path: str, value: Any) -> StructureError:
     return StructureError(
         "The module's forward returns something that is no tensor",
         where=f"output of forward, {path}",
-        wanted="tensors and numbers, also in nested tuples, lists, dicts, named tuples and dataclasses",
+        wanted="tensors and numbers, also in nested tuples, lists, dicts, named tuples and "
+        "dataclasses",
         found=type(value).__name__,
         hint="return tensors alone, or wrap the module in one whose forward does",
     )

@@ -26,15 +26,29 @@ NOTHING: Any = _Nothing()
 
 
 def is_object(value: Any) -> bool:
-    """An instance with attributes of its own; one of C++ or Rust may have a place for them, and nothing there."""
-    others = (type, types.FunctionType, types.ModuleType, types.BuiltinFunctionType, enum.Enum, np.ndarray)
-    return bool(getattr(value, "__dict__", None)) and not isinstance(value, (*others, set, frozenset))
+    """An instance with attributes of its own.
+
+    One of C++ or Rust may have a place for them, and nothing there.
+    """
+    others = (
+        type,
+        types.FunctionType,
+        types.ModuleType,
+        types.BuiltinFunctionType,
+        enum.Enum,
+        np.ndarray,
+    )
+    return bool(getattr(value, "__dict__", None)) and not isinstance(
+        value, (*others, set, frozenset)
+    )
 
 
 def equal(given: Any, built: Any) -> bool:
     """Whether two values are the same, as far as they can be compared."""
     if isinstance(given, np.ndarray) or isinstance(built, np.ndarray):
-        return np.array_equal(given, built, equal_nan=given.dtype.kind in "fc" if hasattr(given, "dtype") else False)
+        return np.array_equal(
+            given, built, equal_nan=given.dtype.kind in "fc" if hasattr(given, "dtype") else False
+        )
     if isinstance(given, type) and isinstance(built, type):
         return name_of(given) == name_of(built)
     try:

@@ -14,8 +14,8 @@ from mlflow_safeflavor.module.slots import UNKNOWN, find_places, find_slots, sha
 __all__ = ["NOT_GIVEN_BACK", "fill", "realise"]
 
 NOT_GIVEN_BACK = (
-    "save the model again; where this comes back, its constructor depends on more than its arguments: "
-    "allow_pickle=True or graph='only' does without it"
+    "save the model again; where this comes back, its constructor depends on more than its "
+    "arguments: allow_pickle=True or graph='only' does without it"
 )
 """What to do where a constructor makes something else now than when the model was saved."""
 
@@ -23,7 +23,8 @@ NOT_GIVEN_BACK = (
 def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, torch.Tensor]) -> None:
     """Put the stored tensors into the module, by assignment.
 
-    Each alias group becomes one object again, and whatever the constructor had put there is dropped.
+    Each alias group becomes one object again, and whatever the constructor had put there is
+    dropped.
 
     Raises:
         WeightsError: The module has other places for tensors than the inventory lists.
@@ -31,19 +32,27 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
     place = find_places(module)
     for path, row in inventory.rows.items():
         if row.kind == "attribute" and row.stride is None and (put := place(path)):
-            put(torch.empty(row.shape, device="meta"))  # a place for what a forward pass had left there
+            # a place for what a forward pass had left there
+            put(torch.empty(row.shape, device="meta"))
     slots = {slot.path: slot for slot in find_slots(module)}
     wanted = {path: row.shape for path, row in inventory.rows.items() if row.kind != "hidden"}
     found = {path: shape_of(slot.tensor) for path, slot in slots.items()}
     # A lazy module waits for any shape, and is an ordinary one with its next forward.
-    found |= {path: wanted[path] for path, shape in found.items() if shape == UNKNOWN and path in wanted}
-    # Shapes too, before anything works on them: a view with a stride of 0 is of any size and costs nothing.
-    for path in sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path)):
+    found |= {
+        path: wanted[path] for path, shape in found.items() if shape == UNKNOWN and path in wanted
+    }
+    # Shapes too, before anything works on them: a view with a stride of 0 is of any size and costs
+    # nothing.
+    for path in sorted(
+        path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path)
+    ):
         raise WeightsError(
             "The rebuilt module has other tensors than the saved one",
             where=path,
             wanted=describe_row(inventory.rows.get(path)),
-            found=f"{slots[path].kind} {list(shape_of(slots[path].tensor))}" if path in slots else "no such tensor",
+            found=f"{slots[path].kind} {list(shape_of(slots[path].tensor))}"
+            if path in slots
+            else "no such tensor",
             hint=NOT_GIVEN_BACK,
         )
     tensors = realise(inventory, values)
@@ -66,5 +75,7 @@ def realise(inventory: Inventory, values: Mapping[str, torch.Tensor]) -> dict[st
 def _look_at(value: torch.Tensor, row: Row) -> torch.Tensor:
     if row.stride is not None or row.shape != tuple(value.shape):
         stride = row.stride or contiguous_stride(row.shape)
-        value = torch.as_strided(value.reshape(-1), row.shape, stride, value.storage_offset() + row.offset)
+        value = torch.as_strided(
+            value.reshape(-1), row.shape, stride, value.storage_offset() + row.offset
+        )
     return torch.nn.Parameter(value, requires_grad=False) if row.parameter else value

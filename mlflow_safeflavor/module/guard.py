@@ -1,10 +1,14 @@
-"""What may happen while something is built: no artifact steers a library to a network, a file or a process.
+"""What may happen while something is built.
 
-Python reports such things to audit hooks, whatever library does them. There is one hook in a process, and it looks only
-at threads that build. It is no jail: code that somebody agreed to run can get around it, and what a library does
-without Python goes unseen. It keeps configs from steering installed code.
+No artifact steers a library to a network, a file or a process.
 
-Nothing of this package is imported at the top, since ``save/rehearsal_program.py`` runs this file by its path.
+Python reports such things to audit hooks, whatever library does them. There is one hook in a
+process, and it looks only at threads that build. It is no jail: code that somebody agreed to run
+can get around it, and what a library does without Python goes unseen. It keeps configs from
+steering installed code.
+
+Nothing of this package is imported at the top, since ``save/rehearsal_program.py`` runs this file
+by its path.
 """
 
 from __future__ import annotations
@@ -24,8 +28,26 @@ __all__ = ["Guard", "guard_process", "guarded"]
 # --- what is refused -----------------------------------------------------------------------------
 
 _SYSTEM = (
-    *("/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/sbin", "/sys", "/usr", "/Library", "/System"),
-    *("/dev/null", "/dev/random", "/dev/urandom", "/etc/localtime", "/etc/mime.types", "/etc/os-release"),
+    *(
+        "/bin",
+        "/lib",
+        "/lib32",
+        "/lib64",
+        "/nix/store",
+        "/sbin",
+        "/sys",
+        "/usr",
+        "/Library",
+        "/System",
+    ),
+    *(
+        "/dev/null",
+        "/dev/random",
+        "/dev/urandom",
+        "/etc/localtime",
+        "/etc/mime.types",
+        "/etc/os-release",
+    ),
     *("/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/sys", "/proc/version"),
     os.environ.get("SYSTEMROOT", "/usr"),
 )
@@ -37,12 +59,16 @@ _METADATA = (".dist-info", ".egg-info")
 _NETWORK = {
     "socket.connect": "opened a connection to {1}",
     **dict.fromkeys(("socket.sendmsg", "socket.sendto"), "sent to {1}"),
-    **dict.fromkeys(("socket.getaddrinfo", "socket.gethostbyaddr", "socket.gethostbyname"), "looked up {0}"),
+    **dict.fromkeys(
+        ("socket.getaddrinfo", "socket.gethostbyaddr", "socket.gethostbyname"), "looked up {0}"
+    ),
     "socket.getnameinfo": "looked up {0}",
 }
 _OTHERS = {
     "socket.bind": "waits for connections at {1}",
-    **dict.fromkeys(("os.exec", "os.posix_spawn", "os.startfile", "os.system", "pty.spawn"), "started {0!r}"),
+    **dict.fromkeys(
+        ("os.exec", "os.posix_spawn", "os.startfile", "os.system", "pty.spawn"), "started {0!r}"
+    ),
     **dict.fromkeys(("os.spawn", "subprocess.Popen"), "started {1!r}"),
     **dict.fromkeys(("os.fork", "os.forkpty"), "started a process"),
     **dict.fromkeys(("os.kill", "os.killpg"), "sent a signal to {0}"),
@@ -54,7 +80,9 @@ _HARMLESS = ("ninja", ["ninja", "--version"], None, None)
 """RWKV of transformers starts this while it is built, to find out whether there is a compiler."""
 
 _CHANGES = {
-    **dict.fromkeys(("os.chflags", "os.chmod", "os.chown", "os.removexattr", "os.setxattr", "os.truncate"), 1),
+    **dict.fromkeys(
+        ("os.chflags", "os.chmod", "os.chown", "os.removexattr", "os.setxattr", "os.truncate"), 1
+    ),
     **dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.utime", "sqlite3.connect"), 1),
     **dict.fromkeys(("os.link", "os.rename", "os.symlink"), 2),
 }
@@ -71,8 +99,8 @@ _OURS = ("mlflow_safeflavor", "__main__")
 class Guard:
     """Looks at one event after the other, and refuses it with a ``PermissionError``.
 
-    An installed library may do as it likes while it is imported, short of a connection: what it does then was decided
-    by whoever installed it.
+    An installed library may do as it likes while it is imported, short of a connection: what it
+    does then was decided by whoever installed it.
 
     Args:
         own: Folders that may be read beside what is installed.
@@ -85,10 +113,15 @@ class Guard:
     """
 
     def __init__(
-        self, *own: str | os.PathLike[str], writable: Sequence[str] = (), allowed: Collection[str] = ()
+        self,
+        *own: str | os.PathLike[str],
+        writable: Sequence[str] = (),
+        allowed: Collection[str] = (),
     ) -> None:
         # The user's own, and where Spark and others put theirs.
-        self._installed = _installed(tuple(path for path in sys.path if path.rstrip("/\\").endswith("-packages")))
+        self._installed = _installed(
+            tuple(path for path in sys.path if path.rstrip("/\\").endswith("-packages"))
+        )
         self._readable = (*_folders(*own), *self._installed)
         self._writable = _folders(os.devnull, *writable)
         self._allowed = frozenset(allowed)
@@ -123,7 +156,8 @@ class Guard:
             self._refuse(f"read {_path(path)}, which is no part of the model")
 
     def _look_at_change(self, path: Any) -> None:
-        if isinstance(path, int) or path in (":memory:", b":memory:"):  # what is open was looked at then
+        # what is open was looked at then
+        if isinstance(path, int) or path in (":memory:", b":memory:"):
             return
         if not _is_below(_path(path), self._writable):
             self._refuse(f"wrote {_path(path)}")
@@ -138,10 +172,14 @@ class Guard:
             return True
         if folder == f"/proc/{os.getpid()}":
             return name in _OF_THE_PROCESS
-        # A package that is imported from elsewhere, such as an editable install. Links are followed for none of
-        # these thousands, which would take half a second.
+        # A package that is imported from elsewhere, such as an editable install. Links are followed
+        # for none of these thousands, which would take half a second.
         modules = [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]
-        places = [place for module in modules for place in (*module.get("__path__", ()), module.get("__file__"))]
+        places = [
+            place
+            for module in modules
+            for place in (*module.get("__path__", ()), module.get("__file__"))
+        ]
         folders = tuple(os.path.join(place, "") for place in places if isinstance(place, str))
         return _is_below(path, folders) or _is_below(real, folders)
 
@@ -157,9 +195,15 @@ class Guard:
             frame = frame.f_back
         if frame is not None and frame.f_code.co_filename in _IMPORT_SYSTEM:
             return True
-        # Up to where the building began: all this may have been called while another module is imported.
-        while frame not in (None, self.began) and str(frame.f_globals.get("__name__")).partition(".")[0] not in _OURS:
-            if frame.f_code.co_name == "<module>" and _is_below(frame.f_code.co_filename, self._installed):
+        # Up to where the building began: all this may have been called while another module is
+        # imported.
+        while (
+            frame not in (None, self.began)
+            and str(frame.f_globals.get("__name__")).partition(".")[0] not in _OURS
+        ):
+            if frame.f_code.co_name == "<module>" and _is_below(
+                frame.f_code.co_filename, self._installed
+            ):
                 return True
             frame = frame.f_back
         return False
@@ -167,7 +211,10 @@ class Guard:
 
 @cache
 def _installed(sites: tuple[str, ...]) -> tuple[str, ...]:
-    """Folders of what is installed, as ``_is_below`` wants them; remembered, as following their links takes a while."""
+    """Folders of what is installed, as ``_is_below`` wants them.
+
+    Remembered, as following their links takes a while.
+    """
     prefixes = (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)
     libraries = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))
     return _folders(*_SYSTEM, *prefixes, *libraries, *sites)
@@ -176,7 +223,13 @@ def _installed(sites: tuple[str, ...]) -> tuple[str, ...]:
 def _folders(*paths: str | os.PathLike[str] | None) -> tuple[str, ...]:
     """Each path, and where its links lead, as ``_is_below`` wants them."""
     given = [os.fspath(path) for path in paths if path]
-    return tuple({os.path.join(way(path), "") for path in given for way in (os.path.abspath, os.path.realpath)})
+    return tuple(
+        {
+            os.path.join(way(path), "")
+            for path in given
+            for way in (os.path.abspath, os.path.realpath)
+        }
+    )
 
 
 def _path(path: Any) -> str:
@@ -192,7 +245,10 @@ def _is_below(path: str, folders: tuple[str, ...]) -> bool:
 # --- who is looked at ----------------------------------------------------------------------------
 
 _guards: dict[int, Guard] = {}
-"""Thread → what looks at it. The hook can never be taken out again, so it costs next to nothing while this is empty."""
+"""Thread → what looks at it.
+
+The hook can never be taken out again, so it costs next to nothing while this is empty.
+"""
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
@@ -243,7 +299,8 @@ def guarded(*own: str | os.PathLike[str], unpickles: bool = False) -> Iterator[N
             where=", ".join(map(str, own)),
             wanted="nothing but the files of the model and of installed packages",
             found="it " + "; it ".join(dict.fromkeys(guard.refused)),
-            hint="if you did not save this model, do not use it; if you did, take this out of what it runs when "
+            hint="if you did not save this model, do not use it; if you did, take this out of "
+            "what it runs when "
             'it is built, or save it with graph="only", which builds nothing',
         ) from cause
 
@@ -277,7 +334,9 @@ def _watch(thread: int, guard: Guard | None) -> None:
 
 
 def _follow_threads() -> Callable[[], None]:
-    """Let a thread that a guarded one starts be guarded, too. Python before 3.12 has no event for it.
+    """Let a thread that a guarded one starts be guarded, too.
+
+    Python before 3.12 has no event for it.
 
     Returns:
         What puts ``threading.Thread.start`` back.

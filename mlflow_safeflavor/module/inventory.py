@@ -1,4 +1,6 @@
-"""Inventory of every tensor a module holds: where it is, what it is, and what it shares memory with.
+"""Inventory of every tensor a module holds.
+
+Where it is, what it is, and what it shares memory with.
 
 Three records describe a module's memory:
 
@@ -6,7 +8,8 @@ Three records describe a module's memory:
 * a ``Row`` says what must be in that place: kind, dtype, shape, and which data it looks at;
 * a ``Data`` entry is one run of values in a safetensors file, with its SHA-256.
 
-Rows that look at the same data are one alias group: tied weights, declared or not, views of one buffer.
+Rows that look at the same data are one alias group: tied weights, declared or not, views of one
+buffer.
 """
 
 from __future__ import annotations
@@ -37,8 +40,8 @@ def take_inventory(
         dtypes: Path → dtype to store it in, where that is another than the tensor's own.
 
     Returns:
-        The inventory, without files and digests, and data name → dense tensor on its present device.
-        Values are views of the module's memory where no cast or copy is needed.
+        The inventory, without files and digests, and data name → dense tensor on its present
+        device. Values are views of the module's memory where no cast or copy is needed.
 
     Raises:
         StructureError: Tensors share memory but differ in dtype.
@@ -74,8 +77,9 @@ def _storage_groups(slots: Sequence[Slot]) -> list[list[Slot]]:
     """Slots that share memory, together."""
     groups: dict[object, list[Slot]] = {}
     for slot in slots:
-        # No memory, nothing shared: except for the very same object, which may stand in two places. A tensor
-        # without elements has an address nevertheless, in a mapped file that of the next tensor.
+        # No memory, nothing shared: except for the very same object, which may stand in two places.
+        # A tensor without elements has an address nevertheless, in a mapped file that of the next
+        # tensor.
         none = slot.tensor.is_meta or not slot.tensor.numel()
         pointer = 0 if none else slot.tensor.untyped_storage().data_ptr()
         key = (slot.tensor.device, pointer) if pointer else id(slot.tensor)
@@ -85,7 +89,9 @@ def _storage_groups(slots: Sequence[Slot]) -> list[list[Slot]]:
 
 def _view(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     """Where a tensor lies in its storage; strides of dimensions of size one mean nothing."""
-    stride = tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    stride = tuple(
+        0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return int(tensor.storage_offset()), tuple(tensor.shape), stride
 
 
@@ -95,7 +101,9 @@ def _dense_values(group: Sequence[Slot]) -> tuple[int, torch.Tensor, bool]:
     If not, each tensor is a view of the values by its own shape, stride and offset.
     """
     first = group[0].tensor.detach()
-    if len({_view(slot.tensor) for slot in group}) == 1 and (first.is_contiguous() or not _is_dense(first)):
+    if len({_view(slot.tensor) for slot in group}) == 1 and (
+        first.is_contiguous() or not _is_dense(first)
+    ):
         return int(first.storage_offset()), first.contiguous(), True
     start = min(int(slot.tensor.storage_offset()) for slot in group)
     stop = max(_last_offset(slot.tensor) for slot in group) + 1
@@ -108,7 +116,10 @@ def _last_offset(tensor: torch.Tensor) -> int:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """A permutation of a contiguous tensor: its memory order is kept, as kernels may depend on it."""
+    """A permutation of a contiguous tensor.
+
+    Its memory order is kept, as kernels may depend on it.
+    """
     return _last_offset(tensor) - tensor.storage_offset() + 1 == tensor.numel()
 
 
@@ -134,10 +145,17 @@ def find_differences(
         inventory: What was saved.
         hidden: Path → tensor that only a pickle reaches. Tensors of the module may be views of one.
     """
-    slots = [*find_slots(module), *(hidden_slot(path, tensor) for path, tensor in (hidden or {}).items())]
+    slots = [
+        *find_slots(module),
+        *(hidden_slot(path, tensor) for path, tensor in (hidden or {}).items()),
+    ]
     found, _ = take_inventory([slot for slot in slots if not slot.tensor.is_meta])
     meta = set(find_meta(slots))
-    recorded = {path: row for path, row in inventory.rows.items() if row.kind != "hidden" or path in (hidden or {})}
+    recorded = {
+        path: row
+        for path, row in inventory.rows.items()
+        if row.kind != "hidden" or path in (hidden or {})
+    }
     for path in sorted(found.rows.keys() | recorded.keys() | meta):
         row, wanted = found.rows.get(path), recorded.get(path)
         if path in meta:
@@ -157,4 +175,7 @@ def describe_row(row: Row | None) -> str:
     if row is None:
         return "no such tensor"
     layout = "" if row.stride is None else f" stride {list(row.stride)} offset {row.offset}"
-    return f"{'' if row.persistent else 'non-persistent '}{row.kind} {row.dtype}{list(row.shape)}{layout}"
+    return (
+        f"{'' if row.persistent else 'non-persistent '}{row.kind} "
+        f"{row.dtype}{list(row.shape)}{layout}"
+    )

@@ -1,4 +1,7 @@
-"""What is the caller's and stays as it was: the module that was handed over, and with it the random states."""
+"""What is the caller's and stays as it was.
+
+The module that was handed over, and with it the random states.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,10 @@ __all__ = ["kept_module", "kept_parameters"]
 def kept_module(module: torch.nn.Module) -> Iterator[None]:
     """Whatever a forward or a hook does to the module, afterwards everything but its parameters is as it was.
 
-    That is what its submodules hold under which name (tensors, hooks, modes, plain attributes), the contents of lists,
-    dicts, sets, configs and dataclasses there, the values of tensors that are no parameters, and which parameters
-    require gradients; and the random states. See ``kept_parameters`` for the rest.
+    That is what its submodules hold under which name (tensors, hooks, modes, plain attributes), the
+    contents of lists, dicts, sets, configs and dataclasses there, the values of tensors that are no
+    parameters, and which parameters require gradients; and the random states. See
+    ``kept_parameters`` for the rest.
     """
     found = _Found()
     found.look_at(module)
@@ -34,18 +38,29 @@ def kept_module(module: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def kept_parameters(module: torch.nn.Module, stored: Callable[[], Mapping[str, torch.Tensor]]) -> Iterator[None]:
-    """Afterwards the values of parameters are as they were, too. A forward hardly ever writes to them.
+def kept_parameters(
+    module: torch.nn.Module, stored: Callable[[], Mapping[str, torch.Tensor]]
+) -> Iterator[None]:
+    """Afterwards the values of parameters are as they were, too.
+
+    A forward hardly ever writes to them.
 
     Args:
-        module: Its parameters are not copied; torch counts the writes, other than those through ``.data``.
+        module: Its parameters are not copied; torch counts the writes, other than those through
+            ``.data``.
         stored: Called where there were any; the values by path.
     """
-    versions = {path: (one, one._version) for path, one in module.named_parameters() if not one.is_inference()}
+    versions = {
+        path: (one, one._version)
+        for path, one in module.named_parameters()
+        if not one.is_inference()
+    }
     try:
         yield
     finally:
-        written = {path: one for path, (one, version) in versions.items() if one._version != version}
+        written = {
+            path: one for path, (one, version) in versions.items() if one._version != version
+        }
         values = stored() if written else {}
         for path, one in written.items():
             _write(one, values[path])
@@ -89,7 +104,9 @@ class _Found:
         for container, before in self._contents:
             if not _holds(container, before):
                 container.clear()
-                container.extend(before) if isinstance(container, (list, deque)) else container.update(before)
+                container.extend(before) if isinstance(
+                    container, (list, deque)
+                ) else container.update(before)
         for tensor, value in self._values:
             if not bits_equal(tensor, value):
                 _write(tensor, value)
@@ -107,7 +124,11 @@ def _has_values(tensor: torch.Tensor) -> bool:
 def _is_record(value: Any) -> bool:
     """Whether its attributes are data: a dataclass, or a config of transformers."""
     kind = type(value)
-    return hasattr(value, "__dict__") and kind is not type and (is_dataclass(kind) or hasattr(kind, "to_dict"))
+    return (
+        hasattr(value, "__dict__")
+        and kind is not type
+        and (is_dataclass(kind) or hasattr(kind, "to_dict"))
+    )
 
 
 def _holds(container: Any, before: Any) -> bool:
@@ -121,6 +142,7 @@ def _holds(container: Any, before: Any) -> bool:
 
 
 def _write(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    # An expanded view cannot be written to, not by a forward either: what it looks at is written in its own turn.
+    # An expanded view cannot be written to, not by a forward either: what it looks at is written in
+    # its own turn.
     with torch.inference_mode(), suppress(RuntimeError):
         tensor.copy_(value)

@@ -1,7 +1,8 @@
 """Modules of ``torch.nn`` alone, as a tree of classes and plain arguments that anybody may build.
 
-A class of ``torch.nn`` notes each argument of its constructor under the same name, but for those of ``_ELSEWHERE``. So
-a ``Sequential`` or an ``LSTM`` is told by looking at it, and needs neither code nor agreement to come back.
+A class of ``torch.nn`` notes each argument of its constructor under the same name, but for those of
+``_ELSEWHERE``. So a ``Sequential`` or an ``LSTM`` is told by looking at it, and needs neither code
+nor agreement to come back.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def describe_layers(module: nn.Module) -> Node | None:
-    """How a module of ``torch.nn`` is made, JSON only; None where a class is not of ``torch.nn`` or holds other things.
+    """How a module of ``torch.nn`` is made, JSON only.
 
-    What was changed after a module was made is not in there: compare what ``make_layers`` makes of it.
+    None where a class is not of ``torch.nn`` or holds other things.
+
+    What was changed after a module was made is not in there: compare what ``make_layers`` makes of
+    it.
     """
     try:
         return _describe(module, "", {})
@@ -37,11 +41,18 @@ def describe_layers(module: nn.Module) -> Node | None:
 
 
 def find_foreign(container: nn.Module) -> tuple[str, nn.Module] | None:
-    """Path and module of the first in a container of ``torch.nn`` that is of another class; None for what is none."""
+    """Path and module of the first in a container of ``torch.nn`` that is of another class.
+
+    None for what is none.
+    """
     if type(container) not in _CONTAINERS:
         return None
     return next(
-        (found for found in container.named_modules() if _class_named(type(found[1]).__name__) is not type(found[1])),
+        (
+            found
+            for found in container.named_modules()
+            if _class_named(type(found[1]).__name__) is not type(found[1])
+        ),
         None,
     )
 
@@ -87,7 +98,11 @@ def _is_plain(value: Any) -> bool:
 def _class_named(name: str) -> Any:
     """A class of ``torch.nn`` that is made by its arguments alone; a lazy one is not."""
     cls = getattr(nn, name, None)
-    ours = isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__.startswith("torch.nn.modules.")
+    ours = (
+        isinstance(cls, type)
+        and issubclass(cls, nn.Module)
+        and cls.__module__.startswith("torch.nn.modules.")
+    )
     return cls if ours and cls is not nn.Module and not hasattr(cls, "cls_to_become") else None
 
 
@@ -102,8 +117,19 @@ def _parameters(cls: type[Any]) -> Mapping[str, Any]:
         found = inspect.signature(base.__init__).parameters  # type: ignore[misc]
         if all(parameter.kind is not parameter.VAR_POSITIONAL for parameter in found.values()):
             break  # LSTM hands all on to its base, which also gets to know its "mode"
-    fixed = ("self", "device", "dtype", "args", "kwargs", *(("mode",) if issubclass(cls, nn.RNNBase) else ()))
-    known = {name: one.default for name, one in found.items() if not name.startswith("_") and name not in fixed}
+    fixed = (
+        "self",
+        "device",
+        "dtype",
+        "args",
+        "kwargs",
+        *(("mode",) if issubclass(cls, nn.RNNBase) else ()),
+    )
+    known = {
+        name: one.default
+        for name, one in found.items()
+        if not name.startswith("_") and name not in fixed
+    }
     return known | {name: known.get(name, _NOWHERE) for name in _ELSEWHERE.get(cls, {})}
 
 
@@ -123,7 +149,9 @@ _BLOCK: dict[str, Callable[[Any], Any]] = {
     "nhead": lambda block: block.self_attn.num_heads,
     "dim_feedforward": lambda block: block.linear1.out_features,
     "dropout": lambda block: block.dropout.p,
-    "activation": lambda block: next((n for f, n in _NAMED if f is block.activation), block.activation),
+    "activation": lambda block: next(
+        (n for f, n in _NAMED if f is block.activation), block.activation
+    ),
     "layer_norm_eps": lambda block: block.norm1.eps,
     "batch_first": lambda block: block.self_attn.batch_first,
     "bias": lambda block: block.linear1.bias is not None,
@@ -138,7 +166,8 @@ _ELSEWHERE: dict[type, dict[str, Callable[[Any], Any]]] = {
     nn.TransformerDecoderLayer: _BLOCK,
     nn.TransformerEncoder: {
         "encoder_layer": lambda encoder: encoder.layers[0],
-        "enable_nested_tensor": lambda encoder: encoder.use_nested_tensor,  # what came of it, without the warning
+        # what came of it, without the warning
+        "enable_nested_tensor": lambda encoder: encoder.use_nested_tensor,
     },
     nn.TransformerDecoder: {"decoder_layer": lambda decoder: decoder.layers[0]},
     nn.Transformer: {
@@ -155,18 +184,29 @@ _ELSEWHERE: dict[type, dict[str, Callable[[Any], Any]]] = {
 
 
 def is_tree(node: Any) -> bool:
-    """Whether this is what ``describe_layers`` returns: known classes, their own arguments, plain values."""
-    if not isinstance(node, dict) or node.keys() not in ({"same"}, {"class", "arguments", "modules"}):
+    """Whether this is what ``describe_layers`` returns.
+
+    Known classes, their own arguments, plain values.
+    """
+    if not isinstance(node, dict) or node.keys() not in (
+        {"same"},
+        {"class", "arguments", "modules"},
+    ):
         return False
     if "same" in node:
         return type(node["same"]) is str
     cls = _class_named(node["class"]) if type(node["class"]) is str else None
     if cls is None or type(node["arguments"]) is not dict or type(node["modules"]) is not list:
         return False
-    if not all(type(pair) is list and len(pair) == 2 and type(pair[0]) is str for pair in node["modules"]):
+    if not all(
+        type(pair) is list and len(pair) == 2 and type(pair[0]) is str for pair in node["modules"]
+    ):
         return False
     children = [child for _, child in node["modules"]]
-    names = {*node["arguments"], *(() if cls in _CONTAINERS else (name for name, _ in node["modules"]))}
+    names = {
+        *node["arguments"],
+        *(() if cls in _CONTAINERS else (name for name, _ in node["modules"])),
+    }
     return (
         names <= _parameters(cls).keys()
         and all(map(_is_plain, node["arguments"].values()))
@@ -186,7 +226,9 @@ def make_layers(node: Mapping[str, Any]) -> nn.Module:
 def _make(node: Mapping[str, Any], path: str, made: dict[str, nn.Module]) -> nn.Module:
     if "same" in node:
         if node["same"] not in made:
-            raise StructureError("A module is shared that is not there", where=path, wanted=node["same"])
+            raise StructureError(
+                "A module is shared that is not there", where=path, wanted=node["same"]
+            )
         return made[node["same"]]
     modules = {
         name: None if child is None else _make(child, f"{path}.{name}".lstrip("."), made)
@@ -198,7 +240,9 @@ def _make(node: Mapping[str, Any], path: str, made: dict[str, nn.Module]) -> nn.
         for name, child in modules.items():
             module.add_module(name, child)
     else:
-        module = cls(**{name: _tuples(value) for name, value in node["arguments"].items()}, **modules)
+        module = cls(
+            **{name: _tuples(value) for name, value in node["arguments"].items()}, **modules
+        )
     return made.setdefault(path, module)
 
 

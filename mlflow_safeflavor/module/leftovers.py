@@ -1,7 +1,9 @@
-"""What a forward leaves behind in a module: rope caches, attention weights that are kept to be looked at, counters.
+"""What a forward leaves behind in a module.
 
-It belongs to the texts that were answered last, so it is not saved: the module is saved as its constructor makes it,
-with the weights of the one that was handed over.
+Rope caches, attention weights that are kept to be looked at, counters.
+
+It belongs to the texts that were answered last, so it is not saved: the module is saved as its
+constructor makes it, with the weights of the one that was handed over.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ Forward = Callable[[torch.nn.Module], None]
 """Runs a module, on the CPU, on inputs as it will be asked."""
 
 
-def written_by_forward(given: torch.nn.Module, make: Callable[[], torch.nn.Module], forward: Forward) -> set[str]:
+def written_by_forward(
+    given: torch.nn.Module, make: Callable[[], torch.nn.Module], forward: Forward
+) -> set[str]:
     """Paths of all plain attributes and unlisted tensors that are others after a forward than before it.
 
-    A forward may write only what is not there yet, or only undo what another one wrote; so one is run on a module
-    as its constructor makes it, with the weights of the given one, and one on a copy of that.
+    A forward may write only what is not there yet, or only undo what another one wrote; so one is
+    run on a module as its constructor makes it, with the weights of the given one, and one on a
+    copy of that.
 
     Args:
         given: It is not run.
@@ -33,13 +38,27 @@ def written_by_forward(given: torch.nn.Module, make: Callable[[], torch.nn.Modul
         forward: What is run. Where it fails, nothing was written.
     """
     new, unused = make(), make()
-    weights = {slot.path: slot.tensor.detach().cpu() for slot in find_slots(given) if slot.persistent}
+    weights = {
+        slot.path: slot.tensor.detach().cpu() for slot in find_slots(given) if slot.persistent
+    }
     _put(new, {path: tensor.clone() for path, tensor in weights.items()})
     # Memory that the constructors left unwritten must be no difference.
-    _put(unused, {slot.path: slot.tensor.detach().clone() for slot in find_slots(new) if not slot.persistent})
+    _put(
+        unused,
+        {
+            slot.path: slot.tensor.detach().clone()
+            for slot in find_slots(new)
+            if not slot.persistent
+        },
+    )
     written = set(_written(new, unused, forward))
-    # RWKV scales its weights and notes that it did: such a note goes with the weights, and neither is made anew.
-    kept = all(bits_equal(slot.tensor, weights[slot.path]) for slot in find_slots(new) if slot.path in weights)
+    # RWKV scales its weights and notes that it did: such a note goes with the weights, and neither
+    # is made anew.
+    kept = all(
+        bits_equal(slot.tensor, weights[slot.path])
+        for slot in find_slots(new)
+        if slot.path in weights
+    )
     return written | _written_again(given, forward) if kept else set()
 
 
@@ -64,7 +83,10 @@ def _written(module: torch.nn.Module, unused: torch.nn.Module, forward: Forward)
 def _copy(module: torch.nn.Module) -> torch.nn.Module:
     """All but its weights, which are shared."""
     slots = find_slots(module)
-    memo = {id(slot.tensor): slot.tensor if slot.persistent else slot.tensor.detach().clone() for slot in slots}
+    memo = {
+        id(slot.tensor): slot.tensor if slot.persistent else slot.tensor.detach().clone()
+        for slot in slots
+    }
     return copy.deepcopy(module, memo).eval()
 
 
@@ -82,11 +104,20 @@ def _within(path: str, outer: str) -> bool:
 
 
 def fresh(given: torch.nn.Module, built: torch.nn.Module, left: Collection[str]) -> torch.nn.Module:
-    """``built``, with all tensors of ``given`` but those that a forward left there. Their memory is shared."""
+    """``built``, with all tensors of ``given`` but those that a forward left there.
+
+    Their memory is shared.
+    """
     slots = find_slots(given)
-    _put(built, {slot.path: slot.tensor for slot in slots if slot.persistent or slot.path not in left})
+    _put(
+        built,
+        {slot.path: slot.tensor for slot in slots if slot.persistent or slot.path not in left},
+    )
     device = next((slot.tensor.device for slot in slots), torch.device("cpu"))
-    _put(built, {slot.path: slot.tensor.to(device) for slot in find_slots(built) if slot.path in left})
+    _put(
+        built,
+        {slot.path: slot.tensor.to(device) for slot in find_slots(built) if slot.path in left},
+    )
     return built
 
 

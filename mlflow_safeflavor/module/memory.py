@@ -1,4 +1,7 @@
-"""What surrounds a constructor: real memory, one at a time, and nothing initialised that is replaced anyway."""
+"""What surrounds a constructor.
+
+Real memory, one at a time, and nothing initialised that is replaced anyway.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +34,11 @@ class _Constructing(TorchFunctionMode):
     One mode, because each costs some microseconds for each of thousands of calls. Modes belong to a
     thread, so other threads see nothing of it.
 
-    * Random initialisers leave their tensor untouched. They arrive as functions of ``torch.nn.init``,
-      of ``transformers.initialization`` and as tensor methods.
-    * Asking for far more memory, or far more tensors and modules, than were stored is refused: a config may say
-      anything of sizes and layers. ``empty`` is looked at afterwards, as memory costs nothing before something is
-      written to it; everything else before it is called.
+    * Random initialisers leave their tensor untouched. They arrive as functions of
+      ``torch.nn.init``, of ``transformers.initialization`` and as tensor methods.
+    * Asking for far more memory, or far more tensors and modules, than were stored is refused: a
+      config may say anything of sizes and layers. ``empty`` is looked at afterwards, as memory
+      costs nothing before something is written to it; everything else before it is called.
     """
 
     _RANDOM = frozenset(
@@ -49,7 +52,8 @@ class _Constructing(TorchFunctionMode):
 
     def __init__(self, inventory: Inventory | None = None) -> None:
         super().__init__()
-        # Generous: stored dtypes are narrower than float32, and constructors make tensors they do not keep.
+        # Generous: stored dtypes are narrower than float32, and constructors make tensors they do
+        # not keep.
         most_bytes = 8 * inventory.nbytes + 2**30 if inventory else sys.maxsize
         self.allowance = Allowance(most_bytes)
         self.most_parts = 10 * len(inventory.rows) + 1000 if inventory else sys.maxsize
@@ -97,14 +101,26 @@ def _too_much(found: str) -> StructureError:
 class _DefaultDtype(TorchFunctionMode):
     """Torch's default dtype for what this thread makes, whatever it is in the process.
 
-    Torch has one for all threads. Where another thread (transformers' loader does this) has changed it for a
-    moment, setting it would spoil that thread's model, and putting it back would keep that moment's value for good.
-    Code that asks for the default dtype still sees the other one; what it then makes is replaced or compared.
+    Torch has one for all threads. Where another thread (transformers' loader does this) has changed
+    it for a moment, setting it would spoil that thread's model, and putting it back would keep that
+    moment's value for good. Code that asks for the default dtype still sees the other one; what it
+    then makes is replaced or compared.
     """
 
     _FACTORIES = frozenset(
         (
-            *("arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn"),
+            *(
+                "arange",
+                "as_tensor",
+                "empty",
+                "eye",
+                "full",
+                "linspace",
+                "logspace",
+                "ones",
+                "rand",
+                "randn",
+            ),
             *("scalar_tensor", "tensor", "zeros"),
         )
     )
@@ -132,9 +148,12 @@ def asks_for_dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _truncates() -> bool:
-    """Whether ``trunc_normal_`` is drawing: since torch 2.13 it draws until every value is within bounds.
+    """Whether ``trunc_normal_`` is drawing.
 
-    On memory that nobody writes it would never end, and it is the one initialiser that no mode sees.
+    Since torch 2.13 it draws until every value is within bounds.
+
+    On memory that nobody writes it would never end, and it is the one initialiser that no mode
+    sees.
     """
     frame: FrameType | None = sys._getframe(2)
     for _ in range(8):  # other modes may stand in between
@@ -148,10 +167,12 @@ _constructing = threading.local()
 
 
 def _mark_initialised(module: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
-    """Count a submodule, and tell transformers that its ``_init_weights`` need not run: half the time of building.
+    """Count a submodule, and tell transformers that its ``_init_weights`` need not run.
 
-    Registered once and for all: torch walks its dict of hooks without a lock, and taking one out again
-    would break whatever another thread is constructing at that moment.
+    Half the time of building.
+
+    Registered once and for all: torch walks its dict of hooks without a lock, and taking one out
+    again would break whatever another thread is constructing at that moment.
     """
     mode: _Constructing | None = getattr(_constructing, "mode", None)
     if child is not None and mode is not None:
@@ -164,7 +185,10 @@ register_module_module_registration_hook(_mark_initialised)
 
 @contextmanager
 def real_memory(
-    dtype: torch.dtype = torch.float32, *, initialise: bool = False, inventory: Inventory | None = None
+    dtype: torch.dtype = torch.float32,
+    *,
+    initialise: bool = False,
+    inventory: Inventory | None = None,
 ) -> Iterator[None]:
     """Constructors inside allocate on the CPU, whatever device context or default is around.
 
@@ -174,8 +198,9 @@ def real_memory(
     Args:
         dtype: Torch's default dtype inside.
         initialise: Run random initialisers, too.
-        inventory: What every tensor will be replaced by. This bounds what may be allocated, initialisers of any
-            kind are skipped, and the default dtype of other threads is left alone.
+        inventory: What every tensor will be replaced by. This bounds what may be allocated,
+            initialisers of any kind are skipped, and the default dtype of other threads is left
+            alone.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_build_lock)

@@ -1,4 +1,6 @@
-"""A module or hook as a pickle that holds no tensor: every tensor is taken out and stays in safetensors.
+"""A module or hook as a pickle that holds no tensor.
+
+Every tensor is taken out and stays in safetensors.
 
 This carries what no constructor call can: classes of notebooks, closures, and models whose
 ``__init__`` reads other checkpoints. Rebuilding calls no ``__init__`` at all.
@@ -42,7 +44,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # no stubs
         return self.numbers[id(thing)]
 
 
-def dump(objects: Mapping[str, Any], slots: Sequence[Slot]) -> tuple[bytes, list[Slot], dict[str, Any]]:
+def dump(
+    objects: Mapping[str, Any], slots: Sequence[Slot]
+) -> tuple[bytes, list[Slot], dict[str, Any]]:
     """Pickle ``objects`` without their tensors.
 
     Args:
@@ -91,9 +95,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load(
-    file: Path, layout: Layout, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], trust: Collection[str]
+    file: Path,
+    layout: Layout,
+    facts: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    trust: Collection[str],
 ) -> dict[str, Any]:
-    """Unpickle with the stored tensors in place. Runs whatever the pickle says: only after agreement.
+    """Unpickle with the stored tensors in place.
+
+    Runs whatever the pickle says: only after agreement.
 
     Args:
         file: The pickle.
@@ -114,7 +124,8 @@ def load(
             where=layout.name_of(file),
             wanted=f"Python {facts.get('python')}",
             found=f"Python {here}",
-            hint="load it with that Python, or save the model with importable classes (code_paths=[…])",
+            hint="load it with that Python, or save the model with importable classes "
+            "(code_paths=[…])",
         )
     try:
         content = layout.read_bytes(file)

@@ -26,7 +26,15 @@ from mlflow_safeflavor.module.fill import fill
 from mlflow_safeflavor.module.inventory import take_inventory
 from mlflow_safeflavor.module.slots import Slot, find_meta, find_slots, some
 
-__all__ = ["dispatch", "dtype_plan", "input_dtype", "islands_of", "maps_files", "place", "resolve_dtype"]
+__all__ = [
+    "dispatch",
+    "dtype_plan",
+    "input_dtype",
+    "islands_of",
+    "maps_files",
+    "place",
+    "resolve_dtype",
+]
 
 
 def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -37,37 +45,54 @@ def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
     """
     text = str(name).removeprefix("torch.")
     if text not in DTYPES:
-        raise PlacementError("Not a serving dtype", where="dtype", wanted=" | ".join(DTYPES), found=repr(name))
+        raise PlacementError(
+            "Not a serving dtype", where="dtype", wanted=" | ".join(DTYPES), found=repr(name)
+        )
     dtype: torch.dtype = getattr(torch, text)
     return dtype
 
 
 def input_dtype(name: str | torch.dtype, slots: Sequence[Slot]) -> torch.dtype:
-    """What floating point inputs must be: the serving dtype, and for "as-is" the widest that any weight has."""
+    """What floating point inputs must be.
+
+    The serving dtype, and for "as-is" the widest that any weight has.
+    """
     if name != AS_IS:
         return resolve_dtype(name)
-    floating = [slot.tensor for slot in slots if slot.tensor.is_floating_point() and slot.tensor.itemsize > 1]
+    floating = [
+        slot.tensor
+        for slot in slots
+        if slot.tensor.is_floating_point() and slot.tensor.itemsize > 1
+    ]
     weights = [tensor for tensor in floating if isinstance(tensor, torch.nn.Parameter)]
     kinds = [tensor.dtype for tensor in weights or floating] or [torch.float32]
     return functools.reduce(torch.promote_types, kinds)
 
 
 def dtype_plan(
-    module: torch.nn.Module, structure: Mapping[str, Any], name: str | torch.dtype, slots: Sequence[Slot]
+    module: torch.nn.Module,
+    structure: Mapping[str, Any],
+    name: str | torch.dtype,
+    slots: Sequence[Slot],
 ) -> dict[str, torch.dtype]:
-    """Path → dtype, for every tensor that a module of this serving dtype holds in another dtype; none for "as-is".
+    """Path → dtype, for every tensor that a module of this serving dtype holds in another dtype.
 
-    As ``from_pretrained(dtype=…)`` decides: the islands that the class keeps in float32 are parameters
-    and persistent buffers (a router's correction bias); everything else takes the dtype that the
-    constructor gives it when ``dtype`` is torch's default: rotary frequencies, for instance, are
-    float32 by their own code. Parameters of other modules than transformers', and persistent buffers
-    where no constructor can be called, are cast, as ``nn.Module.to`` does. Integers and booleans stay.
+    None for "as-is".
+
+    As ``from_pretrained(dtype=…)`` decides: the islands that the class keeps in float32 are
+    parameters and persistent buffers (a router's correction bias); everything else takes the dtype
+    that the constructor gives it when ``dtype`` is torch's default: rotary frequencies, for
+    instance, are float32 by their own code. Parameters of other modules than transformers', and
+    persistent buffers where no constructor can be called, are cast, as ``nn.Module.to`` does.
+    Integers and booleans stay.
     """
     if name == AS_IS:
         return {}
     dtype = resolve_dtype(name)
     floating = [slot for slot in slots if slot.tensor.is_floating_point()]
-    parameters_differ = any(slot.tensor.dtype != dtype for slot in floating if slot.kind == "parameter")
+    parameters_differ = any(
+        slot.tensor.dtype != dtype for slot in floating if slot.kind == "parameter"
+    )
     if not parameters_differ:
         return {}
     islands = islands_of(module, dtype)
@@ -87,11 +112,15 @@ def dtype_plan(
 def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
     if structure["kind"] in ("pickle", "graph"):
         return {}
-    described = {**structure, "config": _with_dtype(structure.get("config"), str(dtype).removeprefix("torch."))}
+    described = {
+        **structure,
+        "config": _with_dtype(structure.get("config"), str(dtype).removeprefix("torch.")),
+    }
     seen = []
     for attempt in range(_TRIES):
         with _Watch(dtype) as watch:
-            # Whoever gets here has agreed to run the class already: it is being saved, or was just loaded.
+            # Whoever gets here has agreed to run the class already: it is being saved, or was just
+            # loaded.
             skeleton = build(described, trust={"code"}, dtype=dtype)
         seen.append({slot.path: slot.tensor.dtype for slot in find_slots(skeleton)})
         if not watch.disturbed:
@@ -102,7 +131,8 @@ def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dic
             "Torch's default dtype kept changing while the model was constructed",
             where=structure["class"],
             wanted=str(dtype),
-            hint="do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, meanwhile",
+            hint="do not call torch.set_default_dtype, or transformers' from_pretrained in other "
+            "threads, meanwhile",
         )
     return seen[0]  # the constructor itself changes it, always in the same way
 
@@ -127,15 +157,23 @@ class _Watch(TorchFunctionMode):
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:
-    """A config, as JSON, that says ``dtype`` at every level: submodels obey it more than torch's default."""
+    """A config, as JSON, that says ``dtype`` at every level.
+
+    Submodels obey it more than torch's default.
+    """
     if not isinstance(config, Mapping):
         return config
     changed = {key: _with_dtype(value, dtype) for key, value in config.items()}
-    return changed | {key: dtype for key in ("dtype", "torch_dtype") if key in config and "model_type" in config}
+    return changed | {
+        key: dtype for key in ("dtype", "torch_dtype") if key in config and "model_type" in config
+    }
 
 
 def islands_of(module: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """What the class keeps in float32 (T5's ``wo``), to be searched in ``.path.``; transformers 4.57 and 5."""
+    """What the class keeps in float32 (T5's ``wo``), to be searched in ``.path.``.
+
+    Transformers 4.57 and 5.
+    """
     names: set[str] = set()
     for child in module.modules():
         if dtype == torch.float16:
@@ -144,7 +182,8 @@ def islands_of(module: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] |
             names |= set(getattr(child, "_keep_in_fp32_modules_strict", None) or ())
     if not names:
         return None
-    # As in transformers' own loader: whole components of a path before 5, any part of it since, * for anything.
+    # As in transformers' own loader: whole components of a path before 5, any part of it since, *
+    # for anything.
     import transformers
 
     whole = int(transformers.__version__.partition(".")[0]) < 5
@@ -166,7 +205,8 @@ def place(module: torch.nn.Module, device: torch.device, dtypes: Mapping[str, to
         fill(module, inventory, {name: value.to(device) for name, value in values.items()})
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise _no_room(str(device), inventory, error) from None  # its frames hold what there was room for
+            # its frames hold what there was room for
+            raise _no_room(str(device), inventory, error) from None
         raise
 
 
@@ -186,16 +226,20 @@ def maps_files(module: torch.nn.Module, inventory: Inventory) -> bool:
     return hidden or any(slot.tensor.device.type in ("cpu", "meta") for slot in find_slots(module))
 
 
-# --- several devices -------------------------------------------------------------------------------
+# --- several devices
+# -------------------------------------------------------------------------------
 
 
 def dispatch(
-    module: torch.nn.Module, device_map: str | Mapping[str, Any], inventory: Inventory, layout: Layout
+    module: torch.nn.Module,
+    device_map: str | Mapping[str, Any],
+    inventory: Inventory,
+    layout: Layout,
 ) -> torch.device:
     """Spread a filled and compared module over devices, through accelerate's hooks.
 
-    Tensors that are offloaded to disk stay where they are: in the safetensors files that are held, from
-    which accelerate reads them whenever their module runs.
+    Tensors that are offloaded to disk stay where they are: in the safetensors files that are held,
+    from which accelerate reads them whenever their module runs.
 
     Args:
         module: In memory, on the CPU.
@@ -207,8 +251,8 @@ def dispatch(
         Where inputs go.
 
     Raises:
-        PlacementError: accelerate is not installed, a device or submodule does not exist, or the map
-            leaves tensors without a place.
+        PlacementError: accelerate is not installed, a device or submodule does not exist, or the
+            map leaves tensors without a place.
     """
     try:
         import accelerate
@@ -234,10 +278,16 @@ def dispatch(
         if is_out_of_memory(error):
             raise _no_room("device_map", inventory, error) from None
         raise PlacementError(
-            "accelerate cannot spread the model like this", where="device_map", found=error, hint='device_map="auto"'
+            "accelerate cannot spread the model like this",
+            where="device_map",
+            found=error,
+            hint='device_map="auto"',
         ) from error
-    # What is on the CPU beside an accelerator is on meta, too, between two forwards; but accelerate keeps its tensors.
-    offloaded = [path for path in find_meta(find_slots(module)) if _place_of(path, devices) == "disk"]
+    # What is on the CPU beside an accelerator is on meta, too, between two forwards; but accelerate
+    # keeps its tensors.
+    offloaded = [
+        path for path in find_meta(find_slots(module)) if _place_of(path, devices) == "disk"
+    ]
     if lost := [path for path in offloaded if path not in index]:
         raise PlacementError(
             "Tensors that lie inside other tensors, or not in order, cannot be offloaded to disk",
@@ -249,7 +299,9 @@ def dispatch(
     return main
 
 
-def _move_attributes(module: torch.nn.Module, devices: Mapping[str, torch.device | str], main: torch.device) -> None:
+def _move_attributes(
+    module: torch.nn.Module, devices: Mapping[str, torch.device | str], main: torch.device
+) -> None:
     """Plain tensors, which accelerate does not know, go where the part of the module that has them computes."""
     for slot in find_slots(module):
         if slot.kind == "attribute":
@@ -267,20 +319,33 @@ def _place_of(path: str, devices: Mapping[str, torch.device | str]) -> torch.dev
 def _automatic_map(module: torch.nn.Module, strategy: str, accelerate: Any) -> dict[str, Any]:
     if strategy not in ("auto", "balanced", "sequential"):
         raise PlacementError(
-            "Unknown device map", where="device_map", wanted="auto | balanced | sequential | a dict", found=strategy
+            "Unknown device map",
+            where="device_map",
+            wanted="auto | balanced | sequential | a dict",
+            found=strategy,
         )
     if find_accelerator() is None:
         return {"": "cpu"}
     whole = list(getattr(module, "_no_split_modules", None) or ())
     balanced = strategy != "sequential"
-    memory = accelerate.utils.get_balanced_memory(module, no_split_module_classes=whole) if balanced else None
-    return dict(accelerate.infer_auto_device_map(module, max_memory=memory, no_split_module_classes=whole))
+    memory = (
+        accelerate.utils.get_balanced_memory(module, no_split_module_classes=whole)
+        if balanced
+        else None
+    )
+    return dict(
+        accelerate.infer_auto_device_map(module, max_memory=memory, no_split_module_classes=whole)
+    )
 
 
 def _device_map(
     module: torch.nn.Module, given: str | Mapping[str, Any], accelerate: Any
 ) -> dict[str, torch.device | str]:
-    device_map = _automatic_map(module, given, accelerate) if isinstance(given, str) else _unnested(module, given)
+    device_map = (
+        _automatic_map(module, given, accelerate)
+        if isinstance(given, str)
+        else _unnested(module, given)
+    )
     names = dict(module.named_modules())
     if isinstance(given, str):  # accelerate's own maps name tensors, too
         names |= dict(module.named_parameters()) | dict(module.named_buffers())
@@ -288,7 +353,8 @@ def _device_map(
         raise PlacementError(
             "The device map names something the model does not have",
             where=f"device_map, {unknown[0]!r}",
-            wanted=f"submodules such as {', '.join(repr(name) for name, _ in module.named_children())}, or ''",
+            wanted="submodules such as "
+            f"{', '.join(repr(name) for name, _ in module.named_children())}, or ''",
         )
     homeless = [
         slot.path
@@ -303,15 +369,25 @@ def _device_map(
             wanted="a device for every submodule",
             found=f"{len(homeless)} tensors without one",
         )
-    return {name: "disk" if device == "disk" else resolve_device(device) for name, device in device_map.items()}
+    return {
+        name: "disk" if device == "disk" else resolve_device(device)
+        for name, device in device_map.items()
+    }
 
 
 def _unnested(module: torch.nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
-    """No part on disk with a part elsewhere inside it: accelerate would take all of it away first."""
+    """No part on disk with a part elsewhere inside it.
+
+    Accelerate would take all of it away first.
+    """
     device_map = dict(given)
     modules = dict(module.named_modules())
     for name in modules:  # outermost first
-        inside = [other for other in device_map if other != name and (not name or other.startswith(f"{name}."))]
+        inside = [
+            other
+            for other in device_map
+            if other != name and (not name or other.startswith(f"{name}."))
+        ]
         if device_map.get(name) == "disk" and any(device_map[other] != "disk" for other in inside):
             del device_map[name]
             for child, _ in modules[name].named_children():

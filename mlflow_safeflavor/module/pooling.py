@@ -12,7 +12,8 @@ __all__ = ["POOLINGS", "pool"]
 
 POOLINGS = ("mean", "cls", "last", "max", "mean_sqrt_len", "weightedmean")
 """The mean of the tokens, the first, the last one, the largest of each number, the sum over the square root of their
-count, and the mean that weighs the token in the first place once, in the second twice, and so on."""
+count, and the mean that weighs the token in the first place once, in the second twice, and so on.
+"""
 
 _LEAST = 1e-9
 
@@ -31,7 +32,8 @@ def pool(hidden: np.ndarray, mask: np.ndarray, kinds: Sequence[str]) -> np.ndarr
     Raises:
         StructureError: There is no such kind.
     """
-    # Cut out, not multiplied by zero: padding may hold NaN. Then a text's bits cannot depend on its padding, either.
+    # Cut out, not multiplied by zero: padding may hold NaN. Then a text's bits cannot depend on its
+    # padding, either.
     kept, places = hidden[mask], np.flatnonzero(mask)
     found: list[np.ndarray] = []
     for kind in kinds:

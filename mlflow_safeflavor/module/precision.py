@@ -1,7 +1,10 @@
-"""float32 as it was recorded: no TF32 on a GPU while a model runs, whatever the process allows otherwise.
+"""float32 as it was recorded.
 
-TF32 keeps 10 bits of a factor where float32 has 23. Torch allows it in convolutions by default, and in products of
-matrices where somebody asked for it, so that answers would depend on what else a process does.
+No TF32 on a GPU while a model runs, whatever the process allows otherwise.
+
+TF32 keeps 10 bits of a factor where float32 has 23. Torch allows it in convolutions by default, and
+in products of matrices where somebody asked for it, so that answers would depend on what else a
+process does.
 """
 
 from __future__ import annotations
@@ -17,16 +20,24 @@ __all__ = ["exact_products"]
 
 
 _MATMUL, _CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
-_NAMED = [place for place in (_MATMUL, getattr(_CUDNN, "conv", None), getattr(_CUDNN, "rnn", None)) if place]
+_NAMED = [
+    place
+    for place in (_MATMUL, getattr(_CUDNN, "conv", None), getattr(_CUDNN, "rnn", None))
+    if place
+]
 _EXACT: list[tuple[Any, str, Any]] = [
     *((place, "allow_tf32", False) for place in (_MATMUL, _CUDNN)),
-    # Names of precisions came with torch 2.9. A flag sets them, too; named by themselves, they make the flag an error.
+    # Names of precisions came with torch 2.9. A flag sets them, too; named by themselves, they make
+    # the flag an error.
     *((place, "fp32_precision", "ieee") for place in _NAMED if hasattr(place, "fp32_precision")),
 ]
 
 
 class _Settings:
-    """What torch is told for the whole process: put off while anybody is inside, and back by the last one out."""
+    """What torch is told for the whole process.
+
+    Put off while anybody is inside, and back by the last one out.
+    """
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0

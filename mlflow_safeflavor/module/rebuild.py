@@ -11,7 +11,15 @@ from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.errors import WeightsError
-from mlflow_safeflavor.module import bounds, inventory, memory, pickled, structure, tensors, user_code
+from mlflow_safeflavor.module import (
+    bounds,
+    inventory,
+    memory,
+    pickled,
+    structure,
+    tensors,
+    user_code,
+)
 from mlflow_safeflavor.module.build import build
 from mlflow_safeflavor.module.fill import NOT_GIVEN_BACK, fill, realise
 from mlflow_safeflavor.module.guard import guarded
@@ -40,18 +48,26 @@ def rebuild(
         if "code" in trust:
             user_code.make_importable(layout)
         realised = realise(saved, values) if "pickle" in spec.runs else {}
-        for file, facts in ((layout.structure_pickle, "pickle"), (layout.hooks_pickle, "hooks_pickle")):
+        for file, facts in (
+            (layout.structure_pickle, "pickle"),
+            (layout.hooks_pickle, "hooks_pickle"),
+        ):
             if described[facts] is not None:
                 with memory.real_memory(inventory=saved):
                     objects |= pickled.load(file, layout, described[facts], realised, trust)
         if described["kind"] == "pickle":
             module = objects["module"].eval().requires_grad_(False)
-            hidden = {path: realised[path] for path, row in saved.rows.items() if row.kind == "hidden"}
+            hidden = {
+                path: realised[path] for path, row in saved.rows.items() if row.kind == "hidden"
+            }
         else:
             module = build(described, trust=trust, inventory=saved)
             fill(module, saved, values)
         names = described["hooks"]
-        hooks = {hook: user_code.import_name(name) if name else objects[hook] for hook, name in names.items()}
+        hooks = {
+            hook: user_code.import_name(name) if name else objects[hook]
+            for hook, name in names.items()
+        }
     _require_same_tensors(module, saved, hidden)
     return module, hooks
 
@@ -67,7 +83,9 @@ def unpickled_hooks(
         return pickled.load(layout.hooks_pickle, layout, described["hooks_pickle"], realised, trust)
 
 
-def _require_same_tensors(module: torch.nn.Module, saved: Inventory, hidden: Mapping[str, torch.Tensor]) -> None:
+def _require_same_tensors(
+    module: torch.nn.Module, saved: Inventory, hidden: Mapping[str, torch.Tensor]
+) -> None:
     if differences := list(inventory.find_differences(module, saved, hidden)):
         raise WeightsError(
             "The rebuilt module is not the one that was saved",

@@ -71,7 +71,8 @@ def require_saveable(slots: Sequence[Slot]) -> None:
                 where=slot.path,
                 wanted="a dense torch.Tensor, nn.Parameter or buffer",
                 found=odd,
-                hint="replace it by a dense tensor before saving (dequantise, .to_dense(), .resolve_conj())",
+                hint="replace it by a dense tensor before saving (dequantise, .to_dense(), "
+                ".resolve_conj())",
             )
 
 

@@ -11,7 +11,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["OWN_STATE", "UNKNOWN", "Slot", "find_meta", "find_places", "find_slots", "hidden_slot", "shape_of", "some"]
+__all__ = [
+    "OWN_STATE",
+    "UNKNOWN",
+    "Slot",
+    "find_meta",
+    "find_places",
+    "find_slots",
+    "hidden_slot",
+    "shape_of",
+    "some",
+]
 
 
 @dataclass(frozen=True)
@@ -36,9 +46,9 @@ class Slot:
 def find_slots(module: torch.nn.Module) -> list[Slot]:
     """Every place in the module that holds a tensor, in a fixed order.
 
-    Parameters, buffers and plain attributes of every submodule, also inside lists, tuples and dicts,
-    and inside modules that such containers hide from ``named_modules``. A module that is shared is
-    listed once, under its first path.
+    Parameters, buffers and plain attributes of every submodule, also inside lists, tuples and
+    dicts, and inside modules that such containers hide from ``named_modules``. A module that is
+    shared is listed once, under its first path.
     """
     slots: list[Slot] = []
     seen: set[int] = set()
@@ -72,7 +82,9 @@ def _walk_module(module: torch.nn.Module, prefix: str, slots: list[Slot], seen: 
             _walk_module(child, _join(prefix, name), slots, seen)
 
 
-def _walk_value(value: Any, path: str, put: Callable[[Any], None], slots: list[Slot], seen: set[int]) -> None:
+def _walk_value(
+    value: Any, path: str, put: Callable[[Any], None], slots: list[Slot], seen: set[int]
+) -> None:
     if isinstance(value, torch.Tensor):
         slots.append(Slot(path, "attribute", False, value, put))
     elif isinstance(value, torch.nn.Module):
@@ -107,10 +119,12 @@ def hidden_slot(path: str, tensor: torch.Tensor) -> Slot:
 
 
 def find_places(module: torch.nn.Module) -> Callable[[str], Callable[[Any], None] | None]:
-    """Where a forward pass may have left a tensor: attributes of submodules that are None, and keys of empty dicts.
+    """Where a forward pass may have left a tensor.
 
-    Some models keep what a forward pass computed (``rope_deltas``, ``attention_bias_cache``), so a model that was
-    used may hold plain tensors where a new one holds nothing.
+    Attributes of submodules that are None, and keys of empty dicts.
+
+    Some models keep what a forward pass computed (``rope_deltas``, ``attention_bias_cache``), so a
+    model that was used may hold plain tensors where a new one holds nothing.
 
     Returns:
         Path → what puts something there, or None where nothing may be.

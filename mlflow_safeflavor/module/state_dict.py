@@ -18,7 +18,17 @@ from mlflow_safeflavor.errors import IntegrityError, StructureError, TrustError,
 from mlflow_safeflavor.module.inventory import dtype_name
 from mlflow_safeflavor.module.slots import some
 
-__all__ = ["Fit", "Group", "bits_equal", "cast", "find_groups", "fit", "read_state", "require_fit", "with_base_prefix"]
+__all__ = [
+    "Fit",
+    "Group",
+    "bits_equal",
+    "cast",
+    "find_groups",
+    "fit",
+    "read_state",
+    "require_fit",
+    "with_base_prefix",
+]
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -33,8 +43,8 @@ _IN_FOLDERS = (
 def read_state(source: str | Path | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Key → tensor on the CPU, of a folder, an index of shards, a file or a state dict.
 
-    Safetensors are memory-mapped. Other files are read with ``torch.load(weights_only=True)``, which
-    runs nothing.
+    Safetensors are memory-mapped. Other files are read with ``torch.load(weights_only=True)``,
+    which runs nothing.
 
     Raises:
         StructureError: There are no weights at this place.
@@ -50,7 +60,9 @@ def read_state(source: str | Path | Mapping[str, torch.Tensor]) -> dict[str, tor
             raise WeightsError(
                 "The checkpoint holds something else than tensors with values",
                 where=key,
-                found="a tensor on the meta device" if isinstance(value, torch.Tensor) else type(value).__name__,
+                found="a tensor on the meta device"
+                if isinstance(value, torch.Tensor)
+                else type(value).__name__,
                 hint="hand the state dict itself to mlflow_safeflavor.materialize, like "
                 "torch.load(file, weights_only=True)['state_dict']",
             )
@@ -62,7 +74,9 @@ def _read_path(path: Path) -> dict[str, Any]:
     if file.name.endswith(".index.json"):
         return _read_shards(file)
     if not file.is_file():
-        raise StructureError("There is no such checkpoint", where=path, wanted="a file or folder with weights")
+        raise StructureError(
+            "There is no such checkpoint", where=path, wanted="a file or folder with weights"
+        )
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
 
 
@@ -92,19 +106,29 @@ def _read_shards(index: Path) -> dict[str, Any]:
         names = sorted(set(weight_map.values()))
         plain = all(os.path.basename(name) == name for name in names)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError("The index of shards is malformed", where=index, found=error, hint=_HINT) from None
+        raise IntegrityError(
+            "The index of shards is malformed", where=index, found=error, hint=_HINT
+        ) from None
     if not plain:
         raise IntegrityError(
-            "The index of shards points outside its folder", where=index, found=some(names), hint=_HINT
+            "The index of shards points outside its folder",
+            where=index,
+            found=some(names),
+            hint=_HINT,
         )
     state: dict[str, Any] = {}
     for name in names:
         if not (index.parent / name).is_file():
-            raise IntegrityError("A shard of the checkpoint is missing", where=index.parent / name, hint=_HINT)
+            raise IntegrityError(
+                "A shard of the checkpoint is missing", where=index.parent / name, hint=_HINT
+            )
         state.update(_read_path(index.parent / name))
     if odd := sorted(weight_map.keys() ^ state.keys()):
         raise IntegrityError(
-            "The shards do not hold what their index lists", where=index, found=some(odd), hint=_HINT
+            "The shards do not hold what their index lists",
+            where=index,
+            found=some(odd),
+            hint=_HINT,
         )
     return state
 
@@ -114,7 +138,9 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
-        raise IntegrityError("A safetensors file cannot be read", where=file, found=error, hint=_HINT) from None
+        raise IntegrityError(
+            "A safetensors file cannot be read", where=file, found=error, hint=_HINT
+        ) from None
 
 
 def _read_torch(file: Path) -> dict[str, Any]:
@@ -126,13 +152,19 @@ def _read_torch(file: Path) -> dict[str, Any]:
             where=file,
             wanted="a state dict",
             found=str(error).strip().splitlines()[0],
-            hint="torch.save(model.state_dict(), …) where the model comes from, or better: safetensors",
+            hint="torch.save(model.state_dict(), …) where the model comes from, or better: "
+            "safetensors",
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise IntegrityError("A checkpoint file cannot be read", where=file, found=error, hint=_HINT) from None
+        raise IntegrityError(
+            "A checkpoint file cannot be read", where=file, found=error, hint=_HINT
+        ) from None
     if not isinstance(content, Mapping):
         raise WeightsError(
-            "The file holds no state dict", where=file, wanted="a dict of tensors", found=type(content).__name__
+            "The file holds no state dict",
+            where=file,
+            wanted="a dict of tensors",
+            found=type(content).__name__,
         )
     return dict(content)
 
@@ -178,7 +210,9 @@ def find_groups(module: torch.nn.Module, ties: Mapping[str, str] | None = None) 
         ties: Further pairs of names that are declared to be tied.
     """
     tensors: dict[str, torch.Tensor] = {
-        name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)
+        name: value
+        for name, value in module.state_dict(keep_vars=True).items()
+        if isinstance(value, torch.Tensor)
     }
     home: dict[object, str] = {}
     first = {name: home.setdefault(_place(tensor), name) for name, tensor in tensors.items()}
@@ -198,7 +232,9 @@ def _place(tensor: torch.Tensor) -> object:
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def fit(groups: Iterable[Group], state: Mapping[str, torch.Tensor], ignored: Sequence[str] = ()) -> Fit:
+def fit(
+    groups: Iterable[Group], state: Mapping[str, torch.Tensor], ignored: Sequence[str] = ()
+) -> Fit:
     """Say which tensor of the state dict belongs to which group.
 
     Args:
@@ -219,7 +255,9 @@ def fit(groups: Iterable[Group], state: Mapping[str, torch.Tensor], ignored: Seq
             result.values[group.names[0]] = state[present[0]]
     patterns = [re.compile(pattern) for pattern in ignored]
     result.unexpected = [
-        key for key in sorted(state.keys() - known) if not any(pattern.search(key) for pattern in patterns)
+        key
+        for key in sorted(state.keys() - known)
+        if not any(pattern.search(key) for pattern in patterns)
     ]
     return result
 
@@ -232,7 +270,10 @@ def _misfit(group: Group, state: Mapping[str, torch.Tensor], present: Sequence[s
         if _number(value.dtype) != _number(group.tensor.dtype):
             return f"{name} is {dtype_name(value.dtype)}, wanted {dtype_name(group.tensor.dtype)}"
         if not bits_equal(value, state[present[0]]):
-            return f"{present[0]} and {name} are tied in the model, but have different values in the checkpoint"
+            return (
+                f"{present[0]} and {name} are tied in the model, but have different values in the "
+                "checkpoint"
+            )
     return None
 
 
@@ -262,8 +303,15 @@ def cast(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         WeightsError: One is too large for float16.
     """
     result = value.to(dtype)
-    if dtype == torch.float16 and result is not value and torch.isinf(result).any() and not torch.isinf(value).any():
-        raise WeightsError("A weight is too large for float16", where=name, hint="dtype='bfloat16' or 'float32'")
+    if (
+        dtype == torch.float16
+        and result is not value
+        and torch.isinf(result).any()
+        and not torch.isinf(value).any()
+    ):
+        raise WeightsError(
+            "A weight is too large for float16", where=name, hint="dtype='bfloat16' or 'float32'"
+        )
     return result
 
 
@@ -272,7 +320,9 @@ def with_base_prefix(
 ) -> dict[str, torch.Tensor]:
     """Add or take away transformers' base-model prefix (``bert.``), where exactly that gives a known name."""
     known = set(names)
-    return {_rename(key, known, f"{prefix}." if prefix else ""): value for key, value in state.items()}
+    return {
+        _rename(key, known, f"{prefix}." if prefix else ""): value for key, value in state.items()
+    }
 
 
 def _rename(key: str, known: set[str], prefix: str) -> str:
@@ -303,7 +353,10 @@ def require_fit(result: Fit, names: Iterable[str], where: object, hint: str) -> 
         return
     prefix = _shared_prefix(result.unexpected, set(names))
     if prefix is not None:
-        hint = f"take {prefix!r} off the keys; it comes from {_WRAPPERS.get(prefix, 'a module around the model')}"
+        hint = (
+            f"take {prefix!r} off the keys; it comes from "
+            f"{_WRAPPERS.get(prefix, 'a module around the model')}"
+        )
     raise WeightsError(
         "The checkpoint and the module do not fit each other",
         where=where,
@@ -314,8 +367,14 @@ def require_fit(result: Fit, names: Iterable[str], where: object, hint: str) -> 
 
 
 def _summary(result: Fit) -> str:
-    kinds = {"missing": result.missing, "mismatched": [*result.mismatched.values()], "unexpected": result.unexpected}
-    return "; ".join(f"{len(found)} {kind} ({some(found)})" for kind, found in kinds.items() if found)
+    kinds = {
+        "missing": result.missing,
+        "mismatched": [*result.mismatched.values()],
+        "unexpected": result.unexpected,
+    }
+    return "; ".join(
+        f"{len(found)} {kind} ({some(found)})" for kind, found in kinds.items() if found
+    )
 
 
 def _shared_prefix(unexpected: Sequence[str], known: set[str]) -> str | None:

@@ -1,8 +1,10 @@
 """Describe a module so that it can be built again on real memory (``build``).
 
-Four kinds of structure, tried in this order when a model is saved (a fifth, ``graph``, has no module; see ``graph``):
+Four kinds of structure, tried in this order when a model is saved (a fifth, ``graph``, has no
+module; see ``graph``):
 
-* ``transformers``: a class of the transformers package and its config; runs no code of the artifact;
+* ``transformers``: a class of the transformers package and its config; runs no code of the
+  artifact;
 * ``torch``: a tree of classes of ``torch.nn`` and their arguments (``layers``); runs none either;
 * ``import``: any class that can be imported, and JSON arguments; runs the user's code;
 * ``pickle``: the module itself without its tensors (``pickled``), only if the user allows it; then
@@ -49,12 +51,13 @@ def describe(
     Args:
         module: Only looked at.
         init_args: Arguments of its constructor, where they cannot be told: JSON values and configs.
-        allow_pickle: Whether the kind ``pickle`` may be used when no constructor gives the module back by itself.
+        allow_pickle: Whether the kind ``pickle`` may be used when no constructor gives the module
+            back by itself.
         forward: Runs a module as it will be asked, to see which state that leaves behind.
 
     Returns:
-        The description, JSON only; and the module it describes: the one given, or, where a forward had left state in
-        it, one of the same weights as its constructor makes it.
+        The description, JSON only; and the module it describes: the one given, or, where a forward
+        had left state in it, one of the same weights as its constructor makes it.
 
     Raises:
         StructureError: No allowed kind can rebuild it.
@@ -67,10 +70,17 @@ def describe(
             forward=lambda transformer: forward(_around(module, transformer)),
         )
         whole = module if kept is module.transformer else _around(module, kept)
-        return described if described["kind"] == "pickle" else {**described, "layers": module.described}, whole
+        return described if described["kind"] == "pickle" else {
+            **described,
+            "layers": module.described,
+        }, whole
     try:
         # A constructor that reads what only this machine has gives the module back nowhere else.
-        with guarded(unpickles=True) if allow_pickle and init_args is None else contextlib.nullcontext():
+        with (
+            guarded(unpickles=True)
+            if allow_pickle and init_args is None
+            else contextlib.nullcontext()
+        ):
             described, built = describe_call(module, init_args)
         return described, compared(module, built, described, forward)
     except SafeFlavorError as error:
@@ -97,13 +107,18 @@ def describe_constructor(module: torch.nn.Module) -> dict[str, Any]:
 
 def write_structure(structure: Mapping[str, Any], layout: Layout) -> None:
     """Write ``structure.json`` and, beside it, the config under the name other tools look for."""
-    write_json(layout.structure, {key: value for key, value in structure.items() if key != "config"})
+    write_json(
+        layout.structure, {key: value for key, value in structure.items() if key != "config"}
+    )
     if structure.get("config") is not None:
         write_json(layout.config, structure["config"])
 
 
 def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
-    """Read back what ``write_structure`` wrote; see ``read_description``, which looks at no tree."""
+    """Read back what ``write_structure`` wrote.
+
+    See ``read_description``, which looks at no tree.
+    """
     content = read_description(layout, spec)
     if content["kind"] == "torch" and not is_tree(content["tree"]):
         raise malformed(layout)

@@ -30,14 +30,18 @@ __all__ = [
 SHARD_BYTES = 5 * 10**9
 
 ALIGNMENT = 64
-"""Bytes; what torch allocates begins at a multiple of them. Where a tensor begins decides on the last bits of what some
-kernels compute from it: seen for one row through a Linear, by MKL on an AMD CPU, at no multiple of 16."""
+"""Bytes; what torch allocates begins at a multiple of them.
+
+Where a tensor begins decides on the last bits of what some kernels compute from it: seen for one
+row through a Linear, by MKL on an AMD CPU, at no multiple of 16."""
 
 
 # --- to disk -------------------------------------------------------------------------------------
 
 
-def write_tensors(inventory: Inventory, values: Mapping[str, torch.Tensor], layout: Layout) -> Inventory:
+def write_tensors(
+    inventory: Inventory, values: Mapping[str, torch.Tensor], layout: Layout
+) -> Inventory:
     """Write ``values`` as safetensors and the inventory as ``tensors.json``.
 
     One file up to 5 GB, else shards and the usual ``model.safetensors.index.json``.
@@ -47,7 +51,9 @@ def write_tensors(inventory: Inventory, values: Mapping[str, torch.Tensor], layo
     """
     shards = _shards(values)
     names = [
-        "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        "model.safetensors"
+        if len(shards) == 1
+        else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         for i in range(1, len(shards) + 1)
     ]
     data, files = dict(inventory.data), {}
@@ -68,27 +74,40 @@ def write_tensors(inventory: Inventory, values: Mapping[str, torch.Tensor], layo
 
 
 _METADATA = "__metadata__"
-_TYPES = {"bool": "BOOL", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "complex64": "C64"}
+_TYPES = {
+    "bool": "BOOL",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "complex64": "C64",
+}
 _KINDS = {"uint": "U", "int": "I", "float": "F"}
 
 
 def _type_name(dtype: str) -> str:
     """As safetensors calls it: ``float32`` → ``F32``."""
-    return _TYPES.get(dtype) or _KINDS[dtype.rstrip("0123456789")] + dtype.lstrip("abcdefghijklmnopqrstuvwxyz")
+    return _TYPES.get(dtype) or _KINDS[dtype.rstrip("0123456789")] + dtype.lstrip(
+        "abcdefghijklmnopqrstuvwxyz"
+    )
 
 
 def _write_file(values: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write dense tensors as one safetensors file, so that what is mapped from it is aligned without being copied.
 
-    The library's own writer begins the data anywhere and sorts by name, so that a bias of two labels would shift all
-    tensors behind it. Here the header is filled up with spaces, as the format allows, and tensors whose size is no
-    multiple of ``ALIGNMENT`` come last, those with the largest elements first.
+    The library's own writer begins the data anywhere and sorts by name, so that a bias of two
+    labels would shift all tensors behind it. Here the header is filled up with spaces, as the
+    format allows, and tensors whose size is no multiple of ``ALIGNMENT`` come last, those with the
+    largest elements first.
     """
     if _METADATA in values:
         raise StructureError(
-            "A tensor has the name that safetensors keeps for itself", where=_METADATA, hint="rename that attribute"
+            "A tensor has the name that safetensors keeps for itself",
+            where=_METADATA,
+            hint="rename that attribute",
         )
-    order = sorted(values, key=lambda name: (values[name].nbytes % ALIGNMENT != 0, -values[name].itemsize))
+    order = sorted(
+        values, key=lambda name: (values[name].nbytes % ALIGNMENT != 0, -values[name].itemsize)
+    )
     header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     stop = 0
     for name in order:
@@ -102,11 +121,23 @@ def _write_file(values: Mapping[str, torch.Tensor], path: Path) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             if values[name].numel():  # else torch keeps strides that allow no view
-                file.write(values[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                file.write(
+                    values[name]
+                    .detach()
+                    .cpu()
+                    .contiguous()
+                    .reshape(-1)
+                    .view(torch.uint8)
+                    .numpy()
+                    .data
+                )
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
-    """Whether it begins where torch itself might have put it; on other devices than the CPU everything does."""
+    """Whether it begins where torch itself might have put it.
+
+    On other devices than the CPU everything does.
+    """
     return tensor.device.type != "cpu" or tensor.data_ptr() % ALIGNMENT == 0
 
 
@@ -130,7 +161,9 @@ def _shards(values: Mapping[str, torch.Tensor]) -> list[list[str]]:
 
 
 def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor]:
-    """Data name → tensor on CPU, backed by a private memory map of its file: nothing is copied that is aligned.
+    """Data name → tensor on CPU, backed by a private memory map of its file.
+
+    Nothing is copied that is aligned.
 
     What is mapped is ``layout.held``, where the weights are held.
 
@@ -141,7 +174,10 @@ def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor
     values: dict[str, torch.Tensor] = {}
     for file in inventory.files:
         path = layout.data / file
-        with reading(layout.name_of(path)), safe_open(layout.held.get(path, path), framework="pt") as opened:
+        with (
+            reading(layout.name_of(path)),
+            safe_open(layout.held.get(path, path), framework="pt") as opened,
+        ):
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 if name in values:
                     raise ValueError(f"{name!r} is in another file, too")

@@ -1,4 +1,7 @@
-"""The user's own classes and functions, by name: from installed packages or from the artifact's ``code/``."""
+"""The user's own classes and functions, by name.
+
+From installed packages or from the artifact's ``code/``.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,13 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
-from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
+from importlib.machinery import (
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    SourceFileLoader,
+)
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -30,11 +39,17 @@ def name_of(thing: Any) -> str:
 
 
 def importable_name(function: Callable[..., Any]) -> str | None:
-    """``module:qualname`` of a function at the top of a module; None for whatever its name does not give back.
+    """``module:qualname`` of a function at the top of a module.
 
-    That is lambdas, closures, functions of scripts, methods of an object, and functions that were wrapped.
+    None for whatever its name does not give back.
+
+    That is lambdas, closures, functions of scripts, methods of an object, and functions that were
+    wrapped.
     """
-    module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", "<none>")
+    module, qualname = (
+        getattr(function, "__module__", None),
+        getattr(function, "__qualname__", "<none>"),
+    )
     if module in (None, "__main__") or "<" in qualname:
         return None
     name = f"{module}:{qualname}"
@@ -58,8 +73,13 @@ def distributions_of(
     names = {type(child).__module__ for child in module.modules()}
     names |= {getattr(hook, "__module__", None) or "" for hook in hooks.values()}
     ours = {*except_for, "", "__main__", "mlflow_safeflavor", "torch", "transformers"}
-    files = {getattr(sys.modules.get(name), "__file__", None) for name in names if name.partition(".")[0] not in ours}
-    # Looking up who owns a file reads every distribution's list, so only where there is one in question.
+    files = {
+        getattr(sys.modules.get(name), "__file__", None)
+        for name in names
+        if name.partition(".")[0] not in ours
+    }
+    # Looking up who owns a file reads every distribution's list, so only where there is one in
+    # question.
     owners = Owners() if files - {None} else None
     found = {owner for file in files if file and owners and (owner := owners.of(file))}
     return sorted(found - {OWN_NAME})  # of what it requires, a model gets what that model needs
@@ -76,12 +96,20 @@ def make_importable(layout: Layout) -> None:
     """
     if layout.code.is_dir():
         with _import_state:
-            _sealed.update({str((layout.root / name).absolute()): digest for name, digest in layout.sealed.items()})
+            _sealed.update(
+                {
+                    str((layout.root / name).absolute()): digest
+                    for name, digest in layout.sealed.items()
+                }
+            )
             _make_importable(layout.code.absolute())
 
 
 _import_state = threading.Lock()
-"""Held while ``sys.path`` and Python's caches of it change: invalidating them in two threads at once is a KeyError."""
+"""Held while ``sys.path`` and Python's caches of it change.
+
+Invalidating them in two threads at once is a KeyError.
+"""
 
 
 def _make_importable(code: Path) -> None:
@@ -93,7 +121,9 @@ def _make_importable(code: Path) -> None:
         _read_from_source.add(str(code))
         sys.path_hooks.insert(0, _source_finder(code))
         # A copy first: other threads import meanwhile.
-        for path in [path for path in list(sys.path_importer_cache) if Path(path).is_relative_to(code)]:
+        for path in [
+            path for path in list(sys.path_importer_cache) if Path(path).is_relative_to(code)
+        ]:
             sys.path_importer_cache.pop(path, None)
     if str(code) not in sys.path:
         sys.path.insert(0, str(code))
@@ -106,7 +136,10 @@ _sealed: dict[str, str] = {}
 
 
 class _SourceLoader(SourceFileLoader):
-    """Neither reads nor writes byte code: what lies in ``__pycache__`` is in no manifest, and Python would run it."""
+    """Neither reads nor writes byte code.
+
+    What lies in ``__pycache__`` is in no manifest, and Python would run it.
+    """
 
     def path_stats(self, path: str) -> Mapping[str, Any]:
         raise OSError
@@ -116,7 +149,9 @@ class _SourceLoader(SourceFileLoader):
         digest = hashlib.sha256(content).hexdigest()
         if digest != _sealed.get(path, digest):
             raise IntegrityError(
-                "A model's own code was changed after the model was loaded", where=path, hint=FETCH_AGAIN
+                "A model's own code was changed after the model was loaded",
+                where=path,
+                hint=FETCH_AGAIN,
             )
         return content
 
@@ -125,14 +160,18 @@ def _source_finder(code: Path) -> Callable[[str], FileFinder]:
     def find(path: str) -> FileFinder:
         if not Path(path).is_relative_to(code):
             raise ImportError(path)
-        return FileFinder(path, (ExtensionFileLoader, EXTENSION_SUFFIXES), (_SourceLoader, SOURCE_SUFFIXES))
+        return FileFinder(
+            path, (ExtensionFileLoader, EXTENSION_SUFFIXES), (_SourceLoader, SOURCE_SUFFIXES)
+        )
 
     return find
 
 
 def _require_same_module(imported: ModuleType | None, name: str, file: Path) -> None:
     origin = getattr(imported, "__file__", None)
-    if imported is None or (origin and Path(origin).is_file() and digest_of_file(Path(origin)) == digest_of_file(file)):
+    if imported is None or (
+        origin and Path(origin).is_file() and digest_of_file(Path(origin)) == digest_of_file(file)
+    ):
         return
     raise StructureError(
         "Another module of the same name is imported already",

@@ -1,4 +1,6 @@
-"""What training wraps around a module or into it: taken off where that is exact, else named with the line that does it.
+"""What training wraps around a module or into it.
+
+Taken off where that is exact, else named with the line that does it.
 
 Told by class and attribute names, so that nothing is imported to look.
 """
@@ -32,7 +34,9 @@ def taken_off(module: Any) -> Any:
     Anything else is given back.
     """
     while (attribute := _around(module)) is not None:
-        _logger.info("safeflavor: %s is taken off, and the module inside it saved", type(module).__name__)
+        _logger.info(
+            "safeflavor: %s is taken off, and the module inside it saved", type(module).__name__
+        )
         module = getattr(module, attribute)
     return module
 
@@ -46,7 +50,9 @@ def _names_of(cls: type) -> list[str]:
 
 
 def require_plain(module: torch.nn.Module) -> None:
-    """Refuse what cannot be rebuilt, or would answer otherwise: wrapped, hooked, scripted or quantised modules.
+    """Refuse what cannot be rebuilt, or would answer otherwise.
+
+    Wrapped, hooked, scripted or quantised modules.
 
     Raises:
         StructureError: With the line that takes it off.
@@ -74,11 +80,13 @@ _REFUSED: tuple[tuple[Callable[[torch.nn.Module], bool], str, str], ...] = (
     (
         _has("_hf_hook"),
         "The module carries accelerate hooks, which move or offload its tensors",
-        "accelerate.hooks.remove_hook_from_module(model, recurse=True) after bringing all weights back",
+        "accelerate.hooks.remove_hook_from_module(model, recurse=True) after bringing all weights "
+        "back",
     ),
     (
         lambda child: "forward" in vars(child) and "_original_forward" in vars(child),
-        "The module's forward is wrapped by accelerate for mixed precision, as transformers' Trainer does, too",
+        "The module's forward is wrapped by accelerate for mixed precision, as transformers' "
+        "Trainer does, too",
         "{model} = accelerate.utils.extract_model_from_parallel({model}, keep_fp32_wrapper=False)",
     ),
     (
@@ -95,7 +103,8 @@ _REFUSED: tuple[tuple[Callable[[torch.nn.Module], bool], str, str], ...] = (
         _is_of("torch.distributed.fsdp", "torch.distributed._composable", "deepspeed."),
         "The module's weights are spread over processes",
         "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-        "options=StateDictOptions(full_state_dict=True)) and load them into a plain module of the same class",
+        "options=StateDictOptions(full_state_dict=True)) and load them into a plain module of the "
+        "same class",
     ),
     (
         _is_of("peft.peft_model", "peft.mixed_model"),
@@ -105,11 +114,14 @@ _REFUSED: tuple[tuple[Callable[[torch.nn.Module], bool], str, str], ...] = (
     (
         _is_of("peft.tuners"),
         "Adapters lie beside the weights of the module",
-        "model.merge_and_unload() of the PeftModel; for adapters that transformers itself added (add_adapter, "
-        "load_adapter): model = peft.PeftModel.from_pretrained(plain_model, folder).merge_and_unload()",
+        "model.merge_and_unload() of the PeftModel; for adapters that transformers itself added "
+        "(add_adapter, load_adapter): model = peft.PeftModel.from_pretrained(plain_model, "
+        "folder).merge_and_unload()",
     ),
     (
-        lambda child: _is_of("lightning.", "pytorch_lightning.")(child) and bool(vars(child).get("_trainer")),
+        lambda child: (
+            _is_of("lightning.", "pytorch_lightning.")(child) and bool(vars(child).get("_trainer"))
+        ),
         "The LightningModule holds the trainer that trained it",
         "{model}._trainer = None, or save the network inside it",
     ),
@@ -124,7 +136,10 @@ _REFUSED: tuple[tuple[Callable[[torch.nn.Module], bool], str, str], ...] = (
         "save the model before quantising it",
     ),
     (
-        lambda child: getattr(child, "hf_quantizer", None) is not None or bool(getattr(child, "is_quantized", False)),
+        lambda child: (
+            getattr(child, "hf_quantizer", None) is not None
+            or bool(getattr(child, "is_quantized", False))
+        ),
         "The module is quantised, and its integer weights cannot be rebuilt from a config",
         "save the model before quantising it, or model.dequantize() first",
     ),
@@ -138,7 +153,8 @@ def require_given_back(module: torch.nn.Module, error: SafeFlavorError, *, pickl
     Args:
         module: Of which ``error`` said so.
         error: What it said.
-        pickle: Whether the module is to be pickled instead, which torch refuses for parametrized ones.
+        pickle: Whether the module is to be pickled instead, which torch refuses for parametrized
+            ones.
 
     Raises:
         StructureError: With the line that folds them into the weights.
@@ -163,11 +179,21 @@ def _folded(module: torch.nn.Module, *, pickle: bool) -> Iterator[tuple[str, str
             line = f'torch.nn.utils.parametrize.remove_parametrizations({here}, "{name}")'
             yield "The module is parametrized", f"{path}.{name}".lstrip("."), line
         for hook in () if pickle else child._forward_pre_hooks.values():
-            kind, name = type(hook).__name__, getattr(hook, "name", getattr(hook, "_tensor_name", ""))
+            kind, name = (
+                type(hook).__name__,
+                getattr(hook, "name", getattr(hook, "_tensor_name", "")),
+            )
             if type(hook).__module__ == "torch.nn.utils.prune":
                 line = f'torch.nn.utils.prune.remove({here}, "{hook._tensor_name}")'
-                yield "The module is pruned by a mask", f"{path}.{hook._tensor_name}".lstrip("."), line
-            elif type(hook).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm"):
+                yield (
+                    "The module is pruned by a mask",
+                    f"{path}.{hook._tensor_name}".lstrip("."),
+                    line,
+                )
+            elif type(hook).__module__ in (
+                "torch.nn.utils.weight_norm",
+                "torch.nn.utils.spectral_norm",
+            ):
                 function = "remove_weight_norm" if kind == "WeightNorm" else "remove_spectral_norm"
                 line = f'torch.nn.utils.{function}({here}, "{name}")'
                 yield "The module is normalised by a hook", f"{path}.{name}".lstrip("."), line

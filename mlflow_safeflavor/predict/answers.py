@@ -53,7 +53,8 @@ def answer_rows(
 ) -> Iterator[tuple[dict[str, Any], RowOutput]]:
     """Answer and raw output of each row, in order. Safe from many threads.
 
-    Long tables go through in parts: while the model runs one, the next is encoded, and no more are held.
+    Long tables go through in parts: while the model runs one, the next is encoded, and no more are
+    held.
 
     Args:
         task: What is asked.
@@ -80,7 +81,11 @@ def answer_rows(
             if part := next(parts, None):
                 waiting.append(_submitted(scheduler, part, checked, deadline))
             features, ticket = waiting[0]
-            outputs = _joined(task, features, scheduler.run(ticket, deadline, _of_all(watch, done, features, rows)))
+            outputs = _joined(
+                task,
+                features,
+                scheduler.run(ticket, deadline, _of_all(watch, done, features, rows)),
+            )
             asked = rows[done : done + len(features)]
             answers = task.decode(asked, features, outputs, checked, first=done)
             yield from zip(scheduler.places.in_turns(answers, deadline), outputs, strict=True)
@@ -116,13 +121,17 @@ def _submitted(
     return features, scheduler.submit(pieces, params, arrival, patient=deadline.left() is None)
 
 
-def _joined(task: Task, features: Sequence[Features], outputs: Sequence[RowOutput]) -> list[RowOutput]:
+def _joined(
+    task: Task, features: Sequence[Features], outputs: Sequence[RowOutput]
+) -> list[RowOutput]:
     """The outputs of pieces as those of rows."""
     found = iter(outputs)
     return [task.join([next(found) for _ in task.pieces(row)]) for row in features]
 
 
-def _of_all(watch: Watch | None, before: int, part: Sequence[Features], rows: Sequence[Row]) -> Watch | None:
+def _of_all(
+    watch: Watch | None, before: int, part: Sequence[Features], rows: Sequence[Row]
+) -> Watch | None:
     """Pieces of a part, told as rows of all."""
     if watch is None:
         return None

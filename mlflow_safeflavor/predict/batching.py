@@ -20,15 +20,19 @@ _MOST = 4096
 """Tokens; on an accelerator a call may cost more, but no batch is that large."""
 
 
-def cut_into_batches(costs: Sequence[int], max_batch_tokens: int, forward_cost: int = 0) -> list[list[int]]:
+def cut_into_batches(
+    costs: Sequence[int], max_batch_tokens: int, forward_cost: int = 0
+) -> list[list[int]]:
     """Indices of ``costs`` in the batches that take the least time together.
 
-    A batch takes ``forward_cost`` and, for each of its pieces, the cost of its longest one. Sorted by cost, the best
-    batches are runs of neighbours; which runs is found by dynamic programming over their ends.
+    A batch takes ``forward_cost`` and, for each of its pieces, the cost of its longest one. Sorted
+    by cost, the best batches are runs of neighbours; which runs is found by dynamic programming
+    over their ends.
 
     Args:
         costs: Tokens of each piece; none of them needs more than one place in a batch.
-        max_batch_tokens: Most tokens of a batch when its pieces are padded; a longer single piece goes alone.
+        max_batch_tokens: Most tokens of a batch when its pieces are padded; a longer single piece
+            goes alone.
         forward_cost: What a batch costs beside its tokens, in tokens.
 
     Returns:
@@ -36,7 +40,8 @@ def cut_into_batches(costs: Sequence[int], max_batch_tokens: int, forward_cost: 
     """
     order = sorted(range(len(costs)), key=lambda i: -costs[i])
     lengths = np.array([max(1, costs[i]) for i in order], dtype=np.int64)
-    # Of batches that cost the same the fewest: a batch costs one more, where everything else counts n + 1 times.
+    # Of batches that cost the same the fewest: a batch costs one more, where everything else counts
+    # n + 1 times.
     unit = len(order) + 1
     # best[i]: least cost of the first i pieces; before[i]: where the last batch of these begins.
     best: np.ndarray = np.zeros(unit, dtype=np.int64)
@@ -58,11 +63,14 @@ def cut_into_batches(costs: Sequence[int], max_batch_tokens: int, forward_cost: 
 
 
 @kept_random_state()
-def measure_forward_cost(task: Task, engine: Engine, rows: Sequence[Row], max_batch_tokens: int) -> int:
+def measure_forward_cost(
+    task: Task, engine: Engine, rows: Sequence[Row], max_batch_tokens: int
+) -> int:
     """What a call of the model costs beside its tokens, as the number of tokens that take as long.
 
-    Two forwards are timed, that of the shortest piece and that of as many of the longest as a batch takes, and a line
-    drawn through both. The number is rounded to a power of two: more digits would be noise.
+    Two forwards are timed, that of the shortest piece and that of as many of the longest as a batch
+    takes, and a line drawn through both. The number is rounded to a power of two: more digits would
+    be noise.
 
     Args:
         task: What is asked.

@@ -19,14 +19,21 @@ _SHORT.maxstring = _SHORT.maxother = 120
 
 
 def compare_answers(
-    wanted: Sequence[Any], found: Sequence[Any], atol: float, rtol: float, *, golden: bool, start: int = 0
+    wanted: Sequence[Any],
+    found: Sequence[Any],
+    atol: float,
+    rtol: float,
+    *,
+    golden: bool,
+    start: int = 0,
 ) -> list[Replayed]:
     """Compare answers value by value.
 
     Args:
         wanted: Recorded answers, or those of the model loaded here; JSON.
         found: The server's, one each; JSON.
-        atol: Absolute tolerance of floating point numbers. Whole numbers, truth values and texts must be equal.
+        atol: Absolute tolerance of floating point numbers. Whole numbers, truth values and texts
+            must be equal.
         rtol: Relative tolerance.
         golden: Whether the rows were recorded with the model; otherwise they are the user's.
         start: Index of the first row.
@@ -39,7 +46,9 @@ def compare_answers(
         first = next((value.words for value in values if not value.identical), None)
         identical = all(value.identical for value in values)
         differences = [value.differences for value in values]
-        rows.append(replayed_row(index, differences, problem, first, identical=identical, golden=golden))
+        rows.append(
+            replayed_row(index, differences, problem, first, identical=identical, golden=golden)
+        )
     return rows
 
 
@@ -53,7 +62,9 @@ class _Compared:
     words: str
 
 
-def _compared(where: str, wanted: Any, found: Any, atol: float, rtol: float, source: str) -> Iterator[_Compared]:
+def _compared(
+    where: str, wanted: Any, found: Any, atol: float, rtol: float, source: str
+) -> Iterator[_Compared]:
     if isinstance(wanted, dict) and isinstance(found, dict) and wanted.keys() == found.keys():
         for key in wanted:
             yield from _compared(f"{where}, {key}", wanted[key], found[key], atol, rtol, source)
@@ -72,7 +83,10 @@ def _compared(where: str, wanted: Any, found: Any, atol: float, rtol: float, sou
 
 
 def _numbers(value: Any) -> np.ndarray | None:
-    """A number or regular lists of them; None for anything else. JSON's null is what pandas makes of a missing NaN."""
+    """A number or regular lists of them; None for anything else.
+
+    JSON's null is what pandas makes of a missing NaN.
+    """
     if value is None:
         return np.full((), np.nan)
     if isinstance(value, bool) or not isinstance(value, (int, float, list)):
@@ -86,7 +100,9 @@ def _numbers(value: Any) -> np.ndarray | None:
     return array
 
 
-def _compared_numbers(where: str, old: np.ndarray, new: np.ndarray, atol: float, rtol: float, source: str) -> _Compared:
+def _compared_numbers(
+    where: str, old: np.ndarray, new: np.ndarray, atol: float, rtol: float, source: str
+) -> _Compared:
     whole = old.dtype.kind in "iu" and new.dtype.kind in "iu"
     equal = (old == new) | (np.isnan(old) & np.isnan(new))
     # Equal numbers can still be different bits: 0.0 and -0.0. The sign of a NaN says nothing.

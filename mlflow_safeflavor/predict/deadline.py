@@ -21,7 +21,10 @@ class Deadline:
         self._until = time.monotonic() + seconds if seconds else None
 
     def left(self, most: float | None = None) -> float | None:
-        """Seconds left, 0 where it is too late, but no more than ``most``; None for as long as it takes."""
+        """Seconds left, 0 where it is too late, but no more than ``most``.
+
+        None for as long as it takes.
+        """
         if self._until is None:
             return most
         seconds = max(0.0, self._until - time.monotonic())

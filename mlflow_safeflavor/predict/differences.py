@@ -11,7 +11,12 @@ __all__ = ["differences_of", "differing_arrays", "differing_values"]
 
 
 def differing_arrays(
-    index: int, part: str, found: Mapping[str, Any], wanted: Mapping[str, np.ndarray], atol: float, rtol: float
+    index: int,
+    part: str,
+    found: Mapping[str, Any],
+    wanted: Mapping[str, np.ndarray],
+    atol: float,
+    rtol: float,
 ) -> Iterator[str]:
     """What is not the same in the arrays of a row, in words; missing and new ones, too."""
     for name in sorted(wanted.keys() | found.keys()):
@@ -41,8 +46,13 @@ def differences_of(old: np.ndarray | None, new: np.ndarray) -> np.ndarray:
     return np.ravel(worst)
 
 
-def differing_values(where: str, wanted: Any, found: Any, atol: float, rtol: float) -> Iterator[str]:
-    """What is not the same in an answer, in words; floating point numbers may differ by the tolerance."""
+def differing_values(
+    where: str, wanted: Any, found: Any, atol: float, rtol: float
+) -> Iterator[str]:
+    """What is not the same in an answer, in words.
+
+    Floating point numbers may differ by the tolerance.
+    """
     if isinstance(wanted, dict) and isinstance(found, dict) and wanted.keys() == found.keys():
         for key in wanted:
             yield from differing_values(f"{where}, {key}", wanted[key], found[key], atol, rtol)

@@ -35,7 +35,9 @@ def serve(state: State) -> None:
         use_threads(state.num_threads)
     while True:
         with state.arrived:
-            state.tickets[:] = [ticket for ticket in state.tickets if ticket.waiting and not ticket.abandoned]
+            state.tickets[:] = [
+                ticket for ticket in state.tickets if ticket.waiting and not ticket.abandoned
+            ]
             while (state.running or not state.tickets) and not state.stopped:
                 state.arrived.wait()
             if state.stopped:
@@ -47,7 +49,8 @@ def serve(state: State) -> None:
         except BaseException as error:  # a task's bug must not leave anybody waiting for ever
             for ticket in tickets:
                 ticket.fail(named_failure(error))
-        state.running = False  # nobody comes between: what was run is among the tickets until this thread goes on
+        # nobody comes between: what was run is among the tickets until this thread goes on
+        state.running = False
         tickets.clear()  # until the next request, which may come much later
 
 
@@ -62,12 +65,17 @@ def _run_batch(state: State, batch: Sequence[tuple[Ticket, int]]) -> None:
     tickets = list(dict.fromkeys(ticket for ticket, _ in batch))
     try:
         engine = cast("Engine", Attended(state.engine, tickets))
-        outputs = state.task.forward(engine, [ticket.pieces[i] for ticket, i in batch], tickets[0].params)
+        outputs = state.task.forward(
+            engine, [ticket.pieces[i] for ticket, i in batch], tickets[0].params
+        )
         for (ticket, i), output in zip(batch, outputs, strict=True):
             ticket.give(i, output)
         return
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+        if (
+            isinstance(error, KeyboardInterrupt)
+            and threading.current_thread() is threading.main_thread()
+        ):
             raise  # not the model's failure: somebody interrupts the caller who runs this
         if len(batch) > 1 and is_out_of_memory(error):
             parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
@@ -76,5 +84,6 @@ def _run_batch(state: State, batch: Sequence[tuple[Ticket, int]]) -> None:
         else:
             tickets[0].fail(named_failure(error))
             return
-    for part in parts:  # out of the block above: the error's frames hold the memory of what has failed
+    # out of the block above: the error's frames hold the memory of what has failed
+    for part in parts:
         _run_batch(state, part)

@@ -21,8 +21,8 @@ from mlflow_safeflavor.tasks.inputs.rows import Row
 __all__ = ["TOLERANCES", "Golden", "Predictor", "features_of", "read_golden", "record"]
 
 # Other CPUs, thread counts and kernels round differently; 1e-5 was seen in float32. A wrong or
-# unwritten weight is orders of magnitude away. A half precision number has 8 or 11 bits. In float64 5e-13 was seen, by
-# another number of threads in a badly conditioned solve.
+# unwritten weight is orders of magnitude away. A half precision number has 8 or 11 bits. In float64
+# 5e-13 was seen, by another number of threads in a badly conditioned solve.
 TOLERANCES = {
     "float64": {"atol": 1e-8, "rtol": 1e-8},
     "float32": {"atol": 1e-4, "rtol": 1e-4},
@@ -55,8 +55,12 @@ class Predictor(Protocol):
         ...
 
 
-def record(model: Predictor, rows: Sequence[Row], dtypes: Collection[str], layout: Layout) -> list[dict[str, Any]]:
-    """Answer ``rows``, and write features, raw outputs and answers to the artifact. Returns the answers.
+def record(
+    model: Predictor, rows: Sequence[Row], dtypes: Collection[str], layout: Layout
+) -> list[dict[str, Any]]:
+    """Answer ``rows``, and write features, raw outputs and answers to the artifact.
+
+    Returns the answers.
 
     The tolerance is that of the coarsest of ``dtypes``.
     """
@@ -77,7 +81,9 @@ def record(model: Predictor, rows: Sequence[Row], dtypes: Collection[str], layou
             "version": _VERSION,
             "rows": [model.task.to_record(row) for row in rows],
             "answers": [model.task.to_record(answer) for answer in answers],
-            "tolerance": max((TOLERANCES.get(dtype, _COARSEST) for dtype in dtypes), key=lambda t: t["atol"]),
+            "tolerance": max(
+                (TOLERANCES.get(dtype, _COARSEST) for dtype in dtypes), key=lambda t: t["atol"]
+            ),
         },
     )
     return answers
@@ -87,12 +93,17 @@ def features_of(model: Predictor, rows: Sequence[Row]) -> list[Features]:
     """Rows as they are encoded, where the task records that."""
     if not model.task.records_features:
         return [{} for _ in rows]
-    encoded = model.task.uncapped.encoded(rows, model.task.check_params(model.task.golden(model.task.config)))
+    encoded = model.task.uncapped.encoded(
+        rows, model.task.check_params(model.task.golden(model.task.config))
+    )
     return [_recordable(model.task.pieces(row)) for row in encoded]
 
 
 def _recordable(pieces: Sequence[Features]) -> Features:
-    """The lists and arrays of all pieces of a row; those of the second piece on under its number."""
+    """The lists and arrays of all pieces of a row.
+
+    Those of the second piece on under its number.
+    """
     return {
         f"{i}.{name}" if i else name: value
         for i, piece in enumerate(pieces)
@@ -138,18 +149,31 @@ def read_golden(layout: Layout, engine: str) -> Golden:
     recorded = layout.read_json(facts)
     arrays = read_arrays(layout.read_bytes(tensors), tensors.name)
     try:
-        rows, answers, tolerance = list(recorded["rows"]), recorded["answers"], recorded["tolerance"]
+        rows, answers, tolerance = (
+            list(recorded["rows"]),
+            recorded["answers"],
+            recorded["tolerance"],
+        )
         atol, rtol = float(tolerance["atol"]), float(tolerance["rtol"])
         if recorded["version"] != _VERSION or len(rows) != len(answers) or not rows:
-            raise ValueError(f"version {recorded['version']!r}, {len(rows)} rows, {len(answers)} answers")
+            raise ValueError(
+                f"version {recorded['version']!r}, {len(rows)} rows, {len(answers)} answers"
+            )
         if not (0 <= atol <= _LOOSEST and 0 <= rtol <= _LOOSEST):
             raise ValueError(f"tolerances {atol}, {rtol}: with these, any answer would do")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise IntegrityError(
-            "The golden rows are malformed", where=layout.name_of(facts), found=error, hint=FETCH_AGAIN
+            "The golden rows are malformed",
+            where=layout.name_of(facts),
+            found=error,
+            hint=FETCH_AGAIN,
         ) from None
     return Golden(rows, answers, arrays, atol, rtol)
 
 
 def _named(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in arrays.items()
+        if name.startswith(prefix)
+    }

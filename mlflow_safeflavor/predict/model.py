@@ -36,19 +36,26 @@ __all__ = ["LoadedModel", "make_model", "make_task"]
 
 
 def make_task(
-    spec: ModelSpec, layout: Layout, hooks: Mapping[str, Callable[..., Any]], options: Mapping[str, Any]
+    spec: ModelSpec,
+    layout: Layout,
+    hooks: Mapping[str, Callable[..., Any]],
+    options: Mapping[str, Any],
 ) -> Task:
     """The task that a spec names, bound to what was recorded for it and to the caps among the run-time options."""
     cls = task_class(spec.task)
     make: dict[str, Callable[[], Any]] = {
-        "encoder": lambda: TextEncoder(layout.tokenizer, spec.task_config["encoder"], layout.read_bytes),
+        "encoder": lambda: TextEncoder(
+            layout.tokenizer, spec.task_config["encoder"], layout.read_bytes
+        ),
         "tokenizer": lambda: cache(lambda: _tokenizer_of(layout)),
         "hooks": lambda: hooks,
         "processor": lambda: load_processor(layout.processor, layout.read_json),
         "any_processor": lambda: cache(lambda: _processor_of(layout)),
     }
     with guarded(layout.root):
-        task = cls(spec.task_config, spec.input_columns, **{name: make[name]() for name in cls.reads})
+        task = cls(
+            spec.task_config, spec.input_columns, **{name: make[name]() for name in cls.reads}
+        )
     task.caps = Caps.of(options)
     return task
 
@@ -64,7 +71,9 @@ def make_model(
     """An engine, and what the spec says can be asked of it."""
     layout.keep(layout.tokenizer, layout.processor)
     task = make_task(spec, layout, hooks, options)
-    return LoadedModel(spec, report, task, engine, layout, make_scheduler(task, engine, options), options)
+    return LoadedModel(
+        spec, report, task, engine, layout, make_scheduler(task, engine, options), options
+    )
 
 
 def make_scheduler(task: Task, engine: Engine, options: Mapping[str, Any]) -> Scheduler:
@@ -91,7 +100,9 @@ def _tokenizer_of(layout: Layout) -> Any:
 
 def _processor_of(layout: Layout) -> Any:
     """The image processor or feature extractor; None if there was none."""
-    return load_processor(layout.processor, layout.read_json) if layout.has(layout.processor) else None
+    return (
+        load_processor(layout.processor, layout.read_json) if layout.has(layout.processor) else None
+    )
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,9 @@ class LoadedModel:
 
     def answered_by(self, engine: Engine) -> LoadedModel:
         """The same model, answered by another engine."""
-        return replace(self, engine=engine, scheduler=make_scheduler(self.task, engine, self.options))
+        return replace(
+            self, engine=engine, scheduler=make_scheduler(self.task, engine, self.options)
+        )
 
     @property
     def folder(self) -> Path:
@@ -141,7 +154,10 @@ class LoadedModel:
 
     @cached_property
     def processor(self) -> Any:
-        """The image processor or feature extractor that was saved; None if there was none. Made on first use."""
+        """The image processor or feature extractor that was saved; None if there was none.
+
+        Made on first use.
+        """
         return _processor_of(self.files)
 
     def predict(
@@ -155,15 +171,18 @@ class LoadedModel:
         """Answer rows.
 
         Args:
-            data: A DataFrame, Series, list, dict, string or numpy array; see ``rows.rows_of``. Also an iterator of
-                any of these, or the ``pathlib.Path`` of a Parquet file.
+            data: A DataFrame, Series, list, dict, string or numpy array; see ``rows.rows_of``. Also
+                an iterator of any of these, or the ``pathlib.Path`` of a Parquet file.
             params: Per-request parameters of the task, as declared in the signature.
-            timeout: Seconds that the request may take, of a stream each chunk; None for what the model was loaded with.
-            progress: Whether to show a progress bar; None for on a terminal or in a notebook, when it takes longer.
+            timeout: Seconds that the request may take, of a stream each chunk; None for what the
+                model was loaded with.
+            progress: Whether to show a progress bar; None for on a terminal or in a notebook, when
+                it takes longer.
 
         Returns:
-            One row for each row of ``data``, in order, with the columns of the task's signature; for the
-            raw task a dict of arrays. For an iterator or a path an iterator, with the answers to a chunk at a time.
+            One row for each row of ``data``, in order, with the columns of the task's signature;
+            for the raw task a dict of arrays. For an iterator or a path an iterator, with the
+            answers to a chunk at a time.
 
         Raises:
             InputError: A row, column or parameter cannot be answered; names which.
@@ -181,14 +200,24 @@ class LoadedModel:
             return self._predict(data, params, deadline, watch)
 
     def _predict(
-        self, data: Any, params: Mapping[str, Any] | None, deadline: Deadline, watch: Watch | None = None
+        self,
+        data: Any,
+        params: Mapping[str, Any] | None,
+        deadline: Deadline,
+        watch: Watch | None = None,
     ) -> Any:
         names = [name for name in self.task.columns.values() if name is not None]
-        if self.options["extra_columns"] == "ignore" and names:  # which of several is the one without a name?
+        # which of several is the one without a name?
+        if self.options["extra_columns"] == "ignore" and names:
             data = without_extra_columns(data, names)
         try:
             rows = self.task.rows(data)
-            answers = [answer for answer, _ in answer_rows(self.task, self.scheduler, rows, params, deadline, watch)]
+            answers = [
+                answer
+                for answer, _ in answer_rows(
+                    self.task, self.scheduler, rows, params, deadline, watch
+                )
+            ]
             return self.task.result(answers, data)
         except (SafeFlavorError, KeyboardInterrupt, SystemExit):
             raise
@@ -204,7 +233,9 @@ class LoadedModel:
         progress: bool | None,
     ) -> Iterator[Any]:
         with shown(progress) as watch:
-            yield from stream(lambda chunk: self._predict(chunk, params, Deadline(timeout)), chunks, total, watch)
+            yield from stream(
+                lambda chunk: self._predict(chunk, params, Deadline(timeout)), chunks, total, watch
+            )
 
     def answer(
         self, rows: Sequence[Row], params: Mapping[str, Any] | None = None

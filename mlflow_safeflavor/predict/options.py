@@ -84,8 +84,9 @@ _OPTIONS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
 MODEL_CONFIG: dict[str, Any] = {name: default for name, (default, _) in _OPTIONS.items()}
 """Every option and its default. MLflow only lets stored keys be overridden, so all are stored.
 
-An empty dtype is the one the model was saved in; 0 threads is what the process may use; a ``forward_cost`` of 0 is
-measured: when the model is saved, and again where that was on another kind of device.
+An empty dtype is the one the model was saved in; 0 threads is what the process may use; a
+``forward_cost`` of 0 is measured: when the model is saved, and again where that was on another kind
+of device.
 """
 
 
@@ -94,17 +95,23 @@ def run_time_options(
     stored: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> dict[str, Any]:
-    """Every option's value: ``MLFLOW_SAFEFLAVOR_…`` over ``model_config`` over what was stored over the defaults.
+    """Every option's value.
+
+    ``MLFLOW_SAFEFLAVOR_…`` over ``model_config`` over what was stored over the defaults.
 
     Raises:
         InputError: A value is not of its option's kind.
     """
-    from_environment = {name: value for name in MODEL_CONFIG if (value := environ.get(_PREFIX + name.upper()))}
+    from_environment = {
+        name: value for name in MODEL_CONFIG if (value := environ.get(_PREFIX + name.upper()))
+    }
     chosen = {**MODEL_CONFIG, **(stored or {}), **(model_config or {}), **from_environment}
     return {name: check(name, chosen[name]) for name, (_, check) in _OPTIONS.items()}
 
 
-def is_chosen_here(name: str, model_config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> bool:
+def is_chosen_here(
+    name: str, model_config: Mapping[str, Any], environ: Mapping[str, str] = os.environ
+) -> bool:
     """Whether an option is set by whoever loads the model, and not only by whoever saved it."""
     return name in model_config or bool(environ.get(_PREFIX + name.upper()))
 
@@ -112,6 +119,7 @@ def is_chosen_here(name: str, model_config: Mapping[str, Any], environ: Mapping[
 def tells_environment(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether a server may say what it runs on.
 
-    No key of ``model_config``: that is stored by whoever saved the model, and this is for whoever runs the server.
+    No key of ``model_config``: that is stored by whoever saved the model, and this is for whoever
+    runs the server.
     """
     return environ.get(f"{_PREFIX}TELL_ENVIRONMENT", "").lower() in ("true", "1")

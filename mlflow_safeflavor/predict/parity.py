@@ -17,8 +17,8 @@ class Replayed:
 
     Attributes:
         row: Index of the row.
-        max_difference: Largest absolute difference over the raw outputs, or over the answer where a server gave
-            it; ``inf`` for another shape or anything that is no number.
+        max_difference: Largest absolute difference over the raw outputs, or over the answer where a
+            server gave it; ``inf`` for another shape or anything that is no number.
         bit_identical: Whether all of that is equal bit for bit.
         problem: What is beyond tolerance, in words; None where nothing is.
         first: The first value that is not the same, tolerated or not, in words; None where all are.
@@ -54,14 +54,17 @@ class ParityReport:
         rows: One entry a row; golden rows first.
         atol: Absolute tolerance, in units of the outputs.
         rtol: Relative tolerance.
-        environments: Side ("saved", "here", "server") → what it runs on, as ``about_process.describe_process`` has it;
-            None for a server that does not tell. Sides that took no part are not there.
+        environments: Side ("saved", "here", "server") → what it runs on, as
+            ``about_process.describe_process`` has it; None for a server that does not tell. Sides
+            that took no part are not there.
     """
 
     rows: tuple[Replayed, ...]
     atol: float
     rtol: float
-    environments: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict, compare=False)
+    environments: Mapping[str, Mapping[str, Any] | None] = field(
+        default_factory=dict, compare=False
+    )
 
     @property
     def ok(self) -> bool:
@@ -80,8 +83,13 @@ class ParityReport:
 
     @property
     def first_difference(self) -> str | None:
-        """The first value beyond tolerance, else the first that is not the same, in words; None where all are."""
-        found = [row.problem for row in self.rows if row.problem] + [row.first for row in self.rows if row.first]
+        """The first value beyond tolerance, else the first that is not the same, in words.
+
+        None where all are.
+        """
+        found = [row.problem for row in self.rows if row.problem] + [
+            row.first for row in self.rows if row.first
+        ]
         return found[0] if found else None
 
     @property

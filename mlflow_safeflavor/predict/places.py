@@ -1,7 +1,8 @@
 """Places: as many callers as there are cores encode or decode at a time, and take turns at it.
 
-More of them would only take the interpreter from the model's thread. Nobody keeps a place for longer than a few
-milliseconds while others wait, so that a request of minutes costs a small one a turn, not minutes.
+More of them would only take the interpreter from the model's thread. Nobody keeps a place for
+longer than a few milliseconds while others wait, so that a request of minutes costs a small one a
+turn, not minutes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class Places:
 
     @contextmanager
     def taken(self, deadline: Deadline) -> Iterator[None]:
-        """A place, once it is this caller's turn. Raises ``DeadlineError`` where that is too late."""
+        """A place, once it is this caller's turn.
+
+        Raises ``DeadlineError`` where that is too late.
+        """
         self._take(deadline)
         try:
             yield
@@ -46,7 +50,8 @@ class Places:
         """What ``work`` makes, made a few milliseconds at a time, between which others take their turn.
 
         Args:
-            work: Does its work while it is iterated; None where it can be interrupted but has nothing yet.
+            work: Does its work while it is iterated; None where it can be interrupted but has
+                nothing yet.
             deadline: Of the request.
         """
         steps, going = iter(work), True
@@ -90,6 +95,7 @@ class Places:
     def _give(self) -> None:
         with self._lock:
             if self._waiting:
-                self._waiting.popleft().set()  # handed over: who asks in this moment is not served before
+                # handed over: who asks in this moment is not served before
+                self._waiting.popleft().set()
             else:
                 self._free += 1

@@ -24,7 +24,8 @@ def shown(wanted: bool | None) -> Iterator[Watch | None]:
     """A function to be told how much of how much is done; None where nobody wants to know.
 
     Args:
-        wanted: None for a terminal or a notebook only, and only if it takes longer than two seconds.
+        wanted: None for a terminal or a notebook only, and only if it takes longer than two
+            seconds.
     """
     if wanted is False:
         yield None
@@ -47,11 +48,20 @@ def shown(wanted: bool | None) -> Iterator[Watch | None]:
 
 
 def _started_bar(*, anywhere: bool) -> Progress | None:
-    """On a terminal or in a notebook, or ``anywhere``; None where rich is not installed or nobody looks."""
+    """On a terminal or in a notebook, or ``anywhere``.
+
+    None where rich is not installed or nobody looks.
+    """
     try:
         # Not among the pins of a model: servers show no bar, and a model must answer without.
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
     except ImportError:
         return None
     console = Console(stderr=True)

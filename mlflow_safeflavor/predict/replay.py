@@ -34,14 +34,17 @@ def replay(model: Predictor, layout: Layout, dtype: str = "") -> ParityReport:
     golden = read_golden(layout, model.engine.name)
     answers, least = golden.answers, TOLERANCES.get(dtype, {"atol": 0.0, "rtol": 0.0})
     atol, rtol = max(golden.atol, least["atol"]), max(golden.rtol, least["rtol"])
-    rows = [model.task.from_record(row, golden.inputs(index)) for index, row in enumerate(golden.rows)]
+    rows = [
+        model.task.from_record(row, golden.inputs(index)) for index, row in enumerate(golden.rows)
+    ]
     features = features_of(model, rows)
     with kept_random_state():
         found, outputs = model.answer(rows, model.task.golden(model.task.config))
     replayed = []
     said: list[Any] = []
     for index in range(len(rows)):
-        # Where the model chose another token at a near tie, what it said next is no longer an answer to the same.
+        # Where the model chose another token at a near tie, what it said next is no longer an
+        # answer to the same.
         parts = model.task.comparable(golden.outputs(index), outputs[index])
         wanted, got = parts or (golden.outputs(index), outputs[index])
         answered = () if parts else (answers[index], model.task.to_record(found[index]))
@@ -49,11 +52,16 @@ def replay(model: Predictor, layout: Layout, dtype: str = "") -> ParityReport:
             *differing_arrays(index, "input", features[index], golden.inputs(index), 0.0, 0.0),
             *differing_arrays(index, "output", got, wanted, atol, rtol),
         ]
-        differing = list(differing_values(f"row {index}", *answered, atol, rtol)) if answered else []
+        differing = (
+            list(differing_values(f"row {index}", *answered, atol, rtol)) if answered else []
+        )
         if differing and not problems:
-            # Two labels may be so near that rounding orders them. What the recorded outputs say here is then the test.
+            # Two labels may be so near that rounding orders them. What the recorded outputs say
+            # here is then the test.
             said = said or _said_by_outputs(model.task.uncapped, rows, golden)
-            differing = list(differing_values(f"row {index}", answers[index], said[index], atol, rtol))
+            differing = list(
+                differing_values(f"row {index}", answers[index], said[index], atol, rtol)
+            )
         problems += differing
         differences = [differences_of(wanted.get(name), value) for name, value in got.items()]
         inexact = list(differing_arrays(index, "output", got, wanted, 0.0, 0.0))
@@ -82,7 +90,8 @@ def require_parity(report: ParityReport, layout: Layout, engine: str) -> None:
     if wrong:
         raise ParityError(
             "The model answers recorded rows differently from when it was saved",
-            where=f"{layout.name_of(layout.recorded(engine)[0])}, {len(wrong)} of {len(report.rows)} rows",
+            where=f"{layout.name_of(layout.recorded(engine)[0])}, {len(wrong)} of "
+            f"{len(report.rows)} rows",
             wanted=f"within atol {report.atol:g}, rtol {report.rtol:g}",
             found=wrong[0].problem,
             hint="save the model again in this environment",

@@ -16,9 +16,10 @@ class LoadReport:
 
     Attributes:
         files: Files compared with the manifest.
-        hashed_bytes: Bytes whose SHA-256 was compared, now or when this host last did; 0 unless ``verify="full"``.
-        weights: What they are mapped from: "memory", "copy" (private, on this host) or "file" (the artifact's, looked
-            at before each forward).
+        hashed_bytes: Bytes whose SHA-256 was compared, now or when this host last did; 0 unless
+            ``verify="full"``.
+        weights: What they are mapped from: "memory", "copy" (private, on this host) or "file" (the
+            artifact's, looked at before each forward).
         tensors: Parameters, buffers and plain attributes compared with the inventory.
         alias_groups: Distinct data they look at.
         weight_bytes: Bytes of that data.
@@ -55,7 +56,8 @@ class LoadReport:
     def __str__(self) -> str:
         exact = "bit-identical" if self.bit_identical else f"within {self.max_difference:.1e}"
         return (
-            f"{self.tensors} tensors ({self.weight_bytes / 1e6:.1f} MB) as saved, mapped from {self.weights}, "
+            f"{self.tensors} tensors ({self.weight_bytes / 1e6:.1f} MB) as saved, mapped from "
+            f"{self.weights}, "
             f"{self.files} files ({self.hashed_bytes / 1e6:.1f} MB hashed), "
             f"{f'{self.golden_rows} golden rows {exact}' if self.golden_rows else 'no golden rows replayed'}, "
             f"{len(self.environment)} differences of environment, on {self.device}, "

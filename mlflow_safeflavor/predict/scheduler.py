@@ -1,8 +1,11 @@
-"""All callers of a model: whoever finds it free runs his own request, and whatever waits meanwhile is run together.
+"""All callers of a model.
 
-Nobody is made to wait for company. What has to wait is run by a thread of the model's own: before each forward,
-everything that waits is cut into the batches that cost least, and the one of the request whose turn it is is run.
-One forward at a time, because it uses every core already: two would only take them from each other.
+Whoever finds it free runs his own request, and whatever waits meanwhile is run together.
+
+Nobody is made to wait for company. What has to wait is run by a thread of the model's own: before
+each forward, everything that waits is cut into the batches that cost least, and the one of the
+request whose turn it is is run. One forward at a time, because it uses every core already: two
+would only take them from each other.
 """
 
 from __future__ import annotations
@@ -36,13 +39,16 @@ class Scheduler:
     Args:
         task: What is asked.
         engine: What runs the model.
-        max_batch_tokens: Most tokens of one forward, padding included. A longer single piece runs by itself.
+        max_batch_tokens: Most tokens of one forward, padding included. A longer single piece runs
+            by itself.
         forward_cost: What a forward costs beside its tokens, in tokens; see ``cut_into_batches``.
-        deterministic: Run every piece by itself, so that its bits depend on nothing else that is asked.
+        deterministic: Run every piece by itself, so that its bits depend on nothing else that is
+            asked.
         max_queue: Most requests that may wait; 0 for no limit.
         num_threads: Torch's threads in a forward; 0 for as many as the process's other threads get.
-        anywhere: Whether any thread may run a forward. Torch keeps contexts and the number of threads for each thread,
-            so that its forwards belong into one that nobody else has touched.
+        anywhere: Whether any thread may run a forward. Torch keeps contexts and the number of
+            threads for each thread, so that its forwards belong into one that nobody else has
+            touched.
     """
 
     def __init__(
@@ -60,7 +66,9 @@ class Scheduler:
         self.max_queue = max_queue
         self.task = task
         budget = task.batch_budget(max_batch_tokens)
-        self._state = State(task, engine, budget, forward_cost, deterministic, num_threads, anywhere)
+        self._state = State(
+            task, engine, budget, forward_cost, deterministic, num_threads, anywhere
+        )
         weakref.finalize(self, stop, self._state)
 
     @property
@@ -104,7 +112,12 @@ class Scheduler:
                 state.arriving.discard(arrival)
 
     def submit(
-        self, pieces: Sequence[Features], params: Mapping[str, Any], arrival: object = None, *, patient: bool = False
+        self,
+        pieces: Sequence[Features],
+        params: Mapping[str, Any],
+        arrival: object = None,
+        *,
+        patient: bool = False,
     ) -> Ticket:
         """Queue pieces, at least one; or run them here and now, where the model is free and they are few.
 
@@ -127,14 +140,18 @@ class Scheduler:
             else:
                 state.tickets.append(ticket)
                 if state.thread is None:
-                    state.thread = threading.Thread(target=serve, args=(state,), name="safeflavor-model", daemon=True)
+                    state.thread = threading.Thread(
+                        target=serve, args=(state,), name="safeflavor-model", daemon=True
+                    )
                     state.thread.start()
                 state.arrived.notify()
         if here:
             run_here(state, ticket)
         return ticket
 
-    def run(self, ticket: Ticket, deadline: Deadline, watch: Watch | None = None) -> list[RowOutput]:
+    def run(
+        self, ticket: Ticket, deadline: Deadline, watch: Watch | None = None
+    ) -> list[RowOutput]:
         """Wait until a ticket is answered. A caller that gives up costs no further forward.
 
         Args:
@@ -148,7 +165,9 @@ class Scheduler:
         try:
             while not ticket.wait(deadline.left(None if watch is None else _WATCH)):
                 if deadline.passed:
-                    raise deadline.missed(f"{len(ticket.outputs)} of {len(ticket.pieces)} pieces were answered")
+                    raise deadline.missed(
+                        f"{len(ticket.outputs)} of {len(ticket.pieces)} pieces were answered"
+                    )
                 if watch is not None:
                     watch(len(ticket.outputs), len(ticket.pieces))
         finally:

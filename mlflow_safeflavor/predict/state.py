@@ -18,9 +18,12 @@ __all__ = ["State", "stop"]
 
 @dataclass(eq=False)
 class State:
-    """What the model's thread holds. Not the scheduler: else neither that nor the model could ever be freed.
+    """What the model's thread holds.
 
-    Whoever sets ``running`` runs forwards, and alone looks at what waits; the others only add to it.
+    Not the scheduler: else neither that nor the model could ever be freed.
+
+    Whoever sets ``running`` runs forwards, and alone looks at what waits; the others only add to
+    it.
     """
 
     task: Task
@@ -60,7 +63,12 @@ _STATES: weakref.WeakSet[State] = weakref.WeakSet()
 
 def _forget_after_fork() -> None:
     for state in list(_STATES):
-        state.arrived, state.arriving, state.tickets, state.thread = threading.Condition(), set(), [], None
+        state.arrived, state.arriving, state.tickets, state.thread = (
+            threading.Condition(),
+            set(),
+            [],
+            None,
+        )
         state.running = False
         state.places = Places(available_cpus())
 

@@ -1,4 +1,7 @@
-"""Tables that are too long to hold: chunk by chunk, the next one encoded while the model runs this one."""
+"""Tables that are too long to hold.
+
+Chunk by chunk, the next one encoded while the model runs this one.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,11 @@ def stream(
         total: Rows of all chunks; None where nobody knows.
         watch: Told the number of rows answered so far, and ``total``.
     """
-    pool, waiting, done = ThreadPoolExecutor(_IN_FLIGHT, "safeflavor-stream"), deque[Future[Any]](), 0
+    pool, waiting, done = (
+        ThreadPoolExecutor(_IN_FLIGHT, "safeflavor-stream"),
+        deque[Future[Any]](),
+        0,
+    )
     try:
         for chunk in _then_none(chunks):
             if chunk is not None:
@@ -68,7 +75,8 @@ def parquet_chunks(path: Path) -> tuple[Iterator[pd.DataFrame], int]:
             "A path must be that of a Parquet file",
             where=path,
             found=error,
-            hint="read the file yourself and pass a DataFrame; a text is passed as str, not as Path",
+            hint="read the file yourself and pass a DataFrame; a text is passed as str, not as "
+            "Path",
         ) from None
     return _frames(file), file.metadata.num_rows
 

@@ -13,7 +13,9 @@ __all__ = ["Ticket"]
 
 
 class Ticket:
-    """A request at the model. Its pieces are answered in any order, and forgotten once nobody waits for them.
+    """A request at the model.
+
+    Its pieces are answered in any order, and forgotten once nobody waits for them.
 
     Args:
         pieces: What the model must see.
@@ -23,7 +25,11 @@ class Ticket:
     """
 
     def __init__(
-        self, pieces: Sequence[Features], costs: Sequence[int], params: Mapping[str, Any], key: object
+        self,
+        pieces: Sequence[Features],
+        costs: Sequence[int],
+        params: Mapping[str, Any],
+        key: object,
     ) -> None:
         self.pieces, self.costs, self.params, self.key = pieces, costs, params, key
         self.waiting = deque(sorted(range(len(pieces)), key=lambda i: -costs[i]))

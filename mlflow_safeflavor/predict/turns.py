@@ -12,16 +12,19 @@ from mlflow_safeflavor.predict.ticket import Ticket
 __all__ = ["next_batch"]
 
 _AHEAD = 4
-"""Full batches' worth of a request's pieces that are looked at before each forward. A request's pieces come in order
+"""Full batches' worth of a request's pieces that are looked at before each forward.
+
+A request's pieces come in order
 of length, so that more would change nothing but the time it takes."""
 
 
 def next_batch(state: State, tickets: Sequence[Ticket]) -> list[tuple[Ticket, int]]:
     """The batch of whoever's turn it is, with all that it is cheap to run along.
 
-    Each that waits has the same share of the model's time: who was served is next once as much was done for each of the
-    others, so that long texts come up more seldom than short ones. And after one that goes on comes one that is new, if
-    there is any: a table of a million rows keeps a small request waiting for a forward or two.
+    Each that waits has the same share of the model's time: who was served is next once as much was
+    done for each of the others, so that long texts come up more seldom than short ones. And after
+    one that goes on comes one that is new, if there is any: a table of a million rows keeps a small
+    request waiting for a forward or two.
     """
     new = [ticket for ticket in tickets if not ticket.served] if state.went_on else []
     first = min(new or tickets, key=lambda ticket: ticket.turn)
@@ -29,11 +32,17 @@ def next_batch(state: State, tickets: Sequence[Ticket]) -> list[tuple[Ticket, in
     if state.deterministic:
         batch = [(first, first.waiting.popleft())]
     else:
-        agreeing = [first, *(ticket for ticket in tickets if ticket.key == first.key and ticket is not first)]
-        pool = [(ticket, i) for ticket in agreeing for i in ticket.take(_AHEAD * state.max_batch_tokens)]
+        agreeing = [
+            first,
+            *(ticket for ticket in tickets if ticket.key == first.key and ticket is not first),
+        ]
+        pool = [
+            (ticket, i) for ticket in agreeing for i in ticket.take(_AHEAD * state.max_batch_tokens)
+        ]
         costs = [ticket.costs[i] for ticket, i in pool]
         batches = cut_into_batches(costs, state.max_batch_tokens, state.forward_cost)
-        chosen = next(set(places) for places in batches if 0 in places)  # 0 is the longest piece of the first
+        # 0 is the longest piece of the first
+        chosen = next(set(places) for places in batches if 0 in places)
         batch = [pool[place] for place in sorted(chosen)]
         for place in reversed(range(len(pool))):
             if place not in chosen:

@@ -50,9 +50,16 @@ def answering(
     elif cast:
         device = torch.device("cpu")
         module, hooks = rebuild(layout, spec, inventory_file.read_inventory(layout), KINDS)
-    with evaluating(module), _aligned(module, layout), kept_parameters(module, lambda: _stored(layout)):
+    with (
+        evaluating(module),
+        _aligned(module, layout),
+        kept_parameters(module, lambda: _stored(layout)),
+    ):
         dtype = placement.input_dtype(spec.dtype, find_slots(module))
-        engine, options = ModuleEngine(module, device, dtype), run_time_options(stored=spec.model_config)
+        engine, options = (
+            ModuleEngine(module, device, dtype),
+            run_time_options(stored=spec.model_config),
+        )
         yield make_model(engine, hooks, spec, layout, options, LoadReport())
 
 
@@ -60,11 +67,16 @@ def answering(
 def _aligned(module: torch.nn.Module, layout: Layout) -> Iterator[None]:
     """While inside, tensors that ``from_pretrained`` maps from anywhere in a file lie as they do after ``load_model``.
 
-    Else the recorded answers could differ from those of every load in their last bits: see ``tensors.ALIGNMENT``.
-    Tensors made in inference mode stay where they are, as torch lets nobody move them.
+    Else the recorded answers could differ from those of every load in their last bits: see
+    ``tensors.ALIGNMENT``. Tensors made in inference mode stay where they are, as torch lets nobody
+    move them.
     """
     found = find_slots(module)
-    slots = [slot for slot in found if not (tensors.is_aligned(slot.tensor) or slot.tensor.is_inference())]
+    slots = [
+        slot
+        for slot in found
+        if not (tensors.is_aligned(slot.tensor) or slot.tensor.is_inference())
+    ]
     before = {id(slot.tensor): (slot.tensor, slot.tensor.data) for slot in slots}
     if slots:
         loaded = _stored(layout)
@@ -93,9 +105,12 @@ def write_parity(
     first = models[0]
     cost = first.scheduler.forward_cost
     if not cost and first.engine.on_cpu:
-        # Stored, so that all hosts make the same batches: the bits of an answer may depend on what shares its batch.
+        # Stored, so that all hosts make the same batches: the bits of an answer may depend on what
+        # shares its batch.
         first.answer(rows, first.task.golden(first.task.config))
-        cost = measure_forward_cost(first.task, first.engine, rows, first.options["max_batch_tokens"])
+        cost = measure_forward_cost(
+            first.task, first.engine, rows, first.options["max_batch_tokens"]
+        )
     answers = []
     for model in models:
         model.scheduler.forward_cost = cost

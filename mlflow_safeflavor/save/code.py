@@ -1,4 +1,7 @@
-"""The code that goes with a model: the loader, which is what serving reaches of this package, and the user's."""
+"""The code that goes with a model.
+
+The loader, which is what serving reaches of this package, and the user's.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,16 @@ def write_code(code_paths: Sequence[str | Path] | None, layout: Layout) -> None:
     _validate_and_copy_code_paths([os.fspath(path) for path in code_paths or ()], layout.root)  # type: ignore[no-untyped-call]  # MLflow's
     target = layout.code / LOADER_MODULE
     if target.exists():
-        raise InputError("code_paths must not hold the loader itself", where=LOADER_MODULE, hint="leave it out")
+        raise InputError(
+            "code_paths must not hold the loader itself", where=LOADER_MODULE, hint="leave it out"
+        )
     for file in _loader_files():
         copy = target / file.relative_to(_PACKAGE)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
     (target / _NOTE).write_text(
-        f"The part of mlflow-safeflavor that loads this model and answers. Not here: {', '.join(_LEFT_OUT)}.\n"
+        "The part of mlflow-safeflavor that loads this model and answers. Not here: "
+        f"{', '.join(_LEFT_OUT)}.\n"
     )
 
 
@@ -44,12 +50,16 @@ def loader_digest() -> str:
     """SHA-256 over the files of the loader, as it is vendored."""
     digest = hashlib.sha256()
     for file in _loader_files():
-        digest.update(file.relative_to(_PACKAGE).as_posix().encode() + digest_of_file(file).encode())
+        digest.update(
+            file.relative_to(_PACKAGE).as_posix().encode() + digest_of_file(file).encode()
+        )
     return digest.hexdigest()
 
 
 def _loader_files() -> Iterator[Path]:
     for file in sorted(_PACKAGE.rglob("*.*")):
         inside = file.relative_to(_PACKAGE)
-        if inside.parts[0] not in _LEFT_OUT and (file.suffix in (".py", ".txt") or file.name == "py.typed"):
+        if inside.parts[0] not in _LEFT_OUT and (
+            file.suffix in (".py", ".txt") or file.name == "py.typed"
+        ):
             yield file

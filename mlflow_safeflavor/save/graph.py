@@ -56,7 +56,8 @@ def record(
         The graph, and what was seen by engine.
 
     Raises:
-        Refusal: The forward cannot be traced with free sizes, calls what a graph may not, or answers otherwise.
+        Refusal: The forward cannot be traced with free sizes, calls what a graph may not, or
+            answers otherwise.
     """
     if len({tuple(sorted(inputs)) for inputs in examples}) != 1:
         raise Refusal("the forward is not always called with the same arguments")
@@ -64,7 +65,9 @@ def record(
     for example, free in product(_candidates(examples), _freedoms(examples)):
         try:
             exported = export(module, slots, places, examples, example, free)
-            return _proven(module, exported, slots, example, limit, runtimes or {"onnx": runtime_of("onnx")})
+            return _proven(
+                module, exported, slots, example, limit, runtimes or {"onnx": runtime_of("onnx")}
+            )
         except Refusal as refusal:
             reasons.append(str(refusal))
     raise Refusal(reasons[0])
@@ -79,12 +82,18 @@ def _proven(
     runtimes: Mapping[str, Callable[..., Session]],
 ) -> tuple[Graph, dict[str, Facts]]:
     graph = _read(exported.content({}))
-    arrays = {slot.path: slot.tensor.detach().cpu().numpy() for slot in slots if slot.path in graph.weights}
+    arrays = {
+        slot.path: slot.tensor.detach().cpu().numpy()
+        for slot in slots
+        if slot.path in graph.weights
+    }
     forward = Forward(module)
     device = next((tensor.device for tensor in example.values()), torch.device("cpu"))
 
     def run(inputs: Arrays) -> Arrays:
-        tensors = {name: torch.from_numpy(array.copy()).to(device) for name, array in inputs.items()}
+        tensors = {
+            name: torch.from_numpy(array.copy()).to(device) for name, array in inputs.items()
+        }
         with torch.inference_mode():
             return {name: tensor.cpu().numpy() for name, tensor in forward(tensors).items()}
 
@@ -92,14 +101,19 @@ def _proven(
     facts = {}
     for name, runtime in runtimes.items():
         try:
-            sessions = [runtime(graph, arrays, threads=threads) for threads in sorted({1, 2, available_cpus()})]
+            sessions = [
+                runtime(graph, arrays, threads=threads)
+                for threads in sorted({1, 2, available_cpus()})
+            ]
         except StructureError as error:  # a kernel that it does not have
             raise Refusal(f"{error.what}: {error.found}") from error
         facts[name] = prove(run, sessions, graph.inputs, plain, limit, seed=0)
     seen = next(iter(facts.values())).sizes
     fixed = {name: min(sizes) for name, sizes in seen.items() if len(sizes) == 1}
     if narrow := fixed.keys() & {"rows", "length"}:
-        raise Refusal(f"the module took no inputs of another number of {min(narrow)} to prove the graph on")
+        raise Refusal(
+            f"the module took no inputs of another number of {min(narrow)} to prove the graph on"
+        )
     return _read(exported.content(fixed)), facts
 
 
@@ -125,7 +139,10 @@ class _Listener:
         return self.engine(inputs)
 
     def generate(self, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
-        raise Refusal("the model writes text token by token, with a cache that grows: that is no single forward")
+        raise Refusal(
+            "the model writes text token by token, with a cache that grows: that is no single "
+            "forward"
+        )
 
 
 def examples_of(task: Task, engine: ModuleEngine, rows: Sequence[Row]) -> list[Inputs]:
@@ -148,33 +165,51 @@ def _equally_wide(examples: Sequence[Inputs]) -> list[Inputs]:
     for inputs in examples:
         for name, tensor in inputs.items():
             dtypes.setdefault(name, set()).add(tensor.dtype)
-    return [{name: t.to(torch.int64) if len(dtypes[name]) > 1 else t for name, t in e.items()} for e in examples]
+    return [
+        {name: t.to(torch.int64) if len(dtypes[name]) > 1 else t for name, t in e.items()}
+        for e in examples
+    ]
 
 
 def _candidates(examples: Sequence[Inputs]) -> Iterator[Inputs]:
     """Inputs to trace with, the best first: sizes of 0 and 1 cannot become free."""
     largest = max(examples, key=lambda inputs: sum(tensor.numel() for tensor in inputs.values()))
     if all(tensor.dim() and tensor.shape[0] == 1 for tensor in largest.values()):
-        yield {name: tensor.repeat(2, *[1] * (tensor.dim() - 1)) for name, tensor in largest.items()}
+        yield {
+            name: tensor.repeat(2, *[1] * (tensor.dim() - 1)) for name, tensor in largest.items()
+        }
     yield largest
 
 
 def _freedoms(examples: Sequence[Inputs]) -> list[Mapping[str, set[int]]]:
-    """Dimensions to be free, by input: all of them; then rows, lengths and what differed between the examples."""
+    """Dimensions to be free, by input: all of them.
+
+    Then rows, lengths and what differed between the examples.
+    """
     every = {name: set(range(tensor.dim())) for name, tensor in examples[0].items()}
     some = {
-        name: {i for i in dims if i == 0 or (name in TEXT and i == 1) or len({e[name].shape[i] for e in examples}) > 1}
+        name: {
+            i
+            for i in dims
+            if i == 0 or (name in TEXT and i == 1) or len({e[name].shape[i] for e in examples}) > 1
+        }
         for name, dims in every.items()
     }
     return [every] if some == every else [every, some]
 
 
 def store_graph(model: LoadedModel, rows: Sequence[Row], required: bool) -> list[GraphEngine]:
-    """Record the forward as a graph, or the reason why there is none. Returns what runs it, what serves first."""
+    """Record the forward as a graph, or the reason why there is none.
+
+    Returns what runs it, what serves first.
+    """
     layout, slots = Layout(model.folder), find_slots(model.module)
     runtimes = {"onnx": runtime_of("onnx")}
     if model.spec.model_config["engine"] == "openvino":
-        runtimes, required = {"openvino": runtime_of("openvino", model.spec.model_config["dtype"]), **runtimes}, True
+        runtimes, required = (
+            {"openvino": runtime_of("openvino", model.spec.model_config["dtype"]), **runtimes},
+            True,
+        )
     inventory = inventory_file.read_inventory(layout)
     try:
         if model.spec.dtype != "float32":
@@ -188,10 +223,13 @@ def store_graph(model: LoadedModel, rows: Sequence[Row], required: bool) -> list
                 "The forward of the model cannot be stored as a graph",
                 where=model.spec.model_class,
                 found=refusal,
-                hint='save it with graph="auto" and engine="auto", which serves the module where there is no graph',
+                hint='save it with graph="auto" and engine="auto", which serves the module where '
+                "there is no graph",
             ) from refusal
         write_reason(str(refusal), layout)
         return []
     write_graph(graph, facts, layout)
     opened = open_graph(inventory.files, layout)
-    return [GraphEngine(runtime(*opened, threads=available_cpus())) for runtime in runtimes.values()]
+    return [
+        GraphEngine(runtime(*opened, threads=available_cpus())) for runtime in runtimes.values()
+    ]

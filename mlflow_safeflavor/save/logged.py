@@ -1,4 +1,7 @@
-"""A model being logged: what MLflow holds of it meanwhile, so that the next log ends what a killed one left there."""
+"""A model being logged.
+
+What MLflow holds of it meanwhile, so that the next log ends what a killed one left there.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ __all__ = ["NotedFlavor", "log", "noting"]
 
 def log(flavor: ModuleType, name: str, **arguments: Any) -> ModelInfo:
     """Log with a flavor's ``save_model``, which gets ``arguments``."""
-    # Since MLflow 3 these are texts about a logged model; here they are defaults of the model's params.
+    # Since MLflow 3 these are texts about a logged model; here they are defaults of the model's
+    # params.
     own = {"params": arguments.pop("params")} if "params" in arguments else {}
     with noting(flavor, own) as noted:
         return mlflow_compat.log(noted, name, **arguments)
@@ -59,10 +63,12 @@ class NotedFlavor:
 
 @contextmanager
 def noting(flavor: ModuleType, own: Mapping[str, Any]) -> Iterator[NotedFlavor]:
-    """The flavor to log with. Models that killed processes left ``PENDING`` in this store are marked as failed first.
+    """The flavor to log with.
 
-    MLflow itself marks those whose logging an ``Exception`` ends, but not where one ends the process, such as
-    ``KeyboardInterrupt``.
+    Models that killed processes left ``PENDING`` in this store are marked as failed first.
+
+    MLflow itself marks those whose logging an ``Exception`` ends, but not where one ends the
+    process, such as ``KeyboardInterrupt``.
     """
     with scratch_folder("log") as notes:
         _fail_abandoned()
@@ -88,7 +94,10 @@ def _fail_abandoned() -> None:
 
 
 def _fail(model_id: str) -> bool:
-    """Mark a logged model as failed if nobody has finished it. Returns whether nothing is left to do."""
+    """Mark a logged model as failed if nobody has finished it.
+
+    Returns whether nothing is left to do.
+    """
     client = mlflow.MlflowClient()
     try:
         if str(client.get_logged_model(model_id).status) == "PENDING":

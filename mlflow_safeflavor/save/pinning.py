@@ -1,4 +1,7 @@
-"""The environment of a model that is being saved: what its parts need, and what its rehearsal used."""
+"""The environment of a model that is being saved.
+
+What its parts need, and what its rehearsal used.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +33,20 @@ _logger = logging.getLogger("mlflow.safeflavor")
 
 
 class Pinning:
-    """Writes environment.json and the files that pip, conda and uv install from; again, if a rehearsal used more.
+    """Writes environment.json and the files that pip, conda and uv install from.
+
+    Again, if a rehearsal used more.
 
     Args:
         layout: Where they are written.
         source: What is saved.
-        engines: What can answer; where a graph can and a module, names that only the module needs are told apart.
+        engines: What can answer; where a graph can and a module, names that only the module needs
+            are told apart.
         code_paths: What comes with the model is not pinned.
         hashes: Whether each pin gets the hashes of its files.
-        wanted: What the user says of it: ``torch_index``, ``pip_requirements``, ``extra_pip_requirements`` and
-            ``conda_env``, see ``environment.files.environment_files``.
+        wanted: What the user says of it: ``torch_index``, ``pip_requirements``,
+            ``extra_pip_requirements`` and ``conda_env``, see
+            ``environment.files.environment_files``.
     """
 
     def __init__(
@@ -53,18 +60,25 @@ class Pinning:
     ) -> None:
         with_model = {Path(path).stem for path in code_paths or ()}
         self._layout, self._engines, self._hashes, self._wanted = layout, engines, hashes, wanted
-        self._roots, self._graph_roots = (_roots(source, with_model, graph=graph) for graph in (False, True))
+        self._roots, self._graph_roots = (
+            _roots(source, with_model, graph=graph) for graph in (False, True)
+        )
         self._graph_roots += ["openvino"] if "openvino" in engines else []
         self._recorded: Environment | None = None
 
     @property
     def optional(self) -> list[str]:
-        """Modules that all of MLflow brings along and a graph does without: what imports them can do so, too."""
+        """Modules that all of MLflow brings along and a graph does without.
+
+        What imports them can do so, too.
+        """
         if "onnx" not in self._engines:
             return []
         unneeded = closure_of(["mlflow"]) - closure_of(self._graph_roots)
         owners = importlib.metadata.packages_distributions().items()
-        return sorted(module for module, names in owners if {*map(canonicalize_name, names)} <= unneeded)
+        return sorted(
+            module for module, names in owners if {*map(canonicalize_name, names)} <= unneeded
+        )
 
     def write(self, used: Mapping[str, Use] | None = None) -> Environment:
         """Write the files, for what the parts of the model need and what was used.
@@ -73,8 +87,14 @@ class Pinning:
             EnvironmentMismatchError: See ``environment.files.environment_files``.
         """
         used = used or {}
-        graph_roots = [*self._graph_roots, *(name for name, use in used.items() if use.engine != "module")]
-        roots = [*(self._roots if "module" in self._engines else ()), *(graph_roots if "onnx" in self._engines else ())]
+        graph_roots = [
+            *self._graph_roots,
+            *(name for name, use in used.items() if use.engine != "module"),
+        ]
+        roots = [
+            *(self._roots if "module" in self._engines else ()),
+            *(graph_roots if "onnx" in self._engines else ()),
+        ]
         roots += used
         recorded = environment_files(
             self._layout.root,
@@ -107,15 +127,18 @@ class Pinning:
         written = used is not None and self.add(used)
         if used is None:
             _logger.info(
-                "safeflavor: not rehearsed, so the pins are those of the model's classes, hooks and processor; what "
-                "else its code imports or reads is not among them unless extra_pip_requirements says so"
+                "safeflavor: not rehearsed, so the pins are those of the model's classes, hooks "
+                "and processor; what else its code imports or reads is not among them unless "
+                "extra_pip_requirements says so"
             )
         if self._hashes:
             lock_file(self._layout, self._recorded or self.write())
         return written or self._hashes
 
     def add(self, used: Mapping[str, Use]) -> bool:
-        """Pin what a rehearsal used beside what the model's parts need. Returns whether files were written.
+        """Pin what a rehearsal used beside what the model's parts need.
+
+        Returns whether files were written.
 
         Where the user wrote all lines they stay, and a warning gives those that are missing.
 
@@ -130,13 +153,17 @@ class Pinning:
         news = {
             name: use
             for name, use in used.items()
-            if name not in recorded.distributions or (use.engine != "module" and name in recorded.only_module)
+            if name not in recorded.distributions
+            or (use.engine != "module" and name in recorded.only_module)
         }
         if not news:
             return False
         self.write(used)
         facts = (f"{name} {use.version} (for {use.reader})" for name, use in sorted(news.items()))
-        _logger.info("safeflavor: pinned because the rehearsal used it, and what it requires: %s", ", ".join(facts))
+        _logger.info(
+            "safeflavor: pinned because the rehearsal used it, and what it requires: %s",
+            ", ".join(facts),
+        )
         return True
 
 
@@ -146,10 +173,15 @@ def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[
     What these need in turn is found by the rehearsal.
     """
     module = torch.nn.Module() if graph else source.module
-    calls = source.processor is not None or (source.task == "custom" and source.tokenizer is not None)
-    pickles = any(user_code.importable_name(hook) is None for hook in source.hooks.values())  # with their tensors
+    calls = source.processor is not None or (
+        source.task == "custom" and source.tokenizer is not None
+    )
+    # with their tensors
+    pickles = any(user_code.importable_name(hook) is None for hook in source.hooks.values())
     graph_roots = [*GRAPH_ROOTS, *server_roots()]
-    graph_roots += [name for name, needed in (("transformers", calls), ("torch", pickles)) if needed]
+    graph_roots += [
+        name for name, needed in (("transformers", calls), ("torch", pickles)) if needed
+    ]
     return [
         *(graph_roots if graph else DEFAULT_ROOTS),
         *user_code.distributions_of(module, source.hooks, except_for=with_model),
@@ -158,15 +190,21 @@ def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[
 
 
 def _require_versions(recorded: Environment, used: Mapping[str, Use]) -> None:
-    others = {name: use for name, use in used.items() if recorded.distributions.get(name, use.version) != use.version}
+    others = {
+        name: use
+        for name, use in used.items()
+        if recorded.distributions.get(name, use.version) != use.version
+    }
     if others:
         raise EnvironmentMismatchError(
-            "A clean process of this Python runs other versions than this process, which is what the pins would name",
+            "A clean process of this Python runs other versions than this process, which is what "
+            "the pins would name",
             where=", ".join(others),
             wanted=", ".join(f"{name} {recorded.distributions[name]}" for name in others),
             found=", ".join(f"{name} {use.version}" for name, use in others.items()),
-            hint="start Python without PYTHONPATH and changes of sys.path, or install the wanted versions: "
-            f"`pip install {' '.join(f'{name}=={recorded.distributions[name]}' for name in others)}`",
+            hint="start Python without PYTHONPATH and changes of sys.path, or install the wanted "
+            "versions: `pip install "
+            f"{' '.join(f'{name}=={recorded.distributions[name]}' for name in others)}`",
         )
 
 
@@ -174,7 +212,7 @@ def _warn_of_missing(folder: Path, used: Mapping[str, Use]) -> None:
     lines = missing_lines(folder, {name: use.version for name, use in used.items()})
     if lines:
         _logger.warning(
-            "safeflavor: the rehearsal used what the given requirements do not bring, so that the model may not load "
-            "where they are installed, or answer otherwise. To add: %s",
+            "safeflavor: the rehearsal used what the given requirements do not bring, so that the "
+            "model may not load where they are installed, or answer otherwise. To add: %s",
             ", ".join(f"{line} (for {used[line.partition('==')[0]].reader})" for line in lines),
         )

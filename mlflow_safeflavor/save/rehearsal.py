@@ -17,7 +17,10 @@ from mlflow_safeflavor.errors import RehearsalError
 __all__ = ["rehearse"]
 
 _TIMEOUT = 1800  # seconds; a model of several GB on a slow disk takes minutes
-_HINT = "free memory and processors for a second copy of the model; rehearse=False publishes without this proof"
+_HINT = (
+    "free memory and processors for a second copy of the model; rehearse=False publishes without "
+    "this proof"
+)
 
 # Variables a process needs to start at all. Nothing else passes: a model that loads only because of
 # the author's PYTHONPATH, cache or token would not load anywhere else.
@@ -27,20 +30,30 @@ _KEPT = frozenset(
         *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_CORETYPE", "ATEN_CPU_CAPABILITY"),
     )
 )
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DO_NOT_TRACK": "true"}
+_OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "DO_NOT_TRACK": "true",
+}
 
 _PROGRAM = Path(__file__).with_name("rehearsal_program.py")
 
 
 def rehearse(
-    staged: Path, engines: Sequence[str] = ("auto",), *, hidden: Collection[str] = (), allow_pickle: bool = False
+    staged: Path,
+    engines: Sequence[str] = ("auto",),
+    *,
+    hidden: Collection[str] = (),
+    allow_pickle: bool = False,
 ) -> tuple[Opened, list[str]]:
     """Load ``staged`` through pyfunc, in a process that shares nothing with this one but the installed packages.
 
-    Once with each of the ``engines``. While MLflow is imported there, the modules ``hidden`` are not to be had.
-    Its interpreter is isolated (``-I``), its environment stripped, its working and home folders are
-    empty, the hub is offline. A connection beyond loopback is an error, and so is to read a file that is neither part
-    of the model nor of what is installed: it would not be there in a container. Loading replays the golden rows.
+    Once with each of the ``engines``. While MLflow is imported there, the modules ``hidden`` are
+    not to be had. Its interpreter is isolated (``-I``), its environment stripped, its working and
+    home folders are empty, the hub is offline. A connection beyond loopback is an error, and so is
+    to read a file that is neither part of the model nor of what is installed: it would not be there
+    in a container. Loading replays the golden rows.
 
     Returns:
         Which files each engine was the first to open, and the ``sys.path`` of that process.
@@ -56,8 +69,16 @@ def rehearse(
         environ |= dict.fromkeys(("HOME", "HF_HOME", "TMPDIR", "TEMP", "TMP"), scratch)
         environ |= {**_OFFLINE, "MLFLOW_TRACKING_URI": f"file:{scratch}/mlruns"}
         if sys.version_info < (3, 12):
-            environ["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"  # else setuptools is imported in place of Python's own
-        command = [sys.executable, "-I", str(_PROGRAM), os.fspath(staged), " ".join(engines), os.fspath(answer)]
+            # else setuptools is imported in place of Python's own
+            environ["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"
+        command = [
+            sys.executable,
+            "-I",
+            str(_PROGRAM),
+            os.fspath(staged),
+            " ".join(engines),
+            os.fspath(answer),
+        ]
         command += [" ".join(hidden)]
         try:
             process = subprocess.run(
@@ -72,7 +93,9 @@ def rehearse(
             )
         except subprocess.TimeoutExpired:
             raise RehearsalError(
-                "The clean process did not finish loading the model", wanted=f"within {_TIMEOUT} s", hint=_HINT
+                "The clean process did not finish loading the model",
+                wanted=f"within {_TIMEOUT} s",
+                hint=_HINT,
             ) from None
         if not answer.exists():
             raise RehearsalError(
@@ -83,7 +106,9 @@ def rehearse(
         told = json.loads(answer.read_text(encoding="utf-8"))
     if problem := told["problem"]:
         # Libraries tell in words of their own of what they were refused.
-        refused = [what for what in dict.fromkeys(told["refused"]) if what not in problem["message"]]
+        refused = [
+            what for what in dict.fromkeys(told["refused"]) if what not in problem["message"]
+        ]
         bring = way_to_bring(problem["missing"] or "")
         raise RehearsalError(
             "A clean process cannot load the model as saved, so nothing was published",
@@ -98,7 +123,10 @@ def rehearse(
 
 @contextmanager
 def _lifeline() -> Iterator[int]:
-    """What the clean process reads to its end: nobody writes to it, and it ends with this process, whatever ends it."""
+    """What the clean process reads to its end.
+
+    Nobody writes to it, and it ends with this process, whatever ends it.
+    """
     reads, writes = os.pipe()
     try:
         yield reads

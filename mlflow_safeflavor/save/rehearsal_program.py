@@ -1,10 +1,14 @@
-"""What runs in the rehearsal's clean process: a load that may use nothing that stays behind on this machine.
+"""What runs in the rehearsal's clean process.
+
+A load that may use nothing that stays behind on this machine.
 
     python -I rehearsal_program.py MODEL ENGINES ANSWER HIDDEN
 
-It answers with what went wrong, and with which files were opened for whom, so that pins can be what runs.
+It answers with what went wrong, and with which files were opened for whom, so that pins can be what
+runs.
 
-Run by its path, and with it ``guard``, so it imports nothing of this package; the model brings its own.
+Run by its path, and with it ``guard``, so it imports nothing of this package; the model brings its
+own.
 """
 
 from __future__ import annotations
@@ -19,7 +23,10 @@ from typing import Any
 
 
 def end_with_parent() -> None:
-    """End this process with the one that started it: standard input then ends. Nobody else reads from there."""
+    """End this process with the one that started it: standard input then ends.
+
+    Nobody else reads from there.
+    """
     lifeline, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
@@ -34,8 +41,8 @@ def end_with_parent() -> None:
 class Witness:
     """Remembers which files are opened, and for whom, from now on.
 
-    What the interpreter imported when it started (``.pth`` files and ``sitecustomize`` run tools of all kinds) was
-    opened before, and what such a tool reads of its own is not remembered.
+    What the interpreter imported when it started (``.pth`` files and ``sitecustomize`` run tools of
+    all kinds) was opened before, and what such a tool reads of its own is not remembered.
 
     Args:
         own: Folders whose files are not remembered.
@@ -43,11 +50,16 @@ class Witness:
 
     def __init__(self, *own: str) -> None:
         self._own = tuple(os.path.join(path, "") for path in (*own, *map(os.path.realpath, own)))
-        tops = {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names - {"__main__"}
+        tops = (
+            {name.partition(".")[0] for name in sys.modules}
+            - sys.stdlib_module_names
+            - {"__main__"}
+        )
         # Namespaces without a file, such as "google", are no tools.
         self._tools = {top for top in tops if getattr(sys.modules.get(top), "__file__", None)}
         self._files: dict[str, str] = {}
-        self._readers: dict[str, str] = {}  # by folder, since finding one costs more than all the rest
+        # by folder, since finding one costs more than all the rest
+        self._readers: dict[str, str] = {}
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
         """Look at one of the events of Python's audit hooks that open a file."""
@@ -61,11 +73,15 @@ class Witness:
         reader = self._readers.get(folder) or self._reader(path)
         if reader is not None:
             self._files[path] = reader
-            if folder.removesuffix(f"{os.sep}__pycache__") not in sys.path:  # where unlike things lie side by side
+            # where unlike things lie side by side
+            if folder.removesuffix(f"{os.sep}__pycache__") not in sys.path:
                 self._readers[folder] = reader
 
     def _reader(self, path: str) -> str | None:
-        """The module, neither Python's nor a tool's, for which a file is opened; None for a tool's own."""
+        """The module, neither Python's nor a tool's, for which a file is opened.
+
+        None for a tool's own.
+        """
         frame: FrameType | None = sys._getframe()
         while frame is not None and frame.f_globals is globals():  # the hook's own
             frame = frame.f_back
@@ -92,11 +108,19 @@ _OPENS = {"open": 0, "import": 1, "ctypes.dlopen": 0}
 def main(model: str, engines: str, answer: str, hidden: str) -> None:
     """Load the model with each of the engines, and write what happened, as JSON, to the file ``answer``.
 
-    While MLflow is imported, the modules ``hidden`` cannot be: what libraries import where it happens to be installed.
+    While MLflow is imported, the modules ``hidden`` cannot be: what libraries import where it
+    happens to be installed.
     """
-    scratch, guards, witness = os.path.dirname(answer), _guards(), Witness(model, os.path.dirname(answer))
+    scratch, guards, witness = (
+        os.path.dirname(answer),
+        _guards(),
+        Witness(model, os.path.dirname(answer)),
+    )
     # The load itself guards what it builds; all the rest may do what ends with this process.
-    system, harmless = ("/dev", "/etc", "/proc"), ("os.chdir", "os.putenv", "os.unsetenv", "pickle.find_class")
+    system, harmless = (
+        ("/dev", "/etc", "/proc"),
+        ("os.chdir", "os.putenv", "os.unsetenv", "pickle.find_class"),
+    )
     guard = guards.Guard(model, scratch, *system, writable=[scratch], allowed=harmless)
     guards.guard_process(guard)
     sys.addaudithook(lambda event, args: witness(event, args) if event in _OPENS else None)
@@ -133,7 +157,9 @@ def _missing(error: BaseException | None) -> str | None:
 
 def _guards() -> Any:
     package = os.path.dirname(os.path.dirname(__file__))
-    spec = importlib.util.spec_from_file_location("guard", os.path.join(package, "module", "guard.py"))
+    spec = importlib.util.spec_from_file_location(
+        "guard", os.path.join(package, "module", "guard.py")
+    )
     assert spec is not None and spec.loader is not None  # noqa: S101, PT018
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -82,44 +82,53 @@ def save_model(
 
     Args:
         model: A ``torch.nn.Module``, a ``transformers.Pipeline``, the path of a local checkpoint
-            folder, or a dict with a ``model`` and its ``tokenizer`` or ``processor``. It is only looked at.
+            folder, or a dict with a ``model`` and its ``tokenizer`` or ``processor``. It is only
+            looked at.
         path: Folder to create.
         tokenizer: Fast tokenizer of the model; not needed with a pipeline or folder.
-        processor: Image processor or feature extractor of a model of images or sounds; not needed with a pipeline or
-            folder.
-        task: A name in ``tasks.table.TASKS``, as transformers' pipelines call them, or "custom" or "raw"; by default
-            told from the model's class.
-        dtype: Serving dtype that weights are stored in: "float32", "bfloat16", "float16" or "float64"; or "as-is", so
-            that every tensor keeps its own. By default float32, and a cast to it is logged and recorded.
+        processor: Image processor or feature extractor of a model of images or sounds; not needed
+            with a pipeline or folder.
+        task: A name in ``tasks.table.TASKS``, as transformers' pipelines call them, or "custom" or
+            "raw"; by default told from the model's class.
+        dtype: Serving dtype that weights are stored in: "float32", "bfloat16", "float16" or
+            "float64"; or "as-is", so that every tensor keeps its own. By default float32, and a
+            cast to it is logged and recorded.
         input_columns: Field of the task → column name in requests, e.g. ``{"text": "buggy_code",
-            "text_pair": "fixed_code"}``. By default a sole column has no name, so that any is taken.
-        preprocess: For the custom task: ``(rows, tokenizer) -> dict of arrays``, the keyword arguments
-            of ``forward``. Importable, or pickled with ``allow_pickle``.
+            "text_pair": "fixed_code"}``. By default a sole column has no name, so that any is
+            taken.
+        preprocess: For the custom task: ``(rows, tokenizer) -> dict of arrays``, the keyword
+            arguments of ``forward``. Importable, or pickled with ``allow_pickle``.
         postprocess: For the custom task: ``(outputs, rows) -> rows``.
-        input_example: Rows as ``predict`` takes them; stored, checked, and replayed at each load. The
-            custom and raw tasks need it.
-        signature: By default the task's own; one given here must name the same inputs, and params that the task
-            knows. It may name a sole column. Defaults in it count as ``params``.
-        model_config: Options of the task (``pooling``, ``normalize``) and defaults of run-time options.
-        params: Param of the task → what it is where a request does not say, as ``{"top_k": None, "max_length": 64}``.
-        init_args: Constructor arguments of a class of yours, where they cannot be told from its config:
-            JSON values and transformers configs.
-        graph: "auto" stores how the module is rebuilt and, where it can be proven, a graph of its forward that ONNX
-            Runtime runs; "require" refuses a model without one; "only" stores nothing but the graph, so that serving
-            needs neither the class nor its code; "no" stores none.
+        input_example: Rows as ``predict`` takes them; stored, checked, and replayed at each load.
+            The custom and raw tasks need it.
+        signature: By default the task's own; one given here must name the same inputs, and params
+            that the task knows. It may name a sole column. Defaults in it count as ``params``.
+        model_config: Options of the task (``pooling``, ``normalize``) and defaults of run-time
+            options.
+        params: Param of the task → what it is where a request does not say, as ``{"top_k": None,
+            "max_length": 64}``.
+        init_args: Constructor arguments of a class of yours, where they cannot be told from its
+            config: JSON values and transformers configs.
+        graph: "auto" stores how the module is rebuilt and, where it can be proven, a graph of its
+            forward that ONNX Runtime runs; "require" refuses a model without one; "only" stores
+            nothing but the graph, so that serving needs neither the class nor its code; "no" stores
+            none.
         code_paths: Files and folders with the code of your classes and hooks.
-        pip_requirements: Replaces the recorded pins; what the rehearsal used and they do not bring is logged.
+        pip_requirements: Replaces the recorded pins; what the rehearsal used and they do not bring
+            is logged.
         extra_pip_requirements: Adds to them.
         conda_env: Replaces them, as a conda environment.
-        torch_index: Where pip finds a torch with a local label: "auto" is PyTorch's own page of wheels,
-            else the URL of an index or a folder of wheels; None drops the label.
-        hashes: Write the hash of every file that may be installed into requirements.txt, so that pip, also that of
-            ``mlflow models build-docker``, refuses any other; needs uv and an index.
-        allow_pickle: Whether a module that no constructor gives back, or a hook that cannot be imported,
-            may be pickled (without its tensors). Whoever loads it must agree, too.
-        on_damage: "error" or "warn" when the model looks damaged already: buffers that its constructor does
-            not compute, broken ties, values that look unwritten.
-        rehearse: Load the staged artifact in a clean process before publishing it, and pin what that uses.
+        torch_index: Where pip finds a torch with a local label: "auto" is PyTorch's own page of
+            wheels, else the URL of an index or a folder of wheels; None drops the label.
+        hashes: Write the hash of every file that may be installed into requirements.txt, so that
+            pip, also that of ``mlflow models build-docker``, refuses any other; needs uv and an
+            index.
+        allow_pickle: Whether a module that no constructor gives back, or a hook that cannot be
+            imported, may be pickled (without its tensors). Whoever loads it must agree, too.
+        on_damage: "error" or "warn" when the model looks damaged already: buffers that its
+            constructor does not compute, broken ties, values that look unwritten.
+        rehearse: Load the staged artifact in a clean process before publishing it, and pin what
+            that uses.
         metadata: Stored in ``MLmodel``.
         mlflow_model: ``MLmodel`` to add the flavor to; MLflow passes it.
 
@@ -129,7 +138,9 @@ def save_model(
     model = taken_off(model)
     source = resolve_source(model, tokenizer, task, dtype, processor)
     _require_one_of("graph", graph, ("auto", "require", "only", "no"))
-    source = replace(source, module=taken_off(source.module), hooks=_hooks(source.task, preprocess, postprocess))
+    source = replace(
+        source, module=taken_off(source.module), hooks=_hooks(source.task, preprocess, postprocess)
+    )
     columns = source.columns or columns_of(signature, task_class(source.task))
     source = replace(source, example=input_example, columns=columns)
     require_plain(source.module)
@@ -141,7 +152,10 @@ def save_model(
     cast_from = announced_cast(dtype, source.stored or dtypes_of(source.module), serving)
     with kept_module(source.module), staging(path) as stage:
         layout = Layout(stage)
-        spec = replace(write_task(source, serving, input_columns, options, defaults, layout), cast_from=cast_from)
+        spec = replace(
+            write_task(source, serving, input_columns, options, defaults, layout),
+            cast_from=cast_from,
+        )
         how, kept = _how(source, graph, init_args, allow_pickle, _forward(source, spec, layout))
         source = replace(source, module=kept)
         require_undamaged(source.module, on_damage)
@@ -150,10 +164,18 @@ def save_model(
         write_code(code_paths, layout)
         with answering(source, spec, described, cast, layout) as model:
             model.task.require_defaults()
-            model.task.config = {**model.task.config, **model.task.measured(model.engine, source.example)}
+            model.task.config = {
+                **model.task.config,
+                **model.task.measured(model.engine, source.example),
+            }
             spec = replace(spec, task_config=model.task.config)
-            rows = [*([] if source.example is None else model.task.rows(source.example)), *model.task.golden_rows()]
-            engines = [] if graph == "no" else store_graph(model, rows, graph in ("require", "only"))
+            rows = [
+                *([] if source.example is None else model.task.rows(source.example)),
+                *model.task.golden_rows(),
+            ]
+            engines = (
+                [] if graph == "no" else store_graph(model, rows, graph in ("require", "only"))
+            )
             models = [*map(model.answered_by, engines), *([] if graph == "only" else [model])]
             answers, spec = write_parity(models, rows, spec, layout)
         names = [answering.engine.name for answering in models]
@@ -172,7 +194,9 @@ def save_model(
         task_ = model.task
         mlmodel = mlflow_model or Model()
         write_example(mlmodel, source.example, task_, layout)
-        signature = signature_of(task_, source.example, answers[: len(rows) - len(task_.golden_rows())], signature)
+        signature = signature_of(
+            task_, source.example, answers[: len(rows) - len(task_.golden_rows())], signature
+        )
         seal(mlmodel, spec, signature, metadata, layout)
         # The graph first: what only the module needs is what is opened after that.
         used = None
@@ -196,7 +220,8 @@ def log_model(
 
     Args:
         model: See ``save_model``.
-        name: Name of the logged model; before MLflow 3, where models have none, its place below the run's artifacts.
+        name: Name of the logged model; before MLflow 3, where models have none, its place below the
+            run's artifacts.
         registered_model_name: Also make a version of this registered model.
         await_registration_for: Seconds to wait until that version is ready.
         kwargs: See ``save_model``.
@@ -223,8 +248,14 @@ def _options(task: str, model_config: Mapping[str, Any] | None) -> dict[str, Any
     known = {*MODEL_CONFIG, *task_class(task).task_options}
     options = dict(model_config or {})
     if unknown := sorted(options.keys() - known):
-        raise InputError("Unknown key in model_config", where=", ".join(unknown), wanted=" | ".join(sorted(known)))
-    run_time_options({name: value for name, value in options.items() if name in MODEL_CONFIG}, environ={})
+        raise InputError(
+            "Unknown key in model_config",
+            where=", ".join(unknown),
+            wanted=" | ".join(sorted(known)),
+        )
+    run_time_options(
+        {name: value for name, value in options.items() if name in MODEL_CONFIG}, environ={}
+    )
     return options
 
 
@@ -234,11 +265,17 @@ def _require_openvino(options: Mapping[str, Any], graph: str) -> None:
         return
     runtime_of("openvino")
     _require_one_of('graph beside engine="openvino"', graph, ("auto", "require", "only"))
-    _require_one_of('dtype beside engine="openvino"', options.get("dtype", ""), ("", "float32", "bfloat16"))
+    _require_one_of(
+        'dtype beside engine="openvino"', options.get("dtype", ""), ("", "float32", "bfloat16")
+    )
 
 
 def _hooks(task: str, *given: Callable[..., Any] | None) -> dict[str, Callable[..., Any]]:
-    hooks = {name: hook for name, hook in zip(("preprocess", "postprocess"), given, strict=True) if hook is not None}
+    hooks = {
+        name: hook
+        for name, hook in zip(("preprocess", "postprocess"), given, strict=True)
+        if hook is not None
+    }
     if len(hooks) != (2 if task == "custom" else 0):
         raise InputError(
             "preprocess and postprocess belong to the custom task, which needs both",
@@ -251,7 +288,9 @@ def _hooks(task: str, *given: Callable[..., Any] | None) -> dict[str, Callable[.
 
 def _require_one_of(where: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise InputError("Unknown value", where=where, wanted=" | ".join(allowed), found=repr(value))
+        raise InputError(
+            "Unknown value", where=where, wanted=" | ".join(allowed), found=repr(value)
+        )
 
 
 def _how(
@@ -264,7 +303,9 @@ def _how(
     """How the module is rebuilt, and the module to save; a graph is never rebuilt."""
     if graph == "only":
         return {"kind": "graph", "class": user_code.name_of(type(source.module))}, source.module
-    return structures.describe(source.module, init_args=init_args, allow_pickle=allow_pickle, forward=forward)
+    return structures.describe(
+        source.module, init_args=init_args, allow_pickle=allow_pickle, forward=forward
+    )
 
 
 def _forward(source: Source, spec: ModelSpec, layout: Layout) -> Callable[[torch.nn.Module], None]:

@@ -25,11 +25,23 @@ def defaults_of(signature: ModelSignature | None) -> dict[str, Any]:
 
 
 def columns_of(signature: ModelSignature | None, cls: type[Task]) -> dict[str, str] | None:
-    """The column of a task of one field, as a signature that the user gave names it; None where it does not."""
+    """The column of a task of one field, as a signature that the user gave names it.
+
+    None where it does not.
+    """
     schema = None if signature is None else signature.inputs
-    if schema is None or len(schema.inputs) != 1 or len(cls.required) != 1 or not schema.has_input_names():
+    if (
+        schema is None
+        or len(schema.inputs) != 1
+        or len(cls.required) != 1
+        or not schema.has_input_names()
+    ):
         return None
-    return {cls.required[0]: schema.input_names()[0]} if isinstance(schema.input_types()[0], DataType) else None
+    return (
+        {cls.required[0]: schema.input_names()[0]}
+        if isinstance(schema.input_types()[0], DataType)
+        else None
+    )
 
 
 def signature_of(
@@ -41,8 +53,8 @@ def signature_of(
         task: As saved, with its defaults of params.
         example: The user's; None if there is none.
         answers: What was answered to it.
-        given: The user's signature, whose params the task was found to know; None for the task's own. Its params get
-            the types and defaults that count here.
+        given: The user's signature, whose params the task was found to know; None for the task's
+            own. Its params get the types and defaults that count here.
 
     Raises:
         InputError: It names other inputs.
@@ -61,8 +73,8 @@ def signature_of(
     kept = [param for param in task.asked if param.name in defaults_of(given)]
     if left := [param.name for param in task.asked if param not in kept]:
         _logger.warning(
-            "The signature does not declare %s, so MLflow drops %s from requests; leave signature out to have all "
-            "params of the task.",
+            "The signature does not declare %s, so MLflow drops %s from requests; leave signature "
+            "out to have all params of the task.",
             ", ".join(left),
             "them" if len(left) > 1 else "it",
         )

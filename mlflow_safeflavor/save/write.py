@@ -41,7 +41,10 @@ def write_module(
     allow_pickle: bool,
     layout: Layout,
 ) -> tuple[dict[str, Any], bool]:
-    """Structure, pickle and tensors. Returns the structure, and whether any tensor was cast to the serving dtype."""
+    """Structure, pickle and tensors.
+
+    Returns the structure, and whether any tensor was cast to the serving dtype.
+    """
     slots = find_slots(source.module)
     casts = placement.dtype_plan(source.module, described, dtype, slots)
     names = {hook: user_code.importable_name(function) for hook, function in source.hooks.items()}
@@ -80,18 +83,24 @@ def write_task(
     defaults: Mapping[str, Any],
     layout: Layout,
 ) -> ModelSpec:
-    """Tokenizer, and what the task must remember; together with the rest of the spec, which tells no structure yet."""
+    """Tokenizer, and what the task must remember.
+
+    Together with the rest of the spec, which tells no structure yet.
+    """
     cls = task_class(source.task)
     if cls.needs_example:
         if source.example is None:
             raise InputError(
                 f"The {source.task} task needs an example: nobody else knows its rows",
                 where="input_example",
-                hint="pass input_example=… as predict takes it; its answers are recorded and replayed at each load",
+                hint="pass input_example=… as predict takes it; its answers are recorded and "
+                "replayed at each load",
             )
         input_columns = cls.columns_of(source.example) if input_columns is None else input_columns
     input_columns = source.columns if input_columns is None else input_columns
-    config = cls.describe(source.module, {key: options[key] for key in options.keys() & cls.task_options})
+    config = cls.describe(
+        source.module, {key: options[key] for key in options.keys() & cls.task_options}
+    )
     config = cls.with_params(config, defaults)
     if cls.needs_example:
         config |= cls.describe_example(config, source.example)
@@ -143,6 +152,10 @@ def seal(
         model_config=dict(spec.model_config),
     )
     mlmodel.add_flavor(FLAVOR_NAME, **spec.to_flavor())
-    mlmodel.model_size_bytes = sum(file.stat().st_size for file in layout.root.rglob("*") if file.is_file())
+    mlmodel.model_size_bytes = sum(
+        file.stat().st_size for file in layout.root.rglob("*") if file.is_file()
+    )
     mlmodel.save(os.fspath(layout.mlmodel))
-    write_manifest(layout, mlmodel=guarded_parts(yaml.safe_load(layout.mlmodel.read_text(encoding="utf-8"))))
+    write_manifest(
+        layout, mlmodel=guarded_parts(yaml.safe_load(layout.mlmodel.read_text(encoding="utf-8")))
+    )

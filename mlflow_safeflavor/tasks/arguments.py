@@ -32,8 +32,8 @@ def takes_any(module: torch.nn.Module) -> bool:
 def arguments_of(module: torch.nn.Module) -> list[str] | None:
     """Names that ``forward`` takes; None for any, which is what ``**kwargs`` say.
 
-    Not so in the classes of transformers: their ``**kwargs`` swallow every name, and are meant for what neither
-    tokenizers nor processors make.
+    Not so in the classes of transformers: their ``**kwargs`` swallow every name, and are meant for
+    what neither tokenizers nor processors make.
     """
     own = type(module).__module__.startswith("transformers.models.")
     return None if takes_any(module) and not own else named_arguments(module)

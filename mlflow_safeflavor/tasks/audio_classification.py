@@ -21,18 +21,25 @@ if TYPE_CHECKING:
 __all__ = ["AudioClassification"]
 
 _NUMBERS = 320
-"""Of what the model reads, they count as a token for ``max_batch_tokens``: the step of Wav2Vec2 and its relatives."""
+"""Of what the model reads, they count as a token for ``max_batch_tokens``.
+
+The step of Wav2Vec2 and its relatives.
+"""
 _GOLDEN_SECONDS = (0.1, 0.25, 0.15)
 
 _PADDABLE = ("hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm")
 """Where padding under a mask was seen to change nothing, with feature maps normalised step by step ("layer"). The first
-layer of the others, and of these with "group", normalises over the whole length, or convolutions see the padding."""
+layer of the others, and of these with "group", normalises over the whole length, or convolutions
+see the padding."""
 
 
 class AudioClassification(ProcessedTask):
-    """Labels of a sound: a WAV file (bytes, base64, ``pathlib.Path``) or samples; see ``read_sound``.
+    """Labels of a sound: a WAV file (bytes, base64, ``pathlib.Path``) or samples.
 
-    Some extractors (Whisper, AST) make features of a fixed length and cut off what is behind it, as in transformers.
+    See ``read_sound``.
+
+    Some extractors (Whisper, AST) make features of a fixed length and cut off what is behind it, as
+    in transformers.
 
     Answers: see ``rank_labels``.
     """
@@ -67,8 +74,14 @@ class AudioClassification(ProcessedTask):
     def golden_rows(self) -> list[Row]:
         """Noise that swells and fades."""
         random = np.random.default_rng(0)
-        waves = [np.hanning(n) * random.normal(0, 6000, n) for n in (int(s * self.rate) for s in _GOLDEN_SECONDS)]
-        return [{"audio": to_wav(wave.clip(-32768, 32767).astype(np.int16), self.rate)} for wave in waves]
+        waves = [
+            np.hanning(n) * random.normal(0, 6000, n)
+            for n in (int(s * self.rate) for s in _GOLDEN_SECONDS)
+        ]
+        return [
+            {"audio": to_wav(wave.clip(-32768, 32767).astype(np.int16), self.rate)}
+            for wave in waves
+        ]
 
     def read(self, value: Any, where: str) -> np.ndarray:
         samples = read_sound(value, self.rate, where, self.caps)
@@ -104,8 +117,13 @@ class AudioClassification(ProcessedTask):
 
 
 def _receptive_field(config: Any) -> int:
-    """Fewest samples of which the convolutions at the front make anything; 1 where there are none."""
-    layers = zip(getattr(config, "conv_kernel", ()), getattr(config, "conv_stride", ()), strict=True)
+    """Fewest samples of which the convolutions at the front make anything.
+
+    1 where there are none.
+    """
+    layers = zip(
+        getattr(config, "conv_kernel", ()), getattr(config, "conv_stride", ()), strict=True
+    )
     samples = 1
     for kernel, stride in reversed(list(layers)):
         samples = (samples - 1) * int(stride) + int(kernel)

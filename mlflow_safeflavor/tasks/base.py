@@ -1,4 +1,7 @@
-"""The shape every task has. Data flows one way: rows → features → pieces → arrays → row outputs → answers."""
+"""The shape every task has.
+
+Data flows one way: rows → features → pieces → arrays → row outputs → answers.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +36,10 @@ class Task(ABC):
 
     Args:
         config: What ``describe`` returned.
-        columns: Field → column name, for every field this model uses; None for a sole column without a name.
-        encoder: The tokenizer, an ``inputs.text_encoder.TextEncoder``; None for tasks without text. Tasks that read
-            something else name it in ``reads``.
+        columns: Field → column name, for every field this model uses; None for a sole column
+            without a name.
+        encoder: The tokenizer, an ``inputs.text_encoder.TextEncoder``; None for tasks without text.
+            Tasks that read something else name it in ``reads``.
 
     Attributes:
         columns: As given, in the order of ``fields``.
@@ -55,9 +59,15 @@ class Task(ABC):
     params: ClassVar[tuple[Param, ...]] = ()
     """Per-request params, with the defaults of the task."""
     forward_params: ClassVar[frozenset[str]] = frozenset()
-    """Names of those that ``forward`` looks at: only requests that agree in them may share a batch."""
+    """Names of those that ``forward`` looks at.
+
+    Only requests that agree in them may share a batch.
+    """
     reads: ClassVar[tuple[str, ...]] = ()
-    """What else the constructor takes by name: ``encoder``, ``tokenizer``, ``hooks``, ``processor``."""
+    """What else the constructor takes by name.
+
+    ``encoder``, ``tokenizer``, ``hooks``, ``processor``.
+    """
     golden_params: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """What ``golden`` returns by default."""
     hears: ClassVar[bool] = False
@@ -73,18 +83,23 @@ class Task(ABC):
 
     caps: Caps = Caps()
 
-    def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str | None], encoder: Any = None) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], columns: Mapping[str, str | None], encoder: Any = None
+    ) -> None:
         self.config = config
         self.asked = with_defaults(self.declared(config), config.get("params", {}))
         self.columns = self.columns_for(columns)
         self.encoder = encoder
 
     @classmethod
-    def columns_for(cls, input_columns: Mapping[str, str | None] | None) -> Mapping[str, str | None]:
+    def columns_for(
+        cls, input_columns: Mapping[str, str | None] | None
+    ) -> Mapping[str, str | None]:
         """Field → column name in the order of ``fields``, from what the user gave.
 
         Args:
-            input_columns: None for the required fields under their own names, or without a name where there is one.
+            input_columns: None for the required fields under their own names, or without a name
+                where there is one.
 
         Raises:
             InputError: A field is unknown or a required one missing, or two share a column.
@@ -93,12 +108,15 @@ class Task(ABC):
         if input_columns is None or dict(input_columns) == own:
             return own
         names = list(input_columns.values())
-        right = set(cls.required) <= set(input_columns) <= set(cls.fields) and len(set(names)) == len(names)
+        right = set(cls.required) <= set(input_columns) <= set(cls.fields) and len(
+            set(names)
+        ) == len(names)
         if not right or not all(isinstance(name, str) and name for name in names):
             raise InputError(
                 f"input_columns does not fit the task {cls.name}",
                 where="input_columns",
-                wanted=f"field → column name, each name once; fields: {_listed(cls.fields, cls.required)}",
+                wanted="field → column name, each name once; fields: "
+                f"{_listed(cls.fields, cls.required)}",
                 found=repr(dict(input_columns)),
             )
         return {field: input_columns[field] for field in cls.fields if field in input_columns}
@@ -129,13 +147,18 @@ class Task(ABC):
 
     @classmethod
     def with_params(cls, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """What ``describe`` returned, and with it the defaults of params to save: the model's own, and those given.
+        """What ``describe`` returned, and with it the defaults of params to save.
+
+        The model's own, and those given.
 
         Raises:
             InputError: The task does not know a param, or its value is not allowed; names it.
         """
         own = config.get("params", {})
-        return {**config, "params": {**own, **check_defaults(cls.name, cls.declared(config), given)}}
+        return {
+            **config,
+            "params": {**own, **check_defaults(cls.name, cls.declared(config), given)},
+        }
 
     @classmethod
     def declared(cls, config: Mapping[str, Any]) -> tuple[Param, ...]:
@@ -144,7 +167,10 @@ class Task(ABC):
 
     @classmethod
     def golden(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Params that golden rows of a model are asked with, other than its defaults. ``config`` as in ``Task``."""
+        """Params that golden rows of a model are asked with, other than its defaults.
+
+        ``config`` as in ``Task``.
+        """
         return dict(cls.golden_params)
 
     @classmethod
@@ -157,9 +183,14 @@ class Task(ABC):
         return {}
 
     def stored_example(self, example: Any) -> Any:
-        """The user's example as MLflow stores it: rows under the names of their columns or fields, files in base64."""
+        """The user's example as MLflow stores it.
+
+        Rows under the names of their columns or fields, files in base64.
+        """
         rows = [self.to_record(row) for row in self.rows(example)]
-        return pd.DataFrame([{self.columns[field] or field: value for field, value in row.items()} for row in rows])
+        return pd.DataFrame(
+            [{self.columns[field] or field: value for field, value in row.items()} for row in rows]
+        )
 
     @classmethod
     def require_known(cls, options: Mapping[str, Any]) -> None:
@@ -181,7 +212,10 @@ class Task(ABC):
         """
 
     def rows(self, data: Any) -> list[Row]:
-        """What the user handed to ``predict``, as rows by field. Raises ``InputError`` naming row and column."""
+        """What the user handed to ``predict``, as rows by field.
+
+        Raises ``InputError`` naming row and column.
+        """
         self.require_few(data)
         return rows_of(data, self.columns, self.required)
 
@@ -192,7 +226,8 @@ class Task(ABC):
             count_rows(data),
             "A request has too many rows",
             where="rows",
-            instead="predict them in chunks: over HTTP in several requests, natively from an iterator of DataFrames",
+            instead="predict them in chunks: over HTTP in several requests, natively from an "
+            "iterator of DataFrames",
         )
 
     def require_clean(self, rows: Sequence[Row], params: Mapping[str, Any] | None) -> None:
@@ -208,14 +243,24 @@ class Task(ABC):
         for name, value in params.items() if isinstance(params, Mapping) else ():
             where = f"params, {name!r}"
             if isinstance(value, (list, tuple, np.ndarray)):
-                items, instead = np.size(value) if isinstance(value, np.ndarray) else len(value), "shorten the list"
-                self.caps.require("max_pieces", items, "A param is too long", where=where, instead=instead)
+                items, instead = (
+                    np.size(value) if isinstance(value, np.ndarray) else len(value),
+                    "shorten the list",
+                )
+                self.caps.require(
+                    "max_pieces", items, "A param is too long", where=where, instead=instead
+                )
             require_clean(value, where, self.caps)
 
     def result(self, answers: Sequence[Mapping[str, Any]], data: Any) -> Any:
-        """What ``predict`` returns: a DataFrame with one row for each row of ``data``, under the same index."""
+        """What ``predict`` returns.
+
+        A DataFrame with one row for each row of ``data``, under the same index.
+        """
         columns = {name: [answer[name] for answer in answers] for name in answers[0]}
-        return pd.DataFrame(columns, index=data.index if isinstance(data, (pd.DataFrame, pd.Series)) else None)
+        return pd.DataFrame(
+            columns, index=data.index if isinstance(data, (pd.DataFrame, pd.Series)) else None
+        )
 
     @property
     def folds(self) -> bool:
@@ -242,11 +287,13 @@ class Task(ABC):
         """A golden row back from its JSON and its recorded features."""
         return value
 
-    def comparable(self, recorded: RowOutput, found: RowOutput) -> tuple[RowOutput, RowOutput] | None:
+    def comparable(
+        self, recorded: RowOutput, found: RowOutput
+    ) -> tuple[RowOutput, RowOutput] | None:
         """The parts of two outputs for the same golden row that must be near each other, answers included.
 
-        None where outputs and answers must be near in all; else the answers, which follow from what was left out
-        here, are not compared.
+        None where outputs and answers must be near in all; else the answers, which follow from what
+        was left out here, are not compared.
         """
         return None
 
@@ -266,12 +313,17 @@ class Task(ABC):
         return check_params(self.asked, params)
 
     def require_defaults(self) -> None:
-        """Refuse saved defaults of params that fit neither the model nor each other. Raises ``InputError``."""
+        """Refuse saved defaults of params that fit neither the model nor each other.
+
+        Raises ``InputError``.
+        """
         self.check_params({**self.golden(self.config), **self.config.get("params", {})})
 
     @abstractmethod
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
-        """Rows → features, one each, in order, made while they are iterated; None for a pause within a row.
+        """Rows → features, one each, in order, made while they are iterated.
+
+        None for a pause within a row.
 
         Raises:
             InputError: Names row and column.
@@ -286,15 +338,23 @@ class Task(ABC):
         return 64 * sum(self.cost(piece) for piece in self.pieces(features))
 
     def pieces(self, features: Features) -> Sequence[Features]:
-        """What the model must see of one row, at least one piece: a long text in windows, a text with each label …."""
+        """What the model must see of one row, at least one piece.
+
+        A long text in windows, a text with each label ….
+        """
         return (features,)
 
     @abstractmethod
     def cost(self, features: Features) -> int:
-        """Length of one piece in tokens (or what takes their place); pieces of near cost share a batch."""
+        """Length of one piece in tokens (or what takes their place).
+
+        Pieces of near cost share a batch.
+        """
 
     @abstractmethod
-    def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
+    def forward(
+        self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]
+    ) -> list[RowOutput]:
         """Pad, run, cut: one output a piece.
 
         Nothing of one piece may depend on the pieces beside it beyond rounding.
@@ -302,7 +362,8 @@ class Task(ABC):
         Args:
             engine: What runs the model.
             batch: Pieces, of any rows of any requests.
-            params: Of one of these requests; all agree in ``forward_params``, so nothing else may be read.
+            params: Of one of these requests; all agree in ``forward_params``, so nothing else may
+                be read.
         """
 
     def join(self, outputs: Sequence[RowOutput]) -> RowOutput:
@@ -321,7 +382,8 @@ class Task(ABC):
     ) -> Iterator[dict[str, Any] | None]:
         """Outputs → answers, one dict a row with the same keys in every row; JSON-able values.
 
-        Made while they are iterated; None for a pause within a row. Nothing in them is anybody else's memory.
+        Made while they are iterated; None for a pause within a row. Nothing in them is anybody
+        else's memory.
 
         Args:
             rows: As asked, or some of them.
@@ -339,7 +401,9 @@ class Task(ABC):
         params: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
         """Outputs → answers, all at once; see ``decode``."""
-        return [answer for answer in self.decode(rows, features, outputs, params) if answer is not None]
+        return [
+            answer for answer in self.decode(rows, features, outputs, params) if answer is not None
+        ]
 
 
 def _listed(fields: Sequence[str], required: Sequence[str]) -> str:

@@ -37,7 +37,10 @@ def plain(value: Any) -> Any:
 
 
 def sent(value: Any) -> Any:
-    """A cell as a client sends it: bytes in base64, arrays as lists, decimals and times of day as texts."""
+    """A cell as a client sends it.
+
+    Bytes in base64, arrays as lists, decimals and times of day as texts.
+    """
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     if isinstance(value, (decimal.Decimal, datetime.time)):
@@ -81,14 +84,18 @@ def to_json(value: Any, where: str) -> Any:
     raise InputError(
         "A value of a row or an answer cannot be stored",
         where=where,
-        wanted="numbers, texts, bytes, numpy values and arrays, dates, decimals, None, and lists and dicts of them",
+        wanted="numbers, texts, bytes, numpy values and arrays, dates, decimals, None, and lists "
+        "and dicts of them",
         found=type(value).__name__,
         hint="convert it before, or in the hook",
     )
 
 
 def from_json(value: Any) -> Any:
-    """A cell from what ``to_json`` wrote. Raises ``ValueError`` or ``KeyError`` where it did not write it."""
+    """A cell from what ``to_json`` wrote.
+
+    Raises ``ValueError`` or ``KeyError`` where it did not write it.
+    """
     if isinstance(value, list):
         return [from_json(item) for item in value]
     if not isinstance(value, dict):
@@ -113,7 +120,11 @@ def _tagged(name: str, text: str) -> dict[str, Any]:
 
 _KINDS: Mapping[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] = {
     "float": (float, repr, float),
-    "bytes": (bytes, lambda value: base64.b64encode(value).decode(), lambda text: base64.b64decode(text)),
+    "bytes": (
+        bytes,
+        lambda value: base64.b64encode(value).decode(),
+        lambda text: base64.b64decode(text),
+    ),
     "decimal": (decimal.Decimal, str, decimal.Decimal),
     "timestamp": (pd.Timestamp, str, pd.Timestamp),
     "datetime": (datetime.datetime, datetime.datetime.isoformat, datetime.datetime.fromisoformat),

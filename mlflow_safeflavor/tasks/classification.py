@@ -1,4 +1,7 @@
-"""What classifiers share, be it of texts, images or sounds: their labels, and the best of them with their scores."""
+"""What classifiers share, be it of texts, images or sounds.
+
+Their labels, and the best of them with their scores.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +80,13 @@ def labels_of(model: torch.nn.Module) -> list[str]:
     return [labels[i] for i in range(len(labels))]
 
 
-def read_logits(outputs: Mapping[str, np.ndarray], rows: int, labels: Sequence[str]) -> list[RowOutput]:
-    """``logits`` of each row, shape (labels,). Raises ``StructureError`` for a model that returns something else."""
+def read_logits(
+    outputs: Mapping[str, np.ndarray], rows: int, labels: Sequence[str]
+) -> list[RowOutput]:
+    """``logits`` of each row, shape (labels,).
+
+    Raises ``StructureError`` for a model that returns something else.
+    """
     return [{"logits": row} for row in pick(outputs, "logits", (rows, len(labels)))]
 
 
@@ -87,8 +95,9 @@ def describe_labels(model: torch.nn.Module, *, one_label: str = "sigmoid") -> di
 
     Args:
         model: A classifier.
-        one_label: What turns a single logit into a score, where the config does not say. transformers' pipelines
-            disagree on that: text and images have "sigmoid", sounds "softmax".
+        one_label: What turns a single logit into a score, where the config does not say.
+            transformers' pipelines disagree on that: text and images have "sigmoid", sounds
+            "softmax".
 
     Returns:
         ``labels`` in the order of the logits, ``problem_type`` and ``function_to_apply``.
@@ -103,8 +112,13 @@ def describe_labels(model: torch.nn.Module, *, one_label: str = "sigmoid") -> di
     return {"labels": labels, "problem_type": problem_type, "function_to_apply": function}
 
 
-def require_labels(caps: Caps, config: Mapping[str, Any], rows: Sequence[Row], params: Mapping[str, Any]) -> None:
-    """Refuse a request for more labels than a cap allows; the first of each row is free. Raises ``InputError``."""
+def require_labels(
+    caps: Caps, config: Mapping[str, Any], rows: Sequence[Row], params: Mapping[str, Any]
+) -> None:
+    """Refuse a request for more labels than a cap allows; the first of each row is free.
+
+    Raises ``InputError``.
+    """
     labels, top_k = len(config["labels"]), params["top_k"]
     kept = labels if top_k == -1 else min(labels, top_k)
     if kept > 1:
@@ -113,7 +127,10 @@ def require_labels(caps: Caps, config: Mapping[str, Any], rows: Sequence[Row], p
 
 
 def rank_labels(
-    config: Mapping[str, Any], outputs: Sequence[RowOutput], params: Mapping[str, Any], first: int = 0
+    config: Mapping[str, Any],
+    outputs: Sequence[RowOutput],
+    params: Mapping[str, Any],
+    first: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Logits → answers, one a row.
 
@@ -124,8 +141,8 @@ def rank_labels(
         first: Number of the first row, for messages.
 
     Yields:
-        ``label`` and ``score``, the best one. With ``top_k`` other than 1 also ``labels`` and ``scores``, lists of the
-        ``top_k`` best, best first.
+        ``label`` and ``score``, the best one. With ``top_k`` other than 1 also ``labels`` and
+        ``scores``, lists of the ``top_k`` best, best first.
 
     Raises:
         InputError: A logit is not a number; names the row.

@@ -13,7 +13,13 @@ from mlflow.models import ModelSignature
 
 from mlflow_safeflavor.artifact.arrays import array_of, is_tensor
 from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
-from mlflow_safeflavor.errors import AnswerError, InputError, IntegrityError, SafeFlavorError, StructureError
+from mlflow_safeflavor.errors import (
+    AnswerError,
+    InputError,
+    IntegrityError,
+    SafeFlavorError,
+    StructureError,
+)
 from mlflow_safeflavor.mlflow_compat import inferred_signature
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.cells import from_json, plain, sent, to_json
@@ -32,9 +38,14 @@ _BATCH_ROWS = 32
 
 
 class _Outputs(dict[str, np.ndarray]):
-    """Outputs of forward for the rows of a request; names those that are not one a row when they are asked for."""
+    """Outputs of forward for the rows of a request.
 
-    def __init__(self, outputs: Mapping[str, np.ndarray], left_out: Mapping[str, Sequence[int]]) -> None:
+    Names those that are not one a row when they are asked for.
+    """
+
+    def __init__(
+        self, outputs: Mapping[str, np.ndarray], left_out: Mapping[str, Sequence[int]]
+    ) -> None:
         super().__init__(outputs)
         self._left_out = left_out
 
@@ -57,13 +68,20 @@ class _RowOutput(dict[str, np.ndarray]):
 
 @contextmanager
 def _failing(part: str, rows: Sequence[int]) -> Iterator[None]:
-    """Whatever the user's code raises, ``sys.exit()`` included, with its name; the keyboard stays the keyboard."""
+    """Whatever the user's code raises, ``sys.exit()`` included, with its name.
+
+    The keyboard stays the keyboard.
+    """
     try:
         yield
     except (KeyboardInterrupt, SafeFlavorError):
         raise
     except BaseException as error:
-        where = place(rows[0]) if len(rows) == 1 else f"rows {rows[0]} to {rows[-1]}, and none of them alone"
+        where = (
+            place(rows[0])
+            if len(rows) == 1
+            else f"rows {rows[0]} to {rows[-1]}, and none of them alone"
+        )
         found = f"{type(error).__name__}: {error}"
         if part == "preprocess":
             raise InputError("preprocess refuses a row", where=where, found=found) from error
@@ -71,27 +89,29 @@ def _failing(part: str, rows: Sequence[int]) -> Iterator[None]:
             f"{part} failed over a row",
             where=where,
             found=found,
-            hint="ask without that row, or mend that function and save the model again; the cause is chained to "
-            "this error, and in the log of the server",
+            hint="ask without that row, or mend that function and save the model again; the cause "
+            "is chained to this error, and in the log of the server",
         ) from error
 
 
 class Custom(Task):
     """Rows of any columns, through two hooks, each called once for all rows of a request.
 
-    ``preprocess(rows, tokenizer)`` takes a list of dicts, by column name, and gives the keyword arguments of
-    ``forward``: a dict of numpy arrays, or of tensors, which become arrays; floating point numbers reach
-    ``forward`` in the serving dtype. Those whose first dimension is the rows are cut into batches of ``batch_rows``;
-    the others go along with each batch. ``postprocess(outputs, rows)`` takes the dict of output arrays, with the rows
-    of the request as first dimension and halves as float32, and the same rows, and gives one dict a row, or a
-    DataFrame. A hook with an argument ``params`` gets the params of the request, one with ``processor`` the processor
-    that was saved. Both may be called from many threads.
+    ``preprocess(rows, tokenizer)`` takes a list of dicts, by column name, and gives the keyword
+    arguments of ``forward``: a dict of numpy arrays, or of tensors, which become arrays; floating
+    point numbers reach ``forward`` in the serving dtype. Those whose first dimension is the rows
+    are cut into batches of ``batch_rows``; the others go along with each batch.
+    ``postprocess(outputs, rows)`` takes the dict of output arrays, with the rows of the request as
+    first dimension and halves as float32, and the same rows, and gives one dict a row, or a
+    DataFrame. A hook with an argument ``params`` gets the params of the request, one with
+    ``processor`` the processor that was saved. Both may be called from many threads.
 
-    Cells may be None, NaN, bytes, arrays, numpy values, dates and decimals. Answers may hold the same; arrays and
-    tensors in them become lists.
+    Cells may be None, NaN, bytes, arrays, numpy values, dates and decimals. Answers may hold the
+    same; arrays and tensors in them become lists.
 
-    What ``preprocess`` raises is an ``InputError`` (400 over HTTP), what ``forward`` and ``postprocess`` raise an
-    ``AnswerError`` (500); both name the row. An ``InputError`` that a hook raises itself stays as it is.
+    What ``preprocess`` raises is an ``InputError`` (400 over HTTP), what ``forward`` and
+    ``postprocess`` raise an ``AnswerError`` (500); both name the row. An ``InputError`` that a hook
+    raises itself stays as it is.
     """
 
     name = "custom"
@@ -114,7 +134,9 @@ class Custom(Task):
         super().__init__(config, columns)
         if not {"preprocess", "postprocess"} <= hooks.keys():
             raise StructureError(
-                "The custom task needs both hooks", wanted="preprocess=… and postprocess=…", found=sorted(hooks)
+                "The custom task needs both hooks",
+                wanted="preprocess=… and postprocess=…",
+                found=sorted(hooks),
             )
         self.preprocess, self.postprocess = hooks["preprocess"], hooks["postprocess"]
         self.tokenizer, self.processor = tokenizer, any_processor
@@ -129,7 +151,11 @@ class Custom(Task):
 
     @classmethod
     def columns_of(cls, example: Any) -> dict[str, str]:
-        first = example[0] if isinstance(example, Sequence) and not isinstance(example, str) and example else example
+        first = (
+            example[0]
+            if isinstance(example, Sequence) and not isinstance(example, str) and example
+            else example
+        )
         if not isinstance(first, (pd.DataFrame, Mapping)):
             raise InputError(
                 "The columns cannot be told from the example",
@@ -143,7 +169,12 @@ class Custom(Task):
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
         rows = options.get("batch_rows", _BATCH_ROWS)
         if type(rows) is not int or rows < 1:
-            raise InputError("Not a number of rows", where="model_config, batch_rows", wanted="≥ 1", found=repr(rows))
+            raise InputError(
+                "Not a number of rows",
+                where="model_config, batch_rows",
+                wanted="≥ 1",
+                found=repr(rows),
+            )
         return {"batch_rows": rows}
 
     # Params are whatever the user names at save; hooks read them.
@@ -154,7 +185,10 @@ class Custom(Task):
 
     @classmethod
     def with_params(cls, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        return {**config, "params": {name: param_of(name, value).default for name, value in given.items()}}
+        return {
+            **config,
+            "params": {name: param_of(name, value).default for name, value in given.items()},
+        }
 
     def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
         return inferred_signature(
@@ -162,17 +196,23 @@ class Custom(Task):
         )
 
     def stored_example(self, example: Any) -> Any:
-        rows = [{self.columns[field]: value for field, value in row.items()} for row in self.rows(example)]
+        rows = [
+            {self.columns[field]: value for field, value in row.items()}
+            for row in self.rows(example)
+        ]
         return pd.DataFrame([{name: sent(value) for name, value in row.items()} for row in rows])
 
     def rows(self, data: Any) -> list[Row]:
         self.require_few(data)
-        return rows_of(data, self.columns, missing=True)  # every column of the example: hooks rely on them
+        # every column of the example: hooks rely on them
+        return rows_of(data, self.columns, missing=True)
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         by_column = [self._by_column(row) for row in rows]
         inputs = self._preprocessed(by_column, params, range(len(rows)))
-        rowwise = {name: array for name, array in inputs.items() if array.ndim and len(array) == len(rows)}
+        rowwise = {
+            name: array for name, array in inputs.items() if array.ndim and len(array) == len(rows)
+        }
         shared = {name: array for name, array in inputs.items() if name not in rowwise}
         for i in range(len(rows)):
             yield {"inputs": (i, rowwise), "shared": shared}
@@ -185,7 +225,12 @@ class Custom(Task):
     ) -> dict[str, np.ndarray]:
         try:
             with _failing("preprocess", numbers):
-                made = _call(self.preprocess, (rows, self.tokenizer()), params=params, processor=self.processor)
+                made = _call(
+                    self.preprocess,
+                    (rows, self.tokenizer()),
+                    params=params,
+                    processor=self.processor,
+                )
         except SafeFlavorError as error:
             if error.__cause__ is not None:
                 half = len(rows) // 2
@@ -199,7 +244,10 @@ class Custom(Task):
                 wanted="a dict of arrays or tensors",
                 found=_kinds(made),
             )
-        return {str(name): array_of(value) if is_tensor(value) else value for name, value in made.items()}
+        return {
+            str(name): array_of(value) if is_tensor(value) else value
+            for name, value in made.items()
+        }
 
     def holds(self, features: Features) -> int:
         return 0  # postprocess sees all rows of a request together
@@ -210,13 +258,17 @@ class Custom(Task):
     def batch_budget(self, max_batch_tokens: int) -> int:
         return int(self.config["batch_rows"])
 
-    def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
+    def forward(
+        self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]
+    ) -> list[RowOutput]:
         requests: dict[int, list[int]] = {}
         for place_, features in enumerate(batch):
             requests.setdefault(id(features["inputs"][1]), []).append(place_)
         found: dict[int, RowOutput] = {}
         for places in requests.values():
-            found.update(zip(places, self._forward(engine, [batch[i] for i in places]), strict=True))
+            found.update(
+                zip(places, self._forward(engine, [batch[i] for i in places]), strict=True)
+            )
         return [found[i] for i in range(len(batch))]
 
     def _forward(self, engine: Engine, batch: Sequence[Features]) -> list[RowOutput]:
@@ -244,8 +296,12 @@ class Custom(Task):
         *,
         first: int = 0,
     ) -> Iterator[dict[str, Any] | None]:
-        answers = self._postprocessed([self._by_column(row) for row in rows], outputs, params, range(len(rows)))
-        yield from ({str(name): plain(value) for name, value in answer.items()} for answer in answers)
+        answers = self._postprocessed(
+            [self._by_column(row) for row in rows], outputs, params, range(len(rows))
+        )
+        yield from (
+            {str(name): plain(value) for name, value in answer.items()} for answer in answers
+        )
 
     def _postprocessed(
         self,
@@ -257,7 +313,9 @@ class Custom(Task):
         try:
             with _failing("postprocess", numbers):
                 together = _together(outputs)
-                answers = _call(self.postprocess, (together, rows), params=params, processor=self.processor)
+                answers = _call(
+                    self.postprocess, (together, rows), params=params, processor=self.processor
+                )
         except SafeFlavorError as error:
             half = len(rows) // 2
             if half and error.__cause__ is not None:
@@ -265,7 +323,10 @@ class Custom(Task):
                 self._postprocessed(rows[half:], outputs[half:], params, numbers[half:])
             raise
         if isinstance(answers, pd.DataFrame):
-            answers = [dict(zip(answers.columns, row, strict=True)) for row in answers.itertuples(index=False)]
+            answers = [
+                dict(zip(answers.columns, row, strict=True))
+                for row in answers.itertuples(index=False)
+            ]
         if not _is_one_dict_a_row(answers, len(rows)):
             raise StructureError(
                 "postprocess must give one dict a row",
@@ -287,10 +348,14 @@ class Custom(Task):
         try:
             return {name: from_json(cell) for name, cell in value.items()}
         except (ValueError, KeyError, TypeError, ArithmeticError) as error:
-            raise IntegrityError("A golden row is malformed", found=error, hint=FETCH_AGAIN) from None
+            raise IntegrityError(
+                "A golden row is malformed", found=error, hint=FETCH_AGAIN
+            ) from None
 
 
-def _call(hook: Callable[..., Any], arguments: Sequence[Any], *, params: Any, processor: Callable[[], Any]) -> Any:
+def _call(
+    hook: Callable[..., Any], arguments: Sequence[Any], *, params: Any, processor: Callable[[], Any]
+) -> Any:
     """A hook with what it asks for by name beside its first two arguments."""
     named = inspect.signature(hook).parameters
     extra: dict[str, Any] = {"params": dict(params)} if "params" in named else {}
@@ -306,8 +371,12 @@ def _is_numbers(value: Any) -> bool:
 def _kinds(inputs: Any) -> str:
     if not isinstance(inputs, Mapping):
         return type(inputs).__name__
-    kinds = {name: f" of {v.dtype}" if isinstance(v, np.ndarray) else "" for name, v in inputs.items()}
-    return ", ".join(f"{name}: {type(value).__name__}{kinds[name]}" for name, value in inputs.items())
+    kinds = {
+        name: f" of {v.dtype}" if isinstance(v, np.ndarray) else "" for name, v in inputs.items()
+    }
+    return ", ".join(
+        f"{name}: {type(value).__name__}{kinds[name]}" for name, value in inputs.items()
+    )
 
 
 def _kinds_of(answers: Any) -> str:
@@ -318,7 +387,11 @@ def _kinds_of(answers: Any) -> str:
 
 
 def _is_one_dict_a_row(answers: Any, rows: int) -> bool:
-    return isinstance(answers, Sequence) and len(answers) == rows and all(isinstance(a, Mapping) for a in answers)
+    return (
+        isinstance(answers, Sequence)
+        and len(answers) == rows
+        and all(isinstance(a, Mapping) for a in answers)
+    )
 
 
 def _by_row(outputs: Mapping[str, np.ndarray], rows: int) -> list[RowOutput]:
@@ -334,7 +407,9 @@ def _by_row(outputs: Mapping[str, np.ndarray], rows: int) -> list[RowOutput]:
 
 
 def _together(outputs: Sequence[RowOutput]) -> _Outputs:
-    """The outputs of all rows, as arrays with the rows first; a list of arrays where their shapes differ.
+    """The outputs of all rows, as arrays with the rows first.
+
+    A list of arrays where their shapes differ.
 
     One that happened to be as long as its batch, and not as the next, is none of one row.
     """

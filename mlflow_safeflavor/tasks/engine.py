@@ -1,4 +1,7 @@
-"""Engine: what turns named input arrays into named output arrays. Tasks, batching and scheduler see only this seam."""
+"""Engine: what turns named input arrays into named output arrays.
+
+Tasks, batching and scheduler see only this seam.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ __all__ = ["Engine"]
 
 
 class Engine(Protocol):
-    """One forward pass, without gradients and without state between calls; safe from many threads."""
+    """One forward pass, without gradients and without state between calls.
+
+    Safe from many threads.
+    """
 
     name: str
     on_cpu: bool
@@ -31,11 +37,12 @@ class Engine(Protocol):
         """Run the model.
 
         Args:
-            inputs: Argument name → array, never written to; floating point numbers are cast to the serving dtype.
+            inputs: Argument name → array, never written to; floating point numbers are cast to the
+                serving dtype.
 
         Returns:
-            Output name → array; halves as float32, since numpy knows no bfloat16. Either it is the caller's
-            own, or it is read-only: a forward may return a weight, or its input, as it is.
+            Output name → array; halves as float32, since numpy knows no bfloat16. Either it is the
+            caller's own, or it is read-only: a forward may return a weight, or its input, as it is.
         """
         ...
 
@@ -51,16 +58,20 @@ class Engine(Protocol):
         """Let the model write, token by token.
 
         Args:
-            inputs: ``input_ids`` and, if the model takes it, ``attention_mask``, shape (rows, longest).
-            settings: All there is to a generation config; what the module says of its own counts for nothing.
-            processors: Applied in turn to the scores of each step, (ids so far, scores) → scores, after those that the
-                settings ask for; in tensors of torch.
-            stopping: (ids so far, scores) → which rows are done, bool of shape (rows,); in tensors of torch.
+            inputs: ``input_ids`` and, if the model takes it, ``attention_mask``, shape (rows,
+                longest).
+            settings: All there is to a generation config; what the module says of its own counts
+                for nothing.
+            processors: Applied in turn to the scores of each step, (ids so far, scores) → scores,
+                after those that the settings ask for; in tensors of torch.
+            stopping: (ids so far, scores) → which rows are done, bool of shape (rows,); in tensors
+                of torch.
             keep_logits: Also return what the model said at each step, before any processing.
 
         Returns:
-            ``sequences``, int64 of shape (rows, length): the prompts as given, or the decoder's start token, and
-            what was written. With ``keep_logits`` also ``logits``, shape (rows, steps, vocabulary).
+            ``sequences``, int64 of shape (rows, length): the prompts as given, or the decoder's
+            start token, and what was written. With ``keep_logits`` also ``logits``, shape (rows,
+            steps, vocabulary).
 
         Raises:
             StructureError: The model cannot write, or not with this engine.

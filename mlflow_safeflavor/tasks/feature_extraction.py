@@ -46,13 +46,14 @@ _PROMPT = Param("prompt", "string", default="", wanted="a text to put in front",
 class FeatureExtraction(TextTask):
     """One vector a text, pooled from the last hidden state, as ``SentenceTransformer.encode`` makes it.
 
-    Options, fixed at save through ``model_config``, or by what a model of sentence-transformers says: ``pooling``, a
-    name in ``embedding.POOLINGS``, by default "mean" over real tokens, or a list of them, side by side; ``normalize``,
-    whether to scale to length 1 (default False); ``prompts``, name → text to put in front; ``include_prompt``, whether
-    the prompt's tokens are pooled, too (default True); ``similarity``, what embeddings are compared with, only noted.
+    Options, fixed at save through ``model_config``, or by what a model of sentence-transformers
+    says: ``pooling``, a name in ``embedding.POOLINGS``, by default "mean" over real tokens, or a
+    list of them, side by side; ``normalize``, whether to scale to length 1 (default False);
+    ``prompts``, name → text to put in front; ``include_prompt``, whether the prompt's tokens are
+    pooled, too (default True); ``similarity``, what embeddings are compared with, only noted.
 
-    Params: ``prompt_name`` and ``prompt``, for models with prompts; ``truncate_dim``, and ``normalize_embeddings``, to
-    scale to length 1 after that.
+    Params: ``prompt_name`` and ``prompt``, for models with prompts; ``truncate_dim``, and
+    ``normalize_embeddings``, to scale to length 1 after that.
 
     Answers: ``embedding``, a list of floats, by default as many as the model's hidden size.
     """
@@ -75,26 +76,50 @@ class FeatureExtraction(TextTask):
         both = any(name.rpartition(".")[2] == "decoder" for name, _ in tokens.named_modules())
         if both and getattr(getattr(tokens, "config", None), "is_encoder_decoder", False):
             raise StructureError(
-                "The last hidden state of an encoder-decoder model is its decoder's, not that of the text",
+                "The last hidden state of an encoder-decoder model is its decoder's, not that of "
+                "the text",
                 where=type(tokens).__name__,
                 wanted="an encoder",
                 hint="save the encoder alone, for example T5EncoderModel or model.get_encoder()",
             )
         cls.require_known(options)
-        usual = {"pooling": "mean", "normalize": False, "prompts": {}, "include_prompt": True, "similarity": None}
+        usual = {
+            "pooling": "mean",
+            "normalize": False,
+            "prompts": {},
+            "include_prompt": True,
+            "similarity": None,
+        }
         chosen = {**usual, **options}
         if isinstance(chosen["pooling"], str):
             chosen["pooling"] = [chosen["pooling"]]
         if isinstance(model, Embedder):
-            _require_option("pooling", "pooling" not in options, "none: the model has layers for that", chosen)
+            _require_option(
+                "pooling", "pooling" not in options, "none: the model has layers for that", chosen
+            )
             chosen["pooling"] = []
         else:
-            _require_option("pooling", _is_pooling(chosen["pooling"]), f"of {' | '.join(POOLINGS)}", chosen)
+            _require_option(
+                "pooling", _is_pooling(chosen["pooling"]), f"of {' | '.join(POOLINGS)}", chosen
+            )
         for name in ("normalize", "include_prompt"):
             _require_option(name, isinstance(chosen[name], bool), "True | False", chosen)
-        texts = isinstance(chosen["prompts"], Mapping) and [*chosen["prompts"], *chosen["prompts"].values()]
-        _require_option("prompts", texts is not False and all(isinstance(t, str) for t in texts), "texts", chosen)
-        _require_option("similarity", chosen["similarity"] in (None, *_SIMILARITIES), " | ".join(_SIMILARITIES), chosen)
+        texts = isinstance(chosen["prompts"], Mapping) and [
+            *chosen["prompts"],
+            *chosen["prompts"].values(),
+        ]
+        _require_option(
+            "prompts",
+            texts is not False and all(isinstance(t, str) for t in texts),
+            "texts",
+            chosen,
+        )
+        _require_option(
+            "similarity",
+            chosen["similarity"] in (None, *_SIMILARITIES),
+            " | ".join(_SIMILARITIES),
+            chosen,
+        )
         text = describe_text_model(tokens)
         if "weightedmean" in chosen["pooling"] or isinstance(model, Embedder):
             text["padding_side"] = "right"  # places are counted from the left
@@ -106,7 +131,9 @@ class FeatureExtraction(TextTask):
         if not names:
             return cls.params
         wanted = f"{' | '.join(names)}, or an empty text for no prompt"
-        named = Param("prompt_name", "string", "", wanted, allows=("", *names).__contains__, none_is="")
+        named = Param(
+            "prompt_name", "string", "", wanted, allows=("", *names).__contains__, none_is=""
+        )
         return (named, _PROMPT, *cls.params)
 
     @property
@@ -147,15 +174,23 @@ class FeatureExtraction(TextTask):
         inputs, mask = super().collate(batch)
         if not self.config["include_prompt"]:
             mask = self._filled([row["pooling_mask"] for row in batch], 0).astype(bool)
-        return inputs if self.config["pooling"] else {**inputs, "pooling_mask": mask.astype(np.int64)}, mask
+        return inputs if self.config["pooling"] else {
+            **inputs,
+            "pooling_mask": mask.astype(np.int64),
+        }, mask
 
     def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:
         if self.config["pooling"]:
             hidden = pick(outputs, "last_hidden_state", (*mask.shape, None))
-            pooled = [pool(row, real, self.config["pooling"]) for row, real in zip(hidden, mask, strict=True)]
+            pooled = [
+                pool(row, real, self.config["pooling"])
+                for row, real in zip(hidden, mask, strict=True)
+            ]
         else:
             pooled = [*pick(outputs, "sentence_embedding", (len(mask), None))]
-        return [{"embedding": normalized(row) if self.config["normalize"] else row} for row in pooled]
+        return [
+            {"embedding": normalized(row) if self.config["normalize"] else row} for row in pooled
+        ]
 
     def decode(
         self,

@@ -13,4 +13,7 @@ Features = Mapping[str, Any]
 """One encoded row, or a piece of one, unpadded: model argument → list of int (or array)."""
 
 RowOutput = Mapping[str, np.ndarray]
-"""What the model said of one row or piece, in float32 at least, without padding: output name → array; for parity."""
+"""What the model said of one row or piece, in float32 at least, without padding.
+
+Output name → array; for parity.
+"""

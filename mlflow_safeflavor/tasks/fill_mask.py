@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FillMask"]
 
-_TOP_K = Param("top_k", "long", 5, "a whole number of at least 1", allows=lambda value: value >= 1, none_is=5)
+_TOP_K = Param(
+    "top_k", "long", 5, "a whole number of at least 1", allows=lambda value: value >= 1, none_is=5
+)
 _TARGETS = Param(
     "targets",
     "string",
@@ -49,16 +51,18 @@ _GOLDEN_TEXTS = (
     "{} world.",
     "The {} brown fox jumps over the lazy dog while the cat sleeps.",
     "{} Zürich: 3 € for 😀👍, naïve café!",
-    "A {} is {} once it is logged, and answers the same way in a notebook, behind a server and on a cluster.",
+    "A {} is {} once it is logged, and answers the same way in a notebook, behind a server and on "
+    "a cluster.",
 )
 
 
 class FillMask(TextTask):
     """Tokens for the gaps of a text, each written as the tokenizer's mask token ("[MASK]", "<mask>").
 
-    Answers: ``token_str``, ``token``, ``score`` and ``sequence`` of the best token for the (first) gap, and
-    ``predictions``: for each gap, in order, a list of the ``top_k`` best, each a dict of the same four keys. In a
-    ``sequence`` one gap is filled, and others are left as they are, as transformers has it.
+    Answers: ``token_str``, ``token``, ``score`` and ``sequence`` of the best token for the (first)
+    gap, and ``predictions``: for each gap, in order, a list of the ``top_k`` best, each a dict of
+    the same four keys. In a ``sequence`` one gap is filled, and others are left as they are, as
+    transformers has it.
     """
 
     name = "fill-mask"
@@ -66,7 +70,9 @@ class FillMask(TextTask):
     answer = schema_of(
         {
             **_PREDICTION,
-            "predictions": Array(Array(Object([Property(name, kind) for name, kind in _PREDICTION.items()]))),
+            "predictions": Array(
+                Array(Object([Property(name, kind) for name, kind in _PREDICTION.items()]))
+            ),
         }
     )
 
@@ -103,7 +109,9 @@ class FillMask(TextTask):
     def _target_id(self, target: str) -> int:
         if (token_id := self.encoder.token_id(target)) is not None:
             return int(token_id)
-        ids: list[int] = self.encoder.encode([target], special=False, truncation=False)[0]["input_ids"]
+        ids: list[int] = self.encoder.encode([target], special=False, truncation=False)[0][
+            "input_ids"
+        ]
         if len(ids) != 1 or ids[0] == self.encoder.config["unk_token_id"]:
             raise InputError(
                 "A target is no token of the vocabulary",
@@ -121,7 +129,10 @@ class FillMask(TextTask):
             ids = encoded["input_ids"]
             self._require_gaps(i, row["text"], ids, params["max_length"] or self.limit)
             tokens += kept * len(ids) * self._gaps(ids)
-            where, instead = f"params, 'top_k', up to {place(i)}", "ask for fewer tokens, or fewer rows at once"
+            where, instead = (
+                f"params, 'top_k', up to {place(i)}",
+                "ask for fewer tokens, or fewer rows at once",
+            )
             self.caps.require_answers(tokens, len(rows), where=where, instead=instead)
             yield encoded
 
@@ -144,11 +155,15 @@ class FillMask(TextTask):
         written = text.count(self.mask_token) if len(ids) == limit else read
         if read == 0 or read < written:
             raise InputError(
-                "A text has a gap beyond what the model reads" if written else "A text has no gap to fill",
+                "A text has a gap beyond what the model reads"
+                if written
+                else "A text has no gap to fill",
                 where=place(i, self.columns["text"]),
                 wanted=f"{self.mask_token!r} where a token is missing",
                 found=f"{read} of {written} within {limit} tokens" if written else "none",
-                hint="shorten the text before the gap" if written else f"write {self.mask_token!r} into the text",
+                hint="shorten the text before the gap"
+                if written
+                else f"write {self.mask_token!r} into the text",
             )
 
     def collate(self, batch: Sequence[Features]) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -172,17 +187,27 @@ class FillMask(TextTask):
         for i, (encoded, output) in enumerate(zip(features, outputs, strict=True), first):
             require_finite([output["logits"]], i)
             ids = encoded["input_ids"]
-            gaps = [place for place, token in enumerate(ids) if token == self.encoder.config["mask_token_id"]]
+            gaps = [
+                place
+                for place, token in enumerate(ids)
+                if token == self.encoder.config["mask_token_id"]
+            ]
             predictions: list[list[dict[str, Any]]] = []
             for gap, logits in zip(gaps, output["logits"], strict=True):
                 scores, found = softmax(logits), list[dict[str, Any]]()
                 for token in _best(scores, params["targets"], params["top_k"]):
-                    found.append(self._prediction(ids, gap, int(token), float(scores[token]), alone=len(gaps) == 1))
+                    found.append(
+                        self._prediction(
+                            ids, gap, int(token), float(scores[token]), alone=len(gaps) == 1
+                        )
+                    )
                     yield None
                 predictions.append(found)
             yield {**predictions[0][0], "predictions": predictions}
 
-    def _prediction(self, ids: Sequence[int], gap: int, token: int, score: float, *, alone: bool) -> dict[str, Any]:
+    def _prediction(
+        self, ids: Sequence[int], gap: int, token: int, score: float, *, alone: bool
+    ) -> dict[str, Any]:
         filled = [*ids[:gap], token, *ids[gap + 1 :]]
         shown = [i for i in filled if i != self.encoder.config["pad_token_id"]]
         return {

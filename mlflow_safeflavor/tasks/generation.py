@@ -15,7 +15,11 @@ from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.generation_config import REPLACED, read_generation_config
-from mlflow_safeflavor.tasks.generation_params import GENERATION_PARAMS, KEEP_LOGITS, require_one_way
+from mlflow_safeflavor.tasks.generation_params import (
+    GENERATION_PARAMS,
+    KEEP_LOGITS,
+    require_one_way,
+)
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.outputs import require_finite
 from mlflow_safeflavor.tasks.padding import ignores_padding
@@ -33,39 +37,60 @@ __all__ = ["Generation"]
 _WEIGHT = 32
 """Answers of other tasks that take about as long as to write a token."""
 _WRITTEN_A_ROW = 1024
-"""Tokens that a row may be answered with on average, whatever ``max_answers`` is; with beams, by all of them."""
+"""Tokens that a row may be answered with on average, whatever ``max_answers`` is.
 
-_COUNT_PADDING = ("no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "min_length")
+With beams, by all of them.
+"""
+
+_COUNT_PADDING = (
+    "no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "encoder_no_repeat_ngram_size",
+    "min_length",
+)
 """Settings that look at the prompt's tokens, padding included."""
 
 
 class Generation(TextTask):
     """Rows to texts, token by token, by the model's own generation config wherever a request says nothing.
 
-    Answers: ``generated_text``, and ``finish_reason``: "stop" where the model ended the text or a text of ``stop`` was
-    met, "length" where ``max_new_tokens`` were used up. The text ends before the text of ``stop``, whose tokens may
-    lie anywhere. A character of which the last token that there was room for is only a part is dropped.
+    Answers: ``generated_text``, and ``finish_reason``: "stop" where the model ended the text or a
+    text of ``stop`` was met, "length" where ``max_new_tokens`` were used up. The text ends before
+    the text of ``stop``, whose tokens may lie anywhere. A character of which the last token that
+    there was room for is only a part is dropped.
 
-    Greedy decoding and beams give the same whatever is beside a row, up to rounding. With ``do_sample`` and a
-    ``seed``, rows run one by one, so that each text depends on its own row and the seed alone.
+    Greedy decoding and beams give the same whatever is beside a row, up to rounding. With
+    ``do_sample`` and a ``seed``, rows run one by one, so that each text depends on its own row and
+    the seed alone.
     """
 
     params: ClassVar[tuple[Param, ...]] = GENERATION_PARAMS
-    forward_params = frozenset(param.name for param in GENERATION_PARAMS) - {"max_length", "truncation"} | {
-        KEEP_LOGITS.name
-    }
+    forward_params = frozenset(param.name for param in GENERATION_PARAMS) - {
+        "max_length",
+        "truncation",
+    } | {KEEP_LOGITS.name}
     # Few tokens: enough to see that what the model keeps of earlier tokens is kept well.
     golden_params = MappingProxyType(
-        {"max_new_tokens": 4, "do_sample": False, "num_beams": 1, "truncation": True, KEEP_LOGITS.name: True}
+        {
+            "max_new_tokens": 4,
+            "do_sample": False,
+            "num_beams": 1,
+            "truncation": True,
+            KEEP_LOGITS.name: True,
+        }
     )
-    answer = Schema([ColSpec(DataType.string, "generated_text"), ColSpec(DataType.string, "finish_reason")])
+    answer = Schema(
+        [ColSpec(DataType.string, "generated_text"), ColSpec(DataType.string, "finish_reason")]
+    )
     encoder_decoder: ClassVar[bool]
     """Whether the prompt goes to an encoder, and not before what is written."""
 
     # What is recorded.
 
     @classmethod
-    def describe_generation(cls, model: torch.nn.Module, changes: Mapping[str, Any]) -> dict[str, Any]:
+    def describe_generation(
+        cls, model: torch.nn.Module, changes: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """What must be known of a model that writes.
 
         Args:
@@ -73,12 +98,13 @@ class Generation(TextTask):
             changes: What goes before the model's own generation config.
 
         Returns:
-            What ``describe_text_model`` does, and ``generation``, all of the generation config that no param says;
-            its values of ``params``; and ``pads``, whether rows of different lengths may share a batch.
+            What ``describe_text_model`` does, and ``generation``, all of the generation config that
+            no param says; its values of ``params``; and ``pads``, whether rows of different lengths
+            may share a batch.
 
         Raises:
-            InputError: The generation config has a value that its param does not allow, or ``changes`` a key that
-                no generation config has.
+            InputError: The generation config has a value that its param does not allow, or
+                ``changes`` a key that no generation config has.
             StructureError: The model cannot write, or not as its generation config says.
         """
         text = describe_text_model(model)
@@ -87,7 +113,8 @@ class Generation(TextTask):
                 "The model is not of the kind that its task writes with",
                 where=f"task {cls.name!r}, {type(model).__name__}",
                 wanted="an encoder-decoder model" if cls.encoder_decoder else "a decoder alone",
-                hint='choose task="text-generation" for decoders, "text2text-generation" for encoder-decoders',
+                hint='choose task="text-generation" for decoders, "text2text-generation" for '
+                "encoder-decoders",
             )
         said = read_generation_config(model, changes)
         config = {
@@ -104,13 +131,21 @@ class Generation(TextTask):
     @classmethod
     def _defaults(cls, said: Mapping[str, Any], positions: int | None) -> dict[str, Any]:
         """Defaults of params, from what the generation config says of them."""
-        kinds = {param.name: float if param.kind == "double" else lambda value: value for param in cls.params}
-        known = {name: kinds[name](value) for name, value in said.items() if name in kinds and name != "max_length"}
+        kinds = {
+            param.name: float if param.kind == "double" else lambda value: value
+            for param in cls.params
+        }
+        known = {
+            name: kinds[name](value)
+            for name, value in said.items()
+            if name in kinds and name != "max_length"
+        }
         if said.get("stop_strings"):
             stop = said["stop_strings"]
             known["stop"] = [stop] if isinstance(stop, str) else list(stop)
         if "max_new_tokens" not in known:
-            # A decoder's max_length counts the prompt, too, so it says nothing of what may be written.
+            # A decoder's max_length counts the prompt, too, so it says nothing of what may be
+            # written.
             length = said.get("max_length") if cls.encoder_decoder else None
             known["max_new_tokens"] = length - 1 if length and length > 1 else 64
         if positions:
@@ -122,7 +157,9 @@ class Generation(TextTask):
     # Params.
 
     def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
-        return ModelSignature(inputs=self.inputs(), outputs=self.answer, params=param_schema(self.asked))
+        return ModelSignature(
+            inputs=self.inputs(), outputs=self.answer, params=param_schema(self.asked)
+        )
 
     def inputs(self) -> Schema:
         """The inputs part of the signature."""
@@ -133,12 +170,17 @@ class Generation(TextTask):
         require_one_way(checked)
         positions = self.config["max_length"]
         # A prompt has at least one token beside the special ones.
-        room = positions if self.encoder_decoder else (positions or 0) - self.encoder.special_tokens(pair=False) - 1
+        room = (
+            positions
+            if self.encoder_decoder
+            else (positions or 0) - self.encoder.special_tokens(pair=False) - 1
+        )
         if positions and checked["max_new_tokens"] > room:
             raise InputError(
                 "A param has a value that is not allowed",
                 where="params, 'max_new_tokens'",
-                wanted=f"1 to {room}, which is what the model's {positions} positions have room for",
+                wanted=f"1 to {room}, which is what the model's {positions} positions have room "
+                "for",
                 found=checked["max_new_tokens"],
             )
         return checked
@@ -152,7 +194,10 @@ class Generation(TextTask):
         return min((length for length in (self.limit, room) if length), default=None)
 
     def require_little(self, rows: Sequence[Row], params: Mapping[str, Any]) -> None:
-        """Refuse a request that has the model write more than a cap allows. Raises ``InputError``."""
+        """Refuse a request that has the model write more than a cap allows.
+
+        Raises ``InputError``.
+        """
         a_row = params["max_new_tokens"] * params["num_beams"]
         self.caps.require(
             "max_answers",
@@ -165,7 +210,10 @@ class Generation(TextTask):
 
     def featured(self, ids: Sequence[int], params: Mapping[str, Any]) -> Features:
         """What is handed to ``forward`` of a prompt's tokens."""
-        return {"input_ids": list(ids), "cost": (len(ids) + params["max_new_tokens"]) * params["num_beams"]}
+        return {
+            "input_ids": list(ids),
+            "cost": (len(ids) + params["max_new_tokens"]) * params["num_beams"],
+        }
 
     def cost(self, features: Features) -> int:
         cost: int = features["cost"]
@@ -175,7 +223,8 @@ class Generation(TextTask):
 
     @property
     def pad_id(self) -> int:
-        # The model's own where there is one, as some find padding by it; behind a mask any other will do.
+        # The model's own where there is one, as some find padding by it; behind a mask any other
+        # will do.
         said: int | None = self.config["pad_token_id"]
         return self._filler if said is None else said
 
@@ -187,7 +236,10 @@ class Generation(TextTask):
 
     @property
     def _filler(self) -> int:
-        """Token behind a text that ended before those beside it: the end once more, so that nothing follows an end."""
+        """Token behind a text that ended before those beside it.
+
+        The end once more, so that nothing follows an end.
+        """
         return next(iter(self.ends), self.config["pad_token_id"] or 0)
 
     def collate(self, batch: Sequence[Features]) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -198,7 +250,9 @@ class Generation(TextTask):
             inputs["attention_mask"] = mask
         return inputs, mask.astype(bool)
 
-    def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
+    def forward(
+        self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]
+    ) -> list[RowOutput]:
         outputs: dict[int, RowOutput] = {}
         for part in self._parts(batch, params):
             inputs, mask = self.collate([batch[i] for i in part])
@@ -206,7 +260,9 @@ class Generation(TextTask):
                 inputs,
                 self._settings(params, self._start(mask)),
                 processors=self._processors(params, len(part)),
-                stopping=[Stop(self.encoder.decode, params["stop"], self._start(mask))] if params["stop"] else [],
+                stopping=[Stop(self.encoder.decode, params["stop"], self._start(mask))]
+                if params["stop"]
+                else [],
                 keep_logits=params[KEEP_LOGITS.name],
             )
             outputs.update(zip(part, self.read(found, mask), strict=True))
@@ -214,7 +270,8 @@ class Generation(TextTask):
 
     def _parts(self, batch: Sequence[Features], params: Mapping[str, Any]) -> list[list[int]]:
         """Rows that may run together."""
-        # Draws do not depend on other rows, but scores do by rounding, and one other token changes all that follow.
+        # Draws do not depend on other rows, but scores do by rounding, and one other token changes
+        # all that follow.
         drawn = params["do_sample"] and params["seed"] >= 0
         if drawn or not self.config["pads"]:
             return [[i] for i in range(len(batch))]
@@ -227,8 +284,13 @@ class Generation(TextTask):
 
     def _settings(self, params: Mapping[str, Any], start: int) -> dict[str, Any]:
         kept, beams, most = self.config["generation"], params["num_beams"], params["max_new_tokens"]
-        unused = {*SAMPLING, "min_length", *(("early_stopping", "length_penalty") if beams == 1 else ())}
-        # As many tokens at the least as the model wants, but transformers warns where a request wants fewer.
+        unused = {
+            *SAMPLING,
+            "min_length",
+            *(("early_stopping", "length_penalty") if beams == 1 else ()),
+        }
+        # As many tokens at the least as the model wants, but transformers warns where a request
+        # wants fewer.
         least = kept.get("min_new_tokens") or kept.get("min_length", 0) - start
         return {
             **{name: value for name, value in kept.items() if name not in unused},
@@ -261,11 +323,14 @@ class Generation(TextTask):
         ends = np.flatnonzero(np.isin(ids, self.ends))
         return ids[: ends[0] + 1] if len(ends) else ids
 
-    def comparable(self, recorded: RowOutput, found: RowOutput) -> tuple[RowOutput, RowOutput] | None:
+    def comparable(
+        self, recorded: RowOutput, found: RowOutput
+    ) -> tuple[RowOutput, RowOutput] | None:
         """Logits up to the first token that is not the same.
 
-        If they are near each other there, it was a near tie, which another CPU may decide otherwise. Behind it, the
-        model continues other texts. A wrong weight shows in all logits, a broken cache in those of the second token.
+        If they are near each other there, it was a near tie, which another CPU may decide
+        otherwise. Behind it, the model continues other texts. A wrong weight shows in all logits, a
+        broken cache in those of the second token.
         """
         old, new = recorded.get("ids", np.zeros(0)), found["ids"]
         if np.array_equal(old, new):
@@ -286,13 +351,18 @@ class Generation(TextTask):
         first: int = 0,
     ) -> Iterator[dict[str, Any] | None]:
         # A forced end says nothing but that the length is used up.
-        forced, most = self.config["generation"].get("forced_eos_token_id") is not None, params["max_new_tokens"]
+        forced, most = (
+            self.config["generation"].get("forced_eos_token_id") is not None,
+            params["max_new_tokens"],
+        )
         for i, output in enumerate(outputs, first):
             # Masked tokens may be minus infinity; a largest one that is not finite is broken.
             require_finite([output["logits"].max(axis=-1)] if "logits" in output else [], i)
             ids = output["ids"].tolist()
             text = self.encoder.decode(ids)
             stop = first_stop(text, params["stop"])
-            ended = stop is not None or bool(ids and ids[-1] in self.ends and not (forced and len(ids) == most))
+            ended = stop is not None or bool(
+                ids and ids[-1] in self.ends and not (forced and len(ids) == most)
+            )
             text = text[:stop] if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")
             yield {"generated_text": text, "finish_reason": "stop" if ended else "length"}

@@ -12,10 +12,29 @@ __all__ = ["REPLACED", "read_generation_config"]
 
 REPLACED = frozenset(
     (
-        *("max_length", "max_new_tokens", "stop_strings", "do_sample", "num_beams", "repetition_penalty"),
-        *("num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
+        *(
+            "max_length",
+            "max_new_tokens",
+            "stop_strings",
+            "do_sample",
+            "num_beams",
+            "repetition_penalty",
+        ),
+        *(
+            "num_return_sequences",
+            "return_dict_in_generate",
+            "output_scores",
+            "output_logits",
+            "output_attentions",
+        ),
         *("output_hidden_states", "transformers_version", "_from_model_config", "pad_token_id"),
-        *("cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile"),
+        *(
+            "cache_implementation",
+            "cache_config",
+            "max_cache_len",
+            "compile_config",
+            "disable_compile",
+        ),
         *("continuous_batching_config", "max_time"),
     )
 )
@@ -23,7 +42,14 @@ REPLACED = frozenset(
 
 _REFUSED = frozenset(
     (
-        *("assistant_early_exit", "constraints", "dola_layers", "eta_cutoff", "force_words_ids", "penalty_alpha"),
+        *(
+            "assistant_early_exit",
+            "constraints",
+            "dola_layers",
+            "eta_cutoff",
+            "force_words_ids",
+            "penalty_alpha",
+        ),
         *("prompt_lookup_num_tokens", "token_healing", "top_h", "use_mtp", "watermarking_config"),
     )
 )

@@ -15,7 +15,10 @@ _MOST_NEW_TOKENS = 32768
 """Of models that count no positions: a request cannot ask for hours."""
 
 _LEAST, _MOST = 1e-9, 1e9
-"""Scores are divided by such numbers in float32, one after the other: beyond, they would become 0, infinite or NaN."""
+"""Scores are divided by such numbers in float32, one after the other.
+
+Beyond, they would become 0, infinite or NaN.
+"""
 _POSITIVE = f"a number from {_LEAST:g} to {_MOST:g}"
 
 
@@ -48,7 +51,13 @@ GENERATION_PARAMS = (
         allows=lambda value: value >= 0,
         none_is=0,
     ),
-    Param("num_beams", "long", default=1, wanted="a whole number from 1 to 64", allows=lambda value: 1 <= value <= 64),
+    Param(
+        "num_beams",
+        "long",
+        default=1,
+        wanted="a whole number from 1 to 64",
+        allows=lambda value: 1 <= value <= 64,
+    ),
     Param("repetition_penalty", "double", default=1.0, wanted=_POSITIVE, allows=_is_positive),
     Param(
         "seed",
@@ -58,21 +67,35 @@ GENERATION_PARAMS = (
         allows=lambda value: -1 <= value < 2**63,
         none_is=-1,
     ),
-    Param("stop", "string", default=[], wanted="a list of texts, none of them empty", allows=all, many=True),
+    Param(
+        "stop",
+        "string",
+        default=[],
+        wanted="a list of texts, none of them empty",
+        allows=all,
+        many=True,
+    ),
     Param(
         "max_length",
         "long",
         default=0,
-        wanted="0: it would count what is read and what is written together; max_new_tokens says how much is written",
+        wanted="0: it would count what is read and what is written together; max_new_tokens says "
+        "how much is written",
         allows=lambda value: value == 0,
         none_is=0,
     ),
     TRUNCATION,
 )
-"""``max_length`` is declared so that MLflow does not drop it without an error: it may not be used."""
+"""``max_length`` is declared so that MLflow does not drop it without an error.
+
+It may not be used.
+"""
 
 KEEP_LOGITS = Param("keep_logits", "boolean", default=False, wanted="true or false")
-"""For golden rows, which are compared by them; beside many rows they would fill the memory. In no signature."""
+"""For golden rows, which are compared by them; beside many rows they would fill the memory.
+
+In no signature.
+"""
 
 
 def require_one_way(params: Mapping[str, Any]) -> None:

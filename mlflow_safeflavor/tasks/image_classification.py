@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 __all__ = ["ImageClassification"]
 
 _TOKENS = 256
-"""What an image counts for ``max_batch_tokens``: 2 images a forward by default. On a CPU, a small ViT and a ResNet-50
+"""What an image counts for ``max_batch_tokens``: 2 images a forward by default.
+
+On a CPU, a small ViT and a ResNet-50
 were no faster with 4, 8 or 16; a GPU may want more."""
 _GOLDEN_SIZES = ((48, 64), (40, 40), (90, 32))
 
 
 class ImageClassification(ProcessedTask):
-    """Labels of an image: a file (bytes, base64, ``pathlib.Path``), a PIL image or an array; see ``read_image``.
+    """Labels of an image: a file (bytes, base64, ``pathlib.Path``), a PIL image or an array.
+
+    See ``read_image``.
 
     Answers: see ``rank_labels``.
     """

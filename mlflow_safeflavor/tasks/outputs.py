@@ -1,4 +1,7 @@
-"""What a model returned: the output that a task reads, whether it is numbers at all, and logits → scores."""
+"""What a model returned.
+
+The output that a task reads, whether it is numbers at all, and logits → scores.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from mlflow_safeflavor.tasks.inputs.wording import place
 __all__ = ["normalized", "own", "pick", "require_finite", "sigmoid", "softmax"]
 
 
-def pick(outputs: Mapping[str, np.ndarray], name: str, shape: Sequence[int | None], position: int = 0) -> np.ndarray:
+def pick(
+    outputs: Mapping[str, np.ndarray], name: str, shape: Sequence[int | None], position: int = 0
+) -> np.ndarray:
     """An output of the model, by its name, or by its position where the model names none.
 
     Args:
@@ -28,12 +33,18 @@ def pick(outputs: Mapping[str, np.ndarray], name: str, shape: Sequence[int | Non
     """
     array = outputs.get(name, outputs.get(f"output_{position}"))
     found = None if array is None else array.shape
-    if found is None or len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found, strict=True)):
+    if (
+        found is None
+        or len(found) != len(shape)
+        or any(w not in (None, f) for w, f in zip(shape, found, strict=True))
+    ):
         raise StructureError(
             f"The model does not return what its task reads: {name}",
             where="output of forward",
-            wanted=f"{name}, shape ({', '.join('any' if length is None else str(length) for length in shape)})",
-            found=", ".join(f"{key} {value.shape}" for key, value in outputs.items()) or "no tensor",
+            wanted=f"{name}, shape "
+            f"({', '.join('any' if length is None else str(length) for length in shape)})",
+            found=", ".join(f"{key} {value.shape}" for key, value in outputs.items())
+            or "no tensor",
             hint="choose the task this model was made for: task=...",
         )
     assert array is not None  # noqa: S101  (for mypy; found says so)
@@ -41,7 +52,10 @@ def pick(outputs: Mapping[str, np.ndarray], name: str, shape: Sequence[int | Non
 
 
 def own(value: Any) -> Any:
-    """An answer that shares no memory with anything: arrays, tensors, lists and dicts, at any depth, are copied."""
+    """An answer that shares no memory with anything.
+
+    Arrays, tensors, lists and dicts, at any depth, are copied.
+    """
     if isinstance(value, np.ndarray):
         return value.copy()
     if is_tensor(value):
@@ -68,8 +82,8 @@ def require_finite(values: Sequence[np.ndarray] | np.ndarray, first: int = 0) ->
             where=place(first + bad[0]),
             wanted="finite numbers",
             found=f"NaN or infinity in {len(bad)} of {len(values)} rows",
-            hint="ask without that row; half precision overflows where float32 does not: save the model with "
-            "dtype='float32'",
+            hint="ask without that row; half precision overflows where float32 does not: save the "
+            "model with dtype='float32'",
         )
 
 

@@ -18,8 +18,8 @@ __all__ = ["ignores_padding"]
 def ignores_padding(cls: type[Generation], model: Any, config: Mapping[str, Any]) -> bool:
     """Whether a prompt is continued alike alone and filled up beside a longer one.
 
-    Tried, because no attribute says so: recurrent models read what is masked, or mix the rows of a batch up, and some
-    decoders count positions from the padding on.
+    Tried, because no attribute says so: recurrent models read what is masked, or mix the rows of a
+    batch up, and some decoders count positions from the padding on.
     """
     import torch
 
@@ -28,14 +28,23 @@ def ignores_padding(cls: type[Generation], model: Any, config: Mapping[str, Any]
     task = cls(config, {"text": "text"})
     special = {config["pad_token_id"], config["generation"].get("bos_token_id"), *task.ends}
     size = min(7, (config["max_length"] or 9) - 2)
-    ids = [token for token in range(model.config.get_text_config().vocab_size) if token not in special][-size:]
+    ids = [
+        token for token in range(model.config.get_text_config().vocab_size) if token not in special
+    ][-size:]
     if len(ids) < 4:
         return False
-    params = {param.name: param.default for param in cls.params} | {"max_new_tokens": 2, KEEP_LOGITS.name: True}
+    params = {param.name: param.default for param in cls.params} | {
+        "max_new_tokens": 2,
+        KEEP_LOGITS.name: True,
+    }
     short, long = (task.featured(part, params) for part in (ids[:3], ids))
     first = next(model.parameters())
     engine = ModuleEngine(model, first.device, first.dtype)
     with evaluating(model):
-        alone, beside = (task.forward(engine, batch, params)[0]["logits"] for batch in ([short], [short, long]))
+        alone, beside = (
+            task.forward(engine, batch, params)[0]["logits"] for batch in ([short], [short, long])
+        )
     tolerance = 1e-4 if first.dtype in (torch.float32, torch.float64) else 2e-2
-    return alone.shape == beside.shape and bool(np.abs(alone - beside).max() <= tolerance * np.abs(alone).max())
+    return alone.shape == beside.shape and bool(
+        np.abs(alone - beside).max() <= tolerance * np.abs(alone).max()
+    )

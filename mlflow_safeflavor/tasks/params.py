@@ -25,8 +25,8 @@ class Param:
         name: As users write it.
         kind: Its type in the signature.
         many: Whether it is a list of that type.
-        default: Used where a request does not give it. Never None: a signature's default has a type, and clients
-            read from it what they may send.
+        default: Used where a request does not give it. Never None: a signature's default has a
+            type, and clients read from it what they may send.
         wanted: What values are allowed, in words.
         allows: Whether a value of the right type is in range.
         none_is: What None stands for; where it is None itself, None is refused.
@@ -48,11 +48,22 @@ def param_of(name: str, value: Any) -> Param:
         InputError: The default has no type that a signature knows.
     """
     many = isinstance(value, (list, tuple)) and len(value) > 0
-    kinds: tuple[Literal["boolean", "long", "double", "string"], ...] = ("boolean", "long", "double", "string")
+    kinds: tuple[Literal["boolean", "long", "double", "string"], ...] = (
+        "boolean",
+        "long",
+        "double",
+        "string",
+    )
     for kind in kinds:
         plain = _plain_list(kind, value) if many else _plain(kind, value)
         if plain is not None:
-            return Param(name, kind, plain, wanted=f"{'a list of type' if many else 'of type'} {kind}", many=many)
+            return Param(
+                name,
+                kind,
+                plain,
+                wanted=f"{'a list of type' if many else 'of type'} {kind}",
+                many=many,
+            )
     raise InputError(
         "The default of a param has no type that a signature knows",
         where=f"params, {name!r}",
@@ -65,13 +76,17 @@ def param_schema(declared: Sequence[Param]) -> ParamSchema:
     """The params part of a signature."""
     return ParamSchema(
         [
-            ParamSpec(param.name, DataType[param.kind], param.default, (-1,) if param.many else None)
+            ParamSpec(
+                param.name, DataType[param.kind], param.default, (-1,) if param.many else None
+            )
             for param in declared
         ]
     )
 
 
-def check_defaults(task: str, declared: Sequence[Param], given: Mapping[str, Any]) -> dict[str, Any]:
+def check_defaults(
+    task: str, declared: Sequence[Param], given: Mapping[str, Any]
+) -> dict[str, Any]:
     """Defaults to save with a model, in plain Python types: those that are given, and no others.
 
     Args:
@@ -80,7 +95,8 @@ def check_defaults(task: str, declared: Sequence[Param], given: Mapping[str, Any
         given: Name → value, as a request would say it.
 
     Raises:
-        InputError: The task does not know a param, or its value is of another type or out of range; names it.
+        InputError: The task does not know a param, or its value is of another type or out of range;
+            names it.
     """
     known = {param.name for param in declared}
     if unknown := [name for name in given if name not in known]:
@@ -104,7 +120,9 @@ def with_defaults(declared: Sequence[Param], saved: Mapping[str, Any]) -> tuple[
         checked = check_params(declared, saved)
     except InputError as error:
         raise IntegrityError(
-            "A default of a param is malformed", where=f"task_config, {error.where}", hint=FETCH_AGAIN
+            "A default of a param is malformed",
+            where=f"task_config, {error.where}",
+            hint=FETCH_AGAIN,
         ) from error
     return tuple(replace(param, default=checked[param.name]) for param in declared)
 
@@ -121,20 +139,29 @@ def check_params(declared: Sequence[Param], given: Mapping[str, Any] | None) -> 
     """
     given = {} if given is None else given
     if not isinstance(given, Mapping):
-        raise InputError("params is no dict", where="params", wanted="a dict", found=type(given).__name__)
+        raise InputError(
+            "params is no dict", where="params", wanted="a dict", found=type(given).__name__
+        )
     known = [param.name for param in declared]
     if unknown := [name for name in given if name not in known]:
         raise InputError(
-            "Unknown param", where=f"params, {', '.join(map(repr, unknown))}", wanted=f"one of {', '.join(known)}"
+            "Unknown param",
+            where=f"params, {', '.join(map(repr, unknown))}",
+            wanted=f"one of {', '.join(known)}",
         )
     return {
-        param.name: _checked(param, given[param.name]) if param.name in given else param.default for param in declared
+        param.name: _checked(param, given[param.name]) if param.name in given else param.default
+        for param in declared
     }
 
 
 def _checked(param: Param, value: Any) -> Any:
     plain = (
-        param.none_is if value is None else _plain_list(param.kind, value) if param.many else _plain(param.kind, value)
+        param.none_is
+        if value is None
+        else _plain_list(param.kind, value)
+        if param.many
+        else _plain(param.kind, value)
     )
     if plain is None or not param.allows(plain):
         raise InputError(
@@ -147,12 +174,19 @@ def _checked(param: Param, value: Any) -> Any:
 
 
 def _plain_list(kind: str, value: Any) -> list[Any] | None:
-    items = [_plain(kind, item) for item in value] if isinstance(value, (list, tuple, np.ndarray)) else [None]
+    items = (
+        [_plain(kind, item) for item in value]
+        if isinstance(value, (list, tuple, np.ndarray))
+        else [None]
+    )
     return None if None in items else items
 
 
 def _plain(kind: str, value: Any) -> Any:
-    """The value as the Python type of ``kind``; None where it is of another type. A bool is no number."""
+    """The value as the Python type of ``kind``; None where it is of another type.
+
+    A bool is no number.
+    """
     if kind == "boolean":
         return bool(value) if isinstance(value, (bool, np.bool_)) else None
     if kind == "string":
@@ -160,7 +194,11 @@ def _plain(kind: str, value: Any) -> Any:
     if isinstance(value, (bool, np.bool_)):
         return None
     if kind == "double":
-        return float(value) if isinstance(value, (int, float, np.integer, np.floating)) and np.isfinite(value) else None
+        return (
+            float(value)
+            if isinstance(value, (int, float, np.integer, np.floating)) and np.isfinite(value)
+            else None
+        )
     try:
         return operator.index(value)
     except TypeError:

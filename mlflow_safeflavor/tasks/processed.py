@@ -1,4 +1,7 @@
-"""What classifiers of images and of sounds share: a processor makes arrays, and arrays of one shape run together."""
+"""What classifiers of images and of sounds share.
+
+A processor makes arrays, and arrays of one shape run together.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,8 @@ _LARGE = 4_000_000
 class ProcessedTask(Task):
     """Labels of a file in a single column, which a processor of transformers turns into arrays.
 
-    Its column has MLflow's type binary. That takes base64 text over HTTP; in one process MLflow lets every other form
-    of a cell pass, too.
+    Its column has MLflow's type binary. That takes base64 text over HTTP; in one process MLflow
+    lets every other form of a cell pass, too.
 
     Features are too large to be recorded with golden rows.
 
@@ -55,13 +58,17 @@ class ProcessedTask(Task):
     field: ClassVar[str]
     """The only field."""
 
-    def __init__(self, config: Mapping[str, Any], columns: Mapping[str, str | None], processor: Any) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], columns: Mapping[str, str | None], processor: Any
+    ) -> None:
         super().__init__(config, columns)
         self.processor = processor
 
     def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
         inputs = Schema([ColSpec(DataType.binary, self.columns[self.field])])
-        return ModelSignature(inputs=inputs, outputs=LABEL_AND_SCORE, params=param_schema(self.asked))
+        return ModelSignature(
+            inputs=inputs, outputs=LABEL_AND_SCORE, params=param_schema(self.asked)
+        )
 
     @abstractmethod
     def read(self, value: Any, where: str) -> Any:
@@ -80,7 +87,10 @@ class ProcessedTask(Task):
 
     def to_record(self, value: Mapping[str, Any]) -> dict[str, Any]:
         where = self.columns[self.field] or self.field
-        return {**value, **({self.field: self.record(value[self.field], where)} if self.field in value else {})}
+        return {
+            **value,
+            **({self.field: self.record(value[self.field], where)} if self.field in value else {}),
+        }
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         require_labels(self.caps, self.config, rows, params)
@@ -96,7 +106,9 @@ class ProcessedTask(Task):
             made = apply(self.processor, readable)
         except Exception as error:  # each processor has its own ways to fail
             raise InputError(
-                "The processor refuses a value", where=where, found=f"{type(error).__name__}: {error}"
+                "The processor refuses a value",
+                where=where,
+                found=f"{type(error).__name__}: {error}",
             ) from error
         size = int(np.prod(getattr(readable, "size", 0)))
         del readable
@@ -113,7 +125,9 @@ class ProcessedTask(Task):
             )
         return made
 
-    def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
+    def forward(
+        self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]
+    ) -> list[RowOutput]:
         found: dict[int, RowOutput] = {}
         for group in self.groups(batch):
             inputs = self.collate([batch[i] for i in group])

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["QuestionAnswering"]
 
 _TOP_K = Param("top_k", "long", 1, "a whole number of at least 1", allows=lambda value: value >= 1)
-_MAX_ANSWER_LEN = Param("max_answer_len", "long", 15, "at least 1 token", allows=lambda value: value >= 1)
+_MAX_ANSWER_LEN = Param(
+    "max_answer_len", "long", 15, "at least 1 token", allows=lambda value: value >= 1
+)
 _DOC_STRIDE = Param(
     "doc_stride",
     "long",
@@ -53,21 +55,24 @@ _LESS = "send less text at once, or lower doc_stride"
 _GOLDEN_QUESTIONS = ("Where?", "Who jumps?", "What costs 3 €?")
 _GOLDEN_CONTEXTS = (
     "Anna lives in Zürich.",
-    "The quick brown fox jumps over the lazy dog while the cat sleeps, and nobody else is there to see it.",
-    "Once upon a time 😀 everything was cheap. Today a café in Zürich takes 3 € for the smallest cup of tea, and "
-    "more for anything that has to be cooked. The naïve visitor pays; all others drink the water of the fountains, "
-    "which costs nothing, and is better than the tea.",
+    "The quick brown fox jumps over the lazy dog while the cat sleeps, and nobody else is there "
+    "to see it.",
+    "Once upon a time 😀 everything was cheap. Today a café in Zürich takes 3 € for the smallest "
+    "cup of tea, and more for anything that has to be cooked. The naïve visitor pays; all others "
+    "drink the water of the fountains, which costs nothing, and is better than the tea.",
 )
 
 
 class QuestionAnswering(TextTask):
     """The part of a context that answers a question.
 
-    A long context is read in windows that overlap. Answers: ``answer``, ``score``, and ``start`` and ``end``, its place
-    in characters of the context. With ``top_k`` other than 1 also ``answers``, ``scores``, ``starts`` and ``ends``,
-    lists of the ``top_k`` best, best first; fewer where there are not so many.
+    A long context is read in windows that overlap. Answers: ``answer``, ``score``, and ``start``
+    and ``end``, its place in characters of the context. With ``top_k`` other than 1 also
+    ``answers``, ``scores``, ``starts`` and ``ends``, lists of the ``top_k`` best, best first; fewer
+    where there are not so many.
 
-    Scores of answers that read the same are added up, as transformers 4.57 does, so that a score may exceed 1.
+    Scores of answers that read the same are added up, as transformers 4.57 does, so that a score
+    may exceed 1.
     """
 
     name = "question-answering"
@@ -103,7 +108,10 @@ class QuestionAnswering(TextTask):
 
     @property
     def _context(self) -> int:
-        """Which text of the pair the context is: tokenizers that pad on the left are for models that read it first."""
+        """Which text of the pair the context is.
+
+        Tokenizers that pad on the left are for models that read it first.
+        """
         return 1 if self.encoder.config["padding_side"] == "right" else 0
 
     # A row → windows.
@@ -135,10 +143,15 @@ class QuestionAnswering(TextTask):
         if params["top_k"] > 1:
             length = min(params["max_answer_len"], self._read_at_once(params))
             tokens = pieces * min(params["top_k"], length * self._read_at_once(params)) * length
-            where, instead = f"params, 'top_k', {where}", "lower top_k or max_answer_len, or send less text at once"
+            where, instead = (
+                f"params, 'top_k', {where}",
+                "lower top_k or max_answer_len, or send less text at once",
+            )
             self.caps.require_answers(tokens, rows, where=where, instead=instead)
 
-    def _require_short_context(self, i: int, row: Row, pieces: int, rows: int, params: Mapping[str, Any]) -> None:
+    def _require_short_context(
+        self, i: int, row: Row, pieces: int, rows: int, params: Mapping[str, Any]
+    ) -> None:
         """Refuse row ``i`` by the beginnings of its texts, before all of a long one is tokenised."""
         limit = self._read_at_once(params)
         if self.encoder.exceeds(row["question"], limit):
@@ -149,7 +162,9 @@ class QuestionAnswering(TextTask):
             if room >= 1:
                 overlap = self._overlap(i, room, limit, room, params)
                 where = f"windows up to {place(i)}"
-                self.require_few_windows(row["context"], pieces, rows, room, overlap, where=where, instead=_LESS)
+                self.require_few_windows(
+                    row["context"], pieces, rows, room, overlap, where=where, instead=_LESS
+                )
 
     def _no_room(self, i: int, limit: int, found: str) -> InputError:
         return InputError(
@@ -164,11 +179,16 @@ class QuestionAnswering(TextTask):
         """Most tokens of a window."""
         return int(params["max_seq_len"] or min(self.limit or _USUAL_LENGTH, _USUAL_LENGTH))
 
-    def _cuts(self, i: int, row: Mapping[str, list[Any]], params: Mapping[str, Any]) -> tuple[int, int, int]:
+    def _cuts(
+        self, i: int, row: Mapping[str, list[Any]], params: Mapping[str, Any]
+    ) -> tuple[int, int, int]:
         """Tokens of the context of row ``i``, how many of them a window has room for, and shares with the next."""
         limit = self._read_at_once(params)
         context = row["sequence_ids"].count(self._context)
-        for field, tokens in (("question", row["sequence_ids"].count(1 - self._context)), ("context", context)):
+        for field, tokens in (
+            ("question", row["sequence_ids"].count(1 - self._context)),
+            ("context", context),
+        ):
             if not tokens:
                 raise InputError(
                     "A text has no tokens, so there is nothing to ask or to find",
@@ -181,7 +201,9 @@ class QuestionAnswering(TextTask):
             raise self._no_room(i, limit, f"{limit - room} tokens with the special ones")
         return context, room, self._overlap(i, room, limit, context, params)
 
-    def _overlap(self, i: int, room: int, limit: int, context: int, params: Mapping[str, Any]) -> int:
+    def _overlap(
+        self, i: int, room: int, limit: int, context: int, params: Mapping[str, Any]
+    ) -> int:
         given: int = params["doc_stride"]
         if given >= room and context > room:
             raise InputError(
@@ -191,7 +213,8 @@ class QuestionAnswering(TextTask):
                 found=given,
             )
         usual = min(limit // 2, _USUAL_STRIDE)
-        # Beside a long question the usual overlap may be more than a whole window, where the pipeline fails.
+        # Beside a long question the usual overlap may be more than a whole window, where the
+        # pipeline fails.
         return min(given, room - 1) if given else usual if usual < room else room // 2
 
     def pieces(self, features: Features) -> Sequence[Features]:
@@ -220,7 +243,9 @@ class QuestionAnswering(TextTask):
         *,
         first: int = 0,
     ) -> Iterator[dict[str, Any] | None]:
-        for i, (row, encoded, output) in enumerate(zip(rows, features, outputs, strict=True), first):
+        for i, (row, encoded, output) in enumerate(
+            zip(rows, features, outputs, strict=True), first
+        ):
             require_finite([np.concatenate([*output.values()])], i)
             found: list[dict[str, Any]] = []
             for answers in self._found(row["context"], self.pieces(encoded), output, params):
@@ -240,7 +265,9 @@ class QuestionAnswering(TextTask):
             possible, null = self._spans(piece, start, end, params)
             impossible.append(null)
             for first, last, score in possible:
-                a, b = _characters(piece, first, last, self._context, align=params["align_to_words"])
+                a, b = _characters(
+                    piece, first, last, self._context, align=params["align_to_words"]
+                )
                 answer = {"answer": text[a:b], "score": 0.0, "start": a, "end": b}
                 found.setdefault(text[a:b].lower(), answer)["score"] += score
             yield []
@@ -255,7 +282,8 @@ class QuestionAnswering(TextTask):
         """Best spans of one window, as first and last token and score; and the score of there being none."""
         text = np.asarray(piece["sequence_ids"])
         context = text == self._context
-        # Models that know unanswerable questions say so at this token, so it takes its part of the probability.
+        # Models that know unanswerable questions say so at this token, so it takes its part of the
+        # probability.
         cls = (text < 0) & (np.asarray(piece["input_ids"]) == self.encoder.config["cls_token_id"])
         read = np.flatnonzero(context | cls)
         starts, ends = np.zeros_like(start), np.zeros_like(end)
@@ -268,24 +296,42 @@ class QuestionAnswering(TextTask):
         kept = params["top_k"] * 2 + 10 if params["align_to_words"] else params["top_k"]
         best = _best(scores[first, last], kept)
         places = np.flatnonzero(context)
-        return [(int(places[first[i]]), int(places[last[i]]), float(scores[first[i], last[i]])) for i in best], null
+        return [
+            (int(places[first[i]]), int(places[last[i]]), float(scores[first[i], last[i]]))
+            for i in best
+        ], null
 
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
-    """Places of the ``count`` best scores, best first, of equal ones the first; not all are sorted for these."""
-    least = np.partition(scores, len(scores) - count)[len(scores) - count] if len(scores) > count else -np.inf
+    """Places of the ``count`` best scores, best first, of equal ones the first.
+
+    Not all are sorted for these.
+    """
+    least = (
+        np.partition(scores, len(scores) - count)[len(scores) - count]
+        if len(scores) > count
+        else -np.inf
+    )
     near = np.flatnonzero(scores >= least)
     best: np.ndarray = near[np.argsort(-scores[near], kind="stable")][:count]
     return best
 
 
-def _characters(piece: Features, first: int, last: int, context: int, *, align: bool) -> tuple[int, int]:
-    """Where a span of tokens is in the text; with ``align`` from the start of its first word to the end of its last."""
+def _characters(
+    piece: Features, first: int, last: int, context: int, *, align: bool
+) -> tuple[int, int]:
+    """Where a span of tokens is in the text.
+
+    With ``align`` from the start of its first word to the end of its last.
+    """
     words, texts = piece["word_ids"], piece["sequence_ids"]
     if align and words[first] >= 0 and words[last] >= 0:
         while first > 0 and (texts[first - 1], words[first - 1]) == (context, words[first]):
             first -= 1
-        while last + 1 < len(words) and (texts[last + 1], words[last + 1]) == (context, words[last]):
+        while last + 1 < len(words) and (texts[last + 1], words[last + 1]) == (
+            context,
+            words[last],
+        ):
             last += 1
     return piece["offsets"][first][0], piece["offsets"][last][1]
 
@@ -293,4 +339,7 @@ def _characters(piece: Features, first: int, last: int, context: int, *, align: 
 def _answer(found: Sequence[dict[str, Any]], top_k: int) -> dict[str, Any]:
     if top_k == 1:
         return found[0]
-    return {**found[0], **{f"{name}s": [answer[name] for answer in found[:top_k]] for name in found[0]}}
+    return {
+        **found[0],
+        **{f"{name}s": [answer[name] for answer in found[:top_k]] for name in found[0]},
+    }

@@ -33,10 +33,10 @@ _SINGLE = "one array, or a numeric table, for a forward of one argument"
 class Raw(Task):
     """The keyword arguments of ``forward`` as numpy arrays, and its output tensors as numpy arrays.
 
-    Nothing is padded, cut or batched: one call is one forward. Floating point arrays are cast to the
-    serving dtype; outputs in half precision come back as float32, which numpy knows. A forward of one
-    argument also takes the array by itself, or a table whose rows are the array's; a model saved with a table as
-    example answers with a table.
+    Nothing is padded, cut or batched: one call is one forward. Floating point arrays are cast to
+    the serving dtype; outputs in half precision come back as float32, which numpy knows. A forward
+    of one argument also takes the array by itself, or a table whose rows are the array's; a model
+    saved with a table as example answers with a table.
     """
 
     name = "raw"
@@ -49,24 +49,32 @@ class Raw(Task):
         form, names = config.get("form"), config.get("columns")
         listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if form not in ("arrays", "array", "table") or listed != (form == "table"):
-            raise IntegrityError("The form of the arrays is malformed", where="task_config, form", hint=FETCH_AGAIN)
+            raise IntegrityError(
+                "The form of the arrays is malformed", where="task_config, form", hint=FETCH_AGAIN
+            )
 
     @classmethod
     def serves(cls, class_name: str) -> bool:
         return False
 
     @classmethod
-    def columns_for(cls, input_columns: Mapping[str, str | None] | None) -> Mapping[str, str | None]:
+    def columns_for(
+        cls, input_columns: Mapping[str, str | None] | None
+    ) -> Mapping[str, str | None]:
         if input_columns:
             raise InputError(
-                "The raw task has no columns", where="input_columns", wanted="None", found=dict(input_columns)
+                "The raw task has no columns",
+                where="input_columns",
+                wanted="None",
+                found=dict(input_columns),
             )
         return {}
 
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
         needed = needed_arguments(model)
-        # A class of transformers passes on what it does not name, so there, too, any name may be right.
+        # A class of transformers passes on what it does not name, so there, too, any name may be
+        # right.
         return {
             "arguments": None if takes_any(model) else named_arguments(model),
             "single": needed[0] if len(needed) == 1 else None,
@@ -83,7 +91,9 @@ class Raw(Task):
 
     def measured(self, engine: Engine, example: Any) -> dict[str, Any]:
         """What sizes may vary."""
-        return {"sizes": free_sizes(lambda arrays: self._forward(engine, arrays), self.rows(example)[0])}
+        return {
+            "sizes": free_sizes(lambda arrays: self._forward(engine, arrays), self.rows(example)[0])
+        }
 
     def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
         if self.config["form"] == "table":
@@ -91,12 +101,18 @@ class Raw(Task):
         arrays = self.rows(example)[0]
         sizes = self.config["sizes"]
         named = self.config["form"] == "arrays"
-        inputs = Schema([TensorSpec(a.dtype, tuple(sizes[n]), n if named else None) for n, a in arrays.items()])
-        return ModelSignature(inputs=inputs, outputs=_outputs(result, len(next(iter(arrays.values())))))
+        inputs = Schema(
+            [TensorSpec(a.dtype, tuple(sizes[n]), n if named else None) for n, a in arrays.items()]
+        )
+        return ModelSignature(
+            inputs=inputs, outputs=_outputs(result, len(next(iter(arrays.values()))))
+        )
 
     def stored_example(self, example: Any) -> Any:
         arrays = self.rows(example)[0]
-        return {"table": example, "array": next(iter(arrays.values()))}.get(self.config["form"], dict(arrays))
+        return {"table": example, "array": next(iter(arrays.values()))}.get(
+            self.config["form"], dict(arrays)
+        )
 
     def rows(self, data: Any) -> list[Row]:
         if self.config["form"] == "table" and not (isinstance(data, np.ndarray) or is_tensor(data)):
@@ -106,16 +122,21 @@ class Raw(Task):
         if not isinstance(data, Mapping):
             data = {self._single(data): _numbers(data) if isinstance(data, pd.DataFrame) else data}
         if not data:
-            raise InputError("The raw task takes named arrays", wanted="a dict of arrays", found="an empty dict")
+            raise InputError(
+                "The raw task takes named arrays", wanted="a dict of arrays", found="an empty dict"
+            )
         return [{str(name): self._array(str(name), value) for name, value in data.items()}]
 
     def _single(self, data: Any) -> str:
         name: str | None = self.config["single"]
-        if name is None or not (isinstance(data, (np.ndarray, pd.DataFrame, list, tuple)) or is_tensor(data)):
+        if name is None or not (
+            isinstance(data, (np.ndarray, pd.DataFrame, list, tuple)) or is_tensor(data)
+        ):
             raise InputError(
                 "The raw task takes named arrays",
                 wanted=f"a dict of arrays; {_SINGLE}",
-                found=f"{type(data).__name__}, where forward takes {self.config['arguments'] or 'any arguments'}",
+                found=f"{type(data).__name__}, where forward takes "
+                f"{self.config['arguments'] or 'any arguments'}",
             )
         return name
 
@@ -126,16 +147,25 @@ class Raw(Task):
         try:
             array: np.ndarray = array_of(value) if is_tensor(value) else np.asarray(value)
         except (ValueError, TypeError) as error:
-            raise InputError("Not an array", where=name, wanted="numbers of one shape", found=error) from None
+            raise InputError(
+                "Not an array", where=name, wanted="numbers of one shape", found=error
+            ) from None
         if array.dtype.kind not in "biuf":
-            raise InputError("Not an array of numbers", where=name, wanted="numbers or booleans", found=array.dtype)
+            raise InputError(
+                "Not an array of numbers",
+                where=name,
+                wanted="numbers or booleans",
+                found=array.dtype,
+            )
         return array
 
     def result(self, answers: Sequence[Mapping[str, Any]], data: Any) -> Any:
         if self.config["form"] != "table":
             return dict(answers[0])
         index = data.index if isinstance(data, pd.DataFrame) else None
-        return pd.DataFrame({name: _column(name, array) for name, array in answers[0].items()}, index=index)
+        return pd.DataFrame(
+            {name: _column(name, array) for name, array in answers[0].items()}, index=index
+        )
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         yield from rows
@@ -146,7 +176,9 @@ class Raw(Task):
     def batch_budget(self, max_batch_tokens: int) -> int:
         return 1
 
-    def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
+    def forward(
+        self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]
+    ) -> list[RowOutput]:
         return [self._forward(engine, features) for features in batch]
 
     def _forward(self, engine: Engine, features: Features) -> RowOutput:
@@ -156,11 +188,18 @@ class Raw(Task):
             if is_out_of_memory(error):
                 raise
             shapes = {name: f"{value.dtype}{list(value.shape)}" for name, value in features.items()}
-            raise InputError("forward refused the arrays", where=shapes, found=str(error) or repr(error)) from error
+            raise InputError(
+                "forward refused the arrays", where=shapes, found=str(error) or repr(error)
+            ) from error
         if not outputs:
-            raise StructureError("forward gave no tensor by name", wanted="a tensor, or a tuple or dict of tensors")
+            raise StructureError(
+                "forward gave no tensor by name", wanted="a tensor, or a tuple or dict of tensors"
+            )
         # Users may write to what they are given, and engines do not let go of all that they return.
-        return {name: array if array.flags.writeable else array.copy() for name, array in outputs.items()}
+        return {
+            name: array if array.flags.writeable else array.copy()
+            for name, array in outputs.items()
+        }
 
     def decode(
         self,
@@ -173,7 +212,8 @@ class Raw(Task):
     ) -> Iterator[dict[str, Any] | None]:
         yield from map(dict, outputs)
 
-    # Arrays are recorded as features and outputs already; the JSON holds their shapes, to be read by people.
+    # Arrays are recorded as features and outputs already; the JSON holds their shapes, to be read
+    # by people.
 
     def to_record(self, value: Mapping[str, Any]) -> dict[str, Any]:
         return {name: f"{array.dtype}{list(array.shape)}" for name, array in value.items()}
@@ -183,7 +223,10 @@ class Raw(Task):
 
 
 def _are_arguments(table: pd.DataFrame, arguments: Sequence[str] | None) -> bool:
-    """Whether the columns of a table are arguments of forward by name: one cell a row, lists or numbers."""
+    """Whether the columns of a table are arguments of forward by name.
+
+    One cell a row, lists or numbers.
+    """
     return arguments is not None and set(map(str, table.columns)) <= set(arguments)
 
 
@@ -202,7 +245,9 @@ def _as_table(data: Any, columns: Sequence[str]) -> pd.DataFrame:
     try:
         table = data if isinstance(data, pd.DataFrame) else pd.DataFrame(data)
     except (ValueError, TypeError) as error:
-        raise InputError("Not a table", wanted=f"columns {', '.join(columns)}", found=error) from None
+        raise InputError(
+            "Not a table", wanted=f"columns {', '.join(columns)}", found=error
+        ) from None
     if list(table.columns) == list(range(len(columns))):  # a list of lists
         table.columns = pd.Index(columns)
     there = [str(name) for name in table.columns]
@@ -221,7 +266,12 @@ def _numbers(table: pd.DataFrame) -> np.ndarray:
     """A table as float64, which forward gets in the serving dtype; shape (rows, columns)."""
     for name, column in table.items():
         if column.dtype.kind not in "biuf":
-            raise InputError("Not a column of numbers", where=f"column {name!r}", wanted="numbers", found=column.dtype)
+            raise InputError(
+                "Not a column of numbers",
+                where=f"column {name!r}",
+                wanted="numbers",
+                found=column.dtype,
+            )
     numbers: np.ndarray = table.to_numpy(dtype=np.float64)
     return numbers
 
@@ -244,4 +294,6 @@ def _outputs(result: Mapping[str, np.ndarray] | None, rows: int) -> Schema | Non
         return None
     if all(array.ndim and len(array) == rows for array in result.values()):
         return rows_schema(result)
-    return Schema([TensorSpec(array.dtype, (-1,) * array.ndim, name) for name, array in result.items()])
+    return Schema(
+        [TensorSpec(array.dtype, (-1,) * array.ndim, name) for name, array in result.items()]
+    )

@@ -22,11 +22,13 @@ SAMPLING: Mapping[str, tuple[str, Any]] = {
 
 
 class Draw:
-    """Makes greedy decoding sample: of scores plus Gumbel noise, the largest is a sample of their softmax.
+    """Makes greedy decoding sample.
 
-    transformers draws from torch's global generator, which threads share: a seed there promises nothing to a request
-    beside which another one runs, and setting it disturbs everybody else. Here each row has a generator of its own,
-    on the CPU, so that a seed means the same on every device.
+    Of scores plus Gumbel noise, the largest is a sample of their softmax.
+
+    transformers draws from torch's global generator, which threads share: a seed there promises
+    nothing to a request beside which another one runs, and setting it disturbs everybody else. Here
+    each row has a generator of its own, on the CPU, so that a seed means the same on every device.
 
     Args:
         generators: One a row.
@@ -39,8 +41,12 @@ class Draw:
         """Scores with noise, shape (rows, vocabulary)."""
         import torch
 
-        rows = [torch.empty(scores.shape[1]).exponential_(generator=generator) for generator in self.generators]
-        # A draw of exactly 0 would be infinite noise, and not a number where a score is minus infinity.
+        rows = [
+            torch.empty(scores.shape[1]).exponential_(generator=generator)
+            for generator in self.generators
+        ]
+        # A draw of exactly 0 would be infinite noise, and not a number where a score is minus
+        # infinity.
         noise = torch.stack(rows).clamp_min(torch.finfo(torch.float32).tiny).log()
         return scores - noise.to(scores.device)
 
@@ -61,6 +67,8 @@ def sampler(settings: Mapping[str, Any], rows: int, seed: int) -> list[Any]:
         generator.manual_seed(seed) if seed >= 0 else generator.seed()
     asked = {name: value for name in SAMPLING if (value := settings.get(name)) is not None}
     warpers = [
-        getattr(logits_process, SAMPLING[name][0])(value) for name, value in asked.items() if value != SAMPLING[name][1]
+        getattr(logits_process, SAMPLING[name][0])(value)
+        for name, value in asked.items()
+        if value != SAMPLING[name][1]
     ]
     return [*warpers, Draw(generators)]

@@ -12,10 +12,12 @@ __all__ = ["free_sizes"]
 def free_sizes(
     forward: Callable[[Mapping[str, np.ndarray]], object], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, list[int]]:
-    """Shape of each array with -1 for what varies: the rows, and what ``forward`` was seen to take in another size.
+    """Shape of each array with -1 for what varies.
 
-    It is tried one longer, then one shorter: dimensions of equal length together first, as ids and their mask
-    belong together, then each by itself.
+    The rows, and what ``forward`` was seen to take in another size.
+
+    It is tried one longer, then one shorter: dimensions of equal length together first, as ids and
+    their mask belong together, then each by itself.
 
     Args:
         forward: Raises where it does not take the arrays.
@@ -23,13 +25,21 @@ def free_sizes(
     """
     places = [(name, axis) for name, array in arrays.items() for axis in range(1, array.ndim)]
     length = {(name, axis): arrays[name].shape[axis] for name, axis in places}
-    together = [[place for place in places if length[place] == size] for size in sorted(set(length.values()))]
+    together = [
+        [place for place in places if length[place] == size]
+        for size in sorted(set(length.values()))
+    ]
     free: set[tuple[str, int]] = set()
     for group in [*together, *([place] for place in places)]:
-        if not free.issuperset(group) and any(_takes(forward, arrays, group, step) for step in (1, -1)):
+        if not free.issuperset(group) and any(
+            _takes(forward, arrays, group, step) for step in (1, -1)
+        ):
             free.update(group)
     return {
-        name: [-1 if axis == 0 or (name, axis) in free else size for axis, size in enumerate(array.shape)]
+        name: [
+            -1 if axis == 0 or (name, axis) in free else size
+            for axis, size in enumerate(array.shape)
+        ]
         for name, array in arrays.items()
     }
 

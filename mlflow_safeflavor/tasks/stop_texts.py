@@ -14,7 +14,9 @@ __all__ = ["Stop", "first_stop"]
 class Stop:
     """Which rows have written one of the texts to stop at."""
 
-    def __init__(self, text_of: Callable[[Sequence[int]], str], stop: Sequence[str], start: int) -> None:
+    def __init__(
+        self, text_of: Callable[[Sequence[int]], str], stop: Sequence[str], start: int
+    ) -> None:
         self.text_of, self.stop, self.start = text_of, stop, start
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:

@@ -60,13 +60,16 @@ def infer_task(class_name: str, main_input: str = "input_ids") -> str:
 
     Args:
         class_name: Name of the class.
-        main_input: Its ``main_input_name``; tells Wav2Vec2ForSequenceClassification, which listens, from BERT's.
+        main_input: Its ``main_input_name``; tells Wav2Vec2ForSequenceClassification, which listens,
+            from BERT's.
 
     Raises:
         StructureError: The class is made for something else.
     """
     for name, cls in TASKS.items():
-        if cls.serves(class_name) and cls.hears == (main_input in ("input_values", "input_features")):
+        if cls.serves(class_name) and cls.hears == (
+            main_input in ("input_values", "input_features")
+        ):
             return name
     raise StructureError(
         "The task cannot be told from the model class",

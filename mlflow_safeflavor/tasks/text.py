@@ -34,9 +34,9 @@ _CHARACTERS = 20_000
 _GOLDEN_TEXTS = (
     "Hello world.",
     "The quick brown fox jumps over the lazy dog while the cat sleeps.",
-    "Once a model is logged, it should answer the same way in a notebook, behind a server, in a container and "
-    "on a cluster. If anything differs, such as a library, a file, a number format or the machine itself, "
-    "it should say so before it answers.",
+    "Once a model is logged, it should answer the same way in a notebook, behind a server, in a "
+    "container and on a cluster. If anything differs, such as a library, a file, a number format "
+    "or the machine itself, it should say so before it answers.",
     "Café, naïve, Zürich, 東京, Ελλάδα: 3 € for 😀👍!",
 )
 _GOLDEN_PAIRS = (
@@ -55,7 +55,10 @@ class TextTask(Task):
     reads: ClassVar[tuple[str, ...]] = ("encoder",)
     params: ClassVar[tuple[Param, ...]] = (MAX_LENGTH, TRUNCATION)
     spans: ClassVar[bool] = False
-    """Whether features also say where in the text each token is from; see ``TextEncoder.encode``."""
+    """Whether features also say where in the text each token is from.
+
+    See ``TextEncoder.encode``.
+    """
     answer: ClassVar[Schema | None]
     """The outputs part of the signature."""
 
@@ -71,7 +74,9 @@ class TextTask(Task):
 
     def golden_rows(self) -> list[Row]:
         texts = {"text": _GOLDEN_TEXTS, "text_pair": _GOLDEN_PAIRS}
-        return [{field: texts[field][i] for field in self.columns} for i in range(len(_GOLDEN_TEXTS))]
+        return [
+            {field: texts[field][i] for field in self.columns} for i in range(len(_GOLDEN_TEXTS))
+        ]
 
     @property
     def folds(self) -> bool:
@@ -135,7 +140,9 @@ class TextTask(Task):
         names = (*self.config["input_names"], *SPANS)
         return {name: row[name] for name in names if name in row}
 
-    def require_fitting(self, i: int, length: int, limit: int | None, *, least: bool = False) -> None:
+    def require_fitting(
+        self, i: int, length: int, limit: int | None, *, least: bool = False
+    ) -> None:
         """Refuse row ``i`` if it has no tokens, or more than ``limit``, or the cap where there is none.
 
         Args:
@@ -161,7 +168,9 @@ class TextTask(Task):
                 hint="shorten or split the text, or let it be cut: params={'truncation': True}",
             )
 
-    def require_short(self, first: int, rows: Sequence[Row], limit: int | None, *, cut: bool) -> None:
+    def require_short(
+        self, first: int, rows: Sequence[Row], limit: int | None, *, cut: bool
+    ) -> None:
         """Refuse what ``require_fitting`` would refuse, by the beginnings of texts, before all of them are tokenised.
 
         Args:
@@ -176,11 +185,22 @@ class TextTask(Task):
         most = limit or self.caps.max_tokens
         if most and not (limit and cut):
             for i, row in enumerate(rows, first):
-                if any(isinstance(text, str) and self.encoder.exceeds(text, most) for text in row.values()):
+                if any(
+                    isinstance(text, str) and self.encoder.exceeds(text, most)
+                    for text in row.values()
+                ):
                     self.require_fitting(i, most + 1, limit, least=True)
 
     def require_few_windows(
-        self, text: str, pieces: int, rows: int, room: int, overlap: int, *, where: str, instead: str
+        self,
+        text: str,
+        pieces: int,
+        rows: int,
+        room: int,
+        overlap: int,
+        *,
+        where: str,
+        instead: str,
     ) -> None:
         """Refuse a row if the beginning of its text makes more windows than a request may have.
 
@@ -197,13 +217,16 @@ class TextTask(Task):
             InputError: Names the row and the cap.
         """
         most = self.caps.most_pieces(rows)
-        if most is not None and self.encoder.exceeds(text, overlap + max(0, most - pieces) * (room - overlap)):
+        if most is not None and self.encoder.exceeds(
+            text, overlap + max(0, most - pieces) * (room - overlap)
+        ):
             self.caps.require_pieces(most + 1, rows, where=where, instead=instead, least=True)
 
     def require_tokens(self, i: int, length: int) -> None:
         """Refuse row ``i`` if it has no tokens. Raises ``InputError`` naming it."""
         if length == 0:
-            # Alone it would crash the model; beside longer rows it would be all padding, and its answer noise.
+            # Alone it would crash the model; beside longer rows it would be all padding, and its
+            # answer noise.
             raise InputError(
                 "A text has no tokens, and this tokenizer adds none",
                 where=place(i, *self.columns.values()),
@@ -228,9 +251,13 @@ class TextTask(Task):
             batch: Encoded rows; of equal length where ``pad_id`` is None.
 
         Returns:
-            The model's arguments, each int64 of shape (rows, longest), and the same-shaped mask of real tokens, bool.
+            The model's arguments, each int64 of shape (rows, longest), and the same-shaped mask of
+            real tokens, bool.
         """
-        fill = {"input_ids": self.pad_id or 0, "token_type_ids": self.encoder.config["pad_token_type_id"]}
+        fill = {
+            "input_ids": self.pad_id or 0,
+            "token_type_ids": self.encoder.config["pad_token_type_id"],
+        }
         tables = {
             name: self._filled([row[name] for row in batch], fill.get(name, 0))
             for name in self.config["input_names"]
@@ -248,8 +275,11 @@ class TextTask(Task):
             line[start : start + len(row)] = row
         return table
 
-    def forward(self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]) -> list[RowOutput]:
-        # Without a mask or a padding token the model would read the padding, so each row goes alone.
+    def forward(
+        self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]
+    ) -> list[RowOutput]:
+        # Without a mask or a padding token the model would read the padding, so each row goes
+        # alone.
         parts = [batch] if self.pad_id is not None else [[row] for row in batch]
         outputs: list[RowOutput] = []
         for part in parts:

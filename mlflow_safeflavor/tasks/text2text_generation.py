@@ -25,10 +25,11 @@ _SPECIFIC = re.compile(r"summarization|translation(_\w+_to_\w+)?", re.ASCII)
 class Text2TextGeneration(Generation):
     """What an encoder-decoder writes about a text.
 
-    Options, fixed at save through ``model_config``: ``prefix``, put before each text, and ``generation``, changes of
-    the model's generation config. Saved as ``summarization``,
-    ``translation`` or ``translation_xx_to_yy``, the task also takes prefix and generation settings of that name from
-    the ``task_specific_params`` of the model's config, as transformers' pipelines do.
+    Options, fixed at save through ``model_config``: ``prefix``, put before each text, and
+    ``generation``, changes of the model's generation config. Saved as ``summarization``,
+    ``translation`` or ``translation_xx_to_yy``, the task also takes prefix and generation settings
+    of that name from the ``task_specific_params`` of the model's config, as transformers' pipelines
+    do.
 
     A text longer than the model takes is cut where its tokenizer cuts.
     """
@@ -51,9 +52,15 @@ class Text2TextGeneration(Generation):
         prefix = {"prefix": specific.pop("prefix", None) or "", **options}["prefix"]
         if not isinstance(prefix, str):
             raise InputError(
-                "The prefix is not a text", where="model_config, 'prefix'", wanted="a str", found=repr(prefix)
+                "The prefix is not a text",
+                where="model_config, 'prefix'",
+                wanted="a str",
+                found=repr(prefix),
             )
-        return {**cls.describe_generation(model, {**specific, **options.get("generation", {})}), "prefix": prefix}
+        return {
+            **cls.describe_generation(model, {**specific, **options.get("generation", {})}),
+            "prefix": prefix,
+        }
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         require_texts(rows, self.columns)
@@ -70,7 +77,12 @@ class Text2TextGeneration(Generation):
 
 @cache
 def specific_task(name: str) -> type[Text2TextGeneration] | None:
-    """The task under one of the names that pipelines have for what a model was trained to do; None for other names."""
+    """The task under one of the names that pipelines have for what a model was trained to do.
+
+    None for other names.
+    """
     if not _SPECIFIC.fullmatch(name):
         return None
-    return type(Text2TextGeneration.__name__, (Text2TextGeneration,), {"name": name, "specific": name})
+    return type(
+        Text2TextGeneration.__name__, (Text2TextGeneration,), {"name": name, "specific": name}
+    )

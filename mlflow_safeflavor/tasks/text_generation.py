@@ -27,21 +27,27 @@ __all__ = ["TextGeneration"]
 _FULL_TEXT = Param("return_full_text", "boolean", default=True, wanted="true or false")
 _MESSAGE = Object([Property("role", DataType.string), Property("content", DataType.string)])
 
-_GOLDEN_CHATS = ("Hello!", "Where does a model answer the same way as here? Name three places. 東京, Zürich 😀?")
+_GOLDEN_CHATS = (
+    "Hello!",
+    "Where does a model answer the same way as here? Name three places. 東京, Zürich 😀?",
+)
 
 
 class TextGeneration(Generation):
     """What a decoder writes after a text, or as the next turn of a chat.
 
-    A model reads one or the other, as ``input_columns`` says when it is saved: ``{"text": …}``, the default, or
-    ``{"messages": …}`` for a model whose tokenizer has a chat template. A cell of ``messages`` is a list of dicts with
-    ``role`` and ``content``. Where the last one is the assistant's, it is continued.
+    A model reads one or the other, as ``input_columns`` says when it is saved: ``{"text": …}``, the
+    default, or ``{"messages": …}`` for a model whose tokenizer has a chat template. A cell of
+    ``messages`` is a list of dicts with ``role`` and ``content``. Where the last one is the
+    assistant's, it is continued.
 
-    Option, fixed at save through ``model_config``: ``generation``, changes of the model's generation config.
+    Option, fixed at save through ``model_config``: ``generation``, changes of the model's
+    generation config.
 
-    Params: ``return_full_text`` puts the prompt in front, as it was given (default True; False for chats, whose prompt
-    is what the template made). A prompt beside which ``max_new_tokens`` do not fit into the model's positions is cut
-    at its beginning, so that its end is continued; without ``truncation``, and by default for chats, it is refused.
+    Params: ``return_full_text`` puts the prompt in front, as it was given (default True; False for
+    chats, whose prompt is what the template made). A prompt beside which ``max_new_tokens`` do not
+    fit into the model's positions is cut at its beginning, so that its end is continued; without
+    ``truncation``, and by default for chats, it is refused.
     """
 
     name = "text-generation"
@@ -53,10 +59,14 @@ class TextGeneration(Generation):
 
     @classmethod
     def serves(cls, class_name: str) -> bool:
-        return class_name.endswith(("ForCausalLM", "LMHeadModel")) and not class_name.endswith("WithLMHeadModel")
+        return class_name.endswith(("ForCausalLM", "LMHeadModel")) and not class_name.endswith(
+            "WithLMHeadModel"
+        )
 
     @classmethod
-    def columns_for(cls, input_columns: Mapping[str, str | None] | None) -> Mapping[str, str | None]:
+    def columns_for(
+        cls, input_columns: Mapping[str, str | None] | None
+    ) -> Mapping[str, str | None]:
         if input_columns is not None and "messages" in input_columns:
             if list(input_columns) == ["messages"] and input_columns["messages"]:
                 return dict(input_columns)
@@ -86,7 +96,10 @@ class TextGeneration(Generation):
         if self._chat:
             # A chat without its beginning, where the template puts who speaks, is another one.
             off = {"return_full_text", "truncation"} - config["params"].keys()
-            self.asked = tuple(replace(param, default=False) if param.name in off else param for param in self.asked)
+            self.asked = tuple(
+                replace(param, default=False) if param.name in off else param
+                for param in self.asked
+            )
 
     @property
     def folds(self) -> bool:
@@ -101,11 +114,14 @@ class TextGeneration(Generation):
         if not self._chat:
             return super().rows(data)
         column = str(self.columns["messages"])
-        # A dict with one chat, which anywhere else would be a dict of as many rows as the chat has messages.
+        # A dict with one chat, which anywhere else would be a dict of as many rows as the chat has
+        # messages.
         if isinstance(data, Mapping) and list(data) == [column] and _is_chat(data[column]):
             data = [dict(data)]
         rows = super().rows(data)
-        return [{"messages": _messages(i, column, row.get("messages"))} for i, row in enumerate(rows)]
+        return [
+            {"messages": _messages(i, column, row.get("messages"))} for i, row in enumerate(rows)
+        ]
 
     def golden_rows(self) -> list[Row]:
         if not self._chat:
@@ -129,7 +145,10 @@ class TextGeneration(Generation):
             yield self.featured(ids, params)
 
     def _beginning(self) -> list[int]:
-        """What stands for an empty prompt, as in transformers: the token at the beginning of texts, if there is one."""
+        """What stands for an empty prompt, as in transformers.
+
+        The token at the beginning of texts, if there is one.
+        """
         first = self.config["generation"].get("bos_token_id")
         return [] if first is None else [first]
 
@@ -154,9 +173,11 @@ class TextGeneration(Generation):
             raise StructureError(
                 "The tokenizer has no chat template",
                 where=f"input_columns, {self.columns}",
-                hint='set tokenizer.chat_template, or save the model with input_columns={"text": …}',
+                hint='set tokenizer.chat_template, or save the model with input_columns={"text": '
+                "…}",
             )
-        from mlflow_safeflavor.tasks.inputs.chat_template import render  # only a chat needs it, and with it jinja2
+        # only a chat needs it, and with it jinja2
+        from mlflow_safeflavor.tasks.inputs.chat_template import render
 
         try:
             rendered: str = render(tokenizer, messages)
@@ -181,12 +202,19 @@ class TextGeneration(Generation):
         answers = super().decode(rows, features, outputs, params, first=first)
         for i, (row, answer) in enumerate(zip(rows, answers, strict=True), first):
             if answer is not None and params["return_full_text"]:
-                answer = {**answer, "generated_text": self._prompt(i, row) + answer["generated_text"]}
+                answer = {
+                    **answer,
+                    "generated_text": self._prompt(i, row) + answer["generated_text"],
+                }
             yield answer
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0 and isinstance(value[0], Mapping)
+    return (
+        isinstance(value, (list, tuple, np.ndarray))
+        and len(value) > 0
+        and isinstance(value[0], Mapping)
+    )
 
 
 def _messages(i: int, column: str, value: Any) -> list[dict[str, str]]:

@@ -17,8 +17,8 @@ def describe_text_model(model: torch.nn.Module) -> dict[str, Any]:
     """What ``TextTask`` needs to know of a model; JSON only.
 
     Returns:
-        ``input_names`` that its forward takes, ``max_length`` in tokens or None, ``pad_token_id`` or None, and
-        ``padding_side`` ("right" or "left").
+        ``input_names`` that its forward takes, ``max_length`` in tokens or None, ``pad_token_id``
+        or None, and ``padding_side`` ("right" or "left").
 
     Raises:
         StructureError: The model does not take token ids alone.
@@ -35,12 +35,13 @@ def describe_text_model(model: torch.nn.Module) -> dict[str, Any]:
     return {
         "input_names": names,
         "max_length": _max_length(model, config),
-        # The model's own and not the tokenizer's: RoBERTa counts positions, and GPT-like classifiers find the
-        # last token, by comparing with it.
+        # The model's own and not the tokenizer's: RoBERTa counts positions, and GPT-like
+        # classifiers find the last token, by comparing with it.
         "pad_token_id": _pad_token_id(config),
-        # Whatever the tokenizer says: padding on the left shifts the positions of the real tokens where they are
-        # looked up in a table, and puts padding where classifiers look for the first token. Behind the last token it
-        # harms nobody, causal models included, but those that read the last place whatever it holds (XLNet).
+        # Whatever the tokenizer says: padding on the left shifts the positions of the real tokens
+        # where they are looked up in a table, and puts padding where classifiers look for the first
+        # token. Behind the last token it harms nobody, causal models included, but those that read
+        # the last place whatever it holds (XLNet).
         "padding_side": "left" if getattr(config, "summary_type", None) == "last" else "right",
     }
 
@@ -68,13 +69,15 @@ def _position_tables(model: torch.nn.Module) -> list[torch.nn.Embedding]:
     return [
         module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) and ("pos" in (last := name.rpartition(".")[2]) or last == "wpe")
+        if isinstance(module, torch.nn.Embedding)
+        and ("pos" in (last := name.rpartition(".")[2]) or last == "wpe")
     ]
 
 
 def _max_length(model: torch.nn.Module, config: Any) -> int | None:
     limits = [getattr(config, "max_position_embeddings", None)]
-    # Tables with a padding index (RoBERTa and its relatives) give the first real token the position after it.
+    # Tables with a padding index (RoBERTa and its relatives) give the first real token the position
+    # after it.
     limits += [
         table.num_embeddings - table.padding_idx - 1
         for table in _position_tables(model)

@@ -36,7 +36,9 @@ _STRATEGY = Param(
     allows=lambda value: value in _STRATEGIES,
     none_is="none",
 )
-_IGNORE = Param("ignore_labels", "string", default=["O"], wanted="a list of labels", none_is=["O"], many=True)
+_IGNORE = Param(
+    "ignore_labels", "string", default=["O"], wanted="a list of labels", none_is=["O"], many=True
+)
 _STRIDE = Param(
     "stride",
     "long",
@@ -59,19 +61,23 @@ _ENTITY = Object(
 )
 
 _Token = dict[str, Any]
-"""A token or a word on its way to an entity: word, scores of all labels, start, end, index, is_subword."""
+"""A token or a word on its way to an entity.
+
+Word, scores of all labels, start, end, index, is_subword.
+"""
 
 
 class TokenClassification(TextTask):
     """Entities of a text.
 
-    Answers: ``entities``, a list of dicts with ``entity``, ``score``, ``index``, ``word``, ``start`` and ``end`` for
-    each token with a label that is not ignored; with an ``aggregation_strategy`` other than "none"
-    one for each group of tokens, and ``entity_group`` in place of ``entity`` and ``index``. ``start`` and ``end`` count
-    characters of the text; ``word`` is what the tokenizer makes of its tokens.
+    Answers: ``entities``, a list of dicts with ``entity``, ``score``, ``index``, ``word``,
+    ``start`` and ``end`` for each token with a label that is not ignored; with an
+    ``aggregation_strategy`` other than "none" one for each group of tokens, and ``entity_group`` in
+    place of ``entity`` and ``index``. ``start`` and ``end`` count characters of the text; ``word``
+    is what the tokenizer makes of its tokens.
 
-    A text that is longer than the model takes is cut; with ``stride`` it is read in windows instead, where of
-    entities that overlap the longer one is kept.
+    A text that is longer than the model takes is cut; with ``stride`` it is read in windows
+    instead, where of entities that overlap the longer one is kept.
     """
 
     name = "token-classification"
@@ -98,7 +104,8 @@ class TokenClassification(TextTask):
             raise InputError(
                 "A param does not fit the others",
                 where="params, 'stride'",
-                wanted=f"-1, or less than {room or 'max_length'} and an aggregation_strategy other than none",
+                wanted=f"-1, or less than {room or 'max_length'} and an aggregation_strategy "
+                "other than none",
                 found=f"{stride}, and aggregation_strategy {strategy}",
             )
         return checked
@@ -106,23 +113,33 @@ class TokenClassification(TextTask):
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         limit = params["max_length"] or self.limit
         if params["stride"] >= 0 and limit:
-            yield from self._in_windows(rows, limit - self.encoder.special_tokens(pair=False), params["stride"])
+            yield from self._in_windows(
+                rows, limit - self.encoder.special_tokens(pair=False), params["stride"]
+            )
             return
         for row in super().encode(rows, params):
             yield {"windows": [row]}
 
-    def _in_windows(self, rows: Sequence[Row], room: int, overlap: int) -> Iterator[Features | None]:
+    def _in_windows(
+        self, rows: Sequence[Row], room: int, overlap: int
+    ) -> Iterator[Features | None]:
         require_texts(rows, self.columns)
         pieces, instead = 0, "send less text at once, or lower stride"
         for first, some in groups(rows):
             for i, given in enumerate(some, first):
                 where = f"windows up to {place(i)}"
-                self.require_few_windows(given["text"], pieces, len(rows), room, overlap, where=where, instead=instead)
-            encoded = self.encoder.encode([row["text"] for row in some], truncation=False, spans=True)
+                self.require_few_windows(
+                    given["text"], pieces, len(rows), room, overlap, where=where, instead=instead
+                )
+            encoded = self.encoder.encode(
+                [row["text"] for row in some], truncation=False, spans=True
+            )
             for i, row in enumerate(encoded, first):
                 self.require_tokens(i, len(row["input_ids"]))
                 pieces += count_windows(len(row["input_ids"]), room, overlap)
-                self.caps.require_pieces(pieces, len(rows), where=f"windows up to {place(i)}", instead=instead)
+                self.caps.require_pieces(
+                    pieces, len(rows), where=f"windows up to {place(i)}", instead=instead
+                )
                 cut = []
                 for window in windows(self.known(row), 0, room, overlap):
                     cut.append(window)
@@ -150,14 +167,20 @@ class TokenClassification(TextTask):
         first: int = 0,
     ) -> Iterator[dict[str, Any] | None]:
         strategy, ignored = params["aggregation_strategy"], frozenset(params["ignore_labels"])
-        for i, (row, encoded, output) in enumerate(zip(rows, features, outputs, strict=True), first):
+        for i, (row, encoded, output) in enumerate(
+            zip(rows, features, outputs, strict=True), first
+        ):
             require_finite([output["logits"]], i)
             pieces = self.pieces(encoded)
             cuts = np.cumsum([self.cost(piece) for piece in pieces])[:-1]
             found: list[dict[str, Any]] = []
             for piece, logits in zip(pieces, np.split(output["logits"], cuts), strict=True):
-                entities = self._aggregated(self._tokens(row["text"], piece, softmax(logits)), strategy)
-                found += [e for e in entities if e.get("entity", e.get("entity_group")) not in ignored]
+                entities = self._aggregated(
+                    self._tokens(row["text"], piece, softmax(logits)), strategy
+                )
+                found += [
+                    e for e in entities if e.get("entity", e.get("entity_group")) not in ignored
+                ]
                 yield None
             yield {"entities": found if len(pieces) == 1 else _without_overlap(found)}
 
@@ -170,8 +193,13 @@ class TokenClassification(TextTask):
                 continue
             token_id, surface = piece["input_ids"][index], text[start:end]
             word = surface if token_id == unknown else self.encoder.token(token_id)
-            # Where the vocabulary does not tell, a token goes on with a word if there is no space before it.
-            goes_on = len(word) != len(surface) if marks else start > 0 and " " not in text[start - 1 : start + 1]
+            # Where the vocabulary does not tell, a token goes on with a word if there is no space
+            # before it.
+            goes_on = (
+                len(word) != len(surface)
+                if marks
+                else start > 0 and " " not in text[start - 1 : start + 1]
+            )
             tokens.append(
                 {
                     "word": word,
@@ -187,7 +215,11 @@ class TokenClassification(TextTask):
     def _aggregated(self, tokens: Sequence[_Token], strategy: str) -> list[dict[str, Any]]:
         if strategy == "none":
             return [self._entity(token, index=token["index"]) for token in tokens]
-        whole = tokens if strategy == "simple" else [self._word(word, strategy) for word in _words(tokens)]
+        whole = (
+            tokens
+            if strategy == "simple"
+            else [self._word(word, strategy) for word in _words(tokens)]
+        )
         return [self._group(group) for group in _groups([self._entity(word) for word in whole])]
 
     def _entity(self, token: _Token, **index: int) -> dict[str, Any]:
@@ -209,7 +241,12 @@ class TokenClassification(TextTask):
             "average": lambda: np.mean([token["scores"] for token in tokens], axis=0),
         }[strategy]()
         word = self.encoder.join([token["word"] for token in tokens])
-        return {"word": word, "scores": scores, "start": tokens[0]["start"], "end": tokens[-1]["end"]}
+        return {
+            "word": word,
+            "scores": scores,
+            "start": tokens[0]["start"],
+            "end": tokens[-1]["end"],
+        }
 
     def _group(self, entities: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {

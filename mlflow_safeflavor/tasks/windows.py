@@ -13,10 +13,13 @@ def count_windows(tokens: int, room: int, overlap: int) -> int:
     return len(range(0, max(1, tokens - overlap), room - overlap))
 
 
-def windows(row: Mapping[str, list[Any]], sequence: int, room: int, overlap: int) -> Iterator[dict[str, list[Any]]]:
+def windows(
+    row: Mapping[str, list[Any]], sequence: int, room: int, overlap: int
+) -> Iterator[dict[str, list[Any]]]:
     """Cut one text of an encoded row into windows; each has all the other tokens, too.
 
-    The windows are those of transformers' tokenizers with ``stride`` and ``return_overflowing_tokens``.
+    The windows are those of transformers' tokenizers with ``stride`` and
+    ``return_overflowing_tokens``.
 
     Args:
         row: What ``TextEncoder.encode`` made, uncut and with spans.

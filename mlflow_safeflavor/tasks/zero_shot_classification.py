@@ -50,8 +50,8 @@ class ZeroShotClassification(TextTask):
 
     The model is asked, for each label, whether the text entails "This example is LABEL.".
 
-    Answers: ``label`` and ``score``, the best one, and ``labels`` and ``scores``, all of them, best first. Scores add
-    up to 1, unless ``multi_label`` (or a single label) has each judged by itself.
+    Answers: ``label`` and ``score``, the best one, and ``labels`` and ``scores``, all of them, best
+    first. Scores add up to 1, unless ``multi_label`` (or a single label) has each judged by itself.
     """
 
     name = "zero-shot-classification"
@@ -93,7 +93,8 @@ class ZeroShotClassification(TextTask):
                 "There are no labels to choose from",
                 where="params, 'candidate_labels'",
                 wanted="at least one label",
-                hint="pass params={'candidate_labels': […]}, with the request or when the model is saved",
+                hint="pass params={'candidate_labels': […]}, with the request or when the model "
+                "is saved",
             )
         return checked
 
@@ -102,7 +103,10 @@ class ZeroShotClassification(TextTask):
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         require_texts(rows, self.columns)
         labels, limit = params["candidate_labels"], params["max_length"] or self.limit
-        where, instead = "params, 'candidate_labels', for each row", "send fewer rows or labels at once"
+        where, instead = (
+            "params, 'candidate_labels', for each row",
+            "send fewer rows or labels at once",
+        )
         self.caps.require_pieces(len(labels) * len(rows), len(rows), where=where, instead=instead)
         hypotheses = self._hypotheses(params)
         for i, row in enumerate(rows):
@@ -110,7 +114,9 @@ class ZeroShotClassification(TextTask):
             (text,) = self.encoder.encode([row["text"]], truncation=False, special=False)
             pairs = []
             for label, hypothesis in zip(labels, hypotheses, strict=True):
-                pair = self.encoder.pair(text, hypothesis, max_length=limit if params["truncation"] else None, only=0)
+                pair = self.encoder.pair(
+                    text, hypothesis, max_length=limit if params["truncation"] else None, only=0
+                )
                 if limit and params["truncation"] and len(pair["input_ids"]) > limit:
                     raise _too_long(label, limit)
                 self.require_fitting(i, len(pair["input_ids"]), limit)
@@ -122,11 +128,18 @@ class ZeroShotClassification(TextTask):
         """What is said of a text, with each label; encoded once for all rows."""
         template, labels = params["hypothesis_template"], params["candidate_labels"]
         characters = sum(len(template) + template.count("{}") * len(label) for label in labels)
-        where, instead = "params, 'hypothesis_template', with each label", "shorten it, or name fewer labels"
-        self.caps.require("max_characters", characters, "Hypotheses are too long", where=where, instead=instead)
+        where, instead = (
+            "params, 'hypothesis_template', with each label",
+            "shorten it, or name fewer labels",
+        )
+        self.caps.require(
+            "max_characters", characters, "Hypotheses are too long", where=where, instead=instead
+        )
         # Not format, which would let a request read attributes and fill the memory.
         asked = [template.replace("{}", label) for label in labels]
-        encoded: list[dict[str, list[Any]]] = self.encoder.encode(asked, truncation=False, special=False)
+        encoded: list[dict[str, list[Any]]] = self.encoder.encode(
+            asked, truncation=False, special=False
+        )
         return encoded
 
     def pieces(self, features: Features) -> Sequence[Features]:
@@ -188,6 +201,7 @@ def _entailment(model: torch.nn.Module) -> int:
             where=f"{type(model).__name__}.config.label2id",
             wanted="two labels or more, one of them starting with 'entail'",
             found=repr(label2id),
-            hint="set model.config.id2label and label2id to what the model was trained with, before saving",
+            hint="set model.config.id2label and label2id to what the model was trained with, "
+            "before saving",
         )
     return found[0]

@@ -32,7 +32,8 @@ class Endpoint:
     """Where to ask.
 
     Args:
-        url: Address of the server, with or without ``/invocations``; a user and password in it are sent, never shown.
+        url: Address of the server, with or without ``/invocations``; a user and password in it are
+            sent, never shown.
         timeout: Seconds that all its requests may take together.
 
     Raises:
@@ -51,7 +52,10 @@ class Endpoint:
             usable = False
         if not usable:
             raise InputError(
-                "Not the address of a server", where="endpoint", wanted="http://HOST:PORT", found=repr(self.url)
+                "Not the address of a server",
+                where="endpoint",
+                wanted="http://HOST:PORT",
+                found=repr(self.url),
             )
 
     def __str__(self) -> str:
@@ -70,18 +74,22 @@ class Endpoint:
             request: Body of the request.
 
         Raises:
-            SafeFlavorError: The server is not reachable, is no MLflow scoring server, or refuses the request.
+            SafeFlavorError: The server is not reachable, is no MLflow scoring server, or refuses
+                the request.
         """
         started = time.monotonic()
         try:
-            status, kind, body = _in_time(lambda: self._post(request), self.timeout - sum(self._spent))
+            status, kind, body = _in_time(
+                lambda: self._post(request), self.timeout - sum(self._spent)
+            )
         except (requests.RequestException, OSError, UnicodeError) as error:
             raise SafeFlavorError(
                 "The server cannot be reached",
                 where=str(self),
                 wanted=f"all answers within {self.timeout:g} s",
                 found=_reason(error),
-                hint="start it with `mlflow models serve`, and look at its log; or give it more time",
+                hint="start it with `mlflow models serve`, and look at its log; or give it more "
+                "time",
             ) from None
         finally:
             self._spent.append(time.monotonic() - started)
@@ -103,7 +111,11 @@ class Endpoint:
                 body += part
                 if len(body) > _MAX_ANSWER:
                     raise requests.RequestException(f"an answer of more than {_MAX_ANSWER} bytes")
-            return response.status_code, response.headers.get("Content-Type", "no content type"), bytes(body)
+            return (
+                response.status_code,
+                response.headers.get("Content-Type", "no content type"),
+                bytes(body),
+            )
 
     def _predictions(self, status: int, kind: str, body: bytes) -> Any:
         try:
@@ -132,8 +144,8 @@ class Endpoint:
 def _in_time(ask: Callable[[], _Answer], seconds: float) -> _Answer:
     """What ``ask`` returns or raises, unless it takes too long.
 
-    It runs in a thread that nobody waits for: a server that sends a byte now and then keeps every timeout of a socket
-    from ending.
+    It runs in a thread that nobody waits for: a server that sends a byte now and then keeps every
+    timeout of a socket from ending.
     """
     done: queue.SimpleQueue[tuple[_Answer | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -180,7 +192,10 @@ def request_of_rows(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def request_of_arrays(arrays: Any) -> dict[str, Any]:
-    """Named arrays, or nested lists, or one of them without a name, as MLflow's server takes them; plain JSON."""
+    """Named arrays, or nested lists, or one of them without a name, as MLflow's server takes them.
+
+    Plain JSON.
+    """
     return _plain({"inputs": dict(arrays) if isinstance(arrays, Mapping) else arrays})
 
 
@@ -193,7 +208,10 @@ def _plain(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_served(result: Any) -> Any:
-    """What a server would answer if ``predict`` returned this: through MLflow's own writer and back."""
+    """What a server would answer if ``predict`` returned this.
+
+    Through MLflow's own writer and back.
+    """
     from mlflow.pyfunc.scoring_server import predictions_to_json  # takes a second to import
 
     text = io.StringIO()

@@ -47,7 +47,9 @@ def render(report: ParityReport, *, model: str, endpoint: str | None = None) -> 
     from jinja2 import Environment  # only a page needs it; MLflow depends on it
 
     facts, more = _environment_rows(report)
-    shown = sorted(report.rows, key=lambda row: (row.problem is None, row.bit_identical))[:_MOST_ROWS]
+    shown = sorted(report.rows, key=lambda row: (row.problem is None, row.bit_identical))[
+        :_MOST_ROWS
+    ]
     return (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_plain)
         .from_string(_PAGE)
@@ -75,7 +77,10 @@ def _plain(value: object) -> object:
 def _counts(report: ParityReport) -> list[tuple[str, Counter[str]]]:
     """Origin of rows → verdict → how many."""
     origins = {"golden rows": True, "your rows": False}
-    counted = ((name, Counter(row.verdict for row in report.rows if row.golden is g)) for name, g in origins.items())
+    counted = (
+        (name, Counter(row.verdict for row in report.rows if row.golden is g))
+        for name, g in origins.items()
+    )
     return [(name, counts) for name, counts in counted if counts]
 
 
@@ -98,7 +103,9 @@ def _environment_rows(report: ParityReport) -> tuple[list[_Fact], list[_Fact]]:
     lines = []
     for name in names:
         told = [_text(name, side) for side in sides]
-        lines.append(_Fact(name, told, len({text for text in told if text not in (_UNTOLD, "")}) > 1))
+        lines.append(
+            _Fact(name, told, len({text for text in told if text not in (_UNTOLD, "")}) > 1)
+        )
     return (
         [line for line in lines if line.differs or not line.name.startswith(_PIN)],
         [line for line in lines if not line.differs and line.name.startswith(_PIN)],
@@ -121,15 +128,23 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, str]:
         return value if isinstance(value, Mapping) else {}
 
     environment, budget = part("environment"), part("budget")
-    flat = {name: environment.get(name, "") for name in ("python", "implementation", "system", "machine", "libc")}
+    flat = {
+        name: environment.get(name, "")
+        for name in ("python", "implementation", "system", "machine", "libc")
+    }
     flat |= {f"torch {name}": value for name, value in part("environment", "torch_build").items()}
-    flat |= {"mlflow-safeflavor": facts.get("loader_version", ""), "device": facts.get("device", "")}
+    flat |= {
+        "mlflow-safeflavor": facts.get("loader_version", ""),
+        "device": facts.get("device", ""),
+    }
     flat |= {name: budget[key] for key, name in _BUDGET.items() if key in budget}
     flat |= {f"{_PIN}{name}": value for name, value in part("environment", "distributions").items()}
     if flat.get(_BUDGET["spin_count"], "") is None:
         flat[_BUDGET["spin_count"]] = "left as it was"
     told = {name: "none" if value is None else value for name, value in flat.items()}
-    return {name: str(value) for name, value in told.items() if isinstance(value, (str, int, float))}
+    return {
+        name: str(value) for name, value in told.items() if isinstance(value, (str, int, float))
+    }
 
 
 # Distribution of the differences
@@ -150,7 +165,9 @@ def _plot(report: ParityReport) -> dict[str, Any]:
     """Bars: how many values are equal, how many differ by each power of ten, how many are no number."""
     values = np.concatenate([np.zeros(0), *(row.differences for row in report.rows)])
     finite = values[np.isfinite(values) & (values > 0)]
-    powers = Counter(min(max(math.floor(power), _SMALLEST), _LARGEST) for power in np.log10(finite).tolist())
+    powers = Counter(
+        min(max(math.floor(power), _SMALLEST), _LARGEST) for power in np.log10(finite).tolist()
+    )
     bins = [("0", int((values == 0).sum()), "same")]
     if powers:
         bins += [(_power(p), powers[p], "some") for p in range(min(powers), max(powers) + 1)]
@@ -164,7 +181,13 @@ def _plot(report: ParityReport) -> dict[str, Any]:
         height = (_HEIGHT - _FOOT - _MARGIN) * (count / highest) ** 0.25
         x = _MARGIN + i * step + step * 0.12
         bars.append(_Bar(x, step * 0.76, _HEIGHT - _FOOT - height, height, label, count, kind))
-    return {"bars": bars, "width": _WIDTH, "height": _HEIGHT, "floor": _HEIGHT - _FOOT, "total": len(values)}
+    return {
+        "bars": bars,
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "floor": _HEIGHT - _FOOT,
+        "total": len(values),
+    }
 
 
 def _power(power: int) -> str:

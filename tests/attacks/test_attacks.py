@@ -43,7 +43,10 @@ def names(attacks):
 
 @pytest.fixture(scope="session")
 def coded(tmp_path_factory):
-    """A model with code of its own; made in another process, so that nobody here has imported it."""
+    """A model with code of its own.
+
+    Made in another process, so that nobody here has imported it.
+    """
     folder = tmp_path_factory.mktemp("coded")
     source = folder / "source" / f"{hostile.MODULE}.py"
     source.parent.mkdir()
@@ -61,7 +64,11 @@ class Local(user.Scale):
 Local.__qualname__ = "f.<locals>.Local"
 mlflow_safeflavor.save_model(Local(), {str(folder / "pickled")!r}, allow_pickle=True, **code, **common)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
     return folder
 
 
@@ -69,10 +76,30 @@ mlflow_safeflavor.save_model(Local(), {str(folder / "pickled")!r}, allow_pickle=
 def others(tmp_path_factory):
     """``others(base)``: a model of images, sounds or chats; made once."""
     folder = tmp_path_factory.mktemp("others")
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    whisper = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
-    whisper |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 64}
-    whisper |= {"num_mel_bins": 20, "max_source_positions": 50, "classifier_proj_size": 16, "pad_token_id": 0}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    whisper = {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+    }
+    whisper |= {
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "vocab_size": 64,
+    }
+    whisper |= {
+        "num_mel_bins": 20,
+        "max_source_positions": 50,
+        "classifier_proj_size": 16,
+        "pad_token_id": 0,
+    }
     image = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
     made = {
         "image": lambda: {
@@ -82,7 +109,9 @@ def others(tmp_path_factory):
             "processor": image(size={"height": 32, "width": 32}),
         },
         "sound": lambda: {
-            "model": transformers.WhisperForAudioClassification(transformers.WhisperConfig(**whisper)),
+            "model": transformers.WhisperForAudioClassification(
+                transformers.WhisperConfig(**whisper)
+            ),
             "processor": transformers.WhisperFeatureExtractor(feature_size=20, chunk_length=1),
         },
         "chat": lambda: {
@@ -96,7 +125,9 @@ def others(tmp_path_factory):
         if not (folder / base).exists():
             torch.manual_seed(0)
             given = made[base]()
-            mlflow_safeflavor.save_model(given.pop("model").eval(), folder / base, rehearse=False, **given)
+            mlflow_safeflavor.save_model(
+                given.pop("model").eval(), folder / base, rehearse=False, **given
+            )
         return folder / base
 
     return make
@@ -115,7 +146,8 @@ def prepare(saved, saved_with_graph, coded, others, tmp_path):
         base = bases.get(attack.base) or others(attack.base)
         if not attack.options.get("trust") and base.parent != coded and base not in _loaded:
             _loaded.add(base)
-            model = load_model(base, **attack.options)  # with all that is imported for an honest one
+            # with all that is imported for an honest one
+            model = load_model(base, **attack.options)
             assert model.tokenizer or model.processor
         root = shutil.copytree(base, tmp_path / "model", copy_function=os.link)
         target = Target(root, tmp_path / "canary")
@@ -174,7 +206,9 @@ def test_attack_through_pyfunc(attack, prepare):
     target = prepare(attack)
 
     def load():
-        return mlflow.pyfunc.load_model(str(target.root), suppress_warnings=True, model_config=attack.config)
+        return mlflow.pyfunc.load_model(
+            str(target.root), suppress_warnings=True, model_config=attack.config
+        )
 
     found = outcome(load)
     assert as_expected(found, attack.pyfunc), found
@@ -189,8 +223,16 @@ REACHING = graphs(
     "row_outside", "shapes_differ", "arity_missing", "arity", "argument_unknown", "other_answer", "nan",
     "output_renamed",
 )  # fmt: skip
-CHECKED = graphs("calls_library", "weight_in_memory", "weight_absolute", "twice_operator", "truth_of_seven", "cut")
-READ = graphs("calls_library", "twice_operator", "cut")  # seen in the file; the others in the weights beside it
+CHECKED = graphs(
+    "calls_library",
+    "weight_in_memory",
+    "weight_absolute",
+    "twice_operator",
+    "truth_of_seven",
+    "cut",
+)
+# seen in the file; the others in the weights beside it
+READ = graphs("calls_library", "twice_operator", "cut")
 
 
 @needs_openvino
@@ -206,7 +248,9 @@ def test_attack_that_reaches_openvino(attack, prepare):
 @pytest.mark.parametrize("attack", CHECKED, ids=names(CHECKED))
 def test_openvino_gets_nothing_that_the_check_refuses(attack, prepare, monkeypatch):
     monkeypatch.setattr(openvino_engine, "require_installed", lambda: None)
-    monkeypatch.setattr(openvino_engine, "Session", lambda *given, **more: pytest.fail("it got a graph"))
+    monkeypatch.setattr(
+        openvino_engine, "Session", lambda *given, **more: pytest.fail("it got a graph")
+    )
     target = prepare(attack)
     found = outcome(lambda: load_model(str(target.root), model_config={"engine": "openvino"}))
     assert as_expected(found, attack.native), found
@@ -254,12 +298,17 @@ def test_attack_on_time_or_memory_in_a_bounded_process(attack, prepare):
     target = prepare(attack)
     which = "native" if attack.pyfunc is None else "both"
     done = subprocess.run(
-        [sys.executable, "-c", BOUNDED, str(target.root), which], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", BOUNDED, str(target.root), which],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     found = done.stdout.split("\n")[:-1]
     assert as_expected(found[0] if found else "nothing", attack.native), done.stdout + done.stderr
     if attack.pyfunc is not None:
-        assert as_expected(found[1] if len(found) > 1 else "nothing", attack.pyfunc), done.stdout + done.stderr
+        assert as_expected(found[1] if len(found) > 1 else "nothing", attack.pyfunc), (
+            done.stdout + done.stderr
+        )
     assert not target.canary.exists()
 
 
@@ -286,8 +335,15 @@ print(json.dumps(measured))
 @pytest.mark.slow
 def test_bombs_in_one_bounded_process(saved, saved_with_graph, others, tmp_path):
     for attack in BOMBS:
-        base = {"classifier": saved, "graph": saved_with_graph}.get(attack.base) or others(attack.base)
-        attack.damage(Target(shutil.copytree(base, tmp_path / attack.name, copy_function=os.link), tmp_path / "canary"))
+        base = {"classifier": saved, "graph": saved_with_graph}.get(attack.base) or others(
+            attack.base
+        )
+        attack.damage(
+            Target(
+                shutil.copytree(base, tmp_path / attack.name, copy_function=os.link),
+                tmp_path / "canary",
+            )
+        )
     code = BOUNDED.partition("for load in")[0] + ALL_BOUNDED
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *(attack.name for attack in BOMBS)],
@@ -301,7 +357,11 @@ def test_bombs_in_one_bounded_process(saved, saved_with_graph, others, tmp_path)
         if [found for found, _ in measured[attack.name][:2]] != [attack.native, attack.pyfunc]
     }
     assert not wrong
-    slow = {name: found for name, (*found, _) in measured.items() if max(seconds for _, seconds in found) > 15}
+    slow = {
+        name: found
+        for name, (*found, _) in measured.items()
+        if max(seconds for _, seconds in found) > 15
+    }
     assert not slow, "a verdict, but too late"
     assert max(gigabytes for *_, gigabytes in measured.values()) < 3
 
@@ -331,7 +391,10 @@ def _load_pyfunc(path, model_config=None):
 
 @pytest.fixture
 def in_a_new_process(saved, tmp_path):
-    """Put a file into code/, make the manifest anew, load: how it ended, and whether the payload ran."""
+    """Put a file into code/, make the manifest anew, load.
+
+    How it ended, and whether the payload ran.
+    """
 
     def run(file: str, load: str, first: str = "") -> tuple[str, bool]:
         root = shutil.copytree(saved, tmp_path / "model", copy_function=os.link)
@@ -339,7 +402,9 @@ def in_a_new_process(saved, tmp_path):
         rewrite(target.code / file, target.payload + THEIR_LOADER)
         target.reseal()
         code = FRESH.format(first=first, load=load)
-        done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True
+        )
         return done.stdout.strip(), target.canary.exists()
 
     return run
@@ -363,9 +428,15 @@ def test_an_installed_loader_that_was_imported_first_stays(in_a_new_process, loa
 
 
 def test_limit_golden_rows_do_not_see_words_that_they_do_not_use(saved, tmp_path):
-    target = Target(shutil.copytree(saved, tmp_path / "model", copy_function=os.link), tmp_path / "canary")
+    target = Target(
+        shutil.copytree(saved, tmp_path / "model", copy_function=os.link), tmp_path / "canary"
+    )
     unused = -1  # the last word of the vocabulary
-    target.values(lambda arrays: arrays["bert.embeddings.word_embeddings.weight"].reshape(-1, 32)[unused].fill(9))
+    target.values(
+        lambda arrays: (
+            arrays["bert.embeddings.word_embeddings.weight"].reshape(-1, 32)[unused].fill(9)
+        )
+    )
     assert load_model(str(target.root)).report.golden_rows
 
 
@@ -374,5 +445,9 @@ def test_limit_golden_rows_do_not_see_words_that_they_do_not_use(saved, tmp_path
 
 def test_readme_lists_every_attack():
     readme = (Path(__file__).parent / "README.md").read_text()
-    missing = [a.name for a in ATTACKS if f"| {a.name} | {' '.join(a.attempt.split())} | {a.native} |" not in readme]
+    missing = [
+        a.name
+        for a in ATTACKS
+        if f"| {a.name} | {' '.join(a.attempt.split())} | {a.native} |" not in readme
+    ]
     assert not missing, "run compare.py"

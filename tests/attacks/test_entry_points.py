@@ -70,7 +70,10 @@ print("\\n" + json.dumps(found))
 """
 
 PLAIN = {"backbone": "resnet50", "backbone_config": None}
-"""Names nothing that is refused by name: transformers asks a hub whether there is such a repository."""
+"""Names nothing that is refused by name.
+
+Transformers asks a hub whether there is such a repository.
+"""
 
 
 def checkpoint(folder, config):
@@ -82,19 +85,28 @@ def checkpoint(folder, config):
 
 @pytest.fixture
 def job(saved, tmp_path, tiny_bert, tiny_tokenizer):
-    """Folders of hostile and honest artifacts and checkpoints; the canary, which all code that is here would touch."""
+    """Folders of hostile and honest artifacts and checkpoints.
+
+    The canary, which all code that is here would touch.
+    """
     canary = tmp_path / "canary"
     payload = f"open({str(canary)!r}, 'w').close()\n"
     artifacts = {}
     for attack in ATTACKS:
         if attack.damage.__module__ == "steering" and attack.base == "classifier":
-            target = Target(shutil.copytree(saved, tmp_path / attack.name, copy_function=os.link), canary)
+            target = Target(
+                shutil.copytree(saved, tmp_path / attack.name, copy_function=os.link), canary
+            )
             attack.damage(target)
             artifacts[attack.name] = str(target.root)
     target = Target(shutil.copytree(saved, tmp_path / "asks_a_hub", copy_function=os.link), canary)
     steering.become(target, steering.DEPTH, PLAIN)
     artifacts["asks_a_hub"] = str(target.root)
-    nested = {"model_type": "bert", "auto_map": {"AutoBackbone": "evil.B"}, "_name_or_path": str(tmp_path / "code")}
+    nested = {
+        "model_type": "bert",
+        "auto_map": {"AutoBackbone": "evil.B"},
+        "_name_or_path": str(tmp_path / "code"),
+    }
     depth = {"model_type": "depth_anything", "architectures": ["DepthAnythingForDepthEstimation"]}
     configs = {
         "asks a hub": {**depth, **PLAIN},
@@ -106,10 +118,15 @@ def job(saved, tmp_path, tiny_bert, tiny_tokenizer):
         },
         "code of an unknown type": {"model_type": "evil", "auto_map": {"AutoConfig": "evil.B"}},
     }
-    checkpoints = {name: str(checkpoint(tmp_path / f"checkpoint {name}", config)) for name, config in configs.items()}
+    checkpoints = {
+        name: str(checkpoint(tmp_path / f"checkpoint {name}", config))
+        for name, config in configs.items()
+    }
     for folder in (tmp_path / "code", *checkpoints.values()):
         os.makedirs(folder, exist_ok=True)
-        (tmp_path / folder / "evil.py").write_text(payload + "import torch\nclass B(torch.nn.Module): pass\n")
+        (tmp_path / folder / "evil.py").write_text(
+            payload + "import torch\nclass B(torch.nn.Module): pass\n"
+        )
     honest = tmp_path / "honest"
     tiny_bert().save_pretrained(honest)
     tiny_tokenizer.save_pretrained(honest)
@@ -117,7 +134,9 @@ def job(saved, tmp_path, tiny_bert, tiny_tokenizer):
     (site / "timm").mkdir(parents=True)
     (site / "timm" / "__init__.py").write_text(payload)
     (site / "timm-1.0.dist-info").mkdir()
-    (site / "timm-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 1.0\n")
+    (site / "timm-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: timm\nVersion: 1.0\n"
+    )
     return {
         "artifacts": artifacts,
         "checkpoints": checkpoints,
@@ -131,8 +150,16 @@ def job(saved, tmp_path, tiny_bert, tiny_tokenizer):
 def test_no_door_asks_a_hub_runs_code_or_imports_what_an_artifact_wants(job, tmp_path):
     canary, site = job.pop("canary"), job.pop("site")
     with running_hub() as hub:
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-        online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path / "home")}
+        environ = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "TRANSFORMERS_"))
+        }
+        online = {
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "hf_secret",
+            "HF_HOME": str(tmp_path / "home"),
+        }
         path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, json.dumps(job)], cwd=tmp_path / "code",

@@ -1,4 +1,6 @@
-"""A loaded model depends on no file afterwards: the same answers, or an error with a name, and never a signal.
+"""A loaded model depends on no file afterwards.
+
+The same answers, or an error with a name, and never a signal.
 
 In processes of their own, since what is tested ended them: SIGBUS.
 """
@@ -106,30 +108,42 @@ def others(tmp_path_factory):
 
 @pytest.fixture
 def other(others, tiny_bert, tiny_tokenizer) -> Path:
-    """Another version of ``saved_with_graph``: files of the same names and, where that is possible, sizes."""
+    """Another version of ``saved_with_graph``.
+
+    Files of the same names and, where that is possible, sizes.
+    """
     path: Path = others / "model"
     if not path.exists():
         model = tiny_bert(initializer_range=0.5, seed=7)
         tiny_tokenizer.add_tokens(["more"])
         model.resize_token_embeddings(len(tiny_tokenizer))
-        mlflow_safeflavor.save_model(model, path, tokenizer=tiny_tokenizer, rehearse=False, graph="require")
+        mlflow_safeflavor.save_model(
+            model, path, tokenizer=tiny_tokenizer, rehearse=False, graph="require"
+        )
     return path
 
 
 def ask(base: Path, other: Path, scratch: Path, engine: str, kind: str) -> list[dict]:
     """What a process says of each change, in turn."""
-    env = {**os.environ, "MLFLOW_SAFEFLAVOR_CACHE": "off" if kind == "file" else str(scratch / "cache")}
+    env = {
+        **os.environ,
+        "MLFLOW_SAFEFLAVOR_CACHE": "off" if kind == "file" else str(scratch / "cache"),
+    }
     small = {"memory": 10**7}.get(kind, -1)
     command = [sys.executable, "-c", CHILD, str(base), str(other), str(scratch), engine, str(small)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{done.returncode} after {done.stdout[-300:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, (
+        f"{done.returncode} after {done.stdout[-300:]}\n{done.stderr[-3000:]}"
+    )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return [{**what, **found} for what, found in zip(lines[::2], lines[1::2], strict=True)]
 
 
 @pytest.mark.parametrize("engine", ["module", "onnx"])
 @pytest.mark.parametrize("kind", ["memory", "copy", "file"])
-def test_whatever_happens_to_the_files_of_a_loaded_model(saved_with_graph, other, tmp_path, engine, kind):
+def test_whatever_happens_to_the_files_of_a_loaded_model(
+    saved_with_graph, other, tmp_path, engine, kind
+):
     found = ask(saved_with_graph, other, tmp_path, engine, kind)
     assert len(found) == 14
     for row in found:
@@ -166,8 +180,13 @@ SWAPPED = {
 
 
 @pytest.mark.parametrize("name", SWAPPED)
-def test_a_file_that_changes_between_check_and_use_is_named(saved_with_graph, other, tmp_path, monkeypatch, name):
-    """What was hashed is what is parsed: files are written to just after all of them were compared."""
+def test_a_file_that_changes_between_check_and_use_is_named(
+    saved_with_graph, other, tmp_path, monkeypatch, name
+):
+    """What was hashed is what is parsed.
+
+    Files are written to just after all of them were compared.
+    """
     path = Path(shutil.copytree(saved_with_graph, tmp_path / "model"))
     compare = reading.require_intact
 
@@ -198,7 +217,9 @@ def test_whatever_happens_to_the_files_of_a_server(saved_with_graph, other, tmp_
     changes = {
         "rewrite": rewrite,
         "truncate": lambda: os.truncate(weights, 4096),
-        "replace": lambda: os.replace(shutil.copy(other / "safeflavor" / weights.name, tmp_path / "new"), weights),
+        "replace": lambda: os.replace(
+            shutil.copy(other / "safeflavor" / weights.name, tmp_path / "new"), weights
+        ),
         "cp -r": lambda: subprocess.run(["cp", "-r", f"{other}/.", path], check=True),
         "delete": lambda: shutil.rmtree(path),
     }

@@ -1,4 +1,7 @@
-"""What is tried on the commands that look at a model and never load it: all end in an error that names it."""
+"""What is tried on the commands that look at a model and never load it.
+
+All end in an error that names it.
+"""
 
 from __future__ import annotations
 
@@ -136,14 +139,18 @@ def test_what_the_manifest_does_not_list_is_in_no_image(target, tmp_path):
     (tmp_path / "house").mkdir()
     rewrite(target.requirements, "small==1.0\n")
     write_manifest_without(target, "notes.txt", "link")
-    folder = generate_dockerfile(str(target.root), tmp_path / "image", hashes=False).parent / "model"
+    folder = (
+        generate_dockerfile(str(target.root), tmp_path / "image", hashes=False).parent / "model"
+    )
     assert not (folder / "notes.txt").exists()
     assert not os.path.lexists(folder / "link")
 
 
 def write_manifest_without(target, *names):
     kept = {name: (target.root / name) for name in names}
-    aside = {path: path.rename(target.canary.parent / f"aside-{name}") for name, path in kept.items()}
+    aside = {
+        path: path.rename(target.canary.parent / f"aside-{name}") for name, path in kept.items()
+    }
     reseal(target.root)
     for path, there in aside.items():
         there.rename(path)
@@ -169,7 +176,8 @@ def sources(target, monkeypatch):
     folder = target.canary.parent / "sources"
     folder.mkdir()
     files = {
-        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
+        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path '
+        '= ["."]\n',
         "PKG-INFO": "Metadata-Version: 2.1\nName: evilpkg\nVersion: 1.0\n",
         "backend.py": EVIL,
     }
@@ -226,7 +234,9 @@ def test_a_line_that_save_does_not_write(target, sources, line):
     for tool in ("dockerfile", "dockerfile --no-hashes"):
         done = run(tool, target)
         assert done.exit_code == 2, done.output
-        assert done.stderr.startswith("EnvironmentMismatchError: A line of the requirements"), done.stderr
+        assert done.stderr.startswith("EnvironmentMismatchError: A line of the requirements"), (
+            done.stderr
+        )
         assert "root:" not in done.output
         assert "\x1b" not in done.output
 
@@ -242,7 +252,10 @@ def test_a_link_among_the_wheels_is_not_copied(target, tmp_path):
     house.mkdir()
     (house / "small-1.0-py3-none-any.whl").symlink_to("/etc/passwd")
     with_requirements(target, f"--find-links {house}", "small==1.0")
-    folder = generate_dockerfile(str(target.root), tmp_path / "image", hashes=False).parent / "environment"
+    folder = (
+        generate_dockerfile(str(target.root), tmp_path / "image", hashes=False).parent
+        / "environment"
+    )
     assert list((folder / "wheels").iterdir()) == []
 
 
@@ -252,7 +265,9 @@ def test_settings_and_interpreters_of_the_folder_around_are_not_used(target, tmp
     monkeypatch.delenv("VIRTUAL_ENV", raising=False)
     (tmp_path / "uv.toml").write_text(f'find-links = ["{tmp_path}"]\n')
     with zipfile.ZipFile(tmp_path / "evilpkg-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("evilpkg-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: evilpkg\nVersion: 1.0\n")
+        wheel.writestr(
+            "evilpkg-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: evilpkg\nVersion: 1.0\n"
+        )
         wheel.writestr("evilpkg-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr("evilpkg-1.0.dist-info/RECORD", "")
     python = tmp_path / ".venv" / "bin" / "python3"
@@ -309,7 +324,10 @@ def test_files_without_number(target, monkeypatch):
 
 @pytest.fixture
 def unreadable(saved):
-    """A copy that another user may look at, one file excepted; without root's rights in the meantime."""
+    """A copy that another user may look at, one file excepted.
+
+    Without root's rights in the meantime.
+    """
     folder = Path(tempfile.mkdtemp(prefix="safeflavor-test-"))
     root = shutil.copytree(saved, folder / "model")
     folder.chmod(0o755)
@@ -348,7 +366,10 @@ ESCAPE = "\x1b]0;owned\x07\x1b[31m"
 def test_plain_text():
     assert plain("a\nb\r\n\x1b[1m\u202e") == "a\n    b\n    \\x1b[1m\\u202e"
     error = SafeFlavorError("What", where="x\n  hint: curl | sh", found=ESCAPE)
-    assert str(error) == "What\n  where: x\n      hint: curl | sh\n  found: \\x1b]0;owned\\x07\\x1b[31m"
+    assert (
+        str(error)
+        == "What\n  where: x\n      hint: curl | sh\n  found: \\x1b]0;owned\\x07\\x1b[31m"
+    )
 
 
 def test_inspect_prints_what_tensors_are_called_as_it_is(target):
@@ -448,8 +469,12 @@ def test_an_answer_without_end(monkeypatch):
 def test_the_entry_point_imports_nothing_from_its_working_folder(target, tmp_path):
     for name in ("json", "mlflow_safeflavor", "sitecustomize", "os", "requests"):
         (tmp_path / f"{name}.py").write_text(target.payload)
-    code = docker._IMPORTS.replace("/opt/ml/model", str(target.root)) + "; print(container.__file__)"
+    code = (
+        docker._IMPORTS.replace("/opt/ml/model", str(target.root)) + "; print(container.__file__)"
+    )
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True
+    )
     assert done.stdout.startswith(str(target.code)), done.stderr
     assert not target.canary.exists()

@@ -1,7 +1,9 @@
-"""``python:X.Y.Z-slim``, which MLflow builds on: from Docker Hub, or where that cannot be reached, a stand-in.
+"""``python:X.Y.Z-slim``, which MLflow builds on.
 
-The stand-in is Debian's minimal system with this machine's CPython of exactly that version, and with what
-this machine's pip needs to install anything: its settings, certificates and wheels.
+From Docker Hub, or where that cannot be reached, a stand-in.
+
+The stand-in is Debian's minimal system with this machine's CPython of exactly that version, and
+with what this machine's pip needs to install anything: its settings, certificates and wheels.
 """
 
 from __future__ import annotations
@@ -26,19 +28,22 @@ TAG = f"python:{platform.python_version()}-slim"
 _STAND_IN = "mlflow-safeflavor-base"
 _PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 _PACKAGES = (
-    "ca-certificates libssl3 libffi8 libsqlite3-0 zlib1g libbz2-1.0 liblzma5 libreadline8 libncursesw6 libexpat1 "
-    "libuuid1 netbase tzdata"
+    "ca-certificates libssl3 libffi8 libsqlite3-0 zlib1g libbz2-1.0 liblzma5 libreadline8 "
+    "libncursesw6 libexpat1 libuuid1 netbase tzdata"
 ).split()
 _CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 # Debian's own interpreter is spread over /usr; no other one is.
 _IS_DEBIANS = sys.base_prefix == "/usr"
 _LEFT_OUT = ("site-packages", "test", "tests", "idlelib", "turtledemo", "config-*", "*.a")
 
-# Run in the new system; the import proves that every library is there which the interpreter was linked against.
+# Run in the new system; the import proves that every library is there which the interpreter was
+# linked against.
 _CHECK = f"""
 python -c 'import bz2, ctypes, lzma, sqlite3, ssl, sys, uuid, zlib; assert "{platform.python_version()}" in sys.version'
 pip --version"""
-_PIP = f"ln -sf {_PYTHON} /usr/local/bin/python; python -m ensurepip; ln -sf pip3 /usr/local/bin/pip"
+_PIP = (
+    f"ln -sf {_PYTHON} /usr/local/bin/python; python -m ensurepip; ln -sf pip3 /usr/local/bin/pip"
+)
 _DEBIANS_PIP = f"rm -f /usr/lib/{_PYTHON}/EXTERNALLY-MANAGED"
 _SETTINGS = (
     "ENV PATH=/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin",
@@ -52,8 +57,8 @@ _SETTINGS = (
 def base_image(engine: Engine) -> Iterator[bool]:
     """Have ``TAG`` in the engine while inside; gives whether it is the stand-in.
 
-    The stand-in stays in the engine under a name of its own, for the next run. The tag goes: nobody else
-    should build on it unawares.
+    The stand-in stays in the engine under a name of its own, for the next run. The tag goes: nobody
+    else should build on it unawares.
     """
     if _is_real(engine.inspect("image", TAG)) or _pulled(engine):
         yield False
@@ -90,17 +95,26 @@ def _stand_in(engine: Engine) -> str:
 
 def _recipe() -> str:
     """What decides on the content, as one short name."""
-    parts = [Path(__file__).read_bytes(), sys.version.encode(), _release().encode(), repr(pip_settings()).encode()]
+    parts = [
+        Path(__file__).read_bytes(),
+        sys.version.encode(),
+        _release().encode(),
+        repr(pip_settings()).encode(),
+    ]
     parts += [f"{wheel} {wheel.stat().st_size}".encode() for wheel in wheels_of_installed()]
     parts += [Path(_CERTIFICATES).read_bytes()]
-    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[
+        :16
+    ]
 
 
 def _release() -> str:
     """This machine's release of Debian: its interpreter was built against these libraries."""
     release = platform.freedesktop_os_release()
     if release.get("ID") != "debian" or shutil.which("mmdebstrap") is None:
-        raise AssertionError(f"{TAG} can neither be pulled nor made: that takes Debian, and mmdebstrap installed")
+        raise AssertionError(
+            f"{TAG} can neither be pulled nor made: that takes Debian, and mmdebstrap installed"
+        )
     return release["VERSION_CODENAME"]
 
 
@@ -109,14 +123,25 @@ def _make_system(folder: Path) -> Path:
     _write_files(folder / "files")
     script = folder / "script"
     script.write_text(
-        f"set -e; export PATH=/usr/local/bin:$PATH; ldconfig; {_DEBIANS_PIP if _IS_DEBIANS else _PIP}{_CHECK}"
+        "set -e; export PATH=/usr/local/bin:$PATH; ldconfig; "
+        f"{_DEBIANS_PIP if _IS_DEBIANS else _PIP}{_CHECK}"
     )
-    packages = [*_PACKAGES, *(["python3", "python3-pip", "python-is-python3"] if _IS_DEBIANS else [])]
+    packages = [
+        *_PACKAGES,
+        *(["python3", "python3-pip", "python-is-python3"] if _IS_DEBIANS else []),
+    ]
     command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(packages)}"]
-    command += [f'--customize-hook=cp -a "{folder}/files/." "$1"', f'--customize-hook=chroot "$1" sh <"{script}"']
+    command += [
+        f'--customize-hook=cp -a "{folder}/files/." "$1"',
+        f'--customize-hook=chroot "$1" sh <"{script}"',
+    ]
     command += [_release(), str(folder / "system.tar")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
-    assert done.returncode == 0, f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout[-3000:]}"
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
+    )
+    assert done.returncode == 0, (
+        f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout[-3000:]}"
+    )
     return folder / "system.tar"
 
 
@@ -141,21 +166,39 @@ def _copy_interpreter(prefix: Path) -> None:
     shutil.copyfile(source / "bin" / _PYTHON, prefix / "bin" / _PYTHON)
     (prefix / "bin" / _PYTHON).chmod(0o755)
     # Times are kept, and so the compiled modules stay valid.
-    shutil.copytree(source / "lib" / _PYTHON, prefix / "lib" / _PYTHON, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+    shutil.copytree(
+        source / "lib" / _PYTHON,
+        prefix / "lib" / _PYTHON,
+        ignore=shutil.ignore_patterns(*_LEFT_OUT),
+    )
     (prefix / "lib" / _PYTHON / "site-packages").mkdir()
     for library in (source / "lib").glob("libpython*.so*"):
         shutil.copy2(library, prefix / "lib", follow_symlinks=False)
 
 
 def _pip_configuration() -> str:
-    """The settings of this machine's pip that say where and how to fetch; folders of indexes stay behind."""
+    """The settings of this machine's pip that say where and how to fetch.
+
+    Folders of indexes stay behind.
+    """
     settings = pip_settings()
-    indexes = [url for url in settings.get("extra-index-url", "").split() if not url.startswith("file:")]
+    indexes = [
+        url for url in settings.get("extra-index-url", "").split() if not url.startswith("file:")
+    ]
     folders = sorted({str(wheel.parent) for wheel in wheels_of_installed()})
     links = [link for link in settings.get("find-links", "").split() if "://" in link]
-    kept = {name: settings.get(name, "") for name in ("index-url", "trusted-host", "default-timeout")}
-    kept |= {"extra-index-url": " ".join(indexes), "find-links": " ".join([*links, *folders]), "cert": _CERTIFICATES}
-    return "\n".join(["[global]", *(f"{name} = {value}" for name, value in kept.items() if value)]) + "\n"
+    kept = {
+        name: settings.get(name, "") for name in ("index-url", "trusted-host", "default-timeout")
+    }
+    kept |= {
+        "extra-index-url": " ".join(indexes),
+        "find-links": " ".join([*links, *folders]),
+        "cert": _CERTIFICATES,
+    }
+    return (
+        "\n".join(["[global]", *(f"{name} = {value}" for name, value in kept.items() if value)])
+        + "\n"
+    )
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -1,6 +1,9 @@
-"""A Docker engine with the base image in it; without an engine, tests here are skipped, in CI they fail.
+"""A Docker engine with the base image in it.
 
-This folder is no package: as one it would stand in the way of the library that MLflow imports as ``docker``.
+Without an engine, tests here are skipped, in CI they fail.
+
+This folder is no package: as one it would stand in the way of the library that MLflow imports as
+``docker``.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ def engine():
 
 @pytest.fixture(scope="session")
 def torch_index(engine):
-    """What models are saved with, so that pip finds torch's build inside the image; the base image is there, too."""
+    """What models are saved with, so that pip finds torch's build inside the image.
+
+    The base image is there, too.
+    """
     with base_image(engine) as stands_in:
         folder = torch_wheels()
         yield "auto" if folder is None or not stands_in else str(folder)

@@ -50,12 +50,22 @@ class Container:
     def invoke(self, body: Any) -> Any:
         """What /invocations answers to a JSON body; any other status than 200 fails the test."""
         answer = requests.post(f"{self.url()}/invocations", json=body, timeout=120)
-        assert answer.status_code == 200, f"{answer.status_code}: {answer.text[:2000]}\n{self.log()}"
+        assert answer.status_code == 200, (
+            f"{answer.status_code}: {answer.text[:2000]}\n{self.log()}"
+        )
         return answer.json()
 
     def invoke_inside(self, body: Any) -> Any:
         """The same, asked from inside."""
-        command = ("exec", "--interactive", self.name, "python", "-c", _ASK_FROM_INSIDE, "/invocations")
+        command = (
+            "exec",
+            "--interactive",
+            self.name,
+            "python",
+            "-c",
+            _ASK_FROM_INSIDE,
+            "/invocations",
+        )
         return json.loads(self.engine.docker(*command, stdin=json.dumps(body)))
 
     def log(self) -> str:
@@ -79,8 +89,13 @@ class Container:
             time.sleep(0.3)
         raise AssertionError(f"the container does not serve: {self.state()}\n{self.log()}")
 
-    def wait_until_refused(self, word: str | None = None, *, times: int = 1, timeout: float = 180) -> str:
-        """Until it has ended, or its log has ``word`` that many times; gives the log. /ping must never be answered."""
+    def wait_until_refused(
+        self, word: str | None = None, *, times: int = 1, timeout: float = 180
+    ) -> str:
+        """Until it has ended, or its log has ``word`` that many times; gives the log.
+
+        /ping must never be answered.
+        """
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             assert not self.is_serving(), f"it serves\n{self.log()}"
@@ -89,13 +104,15 @@ class Container:
                 assert not self.is_serving(), f"it serves\n{self.log()}"
                 return self.log()
             time.sleep(0.3)
-        raise AssertionError(f"after {timeout} s it has neither ended nor said {word}\n{self.log()}")
+        raise AssertionError(
+            f"after {timeout} s it has neither ended nor said {word}\n{self.log()}"
+        )
 
     def _started_again(self) -> bool:
         """Start it again where it lost a race of MLflow's; gives whether it did.
 
-        MLflow starts nginx and then puts links in the place of its log files. Where nginx opens one in between,
-        it ends, and the container with it. The second time the links are there already.
+        MLflow starts nginx and then puts links in the place of its log files. Where nginx opens one
+        in between, it ends, and the container with it. The second time the links are there already.
         """
         log = self.engine.docker("logs", "--since", self.state()["StartedAt"], self.name)
         lost = "/var/log/nginx/" in log and "failed (17: File exists)" in log
@@ -105,8 +122,13 @@ class Container:
 
 
 @contextlib.contextmanager
-def running(engine: Engine, image: str, *options: str, env: dict[str, str] | None = None) -> Iterator[Container]:
-    """Run an image in the background, its port on a free one of this machine; removed whatever happens."""
+def running(
+    engine: Engine, image: str, *options: str, env: dict[str, str] | None = None
+) -> Iterator[Container]:
+    """Run an image in the background, its port on a free one of this machine.
+
+    Removed whatever happens.
+    """
     arguments = ["run", "--detach", "--label", LABEL, *options]
     if "none" not in options:
         arguments += ["--publish", "127.0.0.1::8080"]

@@ -1,4 +1,7 @@
-"""A Docker engine to test with: the one that is there, or one of our own that ends with the tests."""
+"""A Docker engine to test with.
+
+The one that is there, or one of our own that ends with the tests.
+"""
 
 from __future__ import annotations
 
@@ -49,11 +52,16 @@ class Engine:
             timeout=timeout,
         )
         if done.returncode != 0:
-            raise AssertionError(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout[-3000:]}")
+            raise AssertionError(
+                f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout[-3000:]}"
+            )
         return done.stdout
 
     def inspect(self, kind: str, name: str) -> dict[str, Any] | None:
-        """What the engine knows of an image or a container; None where there is none of that name."""
+        """What the engine knows of an image or a container.
+
+        None where there is none of that name.
+        """
         try:
             return json.loads(self.docker(kind, "inspect", name))[0]
         except AssertionError as error:
@@ -62,15 +70,23 @@ class Engine:
             return None
 
     def remove_leftovers(self) -> None:
-        """Containers and images of the tests: those of this run, and of earlier ones that were killed."""
-        for container in self.docker("ps", "--all", "--quiet", "--filter", f"label={LABEL}").split():
+        """Containers and images of the tests.
+
+        Those of this run, and of earlier ones that were killed.
+        """
+        for container in self.docker(
+            "ps", "--all", "--quiet", "--filter", f"label={LABEL}"
+        ).split():
             self.docker("rm", "--force", "--volumes", container)
         self.remove_images(IMAGES)
 
     def remove_images(self, repository: str) -> None:
         """Every image of that name; other names of the same image stay."""
-        for name in self.docker("images", "--format", "{{.Repository}}:{{.Tag}}", repository).split():
-            self.docker("rmi", name, timeout=900)  # gigabytes, on a disk that others may be writing to
+        for name in self.docker(
+            "images", "--format", "{{.Repository}}:{{.Tag}}", repository
+        ).split():
+            # gigabytes, on a disk that others may be writing to
+            self.docker("rmi", name, timeout=900)
 
 
 @contextlib.contextmanager
@@ -81,10 +97,17 @@ def running_engine() -> Iterator[Engine]:
         NoEngineError: There is none, and this process cannot start one.
     """
     with contextlib.ExitStack() as stack:
-        # One at a time on this machine: all runs share the names of images and the data of our own engine.
-        lock = stack.enter_context((Path(tempfile.gettempdir()) / f"{IMAGES}-{os.getuid()}.lock").open("w"))
+        # One at a time on this machine: all runs share the names of images and the data of our own
+        # engine.
+        lock = stack.enter_context(
+            (Path(tempfile.gettempdir()) / f"{IMAGES}-{os.getuid()}.lock").open("w")
+        )
         fcntl.flock(lock, fcntl.LOCK_EX)
-        engine = Engine({**os.environ}) if _answers({**os.environ}) else stack.enter_context(_own_engine())
+        engine = (
+            Engine({**os.environ})
+            if _answers({**os.environ})
+            else stack.enter_context(_own_engine())
+        )
         engine.remove_leftovers()
         try:
             yield engine
@@ -121,7 +144,16 @@ def _own_engine(timeout: float = 60) -> Iterator[Engine]:
     with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
         socket, log = f"unix://{folder}/docker.sock", Path(folder) / "log"
         # The signal comes from the kernel, should this process be killed.
-        command = ["setpriv", "--pdeathsig", "TERM", "dockerd", "--host", socket, "--data-root", str(_data_root())]
+        command = [
+            "setpriv",
+            "--pdeathsig",
+            "TERM",
+            "dockerd",
+            "--host",
+            socket,
+            "--data-root",
+            str(_data_root()),
+        ]
         command += ["--exec-root", f"{folder}/exec", "--pidfile", f"{folder}/pid"]
         with log.open("wb") as output:
             daemon = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
@@ -146,8 +178,9 @@ def _own_engine(timeout: float = 60) -> Iterator[Engine]:
 def _remove_dead_engines() -> None:
     """Remove the folders of own engines that were killed, and the networks that are mounted in them.
 
-    Such a network stays on the bridge of all engines of this machine with the address of its container. A new engine
-    gives that address to a new container, and neither is reached any more. The lock says that none of ours runs.
+    Such a network stays on the bridge of all engines of this machine with the address of its
+    container. A new engine gives that address to a new container, and neither is reached any more.
+    The lock says that none of ours runs.
     """
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
         mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
@@ -157,11 +190,15 @@ def _remove_dead_engines() -> None:
         shutil.rmtree(folder)
 
 
-def _wait_until_up(daemon: subprocess.Popen[bytes], environ: dict[str, str], log: Path, timeout: float) -> None:
+def _wait_until_up(
+    daemon: subprocess.Popen[bytes], environ: dict[str, str], log: Path, timeout: float
+) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and daemon.poll() is None:
         if _answers(environ):
             return
         time.sleep(0.2)
     last = log.read_text(errors="replace").strip().splitlines()[-1:]
-    raise NoEngineError(f"no Docker engine answers, and dockerd does not start here: {''.join(last)[-300:]}")
+    raise NoEngineError(
+        f"no Docker engine answers, and dockerd does not start here: {''.join(last)[-300:]}"
+    )

@@ -19,15 +19,25 @@ def pip_settings() -> dict[str, str]:
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = [line.partition("=") for line in listing.splitlines()]
     # Variables are listed first and win.
-    return {key.rpartition(".")[2]: ast.literal_eval(value) for key, _, value in reversed(lines) if value}
+    return {
+        key.rpartition(".")[2]: ast.literal_eval(value)
+        for key, _, value in reversed(lines)
+        if value
+    }
 
 
 @functools.cache
 def wheels_of_installed() -> tuple[Path, ...]:
     """Wheels in folders that pip is configured to look in, of the versions that are installed here."""
-    installed = {canonicalize_name(one.name): one.version for one in importlib.metadata.distributions()}
-    folders = [Path(part.removeprefix("file://")) for part in pip_settings().get("find-links", "").split()]
-    wheels = sorted(wheel for folder in folders if folder.is_dir() for wheel in folder.glob("*.whl"))
+    installed = {
+        canonicalize_name(one.name): one.version for one in importlib.metadata.distributions()
+    }
+    folders = [
+        Path(part.removeprefix("file://")) for part in pip_settings().get("find-links", "").split()
+    ]
+    wheels = sorted(
+        wheel for folder in folders if folder.is_dir() for wheel in folder.glob("*.whl")
+    )
     return tuple(wheel for wheel in wheels if _is_version_of(wheel, installed))
 
 
@@ -41,4 +51,6 @@ def _is_version_of(wheel: Path, installed: dict[str, str]) -> bool:
 
 def torch_wheels() -> Path | None:
     """The folder that holds the installed torch; None where there is none."""
-    return next((wheel.parent for wheel in wheels_of_installed() if wheel.name.startswith("torch-")), None)
+    return next(
+        (wheel.parent for wheel in wheels_of_installed() if wheel.name.startswith("torch-")), None
+    )

@@ -1,4 +1,7 @@
-"""Plain ``mlflow models build-docker --env-manager local``: the image answers as this machine, or does not serve."""
+"""Plain ``mlflow models build-docker --env-manager local``.
+
+The image answers as this machine, or does not serve.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,10 @@ def save_minilm(path, options, request):
         model_config={"pooling": "mean", "normalize": True},
         **options,
     )
-    words = "the cat sat; naïve Straße привет 你好 🙂 return x[0] + y if else def f(x): 3.14 https://example.org/a?b=c"
+    words = (
+        "the cat sat; naïve Straße привет 你好 🙂 return x[0] + y if else def f(x): 3.14 "
+        "https://example.org/a?b=c"
+    )
     return [{"text": text} for text in [*sentences(words, 600)[:-1], ""]]
 
 
@@ -109,12 +115,21 @@ def save_pickled(path, options, request):
             return {"score": self.out(torch.cat([hidden, weight[:, None]], dim=1))[:, 0]}
 
     def preprocess(rows, tokenizer):
-        found = tokenizer([row["code"] for row in rows], padding=True, truncation=True, return_tensors="pt")
+        found = tokenizer(
+            [row["code"] for row in rows], padding=True, truncation=True, return_tensors="pt"
+        )
         weight = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
-        return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"], "weight": weight}
+        return {
+            "input_ids": found["input_ids"],
+            "attention_mask": found["attention_mask"],
+            "weight": weight,
+        }
 
     def postprocess(outputs, rows):
-        return [{"score": float(score), "code": row["code"]} for score, row in zip(outputs["score"], rows, strict=True)]
+        return [
+            {"score": float(score), "code": row["code"]}
+            for score, row in zip(outputs["score"], rows, strict=True)
+        ]
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -123,7 +138,9 @@ def save_pickled(path, options, request):
     texts = sentences("the cat sat on x = y + ( z ) if else", 60)
     rows = [{"code": text, "weight": chance.uniform(-2, 2)} for text in texts]
     hooks = {"preprocess": preprocess, "postprocess": postprocess, "input_example": rows[:3]}
-    mlflow_safeflavor.save_model(model, path, tokenizer=tokenizer, task="custom", allow_pickle=True, **hooks, **options)
+    mlflow_safeflavor.save_model(
+        model, path, tokenizer=tokenizer, task="custom", allow_pickle=True, **hooks, **options
+    )
     shutil.rmtree(checkpoint)
     assert json.loads((path / "safeflavor" / "structure.json").read_text())["kind"] == "pickle"
     return rows
@@ -139,7 +156,9 @@ def save_pair(path, options, request):
         input_columns={"text": "buggy_code", "text_pair": "fixed_code"},
         **options,
     )
-    left, right = (sentences(words, 40) for words in ("return x + y", "if x else y - ( cat ) = tree zebra"))
+    left, right = (
+        sentences(words, 40) for words in ("return x + y", "if x else y - ( cat ) = tree zebra")
+    )
     return [{"buggy_code": a, "fixed_code": b} for a, b in zip(left, right, strict=True)]
 
 
@@ -197,9 +216,9 @@ def saved_as(torch_index, tmp_path_factory, request, monkeypatch) -> Callable[[s
 def image(engine, saved_as) -> str:
     """The image of the first model, built once a session.
 
-    A build takes minutes and downloads everything anew, because MLflow copies the model before it installs what
-    the model requires. So the other models are put in the place of the first: where all of them require the same,
-    ``build-docker`` would install the same for each.
+    A build takes minutes and downloads everything anew, because MLflow copies the model before it
+    installs what the model requires. So the other models are put in the place of the first: where
+    all of them require the same, ``build-docker`` would install the same for each.
     """
     if not _images:
         started = time.monotonic()
@@ -211,7 +230,8 @@ def image(engine, saved_as) -> str:
 
 def answers_here(path, rows, env, monkeypatch):
     """What pyfunc answers in this process, written and read as the server writes and its callers read."""
-    from mlflow.pyfunc.scoring_server import predictions_to_json  # warns, so not while tests are collected
+    # warns, so not while tests are collected
+    from mlflow.pyfunc.scoring_server import predictions_to_json
 
     with monkeypatch.context() as patch:
         for name, value in env.items():
@@ -234,10 +254,14 @@ def build(engine, path, image):
 
 
 def require_same(found, wanted):
-    """Equal in every row and field; JSON holds all digits, so equal numbers are equal bit for bit."""
+    """Equal in every row and field.
+
+    JSON holds all digits, so equal numbers are equal bit for bit.
+    """
     different = [i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b]
     assert different == [], (
-        f"{len(different)} rows differ, row {different[0]}: {found[different[0]]} is not {wanted[different[0]]}"
+        f"{len(different)} rows differ, row {different[0]}: {found[different[0]]} is not "
+        f"{wanted[different[0]]}"
     )
 
 
@@ -276,13 +300,17 @@ def test_all_models_require_the_same(saved_as):
 @pytest.mark.parametrize("name", MODELS)
 def test_image_pyfunc_and_server_answer_the_same_bits(engine, image, saved_as, serve, name):
     model = saved_as(name)
-    assert len({json.dumps(row) for row in model.here}) > ROWS / 2, "rows that answer alike prove little"
+    assert len({json.dumps(row) for row in model.here}) > ROWS / 2, (
+        "rows that answer alike prove little"
+    )
     with serve(model.path, env={**ONE_THREAD, **model.env}) as server:
         there = server.invoke(model.body)
         assert there.status == 200, there.text
         require_same(there.json()["predictions"], model.here)
     # With STRICT an image with any other version than what was recorded does not start.
-    with running(engine, image, *model.volume, env={**ONE_THREAD, **STRICT, **model.env}) as container:
+    with running(
+        engine, image, *model.volume, env={**ONE_THREAD, **STRICT, **model.env}
+    ) as container:
         container.wait_until_serving()
         require_same(container.invoke(model.body)["predictions"], model.here)
         assert "1 threads by num_threads" in container.log()
@@ -304,13 +332,22 @@ def test_with_less_of_the_machine_the_answers_are_within_tolerance(engine, image
         containers = {}
         for less, (options, env, _) in LESS.items():
             env = {"MLFLOW_MODELS_WORKERS": "1", **env, **model.env}
-            containers[less] = stack.enter_context(running(engine, image, *model.volume, *options, env=env))
+            containers[less] = stack.enter_context(
+                running(engine, image, *model.volume, *options, env=env)
+            )
         for less, container in containers.items():
             container.wait_until_serving()
             assert LESS[less][2] in container.log()
             # In parts: the proxy of MLflow's image gives up after 60 s.
-            answers = [container.invoke({"dataframe_records": part})["predictions"] for part in parts(model.rows, 50)]
-            require_close([row for part in answers for row in part], model.here, recorded_tolerance(model.path))
+            answers = [
+                container.invoke({"dataframe_records": part})["predictions"]
+                for part in parts(model.rows, 50)
+            ]
+            require_close(
+                [row for part in answers for row in part],
+                model.here,
+                recorded_tolerance(model.path),
+            )
 
 
 def test_without_any_network_it_answers(engine, image, saved_as):
@@ -325,10 +362,15 @@ def test_without_any_network_it_answers(engine, image, saved_as):
 
 @pytest.fixture
 def damaged(saved_as, tmp_path):
-    """``damaged(change)``: options that put a changed copy of the model in the place of the image's own."""
+    """``damaged(change)``.
+
+    Options that put a changed copy of the model in the place of the image's own.
+    """
 
     def copy(change: Callable[[Path], object]) -> list[str]:
-        path = Path(shutil.copytree(saved_as(FIRST).path, tmp_path / change.__name__, copy_function=os.link))
+        path = Path(
+            shutil.copytree(saved_as(FIRST).path, tmp_path / change.__name__, copy_function=os.link)
+        )
         change(path)
         return in_its_place(path)
 
@@ -339,7 +381,10 @@ def other_golden_outputs(path):
     """As if the image computed something else than what was recorded."""
     file = path / "safeflavor" / "parity.safetensors"
     arrays = load_file(file)
-    changed = {name: array * np.float32(1.5) if array.dtype == np.float32 else array for name, array in arrays.items()}
+    changed = {
+        name: array * np.float32(1.5) if array.dtype == np.float32 else array
+        for name, array in arrays.items()
+    }
     assert any(not np.array_equal(changed[name], array) for name, array in arrays.items())
     file.unlink()
     save_file(changed, file)
@@ -377,7 +422,9 @@ def test_a_model_that_fails_a_check_ends_the_container(engine, image, damaged):
         containers = {}
         for name, (change, _, env) in REFUSED.items():
             env = {"MLFLOW_MODELS_WORKERS": "1", **env}
-            containers[name] = stack.enter_context(running(engine, image, *damaged(change), env=env))
+            containers[name] = stack.enter_context(
+                running(engine, image, *damaged(change), env=env)
+            )
         for name, container in containers.items():
             log = container.wait_until_refused()
             assert not container.state()["Running"]
@@ -385,7 +432,10 @@ def test_a_model_that_fails_a_check_ends_the_container(engine, image, damaged):
 
 
 def test_workers_that_are_started_again_do_not_serve_either(engine, image, damaged):
-    """With several workers the server starts a new one for each that ends; none gets as far as /ping."""
+    """With several workers the server starts a new one for each that ends.
+
+    None gets as far as /ping.
+    """
     options = damaged(other_golden_outputs)
     with running(engine, image, *options, env={"MLFLOW_MODELS_WORKERS": "2"}) as container:
         container.wait_until_refused("ParityError: ", times=3)
@@ -401,17 +451,30 @@ def test_without_enough_memory_it_ends_and_does_not_serve(engine, image):
 
 
 @pytest.mark.graphs
-def test_a_graph_alone_makes_an_image_without_torch(engine, torch_index, minilm_folder, tmp_path, monkeypatch):
-    """Smaller by all that only a module needs; MLflow itself is installed whole, whatever the pins say."""
+def test_a_graph_alone_makes_an_image_without_torch(
+    engine, torch_index, minilm_folder, tmp_path, monkeypatch
+):
+    """Smaller by all that only a module needs.
+
+    MLflow itself is installed whole, whatever the pins say.
+    """
     path, tag = tmp_path / "model", f"{IMAGES}:graph"
-    model, tokenizer = AutoModel.from_pretrained(minilm_folder), AutoTokenizer.from_pretrained(minilm_folder)
+    model, tokenizer = (
+        AutoModel.from_pretrained(minilm_folder),
+        AutoTokenizer.from_pretrained(minilm_folder),
+    )
     mlflow_safeflavor.save_model(model, path, tokenizer=tokenizer, graph="only", rehearse=False)
-    rows = [{"text": text} for text in ["", *sentences("the cat sat; naïve Straße 你好 🙂", 300)[:40]]]
+    rows = [
+        {"text": text} for text in ["", *sentences("the cat sat; naïve Straße 你好 🙂", 300)[:40]]
+    ]
     here = answers_here(path, rows, {}, monkeypatch)
     build(engine, path, tag)
     env = {"MLFLOW_MODELS_WORKERS": "1", **STRICT}
     with running(engine, tag, "--cpus=1", env=env) as container:
         container.wait_until_serving()
         require_same(container.invoke({"dataframe_records": rows})["predictions"], here)
-        look = "import importlib.util as u; print([name for name in ('torch', 'transformers') if u.find_spec(name)])"
+        look = (
+            "import importlib.util as u; print([name for name in ('torch', 'transformers') if "
+            "u.find_spec(name)])"
+        )
         assert engine.docker("exec", container.name, "python", "-c", look).strip() == "[]"

@@ -10,7 +10,10 @@ from pathlib import Path
 import engine as engines
 import pytest
 
-pytestmark = [pytest.mark.docker, pytest.mark.skipif(os.geteuid() != 0, reason="mounts a network, which takes root")]
+pytestmark = [
+    pytest.mark.docker,
+    pytest.mark.skipif(os.geteuid() != 0, reason="mounts a network, which takes root"),
+]
 
 
 def test_networks_of_a_killed_engine_are_removed(tmp_path, monkeypatch):

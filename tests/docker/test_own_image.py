@@ -25,7 +25,15 @@ pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.graphs]
 
 TEXTS = ["", "a cat on the mat", "naïve Straße 你好 🙂", "def f(x): return x + 1 " * 90]
 BODY = {"dataframe_records": [{"text": text} for text in TEXTS]}
-HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+HARDENED = (
+    "--read-only",
+    "--tmpfs",
+    "/tmp",
+    "--cap-drop",
+    "ALL",
+    "--security-opt",
+    "no-new-privileges",
+)
 ONE_THREAD = {"MLFLOW_SAFEFLAVOR_NUM_THREADS": "1"}
 _made = {}
 
@@ -54,8 +62,13 @@ def saved_minilm(torch_index, minilm_folder, tmp_path_factory):
 def image(engine, saved_minilm):
     """Built once; the tag, and what the build printed."""
     if "image" not in _made:
-        path = mlflow_safeflavor.generate_dockerfile(str(saved_minilm / "model"), saved_minilm / "context")
-        _made["image"] = f"{IMAGES}:own", engine.docker("build", "--tag", f"{IMAGES}:own", path.parent, timeout=900)
+        path = mlflow_safeflavor.generate_dockerfile(
+            str(saved_minilm / "model"), saved_minilm / "context"
+        )
+        _made["image"] = (
+            f"{IMAGES}:own",
+            engine.docker("build", "--tag", f"{IMAGES}:own", path.parent, timeout=900),
+        )
     return _made["image"]
 
 
@@ -66,7 +79,9 @@ def answers(path, monkeypatch):
     return found["embedding"].tolist()
 
 
-def test_it_answers_as_this_machine_without_root_network_or_a_writable_disk(engine, image, saved_minilm, monkeypatch):
+def test_it_answers_as_this_machine_without_root_network_or_a_writable_disk(
+    engine, image, saved_minilm, monkeypatch
+):
     expected = answers(saved_minilm / "model", monkeypatch)
     with running(engine, image[0], *HARDENED, "--network", "none", env=ONE_THREAD) as container:
         container.wait_until_serving(inside=True)
@@ -89,11 +104,23 @@ def test_it_holds_what_the_graph_needs_and_no_more(engine, image, saved_minilm):
 def in_container(engine, image, code, *options):
     """What a program prints that runs in a container of the image, in place of the server."""
     return engine.docker(
-        "run", "--rm", "--label", LABEL, *options, "--entrypoint", "python", image[0], "-c", code, timeout=600
+        "run",
+        "--rm",
+        "--label",
+        LABEL,
+        *options,
+        "--entrypoint",
+        "python",
+        image[0],
+        "-c",
+        code,
+        timeout=600,
     )
 
 
-WORDS = "the a cat dog sat ran on under mat tree naïve Straße 你好 🙂 def f(x): return x + 1".split()
+WORDS = (
+    "the a cat dog sat ran on under mat tree naïve Straße 你好 🙂 def f(x): return x + 1".split()
+)
 ASK = """
 import json, sys, logging
 logging.disable()
@@ -133,30 +160,46 @@ def mixed(saved_minilm, minilm_folder, tmp_path):
     folder.mkdir(mode=0o755)
     options = {"graph": "only", "rehearse": False}
     mlflow_safeflavor.save_model(
-        classifier, folder / "classifier", tokenizer=AutoTokenizer.from_pretrained(minilm_folder), **options
+        classifier,
+        folder / "classifier",
+        tokenizer=AutoTokenizer.from_pretrained(minilm_folder),
+        **options,
     )
     lengths = [0, 1, 2, 300, *(int(2 ** drawn.uniform(0, 7)) for _ in range(196))]
     texts = [" ".join(drawn.choices(WORDS, k=length)) for length in lengths]
-    arrays = {"ids": torch.randint(5, 30000, (200, 24)).numpy(), "mask": torch.ones(200, 24, dtype=torch.long).numpy()}
+    arrays = {
+        "ids": torch.randint(5, 30000, (200, 24)).numpy(),
+        "mask": torch.ones(200, 24, dtype=torch.long).numpy(),
+    }
     arrays["mask"][::3, 11:] = 0
     example = {name: array[:2] for name, array in arrays.items()}
-    mlflow_safeflavor.save_model(Own(encoder).eval(), folder / "own", task="raw", input_example=example, **options)
+    mlflow_safeflavor.save_model(
+        Own(encoder).eval(), folder / "own", task="raw", input_example=example, **options
+    )
     shutil.copytree(saved_minilm / "model", folder / "embedding")
     rows = {"texts": texts, "arrays": {name: array.tolist() for name, array in arrays.items()}}
     (folder / "rows.json").write_text(json.dumps(rows))
     program = ASK.replace("/rows/", f"{folder}/")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     return folder, json.loads(done.stdout.partition("ANSWERS")[2])
 
 
 def test_the_same_bits_for_any_quota_and_any_number_of_threads(engine, image, mixed):
     folder, wanted = mixed
-    assert len(wanted["classifier"]) == len(wanted["embedding"]) == len(wanted["own"]["labels"]) == 200
-    assert len({row["score"] for row in wanted["classifier"]}) > 150, "answers that are all alike prove nothing"
+    assert (
+        len(wanted["classifier"]) == len(wanted["embedding"]) == len(wanted["own"]["labels"]) == 200
+    )
+    assert len({row["score"] for row in wanted["classifier"]}) > 150, (
+        "answers that are all alike prove nothing"
+    )
     mounted = ("--volume", f"{folder}:/rows:ro", "--env", "MLFLOW_SAFEFLAVOR_ENVIRONMENT=error")
     threads = [("--env", f"MLFLOW_SAFEFLAVOR_NUM_THREADS={count}") for count in (1, 3)]
     for options in (("--cpus=2",), ("--cpus=1",), ("--cpus=0.5",), *threads):
-        found = json.loads(in_container(engine, image, ASK, *mounted, *options).partition("ANSWERS")[2])
+        found = json.loads(
+            in_container(engine, image, ASK, *mounted, *options).partition("ANSWERS")[2]
+        )
         for name, answers in wanted.items():
             assert found[name] == answers, f"{name}, {options}"
 
@@ -165,7 +208,9 @@ def test_workers_are_as_many_as_the_quota_allows(engine, image):
     with running(engine, image[0], *HARDENED, "--cpus=1") as container:
         container.wait_until_serving()
         assert "a quota of 1, 1 workers: 1 threads" in container.log()
-        assert engine.docker("exec", container.name, "cat", "/proc/1/cmdline").split("\0")[-4:-2] == ["--workers", "1"]
+        assert engine.docker("exec", container.name, "cat", "/proc/1/cmdline").split("\0")[
+            -4:-2
+        ] == ["--workers", "1"]
     with running(engine, image[0], *HARDENED, env={"MLFLOW_MODELS_WORKERS": "2"}) as container:
         container.wait_until_serving()
         assert "2 workers: " in container.log()
@@ -185,7 +230,9 @@ def test_it_becomes_healthy_and_stops_at_once(engine, image):
 
 
 def test_a_change_of_weights_installs_nothing(engine, image, saved_minilm, monkeypatch):
-    path = mlflow_safeflavor.generate_dockerfile(str(saved_minilm / "retrained"), saved_minilm / "context-2")
+    path = mlflow_safeflavor.generate_dockerfile(
+        str(saved_minilm / "retrained"), saved_minilm / "context-2"
+    )
     said = engine.docker("build", "--tag", f"{IMAGES}:own-2", path.parent, timeout=900)
     assert "Collecting" in image[1] or "CACHED" in image[1] or "Using cache" in image[1]
     assert "Collecting" not in said
@@ -220,7 +267,9 @@ def _other_answers(model):
 
 
 def _other_python(model):
-    edit_json(model / "safeflavor" / "environment.json", lambda content: content.update(python="3.99.0"))
+    edit_json(
+        model / "safeflavor" / "environment.json", lambda content: content.update(python="3.99.0")
+    )
     reseal(model)
 
 

@@ -1,4 +1,7 @@
-"""`make stack` with containers: docker compose runs the compose file, and the app answers as this process does."""
+"""`make stack` with containers.
+
+Docker compose runs the compose file, and the app answers as this process does.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,15 @@ def images(engine, torch_index):
 
 @pytest.fixture
 def environ(engine, images, tmp_path, monkeypatch):
-    """Variables of the compose file and of the engine, also of this process; what is started with them is removed."""
-    for name, value in {**engine.environ, **SETTINGS, "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false"}.items():
+    """Variables of the compose file and of the engine, also of this process.
+
+    What is started with them is removed.
+    """
+    for name, value in {
+        **engine.environ,
+        **SETTINGS,
+        "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+    }.items():
         monkeypatch.setenv(name, value)
     try:
         compose = stack.compose()
@@ -84,12 +94,19 @@ def test_the_whole_stack(engine, environ, tiny_bert, tiny_tokenizer, torch_index
     stack.run([*stack.compose(), "up", "--detach", "--wait", "postgres", "s3", "mlflow"], environ)
     uri = f"http://127.0.0.1:{environ['MLFLOW_PORT']}"
     log_champion(uri, tiny_bert(initializer_range=0.5), tiny_tokenizer, torch_index)
-    wanted = mlflow_safeflavor.load_model(stack.CHAMPION).predict(pd.DataFrame(changes(50))).to_dict(orient="records")
+    wanted = (
+        mlflow_safeflavor.load_model(stack.CHAMPION)
+        .predict(pd.DataFrame(changes(50)))
+        .to_dict(orient="records")
+    )
 
-    # What runs is left as it is, and there is a champion: this builds the model's image, and starts it and the app.
+    # What runs is left as it is, and there is a champion: this builds the model's image, and starts
+    # it and the app.
     port = stack.free_port()
     command = [sys.executable, stack.__file__, "--folder", tmp_path]
-    done = subprocess.run([*command, "up", "--port", str(port)], stdout=subprocess.PIPE, text=True, timeout=1500)
+    done = subprocess.run(
+        [*command, "up", "--port", str(port)], stdout=subprocess.PIPE, text=True, timeout=1500
+    )
     assert done.returncode == 0
     (printed,) = done.stdout.splitlines()
     assert json.loads(printed)["label"] in {row["label"] for row in wanted}
@@ -103,5 +120,7 @@ def test_the_whole_stack(engine, environ, tiny_bert, tiny_tokenizer, torch_index
     assert "Traceback" not in refused.text
 
     subprocess.run([*command, "down"], check=True, timeout=120)
-    running = engine.docker("ps", "--quiet", "--filter", f"label=com.docker.compose.project={IMAGES}")
+    running = engine.docker(
+        "ps", "--quiet", "--filter", f"label=com.docker.compose.project={IMAGES}"
+    )
     assert not running.split()

@@ -1,7 +1,10 @@
-"""The accelerator that checks run on: the one that torch sees, or one that ``accelerator.cpp`` fakes.
+"""The accelerator that checks run on.
 
-The fake is a device of torch's own kind for devices of others, so that everything that is asked of the package goes the
-way it goes on a GPU: tensors have another device, mixing devices is an error, and memory is counted and can run out.
+The one that torch sees, or one that ``accelerator.cpp`` fakes.
+
+The fake is a device of torch's own kind for devices of others, so that everything that is asked of
+the package goes the way it goes on a GPU: tensors have another device, mixing devices is an error,
+and memory is counted and can run out.
 """
 
 from __future__ import annotations
@@ -115,26 +118,35 @@ def _module(library: ctypes.CDLL) -> ModuleType:
     module.device_count = lambda: 1
     module.is_available = module.is_initialized = lambda: True
     module.current_device = lambda: 0
-    module.set_device = module.synchronize = module.empty_cache = module.manual_seed_all = lambda *_: None
+    module.set_device = module.synchronize = module.empty_cache = module.manual_seed_all = (
+        lambda *_: None
+    )
     first = os.getpid()
     module._is_in_bad_fork = lambda: os.getpid() != first  # as after CUDA was used
     module.memory_allocated = lambda *_: library.accelerator_allocated()
     module.max_memory_allocated = lambda *_: library.accelerator_peak()
     module.reset_peak_memory_stats = lambda *_: library.accelerator_reset_peak()
     module.mem_get_info = lambda *_: (_TOTAL - library.accelerator_allocated(), _TOTAL)
-    module.set_per_process_memory_fraction = lambda part, *_: library.accelerator_limit(int(part * _TOTAL))
+    module.set_per_process_memory_fraction = lambda part, *_: library.accelerator_limit(
+        int(part * _TOTAL)
+    )
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     return module  # type: ignore[no-any-return]
 
 
 def _let_safetensors_read() -> None:
-    """For accelerate, which reads what lies on disk to a device by its name: safetensors has a list of these."""
+    """For accelerate, which reads what lies on disk to a device by its name.
+
+    Safetensors has a list of these.
+    """
     from accelerate.utils import offload
 
     original = safetensors.safe_open
 
     def safe_open(file: Any, *, framework: str, device: Any = "cpu") -> Any:
-        return original(file, framework=framework, device="cpu" if str(device).startswith(FAKE) else device)
+        return original(
+            file, framework=framework, device="cpu" if str(device).startswith(FAKE) else device
+        )
 
     safetensors.safe_open = safe_open
     if hasattr(offload, "safe_open"):
@@ -153,8 +165,21 @@ def _built() -> Path:
     library, own = folder / f"{what}.so", folder / f"{what}-{os.getpid()}.so"
     if not library.exists():
         home = Path(torch.__file__).parent
-        command = [build, "-O1", "-std=c++20", "-shared", "-fPIC", os.fspath(_SOURCE), "-o", os.fspath(own)]
-        command += [f"-I{home}/include", f"-I{home}/include/torch/csrc/api/include", f"-L{home}/lib"]
+        command = [
+            build,
+            "-O1",
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            os.fspath(_SOURCE),
+            "-o",
+            os.fspath(own),
+        ]
+        command += [
+            f"-I{home}/include",
+            f"-I{home}/include/torch/csrc/api/include",
+            f"-L{home}/lib",
+        ]
         command += [f"-Wl,-rpath,{home}/lib", "-ltorch_cpu", "-lc10"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -27,7 +27,10 @@ def _tf32(allowed: bool) -> Iterator[None]:
     matmul.allow_tf32 = cudnn.allow_tf32 = allowed
     try:
         yield
-        require((matmul.allow_tf32, cudnn.allow_tf32) == (allowed, allowed), "a setting of the process was changed")
+        require(
+            (matmul.allow_tf32, cudnn.allow_tf32) == (allowed, allowed),
+            "a setting of the process was changed",
+        )
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
@@ -35,7 +38,9 @@ def _tf32(allowed: bool) -> Iterator[None]:
 def _bare(model: Any, inputs: dict[str, torch.Tensor]) -> np.ndarray:
     """The module called by hand, under whatever the process allows."""
     with torch.inference_mode():
-        found = model.module(**{name: tensor.to(model.engine.device) for name, tensor in inputs.items()})
+        found = model.module(
+            **{name: tensor.to(model.engine.device) for name, tensor in inputs.items()}
+        )
     found = found if isinstance(found, torch.Tensor) else found.logits
     array: np.ndarray = found.float().cpu().numpy()
     return array
@@ -45,7 +50,8 @@ def _bare(model: Any, inputs: dict[str, torch.Tensor]) -> np.ndarray:
 def tolerances(bench: Bench) -> dict[str, Any]:
     """Golden rows of the CPU on the device: the largest difference for each dtype, TF32 off and on.
 
-    The engine's must be the same bits with TF32 on; the bare module's say what would be without its scope.
+    The engine's must be the same bits with TF32 on; the bare module's say what would be without its
+    scope.
     """
     found: dict[str, Any] = {}
     for name in ("tiny", "minilm", "Convolution"):
@@ -68,11 +74,24 @@ def tolerances(bench: Bench) -> dict[str, Any]:
                 wanted[allowed] = engine
                 on_cpu = here.engine(arrays)
                 which = "TF32 on" if allowed else "TF32 off"
-                figures[f"engine, {which}"] = max(largest(engine[key], on_cpu[key]) for key in engine)
+                figures[f"engine, {which}"] = max(
+                    largest(engine[key], on_cpu[key]) for key in engine
+                )
                 figures[f"bare, {which}"] = largest(bare, next(iter(on_cpu.values())))
             for key, value in wanted[False].items():
-                require(np.array_equal(value, wanted[True][key]), name, dtype, "depends on what the process allows")
-            require(figures["engine, TF32 on"] <= 4 * TOLERANCES[dtype]["atol"], name, dtype, "is beyond:", figures)
+                require(
+                    np.array_equal(value, wanted[True][key]),
+                    name,
+                    dtype,
+                    "depends on what the process allows",
+                )
+            require(
+                figures["engine, TF32 on"] <= 4 * TOLERANCES[dtype]["atol"],
+                name,
+                dtype,
+                "is beyond:",
+                figures,
+            )
             found[f"{name} {dtype}"] = figures
     return found
 
@@ -82,7 +101,11 @@ def _inputs(name: str, dtype: str) -> dict[str, torch.Tensor]:
     if name == "Convolution":
         return {"x": torch.rand((4, 8, 16, 16), generator=generator).to(getattr(torch, dtype))}
     ids = torch.randint(5, 900, (8, 64), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+    }
 
 
 @check(60)
@@ -95,13 +118,28 @@ def batch_mates(bench: Bench) -> dict[str, Any]:
         model = mlflow_safeflavor.load_model(path)
         mates = model.predict(texts)["score"].to_numpy()
         alone = np.array([model.predict([text])["score"].item() for text in texts])
-        require(largest(model.predict(texts)["score"], mates) == 0, dtype, "differs from run to run")
+        require(
+            largest(model.predict(texts)["score"], mates) == 0, dtype, "differs from run to run"
+        )
         found[f"{dtype}, with mates"] = largest(mates, alone)
-        require(found[f"{dtype}, with mates"] <= TOLERANCES[dtype]["atol"], dtype, "alone or not differ by", found)
+        require(
+            found[f"{dtype}, with mates"] <= TOLERANCES[dtype]["atol"],
+            dtype,
+            "alone or not differ by",
+            found,
+        )
         strict = mlflow_safeflavor.load_model(path, model_config={"deterministic": True})
         bits = [strict.predict([text])["score"].item() for text in texts]
-        require(strict.predict(texts)["score"].tolist() == bits, dtype, "deterministic, and yet mates matter")
-        require(strict.predict(texts[::-1])["score"].tolist() == bits[::-1], dtype, "deterministic, and order matters")
+        require(
+            strict.predict(texts)["score"].tolist() == bits,
+            dtype,
+            "deterministic, and yet mates matter",
+        )
+        require(
+            strict.predict(texts[::-1])["score"].tolist() == bits[::-1],
+            dtype,
+            "deterministic, and order matters",
+        )
     return found
 
 

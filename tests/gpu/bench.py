@@ -60,7 +60,10 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(limit: float = 30) -> Callable[[Callable[[Bench], Figures]], Callable[[Bench], Figures]]:
-    """Put a function on the list, under its own name. It returns figures, or raises what is wrong."""
+    """Put a function on the list, under its own name.
+
+    It returns figures, or raises what is wrong.
+    """
 
     def listed(run: Callable[[Bench], Figures]) -> Callable[[Bench], Figures]:
         CHECKS[run.__name__] = Check(run.__name__, run, limit)
@@ -77,5 +80,7 @@ def require(holds: object, *words: object) -> None:
 
 def largest(found: Any, wanted: Any) -> float:
     """Largest absolute difference of two arrays or two tensors on the CPU."""
-    difference: np.ndarray = np.abs(np.asarray(found, dtype=np.float64) - np.asarray(wanted, dtype=np.float64))
+    difference: np.ndarray = np.abs(
+        np.asarray(found, dtype=np.float64) - np.asarray(wanted, dtype=np.float64)
+    )
     return float(difference.max(initial=0.0))

@@ -29,11 +29,17 @@ __all__ = ["Saved", "classifier", "texts_of", "tokenizer"]
 
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _SIZES = {"tiny": (1000, 32, 2, 2), "minilm": (30522, 384, 6, 12), "large": (50265, 768, 12, 12)}
-"""Words, hidden size, layers, heads; "minilm" has the shape of all-MiniLM-L6-v2, "large" that of RoBERTa-base."""
+"""Words, hidden size, layers, heads.
+
+"minilm" has the shape of all-MiniLM-L6-v2, "large" that of RoBERTa-base.
+"""
 
 
 def _words(count: int) -> list[str]:
-    return ["".join(letters) for letters in islice(product(string.ascii_lowercase, repeat=4), count - len(_SPECIAL))]
+    return [
+        "".join(letters)
+        for letters in islice(product(string.ascii_lowercase, repeat=4), count - len(_SPECIAL))
+    ]
 
 
 def tokenizer(size: str = "tiny") -> Any:
@@ -95,7 +101,9 @@ def _writer() -> Any:
 
 _EXAMPLES = {
     "Odd": lambda: {"x": np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 8)},
-    "Convolution": lambda: {"x": np.linspace(-1, 1, 4 * 2048, dtype=np.float32).reshape(4, 8, 16, 16)},
+    "Convolution": lambda: {
+        "x": np.linspace(-1, 1, 4 * 2048, dtype=np.float32).reshape(4, 8, 16, 16)
+    },
 }
 
 

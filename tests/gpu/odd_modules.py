@@ -1,4 +1,6 @@
-"""Modules that no library has: tensors of every kind, a convolution, and one that takes as much memory as it is told.
+"""Modules that no library has.
+
+Tensors of every kind, a convolution, and one that takes as much memory as it is told.
 
 Saved with their file as code, so this imports nothing but torch.
 """
@@ -36,7 +38,9 @@ class Convolution(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = torch.nn.Sequential(
-            torch.nn.Conv2d(8, 64, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3, padding=1)
+            torch.nn.Conv2d(8, 64, 3, padding=1),
+            torch.nn.ReLU(),
+            torch.nn.Conv2d(64, 64, 3, padding=1),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -52,7 +56,9 @@ class Greedy(torch.nn.Module):
         self.table = torch.nn.Parameter(torch.linspace(-1, 1, 1000)[:, None].repeat(1, 4))
         self.weight = torch.nn.Parameter(torch.ones(1 << 22))
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """(rows, tokens) → (rows, tokens, 4)."""
         hidden = self.table[input_ids]
         hidden.mean(2)[:, ::8, None] * self.weight[: 1 << 20]

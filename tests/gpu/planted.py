@@ -49,7 +49,9 @@ def _afterwards(spoil: Callable[[torch.nn.Module], None]) -> Any:
     return _replaced(placement, "place", spoiled)
 
 
-def _put(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.nn.Module], None]:
+def _put(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[torch.nn.Module], None]:
     """All of these leave the golden rows' answers as they are, so that loading finds nothing."""
     return lambda module: setattr(module, name, change(getattr(module, name)))
 
@@ -69,13 +71,25 @@ PLANTS: dict[str, tuple[str, Any]] = {
         lambda: _afterwards(_put("counted", torch.Tensor.cpu)),
     ),
     "a buffer is on the CPU": ("tensors", lambda: _afterwards(_put("untouched", torch.Tensor.cpu))),
-    "a plain tensor is on the CPU": ("tensors", lambda: _afterwards(_put("places", torch.Tensor.cpu))),
-    "a buffer has another dtype": ("tensors", lambda: _afterwards(_put("untouched", torch.Tensor.double))),
+    "a plain tensor is on the CPU": (
+        "tensors",
+        lambda: _afterwards(_put("places", torch.Tensor.cpu)),
+    ),
+    "a buffer has another dtype": (
+        "tensors",
+        lambda: _afterwards(_put("untouched", torch.Tensor.double)),
+    ),
     "a parameter is on meta": ("tensors", lambda: _afterwards(_to_meta)),
-    "a value is another": ("tensors", lambda: _afterwards(_put("fine", lambda tensor: tensor + 1e-9))),
+    "a value is another": (
+        "tensors",
+        lambda: _afterwards(_put("fine", lambda tensor: tensor + 1e-9)),
+    ),
     "a tie is gone": ("tensors", lambda: _afterwards(_untie)),
     "nothing is placed": ("tensors", lambda: _replaced(placement, "place", lambda *args: None)),
-    "no batch is halved": ("out_of_memory", lambda: _replaced(forwards, "is_out_of_memory", lambda error: False)),
+    "no batch is halved": (
+        "out_of_memory",
+        lambda: _replaced(forwards, "is_out_of_memory", lambda error: False),
+    ),
     "files stay mapped": ("peak", lambda: _replaced(placement, "maps_files", lambda *args: True)),
 }
 

@@ -23,7 +23,10 @@ from .models import texts_of
 
 @check(60)
 def fork(bench: Bench) -> dict[str, Any]:
-    """A process forked off after the device was used: a named error there, the CPU if asked, and no harm here."""
+    """A process forked off after the device was used.
+
+    A named error there, the CPU if asked, and no harm here.
+    """
     path, texts = bench.saved("tiny"), texts_of([5])
     model = mlflow_safeflavor.load_model(path)
     wanted = model.predict(texts)["score"].item()
@@ -96,7 +99,11 @@ def vanished(bench: Bench) -> dict[str, Any]:
     found = _fresh(bench.saved("tiny"), text, "cuda", "auto", CUDA_VISIBLE_DEVICES="")
     said = found["cuda"][0]
     require(said.startswith("PlacementError"), "asked for the GPU:", said)
-    require(("built without CUDA" if bench.accelerator.is_fake else "CUDA_VISIBLE_DEVICES") in said, "no reason:", said)
+    require(
+        ("built without CUDA" if bench.accelerator.is_fake else "CUDA_VISIBLE_DEVICES") in said,
+        "no reason:",
+        said,
+    )
     require(found["auto"][0] == "cpu", "auto:", found["auto"])
     return {"said": said, "auto": found["auto"][0]}
 
@@ -111,4 +118,7 @@ def first_answer(bench: Bench) -> dict[str, Any]:
     begun = time.perf_counter()
     mlflow_safeflavor.load_model(path).predict([text])
     warm = time.perf_counter() - begun
-    return {"fresh process, s": sorted(seconds for _, seconds in runs), "in a warm one, s": round(warm, 3)}
+    return {
+        "fresh process, s": sorted(seconds for _, seconds in runs),
+        "in a warm one, s": round(warm, 3),
+    }

@@ -44,14 +44,20 @@ def peak(bench: Bench) -> dict[str, Any]:
     path = bench.saved(size)
     mlflow_safeflavor.load_model(bench.saved("tiny"))  # what the libraries themselves take, once
     gc.collect()
-    before, held, mapped, resident = bench.accelerator.allocated(), _descriptors(), _mapped(), _resident()
+    before, held, mapped, resident = (
+        bench.accelerator.allocated(),
+        _descriptors(),
+        _mapped(),
+        _resident(),
+    )
     with bench.accelerator.peak() as most:
         begun = time.perf_counter()
         model = mlflow_safeflavor.load_model(path)
         seconds = time.perf_counter() - begun
     gc.collect()
     weights, taken = model.report.weight_bytes, bench.accelerator.allocated() - before
-    small = 2 * _MIB if bench.accelerator.is_fake else 0  # of a tiny model, what one forward takes is no small part
+    # of a tiny model, what one forward takes is no small part
+    small = 2 * _MIB if bench.accelerator.is_fake else 0
     require(most[0] <= 1.15 * weights + small, "peak", most[0], "of weights", weights)
     require(taken <= 1.15 * weights + small, "it holds", taken, "for weights", weights)
     require(_mapped() == mapped, "files of weights are still mapped")
@@ -62,8 +68,16 @@ def peak(bench: Bench) -> dict[str, Any]:
     model.predict(texts_of([5], size))
     del model
     gc.collect()
-    require(bench.accelerator.allocated() <= before + small, "a model that is gone still has memory")
-    return {"weights": weights, "peak": most[0], "held": taken, "grown here": grown, "seconds": round(seconds, 2)}
+    require(
+        bench.accelerator.allocated() <= before + small, "a model that is gone still has memory"
+    )
+    return {
+        "weights": weights,
+        "peak": most[0],
+        "held": taken,
+        "grown here": grown,
+        "seconds": round(seconds, 2),
+    }
 
 
 @check()
@@ -81,12 +95,18 @@ def too_large(bench: Bench) -> dict[str, Any]:
     require("does not fit" in found, found)
     gc.collect()
     require(bench.accelerator.allocated() == before, "something of it stayed")
-    return {"said": found, "then": len(mlflow_safeflavor.load_model(path, trust=TRUST).predict(texts_of([4])))}
+    return {
+        "said": found,
+        "then": len(mlflow_safeflavor.load_model(path, trust=TRUST).predict(texts_of([4]))),
+    }
 
 
 @check(60)
 def out_of_memory(bench: Bench) -> dict[str, Any]:
-    """In the middle of a batch: smaller ones are tried. A row too large is an error, and the next is answered."""
+    """In the middle of a batch: smaller ones are tried.
+
+    A row too large is an error, and the next is answered.
+    """
     model = mlflow_safeflavor.load_model(bench.saved("Greedy"), trust=TRUST)
     texts = texts_of([6] * 8)  # one batch
     wanted = np.stack(model.predict(texts)["embedding"].to_list())
@@ -97,7 +117,11 @@ def out_of_memory(bench: Bench) -> dict[str, Any]:
     try:
         with bench.accelerator.room(24 * _MIB):
             found = np.stack(model.predict(texts)["embedding"].to_list())
-            require(largest(found, wanted) < 1e-5, "other answers, or another order, by", largest(found, wanted))
+            require(
+                largest(found, wanted) < 1e-5,
+                "other answers, or another order, by",
+                largest(found, wanted),
+            )
             tried = list(sizes)
             require(max(tried) == len(texts), "nothing had to be made smaller:", tried)
             require(min(tried) < len(texts), "nothing smaller was tried:", tried)

@@ -68,7 +68,10 @@ def _ask(url: str, text: str) -> float:
 
 @check(60)
 def callers(bench: Bench) -> dict[str, Any]:
-    """A service of 16 callers, in process and over HTTP through MLflow's server: each is answered as alone."""
+    """A service of 16 callers, in process and over HTTP through MLflow's server.
+
+    Each is answered as alone.
+    """
     size, count = ("tiny", 48) if bench.accelerator.is_fake else ("minilm", 384)
     model = mlflow.pyfunc.load_model(str(bench.saved(size)))
     texts = texts_of(natural_lengths(count), size)
@@ -76,7 +79,9 @@ def callers(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with _server(model) as url, ThreadPoolExecutor(CALLERS) as pool:
         ways: dict[str, Callable[[str], float]] = {
-            "in process": lambda text: model.predict(pd.DataFrame({"text": [text]}))["score"].item(),
+            "in process": lambda text: model.predict(pd.DataFrame({"text": [text]}))[
+                "score"
+            ].item(),
             "over HTTP": lambda text: _ask(url, text),
         }
         for way, ask in ways.items():
@@ -99,7 +104,12 @@ def speed(bench: Bench) -> dict[str, Any]:
     size, share = ("tiny", 64) if fake else ("minilm", 1)
     model = mlflow.pyfunc.load_model(str(bench.saved(size)))
     half = mlflow.pyfunc.load_model(str(bench.saved(size, "bfloat16")))
-    other = pipeline("text-classification", model=classifier(size), tokenizer=tokenizer(size), device=bench.device)
+    other = pipeline(
+        "text-classification",
+        model=classifier(size),
+        tokenizer=tokenizer(size),
+        device=bench.device,
+    )
     found: dict[str, Any] = {}
     for what, lengths in {
         "1,024 texts of natural lengths": natural_lengths(1024 // share),
@@ -115,11 +125,16 @@ def speed(bench: Bench) -> dict[str, Any]:
         }
         found[what] = _alternated(runs, len(texts), rounds=1 if fake else 3)
     labels = [answer["label"] for answer in other(texts)]
-    require(model.predict(pd.DataFrame({"text": texts}))["label"].tolist() == labels, "the two answer otherwise")
+    require(
+        model.predict(pd.DataFrame({"text": texts}))["label"].tolist() == labels,
+        "the two answer otherwise",
+    )
     return {"rows/s": found}
 
 
-def _alternated(runs: dict[str, Callable[[], object]], rows: int, rounds: int) -> dict[str, list[float]]:
+def _alternated(
+    runs: dict[str, Callable[[], object]], rows: int, rounds: int
+) -> dict[str, list[float]]:
     """Rows a second, median, least and most; in turns, and the first turn does not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
@@ -128,12 +143,18 @@ def _alternated(runs: dict[str, Callable[[], object]], rows: int, rounds: int) -
             run()
             if turn:
                 times[name].append(rows / (time.perf_counter() - begun))
-    return {name: [round(f(found)) for f in (statistics.median, min, max)] for name, found in times.items()}
+    return {
+        name: [round(f(found)) for f in (statistics.median, min, max)]
+        for name, found in times.items()
+    }
 
 
 @check(120)
 def ways_of_running(bench: Bench) -> dict[str, Any]:
-    """One forward as it is, compiled, and as a CUDA graph, and copies of its inputs: milliseconds, no verdict."""
+    """One forward as it is, compiled, and as a CUDA graph, and copies of its inputs.
+
+    Milliseconds, no verdict.
+    """
     size = "tiny" if bench.accelerator.is_fake else "minilm"
     model = mlflow_safeflavor.load_model(bench.saved(size))
     module, wait = model.module, bench.accelerator.wait
@@ -142,10 +163,16 @@ def ways_of_running(bench: Bench) -> dict[str, Any]:
         cpu = {"input_ids": torch.randint(5, 900, (rows, length))}
         there = {name: tensor.to(bench.device) for name, tensor in cpu.items()}
         with torch.inference_mode():
-            figures = {"copies": _milliseconds(lambda cpu=cpu: [t.to(bench.device) for t in cpu.values()], wait)}
+            figures = {
+                "copies": _milliseconds(
+                    lambda cpu=cpu: [t.to(bench.device) for t in cpu.values()], wait
+                )
+            }
             figures["as it is"] = _milliseconds(lambda there=there: module(**there), wait)
             if not bench.accelerator.is_fake:
-                figures["CUDA graph"] = _told(lambda there=there: _graph_milliseconds(module, there, wait))
+                figures["CUDA graph"] = _told(
+                    lambda there=there: _graph_milliseconds(module, there, wait)
+                )
         found[f"{rows} × {length}"] = figures
     if not bench.accelerator.is_fake:
         found["compiled"] = _told(lambda: _compiled_milliseconds(module, bench.device, wait))
@@ -173,7 +200,9 @@ def _milliseconds(run: Callable[[], object], wait: Callable[[], None], calls: in
     return round(min(times), 3)
 
 
-def _graph_milliseconds(module: torch.nn.Module, inputs: dict[str, torch.Tensor], wait: Callable[[], None]) -> float:
+def _graph_milliseconds(
+    module: torch.nn.Module, inputs: dict[str, torch.Tensor], wait: Callable[[], None]
+) -> float:
     aside = torch.cuda.Stream()
     with torch.cuda.stream(aside):
         for _ in range(3):
@@ -185,7 +214,9 @@ def _graph_milliseconds(module: torch.nn.Module, inputs: dict[str, torch.Tensor]
     return _milliseconds(graph.replay, wait)
 
 
-def _compiled_milliseconds(module: torch.nn.Module, device: torch.device, wait: Callable[[], None]) -> dict[str, float]:
+def _compiled_milliseconds(
+    module: torch.nn.Module, device: torch.device, wait: Callable[[], None]
+) -> dict[str, float]:
     begun = time.perf_counter()
     compiled = torch.compile(module, dynamic=True)
     ids = torch.randint(5, 900, (32, 16), device=device)
@@ -193,19 +224,28 @@ def _compiled_milliseconds(module: torch.nn.Module, device: torch.device, wait: 
         compiled(input_ids=ids)
         wait()
         first = round(time.perf_counter() - begun, 1)
-        return {"32 × 16": _milliseconds(lambda: compiled(input_ids=ids), wait), "seconds before the first": first}
+        return {
+            "32 × 16": _milliseconds(lambda: compiled(input_ids=ids), wait),
+            "seconds before the first": first,
+        }
 
 
 @check()
 def onnx(bench: Bench) -> dict[str, Any]:
-    """The engine onnx beside a device: it stays on the CPU, and the module is there only where it was asked for."""
+    """The engine onnx beside a device.
+
+    It stays on the CPU, and the module is there only where it was asked for.
+    """
     path = bench.saved("tiny", graph=True)
     texts = texts_of([4, 30, 9])
     chosen = mlflow_safeflavor.load_model(path, model_config={"engine": "onnx"})
     require((chosen.report.engine, chosen.report.device) == ("onnx", "cpu"), "it is", chosen.report)
     plain = mlflow_safeflavor.load_model(path, model_config={"engine": "onnx"}, device="cpu")
     answers = chosen.predict(texts)["score"].to_numpy()
-    require(largest(answers, plain.predict(texts)["score"]) == 0.0, "a device in the machine changes bits")
+    require(
+        largest(answers, plain.predict(texts)["score"]) == 0.0,
+        "a device in the machine changes bits",
+    )
     where = {parameter.device.type for parameter in chosen.module.parameters()}
     require(where == {"cpu"}, "its module is on", where)
     placed = mlflow_safeflavor.load_model(path)
@@ -213,7 +253,9 @@ def onnx(bench: Bench) -> dict[str, Any]:
     difference = largest(answers, placed.predict(texts)["score"])
     require(difference < 1e-4, "the device differs by", difference)
     try:
-        mlflow_safeflavor.load_model(path, model_config={"engine": "onnx"}, device=str(bench.device))
+        mlflow_safeflavor.load_model(
+            path, model_config={"engine": "onnx"}, device=str(bench.device)
+        )
     except PlacementError:
         return {"largest difference from the device": difference}
     raise AssertionError("a graph on a device was not refused")

@@ -1,4 +1,7 @@
-"""The checks for a GPU, without one: on a faked device they pass, and bugs planted in placement are caught."""
+"""The checks for a GPU, without one.
+
+On a faked device they pass, and bugs planted in placement are caught.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SCRIPT = REPOSITORY / "tools" / "gpu_check.py"
 
 needs_compiler = pytest.mark.skipif(
-    not any(os.access(Path(folder, "g++"), os.X_OK) for folder in os.get_exec_path()), reason="the fake needs g++"
+    not any(os.access(Path(folder, "g++"), os.X_OK) for folder in os.get_exec_path()),
+    reason="the fake needs g++",
 )
 
 
@@ -34,7 +38,10 @@ def gpu_check():
 
 @pytest.fixture
 def worker(gpu_check, tmp_path, monkeypatch, capsys):
-    """``worker(source, *names)``: exit status, lines and results of a run with a worker of that source."""
+    """``worker(source, *names)``.
+
+    Exit status, lines and results of a run with a worker of that source.
+    """
 
     def run(source, *names, patience=1.0):
         folder = tmp_path / "tests" / "gpu"
@@ -42,9 +49,15 @@ def worker(gpu_check, tmp_path, monkeypatch, capsys):
         head = "import json, os, sys, time\ndef tell(**line): print(json.dumps(line), flush=True)\n"
         (folder / "worker.py").write_text(head + textwrap.dedent(source))
         monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-        status = gpu_check.run(Path(sys.executable), "fake", list(names), tmp_path / "out", patience)
+        status = gpu_check.run(
+            Path(sys.executable), "fake", list(names), tmp_path / "out", patience
+        )
         results = tmp_path / "out" / "gpu.json"
-        return status, capsys.readouterr().out, json.loads(results.read_text()) if results.exists() else None
+        return (
+            status,
+            capsys.readouterr().out,
+            json.loads(results.read_text()) if results.exists() else None,
+        )
 
     return run
 
@@ -78,7 +91,10 @@ def test_a_check_that_kills_its_process_is_named_and_the_others_run(worker):
             tell(check=name, seconds=0.0, verdict="ok", figures={})
     """)
     assert status == 1
-    assert [(result["check"], result["verdict"]) for result in found["results"]] == [("kills", "FAIL"), ("last", "ok")]
+    assert [(result["check"], result["verdict"]) for result in found["results"]] == [
+        ("kills", "FAIL"),
+        ("last", "ok"),
+    ]
     assert found["results"][0]["said"] == "the process died"
     assert "its last words" in found["results"][0]["trace"]
 
@@ -91,7 +107,10 @@ def test_all_checks_together_have_a_limit(worker, gpu_check, monkeypatch):
         time.sleep(600)
     """)
     assert status == 1
-    assert {result["check"]: result["verdict"] for result in found["results"]} == {"slow": "FAIL", "later": "FAIL"}
+    assert {result["check"]: result["verdict"] for result in found["results"]} == {
+        "slow": "FAIL",
+        "later": "FAIL",
+    }
 
 
 def test_a_process_that_does_not_even_start(worker):
@@ -123,18 +142,26 @@ def _wheel(folder, name, size=10):
     folder.mkdir(exist_ok=True)
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{name}.py", f"VALUE = {name!r}\n" + "#" * size)
-        wheel.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(
+            f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        )
 
 
 @pytest.mark.parametrize(("size", "fits"), [(1000, True), (3000, False)])
-def test_wheels_that_are_too_large_together_are_refused(gpu_check, tmp_path, monkeypatch, capsys, size, fits):
+def test_wheels_that_are_too_large_together_are_refused(
+    gpu_check, tmp_path, monkeypatch, capsys, size, fits
+):
     ran = []
 
     def run(command, check):
         ran.append(command)
         for option, name in (("download", "carried"), ("wheel", "mlflow_safeflavor")):
             if option in command:
-                _wheel(Path(command[command.index("-w" if option == "wheel" else "-d") + 1]), name, size)
+                _wheel(
+                    Path(command[command.index("-w" if option == "wheel" else "-d") + 1]),
+                    name,
+                    size,
+                )
 
     monkeypatch.setattr(gpu_check.subprocess, "run", run)
     monkeypatch.setattr(gpu_check, "MOST", 4000)
@@ -143,9 +170,13 @@ def test_wheels_that_are_too_large_together_are_refused(gpu_check, tmp_path, mon
         gpu_check.collect(tmp_path, "3.12")
         assert "2 wheels for Python 3.12" in capsys.readouterr().out
     else:
-        with pytest.raises(SystemExit, match=r"too much to carry along; largest: carried-1\.0|mlflow_safeflavor"):
+        with pytest.raises(
+            SystemExit, match=r"too much to carry along; largest: carried-1\.0|mlflow_safeflavor"
+        ):
             gpu_check.collect(tmp_path, "3.12")
-    assert not (tmp_path / "old-1.0-py3-none-any.whl").exists(), "wheels of another collection stayed"
+    assert not (tmp_path / "old-1.0-py3-none-any.whl").exists(), (
+        "wheels of another collection stayed"
+    )
     compiled, downloaded, _ = ran
     assert "3.12" in compiled
     assert "--only-binary" in compiled
@@ -157,7 +188,8 @@ def test_an_environment_of_what_is_there_and_wheels(gpu_check, tmp_path):
     _wheel(tmp_path / "wheels", "carried")
     python = gpu_check.environment_with(tmp_path / "wheels", tmp_path / "venv")
     code = (
-        "import carried, pytest, importlib.metadata as m; print(carried.VALUE, m.version('carried'), pytest.__file__)"
+        "import carried, pytest, importlib.metadata as m; print(carried.VALUE, "
+        "m.version('carried'), pytest.__file__)"
     )
     done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True)
     assert done.stdout.split()[:2] == ["carried", "1.0"], done.stderr
@@ -172,7 +204,11 @@ def test_an_environment_of_what_is_there_and_wheels(gpu_check, tmp_path):
 def _run(*arguments, timeout=600):
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], env=environ, capture_output=True, text=True, timeout=timeout
+        [sys.executable, *map(str, arguments)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -205,7 +241,9 @@ def test_planted_bugs_are_caught(tmp_path):
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests")}
     environ["MLFLOW_SAFEFLAVOR_CACHE"] = str(tmp_path / "cache")
     command = [sys.executable, "-m", "gpu.planted", str(tmp_path)]
-    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout)
     assert said.keys() == CAUGHT.keys()
@@ -221,7 +259,8 @@ def test_every_check_passes_on_a_faked_device_or_says_that_it_needs_a_gpu(tmp_pa
     done = _run(SCRIPT, "run", "--fake", "--out", tmp_path, "--patience", 8, timeout=1800)
     assert done.returncode == 0, done.stdout
     found = {
-        result["check"]: result["verdict"] for result in json.loads((tmp_path / "gpu.json").read_text())["results"]
+        result["check"]: result["verdict"]
+        for result in json.loads((tmp_path / "gpu.json").read_text())["results"]
     }
     assert [name for name, verdict in found.items() if verdict == "needs a GPU"] == ["first_answer"]
     assert len(found) >= 20

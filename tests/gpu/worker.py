@@ -1,4 +1,6 @@
-"""Runs checks one after the other and tells of each on standard output, one line of JSON; ``gpu_check.py`` watches it.
+"""Runs checks one after the other and tells of each on standard output, one line of JSON.
+
+``gpu_check.py`` watches it.
 
 python -m gpu.worker real|fake FOLDER NAME…
 """
@@ -44,16 +46,36 @@ def run_check(check: Check, bench: Bench) -> dict[str, Any]:
 
 def describe(device: accelerator.Accelerator) -> dict[str, Any]:
     """What the figures depend on."""
-    names = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "mlflow-skinny", "mlflow-safeflavor")
-    facts: dict[str, Any] = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
+    names = (
+        "torch",
+        "transformers",
+        "accelerate",
+        "tokenizers",
+        "safetensors",
+        "mlflow-skinny",
+        "mlflow-safeflavor",
+    )
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
     facts |= {name: version(name) for name in names}
     if device.is_fake:
         return {"device": "faked", **facts}
     card = torch.cuda.get_device_properties(0)
-    facts |= {"card": card.name, "capability": f"{card.major}.{card.minor}", "memory": card.total_memory}
+    facts |= {
+        "card": card.name,
+        "capability": f"{card.major}.{card.minor}",
+        "memory": card.total_memory,
+    }
     driver = Path("/proc/driver/nvidia/version")
     facts["driver"] = driver.read_text().splitlines()[0] if driver.exists() else "not told"
-    return {"device": "cuda", **facts, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return {
+        "device": "cuda",
+        **facts,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
 
 
 def main(kind: str, folder: str, names: list[str]) -> int:
@@ -71,7 +93,10 @@ def main(kind: str, folder: str, names: list[str]) -> int:
         tell(refused=str(error))
         return 2
     if device is None:
-        tell(refused=f"torch {torch.__version__} sees no GPU; --fake runs the same checks on a faked one")
+        tell(
+            refused=f"torch {torch.__version__} sees no GPU; --fake runs the same checks on a "
+            "faked one"
+        )
         return 2
     tell(facts=describe(device), checks=names or list(CHECKS))
     saved = Saved(Path(folder))

@@ -41,7 +41,9 @@ def told(request, monkeypatch):
 
 def _is(site: Site, what: str, hint: str) -> bool:
     # What has no blank is the name of a constant, or of the function that makes a hint of it.
-    named = " " not in site.what or any(_pattern(one).fullmatch(what) for one in site.what.split(" | "))
+    named = " " not in site.what or any(
+        _pattern(one).fullmatch(what) for one in site.what.split(" | ")
+    )
     return named and _pattern(site.hint).search(hint) is not None
 
 

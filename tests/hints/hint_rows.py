@@ -14,7 +14,8 @@ def follows(module: str, what: str, hint: str = ""):
 
     Args:
         module: Of the package, such as ``tasks/raw``.
-        what: The message's first sentence, as it is written in the source, with ``…`` for what is computed.
+        what: The message's first sentence, as it is written in the source, with ``…`` for what is
+            computed.
         hint: Likewise; may be left out for a line of the log.
     """
     site = Site(module, what, hint or what)

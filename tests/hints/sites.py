@@ -1,7 +1,8 @@
 """Every place of the package that tells its users what to do, found in its source and named by text alone.
 
-A site is a call that hands over ``hint=`` (or ``instead=``, which becomes one), a constant that is handed over
-by position, or a call of a logger or of ``warnings.warn``. What is computed stands in its text as ``…``.
+A site is a call that hands over ``hint=`` (or ``instead=``, which becomes one), a constant that is
+handed over by position, or a call of a logger or of ``warnings.warn``. What is computed stands in
+its text as ``…``.
 """
 
 from __future__ import annotations
@@ -17,10 +18,19 @@ from typing import Any, NamedTuple
 import mlflow_safeflavor
 
 PACKAGE = Path(mlflow_safeflavor.__file__).parent
-ERRORS = frozenset(name for name in importlib.import_module("mlflow_safeflavor.errors").__all__ if name[0].isupper())
+ERRORS = frozenset(
+    name
+    for name in importlib.import_module("mlflow_safeflavor.errors").__all__
+    if name[0].isupper()
+)
 _HINTS = ("hint", "instead")
 _CONSTANT = re.compile(r"_HINT\w*|FETCH_AGAIN|_REFUSED")
-_LOGS = {("_logger", "info"), ("_logger", "warning"), ("_logger", "exception"), ("warnings", "warn")}
+_LOGS = {
+    ("_logger", "info"),
+    ("_logger", "warning"),
+    ("_logger", "exception"),
+    ("warnings", "warn"),
+}
 
 
 class Site(NamedTuple):
@@ -52,32 +62,56 @@ class Place(NamedTuple):
 def places_of(module: str) -> tuple[Place, ...]:
     """All sites of a module, those inside others last."""
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    values = vars(importlib.import_module("mlflow_safeflavor." + module.removesuffix("/__init__").replace("/", ".")))
-    return tuple(Place(Site(module, *texts), node.lineno, node.end_lineno or 0) for node, texts in _found(tree, values))
+    values = vars(
+        importlib.import_module(
+            "mlflow_safeflavor." + module.removesuffix("/__init__").replace("/", ".")
+        )
+    )
+    return tuple(
+        Place(Site(module, *texts), node.lineno, node.end_lineno or 0)
+        for node, texts in _found(tree, values)
+    )
 
 
 @cache
 def all_sites() -> dict[Site, None]:
     """The sites of all modules, in order."""
-    modules = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
+    modules = sorted(
+        path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")
+    )
     return dict.fromkeys(place.site for module in modules for place in places_of(module))
 
 
 def errors_without() -> Iterator[tuple[str, str, bool]]:
-    """Errors that are made without a hint: module, first sentence, and whether they say what is wanted."""
+    """Errors that are made without a hint.
+
+    Module, first sentence, and whether they say what is wanted.
+    """
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ERRORS:
                 named = {keyword.arg for keyword in node.keywords}
                 if "hint" not in named:
                     module = path.relative_to(PACKAGE).with_suffix("").as_posix()
-                    yield module, " | ".join(_firsts(node.args[0], _Known({}, {}))), "wanted" in named
+                    yield (
+                        module,
+                        " | ".join(_firsts(node.args[0], _Known({}, {}))),
+                        "wanted" in named,
+                    )
 
 
 def _found(tree: ast.Module, values: Mapping[str, Any]) -> Iterator[tuple[Any, tuple[str, str]]]:
-    constants = {name: value for name, value in {**_imported(tree), **values}.items() if isinstance(value, str)}
+    constants = {
+        name: value
+        for name, value in {**_imported(tree), **values}.items()
+        if isinstance(value, str)
+    }
     known = _Known(constants, _assigned(tree))
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    used = {
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    }
     used -= {keyword.value.id for keyword in _keywords(tree) if isinstance(keyword.value, ast.Name)}
     for node in tree.body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
@@ -92,7 +126,10 @@ def _found(tree: ast.Module, values: Mapping[str, Any]) -> Iterator[tuple[Any, t
         for value in hints.values():
             for text in known.texts(value):
                 yield node, (what, text)
-        if isinstance(node.func, ast.Attribute) and (ast.unparse(node.func.value), node.func.attr) in _LOGS:
+        if (
+            isinstance(node.func, ast.Attribute)
+            and (ast.unparse(node.func.value), node.func.attr) in _LOGS
+        ):
             yield node, (what, what)
 
 
@@ -111,11 +148,17 @@ def _keywords(tree: ast.Module) -> Iterator[ast.keyword]:
 
 
 def _firsts(node: ast.expr, known: _Known) -> list[str]:
-    return [known.template(part) for part in ([node.body, node.orelse] if isinstance(node, ast.IfExp) else [node])]
+    return [
+        known.template(part)
+        for part in ([node.body, node.orelse] if isinstance(node, ast.IfExp) else [node])
+    ]
 
 
 def _spelled(name: str, value: Any) -> list[tuple[str, str]]:
-    """What a constant holds: a hint, hints by name, or rows of a table that end with what is wrong and a hint."""
+    """What a constant holds.
+
+    A hint, hints by name, or rows of a table that end with what is wrong and a hint.
+    """
     if isinstance(value, str):
         return [(name, value)]
     if isinstance(value, Mapping):
@@ -140,10 +183,14 @@ def _assigned(tree: ast.Module) -> dict[str, list[_Part]]:
             if isinstance(node, ast.Assign):
                 target, value = node.targets[0], node.value
                 several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
-                for name, part in zip(target.elts, value.elts, strict=False) if several else [(target, value)]:
+                for name, part in (
+                    zip(target.elts, value.elts, strict=False) if several else [(target, value)]
+                ):
                     found.setdefault(ast.unparse(name), []).append(_Part(part, *lines))
             elif isinstance(node, ast.AugAssign):
-                found.setdefault(f"{ast.unparse(node.target)} +", []).append(_Part(node.value, *lines))
+                found.setdefault(f"{ast.unparse(node.target)} +", []).append(
+                    _Part(node.value, *lines)
+                )
             elif isinstance(node, ast.Return) and node.value:
                 found.setdefault(f"{function.name}()", []).append(_Part(node.value, *lines))
     return found
@@ -165,10 +212,16 @@ class _Known(NamedTuple):
         if isinstance(node, ast.IfExp):
             yield from self.texts(node.body)
             yield from self.texts(node.orelse)
-        elif isinstance(node, ast.Call) and (results := self.assigned.get(f"{ast.unparse(node.func)}()")):
+        elif isinstance(node, ast.Call) and (
+            results := self.assigned.get(f"{ast.unparse(node.func)}()")
+        ):
             for result in results:
                 yield from self.texts(result.value)
-        elif isinstance(node, ast.Name) and node.id not in self.constants and self._before(node, node.id):
+        elif (
+            isinstance(node, ast.Name)
+            and node.id not in self.constants
+            and self._before(node, node.id)
+        ):
             for value in (*self._before(node, node.id), *self._before(node, f"{node.id} +")):
                 yield from self.texts(value)
         elif not (isinstance(node, ast.Constant) and node.value is None):

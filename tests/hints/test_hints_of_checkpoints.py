@@ -15,13 +15,24 @@ from hint_rows import follows
 from safetensors.torch import load_file, save_file
 from test_prefetch import hub  # noqa: F401  (a fixture)
 from torch import nn
-from transformers import BertForMaskedLM, BertForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from mlflow_safeflavor import from_pretrained, load_model, materialize, save_model
 from mlflow_safeflavor.checkpoints import hub as hubs
 from mlflow_safeflavor.checkpoints import transformers_keys
 from mlflow_safeflavor.checkpoints.prefetch import MANIFEST, prefetch
-from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError, TrustError, WeightsError
+from mlflow_safeflavor.errors import (
+    InputError,
+    IntegrityError,
+    StructureError,
+    TrustError,
+    WeightsError,
+)
 
 pytest_plugins = "saved_models"
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -43,7 +54,9 @@ def changed(folder, change):
     """The tensors of a checkpoint, changed."""
     file = folder / "model.safetensors"
     state = change(load_file(file))
-    save_file({key: value.contiguous() for key, value in state.items()}, file, metadata={"format": "pt"})
+    save_file(
+        {key: value.contiguous() for key, value in state.items()}, file, metadata={"format": "pt"}
+    )
 
 
 def edit(file, **changes):
@@ -81,7 +94,11 @@ def tiny_folder(tmp_path):
 # Options of from_pretrained.
 
 
-@follows("checkpoints/from_pretrained", "_REFUSED", "say dtype='float32', 'bfloat16', 'float16', 'float64' or 'as-is'")
+@follows(
+    "checkpoints/from_pretrained",
+    "_REFUSED",
+    "say dtype='float32', 'bfloat16', 'float16', 'float64' or 'as-is'",
+)
 def test_torch_dtype(tiny_folder):
     with pytest.raises(InputError):
         from_pretrained(tiny_folder, model_class=Tiny, torch_dtype=torch.float32)
@@ -89,7 +106,11 @@ def test_torch_dtype(tiny_folder):
         assert from_pretrained(tiny_folder, model_class=Tiny, dtype=dtype)
 
 
-@follows("checkpoints/from_pretrained", "_REFUSED", "leave it out: nothing is ever on the meta device here")
+@follows(
+    "checkpoints/from_pretrained",
+    "_REFUSED",
+    "leave it out: nothing is ever on the meta device here",
+)
 @follows("checkpoints/from_pretrained", "_REFUSED", "leave it out: what does not fit is an error")
 @follows("checkpoints/from_pretrained", "_REFUSED", "load the weights without quantisation")
 def test_options_to_leave_out(tiny_folder):
@@ -117,7 +138,9 @@ def test_mismatched_sizes(folder):
     assert from_pretrained(folder, num_labels=5, new=("classifier.*",)).classifier.out_features == 5
 
 
-@follows("checkpoints/from_pretrained", "_REFUSED", "mlflow_safeflavor.materialize(module, state_dict)")
+@follows(
+    "checkpoints/from_pretrained", "_REFUSED", "mlflow_safeflavor.materialize(module, state_dict)"
+)
 def test_a_state_dict(tiny_folder):
     wanted = Tiny(TinyConfig())
     with pytest.raises(InputError):
@@ -127,7 +150,11 @@ def test_a_state_dict(tiny_folder):
     assert torch.equal(materialize(module, wanted.state_dict()).body.weight, wanted.body.weight)
 
 
-@follows("checkpoints/from_pretrained", "_REFUSED", "import the class yourself and pass it as model_class=…")
+@follows(
+    "checkpoints/from_pretrained",
+    "_REFUSED",
+    "import the class yourself and pass it as model_class=…",
+)
 def test_remote_code(tiny_folder):
     with pytest.raises(InputError):
         from_pretrained(tiny_folder, trust_remote_code=True)
@@ -135,7 +162,9 @@ def test_remote_code(tiny_folder):
 
 
 @follows(
-    "checkpoints/from_pretrained", "_REFUSED", "give the path of the very folder, or use materialize with the file"
+    "checkpoints/from_pretrained",
+    "_REFUSED",
+    "give the path of the very folder, or use materialize with the file",
 )
 def test_a_subfolder(tiny_folder):
     with pytest.raises(InputError):
@@ -151,7 +180,8 @@ def test_a_subfolder(tiny_folder):
 
 @follows(
     "checkpoints/folder",
-    "There is no such folder, and a hub repository needs a pinned revision, as its branches and tags move",
+    "There is no such folder, and a hub repository needs a pinned revision, as its branches and "
+    "tags move",
     "take it from huggingface_hub.model_info(…).sha, or from the commit list of the repository",
 )
 @follows(
@@ -162,8 +192,8 @@ def test_a_subfolder(tiny_folder):
 @follows(
     "checkpoints/prefetch",
     "A hub repository needs a pinned revision, as its branches and tags move",
-    "take it from the repository's list of commits; or resolve=True (--resolve) takes the commit that the branch or tag "
-    "is now, and records it",
+    "take it from the repository's list of commits; or resolve=True (--resolve) takes the commit "
+    "that the branch or tag is now, and records it",
 )
 def test_a_repository_of_the_hub(folder, tmp_path, hub, monkeypatch):  # noqa: F811
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
@@ -224,14 +254,16 @@ def test_another_model_type(folder):
 @follows(
     "checkpoints/fitted",
     "_HINT",
-    "choose the class that the checkpoint was saved from (model_class=…); new=('head.*',) allows fresh tensors, "
-    "drop=('head.*',) leaves keys out, tie_word_embeddings=False unties",
+    "choose the class that the checkpoint was saved from (model_class=…); new=('head.*',) allows "
+    "fresh tensors, drop=('head.*',) leaves keys out, tie_word_embeddings=False unties",
 )
 def test_a_checkpoint_of_another_class(folder):
     with pytest.raises(WeightsError):
         from_pretrained(folder, model_class=BertForMaskedLM)
     assert from_pretrained(folder, model_class=BertForSequenceClassification)
-    assert from_pretrained(folder, model_class=BertForMaskedLM, new=("cls.*",), drop=("classifier.*", "bert.pooler.*"))
+    assert from_pretrained(
+        folder, model_class=BertForMaskedLM, new=("cls.*",), drop=("classifier.*", "bert.pooler.*")
+    )
     untied = from_pretrained(
         folder,
         model_class=BertForMaskedLM,
@@ -239,14 +271,16 @@ def test_a_checkpoint_of_another_class(folder):
         drop=("classifier.*", "bert.pooler.*"),
         tie_word_embeddings=False,
     )
-    assert untied.cls.predictions.decoder.weight is not untied.bert.embeddings.word_embeddings.weight
+    assert (
+        untied.cls.predictions.decoder.weight is not untied.bert.embeddings.word_embeddings.weight
+    )
 
 
 @follows(
     "checkpoints/fitted",
     "The checkpoint does not hold a tensor, and the constructor does not compute it",
-    "make it a parameter or persistent buffer and save the checkpoint again; new=(…,) accepts the random values of a "
-    "new construction, but never unwritten memory",
+    "make it a parameter or persistent buffer and save the checkpoint again; new=(…,) accepts the "
+    "random values of a new construction, but never unwritten memory",
 )
 def test_a_tensor_that_no_checkpoint_holds(tiny_folder):
     noisy = tiny(lambda module: module.register_buffer("noise", torch.randn(8), persistent=False))
@@ -259,12 +293,20 @@ def test_a_tensor_that_no_checkpoint_holds(tiny_folder):
     assert from_pretrained(tiny_folder, model_class=kept)
 
 
-@follows("checkpoints/preprocessors", "The checkpoint has no readable tokenizer", "pass tokenizer=…")
+@follows(
+    "checkpoints/preprocessors", "The checkpoint has no readable tokenizer", "pass tokenizer=…"
+)
 def test_a_folder_with_half_a_tokenizer(folder, tiny_tokenizer, tmp_path):
     (folder / "tokenizer_config.json").write_text("{}")
     with pytest.raises(StructureError):
         save_model(folder, tmp_path / "model", task="text-classification", rehearse=False)
-    save_model(folder, tmp_path / "model", task="text-classification", tokenizer=tiny_tokenizer, rehearse=False)
+    save_model(
+        folder,
+        tmp_path / "model",
+        task="text-classification",
+        tokenizer=tiny_tokenizer,
+        rehearse=False,
+    )
 
 
 # State dicts.
@@ -304,14 +346,18 @@ def test_weights_under_another_name(tiny_folder):
 
 
 @follows(
-    "module/state_dict", "The checkpoint and the module do not fit each other", "take … off the keys; it comes from …"
+    "module/state_dict",
+    "The checkpoint and the module do not fit each other",
+    "take … off the keys; it comes from …",
 )
 def test_keys_of_a_wrapped_model(tiny_folder):
     changed(tiny_folder, lambda state: {f"module.{key}": value for key, value in state.items()})
     with pytest.raises(WeightsError) as refused:
         from_pretrained(tiny_folder, model_class=Tiny)
     prefix = refused.value.hint.split("'")[1]
-    changed(tiny_folder, lambda state: {key.removeprefix(prefix): value for key, value in state.items()})
+    changed(
+        tiny_folder, lambda state: {key.removeprefix(prefix): value for key, value in state.items()}
+    )
     assert from_pretrained(tiny_folder, model_class=Tiny)
 
 
@@ -327,7 +373,8 @@ def test_weights_beyond_float16(tiny_folder):
 @follows(
     "module/state_dict",
     "The checkpoint holds something else than tensors with values",
-    "hand the state dict itself to mlflow_safeflavor.materialize, like torch.load(file, weights_only=True)['state_dict']",
+    "hand the state dict itself to mlflow_safeflavor.materialize, like torch.load(file, "
+    "weights_only=True)['state_dict']",
 )
 @follows(
     "module/state_dict",
@@ -360,7 +407,8 @@ def test_a_file_of_a_trainer(tmp_path):
 @follows(
     "module/construction",
     "Torch's default dtype changed while the model was constructed",
-    "do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, meanwhile",
+    "do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, "
+    "meanwhile",
 )
 def test_a_default_dtype_that_does_not_stay(tiny_folder, monkeypatch):
     monkeypatch.setattr("mlflow_safeflavor.module.construction._TRIES", 2)
@@ -410,15 +458,18 @@ def test_a_lazy_module_in_a_checkpoint(tmp_path):
 @follows(
     "module/construction",
     "Tensors are on the meta device although the model was constructed on real memory",
-    "its constructor itself asks for the meta device: take that out; or another thread was inside transformers' or "
-    "accelerate's loader, which can break a process for good: load in a new one",
+    "its constructor itself asks for the meta device: take that out; or another thread was inside "
+    "transformers' or accelerate's loader, which can break a process for good: load in a new one",
 )
 def test_a_constructor_that_asks_for_meta(tmp_path):
     plain = tiny(lambda module: setattr(module, "head", nn.Linear(4, 2)))
     plain(TinyConfig()).save_pretrained(tmp_path)
     with pytest.raises(WeightsError):
         from_pretrained(
-            tmp_path, model_class=tiny(lambda module: setattr(module, "head", nn.Linear(4, 2, device="meta")))
+            tmp_path,
+            model_class=tiny(
+                lambda module: setattr(module, "head", nn.Linear(4, 2, device="meta"))
+            ),
         )
     assert from_pretrained(tmp_path, model_class=plain)
 
@@ -445,7 +496,8 @@ def test_a_constructor_that_counts(tmp_path):
 @follows(
     "module/construction",
     "The constructor of the model failed",
-    "pass from_pretrained what it needs, as further keyword arguments; where it failed is chained to this error",
+    "pass from_pretrained what it needs, as further keyword arguments; where it failed is chained "
+    "to this error",
 )
 def test_a_constructor_with_an_argument_of_its_own(tiny_folder):
     wide = tiny(lambda module, *, width: setattr(module, "width", width))
@@ -478,7 +530,8 @@ def test_a_loader_that_changes_weights(tmp_path, monkeypatch):
 @follows(
     "checkpoints/materialize",
     "_HINT_META",
-    "take the checkpoint that was saved from this very class; the keys and shapes must be those of module.state_dict()",
+    "take the checkpoint that was saved from this very class; the keys and shapes must be those "
+    "of module.state_dict()",
 )
 def test_a_state_dict_of_another_class():
     other, model = tiny(lambda module: setattr(module, "head", nn.Linear(4, 2))), Tiny(TinyConfig())
@@ -492,8 +545,8 @@ def test_a_state_dict_of_another_class():
 @follows(
     "checkpoints/materialize",
     "There is no data for tensors on the meta device",
-    "build the module without torch.device('meta') and load the state dict into it, or add the values to the state "
-    "dict under these names",
+    "build the module without torch.device('meta') and load the state dict into it, or add the "
+    "values to the state dict under these names",
 )
 def test_a_buffer_without_values(monkeypatch):
     class Steps(nn.Module):
@@ -535,17 +588,28 @@ def test_a_module_with_hooks_of_accelerate():
 @follows(
     "checkpoints/prefetch",
     "The checkpoint has no safetensors",
-    "convert=True (--convert) reads the pickled weights, without running anything, and stores them as safetensors",
+    "convert=True (--convert) reads the pickled weights, without running anything, and stores "
+    "them as safetensors",
 )
-@follows("checkpoints/prefetch", "The checkpoint has no safetensors", "choose another checkpoint or revision")
+@follows(
+    "checkpoints/prefetch",
+    "The checkpoint has no safetensors",
+    "choose another checkpoint or revision",
+)
 @follows("checkpoints/prefetch", "A local folder has no revision", "leave it out")
-@follows("checkpoints/prefetch", "The folder holds another checkpoint", "choose another folder, or remove this one")
+@follows(
+    "checkpoints/prefetch",
+    "The folder holds another checkpoint",
+    "choose another folder, or remove this one",
+)
 @follows(
     "checkpoints/prefetch",
     "Files of the folder are not the ones that were prefetched",
     "remove the folder and prefetch again",
 )
-@follows("checkpoints/prefetch", "The manifest is malformed", "remove the folder and prefetch again")
+@follows(
+    "checkpoints/prefetch", "The manifest is malformed", "remove the folder and prefetch again"
+)
 def test_a_folder_that_is_prefetched(model, folder, tmp_path):
     (tmp_path / "pickled").mkdir()
     model.config.save_pretrained(tmp_path / "pickled")
@@ -626,7 +690,9 @@ def test_damaged_files_of_a_checkpoint(tmp_path):
     index, shard = "model.safetensors.index.json", "model-00001-of-00001.safetensors"
     (whole / "model.safetensors").rename(whole / shard)
     (whole / index).write_text(json.dumps({"weight_map": dict.fromkeys(model.state_dict(), shard)}))
-    outside, odd = ({"weight_map": {name: value}} for name, value in (("a", "../a.safetensors"), ("a", shard)))
+    outside, odd = (
+        {"weight_map": {name: value}} for name, value in (("a", "../a.safetensors"), ("a", shard))
+    )
     for name, content in (
         (shard, b"cut"),
         (shard, None),

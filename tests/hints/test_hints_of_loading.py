@@ -55,16 +55,22 @@ def wrong(kind, path, **options):
 @follows(
     "artifact/spec",
     "MLmodel cannot be read",
-    "fetch the artifact again, or log the model again; files of a saved model are not meant to be edited",
+    "fetch the artifact again, or log the model again; files of a saved model are not meant to be "
+    "edited",
 )
 def test_a_damaged_artifact(saved, copied, tmp_path, tiny_bert, tiny_tokenizer):
-    """Whatever was changed after saving has this one hint: the artifact as it was, or another one."""
+    """Whatever was changed after saving has this one hint.
+
+    The artifact as it was, or another one.
+    """
     rewrite(copied / "MLmodel", "{")
     wrong(IntegrityError, copied)
     shutil.rmtree(copied)
     shutil.copytree(saved, copied)
     load_model(copied)
-    mlflow_safeflavor.save_model(tiny_bert(), tmp_path / "again", tokenizer=tiny_tokenizer, rehearse=False)
+    mlflow_safeflavor.save_model(
+        tiny_bert(), tmp_path / "again", tokenizer=tiny_tokenizer, rehearse=False
+    )
     load_model(tmp_path / "again")
 
 
@@ -113,7 +119,9 @@ def test_a_file_of_another_user(copied, monkeypatch):
 
 
 @follows(
-    "artifact/spec", "This MLflow model was not saved by mlflow-safeflavor", "load it with the flavor that saved it"
+    "artifact/spec",
+    "This MLflow model was not saved by mlflow-safeflavor",
+    "load it with the flavor that saved it",
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_of_another_flavor(tmp_path):
@@ -143,24 +151,29 @@ def test_other_answers(copied, tiny_bert, tiny_tokenizer, tmp_path):
     edit_json(copied / "safeflavor" / "parity.json", other)
     reseal(copied)
     wrong(ParityError, copied)
-    edit_json(copied / "safeflavor" / "parity.json", lambda content: content["rows"].__setitem__(0, {"text": 1}))
+    edit_json(
+        copied / "safeflavor" / "parity.json",
+        lambda content: content["rows"].__setitem__(0, {"text": 1}),
+    )
     reseal(copied)
     wrong(ParityError, copied)
-    mlflow_safeflavor.save_model(tiny_bert(), tmp_path / "again", tokenizer=tiny_tokenizer, rehearse=False)
+    mlflow_safeflavor.save_model(
+        tiny_bert(), tmp_path / "again", tokenizer=tiny_tokenizer, rehearse=False
+    )
     load_model(tmp_path / "again")
 
 
 @follows(
     "module/fill",
     "The rebuilt module has other tensors than the saved one",
-    "save the model again; where this comes back, its constructor depends on more than its arguments: "
-    "allow_pickle=True or graph='only' does without it",
+    "save the model again; where this comes back, its constructor depends on more than its "
+    "arguments: allow_pickle=True or graph='only' does without it",
 )
 @follows(
     "module/rebuild",
     "The rebuilt module is not the one that was saved",
-    "save the model again; where this comes back, its constructor depends on more than its arguments: "
-    "allow_pickle=True or graph='only' does without it",
+    "save the model again; where this comes back, its constructor depends on more than its "
+    "arguments: allow_pickle=True or graph='only' does without it",
 )
 @pytest.mark.graphs
 def test_a_constructor_that_depends_on_the_process(save, user_code, monkeypatch):  # noqa: F811
@@ -220,7 +233,8 @@ def test_trust(save, code, monkeypatch):  # noqa: F811
     own.note = "kept"
     path = save(own, code_paths=[code.file], allow_pickle=True)
     wrong(TrustError, path, **CODE)
-    monkeypatch.delenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", raising=False)  # which CodeBuggy's training sets
+    # which CodeBuggy's training sets
+    monkeypatch.delenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", raising=False)
     with pytest.raises(TrustError) as refused_there:
         mlflow.pyfunc.load_model(str(path))
     name, value = refused_there.value.hint.rpartition("set ")[2].split("=")
@@ -265,15 +279,22 @@ def test_code_that_is_not_with_the_model(save, code, user_code, clean_process): 
     given = {"input_example": X["x"], "init_args": {"in_features": 4, "out_features": 2}}
     load_model(save(other.Net(4, 2), code_paths=[file], **given), **CODE)
     wrong(StructureError, path, **CODE)
-    load = "import sys, mlflow_safeflavor\nmlflow_safeflavor.load_model(sys.argv[1], trust={'code'})"
+    load = (
+        "import sys, mlflow_safeflavor\nmlflow_safeflavor.load_model(sys.argv[1], trust={'code'})"
+    )
     clean_process(load, str(path))
 
 
-@follows("save/rehearsal", "A clean process cannot load the model as saved, so nothing was published", "…")
 @follows(
     "save/rehearsal",
     "A clean process cannot load the model as saved, so nothing was published",
-    "make it load without this process's state: no __main__ classes, no network, no files of this machine; "
+    "…",
+)
+@follows(
+    "save/rehearsal",
+    "A clean process cannot load the model as saved, so nothing was published",
+    "make it load without this process's state: no __main__ classes, no network, no files of this "
+    "machine; "
     'graph="only" keeps neither the class nor what its constructor reads',
 )
 @pytest.mark.slow
@@ -305,12 +326,14 @@ CONSTRUCTOR = """
 @follows(
     "save/rehearsal",
     "The clean process died while loading the model",
-    "free memory and processors for a second copy of the model; rehearse=False publishes without this proof",
+    "free memory and processors for a second copy of the model; rehearse=False publishes without "
+    "this proof",
 )
 @follows(
     "save/rehearsal",
     "The clean process did not finish loading the model",
-    "free memory and processors for a second copy of the model; rehearse=False publishes without this proof",
+    "free memory and processors for a second copy of the model; rehearse=False publishes without "
+    "this proof",
 )
 def test_a_rehearsal_that_died(save, code, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "dies.py").write_text("import os; os._exit(9)")
@@ -344,7 +367,8 @@ def test_a_pickle_without_its_code(save, code):  # noqa: F811
 @follows(
     "module/guard",
     "Building the model tried what no model may do while it is built",
-    "if you did not save this model, do not use it; if you did, take this out of what it runs when it is built, or save "
+    "if you did not save this model, do not use it; if you did, take this out of what it runs "
+    "when it is built, or save "
     'it with graph="only", which builds nothing',
 )
 @pytest.mark.graphs
@@ -369,13 +393,16 @@ def test_a_constructor_that_reads_a_file(save, user_code, tmp_path):  # noqa: F8
 
 @follows(
     "module/build",
-    "Nobody has proven that this class of transformers is built for what was saved, and for nothing else",
+    "Nobody has proven that this class of transformers is built for what was saved, and for "
+    "nothing else",
     'save the model again with this release: it is then of the kind "import", for trust={"code"}',
 )
 def test_a_class_that_is_proven_no_more(tiny_bert, tiny_tokenizer, tmp_path, saved, monkeypatch):
     monkeypatch.setattr("mlflow_safeflavor.artifact.trust._proven", frozenset)
     wrong(StructureError, saved)
-    mlflow_safeflavor.save_model(tiny_bert(), tmp_path / "again", tokenizer=tiny_tokenizer, rehearse=False)
+    mlflow_safeflavor.save_model(
+        tiny_bert(), tmp_path / "again", tokenizer=tiny_tokenizer, rehearse=False
+    )
     load_model(tmp_path / "again", **CODE)
 
 
@@ -433,7 +460,9 @@ def test_a_view_on_disk(save, user_code):  # noqa: F811
 
 
 @follows(
-    "module/placement", "The model does not fit on the device", "device='cpu', or a smaller serving dtype when saving"
+    "module/placement",
+    "The model does not fit on the device",
+    "device='cpu', or a smaller serving dtype when saving",
 )
 def test_a_device_that_is_too_small(saved, monkeypatch):
     model = load_model(saved).module
@@ -444,7 +473,9 @@ def test_a_device_that_is_too_small(saved, monkeypatch):
 
         patch.setattr(torch.Tensor, "to", too_large)
         patch.setattr(
-            placement, "take_inventory", lambda slots, casts: (SimpleNamespace(nbytes=1), {"a": torch.ones(1)})
+            placement,
+            "take_inventory",
+            lambda slots, casts: (SimpleNamespace(nbytes=1), {"a": torch.ones(1)}),
         )
         with pytest.raises(PlacementError) as error:
             placement.place(model, torch.device("meta"), {})
@@ -454,8 +485,8 @@ def test_a_device_that_is_too_small(saved, monkeypatch):
 @follows(
     "module/devices",
     "The device cannot be used in a process that was forked after it had been used",
-    "start processes with multiprocessing's 'spawn' or 'forkserver' and load the model in each, fork "
-    "before anything uses the device, or load with device='cpu'",
+    "start processes with multiprocessing's 'spawn' or 'forkserver' and load the model in each, "
+    "fork before anything uses the device, or load with device='cpu'",
 )
 def test_a_device_before_a_fork(saved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -467,8 +498,8 @@ def test_a_device_before_a_fork(saved, monkeypatch):
 @follows(
     "module/failures",
     "Memory ran out, and there is nothing smaller to try",
-    "ask with fewer or shorter rows, or for fewer tokens, or later, when what else is on the device needs less; or "
-    "serve the model on one with more memory",
+    "ask with fewer or shorter rows, or for fewer tokens, or later, when what else is on the "
+    "device needs less; or serve the model on one with more memory",
 )
 def test_memory_that_runs_out(saved, monkeypatch):
     model, forward = load_model(saved), torch.nn.Linear.forward
@@ -585,15 +616,19 @@ def test_compile_without_a_compiler(saved, monkeypatch):
 @follows(
     "tasks/custom",
     "… failed over a row",
-    "ask without that row, or mend that function and save the model again; the cause is chained to this error, and in the "
-    "log of the server",
+    "ask without that row, or mend that function and save the model again; the cause is chained to "
+    "this error, and in the log of the server",
 )
 @follows(
     "tasks/custom",
     "An output of forward does not have the rows of its batch as its first dimension",
     "let forward return it with the rows first, or save the model with task='raw'",
 )
-@follows("tasks/cells", "A value of a row or an answer cannot be stored", "convert it before, or in the hook")
+@follows(
+    "tasks/cells",
+    "A value of a row or an answer cannot be stored",
+    "convert it before, or in the hook",
+)
 def test_custom_answers(save, user_code):  # noqa: F811
     source = """
         import torch
@@ -659,7 +694,8 @@ def test_custom_answers(save, user_code):  # noqa: F811
 @follows(
     "module/failures",
     "The model failed over the rows it was asked",
-    "ask with fewer or other rows; the cause is chained to this error, and in the log of the server",
+    "ask with fewer or other rows; the cause is chained to this error, and in the log of the "
+    "server",
 )
 def test_a_forward_that_fails(saved, monkeypatch):
     model = load_model(saved)
@@ -691,7 +727,10 @@ def test_too_many_rows_and_requests(saved):
     slow = load_model(saved, model_config={"timeout": 0.0001})
     with pytest.raises(DeadlineError):
         slow.predict(pd.concat([FRAME] * 200))
-    assert len(load_model(saved, model_config={"timeout": 60}).predict(pd.concat([FRAME] * 200))) == 200
+    assert (
+        len(load_model(saved, model_config={"timeout": 60}).predict(pd.concat([FRAME] * 200)))
+        == 200
+    )
     full = load_model(saved, model_config={"max_queue": 1})
     forward, go = full.engine.__class__.__call__, threading.Event()
 
@@ -750,7 +789,9 @@ def test_weights_that_change_under_a_model(saved, copied, tmp_path, monkeypatch)
     assert len(again.predict(FRAME)) == 1
     from pathlib import Path
 
-    assert "MLFLOW_SAFEFLAVOR_CACHE" in (Path(__file__).parents[2] / "docs" / "limits.md").read_text()
+    assert (
+        "MLFLOW_SAFEFLAVOR_CACHE" in (Path(__file__).parents[2] / "docs" / "limits.md").read_text()
+    )
     assert error.value.hint.startswith("load the model again")
 
 

@@ -42,17 +42,21 @@ def net(user_code, place, folder="src"):
 
 @follows(
     "environment/used",
-    "Loading runs code that no installed distribution has, so no pin could bring it to another machine",
+    "Loading runs code that no installed distribution has, so no pin could bring it to another "
+    "machine",
     "…; or build a distribution of it, and install that",
 )
 @follows(
     "environment/used",
-    "Loading reads files that no installed distribution has, so no pin could bring them to another machine",
-    "put them into a package of yours, read them from there (`Path(__file__).with_name(…)`), and pass its folder with "
-    "code_paths=[…]; or install a distribution that has them",
+    "Loading reads files that no installed distribution has, so no pin could bring them to "
+    "another machine",
+    "put them into a package of yours, read them from there (`Path(__file__).with_name(…)`), and "
+    "pass its folder with code_paths=[…]; or install a distribution that has them",
 )
 @pytest.mark.slow
-def test_a_log_of_a_model_with_a_loose_module_and_loose_data(own_site, user_code, tracking, tmp_path):
+def test_a_log_of_a_model_with_a_loose_module_and_loose_data(
+    own_site, user_code, tracking, tmp_path
+):
     own_site.install("acme-order", "1.2", {"acme_order/__init__.py": "import acme_loose"})
     loose = own_site.write("acme_loose.py")
     own_site.write("acme_words.txt", "y z")
@@ -61,7 +65,11 @@ def test_a_log_of_a_model_with_a_loose_module_and_loose_data(own_site, user_code
     with pytest.raises(EnvironmentMismatchError) as refused:
         mlflow_safeflavor.log_model(model, "net", code_paths=[file], **options)
     assert refused.value.where == "acme_loose (for acme_order)"
-    assert not [model for model in mlflow.search_logged_models(output_format="list") if model.status == "READY"]
+    assert not [
+        model
+        for model in mlflow.search_logged_models(output_format="list")
+        if model.status == "READY"
+    ]
     [way] = re.findall(r"code_paths=\[(.*?)\]", refused.value.hint)
     assert way == repr(os.fspath(loose))
     with pytest.raises(EnvironmentMismatchError) as refused:
@@ -72,6 +80,8 @@ def test_a_log_of_a_model_with_a_loose_module_and_loose_data(own_site, user_code
     (package / "__init__.py").touch()
     (package / "acme_words.txt").write_text("y z")
     model, file = net(user_code, "__import__('acme_own').__file__")
-    info = mlflow_safeflavor.log_model(model, "net", code_paths=[file, os.fspath(loose), os.fspath(package)], **options)
+    info = mlflow_safeflavor.log_model(
+        model, "net", code_paths=[file, os.fspath(loose), os.fspath(package)], **options
+    )
     written = Path(mlflow.artifacts.download_artifacts(info.model_uri)) / "requirements.txt"
     assert "acme-order==1.2" in written.read_text().splitlines()

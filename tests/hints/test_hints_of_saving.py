@@ -1,4 +1,7 @@
-"""Hints of ``save_model``, followed: what is handed over, what rebuilds it, and what is stored of it."""
+"""Hints of ``save_model``, followed.
+
+What is handed over, what rebuilds it, and what is stored of it.
+"""
 
 from __future__ import annotations
 
@@ -70,14 +73,20 @@ _numbers = itertools.count()
 
 @pytest.fixture
 def code(user_code):
-    """A module of the user's; under a new name each time, as a loaded model's code stays importable."""
+    """A module of the user's.
+
+    Under a new name each time, as a loaded model's code stays importable.
+    """
     module, file = user_code(f"hints_code_{next(_numbers)}", CODE)
     return SimpleNamespace(**vars(module), file=file)
 
 
 @pytest.fixture
 def save(tmp_path):
-    """``save(model, …)``: the path of a saved model, of the raw task unless something else is said."""
+    """``save(model, …)``.
+
+    The path of a saved model, of the raw task unless something else is said.
+    """
     count = iter(range(100))
 
     def run(model, **given):
@@ -121,7 +130,11 @@ def test_arguments(save, code, tmp_path):
     save(code.Net(), **given, **eval(f"dict({error.hint.rpartition('which is ')[2]})"))
 
 
-@follows("artifact/staging", "There is something at the target path already", "choose another path or remove it first")
+@follows(
+    "artifact/staging",
+    "There is something at the target path already",
+    "choose another path or remove it first",
+)
 def test_a_path_that_is_taken(code, tmp_path):
     path, given = tmp_path / "taken", {"task": "raw", "input_example": X, "code_paths": [code.file]}
     path.write_text("mine")
@@ -132,13 +145,21 @@ def test_a_path_that_is_taken(code, tmp_path):
     mlflow_safeflavor.save_model(code.Net(), path, **options)
 
 
-@follows("checkpoints/source", "This cannot be saved as a model", "name the parts: save_model(model, tokenizer=…)")
+@follows(
+    "checkpoints/source",
+    "This cannot be saved as a model",
+    "name the parts: save_model(model, tokenizer=…)",
+)
 def test_a_pair(save, tiny_bert, tiny_tokenizer):
     refused(StructureError, save, (tiny_bert(), tiny_tokenizer))
     save(tiny_bert(), tokenizer=tiny_tokenizer)
 
 
-@follows("tasks/table", "The task cannot be told from the model class", "say it: save_model(..., task=...)")
+@follows(
+    "tasks/table",
+    "The task cannot be told from the model class",
+    "say it: save_model(..., task=...)",
+)
 def test_a_task_that_nobody_told(save, code):
     refused(StructureError, save, code.Net(), task=None, code_paths=[code.file])
     save(code.Net(), task="raw", code_paths=[code.file])
@@ -174,7 +195,9 @@ def test_hooks(save, code):
     save(code.Net(), **given, **custom)
     save(code.Net(), **given, **own, allow_pickle=True)
     loader = str(Path(mlflow_safeflavor.__file__).parent)
-    refused(InputError, save, code.Net(), **custom, input_example=table, code_paths=[code.file, loader])
+    refused(
+        InputError, save, code.Net(), **custom, input_example=table, code_paths=[code.file, loader]
+    )
 
 
 @follows(
@@ -189,12 +212,14 @@ def test_a_forward_that_is_no_graph(save, code):  # no graph is recorded in thes
 
 
 @follows(
-    "save/signature", "The signature does not fit the task", "leave signature out, or rename columns with input_columns"
+    "save/signature",
+    "The signature does not fit the task",
+    "leave signature out, or rename columns with input_columns",
 )
 @follows(
     "save/signature",
-    "The signature does not declare %s, so MLflow drops %s from requests; leave signature out to have all params of "
-    "the task.",
+    "The signature does not declare %s, so MLflow drops %s from requests; leave signature out to "
+    "have all params of the task.",
 )
 def test_a_signature(save, tiny_bert, tiny_tokenizer):
     frame = pd.DataFrame({"review": ["the cat"]})
@@ -209,8 +234,8 @@ def test_a_signature(save, tiny_bert, tiny_tokenizer):
 
 @follows(
     "module/dtypes",
-    "safeflavor: the weights are %s, and become %s because no dtype was given; dtype='as-is' keeps them, and dtype=%r "
-    "says that this is meant",
+    "safeflavor: the weights are %s, and become %s because no dtype was given; dtype='as-is' keeps "
+    "them, and dtype=%r says that this is meant",
 )
 def test_weights_of_another_dtype(save, code, caplog):
     given = {"code_paths": [code.file]}
@@ -243,14 +268,20 @@ def test_a_class_of_a_function(save, user_code):
     load_model(save(Here(4, 2), **given, allow_pickle=True), trust=["pickle"])
     moved, file = user_code("moved_code", "import torch\nclass Here(torch.nn.Linear): pass\n")
     load_model(
-        save(moved.Here(4, 2), **given, init_args={"in_features": 4, "out_features": 2}, code_paths=[file]),
+        save(
+            moved.Here(4, 2),
+            **given,
+            init_args={"in_features": 4, "out_features": 2},
+            code_paths=[file],
+        ),
         trust=["code"],
     )
 
 
 @follows(
     "module/comparison",
-    "The constructor does not give back all that the module holds: it was changed after it was made",
+    "The constructor does not give back all that the module holds: it was changed after it was "
+    "made",
     "…allow_pickle=True, or graph='only'",
 )
 @follows(
@@ -294,7 +325,10 @@ def test_a_container_of_the_users_modules(save, user_code):
     given = {"input_example": np.ones((1, 4), "float32"), "code_paths": [file]}
     parts = nn.Sequential(nn.Linear(4, 4), own.Scale())
     error = refused(StructureError, save, parts, **given)
-    assert (error.where, error.found) == ("torch.nn.modules.container:Sequential, 1", "own_parts:Scale")
+    assert (error.where, error.found) == (
+        "torch.nn.modules.container:Sequential, 1",
+        "own_parts:Scale",
+    )
     load_model(save(own.Whole(), **given), trust=["code"])
     load_model(save(parts, **given, allow_pickle=True), trust=["pickle", "code"])
     load_model(save(parts, **given, graph="only"))
@@ -305,7 +339,11 @@ def test_a_container_of_the_users_modules(save, user_code):
     "A constructor argument cannot be stored as JSON",
     "pass allow_pickle=True instead of init_args",
 )
-@follows("module/build", "The constructor of the model failed", "when saving, pass init_args={…} or allow_pickle=True")
+@follows(
+    "module/build",
+    "The constructor of the model failed",
+    "when saving, pass init_args={…} or allow_pickle=True",
+)
 def test_constructor_arguments(save, code):
     given = {"code_paths": [code.file]}
     made = SimpleNamespace(width=3)
@@ -357,7 +395,9 @@ def test_wrappers(save, code):
     save(model, **given)
     refused(StructureError, save, torch.jit.script(nn.Linear(4, 2)), input_example=X["x"])
     save(nn.Linear(4, 2), input_example=X["x"], init_args={"in_features": 4, "out_features": 2})
-    lightning = type("LightningModule", (nn.Module,), {"__module__": "lightning.pytorch.core.module"})()
+    lightning = type(
+        "LightningModule", (nn.Module,), {"__module__": "lightning.pytorch.core.module"}
+    )()
     lightning.net, lightning._trainer = code.Net(), object()
     error = refused(StructureError, save, lightning, **given)
     exec(error.hint.partition(",")[0], {"model": lightning})
@@ -400,12 +440,17 @@ def test_a_quantised_module(save):
     load_model(save(model, **example), trust=["pickle"])
 
 
-@follows("module/wrappers", "Adapters lie beside the weights of the module", "{model} = {model}.merge_and_unload()")
 @follows(
     "module/wrappers",
     "Adapters lie beside the weights of the module",
-    "model.merge_and_unload() of the PeftModel; for adapters that transformers itself added (add_adapter, "
-    "load_adapter): model = peft.PeftModel.from_pretrained(plain_model, folder).merge_and_unload()",
+    "{model} = {model}.merge_and_unload()",
+)
+@follows(
+    "module/wrappers",
+    "Adapters lie beside the weights of the module",
+    "model.merge_and_unload() of the PeftModel; for adapters that transformers itself added "
+    "(add_adapter, load_adapter): model = peft.PeftModel.from_pretrained(plain_model, "
+    "folder).merge_and_unload()",
 )
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_adapters(save, tiny_bert, tiny_tokenizer, tmp_path):
@@ -432,8 +477,8 @@ def test_adapters(save, tiny_bert, tiny_tokenizer, tmp_path):
 @follows(
     "module/saveable",
     "The module holds tensors without values",
-    "load the checkpoint with mlflow_safeflavor.from_pretrained, or fill the module with mlflow_safeflavor.materialize, "
-    "then save it",
+    "load the checkpoint with mlflow_safeflavor.from_pretrained, or fill the module with "
+    "mlflow_safeflavor.materialize, then save it",
 )
 def test_a_module_on_meta(save, tiny_bert, tiny_tokenizer, tmp_path):
     whole = tiny_bert()
@@ -459,7 +504,9 @@ def test_a_lazy_module(save):
 
 
 @follows(
-    "module/inventory", "Tensors share memory but not a dtype", "give each its own memory (.clone()) before saving"
+    "module/inventory",
+    "Tensors share memory but not a dtype",
+    "give each its own memory (.clone()) before saving",
 )
 @follows("module/saveable", "Two tensors of the module have the same path", "rename that attribute")
 @follows(
@@ -467,7 +514,11 @@ def test_a_lazy_module(save):
     "The module holds a tensor that cannot be stored as plain values",
     "replace it by a dense tensor before saving (dequantise, .to_dense(), .resolve_conj())",
 )
-@follows("module/tensors", "A tensor has the name that safetensors keeps for itself", "rename that attribute")
+@follows(
+    "module/tensors",
+    "A tensor has the name that safetensors keeps for itself",
+    "rename that attribute",
+)
 def test_odd_tensors(save):
     def net(**tensors):
         model = nn.Linear(4, 2)
@@ -500,7 +551,8 @@ def test_odd_tensors(save):
 @follows(
     "checkpoints/damage",
     "The model looks damaged already, before anything is saved",
-    "load its checkpoint with mlflow_safeflavor.from_pretrained; on_damage='warn' saves it as it is",
+    "load its checkpoint with mlflow_safeflavor.from_pretrained; on_damage='warn' saves it as it "
+    "is",
 )
 @follows("checkpoints/damage", "…")
 @pytest.mark.filterwarnings("ignore:The model looks damaged")
@@ -535,12 +587,14 @@ def test_a_lock(save):
     "tasks/inputs/tokenizer",
     "The tokenizer has no fast backend, so it cannot be stored as JSON",
     "load it with AutoTokenizer.from_pretrained(..., use_fast=True), or convert it with "
-    "transformers.convert_slow_tokenizer and wrap it in PreTrainedTokenizerFast(tokenizer_object=...)",
+    "transformers.convert_slow_tokenizer and wrap it in "
+    "PreTrainedTokenizerFast(tokenizer_object=...)",
 )
 @follows(
     "tasks/inputs/vocabulary",
     "The tokenizer has tokens that the model has no embedding for",
-    "model.resize_token_embeddings(len(tokenizer)) before training, or pass the tokenizer that the model was trained with",
+    "model.resize_token_embeddings(len(tokenizer)) before training, or pass the tokenizer that "
+    "the model was trained with",
 )
 def test_tokenizers(save, tiny_bert, tiny_tokenizer, tmp_path):
     slow = SimpleNamespace(is_fast=False, get_vocab=tiny_tokenizer.get_vocab)
@@ -562,13 +616,19 @@ def test_tokenizers(save, tiny_bert, tiny_tokenizer, tmp_path):
     save(tiny_bert(), tokenizer=tiny_tokenizer)
 
 
-@follows("tasks/classification", "The model does not name its labels", "set model.config.id2label before saving")
+@follows(
+    "tasks/classification",
+    "The model does not name its labels",
+    "set model.config.id2label before saving",
+)
 @follows(
     "tasks/feature_extraction",
     "The last hidden state of an encoder-decoder model is its decoder's, not that of the text",
     "save the encoder alone, for example T5EncoderModel or model.get_encoder()",
 )
-@follows("tasks/fill_mask", "The tokenizer has no mask token", "set tokenizer.mask_token before saving")
+@follows(
+    "tasks/fill_mask", "The tokenizer has no mask token", "set tokenizer.mask_token before saving"
+)
 @follows(
     "tasks/zero_shot_classification",
     "The model does not say which of its labels is entailment",
@@ -585,7 +645,14 @@ def test_models_that_lack_something(save, tiny_bert, tiny_tokenizer):
     refused(StructureError, save, model, tokenizer=tiny_tokenizer)
     model.config.id2label = {0: "no", 1: "yes"}
     save(model, tokenizer=tiny_tokenizer)
-    shape = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    shape = {
+        "vocab_size": 40,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
     t5 = transformers.T5Model(transformers.T5Config(**shape)).eval()
     refused(StructureError, save, t5, tokenizer=tiny_tokenizer, task="feature-extraction")
     save(t5.get_encoder(), tokenizer=tiny_tokenizer, task="feature-extraction")
@@ -599,7 +666,10 @@ def test_models_that_lack_something(save, tiny_bert, tiny_tokenizer):
     nli = tiny_bert()
     zero = {"tokenizer": tiny_tokenizer, "task": "zero-shot-classification"}
     refused(StructureError, save, nli, **zero)
-    nli.config.id2label, nli.config.label2id = {0: "no", 1: "entailment"}, {"no": 0, "entailment": 1}
+    nli.config.id2label, nli.config.label2id = (
+        {0: "no", 1: "entailment"},
+        {"no": 0, "entailment": 1},
+    )
     save(nli, **zero)
     refused(StructureError, save, tiny_bert(), tokenizer=tiny_tokenizer, task="question-answering")
     save(tiny_bert(), tokenizer=tiny_tokenizer, task="text-classification")

@@ -1,4 +1,7 @@
-"""Hints about rows and params, followed: what a request may hold, and what a model must be saved with for it."""
+"""Hints about rows and params, followed.
+
+What a request may hold, and what a model must be saved with for it.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,11 @@ def bad(model, data, params=None):
     "A column is missing",
     "rename the columns of the data, or log the model with input_columns=... as the data has them",
 )
-@follows("tasks/inputs/columns", "There are columns that the model does not know", "select the columns first: data[…]")
+@follows(
+    "tasks/inputs/columns",
+    "There are columns that the model does not know",
+    "select the columns first: data[…]",
+)
 @follows(
     "tasks/inputs/columns",
     "There are several columns, and the model takes one",
@@ -52,7 +59,11 @@ def bad(model, data, params=None):
     "A text holds half of a surrogate pair, which nothing can read",
     'clean it first, for example text.encode("utf-8", "replace").decode()',
 )
-@follows("tasks/inputs/rows", "A value is missing", "drop the row or fill the value, for example data.dropna()")
+@follows(
+    "tasks/inputs/rows",
+    "A value is missing",
+    "drop the row or fill the value, for example data.dropna()",
+)
 @follows(
     "tasks/inputs/texts",
     "A value is not a text",
@@ -61,14 +72,19 @@ def bad(model, data, params=None):
 def test_rows(models, saved, save, tiny_bert, tiny_tokenizer):  # noqa: F811
     model = load_model(saved)
     data = pd.DataFrame({"review": ["the cat"], "stars": [1]})
-    select, log = bad(model, data).hint.removeprefix("select it first: ").split(", or log the model with ")
+    select, log = (
+        bad(model, data).hint.removeprefix("select it first: ").split(", or log the model with ")
+    )
     assert len(model.predict(eval(select, {"data": data}))) == 1
     named = load_model(save(tiny_bert(), tokenizer=tiny_tokenizer, **eval(f"dict({log})")))
     assert "one column" in bad(model, 3).hint
     assert "'review'" in bad(named, 3).hint
     assert len(named.predict(data[["review"]])) == 1
     bad(named, pd.DataFrame({"text": ["the cat"]}))
-    assert len(named.predict(pd.DataFrame({"text": ["the cat"]}).rename(columns={"text": "review"}))) == 1
+    assert (
+        len(named.predict(pd.DataFrame({"text": ["the cat"]}).rename(columns={"text": "review"})))
+        == 1
+    )
     error = bad(named, data)
     assert len(named.predict(eval(error.hint.partition(": ")[2], {"data": data}))) == 1
     text = "the \ud800 cat"
@@ -88,13 +104,14 @@ def test_rows(models, saved, save, tiny_bert, tiny_tokenizer):  # noqa: F811
 @follows(
     "tasks/base",
     "require",
-    "predict them in chunks: over HTTP in several requests, natively from an iterator of DataFrames",
+    "predict them in chunks: over HTTP in several requests, natively from an iterator of "
+    "DataFrames",
 )
 @follows(
     "tasks/inputs/caps",
     "…",
-    "…, or raise the cap: model_config={…: …} where the model is saved or loaded, or the variable MLFLOW_SAFEFLAVOR_…; "
-    "0 for no bound",
+    "…, or raise the cap: model_config={…: …} where the model is saved or loaded, or the variable "
+    "MLFLOW_SAFEFLAVOR_…; 0 for no bound",
 )
 @follows("tasks/classification", "require_answers", "ask for fewer labels of fewer rows at once")
 def test_too_much_text(models, monkeypatch):  # noqa: F811
@@ -126,7 +143,11 @@ def test_too_much_text(models, monkeypatch):  # noqa: F811
     "A text is longer than the model takes, and truncation is off",
     "shorten or split the text, or let it be cut: params={'truncation': True}",
 )
-@follows("tasks/text", "A text has no tokens, and this tokenizer adds none", "drop the row, or put a text in it")
+@follows(
+    "tasks/text",
+    "A text has no tokens, and this tokenizer adds none",
+    "drop the row, or put a text in it",
+)
 def test_texts_of_no_or_many_tokens(models, save):  # noqa: F811
     model, long = models(TEXTS), ["the cat " * 40]
     error = bad(model, long, {"truncation": False})
@@ -143,12 +164,20 @@ def test_texts_of_no_or_many_tokens(models, save):  # noqa: F811
 # Params.
 
 
-@follows("tasks/params", "The task … does not know a param", "leave it out, or choose the task that knows it: task=…")
+@follows(
+    "tasks/params",
+    "The task … does not know a param",
+    "leave it out, or choose the task that knows it: task=…",
+)
 def test_a_param_of_another_task(save, tiny_tokenizer, tiny_bert):  # noqa: F811
     given = {"tokenizer": tiny_tokenizer}
     refused(InputError, save, tiny_bert(), **given, params={"pooling_of_rows": 1})
     save(tiny_bert(), **given)
-    save(tiny_model("Bert", "ForTokenClassification"), **given, params={"aggregation_strategy": "simple"})
+    save(
+        tiny_model("Bert", "ForTokenClassification"),
+        **given,
+        params={"aggregation_strategy": "simple"},
+    )
     refused(InputError, save, tiny_bert(), **given, params={"aggregation_strategy": "simple"})
 
 
@@ -195,16 +224,28 @@ def test_labels(models, save, tiny_tokenizer):  # noqa: F811
     assert len(model.predict(["a cat"], {"candidate_labels": ["cat"]})) == 1
     config = {"id2label": {0: "no", 1: "entailment"}, "label2id": {"no": 0, "entailment": 1}}
     nli = tiny_model("Bert", "ForSequenceClassification", **config)
-    given = {"tokenizer": tiny_tokenizer, "task": ZERO_SHOT, "params": {"candidate_labels": ["cat"]}}
+    given = {
+        "tokenizer": tiny_tokenizer,
+        "task": ZERO_SHOT,
+        "params": {"candidate_labels": ["cat"]},
+    }
     assert len(load_model(save(nli, **given)).predict(["a cat"])) == 1
     bad(model, ["a cat"], {"candidate_labels": ["cat " * 40]})
     bad(model, ["a cat"], {"candidate_labels": ["cat"], "hypothesis_template": "the " * 40 + "{}"})
-    assert len(model.predict(["a cat"], {"candidate_labels": ["cat"], "hypothesis_template": "the {}"})) == 1
+    assert (
+        len(
+            model.predict(["a cat"], {"candidate_labels": ["cat"], "hypothesis_template": "the {}"})
+        )
+        == 1
+    )
     labels = [f"cat {i}" for i in range(200)]
     bad(model, ["a cat"] * 200, {"candidate_labels": labels})
     assert len(model.predict(["a cat"] * 2, {"candidate_labels": labels[:3]})) == 2
     bad(model, ["a"], {"candidate_labels": labels, "hypothesis_template": "{}" * 9999})
-    assert len(model.predict(["a"], {"candidate_labels": labels[:2], "hypothesis_template": "{}"})) == 1
+    assert (
+        len(model.predict(["a"], {"candidate_labels": labels[:2], "hypothesis_template": "{}"}))
+        == 1
+    )
 
 
 @follows(
@@ -212,11 +253,21 @@ def test_labels(models, save, tiny_tokenizer):  # noqa: F811
     "A question leaves no room for its context",
     "shorten the question, or raise max_seq_len if the model takes more",
 )
-@follows("tasks/question_answering", "require_pieces", "send less text at once, or lower doc_stride")
-@follows("tasks/question_answering", "require_few_windows", "send less text at once, or lower doc_stride")
-@follows("tasks/question_answering", "require_answers", "lower top_k or max_answer_len, or send less text at once")
+@follows(
+    "tasks/question_answering", "require_pieces", "send less text at once, or lower doc_stride"
+)
+@follows(
+    "tasks/question_answering", "require_few_windows", "send less text at once, or lower doc_stride"
+)
+@follows(
+    "tasks/question_answering",
+    "require_answers",
+    "lower top_k or max_answer_len, or send less text at once",
+)
 @follows("tasks/token_classification", "require_pieces", "send less text at once, or lower stride")
-@follows("tasks/token_classification", "require_few_windows", "send less text at once, or lower stride")
+@follows(
+    "tasks/token_classification", "require_few_windows", "send less text at once, or lower stride"
+)
 def test_windows(models):  # noqa: F811
     model = models(QUESTIONS)
     row = {"question": "the cat " * 8, "context": "a dog"}
@@ -278,7 +329,11 @@ def test_prompts(save, tiny_bert, tiny_tokenizer, monkeypatch):  # noqa: F811
     "The model is not of the kind that its task writes with",
     'choose task="text-generation" for decoders, "text2text-generation" for encoder-decoders',
 )
-@follows("module/engine", "The model cannot write text", "choose the task this model was made for: task=...")
+@follows(
+    "module/engine",
+    "The model cannot write text",
+    "choose the task this model was made for: task=...",
+)
 @follows(
     "tasks/text_generation",
     "The tokenizer has no chat template",
@@ -301,7 +356,11 @@ def test_writing(models, save, monkeypatch):  # noqa: F811
         models(TEXTS).engine.generate({}, {})
     assert len(load_model(path).predict(["a"], {"max_new_tokens": 2})) == 1
     tokenizer = byte_tokenizer()
-    chat = {"tokenizer": tokenizer, "task": "text-generation", "input_columns": {"messages": "messages"}}
+    chat = {
+        "tokenizer": tokenizer,
+        "task": "text-generation",
+        "input_columns": {"messages": "messages"},
+    }
     refused(StructureError, save, gpt, **chat)
     save(gpt, **{**chat, "input_columns": {"text": "text"}})
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -312,12 +371,14 @@ def test_writing(models, save, monkeypatch):  # noqa: F811
 
 
 @follows("tasks/inputs/images", "require", "scale or cut it first")
-@follows("tasks/inputs/images", "An image is empty, or too long and narrow", "scale or cut it first")
+@follows(
+    "tasks/inputs/images", "An image is empty, or too long and narrow", "scale or cut it first"
+)
 @follows(
     "tasks/inputs/images",
     "A file is not an image that can be read",
-    "pass an image file as bytes or base64, a pathlib.Path, a PIL image, or a uint8 array of shape (H, W, 3) or (H, W); "
-    "over HTTP, base64 without a data: prefix",
+    "pass an image file as bytes or base64, a pathlib.Path, a PIL image, or a uint8 array of shape "
+    "(H, W, 3) or (H, W); over HTTP, base64 without a data: prefix",
 )
 @follows(
     "tasks/inputs/files",
@@ -349,11 +410,16 @@ def test_images(models, tmp_path):  # noqa: F811
     text = str(tmp_path / "a.png")
     with pytest.raises(InputError):
         content_of(text, "row 0")
-    assert content_of(tmp_path / "a.png", "row 0") == content_of(file.getvalue(), "row 0") == file.getvalue()
+    assert (
+        content_of(tmp_path / "a.png", "row 0")
+        == content_of(file.getvalue(), "row 0")
+        == file.getvalue()
+    )
     other, own = models(IMAGES), model.task.processor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "mlflow_safeflavor.tasks.processed.apply", lambda processor, value: {"input_values": torch.zeros(1)}
+            "mlflow_safeflavor.tasks.processed.apply",
+            lambda processor, value: {"input_values": torch.zeros(1)},
         )
         with pytest.raises(StructureError):
             list(other.task.encode(other.task.rows([image(8, 8)]), {"top_k": 1}))
@@ -438,7 +504,8 @@ def test_tables_of_raw_models(save, user_code):  # noqa: F811
 @follows(
     "tasks/outputs",
     "The model's answer to a row is not a number",
-    "ask without that row; half precision overflows where float32 does not: save the model with dtype='float32'",
+    "ask without that row; half precision overflows where float32 does not: save the model with "
+    "dtype='float32'",
 )
 def test_an_answer_that_is_no_number(save, tiny_bert, tiny_tokenizer):  # noqa: F811
     model = tiny_bert()

@@ -49,13 +49,16 @@ FRAME = pd.DataFrame({"text": ["the cat sat"]})
 @follows(
     "environment/differences",
     "…",
-    "install requirements.txt of the model (`pip install -r requirements.txt`) under the Python of its python_env.yaml, "
-    'or let MLflow do both with --env-manager uv; or accept the differences with environment="warn"',
+    "install requirements.txt of the model (`pip install -r requirements.txt`) under the Python "
+    "of its python_env.yaml, "
+    "or let MLflow do both with --env-manager uv; or accept the differences with "
+    'environment="warn"',
 )
 @follows("environment/differences", "%s")
 def test_another_version(copied):
     edit_json(
-        copied / "safeflavor" / "environment.json", lambda content: content["distributions"].update(packaging="0.1")
+        copied / "safeflavor" / "environment.json",
+        lambda content: content["distributions"].update(packaging="0.1"),
     )
     reseal(copied)
     with pytest.raises(EnvironmentMismatchError) as error:
@@ -65,7 +68,10 @@ def test_another_version(copied):
 
 def test_pinned_versions_are_named_only_where_others_are_installed(copied):
     facts = copied / "safeflavor" / "environment.json"
-    edit_json(copied / "safeflavor" / "parity.json", lambda content: content["answers"][0].update(label="LABEL_9"))
+    edit_json(
+        copied / "safeflavor" / "parity.json",
+        lambda content: content["answers"][0].update(label="LABEL_9"),
+    )
     reseal(copied)
     with pytest.raises(ParityError) as error:
         load_model(copied)
@@ -82,18 +88,23 @@ def test_pinned_versions_are_named_only_where_others_are_installed(copied):
     edit_json(facts, lambda content: content["distributions"].update(packaging="0.1"))
 
 
-@follows("environment/closure", "A distribution that the model needs is not installed", "pip install '…'")
 @follows(
-    "environment/record",
-    "Installed versions contradict what is required, so pip could never install these pins",
-    "install versions that agree (`pip check` tells), or write all pins yourself with pip_requirements",
+    "environment/closure", "A distribution that the model needs is not installed", "pip install '…'"
 )
 @follows(
     "environment/record",
-    "Distributions that the model needs were not installed as releases, so no pin could bring them back",
-    "publish it, or build a wheel (`pip wheel --no-deps -w FOLDER SOURCE`) and install that with `pip install …==… "
-    "--find-links FOLDER`; or say where others get it, as in extra_pip_requirements=['… @ "
-    "git+https://HOST/REPOSITORY@COMMIT']; or write all pins yourself with pip_requirements",
+    "Installed versions contradict what is required, so pip could never install these pins",
+    "install versions that agree (`pip check` tells), or write all pins yourself with "
+    "pip_requirements",
+)
+@follows(
+    "environment/record",
+    "Distributions that the model needs were not installed as releases, so no pin could bring "
+    "them back",
+    "publish it, or build a wheel (`pip wheel --no-deps -w FOLDER SOURCE`) and install that with "
+    "`pip install …==… --find-links FOLDER`; or say where others get it, as in "
+    "extra_pip_requirements=['… @ git+https://HOST/REPOSITORY@COMMIT']; or write all pins yourself "
+    "with pip_requirements",
 )
 @follows("environment/record", "Installed versions contradict what is required: %s")
 def test_closures(flavor_site, tmp_path):
@@ -125,7 +136,8 @@ def test_closures(flavor_site, tmp_path):
 @follows(
     "environment/requirements",
     "PyTorch publishes no wheels with this label",
-    "say where the wheel is with torch_index=URL or FOLDER, or drop the label with torch_index=None",
+    "say where the wheel is with torch_index=URL or FOLDER, or drop the label with "
+    "torch_index=None",
 )
 @follows(
     "environment/conda",
@@ -134,7 +146,8 @@ def test_closures(flavor_site, tmp_path):
 )
 @follows(
     "environment/requirements",
-    "torch_index holds a password, and requirements.txt is readable by everybody who can read the model",
+    "torch_index holds a password, and requirements.txt is readable by everybody who can read the "
+    "model",
     "write it as ${NAME_OF_A_VARIABLE}, which pip expands, or leave it to pip's own settings",
 )
 def test_requirements(flavor_site, tmp_path):
@@ -151,7 +164,9 @@ def test_requirements(flavor_site, tmp_path):
     with pytest.raises(EnvironmentMismatchError) as error:
         write_files(flavor_site, tmp_path / "a", **both)
     kept = error.value.hint.split()[1].rstrip(",")
-    write_files(flavor_site, tmp_path / "b", **{kept: [line for lines in both.values() for line in lines]})
+    write_files(
+        flavor_site, tmp_path / "b", **{kept: [line for lines in both.values() for line in lines]}
+    )
 
 
 # Images.
@@ -160,7 +175,8 @@ def test_requirements(flavor_site, tmp_path):
 @follows(
     "load/image",
     "The pins install a torch for accelerators",
-    'target="cuda" for an image with CUDA; or save the model where the CPU build of torch is installed, with '
+    'target="cuda" for an image with CUDA; or save the model where the CPU build of torch is '
+    "installed, with "
     'torch_index="auto", which keeps its label',
 )
 @follows(
@@ -176,8 +192,9 @@ def test_requirements(flavor_site, tmp_path):
 @follows(
     "environment/hashes",
     "The pins cannot be locked with hashes",
-    "say where the wheels are (torch_index=… when saving, UV_DEFAULT_INDEX, UV_FIND_LINKS); where several indexes have "
-    "the name, UV_INDEX_STRATEGY=unsafe-best-match looks at all; or do without hashes",
+    "say where the wheels are (torch_index=… when saving, UV_DEFAULT_INDEX, UV_FIND_LINKS); where "
+    "several indexes have the name, UV_INDEX_STRATEGY=unsafe-best-match looks at all; or do "
+    "without hashes",
 )
 def test_images(model, wheels, tmp_path, monkeypatch):  # noqa: F811
     with_requirements(model, f"--find-links {wheels.as_uri()}", "torch==2.6.0")
@@ -201,14 +218,17 @@ def test_images(model, wheels, tmp_path, monkeypatch):  # noqa: F811
         patch.setenv("UV_FIND_LINKS", str(wheels))
         patch.setenv("UV_INDEX_STRATEGY", "unsafe-best-match")
         assert lock(pins, python="3.11.0").are_locked
-    assert lock(pins_of(tmp_path / "m", f"--find-links {wheels.as_uri()}", "small==1.0"), python="3.11.0").are_locked
+    assert lock(
+        pins_of(tmp_path / "m", f"--find-links {wheels.as_uri()}", "small==1.0"), python="3.11.0"
+    ).are_locked
 
 
 @follows(
     "environment/pins",
     "A line of the requirements is none that installs wheels by name and version",
-    "build wheels of what no index has (`pip wheel -w FOLDER …`), install them from there, and save the model with "
-    "torch_index=FOLDER; let pip's own configuration hold other indexes and passwords",
+    "build wheels of what no index has (`pip wheel -w FOLDER …`), install them from there, and "
+    "save the model with torch_index=FOLDER; let pip's own configuration hold other indexes and "
+    "passwords",
 )
 @follows(
     "environment/pins",
@@ -235,13 +255,19 @@ def test_lines_that_install_no_wheels(wheels, tmp_path):  # noqa: F811
     "This is not an MLflow scoring server",
     "give the address that `mlflow models serve` or the container listens on",
 )
-@follows("verify/endpoint", "The server refuses the request", "see that it serves this very model, and look at its log")
+@follows(
+    "verify/endpoint",
+    "The server refuses the request",
+    "see that it serves this very model, and look at its log",
+)
 @follows(
     "verify/endpoint",
     "The server cannot be reached",
     "start it with `mlflow models serve`, and look at its log; or give it more time",
 )
-@follows("verify/verify", "The server does not answer row by row", "see that it serves this very model")
+@follows(
+    "verify/verify", "The server does not answer row by row", "see that it serves this very model"
+)
 @follows(
     "verify/verify",
     "There is nothing to compare your rows with",
@@ -257,7 +283,10 @@ def test_servers(saved, save, tiny_bert, tiny_tokenizer):  # noqa: F811
         verify(rows=FRAME)
     with pytest.raises(SafeFlavorError, match="cannot be reached"):
         verify(endpoint="http://127.0.0.1:1")
-    with answering(lambda body: (404, "text/html", b"nothing here")) as url, pytest.raises(SafeFlavorError):
+    with (
+        answering(lambda body: (404, "text/html", b"nothing here")) as url,
+        pytest.raises(SafeFlavorError),
+    ):
         verify(endpoint=url)
     with (
         answering(lambda body: (200, "application/json", b'{"predictions": [1]}')) as url,
@@ -275,7 +304,8 @@ def test_servers(saved, save, tiny_bert, tiny_tokenizer):  # noqa: F811
 @follows(
     "mlflow_compat",
     "A newer MLflow wrote the signature, and this one cannot read it",
-    "load it with mlflow_safeflavor.load_model, which does not need the signature, or install the pins",
+    "load it with mlflow_safeflavor.load_model, which does not need the signature, or install the "
+    "pins",
 )
 def test_a_signature_of_a_newer_mlflow(saved, monkeypatch):
     def fails(folder):
@@ -293,17 +323,23 @@ def test_a_signature_of_a_newer_mlflow(saved, monkeypatch):
 @follows(
     "checkpoints/pipelines",
     "An argument of the pipeline is not done here",
-    "make the pipeline without it, and do that before or after predict; or save the model as a custom task",
+    "make the pipeline without it, and do that before or after predict; or save the model as a "
+    "custom task",
 )
 @follows(
     "checkpoints/pipelines",
     "_HINT_OWN",
-    'save the model as a custom task: save_model(pipeline.model, tokenizer=pipeline.tokenizer, task="custom", '
+    "save the model as a custom task: save_model(pipeline.model, tokenizer=pipeline.tokenizer, "
+    'task="custom", '
     "preprocess=…, postprocess=…)",
 )
 def test_a_pipeline(save, user_code, tiny_tokenizer):  # noqa: F811
     def pipe(**arguments):
-        given = {"model": tiny_model("Bert", "ForTokenClassification"), "tokenizer": tiny_tokenizer, **arguments}
+        given = {
+            "model": tiny_model("Bert", "ForTokenClassification"),
+            "tokenizer": tiny_tokenizer,
+            **arguments,
+        }
         return transformers.pipeline("token-classification", **given)
 
     class Own(transformers.TokenClassificationPipeline):
@@ -322,7 +358,12 @@ def test_a_pipeline(save, user_code, tiny_tokenizer):  # noqa: F811
             return [{"best": int(logits[0].argmax())} for logits in outputs["logits"]]
     """
     hooks, file = user_code("pipeline_hooks", source)
-    custom = {"preprocess": hooks.pre, "postprocess": hooks.post, "code_paths": [file], "input_example": FRAME}
+    custom = {
+        "preprocess": hooks.pre,
+        "postprocess": hooks.post,
+        "code_paths": [file],
+        "input_example": FRAME,
+    }
     path = save(pipeline.model, tokenizer=pipeline.tokenizer, task="custom", **custom)
     assert len(load_model(path, trust={"code"}).predict(FRAME)) == 1
 
@@ -330,15 +371,19 @@ def test_a_pipeline(save, user_code, tiny_tokenizer):  # noqa: F811
 @follows(
     "tasks/inputs/processor",
     "This is no processor that can be saved",
-    "of a processor of several parts pass one: processor.image_processor or processor.feature_extractor",
+    "of a processor of several parts pass one: processor.image_processor or "
+    "processor.feature_extractor",
 )
 @follows(
     "tasks/inputs/processor",
     "The processor, read again, gives other numbers than the one being saved",
-    'pass one of transformers\' own classes; AutoImageProcessor.from_pretrained(…, use_fast=False) or backend="pil" gives '
+    "pass one of transformers' own classes; AutoImageProcessor.from_pretrained(…, "
+    'use_fast=False) or backend="pil" gives '
     "the one that uses Pillow",
 )
-@follows("checkpoints/preprocessors", "The checkpoint has no readable processor", "pass processor=…")
+@follows(
+    "checkpoints/preprocessors", "The checkpoint has no readable processor", "pass processor=…"
+)
 @follows("tasks/inputs/images", "Images need Pillow", "pip install 'mlflow-safeflavor[image]'")
 def test_processors(save, tmp_path, monkeypatch):  # noqa: F811
     whole = type("Both", (), {"image_processor": make_processor(size=SMALL), "tokenizer": None})()
@@ -364,7 +409,9 @@ def test_processors(save, tmp_path, monkeypatch):  # noqa: F811
     import importlib.metadata
 
     needed = importlib.metadata.requires("mlflow-safeflavor") or []
-    assert any("pillow" in line.lower() and f'"{extra}"' in line.replace("'", '"') for line in needed)
+    assert any(
+        "pillow" in line.lower() and f'"{extra}"' in line.replace("'", '"') for line in needed
+    )
 
 
 @follows(
@@ -377,7 +424,10 @@ def test_a_tokenizer_with_a_mind_of_its_own(save, tiny_bert, tiny_tokenizer):  #
     backend = tiny_tokenizer.backend_tokenizer
     with pytest.raises(StructureError):
         require_same_ids([[5]], [[6]], "Shouts", "by transformers")
-    save(tiny_bert(), tokenizer=transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names))
+    save(
+        tiny_bert(),
+        tokenizer=transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names),
+    )
 
 
 @follows(
@@ -390,7 +440,11 @@ def test_a_sentence_transformer(save, user_code, tiny_tokenizer, tmp_path):  # n
     sentence_transformers = pytest.importorskip("sentence_transformers")
     tiny_model("Bert", "ForMaskedLM").save_pretrained(tmp_path / "mlm")
     tiny_tokenizer.save_pretrained(tmp_path / "mlm")
-    refused(StructureError, save, sentence_transformers.SparseEncoder(str(tmp_path / "mlm"), device="cpu"))
+    refused(
+        StructureError,
+        save,
+        sentence_transformers.SparseEncoder(str(tmp_path / "mlm"), device="cpu"),
+    )
     source = """
         import torch
 
@@ -409,7 +463,12 @@ def test_a_sentence_transformer(save, user_code, tiny_tokenizer, tmp_path):  # n
             return [{"y": float(y[0])} for y in outputs["y"]]
     """
     own, file = user_code("sparse_code", source)
-    custom = {"task": "custom", "preprocess": own.pre, "postprocess": own.post, "code_paths": [file]}
+    custom = {
+        "task": "custom",
+        "preprocess": own.pre,
+        "postprocess": own.post,
+        "code_paths": [file],
+    }
     path = save(own.Sparse(), **custom, input_example=FRAME)
     assert len(load_model(path, trust={"code"}).predict(FRAME)) == 1
 
@@ -420,8 +479,8 @@ def test_a_sentence_transformer(save, user_code, tiny_tokenizer, tmp_path):  # n
 @follows(
     "artifact/spec",
     "The safeflavor entry of MLmodel says something that no model was saved with",
-    "if you are saving it, give it such a …; otherwise fetch the artifact again, or log the model again; files of a saved "
-    "model are not meant to be edited",
+    "if you are saving it, give it such a …; otherwise fetch the artifact again, or log the model "
+    "again; files of a saved model are not meant to be edited",
 )
 @follows(
     "artifact/spec",
@@ -434,23 +493,30 @@ def test_an_entry_of_mlmodel(save, copied, saved, tiny_bert, tiny_tokenizer):  #
     save(tiny_bert(), **given, input_columns={"text": "x"})
 
     def newer(content):
-        content["flavors"]["safeflavor"].update(format_version=99, loader_version=mlflow_safeflavor.__version__)
+        content["flavors"]["safeflavor"].update(
+            format_version=99, loader_version=mlflow_safeflavor.__version__
+        )
 
     edit_mlmodel(copied, newer)
     with pytest.raises(FormatVersionError) as error:
         load_model(copied)
     wanted = error.value.hint.split()[2]
-    assert wanted == mlflow_safeflavor.__version__  # the release that wrote it, and what that wrote it reads
+    # the release that wrote it, and what that wrote it reads
+    assert wanted == mlflow_safeflavor.__version__
     load_model(saved)
 
 
 @follows(
     "artifact/trust",
     "A file of the model names code, files or repositories that a library would load",
-    "if you did not save this model, do not use it; if you did, take this out of its config and save it again",
+    "if you did not save this model, do not use it; if you did, take this out of its config and "
+    "save it again",
 )
 def test_a_config_that_was_steered(save, copied, tiny_bert, tiny_tokenizer):  # noqa: F811
-    edit_json(copied / "safeflavor" / "config.json", lambda config: config.update(vocab_file="/etc/passwd"))
+    edit_json(
+        copied / "safeflavor" / "config.json",
+        lambda config: config.update(vocab_file="/etc/passwd"),
+    )
     reseal(copied)
     with pytest.raises(TrustError):
         load_model(copied)
@@ -470,7 +536,10 @@ def test_a_pickle_of_another_python(save, code):  # noqa: F811
     own = code.Net()
     own.note = "kept"
     path = save(own, allow_pickle=True, code_paths=[code.file])
-    edit_json(path / "safeflavor" / "structure.json", lambda content: content["pickle"].update(python="3.9"))
+    edit_json(
+        path / "safeflavor" / "structure.json",
+        lambda content: content["pickle"].update(python="3.9"),
+    )
     reseal(path)
     with pytest.raises(StructureError):
         load_model(path, trust={"code", "pickle"})
@@ -480,7 +549,8 @@ def test_a_pickle_of_another_python(save, code):  # noqa: F811
 @follows(
     "module/placement",
     "Torch's default dtype kept changing while the model was constructed",
-    "do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, meanwhile",
+    "do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, "
+    "meanwhile",
 )
 def test_a_default_dtype_that_keeps_changing(save, code, monkeypatch):  # noqa: F811
     path, calls = save(code.Net(), code_paths=[code.file]), []
@@ -494,7 +564,10 @@ def test_a_default_dtype_that_keeps_changing(save, code, monkeypatch):  # noqa: 
 
         patch.setattr(placement, "build", build)
         patch.setattr(
-            placement._Watch, "disturbed", property(lambda self: True, lambda self, value: None), raising=False
+            placement._Watch,
+            "disturbed",
+            property(lambda self: True, lambda self, value: None),
+            raising=False,
         )
         with pytest.raises(PlacementError):
             load_model(path, trust={"code"}, dtype="bfloat16")

@@ -26,10 +26,25 @@ from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.environment.differences import find_differences
 from mlflow_safeflavor.environment.recorded import Environment
 
-# transformers, and MiniLM's weights, are imported where a model is made: graphs are asked where neither is installed.
-CODE = ["if x < 0:\n    return -x", "for i in range(n + 1):\n    total += a[i]", "return a == b", ""]
-FIXED = ["if x <= 0:\n    return -x", "for i in range(n):\n    total += a[i]", "return a is b", "pass"]
-TEXTS = ["a cat on the mat", "a dog sleeps under the tall tree behind the house", "naïve café 東京 👍"]
+# transformers, and MiniLM's weights, are imported where a model is made: graphs are asked where
+# neither is installed.
+CODE = [
+    "if x < 0:\n    return -x",
+    "for i in range(n + 1):\n    total += a[i]",
+    "return a == b",
+    "",
+]
+FIXED = [
+    "if x <= 0:\n    return -x",
+    "for i in range(n):\n    total += a[i]",
+    "return a is b",
+    "pass",
+]
+TEXTS = [
+    "a cat on the mat",
+    "a dog sleeps under the tall tree behind the house",
+    "naïve café 東京 👍",
+]
 ROWS = {
     "classifier": pd.DataFrame({"buggy_code": CODE, "fixed_code": FIXED}),
     "embedding": pd.DataFrame({"text": TEXTS}),
@@ -54,17 +69,29 @@ def classifier() -> dict[str, Any]:
     config.update({"id2label": {0: "no fix", 1: "a fix"}, "label2id": {"no fix": 0, "a fix": 1}})
     torch.manual_seed(0)
     model = BertForSequenceClassification(config)
-    model.bert.load_state_dict(encoder.state_dict(), strict=False)  # all but the pooler that no classifier trained
+    # all but the pooler that no classifier trained
+    model.bert.load_state_dict(encoder.state_dict(), strict=False)
     columns = {"text": "buggy_code", "text_pair": "fixed_code"}
-    return {"model": model.eval(), "tokenizer": AutoTokenizer.from_pretrained(minilm()), "input_columns": columns}
+    return {
+        "model": model.eval(),
+        "tokenizer": AutoTokenizer.from_pretrained(minilm()),
+        "input_columns": columns,
+    }
 
 
 def embedding() -> dict[str, Any]:
     """MiniLM itself: answers are lists of numbers."""
     from transformers import AutoModel, AutoTokenizer
 
-    model, tokenizer = AutoModel.from_pretrained(minilm()).eval(), AutoTokenizer.from_pretrained(minilm())
-    return {"model": model, "tokenizer": tokenizer, "model_config": {"pooling": "mean", "normalize": True}}
+    model, tokenizer = (
+        AutoModel.from_pretrained(minilm()).eval(),
+        AutoTokenizer.from_pretrained(minilm()),
+    )
+    return {
+        "model": model,
+        "tokenizer": tokenizer,
+        "model_config": {"pooling": "mean", "normalize": True},
+    }
 
 
 def custom() -> dict[str, Any]:
@@ -82,12 +109,16 @@ def custom() -> dict[str, Any]:
             hidden = self.layer(self.embed(input_ids), src_key_padding_mask=attention_mask == 0)
             return self.head(hidden[:, 0])
 
-    def preprocess(rows: list[dict[str, Any]], tokenizer: Callable[..., Any]) -> dict[str, torch.Tensor]:
+    def preprocess(
+        rows: list[dict[str, Any]], tokenizer: Callable[..., Any]
+    ) -> dict[str, torch.Tensor]:
         pairs = [row["buggy_code"] for row in rows], [row["fixed_code"] for row in rows]
         encoded = tokenizer(*pairs, padding=True, return_tensors="pt")
         return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
-    def postprocess(outputs: dict[str, np.ndarray], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def postprocess(
+        outputs: dict[str, np.ndarray], rows: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
         (logits,) = outputs.values()
         scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         return [{"fixes": bool(row[1] > row[0]), "scores": row.tolist()} for row in scores]
@@ -112,7 +143,10 @@ MODELS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 GRAPHS = ("classifier", "embedding")
-"""Models that are served as graphs without transformers; what ``custom`` pickled asks for its tokenizer."""
+"""Models that are served as graphs without transformers.
+
+What ``custom`` pickled asks for its tokenizer.
+"""
 
 
 def answers_of(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -146,7 +180,10 @@ def load(folder: Path, **options: Any) -> Any:
 
 def differences(model: Path) -> list[str]:
     """What is not installed here as it was where the model was saved, whatever answers."""
-    return [str(one) for one in find_differences(Environment.from_json(read_json(Layout(model).environment)))]
+    return [
+        str(one)
+        for one in find_differences(Environment.from_json(read_json(Layout(model).environment)))
+    ]
 
 
 def ask(folder: Path) -> dict[str, Any]:

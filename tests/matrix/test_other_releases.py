@@ -1,7 +1,9 @@
-"""Other releases of transformers and MLflow: `make matrix`, or `nox -s matrix`, runs this in an environment of each.
+"""Other releases of transformers and MLflow.
 
-The models are saved here and asked in the main environment, and the other way round. All compute with the same torch
-on the same CPU, so equal means equal to the last bit.
+`make matrix`, or `nox -s matrix`, runs this in an environment of each.
+
+The models are saved here and asked in the main environment, and the other way round. All compute
+with the same torch on the same CPU, so equal means equal to the last bit.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from packaging.version import Version
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
 
-MAIN_PYTHON, SAVED_BY_MAIN = (os.environ.get(f"SAFEFLAVOR_MATRIX_{name}") for name in ("PYTHON", "SAVED"))
+MAIN_PYTHON, SAVED_BY_MAIN = (
+    os.environ.get(f"SAFEFLAVOR_MATRIX_{name}") for name in ("PYTHON", "SAVED")
+)
 if not (MAIN_PYTHON and SAVED_BY_MAIN):
     pytest.skip("other releases are tested by `make matrix`", allow_module_level=True)
 
@@ -41,7 +45,10 @@ def _pickles(monkeypatch):
 
 @pytest.fixture(scope="session")
 def here(tmp_path_factory):
-    """The models as this environment saves them; what is not rehearsed is served, which is a clean process, too."""
+    """The models as this environment saves them.
+
+    What is not rehearsed is served, which is a clean process, too.
+    """
     folder = tmp_path_factory.mktemp("here")
     matrix_models.save(folder, rehearse={"embedding"})
     return folder
@@ -70,7 +77,9 @@ def test_one_column_without_a_name_takes_every_form(here):
             assert near(records(native.predict(data)), wanted[:count]), form
             assert near(records(served.predict(data)), wanted[:count]), form
         # MLflow before 2.16 wants lists there, and before 2.10 lists of values.
-        listed = Version("2.16") <= MLFLOW or ((SAYS_LISTS or "dicts" not in form) and "a value" not in form)
+        listed = Version("2.16") <= MLFLOW or (
+            (SAYS_LISTS or "dicts" not in form) and "a value" not in form
+        )
         if body is not None and (listed or form == "dicts"):
             rows = infer_and_parse_data(body, served.metadata.get_input_schema())
             assert near(records(served.predict(rows)), wanted[:count]), form
@@ -98,13 +107,19 @@ def test_a_server_answers_the_same_and_refuses_with_400(here, name, serve):
         if name != "custom":  # whose hooks read the rows
             for what, body in refused.items():
                 answer = server.invoke(body)
-                assert (answer.status, first in answer.text) == (400, True), f"{what}: {answer.status} {answer.text}"
-                assert not re.search(r'Traceback|File "|site-packages', answer.text), f"{what}: {answer.text}"
+                assert (answer.status, first in answer.text) == (400, True), (
+                    f"{what}: {answer.status} {answer.text}"
+                )
+                assert not re.search(r'Traceback|File "|site-packages', answer.text), (
+                    f"{what}: {answer.text}"
+                )
             answer = server.invoke({"dataframe_records": [good], "params": {"max_length": -1}})
             assert (answer.status, "max_length" in answer.text) == (400, True), answer.text
             assert "Traceback" not in answer.text
         answer = server.invoke({"dataframe_records": [{"other": "a"}]})  # refused by MLflow itself
-        assert (answer.status, first in answer.text) == (400 if SAYS_LISTS else 500, True), answer.text
+        assert (answer.status, first in answer.text) == (400 if SAYS_LISTS else 500, True), (
+            answer.text
+        )
         assert "Traceback" not in answer.text
         assert server.invoke({"dataframe_records": [good]}).status == 200
 
@@ -112,7 +127,10 @@ def test_a_server_answers_the_same_and_refuses_with_400(here, name, serve):
 def test_a_logged_model_is_found_by_its_alias(tracking):
     with mlflow.start_run() as run:
         info = mlflow_safeflavor.log_model(
-            name="embedding", registered_model_name="minilm", rehearse=False, **matrix_models.embedding()
+            name="embedding",
+            registered_model_name="minilm",
+            rehearse=False,
+            **matrix_models.embedding(),
         )
     if MLFLOW.major == 2:
         assert info.model_uri == f"runs:/{run.info.run_id}/embedding"
@@ -120,7 +138,8 @@ def test_a_logged_model_is_found_by_its_alias(tracking):
     client.set_registered_model_alias("minilm", "champion", 1)
     rows = ROWS["embedding"]
     answers = [
-        records(mlflow.pyfunc.load_model(uri).predict(rows)) for uri in (info.model_uri, "models:/minilm@champion")
+        records(mlflow.pyfunc.load_model(uri).predict(rows))
+        for uri in (info.model_uri, "models:/minilm@champion")
     ]
     answers.append(records(mlflow_safeflavor.load_model("models:/minilm@champion").predict(rows)))
     assert answers[0] == answers[1] == answers[2]
@@ -181,7 +200,8 @@ def test_other_versions_are_an_error_where_that_is_asked_for(main):
 
 @pytest.mark.skipif(SAYS_LISTS, reason="only before MLflow 2.10")
 def test_a_signature_that_mlflow_cannot_read_is_named(main):
-    with pytest.raises(TypeError, match="required"):  # MLflow's own, before anything of the model is imported
+    # MLflow's own, before anything of the model is imported
+    with pytest.raises(TypeError, match="required"):
         mlflow.pyfunc.load_model(str(main / "embedding"))
     with pytest.raises(EnvironmentMismatchError, match=r"cannot read it[\s\S]*MLmodel[\s\S]*2\.10"):
         mlflow_safeflavor.verify_model(str(main / "embedding"), endpoint="http://127.0.0.1:9")

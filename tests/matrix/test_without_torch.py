@@ -1,4 +1,6 @@
-"""Where there is no torch: what looks at a model before it is loaded works, on any Python, and says what is missing.
+"""Where there is no torch.
+
+What looks at a model before it is loaded works, on any Python, and says what is missing.
 
 `make matrix`, or `nox -s light`, runs this with a model that the main environment saved.
 """
@@ -64,7 +66,9 @@ def test_a_model_can_be_inspected(saved):
 def test_another_python_is_refused_by_name(saved):
     recorded = Environment.from_json(read_json(Layout(saved).environment))
     with pytest.raises(EnvironmentMismatchError) as caught:
-        mlflow_safeflavor.load_model(str(saved), environment="error", model_config={"engine": "module"})
+        mlflow_safeflavor.load_model(
+            str(saved), environment="error", model_config={"engine": "module"}
+        )
     assert recorded.python in str(caught.value)
     assert ".".join(map(str, sys.version_info[:3])) in str(caught.value)
     assert "torch" in str(caught.value)
@@ -79,12 +83,18 @@ def test_a_missing_torch_is_named_before_it_fails_to_import(saved, caplog):
 def test_the_graph_answers_and_the_module_is_named_with_what_it_needs(saved, caplog):
     model = mlflow_safeflavor.load_model(str(saved))
     assert "torch" not in caplog.text, "nobody needs it to serve a graph"
-    rows = pd.DataFrame({"buggy_code": ["return a == b", ""], "fixed_code": ["return a is b", "pass"]})
+    rows = pd.DataFrame(
+        {"buggy_code": ["return a == b", ""], "fixed_code": ["return a is b", "pass"]}
+    )
     wanted = json.loads((Path(SAVED) / "answers.json").read_text())["classifier"][2:]
     found = model.predict(rows).to_dict(orient="records")
     assert [row["label"] for row in found] == [row["label"] for row in wanted]
-    assert [row["score"] for row in found] == pytest.approx([row["score"] for row in wanted], abs=1e-5)
-    with pytest.raises(EnvironmentMismatchError, match=r"torch[\s\S]*requirements\.txt of the model"):
+    assert [row["score"] for row in found] == pytest.approx(
+        [row["score"] for row in wanted], abs=1e-5
+    )
+    with pytest.raises(
+        EnvironmentMismatchError, match=r"torch[\s\S]*requirements\.txt of the model"
+    ):
         _ = model.module
     assert re.search(r"torch.*not installed", caplog.text), caplog.text
 

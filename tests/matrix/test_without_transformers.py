@@ -1,6 +1,9 @@
-"""Where torch is installed and transformers is not: graphs give the bits that the module gave where it was saved.
+"""Where torch is installed and transformers is not.
 
-`make matrix`, or `nox -s without_transformers`, runs this with the artifacts that every other leg is asked about, too.
+Graphs give the bits that the module gave where it was saved.
+
+`make matrix`, or `nox -s without_transformers`, runs this with the artifacts that every other leg
+is asked about, too.
 """
 
 from __future__ import annotations

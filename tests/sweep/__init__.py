@@ -1,1 +1,4 @@
-"""Every architecture of transformers that can be made small: saved, loaded in a clean process, compared bit for bit."""
+"""Every architecture of transformers that can be made small.
+
+Saved, loaded in a clean process, compared bit for bit.
+"""

@@ -1,4 +1,7 @@
-"""The clean process, which never saw an original: a line of JSON in is an artifact, a line out is what it holds."""
+"""The clean process, which never saw an original.
+
+A line of JSON in is an artifact, a line out is what it holds.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ CPU_SECONDS = 60
 
 def answer(job: dict[str, str]) -> dict[str, object]:
     """Load natively, everything verified, and nothing of the artifact's own trusted to run."""
-    model = mlflow_safeflavor.load_model(job["artifact"], device="cpu", verify="full", environment="error", trust=())
+    model = mlflow_safeflavor.load_model(
+        job["artifact"], device="cpu", verify="full", environment="error", trust=()
+    )
     with np.load(Path(job["artifact"]).with_suffix(".npz")) as stored:
         arrays = dict(stored)
     return {

@@ -1,6 +1,7 @@
 """What two modules are compared by, found without the package under test.
 
-Both sides of the sweep use this file: the process that saved a model, and the clean one that loaded it.
+Both sides of the sweep use this file: the process that saved a model, and the clean one that loaded
+it.
 """
 
 from __future__ import annotations
@@ -19,18 +20,34 @@ Facts = dict[str, list[Any]]
 def inventory(module: torch.nn.Module) -> Facts:
     """Path → kind, dtype, shape, stride, whether in ``state_dict``, first path of the same memory, SHA-256.
 
-    Parameters, buffers, and every other tensor that attributes of modules reach, through containers and through
-    plain objects of transformers. Strides of dimensions of size one mean nothing, and are left out.
+    Parameters, buffers, and every other tensor that attributes of modules reach, through containers
+    and through plain objects of transformers. Strides of dimensions of size one mean nothing, and
+    are left out.
     """
     listed = set(module.state_dict(keep_vars=True))
     first: dict[tuple[int, int], str] = {}
     found: Facts = {}
     for path, kind, tensor in tensors_of(module):
-        # The address of the first element: equal for tied weights, and different for two views of one storage.
-        place = (tensor.data_ptr(), tensor.untyped_storage().data_ptr()) if tensor.numel() else (id(tensor), 0)
-        stride = [step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+        # The address of the first element: equal for tied weights, and different for two views of
+        # one storage.
+        place = (
+            (tensor.data_ptr(), tensor.untyped_storage().data_ptr())
+            if tensor.numel()
+            else (id(tensor), 0)
+        )
+        stride = [
+            step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+        ]
         alias = first.setdefault(place, path)
-        facts = [kind, str(tensor.dtype), list(tensor.shape), stride, path in listed, alias, digest(tensor)]
+        facts = [
+            kind,
+            str(tensor.dtype),
+            list(tensor.shape),
+            stride,
+            path in listed,
+            alias,
+            digest(tensor),
+        ]
         found.setdefault(path, facts)
     return found
 

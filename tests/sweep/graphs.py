@@ -3,10 +3,11 @@
     make graphs                                                  all of them
     cd tests; python -m sweep.graphs --only 'Bert|ViT'           some of them, by class name
 
-Each class is built as in ``run.py``, and its forward recorded and proven as ``save_model`` does it. The graph then
-answers fresh inputs of other sizes, near to the module's outputs or it is a bug. Rows go to
-``tests/sweep/graphs.jsonl`` as they are done, and are not done again; ``graphs.md`` is made of them at the end. It ends
-with 1 if any graph that was proven answered otherwise, or if something broke that is no refusal.
+Each class is built as in ``run.py``, and its forward recorded and proven as ``save_model`` does it.
+The graph then answers fresh inputs of other sizes, near to the module's outputs or it is a bug.
+Rows go to ``tests/sweep/graphs.jsonl`` as they are done, and are not done again; ``graphs.md`` is
+made of them at the end. It ends with 1 if any graph that was proven answered otherwise, or if
+something broke that is no refusal.
 """
 
 from __future__ import annotations
@@ -45,9 +46,28 @@ FRESH = 12
 """Inputs of other sizes that a graph is asked, beyond those it was proven on."""
 
 KINDS = (
-    *("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "ImageClassification"),
-    *("Model", "AudioClassification", "MultipleChoice", "PreTraining", "AudioFrameClassification", "XVector", "CTC"),
-    *("NextSentencePrediction", "MaskedImageModeling", "VideoClassification", "SemanticSegmentation"),
+    *(
+        "SequenceClassification",
+        "TokenClassification",
+        "QuestionAnswering",
+        "MaskedLM",
+        "ImageClassification",
+    ),
+    *(
+        "Model",
+        "AudioClassification",
+        "MultipleChoice",
+        "PreTraining",
+        "AudioFrameClassification",
+        "XVector",
+        "CTC",
+    ),
+    *(
+        "NextSentencePrediction",
+        "MaskedImageModeling",
+        "VideoClassification",
+        "SemanticSegmentation",
+    ),
     *("DepthEstimation", "ObjectDetection", "Backbone", "Encoder", ""),
 )
 """Ends of class names, in the order in which they are looked at."""
@@ -59,7 +79,10 @@ WRITES = re.compile(
 """Classes that write token by token: they stay with the module, see docs/limits.md."""
 
 ENCODERS = re.compile("MaskedLM|ImageClassification|AudioClassification|ForCTC")
-"""A model type is an encoder where transformers has such a class of it: its classes come first, and are counted."""
+"""A model type is an encoder where transformers has such a class of it.
+
+Its classes come first, and are counted.
+"""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -67,7 +90,9 @@ Tensors = dict[str, torch.Tensor]
 def encoders(only: str = "") -> list[tuple[str, str]]:
     """Class name and model type of all that do not write, those first that are served most."""
     known = shrink.architectures()
-    found = [item for item in known.items() if not WRITES.search(item[0]) and re.search(only, item[0])]
+    found = [
+        item for item in known.items() if not WRITES.search(item[0]) and re.search(only, item[0])
+    ]
     served = encoder_types(known)
     return sorted(
         found,
@@ -83,7 +108,8 @@ def encoder_types(known: Mapping[str, str]) -> set[str]:
     return {model_type for name, model_type in known.items() if ENCODERS.search(name)}
 
 
-# --- one class --------------------------------------------------------------------------------------
+# --- one class
+# --------------------------------------------------------------------------------------
 
 
 def check(class_name: str, model_type: str) -> dict[str, Any]:
@@ -122,11 +148,24 @@ def _recorded(module: torch.nn.Module, example: Tensors) -> dict[str, Any]:
     compared, reason = _compared(module, Session(graph, {}, threads=1), graph, examples[0])
     shapes = {known.name: [str(size) for size in known.shape] for known in graph.inputs}
     same = [name for name in ("threads", "batch", "padding") if getattr(facts, name) is False]
-    known = {"nodes": len(graph.nodes), "proven_on": facts.inputs, "fresh": compared, "inputs": shapes}
+    known = {
+        "nodes": len(graph.nodes),
+        "proven_on": facts.inputs,
+        "fresh": compared,
+        "inputs": shapes,
+    }
     known |= {"difference": facts.difference, "other_bits": same}
     if reason is None and not compared:
-        return {"result": "left out", "reason": "the module takes none of the fresh inputs", **known}
-    return {"result": "differs", "reason": reason, **known} if reason else {"result": "proven", **known}
+        return {
+            "result": "left out",
+            "reason": "the module takes none of the fresh inputs",
+            **known,
+        }
+    return (
+        {"result": "differs", "reason": reason, **known}
+        if reason
+        else {"result": "proven", **known}
+    )
 
 
 def _examples(module: torch.nn.Module, example: Tensors) -> Iterator[Tensors]:
@@ -143,7 +182,11 @@ TEXT = frozenset(("input_ids", "attention_mask", "token_type_ids", "bbox", "mm_t
 
 def _cut(name: str, tensor: torch.Tensor, rows: int, length: int | None) -> torch.Tensor:
     cut = tensor[:rows]
-    return cut[:, :length].clone() if name in TEXT and tensor.shape[1:2] == (inputs.LENGTH,) else cut.clone()
+    return (
+        cut[:, :length].clone()
+        if name in TEXT and tensor.shape[1:2] == (inputs.LENGTH,)
+        else cut.clone()
+    )
 
 
 def _answer(module: torch.nn.Module, given: Tensors) -> Tensors | None:
@@ -158,7 +201,9 @@ TOLERANCE = 1e-4
 """Of an output's largest value, and absolutely."""
 
 
-def _compared(module: torch.nn.Module, session: Session, graph: Graph, example: Tensors) -> tuple[int, str | None]:
+def _compared(
+    module: torch.nn.Module, session: Session, graph: Graph, example: Tensors
+) -> tuple[int, str | None]:
     """On how many fresh inputs both answered, and the first on which they did not answer the same."""
     compared = 0
     for given in _fresh(graph, example):
@@ -170,7 +215,11 @@ def _compared(module: torch.nn.Module, session: Session, graph: Graph, example: 
             found = session({name: tensor.numpy() for name, tensor in given.items()})
         except Exception as error:
             return compared, f"on {shapes}: {type(error).__name__}: {error}"[:2000]
-        unequal = [name for name in wanted if name not in found or not _near(wanted[name].numpy(), found[name])]
+        unequal = [
+            name
+            for name in wanted
+            if name not in found or not _near(wanted[name].numpy(), found[name])
+        ]
         if unequal or wanted.keys() != found.keys():
             return compared, f"on {shapes}: {', '.join(unequal) or 'other outputs'}"
         compared += 1
@@ -190,26 +239,40 @@ def _near(wanted: np.ndarray, found: np.ndarray) -> bool:
 
 
 def _fresh(graph: Graph, example: Tensors) -> Iterator[Tensors]:
-    """Values and sizes that are drawn anew, apart from ``graph/proof.py``: that is what is tested."""
+    """Values and sizes that are drawn anew, apart from ``graph/proof.py``.
+
+    That is what is tested.
+    """
     draw = random.Random(1)
     generator = torch.Generator().manual_seed(1)
     for i in range(FRESH):
-        like = [known for k in graph.inputs for known in zip(k.shape, example[k.name].shape, strict=True)]
+        like = [
+            known
+            for k in graph.inputs
+            for known in zip(k.shape, example[k.name].shape, strict=True)
+        ]
         sizes = {size: found for size, found in like if isinstance(size, str)}
         # All of them, or rows and lengths alone: many models take one size of images.
         other = [name for name in sizes if i % 2 or name in ("rows", "length")] if i else []
         sizes |= {name: draw.randint(1, 48) for name in other}
-        shapes = {k.name: tuple(sizes.get(str(size), size) for size in k.shape) for k in graph.inputs}
-        yield {name: _values(name, shapes[name], tensor, generator) for name, tensor in example.items()}
+        shapes = {
+            k.name: tuple(sizes.get(str(size), size) for size in k.shape) for k in graph.inputs
+        }
+        yield {
+            name: _values(name, shapes[name], tensor, generator) for name, tensor in example.items()
+        }
 
 
-def _values(name: str, shape: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _values(
+    name: str, shape: Sequence[int], like: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     if name == "attention_mask" and len(shape) == 2:
         real = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
         return (torch.arange(shape[1])[None] < real).to(like.dtype)
     if like.is_floating_point():
         return torch.randn(shape, generator=generator) * 0.5
-    chosen = torch.randint(like.numel(), tuple(shape), generator=generator)  # ids that the model knows
+    # ids that the model knows
+    chosen = torch.randint(like.numel(), tuple(shape), generator=generator)
     values = like.reshape(-1)[chosen]
     if name == "bbox" and shape[-1] == like.shape[-1]:  # its corners go together
         values = like.reshape(-1, shape[-1])[chosen[..., 0] % like.shape[:-1].numel()]
@@ -220,11 +283,15 @@ def _values(name: str, shape: Sequence[int], like: torch.Tensor, generator: torc
     return values
 
 
-# --- all of them ------------------------------------------------------------------------------------
+# --- all of them
+# ------------------------------------------------------------------------------------
 
 
 class Worker:
-    """A process that is told classes and answers with rows; another one takes over where it dies."""
+    """A process that is told classes and answers with rows.
+
+    Another one takes over where it dies.
+    """
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
@@ -265,7 +332,10 @@ class Worker:
 
 
 def work() -> None:
-    """Answer the classes that standard input names; the kernel ends this process at one that takes too long."""
+    """Answer the classes that standard input names.
+
+    The kernel ends this process at one that takes too long.
+    """
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -284,10 +354,18 @@ def sweep(wanted: Sequence[tuple[str, str]], results: Path) -> None:
             if class_name not in done:
                 row = worker.ask(class_name, model_type)
                 print(json.dumps(row), file=file, flush=True)
-                print(row["result"], row["class"], row.get("reason", "")[:100], row["seconds"], sep="\t", flush=True)
+                print(
+                    row["result"],
+                    row["class"],
+                    row.get("reason", "")[:100],
+                    row["seconds"],
+                    sep="\t",
+                    flush=True,
+                )
 
 
-# --- the table --------------------------------------------------------------------------------------
+# --- the table
+# --------------------------------------------------------------------------------------
 
 
 def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -301,24 +379,61 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     known, seen = encoders(), {row["class"] for row in rows}
     served = encoder_types(dict(known))
     those = {name for name, model_type in known if model_type in served}
-    lines = ["# Graphs of the sweep", "", f"{len(seen & those)} of {len(those)} classes of encoders and "]
-    lines[-1] += f"{len(seen - those)} of {len(known) - len(those)} others (decoders that classify, detectors, parts "
-    lines[-1] += f"of models), transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}. "
+    lines = [
+        "# Graphs of the sweep",
+        "",
+        f"{len(seen & those)} of {len(those)} classes of encoders and ",
+    ]
+    lines[-1] += (
+        f"{len(seen - those)} of {len(known) - len(those)} others (decoders that classify, "
+        "detectors, parts "
+    )
+    lines[-1] += (
+        f"of models), transformers {transformers.__version__}, torch "
+        f"{torch.__version__.partition('+')[0]}. "
+    )
     fresh = sum(row.get("fresh", 0) for row in rows)
     proven = sum(row.get("proven_on", 0) for row in rows)
-    lines[-1] += f"Proven on {proven:,} inputs when recorded, and compared on {fresh:,} fresh ones afterwards."
-    lines += ["", "| kind | proven | refused, with a reason | left out | stored but unequal |", "|---|---|---|---|---|"]
+    lines[-1] += (
+        f"Proven on {proven:,} inputs when recorded, and compared on {fresh:,} fresh ones "
+        "afterwards."
+    )
+    lines += [
+        "",
+        "| kind | proven | refused, with a reason | left out | stored but unequal |",
+        "|---|---|---|---|---|",
+    ]
     for kind, found in counts.items():
         if any(found.values()):
-            lines.append(f"| {kind or 'others'} | " + " | ".join(str(found[name]) for name in results) + " |")
-    lines += ["", "## Proven", "", "| class | nodes | inputs | proven on | fresh | within | other bits for |"]
+            lines.append(
+                f"| {kind or 'others'} | " + " | ".join(str(found[name]) for name in results) + " |"
+            )
+    lines += [
+        "",
+        "## Proven",
+        "",
+        "| class | nodes | inputs | proven on | fresh | within | other bits for |",
+    ]
     lines += ["|---|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: row["class"]):
         if row["result"] == "proven":
-            shapes = ", ".join(f"{name} {' × '.join(shape)}" for name, shape in row["inputs"].items())
-            cells = (row["class"], row["nodes"], shapes, row["proven_on"], row["fresh"], f"{row['difference']:.0e}")
+            shapes = ", ".join(
+                f"{name} {' × '.join(shape)}" for name, shape in row["inputs"].items()
+            )
+            cells = (
+                row["class"],
+                row["nodes"],
+                shapes,
+                row["proven_on"],
+                row["fresh"],
+                f"{row['difference']:.0e}",
+            )
             lines.append(f"| {' | '.join(map(str, cells))} | {', '.join(row['other_bits'])} |")
-    for result, title in (("differs", "Stored but unequal"), ("refused", "Refused"), ("left out", "Left out")):
+    for result, title in (
+        ("differs", "Stored but unequal"),
+        ("refused", "Refused"),
+        ("left out", "Left out"),
+    ):
         lines += _grouped(rows, result, title)
     return "\n".join(lines) + "\n"
 
@@ -334,7 +449,9 @@ def _grouped(rows: Sequence[Mapping[str, Any]], result: str, title: str) -> list
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="regular expression on class names")
     parser.add_argument("--results", type=Path, default=HERE / "graphs.jsonl")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

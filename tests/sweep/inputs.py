@@ -17,7 +17,9 @@ BATCH, LENGTH, CHOICES = 2, 12, 2
 
 
 def find_inputs(module: torch.nn.Module, most: int = 60) -> tuple[Arrays | None, str]:
-    """The first made-up inputs that ``forward`` takes and answers with tensors; else None, and why not.
+    """The first made-up inputs that ``forward`` takes and answers with tensors.
+
+    Else None, and why not.
 
     The richest come first: text with images or sound, then text alone.
     """
@@ -48,16 +50,28 @@ def find_inputs(module: torch.nn.Module, most: int = 60) -> tuple[Arrays | None,
 def tensors(arrays: Arrays, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """As the raw task makes them: floating point in the serving dtype."""
     made = {name: torch.tensor(value) for name, value in arrays.items()}
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in made.items()}
+    return {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in made.items()
+    }
 
 
-def output_tensors(value: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a model's outputs with its path: nested tuples and dicts, caches, plain objects."""
+def output_tensors(
+    value: Any, path: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a model's outputs with its path.
+
+    Nested tuples and dicts, caches, plain objects.
+    """
     seen = set() if seen is None else seen
     if isinstance(value, torch.Tensor):
         yield path, value
         return
-    if value is None or isinstance(value, (str, int, float, bool, torch.nn.Module, type)) or id(value) in seen:
+    if (
+        value is None
+        or isinstance(value, (str, int, float, bool, torch.nn.Module, type))
+        or id(value) in seen
+    ):
         return
     seen.add(id(value))
     parts: Any = ()
@@ -77,7 +91,11 @@ def output_tensors(value: Any, path: str = "", seen: set[int] | None = None) -> 
 def candidates(module: torch.nn.Module) -> Iterator[Arrays]:
     """Inputs to try, richest first."""
     parameters = inspect.signature(module.forward).parameters
-    names = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    names = [
+        name
+        for name, p in parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     required = {name for name in names if parameters[name].default is inspect.Parameter.empty}
     make = _Maker(module)
     choices = {name: made for name in names if (made := make.choices(name))}
@@ -85,7 +103,8 @@ def candidates(module: torch.nn.Module) -> Iterator[Arrays]:
     text = {"input_ids", "attention_mask", "decoder_input_ids"}
     grids = {"image_grid_thw", "grid_thw", "mm_token_type_ids"}
     if "input_ids" not in names:
-        choices.pop("attention_mask", None)  # it would be as long as the sound, or the number of patches
+        # it would be as long as the sound, or the number of patches
+        choices.pop("attention_mask", None)
     rich, plain = set(choices), set(choices) - grids
     seen: list[list[str]] = []
     poorer = ({main} | required | text, {main} | required, required, text)
@@ -93,7 +112,9 @@ def candidates(module: torch.nn.Module) -> Iterator[Arrays]:
         chosen = [name for name in names if name in wanted and name in choices]
         if chosen and chosen not in seen:
             seen.append(chosen)
-            for combination in itertools.islice(itertools.product(*(choices[name] for name in chosen)), 8):
+            for combination in itertools.islice(
+                itertools.product(*(choices[name] for name in chosen)), 8
+            ):
                 yield dict(zip(chosen, combination, strict=True))
 
 
@@ -103,7 +124,9 @@ def fields(config: Any, *names: str) -> Iterator[Any]:
         value = getattr(config, name, None)
         if value is not None:
             yield value
-    for part in list(vars(config).values()) if config is not None and hasattr(config, "__dict__") else ():
+    for part in (
+        list(vars(config).values()) if config is not None and hasattr(config, "__dict__") else ()
+    ):
         if hasattr(part, "to_json_string"):
             yield from fields(part, *names)
 
@@ -126,7 +149,9 @@ class _Maker:
         self.size = _integer(self.config, 32, "image_size", "img_size", "input_image_size")
         self.channels = _integer(self.config, 3, "num_channels", "in_channels")
         self.patch = _integer(self.config, 8, "patch_size")
-        self.mels = _integer(self.config, 80, "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels")
+        self.mels = _integer(
+            self.config, 80, "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels"
+        )
 
     def choices(self, name: str) -> Sequence[np.ndarray]:
         """Arrays to try for an argument; none for an argument that is left out."""
@@ -146,9 +171,12 @@ class _Maker:
     def _input_ids(self) -> Sequence[np.ndarray]:
         ids = self._ids(*self._text_shape())
         eos = _integer(self.config, 2, "eos_token_id")
-        if "Classification" in self.name and eos < 160:  # some read their sentence from the end token
+        # some read their sentence from the end token
+        if "Classification" in self.name and eos < 160:
             ids[..., -1] = eos
-        codebooks = _integer(self.config, 4, "num_codebooks", "n_codes_total", "audio_num_codebooks")
+        codebooks = _integer(
+            self.config, 4, "num_codebooks", "n_codes_total", "audio_num_codebooks"
+        )
         return ids, self._ids(BATCH, codebooks, LENGTH), self._ids(BATCH, LENGTH, codebooks)
 
     def _attention_mask(self) -> Sequence[np.ndarray]:
@@ -176,7 +204,11 @@ class _Maker:
 
     def _pixel_values_videos(self) -> Sequence[np.ndarray]:
         frames = _integer(self.config, 2, "num_frames", "frames_per_clip")
-        return (self._floats(BATCH, frames, self.channels, self.size, self.size),) if "Video" in self.name else ()
+        return (
+            (self._floats(BATCH, frames, self.channels, self.size, self.size),)
+            if "Video" in self.name
+            else ()
+        )
 
     _pixel_values_video = _pixel_values_videos
 
@@ -191,7 +223,11 @@ class _Maker:
     def _hidden_states(self) -> Sequence[np.ndarray]:
         flat = self.channels * self.patch**2 * _integer(self.config, 1, "temporal_patch_size")
         width = _integer(self.config, 64, "hidden_size", "d_model")
-        return self._floats(32, flat), self._floats(BATCH, LENGTH, width), self._floats(BATCH, width, LENGTH)
+        return (
+            self._floats(32, flat),
+            self._floats(BATCH, LENGTH, width),
+            self._floats(BATCH, width, LENGTH),
+        )
 
     def _input_values(self) -> Sequence[np.ndarray]:
         length = _integer(self.config, 0, "max_length") or 128
@@ -217,7 +253,11 @@ class _Maker:
         )
 
     def _audio_values(self) -> Sequence[np.ndarray]:
-        return self._floats(BATCH, 1, 4000), self._floats(BATCH, 4000), self._floats(BATCH, 128, 128)
+        return (
+            self._floats(BATCH, 1, 4000),
+            self._floats(BATCH, 4000),
+            self._floats(BATCH, 128, 128),
+        )
 
     def _speech(self) -> Sequence[np.ndarray]:
         return (self._floats(BATCH, 4000),)
@@ -270,7 +310,9 @@ class _Maker:
 
 # --- image and audio tokens -----------------------------------------------------------------------
 
-_COUNTS = re.compile(r"tokens?:?\s*(?:torch\.Size\(\[)?(\d+)[^\d]*features?:?\s*(?:torch\.Size\(\[)?(\d+)", re.I)
+_COUNTS = re.compile(
+    r"tokens?:?\s*(?:torch\.Size\(\[)?(\d+)[^\d]*features?:?\s*(?:torch\.Size\(\[)?(\d+)", re.I
+)
 
 
 def _with_tokens(module: torch.nn.Module, arrays: Arrays, message: str) -> Arrays | None:
@@ -278,13 +320,33 @@ def _with_tokens(module: torch.nn.Module, arrays: Arrays, message: str) -> Array
     found = _COUNTS.search(message)
     if found is None or np.ndim(arrays.get("input_ids")) != 2 or int(found[1]) == int(found[2]):
         return None
-    what = "audio" if "audio" in message.lower() else "video" if "video" in message.lower() else "image"
-    token = next((t for t in fields(module.config, f"{what}_token_id", f"{what}_token_index") if type(t) is int), None)
+    what = (
+        "audio"
+        if "audio" in message.lower()
+        else "video"
+        if "video" in message.lower()
+        else "image"
+    )
+    token = next(
+        (
+            t
+            for t in fields(module.config, f"{what}_token_id", f"{what}_token_index")
+            if type(t) is int
+        ),
+        None,
+    )
     count, rows = int(found[2]), len(arrays["input_ids"])
     if token is None or count % rows or count > 4096:
         return None
     ids = arrays["input_ids"]
     block = np.full((rows, count // rows), token, ids.dtype)
     ids = np.concatenate([ids[:, :2], block, ids[:, 2:]], axis=1)
-    beside = {"attention_mask": np.ones_like(ids), "mm_token_type_ids": (ids == token).astype(np.int64)}
-    return arrays | {"input_ids": ids} | {name: value for name, value in beside.items() if name in arrays}
+    beside = {
+        "attention_mask": np.ones_like(ids),
+        "mm_token_type_ids": (ids == token).astype(np.int64),
+    }
+    return (
+        arrays
+        | {"input_ids": ids}
+        | {name: value for name, value in beside.items() if name in arrays}
+    )

@@ -26,11 +26,17 @@ def read(*files: Path) -> list[Row]:
 
 def equal(rows: list[Row]) -> list[str]:
     """Classes that came back bit for bit in both dtypes."""
-    return [row["class"] for row in rows if row["float32"]["result"] == row["bfloat16"]["result"] == "equal"]
+    return [
+        row["class"]
+        for row in rows
+        if row["float32"]["result"] == row["bfloat16"]["result"] == "equal"
+    ]
 
 
 def write_proven(table: Path, rows: list[Row]) -> None:
-    """Write ``proven_classes.txt``: what it said before, but of the classes in ``rows`` what was seen now.
+    """Write ``proven_classes.txt``.
+
+    What it said before, but of the classes in ``rows`` what was seen now.
 
     Proven is what came back bit for bit in float32, and not with other bits in bfloat16.
     """
@@ -39,10 +45,13 @@ def write_proven(table: Path, rows: list[Row]) -> None:
     found = {
         row["class"]
         for row in rows
-        if row["float32"]["result"] == "equal" and row["bfloat16"]["result"] in ("equal", "left out")
+        if row["float32"]["result"] == "equal"
+        and row["bfloat16"]["result"] in ("equal", "left out")
     }
     names = " ".join(sorted((before - {row["class"] for row in rows}) | found))
-    table.write_text(_PROVEN + textwrap.fill(names, width=118, break_on_hyphens=False) + "\n", encoding="utf-8")
+    table.write_text(
+        _PROVEN + textwrap.fill(names, width=118, break_on_hyphens=False) + "\n", encoding="utf-8"
+    )
 
 
 _PROVEN = """\
@@ -52,31 +61,48 @@ _PROVEN = """\
 
 
 def wrong(rows: list[Row]) -> list[str]:
-    """Classes with a bug of the package to look at: another result, or an alarm about a sound module."""
+    """Classes with a bug of the package to look at.
+
+    Another result, or an alarm about a sound module.
+    """
     return [
         row["class"]
         for row in rows
-        if any(row[dtype]["result"] == "differs" or "alarm" in row[dtype] for dtype in ("float32", "bfloat16"))
+        if any(
+            row[dtype]["result"] == "differs" or "alarm" in row[dtype]
+            for dtype in ("float32", "bfloat16")
+        )
     ]
 
 
 def as_text(rows: list[Row]) -> str:
     """Counts, and every class that is not equal in both dtypes, with the reason."""
-    lines = ["# Results of the sweep", "", f"{len(rows)} classes.", "", "| | float32 | bfloat16 |", "|---|---|---|"]
-    counts = {dtype: Counter(row[dtype]["result"] for row in rows) for dtype in ("float32", "bfloat16")}
-    lines += [f"| {name} | {counts['float32'][name]} | {counts['bfloat16'][name]} |" for name in RESULTS]
+    lines = [
+        "# Results of the sweep",
+        "",
+        f"{len(rows)} classes.",
+        "",
+        "| | float32 | bfloat16 |",
+        "|---|---|---|",
+    ]
+    counts = {
+        dtype: Counter(row[dtype]["result"] for row in rows) for dtype in ("float32", "bfloat16")
+    }
+    lines += [
+        f"| {name} | {counts['float32'][name]} | {counts['bfloat16'][name]} |" for name in RESULTS
+    ]
     same = Counter(row["bfloat16"].get("from_pretrained", "").partition(":")[0] for row in rows)
     lines += [
         "",
-        f"Equal in both dtypes: {len(equal(rows))}. "
-        f"Of those in bfloat16, `from_pretrained(dtype=torch.bfloat16)` gives the same tensors for {same['equal']}.",
+        f"Equal in both dtypes: {len(equal(rows))}. Of those in bfloat16, "
+        f"`from_pretrained(dtype=torch.bfloat16)` gives the same tensors for {same['equal']}.",
     ]
     rounded = [row["class"] for row in rows if row["float32"].get("without_gradients")]
     if rounded:
         lines += [
             "",
-            f"Equal in float32 once the original's parameters require no gradients, {len(rounded)}: "
-            f"{', '.join(rounded)}.",
+            "Equal in float32 once the original's parameters require no gradients, "
+            f"{len(rounded)}: {', '.join(rounded)}.",
         ]
     lines += [
         "",
@@ -93,7 +119,9 @@ def as_text(rows: list[Row]) -> str:
 def _grouped(rows: list[Row], dtype: str, result: str) -> list[str]:
     groups: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        if row[dtype]["result"] == result and (dtype == "float32" or row["float32"]["result"] != result):
+        if row[dtype]["result"] == result and (
+            dtype == "float32" or row["float32"]["result"] != result
+        ):
             groups[_short(row[dtype].get("reason", ""))].append(row["class"])
     if not groups:
         return []
@@ -105,4 +133,6 @@ def _grouped(rows: list[Row], dtype: str, result: str) -> list[str]:
 def _short(reason: str) -> str:
     """The first line, without numbers that differ between classes."""
     line = re.sub(r"^(fixed|divided|short)\w*: ", "", reason.partition("\n")[0])
-    return re.sub(r"\d+ million parameters", "more than 20 million parameters", line)[:160].rstrip(".: ")
+    return re.sub(r"\d+ million parameters", "more than 20 million parameters", line)[:160].rstrip(
+        ".: "
+    )

@@ -4,9 +4,10 @@
     cd tests; python -m sweep.run --only 'Bert|Llama'         some of them, by class name
     cd tests; python -m sweep.run --jobs 4 --results x.jsonl  shared among four processes
 
-Results go to ``tests/sweep/results.jsonl``, one line a class as it is done, and in the end to ``results.md``; of some
-classes to ``some.jsonl`` and ``some.md``. The package's own ``proven_classes.txt`` then says of these classes what was
-seen. It ends with 1 if any class came back different, or if the package raised an alarm about a sound one.
+Results go to ``tests/sweep/results.jsonl``, one line a class as it is done, and in the end to
+``results.md``; of some classes to ``some.jsonl`` and ``some.md``. The package's own
+``proven_classes.txt`` then says of these classes what was seen. It ends with 1 if any class came
+back different, or if the package raised an alarm about a sound one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -51,16 +56,21 @@ CPU_SECONDS = 60  # for one class to be made and run; other processes on the mac
 PATIENCE = 600  # seconds until a clean process that says nothing is given up
 
 
-# --- the original -----------------------------------------------------------------------------------
+# --- the original
+# -----------------------------------------------------------------------------------
 
 
-def original(class_name: str, model_type: str) -> tuple[torch.nn.Module | None, inputs.Arrays | None, str, str]:
+def original(
+    class_name: str, model_type: str
+) -> tuple[torch.nn.Module | None, inputs.Arrays | None, str, str]:
     """A small module with values of its own everywhere, inputs it takes, the rule that made it, and what failed."""
     built: tuple[torch.nn.Module, str] | None = None
     problems = []
     for rule, config in shrink.configs(class_name, model_type):
         try:
-            module = _make(getattr(transformers, class_name), config) if config is not None else None
+            module = (
+                _make(getattr(transformers, class_name), config) if config is not None else None
+            )
         except ImportError as error:
             return None, None, rule, f"not installed: {_missing(error)}"
         except TimeoutError:
@@ -107,9 +117,9 @@ def _perturb(module: torch.nn.Module) -> None:
 def cast_reference(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """What a cast of the original is, by transformers' own rules and not by this package's.
 
-    As ``from_pretrained(dtype=…)`` decides: parameters and persistent buffers that the class's float32 islands
-    match are float32; everything else that is floating point has the dtype the constructor gives it when ``dtype``
-    is torch's default.
+    As ``from_pretrained(dtype=…)`` decides: parameters and persistent buffers that the class's
+    float32 islands match are float32; everything else that is floating point has the dtype the
+    constructor gives it when ``dtype`` is torch's default.
     """
     with _default_dtype(dtype):
         made = type(module)(copy.deepcopy(module.config))
@@ -121,7 +131,9 @@ def cast_reference(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Modu
     for path, _, tensor in list(facts.tensors_of(cast)):
         if tensor.is_floating_point():
             island = islands is not None and path in stored and islands.search(path)
-            tensor.data = tensor.data.to(torch.float32 if island else dtypes.get(path, tensor.dtype))
+            tensor.data = tensor.data.to(
+                torch.float32 if island else dtypes.get(path, tensor.dtype)
+            )
     return cast
 
 
@@ -135,7 +147,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-# --- the clean process ------------------------------------------------------------------------------
+# --- the clean process
+# ------------------------------------------------------------------------------
 
 
 class CleanProcess:
@@ -164,7 +177,11 @@ class CleanProcess:
         """Begin to load; ``reply`` waits for it."""
         if self.process is None:
             self._start()
-        print(json.dumps({"artifact": str(artifact), "dtype": dtype}), file=self.process.stdin, flush=True)
+        print(
+            json.dumps({"artifact": str(artifact), "dtype": dtype}),
+            file=self.process.stdin,
+            flush=True,
+        )
 
     def reply(self) -> dict[str, Any]:
         """What the artifact held there, or its error."""
@@ -177,7 +194,8 @@ class CleanProcess:
         return dict(json.loads(line))
 
 
-# --- one class --------------------------------------------------------------------------------------
+# --- one class
+# --------------------------------------------------------------------------------------
 
 
 def check(class_name: str, model_type: str, clean: CleanProcess, folder: Path) -> dict[str, Any]:
@@ -232,7 +250,9 @@ def _not_repeatable(module: torch.nn.Module, arrays: inputs.Arrays, dtype: torch
     except TimeoutError:
         raise
     except Exception as error:
-        return f"the original's forward fails in {dtype}: {type(error).__name__}: {error}".splitlines()[0][:240]
+        return f"the original's forward fails in {dtype}: {type(error).__name__}: {error}".splitlines()[
+            0
+        ][:240]
     return "forward is not repeatable in one process" if once != twice else ""
 
 
@@ -258,7 +278,9 @@ def _round_trip(
             result = _without_gradients(reference, arrays, expected, reply) or result
         result |= alarm | _untouched(before, facts.inventory(module))
         if dtype != "float32":
-            result["from_pretrained"] = _as_from_pretrained(module, torch_dtype, expected, folder / "checkpoint")
+            result["from_pretrained"] = _as_from_pretrained(
+                module, torch_dtype, expected, folder / "checkpoint"
+            )
         return result
     except SafeFlavorError as error:
         return {"result": "refused", "error": type(error).__name__, "reason": str(error)}
@@ -269,7 +291,9 @@ def _round_trip(
         artifact.with_suffix(".npz").unlink(missing_ok=True)
 
 
-def _save(module: torch.nn.Module, artifact: Path, dtype: str, arrays: inputs.Arrays) -> dict[str, str]:
+def _save(
+    module: torch.nn.Module, artifact: Path, dtype: str, arrays: inputs.Arrays
+) -> dict[str, str]:
     """Save; a false alarm of the doctor is noted, and overruled."""
     arguments = {"task": "raw", "dtype": dtype, "input_example": arrays, "rehearse": False}
     try:
@@ -280,8 +304,13 @@ def _save(module: torch.nn.Module, artifact: Path, dtype: str, arrays: inputs.Ar
     return {}
 
 
-def _as_from_pretrained(module: torch.nn.Module, dtype: torch.dtype, expected: facts.Facts, folder: Path) -> str:
-    """Whether transformers' own loader gives the reference, too; it is a second opinion, and may be wrong itself."""
+def _as_from_pretrained(
+    module: torch.nn.Module, dtype: torch.dtype, expected: facts.Facts, folder: Path
+) -> str:
+    """Whether transformers' own loader gives the reference, too.
+
+    It is a second opinion, and may be wrong itself.
+    """
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # progress bars
             module.save_pretrained(folder)
@@ -306,7 +335,10 @@ def _compare(inventory: facts.Facts, outputs: facts.Facts, reply: dict[str, Any]
         *([] if reply["replay"] else ["golden rows are not bit-identical"]),
     ]
     if problems:
-        return {"result": "differs", "reason": f"{len(problems)} differences: " + "; ".join(problems[:6])}
+        return {
+            "result": "differs",
+            "reason": f"{len(problems)} differences: " + "; ".join(problems[:6]),
+        }
     return {"result": "equal", "tensors": len(inventory), "outputs": len(outputs)}
 
 
@@ -315,8 +347,8 @@ def _without_gradients(
 ) -> dict[str, Any] | None:
     """The same comparison, with an original whose parameters require no gradients, as in a loaded model.
 
-    Torch multiplies a batch by a weight that requires gradients in another shape (``at::matmul`` folds it), even in
-    inference mode, and so rounds otherwise.
+    Torch multiplies a batch by a weight that requires gradients in another shape (``at::matmul``
+    folds it), even in inference mode, and so rounds otherwise.
     """
     flags = {name: parameter.requires_grad for name, parameter in reference.named_parameters()}
     reference.requires_grad_(False)
@@ -324,22 +356,31 @@ def _without_gradients(
     for name, parameter in reference.named_parameters():
         parameter.requires_grad = flags[name]
     # The golden rows were recorded with gradients, so they are within tolerance, and no more.
-    result = _compare(expected, wanted, {"replay": True} | reply | ({"replay": True} if "replay" in reply else {}))
+    result = _compare(
+        expected, wanted, {"replay": True} | reply | ({"replay": True} if "replay" in reply else {})
+    )
     return result | {"without_gradients": True} if result["result"] == "equal" else None
 
 
 def _untouched(before: facts.Facts, after: facts.Facts) -> dict[str, Any]:
     """Saving only looks at the user's module."""
     changed = facts.differences(before, after)
-    return {"result": "differs", "reason": "saving changed the original: " + "; ".join(changed[:3])} if changed else {}
+    return (
+        {"result": "differs", "reason": "saving changed the original: " + "; ".join(changed[:3])}
+        if changed
+        else {}
+    )
 
 
-# --- all of them ------------------------------------------------------------------------------------
+# --- all of them
+# ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def sweeping() -> Iterator[tuple[CleanProcess, Path]]:
-    """A clean process and a folder on memory. Pins are recorded once: they take a second, and no model changes them.
+    """A clean process and a folder on memory.
+
+    Pins are recorded once: they take a second, and no model changes them.
 
     Nothing is recorded as a graph, which takes the most of a save: ``graphs.py`` does that.
     """
@@ -352,8 +393,13 @@ def sweeping() -> Iterator[tuple[CleanProcess, Path]]:
     torch.set_num_threads(1)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     try:
-        with CleanProcess() as clean, tempfile.TemporaryDirectory(dir=memory) as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what transformers says about odd configs is not what is tested
+        with (
+            CleanProcess() as clean,
+            tempfile.TemporaryDirectory(dir=memory) as folder,
+            warnings.catch_warnings(),
+        ):
+            # what transformers says about odd configs is not what is tested
+            warnings.simplefilter("ignore")
             yield clean, Path(folder)
     finally:
         environment_files.record, graph.examples_of = recorded, examples_of
@@ -381,7 +427,9 @@ def _once(function: Any) -> Any:
 def sweep(only: str, part: int, parts: int, results: Path) -> None:
     """Check every ``parts``-th class, and write its row as soon as it is known."""
     transformers.logging.set_verbosity_error()
-    wanted = [item for item in shrink.architectures().items() if re.search(only, item[0])][part::parts]
+    wanted = [item for item in shrink.architectures().items() if re.search(only, item[0])][
+        part::parts
+    ]
     with sweeping() as (clean, folder), results.open("w", encoding="utf-8") as file:
         for class_name, model_type in wanted:
             row = check(class_name, model_type, clean, folder)
@@ -390,11 +438,19 @@ def sweep(only: str, part: int, parts: int, results: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="regular expression on class names")
-    parser.add_argument("--part", default="0/1", help="k/n: every n-th class, beginning with the k-th")
-    parser.add_argument("--jobs", type=int, default=1, help="share the work among so many processes")
-    parser.add_argument("--results", type=Path, help="by default results.jsonl, or some.jsonl with --only or --part")
+    parser.add_argument(
+        "--part", default="0/1", help="k/n: every n-th class, beginning with the k-th"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="share the work among so many processes"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="by default results.jsonl, or some.jsonl with --only or --part"
+    )
     arguments = parser.parse_args()
     whole = not arguments.only and arguments.part == "0/1"
     arguments.results = arguments.results or HERE / ("results.jsonl" if whole else "some.jsonl")
@@ -409,7 +465,10 @@ def main() -> int:
         table = Path(trust.__file__).with_name("proven_classes.txt")
         report.write_proven(table, rows)
     wrong = report.wrong(rows)
-    print(f"{len(rows)} classes, {len(report.equal(rows))} equal in both dtypes, {len(wrong)} wrong: {' '.join(wrong)}")
+    print(
+        f"{len(rows)} classes, {len(report.equal(rows))} equal in both dtypes, {len(wrong)} "
+        f"wrong: {' '.join(wrong)}"
+    )
     return bool(wrong)
 
 
@@ -417,12 +476,16 @@ def _share(only: str, jobs: int, results: Path) -> None:
     files = [results.with_suffix(f".{job}.jsonl") for job in range(jobs)]
     command = [sys.executable, "-W", "ignore", "-m", "sweep.run", "--only", only]
     workers = [
-        subprocess.Popen([*command, "--part", f"{job}/{jobs}", "--results", str(file)], cwd=HERE.parent)
+        subprocess.Popen(
+            [*command, "--part", f"{job}/{jobs}", "--results", str(file)], cwd=HERE.parent
+        )
         for job, file in enumerate(files)
     ]
     for worker in workers:
         worker.wait()
-    rows = sorted((row for file in files for row in report.read(file)), key=lambda row: row["class"])
+    rows = sorted(
+        (row for file in files for row in report.read(file)), key=lambda row: row["class"]
+    )
     results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for file in files:
         file.unlink()

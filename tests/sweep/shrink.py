@@ -1,7 +1,8 @@
 """Small configs for every architecture that transformers' auto tables name, made by the names of their fields.
 
-Nothing here knows a single architecture's code. A field's name says whether it is a width, a number of heads, of
-layers, of experts, of tokens; several rules are tried, and the first whose module can be built small and run is taken.
+Nothing here knows a single architecture's code. A field's name says whether it is a width, a number
+of heads, of layers, of experts, of tokens; several rules are tried, and the first whose module can
+be built small and run is taken.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def architectures() -> dict[str, str]:
 
 
 def configs(class_name: str, model_type: str) -> Iterator[tuple[str, Any]]:
-    """Name of the rule and shrunk config, one after the other; whoever asks takes the first that works."""
+    """Name of the rule and shrunk config, one after the other.
+
+    Whoever asks takes the first that works.
+    """
     config_class = getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
     wanted = getattr(getattr(transformers, class_name), "config_class", None)
     if wanted is not None and not issubclass(config_class, wanted):
@@ -61,12 +65,23 @@ def _shrunk(config_class: type, class_name: str, rule: Any) -> Any:
     return config
 
 
-_DERIVED = frozenset(("transformers_version", "architectures", "_name_or_path", "stage_names", "torch_dtype", "dtype"))
+_DERIVED = frozenset(
+    (
+        "transformers_version",
+        "architectures",
+        "_name_or_path",
+        "stage_names",
+        "torch_dtype",
+        "dtype",
+    )
+)
 
 
 def _as_decoder(config: Any) -> None:
     """BERT and its like are causal only when they are told to be."""
-    if getattr(config, "is_decoder", None) is False and not getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_decoder", None) is False and not getattr(
+        config, "is_encoder_decoder", False
+    ):
         config.is_decoder = True
 
 
@@ -86,45 +101,147 @@ def _any(*parts: str) -> re.Pattern[str]:
     return re.compile("|".join(parts))
 
 
-_TOKEN = _any(r"token_(id|index|ids|indices)$", r"(^|_)(start|end|begin)_id$", r"^(pad|bos|eos|sep|cls|mask)_token")
+_TOKEN = _any(
+    r"token_(id|index|ids|indices)$",
+    r"(^|_)(start|end|begin)_id$",
+    r"^(pad|bos|eos|sep|cls|mask)_token",
+)
 _VOCABULARY = _any(r"vocab_size", r"^n_vocab$", r"^n_?words$", r"codebook_size")
 _LAYERS = _any(
-    *(r"(^|_)n(um)?_(\w+_)?(layers?|blocks?|stacks)$", r"_layers$", r"^layers$", r"^n_layers?$", r"^depth$", r"_depth$")
+    *(
+        r"(^|_)n(um)?_(\w+_)?(layers?|blocks?|stacks)$",
+        r"_layers$",
+        r"^layers$",
+        r"^n_layers?$",
+        r"^depth$",
+        r"_depth$",
+    )
 )
 _NOT_LAYERS = _any(
-    *("feature_layer", "mlp_only", "feat_extract", "skip", "fpn", "down", "upsampl", "layers_block", "conv_layers"),
+    *(
+        "feature_layer",
+        "mlp_only",
+        "feat_extract",
+        "skip",
+        "fpn",
+        "down",
+        "upsampl",
+        "layers_block",
+        "conv_layers",
+    ),
     *("fusion", "keep", "index", "swap", "global_attn", "drop", "adapter"),
 )
 _HEADS = _any(
-    r"(^|_)n(um)?_(\w+_)?(attention_)?heads?(_\w+)?$", r"attention_heads$", r"^n_head$", r"^heads$", r"_heads$"
+    r"(^|_)n(um)?_(\w+_)?(attention_)?heads?(_\w+)?$",
+    r"attention_heads$",
+    r"^n_head$",
+    r"^heads$",
+    r"_heads$",
 )
 _KV = _any("key_value", "kv_heads?", "num_kv", "query_groups", "multi_query_group")
 _HEAD_DIM = _any(
-    *(r"head_dim$", r"d_head$", r"^d_kv$", r"head_size$", r"_head_dim_?\w*$", r"^attention_head_dim$"),
+    *(
+        r"head_dim$",
+        r"d_head$",
+        r"^d_kv$",
+        r"head_size$",
+        r"_head_dim_?\w*$",
+        r"^attention_head_dim$",
+    ),
     *(r"^qk_nope", r"^qk_rope", r"^v_head", r"^attention_key_dim$"),
 )
 _EXPERTS = _any(
-    r"(^|_)n(um)?_(\w+_)?experts$", "n_routed_experts", "num_local_experts", "moe_num_experts", "expert_num"
+    r"(^|_)n(um)?_(\w+_)?experts$",
+    "n_routed_experts",
+    "num_local_experts",
+    "moe_num_experts",
+    "expert_num",
 )
 _TOPK = _any(
-    *("experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k$", "top_k_experts", "num_selected_experts"),
+    *(
+        "experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_k$",
+        "top_k_experts",
+        "num_selected_experts",
+    ),
     *("experts_top_?k", "moe_top_k"),
 )
 _GROUPS = _any(r"^n_group$", r"^topk_group$", r"^num_expert_group")
 _WIDTH = _any(
-    *(r"hidden_size", r"hidden_dim", r"(^|_)d_model$", r"^n_embd$", r"^dim$", r"embed_dim", r"embedding_size"),
-    *(r"(^|_)d_embed$", r"_dim$", r"_size_per_head", r"intermediate_size", r"ffn_dim", r"ffn_size", r"^d_ff$"),
-    *(r"_ff_dim", r"^n_inner$", r"^d_inner$", r"mlp_dim", r"inner_dim", r"feed_forward", r"channels$", r"_width$"),
-    *(r"^width$", r"lora_rank", r"latent_size", r"bottleneck", r"_rank$", r"proj_size", r"projection_size"),
+    *(
+        r"hidden_size",
+        r"hidden_dim",
+        r"(^|_)d_model$",
+        r"^n_embd$",
+        r"^dim$",
+        r"embed_dim",
+        r"embedding_size",
+    ),
+    *(
+        r"(^|_)d_embed$",
+        r"_dim$",
+        r"_size_per_head",
+        r"intermediate_size",
+        r"ffn_dim",
+        r"ffn_size",
+        r"^d_ff$",
+    ),
+    *(
+        r"_ff_dim",
+        r"^n_inner$",
+        r"^d_inner$",
+        r"mlp_dim",
+        r"inner_dim",
+        r"feed_forward",
+        r"channels$",
+        r"_width$",
+    ),
+    *(
+        r"^width$",
+        r"lora_rank",
+        r"latent_size",
+        r"bottleneck",
+        r"_rank$",
+        r"proj_size",
+        r"projection_size",
+    ),
     *(r"output_size", r"feature_size", r"^q_lora", r"^kv_lora", r"(^|_)filters$", r"hid_dim"),
 )
 _NOT_WIDTH = _any(
-    *("num_channels", "in_channels", "input_channels", "out_channels$", "^channels$", "audio_channels", "kernel_dim"),
-    *("conv_dim_", "max_2d", "scale", "head_dim", "rotary", "_mel", "num_freq", "input_dim", "^input_size", "temporal"),
+    *(
+        "num_channels",
+        "in_channels",
+        "input_channels",
+        "out_channels$",
+        "^channels$",
+        "audio_channels",
+        "kernel_dim",
+    ),
+    *(
+        "conv_dim_",
+        "max_2d",
+        "scale",
+        "head_dim",
+        "rotary",
+        "_mel",
+        "num_freq",
+        "input_dim",
+        "^input_size",
+        "temporal",
+    ),
     *("patch_dim", "num_dim", "batch"),
 )
 _POSITIONS = _any(
-    *("max_position", "n_positions", r"max_\w*positions", "^n_ctx$", "max_seq_len", "max_sequence_length"),
+    *(
+        "max_position",
+        "n_positions",
+        r"max_\w*positions",
+        "^n_ctx$",
+        "max_seq_len",
+        "max_sequence_length",
+    ),
     *("max_source", "max_target", "block_size"),
 )
 _IMAGE = re.compile(r"(^|_)(image|img|input_image|crop)_(size|resolution|dim)$|^image_size")
@@ -133,16 +250,26 @@ _SECTIONS = re.compile(r"mrope_section|axes_dim|rope_section|sections?$")
 
 
 def _walk(value: dict[str, Any], rule: Any, ids: _SpecialIds) -> dict[str, Any]:
-    """The same dict with each field shrunk by its name; lists of one entry a layer are cut to fit."""
+    """The same dict with each field shrunk by its name.
+
+    Lists of one entry a layer are cut to fit.
+    """
     whole = _number_of_layers(value)
     kept = _kept_layers(value, whole) if whole else []
     small: dict[str, Any] = {}
     for key, item in value.items():
         if key == "per_layer_config":  # speaks of layers that are no longer there
             continue
-        if key in ("out_features", "out_indices") and item and len(value.get("stage_names") or ()) == whole + 1:
-            stages = range(len(kept) - len(item) + 1, len(kept) + 1)  # every layer is a stage: take the last ones
-            small[key] = [f"stage{index}" for index in stages] if key == "out_features" else list(stages)
+        if (
+            key in ("out_features", "out_indices")
+            and item
+            and len(value.get("stage_names") or ()) == whole + 1
+        ):
+            # every layer is a stage: take the last ones
+            stages = range(len(kept) - len(item) + 1, len(kept) + 1)
+            small[key] = (
+                [f"stage{index}" for index in stages] if key == "out_features" else list(stages)
+            )
         elif isinstance(item, dict) and item.get("model_type") == "timm_backbone":
             small[key] = _backbone(item)
         elif isinstance(item, dict) and key not in ("id2label", "label2id"):
@@ -156,7 +283,11 @@ def _walk(value: dict[str, Any], rule: Any, ids: _SpecialIds) -> dict[str, Any]:
         elif item is None and key in _MISSING.get(rule.__name__, {}):
             small[key] = _MISSING[rule.__name__][key]
         elif type(item) is int:
-            small[key] = len(kept) if item == whole and kept and _is_layers(key) else _shrink(key, item, rule, ids)
+            small[key] = (
+                len(kept)
+                if item == whole and kept and _is_layers(key)
+                else _shrink(key, item, rule, ids)
+            )
         else:
             small[key] = item
     return small
@@ -166,7 +297,12 @@ _FIRST_AID = {"vocab_size": VOCABULARY, "rope_theta": 10000.0}
 _MISSING: dict[str, dict[str, Any]] = {
     "_fixed": _FIRST_AID,
     "_fixed_wide_heads": _FIRST_AID
-    | {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS // 2, "pad_token_id": 0, "mask_token_id": 3},
+    | {
+        "head_dim": HEAD_DIM,
+        "num_key_value_heads": HEADS // 2,
+        "pad_token_id": 0,
+        "mask_token_id": 3,
+    },
     "_divided": _FIRST_AID,
 }
 """What some configs leave open, to be read from a checkpoint's."""
@@ -181,7 +317,9 @@ def _is_layerwise(key: str, item: list[Any], layers: int) -> bool:
 
 
 def _is_stages(key: str) -> bool:
-    return bool(_WIDTH.search(key) or _HEADS.search(key) or key in ("depths", "strides", "sr_ratios"))
+    return bool(
+        _WIDTH.search(key) or _HEADS.search(key) or key in ("depths", "strides", "sr_ratios")
+    )
 
 
 def _number_of_layers(value: dict[str, Any]) -> int:
@@ -193,7 +331,14 @@ def _number_of_layers(value: dict[str, Any]) -> int:
 
 def _kept_layers(value: dict[str, Any], whole: int) -> list[int]:
     """Layers to keep so that each kind of layer is among them."""
-    kinds = next((value[key] for key in ("layer_types", "layers_block_type", "block_types") if value.get(key)), None)
+    kinds = next(
+        (
+            value[key]
+            for key in ("layer_types", "layers_block_type", "block_types")
+            if value.get(key)
+        ),
+        None,
+    )
     first: dict[Any, int] = {}
     if isinstance(kinds, list) and len(kinds) == whole:
         for index, kind in enumerate(kinds):
@@ -229,7 +374,9 @@ def _shrink_list(key: str, item: list[int], rule: Any, ids: _SpecialIds) -> list
 
 def _stage_of(least: int) -> Any:
     by = max(1, least // 16)
-    return lambda key, entry: entry if _HEADS.search(key) else max(1, entry // by) if _WIDTH.search(key) else entry
+    return lambda key, entry: (
+        entry if _HEADS.search(key) else max(1, entry // by) if _WIDTH.search(key) else entry
+    )
 
 
 def _sections(item: list[int], rule: Any) -> list[int]:
@@ -242,7 +389,8 @@ def _sections(item: list[int], rule: Any) -> list[int]:
     return small
 
 
-# --- rules: name of a field and its value → smaller value ---------------------------------------------------------
+# --- rules: name of a field and its value → smaller value
+# ---------------------------------------------------------
 
 
 def _fixed(key: str, item: int) -> int:
@@ -284,27 +432,44 @@ def _counts(key: str, item: int) -> int:
 
 
 def _divided(key: str, item: int) -> int:
-    """Every width and head size an eighth, numbers of heads as they are: ratios between fields stay."""
+    """Every width and head size an eighth, numbers of heads as they are.
+
+    Ratios between fields stay.
+    """
     if _KV.search(key) or _HEADS.search(key):
         return item
-    if (_HEAD_DIM.search(key) or _WIDTH.search(key)) and not re.search(r"num_channels|in_channels", key):
+    if (_HEAD_DIM.search(key) or _WIDTH.search(key)) and not re.search(
+        r"num_channels|in_channels", key
+    ):
         return item // 8 if item >= 64 and item % 8 == 0 else item
-    return item if _IMAGE.search(key) or _PATCH.search(key) or key == "window_size" else _counts(key, item)
+    return (
+        item
+        if _IMAGE.search(key) or _PATCH.search(key) or key == "window_size"
+        else _counts(key, item)
+    )
 
 
 def _short(key: str, item: int) -> int:
     """Only fewer layers, tokens and experts."""
-    return min(item, EXPERTS) if _EXPERTS.search(key) else min(item, 2) if _TOPK.search(key) else item
+    return (
+        min(item, EXPERTS) if _EXPERTS.search(key) else min(item, 2) if _TOPK.search(key) else item
+    )
 
 
-# --- composed models, whose default config is empty ---------------------------------------------------------------
+# --- composed models, whose default config is empty
+# ---------------------------------------------------------------
 
 
 def _backbone(item: dict[str, Any]) -> dict[str, Any]:
     """A small ResNet in the place of a timm model: timm is not a dependency."""
-    small = transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1])
+    small = transformers.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1]
+    )
     plain = small.to_dict()
-    return plain | {"out_features": [f"stage{i}" for i in item.get("out_indices") or [4]], "out_indices": None}
+    return plain | {
+        "out_features": [f"stage{i}" for i in item.get("out_indices") or [4]],
+        "out_indices": None,
+    }
 
 
 def _part(config_class: type, rule: Any, **changes: Any) -> Any:
@@ -340,7 +505,9 @@ def _speech_encoder_decoder(rule: Any) -> Any:
 
 def _dual_encoder(rule: Any) -> Any:
     return transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
-        _part(transformers.ViTConfig, rule), _part(transformers.BertConfig, rule), projection_dim=WIDTH
+        _part(transformers.ViTConfig, rule),
+        _part(transformers.BertConfig, rule),
+        projection_dim=WIDTH,
     )
 
 

@@ -45,12 +45,15 @@ def test_comes_back_bit_for_bit_in_a_clean_process(class_name, model_types, swee
     if class_name not in model_types:
         pytest.skip("not in this release of transformers")
     row = run.check(class_name, model_types[class_name], *sweeping)
-    # XLNet and its like cannot run in bfloat16 at all; nothing in this sample may be left out of float32.
+    # XLNet and its like cannot run in bfloat16 at all; nothing in this sample may be left out of
+    # float32.
     assert row["float32"]["result"] == "equal", row["float32"]
     assert row["bfloat16"]["result"] in ("equal", "left out"), row["bfloat16"]
 
 
-@pytest.mark.parametrize("class_name", ["BertForSequenceClassification", "ViTForImageClassification"])
+@pytest.mark.parametrize(
+    "class_name", ["BertForSequenceClassification", "ViTForImageClassification"]
+)
 def test_its_forward_is_a_graph_of_the_same_bits(class_name, model_types):
     row = graphs.check(class_name, model_types[class_name])
     assert row["result"] == "proven", row

@@ -38,16 +38,25 @@ def read_backend(path: Path, read: Callable[[Path], bytes] = Path.read_bytes) ->
         raise
     except Exception as error:  # tokenizers raises bare Exception for every kind of bad file
         raise IntegrityError(
-            "A file of the artifact cannot be read as a tokenizer", where=path, found=error, hint=FETCH_AGAIN
+            "A file of the artifact cannot be read as a tokenizer",
+            where=path,
+            found=error,
+            hint=FETCH_AGAIN,
         ) from None
 
 
 def _require_moderate(backend: Tokenizer) -> None:
     """Refuse a backend that makes far more of a text than the text is. Raises ``ValueError``."""
-    if backend.padding is not None or backend.truncation is not None:  # never written; 10^9 is a length, too
+    # never written; 10^9 is a length, too
+    if backend.padding is not None or backend.truncation is not None:
         raise ValueError("padding or truncation, which a saved tokenizer never has")
     longest = 1
-    for part in (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder):
+    for part in (
+        backend.normalizer,
+        backend.pre_tokenizer,
+        backend.post_processor,
+        backend.decoder,
+    ):
         for text in () if part is None else _insertions(json.loads(part.__getstate__())):
             longest *= max(1, len(text))
     if longest > _LONGEST_INSERTION:

@@ -1,8 +1,8 @@
 """Caps: the most that one request may ask for, checked before any work is done for it.
 
-What a request costs should follow from its size. Some params and files multiply it: a few hundred bytes can ask for
-every token of a vocabulary in every gap, or name an image of a billion pixels. That is capped; a table of many rows
-is not, beyond their number.
+What a request costs should follow from its size. Some params and files multiply it: a few hundred
+bytes can ask for every token of a vocabulary in every gap, or name an image of a billion pixels.
+That is capped; a table of many rows is not, beyond their number.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ class Caps:
     Attributes:
         max_rows: Rows of a request.
         max_characters: Characters of a text; of all texts of a param together.
-        max_tokens: Tokens of a text where neither model nor tokenizer says what it takes: memory grows by the square.
-        max_pieces: Windows and candidate labels that the model reads for a request, and items of a param's list. A
-            table may have ``PIECES_A_ROW`` on average, however many that makes.
-        max_answers: Tokens in the lists that params ask for: a label is one, a filled gap as many as its text, an
-            answer or a written text as many as it may have. A table may have ``ANSWERS_A_ROW`` on average.
+        max_tokens: Tokens of a text where neither model nor tokenizer says what it takes: memory
+            grows by the square.
+        max_pieces: Windows and candidate labels that the model reads for a request, and items of a
+            param's list. A table may have ``PIECES_A_ROW`` on average, however many that makes.
+        max_answers: Tokens in the lists that params ask for: a label is one, a filled gap as many
+            as its text, an answer or a written text as many as it may have. A table may have
+            ``ANSWERS_A_ROW`` on average.
         max_pixels: Pixels of an image, as its header tells them.
         max_seconds: Seconds of a sound, as its header tells them.
     """
@@ -82,20 +84,32 @@ class Caps:
             where=where,
             wanted=f"at most {most:,.10g} {cap.removeprefix('max_')}",
             found=f"{found:,.10g}{' or more' if least else ''}",
-            hint=f"{instead}, or raise the cap: model_config={{{cap!r}: …}} where the model is saved or loaded, "
-            f"or the variable MLFLOW_SAFEFLAVOR_{cap.upper()}; 0 for no bound",
+            hint=f"{instead}, or raise the cap: model_config={{{cap!r}: …}} where the model is "
+            f"saved or loaded, or the variable MLFLOW_SAFEFLAVOR_{cap.upper()}; 0 for no bound",
         )
 
     def most_pieces(self, rows: int) -> int | None:
         """Windows and labels that a request of so many rows may have; None for any number."""
         return max(self.max_pieces, PIECES_A_ROW * rows) if self.max_pieces else None
 
-    def require_pieces(self, pieces: int, rows: int, *, where: object, instead: str, least: bool = False) -> None:
-        """Refuse more windows and labels than ``max_pieces``, or ``PIECES_A_ROW``. Raises ``InputError``."""
+    def require_pieces(
+        self, pieces: int, rows: int, *, where: object, instead: str, least: bool = False
+    ) -> None:
+        """Refuse more windows and labels than ``max_pieces``, or ``PIECES_A_ROW``.
+
+        Raises ``InputError``.
+        """
         what, allowed = "A request has the model read too much", PIECES_A_ROW * rows
-        self.require("max_pieces", pieces, what, where=where, instead=instead, allowed=allowed, least=least)
+        self.require(
+            "max_pieces", pieces, what, where=where, instead=instead, allowed=allowed, least=least
+        )
 
     def require_answers(self, tokens: int, rows: int, *, where: object, instead: str) -> None:
-        """Refuse longer answers than ``max_answers``, or ``ANSWERS_A_ROW``. Raises ``InputError``."""
+        """Refuse longer answers than ``max_answers``, or ``ANSWERS_A_ROW``.
+
+        Raises ``InputError``.
+        """
         what = "A request asks for too many answers"
-        self.require("max_answers", tokens, what, where=where, instead=instead, allowed=ANSWERS_A_ROW * rows)
+        self.require(
+            "max_answers", tokens, what, where=where, instead=instead, allowed=ANSWERS_A_ROW * rows
+        )

@@ -1,8 +1,9 @@
 """Chat templates, rendered by transformers within a budget.
 
-A template is a program of the artifact. Jinja's sandbox keeps it from Python, and neither from a loop without end nor
-from a text of a terabyte. Here each text and list that an operator, filter or call would make is looked at before it is
-made, and what takes more than a second, or a gigabyte of small steps, is interrupted.
+A template is a program of the artifact. Jinja's sandbox keeps it from Python, and neither from a
+loop without end nor from a text of a terabyte. Here each text and list that an operator, filter or
+call would make is looked at before it is made, and what takes more than a second, or a gigabyte of
+small steps, is interrupted.
 """
 
 from __future__ import annotations
@@ -35,8 +36,30 @@ _SECONDS = 1.0
 
 _GROWING = frozenset(
     (
-        *("replace", "join", "translate", "expandtabs", "format", "format_map", "ljust", "rjust", "center", "zfill"),
-        *("indent", "wordwrap", "batch", "slice", "tojson", "xmlattr", "pprint", "urlize", "urlencode", "lipsum"),
+        *(
+            "replace",
+            "join",
+            "translate",
+            "expandtabs",
+            "format",
+            "format_map",
+            "ljust",
+            "rjust",
+            "center",
+            "zfill",
+        ),
+        *(
+            "indent",
+            "wordwrap",
+            "batch",
+            "slice",
+            "tojson",
+            "xmlattr",
+            "pprint",
+            "urlize",
+            "urlencode",
+            "lipsum",
+        ),
     )
 )
 """What can make more than it is given."""
@@ -58,7 +81,8 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     goes_on = messages[-1]["role"] == "assistant"
     render_by_transformers = types.FunctionType(
         chat_template_utils.render_jinja_template.__code__,
-        # Its own function with one name exchanged: the loop around it is transformers', release by release.
+        # Its own function with one name exchanged: the loop around it is transformers', release by
+        # release.
         {**vars(chat_template_utils), "_compile_jinja_template": _compile},
         argdefs=chat_template_utils.render_jinja_template.__defaults__,
     )
@@ -84,7 +108,9 @@ def _compile(source: str) -> Template:
         raise SecurityError(f"a chat template of {len(source):,} characters")
     environment = _compile_jinja_template("").environment.overlay(optimized=False)
     environment.__class__ = _Environment
-    environment.filters = {name: _bounded(name, function) for name, function in environment.filters.items()}
+    environment.filters = {
+        name: _bounded(name, function) for name, function in environment.filters.items()
+    }
     template: Template = environment.from_string(source)
     return template
 
@@ -123,7 +149,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif operator == "*":
             _require(_product((left, right)))
         elif operator == "**":
-            _require(_product((left,) * min(right, 100) if isinstance(right, int) else (left, right)))
+            _require(
+                _product((left,) * min(right, 100) if isinstance(right, int) else (left, right))
+            )
         elif isinstance(left, str):
             _require_format(left, (right,))
         return super().call_binop(context, operator, left, right)

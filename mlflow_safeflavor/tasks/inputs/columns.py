@@ -25,16 +25,25 @@ def without_extra_columns(data: Any, known: Collection[str]) -> Any:
     if isinstance(data, Mapping):
         return {name: value for name, value in data.items() if name in known}
     if isinstance(data, list):
-        return [without_extra_columns(row, known) if isinstance(row, Mapping) else row for row in data]
+        return [
+            without_extra_columns(row, known) if isinstance(row, Mapping) else row for row in data
+        ]
     return data
 
 
 def named_columns(columns: Mapping[str, str | None], data: Any) -> Mapping[str, Any]:
     """The columns; one without a name gets that of the only column of ``data``, where that has names."""
-    table = data[0] if isinstance(data, (list, tuple)) and data and isinstance(data[0], Mapping) else data
+    table = (
+        data[0]
+        if isinstance(data, (list, tuple)) and data and isinstance(data[0], Mapping)
+        else data
+    )
     if None not in columns.values() or not isinstance(table, (pd.DataFrame, Mapping)):
         return columns
-    [field], there = columns, table.columns.tolist() if isinstance(table, pd.DataFrame) else list(table)
+    [field], there = (
+        columns,
+        table.columns.tolist() if isinstance(table, pd.DataFrame) else list(table),
+    )
     if len(there) > 1:
         named = {field: str(there[0])}
         raise InputError(
@@ -42,12 +51,15 @@ def named_columns(columns: Mapping[str, str | None], data: Any) -> Mapping[str, 
             where=named_in_words(there),
             wanted="one column, whatever its name",
             found=f"{there}",
-            hint=f"select it first: data[[{there[0]!r}]], or log the model with input_columns={named}",
+            hint=f"select it first: data[[{there[0]!r}]], or log the model with "
+            f"input_columns={named}",
         )
     return {field: there[0]} if there else columns
 
 
-def require_columns(there: list[Any], known: list[Any], needed: list[Any], *, row: int | None = None) -> None:
+def require_columns(
+    there: list[Any], known: list[Any], needed: list[Any], *, row: int | None = None
+) -> None:
     """Refuse missing columns, and columns that nobody knows."""
     prefix = "" if row is None else f"row {row}, "
     if missing := [name for name in needed if name not in there]:
@@ -56,7 +68,8 @@ def require_columns(there: list[Any], known: list[Any], needed: list[Any], *, ro
             where=prefix + named_in_words(missing),
             wanted=named_in_words(known),
             found=f"only {there}" if there else "no columns",
-            hint="rename the columns of the data, or log the model with input_columns=... as the data has them",
+            hint="rename the columns of the data, or log the model with input_columns=... as the "
+            "data has them",
         )
     if extra := [name for name in there if name not in known]:
         raise InputError(

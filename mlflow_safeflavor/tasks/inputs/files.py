@@ -1,7 +1,8 @@
 """Files as values of cells: what users hand over for an image or a sound, as bytes.
 
-Texts are never taken for paths. Over HTTP every value of JSON is a text, so a server that opened what a text names
-would read its own files to whoever asks. A path is a ``pathlib.Path``, which no request can contain.
+Texts are never taken for paths. Over HTTP every value of JSON is a text, so a server that opened
+what a text names would read its own files to whoever asks. A path is a ``pathlib.Path``, which no
+request can contain.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ def content_of(value: Any, where: str) -> bytes:
     """The bytes of a file, given as ``bytes``, base64 text, ``data:`` URL or ``pathlib.Path``.
 
     Base64 may also come as bytes: MLflow decodes a column of type binary in ``dataframe_split`` and
-    ``dataframe_records``, but not in ``inputs`` and ``instances``. No file of an image or sound begins with so many
-    letters.
+    ``dataframe_records``, but not in ``inputs`` and ``instances``. No file of an image or sound
+    begins with so many letters.
 
     Args:
         value: For which ``is_file_like`` is true.
         where: Row and column, for messages.
 
     Raises:
-        InputError: The text is no base64, the path names no plain file, or there is nothing in it, or too much.
+        InputError: The text is no base64, the path names no plain file, or there is nothing in it,
+            or too much.
     """
     if isinstance(value, os.PathLike):
         return _read(Path(value), where)
@@ -64,7 +66,8 @@ def _decode(text: bytes, where: str) -> bytes:
             where=where,
             wanted="the bytes of a file in base64, or a data: URL",
             found=f"{text[:40].decode()!a} …: {error}",
-            hint="pass the file's bytes, or pathlib.Path(…) for its path: a text is never taken for a path",
+            hint="pass the file's bytes, or pathlib.Path(…) for its path: a text is never taken "
+            "for a path",
         ) from None
 
 
@@ -77,7 +80,9 @@ def _read(path: Path, where: str) -> bytes:
         _sized(b"", status.st_size, where)
         return path.read_bytes()
     except (OSError, ValueError) as error:
-        raise InputError("A file cannot be read", where=where, wanted="a plain file", found=error) from None
+        raise InputError(
+            "A file cannot be read", where=where, wanted="a plain file", found=error
+        ) from None
 
 
 def _sized(content: bytes, size: int, where: str) -> bytes:

@@ -18,19 +18,25 @@ if TYPE_CHECKING:
 __all__ = ["MAX_RATIO", "read_image", "record_image"]
 
 MAX_RATIO = 50
-"""Longer to shorter side. Processors scale the shorter side to some hundred pixels, and the longer one with it."""
+"""Longer to shorter side.
+
+Processors scale the shorter side to some hundred pixels, and the longer one with it.
+"""
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Others are rare, and some run other programs (EPS)."""
-_WANTED = "an image file as bytes or base64, a pathlib.Path, a PIL image, or a uint8 array of shape (H, W, 3) or (H, W)"
+_WANTED = (
+    "an image file as bytes or base64, a pathlib.Path, a PIL image, or a uint8 array of shape (H, "
+    "W, 3) or (H, W)"
+)
 
 
 def read_image(value: Any, where: str, caps: Caps) -> Image:
     """The image in a cell, turned upright by its EXIF orientation and in RGB, as transformers' pipelines read it.
 
     Args:
-        value: A file (see ``files.content_of``), a PIL image, or whole numbers from 0 to 255, shape (H, W, 3) or
-            (H, W).
+        value: A file (see ``files.content_of``), a PIL image, or whole numbers from 0 to 255, shape
+            (H, W, 3) or (H, W).
         where: Row and column, for messages.
         caps: With the most pixels; a file of a few kB can claim to hold any number.
 
@@ -52,7 +58,10 @@ def read_image(value: Any, where: str, caps: Caps) -> Image:
 
 
 def record_image(value: Any, where: str, caps: Caps) -> str:
-    """A cell as base64 text from which ``read_image`` reads the same pixels: the file itself, else a PNG."""
+    """A cell as base64 text from which ``read_image`` reads the same pixels.
+
+    The file itself, else a PNG.
+    """
     if is_file_like(value):
         content = content_of(value, where)
     else:
@@ -85,8 +94,18 @@ def _pixels(value: Any, where: str) -> np.ndarray:
         array: np.ndarray = np.asarray(value)
         whole = array.dtype == np.uint8 or isinstance(value, (list, tuple))
         shaped = array.ndim in (2, 3) and array.size > 0 and array.shape[2:] in ((), (3,))
-        fits = array.dtype.kind in "iu" and whole and shaped and array.min() >= 0 and array.max() <= 255
-        found = f"{array.dtype} array of shape {array.shape}" if array.dtype.kind in "iufb" else type(value).__name__
+        fits = (
+            array.dtype.kind in "iu"
+            and whole
+            and shaped
+            and array.min() >= 0
+            and array.max() <= 255
+        )
+        found = (
+            f"{array.dtype} array of shape {array.shape}"
+            if array.dtype.kind in "iufb"
+            else type(value).__name__
+        )
     except (ValueError, TypeError, OverflowError):
         fits, found = False, type(value).__name__
     if not fits:
@@ -96,7 +115,13 @@ def _pixels(value: Any, where: str) -> np.ndarray:
 
 def _require_size(image: Image, where: str, caps: Caps) -> None:
     width, height = image.size
-    caps.require("max_pixels", width * height, "An image is too large", where=where, instead="scale or cut it first")
+    caps.require(
+        "max_pixels",
+        width * height,
+        "An image is too large",
+        where=where,
+        instead="scale or cut it first",
+    )
     if not 0 < max(width, height) <= MAX_RATIO * min(width, height):
         raise InputError(
             "An image is empty, or too long and narrow",

@@ -40,23 +40,36 @@ def probe_with_encoder(encoder: TextEncoder) -> list[dict[str, list[int]]]:
 
 
 def probe_with_transformers(tokenizer: Any, names: Sequence[str]) -> list[dict[str, list[int]]]:
-    """What a tokenizer of transformers makes of the probes, one dict a row. Raises ``StructureError``."""
+    """What a tokenizer of transformers makes of the probes, one dict a row.
+
+    Raises ``StructureError``.
+    """
     texts, pairs = list(PROBES), list(reversed(PROBES))
     rows = []
     for length in _PROBE_LENGTHS:
         for second in (None, pairs):
             try:
-                batch = tokenizer(texts, second, truncation=length is not None, max_length=length, verbose=False)
+                batch = tokenizer(
+                    texts, second, truncation=length is not None, max_length=length, verbose=False
+                )
                 rows += [{name: batch[name][i] for name in names} for i in range(len(texts))]
-            except Exception as error:  # some classes want boxes, languages or images beside the text
+            # some classes want boxes, languages or images beside the text
+            except Exception as error:
                 raise StructureError(
-                    "The tokenizer does not take plain texts", where=type(tokenizer).__name__, found=error
+                    "The tokenizer does not take plain texts",
+                    where=type(tokenizer).__name__,
+                    found=error,
                 ) from error
     return rows
 
 
-def require_same_ids(wanted: Sequence[object], found: Sequence[object], name: str, reader: str) -> None:
-    """Refuse a tokenizer that, read again, makes other ids of the probes. Raises ``StructureError``."""
+def require_same_ids(
+    wanted: Sequence[object], found: Sequence[object], name: str, reader: str
+) -> None:
+    """Refuse a tokenizer that, read again, makes other ids of the probes.
+
+    Raises ``StructureError``.
+    """
     different = [i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b]
     if different:
         raise StructureError(
@@ -64,5 +77,6 @@ def require_same_ids(wanted: Sequence[object], found: Sequence[object], name: st
             where=f"{name}, text {PROBES[different[0] % len(PROBES)]!r}",
             wanted=wanted[different[0]],
             found=found[different[0]],
-            hint="save one whose behaviour is all in its backend: PreTrainedTokenizerFast(tokenizer_object=...)",
+            hint="save one whose behaviour is all in its backend: "
+            "PreTrainedTokenizerFast(tokenizer_object=...)",
         )

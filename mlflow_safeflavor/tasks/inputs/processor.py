@@ -1,7 +1,9 @@
-"""Image processors and feature extractors: written as JSON only, and the same numbers on every host.
+"""Image processors and feature extractors.
 
-Where torchvision is installed, transformers takes another implementation of an image processor than where it is not,
-and other numbers come out. Here it is always the one that uses Pillow.
+Written as JSON only, and the same numbers on every host.
+
+Where torchvision is installed, transformers takes another implementation of an image processor than
+where it is not, and other numbers come out. Here it is always the one that uses Pillow.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ _NOT_PORTABLE = ("auto_map", "name_or_path", "processor_class", "_processor_clas
 """Keys of the config that speak of the machine it was loaded on, or of code that is not here."""
 
 _BACKEND_TOLERANCE = 0.02
-"""Of the range of the numbers, between torchvision's and Pillow's way to scale an image: five steps of 255."""
+"""Of the range of the numbers, between torchvision's and Pillow's way to scale an image.
+
+Five steps of 255.
+"""
 
 
 def hears(processor: Any) -> bool:
@@ -39,13 +44,16 @@ def hears(processor: Any) -> bool:
 
 
 def apply(processor: Any, value: Any, kind: str = "np") -> dict[str, np.ndarray]:
-    """What a processor makes of one image or sound: argument of the model → array, without a dimension for rows.
+    """What a processor makes of one image or sound.
+
+    Argument of the model → array, without a dimension for rows.
 
     Args:
         processor: Image processor or feature extractor.
-        value: A PIL image in RGB, or float32 samples of shape (samples,) at the processor's own rate.
-        kind: What it is asked for: "np", or "pt", which is all that some can make. In what classifiers have, both hold
-            the same numbers.
+        value: A PIL image in RGB, or float32 samples of shape (samples,) at the processor's own
+            rate.
+        kind: What it is asked for: "np", or "pt", which is all that some can make. In what
+            classifiers have, both hold the same numbers.
 
     Raises:
         Exception: Of any kind, as the processor pleases.
@@ -57,7 +65,9 @@ def apply(processor: Any, value: Any, kind: str = "np") -> dict[str, np.ndarray]
         if hasattr(size, "get"):
             require_moderate(size, *value.size)
         # Said, since with a height of 1 or 3 transformers would take it for the channels.
-        made = processor(images=np.array(value), input_data_format="channels_last", return_tensors=kind)
+        made = processor(
+            images=np.array(value), input_data_format="channels_last", return_tensors=kind
+        )
     return {name: np.asarray(values)[0] for name, values in made.items()}
 
 
@@ -69,19 +79,23 @@ def write_processor(processor: Any, folder: str | Path) -> None:
         folder: Made if missing.
 
     Raises:
-        StructureError: It is something else, cannot be written as JSON, needs more than one image or sound, or what
-            was written gives other numbers.
+        StructureError: It is something else, cannot be written as JSON, needs more than one image
+            or sound, or what was written gives other numbers.
     """
     folder, name = Path(folder), type(processor).__name__
     base = _transformers_class(processor)
     try:
         config = json.loads(processor.to_json_string())
-        config = {key: value for key, value in config.items() if key not in (*_NOT_PORTABLE, *_TYPES)}
+        config = {
+            key: value for key, value in config.items() if key not in (*_NOT_PORTABLE, *_TYPES)
+        }
         config[_TYPES[hears(processor)]] = base.__name__.removesuffix("Fast").removesuffix("Pil")
         write_json(folder / _CONFIG, config)
         again = load_processor(folder)
     except (TypeError, ValueError, SafeFlavorError) as error:
-        raise StructureError("The processor cannot be written as JSON", where=name, found=error) from error
+        raise StructureError(
+            "The processor cannot be written as JSON", where=name, found=error
+        ) from error
     # Two scales, so that neither cutting nor enlarging is left out.
     for size in (1, 7):
         probe = _sound(size, processor.sampling_rate) if hears(processor) else _image(size)
@@ -91,25 +105,36 @@ def write_processor(processor: Any, folder: str | Path) -> None:
             raise StructureError(
                 "The processor does not take a single image or sound", where=name, found=error
             ) from error
-        _require_same(wanted, apply(again, probe, "pt"), name, exact=not _is_torchvision(type(processor)))
+        _require_same(
+            wanted, apply(again, probe, "pt"), name, exact=not _is_torchvision(type(processor))
+        )
 
 
 def load_processor(folder: str | Path, read: Callable[[Path], Any] = read_json) -> Any:
-    """The processor that ``write_processor`` wrote; opens no connection and runs no code beside transformers' own.
+    """The processor that ``write_processor`` wrote.
+
+    Opens no connection and runs no code beside transformers' own.
 
     Args:
         folder: Where it was written.
         read: What reads its file.
 
     Raises:
-        IntegrityError: Its file is missing or damaged, or names something else than a class of transformers.
+        IntegrityError: Its file is missing or damaged, or names something else than a class of
+            transformers.
         StructureError: The installed transformers cannot build it.
     """
     path = Path(folder) / _CONFIG
     config = read(path)
-    name = next((config[key] for key in _TYPES if key in config), None) if isinstance(config, dict) else None
+    name = (
+        next((config[key] for key in _TYPES if key in config), None)
+        if isinstance(config, dict)
+        else None
+    )
     if not isinstance(name, str):
-        raise IntegrityError("The processor is described by something else", where=path, hint=FETCH_AGAIN)
+        raise IntegrityError(
+            "The processor is described by something else", where=path, hint=FETCH_AGAIN
+        )
     require_harmless(config, path)
     cls = _class_of(name)
     if cls is None:
@@ -138,7 +163,9 @@ def load_processor(folder: str | Path, read: Callable[[Path], Any] = read_json) 
     except SafeFlavorError:
         raise
     except Exception as error:  # each class has its own ways to fail
-        raise StructureError("The processor cannot be built again", where=path, found=error) from error
+        raise StructureError(
+            "The processor cannot be built again", where=path, found=error
+        ) from error
 
 
 def _default(cls: type[Any]) -> dict[str, Any]:
@@ -163,7 +190,10 @@ def requirements_of(processor: Any) -> list[str]:
 
 
 def _class_of(name: str) -> type[Any] | None:
-    """The class of that name that uses Pillow, whatever else is installed; None where transformers has none."""
+    """The class of that name that uses Pillow, whatever else is installed.
+
+    None where transformers has none.
+    """
     import transformers
 
     # transformers 5 marks the one that uses Pillow; 4 marks the other one ("Fast").
@@ -183,7 +213,9 @@ def _is_processor(cls: type[Any]) -> bool:
 
 
 def _is_torchvision(cls: type[Any]) -> bool:
-    return any(base.__name__ in ("TorchvisionBackend", "BaseImageProcessorFast") for base in cls.__mro__)
+    return any(
+        base.__name__ in ("TorchvisionBackend", "BaseImageProcessorFast") for base in cls.__mro__
+    )
 
 
 def _transformers_class(processor: Any) -> type[Any]:
@@ -196,7 +228,8 @@ def _transformers_class(processor: Any) -> type[Any]:
         where="processor",
         wanted="an image processor or feature extractor of transformers",
         found=type(processor).__name__,
-        hint="of a processor of several parts pass one: processor.image_processor or processor.feature_extractor",
+        hint="of a processor of several parts pass one: processor.image_processor or "
+        "processor.feature_extractor",
     )
 
 
@@ -209,15 +242,21 @@ def _image(size: int) -> Any:
 
     random = np.random.default_rng(0)
     squares = random.integers(0, 256, (3, 4, 3)).repeat(20 * size, axis=0).repeat(20 * size, axis=1)
-    return Image.fromarray((squares + random.normal(0, 10, squares.shape)).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (squares + random.normal(0, 10, squares.shape)).clip(0, 255).astype(np.uint8)
+    )
 
 
 def _sound(size: int, rate: int) -> np.ndarray:
-    samples: np.ndarray = np.random.default_rng(0).normal(0, 0.1, size * rate // 5).astype(np.float32)
+    samples: np.ndarray = (
+        np.random.default_rng(0).normal(0, 0.1, size * rate // 5).astype(np.float32)
+    )
     return samples
 
 
-def _require_same(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], name: str, *, exact: bool) -> None:
+def _require_same(
+    wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], name: str, *, exact: bool
+) -> None:
     for key in sorted(wanted.keys() | found.keys()):
         old, new = wanted.get(key), found.get(key)
         if old is not None and new is not None and old.shape == new.shape:
@@ -227,12 +266,15 @@ def _require_same(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarr
                 continue
             words = f"a difference of {difference:.3g}, allowed {allowed:.3g}"
         else:
-            words = " and ".join("nothing" if value is None else f"shape {list(value.shape)}" for value in (old, new))
+            words = " and ".join(
+                "nothing" if value is None else f"shape {list(value.shape)}" for value in (old, new)
+            )
         raise StructureError(
             "The processor, read again, gives other numbers than the one being saved",
             where=f"{name}, {key}",
             wanted="the same numbers" if exact else "nearly the same numbers as with torchvision",
             found=words,
-            hint="pass one of transformers' own classes; AutoImageProcessor.from_pretrained(…, use_fast=False) or "
+            hint="pass one of transformers' own classes; AutoImageProcessor.from_pretrained(…, "
+            "use_fast=False) or "
             'backend="pil" gives the one that uses Pillow',
         )

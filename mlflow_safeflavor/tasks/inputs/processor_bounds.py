@@ -1,7 +1,7 @@
 """How much a processor may make of one image or sound, by the numbers of its config.
 
-A processor brings every image to its own size, and fills every sound up to its own length, so that a few digits decide
-over gigabytes: of an image of one pixel, or of no request at all.
+A processor brings every image to its own size, and fills every sound up to its own length, so that
+a few digits decide over gigabytes: of an image of one pixel, or of no request at all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _FRAMES = 2**26
 """Values of a spectrogram."""
 
 _LARGER = {
-    **dict.fromkeys(("sampling_rate", "sample_rate", "fmax", "fmin", "frequency_max", "max_frequency"), 2**20),
+    **dict.fromkeys(
+        ("sampling_rate", "sample_rate", "fmax", "fmin", "frequency_max", "max_frequency"), 2**20
+    ),
     **dict.fromkeys(("n_samples", "nb_max_samples"), _SAMPLES),
     **dict.fromkeys(("max_pixels", "min_pixels"), _PIXELS),
 }
@@ -34,7 +36,9 @@ _WINDOWS = ("n_fft", "fft_window_size", "fft_length", "filter_length", "win_leng
 _TILE_COUNTS = ("max_patches", "max_num_patches", "max_image_tiles", "max_slice_nums", "num_crops")
 
 
-def find_excess(config: Mapping[str, Any], default: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
+def find_excess(
+    config: Mapping[str, Any], default: Mapping[str, Any]
+) -> Iterator[tuple[str, float, float]]:
     """Numbers that make too much of one image or sound: name, number, bound.
 
     Args:
@@ -45,7 +49,8 @@ def find_excess(config: Mapping[str, Any], default: Mapping[str, Any]) -> Iterat
     for key, value in _numbers(config):
         name = key.rpartition(".")[2]
         most: float = _SMALLER.get(name, _LARGER.get(name, _NUMBER))
-        if name.endswith("_edge") and usual.get(key, 0) > _NUMBER:  # Qwen2-VL and its like count pixels there
+        # Qwen2-VL and its like count pixels there
+        if name.endswith("_edge") and usual.get(key, 0) > _NUMBER:
             most = _PIXELS
         most = max(most, 4 * abs(usual.get(key, 0)))
         if abs(value) > most:
@@ -53,13 +58,23 @@ def find_excess(config: Mapping[str, Any], default: Mapping[str, Any]) -> Iterat
     yield from _find_products(config, usual)
 
 
-def _find_products(config: Mapping[str, Any], usual: Mapping[str, float]) -> Iterator[tuple[str, float, float]]:
-    counts = {key.partition(".")[0] for key, value in usual.items() if key.endswith("_edge") and value > _NUMBER}
+def _find_products(
+    config: Mapping[str, Any], usual: Mapping[str, float]
+) -> Iterator[tuple[str, float, float]]:
+    counts = {
+        key.partition(".")[0]
+        for key, value in usual.items()
+        if key.endswith("_edge") and value > _NUMBER
+    }
     areas = [(key, area) for key, area in _areas(config) if key not in counts]
     for key, area in areas:
         if area > _PIXELS:
             yield f"{key}, in pixels", area, _PIXELS
-    patch = _area(config.get("patch_size")) if any(key.startswith("patch_size") for key in usual) else None
+    patch = (
+        _area(config.get("patch_size"))
+        if any(key.startswith("patch_size") for key in usual)
+        else None
+    )
     tile = max((area for key, area in areas if not key.startswith("patch_size")), default=1)
     for name in _TILE_COUNTS:
         count = _number(config.get(name))
@@ -74,17 +89,27 @@ def _find_products(config: Mapping[str, Any], usual: Mapping[str, float]) -> Ite
             yield f"{name} times sampling_rate", count, _SAMPLES
     window = max(_number(config.get(name)) for name in _WINDOWS)
     hop = max(1, _number(config.get("hop_length"), window))
-    filled = max([*samples, _number(config.get("n_samples")), _number(config.get("nb_max_samples"))])
+    filled = max(
+        [*samples, _number(config.get("n_samples")), _number(config.get("nb_max_samples"))]
+    )
     if window > 64 * hop or filled / hop * window > _FRAMES:
         yield "windows, each a hop after the other", filled / hop * window, _FRAMES
 
 
 def require_moderate(size: Mapping[str, Any], width: int, height: int) -> None:
-    """Refuse an image that is so long and narrow that scaling its short side makes it huge. Raises ``ValueError``."""
+    """Refuse an image that is so long and narrow that scaling its short side makes it huge.
+
+    Raises ``ValueError``.
+    """
     short, long = size.get("shortest_edge"), size.get("longest_edge")
-    if short and not long and short * short * max(width, height) / max(1, min(width, height)) > _PIXELS:
+    if (
+        short
+        and not long
+        and short * short * max(width, height) / max(1, min(width, height)) > _PIXELS
+    ):
         raise ValueError(
-            f"{width} x {height} pixels, scaled until the short side is {short}, are more than {_PIXELS:,}"
+            f"{width} x {height} pixels, scaled until the short side is {short}, are more than "
+            f"{_PIXELS:,}"
         )
 
 
@@ -100,11 +125,18 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _areas(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """What is a height and a width: a dict of both, a pair of numbers, or one number of such a name."""
+    """What is a height and a width.
+
+    A dict of both, a pair of numbers, or one number of such a name.
+    """
     for key, value in config.items():
-        pairs = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+        pairs = (
+            value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+        )
         for pair in pairs:
-            if (area := _area(pair)) is not None and ("size" in key or "resol" in key or "pinpoints" in key):
+            if (area := _area(pair)) is not None and (
+                "size" in key or "resol" in key or "pinpoints" in key
+            ):
                 yield key, area
 
 
@@ -112,12 +144,20 @@ def _area(value: Any) -> float | None:
     if isinstance(value, Mapping):
         if {"height", "width"} <= value.keys():
             return _number(value["height"]) * _number(value["width"])
-        edges = [_number(value[name]) for name in ("shortest_edge", "longest_edge") if name in value]
+        edges = [
+            _number(value[name]) for name in ("shortest_edge", "longest_edge") if name in value
+        ]
         return min(edges) ** 2 if edges else None
     if isinstance(value, list):
         return _number(value[0]) * _number(value[1]) if len(value) == 2 else None
-    return _number(value) ** 2 if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return (
+        _number(value) ** 2
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        else None
+    )
 
 
 def _number(value: Any, otherwise: float = 0) -> float:
-    return abs(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else otherwise
+    return (
+        abs(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else otherwise
+    )

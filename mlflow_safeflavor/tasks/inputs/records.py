@@ -20,17 +20,25 @@ _ACCEPTED = "a DataFrame, Series, list, dict, numpy array or a single text"
 def count_rows(data: Any) -> int:
     """Rows of any of the shapes that ``rows_of`` takes, before any is made; 1 for anything else."""
     if isinstance(data, Mapping):
-        return max((count_rows(value) for value in data.values() if not isinstance(value, Mapping)), default=1)
-    return len(data) if isinstance(data, (pd.DataFrame, pd.Series, list, tuple)) or _is_array(data) else 1
+        return max(
+            (count_rows(value) for value in data.values() if not isinstance(value, Mapping)),
+            default=1,
+        )
+    return (
+        len(data)
+        if isinstance(data, (pd.DataFrame, pd.Series, list, tuple)) or _is_array(data)
+        else 1
+    )
 
 
 def unfold_columns(data: Any) -> Any:
     """Undo what MLflow does to ``{"text": ["a", "b"]}`` before a pyfunc model sees it.
 
-    MLflow's schema enforcement turns a dict of lists of texts into a frame of *one* row whose cells are those
-    lists; a dict of arrays or with any value that is no text becomes a frame of as many rows as it should. Such a
-    frame can also be a single bad row of lists of texts; as both look alike here, the dict, which people
-    do write, is what is meant. Anything else is returned untouched.
+    MLflow's schema enforcement turns a dict of lists of texts into a frame of *one* row whose cells
+    are those lists; a dict of arrays or with any value that is no text becomes a frame of as many
+    rows as it should. Such a frame can also be a single bad row of lists of texts; as both look
+    alike here, the dict, which people do write, is what is meant. Anything else is returned
+    untouched.
 
     Args:
         data: What MLflow handed over.
@@ -65,22 +73,33 @@ def records_of(data: Any, names: list[Any], needed: list[Any]) -> list[Mapping[A
     )
 
 
-def _from_frame(frame: pd.DataFrame, names: list[Any], needed: list[Any]) -> list[Mapping[Any, Any]]:
+def _from_frame(
+    frame: pd.DataFrame, names: list[Any], needed: list[Any]
+) -> list[Mapping[Any, Any]]:
     there, rows = _read(frame)
     if len(set(there)) < len(there):
         twice = list(dict.fromkeys(name for i, name in enumerate(there) if name in there[:i]))
-        raise InputError("Columns have the same name", where=f"columns {twice}", wanted="unique column names")
+        raise InputError(
+            "Columns have the same name", where=f"columns {twice}", wanted="unique column names"
+        )
     require_columns(there, names, needed)
     return [dict(zip(there, row, strict=True)) for row in rows]
 
 
 def _read(frame: pd.DataFrame) -> tuple[list[Any], list[list[Any]]]:
-    """Names of columns, and the cells of each row. All at once, which takes pandas a fifth of the time."""
+    """Names of columns, and the cells of each row.
+
+    All at once, which takes pandas a fifth of the time.
+    """
     return frame.columns.tolist(), frame.to_numpy(dtype=object).tolist()
 
 
-def _from_dict(data: Mapping[Any, Any], names: list[Any], needed: list[Any]) -> list[Mapping[Any, Any]]:
-    listed = [isinstance(value, (list, tuple, pd.Series)) or _is_array(value) for value in data.values()]
+def _from_dict(
+    data: Mapping[Any, Any], names: list[Any], needed: list[Any]
+) -> list[Mapping[Any, Any]]:
+    listed = [
+        isinstance(value, (list, tuple, pd.Series)) or _is_array(value) for value in data.values()
+    ]
     require_columns(list(data), names, needed)
     if not any(listed):
         return [data]
@@ -91,7 +110,10 @@ def _from_dict(data: Mapping[Any, Any], names: list[Any], needed: list[Any]) -> 
             wanted="lists everywhere (many rows) or single values everywhere (one row)",
             found=", ".join(f"{name!r}: {type(value).__name__}" for name, value in data.items()),
         )
-    values = {name: value.tolist() if hasattr(value, "tolist") else list(value) for name, value in data.items()}
+    values = {
+        name: value.tolist() if hasattr(value, "tolist") else list(value)
+        for name, value in data.items()
+    }
     lengths = {name: len(column) for name, column in values.items()}
     if len(set(lengths.values())) > 1:
         raise InputError(
@@ -123,10 +145,13 @@ def _from_list(data: Sequence[Any], names: list[Any]) -> list[Mapping[Any, Any]]
     first = data[0] if data else None
     if isinstance(first, Mapping):
         return [_same_shape(i, item, Mapping, "a dict", names) for i, item in enumerate(data)]
-    # For a model of one column a nested list is a bad value. A tuple of one is a row all the same, which is what
-    # a 2-D array and a database cursor give.
+    # For a model of one column a nested list is a bad value. A tuple of one is a row all the same,
+    # which is what a 2-D array and a database cursor give.
     if isinstance(first, tuple) or (isinstance(first, list) and len(names) > 1):
-        rows = [_same_shape(i, item, (list, tuple), "a list of values", names) for i, item in enumerate(data)]
+        rows = [
+            _same_shape(i, item, (list, tuple), "a list of values", names)
+            for i, item in enumerate(data)
+        ]
         return [_from_sequence(i, row, names) for i, row in enumerate(rows)]
     return _from_values(data, names, "list")
 

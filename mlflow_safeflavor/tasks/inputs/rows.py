@@ -1,4 +1,7 @@
-"""What users hand to ``predict``, turned into rows: order kept, nothing guessed, nothing silently dropped."""
+"""What users hand to ``predict``, turned into rows.
+
+Order kept, nothing guessed, nothing silently dropped.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,11 @@ Row = Mapping[str, Any]
 
 
 def rows_of(
-    data: Any, columns: Mapping[str, str | None], required: Collection[str] | None = None, *, missing: bool = False
+    data: Any,
+    columns: Mapping[str, str | None],
+    required: Collection[str] | None = None,
+    *,
+    missing: bool = False,
 ) -> list[Row]:
     """Rows by field, in order, from any of the shapes users hold data in.
 
@@ -35,27 +42,32 @@ def rows_of(
 
     Args:
         data: One of the shapes above.
-        columns: Field → column name, in the task's order. A sole column may have None for a name: whatever the one
-            column of ``data`` is called, it is meant.
-        required: Fields that every row must have; by default all of ``columns``. A field that is not
-            required may be absent as a column, but where its column exists no value may be missing.
+        columns: Field → column name, in the task's order. A sole column may have None for a name:
+            whatever the one column of ``data`` is called, it is meant.
+        required: Fields that every row must have; by default all of ``columns``. A field that is
+            not required may be absent as a column, but where its column exists no value may be
+            missing.
         missing: Take None, NaN and NA as values.
 
     Raises:
-        InputError: The shape is none of the above; there are no rows; a column is missing, unknown or
-            of another length; a value is None, NaN or NA, where these are none.
+        InputError: The shape is none of the above; there are no rows; a column is missing, unknown
+            or of another length; a value is None, NaN or NA, where these are none.
     """
     columns = named_columns(columns, data)
     needed = [columns[field] for field in columns if required is None or field in required]
     records = records_of(data, list(columns.values()), needed)
     if not records:
         raise InputError(
-            "There are no rows to predict", wanted="at least one row", found=f"an empty {type(data).__name__}"
+            "There are no rows to predict",
+            wanted="at least one row",
+            found=f"an empty {type(data).__name__}",
         )
     return [_row(i, record, columns, needed, missing) for i, record in enumerate(records)]
 
 
-def _row(i: int, record: Mapping[Any, Any], columns: Mapping[str, Any], needed: list[Any], missing: bool) -> Row:
+def _row(
+    i: int, record: Mapping[Any, Any], columns: Mapping[str, Any], needed: list[Any], missing: bool
+) -> Row:
     require_columns(list(record), list(columns.values()), needed, row=i)
     row = {field: _unboxed(record[column]) for field, column in columns.items() if column in record}
     for field, value in row.items():

@@ -20,11 +20,14 @@ _CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 'r
 
 
 class TextEncoder:
-    """Texts → token ids, exactly as the tokenizer that was saved makes them. Safe from many threads.
+    """Texts → token ids, exactly as the tokenizer that was saved makes them.
 
-    Truncation is state of a ``tokenizers.Tokenizer``; changing it under a concurrent call gives wrong lengths without
-    an exception. Also, for a pair it builds every combination of what it cuts off: two texts of 20 kB cut to 16
-    tokens took 15 s and 4.5 GB. So the tokenizer here never truncates, and rows are cut afterwards, by the same rules.
+    Safe from many threads.
+
+    Truncation is state of a ``tokenizers.Tokenizer``; changing it under a concurrent call gives
+    wrong lengths without an exception. Also, for a pair it builds every combination of what it cuts
+    off: two texts of 20 kB cut to 16 tokens took 15 s and 4.5 GB. So the tokenizer here never
+    truncates, and rows are cut afterwards, by the same rules.
 
     Args:
         folder: Where ``write_tokenizer`` wrote.
@@ -40,7 +43,10 @@ class TextEncoder:
     """
 
     def __init__(
-        self, folder: str | Path, config: Mapping[str, Any], read: Callable[[Path], bytes] = Path.read_bytes
+        self,
+        folder: str | Path,
+        config: Mapping[str, Any],
+        read: Callable[[Path], bytes] = Path.read_bytes,
     ) -> None:
         self.config = dict(config)
         self._tokenizer = read_backend(Path(folder) / TOKENIZER, read)
@@ -54,7 +60,10 @@ class TextEncoder:
             self._tokenizer.encode_special_tokens = bool(config["split_special_tokens"])
         except KeyError as error:
             raise IntegrityError(
-                "The config of the text encoder lacks a key", where="encoder", wanted=error.args[0], hint=FETCH_AGAIN
+                "The config of the text encoder lacks a key",
+                where="encoder",
+                wanted=error.args[0],
+                hint=FETCH_AGAIN,
             ) from None
 
     def encode(
@@ -73,27 +82,35 @@ class TextEncoder:
         Args:
             texts: The (first) texts.
             pairs: The second texts, as many; an empty one still makes a pair.
-            max_length: Most tokens of a row, special ones included; None for ``self.max_length``. Special tokens
-                are never cut, so it should be more than ``special_tokens``.
-            truncation: Cut what is longer, the longer text of a pair first. Otherwise rows keep their
-                length, and the caller compares ``len(row["input_ids"])``.
-            only: Cut this text of a pair (0 or 1) and never the other; a row stays longer where that does not do.
+            max_length: Most tokens of a row, special ones included; None for ``self.max_length``.
+                Special tokens are never cut, so it should be more than ``special_tokens``.
+            truncation: Cut what is longer, the longer text of a pair first. Otherwise rows keep
+                their length, and the caller compares ``len(row["input_ids"])``.
+            only: Cut this text of a pair (0 or 1) and never the other; a row stays longer where
+                that does not do.
             special: Add the special tokens.
             spans: Also say where in the texts each token is from.
 
         Returns:
-            One dict a row: name in ``input_names`` → list of int, all equally long. With ``spans`` also ``offsets``
-            (``[start, end]`` in characters of its text), ``word_ids`` (number of the pre-tokenized word) and
-            ``sequence_ids`` (0 for the text, 1 for the second one); the latter two are -1 for special tokens.
+            One dict a row: name in ``input_names`` → list of int, all equally long. With ``spans``
+            also ``offsets`` (``[start, end]`` in characters of its text), ``word_ids`` (number of
+            the pre-tokenized word) and ``sequence_ids`` (0 for the text, 1 for the second one); the
+            latter two are -1 for special tokens.
         """
         limit = (max_length or self.max_length) if truncation else None
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         # Offsets cost time; the ids are the same.
         encode = self._tokenizer.encode_batch if spans else self._tokenizer.encode_batch_fast
-        return [self._named(encoding, limit, only, spans) for encoding in encode(inputs, add_special_tokens=special)]
+        return [
+            self._named(encoding, limit, only, spans)
+            for encoding in encode(inputs, add_special_tokens=special)
+        ]
 
     def exceeds(self, text: str, tokens: int) -> bool:
-        """Whether a text has more than so many tokens, as far as that is told cheaply; see ``TokenBound``."""
+        """Whether a text has more than so many tokens, as far as that is told cheaply.
+
+        See ``TokenBound``.
+        """
         return len(text) > tokens and self._bound.exceeds(text, tokens)
 
     @cached_property
@@ -126,7 +143,11 @@ class TextEncoder:
         budget = max(0, max_length - len(frame) + 2) if max_length else None
         if budget is not None and sum(map(len, ids)) > budget:
             whole = [len(part) for part in ids]
-            lengths = _longest_first(whole[0], whole[1], budget) if only is None else _only(only, whole, budget)
+            lengths = (
+                _longest_first(whole[0], whole[1], budget)
+                if only is None
+                else _only(only, whole, budget)
+            )
             ids = [
                 part[len(part) - length :] if self._left else part[:length]
                 for part, length in zip(ids, lengths, strict=True)
@@ -141,7 +162,10 @@ class TextEncoder:
 
     @cached_property
     def _frame(self) -> list[tuple[int | None, int, int]]:
-        """How two texts are joined: special tokens (None, id, type) and, in their places, texts (number, 0, type)."""
+        """How two texts are joined.
+
+        Special tokens (None, id, type) and, in their places, texts (number, 0, type).
+        """
         for text in PROBES:
             encoding = self._tokenizer.encode(text, text)
             frame = list[tuple[int | None, int, int]]()
@@ -195,9 +219,17 @@ class TextEncoder:
         """Whether tokens that go on with a word are marked as such, like "##ing"."""
         return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))
 
-    def _named(self, encoding: Any, limit: int | None, only: int | None, spans: bool) -> dict[str, list[Any]]:
-        made = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
-        row: dict[str, list[Any]] = {name: getattr(encoding, made[name]) for name in self.input_names}
+    def _named(
+        self, encoding: Any, limit: int | None, only: int | None, spans: bool
+    ) -> dict[str, list[Any]]:
+        made = {
+            "input_ids": "ids",
+            "token_type_ids": "type_ids",
+            "attention_mask": "attention_mask",
+        }
+        row: dict[str, list[Any]] = {
+            name: getattr(encoding, made[name]) for name in self.input_names
+        }
         if spans:
             row["offsets"] = [list(span) for span in encoding.offsets]
             row["word_ids"] = [-1 if word is None else word for word in encoding.word_ids]
@@ -208,11 +240,18 @@ class TextEncoder:
         return {name: [values[i] for i in kept] for name, values in row.items()}
 
     def _kept(self, sequence_ids: Sequence[int | None], limit: int, only: int | None) -> list[int]:
-        """Positions that stay when a row is cut to ``limit``: special tokens (None) and the near end of each text."""
+        """Positions that stay when a row is cut to ``limit``.
+
+        Special tokens (None) and the near end of each text.
+        """
         places = [[i for i, text in enumerate(sequence_ids) if text == wanted] for wanted in (0, 1)]
         special = [i for i, text in enumerate(sequence_ids) if text is None]
         whole, budget = [len(positions) for positions in places], max(0, limit - len(special))
-        lengths = _longest_first(whole[0], whole[1], budget) if only is None else _only(only, whole, budget)
+        lengths = (
+            _longest_first(whole[0], whole[1], budget)
+            if only is None
+            else _only(only, whole, budget)
+        )
         for positions, length in zip(places, lengths, strict=True):
             special += positions[len(positions) - length :] if self._left else positions[:length]
         return sorted(special)
@@ -221,8 +260,8 @@ class TextEncoder:
 def _longest_first(first: int, second: int, budget: int) -> tuple[int, int]:
     """How many tokens of each text of a pair are kept, as tokenizers' ``longest_first`` does it.
 
-    The shorter one stays whole while it fits into half of the budget. If neither does, both get half, and the
-    odd token goes to the longer one (to the second, if they are equally long).
+    The shorter one stays whole while it fits into half of the budget. If neither does, both get
+    half, and the odd token goes to the longer one (to the second, if they are equally long).
     """
     shorter = min(first, second)
     if shorter <= budget // 2:

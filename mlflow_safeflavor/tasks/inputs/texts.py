@@ -31,7 +31,8 @@ def require_texts(rows: Sequence[Row], columns: Mapping[str, str | None]) -> Non
                     where=place(i, column),
                     wanted="a str (it may be empty)",
                     found=describe_value(value) if field in row else "no such column",
-                    hint="convert it first, for example data[column].astype(str); drop or fill missing values",
+                    hint="convert it first, for example data[column].astype(str); drop or fill "
+                    "missing values",
                 )
 
 
@@ -41,7 +42,8 @@ def require_clean(value: Any, where: str, caps: Caps | None = None) -> None:
     Args:
         value: Anything.
         where: Row and column, or param, for messages.
-        caps: With the most characters that all its texts may have together; None where they are files.
+        caps: With the most characters that all its texts may have together; None where they are
+            files.
 
     Raises:
         InputError: Names ``where``.
@@ -58,7 +60,13 @@ def require_clean(value: Any, where: str, caps: Caps | None = None) -> None:
                 hint='clean it first, for example text.encode("utf-8", "replace").decode()',
             )
     if caps is not None:
-        caps.require("max_characters", characters, "A text is too long", where=where, instead="cut or split it")
+        caps.require(
+            "max_characters",
+            characters,
+            "A text is too long",
+            where=where,
+            instead="cut or split it",
+        )
 
 
 def _texts_in(value: Any) -> Iterator[str]:

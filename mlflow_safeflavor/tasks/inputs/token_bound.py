@@ -1,7 +1,7 @@
 """How many tokens a long text has at least, told by its beginning, so that far too long ones cost little to refuse.
 
-That the beginning of a text is tokenised as it is in the whole text holds where words are cut at spaces and each is
-tokenised by itself. Tokenizers of which that is not known are read to the end.
+That the beginning of a text is tokenised as it is in the whole text holds where words are cut at
+spaces and each is tokenised by itself. Tokenizers of which that is not known are read to the end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ _SAMPLE = 4_000
 
 _LOCAL_NORMALIZERS = frozenset(
     (
-        *("BertNormalizer", "ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Prepend"),
+        *(
+            "BertNormalizer",
+            "ByteLevel",
+            "Lowercase",
+            "NFC",
+            "NFD",
+            "NFKC",
+            "NFKD",
+            "Nmt",
+            "Precompiled",
+            "Prepend",
+        ),
         *("Strip", "StripAccents"),
     )
 )
@@ -68,10 +79,17 @@ class TokenBound:
 
 def _cuts_at_spaces(backend: Tokenizer) -> bool:
     """Whether a word is tokenised the same whatever comes behind the space that it ends with."""
-    normalizers, pre_tokenizers = (list(_parts(part)) for part in (backend.normalizer, backend.pre_tokenizer))
+    normalizers, pre_tokenizers = (
+        list(_parts(part)) for part in (backend.normalizer, backend.pre_tokenizer)
+    )
     return (
         type(backend.model).__name__ in _OF_WORDS
-        and not any(map(str.isspace, "".join(token.content for token in backend.get_added_tokens_decoder().values())))
+        and not any(
+            map(
+                str.isspace,
+                "".join(token.content for token in backend.get_added_tokens_decoder().values()),
+            )
+        )
         and all(map(_is_local, normalizers))
         and all(part["type"] in _FINER or _is_at_spaces(part) for part in pre_tokenizers)
         and any(map(_is_at_spaces, pre_tokenizers))
@@ -90,10 +108,14 @@ def _parts(part: Any) -> Iterator[Mapping[str, Any]]:
 
 def _is_local(normalizer: Mapping[str, Any]) -> bool:
     if normalizer["type"] == "Replace":  # one that touches spaces may make one word of many
-        return normalizer["pattern"] == {"Regex": " {2,}"} or " " not in normalizer["pattern"].get("String", " ")
+        return normalizer["pattern"] == {"Regex": " {2,}"} or " " not in normalizer["pattern"].get(
+            "String", " "
+        )
     return normalizer["type"] in _LOCAL_NORMALIZERS
 
 
 def _is_at_spaces(pre_tokenizer: Mapping[str, Any]) -> bool:
     options = _AT_SPACES.get(pre_tokenizer["type"])
-    return options is not None and all(pre_tokenizer.get(name) is value for name, value in options.items())
+    return options is not None and all(
+        pre_tokenizer.get(name) is value for name, value in options.items()
+    )

@@ -14,7 +14,12 @@ from mlflow_safeflavor.artifact.trust import require_harmless
 from mlflow_safeflavor.errors import IntegrityError, StructureError, TrustError
 from mlflow_safeflavor.module.guard import guarded
 from mlflow_safeflavor.tasks.inputs.backend import TOKENIZER, read_backend
-from mlflow_safeflavor.tasks.inputs.probes import PROBES, probe_with_encoder, probe_with_transformers, require_same_ids
+from mlflow_safeflavor.tasks.inputs.probes import (
+    PROBES,
+    probe_with_encoder,
+    probe_with_transformers,
+    require_same_ids,
+)
 from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
 
 __all__ = ["load_tokenizer", "write_tokenizer"]
@@ -46,8 +51,8 @@ _ATTRIBUTES = (
 def write_tokenizer(tokenizer: Any, folder: str | Path) -> dict[str, Any]:
     """Write a transformers tokenizer as JSON files only, and prove that they give the same ids.
 
-    The user's tokenizer is not changed. Truncation and padding, which earlier calls leave behind in a tokenizer,
-    are not written. A chat template goes into ``tokenizer_config.json``.
+    The user's tokenizer is not changed. Truncation and padding, which earlier calls leave behind in
+    a tokenizer, are not written. A chat template goes into ``tokenizer_config.json``.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
@@ -57,8 +62,8 @@ def write_tokenizer(tokenizer: Any, folder: str | Path) -> dict[str, Any]:
         The config of ``TextEncoder``, JSON only.
 
     Raises:
-        StructureError: The tokenizer has no Rust backend, cannot be written as JSON, or what was written gives
-            other ids.
+        StructureError: The tokenizer has no Rust backend, cannot be written as JSON, or what was
+            written gives other ids.
     """
     folder = Path(folder)
     private = _private_copy(tokenizer)
@@ -69,14 +74,19 @@ def write_tokenizer(tokenizer: Any, folder: str | Path) -> dict[str, Any]:
     wanted = probe_with_transformers(private, config["model_input_names"])
     for reader, found in (
         ("without transformers", probe_with_encoder(encoder)),
-        ("with transformers", probe_with_transformers(load_tokenizer(folder), config["model_input_names"])),
+        (
+            "with transformers",
+            probe_with_transformers(load_tokenizer(folder), config["model_input_names"]),
+        ),
     ):
         require_same_ids(wanted, found, type(tokenizer).__name__, reader)
     return config
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The transformers tokenizer that ``write_tokenizer`` wrote; opens no connection and runs no code beside it.
+    """The transformers tokenizer that ``write_tokenizer`` wrote.
+
+    Opens no connection and runs no code beside it.
 
     Args:
         folder: Where it was written.
@@ -91,37 +101,48 @@ def load_tokenizer(folder: str | Path) -> Any:
     require_harmless(read_json(Path(folder) / _CONFIG), Path(folder) / _CONFIG)
     if odd := sorted({path.name for path in Path(folder).iterdir()} - set(_WRITTEN)):
         raise IntegrityError(
-            "A file beside the tokenizer is none that was saved", where=Path(folder) / odd[0], hint=FETCH_AGAIN
+            "A file beside the tokenizer is none that was saved",
+            where=Path(folder) / odd[0],
+            hint=FETCH_AGAIN,
         )
     wanted = backend.encode_batch(list(PROBES))
     failure: object = None
-    # Classes of transformers 5 build their own backend from the vocabulary and may disregard parts of
-    # tokenizer.json; the generic class takes it as it is.
+    # Classes of transformers 5 build their own backend from the vocabulary and may disregard parts
+    # of tokenizer.json; the generic class takes it as it is.
     for cls in (AutoTokenizer, PreTrainedTokenizerFast):
         try:
             with guarded(folder):
-                tokenizer = cls.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+                tokenizer = cls.from_pretrained(
+                    str(folder), local_files_only=True, trust_remote_code=False
+                )
             found = tokenizer.backend_tokenizer.encode_batch(list(PROBES))
         except TrustError:
             raise
-        except Exception as error:  # each class has its own ways to fail; the last resort below names them
+        # each class has its own ways to fail; the last resort below names them
+        except Exception as error:
             failure = error
             continue
         if [e.ids for e in found] == [e.ids for e in wanted]:
             return tokenizer
         failure = f"{type(tokenizer).__name__} gives other ids than {TOKENIZER}"
-    raise StructureError("The tokenizer cannot be built again by transformers", where=folder, found=failure)
+    raise StructureError(
+        "The tokenizer cannot be built again by transformers", where=folder, found=failure
+    )
 
 
 def _private_copy(tokenizer: Any) -> Any:
     """A copy that may be changed, without truncation and padding."""
-    if getattr(tokenizer, "backend_tokenizer", None) is None or not getattr(tokenizer, "is_fast", False):
+    if getattr(tokenizer, "backend_tokenizer", None) is None or not getattr(
+        tokenizer, "is_fast", False
+    ):
         raise StructureError(
             "The tokenizer has no fast backend, so it cannot be stored as JSON",
             where=type(tokenizer).__name__,
-            wanted="a fast tokenizer (tokenizer.is_fast), which is backed by the tokenizers library",
-            hint="load it with AutoTokenizer.from_pretrained(..., use_fast=True), or convert it with "
-            "transformers.convert_slow_tokenizer and wrap it in PreTrainedTokenizerFast(tokenizer_object=...)",
+            wanted="a fast tokenizer (tokenizer.is_fast), which is backed by the tokenizers "
+            "library",
+            hint="load it with AutoTokenizer.from_pretrained(..., use_fast=True), or convert it "
+            "with transformers.convert_slow_tokenizer and wrap it in "
+            "PreTrainedTokenizerFast(tokenizer_object=...)",
         )
     try:
         private = copy.deepcopy(tokenizer)
@@ -142,7 +163,9 @@ def _encoder_config(tokenizer: Any) -> dict[str, Any]:
     made = ("input_ids", "token_type_ids", "attention_mask")
     return {
         # Other names (boxes, pixels) are not made from text; a model that needs them fails at save.
-        "model_input_names": [name for name in made if name in {"input_ids", *tokenizer.model_input_names}],
+        "model_input_names": [
+            name for name in made if name in {"input_ids", *tokenizer.model_input_names}
+        ],
         "model_max_length": int(limit) if limit is not None and 0 < limit < _UNLIMITED else None,
         "clean_up": _cleans_up(tokenizer),
         "cls_token_id": tokenizer.cls_token_id,
@@ -158,29 +181,46 @@ def _encoder_config(tokenizer: Any) -> dict[str, Any]:
 
 
 def _cleans_up(tokenizer: Any) -> bool:
-    """Whether decoding takes away spaces before punctuation; transformers 5 never does it for BPE unless forced."""
+    """Whether decoding takes away spaces before punctuation.
+
+    Transformers 5 never does it for BPE unless forced.
+    """
     forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
-    spared = type(tokenizer.backend_tokenizer.model).__name__ == "BPE" and not getattr(tokenizer, forced, True)
+    spared = type(tokenizer.backend_tokenizer.model).__name__ == "BPE" and not getattr(
+        tokenizer, forced, True
+    )
     return bool(tokenizer.clean_up_tokenization_spaces) and not spared
 
 
 def _write_files(tokenizer: Any, folder: Path) -> None:
-    """Save elsewhere and take over the JSON files only: some classes add vocabularies, templates or code."""
+    """Save elsewhere and take over the JSON files only.
+
+    Some classes add vocabularies, templates or code.
+    """
     with scratch_folder("tokenizer") as scratch:
         try:
             tokenizer.save_pretrained(scratch, legacy_format=False, save_jinja_files=False)
         except Exception as error:  # each tokenizer class has its own save and its own ways to fail
             raise StructureError(
-                "The tokenizer cannot be written as JSON", where=type(tokenizer).__name__, found=error
+                "The tokenizer cannot be written as JSON",
+                where=type(tokenizer).__name__,
+                found=error,
             ) from error
         config = read_json(scratch / _CONFIG)
         # Files by their name are files of this machine, too.
-        config = {key: value for key, value in config.items() if key not in _NOT_PORTABLE and "_file" not in key}
-        # transformers writes those that were given when the tokenizer was made, not those set since or fixed by
-        # its class.
-        config.update({name: getattr(tokenizer, name) for name in _ATTRIBUTES if hasattr(tokenizer, name)})
+        config = {
+            key: value
+            for key, value in config.items()
+            if key not in _NOT_PORTABLE and "_file" not in key
+        }
+        # transformers writes those that were given when the tokenizer was made, not those set since
+        # or fixed by its class.
+        config.update(
+            {name: getattr(tokenizer, name) for name in _ATTRIBUTES if hasattr(tokenizer, name)}
+        )
         if type(tokenizer).__module__.partition(".")[0] != "transformers":
-            # A class of the user's own is not stored; that the generic one does the same is proven by probes.
+            # A class of the user's own is not stored; that the generic one does the same is proven
+            # by probes.
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         write_json(folder / _CONFIG, config)
         for name in (TOKENIZER, _SPECIAL_TOKENS):

@@ -1,7 +1,8 @@
 """The table in which a model looks tokens up, and tokens that it has no row for.
 
-Looking up a token beyond the last row is an ``IndexError`` in the middle of an answer, and on an accelerator the end of
-the process; a tokenizer that got tokens without ``resize_token_embeddings`` answers well until somebody writes one.
+Looking up a token beyond the last row is an ``IndexError`` in the middle of an answer, and on an
+accelerator the end of the process; a tokenizer that got tokens without ``resize_token_embeddings``
+answers well until somebody writes one.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ __all__ = ["find_table", "require_known_tokens", "require_rows"]
 
 
 def find_table(module: torch.nn.Module) -> tuple[str, int] | None:
-    """Name of the parameter in which tokens are looked up, and its rows; None where the module does not say.
+    """Name of the parameter in which tokens are looked up, and its rows.
 
-    A part with ``get_input_embeddings`` says so, and a module with a single ``torch.nn.Embedding`` as well. Where there
-    are two such tables, nobody knows which tokenizer reads which.
+    None where the module does not say.
+
+    A part with ``get_input_embeddings`` says so, and a module with a single ``torch.nn.Embedding``
+    as well. Where there are two such tables, nobody knows which tokenizer reads which.
     """
     from torch import nn
 
@@ -34,7 +37,11 @@ def find_table(module: torch.nn.Module) -> tuple[str, int] | None:
     if len({id(table.weight) for table in tables}) != 1:
         return None
     table = tables[0]
-    names = (name for name, tensor in module.named_parameters(remove_duplicate=False) if tensor is table.weight)
+    names = (
+        name
+        for name, tensor in module.named_parameters(remove_duplicate=False)
+        if tensor is table.weight
+    )
     name = next(names, None)
     return None if name is None else (name, table.weight.shape[0])
 
@@ -66,7 +73,9 @@ def require_known_tokens(tokenizer: Any, module: torch.nn.Module) -> str | None:
     if found is None:
         return None
     name, rows = found
-    unknown = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    unknown = sorted(
+        (number, token) for token, number in tokenizer.get_vocab().items() if number >= rows
+    )
     if unknown:
         number, token = unknown[0]
         more = f", and {len(unknown) - 1} more tokens" if len(unknown) > 1 else ""
@@ -81,7 +90,9 @@ def require_known_tokens(tokenizer: Any, module: torch.nn.Module) -> str | None:
     return name
 
 
-def require_rows(config: Mapping[str, Any], encoder: TextEncoder | None, inventory: Inventory) -> None:
+def require_rows(
+    config: Mapping[str, Any], encoder: TextEncoder | None, inventory: Inventory
+) -> None:
     """Refuse an artifact whose tokenizer, or a token that fills up rows, is beyond the stored table.
 
     Args:
@@ -98,7 +109,10 @@ def require_rows(config: Mapping[str, Any], encoder: TextEncoder | None, invento
     row = inventory.rows.get(table)
     if row is None or not row.shape:
         raise IntegrityError(
-            "There is no such table of embeddings", where="encoder, table", found=table, hint=FETCH_AGAIN
+            "There is no such table of embeddings",
+            where="encoder, table",
+            found=table,
+            hint=FETCH_AGAIN,
         )
     said = [("task_config", config), ("encoder", config["encoder"])]
     tokens = {

@@ -1,6 +1,7 @@
 """How messages name cells, columns and values.
 
-A message always names the row (counted from 0) and the column, what was wanted, what was found and the hint.
+A message always names the row (counted from 0) and the column, what was wanted, what was found and
+the hint.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ __all__ = ["describe_value", "is_missing", "named_in_words", "place"]
 
 
 def place(row: int, *columns: str | None) -> str:
-    """How messages name a cell: ``row 3, column 'text'``, ``row 3, columns 'a' and 'b'``, without names ``row 3``."""
+    """How messages name a cell.
+
+    ``row 3, column 'text'``, ``row 3, columns 'a' and 'b'``, without names ``row 3``.
+    """
     named = [column for column in columns if column is not None]
     return f"row {row}, {named_in_words(named)}" if named else f"row {row}"
 
@@ -30,7 +34,12 @@ def describe_value(value: Any) -> str:
 def is_missing(value: Any) -> bool:
     """Whether a value is None, NaN or NA."""
     # pd.isna would answer for each element of a list; these are all the scalars it knows.
-    return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value)
+    return (
+        value is None
+        or value is pd.NA
+        or value is pd.NaT
+        or (isinstance(value, float) and value != value)
+    )
 
 
 def named_in_words(names: Sequence[Any]) -> str:

@@ -1,4 +1,7 @@
-"""What is kept on this host: for its owner alone, made once, swept; and whatever fails costs time and nothing else."""
+"""What is kept on this host: for its owner alone, made once, swept.
+
+And whatever fails costs time and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,14 @@ from pathlib import Path
 import pytest
 
 from mlflow_safeflavor.artifact import host_cache
-from mlflow_safeflavor.artifact.host_cache import VARIABLE, cache_folder, entry, has_room, in_use, sweep
+from mlflow_safeflavor.artifact.host_cache import (
+    VARIABLE,
+    cache_folder,
+    entry,
+    has_room,
+    in_use,
+    sweep,
+)
 
 
 @pytest.fixture
@@ -57,7 +67,9 @@ def test_a_folder_that_others_may_write_is_not_believed(homes, mode):
     assert cache_folder() == homes / "home" / ".cache" / "mlflow-safeflavor"
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a folder away")
+@pytest.mark.skipif(
+    not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a folder away"
+)
 def test_a_folder_of_another_user_is_not_believed(homes):
     os.chown(fill("a").parent, 12345, -1)
     assert cache_folder() == homes / "home" / ".cache" / "mlflow-safeflavor"
@@ -119,7 +131,9 @@ def full(*args: object, **options: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(("where", "name", "how"), [("fcntl", "flock", no_locks), ("os", "open", full)])
+@pytest.mark.parametrize(
+    ("where", "name", "how"), [("fcntl", "flock", no_locks), ("os", "open", full)]
+)
 def test_no_folder_at_all_means_no_cache(homes, monkeypatch, where, name, how):
     monkeypatch.setattr(getattr(host_cache, where), name, how)
     with entry("a") as folder:

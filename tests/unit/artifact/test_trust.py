@@ -34,7 +34,13 @@ FOUND = {
     "language": {"target_lang": "eng"},
 }
 HARMLESS = {
-    "nothing": {"auto_map": None, "custom_pipelines": {}, "_name_or_path": "", "index_path": None, "backbone": None},
+    "nothing": {
+        "auto_map": None,
+        "custom_pipelines": {},
+        "_name_or_path": "",
+        "index_path": None,
+        "backbone": None,
+    },
     "flags": {"use_pretrained_backbone": False, "pretrained": False, "use_mem_eff_path": True},
     "numbers": {"drop_path": 0.1, "conv_kernel_file": 3},
     "a name of timm": {"backbone": "swin_tiny_patch4_window7_224", "use_timm_backbone": True},
@@ -62,7 +68,12 @@ def test_where_code_runs_anyhow_only_other_code_is_found():
 
 
 def test_a_portable_config_says_nothing_of_where_it_came_from():
-    part = {"_name_or_path": "x", "auto_map": {"a": "b"}, "use_pretrained_backbone": True, "hidden_size": 3}
+    part = {
+        "_name_or_path": "x",
+        "auto_map": {"a": "b"},
+        "use_pretrained_backbone": True,
+        "hidden_size": 3,
+    }
     kept = {"use_pretrained_backbone": False, "hidden_size": 3}
     assert portable({"parts": [part], **part}) == {"parts": [kept], **kept}
 
@@ -96,11 +107,17 @@ def test_where_a_config_came_from_is_not_saved(tmp_path, tiny_bert, tiny_tokeniz
     assert mlflow_safeflavor.load_model(str(tmp_path / "m")).report.golden_rows
 
 
-def test_a_config_that_names_files_is_refused_before_anything_is_written(tmp_path, tiny_bert, tiny_tokenizer):
+def test_a_config_that_names_files_is_refused_before_anything_is_written(
+    tmp_path, tiny_bert, tiny_tokenizer
+):
     model = tiny_bert()
     model.config.part = {"index_path": "/home/somebody/index"}
-    with pytest.raises(StructureError, match=r"config\.part\.index_path: '/home/somebody/index'") as refused:
-        mlflow_safeflavor.save_model(model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+    with pytest.raises(
+        StructureError, match=r"config\.part\.index_path: '/home/somebody/index'"
+    ) as refused:
+        mlflow_safeflavor.save_model(
+            model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False
+        )
     assert not (tmp_path / "m").exists()
     model.config.part = None  # as the message says
     assert "None" in refused.value.hint
@@ -110,11 +127,15 @@ def test_a_config_that_names_files_is_refused_before_anything_is_written(tmp_pat
 # Classes that nobody has proven.
 
 
-def test_an_unproven_class_is_code_that_somebody_has_to_agree_to(tmp_path, tiny_bert, tiny_tokenizer, monkeypatch):
+def test_an_unproven_class_is_code_that_somebody_has_to_agree_to(
+    tmp_path, tiny_bert, tiny_tokenizer, monkeypatch
+):
     model = tiny_bert()
     with monkeypatch.context() as patch:
         patch.setattr(constructor, "is_proven", lambda name: False)
-        mlflow_safeflavor.save_model(model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+        mlflow_safeflavor.save_model(
+            model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False
+        )
     assert json.loads(Layout(tmp_path / "m").structure.read_text())["kind"] == "import"
     with pytest.raises(TrustError, match="BertForSequenceClassification"):
         mlflow_safeflavor.load_model(str(tmp_path / "m"))
@@ -124,7 +145,9 @@ def test_an_unproven_class_is_code_that_somebody_has_to_agree_to(tmp_path, tiny_
 def test_of_which_no_module_is_imported(saved, tmp_path):
     root = shutil.copytree(saved, tmp_path / "m")
     name = "transformers.models.longformer.modeling_longformer"
-    edit_json(Layout(root).structure, lambda old: old | {"class": f"{name}:LongformerForMultipleChoice"})
+    edit_json(
+        Layout(root).structure, lambda old: old | {"class": f"{name}:LongformerForMultipleChoice"}
+    )
     reseal(root)
     before = set(sys.modules)
     with pytest.raises(StructureError, match="Nobody has proven"):

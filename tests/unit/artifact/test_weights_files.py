@@ -1,4 +1,7 @@
-"""Files of weights that are held: every byte hashed, once a host, and what was hashed is what is mapped."""
+"""Files of weights that are held.
+
+Every byte hashed, once a host, and what was hashed is what is mapped.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,10 @@ def copy_in(cache: Path) -> Path:
 
 
 def flip_last(path: Path, times: bool = False) -> None:
-    """Change the last byte in place, also of a file that nobody may write; with its old times if asked for."""
+    """Change the last byte in place, also of a file that nobody may write.
+
+    With its old times if asked for.
+    """
     before, mode = path.stat(), path.stat().st_mode
     path.chmod(0o600)
     content = bytearray(path.read_bytes())
@@ -96,7 +102,9 @@ def test_a_large_one_is_copied_for_this_host(weights, cache):
 
 
 @pytest.mark.parametrize("change", ["off", "no room", "sparse", "not hashed"])
-def test_otherwise_it_is_the_artifacts_own_and_a_change_is_an_error(weights, cache, monkeypatch, change):
+def test_otherwise_it_is_the_artifacts_own_and_a_change_is_an_error(
+    weights, cache, monkeypatch, change
+):
     recorded: FileDigests | None = digests_of(weights)
     if change == "off":
         monkeypatch.setenv(host_cache.VARIABLE, "off")
@@ -180,7 +188,9 @@ def test_a_file_that_just_changed_could_change_again_unseen(weights, cache, hash
 def test_rehash_believes_nothing(weights, cache, hashed):
     held(weights)
     held(weights, rehash=True)
-    assert hashed == ["new", "model.safetensors", "model.safetensors"], "the artifact's and the copy's"
+    assert hashed == ["new", "model.safetensors", "model.safetensors"], (
+        "the artifact's and the copy's"
+    )
 
 
 def test_marks_expire(weights, cache, hashed):
@@ -223,7 +233,11 @@ def test_junk_in_the_cache_fails_no_load(weights, cache, junk):
         folder.write_text("junk")
     else:
         marks = list(folder.glob("*.hashed"))
-        for path in {"copy": [folder / "model.safetensors"], "scratch": [folder / "new"], "mark": marks}[junk]:
+        for path in {
+            "copy": [folder / "model.safetensors"],
+            "scratch": [folder / "new"],
+            "mark": marks,
+        }[junk]:
             path.unlink(missing_ok=True)
             (path / "nested").mkdir(parents=True)
             (path / "nested" / "deep.json").write_text("[" * 10_000)

@@ -16,7 +16,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from mlflow_safeflavor.environment import differences
-from mlflow_safeflavor.environment.differences import Difference, find_differences, format_differences, require_same
+from mlflow_safeflavor.environment.differences import (
+    Difference,
+    find_differences,
+    format_differences,
+    require_same,
+)
 from mlflow_safeflavor.environment.record import record
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import EnvironmentMismatchError, IntegrityError
@@ -78,7 +83,8 @@ def test_what_is_installed_is_read_anew_each_time(site):
     info = site.install("a", "1.0", ["b"])
     site.install("b")
     assert site.closure("a") == {"a": "1.0", "b": "1.0"}
-    (info / "METADATA").write_text("Name: a\nVersion: 2.0\n\nRequires-Dist: b\n")  # all but the first is description
+    # all but the first is description
+    (info / "METADATA").write_text("Name: a\nVersion: 2.0\n\nRequires-Dist: b\n")
     assert site.closure("a") == {"a": "2.0"}
 
 
@@ -91,7 +97,8 @@ def test_cycles_end(site):
 
 def test_a_missing_root_is_refused(site):
     with pytest.raises(
-        EnvironmentMismatchError, match=r"(?s)not installed.*where: torch.*hint: pip install 'torch>=2'"
+        EnvironmentMismatchError,
+        match=r"(?s)not installed.*where: torch.*hint: pip install 'torch>=2'",
     ):
         site.record("torch>=2")
 
@@ -108,7 +115,8 @@ def test_versions_that_contradict_each_other_are_refused(site):
     site.install("a", requires=["b>=2"])
     site.install("b", "1.9")
     with pytest.raises(
-        EnvironmentMismatchError, match=r"(?s)wanted: a requires b>=2\n  found: b 1\.9\n.*pip_requirements"
+        EnvironmentMismatchError,
+        match=r"(?s)wanted: a requires b>=2\n  found: b 1\.9\n.*pip_requirements",
     ):
         site.record("a")
 
@@ -126,7 +134,11 @@ def test_an_installed_prerelease_answers_an_open_requirement(site):
 
 
 def test_the_loader_itself_is_never_pinned_and_followed_only_as_a_root(site):
-    site.install("mlflow-safeflavor", requires=["b"], direct_url={"url": "file:///x", "dir_info": {"editable": True}})
+    site.install(
+        "mlflow-safeflavor",
+        requires=["b"],
+        direct_url={"url": "file:///x", "dir_info": {"editable": True}},
+    )
     site.install("a", requires=["mlflow_safeflavor"])
     site.install("b")
     assert set(site.closure("a")) == {"a"}
@@ -149,13 +161,19 @@ def test_the_first_folder_of_the_path_wins(site, tmp_path):
 @pytest.mark.parametrize(
     ("direct_url", "source"),
     [
-        ({"url": "file:///src/a", "dir_info": {"editable": True}}, "editable install of the folder file:///src/a"),
+        (
+            {"url": "file:///src/a", "dir_info": {"editable": True}},
+            "editable install of the folder file:///src/a",
+        ),
         ({"url": "file:///src/a", "dir_info": {}}, "install of the folder file:///src/a"),
         (
             {"url": "https://git.example/a.git", "vcs_info": {"vcs": "git", "commit_id": "c0ffee"}},
             "VCS install of git+https://git.example/a.git@c0ffee",
         ),
-        ({"url": "file:///w/a-1.0-py3-none-any.whl", "archive_info": {}}, "install of the archive file:///w/a-1.0"),
+        (
+            {"url": "file:///w/a-1.0-py3-none-any.whl", "archive_info": {}},
+            "install of the archive file:///w/a-1.0",
+        ),
         (["nonsense"], "direct_url.json cannot be read"),
     ],
 )
@@ -166,13 +184,19 @@ def test_what_is_no_release_is_refused_by_name_with_the_hint(site, direct_url, s
         site.record("root")
     assert caught.value.where == "a"
     assert f"a 1.0: {source}" in caught.value.found or source in caught.value.found
-    for way in ("pip install a==1.0 --find-links FOLDER", "extra_pip_requirements=['a @ git+", "pip_requirements"):
+    for way in (
+        "pip install a==1.0 --find-links FOLDER",
+        "extra_pip_requirements=['a @ git+",
+        "pip_requirements",
+    ):
         assert way in caught.value.hint
 
 
 def test_every_install_that_is_no_release_is_named(site):
     for name in ("a", "b"):
-        site.install(name, direct_url={"url": f"file:///src/{name}", "dir_info": {"editable": True}})
+        site.install(
+            name, direct_url={"url": f"file:///src/{name}", "dir_info": {"editable": True}}
+        )
     site.install("unrelated", direct_url={"url": "file:///src/u", "dir_info": {}})
     with pytest.raises(EnvironmentMismatchError, match=r"where: a, b\n"):
         site.record("a", "b")
@@ -183,7 +207,9 @@ def test_every_install_that_is_no_release_is_named(site):
 def test_an_egg_info_beside_its_setup_py_is_an_editable_install(site, tmp_path):
     source = tmp_path / "source"
     (source / "old.egg-info").mkdir(parents=True)
-    (source / "old.egg-info" / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: old\nVersion: 1.0\n")
+    (source / "old.egg-info" / "PKG-INFO").write_text(
+        "Metadata-Version: 2.1\nName: old\nVersion: 1.0\n"
+    )
     site.path = [str(source)]
     assert site.closure("old") == {"old": "1.0"}
     (source / "setup.py").touch()
@@ -192,7 +218,9 @@ def test_an_egg_info_beside_its_setup_py_is_an_editable_install(site, tmp_path):
 
 
 def test_conda_packages_are_releases_although_they_name_a_build_folder(site):
-    site.install("a", direct_url={"url": "file:///croot/a_1/work", "dir_info": {}}, installer="conda\n")
+    site.install(
+        "a", direct_url={"url": "file:///croot/a_1/work", "dir_info": {}}, installer="conda\n"
+    )
     assert site.closure("a") == {"a": "1.0"}
 
 
@@ -212,9 +240,16 @@ def test_an_environment_survives_json(site):
     ("change", "message"),
     [
         ({"python": 3}, r"environment\.json, python\n  wanted: a version as a string\n  found: 3"),
-        ({"libc": None}, r"environment\.json, libc\n  wanted: a name and a version as a string\n  found: nothing"),
+        (
+            {"libc": None},
+            r"environment\.json, libc\n  wanted: a name and a version as a string\n  found: "
+            r"nothing",
+        ),
         ({"distributions": ["a"]}, r"environment\.json, distributions\n  wanted: an object"),
-        ({"distributions": {"a": 1.0}}, r"distributions, a\n  wanted: a version as a string\n  found: 1\.0"),
+        (
+            {"distributions": {"a": 1.0}},
+            r"distributions, a\n  wanted: a version as a string\n  found: 1\.0",
+        ),
         ({"torch_build": "x"}, r"environment\.json, torch_build"),
     ],
 )
@@ -305,12 +340,16 @@ def test_a_folder_without_metadata_is_no_installation(site):
 
 def test_distributions_in_other_formats_are_found(site):
     (site.folder / "egg.egg-info").mkdir()
-    (site.folder / "egg.egg-info" / "PKG-INFO").write_text("Metadata-Version: 1.0\nName: egg\nVersion: 4.2\n")
+    (site.folder / "egg.egg-info" / "PKG-INFO").write_text(
+        "Metadata-Version: 1.0\nName: egg\nVersion: 4.2\n"
+    )
     assert find_differences(make_environment(distributions={"egg": "4.2"}), path=site.path) == []
 
 
 def test_facts_of_the_torch_build_are_compared_where_both_sides_know_them():
-    recorded = make_environment(torch_build={"cuda": None, "cpu_capability": "AVX512", "threads": 2, "old": 1})
+    recorded = make_environment(
+        torch_build={"cuda": None, "cpu_capability": "AVX512", "threads": 2, "old": 1}
+    )
     now = {"cuda": "12.8", "cpu_capability": "AVX2", "threads": 2, "new": 1}
     assert find_differences(recorded, torch_build=now, path=[]) == [
         Difference("hardware", "torch cpu_capability", "AVX512", "AVX2"),
@@ -345,7 +384,9 @@ def test_policy_error_raises_the_table(differing, site):
     with pytest.raises(EnvironmentMismatchError) as caught:
         require_same(differing, policy="error", path=site.path)
     text = str(caught.value)
-    assert "(1 difference)\n  numpy  wanted 2.4.6  found 1.0\n  hint: install requirements.txt" in text
+    assert (
+        "(1 difference)\n  numpy  wanted 2.4.6  found 1.0\n  hint: install requirements.txt" in text
+    )
     assert 'environment="warn"' in text
 
 
@@ -373,7 +414,8 @@ def test_no_difference_is_no_message(site, caplog, policy):
 
 def test_an_unknown_policy_names_the_allowed_ones(differing):
     with pytest.raises(
-        EnvironmentMismatchError, match=r"(?s)Unknown policy.*'ignore', 'warn', 'error'.*found: 'strict'"
+        EnvironmentMismatchError,
+        match=r"(?s)Unknown policy.*'ignore', 'warn', 'error'.*found: 'strict'",
     ):
         require_same(differing, policy="strict")
 
@@ -391,7 +433,9 @@ def test_the_real_closure_is_closed(real):
     for name in real.distributions:
         for requirement in map(Requirement, importlib.metadata.requires(name) or []):
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                assert canonicalize_name(requirement.name) in real.distributions, f"{name} requires {requirement}"
+                assert canonicalize_name(requirement.name) in real.distributions, (
+                    f"{name} requires {requirement}"
+                )
     for name in REAL_ROOTS:
         assert real.distributions[name] == importlib.metadata.version(name)
     assert "mlflow-safeflavor" not in real.distributions
@@ -413,5 +457,7 @@ def test_importing_the_module_imports_neither_torch_nor_transformers():
         "find_differences(record(['torch'], torch_build={}));"
         "sys.exit(', '.join(sys.modules.keys() & {'torch', 'transformers'}) or None)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stderr.strip()) == (0, "")

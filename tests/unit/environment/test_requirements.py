@@ -39,7 +39,9 @@ def test_auto_keeps_the_label_and_names_the_pages_that_have_it(version, folder):
     ]
 
 
-@pytest.mark.parametrize("name", ["pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-xpu"])
+@pytest.mark.parametrize(
+    "name", ["pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-xpu"]
+)
 def test_auto_finds_the_triton_that_pytorch_builds_where_torch_is(name):
     assert lines_of({name: "3.5.1", "torch": "2.13.0+rocm6.4", "triton": "3.5.1"})[:-3] == [
         "--find-links https://download.pytorch.org/whl/rocm6.4/torch/",
@@ -48,21 +50,34 @@ def test_auto_finds_the_triton_that_pytorch_builds_where_torch_is(name):
 
 
 def test_auto_names_no_page_without_a_label_on_torch():
-    assert lines_of({"torch": "2.13.0", "other": "1.0+local"}) == ["other==1.0+local", "torch==2.13.0"]
+    assert lines_of({"torch": "2.13.0", "other": "1.0+local"}) == [
+        "other==1.0+local",
+        "torch==2.13.0",
+    ]
 
 
 def test_auto_refuses_a_label_that_nobody_publishes():
-    with pytest.raises(EnvironmentMismatchError, match=r"(?s)where: torch==2\.6\.0a0\+git12.*torch_index=None"):
+    with pytest.raises(
+        EnvironmentMismatchError, match=r"(?s)where: torch==2\.6\.0a0\+git12.*torch_index=None"
+    ):
         lines_of({"pytorch-triton": "3.5.1", "torch": "2.6.0a0+git12"})
 
 
 def test_none_strips_the_label_of_torch_alone():
-    assert lines_of({"torch": "2.13.0+cpu", "other": "1.0+local"}, None) == ["other==1.0+local", "torch==2.13.0"]
+    assert lines_of({"torch": "2.13.0+cpu", "other": "1.0+local"}, None) == [
+        "other==1.0+local",
+        "torch==2.13.0",
+    ]
 
 
-@pytest.mark.parametrize("url", ["https://wheels.example/cpu", "https://me:${TOKEN}@wheels.example/simple"])
+@pytest.mark.parametrize(
+    "url", ["https://wheels.example/cpu", "https://me:${TOKEN}@wheels.example/simple"]
+)
 def test_a_url_is_an_extra_index(url):
-    assert lines_of({"torch": "2.13.0+cpu"}, url) == [f"--extra-index-url {url}", "torch==2.13.0+cpu"]
+    assert lines_of({"torch": "2.13.0+cpu"}, url) == [
+        f"--extra-index-url {url}",
+        "torch==2.13.0+cpu",
+    ]
 
 
 def test_a_folder_is_searched_for_wheels(tmp_path, monkeypatch):
@@ -76,9 +91,14 @@ def test_a_folder_is_searched_for_wheels(tmp_path, monkeypatch):
     assert lines_of({}, "my wheels") == [f"--find-links {tmp_path.as_uri()}/my%20wheels"]
 
 
-@pytest.mark.parametrize("torch_index", ["", "cpu", "/no/such/folder", "ftp://x/y", "https://x/a b", 5])
+@pytest.mark.parametrize(
+    "torch_index", ["", "cpu", "/no/such/folder", "ftp://x/y", "https://x/a b", 5]
+)
 def test_any_other_torch_index_is_refused(torch_index):
-    with pytest.raises(EnvironmentMismatchError, match=r'(?s)torch_index says nothing.*wanted: "auto", None, an http'):
+    with pytest.raises(
+        EnvironmentMismatchError,
+        match=r'(?s)torch_index says nothing.*wanted: "auto", None, an http',
+    ):
         lines_of({"torch": "2.13.0+cpu"}, torch_index)
 
 
@@ -108,7 +128,11 @@ def test_the_three_files_hold_the_closure(flavor_site, tmp_path):
     assert conda["dependencies"][0] == f"python={python}"
     assert conda["dependencies"][-1] == {"pip": lines}
     assert (conda["name"], conda["channels"]) == ("mlflow-env", ["conda-forge"])
-    assert python_env == {"python": python, "build_dependencies": [], "dependencies": ["-r requirements.txt"]}
+    assert python_env == {
+        "python": python,
+        "build_dependencies": [],
+        "dependencies": ["-r requirements.txt"],
+    }
 
 
 def test_mlflow_reads_the_files_back(flavor_site, tmp_path):
@@ -123,14 +147,17 @@ def test_mlflow_reads_the_files_back(flavor_site, tmp_path):
 def test_extra_requirements_that_are_installed_are_pinned_with_their_closure(flavor_site, tmp_path):
     flavor_site.install("mine", "0.5", ['helper; extra == "x"'])
     flavor_site.install("helper", "7")
-    recorded, lines, *_ = write_files(flavor_site, tmp_path / "m", extra_pip_requirements=["Mine[x]>=0.4"])
+    recorded, lines, *_ = write_files(
+        flavor_site, tmp_path / "m", extra_pip_requirements=["Mine[x]>=0.4"]
+    )
     assert {"mine==0.5", "helper==7"} < set(lines)
     assert recorded.distributions["helper"] == "7"
 
 
 def test_extra_requirements_that_contradict_what_is_installed_are_refused(flavor_site, tmp_path):
     with pytest.raises(
-        EnvironmentMismatchError, match=r"(?s)wanted: this model requires sympy==1\.0\n  found: sympy 1\.14\.0"
+        EnvironmentMismatchError,
+        match=r"(?s)wanted: this model requires sympy==1\.0\n  found: sympy 1\.14\.0",
     ):
         write_files(flavor_site, tmp_path / "m", extra_pip_requirements=["sympy==1.0"])
     assert list((tmp_path / "m").iterdir()) == []
@@ -164,7 +191,9 @@ def test_other_extra_requirements_stay_as_written(flavor_site, tmp_path, caplog)
     ],
 )
 def test_an_editable_install_may_be_pinned_by_the_user(flavor_site, tmp_path, line):
-    flavor_site.install("mine", "0.5", ["helper"], direct_url={"url": "file:///m", "dir_info": {"editable": True}})
+    flavor_site.install(
+        "mine", "0.5", ["helper"], direct_url={"url": "file:///m", "dir_info": {"editable": True}}
+    )
     flavor_site.install("helper", "7")
     recorded, lines, *_ = write_files(flavor_site, tmp_path / "m", extra_pip_requirements=[line])
     assert [text for text in lines if "mine" in text.lower()] == [line]
@@ -173,7 +202,9 @@ def test_an_editable_install_may_be_pinned_by_the_user(flavor_site, tmp_path, li
 
 
 def test_pip_requirements_replace_every_line(flavor_site, tmp_path, caplog):
-    flavor_site.install("mine", "0.5", direct_url={"url": "file:///m", "dir_info": {"editable": True}})
+    flavor_site.install(
+        "mine", "0.5", direct_url={"url": "file:///m", "dir_info": {"editable": True}}
+    )
     given = ["mlflow", "torch>=2", "mine==0.4", "--pre"]
     recorded, lines, conda, _ = write_files(flavor_site, tmp_path / "m", pip_requirements=given)
     assert lines == given
@@ -184,15 +215,24 @@ def test_pip_requirements_replace_every_line(flavor_site, tmp_path, caplog):
 
 
 def test_mlflow_is_added_to_pip_requirements_without_it(flavor_site, tmp_path):
-    assert write_files(flavor_site, tmp_path / "a", pip_requirements=["torch"])[1] == ["mlflow==3.17.2", "torch"]
-    for given in (["mlflow-skinny==3"], ["git+https://git.example/mlflow.git@main"], ["mlflow==3 --hash=sha256:00"]):
+    assert write_files(flavor_site, tmp_path / "a", pip_requirements=["torch"])[1] == [
+        "mlflow==3.17.2",
+        "torch",
+    ]
+    for given in (
+        ["mlflow-skinny==3"],
+        ["git+https://git.example/mlflow.git@main"],
+        ["mlflow==3 --hash=sha256:00"],
+    ):
         assert write_files(flavor_site, tmp_path / "b", pip_requirements=given)[1] == given
 
 
 def test_pip_requirements_may_be_a_file_with_references_and_hashes(flavor_site, tmp_path):
     (tmp_path / "base.txt").write_text("torch==2.13.0 \\\n    --hash=sha256:00\n")
     (tmp_path / "limits.txt").write_text("numpy<3\n")
-    (tmp_path / "user.txt").write_text("# mine\nmlflow==3.17.2  # why\n-r base.txt\n-c limits.txt\n")
+    (tmp_path / "user.txt").write_text(
+        "# mine\nmlflow==3.17.2  # why\n-r base.txt\n-c limits.txt\n"
+    )
     for given in (tmp_path / "user.txt", str(tmp_path / "user.txt")):
         _, lines, *_ = write_files(flavor_site, tmp_path / "m", pip_requirements=given)
         assert [" ".join(line.split()) for line in lines] == [
@@ -206,7 +246,10 @@ def test_pip_requirements_may_be_a_file_with_references_and_hashes(flavor_site, 
 @pytest.mark.parametrize("given", ["no-such-file.txt", [1], 5])
 @pytest.mark.parametrize("argument", ["pip_requirements", "extra_pip_requirements"])
 def test_requirements_that_cannot_be_read_are_refused(flavor_site, tmp_path, argument, given):
-    with pytest.raises(EnvironmentMismatchError, match=f"{argument} cannot be read(?s:.*)path of a requirements file"):
+    with pytest.raises(
+        EnvironmentMismatchError,
+        match=f"{argument} cannot be read(?s:.*)path of a requirements file",
+    ):
         write_files(flavor_site, tmp_path / "m", **{argument: given})
 
 
@@ -234,7 +277,9 @@ def test_a_conda_env_without_a_pip_section_gets_mlflow(flavor_site, tmp_path):
 
 @pytest.mark.parametrize("conda_env", [{}, {"dependencies": "x"}, [], 5])
 def test_a_conda_env_of_another_shape_is_refused(flavor_site, tmp_path, conda_env):
-    with pytest.raises(EnvironmentMismatchError, match=r"(?s)describes no conda environment.*list of dependencies"):
+    with pytest.raises(
+        EnvironmentMismatchError, match=r"(?s)describes no conda environment.*list of dependencies"
+    ):
         write_files(flavor_site, tmp_path / "m", conda_env=conda_env)
 
 
@@ -254,8 +299,14 @@ def test_a_conda_env_file_that_cannot_be_read_is_named(flavor_site, tmp_path):
     ],
 )
 def test_arguments_that_exclude_each_other_are_refused(flavor_site, tmp_path, names):
-    values = {"conda_env": {"dependencies": []}, "pip_requirements": ["torch"], "extra_pip_requirements": ["torch"]}
-    with pytest.raises(EnvironmentMismatchError, match=f"Only one of(?s:.*)where: {', '.join(names)}\n"):
+    values = {
+        "conda_env": {"dependencies": []},
+        "pip_requirements": ["torch"],
+        "extra_pip_requirements": ["torch"],
+    }
+    with pytest.raises(
+        EnvironmentMismatchError, match=f"Only one of(?s:.*)where: {', '.join(names)}\n"
+    ):
         write_files(flavor_site, tmp_path / "m", **{name: values[name] for name in names})
 
 
@@ -264,8 +315,12 @@ def test_mlflow_finds_no_mismatch_in_the_real_pins(monkeypatch):
     from mlflow.utils import requirements_utils
 
     found = []
-    monkeypatch.setattr(requirements_utils._logger, "warning", lambda *message: found.append(message))
-    lines = requirements.requirement_lines(record(requirements.DEFAULT_ROOTS, torch_build={}).distributions)
+    monkeypatch.setattr(
+        requirements_utils._logger, "warning", lambda *message: found.append(message)
+    )
+    lines = requirements.requirement_lines(
+        record(requirements.DEFAULT_ROOTS, torch_build={}).distributions
+    )
     requirements_utils.warn_dependency_requirement_mismatches(lines)
     assert found == []
     requirements_utils.warn_dependency_requirement_mismatches(["numpy==0.1"])

@@ -29,7 +29,10 @@ def cores(monkeypatch):
 
 @pytest.fixture
 def machine(tmp_path, cores):
-    """``machine(files, processes)``: a root folder; processes from this one outwards, as command lines."""
+    """``machine(files, processes)``: a root folder.
+
+    Processes from this one outwards, as command lines.
+    """
 
     def make(files=None, processes=()):
         contents = dict(files or {})
@@ -48,20 +51,31 @@ def machine(tmp_path, cores):
 
 
 def v2(**quotas):
-    """``v2(service="50000 100000")``: cpu.max of cgroups below the root, and the one this process is in."""
-    files = {f"sys/fs/cgroup/{name}/cpu.max".replace("root/", ""): value for name, value in quotas.items()}
+    """``v2(service="50000 100000")``.
+
+    Cpu.max of cgroups below the root, and the one this process is in.
+    """
+    files = {
+        f"sys/fs/cgroup/{name}/cpu.max".replace("root/", ""): value
+        for name, value in quotas.items()
+    }
     return {"proc/self/cgroup": V2, **files}
 
 
 def v1(quota, period="100000", where="sys/fs/cgroup/cpu,cpuacct/kubepods/pod1"):
-    return {"proc/self/cgroup": V1, f"{where}/cpu.cfs_quota_us": quota, f"{where}/cpu.cfs_period_us": period}
+    return {
+        "proc/self/cgroup": V1,
+        f"{where}/cpu.cfs_quota_us": quota,
+        f"{where}/cpu.cfs_period_us": period,
+    }
 
 
 @pytest.mark.parametrize(("files", "quota"), [
     ({}, None),
     (v2(service="max 100000"), None),
     (v2(service="150000 100000"), 1.5),
-    (v2(root="50000 100000"), 0.5),  # inside a container the path may be the host's, and the root one's own
+    # inside a container the path may be the host's, and the root one's own
+    (v2(root="50000 100000"), 0.5),
     (v2(root="400000 100000", service="200000 100000"), 2.0),
     (v2(root="100000 100000", service="200000 100000"), 1.0),
     (v2(service="garbage"), None),
@@ -86,8 +100,18 @@ def test_threads_fit_into_quota_and_affinity(machine, quota, threads):
     assert available_cpus(root) == threads
 
 
-SERVER = ["/usr/bin/python", "/usr/bin/uvicorn", "--host", "0.0.0.0", "mlflow.pyfunc.scoring_server.app:app"]
-WORKER = ["/usr/bin/python", "-c", "from multiprocessing.spawn import spawn_main; spawn_main(tracker_fd=5)"]
+SERVER = [
+    "/usr/bin/python",
+    "/usr/bin/uvicorn",
+    "--host",
+    "0.0.0.0",
+    "mlflow.pyfunc.scoring_server.app:app",
+]
+WORKER = [
+    "/usr/bin/python",
+    "-c",
+    "from multiprocessing.spawn import spawn_main; spawn_main(tracker_fd=5)",
+]
 SHELL = ["bash", "-c", "exec uvicorn --workers 9 mlflow.pyfunc.scoring_server.app:app"]
 
 
@@ -131,8 +155,13 @@ def test_the_user_decides(machine):
 
 def test_the_log_line_says_what_was_found_and_chosen(machine):
     root = machine(v2(service="350000 100000"), [WORKER, [*SERVER, "--workers", "2"]])
-    assert str(find_budget(environ={}, root=root)) == "8 cores, a quota of 3.5, 2 workers: 1 threads"
-    assert str(find_budget(4, environ={}, root=root)) == "8 cores, a quota of 3.5, 2 workers: 4 threads by num_threads"
+    assert (
+        str(find_budget(environ={}, root=root)) == "8 cores, a quota of 3.5, 2 workers: 1 threads"
+    )
+    assert (
+        str(find_budget(4, environ={}, root=root))
+        == "8 cores, a quota of 3.5, 2 workers: 4 threads by num_threads"
+    )
 
 
 @pytest.mark.parametrize(("processes", "serves"), [

@@ -1,4 +1,7 @@
-"""What is no tensor comes back too, or is named: attributes, wrappers, what a forward left, lazy modules."""
+"""What is no tensor comes back too, or is named.
+
+Attributes, wrappers, what a forward left, lazy modules.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +116,13 @@ def code(tmp_path_factory):
 @pytest.fixture
 def save(tmp_path, code):
     def run(model, name="model", **options):
-        options = {"task": "raw", "input_example": X, "rehearse": False, "code_paths": [code.__file__], **options}
+        options = {
+            "task": "raw",
+            "input_example": X,
+            "rehearse": False,
+            "code_paths": [code.__file__],
+            **options,
+        }
         mlflow_safeflavor.save_model(model, tmp_path / name, **options)
         return mlflow_safeflavor.load_model(str(tmp_path / name), trust={"code", "pickle"})
 
@@ -134,7 +143,9 @@ def kind_of(loaded):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"threshold": 0.3}, {"strict": True}, {"threshold": 0.3, "strict": True}, {"threshold": 1}], ids=str
+    "changes",
+    [{"threshold": 0.3}, {"strict": True}, {"threshold": 0.3, "strict": True}, {"threshold": 1}],
+    ids=str,
 )
 def test_arguments_are_found_among_the_attributes(save, code, changes):
     model = seeded(lambda: code.Alarm(**changes))
@@ -165,16 +176,20 @@ def _set(path, value):
 CHANGES = {
     "a number": (_set("f", 3.0), "f: 3.0, rebuilt 2.0"),
     "a number of another type": (_set("f", None), "f: None, rebuilt 2.0"),
-    "a list": (lambda m: m.names.append("maybe"), "names: ['no', 'yes', 'maybe'], rebuilt ['no', 'yes']"),
-    "an item of a list": (lambda m: m.names.__setitem__(1, "oui"), "names[1]: 'oui', rebuilt 'yes'"),
-    "a value deep in a dict": (lambda m: m.table["b"].__setitem__(1, 3), "table['b'][1]: 3, rebuilt 2"),
+    "a list": (lambda m: m.names.append("maybe"), "names: ['no', 'yes', 'maybe'], rebuilt ['no', "
+                                                  "'yes']"),
+    "an item of a list": (lambda m: m.names.__setitem__(1, "oui"), "names[1]: 'oui', rebuilt "
+                                                                   "'yes'"),
+    "a value deep in a dict": (lambda m: m.table["b"].__setitem__(1, 3), "table['b'][1]: 3, "
+                                                                         "rebuilt 2"),
     "a key of a dict": (lambda m: m.table.update(c=1), "table['c']: 1, rebuilt nothing"),
     "a function": (_set("act", lambda m: torch.tanh), "act: "),
     "a part of an object": (lambda m: setattr(m.scale, "by", 4.0), "scale.by: 4.0, rebuilt 2.0"),
     "an argument of a partial": (
         lambda m: setattr(m, "post", functools.partial(torch.clamp, min=-1.0)), "post.keywords['min']: -1.0",
     ),
-    "a class of a part": (lambda m: m.body.__setitem__(0, nn.GELU()), "body.0: a torch.nn.modules.activation:GELU"),
+    "a class of a part": (lambda m: m.body.__setitem__(0, nn.GELU()), "body.0: a "
+                                                                      "torch.nn.modules.activation:GELU"),
     "a part more": (lambda m: m.body.append(nn.Tanh()), "body.2: a Tanh, rebuilt None"),
     "a setting of torch's": (lambda m: setattr(m.norm, "eps", 0.5), "norm.eps: 0.5, rebuilt 1e-05"),
     "a method of the instance": (lambda m: setattr(m, "forward", m.layer.forward), "forward: "),
@@ -182,7 +197,8 @@ CHANGES = {
     "a hook before": (lambda m: m.register_forward_pre_hook(lambda *a: a[1]), "_forward_pre_hooks: "),
     "an array": (lambda m: m.grid.__setitem__(0, 1.0), "grid: "),
     "a dtype": (_set("kind", torch.float64), "kind: torch.float64, rebuilt torch.float32"),
-    "something new": (lambda m: setattr(m, "note", "calibrated"), "note: 'calibrated', rebuilt nothing"),
+    "something new": (lambda m: setattr(m, "note", "calibrated"), "note: 'calibrated', rebuilt "
+                                                                  "nothing"),
 }  # fmt: skip
 
 
@@ -238,7 +254,8 @@ def test_training_and_bookkeeping_are_no_difference(tiny_bert):
     model.config.use_cache, model.hf_device_map, model.model_tags = False, {"": 0}, ["mine"]
     model.generation_config, model.bert.embeddings.dropout.p = None, 0.5
     model.bert.embeddings.word_embeddings.padding_idx = 3
-    new = tiny_bert(problem_type=model.config.problem_type)  # which a loss sets in the config that is saved
+    # which a loss sets in the config that is saved
+    new = tiny_bert(problem_type=model.config.problem_type)
     assert list(find_differences(model, new)) == []
 
 
@@ -247,19 +264,27 @@ def test_a_resized_vocabulary_is_no_difference(tmp_path, tiny_bert, tiny_tokeniz
     model = tiny_bert()
     tiny_tokenizer.add_tokens(["more"])
     model.resize_token_embeddings(len(tiny_tokenizer))
-    mlflow_safeflavor.save_model(model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False)
+    mlflow_safeflavor.save_model(
+        model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False
+    )
     loaded = mlflow_safeflavor.load_model(str(tmp_path / "model"))
     assert loaded.module.config.vocab_size == len(tiny_tokenizer)
 
 
-def test_a_head_that_was_replaced_with_its_config_is_no_difference(tmp_path, tiny_bert, tiny_tokenizer):
+def test_a_head_that_was_replaced_with_its_config_is_no_difference(
+    tmp_path, tiny_bert, tiny_tokenizer
+):
     """``num_labels`` of the model stays what it was then; a loss would read it."""
     model = tiny_bert()
     model.classifier = nn.Linear(model.config.hidden_size, 3)
     model.config.num_labels = 3
     assert model.num_labels == 2
-    mlflow_safeflavor.save_model(model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False)
-    found = mlflow_safeflavor.load_model(str(tmp_path / "model")).predict(["a"], params={"top_k": None})
+    mlflow_safeflavor.save_model(
+        model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False
+    )
+    found = mlflow_safeflavor.load_model(str(tmp_path / "model")).predict(
+        ["a"], params={"top_k": None}
+    )
     assert len(found["labels"][0]) == 3
 
 
@@ -270,7 +295,9 @@ def test_a_tokenizer_that_was_used_is_as_it_was(code, tiny_tokenizer):
         return module
 
     used, new = make(), make()
-    used.tokenizer(["the cat", "a"], padding=True, truncation=True, max_length=4, return_tensors="pt")
+    used.tokenizer(
+        ["the cat", "a"], padding=True, truncation=True, max_length=4, return_tensors="pt"
+    )
     used.draw.random()
     assert list(find_differences(used, new)) == []
     used.tokenizer.add_tokens(["dachshund"])
@@ -295,7 +322,9 @@ def test_what_a_forward_makes_anew_is_not_saved(save, code, caplog):
         loaded = save(model)
     assert "not saved, because a forward makes it anew: attn, cache, calls" in caplog.text
     assert model.calls == 1, "the module that was handed over was run for this"
-    assert np.array_equal(loaded.predict(X)["output_0"], model(torch.tensor(X["x"])).detach().numpy())
+    assert np.array_equal(
+        loaded.predict(X)["output_0"], model(torch.tensor(X["x"])).detach().numpy()
+    )
 
 
 def test_beside_what_a_forward_makes_anew_the_rest_is_named(save, code):
@@ -309,7 +338,9 @@ def test_beside_what_a_forward_makes_anew_the_rest_is_named(save, code):
 
 def test_a_note_of_what_a_forward_did_to_the_weights_goes_with_them(code):
     """RWKV divides weights by powers of two in its first forward, and must not do so again."""
-    config = transformers.RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=8, attention_hidden_size=8)
+    config = transformers.RwkvConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=8, attention_hidden_size=8
+    )
     model = seeded(lambda: transformers.RwkvModel(config))
     ids = torch.ones(1, 3, dtype=torch.long)
     model(ids)
@@ -342,16 +373,25 @@ ROPE = {
 def _phi3():
     from transformers import Phi3Config, Phi3ForSequenceClassification
 
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 1e4}
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "rope_theta": 1e4,
+    }
     rope |= {"factor": 8.0, "original_max_position_embeddings": 8}
-    return Phi3ForSequenceClassification(Phi3Config(**ROPE, max_position_embeddings=64, rope_parameters=rope))
+    return Phi3ForSequenceClassification(
+        Phi3Config(**ROPE, max_position_embeddings=64, rope_parameters=rope)
+    )
 
 
 def _llama():
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
-    return LlamaForSequenceClassification(LlamaConfig(**ROPE, max_position_embeddings=8, rope_parameters=rope))
+    return LlamaForSequenceClassification(
+        LlamaConfig(**ROPE, max_position_embeddings=8, rope_parameters=rope)
+    )
 
 
 @pytest.mark.skipif(
@@ -365,8 +405,13 @@ def test_rope_caches_are_no_damage_and_no_change(save, tiny_tokenizer, make, len
     model(input_ids=torch.ones(1, length, dtype=torch.long))
     options = {"task": None, "tokenizer": tiny_tokenizer, "input_example": None, "code_paths": None}
     rows = [{"text": "the cat"}, {"text": "the cat sat on the mat under a tree " * 3}]
-    used, unused = save(model, "used", **options).predict(rows), save(new, "unused", **options).predict(rows)
-    assert used.to_dict() == unused.to_dict(), "the model remembers what it was asked before it was saved"
+    used, unused = (
+        save(model, "used", **options).predict(rows),
+        save(new, "unused", **options).predict(rows),
+    )
+    assert used.to_dict() == unused.to_dict(), (
+        "the model remembers what it was asked before it was saved"
+    )
 
 
 # Lazy modules
@@ -376,7 +421,9 @@ def test_a_lazy_module_that_ran_is_an_ordinary_one(save, code):
     model = seeded(code.Lazy)
     model.train()(torch.randn(6, 1))
     loaded = save(model.eval())
-    assert np.array_equal(loaded.predict(X)["output_0"], model(torch.tensor(X["x"])).detach().numpy())
+    assert np.array_equal(
+        loaded.predict(X)["output_0"], model(torch.tensor(X["x"])).detach().numpy()
+    )
     assert loaded.report.bit_identical
     assert type(loaded.module.body[0]) is nn.Linear
     assert loaded.module.body[0].in_features == 1
@@ -391,13 +438,16 @@ def test_a_lazy_module_that_never_ran_is_named(save, code, options):
 
 # Wrappers of training
 
-_COMPILES = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+_COMPILES = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)
 
 
 @_COMPILES
 def test_wrappers_that_answer_the_same_are_taken_off(save, code, caplog):
     model = seeded(code.Alarm)
-    model._compile_kwargs, model._hparams = {}, {}  # as Lightning leaves them, the first wherever it was imported
+    # as Lightning leaves them, the first wherever it was imported
+    model._compile_kwargs, model._hparams = {}, {}
     for name, wrapped in {
         "compiled": torch.compile(model),
         "parallel": nn.DataParallel(model),
@@ -427,9 +477,11 @@ def _autocast_off(model):
 
 
 WRAPPED = {
-    "autocast": (_autocast, "extract_model_from_parallel(model, keep_fp32_wrapper=False)", _autocast_off),
+    "autocast": (_autocast, "extract_model_from_parallel(model, "
+                            "keep_fp32_wrapper=False)", _autocast_off),
     "compiled part": (
-        lambda m: setattr(m, "layer", torch.compile(m.layer)), "model.layer = model.layer._orig_mod", None,
+        lambda m: setattr(m, "layer", torch.compile(m.layer)), "model.layer = "
+                                                               "model.layer._orig_mod", None,
     ),
     "compiled in place": (lambda m: m.compile(), "model._compiled_call_impl = None", None),
     "weight norm": (
@@ -501,10 +553,16 @@ def _of(name: str) -> type[nn.Module]:
     [
         (_scripted, "save the module that was scripted"),
         (_Quantised, "before quantising it"),
-        (lambda: nn.Sequential(_of("bitsandbytes.nn.modules:Linear8bitLt")(1, 1)), "before quantising it"),
+        (
+            lambda: nn.Sequential(_of("bitsandbytes.nn.modules:Linear8bitLt")(1, 1)),
+            "before quantising it",
+        ),
         (lambda: _of("peft.peft_model:PeftModel")(1, 1), "merge_and_unload()"),
         (lambda: nn.Sequential(_of("peft.tuners.lora.layer:Linear")(1, 1)), "merge_and_unload()"),
-        (lambda: _of("torch.distributed.fsdp.fully_sharded_data_parallel:FSDP")(1, 1), "full_state_dict=True"),
+        (
+            lambda: _of("torch.distributed.fsdp.fully_sharded_data_parallel:FSDP")(1, 1),
+            "full_state_dict=True",
+        ),
     ],
     ids=["script", "quantised", "bitsandbytes", "peft", "native adapters", "fsdp"],
 )

@@ -53,14 +53,23 @@ def connect(family, address):
 
 
 TRIED = {
-    "TCP": (lambda: connect(socket.AF_INET, ("127.0.0.1", 9)), "opened a connection to ('127.0.0.1', 9)"),
+    "TCP": (
+        lambda: connect(socket.AF_INET, ("127.0.0.1", 9)),
+        "opened a connection to ('127.0.0.1', 9)",
+    ),
     "IPv6": (lambda: connect(socket.AF_INET6, ("::1", 9)), "opened a connection to ('::1', 9"),
     "unix": (lambda: connect(socket.AF_UNIX, "their.sock"), "opened a connection to their.sock"),
     "UDP": (lambda: udp(("192.0.2.1", 53)), "sent to ('192.0.2.1', 53)"),
-    "server": (lambda: socket.create_server(("127.0.0.1", 0)), "waits for connections at ('127.0.0.1', 0)"),
+    "server": (
+        lambda: socket.create_server(("127.0.0.1", 0)),
+        "waits for connections at ('127.0.0.1', 0)",
+    ),
     "name": (lambda: socket.gethostbyname("db.example"), "looked up db.example"),
     "address": (lambda: socket.getaddrinfo("db.example", 80), "looked up db.example"),
-    "URL": (lambda: importlib.import_module("urllib.request").urlopen("http://db.example/"), "looked up db.example"),
+    "URL": (
+        lambda: importlib.import_module("urllib.request").urlopen("http://db.example/"),
+        "looked up db.example",
+    ),
     "file": (lambda: read("secret"), "read {there}/secret"),
     "file by number": (lambda: os.open("secret", os.O_RDONLY), "read {there}/secret"),
     "file above": (lambda: read("../theirs/secret"), "read {there}/secret"),
@@ -72,7 +81,10 @@ TRIED = {
     "write": (lambda: read("new", mode="x"), "wrote {there}/new"),
     "append": (lambda: read("secret", mode="a"), "wrote {there}/secret"),
     "write by number": (lambda: os.open("new", os.O_CREAT | os.O_WRONLY), "wrote {there}/new"),
-    "write where it reads": (lambda: read(os.path.join(sys.prefix, "new"), mode="w"), "wrote {prefix}/new"),
+    "write where it reads": (
+        lambda: read(os.path.join(sys.prefix, "new"), mode="w"),
+        "wrote {prefix}/new",
+    ),
     "folder": (lambda: os.mkdir("new"), "wrote {there}/new"),
     "remove": (lambda: os.remove("secret"), "wrote {there}/secret"),
     "rename": (lambda: os.rename("secret", "new"), "wrote {there}/secret"),
@@ -82,7 +94,10 @@ TRIED = {
     "shell": (lambda: os.system("touch new"), "started b'touch new'"),
     "fork": (lambda: os.fork() or os._exit(0), "started a process"),
     "spawn": (lambda: os.posix_spawn("/bin/true", ["true"], {}), "started '/bin/true'"),
-    "question": (lambda: input("Do you wish to run the custom code? [y/N]"), "asked on the terminal: 'Do you wish"),
+    "question": (
+        lambda: input("Do you wish to run the custom code? [y/N]"),
+        "asked on the terminal: 'Do you wish",
+    ),
     "standard input": (lambda: read(0, closefd=False), "read from the terminal"),
     "terminal": (lambda: read("/dev/tty"), "read /dev/tty"),
     "library": (lambda: ctypes.CDLL("./secret"), "loaded the library './secret'"),
@@ -122,11 +137,17 @@ def test_what_a_library_makes_of_it_is_kept_as_the_cause(there):
 
 
 def test_a_library_may_ask_whether_there_is_a_compiler(monkeypatch):
-    """RWKV does so in its constructor. Nothing else of that program, and not from another folder."""
+    """RWKV does so in its constructor.
+
+    Nothing else of that program, and not from another folder.
+    """
     monkeypatch.setenv("PATH", "/nowhere")
     with guarded(), pytest.raises(FileNotFoundError):
         subprocess.check_output(["ninja", "--version"])
-    for options in ({"args": ["ninja", "-f", "build"]}, {"args": ["ninja", "--version"], "cwd": "/"}):
+    for options in (
+        {"args": ["ninja", "-f", "build"]},
+        {"args": ["ninja", "--version"], "cwd": "/"},
+    ):
         with pytest.raises(TrustError, match="it started"), guarded():
             subprocess.Popen(**options)
 
@@ -184,7 +205,8 @@ def test_an_installed_module_may_do_as_it_likes_while_it_is_imported(there, inst
     site = install(f"with open({str(there / 'secret')!r}) as file: text = file.read()")
     with guarded():
         assert importlib.import_module("installed_by_somebody").text == "mine"
-    assert list((site / "__pycache__").iterdir())  # and is cached, or each start would compile it again
+    # and is cached, or each start would compile it again
+    assert list((site / "__pycache__").iterdir())
 
 
 def test_but_look_up_no_name(install):
@@ -261,5 +283,8 @@ def test_guards_within_guards(there, tmp_path):
 
 def test_importing_the_package_installs_no_hook():
     """A hook stays until the process ends, so it comes with the first build."""
-    script = "import sys; sys.addaudithook = exit; import mlflow_safeflavor.load.load, mlflow_safeflavor.module.guard"
+    script = (
+        "import sys; sys.addaudithook = exit; import mlflow_safeflavor.load.load, "
+        "mlflow_safeflavor.module.guard"
+    )
     assert subprocess.run([sys.executable, "-c", script + "; sys.exit(7)"]).returncode == 7

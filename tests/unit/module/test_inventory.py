@@ -70,7 +70,11 @@ class Zoo(nn.Module):
             self.listed = [torch.randn(2), "text", [torch.randn(1)], None]
             self.tupled = (torch.randn(2), 3, (torch.randn(1), [torch.randn(1)]))
             self.named = Pair(torch.randn(1), torch.randn(2))
-            self.table = {"a": torch.randn(1), 3: torch.randn(1), "deep": OrderedDict(b=(torch.randn(1),))}
+            self.table = {
+                "a": torch.randn(1),
+                3: torch.randn(1),
+                "deep": OrderedDict(b=(torch.randn(1),)),
+            }
             self.loose = [nn.Parameter(torch.randn(2))]
             self.hidden = [nn.Linear(2, 1)]
             self.layers = nn.ModuleList([nn.Linear(1, 2, bias=False), nn.BatchNorm1d(2)])
@@ -142,7 +146,10 @@ def test_a_shared_module_is_listed_once_and_stays_shared(tmp_path):
 
     fresh = make(1)
     # Attributes come before submodules, so the list has it first.
-    assert round_trip(make(0), fresh, tmp_path / "m").rows.keys() == {"third[0].weight", "third[0].bias"}
+    assert round_trip(make(0), fresh, tmp_path / "m").rows.keys() == {
+        "third[0].weight",
+        "third[0].bias",
+    }
     assert fresh.second is fresh.first
     assert fresh.third[0] is fresh.first
 
@@ -155,7 +162,9 @@ def test_a_shared_module_is_not_two_modules_with_shared_weights(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}, {"proj_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True, "num_layers": 2}, {"proj_size": 2}], ids=str
+)
 def test_the_flat_weights_of_an_lstm_are_its_weights(tmp_path, options):
     torch.manual_seed(0)
     module, fresh = nn.LSTM(3, 4, **options).eval(), nn.LSTM(3, 4, **options).eval()
@@ -165,12 +174,15 @@ def test_the_flat_weights_of_an_lstm_are_its_weights(tmp_path, options):
     x = drawn(5, 1, 3)
     with torch.no_grad():
         assert torch.equal(module(x)[0], fresh(x)[0])
-    assert list(find_differences(fresh, take_inventory(find_slots(module))[0])) == [], "a forward changed the module"
+    assert list(find_differences(fresh, take_inventory(find_slots(module))[0])) == [], (
+        "a forward changed the module"
+    )
 
 
 def test_weight_norm_as_a_hook_keeps_a_plain_weight(tmp_path):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and all over existing checkpoints
+        # deprecated, and all over existing checkpoints
+        warnings.simplefilter("ignore", FutureWarning)
         module, fresh = (nn.utils.weight_norm(nn.Linear(3, 2)) for _ in range(2))
     assert facts(module)["weight"] == ("attribute", False)
     round_trip(module, fresh, tmp_path / "m")
@@ -259,7 +271,9 @@ def test_an_expanded_tensor_by_itself_is_stored_as_it_reads(tmp_path):
 
 @pytest.mark.parametrize("dtype", sorted(map(dtype_name, STORABLE)))
 def test_every_storable_dtype_comes_back(tmp_path, dtype):
-    random = torch.randint(256, (6, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    random = torch.randint(
+        256, (6, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     values = (random % 2).bool() if dtype == "bool" else random.view(getattr(torch, dtype))
     module, fresh = (
         Holder(tensor=values, one=values[0, 0].clone()),
@@ -280,7 +294,11 @@ def test_names_of_every_sort_come_back(tmp_path):
 def test_a_parameter_named_like_the_files_own_entry(tmp_path):
     """Safetensors keeps a place of that name for itself, so it must not swallow a tensor in silence."""
     with pytest.raises(StructureError, match="that safetensors keeps for itself"):
-        round_trip(Holder(__metadata__=nn.Parameter(drawn(2))), Holder(__metadata__=nn.Parameter(drawn(2))), tmp_path)
+        round_trip(
+            Holder(__metadata__=nn.Parameter(drawn(2))),
+            Holder(__metadata__=nn.Parameter(drawn(2))),
+            tmp_path,
+        )
 
 
 # Where the files have them
@@ -303,7 +321,8 @@ def test_tensors_are_aligned_and_those_of_even_size_without_a_copy(tmp_path):
     round_trip(odd_and_even(), fresh, tmp_path)
     assert {slot.path for slot in find_slots(fresh) if slot.tensor.data_ptr() % 64} == set()
     maps = Path("/proc/self/maps").read_text().splitlines()
-    spans = [line.split()[0].split("-") for line in maps if "/memfd:" in line]  # a small file is mapped from memory
+    # a small file is mapped from memory
+    spans = [line.split()[0].split("-") for line in maps if "/memfd:" in line]
 
     def is_mapped(tensor):
         return any(int(start, 16) <= tensor.data_ptr() < int(stop, 16) for start, stop in spans)
@@ -316,7 +335,9 @@ def test_what_other_writers_wrote_anywhere_is_aligned_too(tmp_path):
     values = read_tensors(inventory, layout)
     file = layout.data / "model.safetensors"
     for spaces in range(0, 64, 8):
-        save_file(values, file.with_suffix(".new"), metadata={"format": "pt", "filled": " " * spaces})
+        save_file(
+            values, file.with_suffix(".new"), metadata={"format": "pt", "filled": " " * spaces}
+        )
         file.with_suffix(".new").replace(file)
         found = read_tensors(inventory, layout)
         assert {name for name, value in found.items() if value.data_ptr() % 64} == set()
@@ -328,7 +349,9 @@ def test_the_library_reads_every_dtype_as_it_was_written(tmp_path):
     module = Holder(**{dtype_name(dtype): torch.arange(11).to(dtype) for dtype in dtypes})
     write(module, tmp_path)
     found = load_file(tmp_path / "safeflavor" / "model.safetensors")
-    assert {name: value.dtype for name, value in found.items()} == {dtype_name(dtype): dtype for dtype in dtypes}
+    assert {name: value.dtype for name, value in found.items()} == {
+        dtype_name(dtype): dtype for dtype in dtypes
+    }
     assert all(bits(getattr(module, name)) == bits(value) for name, value in found.items())
 
 
@@ -400,11 +423,15 @@ def test_views_of_one_memory_stay_views_of_one_memory(tmp_path, case):
     expected = make(0)
     for module in (fresh, expected):
         module.base.add_(1)
-    assert all_bits(fresh) == all_bits(expected), "a change of the base is not seen through the view"
+    assert all_bits(fresh) == all_bits(expected), (
+        "a change of the base is not seen through the view"
+    )
     assert len(inventory.data) == (2 if case == "nothing" else 1)
 
 
-@pytest.mark.parametrize("case", ["reshaped", "transposed", "halves", "an offset", "one number, as long"])
+@pytest.mark.parametrize(
+    "case", ["reshaped", "transposed", "halves", "an offset", "one number, as long"]
+)
 def test_views_that_went_apart_are_a_difference(tmp_path, case):
     module = ALIASES[case](0)
     inventory = write(module, tmp_path / "m")[1]
@@ -446,7 +473,8 @@ def test_one_empty_tensor_in_two_places_stays_one_and_two_stay_two(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", [lambda base: base.view(torch.int32), lambda base: torch.view_as_complex(base.view(-1, 2))]
+    "other",
+    [lambda base: base.view(torch.int32), lambda base: torch.view_as_complex(base.view(-1, 2))],
 )
 def test_one_memory_in_two_dtypes_is_refused(other):
     base = drawn(4)
@@ -467,7 +495,9 @@ def test_a_module_filled_from_a_file_can_be_stored_again(tmp_path):
     fresh = Zoo(seed=1)
     first = round_trip(Zoo(), fresh, tmp_path / "m")
     second = round_trip(fresh, Zoo(seed=2), tmp_path / "n")
-    assert {path: row.data for path, row in second.rows.items()} == {p: row.data for p, row in first.rows.items()}
+    assert {path: row.data for path, row in second.rows.items()} == {
+        p: row.data for p, row in first.rows.items()
+    }
     assert {name: entry.sha256 for name, entry in second.data.items()} == {
         name: entry.sha256 for name, entry in first.data.items()
     }
@@ -544,10 +574,16 @@ MUTATIONS = {
     "dtype": (lambda m: setattr(m, "plain", m.plain.int()), "plain"),
     "dtype of a parameter": (lambda m: m.layers[0].to(torch.bfloat16), "layers.0.weight"),
     "shape": (lambda m: m._parameters.update(weight=nn.Parameter(torch.zeros(3, 4))), "weight"),
-    "stride": (lambda m: m._parameters.update(weight=nn.Parameter(torch.zeros(3, 4).t())), "weight"),
+    "stride": (
+        lambda m: m._parameters.update(weight=nn.Parameter(torch.zeros(3, 4).t())),
+        "weight",
+    ),
     "persistence": (lambda m: m._non_persistent_buffers_set.clear(), "lost"),
     "buffer to attribute": (lambda m: vars(m).update(kept=m._buffers.pop("kept")), "kept"),
-    "parameter to buffer": (lambda m: m._buffers.update(weight=m._parameters.pop("weight").data), "weight"),
+    "parameter to buffer": (
+        lambda m: m._buffers.update(weight=m._parameters.pop("weight").data),
+        "weight",
+    ),
     "parameter to tensor": (lambda m: m.loose.__setitem__(0, m.loose[0].data), "loose[0]"),
     "gone": (lambda m: m.table.pop(3), "table[3]"),
     "new": (lambda m: m.table.update(new=torch.ones(1)), "table['new']"),
@@ -584,7 +620,9 @@ def test_filling_puts_the_very_tensors_and_copies_nothing():
     module, fresh = Zoo(), Zoo(seed=1)
     inventory, values = take_inventory(find_slots(module))
     fill(fresh, inventory, values)
-    ours, theirs = ({slot.path: slot.tensor.data_ptr() for slot in find_slots(each)} for each in (module, fresh))
+    ours, theirs = (
+        {slot.path: slot.tensor.data_ptr() for slot in find_slots(each)} for each in (module, fresh)
+    )
     assert ours == theirs
 
 
@@ -621,7 +659,8 @@ def test_what_a_forward_left_behind_comes_back():
 
 
 @pytest.mark.parametrize(
-    "path", ["cache['a']['b']", "cache[__import__('os')]", "cache['it\\'s']", "other['cpu']", "cache"]
+    "path",
+    ["cache['a']['b']", "cache[__import__('os')]", "cache['it\\'s']", "other['cpu']", "cache"],
 )
 def test_nothing_else_finds_a_place(path):
     assert find_places(Remembers())(path) is None

@@ -17,7 +17,17 @@ from mlflow_safeflavor.errors import WeightsError
 from mlflow_safeflavor.module.inventory import find_differences, take_inventory
 from mlflow_safeflavor.module.slots import find_slots
 
-DTYPES = ("float32", "bfloat16", "float64", "int64", "int32", "uint8", "bool", "complex64", "float8_e4m3fn")
+DTYPES = (
+    "float32",
+    "bfloat16",
+    "float64",
+    "int64",
+    "int32",
+    "uint8",
+    "bool",
+    "complex64",
+    "float8_e4m3fn",
+)
 PLACES = ("parameter", "buffer", "transient", "attribute", "list", "tuple", "dict")
 VIEWS = ("same", "detached", "flat half", "transposed", "one number", "every second")
 
@@ -56,7 +66,13 @@ TENSORS = st.builds(
     view=st.sampled_from(VIEWS),
 )
 TREES = st.recursive(
-    st.builds(Tree, st.lists(TENSORS, min_size=1, max_size=5).map(tuple), st.just(()), st.booleans(), st.booleans()),
+    st.builds(
+        Tree,
+        st.lists(TENSORS, min_size=1, max_size=5).map(tuple),
+        st.just(()),
+        st.booleans(),
+        st.booleans(),
+    ),
     lambda trees: st.builds(
         Tree,
         st.lists(TENSORS, max_size=5).map(tuple),
@@ -75,7 +91,11 @@ def build(tree: Tree, seed: int) -> nn.Module:
 def _build(tree, generator, made):
     module = nn.Module()
     for i, wanted in enumerate(tree.tensors):
-        tensor = _view(made[wanted.of % len(made)], wanted.view) if wanted.of is not None and made else None
+        tensor = (
+            _view(made[wanted.of % len(made)], wanted.view)
+            if wanted.of is not None and made
+            else None
+        )
         tensor = _own(wanted, generator) if tensor is None else tensor
         made.append(tensor)
         _put(module, f"t{i}", wanted.place, tensor)
@@ -91,10 +111,16 @@ def _build(tree, generator, made):
 
 
 def _own(wanted, generator):
-    shape = (*wanted.shape[:-1], 2 * wanted.shape[-1]) if wanted.layout == "strided" and wanted.shape else wanted.shape
+    shape = (
+        (*wanted.shape[:-1], 2 * wanted.shape[-1])
+        if wanted.layout == "strided" and wanted.shape
+        else wanted.shape
+    )
     count = torch.Size(shape).numel() * getattr(torch, wanted.dtype).itemsize
     random = torch.randint(256, (count,), dtype=torch.uint8, generator=generator)
-    values = (random % 2).bool() if wanted.dtype == "bool" else random.view(getattr(torch, wanted.dtype))
+    values = (
+        (random % 2).bool() if wanted.dtype == "bool" else random.view(getattr(torch, wanted.dtype))
+    )
     values = values.reshape(shape)
     if wanted.layout == "permuted":
         return values.permute(tuple(reversed(range(values.dim()))))
@@ -128,7 +154,12 @@ def _put(module, name, place, tensor):
     elif place in ("buffer", "transient"):
         module.register_buffer(name, tensor, persistent=place == "buffer")
     else:
-        thing = {"attribute": tensor, "list": [[tensor]], "tuple": (1, (tensor,)), "dict": {"k": tensor}}[place]
+        thing = {
+            "attribute": tensor,
+            "list": [[tensor]],
+            "tuple": (1, (tensor,)),
+            "dict": {"k": tensor},
+        }[place]
         setattr(module, name, thing)
 
 
@@ -141,10 +172,13 @@ def test_what_was_written_is_what_is_read(tree):
         inventory = read_into(fresh, layout)
         assert inventory == written
         assert all_bits(fresh) == all_bits(module)
-        groups, expected = ({path: where[0] for path, where in memory(each).items()} for each in (fresh, module))
+        groups, expected = (
+            {path: where[0] for path, where in memory(each).items()} for each in (fresh, module)
+        )
         assert groups == expected, "other tensors share memory"
         assert list(find_differences(fresh, inventory)) == []
-        # What is stored a second time is the same, so nothing depends on how the tensors came to be.
+        # What is stored a second time is the same, so nothing depends on how the tensors came to
+        # be.
         again = build(tree, 2)
         assert round_trip(fresh, again, Path(folder) / "n") == inventory
 
@@ -156,7 +190,11 @@ def test_writing_and_comparing_change_nothing(tree):
     before = all_bits(module), memory(module), [id(slot.tensor) for slot in find_slots(module)]
     inventory, values = take_inventory(find_slots(module))
     assert list(find_differences(module, inventory)) == []
-    assert (all_bits(module), memory(module), [id(slot.tensor) for slot in find_slots(module)]) == before
+    assert (
+        all_bits(module),
+        memory(module),
+        [id(slot.tensor) for slot in find_slots(module)],
+    ) == before
     assert values.keys() == inventory.data.keys()
     for row in inventory.rows.values():
         assert inventory.data[row.data].dtype == row.dtype
@@ -173,7 +211,9 @@ def untie(module, slot):
     clone = torch.empty_strided(slot.tensor.shape, slot.tensor.stride(), dtype=slot.tensor.dtype)
     overlaps_itself = 0 in slot.tensor.stride() and slot.tensor.numel() > 1
     clone = slot.tensor.clone() if overlaps_itself else clone.copy_(slot.tensor)
-    slot.put(nn.Parameter(clone, requires_grad=False) if isinstance(slot.tensor, nn.Parameter) else clone)
+    slot.put(
+        nn.Parameter(clone, requires_grad=False) if isinstance(slot.tensor, nn.Parameter) else clone
+    )
     return True
 
 
@@ -184,13 +224,21 @@ def tie(module, slot):
         same = other.tensor.shape == slot.tensor.shape and other.tensor.dtype == slot.tensor.dtype
         if mine and theirs and same and mine[0] != theirs[0]:
             data = other.tensor.detach()
-            slot.put(nn.Parameter(data, requires_grad=False) if isinstance(slot.tensor, nn.Parameter) else data)
+            slot.put(
+                nn.Parameter(data, requires_grad=False)
+                if isinstance(slot.tensor, nn.Parameter)
+                else data
+            )
             return True
     return False
 
 
 def _replace(slot, tensor):
-    slot.put(nn.Parameter(tensor, requires_grad=False) if isinstance(slot.tensor, nn.Parameter) else tensor)
+    slot.put(
+        nn.Parameter(tensor, requires_grad=False)
+        if isinstance(slot.tensor, nn.Parameter)
+        else tensor
+    )
     return True
 
 
@@ -207,7 +255,9 @@ def restride(module, slot):
     long = [size for size in tensor.shape if size > 1]
     if len(long) < 2 or not tensor.is_contiguous():
         return False
-    turned = torch.empty_strided(tensor.shape, tuple(reversed(torch.empty(tensor.shape[::-1]).stride())))
+    turned = torch.empty_strided(
+        tensor.shape, tuple(reversed(torch.empty(tensor.shape[::-1]).stride()))
+    )
     return _replace(slot, turned.to(tensor.dtype)) and not turned.is_contiguous()
 
 
@@ -263,7 +313,11 @@ def _parent(module, slot):
         for registry in (child._parameters, child._buffers, vars(child)):
             for name, value in registry.items():
                 if value is slot.tensor and slot.path.endswith(name):
-                    here = [each for each in find_slots(child) if each.path == name and each.kind == slot.kind]
+                    here = [
+                        each
+                        for each in find_slots(child)
+                        if each.path == name and each.kind == slot.kind
+                    ]
                     if here and here[0].tensor is slot.tensor:
                         return child, name
     return None, ""
@@ -292,7 +346,10 @@ def test_any_single_change_is_seen(mutate, tree, pick):
 def test_a_tree_with_one_more_tensor_is_not_filled(tree, extra):
     bigger = Tree((*tree.tensors, extra), tree.children, tree.hidden, tree.shared)
     with tempfile.TemporaryDirectory() as folder:
-        for written, fresh in ((build(tree, 0), build(bigger, 1)), (build(bigger, 0), build(tree, 1))):
+        for written, fresh in (
+            (build(tree, 0), build(bigger, 1)),
+            (build(bigger, 0), build(tree, 1)),
+        ):
             before = all_bits(fresh)
             layout, _ = write(written, Path(tempfile.mkdtemp(dir=folder)) / "m")
             with pytest.raises(WeightsError, match="has other tensors"):

@@ -1,4 +1,7 @@
-"""Modules of torch.nn the usual way: a tree of classes and plain arguments, which anybody may build."""
+"""Modules of torch.nn the usual way.
+
+A tree of classes and plain arguments, which anybody may build.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,9 @@ def modules():
     return [
         nn.Linear(4, 3, bias=False),
         nn.Bilinear(4, 5, 2),
-        nn.Conv2d(4, 8, (3, 1), 2, "valid", dilation=2, groups=2, bias=False, padding_mode="circular"),
+        nn.Conv2d(
+            4, 8, (3, 1), 2, "valid", dilation=2, groups=2, bias=False, padding_mode="circular"
+        ),
         nn.ConvTranspose1d(4, 2, 3, stride=2, output_padding=1),
         nn.BatchNorm1d(4, eps=1e-3, affine=False),
         nn.InstanceNorm2d(4, track_running_stats=True),
@@ -39,15 +44,25 @@ def modules():
         nn.GroupNorm(2, 4, affine=False),
         nn.Embedding(7, 4, padding_idx=2, max_norm=1.5),
         nn.EmbeddingBag(7, 4, mode="max"),
-        nn.LSTM(4, 3, 2, bias=False, batch_first=True, dropout=0.2, bidirectional=True, proj_size=2),
+        nn.LSTM(
+            4, 3, 2, bias=False, batch_first=True, dropout=0.2, bidirectional=True, proj_size=2
+        ),
         nn.GRU(4, 3, 1, False),
         nn.RNN(4, 3, nonlinearity="relu"),
         nn.LSTMCell(4, 3, bias=False),
-        nn.MultiheadAttention(4, 2, dropout=0.1, bias=False, add_bias_kv=True, add_zero_attn=True, kdim=5, vdim=6),
-        nn.TransformerEncoderLayer(**BLOCK, dropout=0.3, activation="gelu", layer_norm_eps=1e-3, batch_first=True),
+        nn.MultiheadAttention(
+            4, 2, dropout=0.1, bias=False, add_bias_kv=True, add_zero_attn=True, kdim=5, vdim=6
+        ),
+        nn.TransformerEncoderLayer(
+            **BLOCK, dropout=0.3, activation="gelu", layer_norm_eps=1e-3, batch_first=True
+        ),
         nn.TransformerDecoderLayer(**BLOCK, norm_first=True, bias=False),
-        nn.TransformerEncoder(nn.TransformerEncoderLayer(**BLOCK), 2, nn.LayerNorm(4), mask_check=False),
-        nn.TransformerEncoder(nn.TransformerEncoderLayer(**BLOCK, batch_first=True), 1, enable_nested_tensor=False),
+        nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(**BLOCK), 2, nn.LayerNorm(4), mask_check=False
+        ),
+        nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(**BLOCK, batch_first=True), 1, enable_nested_tensor=False
+        ),
         nn.TransformerDecoder(nn.TransformerDecoderLayer(**BLOCK), 2),
         nn.TransformerDecoderLayer(**BLOCK, activation=nn.SiLU()),
         nn.Transformer(4, 2, 1, 2, 8, activation="gelu", batch_first=True),
@@ -59,9 +74,14 @@ def modules():
         nn.Hardtanh(-2.0, 3.0),
         nn.Sequential(),
         nn.Sequential(
-            shared, relu, nn.Sequential(shared, relu), nn.ModuleDict({"b": relu, "a": nn.ModuleList([shared])})
+            shared,
+            relu,
+            nn.Sequential(shared, relu),
+            nn.ModuleDict({"b": relu, "a": nn.ModuleList([shared])}),
         ),
-        nn.Sequential(OrderedDict(short_path=nn.Linear(4, 4), backbone=nn.Sequential(shared, nn.GELU("tanh")))),
+        nn.Sequential(
+            OrderedDict(short_path=nn.Linear(4, 4), backbone=nn.Sequential(shared, nn.GELU("tanh")))
+        ),
     ]
 
 
@@ -76,8 +96,13 @@ def test_a_tree_makes_the_same_module(module):
     assert is_tree(tree)
     made = make_layers(tree).train(module.training)
     assert repr(made) == repr(module)
-    assert [str(difference) for difference in find_differences(module, made) if not difference.tensor] == []
-    slots = [[(slot.path, slot.kind, slot.tensor.shape) for slot in find_slots(each)] for each in (module, made)]
+    assert [
+        str(difference) for difference in find_differences(module, made) if not difference.tensor
+    ] == []
+    slots = [
+        [(slot.path, slot.kind, slot.tensor.shape) for slot in find_slots(each)]
+        for each in (module, made)
+    ]
     assert slots[0] == slots[1]
 
 
@@ -137,8 +162,14 @@ NETS = {
     "shared": (lambda: MODULES[-1], torch.tensor(X)),
     "recurrent": (lambda: nn.LSTM(4, 3, 2, batch_first=True, bidirectional=True), X[None]),
     "two inputs": (lambda: nn.Bilinear(4, 4, 2), {"input1": X, "input2": X}),
-    "attention": (lambda: nn.MultiheadAttention(4, 2, batch_first=True), dict.fromkeys(("query", "key", "value"), X)),
-    "encoder": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(**BLOCK, batch_first=True), 2), X[None]),
+    "attention": (
+        lambda: nn.MultiheadAttention(4, 2, batch_first=True),
+        dict.fromkeys(("query", "key", "value"), X),
+    ),
+    "encoder": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(**BLOCK, batch_first=True), 2),
+        X[None],
+    ),
 }
 
 
@@ -153,11 +184,17 @@ def test_it_answers_as_it_did_and_asks_for_nothing(name, tmp_path):
     make, example = NETS[name]
     torch.manual_seed(0)
     module = make().train()
-    mlflow_safeflavor.save_model(module, tmp_path / "m", task="raw", input_example=example, rehearse=False, graph="no")
+    mlflow_safeflavor.save_model(
+        module, tmp_path / "m", task="raw", input_example=example, rehearse=False, graph="no"
+    )
     loaded = mlflow_safeflavor.load_model(tmp_path / "m")
     assert (loaded.spec.structure, loaded.spec.runs) == ("torch", ())
     assert module.training
-    given = list(example.values()) if type(example) is dict else [X if example is TABLE else np.asarray(example)]
+    given = (
+        list(example.values())
+        if type(example) is dict
+        else [X if example is TABLE else np.asarray(example)]
+    )
     arrays = [torch.tensor(array) for array in given]
     with torch.inference_mode():
         wanted = flat(module.eval()(*arrays))
@@ -169,7 +206,9 @@ def test_it_answers_as_it_did_and_asks_for_nothing(name, tmp_path):
 
 
 def test_a_rehearsal_and_the_command_line_know_it(tmp_path):
-    mlflow_safeflavor.save_model(NETS["a table"][0](), tmp_path / "m", task="raw", input_example=TABLE)
+    mlflow_safeflavor.save_model(
+        NETS["a table"][0](), tmp_path / "m", task="raw", input_example=TABLE
+    )
     from click.testing import CliRunner
 
     from mlflow_safeflavor.cli import main
@@ -194,7 +233,9 @@ def test_what_was_changed_afterwards_is_named_with_a_hint_that_works(change, tmp
     mlflow_safeflavor.save_model(module, tmp_path / "m", **save, graph="only")
     with torch.inference_mode():
         wanted = module(torch.tensor(X[None])).numpy()
-    assert np.allclose(mlflow_safeflavor.load_model(tmp_path / "m").predict(X[None])["output_0"], wanted, atol=1e-5)
+    assert np.allclose(
+        mlflow_safeflavor.load_model(tmp_path / "m").predict(X[None])["output_0"], wanted, atol=1e-5
+    )
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -207,16 +248,24 @@ def test_an_encoder_layer_has_a_graph(tmp_path):
     mlflow_safeflavor.save_model(module, tmp_path / "m", **given)
     native = mlflow_safeflavor.load_model(tmp_path / "m").predict(x)["output_0"]
     served = mlflow.pyfunc.load_model(str(tmp_path / "m")).predict(x)["output_0"]
-    module_ = mlflow_safeflavor.load_model(tmp_path / "m", model_config={"engine": "module"}).predict(x)["output_0"]
+    module_ = mlflow_safeflavor.load_model(
+        tmp_path / "m", model_config={"engine": "module"}
+    ).predict(x)["output_0"]
     assert np.array_equal(native, served)
     assert np.allclose(native, module_, atol=1e-5)
 
 
 def test_a_description_that_was_edited_is_refused(tmp_path):
-    mlflow_safeflavor.save_model(nn.Linear(4, 3), tmp_path / "m", task="raw", input_example=X, rehearse=False)
+    mlflow_safeflavor.save_model(
+        nn.Linear(4, 3), tmp_path / "m", task="raw", input_example=X, rehearse=False
+    )
     file = tmp_path / "m" / "safeflavor" / "structure.json"
     said = json.loads(file.read_text())
-    assert said["tree"] == {"class": "Linear", "arguments": {"in_features": 4, "out_features": 3}, "modules": []}
+    assert said["tree"] == {
+        "class": "Linear",
+        "arguments": {"in_features": 4, "out_features": 3},
+        "modules": [],
+    }
     file.write_text(json.dumps(said | {"tree": {**said["tree"], "class": "DataParallel"}}))
     with pytest.raises(SafeFlavorError, match=r"structure\.json"):
         mlflow_safeflavor.load_model(tmp_path / "m", verify="off")

@@ -1,4 +1,7 @@
-"""The surroundings in which constructors run: real memory, float32, no random values, and no trace left."""
+"""The surroundings in which constructors run.
+
+Real memory, float32, no random values, and no trace left.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,14 @@ from mlflow_safeflavor.module.memory import real_memory
 from mlflow_safeflavor.module.slots import find_slots
 
 NOTHING = Inventory({}, {}, {})
-RANDOM = ["uniform_", "normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_"]
+RANDOM = [
+    "uniform_",
+    "normal_",
+    "xavier_uniform_",
+    "xavier_normal_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
+]
 
 
 @pytest.fixture
@@ -63,7 +73,9 @@ def test_float32_whatever_the_default_is(half_by_default, make):
     assert tensor.dtype == torch.float32
     expected = make()
     assert expected.shape == tensor.shape
-    assert expected.requires_grad or torch.equal(tensor, expected), "first rounded to the default, then cast"
+    assert expected.requires_grad or torch.equal(tensor, expected), (
+        "first rounded to the default, then cast"
+    )
 
 
 @pytest.mark.parametrize(("make", "dtype"), [
@@ -78,7 +90,9 @@ def test_what_has_a_dtype_of_its_own_keeps_it(half_by_default, make, dtype):
 
 def test_what_is_initialised_without_chance_is_initialised():
     """A constructor's own values are what a checkpoint is compared with."""
-    config = MarianConfig(vocab_size=9, d_model=8, encoder_layers=1, decoder_layers=1, pad_token_id=0)
+    config = MarianConfig(
+        vocab_size=9, d_model=8, encoder_layers=1, decoder_layers=1, pad_token_id=0
+    )
     config.encoder_attention_heads = config.decoder_attention_heads = 2
     config.max_position_embeddings, config.decoder_start_token_id = 4, 0
     with real_memory():
@@ -103,7 +117,9 @@ def test_an_outer_device_reaches_nothing():
 
 
 def test_submodules_of_other_threads_are_initialised_as_ever():
-    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config = BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
     made = []
     with real_memory(inventory=NOTHING):
         thread = threading.Thread(target=lambda: made.append(BertModel(config)))
@@ -114,7 +130,9 @@ def test_submodules_of_other_threads_are_initialised_as_ever():
     assert 0.01 < deviations[0] < 0.04, "the initializer_range of a new model is 0.02"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        assert 0.01 < float(BertModel(config).pooler.dense.weight.detach().std()) < 0.04, "nothing stays behind"
+        assert 0.01 < float(BertModel(config).pooler.dense.weight.detach().std()) < 0.04, (
+            "nothing stays behind"
+        )
 
 
 def test_more_memory_than_the_stored_tensors_take_is_refused():

@@ -34,7 +34,11 @@ def test_one_call_where_calls_are_dear():
 
 def test_a_batch_is_filled_to_the_budget():
     for forward_cost in (0, 10):
-        assert [len(batch) for batch in cut_into_batches([8] * 130, 512, forward_cost)] == [64, 64, 2]
+        assert [len(batch) for batch in cut_into_batches([8] * 130, 512, forward_cost)] == [
+            64,
+            64,
+            2,
+        ]
 
 
 def test_no_rows_no_batches():
@@ -115,7 +119,9 @@ def test_answers_and_outputs_come_in_the_order_asked():
     draw = random.Random(0)
     texts = ["x" * draw.randint(1, 90) + str(i) for i in range(200)]
     task = Echo()
-    answers, outputs = predict_rows(task, Scheduler(task, None), [{"text": text} for text in texts], {"suffix": "!"})
+    answers, outputs = predict_rows(
+        task, Scheduler(task, None), [{"text": text} for text in texts], {"suffix": "!"}
+    )
     assert [answer["text"] for answer in answers] == [text + "!" for text in texts]
     assert [output["joined"] for output in outputs] == texts
     assert 1 < len(task.batches) < 200

@@ -1,4 +1,7 @@
-"""Many callers, one model: answers are those of each alone, nobody waits for company, and only the guilty fail."""
+"""Many callers, one model.
+
+Answers are those of each alone, nobody waits for company, and only the guilty fail.
+"""
 
 import gc
 import itertools
@@ -31,7 +34,10 @@ pytestmark = pytest.mark.graphs
 
 
 class Length:
-    """A task that answers with the length of a text. Its forward can be held up, and fails over the text "bad"."""
+    """A task that answers with the length of a text.
+
+    Its forward can be held up, and fails over the text "bad".
+    """
 
     forward_params = frozenset({"language"})
 
@@ -71,13 +77,21 @@ class Length:
         self.threads.append(threading.current_thread().name)
         if any(piece["text"] == "bad" for piece in batch):
             raise ZeroDivisionError("bad row")
-        return [{"length": np.array([len(piece["text"])]), "language": params["language"]} for piece in batch]
+        return [
+            {"length": np.array([len(piece["text"])]), "language": params["language"]}
+            for piece in batch
+        ]
 
     def join(self, outputs):
-        return {"length": np.concatenate([o["length"] for o in outputs]), "language": outputs[0]["language"]}
+        return {
+            "length": np.concatenate([o["length"] for o in outputs]),
+            "language": outputs[0]["language"],
+        }
 
     def decode(self, rows, features, outputs, params, first=0):
-        return [{"length": o["length"].sum(), "by": o["language"] + params["suffix"]} for o in outputs]
+        return [
+            {"length": o["length"].sum(), "by": o["language"] + params["suffix"]} for o in outputs
+        ]
 
 
 class Model:
@@ -122,13 +136,20 @@ def model():
     ("anywhere", "timeout", "length", "here"),
     [(True, None, 1, True), (True, None, 600, True), (False, None, 1, False), (True, 60, 1, False)],
 )
-def test_a_lone_request_is_run_at_once_in_its_own_thread_where_any_will_do(anywhere, timeout, length, here):
+def test_a_lone_request_is_run_at_once_in_its_own_thread_where_any_will_do(
+    anywhere, timeout, length, here
+):
     """With a deadline the caller has to be told in time, and torch's forwards need a thread that nobody has touched."""
     model = Model(anywhere=anywhere)
     assert model.ask("x" * length, timeout=timeout) == [{"length": length, "by": "en"}]
-    assert model.ask("abc", "de", timeout=timeout) == [{"length": 3, "by": "en"}, {"length": 2, "by": "en"}]
+    assert model.ask("abc", "de", timeout=timeout) == [
+        {"length": 3, "by": "en"},
+        {"length": 2, "by": "en"},
+    ]
     assert [len(batch) for batch in model.task.batches] == [1, 2]
-    assert model.task.threads == [threading.current_thread().name if here else "safeflavor-model"] * 2
+    assert (
+        model.task.threads == [threading.current_thread().name if here else "safeflavor-model"] * 2
+    )
     assert (model.scheduler._state.thread is None) == here
 
 
@@ -158,7 +179,9 @@ def test_a_failure_or_an_interruption_in_the_callers_own_thread_leaves_the_model
     with pytest.raises(AnswerError, match="bad row"):
         model.ask("bad")
     forward = model.task.forward
-    monkeypatch.setattr(model.task, "forward", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        model.task, "forward", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         model.ask("interrupted")
     monkeypatch.setattr(model.task, "forward", forward)
@@ -180,8 +203,14 @@ def test_never_two_forwards_at_once(anywhere):
 
     model.task.forward = counted
     asked = [("x" * (1 + i % 9),) * (1 + i % 3) for i in range(200)]
-    found = list(model.pool.map(lambda texts: model.ask(*texts, timeout=20 if len(texts) == 2 else None), asked))
-    assert [[answer["length"] for answer in answers] for answers in found] == [list(map(len, t)) for t in asked]
+    found = list(
+        model.pool.map(
+            lambda texts: model.ask(*texts, timeout=20 if len(texts) == 2 else None), asked
+        )
+    )
+    assert [[answer["length"] for answer in answers] for answers in found] == [
+        list(map(len, t)) for t in asked
+    ]
     assert set(most) == {1}
     assert len(set(model.task.threads)) > 1 or not anywhere
 
@@ -198,12 +227,20 @@ def test_whatever_waits_is_run_together(model):
 
 def test_only_requests_that_agree_in_what_forward_reads_share_a_batch(model):
     model.busy()
-    params = [{"language": "de"}, {"language": "en", "suffix": "!"}, {"language": "de", "suffix": "?"}, {}]
+    params = [
+        {"language": "de"},
+        {"language": "en", "suffix": "!"},
+        {"language": "de", "suffix": "?"},
+        {},
+    ]
     futures = [model.later("x" * (i + 1), **given) for i, given in enumerate(params)]
     model.waiting(4)
     model.task.open.set()
     assert [future.result(20)[0]["by"] for future in futures] == ["de", "en!", "de?", "en"]
-    assert sorted(sorted(batch) for batch in model.task.batches[1:]) == [["x", "xxx"], ["xx", "xxxx"]]
+    assert sorted(sorted(batch) for batch in model.task.batches[1:]) == [
+        ["x", "xxx"],
+        ["xx", "xxxx"],
+    ]
 
 
 def test_pieces_of_a_row_come_back_in_order(model):
@@ -383,7 +420,9 @@ def saved(tiny_bert, tiny_tokenizer, tmp_path_factory):
     """A classifier that was saved once."""
     folder = tmp_path_factory.getbasetemp() / "scheduled"
     if not folder.exists():
-        model = tiny_bert(num_labels=5, initializer_range=0.3, num_hidden_layers=1, intermediate_size=32)
+        model = tiny_bert(
+            num_labels=5, initializer_range=0.3, num_hidden_layers=1, intermediate_size=32
+        )
         mlflow_safeflavor.save_model(model, folder, tokenizer=tiny_tokenizer, rehearse=False)
     return folder
 
@@ -393,7 +432,10 @@ PARAMS = [None, {"top_k": -1}, {"top_k": 2, "max_length": 9}, {"function_to_appl
 
 def _requests(texts, count):
     draw = random.Random(1)
-    return [(draw.choices(texts, k=draw.choice([1] * 9 + [4])), draw.choice(PARAMS)) for _ in range(count)]
+    return [
+        (draw.choices(texts, k=draw.choice([1] * 9 + [4])), draw.choice(PARAMS))
+        for _ in range(count)
+    ]
 
 
 def _answered_by(model, requests, threads):
@@ -404,7 +446,10 @@ def _answered_by(model, requests, threads):
 @pytest.mark.parametrize("count", [800, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", ["onnx", "module"])
 def test_requests_from_32_threads(saved, texts, engine, count):
-    """Each is answered as alone: by a graph to the bit, else within 1e-5; none lost, none swapped."""
+    """Each is answered as alone: by a graph to the bit, else within 1e-5.
+
+    None lost, none swapped.
+    """
     model = mlflow_safeflavor.load_model(saved, model_config={"engine": engine})
     known = {}
     requests = _requests(texts, count)
@@ -422,16 +467,22 @@ def test_requests_from_32_threads(saved, texts, engine, count):
             pd.testing.assert_frame_equal(found, wanted, check_exact=False, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("engine", "deterministic"), [("module", True), ("onnx", True), ("onnx", False)])
+@pytest.mark.parametrize(
+    ("engine", "deterministic"), [("module", True), ("onnx", True), ("onnx", False)]
+)
 def test_the_same_bits_whatever_else_is_in_flight(saved, texts, engine, deterministic):
-    model = mlflow_safeflavor.load_model(saved, model_config={"engine": engine, "deterministic": deterministic})
+    model = mlflow_safeflavor.load_model(
+        saved, model_config={"engine": engine, "deterministic": deterministic}
+    )
     alone = [model.predict([text])["score"].item() for text in texts]
     assert model.predict(texts)["score"].tolist() == alone
     assert model.predict(texts[::-1])["score"].tolist() == alone[::-1]
 
 
 @pytest.mark.parametrize("fact", [None, "batch", "padding"])
-def test_deterministic_costs_nothing_where_the_same_bits_were_seen(saved, texts, tmp_path, monkeypatch, fact):
+def test_deterministic_costs_nothing_where_the_same_bits_were_seen(
+    saved, texts, tmp_path, monkeypatch, fact
+):
     model = mlflow_safeflavor.load_model(saved)
     seen = {"dtype": "float32", "batch": True, "padding": True, fact: False}
     engine = GraphEngine(model.engine.session, keeps_bits=model.engine.keeps_bits)
@@ -456,10 +507,16 @@ def test_what_a_forward_costs_is_measured_once_and_stored(saved, monkeypatch):
     stored = mlflow_safeflavor.load_model(saved).spec.model_config["forward_cost"]
     assert stored >= 1  # 0 would be measured again by every host, and each would make other batches
     monkeypatch.setattr(
-        "mlflow_safeflavor.predict.batching.measure_forward_cost", lambda *_: pytest.fail("measured again")
+        "mlflow_safeflavor.predict.batching.measure_forward_cost",
+        lambda *_: pytest.fail("measured again"),
     )
     assert mlflow_safeflavor.load_model(saved).scheduler.forward_cost == stored
-    assert mlflow_safeflavor.load_model(saved, model_config={"forward_cost": 48}).scheduler.forward_cost == 48
+    assert (
+        mlflow_safeflavor.load_model(
+            saved, model_config={"forward_cost": 48}
+        ).scheduler.forward_cost
+        == 48
+    )
 
 
 def test_what_a_forward_costs_is_measured_where_it_is_not_known(saved, monkeypatch):
@@ -468,7 +525,9 @@ def test_what_a_forward_costs_is_measured_where_it_is_not_known(saved, monkeypat
     assert model.scheduler.forward_cost == 77
 
 
-@pytest.mark.parametrize(("call", "token", "wanted"), [(2.0, 0.1, 16), (2.0, 0.05, 32), (0.0, 0.1, 1), (9.0, 0.0, 1)])
+@pytest.mark.parametrize(
+    ("call", "token", "wanted"), [(2.0, 0.1, 16), (2.0, 0.05, 32), (0.0, 0.1, 1), (9.0, 0.0, 1)]
+)
 def test_the_measure_finds_what_a_call_costs(saved, monkeypatch, call, token, wanted):
     model, clock = mlflow_safeflavor.load_model(saved), [0.0]
     monkeypatch.setattr(batching.time, "perf_counter", lambda: clock[0])
@@ -484,11 +543,18 @@ def test_the_measure_finds_what_a_call_costs(saved, monkeypatch, call, token, wa
 
 def test_extra_columns_are_ignored_only_if_asked(tmp_path, tiny_bert, tiny_tokenizer, texts):
     table = pd.DataFrame({"text": texts[:3], "id": [1, 2, 3]})
-    given = {"tokenizer": tiny_tokenizer, "input_columns": {"text": "text"}, "rehearse": False, "graph": "no"}
+    given = {
+        "tokenizer": tiny_tokenizer,
+        "input_columns": {"text": "text"},
+        "rehearse": False,
+        "graph": "no",
+    }
     mlflow_safeflavor.save_model(tiny_bert(), tmp_path / "named", **given)
     with pytest.raises(InputError, match="columns that the model does not know"):
         mlflow_safeflavor.load_model(tmp_path / "named").predict(table)
-    model = mlflow_safeflavor.load_model(tmp_path / "named", model_config={"extra_columns": "ignore"})
+    model = mlflow_safeflavor.load_model(
+        tmp_path / "named", model_config={"extra_columns": "ignore"}
+    )
     wanted = model.predict(table[["text"]])
     pd.testing.assert_frame_equal(model.predict(table), wanted)
     pd.testing.assert_frame_equal(model.predict(table.to_dict("list")), wanted)
@@ -503,7 +569,9 @@ def test_named_arrays_are_no_columns_to_ignore(tmp_path):
         torch.nn.Linear(3, 1), tmp_path / "raw", task="raw", input_example=arrays, rehearse=False, graph="no",
         init_args={"in_features": 3, "out_features": 1},
     )  # fmt: skip
-    model = mlflow_safeflavor.load_model(tmp_path / "raw", model_config={"extra_columns": "ignore"}, trust={"code"})
+    model = mlflow_safeflavor.load_model(
+        tmp_path / "raw", model_config={"extra_columns": "ignore"}, trust={"code"}
+    )
     assert model.predict(arrays)["output_0"].shape == (2, 1)
 
 
@@ -530,6 +598,7 @@ def test_long_requests_come_up_more_seldom_than_short_ones_and_all_come_up():
             short[-1].turn = state.spent
     kinds = [kind for (kind,) in ran]  # never both: they share no batch
     assert not any(pair == ("long", "long") for pair in itertools.pairwise(kinds[4:]))
-    # Eight wait, of which four are long ones with fifty tokens a time, where the others have twenty in all.
+    # Eight wait, of which four are long ones with fifty tokens a time, where the others have twenty
+    # in all.
     assert 0.2 < kinds.count("long") / len(kinds) < 0.4
     assert all(len(ticket.waiting) < 195 for ticket in long)

@@ -1,4 +1,7 @@
-"""Long tables: chunk by chunk, in order, read no further ahead than they are answered; progress for who waits."""
+"""Long tables: chunk by chunk, in order, read no further ahead than they are answered.
+
+Progress for who waits.
+"""
 
 import io
 import shutil
@@ -98,7 +101,9 @@ def test_the_name_of_a_file_is_a_text(model, table, tmp_path):
 def terminal(monkeypatch):
     """What a terminal would show."""
     screen = io.StringIO()
-    monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=80))
+    monkeypatch.setattr(
+        "rich.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=80)
+    )
     return screen
 
 
@@ -125,7 +130,9 @@ def test_streams_count_rows(model, table, terminal, tmp_path, monkeypatch):
     assert "40/40" in terminal.getvalue()
 
 
-def test_nothing_is_shown_without_a_terminal_or_if_not_wanted(model, table, terminal, capsys, monkeypatch):
+def test_nothing_is_shown_without_a_terminal_or_if_not_wanted(
+    model, table, terminal, capsys, monkeypatch
+):
     monkeypatch.setattr(progress, "_PATIENCE", 0)
     list(model.predict(iter([table]), progress=False))
     assert terminal.getvalue() == ""
@@ -150,4 +157,6 @@ def test_compile_needs_a_compiler(model, monkeypatch):
 def test_a_compiled_model_answers_within_tolerance(model, table):
     compiled = mlflow_safeflavor.load_model(model.folder, model_config={"compile": True})
     assert compiled.report.golden_rows > 0
-    pd.testing.assert_frame_equal(compiled.predict(table), model.predict(table), check_exact=False, atol=1e-5)
+    pd.testing.assert_frame_equal(
+        compiled.predict(table), model.predict(table), check_exact=False, atol=1e-5
+    )

@@ -76,7 +76,9 @@ def test_two_columns_in_every_shape(data):
     require_texts(rows_of(data, TWO), TWO)
 
 
-@pytest.mark.parametrize("data", ["one", {"review": "one"}, {"review": np.array("one")}, np.array("one")])
+@pytest.mark.parametrize(
+    "data", ["one", {"review": "one"}, {"review": np.array("one")}, np.array("one")]
+)
 def test_a_single_value_is_one_row(data):
     assert rows_of(data, ONE) == [{"text": "one"}]
 
@@ -108,7 +110,9 @@ MISSING = [None, float("nan"), np.nan, np.float32("nan"), pd.NA, pd.NaT]
     ids=["frame", "series", "list", "dicts", "dict", "array"],
 )
 def test_a_missing_value_names_row_and_column(shape, value):
-    with pytest.raises(InputError, match=r"(missing|not a text)[\s\S]*where: row 1, column 'review'"):
+    with pytest.raises(
+        InputError, match=r"(missing|not a text)[\s\S]*where: row 1, column 'review'"
+    ):
         require_texts(rows_of(shape(value), ONE), ONE)
 
 
@@ -132,8 +136,14 @@ def test_a_missing_value_of_pandas_own_string_column(value):
     ],
 )
 def test_a_value_that_is_no_text_names_row_and_column(value, found):
-    for data, column in ((["a", value], 1), (pd.DataFrame({"review": ["a", "b", value]}, dtype=object), 2)):
-        with pytest.raises(InputError, match=rf"not a text[\s\S]*row {column}, column 'review'[\s\S]*found: {found}"):
+    for data, column in (
+        (["a", value], 1),
+        (pd.DataFrame({"review": ["a", "b", value]}, dtype=object), 2),
+    ):
+        with pytest.raises(
+            InputError,
+            match=rf"not a text[\s\S]*row {column}, column 'review'[\s\S]*found: {found}",
+        ):
             require_texts(rows_of(data, ONE), ONE)
 
 
@@ -143,7 +153,15 @@ def test_a_field_without_column_is_named():
 
 
 @pytest.mark.parametrize(
-    "data", [[], (), {"review": []}, pd.DataFrame({"review": []}), pd.Series([], dtype=object), np.array([])]
+    "data",
+    [
+        [],
+        (),
+        {"review": []},
+        pd.DataFrame({"review": []}),
+        pd.Series([], dtype=object),
+        np.array([]),
+    ],
 )
 def test_no_rows(data):
     with pytest.raises(InputError, match="no rows"):
@@ -153,16 +171,28 @@ def test_no_rows(data):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (pd.DataFrame({"text": ["a"]}), r"column is missing[\s\S]*where: column 'review'[\s\S]*found: only \['text'\]"),
+        (
+            pd.DataFrame({"text": ["a"]}),
+            r"column is missing[\s\S]*where: column 'review'[\s\S]*found: only \['text'\]",
+        ),
         ({"text": "a"}, r"column is missing[\s\S]*column 'review'[\s\S]*input_columns"),
         ({}, r"column is missing[\s\S]*no columns"),
-        ([{"review": "a"}, {"text": "a"}], r"column is missing[\s\S]*where: row 1, column 'review'"),
-        (pd.DataFrame({"review": ["a"], "id": [1]}), r"does not know[\s\S]*column 'id'[\s\S]*data\[\['review'\]\]"),
+        (
+            [{"review": "a"}, {"text": "a"}],
+            r"column is missing[\s\S]*where: row 1, column 'review'",
+        ),
+        (
+            pd.DataFrame({"review": ["a"], "id": [1]}),
+            r"does not know[\s\S]*column 'id'[\s\S]*data\[\['review'\]\]",
+        ),
         ([{"review": "a"}, {"review": "a", "id": 1}], r"does not know[\s\S]*row 1, column 'id'"),
         (pd.DataFrame([["a", "b"]], columns=["review", "review"]), r"same name[\s\S]*\['review'\]"),
         ([{"review": "a"}, "b"], r"different shapes[\s\S]*row 1, column 'review'[\s\S]*a dict"),
         ([("a",), ("a", "b")], r"wrong number of values[\s\S]*row 1, column 'review'"),
-        (np.array([["a", "b"]]), r"wrong number of values[\s\S]*row 0, column 'review'[\s\S]*found: 2"),
+        (
+            np.array([["a", "b"]]),
+            r"wrong number of values[\s\S]*row 0, column 'review'[\s\S]*found: 2",
+        ),
         (np.zeros((1, 1, 1)), r"too many dimensions[\s\S]*shape \(1, 1, 1\)"),
         (None, r"cannot be read[\s\S]*column 'review'[\s\S]*missing value"),
         (5, r"cannot be read[\s\S]*int 5"),
@@ -182,15 +212,22 @@ def test_shapes_that_are_refused(data, message):
     [
         (
             {"buggy_code": ["a", "b"], "fixed_code": ["x"]},
-            r"different lengths[\s\S]*row 1, columns 'buggy_code' and 'fixed_code'[\s\S]*2, 'fixed_code': 1",
+            r"different lengths[\s\S]*row 1, columns 'buggy_code' and 'fixed_code'[\s\S]*2, "
+            r"'fixed_code': 1",
         ),
-        ({"buggy_code": ["a"], "fixed_code": "x"}, r"single values[\s\S]*'buggy_code': list, 'fixed_code': str"),
+        (
+            {"buggy_code": ["a"], "fixed_code": "x"},
+            r"single values[\s\S]*'buggy_code': list, 'fixed_code': str",
+        ),
         (pd.DataFrame({"buggy_code": ["a"]}), r"column is missing[\s\S]*column 'fixed_code'"),
         ("a", r"several columns[\s\S]*row 0, columns 'buggy_code' and 'fixed_code'"),
         (["a", "b"], r"several columns[\s\S]*row 0, columns"),
         (pd.Series(["a", "b"]), r"Series of single values[\s\S]*row 0, columns"),
         (np.array(["a", "b"]), r"1-D array of single values[\s\S]*row 0, columns"),
-        ([("a", "x"), ("b",)], r"wrong number[\s\S]*row 1, columns[\s\S]*in this order: columns 'buggy_code'"),
+        (
+            [("a", "x"), ("b",)],
+            r"wrong number[\s\S]*row 1, columns[\s\S]*in this order: columns 'buggy_code'",
+        ),
         ([["a", "x"], "b"], r"different shapes[\s\S]*row 1, columns"),
     ],
     ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
@@ -211,7 +248,9 @@ def test_a_huge_value_does_not_fill_the_message():
 
 @pytest.fixture(scope="module")
 def schema():
-    return ModelSignature(inputs=Schema([ColSpec(DataType.string, name) for name in TWO.values()])).inputs
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, name) for name in TWO.values()])
+    ).inputs
 
 
 @pytest.mark.parametrize(
@@ -237,7 +276,14 @@ def test_a_dict_of_lists_of_one_text_each_behind_mlflow(schema):
 
 
 @pytest.mark.parametrize(
-    "data", [pd.DataFrame(COLUMNS), pd.DataFrame({"review": [["a"], ["b"]]}), pd.DataFrame(), ["a"], {"a": ["b"]}]
+    "data",
+    [
+        pd.DataFrame(COLUMNS),
+        pd.DataFrame({"review": [["a"], ["b"]]}),
+        pd.DataFrame(),
+        ["a"],
+        {"a": ["b"]},
+    ],
 )
 def test_anything_else_is_not_unfolded(data):
     assert unfold_columns(data) is data

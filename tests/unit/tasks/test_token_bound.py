@@ -1,4 +1,7 @@
-"""A lower bound of tokens: never more than there are, whatever the tokenizer, and told by the beginning of a text."""
+"""A lower bound of tokens.
+
+Never more than there are, whatever the tokenizer, and told by the beginning of a text.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,19 @@ def word_piece():
 
 
 def bpe():
-    merges = [("t", "h"), ("th", "e"), ("c", "a"), ("ca", "t"), ("Ġ", "the"), ("▁", "the"), ("Ġ", "cat")]
-    vocabulary = {**VOCABULARY, **{token: len(VOCABULARY) + i for i, token in enumerate(["th", "ca"])}}
+    merges = [
+        ("t", "h"),
+        ("th", "e"),
+        ("c", "a"),
+        ("ca", "t"),
+        ("Ġ", "the"),
+        ("▁", "the"),
+        ("Ġ", "cat"),
+    ]
+    vocabulary = {
+        **VOCABULARY,
+        **{token: len(VOCABULARY) + i for i, token in enumerate(["th", "ca"])},
+    }
     return models.BPE(vocabulary, merges, unk_token="[UNK]", fuse_unk=True)
 
 
@@ -48,7 +62,12 @@ KINDS = {
     "ALBERT": (unigram, normalizers.Replace("``", '"'), pre_tokenizers.Metaspace(), True),
     "words": (word_piece, normalizers.Strip(), pre_tokenizers.WhitespaceSplit(), True),
     "Llama 2": (bpe, normalizers.Sequence([normalizers.Prepend("▁"), SPACES]), None, False),
-    "spaces are taken away": (word_piece, normalizers.Replace(" ", ""), pre_tokenizers.WhitespaceSplit(), False),
+    "spaces are taken away": (
+        word_piece,
+        normalizers.Replace(" ", ""),
+        pre_tokenizers.WhitespaceSplit(),
+        False,
+    ),
     "any pattern": (bpe, None, pre_tokenizers.Split(Regex(r"\w+ \w+"), "isolated"), False),
     "whole texts": (unigram, None, pre_tokenizers.Metaspace(split=False), False),
 }
@@ -87,7 +106,10 @@ def test_it_is_never_more_than_there_are(kind, monkeypatch):
 
 
 def test_an_added_token_that_holds_a_space_may_lie_across_any_cut():
-    assert TokenBound(made("BERT", added=[AddedToken("the cat")])).exceeds("the cat " * 9999, 99) is False
+    assert (
+        TokenBound(made("BERT", added=[AddedToken("the cat")])).exceeds("the cat " * 9999, 99)
+        is False
+    )
 
 
 class Counting:

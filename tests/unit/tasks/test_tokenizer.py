@@ -24,9 +24,13 @@ def tokenizers(minilm_folder):
     """Name → tokenizer: three algorithms, both sides of truncation, special tokens split or not."""
     return {
         "wordpiece": AutoTokenizer.from_pretrained(minilm_folder, local_files_only=True),
-        "byte-level": wrapped(byte_level(), model_max_length=64, model_input_names=["input_ids", "attention_mask"]),
+        "byte-level": wrapped(
+            byte_level(), model_max_length=64, model_input_names=["input_ids", "attention_mask"]
+        ),
         "unigram": wrapped(unigram()),
-        "left": wrapped(unigram(), truncation_side="left", padding_side="left", model_max_length=20),
+        "left": wrapped(
+            unigram(), truncation_side="left", padding_side="left", model_max_length=20
+        ),
         "split": wrapped(byte_level(), split_special_tokens=True),
         "bare": wrapped(Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))),
     }
@@ -46,7 +50,9 @@ def _rows(batch, count):
 
 
 def _files(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
 
 
 @pytest.mark.parametrize("pairs", [None, NASTY[::-1]], ids=["single", "pairs"])
@@ -60,7 +66,9 @@ def test_ids_are_those_of_transformers(tokenizer, pairs, tmp_path):
     assert encoder.encode(NASTY, pairs, truncation=False) == uncut
     assert encoder.encode(NASTY, pairs, max_length=5, truncation=False) == uncut
     # Without a length, the one the tokenizer declares; without such a one, nothing is cut.
-    own = tokenizer(NASTY, pairs, truncation=True, max_length=min(tokenizer.model_max_length, 10**9))
+    own = tokenizer(
+        NASTY, pairs, truncation=True, max_length=min(tokenizer.model_max_length, 10**9)
+    )
     assert encoder.encode(NASTY, pairs) == _rows(own, len(NASTY))
 
 
@@ -71,9 +79,13 @@ def test_one_text_of_a_pair_is_cut_as_transformers_does(tokenizer, only, tmp_pat
     for text in (NASTY[3], NASTY[12], NASTY[11]):
         texts = [text, other] if only == 0 else [other, text]
         uncut = len(tokenizer(*texts, verbose=False)["input_ids"])
-        length = uncut - len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1
+        length = (
+            uncut - len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1
+        )
         for limit in (length, length + 3, uncut + 1):
-            wanted = tokenizer(*texts, truncation=("only_first", "only_second")[only], max_length=limit)
+            wanted = tokenizer(
+                *texts, truncation=("only_first", "only_second")[only], max_length=limit
+            )
             (found,) = encoder.encode(texts[:1], texts[1:], max_length=limit, only=only)
             assert found == dict(wanted)
         # transformers gives up where one token more must go.
@@ -87,7 +99,9 @@ def test_texts_from_ids_and_from_tokens_are_those_of_transformers(tokenizer, tmp
     for text in (*NASTY, "it 's , they 've n't ' . ? ! ' m 'm 're ."):
         ids = tokenizer(text, verbose=False)["input_ids"]
         for skip in (True, False):
-            assert encoder.decode(ids, skip_special=skip) == tokenizer.decode(ids, skip_special_tokens=skip)
+            assert encoder.decode(ids, skip_special=skip) == tokenizer.decode(
+                ids, skip_special_tokens=skip
+            )
         tokens = [encoder.token(i) for i in ids]
         assert tokens == tokenizer.convert_ids_to_tokens(ids)
         assert encoder.join(tokens) == tokenizer.convert_tokens_to_string(tokens)
@@ -98,7 +112,9 @@ def test_texts_from_ids_and_from_tokens_are_those_of_transformers(tokenizer, tmp
 
 def test_whether_subwords_are_marked(tokenizers, tmp_path):
     marked = {
-        name: TextEncoder(tmp_path / name, write_tokenizer(tokenizers[name], tmp_path / name)).marks_subwords
+        name: TextEncoder(
+            tmp_path / name, write_tokenizer(tokenizers[name], tmp_path / name)
+        ).marks_subwords
         for name in NAMES
     }
     assert [name for name, marks in marked.items() if marks] == ["wordpiece"]
@@ -106,7 +122,9 @@ def test_whether_subwords_are_marked(tokenizers, tmp_path):
 
 def test_one_row_is_the_same_as_many(tokenizer, tmp_path):
     encoder = TextEncoder(tmp_path, write_tokenizer(tokenizer, tmp_path))
-    assert [encoder.encode([text], max_length=9)[0] for text in NASTY] == encoder.encode(NASTY, max_length=9)
+    assert [encoder.encode([text], max_length=9)[0] for text in NASTY] == encoder.encode(
+        NASTY, max_length=9
+    )
 
 
 def test_the_config_says_what_padding_needs(tokenizers, tmp_path):
@@ -126,7 +144,11 @@ def test_the_config_says_what_padding_needs(tokenizers, tmp_path):
         "unk_token_id": 100,
     }
     config = write_tokenizer(tokenizers["left"], tmp_path / "b")
-    assert (config["padding_side"], config["truncation_side"], config["pad_token_id"]) == ("left", "left", 1)
+    assert (config["padding_side"], config["truncation_side"], config["pad_token_id"]) == (
+        "left",
+        "left",
+        1,
+    )
     assert write_tokenizer(tokenizers["unigram"], tmp_path / "c")["model_max_length"] is None
     assert write_tokenizer(tokenizers["split"], tmp_path / "d")["split_special_tokens"] is True
 
@@ -145,11 +167,17 @@ def test_only_json_files_and_the_tokenizer_is_not_changed(tokenizer, tmp_path):
     assert '"max_length":7' in before.replace(" ", "")
     write_tokenizer(tokenizer, tmp_path)
     assert tokenizer.backend_tokenizer.to_str() == before
-    assert set(_files(tmp_path)) <= {"special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"}
+    assert set(_files(tmp_path)) <= {
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     saved = json.loads((tmp_path / "tokenizer.json").read_text())
     assert saved["truncation"] is None
     assert saved["padding"] is None
-    assert "/" not in str(json.loads((tmp_path / "tokenizer_config.json").read_text()).get("name_or_path", ""))
+    assert "/" not in str(
+        json.loads((tmp_path / "tokenizer_config.json").read_text()).get("name_or_path", "")
+    )
 
 
 def test_a_vocabulary_file_of_the_class_is_not_written(minilm_folder, tmp_path):
@@ -166,7 +194,9 @@ def test_a_vocabulary_file_of_the_class_is_not_written(minilm_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ messages[0] }}", {"default": "{{ messages[0] }}", "tool_use": "{{ tools }}"}], ids=["one", "many"]
+    "template",
+    ["{{ messages[0] }}", {"default": "{{ messages[0] }}", "tool_use": "{{ tools }}"}],
+    ids=["one", "many"],
 )
 def test_a_chat_template_is_kept_in_json(tokenizers, template, tmp_path):
     tokenizer = copy.deepcopy(tokenizers["byte-level"])
@@ -180,15 +210,25 @@ def test_the_transformers_tokenizer_comes_back(tokenizer, tmp_path):
     write_tokenizer(tokenizer, tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert loaded.is_fast
-    assert loaded(NASTY, truncation=True, max_length=12) == tokenizer(NASTY, truncation=True, max_length=12)
-    for name in ("model_max_length", "padding_side", "truncation_side", "pad_token_id", "model_input_names"):
+    assert loaded(NASTY, truncation=True, max_length=12) == tokenizer(
+        NASTY, truncation=True, max_length=12
+    )
+    for name in (
+        "model_max_length",
+        "padding_side",
+        "truncation_side",
+        "pad_token_id",
+        "model_input_names",
+    ):
         assert getattr(loaded, name) == getattr(tokenizer, name)
 
 
 def test_a_backend_changed_after_loading_comes_back_as_it_was_saved(minilm_folder, tmp_path):
     """Classes of transformers 5 rebuild their backend from the vocabulary, so this needs the generic class."""
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder, local_files_only=True)
-    own = normalizers.Sequence([normalizers.Replace("o", "0"), tokenizer.backend_tokenizer.normalizer])
+    own = normalizers.Sequence(
+        [normalizers.Replace("o", "0"), tokenizer.backend_tokenizer.normalizer]
+    )
     tokenizer.backend_tokenizer.normalizer = own
     config = write_tokenizer(tokenizer, tmp_path)
     wanted = tokenizer(["hello world"])["input_ids"]
@@ -241,12 +281,15 @@ def test_a_backend_with_parts_in_python(tokenizers, tmp_path):
     tokenizer = copy.deepcopy(tokenizers["byte-level"])
     tokenizer.backend_tokenizer.normalizer = normalizers.Normalizer.custom(Upper())
     with pytest.raises(
-        StructureError, match=r"cannot be (copied|written)[\s\S]*PreTrainedTokenizerFast|TokenizersBackend"
+        StructureError,
+        match=r"cannot be (copied|written)[\s\S]*PreTrainedTokenizerFast|TokenizersBackend",
     ):
         write_tokenizer(tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:900])])
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:900])]
+)
 def test_a_damaged_file(tokenizers, damage, tmp_path):
     config = write_tokenizer(tokenizers["byte-level"], tmp_path)
     damage(tmp_path / "tokenizer.json")
@@ -269,15 +312,25 @@ def test_threads_with_mixed_lengths_get_single_threaded_encodings(tokenizers, tm
     encoder = TextEncoder(tmp_path, write_tokenizer(tokenizers["byte-level"], tmp_path))
     reference = TextEncoder(tmp_path, encoder.config)
     draw = random.Random(0)
-    jobs = [(draw.sample(NASTY, 3), draw.choice([None, *range(5, 18)]), draw.random() < 0.8) for _ in range(600)]
-    wanted = [reference.encode(texts, max_length=length, truncation=cut) for texts, length, cut in jobs]
+    jobs = [
+        (draw.sample(NASTY, 3), draw.choice([None, *range(5, 18)]), draw.random() < 0.8)
+        for _ in range(600)
+    ]
+    wanted = [
+        reference.encode(texts, max_length=length, truncation=cut) for texts, length, cut in jobs
+    ]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda job: encoder.encode(job[0], max_length=job[1], truncation=job[2]), jobs))
+        found = list(
+            pool.map(lambda job: encoder.encode(job[0], max_length=job[1], truncation=job[2]), jobs)
+        )
     assert found == wanted
 
 
 def test_cutting_two_long_texts_is_cheap(tokenizers, tmp_path):
-    """tokenizers' own truncation builds every combination of what it cuts off a pair: here more than memory holds."""
+    """tokenizers' own truncation builds every combination of what it cuts off a pair.
+
+    Here more than memory holds.
+    """
     encoder = TextEncoder(tmp_path, write_tokenizer(tokenizers["wordpiece"], tmp_path))
     start = time.perf_counter()
     row = encoder.encode(["left " * 20_000], ["right " * 20_000], max_length=8)[0]
@@ -287,10 +340,18 @@ def test_cutting_two_long_texts_is_cheap(tokenizers, tmp_path):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_every_way_to_cut_a_pair(side, tmp_path):
-    backend = Tokenizer(models.WordLevel({"[U]": 0, "[S]": 1, **{c: i for i, c in enumerate("abcdefghij", 2)}}, "[U]"))
+    backend = Tokenizer(
+        models.WordLevel(
+            {"[U]": 0, "[S]": 1, **{c: i for i, c in enumerate("abcdefghij", 2)}}, "[U]"
+        )
+    )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing("[S] $A", "[S] $A [S] $B:1 [S]:1", [("[S]", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[U]", truncation_side=side)
+    backend.post_processor = processors.TemplateProcessing(
+        "[S] $A", "[S] $A [S] $B:1 [S]:1", [("[S]", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[U]", truncation_side=side
+    )
     encoder = TextEncoder(tmp_path, write_tokenizer(tokenizer, tmp_path))
     texts = [" ".join("abcde"[:n]) for n in range(6) for m in range(6)]
     pairs = [" ".join("fghij"[:m]) for n in range(6) for m in range(6)]
