@@ -81,6 +81,7 @@ def _anything(value: Any) -> bool:
     return True
 
 
+# What annotations are made of → how it is called, and whether a value is one.
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Any": ("anything", _anything),
     "None": ("None", lambda value: value is None),
@@ -105,7 +106,6 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Model": ("an mlflow.models.Model", _of("mlflow", "Model")),
     "pd.DataFrame": ("a pandas.DataFrame", _of("pandas", "DataFrame")),
 }
-"""What annotations are made of → how it is called, and whether a value is one."""
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -174,8 +174,8 @@ def _require(parameter: inspect.Parameter, value: Any) -> None:
         )
 
 
+# What can be shown: the text of anything else may be long, or fail.
 _PLAIN = (str, bytes, int, float, os.PathLike, type(None))
-"""What can be shown: the text of anything else may be long, or fail."""
 
 
 def _described(value: Any) -> str:

@@ -29,10 +29,10 @@ __all__ = [
     "quota",
 ]
 
+# Where ``proc`` and ``sys`` are.
 ROOT = Path("/")
-"""Where ``proc`` and ``sys`` are."""
+# What drivers put into ``/dev``: CUDA, also below WSL, ROCm, Intel's and Ascend's.
 _NODES = ("nvidiactl", "nvidia0", "dxg", "kfd", "dri", "davinci0", "accel", "habanalabs")
-"""What drivers put into ``/dev``: CUDA, also below WSL, ROCm, Intel's and Ascend's."""
 
 
 def available_cpus(root: Path = ROOT) -> int:

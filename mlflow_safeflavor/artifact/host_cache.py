@@ -28,8 +28,8 @@ except ImportError:  # Windows: no lock and no cache
 
 __all__ = ["VARIABLE", "cache_folder", "entry", "has_room", "in_use", "is_used", "sweep"]
 
+# Environment variable: another folder, or "off".
 VARIABLE = "MLFLOW_SAFEFLAVOR_CACHE"
-"""Environment variable: another folder, or "off"."""
 
 _MOST_BYTES = 20 * 10**9
 _SPARE_BYTES = 10**9  # left free on the disk

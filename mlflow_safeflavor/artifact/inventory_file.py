@@ -35,13 +35,13 @@ __all__ = [
     "write_inventory",
 ]
 
+# Bytes of an element, by dtype as torch calls it: all that safetensors can store.
 ITEM_SIZES = {
     **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2"), 1),
     **dict.fromkeys(("uint16", "int16", "float16", "bfloat16"), 2),
     **dict.fromkeys(("uint32", "int32", "float32"), 4),
     **dict.fromkeys(("uint64", "int64", "float64", "complex64"), 8),
 }
-"""Bytes of an element, by dtype as torch calls it: all that safetensors can store."""
 
 
 @dataclass(frozen=True)

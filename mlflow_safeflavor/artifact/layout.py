@@ -57,10 +57,11 @@ class Layout:
         self.parity = self.data / "parity.json"
         self.parity_tensors = self.data / "parity.safetensors"
         self.manifest = self.data / "manifest.json"
+        # Where to map a file of weights from, once it is held; see ``weights_files``.
         self.held: dict[Path, Path] = {}
-        """Where to map a file of weights from, once it is held; see ``weights_files``."""
+        # Name → SHA-256 of files that were compared with the manifest: who reads one gets these
+        # bytes or an error.
         self.sealed: dict[str, str] = {}
-        """Name → SHA-256 of files that were compared with the manifest: who reads one gets these bytes or an error."""
         self._contents: dict[Path, bytes] | None = {} if keeps else None
 
     def golden(self, engine: str) -> tuple[Path, Path]:

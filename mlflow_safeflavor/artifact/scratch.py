@@ -31,12 +31,12 @@ except ImportError:  # Windows: no locks, so that there only age counts
 
 __all__ = ["NOTE", "add_companion", "dead_folders", "scratch_folder"]
 
+# Seconds without a write, after which a folder is swept whose process cannot be asked.
 _OLD = 86_400.0
-"""Seconds without a write, after which a folder is swept whose process cannot be asked."""
 
 _COMPANION = "companion.json"
+# A scratch folder that holds a file of this name is left to whoever reads it, until it is old.
 NOTE = "note.json"
-"""A scratch folder that holds a file of this name is left to whoever reads it, until it is old."""
 
 
 @cache

@@ -41,8 +41,8 @@ FLAVOR_NAME = "safeflavor"
 FORMAT_VERSION = 1
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Serving dtype of a module whose weights have several, and keep them.
 AS_IS = "as-is"
-"""Serving dtype of a module whose weights have several, and keep them."""
 
 STRUCTURE_KINDS = ("transformers", "torch", "import", "pickle", "graph")
 

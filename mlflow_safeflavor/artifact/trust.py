@@ -27,8 +27,8 @@ __all__ = [
     "require_no_shadows",
 ]
 
+# What an artifact may want to run: modules from its code folder, or a pickle.
 KINDS = ("code", "pickle")
-"""What an artifact may want to run: modules from its code folder, or a pickle."""
 
 
 def require_known(trust: Collection[str]) -> None:
@@ -75,11 +75,11 @@ def require_agreed(kind: str, trust: Collection[str], what: str) -> None:
         )
 
 
+# Modules that must come from where Python and pip put them.
 _NOT_YOURS = frozenset(sys.stdlib_module_names) - {"test"} | {
     *("accelerate", "cloudpickle", "huggingface_hub", "mlflow", "numpy", "packaging", "pandas"),
     *("safetensors", "tokenizers", "torch", "transformers", "yaml"),
 }
-"""Modules that must come from where Python and pip put them."""
 
 
 def require_no_shadows(code: Path) -> None:
@@ -135,8 +135,8 @@ _ELSEWHERE = frozenset(
     )
 )
 _FILES = re.compile(r".*_(file|files|path|paths|dir|url|repo|checkpoint)")
+# Names of models that timm knows. What is no plain name is that of a repository or folder.
 _REGISTERED = frozenset(("architecture", "backbone"))
-"""Names of models that timm knows. What is no plain name is that of a repository or folder."""
 
 _LABELS = frozenset(("id2label", "label2id"))
 

@@ -16,6 +16,7 @@ from mlflow_safeflavor.module.slots import some
 __all__ = ["from_folder", "is_folder"]
 
 _CONFIG = "adapter_config.json"
+# PEFT's name of a task → how the names of classes for it end.
 _HEADS = {
     "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
     "FEATURE_EXTRACTION": ("Model",),
@@ -24,7 +25,6 @@ _HEADS = {
     "SEQ_CLS": ("ForSequenceClassification",),
     "TOKEN_CLS": ("ForTokenClassification",),
 }
-"""PEFT's name of a task → how the names of classes for it end."""
 
 
 def is_folder(folder: str | Path) -> bool:

@@ -20,15 +20,15 @@ from mlflow_safeflavor.module.state_dict import bits_equal
 
 __all__ = ["find_damage", "format_damage", "require_undamaged"]
 
+# Elements looked at together, so that a big model is not copied to be examined.
 _CHUNK = 2**24
-"""Elements looked at together, so that a big model is not copied to be examined."""
 
+# Trained weights lie far inside; random bits read as float32 lie outside in one of three cases.
 _TINY, _HUGE = 1e-30, 1e30
-"""Trained weights lie far inside; random bits read as float32 lie outside in one of three cases."""
 
 _TINY_SHARE = 0.1
+# Smallest number of elements of a matrix whose being constant means something.
 _MATRIX = 64
-"""Smallest number of elements of a matrix whose being constant means something."""
 
 
 def find_damage(module: torch.nn.Module) -> list[str]:

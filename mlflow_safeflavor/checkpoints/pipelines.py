@@ -29,8 +29,10 @@ _HINT_OWN = (
     "preprocess=…, postprocess=…)"
 )
 
+# Arguments that hold arguments of the tokenizer.
 _NESTED = ("tokenizer_kwargs", "tokenizer_params", "tokenizer_encode_kwargs", "tokenize_kwargs")
-"""Arguments that hold arguments of the tokenizer."""
+# What is about speed, about slow tokenizers, or about the form in which a pipeline hands its
+# answers over.
 _NO_MATTER = frozenset(
     (
         *(
@@ -44,14 +46,13 @@ _NO_MATTER = frozenset(
         "tokenizer",
     )
 )
-"""What is about speed, about slow tokenizers, or about the form in which a pipeline hands its answers over."""
+# Arguments that no param stands for, and the value with which they change nothing.
 _AS_USUAL: Mapping[str, Any] = {
     "add_special_tokens": True,
     "is_split_into_words": False,
     "prefix": "",
     "skip_special_tokens": True,
 }
-"""Arguments that no param stands for, and the value with which they change nothing."""
 _TRUNCATION = {"longest_first": True, "only_first": True, "do_not_truncate": False}
 _RETURN_TYPES = {"FULL_TEXT": True, "NEW_TEXT": False}
 

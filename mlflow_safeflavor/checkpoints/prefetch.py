@@ -24,16 +24,16 @@ from mlflow_safeflavor.module.state_dict import read_state
 
 __all__ = ["MANIFEST", "Prefetched", "prefetch"]
 
+# In the folder, beside the checkpoint: where it is from, and size and SHA-256 of every file.
 MANIFEST = "prefetch.json"
-"""In the folder, beside the checkpoint: where it is from, and size and SHA-256 of every file."""
 
 _VERSION = 1
 _SAFETENSORS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _PICKLED = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json")
+# Config, vocabularies and papers; no code, no pickles, nothing in folders.
 _BESIDE = re.compile(
     r"[\w.-]+\.(json|txt|model|jinja)|LICEN[CS]E.*|NOTICE.*|README\.md", re.IGNORECASE
 )
-"""Config, vocabularies and papers; no code, no pickles, nothing in folders."""
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 _HINT = "remove the folder and prefetch again"
 

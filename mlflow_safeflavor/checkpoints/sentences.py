@@ -177,6 +177,8 @@ _POOLINGS = {
     "weightedmean": "weightedmean",
     "lasttoken": "last",
 }
+# Before one key named all poolings, each had a flag, ``pooling_mode_cls_token`` …, concatenated in
+# this order.
 _FLAGS = (
     "cls_token",
     "max_tokens",
@@ -185,7 +187,6 @@ _FLAGS = (
     "weightedmean_tokens",
     "lasttoken",
 )
-"""Before one key named all poolings, each had a flag, ``pooling_mode_cls_token`` …, concatenated in this order."""
 
 
 def _layers_of(
@@ -286,8 +287,8 @@ def _tokenizer_of(folder: Path, said: Mapping[str, Any]) -> Any:
 
 # --- CrossEncoder --------------------------------------------------------------------------------
 
+# Of ``config.json``: since version 4, and before.
 _ACTIVATION_KEYS = ("sentence_transformers", "sbert_ce_default_activation_function")
-"""Of ``config.json``: since version 4, and before."""
 _FUNCTIONS = {"Sigmoid": "sigmoid", "Identity": "none"}
 
 

@@ -42,8 +42,8 @@ __all__ = [
 
 _logger = logging.getLogger("mlflow.safeflavor")
 
+# What ``require_same`` may do about differences.
 POLICIES = ("ignore", "warn", "error")
-"""What ``require_same`` may do about differences."""
 
 _HARDWARE = frozenset({"cpu_capability", "threads"})
 
@@ -204,10 +204,10 @@ def naming_missing() -> Iterator[None]:
         ) from error
 
 
+# Kinds of differences that installing something else removes.
 _INSTALLABLE = frozenset(
     ("python", "implementation", "distribution", "missing", "wheel", "torch-build")
 )
-"""Kinds of differences that installing something else removes."""
 
 
 def _table(differences: Sequence[Difference]) -> str:

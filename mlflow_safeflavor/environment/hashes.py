@@ -24,12 +24,12 @@ from mlflow_safeflavor.errors import EnvironmentMismatchError
 __all__ = ["lock", "lock_file", "missing_wheel", "wheels_for"]
 
 _TIMEOUT = 600  # seconds
+# Settings of pip → uv's variables: uv reads no pip.conf.
 _AS_UV_SAYS = {
     "index-url": "UV_DEFAULT_INDEX",
     "extra-index-url": "UV_EXTRA_INDEX_URL",
     "find-links": "UV_FIND_LINKS",
 }
-"""Settings of pip → uv's variables: uv reads no pip.conf."""
 
 
 def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None) -> Pins:

@@ -25,11 +25,11 @@ __all__ = [
     "source_tree",
 ]
 
+# Vendored in every artifact, and so never pinned.
 OWN_NAME = canonicalize_name("mlflow-safeflavor")
-"""Vendored in every artifact, and so never pinned."""
 
+# Released in several builds, told apart by a local label (``+cpu``).
 TORCH_FAMILY = frozenset({"torch", "torchaudio", "torchvision"})
-"""Released in several builds, told apart by a local label (``+cpu``)."""
 
 MISSING = "not installed"
 

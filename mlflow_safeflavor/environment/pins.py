@@ -19,11 +19,11 @@ from mlflow_safeflavor.errors import EnvironmentMismatchError, IntegrityError
 
 __all__ = ["CONSTRAINTS", "ONNX_REQUIREMENTS", "Pin", "Pins", "parse_pins", "read_pins"]
 
+# The one file that a requirements.txt may name, beside it.
 CONSTRAINTS = "constraints.txt"
-"""The one file that a requirements.txt may name, beside it."""
 
+# Pins for the graph alone, beside requirements.txt, of a model that has a module, too.
 ONNX_REQUIREMENTS = "requirements-onnx.txt"
-"""Pins for the graph alone, beside requirements.txt, of a model that has a module, too."""
 
 _OPTION = re.compile(
     r"--(find-links|extra-index-url) (https?://[^\s#\"'\\]+|file:///[^\s#\"'\\]+|/[^\s#\"'\\]*)"

@@ -26,11 +26,11 @@ __all__ = [
 ]
 
 
+# What every saved model with a module needs; the user's own requirements are added to these.
 DEFAULT_ROOTS = ("torch", "transformers", "tokenizers", "safetensors", "mlflow", "cloudpickle")
-"""What every saved model with a module needs; the user's own requirements are added to these."""
 
+# What a graph needs beside what ``server_roots`` tells.
 GRAPH_ROOTS = ("onnxruntime", "tokenizers", "safetensors", "numpy", "pandas")
-"""What a graph needs beside what ``server_roots`` tells."""
 
 TORCH_WHEELS = "https://download.pytorch.org/whl"
 _TORCH_LABEL = re.compile(r"cpu|xpu|cu\d+|rocm\d+(\.\d+)*")

@@ -27,13 +27,12 @@ __all__ = [
     "use_threads",
 ]
 
+# Turns that an idle OpenMP thread waits busily before it sleeps.
+#
+# With GNU OpenMP's default a second thread makes everything slower as soon as another process wants
+# its core; without any waiting, short texts take twice as long on an idle machine.
+# ``benchmarks/threads.py`` shows both, and this between.
 SPIN_COUNT = 10_000
-"""Turns that an idle OpenMP thread waits busily before it sleeps.
-
-With GNU OpenMP's default a second thread makes everything slower as soon as another process wants
-its core; without any waiting, short texts take twice as long on an idle machine.
-``benchmarks/threads.py`` shows both, and this between.
-"""
 
 _SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 

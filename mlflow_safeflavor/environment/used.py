@@ -19,8 +19,8 @@ from mlflow_safeflavor.errors import EnvironmentMismatchError
 
 __all__ = ["Opened", "Use", "find_used", "way_to_bring"]
 
+# Engine → file that it was the first to open → module that wanted it.
 Opened: TypeAlias = Mapping[str, Mapping[str, str]]
-"""Engine → file that it was the first to open → module that wanted it."""
 
 
 @dataclass(frozen=True)

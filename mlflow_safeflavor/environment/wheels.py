@@ -19,8 +19,8 @@ from mlflow_safeflavor.artifact.plain_files import digest_of_plain, reason_to_re
 __all__ = ["Wheel", "folder_of", "installed_content", "installed_wheels", "wheels_in"]
 
 _MAX_RECORD = 64 * 10**6  # bytes; torch with CUDA has 2 MB
+# Files of a dist-info folder that every installer takes over as they are.
 _FROM_THE_WHEEL = ("METADATA", "WHEEL")
-"""Files of a dist-info folder that every installer takes over as they are."""
 
 
 @dataclass(frozen=True)

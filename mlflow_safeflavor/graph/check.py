@@ -90,8 +90,9 @@ def read(content: bytes) -> Graph:
     )
 
 
+# How the names of inputs and outputs begin, so that a forward may give what it takes under the same
+# name.
 _IN, _OUT = "input.", "output."
-"""How the names of inputs and outputs begin, so that a forward may give what it takes under the same name."""
 
 
 def _lookups(

@@ -40,12 +40,11 @@ def _fold(
     )
 
 
+# Cuts become slices where sizes are free.
+#
+# There onnxscript makes a sequence of parts, at which its optimizer fails.
+#
+# Parts side by side are put together by moving axes, without Col2Im, which no graph may hold.
 CUTS = {torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default, torch.ops.aten.col2im.default}
-"""Cuts become slices where sizes are free.
-
-There onnxscript makes a sequence of parts, at which its optimizer fails.
-
-Parts side by side are put together by moving axes, without Col2Im, which no graph may hold.
-"""
 
 DECOMPOSITIONS = {torch.ops.aten.split.Tensor: _split, torch.ops.aten.col2im.default: _fold}

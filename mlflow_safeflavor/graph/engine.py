@@ -27,15 +27,14 @@ T = TypeVar("T")
 class Session(Protocol):
     """A graph with its weights, ready to run on the CPU; safe from many threads."""
 
+    # Of the engine: "onnx" or "openvino".
     name: str
-    """Of the engine: "onnx" or "openvino"."""
+    # What it computes in; outputs are float32 all the same.
     dtype: str
-    """What it computes in; outputs are float32 all the same."""
+    # Most that an output may differ from the module's.
+    #
+    # Of itself, and of the largest value of its kind in it.
     tolerance: float
-    """Most that an output may differ from the module's.
-
-    Of itself, and of the largest value of its kind in it.
-    """
     graph: Graph
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

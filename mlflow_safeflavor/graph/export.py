@@ -25,20 +25,19 @@ from mlflow_safeflavor.module.slots import Slot
 __all__ = ["OPSET", "Exported", "Forward", "Inputs", "export"]
 
 Inputs = Mapping[str, torch.Tensor]
+# Input → its sizes; a text for one that may be any, equal texts for equal sizes.
 Sizes = Mapping[str, tuple["int | str", ...]]
-"""Input → its sizes; a text for one that may be any, equal texts for equal sizes."""
 
+# The first with Attention as one operator.
+#
+# Its kernel is the fastest that ONNX Runtime has for it on a CPU.
 OPSET = 23
-"""The first with Attention as one operator.
 
-Its kernel is the fastest that ONNX Runtime has for it on a CPU.
-"""
-
+# Bytes of a constant that the exporter may compute: tables of positions, never a weight.
 _MOST_FOLDED = 1 << 16
-"""Bytes of a constant that the exporter may compute: tables of positions, never a weight."""
 
+# Bytes of all constants inside the file.
 _MOST_OWN = 64 << 20
-"""Bytes of all constants inside the file."""
 
 
 class Forward(torch.nn.Module):
@@ -156,8 +155,8 @@ def _trace(
     return program
 
 
+# Of one size, from those of the inputs; audio models with seven convolutions need some twenty.
 _MOST_OPERATIONS = 64
-"""Of one size, from those of the inputs; audio models with seven convolutions need some twenty."""
 
 
 @contextmanager

@@ -16,6 +16,7 @@ __all__ = ["check_constant", "dtype_of", "size_of", "weights_of"]
 
 _MOST_DIMENSIONS, _MOST_ELEMENTS = 32, 1 << 48
 
+# Element types by the standard's number.
 _DTYPES = {
     1: "float32",
     6: "int32",
@@ -27,7 +28,6 @@ _DTYPES = {
     2: "uint8",
     3: "int8",
 }
-"""Element types by the standard's number."""
 
 
 def dtype_of(number: Any, where: str) -> str:

@@ -59,12 +59,11 @@ def _limit_memory() -> int:
         return _most
 
 
+# What would compute while a session is made, outside the arena and for as long as it takes.
+#
+# Without them sessions are made in a third of the time, weights that are transposed are not copied,
+# and forwards take as long: transposing and normalising are fused into the products all the same.
 _GREEDY = ("ConstantFolding", "ConvBNFusion", "ConvMulFusion")
-"""What would compute while a session is made, outside the arena and for as long as it takes.
-
-Without them sessions are made in a third of the time, weights that are transposed are not copied,
-and forwards take as long: transposing and normalising are fused into the products all the same.
-"""
 
 _WITH_PACKED_WEIGHTS = {
     "session.save_external_prepacked_constant_initializers": "1",
@@ -72,13 +71,12 @@ _WITH_PACKED_WEIGHTS = {
 }
 
 
+# Microseconds that an idle thread waits busily for the next node before it sleeps.
+#
+# A row of 12 tokens of MiniLM on two cores took 6.0 ms without any, 4.5 with these, 4.4 with ONNX
+# Runtime's own much longer wait; beside ten busy processes 19, 22 and 35 ms: a spinning thread
+# takes a core from whoever could use it.
 _SPIN = 50
-"""Microseconds that an idle thread waits busily for the next node before it sleeps.
-
-A row of 12 tokens of MiniLM on two cores took 6.0 ms without any, 4.5 with these, 4.4 with ONNX
-Runtime's own much longer wait; beside ten busy processes 19, 22 and 35 ms: a spinning thread takes
-a core from whoever could use it.
-"""
 
 
 class Session:
@@ -99,9 +97,9 @@ class Session:
     """
 
     name, dtype = "onnx", "float32"
+    # Sums in another order differ by a few units in the last place of their largest term, 1.2e-7 of
+    # it; a hundred layers of them stay below this, and a wrong operator is far beyond.
     tolerance = 2e-5
-    """Sums in another order differ by a few units in the last place of their largest term, 1.2e-7 of it; a hundred
-    layers of them stay below this, and a wrong operator is far beyond."""
 
     def __init__(
         self,

@@ -64,18 +64,16 @@ _MODEL = _message(
     producer_name=(2, "text"), graph=(7, _GRAPH),
 )  # fmt: skip
 
+# How a field of a type stands in the bytes.
+#
+# All others, and lists of numbers, have a length before them.
 _WIRES = {"int": 0, "float": 5}
-"""How a field of a type stands in the bytes.
-
-All others, and lists of numbers, have a length before them.
-"""
 _LENGTH = 2
 
+# Of a model, messages and packed numbers included.
+#
+# Two bytes of a file may be a message, which takes 500 in Python.
 _MOST_VALUES = 400_000
-"""Of a model, messages and packed numbers included.
-
-Two bytes of a file may be a message, which takes 500 in Python.
-"""
 
 
 def parse_model(content: bytes) -> dict[str, Any]:

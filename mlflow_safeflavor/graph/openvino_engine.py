@@ -25,8 +25,8 @@ from mlflow_safeflavor.graph.onnx_file import parse_model, write_model
 
 __all__ = ["Session", "require_installed"]
 
+# What OpenVINO calls a dtype: as a hint, and as something that a CPU can do.
 _NAMES = {"float32": ("f32", "FP32"), "bfloat16": ("bf16", "BF16")}
-"""What OpenVINO calls a dtype: as a hint, and as something that a CPU can do."""
 
 
 def require_installed() -> None:

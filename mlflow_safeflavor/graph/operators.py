@@ -10,6 +10,13 @@ from mlflow_safeflavor.graph.onnx_file import Malformed
 
 __all__ = ["OPERATORS", "check_attributes", "check_granted"]
 
+# Of the standard's operators those that compute arrays.
+#
+# None with a subgraph, a sequence, a text, chance or a file.
+#
+# Nor any that torch's exporter never writes and that has a kernel of its own with a record of
+# trusting its arguments (MaxUnpool, Col2Im, ReverseSequence, RNN), or might (OneHot,
+# MelWeightMatrix, LpPool).
 OPERATORS = frozenset(
     [
         "Abs",
@@ -148,17 +155,9 @@ OPERATORS = frozenset(
         "Xor",
     ]
 )
-"""Of the standard's operators those that compute arrays.
 
-None with a subgraph, a sequence, a text, chance or a file.
-
-Nor any that torch's exporter never writes and that has a kernel of its own with a record of
-trusting its arguments (MaxUnpool, Col2Im, ReverseSequence, RNN), or might (OneHot, MelWeightMatrix,
-LpPool).
-"""
-
+# Type of an attribute by the standard's number → the field that then holds it.
 _ATTRIBUTES = {1: "f", 2: "i", 3: "s", 4: "t", 6: "floats", 7: "ints", 8: "strings"}
-"""Type of an attribute by the standard's number → the field that then holds it."""
 
 
 def check_attributes(attributes: Sequence[Mapping[str, Any]], where: str) -> None:

@@ -22,8 +22,8 @@ __all__ = ["TEXT", "Arrays", "Facts", "Refusal", "prove"]
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Arrays], Mapping[str, np.ndarray]]
 
+# Inputs of shape (rows, length) that go together.
 TEXT = frozenset(("input_ids", "attention_mask", "token_type_ids"))
-"""Inputs of shape (rows, length) that go together."""
 
 
 class Refusal(Exception):
@@ -215,11 +215,10 @@ def _cut(padded: np.ndarray, bare: np.ndarray) -> np.ndarray:
 
 _ROWS = (1, 2, 7, 32)
 _LENGTHS = (1, 2, 3, 17, 64, 200)
+# Of one probe, so that the proof of a large model takes a minute and not an hour.
+#
+# One row may have more.
 _MOST_TOKENS = 2048
-"""Of one probe, so that the proof of a large model takes a minute and not an hour.
-
-One row may have more.
-"""
 _AT_RANDOM = 8
 _MOST_PROBES = 200
 
@@ -316,10 +315,10 @@ def _padded(
     return mask
 
 
+# Nothing padded, padded on the right, on the left, and with a row of nothing but padding.
 _MASKS: tuple[Callable[[tuple[int, ...], np.random.Generator], np.ndarray], ...] = (
     lambda shape, draw: np.ones(shape),
     lambda shape, draw: _padded(shape, draw, left=False),
     lambda shape, draw: _padded(shape, draw, left=True),
     lambda shape, draw: _padded(shape, draw, left=False, empty=True),
 )
-"""Nothing padded, padded on the right, on the left, and with a row of nothing but padding."""

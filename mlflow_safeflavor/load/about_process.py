@@ -31,8 +31,8 @@ __all__ = [
     "told_environment",
 ]
 
+# Label of the row that asks, and the only key of the answer.
 ENVIRONMENT_LABEL = "safeflavor_environment"
-"""Label of the row that asks, and the only key of the answer."""
 
 _BITS = np.unpackbits(np.frombuffer(ENVIRONMENT_LABEL.encode(), np.uint8))
 _MOST_NUMBERS = 10**6

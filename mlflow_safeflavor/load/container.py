@@ -16,8 +16,8 @@ from mlflow_safeflavor.machine import available_cpus
 __all__ = ["check", "serve"]
 
 MODEL = "/opt/ml/model"
+# Where MLflow's image has the model, and listens.
 PORT = 8080
-"""Where MLflow's image has the model, and listens."""
 
 
 def check() -> None:

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Allowance", "TooMuch"]
 
+# Bytes of a complex128.
 _WIDEST = 16
-"""Bytes of a complex128."""
 
 
 class TooMuch(Exception):
@@ -207,6 +207,7 @@ def _named(
     return dict.fromkeys(names.split(), rule)
 
 
+# Operators whose results can be larger than a broadcast of their arguments.
 _RULES: Mapping[str, Callable[[Sequence[Any]], int]] = {
     **_named(
         _of_numbers,
@@ -226,4 +227,3 @@ _RULES: Mapping[str, Callable[[Sequence[Any]], int]] = {
     **_named(_of_all, "grid_sampler_2d grid_sampler_3d searchsorted bucketize cross tensordot"),
     "convolution": _of_convolution,
 }
-"""Operators whose results can be larger than a broadcast of their arguments."""

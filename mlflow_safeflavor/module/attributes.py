@@ -111,8 +111,8 @@ def _shape(tensor: torch.Tensor | None) -> str:
     return "no tensor" if tensor is None else f"a tensor of shape {list(tensor.shape)}"
 
 
+# Values that are looked at: beyond lies an object that drags a data set along.
 _MOST = 1_000_000
-"""Values that are looked at: beyond lies an object that drags a data set along."""
 
 _UNCOMPARABLE = (
     *(torch.device, torch.Generator, np.random.Generator, np.random.RandomState, logging.Logger),

@@ -14,6 +14,8 @@ __all__ = ["BOOKKEEPING", "is_users_hook", "matters"]
 
 _LIBRARIES = ("torch", "transformers", "accelerate")
 
+# Attributes that act while gradients are computed, and never in eval mode; and sizes, which tensors
+# tell.
 _TRAINING = {
     torch.nn.modules.dropout._DropoutNd: {"p"},
     torch.nn.modules.batchnorm._NormBase: {"momentum"},
@@ -27,8 +29,8 @@ _TRAINING = {
     torch.nn.EmbeddingBag: {"num_embeddings", "embedding_dim", "scale_grad_by_freq", "sparse"},
     torch.nn.Linear: {"in_features", "out_features"},
 }
-"""Attributes that act while gradients are computed, and never in eval mode; and sizes, which tensors tell."""
 
+# What transformers, torch and trainers keep on a module for themselves.
 BOOKKEEPING = frozenset(
     (
         *(
@@ -85,7 +87,6 @@ BOOKKEEPING = frozenset(
         *("_is_accelerate_prepared", "_compile_kwargs"),
     )
 )
-"""What transformers, torch and trainers keep on a module for themselves."""
 
 
 def matters(cls: type, name: str) -> bool:

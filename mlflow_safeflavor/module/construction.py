@@ -33,8 +33,8 @@ __all__ = [
 
 _TRIES = 25
 _PAIRS = 3
+# What is written into memory before a constructor gets it.
 FIRST_MARK, _SECOND_MARK = 3, 5
-"""What is written into memory before a constructor gets it."""
 
 
 class _Watch(TorchFunctionMode):

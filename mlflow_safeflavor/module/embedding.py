@@ -16,6 +16,7 @@ from mlflow_safeflavor.module.pooling import POOLINGS
 
 __all__ = ["ACTIVATIONS", "Embedder"]
 
+# Classes of ``torch.nn`` without weights, made without arguments.
 ACTIVATIONS = frozenset(
     (
         *(
@@ -33,7 +34,6 @@ ACTIVATIONS = frozenset(
         *("ReLU", "ReLU6", "SELU", "SiLU", "Sigmoid", "Softplus", "Softsign", "Tanh", "Tanhshrink"),
     )
 )
-"""Classes of ``torch.nn`` without weights, made without arguments."""
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, kinds: Sequence[str]) -> torch.Tensor:
@@ -169,13 +169,13 @@ class _Normalize(torch.nn.Module):
         return torch.nn.functional.normalize(vectors, dim=-1)
 
 
+# Kind → class; weights have the names that sentence-transformers gives them.
 _LAYERS: Mapping[str, type[torch.nn.Module]] = {
     "dense": _Dense,
     "layer_norm": _LayerNorm,
     "normalize": _Normalize,
     "pooling": _Pooling,
 }
-"""Kind → class; weights have the names that sentence-transformers gives them."""
 
 
 def _layer(described: Mapping[str, Any]) -> torch.nn.Module:

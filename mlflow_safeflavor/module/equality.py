@@ -21,8 +21,8 @@ class _Nothing:
         return "nothing"
 
 
+# Stands for an attribute or key that is not there.
 NOTHING: Any = _Nothing()
-"""Stands for an attribute or key that is not there."""
 
 
 def is_object(value: Any) -> bool:
@@ -73,13 +73,13 @@ def _vocabulary(tokenizer: Any) -> Any:
     return json.loads(tokenizer.to_str()) | {"truncation": None, "padding": None}
 
 
+# What a config says of its own file and of training.
 _CONFIG_NOTES = frozenset(
     (
         *("architectures", "dtype", "torch_dtype", "transformers_version"),
         *("_commit_hash", "use_cache", "_attn_implementation_autoset"),
     )
 )
-"""What a config says of its own file and of training."""
 
 
 def plain_config(config: Any) -> Any:

@@ -13,11 +13,11 @@ from mlflow_safeflavor.module.slots import UNKNOWN, find_places, find_slots, sha
 
 __all__ = ["NOT_GIVEN_BACK", "fill", "realise"]
 
+# What to do where a constructor makes something else now than when the model was saved.
 NOT_GIVEN_BACK = (
     "save the model again; where this comes back, its constructor depends on more than its "
     "arguments: allow_pickle=True or graph='only' does without it"
 )
-"""What to do where a constructor makes something else now than when the model was saved."""
 
 
 def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, torch.Tensor]) -> None:

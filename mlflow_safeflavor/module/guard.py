@@ -51,8 +51,8 @@ _SYSTEM = (
     *("/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/sys", "/proc/version"),
     os.environ.get("SYSTEMROOT", "/usr"),
 )
+# What a process may read of itself below ``/proc``: neither its variables nor its open files.
 _OF_THE_PROCESS = ("cgroup", "maps", "mountinfo", "mounts", "smaps", "stat", "statm", "status")
-"""What a process may read of itself below ``/proc``: neither its variables nor its open files."""
 
 _METADATA = (".dist-info", ".egg-info")
 
@@ -76,9 +76,10 @@ _OTHERS = {
     "os.chdir": "changed the working folder to {0!r}",
     **dict.fromkeys(("os.putenv", "os.unsetenv"), "changed the variable {0!r}"),
 }
+# RWKV of transformers starts this while it is built, to find out whether there is a compiler.
 _HARMLESS = ("ninja", ["ninja", "--version"], None, None)
-"""RWKV of transformers starts this while it is built, to find out whether there is a compiler."""
 
+# Events that change files, and how many of their arguments are paths.
 _CHANGES = {
     **dict.fromkeys(
         ("os.chflags", "os.chmod", "os.chown", "os.removexattr", "os.setxattr", "os.truncate"), 1
@@ -86,7 +87,6 @@ _CHANGES = {
     **dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.utime", "sqlite3.connect"), 1),
     **dict.fromkeys(("os.link", "os.rename", "os.symlink"), 2),
 }
-"""Events that change files, and how many of their arguments are paths."""
 
 _WATCHED = frozenset((*_NETWORK, *_OTHERS, *_CHANGES, "ctypes.dlopen", "open", "pickle.find_class"))
 
@@ -244,11 +244,10 @@ def _is_below(path: str, folders: tuple[str, ...]) -> bool:
 
 # --- who is looked at ----------------------------------------------------------------------------
 
+# Thread → what looks at it.
+#
+# The hook can never be taken out again, so it costs next to nothing while this is empty.
 _guards: dict[int, Guard] = {}
-"""Thread → what looks at it.
-
-The hook can never be taken out again, so it costs next to nothing while this is empty.
-"""
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:

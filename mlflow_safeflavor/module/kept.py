@@ -66,8 +66,8 @@ def kept_parameters(
             _write(one, values[path])
 
 
+# Exactly these: a class derived from them may do anything when it is copied or cleared.
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, set, deque))
-"""Exactly these: a class derived from them may do anything when it is copied or cleared."""
 
 
 class _Found:

@@ -19,9 +19,9 @@ from mlflow_safeflavor.errors import StructureError
 
 __all__ = ["describe_layers", "find_foreign", "is_tree", "make_layers"]
 
+# ``class``, ``arguments`` and ``modules`` of a module, pairs of name and node in order; or
+# ``same``, the path of a shared one that came before.
 Node = dict[str, Any]
-"""``class``, ``arguments`` and ``modules`` of a module, pairs of name and node in order; or ``same``, the path of a
-shared one that came before."""
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -156,6 +156,7 @@ _BLOCK: dict[str, Callable[[Any], Any]] = {
     "batch_first": lambda block: block.self_attn.batch_first,
     "bias": lambda block: block.linear1.bias is not None,
 }
+# Class → argument → where it is noted, unless under its own name.
 _ELSEWHERE: dict[type, dict[str, Callable[[Any], Any]]] = {
     nn.RNN: {"nonlinearity": lambda cell: cell.nonlinearity},
     nn.MultiheadAttention: {
@@ -177,7 +178,6 @@ _ELSEWHERE: dict[type, dict[str, Callable[[Any], Any]]] = {
     nn.PairwiseDistance: {"p": lambda distance: distance.norm},
     nn.AdaptiveLogSoftmaxWithLoss: {"cutoffs": lambda softmax: softmax.cutoffs[:-1]},
 }
-"""Class → argument → where it is noted, unless under its own name."""
 
 
 # --- make ----------------------------------------------------------------------------------------

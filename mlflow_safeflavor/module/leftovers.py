@@ -19,8 +19,8 @@ from mlflow_safeflavor.module.state_dict import bits_equal
 
 __all__ = ["covered", "fresh", "written_by_forward"]
 
+# Runs a module, on the CPU, on inputs as it will be asked.
 Forward = Callable[[torch.nn.Module], None]
-"""Runs a module, on the CPU, on inputs as it will be asked."""
 
 
 def written_by_forward(

@@ -10,10 +10,10 @@ from mlflow_safeflavor.errors import StructureError
 
 __all__ = ["POOLINGS", "pool"]
 
+# The mean of the tokens, the first, the last one, the largest of each number, the sum over the
+# square root of their count, and the mean that weighs the token in the first place once, in the
+# second twice, and so on.
 POOLINGS = ("mean", "cls", "last", "max", "mean_sqrt_len", "weightedmean")
-"""The mean of the tokens, the first, the last one, the largest of each number, the sum over the square root of their
-count, and the mean that weighs the token in the first place once, in the second twice, and so on.
-"""
 
 _LEAST = 1e-9
 

@@ -56,11 +56,11 @@ def find_slots(module: torch.nn.Module) -> list[Slot]:
     return slots
 
 
+# Attributes every ``nn.Module`` has: registries and hooks, walked separately or not at all.
 OWN_STATE = frozenset(vars(torch.nn.Module()))
-"""Attributes every ``nn.Module`` has: registries and hooks, walked separately or not at all."""
 
+# Types of most attributes, told apart faster than by asking what else they are.
 _HOLD_NOTHING = frozenset((bool, int, float, str, type(None)))
-"""Types of most attributes, told apart faster than by asking what else they are."""
 
 
 def _walk_module(module: torch.nn.Module, prefix: str, slots: list[Slot], seen: set[int]) -> None:
@@ -151,8 +151,8 @@ def find_places(module: torch.nn.Module) -> Callable[[str], Callable[[Any], None
 
 _KEY = re.compile(r"(.+)\[('[^'\\]*'|-?[0-9]+)\]")
 
+# Shape of a parameter that waits for the first forward, as those of ``torch.nn.LazyLinear`` do.
 UNKNOWN: tuple[int, ...] = (-1,)
-"""Shape of a parameter that waits for the first forward, as those of ``torch.nn.LazyLinear`` do."""
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -33,11 +33,11 @@ __all__ = [
 
 # --- reading -------------------------------------------------------------------------------------
 
+# What a folder's weights are called, the preferred one first.
 _IN_FOLDERS = (
     *("model.safetensors.index.json", "model.safetensors"),
     *("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
-"""What a folder's weights are called, the preferred one first."""
 
 
 def read_state(source: str | Path | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -29,11 +29,11 @@ __all__ = [
 
 SHARD_BYTES = 5 * 10**9
 
+# Bytes; what torch allocates begins at a multiple of them.
+#
+# Where a tensor begins decides on the last bits of what some kernels compute from it: seen for one
+# row through a Linear, by MKL on an AMD CPU, at no multiple of 16.
 ALIGNMENT = 64
-"""Bytes; what torch allocates begins at a multiple of them.
-
-Where a tensor begins decides on the last bits of what some kernels compute from it: seen for one
-row through a Linear, by MKL on an AMD CPU, at no multiple of 16."""
 
 
 # --- to disk -------------------------------------------------------------------------------------

@@ -105,11 +105,10 @@ def make_importable(layout: Layout) -> None:
             _make_importable(layout.code.absolute())
 
 
+# Held while ``sys.path`` and Python's caches of it change.
+#
+# Invalidating them in two threads at once is a KeyError.
 _import_state = threading.Lock()
-"""Held while ``sys.path`` and Python's caches of it change.
-
-Invalidating them in two threads at once is a KeyError.
-"""
 
 
 def _make_importable(code: Path) -> None:
@@ -131,8 +130,8 @@ def _make_importable(code: Path) -> None:
 
 
 _read_from_source: set[str] = set()
+# Path → SHA-256 of sources, as they were when they were last compared with a manifest.
 _sealed: dict[str, str] = {}
-"""Path → SHA-256 of sources, as they were when they were last compared with a manifest."""
 
 
 class _SourceLoader(SourceFileLoader):

@@ -19,13 +19,13 @@ __all__ = ["require_given_back", "require_plain", "taken_off"]
 
 _logger = logging.getLogger("mlflow.safeflavor")
 
+# Wrappers that answer as what is inside them does, and the attribute that holds it.
 _AROUND = {
     "torch._dynamo.eval_frame:OptimizedModule": "_orig_mod",
     "torch.nn.parallel.data_parallel:DataParallel": "module",
     "torch.nn.parallel.distributed:DistributedDataParallel": "module",
     "torch.optim.swa_utils:AveragedModel": "module",
 }
-"""Wrappers that answer as what is inside them does, and the attribute that holds it."""
 
 
 def taken_off(module: Any) -> Any:
@@ -76,6 +76,7 @@ def _has(name: str) -> Callable[[torch.nn.Module], bool]:
     return lambda child: bool(vars(child).get(name))
 
 
+# How it is told, what is wrong, and the line that takes it off.
 _REFUSED: tuple[tuple[Callable[[torch.nn.Module], bool], str, str], ...] = (
     (
         _has("_hf_hook"),
@@ -144,7 +145,6 @@ _REFUSED: tuple[tuple[Callable[[torch.nn.Module], bool], str, str], ...] = (
         "save the model before quantising it, or model.dequantize() first",
     ),
 )
-"""How it is told, what is wrong, and the line that takes it off."""
 
 
 def require_given_back(module: torch.nn.Module, error: SafeFlavorError, *, pickle: bool) -> None:

@@ -16,8 +16,8 @@ from mlflow_safeflavor.tasks.inputs.rows import Row
 
 __all__ = ["answer_rows", "predict_rows"]
 
+# Bytes of features and outputs of a request that are held at a time, about, twice.
 _HELD = 16_000_000
-"""Bytes of features and outputs of a request that are held at a time, about, twice."""
 
 
 def predict_rows(

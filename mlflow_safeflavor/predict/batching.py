@@ -16,8 +16,8 @@ from mlflow_safeflavor.tasks.inputs.rows import Row
 
 __all__ = ["cut_into_batches", "measure_forward_cost"]
 
+# Tokens; on an accelerator a call may cost more, but no batch is that large.
 _MOST = 4096
-"""Tokens; on an accelerator a call may cost more, but no batch is that large."""
 
 
 def cut_into_batches(

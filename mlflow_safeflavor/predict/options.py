@@ -81,13 +81,12 @@ _OPTIONS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "environment": ("warn", _as_given),
 }
 
+# Every option and its default. MLflow only lets stored keys be overridden, so all are stored.
+#
+# An empty dtype is the one the model was saved in; 0 threads is what the process may use; a
+# ``forward_cost`` of 0 is measured: when the model is saved, and again where that was on another
+# kind of device.
 MODEL_CONFIG: dict[str, Any] = {name: default for name, (default, _) in _OPTIONS.items()}
-"""Every option and its default. MLflow only lets stored keys be overridden, so all are stored.
-
-An empty dtype is the one the model was saved in; 0 threads is what the process may use; a
-``forward_cost`` of 0 is measured: when the model is saved, and again where that was on another kind
-of device.
-"""
 
 
 def run_time_options(

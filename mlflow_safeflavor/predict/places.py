@@ -18,8 +18,8 @@ from mlflow_safeflavor.predict.deadline import Deadline
 
 __all__ = ["Places"]
 
+# Seconds that a place is kept, if what is done can be interrupted that often.
 _TURN = 0.01
-"""Seconds that a place is kept, if what is done can be interrupted that often."""
 
 T = TypeVar("T")
 

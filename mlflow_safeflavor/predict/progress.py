@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch", "shown"]
 
+# Told how much of how much is done; None where nobody knows how much there is.
 Watch = Callable[["int", "int | None"], None]
-"""Told how much of how much is done; None where nobody knows how much there is."""
 
+# Seconds before anything is shown.
 _PATIENCE = 2.0
-"""Seconds before anything is shown."""
 
 
 @contextmanager

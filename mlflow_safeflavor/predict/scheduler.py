@@ -29,8 +29,8 @@ from mlflow_safeflavor.tasks.features import Features, RowOutput
 
 __all__ = ["Scheduler"]
 
+# Seconds between two looks at how far a request is.
 _WATCH = 0.2
-"""Seconds between two looks at how far a request is."""
 
 
 class Scheduler:

@@ -18,10 +18,10 @@ from mlflow_safeflavor.predict.progress import Watch
 
 __all__ = ["parquet_chunks", "stream"]
 
+# Rows of a Parquet file at a time.
 _CHUNK = 1024
-"""Rows of a Parquet file at a time."""
+# Chunks at the model. The second one fills the batches that the first leaves half empty.
 _IN_FLIGHT = 2
-"""Chunks at the model. The second one fills the batches that the first leaves half empty."""
 
 
 def stream(

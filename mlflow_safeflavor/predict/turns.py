@@ -11,11 +11,11 @@ from mlflow_safeflavor.predict.ticket import Ticket
 
 __all__ = ["next_batch"]
 
+# Full batches' worth of a request's pieces that are looked at before each forward.
+#
+# A request's pieces come in order of length, so that more would change nothing but the time it
+# takes.
 _AHEAD = 4
-"""Full batches' worth of a request's pieces that are looked at before each forward.
-
-A request's pieces come in order
-of length, so that more would change nothing but the time it takes."""
 
 
 def next_batch(state: State, tickets: Sequence[Ticket]) -> list[tuple[Ticket, int]]:

@@ -19,12 +19,12 @@ from mlflow_safeflavor.errors import InputError
 
 __all__ = ["LOADER_MODULE", "loader_digest", "write_code"]
 
+# Written into every saved model, so it can never move.
 LOADER_MODULE = "mlflow_safeflavor"
-"""Written into every saved model, so it can never move."""
 
 _PACKAGE = Path(__file__).parents[1]
+# No load and no prediction runs these, a sixth of the package.
 _LEFT_OUT = ("checkpoints", "cli.py", "save", "verify")
-"""No load and no prediction runs these, a sixth of the package."""
 _NOTE = "LOADER.txt"
 
 

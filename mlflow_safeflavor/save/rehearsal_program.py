@@ -101,8 +101,8 @@ class Witness:
         return taken
 
 
+# Events that open a file, and which of their arguments names it.
 _OPENS = {"open": 0, "import": 1, "ctypes.dlopen": 0}
-"""Events that open a file, and which of their arguments names it."""
 
 
 def main(model: str, engines: str, answer: str, hidden: str) -> None:

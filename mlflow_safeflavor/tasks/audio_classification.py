@@ -20,17 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["AudioClassification"]
 
+# Of what the model reads, they count as a token for ``max_batch_tokens``.
+#
+# The step of Wav2Vec2 and its relatives.
 _NUMBERS = 320
-"""Of what the model reads, they count as a token for ``max_batch_tokens``.
-
-The step of Wav2Vec2 and its relatives.
-"""
 _GOLDEN_SECONDS = (0.1, 0.25, 0.15)
 
+# Where padding under a mask was seen to change nothing, with feature maps normalised step by step
+# ("layer"). The first layer of the others, and of these with "group", normalises over the whole
+# length, or convolutions see the padding.
 _PADDABLE = ("hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm")
-"""Where padding under a mask was seen to change nothing, with feature maps normalised step by step ("layer"). The first
-layer of the others, and of these with "group", normalises over the whole length, or convolutions
-see the padding."""
 
 
 class AudioClassification(ProcessedTask):

@@ -52,34 +52,32 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
+    # All fields the task knows, required ones first.
     fields: ClassVar[tuple[str, ...]]
-    """All fields the task knows, required ones first."""
+    # Fields that ``columns`` must have. Every field in ``columns`` must then be in every row.
     required: ClassVar[tuple[str, ...]]
-    """Fields that ``columns`` must have. Every field in ``columns`` must then be in every row."""
+    # Per-request params, with the defaults of the task.
     params: ClassVar[tuple[Param, ...]] = ()
-    """Per-request params, with the defaults of the task."""
+    # Names of those that ``forward`` looks at.
+    #
+    # Only requests that agree in them may share a batch.
     forward_params: ClassVar[frozenset[str]] = frozenset()
-    """Names of those that ``forward`` looks at.
-
-    Only requests that agree in them may share a batch.
-    """
+    # What else the constructor takes by name.
+    #
+    # ``encoder``, ``tokenizer``, ``hooks``, ``processor``.
     reads: ClassVar[tuple[str, ...]] = ()
-    """What else the constructor takes by name.
-
-    ``encoder``, ``tokenizer``, ``hooks``, ``processor``.
-    """
+    # What ``golden`` returns by default.
     golden_params: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """What ``golden`` returns by default."""
+    # Whether it is about sounds: for ``infer_task``, since the names of classes do not always tell.
     hears: ClassVar[bool] = False
-    """Whether it is about sounds: for ``infer_task``, since the names of classes do not always tell."""
+    # Whether only the user's example tells columns, signature and golden rows.
     needs_example: ClassVar[bool] = False
-    """Whether only the user's example tells columns, signature and golden rows."""
+    # Keys of the user's ``model_config`` that belong to the task and are fixed at save.
     task_options: ClassVar[frozenset[str]] = frozenset()
-    """Keys of the user's ``model_config`` that belong to the task and are fixed at save."""
+    # Whether golden rows hold their features, so that a tokenizer that drifted is named as such.
     records_features: ClassVar[bool] = True
-    """Whether golden rows hold their features, so that a tokenizer that drifted is named as such."""
+    # Whether texts in cells may be files in base64, so that their characters are not capped.
     reads_files: ClassVar[bool] = False
-    """Whether texts in cells may be files in base64, so that their characters are not capped."""
 
     caps: Caps = Caps()
 

@@ -32,8 +32,8 @@ __all__ = [
     "require_labels",
 ]
 
+# Rows whose scores are computed at a time.
 _TOGETHER = 64
-"""Rows whose scores are computed at a time."""
 
 _FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "softmax": softmax,
@@ -57,8 +57,8 @@ FUNCTION = Param(
     allows=lambda value: value in ("default", *_FUNCTIONS),
     none_is="default",
 )
+# The outputs part of the signature.
 LABEL_AND_SCORE = Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "score")])
-"""The outputs part of the signature."""
 
 
 def labels_of(model: torch.nn.Module) -> list[str]:

@@ -23,10 +23,10 @@ class Engine(Protocol):
     """
 
     name: str
+    # Whether it runs on the CPU, and not on an accelerator.
     on_cpu: bool
-    """Whether it runs on the CPU, and not on an accelerator."""
+    # Whether it was seen that the bits of a row depend neither on its batch nor on padding.
     keeps_bits: bool
-    """Whether it was seen that the bits of a row depend neither on its batch nor on padding."""
 
     @property
     def module(self) -> torch.nn.Module:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["FeatureExtraction"]
 
 _HEADS = re.compile(r"(LMHead|DoubleHeads|PreTrained|EncoderDecoder|MT)Model$")
+# Characters of a prompt that each row of a table may have, whatever ``max_characters`` is.
 _PROMPTED = 1000
-"""Characters of a prompt that each row of a table may have, whatever ``max_characters`` is."""
 _SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 _TRUNCATE_DIM = Param(

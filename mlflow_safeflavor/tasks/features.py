@@ -9,11 +9,10 @@ import numpy as np
 
 __all__ = ["Features", "RowOutput"]
 
+# One encoded row, or a piece of one, unpadded: model argument → list of int (or array).
 Features = Mapping[str, Any]
-"""One encoded row, or a piece of one, unpadded: model argument → list of int (or array)."""
 
+# What the model said of one row or piece, in float32 at least, without padding.
+#
+# Output name → array; for parity.
 RowOutput = Mapping[str, np.ndarray]
-"""What the model said of one row or piece, in float32 at least, without padding.
-
-Output name → array; for parity.
-"""

@@ -43,8 +43,8 @@ _PREDICTION = {
     "sequence": DataType.string,
 }
 
+# Of one forward: a score for each token of the vocabulary at each place, 256 MB in float32.
 _SCORES = 64_000_000
-"""Of one forward: a score for each token of the vocabulary at each place, 256 MB in float32."""
 
 # Gaps come early, where no tokenizer is so fine that they would be cut off.
 _GOLDEN_TEXTS = (

@@ -34,21 +34,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Generation"]
 
+# Answers of other tasks that take about as long as to write a token.
 _WEIGHT = 32
-"""Answers of other tasks that take about as long as to write a token."""
+# Tokens that a row may be answered with on average, whatever ``max_answers`` is.
+#
+# With beams, by all of them.
 _WRITTEN_A_ROW = 1024
-"""Tokens that a row may be answered with on average, whatever ``max_answers`` is.
 
-With beams, by all of them.
-"""
-
+# Settings that look at the prompt's tokens, padding included.
 _COUNT_PADDING = (
     "no_repeat_ngram_size",
     "encoder_repetition_penalty",
     "encoder_no_repeat_ngram_size",
     "min_length",
 )
-"""Settings that look at the prompt's tokens, padding included."""
 
 
 class Generation(TextTask):
@@ -82,8 +81,8 @@ class Generation(TextTask):
     answer = Schema(
         [ColSpec(DataType.string, "generated_text"), ColSpec(DataType.string, "finish_reason")]
     )
+    # Whether the prompt goes to an encoder, and not before what is written.
     encoder_decoder: ClassVar[bool]
-    """Whether the prompt goes to an encoder, and not before what is written."""
 
     # What is recorded.
 

@@ -10,6 +10,8 @@ from mlflow_safeflavor.errors import InputError, StructureError
 
 __all__ = ["REPLACED", "read_generation_config"]
 
+# Of a generation config, what params say instead, and what is about speed or shape and not about
+# answers.
 REPLACED = frozenset(
     (
         *(
@@ -38,8 +40,8 @@ REPLACED = frozenset(
         *("continuous_batching_config", "max_time"),
     )
 )
-"""Of a generation config, what params say instead, and what is about speed or shape and not about answers."""
 
+# What is not done here, or only with code that transformers would download.
 _REFUSED = frozenset(
     (
         *(
@@ -53,7 +55,6 @@ _REFUSED = frozenset(
         *("prompt_lookup_num_tokens", "token_healing", "top_h", "use_mtp", "watermarking_config"),
     )
 )
-"""What is not done here, or only with code that transformers would download."""
 
 
 def read_generation_config(model: Any, changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,14 +11,13 @@ from mlflow_safeflavor.tasks.text_params import TRUNCATION
 
 __all__ = ["GENERATION_PARAMS", "KEEP_LOGITS", "require_one_way"]
 
+# Of models that count no positions: a request cannot ask for hours.
 _MOST_NEW_TOKENS = 32768
-"""Of models that count no positions: a request cannot ask for hours."""
 
+# Scores are divided by such numbers in float32, one after the other.
+#
+# Beyond, they would become 0, infinite or NaN.
 _LEAST, _MOST = 1e-9, 1e9
-"""Scores are divided by such numbers in float32, one after the other.
-
-Beyond, they would become 0, infinite or NaN.
-"""
 _POSITIVE = f"a number from {_LEAST:g} to {_MOST:g}"
 
 
@@ -26,6 +25,9 @@ def _is_positive(value: float) -> bool:
     return _LEAST <= value <= _MOST
 
 
+# ``max_length`` is declared so that MLflow does not drop it without an error.
+#
+# It may not be used.
 GENERATION_PARAMS = (
     Param(
         "max_new_tokens",
@@ -86,16 +88,11 @@ GENERATION_PARAMS = (
     ),
     TRUNCATION,
 )
-"""``max_length`` is declared so that MLflow does not drop it without an error.
 
-It may not be used.
-"""
-
+# For golden rows, which are compared by them; beside many rows they would fill the memory.
+#
+# In no signature.
 KEEP_LOGITS = Param("keep_logits", "boolean", default=False, wanted="true or false")
-"""For golden rows, which are compared by them; beside many rows they would fill the memory.
-
-In no signature.
-"""
 
 
 def require_one_way(params: Mapping[str, Any]) -> None:

@@ -33,8 +33,8 @@ from mlflow_safeflavor.tasks.params import param_schema
 
 __all__ = ["ProcessedTask"]
 
+# Pixels or samples, from which on what a cell took is given back to the system at once.
 _LARGE = 4_000_000
-"""Pixels or samples, from which on what a cell took is given back to the system at once."""
 
 
 class ProcessedTask(Task):
@@ -55,8 +55,8 @@ class ProcessedTask(Task):
     reads = ("processor",)
     reads_files = True
     records_features = False
+    # The only field.
     field: ClassVar[str]
-    """The only field."""
 
     def __init__(
         self, config: Mapping[str, Any], columns: Mapping[str, str | None], processor: Any

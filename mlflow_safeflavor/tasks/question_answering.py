@@ -48,8 +48,8 @@ _IMPOSSIBLE = Param("handle_impossible_answer", "boolean", default=False, wanted
 _ALIGN = Param("align_to_words", "boolean", default=True, wanted="true or false")
 
 _USUAL_LENGTH, _USUAL_STRIDE = 384, 128
+# Characters of a context, from which on it is worth a look at its beginning first.
 _LONG = 10_000
-"""Characters of a context, from which on it is worth a look at its beginning first."""
 _LESS = "send less text at once, or lower doc_stride"
 
 _GOLDEN_QUESTIONS = ("Where?", "Who jumps?", "What costs 3 €?")

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SAMPLING", "Draw", "sampler"]
 
+# Setting → what transformers applies for it, in its order, and the value for which it applies
+# nothing.
 SAMPLING: Mapping[str, tuple[str, Any]] = {
     "temperature": ("TemperatureLogitsWarper", 1.0),
     "top_k": ("TopKLogitsWarper", 0),
@@ -18,7 +20,6 @@ SAMPLING: Mapping[str, tuple[str, Any]] = {
     "typical_p": ("TypicalLogitsWarper", 1.0),
     "epsilon_cutoff": ("EpsilonLogitsWarper", 0.0),
 }
-"""Setting → what transformers applies for it, in its order, and the value for which it applies nothing."""
 
 
 class Draw:

@@ -37,8 +37,8 @@ TASKS: dict[str, type[Task]] = {
     )
 }
 
+# Other names that transformers' pipelines have for a task.
 _ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
-"""Other names that transformers' pipelines have for a task."""
 
 
 def task_class(name: str) -> type[Task]:

@@ -25,11 +25,11 @@ from mlflow_safeflavor.tasks.text_params import MAX_LENGTH, TRUNCATION
 
 __all__ = ["SPANS", "TextTask", "groups"]
 
+# What ``TextEncoder.encode`` adds with ``spans``.
 SPANS = ("offsets", "word_ids", "sequence_ids")
-"""What ``TextEncoder.encode`` adds with ``spans``."""
 
+# Tokenised at a time.
 _CHARACTERS = 20_000
-"""Tokenised at a time."""
 
 _GOLDEN_TEXTS = (
     "Hello world.",
@@ -54,13 +54,12 @@ class TextTask(Task):
     required: ClassVar[tuple[str, ...]] = ("text",)
     reads: ClassVar[tuple[str, ...]] = ("encoder",)
     params: ClassVar[tuple[Param, ...]] = (MAX_LENGTH, TRUNCATION)
+    # Whether features also say where in the text each token is from.
+    #
+    # See ``TextEncoder.encode``.
     spans: ClassVar[bool] = False
-    """Whether features also say where in the text each token is from.
-
-    See ``TextEncoder.encode``.
-    """
+    # The outputs part of the signature.
     answer: ClassVar[Schema | None]
-    """The outputs part of the signature."""
 
     def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
         inputs = Schema([ColSpec(DataType.string, column) for column in self.columns.values()])

@@ -37,8 +37,8 @@ class Text2TextGeneration(Generation):
     name = "text2text-generation"
     task_options = frozenset({"generation", "prefix"})
     encoder_decoder = True
+    # Key of ``task_specific_params``.
     specific: ClassVar[str | None] = None
-    """Key of ``task_specific_params``."""
 
     @classmethod
     def serves(cls, class_name: str) -> bool:

@@ -60,11 +60,10 @@ _ENTITY = Object(
     ]
 )
 
+# A token or a word on its way to an entity.
+#
+# Word, scores of all labels, start, end, index, is_subword.
 _Token = dict[str, Any]
-"""A token or a word on its way to an entity.
-
-Word, scores of all labels, start, end, index, is_subword.
-"""
 
 
 class TokenClassification(TextTask):

@@ -19,8 +19,8 @@ _UNTOLD = "not told"
 _PIN = "pin "
 _SIDES = {"saved": "when it was saved", "here": "here", "server": "server"}
 _MOST_ROWS = 200
+# Powers of ten that have a bar of their own; what lies beyond joins the outermost.
 _SMALLEST, _LARGEST = -12, 6
-"""Powers of ten that have a bar of their own; what lies beyond joins the outermost."""
 
 _BUDGET = {
     "cores": "CPU cores",

@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 __all__ = ["verify_model"]
 
+# The same rows go together here and there, since the rows of a batch decide how sums are rounded.
 _ROWS_PER_REQUEST = 100
-"""The same rows go together here and there, since the rows of a batch decide how sums are rounded."""
 
 
 @checked

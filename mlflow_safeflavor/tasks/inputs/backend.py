@@ -16,10 +16,10 @@ __all__ = ["TOKENIZER", "read_backend"]
 
 TOKENIZER = "tokenizer.json"
 
+# Bytes of a tokenizer.json: Gemma's, with 262,144 tokens, has a quarter of that.
 _LARGEST_FILE = 2**27
-"""Bytes of a tokenizer.json: Gemma's, with 262,144 tokens, has a quarter of that."""
+# Characters that all replacements together may make of one.
 _LONGEST_INSERTION = 1000
-"""Characters that all replacements together may make of one."""
 
 
 def read_backend(path: Path, read: Callable[[Path], bytes] = Path.read_bytes) -> Tokenizer:

@@ -16,8 +16,8 @@ from mlflow_safeflavor.errors import InputError
 __all__ = ["ANSWERS_A_ROW", "PIECES_A_ROW", "Caps"]
 
 PIECES_A_ROW = 16
+# Tokens that a row may be answered with on average, whatever ``max_answers`` is.
 ANSWERS_A_ROW = 3_000
-"""Tokens that a row may be answered with on average, whatever ``max_answers`` is."""
 
 
 @dataclass(frozen=True)

@@ -24,16 +24,17 @@ from mlflow_safeflavor.module.bounds import within
 
 __all__ = ["render"]
 
+# Characters; the longest known one has some 20,000.
 _LONGEST_TEMPLATE = 200_000
-"""Characters; the longest known one has some 20,000."""
+# Characters of a text, or items of a list.
 _LONGEST = 2**22
-"""Characters of a text, or items of a list."""
+# A number that a call is given. Jinja's sandbox ends ranges here, too.
 _LARGEST = 100_000
-"""A number that a call is given. Jinja's sandbox ends ranges here, too."""
+# What can be made of several texts is at most their product, and in honest templates far less.
 _SLACK = 16
-"""What can be made of several texts is at most their product, and in honest templates far less."""
 _SECONDS = 1.0
 
+# What can make more than it is given.
 _GROWING = frozenset(
     (
         *(
@@ -62,9 +63,8 @@ _GROWING = frozenset(
         ),
     )
 )
-"""What can make more than it is given."""
+# Of a format: "%99999d", "{:99999}", or a width that is an argument.
 _WIDTH = re.compile(r"%[^%a-zA-Z]*(\d{5}|\*)|\{[^}]*:[^}]*(\d{5}|\{)")
-"""Of a format: "%99999d", "{:99999}", or a width that is an argument."""
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:

@@ -19,8 +19,8 @@ from mlflow_safeflavor.errors import InputError
 
 __all__ = ["MAX_BYTES", "content_of", "is_file_like"]
 
+# Largest file that is read, or decoded from base64.
 MAX_BYTES = 100_000_000
-"""Largest file that is read, or decoded from base64."""
 
 _DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w=.+-]+)*;base64,")
 _BASE64 = re.compile(rb"[A-Za-z0-9+/=\s]+")

@@ -17,14 +17,13 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_RATIO", "read_image", "record_image"]
 
+# Longer to shorter side.
+#
+# Processors scale the shorter side to some hundred pixels, and the longer one with it.
 MAX_RATIO = 50
-"""Longer to shorter side.
 
-Processors scale the shorter side to some hundred pixels, and the longer one with it.
-"""
-
+# Others are rare, and some run other programs (EPS).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Others are rare, and some run other programs (EPS)."""
 _WANTED = (
     "an image file as bytes or base64, a pathlib.Path, a PIL image, or a uint8 array of shape (H, "
     "W, 3) or (H, W)"

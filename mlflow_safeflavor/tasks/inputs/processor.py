@@ -28,14 +28,13 @@ __all__ = ["apply", "hears", "load_processor", "requirements_of", "write_process
 
 _CONFIG = "preprocessor_config.json"
 _TYPES = ("image_processor_type", "feature_extractor_type")
+# Keys of the config that speak of the machine it was loaded on, or of code that is not here.
 _NOT_PORTABLE = ("auto_map", "name_or_path", "processor_class", "_processor_class", "_auto_class")
-"""Keys of the config that speak of the machine it was loaded on, or of code that is not here."""
 
+# Of the range of the numbers, between torchvision's and Pillow's way to scale an image.
+#
+# Five steps of 255.
 _BACKEND_TOLERANCE = 0.02
-"""Of the range of the numbers, between torchvision's and Pillow's way to scale an image.
-
-Five steps of 255.
-"""
 
 
 def hears(processor: Any) -> bool:

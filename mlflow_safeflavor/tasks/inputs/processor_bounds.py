@@ -11,17 +11,17 @@ from typing import Any
 
 __all__ = ["find_excess", "require_moderate"]
 
+# Of an edge in pixels, a window in samples, or whatever else a number may be.
 _NUMBER = 8192
-"""Of an edge in pixels, a window in samples, or whatever else a number may be."""
+# Of one image or tile; the largest default is Donut's, 2^22.
 _PIXELS = 2**24
-"""Of one image or tile; the largest default is Donut's, 2^22."""
+# Pixels of all tiles or patches of an image.
 _TILES = 2**26
-"""Pixels of all tiles or patches of an image."""
 _BINS = 1024
+# Of one sound, filled up; Whisper has 480,000.
 _SAMPLES = 2**23
-"""Of one sound, filled up; Whisper has 480,000."""
+# Values of a spectrogram.
 _FRAMES = 2**26
-"""Values of a spectrogram."""
 
 _LARGER = {
     **dict.fromkeys(

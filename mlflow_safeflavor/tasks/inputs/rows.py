@@ -17,8 +17,8 @@ from mlflow_safeflavor.tasks.inputs.wording import describe_value, is_missing, p
 
 __all__ = ["Row", "rows_of"]
 
+# One row of the user's, by *field* of the task (``text``), not by column name (``buggy_code``).
 Row = Mapping[str, Any]
-"""One row of the user's, by *field* of the task (``text``), not by column name (``buggy_code``)."""
 
 
 def rows_of(

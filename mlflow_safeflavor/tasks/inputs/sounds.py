@@ -227,13 +227,12 @@ def _decoded(data: bytes, kind: int, bits: int) -> np.ndarray:
 # Rates.
 
 _WIDTH, _ROLLOFF = 6, 0.99
+# Samples that are laid out in windows at a time, each in as many as it is in: 4 MB.
 _WINDOWED = 1_000_000
-"""Samples that are laid out in windows at a time, each in as many as it is in: 4 MB."""
+# Old times new rate without their common divisors: the size of the filter.
+#
+# From 11,025 to 16,000 Hz it is 282,240.
 _MOST_PHASES = 300_000
-"""Old times new rate without their common divisors: the size of the filter.
-
-From 11,025 to 16,000 Hz it is 282,240.
-"""
 
 
 def _resampled(samples: np.ndarray, old: int, new: int) -> np.ndarray:

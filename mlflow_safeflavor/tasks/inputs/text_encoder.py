@@ -15,8 +15,8 @@ from mlflow_safeflavor.tasks.inputs.token_bound import TokenBound
 
 __all__ = ["TextEncoder"]
 
+# Where ``clean_up_tokenization`` takes spaces away, in its order.
 _CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
-"""Where ``clean_up_tokenization`` takes spaces away, in its order."""
 
 
 class TextEncoder:

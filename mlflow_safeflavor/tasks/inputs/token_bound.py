@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 __all__ = ["TokenBound"]
 
+# Characters that are tokenised at first; shorter texts are not worth it.
 _SAMPLE = 4_000
-"""Characters that are tokenised at first; shorter texts are not worth it."""
 
 _LOCAL_NORMALIZERS = frozenset(
     (

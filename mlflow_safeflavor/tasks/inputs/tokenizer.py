@@ -28,16 +28,16 @@ _CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _WRITTEN = (TOKENIZER, _CONFIG, _SPECIAL_TOKENS)
 
+# At and above this, ``model_max_length`` is transformers' way to say that there is none.
 _UNLIMITED = int(1e20)
-"""At and above this, ``model_max_length`` is transformers' way to say that there is none."""
 
+# Keys of the config that speak of the machine it was loaded on, or of code that is not here.
 _NOT_PORTABLE = (
     "auto_map",
     "is_local",
     "local_files_only",
     "name_or_path",
 )
-"""Keys of the config that speak of the machine it was loaded on, or of code that is not here."""
 
 _ATTRIBUTES = (
     "model_input_names",
