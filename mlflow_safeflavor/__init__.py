@@ -1,4 +1,4 @@
-"""MLflow flavor for PyTorch and Transformers models that answer the same everywhere, or refuse with a reason.
+"""MLflow flavor for PyTorch and Transformers models: the same answers everywhere, or an error.
 
 Log a model once with ``log_model``; ``mlflow.pyfunc.load_model``, ``mlflow models serve``, ``mlflow
 models build-docker`` and ``load_model`` then rebuild it on real memory, compare every tensor with

@@ -109,10 +109,10 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """A public function that refuses an argument which is not what its annotation says, and does nothing then.
+    """Hold a public function's arguments to its annotations, before its first line runs.
 
-    Its module has to postpone annotations, which makes them texts: what they name need not be
-    imported.
+    Its module has to postpone annotations, which makes them texts: classes that they name need not
+    be imported.
     """
     signature = inspect.signature(function)
 
@@ -133,7 +133,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 def require_arguments(
     given: Mapping[str, Any], function: Callable[..., Any], known: Collection[str]
 ) -> None:
-    """Refuse keyword arguments that are not what ``function`` says of them, and those that are not among ``known``.
+    """Refuse keyword arguments of the wrong kind, and those whose name is not among ``known``.
 
     Raises:
         InputError: It names the argument.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +83,8 @@ def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> Non
             f"{field} ← {column or _UNNAMED}" for field, column in spec.input_columns.items()
         ),
         "tensors": f"{len(inventory['tensors'])} in {len(inventory['data'])} alias groups",
-        "weights": f"{sum(saved.files[name]['size'] for name in saved.files if layout.is_weights(name)) / 1e6:.1f} MB",
-        "all files": f"{sum(entry['size'] for entry in saved.files.values()) / 1e6:.1f} MB",
+        "weights": _megabytes(saved.files[name] for name in saved.files if layout.is_weights(name)),
+        "all files": _megabytes(saved.files.values()),
         "python": f"{environment.implementation} {environment.python}, {environment.system} "
         f"{environment.machine}",
         "pins": f"{len(environment.distributions)} distributions",
@@ -103,6 +104,10 @@ def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> Non
     if calls:
         for line in lines_of(read_graph(layout)):
             _say(console, plain(line))
+
+
+def _megabytes(entries: Iterable[Mapping[str, Any]]) -> str:
+    return f"{sum(entry['size'] for entry in entries) / 1e6:.1f} MB"
 
 
 def _runs(structure: str) -> str:
@@ -369,10 +374,10 @@ def dockerfile(
     help="Keys of the checkpoint to leave out; repeatable.",
 )
 def prefetch(model_id: str, folder: str, **options: Any) -> None:
-    """Download weights, config and tokenizer of MODEL_ID, a hub repository or local folder, and load them once.
+    """Download weights, config and tokenizer of MODEL_ID, and load them once.
 
-    For build stages: the folder appears when all of it is there and right. A second run only checks
-    it.
+    MODEL_ID is a hub repository or a local folder. For build stages: the folder appears when all of
+    it is there and right. A second run only checks it.
     """
     from mlflow_safeflavor.checkpoints.prefetch import prefetch
 

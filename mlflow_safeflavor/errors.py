@@ -10,10 +10,10 @@
     ├── WeightsError                    a tensor is missing, extra, or not the one that was saved
     ├── StructureError                  the module cannot be described, or not built again
     ├── ParityError                     recorded rows are answered differently now
-    ├── RehearsalError                  the clean process could not load what was about to be published
+    ├── RehearsalError                  the clean process could not load the staged artifact
     ├── InputError                      rows or parameters that no model could answer (HTTP 400)
     ├── AnswerError                     the model or a hook failed over rows it was asked (HTTP 500)
-    ├── OverloadedError                 more waits than may be queued, or needs more memory than there is (HTTP 503)
+    ├── OverloadedError                 the queue is full, or a row needs too much memory (HTTP 503)
     ├── DeadlineError                   the model did not answer in the time it was given (HTTP 504)
     └── PlacementError                  no such device, or the model does not fit on it
 

@@ -129,12 +129,10 @@ def _inferred(rows: pd.DataFrame, answers: pd.DataFrame | None) -> ModelSignatur
 
 
 def _schema_of_table(table: pd.DataFrame) -> Schema:
-    """The types of columns, ``Any`` where MLflow finds none, as for a list of whole numbers and others.
-
-    Asked for all at once, it would give the names up, too, and drop from each request all columns
-    but the first.
-    """
+    """The types of columns; ``Any`` where MLflow infers none, as for a list of ints and floats."""
     specs = []
+    # One column at a time: asked for all at once, MLflow gives up the names of all where one has no
+    # type, and its schema check then drops all columns but the first from each request.
     for name in table.columns:
         try:
             (spec,) = _infer_schema(table[[name]]).inputs
@@ -175,7 +173,7 @@ def log_arguments(save: Callable[..., Any]) -> set[str]:
 
 
 def log(flavor: Any, name: str, **arguments: Any) -> ModelInfo:
-    """``Model.log``: under a name of its own, which models have since MLflow 3, else as an artifact of the run."""
+    """Call ``Model.log``: under a model's own name since MLflow 3, before that below the run."""
     named = "name" in inspect.signature(Model.log).parameters
     place = {"artifact_path": None, "name": name} if named else {"artifact_path": name}
     info: ModelInfo = Model.log(**place, flavor=flavor, **arguments)

@@ -201,7 +201,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def has_room(folder: Path, nbytes: int) -> bool:
-    """Whether an entry may grow by so many bytes, after others that nobody uses were removed for it."""
+    """Sweep unused entries, then say whether an entry may grow by so many bytes."""
     sweep(nbytes)
     root = folder.parent
     disk = os.statvfs(root)

@@ -89,7 +89,7 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Readers disagree on which of two equal keys counts, so what one checked another would not use."""
+    """Refuse equal keys: parsers differ in which one they keep, so a check could see the other."""
     content = dict(pairs)
     if len(content) != len(pairs):
         raise ValueError("a key stands there twice")

@@ -79,7 +79,7 @@ class Layout:
         return self.golden("onnx") if engine == "openvino" and not own[0].exists() else own
 
     def is_weights(self, name: str) -> bool:
-        """Whether a name of the manifest is a file of weights, which are hashed tensor by tensor."""
+        """Whether a name of the manifest is a file of weights, hashed tensor by tensor."""
         pure = PurePosixPath(name)
         return pure.parent.as_posix() == self.DATA and pure.match("model*.safetensors")
 
@@ -138,7 +138,7 @@ class Layout:
 
     @contextmanager
     def copied(self, folder: Path) -> Iterator[Path]:
-        """A folder with the files that were kept of one of the artifact's, for libraries that only read files."""
+        """Write the files kept of one folder to a new one, for libraries that only read files."""
         kept = {
             path: content
             for path, content in (self._contents or {}).items()

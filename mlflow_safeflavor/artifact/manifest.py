@@ -53,7 +53,7 @@ def digest_json(value: object) -> str:
 
 
 def write_manifest(layout: Layout, *, mlmodel: Mapping[str, Any]) -> None:
-    """Record size and SHA-256 of every file, and the parts of ``MLmodel`` that predictions depend on.
+    """Record size and SHA-256 of every file but ``MLmodel``, and of that the guarded parts.
 
     ``MLmodel`` itself cannot be listed: MLflow adds run, model and registry ids to it later.
     """

@@ -87,7 +87,7 @@ def scratch_folder(
 
 
 def add_companion(folder: Path, companion: Path) -> None:
-    """Have ``companion``, a folder that somebody else made for us, swept together with a scratch folder."""
+    """Have ``companion``, a folder that MLflow made for us, swept along with a scratch folder."""
     facts = companion.stat()
     content = {"path": os.path.abspath(companion), "device": facts.st_dev, "inode": facts.st_ino}
     written = folder / "companion.new"
@@ -96,7 +96,7 @@ def add_companion(folder: Path, companion: Path) -> None:
 
 
 def dead_folders(parent: Path, kind: str | None = None) -> Iterator[Path]:
-    """Scratch folders of this user in ``parent`` whose process has ended, each locked until the next is asked for.
+    """This user's scratch folders whose process has ended, each locked until the next is yielded.
 
     Args:
         parent: Where to look.

@@ -67,7 +67,7 @@ _RUNS = ("code", "pickle")
 
 
 def is_plain_text(value: object) -> bool:
-    """Whether it is a text of one line without control characters, of a length that somebody would read."""
+    """Whether it is one line of readable length without control characters."""
     return isinstance(value, str) and value.isprintable() and len(value) <= _MAX_TEXT
 
 

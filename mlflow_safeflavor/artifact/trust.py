@@ -106,7 +106,7 @@ def require_no_shadows(code: Path) -> None:
 
 
 def is_proven(class_name: str) -> bool:
-    """Whether a class of transformers, by its name alone, was saved and loaded by the sweep and came back equal."""
+    """Whether the sweep saved and loaded the class of transformers of this name, found equal."""
     return class_name in _proven()
 
 

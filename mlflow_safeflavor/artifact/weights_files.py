@@ -1,4 +1,4 @@
-"""Files of weights, held so that what was checked is what is used, whatever happens to the artifact afterwards.
+"""Files of weights, held so that the bytes that were checked are the bytes that are mapped.
 
 Weights are used by mapping their file, so that worker processes share its pages; and whoever writes
 to a mapped file changes the weights, or takes them away: a process that then reads gets SIGBUS. So
@@ -72,7 +72,7 @@ class HeldFile:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether it takes far less on the disk than it says, so that a copy would take more than it."""
+        """Whether less than half of its size is allocated, so that a copy would take more."""
         return os.fstat(self.descriptor).st_blocks * 512 < self.size // 2
 
     def changed(self) -> bool:
@@ -83,7 +83,7 @@ class HeldFile:
         return self.kind == "file" and _facts_of(self.descriptor) != self.facts
 
     def copy_to(self, target: int) -> None:
-        """Copy all of it to an empty file, which shares its blocks where the file system can do that."""
+        """Copy all of it to an empty file, sharing blocks where the file system can."""
         try:
             ioctl(target, _FICLONE, self.descriptor)
         except (OSError, TypeError):
@@ -171,7 +171,9 @@ def _name_of(recorded: FileDigests) -> str:
 
 
 class _Entry:
-    """The copy of one file of weights in the cache, and marks of what was hashed; for this process alone meanwhile.
+    """The cached copy of one file of weights, and marks of files found equal to it.
+
+    This process holds its lock meanwhile.
 
     A mark stands for one file as it was: its path, inode, size and times. It is worth nothing after
     a restart, since nothing of a copy need have reached the disk, and for no longer than a week.

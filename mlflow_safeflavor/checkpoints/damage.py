@@ -61,7 +61,10 @@ def find_damage(module: torch.nn.Module) -> list[str]:
 
 
 def _constructed(module: torch.nn.Module) -> tuple[dict[str, list[torch.Tensor]], set[str]]:
-    """Path → what the constructor computes, in float32 and in the module's dtype; and paths of random tensors."""
+    """Path → values that the constructor computes, by dtype; and paths that it draws at random.
+
+    Built in float32 and in the module's own dtype: a checkpoint may hold either.
+    """
     try:
         recipe = recipe_of(module)
         dtypes = {torch.float32, _float_dtype(module)} if recipe is not None else set()

@@ -107,7 +107,7 @@ def _require_data(paths: Sequence[str], where: object) -> None:
 
 
 def _copy(module: torch.nn.Module, values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Copy values into the memory that the constructor allocated, so that ties and views see them too."""
+    """Copy values into the constructor's own memory, so that ties and views see them too."""
     islands = islands_of(module, dtype)
     for group in find_groups(module):
         if group.names[0] not in values:

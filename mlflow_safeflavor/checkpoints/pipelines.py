@@ -63,7 +63,7 @@ def is_pipeline(model: object) -> bool:
 
 
 def take_apart(pipeline: Any) -> Source:
-    """Model, tokenizer, processor, and as defaults of params whatever arguments the pipeline was made with.
+    """Model, tokenizer and processor of a pipeline, and its arguments as defaults of params.
 
     Arguments that mean nothing to a param are left in ``params`` under the pipeline's name, where
     the task refuses them by that name.
@@ -135,7 +135,7 @@ def _param_of(name: str, value: Any, pipeline: Any) -> dict[str, Any]:
 
 
 def _generation(pipeline: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a pipeline changes of its model's generation config, and as params what its user said of that."""
+    """A pipeline's changes of its model's generation config, and its user's as params."""
     own = _config_to_json(pipeline.model.generation_config)
     said = {
         name: value for name, value in pipeline._forward_params.items() if name not in _NO_MATTER

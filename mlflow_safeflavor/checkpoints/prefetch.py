@@ -70,7 +70,7 @@ def prefetch(
     new: Sequence[str] = (),
     drop: Sequence[str] = (),
 ) -> Prefetched:
-    """Put weights, config and tokenizer of a checkpoint into a folder, load them once, and only then let it appear.
+    """Put a checkpoint's weights, config and tokenizer into a folder that appears once they load.
 
     Only safetensors, JSON and texts are taken. Every file that comes from a hub is compared with
     the digest that the hub lists. Where the folder is there already, its files are compared with
@@ -150,7 +150,10 @@ def _identity(
 
 
 def _choose(names: Collection[str], convert: bool, where: object) -> list[str]:
-    """The files to take: safetensors, or with ``convert`` pickled weights where there are none, and what is beside."""
+    """The files to take: weights, and JSON and texts beside them.
+
+    Weights are safetensors, or with ``convert`` pickled ones where there are no others.
+    """
     weights = [name for name in names if _SAFETENSORS.fullmatch(name)]
     pickled = [name for name in names if _PICKLED.fullmatch(name)]
     if not weights and not (convert and pickled):

@@ -52,7 +52,7 @@ def class_of(folder: Path) -> type[Any]:
 
 
 def recipe_for(cls: type[Any], folder: Path, kwargs: dict[str, Any]) -> Recipe:
-    """The class with the checkpoint's config, the user's changes of it, and what is left for the constructor."""
+    """The class, the checkpoint's config with the user's changes, and constructor arguments."""
     config = kwargs.pop("config", None)
     attention = kwargs.pop("attn_implementation", None)
     if config is None:
@@ -116,7 +116,7 @@ def _require_model_type(cls: type[Any], folder: Path) -> None:
 
 
 def bare_model(folder: str | Path) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for the model of tokens in a folder, without heads and pooler.
+    """Arguments of ``from_pretrained`` for a folder's model of tokens, without heads and pooler.
 
     It is what sentence-transformers takes of a checkpoint: of T5 and its relatives the encoder.
 

@@ -39,7 +39,7 @@ def is_object(model: object) -> bool:
 
 
 def is_folder(folder: str | Path) -> bool:
-    """Whether the files of sentence-transformers lie in a folder, or a config speaks of its CrossEncoder."""
+    """Whether a folder holds a model of sentence-transformers, a CrossEncoder among them."""
     config = Path(folder) / "config.json"
     return (Path(folder) / "modules.json").is_file() or (
         config.is_file() and {*_ACTIVATION_KEYS} & read_json(config, strict=False).keys() != set()
@@ -117,7 +117,7 @@ def from_folder(folder: str | Path, dtype: str | torch.dtype | None) -> Source:
 
 @dataclass(frozen=True)
 class _Part:
-    """A module: its class as ``package.module.Class``, what its config says, and how its tensors are read."""
+    """One module: its class as ``package.module.Class``, its config, a reader of its tensors."""
 
     type: str
     config: Mapping[str, Any]

@@ -113,7 +113,7 @@ def _task_of(module: torch.nn.Module) -> str:
 
 
 def _with_parts_of(folder: str | Path, source: Source) -> Source:
-    """With tokenizer and processor of a checkpoint, as far as the task needs them and they are not given."""
+    """Add tokenizer and processor of a checkpoint where the task needs them and none is given."""
     cls = task_class(source.task)
     if "processor" not in cls.reads:
         return (

@@ -66,7 +66,7 @@ def _converters(module: torch.nn.Module) -> list[Any]:
 def convert(
     recipe: Recipe, module: torch.nn.Module, state: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The state dict as transformers' loader renames and converts it, checked; and the keys it has no use for.
+    """The state dict as transformers' loader renames and converts it, and the keys left over.
 
     It loads in float32, so that nothing is rounded twice.
 
@@ -97,7 +97,7 @@ def convert(
 def _require_unchanged(
     result: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], module: torch.nn.Module
 ) -> None:
-    """Refuse what a thread race on the default dtype, or ``_init_weights`` of custom code, does to loaded weights."""
+    """Refuse weights that a race on the default dtype, or a custom ``_init_weights``, changed."""
     converters = _converters(module)
     for name, value in result.items():
         renamed_only = not any(

@@ -44,7 +44,10 @@ def tops_of(names: Iterable[str], *, path: Sequence[str] | None = None) -> list[
 def reached_from(
     roots: Iterable[str], installed: Mapping[str, Installed]
 ) -> tuple[set[str], list[str], list[tuple[str, str]]]:
-    """Names reached from the roots, requirements nothing installed answers, and (wanted, found) of contradictions."""
+    """Names reached from the roots, requirements without an installed answer, contradictions.
+
+    A contradiction is a pair (wanted, found).
+    """
     queue = [("", requirement) for requirement in _roots(roots, installed)]
     done: dict[str, set[str]] = {}
     missing: dict[str, None] = {}

@@ -167,7 +167,7 @@ def format_differences(differences: Sequence[Difference]) -> str:
 
 @contextmanager
 def naming_versions(recorded: Environment, *, path: Sequence[str] | None = None) -> Iterator[None]:
-    """Put the pinned versions first in the hint of a load that failed inside, where others are installed.
+    """Begin the hint of a load that fails inside with the pins, where other versions are installed.
 
     Raises:
         SafeFlavorError: What was raised inside.
@@ -187,7 +187,7 @@ def naming_versions(recorded: Environment, *, path: Sequence[str] | None = None)
 
 @contextmanager
 def naming_missing() -> Iterator[None]:
-    """Say what to install where the module is wanted in an environment that was made for the graph alone.
+    """Name the missing distribution where the module is loaded with the pins of the graph alone.
 
     Raises:
         EnvironmentMismatchError: Something that is not installed was imported inside.

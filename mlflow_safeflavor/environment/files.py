@@ -56,7 +56,7 @@ def environment_files(
     conda_env: StrPath | Mapping[str, Any] | None = None,
     path: Sequence[str] | None = None,
 ) -> Environment:
-    """Write requirements.txt, conda.yaml and python_env.yaml (and constraints.txt where the user has any).
+    """Write requirements.txt, conda.yaml, python_env.yaml, and the user's constraints.txt if any.
 
     Args:
         folder: Root of the artifact.

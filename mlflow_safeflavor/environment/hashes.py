@@ -1,4 +1,4 @@
-"""Pins with the hash of every wheel that may be installed for them, as ``pip install --require-hashes`` wants them."""
+"""Pins with the hashes of their wheels, as ``pip install --require-hashes`` reads them."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None)
 
 
 def lock_file(layout: Layout, recorded: Environment) -> None:
-    """Lock the pins of an artifact that is being saved, and those of its graph alone where it has both.
+    """Lock the pins of a staged artifact, and those of its graph alone where it has both.
 
     Raises:
         EnvironmentMismatchError: See ``lock``.
@@ -131,7 +131,7 @@ def lock_file(layout: Layout, recorded: Environment) -> None:
 
 
 def _as_installed(pin: Pin, installed: Mapping[str, str]) -> Pin:
-    """The pin with no other hash than that of the wheel which was installed when the model was saved."""
+    """The pin with the one hash of the wheel that was installed when the model was saved."""
     if (wanted := installed.get(pin.name)) is None:
         return pin
     if wanted not in pin.hashes:
@@ -140,7 +140,7 @@ def _as_installed(pin: Pin, installed: Mapping[str, str]) -> Pin:
 
 
 def missing_wheel(pin: Pin, wanted: str, found: Sequence[str]) -> EnvironmentMismatchError:
-    """The error about a wheel that was installed when the model was saved, and that nobody has any more."""
+    """The error about a wheel that was installed at save and that no folder or index has now."""
     return EnvironmentMismatchError(
         "The wheel that was installed when the model was saved is not there any more",
         where=pin.requirement,
@@ -152,7 +152,7 @@ def missing_wheel(pin: Pin, wanted: str, found: Sequence[str]) -> EnvironmentMis
 
 
 def _project(pins: Pins, installed: Mapping[str, str], environ: Mapping[str, str]) -> str:
-    """A pyproject.toml in which each distribution that a folder or index of the pins has comes from there alone.
+    """A pyproject.toml that ties each distribution of a named folder or index to that source.
 
     Looking at other indexes too, uv was seen to take their wheel of the same version.
     """
@@ -225,7 +225,7 @@ def _uv() -> str:
 
 
 def _settings(folder: Path) -> dict[str, str]:
-    """Variables for uv: this process's own, with folders by absolute path, over what pip is configured to."""
+    """Variables for uv: pip's settings, overruled by this process's own, with absolute folders."""
     environ = {**_pip_settings(folder), **os.environ}
     if places := environ.get("UV_FIND_LINKS"):
         absolute = (

@@ -75,7 +75,7 @@ def applies(line: str) -> bool:
 
 
 def is_pinnable(line: str, path: Sequence[str] | None) -> bool:
-    """Whether the line is a plain requirement that this environment can answer with an exact version."""
+    """Whether the line is a plain requirement whose exact version this environment can tell."""
     requirement = _requirement_of(line)
     if requirement is None or requirement.url or _OPTION.search(line) or not applies(line):
         return False

@@ -120,7 +120,7 @@ def _index_option(torch_index: str) -> str:
 def default_requirements(
     *, torch_index: StrPath | None = "auto", path: Sequence[str] | None = None
 ) -> list[str]:
-    """Pins of what every saved model needs directly, as ``get_default_pip_requirements`` gives them."""
+    """Pins that every saved model needs directly; public as ``get_default_pip_requirements``."""
     pins = {
         name: version
         for name in DEFAULT_ROOTS

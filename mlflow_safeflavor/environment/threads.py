@@ -86,7 +86,7 @@ def find_budget(
 
 
 def limit_threads(requested: int = 0) -> Budget:
-    """Make torch, once it is imported, use no more threads than there is room for, and let idle ones sleep soon.
+    """Limit the threads that torch will start once imported, and let idle ones sleep soon.
 
     This sets ``OMP_NUM_THREADS`` and ``GOMP_SPINCOUNT``, so it is for processes that are there for
     nothing else: see ``is_scoring_server``. Variables for waiting that the user has set stay.

@@ -1,4 +1,4 @@
-"""What a rehearsal used of what is installed: which distributions, for whom, and what no distribution brings."""
+"""Distributions that a rehearsal used, their users, and files that no distribution brings."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _standard_library() -> tuple[str, ...]:
 
 
 def _is_pythons(file: str) -> bool:
-    """Whether a file is Python's own, or speaks about what is installed, which many libraries list."""
+    """Whether a file is Python's own, or metadata, which many libraries read of all they find."""
     own = file.startswith(_standard_library()) and "-packages" not in file
     return own or _METADATA.search(file) is not None
 

@@ -39,7 +39,7 @@ class Wheel:
 
 
 def folder_of(option: str) -> Path | None:
-    """The folder of this machine that a line ``--find-links PLACE`` names, if there is such a folder."""
+    """The local folder that a line ``--find-links PLACE`` names, if there is one."""
     name, _, place = option.partition(" ")
     url = urlsplit(place)
     folder = Path(unquote(url.path) if url.scheme == "file" else place)
@@ -61,7 +61,7 @@ def wheels_in(folder: Path) -> Iterator[Wheel]:
 def installed_wheels(
     folder: Path, installed: Mapping[str, importlib.metadata.Distribution]
 ) -> dict[str, dict[str, str]]:
-    """Canonical name → file, SHA-256 and installed content of each wheel of a folder that is what is installed."""
+    """Canonical name → file, SHA-256 and content digest of a folder's wheels that are installed."""
     found: dict[str, dict[str, str]] = {}
     for wheel in wheels_in(folder):
         distribution = installed.get(wheel.name)

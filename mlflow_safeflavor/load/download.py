@@ -40,7 +40,7 @@ def located(model_uri: str | Path, dst_path: str | Path | None = None) -> Iterat
 
 
 def _lies_here(model_uri: str) -> bool:
-    """Whether MLflow gives the folder that it keeps the model in, where it is not asked for a copy."""
+    """Whether MLflow, asked for no copy, hands out the folder in which it keeps the model."""
     from mlflow.exceptions import MlflowException
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
@@ -59,7 +59,7 @@ def _lies_here(model_uri: str) -> bool:
 
 
 def keep(download: ExitStack, owner: object) -> None:
-    """Leave a download where it is as long as somebody lives who may still read it, at most as long as the process.
+    """Keep a download until its owner is collected, at the latest until the process ends.
 
     Args:
         download: What removes it. Changed: it does no more.

@@ -41,8 +41,9 @@ _DOCKERFILE = """\
 # Run:   docker run --rm{gpus} -p 5001:8080 --read-only --tmpfs /tmp NAME
 ARG PYTHON_IMAGE={base_image}
 
-# Changes only when the pins do: retraining the model does not install anything anew. Compiled with all cores, as pip
-# does not, and without the tests that come along; that some files are templates, and no Python, is no failure.
+# Changes only when the pins do: retraining the model does not install anything anew.
+# Compiled with all cores, as pip does not, and without the tests that come along; that some files
+# are templates, and no Python, is no failure.
 FROM ${{PYTHON_IMAGE}} AS environment
 COPY environment /build
 WORKDIR /build
@@ -54,10 +55,11 @@ RUN python -m venv --without-pip /opt/venv \\
 FROM ${{PYTHON_IMAGE}}
 RUN useradd --system --uid 10001 --no-create-home {user}
 COPY --from=environment /opt/venv /opt/venv
-# Everything that is written goes below /tmp, so the rest may be read-only. What is installed here is what was
-# recorded, so another environment is an error.
+# Everything that is written goes below /tmp, so the rest may be read-only.
+# What is installed here is what was recorded, so another environment is an error.
 ENV PATH=/opt/venv/bin:$PATH \\
-    HOME=/tmp XDG_CACHE_HOME=/tmp/.cache HF_HOME=/tmp/.cache/huggingface MPLCONFIGDIR=/tmp/.cache/matplotlib \\
+    HOME=/tmp XDG_CACHE_HOME=/tmp/.cache \\
+    HF_HOME=/tmp/.cache/huggingface MPLCONFIGDIR=/tmp/.cache/matplotlib \\
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \\
     HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 MLFLOW_DISABLE_ENV_CREATION=true \\
     {options}
@@ -70,7 +72,8 @@ RUN python -c "{imports}; container.check()" && rm -rf /tmp/.cache \\
 {device}USER {user}
 EXPOSE 8080
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s \\
-    CMD ["python", "-I", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/ping', timeout=8)"]
+    CMD ["python", "-I", "-c", \\
+         "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/ping', timeout=8)"]
 ENTRYPOINT ["python", "-c", "{imports}; container.serve()"]
 """
 
@@ -242,7 +245,7 @@ def _variables(trust: Iterable[str], engine: str) -> str:
 
 
 def _require_target(pins: Mapping[str, str], target: str) -> None:
-    """Refuse CUDA in an image for CPUs, several GB that nothing would use, and in one for GPUs a torch without it."""
+    """Refuse CUDA in an image for CPUs (GBs unused), and torch without CUDA in one for GPUs."""
     label = pins.get("torch", "").partition("+")[2]
     if target == "cuda" and label == "cpu":
         raise EnvironmentMismatchError(

@@ -1,4 +1,4 @@
-"""The golden rows answered again after a load, and what a forward costs where nobody has measured it."""
+"""The golden rows answered again after a load; ``forward_cost`` measured where it is unknown."""
 
 from __future__ import annotations
 
@@ -42,10 +42,7 @@ def replay(model: LoadedModel, saved: Saved, dtype: str | torch.dtype | None) ->
 
 
 def measure_forward_cost(model: LoadedModel, layout: Layout) -> None:
-    """Measure what a forward costs where nobody has, or only on another kind of device.
-
-    The CPU it was saved on.
-    """
+    """Measure ``forward_cost`` where none is stored, or only that of the CPU it was saved on."""
     if model.scheduler.forward_cost and model.engine.on_cpu:
         return
     recorded = golden.read_golden(layout, model.engine.name)
@@ -57,7 +54,7 @@ def measure_forward_cost(model: LoadedModel, layout: Layout) -> None:
 
 @contextmanager
 def naming_failures(where: str) -> Iterator[None]:
-    """Whatever tasks, tokenizers and forwards raise over a record that is not what was saved, under a name of ours."""
+    """Raise ``ParityError`` for any failure of task, tokenizer or forward over golden rows."""
     try:
         yield
     except BaseException as error:

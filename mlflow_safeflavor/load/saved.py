@@ -85,7 +85,7 @@ def read_saved(
 
 
 def copy_saved(layout: Layout, target: Path) -> Saved:
-    """Copy the files of the manifest and no other, and then compare the copy, which nobody else can change.
+    """Copy the files of the manifest and no others, then check the copy, which is ours alone.
 
     Raises:
         SafeFlavorError: See ``read_saved``.

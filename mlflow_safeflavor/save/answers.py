@@ -1,4 +1,4 @@
-"""The golden rows of a model being saved, answered by the module that was handed over and by its graphs."""
+"""The golden rows of a model being saved, answered by the given module and by its graphs."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def answering(
 
 @contextmanager
 def _aligned(module: torch.nn.Module, layout: Layout) -> Iterator[None]:
-    """While inside, tensors that ``from_pretrained`` maps from anywhere in a file lie as they do after ``load_model``.
+    """Move tensors, while inside, to the alignment that they have after ``load_model``.
 
-    Else the recorded answers could differ from those of every load in their last bits: see
-    ``tensors.ALIGNMENT``. Tensors made in inference mode stay where they are, as torch lets nobody
-    move them.
+    ``from_pretrained`` maps them from anywhere in a file, and answers recorded so could differ from
+    those of every load in their last bits: see ``tensors.ALIGNMENT``. Tensors made in inference
+    mode stay where they are: torch refuses to move them.
     """
     found = find_slots(module)
     slots = [

@@ -50,7 +50,7 @@ class NotedFlavor:
         self._flavor, self._notes, self._own = flavor, notes, own
 
     def save_model(self, path: str, mlflow_model: Any, **arguments: Any) -> None:
-        """Save at ``path``, which MLflow uploads and then removes together with the folder around it."""
+        """Save at ``path``, which MLflow uploads, then removes with the folder around it."""
         folder = Path(path).parent
         if not any(folder.iterdir()):  # made for this alone
             add_companion(self._notes, folder)

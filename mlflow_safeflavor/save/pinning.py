@@ -168,7 +168,7 @@ class Pinning:
 
 
 def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[str]:
-    """What serving needs directly; for a graph no torch, and transformers only for its processors or tokenizers.
+    """Distributions that serving needs directly; for a graph not torch, seldom transformers.
 
     What these need in turn is found by the rehearsal.
     """

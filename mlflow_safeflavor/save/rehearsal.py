@@ -47,7 +47,7 @@ def rehearse(
     hidden: Collection[str] = (),
     allow_pickle: bool = False,
 ) -> tuple[Opened, list[str]]:
-    """Load ``staged`` through pyfunc, in a process that shares nothing with this one but the installed packages.
+    """Load ``staged`` through pyfunc in a process that shares only the installed packages.
 
     Once with each of the ``engines``. While MLflow is imported there, the modules ``hidden`` are
     not to be had. Its interpreter is isolated (``-I``), its environment stripped, its working and
@@ -115,8 +115,9 @@ def rehearse(
             found="; ".join([f"{problem['kind']}: {problem['message']}", *refused]),
             hint=bring
             if bring
-            else "make it load without this process's state: no __main__ classes, no network, no files of this "
-            'machine; graph="only" keeps neither the class nor what its constructor reads',
+            else "make it load without this process's state: no __main__ classes, no network, no "
+            'files of this machine; graph="only" keeps neither the class nor what its constructor '
+            "reads",
         )
     return told["opened"], told["path"]
 

@@ -106,7 +106,7 @@ _OPENS = {"open": 0, "import": 1, "ctypes.dlopen": 0}
 
 
 def main(model: str, engines: str, answer: str, hidden: str) -> None:
-    """Load the model with each of the engines, and write what happened, as JSON, to the file ``answer``.
+    """Load the model with each of the engines, and write the outcome to ``answer`` as JSON.
 
     While MLflow is imported, the modules ``hidden`` cannot be: what libraries import where it
     happens to be installed.

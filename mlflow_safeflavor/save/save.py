@@ -260,7 +260,7 @@ def _options(task: str, model_config: Mapping[str, Any] | None) -> dict[str, Any
 
 
 def _require_openvino(options: Mapping[str, Any], graph: str) -> None:
-    """Refuse a model that OpenVINO is to serve where it is not installed, or cannot do what is asked for."""
+    """Refuse OpenVINO where it is not installed, or cannot take the graph or dtype asked for."""
     if options.get("engine") != "openvino":
         return
     runtime_of("openvino")
@@ -309,7 +309,7 @@ def _how(
 
 
 def _forward(source: Source, spec: ModelSpec, layout: Layout) -> Callable[[torch.nn.Module], None]:
-    """What runs a module of this structure on the example and the golden rows, all together and the first alone."""
+    """A function that runs a module on example and golden rows, batched, then the first alone."""
 
     def run(module: torch.nn.Module) -> None:
         task = make_task(spec, layout, source.hooks, spec.model_config)

@@ -67,7 +67,7 @@ def verify_model(
     rehash: bool = False,
     timeout: float = 60.0,
 ) -> ParityReport:
-    """Answer the golden rows again, here or on a server, and say how they compare with what was recorded.
+    """Answer the golden rows again, here or on a server, and compare with the recorded answers.
 
     Without ``endpoint`` the model is loaded here, with every check but the last. With it the model
     is loaded only where ``rows`` are given, whose answers nobody has recorded.
