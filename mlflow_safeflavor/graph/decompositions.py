@@ -1,4 +1,4 @@
-"""Operators of torch that are traced as simpler ones, because ONNX or its exporter has none that would do."""
+"""Operators of torch traced as simpler ones, because ONNX or its exporter has none that does."""
 
 from __future__ import annotations
 

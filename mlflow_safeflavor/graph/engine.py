@@ -138,7 +138,10 @@ class GraphEngine:
 
 
 def _apart(run: Callable[[], T]) -> T:
-    """Run a module in a thread that its caller's contexts of torch (devices, autocast, threads) do not reach."""
+    """Run in a thread of its own, out of reach of the caller's contexts of torch.
+
+    Those are its device, autocast and number of threads.
+    """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(run).result()
 

@@ -1,4 +1,4 @@
-"""The graph of an artifact, ``graph.onnx``; and ``graph.json``, what was proven of it or why there is none."""
+"""The graph of an artifact, ``graph.onnx``; its proof or the reason for none, ``graph.json``."""
 
 from __future__ import annotations
 

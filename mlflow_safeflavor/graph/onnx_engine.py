@@ -136,9 +136,9 @@ class Session:
         return dict(zip(self.graph.outputs, found, strict=True))
 
     def _pack(self, saved: Path | None = None) -> Any:
-        """A session with packed weights of its own; and a file of it, with the weights beside it."""
+        """A session that packs its weights, also written to a file with the weights beside it."""
         options = self._options()
-        # Otherwise a file that is both is read as ONNX Runtime's own format, which nobody checked.
+        # Otherwise a file that is both is read as ONNX Runtime's own format, which is not checked.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         if saved is not None:
             options.optimized_model_filepath = str(saved)

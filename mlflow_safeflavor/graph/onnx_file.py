@@ -42,12 +42,12 @@ _TENSOR = _message(
     external_data=(13, _PAIR, True), data_location=(14, "int"),
 )  # fmt: skip
 _ATTRIBUTE = _message(
-    name=(1, "text"), type=(20, "int"), f=(2, "float"), i=(3, "int"), s=(4, "bytes"), t=(5, _TENSOR),
-    floats=(7, "float", True), ints=(8, "int", True), strings=(9, "bytes", True),
+    name=(1, "text"), type=(20, "int"), f=(2, "float"), i=(3, "int"), s=(4, "bytes"),
+    t=(5, _TENSOR), floats=(7, "float", True), ints=(8, "int", True), strings=(9, "bytes", True),
 )  # fmt: skip
 _NODE = _message(
-    input=(1, "text", True), output=(2, "text", True), name=(3, "text"), op_type=(4, "text"), domain=(7, "text"),
-    attribute=(5, _ATTRIBUTE, True),
+    input=(1, "text", True), output=(2, "text", True), name=(3, "text"), op_type=(4, "text"),
+    domain=(7, "text"), attribute=(5, _ATTRIBUTE, True),
 )  # fmt: skip
 _DIMENSION = _message(dim_value=(1, "int"), dim_param=(2, "text"))
 _SHAPE = _message(dim=(1, _DIMENSION, True))
@@ -56,8 +56,8 @@ _VALUE = _message(
     type=(2, _message(tensor_type=(1, _message(elem_type=(1, "int"), shape=(2, _SHAPE))))),
 )
 _GRAPH = _message(
-    node=(1, _NODE, True), name=(2, "text"), initializer=(5, _TENSOR, True), input=(11, _VALUE, True),
-    output=(12, _VALUE, True),
+    node=(1, _NODE, True), name=(2, "text"), initializer=(5, _TENSOR, True),
+    input=(11, _VALUE, True), output=(12, _VALUE, True),
 )  # fmt: skip
 _MODEL = _message(
     ir_version=(1, "int"), opset_import=(8, _message(domain=(1, "text"), version=(2, "int")), True),
@@ -146,7 +146,7 @@ class _Reader:
     def _values(
         self, content: memoryview, place: int, field: _Field, wire: int, where: str
     ) -> tuple[list[Any], int]:
-        """The values of one occurrence of a field, several where numbers are packed, and where the next one begins."""
+        """Values of one occurrence of a field, several where packed, and the offset behind it."""
         kind = field.kind
         own = _WIRES.get(kind, _LENGTH) if isinstance(kind, str) else _LENGTH
         if wire == own != _LENGTH:

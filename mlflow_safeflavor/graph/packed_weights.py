@@ -1,4 +1,4 @@
-"""Weights packed for the kernels of this CPU, once on a host, and mapped by every process that serves them.
+"""Weights packed for this CPU's kernels once on a host, and mapped by every process serving them.
 
 A process that is alone packs its own, which costs least. Where a second one comes, it writes the
 graph as it is run and all its packed weights into the private cache of this user; whoever comes

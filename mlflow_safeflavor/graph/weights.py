@@ -40,7 +40,7 @@ class Place:
 
 
 def find_places(inventory: Inventory, layout: Layout) -> dict[str, Place]:
-    """Path → place of each tensor that lies contiguously in a file of weights, which were just written."""
+    """Path → place of each tensor that lies contiguously in the files of weights just written."""
     begins: dict[str, tuple[str, int]] = {}
     for file in inventory.files:
         with (layout.data / file).open("rb") as opened:

@@ -132,7 +132,7 @@ def _most_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> i
 
 
 def _of_broadcast(given: Sequence[Any]) -> int:
-    """Each dimension as large as the largest; so for products of matrices, reductions and whatever keeps its size."""
+    """Elements of all operands broadcast together: a bound of products, reductions and maps."""
     sizes: list[int] = []
     for tensor in _tensors(given):
         shape = tensor.shape[::-1]

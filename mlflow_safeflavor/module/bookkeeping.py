@@ -112,7 +112,7 @@ _MAKERS = frozenset(
 
 @functools.cache
 def _names_read(homes: frozenset[str]) -> frozenset[str]:
-    """Names that code of these modules mentions outside constructors, decorators that they import included."""
+    """Names that these modules' code mentions outside constructors, and decorators they import."""
     found: set[str] = set()
     for home in homes - {"torch.nn.modules.module"}:
         for thing in list(vars(sys.modules.get(home, types)).values()):

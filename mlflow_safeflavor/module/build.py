@@ -43,7 +43,7 @@ def build(
     inventory: Inventory | None = None,
     initialise: bool = False,
 ) -> torch.nn.Module:
-    """Call the constructor on real CPU memory, without random initialisation unless it is asked for.
+    """Call the constructor on real CPU memory, by default without random initialisation.
 
     The values of its parameters mean nothing before ``fill``.
 
@@ -127,7 +127,7 @@ _DEFINES_MODELS = re.compile(
 
 
 def _transformers_class(full_name: str) -> Any:
-    """A model or config class of the transformers package, by the module it was in or the package's own table.
+    """A model or config class of transformers, by its module or the package's own table.
 
     Nothing outside that package is ever imported for an artifact's sake, and of that package only
     modules that define models and configs: others hold command lines, downloads and what they

@@ -59,7 +59,7 @@ def _hint(described: Mapping[str, Any], first: str) -> str:
 
 
 def require_same_shapes(module: torch.nn.Module, structure: Mapping[str, Any]) -> torch.nn.Module:
-    """Call the constructor, and refuse one that makes other parameters and buffers than the module has."""
+    """Call the constructor; refuse one whose parameters and buffers differ from the module's."""
     # The user's own class, in the user's own process: there is nothing to agree to.
     built = build(structure, trust={"code"})
     wanted, found = (

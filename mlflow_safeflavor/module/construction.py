@@ -1,4 +1,4 @@
-"""What a constructor computes by itself, told apart from random values and from memory it never wrote."""
+"""Values that a constructor computes, told from random ones and from memory it never wrote."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FIRST_MARK, _SECOND_MARK = 3, 5
 
 
 class _Watch(TorchFunctionMode):
-    """Marks the memory that a constructor gets, and sees other threads change torch's default dtype.
+    """Marks memory that a constructor gets; sees other threads change torch's default dtype.
 
     A tensor that differs between two constructions with different marks holds memory that nobody
     wrote. Only some thousand places of a tensor are marked, so that big ones cost no time.
@@ -198,7 +198,7 @@ def _require_sizes(module: torch.nn.Module, recipe: Recipe) -> None:
 
 
 def construct_twice(recipe: Recipe, dtype: torch.dtype) -> tuple[torch.nn.Module, set[str]]:
-    """A module with random initialisers skipped where they can be, and the paths of all that is not random in it."""
+    """A module, random initialisers skipped where they can be; paths of all that is not random."""
     return _agreeing(lambda mark: construct(recipe, dtype, mark=mark))
 
 

@@ -144,7 +144,7 @@ _MOST_TRIED = 64
 
 
 def _named_like_arguments(module: torch.nn.Module) -> dict[str, Any]:
-    """Arguments of the constructor whose names and other than default values the module's attributes have."""
+    """Arguments of the constructor whose names, and values other than defaults, are attributes."""
     found = {}
     for name, parameter in inspect.signature(type(module).__init__).parameters.items():
         value = vars(module).get(name, parameter.default)

@@ -1,4 +1,4 @@
-"""The serving dtype: chosen at save, recorded, and said aloud where weights are cast and nobody asked for it."""
+"""The serving dtype: chosen at save, recorded, and logged where weights are cast unasked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT = "float32"
 
 
 def dtypes_of(module: torch.nn.Module) -> dict[str, int]:
-    """Floating point dtypes of a module → number of values, of its parameters, or of all else if it has none."""
+    """Floating point dtypes → number of values, of the parameters, or else of all tensors."""
     slots = find_slots(module)
     weights = [
         slot.tensor

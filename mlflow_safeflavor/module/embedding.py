@@ -1,4 +1,4 @@
-"""One vector a text: how tokens are pooled, and what sentence-transformers puts before and behind that.
+"""One vector a text: pooling of tokens, and sentence-transformers' layers around it.
 
 A pooling alone is the business of the task. With layers that have weights, or in another order, all
 of it becomes one module, the ``Embedder``, so that an engine can run it in a single forward.

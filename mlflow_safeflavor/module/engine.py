@@ -108,7 +108,7 @@ def tensors_of(
 
 
 def arrays_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """What a forward returned in ``torch.inference_mode``, as arrays that are nobody else's or cannot be written."""
+    """Arrays of a forward in ``inference_mode``: each owns its memory alone, or is read-only."""
     found = {}
     for name, tensor in tensors.items():
         array = array_of(tensor)

@@ -163,7 +163,7 @@ class Guard:
             self._refuse(f"wrote {_path(path)}")
 
     def _may_read(self, path: str) -> bool:
-        """Whether a file is part of the model or of what is installed; or is not there, as the caller will see."""
+        """Whether a file is part of the model or of what is installed, or does not exist."""
         if _is_below(path, self._readable) or not os.path.lexists(path):
             return True
         real = os.path.realpath(path)
@@ -267,7 +267,7 @@ def guard_process(guard: Guard) -> None:
 
 @contextmanager
 def guarded(*own: str | os.PathLike[str], unpickles: bool = False) -> Iterator[None]:
-    """Look at what this thread does inside the block, and at threads that it starts there until these end.
+    """Audit this thread inside the block, and threads started there until they end.
 
     Args:
         own: Folders that may be read beside what is installed.

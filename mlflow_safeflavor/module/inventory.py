@@ -96,7 +96,7 @@ def _view(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
 
 
 def _dense_values(group: Sequence[Slot]) -> tuple[int, torch.Tensor, bool]:
-    """The values of a storage group, where they start in the storage (in elements), and whether every tensor is they.
+    """The values of a storage group, their offset (in elements), whether all tensors equal them.
 
     If not, each tensor is a view of the values by its own shape, stride and offset.
     """

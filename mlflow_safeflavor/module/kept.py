@@ -21,7 +21,7 @@ __all__ = ["kept_module", "kept_parameters"]
 
 @contextmanager
 def kept_module(module: torch.nn.Module) -> Iterator[None]:
-    """Whatever a forward or a hook does to the module, afterwards everything but its parameters is as it was.
+    """Restore the module after a forward or a hook, in everything but its parameters.
 
     That is what its submodules hold under which name (tensors, hooks, modes, plain attributes), the
     contents of lists, dicts, sets, configs and dataclasses there, the values of tensors that are no

@@ -26,7 +26,7 @@ Forward = Callable[[torch.nn.Module], None]
 def written_by_forward(
     given: torch.nn.Module, make: Callable[[], torch.nn.Module], forward: Forward
 ) -> set[str]:
-    """Paths of all plain attributes and unlisted tensors that are others after a forward than before it.
+    """Paths of plain attributes and unlisted tensors that a forward changes.
 
     A forward may write only what is not there yet, or only undo what another one wrote; so one is
     run on a module as its constructor makes it, with the weights of the given one, and one on a

@@ -29,7 +29,7 @@ _build_lock = threading.RLock()
 
 
 class _Constructing(TorchFunctionMode):
-    """What torch's functions do while a constructor runs whose every tensor is replaced by a stored one.
+    """Torch's functions while a constructor runs, all of whose tensors stored ones will replace.
 
     One mode, because each costs some microseconds for each of thousands of calls. Modes belong to a
     thread, so other threads see nothing of it.

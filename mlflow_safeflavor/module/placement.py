@@ -141,7 +141,7 @@ _TRIES = 10
 
 
 class _Watch(TorchFunctionMode):
-    """Sees other threads change torch's default dtype, as transformers' loader does for the whole process."""
+    """Sees other threads change torch's default dtype, as transformers' loader does."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ def _no_room(where: str, inventory: Inventory, error: BaseException) -> Placemen
 
 
 def maps_files(module: torch.nn.Module, inventory: Inventory) -> bool:
-    """Whether a tensor of a loaded module may still lie in its files, mapped, or be read from them again."""
+    """Whether a tensor of a loaded module may be mapped from its files, or read from them again."""
     hidden = any(row.kind == "hidden" for row in inventory.rows.values())
     return hidden or any(slot.tensor.device.type in ("cpu", "meta") for slot in find_slots(module))
 
@@ -302,7 +302,7 @@ def dispatch(
 def _move_attributes(
     module: torch.nn.Module, devices: Mapping[str, torch.device | str], main: torch.device
 ) -> None:
-    """Plain tensors, which accelerate does not know, go where the part of the module that has them computes."""
+    """Move plain tensors, unknown to accelerate, to the device where their part of it computes."""
     for slot in find_slots(module):
         if slot.kind == "attribute":
             place_of_it = _place_of(slot.path, devices)

@@ -63,7 +63,7 @@ class _Settings:
 
 
 def _read(place: Any, name: str) -> Any:
-    """The value; None where somebody named precisions that no flag can tell, which torch makes an error."""
+    """The value; None where precisions are set that no flag can tell, an error of torch's."""
     try:
         return getattr(place, name)
     except RuntimeError:
@@ -75,7 +75,7 @@ _settings = _Settings()
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """While inside, products and convolutions of float32 on a GPU are those of float32; for any number of threads."""
+    """No TF32 in products and convolutions of float32 on a GPU, for any number of threads."""
     if device.type != "cuda":
         yield
         return

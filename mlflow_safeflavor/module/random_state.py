@@ -28,7 +28,7 @@ def kept_random_state() -> Iterator[None]:
 
 
 def seed_generators(seed: int) -> None:
-    """Begin anew with what Python, numpy and torch draw on the CPU; for use inside ``kept_random_state``."""
+    """Seed Python, numpy and torch on the CPU; for use inside ``kept_random_state``."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     if (torch := sys.modules.get("torch")) is not None:

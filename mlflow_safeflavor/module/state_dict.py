@@ -1,4 +1,4 @@
-"""Named tensors of a checkpoint, wherever they lie, and which tensor of a module each one is for."""
+"""Named tensors of a checkpoint, from files or memory, and the tensor of a module each is for."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ def cast(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 def with_base_prefix(
     state: Mapping[str, torch.Tensor], names: Iterable[str], prefix: str | None
 ) -> dict[str, torch.Tensor]:
-    """Add or take away transformers' base-model prefix (``bert.``), where exactly that gives a known name."""
+    """Add or drop transformers' base-model prefix (``bert.``), where that gives a known name."""
     known = set(names)
     return {
         _rename(key, known, f"{prefix}." if prefix else ""): value for key, value in state.items()

@@ -92,7 +92,7 @@ def _type_name(dtype: str) -> str:
 
 
 def _write_file(values: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write dense tensors as one safetensors file, so that what is mapped from it is aligned without being copied.
+    """Write dense tensors as one safetensors file, aligned as it is mapped, without a copy.
 
     The library's own writer begins the data anywhere and sorts by name, so that a bias of two
     labels would shift all tensors behind it. Here the header is filled up with spaces, as the

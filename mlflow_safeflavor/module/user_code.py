@@ -86,9 +86,9 @@ def distributions_of(
 
 
 def make_importable(layout: Layout) -> None:
-    """Put an artifact's code folder first on the path, as MLflow does, and refuse what that cannot mean.
+    """Put an artifact's code folder first on ``sys.path``, as MLflow does.
 
-    What is imported later, too, is what was compared with the manifest, or an error.
+    Modules imported later, too, are the files that were compared with the manifest, or an error.
 
     Raises:
         StructureError: A module of the same name but other content is imported already, so that the

@@ -29,9 +29,10 @@ _AROUND = {
 
 
 def taken_off(module: Any) -> Any:
-    """The module inside ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` and ``AveragedModel``.
+    """The module inside its wrappers; anything else is given back.
 
-    Anything else is given back.
+    Wrappers are those of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` and
+    ``AveragedModel``.
     """
     while (attribute := _around(module)) is not None:
         _logger.info(

@@ -1,4 +1,4 @@
-"""Which pieces run together, so that time goes into tokens and neither into padding nor into calls."""
+"""Grouping of pieces into calls, so that time goes into tokens, not into padding or calls."""
 
 from __future__ import annotations
 

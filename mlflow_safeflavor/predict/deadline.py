@@ -1,4 +1,4 @@
-"""Deadline: when a request is too late, counted from its arrival through everything that is done for it."""
+"""Deadline: when a request is too late, from its arrival through everything done for it."""
 
 from __future__ import annotations
 

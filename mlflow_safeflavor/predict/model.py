@@ -41,7 +41,7 @@ def make_task(
     hooks: Mapping[str, Callable[..., Any]],
     options: Mapping[str, Any],
 ) -> Task:
-    """The task that a spec names, bound to what was recorded for it and to the caps among the run-time options."""
+    """The task that a spec names, bound to its recorded config and the run-time options' caps."""
     cls = task_class(spec.task)
     make: dict[str, Callable[[], Any]] = {
         "encoder": lambda: TextEncoder(

@@ -1,4 +1,4 @@
-"""Run-time options: stored with the model, overridden by ``model_config``, overridden by the environment."""
+"""Run-time options: the model's, overridden by ``model_config``, overridden by the environment."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Places:
             self._give()
 
     def in_turns(self, work: Iterable[T | None], deadline: Deadline) -> Iterator[T]:
-        """What ``work`` makes, made a few milliseconds at a time, between which others take their turn.
+        """Items of ``work``, made a few milliseconds at a time; in between, others take turns.
 
         Args:
             work: Does its work while it is iterated; None where it can be interrupted but has

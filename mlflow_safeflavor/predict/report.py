@@ -55,11 +55,12 @@ class LoadReport:
 
     def __str__(self) -> str:
         exact = "bit-identical" if self.bit_identical else f"within {self.max_difference:.1e}"
+        replayed = f"{self.golden_rows} golden rows {exact}"
         return (
             f"{self.tensors} tensors ({self.weight_bytes / 1e6:.1f} MB) as saved, mapped from "
             f"{self.weights}, "
             f"{self.files} files ({self.hashed_bytes / 1e6:.1f} MB hashed), "
-            f"{f'{self.golden_rows} golden rows {exact}' if self.golden_rows else 'no golden rows replayed'}, "
+            f"{replayed if self.golden_rows else 'no golden rows replayed'}, "
             f"{len(self.environment)} differences of environment, on {self.device}, "
             f"{self.engine}, {sum(self.seconds.values()):.2f} s"
         )

@@ -87,7 +87,7 @@ class Scheduler:
 
     @contextmanager
     def arriving(self) -> Iterator[object]:
-        """A request that is not at the model yet, but is counted among those that wait for it until it is submitted.
+        """Count a request among those that wait for the model, until it is submitted.
 
         Raises:
             OverloadedError: Too many wait already.
@@ -119,7 +119,7 @@ class Scheduler:
         *,
         patient: bool = False,
     ) -> Ticket:
-        """Queue pieces, at least one; or run them here and now, where the model is free and they are few.
+        """Queue pieces, at least one; or run them at once, if the model is free and they are few.
 
         Args:
             pieces: What the model must see.

@@ -60,7 +60,7 @@ def _then_none(chunks: Iterable[Any]) -> Iterator[Any]:
 
 
 def parquet_chunks(path: Path) -> tuple[Iterator[pd.DataFrame], int]:
-    """A Parquet file in chunks whose index counts the rows of the whole file, and the number of these.
+    """Chunks of a Parquet file, indexed by row of the whole file, and the number of rows.
 
     Raises:
         InputError: It cannot be read as Parquet.

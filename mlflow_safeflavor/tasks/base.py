@@ -173,7 +173,7 @@ class Task(ABC):
 
     @classmethod
     def describe_example(cls, config: Mapping[str, Any], example: Any) -> dict[str, Any]:
-        """What the user's example says beyond ``config``, for tasks whose ``needs_example`` is true; JSON only."""
+        """Facts of the user's example beyond ``config``, for tasks with ``needs_example``; JSON."""
         return {}
 
     def measured(self, engine: Engine, example: Any) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class Task(ABC):
         )
 
     def require_clean(self, rows: Sequence[Row], params: Mapping[str, Any] | None) -> None:
-        """Refuse texts, in rows and params, that cannot be encoded or are too long, and lists that are too long.
+        """Refuse texts, in rows and params, that UTF-8 cannot encode, and texts and lists too long.
 
         Raises:
             InputError: Names row and column, or param.
@@ -288,7 +288,7 @@ class Task(ABC):
     def comparable(
         self, recorded: RowOutput, found: RowOutput
     ) -> tuple[RowOutput, RowOutput] | None:
-        """The parts of two outputs for the same golden row that must be near each other, answers included.
+        """The parts of two outputs of one golden row that must be near each other, with answers.
 
         None where outputs and answers must be near in all; else the answers, which follow from what
         was left out here, are not compared.

@@ -44,7 +44,7 @@ _PROMPT = Param("prompt", "string", default="", wanted="a text to put in front",
 
 
 class FeatureExtraction(TextTask):
-    """One vector a text, pooled from the last hidden state, as ``SentenceTransformer.encode`` makes it.
+    """One vector a text, pooled from the last hidden state, as ``SentenceTransformer.encode``.
 
     Options, fixed at save through ``model_config``, or by what a model of sentence-transformers
     says: ``pooling``, a name in ``embedding.POOLINGS``, by default "mean" over real tokens, or a

@@ -57,7 +57,7 @@ _GOLDEN_TEXTS = (
 
 
 class FillMask(TextTask):
-    """Tokens for the gaps of a text, each written as the tokenizer's mask token ("[MASK]", "<mask>").
+    """Tokens for the gaps of a text, written as the tokenizer's mask token ("[MASK]", "<mask>").
 
     Answers: ``token_str``, ``token``, ``score`` and ``sequence`` of the best token for the (first)
     gap, and ``predictions``: for each gap, in order, a list of the ``top_k`` best, each a dict of

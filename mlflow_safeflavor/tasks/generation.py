@@ -51,7 +51,7 @@ _COUNT_PADDING = (
 
 
 class Generation(TextTask):
-    """Rows to texts, token by token, by the model's own generation config wherever a request says nothing.
+    """Texts, token by token, by the model's own generation config where a request says nothing.
 
     Answers: ``generated_text``, and ``finish_reason``: "stop" where the model ended the text or a
     text of ``stop`` was met, "length" where ``max_new_tokens`` were used up. The text ends before
@@ -187,7 +187,7 @@ class Generation(TextTask):
     # Prompts → features.
 
     def prompt_limit(self, params: Mapping[str, Any]) -> int | None:
-        """Most tokens of a prompt, beside which everything that may be written still fits into the positions."""
+        """Most tokens of a prompt that leave positions for all new tokens; None without a limit."""
         positions = None if self.encoder_decoder else self.config["max_length"]
         room = positions and positions - params["max_new_tokens"]
         return min((length for length in (self.limit, room) if length), default=None)

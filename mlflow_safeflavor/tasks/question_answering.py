@@ -1,4 +1,4 @@
-"""A question and a context → the answer in the context, as transformers' question-answering pipeline gave it."""
+"""A question and a context → the answer in it, as transformers' question-answering pipeline."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class QuestionAnswering(TextTask):
                 yield {"windows": cut}
 
     def _require_few(self, i: int, pieces: int, rows: int, params: Mapping[str, Any]) -> None:
-        """Refuse row ``i`` if the windows so far, or their answers beside the best, are more than a cap allows."""
+        """Refuse row ``i`` if the windows so far, or their answers below the best, exceed a cap."""
         where = f"windows up to {place(i)}"
         self.caps.require_pieces(pieces, rows, where=where, instead=_LESS)
         if params["top_k"] > 1:
@@ -152,7 +152,7 @@ class QuestionAnswering(TextTask):
     def _require_short_context(
         self, i: int, row: Row, pieces: int, rows: int, params: Mapping[str, Any]
     ) -> None:
-        """Refuse row ``i`` by the beginnings of its texts, before all of a long one is tokenised."""
+        """Refuse row ``i`` by the beginnings of its texts, before a long one is tokenised whole."""
         limit = self._read_at_once(params)
         if self.encoder.exceeds(row["question"], limit):
             raise self._no_room(i, limit, f"more than {limit} tokens")
@@ -182,7 +182,7 @@ class QuestionAnswering(TextTask):
     def _cuts(
         self, i: int, row: Mapping[str, list[Any]], params: Mapping[str, Any]
     ) -> tuple[int, int, int]:
-        """Tokens of the context of row ``i``, how many of them a window has room for, and shares with the next."""
+        """Tokens of the context of row ``i``, of a window of it, and shared by neighbours."""
         limit = self._read_at_once(params)
         context = row["sequence_ids"].count(self._context)
         for field, tokens in (
@@ -279,7 +279,7 @@ class QuestionAnswering(TextTask):
     def _spans(
         self, piece: Features, start: np.ndarray, end: np.ndarray, params: Mapping[str, Any]
     ) -> tuple[list[tuple[int, int, float]], float]:
-        """Best spans of one window, as first and last token and score; and the score of there being none."""
+        """Best spans of one window (first and last token, score), and the score of no answer."""
         text = np.asarray(piece["sequence_ids"])
         context = text == self._context
         # Models that know unanswerable questions say so at this token, so it takes its part of the

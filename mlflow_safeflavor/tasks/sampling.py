@@ -1,4 +1,4 @@
-"""Drawing tokens at random, without the one random generator that torch has for the whole process."""
+"""Drawing tokens at random, without torch's one random generator for the whole process."""
 
 from __future__ import annotations
 

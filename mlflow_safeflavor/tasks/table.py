@@ -56,7 +56,7 @@ def task_class(name: str) -> type[Task]:
 
 
 def infer_task(class_name: str, main_input: str = "input_ids") -> str:
-    """The task that a model class was made for, from its name (``BertForSequenceClassification`` …).
+    """The task of a model class, from its name (``BertForSequenceClassification`` …).
 
     Args:
         class_name: Name of the class.

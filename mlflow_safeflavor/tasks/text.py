@@ -43,7 +43,8 @@ _GOLDEN_PAIRS = (
     "Hello there, world!",
     "A dog rests.",
     "It differs.",
-    "Tout est cher à Zürich 😀, and everything costs more each year than it did in the year before.",
+    "Tout est cher à Zürich 😀, "
+    "and everything costs more each year than it did in the year before.",
 )
 
 
@@ -96,7 +97,7 @@ class TextTask(Task):
         return checked
 
     def require_length(self, name: str, length: int, *, texts: int) -> None:
-        """Refuse a param that leaves no token of room for each text, or that is more than the model takes.
+        """Refuse a length that leaves no token for each text, or that is beyond the model's.
 
         Args:
             name: The param.
@@ -142,7 +143,7 @@ class TextTask(Task):
     def require_fitting(
         self, i: int, length: int, limit: int | None, *, least: bool = False
     ) -> None:
-        """Refuse row ``i`` if it has no tokens, or more than ``limit``, or the cap where there is none.
+        """Refuse row ``i`` if it has no tokens, or more than ``limit``, or else than the cap.
 
         Args:
             i: Number of the row.
@@ -170,7 +171,7 @@ class TextTask(Task):
     def require_short(
         self, first: int, rows: Sequence[Row], limit: int | None, *, cut: bool
     ) -> None:
-        """Refuse what ``require_fitting`` would refuse, by the beginnings of texts, before all of them are tokenised.
+        """Refuse by its beginning each text that ``require_fitting`` refuses once it is tokenised.
 
         Args:
             first: Number of the first row.
@@ -297,7 +298,7 @@ class TextTask(Task):
 
 
 def groups(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
-    """Rows in order, as many at a time as are tokenised in some milliseconds, with the number of the first."""
+    """Rows in order, as many as are tokenised in some milliseconds, and the number of the first."""
     first = characters = 0
     for i, row in enumerate(rows):
         characters += sum(map(len, row.values()))

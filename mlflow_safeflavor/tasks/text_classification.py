@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts → labels with scores, as ``transformers.pipeline("text-classification")`` gives them."""
+"""Texts, or pairs of texts → labels with scores, as transformers' text-classification pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts, or chats → what a decoder writes next, as ``transformers.pipeline("text-generation")`` gives it."""
+"""Prompts, or chats → a decoder's continuation, as transformers' text-generation pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts → labelled tokens or entities, as ``transformers.pipeline("token-classification")`` gives them."""
+"""Texts → labelled tokens or entities, as transformers' token-classification pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts → the candidate labels that fit, as ``transformers.pipeline("zero-shot-classification")`` gives them."""
+"""Texts → the candidate labels that fit, as transformers' zero-shot-classification pipeline."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _MULTI_LABEL = Param("multi_label", "boolean", default=False, wanted="true or fa
 
 
 class ZeroShotClassification(TextTask):
-    """Labels of a text, of any that the request names, through a model of natural language inference.
+    """Labels of a text, out of the request's, through a model of natural language inference.
 
     The model is asked, for each label, whether the text entails "This example is LABEL.".
 

@@ -32,7 +32,7 @@ def without_extra_columns(data: Any, known: Collection[str]) -> Any:
 
 
 def named_columns(columns: Mapping[str, str | None], data: Any) -> Mapping[str, Any]:
-    """The columns; one without a name gets that of the only column of ``data``, where that has names."""
+    """The columns; one without a name gets that of the only column of ``data``, if it has names."""
     table = (
         data[0]
         if isinstance(data, (list, tuple)) and data and isinstance(data[0], Mapping)

@@ -31,7 +31,7 @@ _WANTED = (
 
 
 def read_image(value: Any, where: str, caps: Caps) -> Image:
-    """The image in a cell, turned upright by its EXIF orientation and in RGB, as transformers' pipelines read it.
+    """The image in a cell, upright by its EXIF orientation, in RGB, as transformers' pipelines.
 
     Args:
         value: A file (see ``files.content_of``), a PIL image, or whole numbers from 0 to 255, shape

@@ -71,7 +71,7 @@ def apply(processor: Any, value: Any, kind: str = "np") -> dict[str, np.ndarray]
 
 
 def write_processor(processor: Any, folder: str | Path) -> None:
-    """Write a processor of transformers as JSON, and prove that what is read again gives the same numbers.
+    """Write a processor of transformers as JSON, and prove that it gives the same numbers again.
 
     Args:
         processor: An image processor or feature extractor; not changed.

@@ -83,5 +83,5 @@ def _row(
 
 
 def _unboxed(value: Any) -> Any:
-    """The value in an array without dimensions, which MLflow's server makes of each text in a list of dicts."""
+    """The value of a 0-d array, which MLflow's server makes of each text in a list of dicts."""
     return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value

@@ -236,7 +236,7 @@ _MOST_PHASES = 300_000
 
 
 def _resampled(samples: np.ndarray, old: int, new: int) -> np.ndarray:
-    """Windowed sinc interpolation, the filter that torchaudio uses (and transformers' pipelines with it).
+    """Windowed sinc interpolation, the filter of torchaudio and so of transformers' pipelines.
 
     Args:
         samples: Shape (samples,).

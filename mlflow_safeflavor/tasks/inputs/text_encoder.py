@@ -125,7 +125,7 @@ class TextEncoder:
         max_length: int | None,
         only: int | None = None,
     ) -> dict[str, list[Any]]:
-        """Two texts, each encoded alone, whole and without special tokens → what ``encode`` makes of them as a pair.
+        """The pair, as ``encode`` makes it, of two texts encoded alone without special tokens.
 
         A text that goes with many others is tokenised once.
 
@@ -272,7 +272,7 @@ def _longest_first(first: int, second: int, budget: int) -> tuple[int, int]:
 
 
 def _only(cut: int, lengths: Sequence[int], budget: int) -> list[int]:
-    """How many tokens of each text are kept when one alone is cut, down to a single token if it must be."""
+    """Tokens kept of each text when one alone is cut, down to a single token if it must be."""
     kept = list(lengths)
     kept[cut] = min(kept[cut], max(1, budget - kept[1 - cut]))
     return kept

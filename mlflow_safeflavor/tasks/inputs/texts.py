@@ -37,7 +37,7 @@ def require_texts(rows: Sequence[Row], columns: Mapping[str, str | None]) -> Non
 
 
 def require_clean(value: Any, where: str, caps: Caps | None = None) -> None:
-    """Refuse a cell or param with a text, at any depth, that cannot be encoded as UTF-8 or is too long.
+    """Refuse a cell or param with a text, at any depth, that UTF-8 cannot encode or is too long.
 
     Args:
         value: Anything.

@@ -1,4 +1,4 @@
-"""How many tokens a long text has at least, told by its beginning, so that far too long ones cost little to refuse.
+"""Lower bound of a text's tokens, from its beginning: far too long ones cost little to refuse.
 
 That the beginning of a text is tokenised as it is in the whole text holds where words are cut at
 spaces and each is tokenised by itself. Tokenizers of which that is not known are read to the end.
@@ -57,7 +57,7 @@ class TokenBound:
         self._local = _cuts_at_spaces(backend)
 
     def exceeds(self, text: str, tokens: int) -> bool:
-        """Whether a text has more than so many tokens, special ones not counted, as far as its beginning tells.
+        """Whether the beginning of a text has more than so many tokens, special ones not counted.
 
         Args:
             text: The text.

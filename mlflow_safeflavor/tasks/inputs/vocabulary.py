@@ -93,7 +93,7 @@ def require_known_tokens(tokenizer: Any, module: torch.nn.Module) -> str | None:
 def require_rows(
     config: Mapping[str, Any], encoder: TextEncoder | None, inventory: Inventory
 ) -> None:
-    """Refuse an artifact whose tokenizer, or a token that fills up rows, is beyond the stored table.
+    """Refuse an artifact whose tokenizer, or padding token, is beyond the stored embedding table.
 
     Args:
         config: Of the task; its ``encoder`` names the table.
