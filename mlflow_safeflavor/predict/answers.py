@@ -16,7 +16,7 @@ from mlflow_safeflavor.tasks.inputs.rows import Row
 
 __all__ = ["answer_rows", "predict_rows"]
 
-# Bytes of features and outputs of a request that are held at a time, about, twice.
+# Bytes of features and outputs in one part of a request, about; two parts are held at a time.
 _HELD = 16_000_000
 
 
@@ -69,15 +69,18 @@ def answer_rows(
         OverloadedError: Too many requests wait already.
         DeadlineError: It is too late.
     """
+    # Before anything else reads a text: a cap bounds work only where it comes before the work.
     task.require_clean(rows, params)
     checked = task.check_params(params)
     parts = _parts(task, scheduler.places.in_turns(task.encode(rows, checked), deadline))
     waiting = deque[tuple[list[Features], Ticket]]()
     done = 0
     try:
+        # Counted while its first part is encoded: otherwise any number of requests could encode.
         with scheduler.arriving() as arrival:
             waiting.append(_submitted(scheduler, next(parts), checked, deadline, arrival))
         while waiting:
+            # Queued before this caller waits, so that the model goes on with it without a gap.
             if part := next(parts, None):
                 waiting.append(_submitted(scheduler, part, checked, deadline))
             features, ticket = waiting[0]
@@ -92,12 +95,13 @@ def answer_rows(
             done += len(features)
             waiting.popleft()
     finally:
+        # A deadline, an error or a caller that stops iterating leaves no work in the queue.
         for _, ticket in waiting:
             ticket.abandoned = True
 
 
 def _parts(task: Task, features: Iterator[Features]) -> Iterator[list[Features]]:
-    """Rows in order, as many at a time as may be held, at least one."""
+    """Features of rows in order, as many at a time as may be held, at least one."""
     part: list[Features] = []
     held = 0
     for row in features:
@@ -132,7 +136,7 @@ def _joined(
 def _of_all(
     watch: Watch | None, before: int, part: Sequence[Features], rows: Sequence[Row]
 ) -> Watch | None:
-    """Pieces of a part, told as rows of all."""
+    """A watch that is told pieces of one part and tells rows of the whole request."""
     if watch is None:
         return None
     return lambda done, pieces: watch(before + len(part) * done // (pieces or 1), len(rows))

@@ -1,4 +1,4 @@
-"""An engine, for as long as somebody waits."""
+"""An engine whose generation ends once every caller has gone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Attended"]
 
 
 class Attended:
-    """An engine that stops writing once nobody waits for the text any more.
+    """An engine that stops ``generate`` once all tickets are abandoned.
 
     Args:
-        engine: What runs the model.
-        tickets: For whom.
+        engine: Runs the model.
+        tickets: Requests that share the batch.
     """
 
     def __init__(self, engine: Engine, tickets: Sequence[Ticket]) -> None:
@@ -37,11 +37,12 @@ class Attended:
         stopping: Sequence[Callable[..., Any]] = (),
         **options: Any,
     ) -> dict[str, Any]:
-        """Let the model write, as the engine does it, as long as somebody waits."""
+        """Generate, as the engine does it, until the end or until all tickets are abandoned."""
         return self._engine.generate(inputs, settings, stopping=[*stopping, self._go_on], **options)
 
     def _go_on(self, ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """Which rows are done: none of them, shape (rows,)."""
+        """Stopping criterion of transformers: which rows are done, bool of shape (rows,)."""
+        # Asked after each token: a text of minutes ends at its next token, not at its last.
         if all(ticket.abandoned for ticket in self._tickets):
             raise TimeoutError("nobody waits for this text any more")
-        return ids[:, 0] < 0
+        return ids[:, 0] < 0  # no token id is negative: no row is done

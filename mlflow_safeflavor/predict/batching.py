@@ -39,6 +39,7 @@ def cut_into_batches(
         Batches, the longest pieces first.
     """
     order = sorted(range(len(costs)), key=lambda i: -costs[i])
+    # At least 1: any number of pieces that cost 0 would fit into one batch.
     lengths = np.array([max(1, costs[i]) for i in order], dtype=np.int64)
     # Of batches that cost the same the fewest: a batch costs one more, where everything else counts
     # n + 1 times.
@@ -48,6 +49,8 @@ def cut_into_batches(
     before = [0] * unit
     low = 0
     for i in range(1, len(order) + 1):
+        # lengths[low] is the longest of the batch, to which the others are padded. ``low`` only
+        # grows, since a batch that begins there is too large for later ends, too.
         while low < i - 1 and (i - low) * lengths[low] > max_batch_tokens:
             low += 1
         starts = np.arange(low, i)
@@ -62,24 +65,24 @@ def cut_into_batches(
     return batches
 
 
+# A hook may draw random numbers: the process's generators go on as if nothing had been run.
 @kept_random_state()
 def measure_forward_cost(
     task: Task, engine: Engine, rows: Sequence[Row], max_batch_tokens: int
 ) -> int:
-    """What a call of the model costs beside its tokens, as the number of tokens that take as long.
+    """Constant cost of a forward, in tokens that take as long.
 
-    Two forwards are timed, that of the shortest piece and that of as many of the longest as a batch
-    takes, and a line drawn through both. The number is rounded to a power of two: more digits would
-    be noise.
+    Two forwards are timed, of the shortest piece and of a full batch of the longest one, and a line
+    is drawn through both.
 
     Args:
-        task: What is asked.
-        engine: What runs the model; it has answered these rows before, so that it is warm.
+        task: Encodes the rows and calls the engine.
+        engine: Runs the model; it has answered these rows before, so that it is warm.
         rows: Golden rows.
         max_batch_tokens: As in ``cut_into_batches``.
 
     Returns:
-        At least 1: a stored 0 says that nobody has measured.
+        A power of two, at least 1: a stored 0 says that it was not measured.
     """
     params = task.check_params(task.golden(task.config))
     pieces = [piece for row in task.uncapped.encoded(rows, params) for piece in task.pieces(row)]
@@ -95,14 +98,16 @@ def measure_forward_cost(
         if is_out_of_memory(error):
             return 1  # there is no room for full batches, so none is made fuller than it has to be
         raise
-    token = (large - small) / (many - few)
+    token = (large - small) / (many - few)  # seconds
+    # small = (forward_cost + few) · token
     tokens = min(_MOST, small / token - few) if token > 0 else 0
+    # More digits would be noise, and noise would cut other batches, which have other last bits.
     return 1 << round(math.log2(max(1, tokens)))
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """The fastest of three: everything that disturbs makes it slower."""
-    times = []
+    """Wall time of a run, the fastest of three."""
+    times = []  # the least, not the mean: disturbances only ever make a run slower
     for _ in range(3):
         start = time.perf_counter()
         run()

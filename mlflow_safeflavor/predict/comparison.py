@@ -1,4 +1,4 @@
-"""Answers against answers: what went over the wire is JSON on both sides."""
+"""Answers of a server against recorded ones, value by value; JSON on both sides."""
 
 from __future__ import annotations
 
@@ -83,18 +83,17 @@ def _compared(
 
 
 def _numbers(value: Any) -> np.ndarray | None:
-    """A number or regular lists of them; None for anything else.
-
-    JSON's null is what pandas makes of a missing NaN.
-    """
+    """A number or regular lists of them; None for anything else."""
     if value is None:
-        return np.full((), np.nan)
+        return np.full((), np.nan)  # pandas writes NaN as JSON's null
+    # A bool is an int in Python, and numpy would make 1 of it.
     if isinstance(value, bool) or not isinstance(value, (int, float, list)):
         return None
     try:
         array: np.ndarray = np.asarray(value)
     except (ValueError, OverflowError):  # ragged
         return None
+    # Texts, truth values and mixtures are compared one by one, so that a message names the one.
     if array.dtype.kind not in "iuf" or not array.size:
         return None
     return array

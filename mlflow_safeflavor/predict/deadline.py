@@ -18,6 +18,7 @@ class Deadline:
 
     def __init__(self, seconds: float | None = None) -> None:
         self.seconds = seconds
+        # Monotonic: setting the machine's clock must not end requests, or let them wait for hours.
         self._until = time.monotonic() + seconds if seconds else None
 
     def left(self, most: float | None = None) -> float | None:
@@ -36,7 +37,7 @@ class Deadline:
         return self.left() == 0
 
     def missed(self, found: str = "nothing was answered") -> DeadlineError:
-        """What to raise then.
+        """The error of a request that is too late.
 
         Args:
             found: How far the request was.

@@ -18,7 +18,7 @@ def differing_arrays(
     atol: float,
     rtol: float,
 ) -> Iterator[str]:
-    """What is not the same in the arrays of a row, in words; missing and new ones, too."""
+    """Differences in the arrays of a row, in words; missing and new ones, too."""
     for name in sorted(wanted.keys() | found.keys()):
         where = f"row {index}, {part} {name}"
         if name not in wanted or name not in found:
@@ -39,6 +39,8 @@ def differences_of(old: np.ndarray | None, new: np.ndarray) -> np.ndarray:
     """Absolute differences, flat; a single ``inf`` for another shape."""
     if old is None or old.shape != new.shape:
         return np.full(1, np.inf)
+    # In float64, since whole numbers wrap (uint8: 0 - 1 = 255) and halves overflow. inf - inf is
+    # NaN, of which numpy warns; it counts as equal or as inf below.
     with np.errstate(invalid="ignore"):
         difference = np.abs(np.asarray(new, dtype=np.float64) - np.asarray(old, dtype=np.float64))
     same = np.isclose(new, old, atol=0, rtol=0, equal_nan=True)  # infinities and NaNs that agree
@@ -49,10 +51,7 @@ def differences_of(old: np.ndarray | None, new: np.ndarray) -> np.ndarray:
 def differing_values(
     where: str, wanted: Any, found: Any, atol: float, rtol: float
 ) -> Iterator[str]:
-    """What is not the same in an answer, in words.
-
-    Floating point numbers may differ by the tolerance.
-    """
+    """Differences in an answer, in words; floating point numbers may differ by the tolerance."""
     if isinstance(wanted, dict) and isinstance(found, dict) and wanted.keys() == found.keys():
         for key in wanted:
             yield from differing_values(f"{where}, {key}", wanted[key], found[key], atol, rtol)

@@ -18,11 +18,12 @@ __all__ = ["run_here", "serve"]
 
 
 def run_here(state: State, ticket: Ticket) -> None:
-    """All of a request, in the thread of its caller."""
+    """Run all of a request in the thread of its caller."""
     try:
         while ticket.waiting:
             _run_batch(state, next_batch(state, [ticket]))
     finally:
+        # Also after Ctrl-C: while ``running`` is set, no other request gets a forward.
         with state.arrived:
             state.running = False
             if state.tickets:
@@ -30,7 +31,8 @@ def run_here(state: State, ticket: Ticket) -> None:
 
 
 def serve(state: State) -> None:
-    """Whatever waits, in the model's own thread."""
+    """Run all that waits, in the model's own thread, until the state is stopped."""
+    # Torch has a number of threads for each thread that computes; a session counts its own.
     if not state.anywhere:
         use_threads(state.num_threads)
     while True:
@@ -46,7 +48,9 @@ def serve(state: State) -> None:
             tickets = list(state.tickets)
         try:
             _run_batch(state, next_batch(state, tickets))
-        except BaseException as error:  # a task's bug must not leave anybody waiting for ever
+        # A task's bug must leave no caller waiting for ever, and this thread running: it is the
+        # only one.
+        except BaseException as error:
             for ticket in tickets:
                 ticket.fail(named_failure(error))
         # nobody comes between: what was run is among the tickets until this thread goes on
@@ -59,6 +63,7 @@ def _run_batch(state: State, batch: Sequence[tuple[Ticket, int]]) -> None:
 
     Where memory ran out, both halves of the batch by themselves, down to a single piece.
     """
+    # Abandoned since the batch was cut: while another half or request of it ran.
     batch = [(ticket, i) for ticket, i in batch if not ticket.abandoned]
     if not batch:
         return

@@ -36,7 +36,7 @@ _VERSION = 1
 
 
 class Predictor(Protocol):
-    """What parity needs of a loaded model."""
+    """The part of a loaded model that parity needs."""
 
     @property
     def task(self) -> Task:
@@ -60,9 +60,7 @@ def record(
 ) -> list[dict[str, Any]]:
     """Answer ``rows``, and write features, raw outputs and answers to the artifact.
 
-    Returns the answers.
-
-    The tolerance is that of the coarsest of ``dtypes``.
+    Returns the answers. The tolerance is that of the coarsest of ``dtypes``.
     """
     features = features_of(model, rows)
     answers, outputs = model.answer(rows, model.task.golden(model.task.config))
@@ -90,7 +88,7 @@ def record(
 
 
 def features_of(model: Predictor, rows: Sequence[Row]) -> list[Features]:
-    """Rows as they are encoded, where the task records that."""
+    """Features of each row, where the task records them; else an empty dict a row."""
     if not model.task.records_features:
         return [{} for _ in rows]
     encoded = model.task.uncapped.encoded(
@@ -100,10 +98,7 @@ def features_of(model: Predictor, rows: Sequence[Row]) -> list[Features]:
 
 
 def _recordable(pieces: Sequence[Features]) -> Features:
-    """The lists and arrays of all pieces of a row.
-
-    Those of the second piece on under its number.
-    """
+    """The lists and arrays of all pieces of a row; from the second piece on ``NUMBER.NAME``."""
     return {
         f"{i}.{name}" if i else name: value
         for i, piece in enumerate(pieces)
@@ -114,7 +109,7 @@ def _recordable(pieces: Sequence[Features]) -> Features:
 
 @dataclass(frozen=True)
 class Golden:
-    """What ``record`` wrote.
+    """Golden rows, as ``record`` wrote them.
 
     Attributes:
         rows: Rows as JSON.
@@ -159,6 +154,7 @@ def read_golden(layout: Layout, engine: str) -> Golden:
             raise ValueError(
                 f"version {recorded['version']!r}, {len(rows)} rows, {len(answers)} answers"
             )
+        # Whoever can rewrite the file could let any weights pass; a NaN fails both comparisons.
         if not (0 <= atol <= _LOOSEST and 0 <= rtol <= _LOOSEST):
             raise ValueError(f"tolerances {atol}, {rtol}: with these, any answer would do")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

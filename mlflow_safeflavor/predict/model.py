@@ -1,4 +1,4 @@
-"""What loading gives back: a module that was checked, and what can be asked of it."""
+"""The loaded model: a checked engine and the task that asks it."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ def make_task(
 ) -> Task:
     """The task that a spec names, bound to its recorded config and the run-time options' caps."""
     cls = task_class(spec.task)
+    # Tokenizers and processors of transformers are handed over as functions: making one imports
+    # transformers, which a graph is served without.
     make: dict[str, Callable[[], Any]] = {
         "encoder": lambda: TextEncoder(
             layout.tokenizer, spec.task_config["encoder"], layout.read_bytes
@@ -52,6 +54,7 @@ def make_task(
         "processor": lambda: load_processor(layout.processor, layout.read_json),
         "any_processor": lambda: cache(lambda: _processor_of(layout)),
     }
+    # A tokenizer's or processor's JSON may name files and repositories: none is opened.
     with guarded(layout.root):
         task = cls(
             spec.task_config, spec.input_columns, **{name: make[name]() for name in cls.reads}
@@ -68,7 +71,9 @@ def make_model(
     options: Mapping[str, Any],
     report: LoadReport,
 ) -> LoadedModel:
-    """An engine, and what the spec says can be asked of it."""
+    """A loaded model of an engine and the task that the spec names."""
+    # Read while they are the files that the manifest was compared with: what is made of them on
+    # first use must not be read from a folder that was changed or removed meanwhile.
     layout.keep(layout.tokenizer, layout.processor)
     task = make_task(spec, layout, hooks, options)
     return LoadedModel(
@@ -77,21 +82,22 @@ def make_model(
 
 
 def make_scheduler(task: Task, engine: Engine, options: Mapping[str, Any]) -> Scheduler:
-    """What runs an engine for many callers, under the run-time options."""
+    """The scheduler of an engine, under the run-time options."""
     names = ("max_batch_tokens", "forward_cost", "max_queue", "num_threads")
-    # What was seen of padding is about that on the right.
+    # The proof compares a row without padding with the row padded on the right.
     kept = engine.keeps_bits and task.config.get("padding_side") != "left"
     return Scheduler(
         task,
         engine,
         deterministic=options["deterministic"] and not kept,
+        # Torch's contexts (devices, autocast) and number of threads are those of a thread.
         anywhere=engine.name != "module",
         **{name: options[name] for name in names},
     )
 
 
 def _tokenizer_of(layout: Layout) -> Any:
-    """As transformers makes it; None if there was none."""
+    """The tokenizer, as transformers makes it; None if none was saved."""
     if not layout.has(layout.tokenizer):
         return None
     with layout.copied(layout.tokenizer) as folder:
@@ -207,7 +213,7 @@ class LoadedModel:
         watch: Watch | None = None,
     ) -> Any:
         names = [name for name in self.task.columns.values() if name is not None]
-        # which of several is the one without a name?
+        # A column without a name is the only one: of several nothing says which is meant.
         if self.options["extra_columns"] == "ignore" and names:
             data = without_extra_columns(data, names)
         try:

@@ -29,10 +29,11 @@ def _as_given(name: str, value: Any) -> Any:
 
 def _whole_number(name: str, value: Any, *, least: int) -> int:
     try:
+        # index() refuses 2.5, of which int() would make 2.
         number = int(value) if isinstance(value, str) else operator.index(value)
     except (TypeError, ValueError):
         number = -1
-    if number < least or isinstance(value, bool):
+    if number < least or isinstance(value, bool):  # True is 1 in Python
         raise _refuse(name, f"a whole number ≥ {least}", value)
     return number
 
@@ -42,6 +43,7 @@ def _seconds(name: str, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         number = -1.0
+    # float() takes "inf" and "nan", for which no lock can wait.
     if not 0 <= number < math.inf or isinstance(value, bool):
         raise _refuse(name, "a number of seconds ≥ 0", value)
     return number
@@ -111,14 +113,11 @@ def run_time_options(
 def is_chosen_here(
     name: str, model_config: Mapping[str, Any], environ: Mapping[str, str] = os.environ
 ) -> bool:
-    """Whether an option is set by whoever loads the model, and not only by whoever saved it."""
+    """Whether an option is set where the model is loaded, and not only where it was saved."""
     return name in model_config or bool(environ.get(_PREFIX + name.upper()))
 
 
 def tells_environment(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a server may say what it runs on.
-
-    No key of ``model_config``: that is stored by whoever saved the model, and this is for whoever
-    runs the server.
-    """
+    """Whether a server may tell its environment (``verify --endpoint``)."""
+    # No key of ``model_config``: that comes with the model, and this is up to the server's owner.
     return environ.get(f"{_PREFIX}TELL_ENVIRONMENT", "").lower() in ("true", "1")

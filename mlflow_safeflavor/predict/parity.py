@@ -1,4 +1,4 @@
-"""Rows that were answered twice, and how far apart the answers are."""
+"""Report of rows answered twice: their differences and the verdict."""
 
 from __future__ import annotations
 
@@ -107,6 +107,7 @@ def replayed_row(
     identical: bool,
     golden: bool = True,
 ) -> Replayed:
-    """A row of which it is known how its values differ, one array of differences for each part."""
+    """A replayed row, of its differences: one array for each output, or for each value."""
+    # numpy concatenates no empty list, which a row without outputs has.
     all_ = np.concatenate([np.zeros(0), *differences])
     return Replayed(row, float(all_.max(initial=0.0)), identical, problem, first, golden, all_)

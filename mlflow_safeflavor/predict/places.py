@@ -78,6 +78,7 @@ class Places:
         try:
             turn.wait(deadline.left())
         except BaseException:
+            # Ctrl-C may come when the place was just handed over: kept, it would be lost for good.
             if not self._withdrawn(turn):
                 self._give()
             raise
@@ -95,7 +96,7 @@ class Places:
     def _give(self) -> None:
         with self._lock:
             if self._waiting:
-                # handed over: who asks in this moment is not served before
+                # Handed over, not freed: a caller that asks in this moment would be served first.
                 self._waiting.popleft().set()
             else:
                 self._free += 1

@@ -32,12 +32,14 @@ def replay(model: Predictor, layout: Layout, dtype: str = "") -> ParityReport:
         IntegrityError: The recording is malformed.
     """
     golden = read_golden(layout, model.engine.name)
+    # In another dtype than the recorded one, the coarser of both tolerances holds.
     answers, least = golden.answers, TOLERANCES.get(dtype, {"atol": 0.0, "rtol": 0.0})
     atol, rtol = max(golden.atol, least["atol"]), max(golden.rtol, least["rtol"])
     rows = [
         model.task.from_record(row, golden.inputs(index)) for index, row in enumerate(golden.rows)
     ]
     features = features_of(model, rows)
+    # A forward or a hook may draw random numbers: a load must not change the caller's.
     with kept_random_state():
         found, outputs = model.answer(rows, model.task.golden(model.task.config))
     replayed = []
@@ -48,6 +50,7 @@ def replay(model: Predictor, layout: Layout, dtype: str = "") -> ParityReport:
         parts = model.task.comparable(golden.outputs(index), outputs[index])
         wanted, got = parts or (golden.outputs(index), outputs[index])
         answered = () if parts else (answers[index], model.task.to_record(found[index]))
+        # No tolerance for features: a text that is cut into other tokens can still come near.
         problems = [
             *differing_arrays(index, "input", features[index], golden.inputs(index), 0.0, 0.0),
             *differing_arrays(index, "output", got, wanted, atol, rtol),

@@ -1,4 +1,4 @@
-"""What was checked when a model was loaded, in numbers."""
+"""Report of a load: its checks, in numbers."""
 
 from __future__ import annotations
 

@@ -1,11 +1,9 @@
-"""All callers of a model.
+"""Scheduler: requests of many callers at one model, one forward at a time.
 
-Whoever finds it free runs his own request, and whatever waits meanwhile is run together.
-
-Nobody is made to wait for company. What has to wait is run by a thread of the model's own: before
-each forward, everything that waits is cut into the batches that cost least, and the one of the
-request whose turn it is is run. One forward at a time, because it uses every core already: two
-would only take them from each other.
+A caller that finds the model free runs its own request; no request waits to be merged. Requests
+that come meanwhile are run by a thread of the model's own: before each forward, all that wait are
+cut into the batches that cost least, and the one of the request whose turn it is is run. One
+forward at a time, because it uses every core already: two would only take them from each other.
 """
 
 from __future__ import annotations
@@ -47,8 +45,7 @@ class Scheduler:
         max_queue: Most requests that may wait; 0 for no limit.
         num_threads: Torch's threads in a forward; 0 for as many as the process's other threads get.
         anywhere: Whether any thread may run a forward. Torch keeps contexts and the number of
-            threads for each thread, so that its forwards belong into one that nobody else has
-            touched.
+            threads for each thread, so that its forwards belong into one that is the model's own.
     """
 
     def __init__(
@@ -69,6 +66,7 @@ class Scheduler:
         self._state = State(
             task, engine, budget, forward_cost, deterministic, num_threads, anywhere
         )
+        # The state, not the scheduler: a finalizer that held that would keep it for ever.
         weakref.finalize(self, stop, self._state)
 
     @property
@@ -127,19 +125,23 @@ class Scheduler:
             arrival: Of a request that was ``arriving``.
             patient: Whether the caller may be kept for a whole forward: it has no deadline.
         """
+        # As texts: params may be lists, which have no hash, and 1, 1.0 and True would be equal.
         key = tuple(repr(params[name]) for name in sorted(self.task.forward_params))
         ticket = Ticket(pieces, [self.task.cost(piece) for piece in pieces], params, key)
         state = self._state
         few = len(pieces) == 1 or len(pieces) * max(ticket.costs) <= state.max_batch_tokens
         with state.arrived:
             state.arriving.discard(arrival)  # or it would be counted twice
-            ticket.turn = state.spent
+            ticket.turn = state.spent  # with 0 a new request would come before all that wait
+            # Inside its own forward a caller cannot leave when its deadline passes, and a table of
+            # several batches would let nobody between.
             here = few and patient and state.anywhere and not state.running and not state.tickets
             if here:
                 state.running = True
             else:
                 state.tickets.append(ticket)
-                if state.thread is None:
+                if state.thread is None:  # at the first request that waits, and after a fork
+                    # A daemon: Python joins all others before it runs the finalizer that ends it.
                     state.thread = threading.Thread(
                         target=serve, args=(state,), name="safeflavor-model", daemon=True
                     )

@@ -1,4 +1,4 @@
-"""What waits at a model, and who runs it."""
+"""State that a model's scheduler and its thread share."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ __all__ = ["State", "stop"]
 
 @dataclass(eq=False)
 class State:
-    """What the model's thread holds.
+    """Requests at a model, and the thread that runs them.
 
-    Not the scheduler: else neither that nor the model could ever be freed.
-
-    Whoever sets ``running`` runs forwards, and alone looks at what waits; the others only add to
-    it.
+    The thread holds this and not the scheduler, which could else never be freed, nor its model. The
+    thread that sets ``running`` runs forwards, and it alone takes from what waits; the others add.
     """
 
     task: Task
@@ -37,8 +35,8 @@ class State:
     arrived: threading.Condition = field(default_factory=threading.Condition)
     arriving: set[object] = field(default_factory=set)
     tickets: list[Ticket] = field(default_factory=list)
-    spent: int = 0  # tokens that all forwards so far have cost
-    went_on: bool = False  # whether the last one was for a request that had been served before
+    spent: int = 0  # cost of all forwards so far, in tokens
+    went_on: bool = False  # whether the last forward was for a request served before
     running: bool = False
     stopped: bool = False
     thread: threading.Thread | None = None
@@ -48,16 +46,18 @@ class State:
 
 
 def stop(state: State) -> None:
-    """End the thread; at the end of the process a forward must not be cut off inside torch."""
+    """End the model's thread, after the forward that it runs."""
     with state.arrived:
         state.stopped = True
         state.arrived.notify()
+    # At the end of the process a forward must not be cut off inside torch. The last reference to a
+    # model may go in its own thread, which cannot join itself.
     if state.thread not in (None, threading.current_thread()):
         state.thread.join(timeout=10)
 
 
-# A fork takes along neither the thread nor what it was about to do.
-
+# A fork takes along neither the thread nor the requests that it was about to run; and a lock that
+# another thread holds at that moment stays locked in the child for ever, so it is made anew.
 _STATES: weakref.WeakSet[State] = weakref.WeakSet()
 
 

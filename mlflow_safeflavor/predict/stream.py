@@ -1,7 +1,4 @@
-"""Tables that are too long to hold.
-
-Chunk by chunk, the next one encoded while the model runs this one.
-"""
+"""Streams: tables too long to hold, chunk by chunk, the next encoded while the model runs one."""
 
 from __future__ import annotations
 
@@ -20,7 +17,8 @@ __all__ = ["parquet_chunks", "stream"]
 
 # Rows of a Parquet file at a time.
 _CHUNK = 1024
-# Chunks at the model. The second one fills the batches that the first leaves half empty.
+# Chunks at the model. The second one fills the batches that the first leaves half empty; more
+# would only be held.
 _IN_FLIGHT = 2
 
 
@@ -32,7 +30,7 @@ def stream(
     Args:
         predict: Answers one chunk; called from two threads.
         chunks: What ``predict`` takes; read no further ahead than it is answered.
-        total: Rows of all chunks; None where nobody knows.
+        total: Rows of all chunks; None if unknown.
         watch: Told the number of rows answered so far, and ``total``.
     """
     pool, waiting, done = (
@@ -51,12 +49,13 @@ def stream(
                     watch(done, total)
                 yield answers
     finally:
+        # A caller that stops iterating waits for the chunks that run, and for no others.
         pool.shutdown(cancel_futures=True)
 
 
 def _then_none(chunks: Iterable[Any]) -> Iterator[Any]:
     yield from chunks
-    yield None
+    yield None  # the end: all that still waits is given back
 
 
 def parquet_chunks(path: Path) -> tuple[Iterator[pd.DataFrame], int]:
@@ -85,6 +84,6 @@ def _frames(file: Any) -> Iterator[pd.DataFrame]:
     begin = 0
     with file:
         for batch in file.iter_batches(batch_size=_CHUNK):
-            frame = batch.to_pandas()
+            frame = batch.to_pandas()  # numbered from 0 again in each batch
             yield frame.set_index(pd.RangeIndex(begin, begin + len(frame)))
             begin += len(frame)

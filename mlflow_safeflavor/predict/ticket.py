@@ -1,4 +1,4 @@
-"""A request at the model."""
+"""Tickets: requests, or parts of them, at the model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ __all__ = ["Ticket"]
 
 
 class Ticket:
-    """A request at the model.
-
-    Its pieces are answered in any order, and forgotten once nobody waits for them.
+    """Pieces of one request at the model, answered in any order, and dropped once abandoned.
 
     Args:
-        pieces: What the model must see.
+        pieces: Features, one forward's worth for each.
         costs: Of each piece.
         params: What ``task.check_params`` returned.
         key: The params that ``forward`` looks at; only tickets of the same key share a batch.
@@ -32,6 +30,7 @@ class Ticket:
         key: object,
     ) -> None:
         self.pieces, self.costs, self.params, self.key = pieces, costs, params, key
+        # Longest first: neighbours in length share a batch with the least padding.
         self.waiting = deque(sorted(range(len(pieces)), key=lambda i: -costs[i]))
         self.turn = 0
         self.served = False
@@ -65,6 +64,7 @@ class Ticket:
             self._over.set()
 
     def fail(self, error: BaseException) -> None:
-        """Answer everything else with an exception."""
+        """Answer all pieces with an exception."""
+        # Before the event: the caller reads the error as soon as it wakes.
         self.error, self.abandoned = error, True
         self._over.set()

@@ -1,4 +1,4 @@
-"""Whose turn at the model it is, and what is run along."""
+"""Turns: the request that is next at the model, and the batch that it shares."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from mlflow_safeflavor.predict.ticket import Ticket
 
 __all__ = ["next_batch"]
 
-# Full batches' worth of a request's pieces that are looked at before each forward.
-#
-# A request's pieces come in order of length, so that more would change nothing but the time it
-# takes.
+# Full batches' worth of a request's pieces that are looked at before each forward. Pieces come in
+# order of length, so that more of them would change nothing but the time it takes.
 _AHEAD = 4
 
 
 def next_batch(state: State, tickets: Sequence[Ticket]) -> list[tuple[Ticket, int]]:
-    """The batch of whoever's turn it is, with all that it is cheap to run along.
+    """The batch with the longest piece of the request whose turn it is.
 
-    Each that waits has the same share of the model's time: who was served is next once as much was
-    done for each of the others, so that long texts come up more seldom than short ones. And after
-    one that goes on comes one that is new, if there is any: a table of a million rows keeps a small
-    request waiting for a forward or two.
+    Each request that waits has the same share of the model's time: one that was served is next once
+    as many tokens were run for each of the others, so that long texts come up more seldom than
+    short ones. And after one that goes on comes a new one, if there is any: a table of a million
+    rows keeps a small request waiting for a forward or two.
     """
     new = [ticket for ticket in tickets if not ticket.served] if state.went_on else []
     first = min(new or tickets, key=lambda ticket: ticket.turn)
     state.went_on = first.served
     if state.deterministic:
+        # Alone: in torch the bits of a row depend on the rows and the padding around it.
         batch = [(first, first.waiting.popleft())]
     else:
         agreeing = [
@@ -44,7 +43,7 @@ def next_batch(state: State, tickets: Sequence[Ticket]) -> list[tuple[Ticket, in
         # 0 is the longest piece of the first
         chosen = next(set(places) for places in batches if 0 in places)
         batch = [pool[place] for place in sorted(chosen)]
-        for place in reversed(range(len(pool))):
+        for place in reversed(range(len(pool))):  # backwards, so that each ticket keeps its order
             if place not in chosen:
                 pool[place][0].waiting.appendleft(pool[place][1])
     cost = Counter[Ticket]()
