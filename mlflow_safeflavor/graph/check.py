@@ -18,6 +18,7 @@ from mlflow_safeflavor.graph.operators import OPERATORS, check_attributes, check
 __all__ = ["read"]
 
 _MOST_NODES = 30_000
+# Of the format: before version 4 initializers are inputs, too, which a caller could replace.
 _VERSIONS = range(8, 14)
 _OPSETS = range(18, 24)
 
@@ -31,6 +32,7 @@ def read(content: bytes) -> Graph:
     model = parse_model(content)
     if model.get("ir_version") not in _VERSIONS:
         raise Malformed(f"version {model.get('ir_version')} of the format")
+    # One, and of the standard's domain, "": what another domain's operators do is not known here.
     opsets = [(entry.get("domain", ""), entry.get("version")) for entry in model["opset_import"]]
     if len(opsets) != 1 or opsets[0][0] or opsets[0][1] not in _OPSETS:
         raise Malformed(
@@ -47,6 +49,7 @@ def read(content: bytes) -> Graph:
     known |= _new(
         known, [tensor.get("name", "") for tensor in graph["initializer"]], "an initializer"
     )
+    # Bytes of each value that is known before the first run.
     sizes = {tensor["name"]: size_of(tensor) for tensor in graph["initializer"]}
     nodes = []
     if len(graph["node"]) > _MOST_NODES:
@@ -56,12 +59,14 @@ def read(content: bytes) -> Graph:
         where = f"node {i}, {operator[:40]}"
         if node.get("domain") or operator not in OPERATORS:
             raise Malformed(f"{where}: no operator that a graph may hold")
+        # In order, so that there is no circle, and no name that another node gives later.
         if missing := [name for name in node["input"] if name and name not in known]:
             raise Malformed(f"{where}: uses {missing[0][:60]!r}, which nothing before it gives")
         known |= _new(known, [name for name in node["output"] if name], where)
         nodes.append((operator, tuple(node["input"]), tuple(node["output"])))
         check_attributes(node["attribute"], where)
         check_granted(node, where)
+        # Of constants alone: ONNX Runtime may compute it, or copy it into each node that uses it.
         if all(name in sizes for name in node["input"] if name):
             own = [size_of(attribute["t"]) for attribute in node["attribute"] if "t" in attribute]
             size = max([0, *own, *(sizes[name] for name in node["input"] if name)])
@@ -98,6 +103,7 @@ _IN, _OUT = "input.", "output."
 def _lookups(
     nodes: Sequence[tuple[str, tuple[str, ...], tuple[str, ...]]], weights: Mapping[str, Weight]
 ) -> dict[str, int]:
+    """Input that indexes tables (``Gather``) → rows of the shortest of them."""
     found: dict[str, int] = {}
     for operator, taken, _ in nodes:
         if (
@@ -114,6 +120,7 @@ def _lookups(
 def _reused(
     nodes: Sequence[tuple[str, tuple[str, ...], tuple[str, ...]]], sizes: Mapping[str, int]
 ) -> int:
+    """Bytes of constants for each use but the first: 200 norms may be fused into 200 copies."""
     uses = Counter(name for _, taken, _ in nodes for name in taken)
     return sum(size * (uses[name] - 1) for name, size in sizes.items() if uses[name])
 
@@ -136,7 +143,7 @@ def _input(value: Mapping[str, Any]) -> Input:
 
 
 def _typed(value: Mapping[str, Any], where: str) -> tuple[str, list[int | str | None]]:
-    """The dtype and the shape of an input or output; None for a size of which nothing is said."""
+    """The dtype and the shape of an input or output; None for a size that is not given."""
     tensor = value.get("type", {}).get("tensor_type", {})
     shape: list[int | str | None] = []
     for size in tensor.get("shape", {}).get("dim", ()):

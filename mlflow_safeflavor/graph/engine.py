@@ -29,11 +29,10 @@ class Session(Protocol):
 
     # Of the engine: "onnx" or "openvino".
     name: str
-    # What it computes in; outputs are float32 all the same.
+    # In which it computes; outputs are float32 all the same.
     dtype: str
-    # Most that an output may differ from the module's.
-    #
-    # Of itself, and of the largest value of its kind in it.
+    # Most that an output may differ from the module's, relative to the largest value of that output
+    # plus 1: see ``proof``.
     tolerance: float
     graph: Graph
 
@@ -43,11 +42,11 @@ class Session(Protocol):
 
 
 def runtime_of(engine: str, dtype: str | None = None) -> Callable[..., Session]:
-    """What makes sessions for an engine: (graph, weights, threads=…).
+    """The constructor of an engine's sessions, called as (graph, weights, threads=…).
 
     Args:
         engine: "onnx" or "openvino".
-        dtype: For OpenVINO, what to compute in; by default float32.
+        dtype: In which OpenVINO computes; by default float32.
 
     Raises:
         PlacementError: OpenVINO is not installed.
@@ -100,6 +99,7 @@ class GraphEngine:
         graph = self.session.graph
         dtypes = {known.name: known.dtype for known in graph.inputs}
         arrays = {name: _fitted(array, dtypes.get(name, "")) for name, array in inputs.items()}
+        # Another optional argument, dtype or size than was recorded: the module takes it.
         if misfit := graph.misfit(arrays):
             if self._rebuild is not None:
                 return _apart(lambda: self.fallback()(inputs))
@@ -111,6 +111,7 @@ class GraphEngine:
                 hint='save the model with its module, too: graph="auto"',
             )
         graph.require_rows(arrays)
+        # A file that was written to since is still mapped: its new bytes are not those compared.
         require_unchanged(self._weights)
         return self.session(arrays)
 
@@ -119,6 +120,7 @@ class GraphEngine:
 
         Raises ``StructureError`` where there is none.
         """
+        # Under the lock: two callers would rebuild twice, and hold the weights twice.
         with self._lock:
             if self._rebuilt is None:
                 if self._rebuild is None:
@@ -147,10 +149,8 @@ def _apart(run: Callable[[], T]) -> T:
 
 
 def _fitted(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Floating point numbers in the serving dtype, and whole ones as wide as the graph takes them.
-
-    Masks differ.
-    """
+    """Floating point numbers in the serving dtype, whole ones as wide as the graph takes them."""
+    # Whole numbers are only widened (tokenizers give int64, hooks also int32): no value is lost.
     floats = array.dtype.kind == "f" and dtype == "float32"
     wider = array.dtype.kind in "iu" and dtype.startswith("int") and np.can_cast(array.dtype, dtype)
     return array.astype(dtype, copy=False) if floats or wider else array

@@ -33,7 +33,7 @@ _VERSION = 1
 
 
 def write_graph(graph: Graph, facts: Mapping[str, Facts], layout: Layout) -> None:
-    """Write a graph, and what was proven of it with each engine."""
+    """Write a graph, and its proof with each engine."""
     layout.graph.write_bytes(graph.content)
     proof = {engine: seen.to_json() for engine, seen in facts.items()}
     write_json(layout.graph_facts, {"version": _VERSION, "proof": proof})
@@ -46,6 +46,8 @@ def write_reason(reason: str, layout: Layout) -> None:
 
 def _read_facts(layout: Layout) -> dict[str, Any]:
     content = layout.read_json(layout.graph_facts)
+    # A graph without its proof, or a proof without its graph, is a file that somebody took away: it
+    # must not send requests to the module instead, with other pins and other bits.
     kinds = {"reason": str, "proof": dict}
     sound = isinstance(content, dict) and content.get("version") == _VERSION and len(content) == 2
     kind = next(
@@ -67,6 +69,7 @@ def _read_facts(layout: Layout) -> dict[str, Any]:
     return {kind: content[kind]}
 
 
+# Keys and types exactly: ``inspect`` prints these, and a text could hold a terminal's codes.
 def _is_proof(proof: Mapping[str, Any]) -> bool:
     return {"onnx"} <= proof.keys() <= _TOLD.keys() and all(map(_is_sound, proof.values()))
 
@@ -94,7 +97,7 @@ def reason_against(layout: Layout) -> str | None:
 
 
 def describe_graph(layout: Layout) -> dict[str, str]:
-    """What was proven of a graph, in words, by what runs it; the graph itself is not looked at."""
+    """The proof of a graph with each engine, in words; the graph itself is not read."""
     if reason := reason_against(layout):
         return {"graph": f"none: {reason}"}
     proof = _read_facts(layout)["proof"]
@@ -115,6 +118,7 @@ def _described(facts: Mapping[str, Any]) -> str:
 
 def keeps_bits(layout: Layout, engine: str, dtype: str) -> bool:
     """Whether all bits of a row were seen to be the same in any batch and with any padding."""
+    # padding is None for models without an attention mask, which pad nothing
     seen = _read_facts(layout).get("proof", {}).get(engine, {})
     return seen.get("dtype") == dtype and seen["batch"] is True and seen["padding"] is not False
 

@@ -64,7 +64,7 @@ class Graph:
     reused: int
 
     def misfit(self, inputs: Mapping[str, Any]) -> str | None:
-        """What keeps the graph from running on these arrays, in words; None if nothing does."""
+        """The first mismatch of arrays with the graph's inputs, in words; None if there is none."""
         if inputs.keys() != {known.name for known in self.inputs}:
             return f"arguments {sorted(inputs)}, not {sorted(known.name for known in self.inputs)}"
         sizes: dict[str, int] = {}
@@ -81,13 +81,12 @@ class Graph:
         return None
 
     def require_rows(self, inputs: Mapping[str, Any]) -> None:
-        """Refuse what asks for a row that a table does not have.
-
-        The standard counts negative ones from its end.
+        """Refuse an index beyond the rows of a table.
 
         Raises:
             IndexError: As torch does.
         """
+        # ONNX's Gather takes negative indices, from the end: torch refuses what this would answer.
         for name, rows in self.lookups.items():
             least, most = int(inputs[name].min(initial=0)), int(inputs[name].max(initial=0))
             if least < 0 or most >= rows:

@@ -45,6 +45,7 @@ def weights_of(tensors: list[dict[str, Any]]) -> Iterator[tuple[str, Weight]]:
             if tensor.get("data_location") != 1 or "raw_data" in tensor:
                 raise Malformed(f"{where}: is neither inside nor outside")
             dtype, shape = dtype_of(tensor.get("data_type"), where), _shape(tensor, where)
+            # The file is compared with the artifact's own weights where it is mapped.
             place = _place(tensor["external_data"], where)
             if place.length != math.prod(shape) * ITEM_SIZES[dtype]:
                 raise Malformed(f"{where}: {place.length} bytes for {dtype}{list(shape)}")
@@ -57,10 +58,13 @@ def weights_of(tensors: list[dict[str, Any]]) -> Iterator[tuple[str, Weight]]:
 
 def _place(pairs: Sequence[Mapping[str, str]], where: str) -> Place:
     facts = {pair.get("key", ""): pair.get("value", "") for pair in pairs}
+    # A key that comes twice is read as the first by some and as the last by others.
     if len(facts) != len(pairs) or facts.keys() != {"location", "offset", "length"}:
         raise Malformed(f"{where}: external data without location, offset and length, or with more")
     if not all(
-        re.fullmatch(r"[0-9]{1,18}", facts[name], re.ASCII) for name in ("offset", "length")
+        # int() takes digits of all scripts, signs and underscores; the standard's parser does not.
+        re.fullmatch(r"[0-9]{1,18}", facts[name], re.ASCII)
+        for name in ("offset", "length")
     ):
         raise Malformed(f"{where}: an offset or a length that is no number")
     return Place(facts["location"], int(facts["offset"]), int(facts["length"]))
@@ -72,6 +76,7 @@ def check_constant(tensor: Mapping[str, Any], where: str) -> None:
     wanted = math.prod(_shape(tensor, where)) * ITEM_SIZES[dtype]
     if tensor.get("data_location") or tensor["external_data"] or len(content) != wanted:
         raise Malformed(f"{where}: {len(content)} bytes, not {wanted}")
+    # Kernels (NonZero) may count the ones to allocate, and then write for each that is not 0.
     if dtype == "bool" and content.translate(None, b"\0\1"):
         raise Malformed(f"{where}: truth values that are neither 0 nor 1")
 

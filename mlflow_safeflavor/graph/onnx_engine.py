@@ -35,16 +35,12 @@ _most: int | None = None
 
 
 def _limit_memory() -> int:
-    """Bound what all sessions of this process hold together, in bytes.
-
-    There is one arena a process.
-
-    Three quarters of what there is; the rest is Python's, and what kernels use without asking the
-    arena.
-    """
+    """Bound the memory of all sessions of this process together; returns the bound in bytes."""
     global _most
     with _lock:
         if _most is None:
+            # Once: ONNX Runtime registers one arena a process, and refuses a second. A quarter is
+            # left to Python, and to kernels that allocate without the arena (TopK, NonZero).
             most = available_memory() // 4 * 3
             place = onnxruntime.OrtMemoryInfo(
                 "Cpu",
@@ -59,10 +55,10 @@ def _limit_memory() -> int:
         return _most
 
 
-# What would compute while a session is made, outside the arena and for as long as it takes.
-#
-# Without them sessions are made in a third of the time, weights that are transposed are not copied,
-# and forwards take as long: transposing and normalising are fused into the products all the same.
+# Optimizers that compute while a session is made, outside the arena and for as long as it takes.
+# Without them sessions are made in a third of the time, weights that are transposed are not copied
+# (42 MB for MiniLM), and forwards take as long: transposing and normalising are fused into the
+# products all the same.
 _GREEDY = ("ConstantFolding", "ConvBNFusion", "ConvMulFusion")
 
 _WITH_PACKED_WEIGHTS = {
@@ -113,6 +109,7 @@ class Session:
         self.graph = graph
         self._threads, self._packed = threads, packed
         self._weights = {name: weights[name] for name in graph.weights}
+        # Fusions may copy a constant into each node that uses it, while the session is made.
         if graph.reused > most:
             raise _refused(
                 f"constants that are used several times, {graph.reused} bytes in all: each use "
@@ -130,6 +127,7 @@ class Session:
         Raises ONNX Runtime's own exceptions, where a node cannot take what it is given.
         """
         if self._packed is not None and (shared := self._packed.found(self._map)):
+            # Forwards that run keep the old session until they end; its packed weights go with it.
             self._session, self._weights = shared, {}
             give_back()
         found = self._session.run(None, {f"input.{name}": array for name, array in inputs.items()})
@@ -172,6 +170,7 @@ class Session:
     def _map(self, path: Path) -> Any:
         """A session of what ``_save`` wrote, whose weights are the file's pages."""
         options = self._options()
+        # Written as it is run: the packed weights belong to exactly these nodes.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
@@ -179,10 +178,11 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self._threads, 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        # what it says of fusions is for its makers; errors are raised
+        # Its log of fusions is for its makers; errors are raised.
         options.log_severity_level = 4
+        # The arena of ``_limit_memory``; otherwise each session has one of its own, unbounded.
         options.add_session_config_entry("session.use_env_allocators", "1")
-        # given back when freed
+        # Not from the arena, which keeps until the end of the process what it once had.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN))
         return options

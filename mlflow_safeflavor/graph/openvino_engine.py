@@ -1,10 +1,8 @@
-"""A graph in OpenVINO.
+"""A graph in OpenVINO: arrays in, arrays out, in float32 or, if asked for, in bfloat16.
 
-Arrays in, arrays out, in float32 or, where somebody asks for it, in bfloat16.
-
-OpenVINO gets no file and no path, but what was read and checked of the graph, written anew with its
-weights as inputs; these are then replaced by constants whose memory are the weights' mapped and
-compared arrays. It packs those of matrix products for itself once more.
+OpenVINO gets no file and no path, but the checked graph, written anew with its weights as inputs;
+these are then replaced by constants whose memory are the weights' mapped and compared arrays. It
+packs those of matrix products for itself once more.
 """
 
 from __future__ import annotations
@@ -25,16 +23,12 @@ from mlflow_safeflavor.graph.onnx_file import parse_model, write_model
 
 __all__ = ["Session", "require_installed"]
 
-# What OpenVINO calls a dtype: as a hint, and as something that a CPU can do.
+# OpenVINO's names of a dtype: as a hint, and as a capability of a CPU.
 _NAMES = {"float32": ("f32", "FP32"), "bfloat16": ("bf16", "BF16")}
 
 
 def require_installed() -> None:
-    """Refuse to go on where OpenVINO is not installed.
-
-    Raises:
-        PlacementError: It is not.
-    """
+    """Raise ``PlacementError`` if OpenVINO is not installed."""
     if importlib.util.find_spec("openvino") is None:
         raise PlacementError(
             "OpenVINO is not installed",
@@ -49,10 +43,8 @@ _importing = threading.Lock()
 
 
 def _imported() -> Any:
-    """OpenVINO, imported as where its telemetry is not installed.
-
-    Else each import is told to its makers.
-    """
+    """OpenVINO, imported as if its telemetry were not installed."""
+    # With it, an import starts a process that reports to OpenVINO's makers, and writes to the home.
     with _importing:
         if "openvino" not in sys.modules:
             there = sys.modules.pop("openvino_telemetry", None)
@@ -73,7 +65,7 @@ class Session:
         weights: Name → array, of the dtype and shape that the graph says; kept alive and never
             written.
         threads: Of one run.
-        dtype: What sums are made of; outputs are float32 all the same.
+        dtype: In which it computes; outputs are float32 all the same.
 
     Raises:
         PlacementError: This CPU has no arithmetic for the dtype.
@@ -96,6 +88,7 @@ class Session:
         self._weights = {name: weights[name] for name in graph.weights}
         core = openvino.Core()
         hint, capability = _NAMES[dtype]
+        # The hint is only one: without the arithmetic OpenVINO takes float32 without a word.
         if capability not in (known := core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")):
             raise PlacementError(
                 "This CPU has no arithmetic for the dtype, so that OpenVINO would silently take "
@@ -106,6 +99,7 @@ class Session:
                 hint="leave dtype out",
             )
         options = {
+            # In its default mode, PERFORMANCE, the plugin may choose a narrower dtype by itself.
             "EXECUTION_MODE_HINT": "ACCURACY",
             "INFERENCE_PRECISION_HINT": hint,
             "INFERENCE_NUM_THREADS": threads,
@@ -115,6 +109,7 @@ class Session:
         try:
             model = core.read_model(_without_weights(graph))
             for parameter in model.get_parameters():
+                # Constants before it compiles, so that their products are packed.
                 if (name := parameter.get_friendly_name()) in self._weights:
                     parameter.output(0).replace(_constant(self._weights[name]).output(0))
                     model.remove_parameter(parameter)
@@ -146,7 +141,7 @@ class Session:
                 raise OverflowError(
                     f"{name} has numbers of more than 32 bits, which OpenVINO does not compute with"
                 )
-        # there is one stream, so others would wait anyway, each with memory of its own
+        # One stream: others would wait anyway, each with a request's memory of its own.
         with self._lock:
             found = self._request.infer({f"input.{name}": array for name, array in inputs.items()})
         return {
@@ -173,13 +168,12 @@ def _without_weights(graph: Graph) -> bytes:
 
 
 def _constant(array: np.ndarray) -> Any:
-    """A constant that is an array's own memory.
-
-    Nothing writes there, but OpenVINO takes none that is read-only.
-    """
+    """A constant that is an array's own memory, which the session keeps alive."""
     from openvino.op import Constant
 
     if not array.size:
-        return Constant(array)
+        return Constant(array)  # no bytes to share
+    # OpenVINO takes no read-only array, though it does not write there; the pages stay read-only,
+    # so that a write would end the process and not change a weight.
     memory = (ctypes.c_char * array.nbytes).from_address(array.ctypes.data)
     return Constant(np.frombuffer(memory, array.dtype).reshape(array.shape), shared_memory=True)

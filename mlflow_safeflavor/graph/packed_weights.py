@@ -1,13 +1,12 @@
 """Weights packed for this CPU's kernels once on a host, and mapped by every process serving them.
 
-A process that is alone packs its own, which costs least. Where a second one comes, it writes the
-graph as it is run and all its packed weights into the private cache of this user; whoever comes
-later maps them, and the first one changes over to them. The bits are the same: the kernels and
-their weights are.
+A process that is alone packs its own, which costs least. A second one writes the graph as it is run
+and all its packed weights into the private cache of this user; later ones map them, and the first
+one changes over to them. The bits are the same, since kernels and weights are.
 
-What is kept was made here from weights whose digests were compared, and nobody else can write to
-it. It counts until the machine starts again, as nothing of it need have reached the disk, and for
-no longer than a week.
+The file was made here from weights whose digests were compared, and only this user can write to it.
+It counts until the machine starts again, since its bytes may not have reached the disk, and for no
+longer than a week.
 """
 
 from __future__ import annotations
@@ -46,8 +45,9 @@ class PackedWeights:
     def __init__(self, content: bytes, weights: Sequence[HeldFile], runtime: str) -> None:
         here = (boot(), _cpu(), runtime, *(file.facts for file in weights))
         self._name = f"packed-{hashlib.sha256(repr(here).encode() + content).hexdigest()[:32]}"
-        # Files that are not private copies may become others; small ones are copied in less time
-        # than it takes to ask.
+        # A file that is no private copy may be changed by others (small ones have no copy: they are
+        # packed in less time than it takes to ask). Without a name of this start of the machine
+        # nothing tells whether the bytes reached the disk.
         self._kept = bool(boot()) and bool(weights) and all(file.kind == "copy" for file in weights)
         self._awaited: Path | None = None
         self._lock = threading.Lock()
@@ -55,9 +55,7 @@ class PackedWeights:
     def open(
         self, map_file: Callable[[Path], Any], save: Callable[[Path], None], nbytes: int
     ) -> Any:
-        """What ``map_file`` makes of the kept file, written now if there is company.
-
-        None if there is none.
+        """The session of the kept file, written now if another process uses its entry; else None.
 
         Args:
             map_file: Opens a file that ``save`` wrote.
@@ -68,15 +66,18 @@ class PackedWeights:
             return None
         try:
             with host_cache.entry(self._name) as folder:
+                # Another process holds the entry: not waited for, but looked at by each forward.
                 if folder is None:
                     root = host_cache.cache_folder()
                     self._awaited = None if root is None else root / self._name / _FILE
                     return None
                 path = folder / _FILE
                 with suppress(FileNotFoundError):
+                    # Unlinked, not overwritten: whoever has mapped it keeps its pages.
                     if time.time() - path.stat().st_mtime > _MOST_AGE:
                         path.unlink()
                 alone = not path.exists() and not host_cache.is_used(folder)
+                # Held as long as this object lives: the next process sees that it is not alone.
                 weakref.finalize(self, os.close, host_cache.in_use(folder))
                 if not alone and not path.exists() and host_cache.has_room(folder, 2 * nbytes):
                     self._write(path, save)
@@ -93,7 +94,7 @@ class PackedWeights:
     @staticmethod
     def _write(path: Path, save: Callable[[Path], None]) -> None:
         scratch, data = path.with_suffix(".new"), path.with_suffix(".data")
-        # others may have mapped the old ones, which must stay as they are
+        # Removed, not overwritten: others may have mapped the old ones, which must stay so.
         for left in (scratch, data):
             left.unlink(missing_ok=True)
         try:
@@ -102,13 +103,11 @@ class PackedWeights:
             for left in (scratch, data):
                 left.unlink(missing_ok=True)
             raise
-        os.replace(scratch, path)
+        os.replace(scratch, path)  # at once: a path that exists is a whole file
 
     def found(self, map_file: Callable[[Path], Any]) -> Any:
-        """What ``map_file`` makes of the file that another process has written since.
-
-        None if none has, and later.
-        """
+        """The session of a file that another process has written since; None if none has."""
+        # Asked before each forward: one look at the disk, and none once the file was mapped.
         path = self._awaited
         if path is None or not path.exists():
             return None
@@ -126,7 +125,7 @@ class PackedWeights:
 
 
 def _cpu() -> str:
-    """What decides how weights are packed."""
+    """The CPU's instructions, which decide how weights are packed."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

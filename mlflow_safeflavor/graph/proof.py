@@ -1,8 +1,8 @@
-"""The proof that a graph answers as its module does, and what of its bits depends on nothing.
+"""The proof that a graph answers as its module does, and whether its bits stay the same.
 
 Both are run on inputs of many sizes. Outputs must lie within a tolerance. Whether a row has the
 same bits for any number of threads, alone and in a batch, unpadded and padded, is measured and
-recorded, as nobody promises it.
+recorded, since ONNX Runtime does not promise it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Refusal(Exception):
 
 @dataclass
 class Facts:
-    """What was seen.
+    """Findings of a proof.
 
     Attributes:
         dtype: What the graph was computed in.
@@ -73,10 +73,10 @@ def prove(
     """Run a module and its graph on many inputs.
 
     Args:
-        module: What was recorded. Inputs that it refuses are left out.
-        sessions: The graph, with one, two and all threads; the first says what is tolerated.
-        inputs: What it takes.
-        example: What it was recorded with.
+        module: The recorded forward. Inputs that it refuses are left out.
+        sessions: The graph, with one, two and all threads; the first has the tolerance.
+        inputs: Of the graph.
+        example: Arrays that it was recorded with.
         limit: Most tokens of a text.
         seed: Of the sizes and values that are drawn.
 
@@ -88,7 +88,8 @@ def prove(
     for probe in _probes(inputs, example, limit, seed):
         try:
             wanted = module(probe)
-        except Exception:  # noqa: S112  (the module does not take such sizes, so nobody can be answered wrongly)
+        # The module does not take such sizes, so there is no answer that could be wrong.
+        except Exception:  # noqa: S112
             continue
         found = _run(first, probe)
         facts.difference = max(facts.difference, _difference(wanted, found, probe, first.tolerance))
@@ -138,13 +139,15 @@ def _difference(
             if not np.array_equal(array, other):
                 raise Refusal(f"the graph gives other values of {name} on {_shapes(inputs)}")
             continue
+        # Infinities (masked logits) and NaNs have no difference: their places must be the same.
         plain = np.isfinite(array)
         if not np.array_equal(array[~plain], other[~plain], equal_nan=True):
             raise Refusal(f"the graph gives other infinite values of {name} on {_shapes(inputs)}")
         if plain.any():
             off = float(np.abs(array[plain] - other[plain]).max())
+            # Of the largest value, since small ones may be differences of large ones.
             allowed = tolerance * (1 + float(np.abs(array[plain]).max()))
-            if not off <= allowed:
+            if not off <= allowed:  # so that a NaN is refused, too
                 raise Refusal(
                     f"the graph differs by {off:.1e} in {name} on {_shapes(inputs)}, more than "
                     f"{allowed:.1e}"
@@ -163,7 +166,8 @@ def _same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> boo
 def _compare_rows(
     session: Run, probe: Arrays, found: Arrays, inputs: Sequence[Input], facts: Facts
 ) -> None:
-    """Ask for each of the first rows alone, and without its padding."""
+    """Ask for each of the first three rows alone, and without its padding."""
+    # Only where all inputs have the same rows: else the row of one is not the row of another.
     rows = {known.shape[0] for known in inputs if known.shape}
     if (
         len(rows) != 1
@@ -186,7 +190,7 @@ def _compare_rows(
         if mask is None or mask.ndim != 2 or mask.all() or not mask.any():
             continue
         kept = np.flatnonzero(mask[0])
-        # padded on the left: positions would be others
+        # Padded on the left, positions without the padding would be others; a gap has no meaning.
         if kept[-1] - kept[0] + 1 != len(kept) or kept[0] != 0:
             continue
         short = _run(
@@ -206,7 +210,7 @@ def _compare_rows(
 
 
 def _cut(padded: np.ndarray, bare: np.ndarray) -> np.ndarray:
-    """An output without what it has of padding."""
+    """An output without the positions of padding."""
     longer = padded.ndim > 1 and bare.ndim == padded.ndim and padded.shape[1] > bare.shape[1]
     return padded[:, : bare.shape[1]] if longer else padded
 
@@ -215,9 +219,8 @@ def _cut(padded: np.ndarray, bare: np.ndarray) -> np.ndarray:
 
 _ROWS = (1, 2, 7, 32)
 _LENGTHS = (1, 2, 3, 17, 64, 200)
-# Of one probe, so that the proof of a large model takes a minute and not an hour.
-#
-# One row may have more.
+# Rows times tokens of one probe, so that the proof of a large model takes a minute and not an hour.
+# A single row may have more.
 _MOST_TOKENS = 2048
 _AT_RANDOM = 8
 _MOST_PROBES = 200
@@ -226,10 +229,7 @@ _MOST_PROBES = 200
 def _probes(
     inputs: Sequence[Input], example: Arrays, limit: int | None, seed: int
 ) -> Iterator[Arrays]:
-    """Inputs of many sizes.
-
-    The values are those of the example in another order, and masks of all kinds.
-    """
+    """Inputs of many sizes, with the example's values in another order, and masks of all kinds."""
     draw = np.random.default_rng(seed)
     yield example
     for i, sizes in enumerate(_sizes(inputs, example, limit, random.Random(seed))):  # noqa: S311
@@ -239,10 +239,7 @@ def _probes(
 def _sizes(
     inputs: Sequence[Input], example: Arrays, limit: int | None, draw: random.Random
 ) -> Iterator[dict[str, int]]:
-    """Every free size its own way.
-
-    Rows, lengths of texts, and others around that of the example.
-    """
+    """A grid of rows, lengths of texts and sizes around the example's, and some sizes at random."""
     choices: dict[str, list[int]] = {}
     for known in inputs:
         for i, (name, size) in enumerate(zip(known.shape, example[known.name].shape, strict=True)):
@@ -291,14 +288,15 @@ def _values(
     if known.name == "token_type_ids" and i % 2:
         values = np.zeros(shape, like.dtype)
         return values
+    # From the example: token ids, boxes and pixels that the module is known to take.
     chosen = draw.integers(like.size, size=shape)
     values = like.reshape(-1)[chosen]
-    # sides of a box go together
+    # Boxes of words, (rows, words, 4): a left side beyond the right one is an error of the module.
     if like.ndim == 3 and like.dtype.kind == "i" and shape[2] == like.shape[2]:
         boxes = like.reshape(-1, shape[2])
         values = boxes[chosen[..., 0] % len(boxes)]
     if known.name in TEXT and like.ndim == 2 and min(shape[1], like.shape[1]) > 2:
-        # Some models look for the token that ends a text, which stands in one place.
+        # Some models (BART) look for the token that ends a text: as many in each row, in its place.
         inner = like[:, 1:-1].reshape(-1)
         values = inner[chosen % inner.size]
         values[:, 0], values[:, -1] = like[0, 0], like[0, -1]

@@ -1,7 +1,4 @@
-"""Where ONNX Runtime's kernels take another thing than the exporter writes.
-
-Rewrites of the exported model.
-"""
+"""Rewrites of the exported model for ONNX Runtime's kernels that take other than it has."""
 
 from __future__ import annotations
 
@@ -19,18 +16,17 @@ def fit_kernels(model: Any) -> None:
     """Let each kernel compute what torch computes."""
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
-    # fusions leave the angles of positions once a layer
+    # Fusions leave the angles of rotary positions once a layer, each computed anew.
     CommonSubexpressionEliminationPass()(model)
     _raise_masks(model.graph)
     _broadcast(model.graph)
 
 
 def _raise_masks(graph: Any) -> None:
-    """Attention takes the lowest number for minus infinity.
+    """Replace the lowest float32 in masks of Attention by the next one.
 
-    Where a row is all masked it gives 0, torch the mean.
-
-    The next number is as low as any that a score could be added to.
+    ONNX Runtime takes the lowest for minus infinity: where a row is all masked it gives 0, and
+    torch the mean of the values. The next one is as low beside any score.
     """
     import onnx_ir as ir
 
@@ -43,7 +39,7 @@ def _raise_masks(graph: Any) -> None:
             ("next_to_lowest", np.nextafter(_LOWEST, np.float32(0))),
         )
     )
-    raised: dict[Any, Any] = {}
+    raised: dict[Any, Any] = {}  # one for all layers that share a mask
     for node in graph:
         mask = node.inputs[3] if _is(node, "Attention") and len(node.inputs) > 3 else None
         if mask is None or mask.dtype != ir.DataType.FLOAT:
@@ -75,6 +71,7 @@ def _broadcast(graph: Any) -> None:
     for node in graph:
         for i, axis, like, where in _in_full(node):
             value, size = node.inputs[i], like.shape[where]
+            # Only an axis of 1 beside one of another, or a free, size.
             if size == 1 or (shape := _shape(value)) is None or shape[axis] != 1:
                 continue
             known = (value, axis, like if size == ir.SymbolicDim(None) else size)
@@ -100,7 +97,7 @@ def _in_full(node: Any) -> Iterator[tuple[int, int, Any, int]]:
 
 def _shape(value: Any) -> Any:
     node = value.producer()
-    # a fusion does not say
+    # Fusions leave out the shape of what they make; the angles have that of their cosine's input.
     if value.shape is None and node is not None and node.op_type in ("Cos", "Sin"):
         return node.inputs[0].shape
     return value.shape

@@ -1,7 +1,4 @@
-"""Where tensors of a module lie in the artifact's files of weights, and these bytes as arrays.
-
-Mapped, never copied.
-"""
+"""Places of a module's tensors in the artifact's files of weights, and their bytes, mapped."""
 
 from __future__ import annotations
 
@@ -41,6 +38,7 @@ class Place:
 
 def find_places(inventory: Inventory, layout: Layout) -> dict[str, Place]:
     """Path → place of each tensor that lies contiguously in the files of weights just written."""
+    # safetensors: 8 bytes with the length of the header, the header, then the data from 0 on.
     begins: dict[str, tuple[str, int]] = {}
     for file in inventory.files:
         with (layout.data / file).open("rb") as opened:
@@ -51,6 +49,7 @@ def find_places(inventory: Inventory, layout: Layout) -> dict[str, Place]:
                 begins[name] = (file, 8 + length + facts["data_offsets"][0])
     found = {}
     for row in inventory.rows.values():
+        # A view of other strides is no run of bytes, as an initializer must be.
         if row.stride is None and row.data in begins:
             file, start = begins[row.data]
             size = np.dtype(row.dtype).itemsize if row.dtype != "bfloat16" else 2
@@ -76,6 +75,8 @@ def map_weights(
     found = {}
     for name, weight in weights.items():
         place, dtype = weight.place, np.dtype(weight.dtype)
+        # By name among the compared files, never as a path: "../x", "/proc/self/environ" and ONNX
+        # Runtime's marker of memory addresses are no such names.
         if place.file in files and place.file not in opened:
             path = layout.data / place.file
             opened[place.file] = np.memmap(layout.held.get(path, path), mode="r", dtype=np.uint8)
@@ -93,7 +94,7 @@ def map_weights(
                 hint=FETCH_AGAIN,
             )
         part = opened[place.file][place.start : place.start + place.length]
-        # kernels count some of these, and write all
+        # Kernels count the ones to allocate, and then write for each that is not 0.
         if weight.dtype == "bool" and part.max(initial=0) > 1:
             raise IntegrityError(
                 "A tensor of the graph holds truth values that are neither 0 nor 1",
