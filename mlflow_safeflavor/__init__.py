@@ -78,7 +78,7 @@ def __dir__() -> list[str]:
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
-    """What MLflow calls: ``loader_module`` of every saved model is this package."""
+    """Entry point of MLflow: ``loader_module`` of every saved model is this package."""
     from mlflow_safeflavor.load.pyfunc import load_pyfunc
 
     return load_pyfunc(path, model_config)

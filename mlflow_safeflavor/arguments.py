@@ -1,7 +1,4 @@
-"""Arguments of the public functions.
-
-Each is what its annotation says, before anything else happens.
-"""
+"""Arguments of public functions, checked against their annotations."""
 
 from __future__ import annotations
 
@@ -34,6 +31,8 @@ def _is_truth(value: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
+    # Arrays and tensors have __index__, too, and raise for more than one element: __len__ tells
+    # them. Truth values have it as well: max_batch=True would be a batch of 1.
     return hasattr(value, "__index__") and not _is_truth(value) and not hasattr(value, "__len__")
 
 
@@ -56,12 +55,10 @@ def _of(module: str, name: str) -> Callable[[Any], bool]:
 
 
 def _listing(kinds: tuple[type, ...], *members: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """One of these kinds of list, and each member as one of the predicates says.
-
-    A text is no list of its letters.
-    """
+    """One of these kinds of list, each member of which passes one of the predicates."""
 
     def is_one(value: Any) -> bool:
+        # A text is a Sequence of its letters: code_paths="a.py" would copy the files a, ., p and y.
         lists = isinstance(value, kinds) and not isinstance(value, (str, bytes, Mapping))
         return lists and all(any(is_member(member) for is_member in members) for member in value)
 
@@ -81,7 +78,7 @@ def _anything(value: Any) -> bool:
     return True
 
 
-# What annotations are made of → how it is called, and whether a value is one.
+# Part of an annotation, as it is written → its name in messages, and its predicate.
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Any": ("anything", _anything),
     "None": ("None", lambda value: value is None),
@@ -123,6 +120,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         except TypeError as error:
             raise _misfit(function.__name__, signature, kwargs, error) from None
         for name, value in given.items():
+            # **options have their annotations in another function: see require_arguments.
             if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
                 _require(signature.parameters[name], value)
         return function(*args, **kwargs)
@@ -147,10 +145,7 @@ def require_arguments(
 
 
 def kinds_of(annotation: str) -> Iterator[str]:
-    """The alternatives of an annotation, as it is written.
-
-    Those of ``Sequence[str | Path] | None`` are two.
-    """
+    """The alternatives of an annotation: of ``Sequence[str | Path] | None`` two."""
     depth, alternative = 0, ""
     for sign in annotation:
         depth += (sign == "[") - (sign == "]")
@@ -174,7 +169,7 @@ def _require(parameter: inspect.Parameter, value: Any) -> None:
         )
 
 
-# What can be shown: the text of anything else may be long, or fail.
+# Shown in messages. The repr of anything else may be pages long (a module), or raise (a proxy).
 _PLAIN = (str, bytes, int, float, os.PathLike, type(None))
 
 
@@ -190,6 +185,7 @@ def _described(value: Any) -> str:
 
 
 def _hint(parameter: inspect.Parameter, kinds: Collection[str], value: Any) -> str | None:
+    # Code that can be pasted: tests/hints evaluates such hints.
     name, one = parameter.name, isinstance(value, (str, os.PathLike))
     if one and any(kind.startswith(("Sequence", "Collection")) for kind in kinds):
         given = (

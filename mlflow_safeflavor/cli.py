@@ -39,7 +39,9 @@ class _Errors(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except MlflowException as error:  # ours are of this kind too
+        # Ours are of this kind, too, and were made plain where they were raised; MLflow's quote
+        # servers and artifacts as they are.
+        except MlflowException as error:
             message = error.message if isinstance(error, SafeFlavorError) else plain(error.message)
             _say(Console(stderr=True), f"{type(error).__name__}: {message}", style="red")
             ctx.exit(2)
@@ -257,7 +259,7 @@ def _golden_table(report: ParityReport, title: str) -> Table:
 
 
 def _print_comparison(report: ParityReport, console: Console) -> None:
-    """What was asked of a server; in words that may be a stranger's, and so without markup."""
+    """Print a server's side; its words may be a stranger's, so none is taken for markup."""
     own = [row for row in report.rows if not row.golden]
     if own:
         counts = Counter(row.verdict for row in own)
@@ -379,6 +381,7 @@ def prefetch(model_id: str, folder: str, **options: Any) -> None:
     MODEL_ID is a hub repository or a local folder. For build stages: the folder appears when all of
     it is there and right. A second run only checks it.
     """
+    # Here and not above: it brings torch, which no other command needs before it loads a model.
     from mlflow_safeflavor.checkpoints.prefetch import prefetch
 
     with Console(stderr=True).status(f"fetching {model_id}"):

@@ -52,24 +52,17 @@ __all__ = [
 
 
 def plain(text: object) -> str:
-    """A text as a terminal, a log and a reader can take it.
-
-    No control characters, and no lines but its own.
-
-    Whatever else a stranger writes, such as escape sequences, is shown as Python would write it in
-    a source. Lines stay, but begin with blanks, so that none looks like one of ours.
-    """
+    """Escape control characters of a stranger's text, and indent its further lines."""
     lines = str(text).replace("\r\n", "\n").split("\n")
+    # Deeper than our own lines: a text could else bring a "hint:" that nobody of us wrote. Escape
+    # sequences, which could hide lines of a terminal, are shown as Python writes them in a source.
     return "\n    ".join(
         "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines
     )
 
 
 class SafeFlavorError(MlflowException):
-    """Root of the tree.
-
-    It is an ``MlflowException``, most kinds with ``INVALID_PARAMETER_VALUE``, because MLflow's
-    scoring server answers 500 with a full traceback to every other kind of exception.
+    """Root of the tree: an ``MlflowException`` of up to five parts.
 
     Args:
         what: One sentence: what is wrong.
@@ -79,6 +72,8 @@ class SafeFlavorError(MlflowException):
         hint: What the reader can do now.
     """
 
+    # HTTP 400. MLflow's scoring server answers 500 with a full traceback, paths of the server and
+    # all, to every exception that is no MlflowException.
     status: ClassVar[int] = INVALID_PARAMETER_VALUE
 
     def __init__(

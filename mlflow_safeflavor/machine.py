@@ -1,8 +1,6 @@
-"""The machine under this process, told without torch.
+"""Cores, memory and accelerators that this process may use, told without torch.
 
-Cores, memory, and whether it may have an accelerator.
-
-In a container these are what it grants: affinity, and the quotas of this process's cgroup and those
+In a container these are its grants: affinity, and the quotas of this process's cgroup and those
 around it.
 """
 
@@ -36,10 +34,7 @@ _NODES = ("nvidiactl", "nvidia0", "dxg", "kfd", "dri", "davinci0", "accel", "hab
 
 
 def available_cpus(root: Path = ROOT) -> int:
-    """Cores that this process may keep busy, whoever else wants them: affinity, cut by the quota.
-
-    At least 1.
-    """
+    """Cores that this process may keep busy: affinity, cut by the quota; at least 1."""
     granted = quota(root)
     return cores() if granted is None else max(1, min(cores(), math.floor(granted)))
 
@@ -58,10 +53,7 @@ def quota(root: Path) -> float | None:
 
 
 def available_memory(root: Path = ROOT) -> int:
-    """Bytes that this process may ever hold.
-
-    The machine's memory, or what a container grants of it.
-    """
+    """Bytes that this process may ever hold: the machine's memory, or the container's share."""
     system = (
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if hasattr(os, "sysconf")
@@ -72,6 +64,7 @@ def available_memory(root: Path = ROOT) -> int:
         for folder in _cgroups(root, "memory")
         for name in ("memory.max", "memory.limit_in_bytes")
     ]
+    # Without a limit version 2 says "max", version 1 a number that no machine has.
     return min([system, *(int(text) for path in limits if (text := _read(path)).isdecimal())])
 
 
@@ -83,10 +76,7 @@ def _read(path: Path) -> str:
 
 
 def _cgroups(root: Path, controller: str = "cpu") -> Iterator[Path]:
-    """Folders that may hold this process's quota, outermost last.
-
-    In a container the path may be the host's.
-    """
+    """Folders that may hold this process's quota, outermost last."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -95,12 +85,15 @@ def _cgroups(root: Path, controller: str = "cpu") -> Iterator[Path]:
         _, controllers, path = line.split(":", 2)
         for mount in _mounts(root, controllers, controller):
             inner = Path(path.lstrip("/"))
+            # In a container the path may be the host's, of which only an end is mounted, or
+            # nothing: the mount itself, the last of the parents, is then this container's cgroup.
             for part in (inner, *inner.parents):
                 yield mount / part
 
 
 def _mounts(root: Path, controllers: str, controller: str) -> list[Path]:
     top = root / "sys/fs/cgroup"
+    # A line without controllers is version 2, which lies in "unified" beside a version 1.
     if controllers == "":
         return [top, top / "unified"]
     return [top / controllers, top / controller] if controller in controllers.split(",") else []
@@ -113,15 +106,16 @@ def _quota_of(folder: Path) -> float | None:
         else:
             limit = (folder / "cpu.cfs_quota_us").read_text().strip()
             period = (folder / "cpu.cfs_period_us").read_text().strip()
+        # No quota: "max" in version 2, "-1" in version 1.
         return None if limit in ("max", "-1") else int(limit) / int(period)
     except (OSError, ValueError, ZeroDivisionError):
         return None
 
 
 def is_plainly_cpu(device: object, dev: Path = Path("/dev")) -> bool:
-    """Whether a ``device`` as users give it means the CPU, and nobody need ask torch.
+    """Whether a user's ``device`` means the CPU for certain, without asking torch.
 
-    Where torch is imported already, or drivers are in sight, it is asked.
+    False where torch is imported already, or drivers are in sight: then torch is to be asked.
     """
     if device != "auto":
         return device == "cpu"
@@ -136,10 +130,8 @@ def is_plainly_cpu(device: object, dev: Path = Path("/dev")) -> bool:
 
 
 def give_back() -> None:
-    """Give back what the C library keeps of freed memory: 1 GB after four images of 25 megapixels.
-
-    Does nothing where the C library is not glibc.
-    """
+    """Hand freed memory from glibc back to the system; does nothing with other C libraries."""
+    # glibc keeps it for the next malloc: 1 GB after four images of 25 megapixels.
     if (trim := _malloc_trim()) is not None:
         trim(0)
 

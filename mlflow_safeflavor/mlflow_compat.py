@@ -1,4 +1,4 @@
-"""Where MLflow's releases from 2.9.2 on differ, as far as this package has to know."""
+"""Differences among MLflow's releases from 2.9.2 on; no other module asks for a release."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 
 
 class _Unsayable:
-    """In place of a type of columns that this MLflow does not have."""
+    """Stands for a type of columns that this MLflow lacks."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -66,11 +66,9 @@ def schema_of(columns: Mapping[str, DataType | Array | Object]) -> Schema | None
 
 
 def answer_of(columns: Mapping[str, DataType | Array | Object]) -> Schema | None:
-    """As ``schema_of``, for answers: a sole column of lists becomes the property of an object.
-
-    Spark would take its type for that of the whole answer, and find no list in the table that comes
-    back; an object it takes for a struct of columns, which is what comes back.
-    """
+    """As ``schema_of``, for answers: a sole column of lists becomes the property of an object."""
+    # Spark would take the type of a sole column of lists for that of the whole answer, and find no
+    # list in the table that comes back; an object it takes for a struct of columns.
     if len(columns) == 1 and not all(isinstance(kind, DataType) for kind in columns.values()):
         [(name, kind)] = columns.items()
         if isinstance(kind, _Unsayable):
@@ -100,14 +98,12 @@ def require_schema(columns: Mapping[str, DataType | Array | Object]) -> Schema:
 def inferred_signature(
     rows: pd.DataFrame, answers: pd.DataFrame | None, params: ParamSchema | None = None
 ) -> ModelSignature:
-    """The signature by what MLflow infers.
-
-    It is silent about answers that this MLflow has no types for.
+    """The signature as MLflow infers it, without answers that this MLflow has no types for.
 
     Args:
-        rows: What was asked.
-        answers: What was answered, as ``predict`` returns it, or None.
-        params: Goes along.
+        rows: Rows that were asked.
+        answers: Their answers as ``predict`` returns them, or None.
+        params: Part of the signature as they are.
 
     Raises:
         InputError: This MLflow has no type for a column of ``rows``.
@@ -122,7 +118,7 @@ def _inferred(rows: pd.DataFrame, answers: pd.DataFrame | None) -> ModelSignatur
     signature = ModelSignature(inputs=_schema_of_table(rows))
     if answers is not None:
         with suppress(InputError), warnings.catch_warnings():
-            # whole numbers that may be missing are a matter of what is asked
+            # MLflow warns that whole numbers may be missing: of inputs it matters, not of answers.
             warnings.simplefilter("ignore")
             signature.outputs = _schema_of_table(answers)
     return _with_objects(signature) if _SAYS_LISTS else signature
@@ -162,10 +158,7 @@ def _no_type(columns: str) -> InputError:
 
 
 def log_arguments(save: Callable[..., Any]) -> set[str]:
-    """What ``log_model`` takes beside the model.
-
-    What ``save`` does, and what ``Model.log`` does.
-    """
+    """Arguments that ``log_model`` takes beside the model: those of ``save`` and ``Model.log``."""
     names = {
         name for function in (save, Model.log) for name in inspect.signature(function).parameters
     }
@@ -175,16 +168,13 @@ def log_arguments(save: Callable[..., Any]) -> set[str]:
 def log(flavor: Any, name: str, **arguments: Any) -> ModelInfo:
     """Call ``Model.log``: under a model's own name since MLflow 3, before that below the run."""
     named = "name" in inspect.signature(Model.log).parameters
-    place = {"artifact_path": None, "name": name} if named else {"artifact_path": name}
-    info: ModelInfo = Model.log(**place, flavor=flavor, **arguments)
+    path = {"artifact_path": None, "name": name} if named else {"artifact_path": name}
+    info: ModelInfo = Model.log(**path, flavor=flavor, **arguments)
     return info
 
 
 def copies_runs() -> bool:
-    """Whether MLflow copies what ``runs:/…`` names, even if it lies on this disk.
-
-    Since MLflow 3.
-    """
+    """Whether MLflow copies the model of ``runs:/…`` even on its own disk, as since MLflow 3."""
     return hasattr(RunsArtifactRepository, "_download_model_artifacts")
 
 
@@ -192,10 +182,11 @@ def read_mlmodel(folder: Path) -> Model:
     """``MLmodel`` as MLflow reads it.
 
     Raises:
-        EnvironmentMismatchError: Its signature says what this MLflow does not know.
+        EnvironmentMismatchError: Its signature has fields that this MLflow does not know.
     """
     try:
         model: Model = Model.load(str(folder))
+    # Before 2.10: "ColSpec.__init__() got an unexpected keyword argument 'required'".
     except TypeError as error:
         raise EnvironmentMismatchError(
             "A newer MLflow wrote the signature, and this one cannot read it",

@@ -1,3 +1,3 @@
-"""The one place that knows the version; imports nothing, so that building a wheel needs nothing."""
+"""The version of this package; imports nothing, so that building a wheel needs nothing."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Numpy arrays: of torch's tensors, without importing torch, and in files."""
+"""Numpy arrays: of torch's tensors, without importing torch, and in safetensors files."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = ["array_of", "is_tensor", "read_arrays", "reading", "write_arrays"]
 
 
 def is_tensor(value: Any) -> TypeIs[torch.Tensor]:
-    """Whether a value is a tensor of torch; where nobody imported that, it is none."""
+    """Whether a value is a tensor of torch; False where torch was not imported."""
+    # No tensor exists before torch was imported: so nothing here has to import it.
     return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
 def array_of(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor on the CPU and without gradients, in the same memory where it can be.
-
-    Halves become float32, which holds each of their numbers: numpy knows no bfloat16.
-    """
+    """A tensor as an array on the CPU, in the same memory where it can be; halves as float32."""
     there = tensor.detach().cpu()
+    # numpy has no bfloat16, and converts no float8; float32 holds each of their numbers.
     known = not there.is_floating_point() or there.element_size() >= 4
+    # force: lazily conjugated and negated views are made real, which plain numpy() refuses.
     array: np.ndarray = (there if known else there.float()).numpy(force=True)
     return array
 
@@ -45,11 +45,11 @@ def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
 
 
 def read_arrays(content: bytes, where: str) -> dict[str, np.ndarray]:
-    """Read what ``write_arrays`` wrote.
+    """Read a file of ``write_arrays``.
 
     Args:
-        content: Of the file.
-        where: What messages call it.
+        content: Bytes of the file.
+        where: Its name in messages.
 
     Raises:
         IntegrityError: It is not readable.
@@ -60,7 +60,7 @@ def read_arrays(content: bytes, where: str) -> dict[str, np.ndarray]:
 
 @contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Raises ``IntegrityError`` naming ``where`` for what the safetensors library refuses."""
+    """Raise ``IntegrityError`` naming ``where`` for any refusal of the safetensors library."""
     try:
         yield
     except (SafetensorError, OSError, ValueError) as error:

@@ -1,7 +1,4 @@
-"""``structure.json``: how a module is rebuilt, read and checked before anything is built.
-
-No torch is needed.
-"""
+"""``structure.json``: how a module is rebuilt, read and checked before anything is built."""
 
 from __future__ import annotations
 
@@ -16,6 +13,8 @@ from mlflow_safeflavor.errors import IntegrityError
 
 __all__ = ["malformed", "read_description", "what_runs"]
 
+# Keys of structure.json → types. Other keys are refused: one that this release does not know could
+# change the meaning of those that it knows.
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "kind": str,
     "class": str,
@@ -55,17 +54,20 @@ def read_description(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
         and content.keys() == keys.keys()
         and all(isinstance(content[key], types) for key, types in keys.items())
         and content["kind"] == spec.structure
+        # The caller agreed to what MLmodel says, which may be less than what this file would run.
         and what_runs(content) == spec.runs
+        # Other tasks call no hooks; but to read one is to import a module or a pickle.
         and (spec.task == "custom" or not content["hooks"])
         and all(
             type(name) is str or (name is None and content["hooks_pickle"])
             for name in content["hooks"].values()
         )
+        # Its classes run without agreement, and an argument that is a text could name a repository.
         and (content["kind"] != "transformers" or all(map(_is_flag, content["arguments"].values())))
     )
     if not well_formed:
         raise malformed(layout)
-    # whose tree names classes and arguments of torch.nn, and parts by any name
+    # A tree of layers holds classes of torch.nn, numbers, and parts of any name, "checkpoint" too.
     if content["kind"] != "torch":
         require_harmless(
             content, layout.name_of(layout.config), trusted=content["kind"] != "transformers"
@@ -74,7 +76,7 @@ def read_description(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
 
 
 def _is_flag(argument: Any) -> bool:
-    """Whether this is all that ``describe`` ever passes to a class that runs without agreement."""
+    """Whether a constructor argument is a boolean and nothing beside."""
     return (
         isinstance(argument, dict)
         and argument.keys() == {"value"}
@@ -83,10 +85,7 @@ def _is_flag(argument: Any) -> bool:
 
 
 def what_runs(structure: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of its own the artifact runs.
-
-    "code" for imported classes and hooks, "pickle" for pickles.
-    """
+    """Kinds of agreement that a structure needs: "code" for own classes and hooks, "pickle"."""
     names = [
         structure["class"] if structure["kind"] == "import" else None,
         *structure["hooks"].values(),
@@ -97,7 +96,7 @@ def what_runs(structure: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def malformed(layout: Layout) -> IntegrityError:
-    """The error of a description that no save writes."""
+    """The error about a description that no save writes."""
     return IntegrityError(
         "The description of the module is malformed",
         where=layout.name_of(layout.structure),

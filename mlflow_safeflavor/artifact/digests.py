@@ -1,4 +1,4 @@
-"""SHA-256 of weights, tensor by tensor: hashed side by side."""
+"""SHA-256 of weights: of the header and of each tensor, hashed side by side."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mlflow_safeflavor.machine import available_cpus
 
 __all__ = ["FileDigests", "digests_of", "find_wrong_digests"]
 
-_MAX_HEADER = 100 * 10**6  # the same bound as the safetensors library
-_CHUNK = 1 << 20
+_MAX_HEADER = 100 * 10**6  # bytes; the same bound as the safetensors library
+_CHUNK = 1 << 20  # bytes that a thread reads at a time
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def digests_of(file: Path | int, where: str | None = None) -> FileDigests:
 
     Args:
         file: Its path, or a descriptor, whose position does not count.
-        where: What messages call it; its own name by default.
+        where: Its name in messages; that of the file by default.
 
     Raises:
         IntegrityError: It is cut short, or its header is malformed.
@@ -50,7 +50,7 @@ def digests_of(file: Path | int, where: str | None = None) -> FileDigests:
 
 
 def find_wrong_digests(recorded: FileDigests, found: FileDigests, where: str) -> Iterator[str]:
-    """What of a file is not what was recorded, one sentence each."""
+    """Differences between recorded and found digests of a file, one sentence each."""
     if found.header != recorded.header:
         yield f"{where}: its header is not the one that was saved"
     for name, digest in recorded.tensors.items():
@@ -59,10 +59,9 @@ def find_wrong_digests(recorded: FileDigests, found: FileDigests, where: str) ->
 
 
 def _read_header(descriptor: int, where: str) -> tuple[str, dict[str, tuple[int, int]]]:
-    """SHA-256 of the header, and tensor name → byte range in the file.
-
-    The library has checked nothing yet, so every number is checked before it is used.
-    """
+    """SHA-256 of the header, and tensor name → byte range in the file."""
+    # The safetensors library has checked nothing yet: every number here is a stranger's. A length
+    # beyond the file would be allocated before it is read.
     size = os.fstat(descriptor).st_size
     prefix = os.pread(descriptor, 8, 0)
     length = int.from_bytes(prefix, "little")
@@ -74,6 +73,7 @@ def _read_header(descriptor: int, where: str) -> tuple[str, dict[str, tuple[int,
         for name, entry in parse_json(header).items():
             if name != "__metadata__":
                 first, stop = entry["data_offsets"]
+                # type, not isinstance: true and false are numbers in Python.
                 if (
                     type(first) is not int
                     or type(stop) is not int
@@ -91,13 +91,11 @@ def _read_header(descriptor: int, where: str) -> tuple[str, dict[str, tuple[int,
 def _hash_ranges(
     descriptor: int, ranges: Mapping[str, tuple[int, int]], where: str
 ) -> dict[str, str]:
-    """SHA-256 of each range, in as many threads as there are cores.
+    """SHA-256 of each range, in as many threads as there are cores."""
 
-    Hashlib and reading let go of the GIL.
-
-    Read, not mapped: a file that is cut short meanwhile would end the process with SIGBUS.
-    """
-
+    # Threads suffice: hashlib and preadv let go of the GIL. preadv leaves the descriptor's position
+    # alone, which all threads share. And it reads instead of mapping: where a mapped file is cut
+    # short meanwhile, the next access ends the process (SIGBUS).
     def digest(item: tuple[str, tuple[int, int]]) -> tuple[str, str]:
         name, (start, stop) = item
         found, buffer = hashlib.sha256(), memoryview(bytearray(min(_CHUNK, stop - start)))

@@ -1,10 +1,7 @@
-"""What this user keeps on this host from one load to the next.
+"""Cache of this user on this host: folders by name, kept from one load to the next.
 
-Entries by name, in a folder nobody else can write.
-
-An optimisation: whatever fails here costs time and nothing else. An entry is a folder. Of several
-processes that want the same one, one makes it while the others wait, for as long as it shows signs
-of life.
+An optimisation: a failure costs time and nothing else. Of several processes that want the same
+entry one makes it, while the others wait for as long as it shows signs of life.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ __all__ = ["VARIABLE", "cache_folder", "entry", "has_room", "in_use", "is_used",
 # Environment variable: another folder, or "off".
 VARIABLE = "MLFLOW_SAFEFLAVOR_CACHE"
 
-_MOST_BYTES = 20 * 10**9
+_MOST_BYTES = 20 * 10**9  # of all entries together
 _SPARE_BYTES = 10**9  # left free on the disk
 _UNUSED = 30 * 86400.0  # seconds
 _LIFELESS = 1.0  # seconds to wait for a lock whose holder shows no sign of life
@@ -42,9 +39,7 @@ _logger = logging.getLogger("mlflow.safeflavor")
 
 
 def cache_folder() -> Path | None:
-    """The folder of all entries, which only this user can write.
-
-    None where there is none or none is wanted.
+    """The folder of all entries, which only this user can write; None if there is none or "off".
 
     In order: ``MLFLOW_SAFEFLAVOR_CACHE``; ``XDG_CACHE_HOME`` and ``~/.cache``, unless files cannot
     be locked there, as on some network file systems; and the temporary folder, for containers with
@@ -67,6 +62,8 @@ def _is_private(folder: Path) -> bool:
         facts = folder.lstat()
     except OSError:
         return False
+    # Copies and marks of this folder are believed. In the temporary folder anyone may have made it
+    # first, under this very name: a link (so lstat), or a folder that others may write (0o022).
     mine = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
     return mine and not facts.st_mode & 0o022 and os.access(folder, os.W_OK)
 
@@ -88,8 +85,7 @@ def entry(name: str) -> Iterator[Path | None]:
     """The folder of an entry, empty if it is new, for this process alone while the block lasts.
 
     None where there is no cache, or where another process holds the entry for more than a second
-    without a sign of life. What fails inside the block with an ``OSError`` is the caller's to take
-    lightly.
+    without a sign of life. An ``OSError`` inside the block is the caller's to take lightly.
     """
     with contextlib.ExitStack() as stack:
         folder = None
@@ -98,6 +94,7 @@ def entry(name: str) -> Iterator[Path | None]:
             try:
                 if stack.enter_context(_locked(root / f"{name}{_LOCK}")):
                     folder = root / name
+                    # Junk, such as of a backup program, must fail no load: it is replaced.
                     if not folder.is_dir() or folder.is_symlink():
                         folder.unlink(missing_ok=True)
                     folder.mkdir(mode=0o700, exist_ok=True)
@@ -111,17 +108,14 @@ def entry(name: str) -> Iterator[Path | None]:
 def in_use(folder: Path) -> int:
     """A descriptor that keeps an entry from being swept until it is closed."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    # no locks on folders: nor can a sweep take one, and leaves it alone
+    # Where folders cannot be locked, a sweep cannot lock this one either, and leaves it alone.
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return descriptor
 
 
 def is_used(folder: Path) -> bool:
-    """Whether somebody keeps an entry from being swept.
-
-    To be asked while it is this process's alone.
-    """
+    """Whether a process keeps an entry from being swept; asked inside ``entry`` of the same."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,6 +137,8 @@ def _locked(path: Path) -> Iterator[bool]:
         return
     done = threading.Event()
 
+    # To hash and copy gigabytes takes long, and a stopped process holds its lock for ever: only a
+    # fresh time of the lock file tells those who wait that the one is not the other.
     def show_life() -> None:
         while not done.wait(_LIFELESS / 4):
             with contextlib.suppress(OSError):
@@ -159,15 +155,17 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor with the lock; None if whoever has it does not let go."""
+    """A descriptor with the lock; None if its holder does not let go."""
     descriptor, began = _open_lock(path), time.monotonic()
     seen, since = -1, began
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A sweep may have removed the file between open and lock: a lock on a file without a
+            # name excludes nobody, since others make and lock a new one.
             if _is_at(descriptor, path):
                 return descriptor
-            os.close(descriptor)  # swept meanwhile
+            os.close(descriptor)
             descriptor = _open_lock(path)
             continue
         except BlockingIOError:
@@ -185,6 +183,7 @@ def _lock(path: Path) -> int | None:
 
 
 def _open_lock(path: Path) -> int:
+    # A link in its place is refused, and no pipe or device may make the opening wait.
     return os.open(
         path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
     )
@@ -205,14 +204,13 @@ def has_room(folder: Path, nbytes: int) -> bool:
     sweep(nbytes)
     root = folder.parent
     disk = os.statvfs(root)
+    # f_bavail, not f_bfree: the difference is root's own reserve.
     enough = disk.f_bavail * disk.f_frsize >= nbytes + _SPARE_BYTES
     return enough and sum(map(_size_of, _folders(root))) + nbytes <= _MOST_BYTES
 
 
 def sweep(room: int = 0) -> None:
-    """Remove entries that nobody uses now.
-
-    Those unused for a month, and the least recently used over 20 GB.
+    """Remove entries unused for a month, and the least recently used over 20 GB.
 
     Args:
         room: Bytes that are about to be added.
@@ -250,7 +248,10 @@ def _size_of(folder: Path) -> int:
 
 
 def _remove(folder: Path) -> bool:
-    """Remove an entry unless somebody makes, reads or uses it."""
+    """Remove an entry unless a process makes, reads or uses it."""
+    # Two locks: of the lock file, which its maker holds, and of the folder, which each user does
+    # (``in_use``). Neither is waited for: ``has_room`` sweeps while it holds an entry of its own,
+    # so two processes could wait for each other.
     lock = folder.with_name(f"{folder.name}{_LOCK}")
     held: list[int] = []
     try:
@@ -259,6 +260,7 @@ def _remove(folder: Path) -> bool:
         held.append(os.open(folder, os.O_RDONLY | os.O_CLOEXEC))
         fcntl.flock(held[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder)
+        # Last: from here on others may make the entry anew.
         lock.unlink(missing_ok=True)
         return True
     except OSError:

@@ -1,12 +1,9 @@
-"""``tensors.json``: what must be in each tensor of a module, and its data held to be mapped.
+"""``tensors.json``: the inventory of a module's tensors, and its files of weights held.
 
-No torch is needed.
-
-* A ``Row`` says what must be in one place of a module: kind, dtype, shape, and which data it looks
-  at;
+* A ``Row`` describes the tensor of one slot of a module: kind, dtype, shape, and the data it views;
 * a ``Data`` entry is one run of values in a safetensors file, with its SHA-256.
 
-Rows that look at the same data are one alias group: tied weights, declared or not, views of one
+Rows that view the same data are one alias group: tied weights, declared or not, views of one
 buffer.
 """
 
@@ -35,7 +32,7 @@ __all__ = [
     "write_inventory",
 ]
 
-# Bytes of an element, by dtype as torch calls it: all that safetensors can store.
+# Bytes of an element, by torch's name of the dtype: all that safetensors can store.
 ITEM_SIZES = {
     **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2"), 1),
     **dict.fromkeys(("uint16", "int16", "float16", "bfloat16"), 2),
@@ -46,13 +43,13 @@ ITEM_SIZES = {
 
 @dataclass(frozen=True)
 class Row:
-    """What must be in one slot.
+    """The tensor that must be in one slot.
 
     Attributes:
         path, kind, persistent: As in ``Slot``.
         dtype: Like ``float32``.
         shape: Sizes.
-        data: Name of the ``Data`` it looks at; equal names are one alias group.
+        data: Name of the ``Data`` that it views; equal names are one alias group.
         stride: In elements, for a tensor that is not contiguous; else None.
         offset: In elements from the start of the data.
         parameter: Whether the tensor is an ``nn.Parameter``.
@@ -90,7 +87,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Everything a module's memory holds.
+    """All tensors of a module.
 
     Attributes:
         rows: Path → row.
@@ -151,6 +148,7 @@ def read_inventory(layout: Layout) -> Inventory:
         if content["version"] != _INVENTORY_VERSION:
             raise ValueError(f"version {content['version']!r}")
         rows = [
+            # Unknown keys are a TypeError, and so malformed, as are missing ones.
             Row(**{**row, "shape": tuple(row["shape"]), "stride": _tuple(row["stride"])})
             for row in content["tensors"]
         ]
@@ -175,15 +173,13 @@ def _tuple(value: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def _check_inventory(inventory: Inventory, row_count: int) -> None:
-    """Everything a later step relies on.
-
-    Known dtypes, plain file names, views inside their data.
-    """
+    """Check what later steps rely on: known dtypes, plain file names, views inside their data."""
     if len(inventory.rows) != row_count:
         raise ValueError("a path stands there twice")
     for name, entry in inventory.data.items():
         if entry.dtype not in ITEM_SIZES or entry.file not in inventory.files:
             raise ValueError(f"data {name!r}: dtype {entry.dtype!r}, file {entry.file!r}")
+    # Joined to the artifact's folder below: "../other" or "/etc/…" would be hashed and mapped.
     for file in inventory.files:
         if os.path.basename(file) != file or not file.endswith(".safetensors"):
             raise ValueError(f"file {file!r}")
@@ -194,6 +190,8 @@ def _check_inventory(inventory: Inventory, row_count: int) -> None:
         ):
             raise ValueError(f"tensor {row.path!r}, {row.kind!r}")
         entry = inventory.data[row.data]
+        # None negative, or a view could begin before its data; and none beyond 64 bits, which torch
+        # would refuse with an error of its own.
         numbers = (*row.shape, *(row.stride or ()), row.offset, *entry.shape)
         if row.dtype != entry.dtype or any(
             type(n) is not int or not 0 <= n < 2**63 for n in numbers
@@ -201,6 +199,8 @@ def _check_inventory(inventory: Inventory, row_count: int) -> None:
             raise ValueError(f"tensor {row.path!r}")
         if row.stride is not None and len(row.stride) != len(row.shape):
             raise ValueError(f"tensor {row.path!r}: stride {row.stride}")
+        # as_strided trusts its arguments: a view past the end of a mapped file reads other memory
+        # of this process, or ends it.
         steps = row.stride or contiguous_stride(row.shape)
         last = row.offset + sum(
             max(size - 1, 0) * step for size, step in zip(row.shape, steps, strict=True)
@@ -214,19 +214,17 @@ def _check_inventory(inventory: Inventory, row_count: int) -> None:
 def hold_weights(
     inventory: Inventory, layout: Layout, *, hashes: bool = True, rehash: bool = False
 ) -> tuple[list[HeldFile], list[str]]:
-    """Open all files of weights, and compare their digests.
-
-    From then on the layout says where to map them from.
+    """Open all files of weights and compare their digests; the layout then says where to map them.
 
     Args:
-        inventory: Names them, and says what must be in them.
+        inventory: Their names and digests.
         layout: Changed: ``held``.
         hashes: Compare digests; otherwise files stay where they are, unless they are small.
-        rehash: Believe nothing that this host remembers.
+        rehash: Hash also files that this host has hashed before.
 
     Returns:
-        The files, which must live as long as what is mapped from them; and bytes that are not the
-        ones that were saved, one sentence each.
+        The files, which must live as long as tensors mapped from them; and differences from the
+        recorded digests, one sentence each.
 
     Raises:
         IntegrityError: A file is missing, cut short, or its header is malformed.
@@ -247,6 +245,7 @@ def hold_weights(
             FileDigests(header, tensors) if hashes else None,
             rehash=rehash,
         )
+        # Mapped from there, not from the artifact: see ``weights_files``.
         layout.held[path] = file.path
         held.append(file)
         wrong += problems

@@ -1,4 +1,4 @@
-"""JSON: written as the same bytes for the same value, read as what a stranger wrote."""
+"""JSON: written as the same bytes for the same value, read without trust in its author."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mlflow_safeflavor.errors import IntegrityError
 
 __all__ = ["MAX_JSON", "parse_file", "parse_json", "read_json", "write_json"]
 
-MAX_JSON = 64 * 10**6  # read whole, and some 20 times larger as objects
-# lists and dicts within each other; of all that was ever saved a config's few levels are the most
+MAX_JSON = 64 * 10**6  # bytes; read whole, and some 20 times larger as objects
+# Lists and dicts within each other. Of all that was ever saved a config's few levels are the most.
 _DEEPEST = 100
 _TOO_DEEP = f"lists or dicts nested more than {_DEEPEST} deep"
 
@@ -30,8 +30,7 @@ def read_json(path: Path, *, strict: bool = True) -> Any:
 
     Args:
         path: The file.
-        strict: Refuse links, and what JSON does not have but Python reads: equal keys, NaN and
-            infinities.
+        strict: Refuse links, and Python's extensions of JSON: equal keys, NaN and infinities.
 
     Raises:
         IntegrityError: The file is missing, no plain file, too large, no JSON, or nested too deep.
@@ -42,10 +41,7 @@ def read_json(path: Path, *, strict: bool = True) -> Any:
 
 
 def parse_file(text: str, path: Path, strict: bool = True) -> Any:
-    """``parse_json`` of what was read of a file of an artifact.
-
-    Raises ``IntegrityError`` that names it.
-    """
+    """Parse a file of an artifact that was read; raises ``IntegrityError`` that names it."""
     try:
         return parse_json(text, strict=strict)
     except ValueError as error:
@@ -58,10 +54,10 @@ def parse_file(text: str, path: Path, strict: bool = True) -> Any:
 
 
 def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
-    """Parse JSON that any function may walk by recursion, wherever Python stands.
+    """Parse JSON of bounded depth, which any function may walk by recursion.
 
     Args:
-        text: What somebody else wrote.
+        text: A stranger's.
         strict: Also refuse equal keys, NaN and infinities.
 
     Raises:
@@ -75,6 +71,9 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
         content = json.loads(text, **hooks if strict else {})
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
+    # The parser's own bound is Python's stack, as much as is left of it where this is called: what
+    # passes here could still overflow a function that walks it from a deeper place. Level by level,
+    # not by recursion, for the same reason.
     level = [content]
     for _ in range(_DEEPEST + 1):
         parts = [
@@ -89,7 +88,8 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse equal keys: parsers differ in which one they keep, so a check could see the other."""
+    # Parsers differ in which of two equal keys they keep: a check would see one, tokenizers or
+    # safetensors, which parse in Rust, the other.
     content = dict(pairs)
     if len(content) != len(pairs):
         raise ValueError("a key stands there twice")

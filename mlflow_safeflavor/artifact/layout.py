@@ -1,4 +1,4 @@
-"""The files of a saved model: their names, and what was read of them."""
+"""The files of a saved model: their names, and contents that were read."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _MAX_TOKENIZER = 256 * 10**6  # the largest ever seen had 34 MB
 
 
 class Layout:
-    """Where each file of an artifact lies below its root folder, and what was in it.
+    """Paths of an artifact's files below its root folder, and contents that were read.
 
     Args:
         root: The folder.
-        keeps: Read each file once: later readers get what the first one got, whatever happened to
-            the file.
+        keeps: Read each file once: later readers get the same bytes, also where the file was
+            changed or removed meanwhile.
     """
 
     MLMODEL = "MLmodel"
@@ -59,22 +59,20 @@ class Layout:
         self.manifest = self.data / "manifest.json"
         # Where to map a file of weights from, once it is held; see ``weights_files``.
         self.held: dict[Path, Path] = {}
-        # Name → SHA-256 of files that were compared with the manifest: who reads one gets these
+        # Name → SHA-256 of files that were compared with the manifest: reading one gives these
         # bytes or an error.
         self.sealed: dict[str, str] = {}
         self._contents: dict[Path, bytes] | None = {} if keeps else None
 
     def golden(self, engine: str) -> tuple[Path, Path]:
-        """Golden rows as an engine answered them: what it said, and arrays."""
+        """Paths of the golden rows as an engine answered them: JSON, and arrays."""
         if engine == "module":
             return self.parity, self.parity_tensors
         return self.data / f"parity-{engine}.json", self.data / f"parity-{engine}.safetensors"
 
     def recorded(self, engine: str) -> tuple[Path, Path]:
-        """Golden rows that an engine is compared with.
-
-        In OpenVINO those of ONNX Runtime where it has none.
-        """
+        """Paths of the golden rows that an engine is compared with."""
+        # OpenVINO may be asked for at load alone, for a model saved to be served by ONNX Runtime.
         own = self.golden(engine)
         return self.golden("onnx") if engine == "openvino" and not own[0].exists() else own
 
@@ -84,10 +82,7 @@ class Layout:
         return pure.parent.as_posix() == self.DATA and pure.match("model*.safetensors")
 
     def limit_of(self, name: str) -> int | None:
-        """Bytes that a file may have which is read whole.
-
-        None for weights, code and what nobody reads.
-        """
+        """Bytes that a file may have which is read whole; None for weights, code and all others."""
         pure = PurePosixPath(name)
         if pure.parts[:2] == (self.DATA, self.tokenizer.name):
             return _MAX_TOKENIZER
@@ -110,6 +105,7 @@ class Layout:
             return self._contents[path]
         name = self.name_of(path)
         content = read_bytes(path, self.limit_of(name) or sys.maxsize)
+        # Compared with the manifest before; but between that and this somebody may have written.
         if name in self.sealed and hashlib.sha256(content).hexdigest() != self.sealed[name]:
             raise IntegrityError(
                 "A file of the artifact was changed while it was loaded",
@@ -125,7 +121,7 @@ class Layout:
         return parse_file(decode(self.read_bytes(path), path), path)
 
     def keep(self, *folders: Path) -> None:
-        """Read all files below folders now, so that nobody reads them later."""
+        """Read all files below folders now, for tokenizers and processors that are made later."""
         for path in (
             path for folder in folders for path in folder.rglob("*") if self._contents is not None
         ):
@@ -133,7 +129,7 @@ class Layout:
                 self.read_bytes(path)
 
     def has(self, folder: Path) -> bool:
-        """Whether there is such a folder, or was when it was kept."""
+        """Whether a folder exists, or did when it was kept."""
         return any(folder in path.parents for path in self._contents or ()) or folder.is_dir()
 
     @contextmanager
@@ -154,7 +150,8 @@ class Layout:
                     copy = scratch / path.relative_to(folder)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     copy.write_bytes(content)
-            # nowhere to write: the artifact's own files will do, if they are still the same
+            # Nowhere to write, as in a container that is read-only without a /tmp: the artifact's
+            # own files will do, if they are still the same.
             except OSError:
                 if any(read_bytes(path, sys.maxsize) != content for path, content in kept.items()):
                     raise IntegrityError(

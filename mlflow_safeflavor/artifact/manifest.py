@@ -1,7 +1,4 @@
-"""The manifest of a saved model.
-
-Size and SHA-256 of every file, and what of ``MLmodel`` answers depend on.
-"""
+"""The manifest: size and SHA-256 of every file, and a digest of ``MLmodel``'s guarded parts."""
 
 from __future__ import annotations
 
@@ -32,11 +29,12 @@ def digest_json(value: object) -> str:
     """SHA-256 of a JSON-able value, independent of key order.
 
     Raises:
-        IntegrityError: It is no JSON, or larger than anything that was ever meant: a few lines of
-            YAML can name one list a billion times.
+        IntegrityError: It is no JSON, or far larger than that of any model.
     """
     digest, size = hashlib.sha256(), 0
     try:
+        # Piece by piece: by aliases a few lines of YAML can name one list a billion times, which
+        # costs nothing before it is written out.
         for part in json.JSONEncoder(sort_keys=True, default=str).iterencode(value):
             digest.update(part.encode())
             size += len(part)
@@ -53,10 +51,8 @@ def digest_json(value: object) -> str:
 
 
 def write_manifest(layout: Layout, *, mlmodel: Mapping[str, Any]) -> None:
-    """Record size and SHA-256 of every file but ``MLmodel``, and of that the guarded parts.
-
-    ``MLmodel`` itself cannot be listed: MLflow adds run, model and registry ids to it later.
-    """
+    """Record size and SHA-256 of every file but ``MLmodel``, and of that the guarded parts."""
+    # MLmodel cannot be listed as a file: MLflow adds run, model and registry ids to it later.
     own = (layout.MLMODEL, layout.name_of(layout.manifest))
     files = {
         name: {"sha256": digest_of_file(layout.root / name), "size": facts.st_size}
@@ -68,7 +64,7 @@ def write_manifest(layout: Layout, *, mlmodel: Mapping[str, Any]) -> None:
 
 
 def read_manifest(layout: Layout) -> dict[str, Any]:
-    """The manifest, with its shape and its names checked.
+    """Read the manifest; check its keys, its names and its own digest.
 
     Raises:
         IntegrityError: It is missing or malformed, or a name in it points outside the artifact.
@@ -94,6 +90,8 @@ def read_manifest(layout: Layout) -> dict[str, Any]:
         raise IntegrityError("The manifest is malformed", where=where, hint=FETCH_AGAIN)
     for name in files:
         pure = PurePosixPath(name)
+        # Readers join names to the artifact's folder, and copy files under them: none may lead out
+        # of it, also not on Windows (``\\``), nor be so long that the system raises its own error.
         too_long = (
             any(len(part.encode(errors="replace")) > 255 for part in pure.parts) or len(name) > 4096
         )
@@ -110,7 +108,8 @@ def read_manifest(layout: Layout) -> dict[str, Any]:
                 found=repr(name[:300]),
                 hint=FETCH_AGAIN,
             )
-    # Some of its lines nobody compares with anything: the weights are hashed tensor by tensor.
+    # Of weights, hashed tensor by tensor, the digests in here are compared with nothing: damage of
+    # these lines is seen by the manifest's own digest alone.
     if manifest["sha256"] != digest_json(
         {name: manifest[name] for name in manifest.keys() - {"sha256"}}
     ):
@@ -133,12 +132,14 @@ def find_broken_files(
         layout: The artifact.
         mlmodel: The parts of ``MLmodel`` that ``write_manifest`` was given.
         digests: Also read and hash every file; otherwise only names and sizes are compared.
-        elsewhere: Names whose bytes somebody else hashes (the weights, tensor by tensor).
+        elsewhere: Names that are hashed elsewhere (the weights, tensor by tensor).
     """
     manifest, there = read_manifest(layout), list_files(layout.root)
     files = manifest["files"]
     if manifest["mlmodel"] != digest_json(mlmodel):
         yield f"{layout.MLMODEL}: its flavors or signature are not the ones that were saved"
+    # Kind and size before content: to open a pipe may wait for ever, and gigabytes of a file that
+    # was cut short need not be hashed.
     for name, entry in files.items():
         if name not in there:
             yield f"{name}: is missing{_link_above(layout.root, name)}"
@@ -170,7 +171,7 @@ def find_broken_files(
 
 
 def _link_above(root: Path, name: str) -> str:
-    """Names a folder that is a symbolic link: nobody would look at what is behind it."""
+    """Words that name the symbolic link above a missing file; the walk of files follows none."""
     links = (parent for parent in PurePosixPath(name).parents if (root / parent).is_symlink())
     link = next((parent.as_posix() for parent in links if parent.as_posix() != "."), None)
     return f", as {link} is a symbolic link" if link else ""

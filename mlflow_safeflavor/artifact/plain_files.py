@@ -1,7 +1,4 @@
-"""Plain files of a folder that a stranger wrote.
-
-No links, pipes or devices, not too many, not too large.
-"""
+"""Plain files of a stranger's folder: no links, pipes or devices, not too many, not too large."""
 
 from __future__ import annotations
 
@@ -35,13 +32,15 @@ FETCH_AGAIN = (
 )
 _MAX_FILES = 50_000
 _MAX_DEPTH = 64  # folders; Python's own walks recurse, and end in RecursionError
+# A link could lead to any file that this user may read, and a pipe without a writer makes the
+# opening wait for ever.
 _NO_BLOCKING = (
     getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 )
 
 
 def reason_to_refuse(mode: int) -> str | None:
-    """What a file is if not a plain one: opening a pipe waits for ever, and a device never ends."""
+    """Words for the kind of a file that is not plain; None for a plain one."""
     kinds = {stat.S_ISLNK: "a symbolic link", stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe"}
     kinds |= {stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
     return next((words for is_kind, words in kinds.items() if is_kind(mode)), None)
@@ -57,6 +56,7 @@ def open_plain(path: Path) -> Iterator[io.FileIO]:
     with _named(path):
         descriptor = os.open(path, os.O_RDONLY | _NO_BLOCKING)
     with io.FileIO(descriptor) as file:
+        # Asked of what is open: between a look at the name and its opening it could become a pipe.
         if kind := reason_to_refuse(os.fstat(descriptor).st_mode):
             raise _refusal(path, kind)
         yield file
@@ -82,7 +82,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
     Args:
         path: The file.
-        limit: Bytes it may have.
+        limit: Bytes that it may have.
 
     Raises:
         IntegrityError: See ``open_plain``; or it is larger.
@@ -101,15 +101,12 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """Read a plain file of UTF-8.
-
-    Raises IntegrityError as ``read_bytes`` does, and where it is no UTF-8.
-    """
+    """Read a plain file of UTF-8; raises as ``read_bytes`` and ``decode``."""
     return decode(read_bytes(path, limit), path)
 
 
 def decode(content: bytes, path: Path) -> str:
-    """Text of a file that was read; raises IntegrityError where it is no UTF-8."""
+    """Text of a file that was read; raises ``IntegrityError`` where it is no UTF-8."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -119,7 +116,7 @@ def decode(content: bytes, path: Path) -> str:
 
 
 def _read_at_most(file: io.FileIO, limit: int) -> bytes:
-    """What is there now: the file may grow while it is read."""
+    # Not file.read(): the file may grow after its size was looked at, and without end.
     parts, left = [], limit
     while left > 0 and (part := file.read(min(left, 1 << 20))):
         parts.append(part)
@@ -128,9 +125,7 @@ def _read_at_most(file: io.FileIO, limit: int) -> bytes:
 
 
 def list_files(root: Path) -> dict[str, os.stat_result]:
-    """Relative name → facts of everything below a folder that is no folder; follows no link.
-
-    Byte code in ``__pycache__`` is left out: running vendored code leaves it behind.
+    """Relative name → facts of all files below a folder, of any kind; follows no link.
 
     Raises:
         IntegrityError: A folder cannot be read, or there are more files or deeper folders than in
@@ -145,8 +140,10 @@ def list_files(root: Path) -> dict[str, os.stat_result]:
                 name = f"{folder}/{entry.name}" if folder else entry.name
                 if not entry.is_dir(follow_symlinks=False):
                     found[name] = entry.stat(follow_symlinks=False)
+                # Byte code is left out: running vendored code leaves it behind.
                 elif entry.name != "__pycache__":
                     waiting.append((name, depth + 1))
+        # In the loop, so that a walk of millions of files ends here and not in a day.
         if depth > _MAX_DEPTH or len(found) + len(waiting) > _MAX_FILES:
             raise IntegrityError(
                 "The artifact holds more files or deeper folders than any model",
@@ -159,7 +156,7 @@ def list_files(root: Path) -> dict[str, os.stat_result]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """What the system says about a file, under a name of ours."""
+    """Raise ``IntegrityError`` for errors of the system."""
     try:
         yield
     except FileNotFoundError:
@@ -195,10 +192,8 @@ def _refusal(path: Path, kind: str) -> IntegrityError:
 
 
 def hint_of(problem: str) -> str:
-    """What to do about an artifact whose files are not those that were saved.
-
-    Links are no damage.
-    """
+    """The hint for an artifact whose files are not those that were saved."""
+    # Links are no damage: tools that keep each content once make them. A copy without them loads.
     return (
         "copy the model with `cp -rL`, which copies what links point to"
         if "a symbolic link" in problem

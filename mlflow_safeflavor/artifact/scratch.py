@@ -1,11 +1,9 @@
-"""Folders that end with their process.
+"""Scratch folders, removed by their process, or if it was killed by the next that makes one there.
 
-It removes them, or the next process that makes one there does.
-
-A signal ends Python without unwinding, so what a killed process leaves has to be found by another.
-A folder is locked (``flock`` on the folder itself, which the kernel gives up with the process) as
-long as it is in use. Locks are not seen from every other host of a shared file system, so its name
-tells the host, and elsewhere only age counts.
+A signal ends Python without unwinding, so leftovers of a killed process have to be found by
+another. A folder is locked (``flock`` on the folder itself, which the kernel gives up with the
+process) as long as it is in use. Locks are not seen from every other host of a shared file system,
+so its name tells the host, and elsewhere only age counts.
 """
 
 from __future__ import annotations
@@ -31,20 +29,18 @@ except ImportError:  # Windows: no locks, so that there only age counts
 
 __all__ = ["NOTE", "add_companion", "dead_folders", "scratch_folder"]
 
-# Seconds without a write, after which a folder is swept whose process cannot be asked.
+# Seconds without a write, after which a folder is swept whose lock cannot be asked for.
 _OLD = 86_400.0
 
 _COMPANION = "companion.json"
-# A scratch folder that holds a file of this name is left to whoever reads it, until it is old.
+# A scratch folder with a file of this name is left to its reader (``save.logged``) until it is old.
 NOTE = "note.json"
 
 
 @cache
 def _host() -> str:
-    """Names the running kernel, which is what keeps the locks.
-
-    Containers share it, another boot is another.
-    """
+    """Name of the running kernel, which keeps the locks; containers share it."""
+    # The boot's own id: no lock survives a restart, though the folder does.
     try:
         kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     except OSError:
@@ -61,9 +57,7 @@ _NAME = re.compile(
 def scratch_folder(
     kind: str, parent: Path | None = None, *, stem: str = "safeflavor"
 ) -> Iterator[Path]:
-    """A new folder, removed on leaving unless it was renamed.
-
-    Before that, what killed processes left is swept.
+    """Sweep leftovers of killed processes, and make a folder, removed on leaving unless renamed.
 
     Args:
         kind: The end of its name, one of those in ``_NAME``.
@@ -73,14 +67,15 @@ def scratch_folder(
     """
     temporary = Path(tempfile.gettempdir())
     parent = temporary if parent is None else parent
-    for place in dict.fromkeys((parent, temporary)):
-        _sweep(place)
+    for swept in dict.fromkeys((parent, temporary)):
+        _sweep(swept)
     folder, lock = _make(parent, f"{stem[:200]}-{_host()}-", f".{kind}")
     process = os.getpid()
     try:
         yield folder
     finally:
-        if os.getpid() == process:  # a child that was forked meanwhile ends, too
+        # A child that was forked meanwhile unwinds here as well, and the folder is its parent's.
+        if os.getpid() == process:
             shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
@@ -92,7 +87,7 @@ def add_companion(folder: Path, companion: Path) -> None:
     content = {"path": os.path.abspath(companion), "device": facts.st_dev, "inode": facts.st_ino}
     written = folder / "companion.new"
     written.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(written, folder / _COMPANION)  # all of it, or nothing
+    os.replace(written, folder / _COMPANION)  # a kill in the middle leaves no half of a path
 
 
 def dead_folders(parent: Path, kind: str | None = None) -> Iterator[Path]:
@@ -122,6 +117,7 @@ def _sweep(parent: Path) -> None:
             content = json.loads((folder / _COMPANION).read_text(encoding="utf-8"))
             companion = Path(content["path"])
             facts = companion.lstat()
+            # Only the very folder that was noted: by now another may have its name.
             if (facts.st_dev, facts.st_ino) == (content["device"], content["inode"]):
                 shutil.rmtree(companion, ignore_errors=True)
         if is_old or not (folder / NOTE).exists():
@@ -129,12 +125,13 @@ def _sweep(parent: Path) -> None:
 
 
 def _make(parent: Path, prefix: str, suffix: str) -> tuple[Path, int | None]:
-    """A new folder and what holds its lock; None where the file system has no locks."""
+    """A new folder, and the descriptor of its lock; None where the file system has no locks."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
         try:
             lock = _lock(folder)
-        except OSError:  # a sweep came between, and removes it
+        # Between making and locking a sweep may lock the folder and remove it: made once more.
+        except OSError:
             continue
         if lock is None or _is(folder, lock):
             return folder, lock
@@ -145,10 +142,11 @@ def _lock(folder: Path) -> int | None:
     """A descriptor that holds the lock; None where there are none.
 
     Raises:
-        OSError: Somebody else holds it, or there is no such folder.
+        OSError: Another process holds it, or there is no such folder.
     """
     if fcntl is None:
         return None
+    # The folder itself, not a file in it, which would be gone while the rest is being removed.
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,12 +161,11 @@ def _lock(folder: Path) -> int | None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Holds the lock of a folder of this user.
-
-    Says whether there are locks; raises ``OSError`` as ``_lock`` does.
-    """
+    """Hold the lock of a folder of this user; False without locks; raises as ``_lock``."""
     lock = _lock(folder)
     try:
+        # Its maker may have removed it since the name was listed, and another user may have made
+        # one of that name: nothing of theirs is removed.
         if lock is not None and not _is(folder, lock):
             raise FileNotFoundError(folder)
         if hasattr(os, "geteuid") and folder.lstat().st_uid != os.geteuid():
@@ -187,5 +184,5 @@ def _is(folder: Path, descriptor: int) -> bool:
 
 
 def _is_old(folder: Path) -> bool:
-    """Whether nothing of it was written for long; what vanishes meanwhile makes an ``OSError``."""
+    """Whether nothing of it was written for a day; raises ``OSError`` if a file vanishes."""
     return all(time.time() - path.lstat().st_mtime > _OLD for path in (folder, *folder.rglob("*")))

@@ -1,4 +1,4 @@
-"""What a saved model is, in one frozen record that is the ``safeflavor`` entry of ``MLmodel``."""
+"""The spec: facts about a saved model, as the ``safeflavor`` entry of ``MLmodel`` has them."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ STRUCTURE_KINDS = ("transformers", "torch", "import", "pickle", "graph")
 
 _NAME = r"[^\W\d]\w*"
 _QUALNAME = rf"({_NAME}|<locals>|<lambda>)"
-# Used with fullmatch. None of these may hold what ends a line, or what a shell, Dockerfile or
-# terminal obeys: readers print them, and write them into files.
+# Used with fullmatch. None of these may hold the end of a line, or a sign that a shell, Dockerfile
+# or terminal obeys: readers print them, and write them into files.
 _PATTERNS = {
     "task": (r"[a-z0-9]{1,40}(-[a-z0-9]{1,40}){0,5}", "words of small letters with dashes"),
     "model_class": (
@@ -72,7 +72,7 @@ def is_plain_text(value: object) -> bool:
 
 
 def is_scalar(value: object) -> bool:
-    """Whether it is a JSON value without parts; texts are plain, numbers finite and of 64 bits."""
+    """Whether it is a JSON value without parts: a plain text, finite number, bool or None."""
     if isinstance(value, (bool, int)):
         return -(2**63) <= value < 2**63
     return (
@@ -81,7 +81,8 @@ def is_scalar(value: object) -> bool:
 
 
 def _is_json(value: object, nesting: int = 0) -> bool:
-    """Whether it is JSON; texts may have lines here, as prompts and labels do."""
+    """Whether it is JSON; texts may have several lines here, as prompts and labels do."""
+    # A spec is made in code, too, where no parser has bounded its depth.
     if nesting > _MAX_NESTING:
         return False
     if isinstance(value, Mapping):
@@ -94,7 +95,7 @@ def _is_json(value: object, nesting: int = 0) -> bool:
 
 
 def _find_malformed(spec: ModelSpec) -> Iterator[tuple[str, str, object]]:
-    """Where, wanted and found of every field that no model was saved with."""
+    """Where, wanted and found of every field with a value that no save writes."""
     for name, (pattern, words) in _PATTERNS.items():
         value = getattr(spec, name)
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
@@ -117,23 +118,21 @@ def _find_malformed(spec: ModelSpec) -> Iterator[tuple[str, str, object]]:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Facts about one saved model that everything else is derived from.
+    """Facts about one saved model, checked whenever one is made.
 
     Attributes:
         task: Name in ``mlflow_safeflavor.tasks.table.TASKS``.
         dtype: Serving dtype of the floating point weights; one of ``DTYPES`` or ``AS_IS``.
         structure: How the module is rebuilt; one of ``STRUCTURE_KINDS``.
         model_class: ``module:qualname`` of the module's class.
-        task_config: What the task recorded at save (pooling, labels, padding, …); JSON only.
+        task_config: Facts that the task recorded at save (pooling, labels, padding, …); JSON only.
         input_columns: Field of the task → column name in the user's rows; None for a sole column
             without a name.
         model_config: Run-time options with their stored defaults.
         loader_version: Release of this package that wrote the artifact.
         loader_digest: SHA-256 over the vendored loader's source.
-        cast_from: Dtypes that weights had before they were cast to ``dtype`` though nobody asked
-            for it, or nothing.
-        runs: What of its own the artifact runs when loaded: "code", "pickle"; the caller must
-            agree.
+        cast_from: Dtypes of weights before a cast to ``dtype`` that the user did not ask for.
+        runs: Kinds of agreement that the caller must give: "code", "pickle".
         format_version: See ``FORMAT_VERSION``.
     """
 
@@ -187,6 +186,7 @@ class ModelSpec:
                 wanted="a mapping",
                 found=repr(entry),
             )
+        # The version first: of a newer format no other key is known to mean the same.
         version = entry.get("format_version")
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise IntegrityError(
@@ -233,7 +233,7 @@ def read_spec(layout: Layout) -> tuple[ModelSpec, dict[str, Any]]:
         IntegrityError: ``MLmodel`` is missing, malformed, or of another flavor.
         FormatVersionError: A newer release wrote it.
     """
-    with suppress(PermissionError):  # which reading names
+    with suppress(PermissionError):  # the reader below words it
         if not os.path.lexists(layout.mlmodel):
             raise IntegrityError(
                 "There is no MLflow model",
@@ -244,7 +244,7 @@ def read_spec(layout: Layout) -> tuple[ModelSpec, dict[str, Any]]:
     try:
         content = yaml.safe_load(read_text(layout.mlmodel, layout.limit_of(layout.MLMODEL) or 0))
         entry = content["flavors"][FLAVOR_NAME]
-    # such as a date of no calendar
+    # YAML makes dates of texts like 2026-13-40, and raises ValueError for those of no calendar.
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise IntegrityError(
             "MLmodel cannot be read", where=layout.mlmodel, found=error, hint=FETCH_AGAIN
@@ -260,8 +260,5 @@ def read_spec(layout: Layout) -> tuple[ModelSpec, dict[str, Any]]:
 
 
 def guarded_parts(mlmodel: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of ``MLmodel`` that predictions depend on.
-
-    MLflow adds ids and dates to the rest.
-    """
+    """The parts of ``MLmodel`` that predictions depend on; MLflow changes only the rest."""
     return {name: mlmodel.get(name) for name in ("flavors", "signature")}

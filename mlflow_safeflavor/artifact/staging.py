@@ -35,6 +35,7 @@ def staging(target: str | Path, *, umask: int | None = None) -> Iterator[Path]:
             hint="choose another path or remove it first",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target: a rename within one file system is all or nothing.
     with scratch_folder("staging", target.parent, stem=f".{target.name}") as stage:
         yield stage
         # The folder is made private (0700), and safetensors' files are (0600); a model has the
@@ -44,16 +45,14 @@ def staging(target: str | Path, *, umask: int | None = None) -> Iterator[Path]:
 
 
 def _own_umask() -> int:
+    # There is no other way to ask: for an instant other threads make files that all may write.
     umask = os.umask(0)
     os.umask(umask)
     return umask
 
 
 def _set_modes(root: Path, umask: int) -> None:
-    """Give a folder and all below it the modes that new ones get under ``umask``.
-
-    Scripts stay executable.
-    """
+    """Give a folder and all below it the modes of new ones; what is executable stays so."""
     for path in (root, *root.rglob("*")):
         if not path.is_symlink():
             executable = 0o111 if path.is_dir() else path.stat().st_mode & 0o111

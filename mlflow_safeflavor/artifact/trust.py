@@ -1,8 +1,8 @@
-"""What we agree to rebuild: nothing an artifact names runs before it was looked at here.
+"""Rules of trust: nothing that an artifact names runs before it passed them.
 
-Somebody who agreed to nothing gets classes whose saving was proven, made from plain values: neither
-a config nor an argument names code, a file or a repository. ``guard`` is there for what this does
-not foresee.
+Without agreement only classes are made whose saving was proven, from plain values: neither a config
+nor an argument names code, a file or a repository. ``guard`` stands behind, against whatever these
+lists do not foresee.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = [
     "require_no_shadows",
 ]
 
-# What an artifact may want to run: modules from its code folder, or a pickle.
+# Kinds of agreement: to modules from the artifact's code folder, and to a pickle.
 KINDS = ("code", "pickle")
 
 
 def require_known(trust: Collection[str]) -> None:
-    """Refuse agreement to something that does not exist, which is a typing mistake.
+    """Refuse agreement of an unknown kind, which is a typing mistake.
 
     Raises:
         TrustError: Names the unknown kind.
@@ -47,14 +47,14 @@ def require_known(trust: Collection[str]) -> None:
 
 
 def require_agreed(kind: str, trust: Collection[str], what: str) -> None:
-    """Refuse to run something the caller did not agree to.
+    """Refuse a kind of code that the caller did not agree to.
 
-    Called first thing, and again at the very place.
+    Called first thing in a load, and again right before the code would run.
 
     Args:
         kind: "code" or "pickle".
-        trust: What the caller agreed to.
-        what: What would run.
+        trust: Kinds that the caller agreed to.
+        what: Name of the class, hook or file that would run.
 
     Raises:
         TrustError: ``kind`` is not in ``trust``.
@@ -75,7 +75,8 @@ def require_agreed(kind: str, trust: Collection[str], what: str) -> None:
         )
 
 
-# Modules that must come from where Python and pip put them.
+# Modules that may come only from the folders of Python and pip. ("test" is in the standard library,
+# and a common name for code of one's own.)
 _NOT_YOURS = frozenset(sys.stdlib_module_names) - {"test"} | {
     *("accelerate", "cloudpickle", "huggingface_hub", "mlflow", "numpy", "packaging", "pandas"),
     *("safetensors", "tokenizers", "torch", "transformers", "yaml"),
@@ -85,7 +86,7 @@ _NOT_YOURS = frozenset(sys.stdlib_module_names) - {"test"} | {
 def require_no_shadows(code: Path) -> None:
     """Refuse code that Python would import in place of torch or of its own library.
 
-    Under pyfunc, MLflow has put the folder first on the path: called before torch is imported.
+    Called before torch is imported: under pyfunc, MLflow has put the folder first on the path.
 
     Raises:
         StructureError: Names the module.
@@ -142,15 +143,16 @@ _LABELS = frozenset(("id2label", "label2id"))
 
 
 def find_steering(content: Any, *, trusted: bool = False, where: str = "") -> Iterator[str]:
-    """What a config, or the JSON of a processor or tokenizer, would have libraries load.
-
-    Keys with their values.
+    """Keys of a config, or of a processor's or tokenizer's JSON, that make libraries load more.
 
     Args:
         content: JSON, looked at as deep as it is.
-        trusted: Whether the code of the artifact runs anyhow: then only what would bring other code
-            is found.
-        where: The key of ``content``, for those that are found.
+        trusted: Whether the code of the artifact runs anyhow: then only keys that bring other code
+            are found.
+        where: Key of ``content`` itself, as a prefix.
+
+    Yields:
+        Key and value.
     """
     pairs = (
         content.items()
@@ -161,6 +163,7 @@ def find_steering(content: Any, *, trusted: bool = False, where: str = "") -> It
         path = f"{where}.{key}".removeprefix(".")
         if _steers(str(key), value, trusted):
             yield f"{path}: {str(value)[:100]!r}"
+        # Labels are words of the user's, such as "file" and "checkpoint", not keys of a library.
         elif isinstance(value, (dict, list)) and key not in _LABELS:
             yield from find_steering(value, trusted=trusted, where=path)
 
@@ -182,7 +185,7 @@ def _steers(key: str, value: Any, trusted: bool) -> bool:
 
 
 def portable(config: Any) -> Any:
-    """A config without what says where it and its weights came from; both are in the artifact."""
+    """A config without the names of its origin; config and weights are in the artifact."""
     if isinstance(config, list):
         return [portable(value) for value in config]
     if not isinstance(config, dict):
@@ -192,6 +195,7 @@ def portable(config: Any) -> Any:
         for key, value in config.items()
         if key not in (*_CODE, "_name_or_path")
     }
+    # Its weights are in the artifact, and True would have transformers fetch them once more.
     return kept | ({"use_pretrained_backbone": False} if "use_pretrained_backbone" in kept else {})
 
 

@@ -36,12 +36,12 @@ except ImportError:  # Windows
 
 __all__ = ["HeldFile", "boot", "hold", "require_unchanged"]
 
-# bytes; a copy of each process costs little memory, and less time than a file would
+# Bytes; up to this a copy in each process costs little memory, and less time than a file would.
 _SMALL = 16 * 10**6
 _SETTLED = 2.0  # seconds; a file changed more recently could change again without a new time stamp
 _HASHED_AGAIN = 7 * 86400.0  # seconds; for what no time stamp shows
-_FICLONE = 0x40049409
-# links and pipes are refused
+_FICLONE = 0x40049409  # ioctl that lets two files share blocks: btrfs, XFS, …
+# Links and pipes are refused, as in ``plain_files``.
 _PLAIN = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
 _CHUNK = 1 << 30
 
@@ -54,9 +54,10 @@ class HeldFile:
     Attributes:
         path: To map it from; means this very file also after its name is gone.
         kind: "memory", "copy" or "file"; see above.
-        where: What messages call it.
+        where: Its name in messages.
     """
 
+    # The descriptor is mapped, not the name: by then another file may have that.
     def __init__(self, descriptor: int, kind: str, where: str, path: Path, *others: int) -> None:
         by_descriptor = Path(f"/proc/self/fd/{descriptor}")
         self.path = by_descriptor if by_descriptor.exists() else path
@@ -76,10 +77,8 @@ class HeldFile:
         return os.fstat(self.descriptor).st_blocks * 512 < self.size // 2
 
     def changed(self) -> bool:
-        """Whether somebody wrote to the file since it was opened.
-
-        What nobody else can write is not looked at.
-        """
+        """Whether the file was written to since it was opened."""
+        # Only "file" can be: others write neither to this process's memory nor to the cache.
         return self.kind == "file" and _facts_of(self.descriptor) != self.facts
 
     def copy_to(self, target: int) -> None:
@@ -88,6 +87,7 @@ class HeldFile:
             ioctl(target, _FICLONE, self.descriptor)
         except (OSError, TypeError):
             start, size = 0, os.fstat(self.descriptor).st_size
+            # sendfile copies at most 2 GB a call, and 0 bytes once the file was cut short.
             while start < size and (
                 count := os.sendfile(target, self.descriptor, start, size - start)
             ):
@@ -95,7 +95,7 @@ class HeldFile:
 
 
 def require_unchanged(files: Iterable[HeldFile]) -> None:
-    """Raise if the bytes below a loaded model may be others than those that were checked."""
+    """Raise if mapped bytes of a loaded model may differ from those that were checked."""
     for file in files:
         if file.changed():
             raise IntegrityError(
@@ -112,13 +112,13 @@ def hold(
     """Open a file of weights, in one of the three ways, and compare its digests.
 
     Args:
-        source: In the artifact.
-        where: What messages call it.
+        source: Path in the artifact.
+        where: Its name in messages.
         recorded: Digests that it must have; None to hash nothing, and so to share nothing.
-        rehash: Believe nothing that this host remembers.
+        rehash: Hash it also where this host has hashed it before.
 
     Returns:
-        The file, and what is wrong with it, one sentence each.
+        The file, and differences from the recorded digests, one sentence each.
 
     Raises:
         IntegrityError: It cannot be read, or is no safetensors file.
@@ -147,13 +147,14 @@ def _find_wrong(file: HeldFile, recorded: FileDigests) -> list[str]:
 
 
 def _facts_of(descriptor: int) -> tuple[int, ...]:
-    """What changes with a file's content."""
+    """Facts of a file that change with its content."""
+    # The times of status changes (ctime) among them: utime can restore the others, and this none.
     facts = os.fstat(descriptor)
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def _in_memory(file: HeldFile) -> HeldFile | None:
-    """A copy that this process alone has; None where the system has no such files."""
+    """A copy in memory that this process alone has; None where the system has no ``memfd``."""
     if not hasattr(os, "memfd_create"):
         return None
     descriptor = os.memfd_create("safeflavor-weights", os.MFD_CLOEXEC)
@@ -165,7 +166,7 @@ def _in_memory(file: HeldFile) -> HeldFile | None:
 
 
 def _name_of(recorded: FileDigests) -> str:
-    """Of the entry: the same for the same content, wherever it was downloaded to."""
+    """Name of the cache entry: the same for the same content, wherever it was downloaded to."""
     content = json.dumps([recorded.header, dict(recorded.tensors)], sort_keys=True)
     return f"weights-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
@@ -184,11 +185,10 @@ class _Entry:
         self.copy = folder / "model.safetensors"
 
     def hold(self, source: HeldFile) -> tuple[HeldFile, list[str]]:
-        """The copy, made if need be; the artifact's own file where there is no room.
-
-        What is wrong with either.
-        """
+        """The copy, made if need be, or the artifact's own file without room; and differences."""
         if self.copy.exists():
+            # The artifact is hashed although the copy would do: damage to it must be an error here,
+            # and not first on the next host.
             if not self._is_marked(source):
                 if problems := _find_wrong(source, self.recorded):
                     return source, problems
@@ -200,7 +200,7 @@ class _Entry:
                 if not _find_wrong(copy, self.recorded):
                     self._mark(copy)
                     return copy, []
-            # a disk that failed, or a machine that did before the copy was written
+            # The disk failed, or the machine did before the copy was on the disk: made anew.
             self.copy.unlink()
         return self._make(source)
 
@@ -214,18 +214,20 @@ class _Entry:
             if not problems:
                 self._mark(source)
             return source, problems
+        # Read-only from the start, for this user too: a mistake of a script changes no weights.
         descriptor = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
         try:
             source.copy_to(descriptor)
         finally:
             os.close(descriptor)
+        # The copy's own bytes are hashed, not the source's: those could change after the copying.
         copy = self._open(scratch, source.where)
         problems = _find_wrong(copy, self.recorded)
         if problems:
             scratch.unlink()
             return copy, problems
         os.replace(scratch, self.copy)
-        copy = self._open(self.copy, source.where)  # renaming it was a change of its times
+        copy = self._open(self.copy, source.where)  # again: a rename changes ctime, and the mark
         self._mark(copy)
         self._mark(source)
         return copy, []
@@ -243,9 +245,10 @@ class _Entry:
             age = time.time() - self._mark_of(file).lstat().st_mtime
         except OSError:
             return False
-        return not self.rehash and 0 <= age < _HASHED_AGAIN
+        return not self.rehash and 0 <= age < _HASHED_AGAIN  # below 0 the clock was set back
 
     def _mark(self, file: HeldFile) -> None:
+        # Time stamps are coarse: two writes within one tick of the kernel look like one.
         settled = file.kind == "copy" or time.time() - file.facts[-1] / 1e9 > _SETTLED
         if settled and not file.changed() and boot():
             with contextlib.suppress(OSError):  # a full disk costs time, nothing else
@@ -253,7 +256,7 @@ class _Entry:
 
 
 def boot() -> str:
-    """What is another after each start of the machine; empty where it is not told."""
+    """Id of this start of the machine; empty where the system tells none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     except (OSError, ValueError):
