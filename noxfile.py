@@ -2,10 +2,10 @@
 
 `make matrix`, or one by one.
 
-    .venv/bin/nox -l                                                 say what there is
-    .venv/bin/nox -s "matrix(py3.11-transformers4.57-mlflow2.9)"     the environment this package was born in
-    .venv/bin/nox -s light                                           what needs no torch
-    .venv/bin/nox -s project                                         MLproject in an environment of its own
+    .venv/bin/nox -l                                              say what there is
+    .venv/bin/nox -s "matrix(py3.11-transformers4.57-mlflow2.9)"  the oldest releases
+    .venv/bin/nox -s light                                        what needs no torch
+    .venv/bin/nox -s project                                      MLproject in its own environment
 
 Run it after `make venv`, whose environment is the other side of each comparison. Environments are
 made by uv, which keeps what it has unpacked: the first takes a minute, others seconds. A Python
@@ -123,7 +123,7 @@ def light(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", tags=["ci"], requires=["saved"])
 def project(session: nox.Session) -> None:
-    """`mlflow run` of this project in an environment of its own, which MLflow makes as python_env.yaml says."""
+    """`mlflow run` of this project in an environment that MLflow makes from python_env.yaml."""
     _configure(session)
     shutil.rmtree(OWN, ignore_errors=True)  # it would hold the package as it was
     OWN.mkdir(parents=True)

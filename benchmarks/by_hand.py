@@ -120,7 +120,8 @@ def save(module: Any, tokenizer: Any, folder: Path) -> Path:
         left.unlink()
     example = pd.DataFrame({"text": ["a text"]})
     mlflow.pyfunc.save_model(
-        folder / "pyfunc", python_model=Classifier(), artifacts=artifacts, input_example=None, code_paths=[__file__],
+        folder / "pyfunc", python_model=Classifier(), artifacts=artifacts, input_example=None,
+        code_paths=[__file__],
         signature=mlflow.models.infer_signature(example),
     )  # fmt: skip
     return folder / "pyfunc"

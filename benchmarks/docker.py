@@ -79,7 +79,8 @@ def roberta_classifier() -> Any:
 
     hidden, layers, heads = SIZES["0.5 GB"]
     config = RobertaConfig(
-        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, hidden_size=hidden, num_hidden_layers=layers,
+        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, hidden_size=hidden,
+        num_hidden_layers=layers,
         num_attention_heads=heads, intermediate_size=4 * hidden,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -51,7 +51,7 @@ _LONG = _WORDS * 2300  # 100 kB
 
 @dataclass(frozen=True)
 class Request:
-    """Rows and params, or a body as it is, which only a server can be sent; and the status that is right.
+    """Rows and params, or a raw body, which only a server can be sent; and the right status.
 
     A status of 0 is any but 200: MLflow refuses these by itself, before a model is asked.
     """
@@ -131,7 +131,8 @@ REFUSED: dict[str, dict[str, Request]] = {
         "100 kB, windows that share nearly "
         "all": Request([{"question": "who?", "context": _LONG}], {"doc_stride": 378}),
         "a question of 100 kB": Request([{"question": _LONG, "context": "who?"}]),
-        "all spans": Request([{"question": "who?", "context": _LONG}], {"top_k": 10**6, "max_answer_len": 384}),
+        "all spans": Request([{"question": "who?", "context": _LONG}],
+            {"top_k": 10**6, "max_answer_len": 384}),
     },
     "image-classification": {
         **_EVERY,
@@ -317,7 +318,7 @@ def cpu_seconds(process: int) -> float:
 
 @dataclass
 class Seen:
-    """One run: seconds of each honest request, statuses of all, how many were hostile, and CPU seconds."""
+    """One run: seconds of each honest request, all statuses, hostile requests, and CPU seconds."""
 
     honest: list[float] = field(default_factory=list)
     statuses: dict[str, set[int]] = field(default_factory=dict)
@@ -332,7 +333,7 @@ class Seen:
 def run(
     ask: Ask, good: Request, bad: Mapping[str, Request], seconds: float, least: int = 0
 ) -> Seen:
-    """Honest and hostile callers for so many seconds, and until at least so many hostile requests are answered."""
+    """Honest and hostile callers for some seconds, until enough hostile requests are answered."""
     seen, turns, end = Seen(), itertools.count(), time.monotonic() + seconds
     kinds = list(bad.items())
     stop = threading.Event()

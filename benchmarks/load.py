@@ -1,4 +1,4 @@
-"""How long loading takes, side by side with what one would use otherwise, and how much memory it needs.
+"""How long loading takes, side by side with other ways, and how much memory it needs.
 
     python benchmarks/load.py [--rounds 9] [--starts 7] [--large] [--only
     rebuild,digests,start,workers] [--json FILE]
@@ -236,7 +236,8 @@ import sys
 import pandas
 import mlflow.pyfunc
 options = {"model_config": {"engine": sys.argv[2]}} if sys.argv[2:] else {}
-mlflow.pyfunc.load_model(sys.argv[1], **options).predict(pandas.DataFrame({"text": ["hello world"]}))
+model = mlflow.pyfunc.load_model(sys.argv[1], **options)
+model.predict(pandas.DataFrame({"text": ["hello world"]}))
 """
 EMPTY_LOADER = """
 class Empty:
@@ -394,7 +395,7 @@ def workers(cache: Path) -> None:
 
 
 def sessions(rounds: int, folder: Path) -> None:
-    """Opening a graph: with weights packed for this session alone, and with those that another process has packed."""
+    """Opening a graph: with weights packed for this session, and with those of another process."""
     from mlflow_safeflavor.artifact import inventory_file
     from mlflow_safeflavor.artifact.layout import Layout
     from mlflow_safeflavor.graph.file import open_graph

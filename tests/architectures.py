@@ -42,7 +42,7 @@ ARCHITECTURES = {
 
 
 def tiny_model(architecture: str, head: str, **changes: Any) -> transformers.PreTrainedModel:
-    """A seeded ``BertForTokenClassification`` for ("Bert", "ForTokenClassification"), in eval mode."""
+    """Seeded ``BertForTokenClassification`` of ("Bert", "ForTokenClassification"), in eval mode."""
     config = getattr(transformers, f"{architecture}Config")(
         **{**ARCHITECTURES[architecture], **changes}
     )

@@ -22,7 +22,7 @@ from mlflow_safeflavor.artifact.spec import guarded_parts
 
 TEXTS = ["the cat sat", "a dog ran on the mat", "return x + y"]
 SAME_BATCHES = {"forward_cost": 512}
-"""Measured, it would now and then cut rows into other batches, whose answers have other last bits."""
+"""Measured, it could cut rows into other batches, whose answers have other last bits."""
 
 
 def changes(count: int) -> list[dict[str, str]]:
@@ -39,7 +39,7 @@ def changes(count: int) -> list[dict[str, str]]:
 
 
 def forms_of(cells: list[Any]) -> dict[str, tuple[Any, Any, int]]:
-    """Form → what a caller of Python has, what one over HTTP sends (None for nothing), and how many of three rows.
+    """Form → a Python caller's input, HTTP's (None for nothing), and how many of three rows.
 
     Every one-column form that MLflow lets pass to a model whose column has no name.
     """

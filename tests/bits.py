@@ -39,7 +39,8 @@ def save_minilm(folder):
 
 def texts_of(draw, count):
     """Texts of 1 to 60 words, most of them short."""
-    words = "the a model logged once answers in notebook behind server container café 東京 x=1; unbelievable 😀".split()
+    words = "the a model logged once answers in notebook behind server container".split()
+    words += "café 東京 x=1; unbelievable 😀".split()
     return [
         " ".join(draw.choices(words, k=min(60, max(1, round(draw.lognormvariate(2, 0.9))))))
         for _ in range(count)

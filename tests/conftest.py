@@ -1,4 +1,4 @@
-"""What tests share: real weights, tiny models, a tracking store, a real server, a clean process, no network."""
+"""Shared fixtures: real weights, tiny models, a tracking store, a server, a clean process."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _is_loopback(host: str) -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # fixtures of a module save models, too
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Recording a graph takes seconds, so it is left to the tests that are about graphs or what serves them."""
+    """Recording a graph takes seconds, so only tests of graphs, or of what serves them, do it."""
     if "torch" not in sys.modules:  # this test saves nothing
         return
     from mlflow_safeflavor.save import graph
@@ -133,7 +133,8 @@ def minilm_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-WORDS = "the a cat dog sat ran on under mat tree red green return x y = + - ( ) def if else ##s ##ing".split()
+WORDS = "the a cat dog sat ran on under mat tree red green".split()
+WORDS += "return x y = + - ( ) def if else ##s ##ing".split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 

@@ -49,7 +49,7 @@ class CuttingProxy:
         action: Callable[[], object] | None = None,
         once: bool = False,
     ) -> None:
-        """Pass on ``after`` more bytes, then do ``action`` once, then cut all connections, and each new one.
+        """Pass on ``after`` more bytes, do ``action`` once, then cut all connections, new ones too.
 
         ``triggered`` is set when the action is over, which may be after the client has failed: wait
         for it.

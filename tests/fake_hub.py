@@ -1,4 +1,4 @@
-"""A model hub on loopback that speaks as much of the real one's API as ``huggingface_hub`` asks for.
+"""A model hub on loopback with as much of the real one's API as ``huggingface_hub`` uses.
 
 It can break off in the middle of a file, be down, and hand out other bytes than it lists.
 """

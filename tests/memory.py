@@ -1,4 +1,4 @@
-"""What lies in a module's memory, found without the package's own bookkeeping, and a round trip through files."""
+"""A module's memory, found without the package's bookkeeping, and a round trip through files."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def read_into(fresh: torch.nn.Module, layout: Layout) -> Inventory:
 
 
 def round_trip(module: torch.nn.Module, fresh: torch.nn.Module, folder: Path) -> Inventory:
-    """Write ``module``, read into ``fresh``, and require the same tensors with the same sharing of memory."""
+    """Write ``module``, read into ``fresh``; require the same tensors, shared in the same way."""
     bits_before, memory_before = all_bits(module), memory(module)
     layout, written = write(module, folder)
     assert all_bits(module) == bits_before, "writing changed the module"

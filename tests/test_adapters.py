@@ -1,4 +1,4 @@
-"""Folders of PEFT: merged into their base model where it is there, and else refused with what to do."""
+"""Folders of PEFT: merged into their base model where it is there, else refused with a hint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is handed to a public function is what its annotation says, or is refused by name before anything happens."""
+"""An argument of a public function is what its annotation says, or is refused by name first."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_each_kind_knows_what_it_is_and_what_not(kind):
 def test_each_argument_is_refused_by_name_and_nothing_is_copied(
     function, parameter, tmp_path, monkeypatch
 ):
-    """With something that is nothing, with None, with a text and with a path, wherever these are not meant."""
+    """With an odd object, None, a text and a path, wherever these are not meant."""
     monkeypatch.setattr(
         shutil, "copytree", lambda *args, **kwargs: pytest.fail("something was copied")
     )

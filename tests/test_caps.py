@@ -1,4 +1,4 @@
-"""What a few bytes can ask for is refused before it is done, and what is long lets others take their turn."""
+"""Costly requests of a few bytes are refused before they run, and long ones let others in."""
 
 import base64
 import io
@@ -74,12 +74,15 @@ class Models:
         }
         make = {
             "fill-mask": lambda: BertForMaskedLM(BertConfig(**SMALL)),
-            "text-classification": lambda: BertForSequenceClassification(BertConfig(**SMALL, num_labels=40)),
-            "zero-shot-classification": lambda: BertForSequenceClassification(BertConfig(**SMALL, **inference)),
+            "text-classification": lambda: BertForSequenceClassification(BertConfig(**SMALL,
+                num_labels=40)),
+            "zero-shot-classification": lambda: BertForSequenceClassification(BertConfig(**SMALL,
+                **inference)),
             "token-classification": lambda: BertForTokenClassification(BertConfig(**SMALL)),
             "question-answering": lambda: BertForQuestionAnswering(BertConfig(**SMALL)),
             "text-generation": lambda: GPT2LMHeadModel(
-                GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=1, n_head=2, eos_token_id=3)
+                GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=1, n_head=2,
+                    eos_token_id=3)
             ),
             "image-classification": lambda: ViTForImageClassification(
                 ViTConfig(**{**SMALL, "image_size": 8, "patch_size": 4})
@@ -132,15 +135,18 @@ TOO_MUCH = {
     "one row, a list of "
     "labels": (ZERO_SHOT, {}, ["a"], {"candidate_labels": ["x"] * 5000}, "max_pieces"),
     "a template times labels": (
-        ZERO_SHOT, {}, ["a"], {"candidate_labels": LABELS, "hypothesis_template": "{}" * 9999}, "max_characters",
+        ZERO_SHOT, {}, ["a"], {"candidate_labels": LABELS, "hypothesis_template": "{}" * 9999},
+        "max_characters",
     ),
     "one long "
     "label": (ZERO_SHOT, {}, ["a"], {"candidate_labels": ["x" * 300_000]}, "max_characters"),
     "windows that share nearly all": (
-        TOKENS, {}, ["the cat " * 5000], {"stride": 29, "aggregation_strategy": "simple"}, "max_pieces",
+        TOKENS, {}, ["the cat " * 5000], {"stride": 29, "aggregation_strategy": "simple"},
+        "max_pieces",
     ),
     "windows of a question": (
-        QUESTIONS, {}, [{"question": "a", "context": "the cat " * 5000}], {"doc_stride": 26}, "max_pieces",
+        QUESTIONS, {}, [{"question": "a", "context": "the cat " * 5000}], {"doc_stride": 26},
+        "max_pieces",
     ),
     "all spans of a context": (
         QUESTIONS,
@@ -156,7 +162,8 @@ TOO_MUCH = {
     "texts to stop at": (WRITES, {}, ["a"], {"stop": ["x"] * 9999}, "max_pieces"),
     "one of megabytes": (WRITES, {}, ["a"], {"stop": ["x" * 300_000]}, "max_characters"),
     "writing with "
-    "beams": (WRITES, {"max_answers": 1}, ["a"], {"num_beams": 64, "max_new_tokens": 20}, "max_answers"),
+    "beams": (WRITES, {"max_answers": 1}, ["a"], {"num_beams": 64, "max_new_tokens": 20},
+        "max_answers"),
     "labels to ignore": (TOKENS, {}, ["a"], {"ignore_labels": ["x"] * 9999}, "max_pieces"),
     "an image by its header": (IMAGES, {}, [image_file(6000, 6000)], {}, "max_pixels"),
     "a TIFF by its "

@@ -100,11 +100,13 @@ def test_the_real_model_is_what_transformers_loads(minilm_folder):
         # tied
         (GPT2LMHeadModel, lambda: GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60)),
         # Keeps submodules in float32, and computes sinusoids that the checkpoint leaves out.
-        (T5ForConditionalGeneration, lambda: T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
+        (T5ForConditionalGeneration,
+            lambda: T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
         (
             MarianMTModel,
             lambda: MarianConfig(
-                vocab_size=60, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                vocab_size=60, d_model=32, encoder_layers=1, decoder_layers=1,
+                encoder_attention_heads=2,
                 decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=59,
                 decoder_start_token_id=59, max_position_embeddings=32,
             ),
@@ -149,7 +151,8 @@ def test_shards_and_pickled_state_dicts(checkpoint, tmp_path):
 def test_constructor_arguments_and_config_changes(checkpoint):
     folder, model = checkpoint
     loaded = from_pretrained(
-        folder, model_class=BertModel, add_pooling_layer=False, attn_implementation="eager", hidden_dropout_prob=0.5,
+        folder, model_class=BertModel, add_pooling_layer=False, attn_implementation="eager",
+        hidden_dropout_prob=0.5,
         drop=("classifier.*", "bert.pooler.*"),
     )  # fmt: skip
     assert loaded.pooler is None

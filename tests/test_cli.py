@@ -78,8 +78,8 @@ try:
     main()
 except SystemExit as left:
     assert left.code == 0, left.code
-heavy = sorted({"torch", "transformers", "mlflow_safeflavor.module.structure", "evil"} & sys.modules.keys())
-print("imported:", heavy)
+heavy = {"torch", "transformers", "mlflow_safeflavor.module.structure", "evil"}
+print("imported:", sorted(heavy & sys.modules.keys()))
 """
 
 

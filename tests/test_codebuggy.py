@@ -448,7 +448,7 @@ def test_as_a_graph_alone_it_is_served_without_its_class_and_without_trust(
 
 
 def check_remote(endpoint: str, app: str, trained: dict[str, object]) -> None:
-    """The service that asks a server says what the one with the model in it says, until the server is gone."""
+    """The service that asks a server answers as one with the model, until the server is gone."""
     change = {
         "buggy_code": "def f(a):\n    return a[len(a)]",
         "fixed_code": "def f(a):\n    return a[-1]",

@@ -106,7 +106,7 @@ def picture(model, data):
 
 @pytest.fixture
 def cases(tmp_path, saved):
-    """Name → (path, options, data), for models that another thread could spoil, each in its own way."""
+    """Name → (path, options, data), for models that another thread could spoil in some way."""
 
     def save(name, model, example, **options):
         mlflow_safeflavor.save_model(

@@ -223,7 +223,7 @@ def test_missing_cells_pass_mlflow_too(save, tmp_path):
     "values", [[1, 2.5, 3], [[1.0], [2]], [1, "a"], {"a": [1, 2.5]}, [[1], None, [2.5]]], ids=str
 )
 def test_a_column_without_a_type_of_mlflows_takes_no_other_along(save, tmp_path, values):
-    """MLflow would say that there is one column without a name, and drop all but the first of each request."""
+    """MLflow would record one column without a name, and drop all but the first of each request."""
 
     def pre(rows, tokenizer):
         return numbers([{"c": (row["c"], row["values"], row["last"])} for row in rows], tokenizer)

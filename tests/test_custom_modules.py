@@ -215,7 +215,8 @@ def test_a_config_among_the_arguments(save, user_code):
                 self.head = nn.Linear(encoder_config.hidden_size, labels)
 
             def forward(self, input_ids, attention_mask):
-                return self.head(self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0])
+                states = self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+                return self.head(states[:, 0])
         """,
     )
     config = BertConfig(**BERT)
@@ -1092,7 +1093,7 @@ def test_rows_that_do_not_have_the_examples_columns(hooked, rows):
 
 
 def test_an_answer_that_changed_is_seen_at_load(hooked):
-    """The recorded rows are replayed through the hooks, so code that drifted cannot go unnoticed."""
+    """The recorded rows are replayed through the hooks, so that changed code is noticed."""
     path, *_ = hooked()
     code = path / "code" / "hooked_hooks.py"
     code.write_text(code.read_text().replace("0.0, 1.0]", "0.0, 1.5]"))

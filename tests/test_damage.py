@@ -1,4 +1,4 @@
-"""Damage: every file removed, every file flipped, and what somebody could change who makes the manifest anew.
+"""Damage: every file removed, every file flipped, and changes under a renewed manifest.
 
 Each case ends in an error that names the file or tensor, none in a prediction.
 """
@@ -86,7 +86,7 @@ SQUARE = "bert.encoder.layer.0.attention.self.query.weight"
 
 
 def refuse(path, kind, *named, **options):
-    """Load natively, which must fail with exactly this kind of error, in words that name all of ``named``."""
+    """Load natively, which must fail with exactly this kind of error, naming all of ``named``."""
     with pytest.raises(SafeFlavorError) as refused:
         mlflow_safeflavor.load_model(str(path), **options)
     assert type(refused.value) is kind, refused.value

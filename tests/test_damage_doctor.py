@@ -17,10 +17,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 TINY = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size"), 32),
-    **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer", "n_layers", "num_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer", "n_layers",
+        "num_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"),
+        2),
     **dict.fromkeys(("num_key_value_heads", "num_heads", "n_head", "n_heads"), 2),
-    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim", "d_ff", "ffn_dim"), 64),
+    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim",
+        "d_ff", "ffn_dim"), 64),
     **dict.fromkeys(("vocab_size",), 64),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "image_size"), 32),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1),
@@ -28,12 +31,13 @@ TINY = {
 }  # fmt: skip
 
 CLASSES = """
-    AlbertForMaskedLM BartForConditionalGeneration BertForSequenceClassification BloomForCausalLM CLIPTextModel
-    CamembertForMaskedLM DebertaModel DebertaV2ForSequenceClassification DistilBertForMaskedLM ElectraForPreTraining
-    FalconForCausalLM GPT2LMHeadModel GPTNeoXForCausalLM GemmaForCausalLM LlamaForCausalLM MPNetModel
-    M2M100ForConditionalGeneration MarianMTModel MistralForCausalLM MixtralForCausalLM OPTForCausalLM PhiForCausalLM
-    Qwen2ForCausalLM RobertaForSequenceClassification RoFormerForMaskedLM SiglipVisionModel T5ForConditionalGeneration
-    ViTModel XLMRobertaModel
+    AlbertForMaskedLM BartForConditionalGeneration BertForSequenceClassification BloomForCausalLM
+    CLIPTextModel CamembertForMaskedLM DebertaModel DebertaV2ForSequenceClassification
+    DistilBertForMaskedLM ElectraForPreTraining FalconForCausalLM GPT2LMHeadModel GPTNeoXForCausalLM
+    GemmaForCausalLM LlamaForCausalLM MPNetModel M2M100ForConditionalGeneration MarianMTModel
+    MistralForCausalLM MixtralForCausalLM OPTForCausalLM PhiForCausalLM Qwen2ForCausalLM
+    RobertaForSequenceClassification RoFormerForMaskedLM SiglipVisionModel
+    T5ForConditionalGeneration ViTModel XLMRobertaModel
 """.split()
 
 

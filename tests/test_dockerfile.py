@@ -89,8 +89,10 @@ def wheels(tmp_path):
     """A folder of wheels that hold next to nothing, one of them with a local label."""
     folder = tmp_path / "wheel house"
     for name, version, requires in [
-        ("torch", "2.4.0+cpu", "small"), ("torch", "2.5.0+cpu", "small"), ("torch", "2.6.0", "nvidia-thing"),
-        ("small", "1.0", None), ("nvidia_thing", "12.0", None), ("mlflow", mlflow.__version__, None),
+        ("torch", "2.4.0+cpu", "small"), ("torch", "2.5.0+cpu", "small"),
+        ("torch", "2.6.0", "nvidia-thing"),
+        ("small", "1.0", None), ("nvidia_thing", "12.0", None),
+        ("mlflow", mlflow.__version__, None),
     ]:  # fmt: skip
         make_wheel(folder, name, version, requires)
     return folder
@@ -210,7 +212,8 @@ def test_a_torch_that_knows_no_gpu_in_an_image_for_cuda_is_refused(model, wheels
     assert not (tmp_path / "image").exists()
 
 
-@pytest.mark.parametrize("options", [{"target": "tpu"}, {"user": "root"}, {"user": "a b"}, {"user": "x; rm -rf /"},
+@pytest.mark.parametrize("options",
+    [{"target": "tpu"}, {"user": "root"}, {"user": "a b"}, {"user": "x; rm -rf /"},
     {"base_image": "python\nRUN id"}])  # fmt: skip
 def test_wrong_options(model, tmp_path, options):
     with pytest.raises(InputError):

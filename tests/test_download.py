@@ -1,4 +1,4 @@
-"""What a model is downloaded to is gone afterwards, for each reader, and stays where something may still read it."""
+"""A download is gone afterwards, for each reader, and stays where something may still read it."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ import sys
 from pathlib import Path
 import tempfile; tempfile.tempdir = sys.argv[2]
 import mlflow_safeflavor, test_download
-from mlflow.store.artifact import artifact_repository_registry
-artifact_repository_registry._artifact_repository_registry.register("elsewhere", test_download.Elsewhere)
+from mlflow.store.artifact import artifact_repository_registry as registry
+registry._artifact_repository_registry.register("elsewhere", test_download.Elsewhere)
 import torch
 model = mlflow_safeflavor.load_model(f"elsewhere:{sys.argv[1]}", trust={"code"})
 import os
@@ -131,12 +131,14 @@ def test_code_can_be_imported_late_and_its_download_goes_with_the_process(
         "super().__init__()\n"
     )
     source += "        self.bias = torch.nn.Parameter(torch.ones(2))\n"
-    source += "    def forward(self, x):\n        from late_part import add\n        return add(x, self.bias)\n"
+    source += "    def forward(self, x):\n        from late_part import add\n"
+    source += "        return add(x, self.bias)\n"
     _, part = user_code("late_part", "def add(a, b):\n    return a + b\n")
     module, whole = user_code("late_whole", source)
     saved = tmp_path / "late"
     mlflow_safeflavor.save_model(
-        module.Late().eval(), saved, task="raw", rehearse=False, input_example={"x": torch.ones(1, 2).numpy()},
+        module.Late().eval(), saved, task="raw", rehearse=False,
+        input_example={"x": torch.ones(1, 2).numpy()},
         code_paths=[str(whole), str(part)],
     )  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}

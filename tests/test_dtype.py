@@ -380,7 +380,7 @@ def test_from_pretrained_says_what_it_casts(tiny_bert, tmp_path, caplog):
     "task", ["text-classification", "token-classification", "question-answering", "fill-mask"]
 )
 def test_scores_of_a_float64_model_are_in_float64(save, tiny_tokenizer, tmp_path, task):
-    """To 1e-12 those of transformers' pipeline, which only casts those of whole texts to float32."""
+    """To 1e-12 those of transformers' pipeline, which casts only whole texts' to float32."""
     head = {
         "text": "SequenceClassification",
         "token": "TokenClassification",
@@ -511,7 +511,7 @@ def test_alias_groups_survive_a_cast(save):
 
 
 class Disturbed(nn.Module):
-    """While it is constructed, "another thread" changes torch's default dtype, as often as ``left`` says."""
+    """While it is constructed, "another thread" changes torch's default dtype ``left`` times."""
 
     left = 0
 

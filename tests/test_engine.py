@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 class Leaky(torch.nn.Module):
-    """Returns its weights, its input and what it keeps, whole and in parts, and writes to its input."""
+    """Returns its weights, input and what it keeps, whole and in parts, and writes to its input."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What hooks and forwards raise reaches its caller under a name, over HTTP without a trace, and harms nobody else."""
+"""Errors of hooks and forwards reach their caller alone, by name, over HTTP without a trace."""
 
 from __future__ import annotations
 

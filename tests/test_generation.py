@@ -265,7 +265,8 @@ def test_tokens_are_drawn_with_the_probabilities_that_transformers_draws_with(bo
     drawn = np.bincount([output["ids"][0] for output in outputs], minlength=300)[:300] / count
     ids = torch.tensor([features[0]["input_ids"]])
     processed = task.model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=2, return_dict_in_generate=True,
+        input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=2,
+        return_dict_in_generate=True,
         output_scores=True, **asked, **warped,
     )  # fmt: skip
     wanted = processed.scores[0].softmax(-1)[0].numpy()

@@ -146,7 +146,8 @@ def test_tasks_of_text(name, tiny_tokenizer, tmp_path):
 
 def test_images(tmp_path):
     mlflow_safeflavor.save_model(
-        make_viewer(), tmp_path / "m", processor=make_processor(size={"height": 32, "width": 32}), graph="require",
+        make_viewer(), tmp_path / "m", processor=make_processor(size={"height": 32, "width": 32}),
+        graph="require",
         rehearse=False,
     )  # fmt: skip
     graph, module = both(tmp_path / "m")
@@ -606,7 +607,8 @@ def test_outputs_that_are_something_else_already():
     graph, _ = record(Twice(), torch.rand(3, 4), torch.rand(2, 4))
     found = Session(graph, {}, threads=1)({"x": np.ones((2, 4), np.float32)})
     assert {name: array.tolist() for name, array in found.items()} == {
-        "x": [[1.0] * 4] * 2, "weight": [0.0, 1.0, 2.0, 3.0], "y": [[2.0] * 4] * 2, "again": [[2.0] * 4] * 2
+        "x": [[1.0] * 4] * 2, "weight": [0.0, 1.0, 2.0, 3.0], "y": [[2.0] * 4] * 2,
+        "again": [[2.0] * 4] * 2
     }  # fmt: skip
 
 

@@ -388,7 +388,7 @@ def test_another_mean_shows_in_the_golden_rows(saved, tmp_path):
 
 
 class TorchvisionBackend:
-    """Stands for transformers' class of that name, which the test environment has no torchvision for."""
+    """Stands for transformers' class of that name, which needs torchvision, not installed here."""
 
 
 def other_processor(step, *bases):

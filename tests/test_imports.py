@@ -44,7 +44,7 @@ def test_importing_loads_neither_torch_nor_transformers(module):
 
 WITHOUT = """
 import sys
-sys.modules["torch"] = sys.modules["transformers"] = None  # importing either is an ImportError from here on
+sys.modules["torch"] = sys.modules["transformers"] = None  # to import either is an ImportError
 
 import importlib, json
 import numpy as np

@@ -1,4 +1,4 @@
-"""What ends by a signal leaves nothing that the next save does not sweep, and takes nothing from those that live."""
+"""A save ended by a signal leaves only what the next one sweeps, which spares running ones."""
 
 from __future__ import annotations
 

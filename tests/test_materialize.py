@@ -49,7 +49,7 @@ def on_meta(model):
 
 
 class Shared(nn.Module):
-    """A shared module, an undeclared tie, a buffer outside the state dict, and arguments that nothing stores."""
+    """A shared module, an undeclared tie, a buffer outside the state dict, arguments not stored."""
 
     def __init__(self, width):
         super().__init__()
@@ -87,7 +87,8 @@ def test_every_kind_of_checkpoint(tiny_bert, tmp_path):
     torch.save(state, tmp_path / "one.bin")
     index = tmp_path / "shards" / "model.safetensors.index.json"
     for source in (
-        state, tmp_path / "folder", str(tmp_path / "shards"), index, tmp_path / "one.safetensors", tmp_path / "one.pt",
+        state, tmp_path / "folder", str(tmp_path / "shards"), index, tmp_path / "one.safetensors",
+        tmp_path / "one.pt",
         tmp_path / "one.bin",
     ):  # fmt: skip
         empty = on_meta(model)
@@ -152,7 +153,8 @@ def test_a_module_without_meta_stays_as_it_is(tiny_bert):
 
 def test_ties_and_shared_modules():
     model, empty = made(Shared, 8), made(Shared, 8, device="meta")
-    filled = materialize(empty, {k: v for k, v in model.state_dict().items() if k.split(".")[0] in ("third", "mean")}
+    filled = materialize(empty,
+        {k: v for k, v in model.state_dict().items() if k.split(".")[0] in ("third", "mean")}
                          | {"second.bias": model.first.bias.detach()})  # fmt: skip
     assert filled.second is filled.first
     assert filled.third.weight is filled.first.weight
@@ -163,7 +165,8 @@ def test_ties_and_shared_modules():
 
 def test_a_head_tied_to_an_embedding_that_is_there(tmp_path):
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=64,
         tie_word_embeddings=True,
     )  # fmt: skip
     model = made(LlamaForCausalLM, config)

@@ -72,7 +72,7 @@ MODELS = {
 
 
 def make(name):
-    """A seeded tiny model whose every floating tensor holds random numbers, so that no default hides a missing one."""
+    """A seeded tiny model, random in every float tensor, so that no default hides a missing one."""
     torch.manual_seed(0)
     if name == "T5 (tied, relative bias)":
         shape = {
@@ -95,7 +95,7 @@ def make(name):
 
 
 def tensors_of(module):
-    """Path → tensor: parameters, buffers and plain attributes, tied ones under each of their names."""
+    """Path → tensor: parameters, buffers and plain attributes, tied ones under each name."""
     found = dict(module.named_parameters(remove_duplicate=False)) | dict(
         module.named_buffers(remove_duplicate=False)
     )

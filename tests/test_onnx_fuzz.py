@@ -319,10 +319,14 @@ def pool(draw):
     floats = draw.choice(["float32", "float32", "float32", "float64", "float16"])
     numbers = [draw.choice([*NUMBERS, 0, 1, 1, 2, 2, 3, -2]) for _ in range(draw.randrange(5))]
     made = [
-        np.array(numbers, "int64"), np.array(draw.choice(numbers or [1]), "int64"), np.zeros((0, 3), floats),
-        np.array([float("nan"), float("inf"), -0.0, 1e38], "float32"), np.zeros((1, 1, 4, 4), floats),
-        np.arange(24).reshape(2, 3, 4).astype(floats), np.arange(48).reshape(2, 3, 2, 4).astype(floats),
-        np.array([[True, False]] * 2), np.array(1.5, floats), np.array([1, 0, 2, 3], "int32"), np.ones(3, floats),
+        np.array(numbers, "int64"), np.array(draw.choice(numbers or [1]), "int64"),
+        np.zeros((0, 3), floats),
+        np.array([float("nan"), float("inf"), -0.0, 1e38], "float32"),
+        np.zeros((1, 1, 4, 4), floats),
+        np.arange(24).reshape(2, 3, 4).astype(floats),
+        np.arange(48).reshape(2, 3, 2, 4).astype(floats),
+        np.array([[True, False]] * 2), np.array(1.5, floats), np.array([1, 0, 2, 3], "int32"),
+        np.ones(3, floats),
         np.array([[0, -1], [1, 2**40]], "int64"), np.arange(8).reshape(2, 4).astype(floats),
         np.array([3, 1], "uint8"), np.arange(72).reshape(3, 2, 3, 4).astype(floats),
     ]  # fmt: skip
@@ -334,7 +338,7 @@ def pool(draw):
 
 
 def single(operator, draw):
-    """A graph of one node of an operator, with arguments and attributes of the kinds that it wants."""
+    """A graph of one node of an operator, with arguments and attributes of the right kinds."""
     schema = onnx.defs.get_schema(operator, 23)
     arrays = pool(draw)
     least, most = schema.min_input, min(schema.max_input, draw.choice([2, 3, 5, 8]))
@@ -367,7 +371,8 @@ def single(operator, draw):
     # A look at the input keeps all of it from being constant.
     nodes = [node, helper.make_node("Identity", [outputs[0]], ["output.y"])]
     graph = helper.make_graph(
-        nodes, "forward", [helper.make_tensor_value_info("input.x", TensorProto.FLOAT, ["rows", 4])],
+        nodes, "forward",
+        [helper.make_tensor_value_info("input.x", TensorProto.FLOAT, ["rows", 4])],
         [helper.make_tensor_value_info("output.y", draw.choice([1, 1, 1, 7, 9]), None)], inits,
     )  # fmt: skip
     opset = helper.make_opsetid("", draw.choice([18, 20, 21, 22, 23, 23, 23]))

@@ -36,7 +36,8 @@ def made(*nodes, constants=(), inputs=(("x", 1, ["rows", 4]),), outputs=("y",), 
     """A model as a save writes it."""
     graph = helper.make_graph(
         list(nodes), "forward",
-        [helper.make_tensor_value_info(f"input.{name}", kind, shape) for name, kind, shape in inputs],
+        [helper.make_tensor_value_info(f"input.{name}", kind, shape) for name, kind,
+            shape in inputs],
         [helper.make_tensor_value_info(f"output.{name}", 1, None) for name in outputs],
         [numpy_helper.from_array(np.asarray(array), name) for name, array in constants],
     )  # fmt: skip
@@ -62,8 +63,10 @@ def test_what_is_read(runtime):
         outside.external_data.add(key=key, value=value)
     graph = read(
         made(
-            helper.make_node("MatMul", ["input.x", "w"], ["z"]), helper.make_node("Add", ["z", "b"], ["output.y"]),
-            constants=[("b", np.ones(2, np.float32))], change=lambda model: model.graph.initializer.append(outside),
+            helper.make_node("MatMul", ["input.x", "w"], ["z"]),
+            helper.make_node("Add", ["z", "b"], ["output.y"]),
+            constants=[("b", np.ones(2, np.float32))],
+            change=lambda model: model.graph.initializer.append(outside),
         )
     )  # fmt: skip
     assert [str(line) for line in lines_of(graph)] == [
@@ -162,13 +165,15 @@ WRONG = {
     "1 results, not "
     "2": ([helper.make_node("Split", ["input.x"], ["output.y"], num_outputs=2)], None),
     "batch_dims "
-    "-2": ([helper.make_node("GatherND", ["input.x", "input.x"], ["output.y"], batch_dims=-2)], None),
+    "-2": ([helper.make_node("GatherND", ["input.x", "input.x"], ["output.y"], batch_dims=-2)],
+        None),
     "texts": ([helper.make_node("Constant", [], ["output.y"], value_string="a")], None),
     "version 3 of the format": ([RELU], lambda model: setattr(model, "ir_version", 3)),
     "operators of": ([RELU], lambda model: setattr(model.opset_import[0], "version", 99)),
     "input 'x': another name": ([RELU], lambda model: setattr(model.graph.input[0], "name", "x")),
     "outputs of other names": (
-        [helper.make_node("Relu", ["input.x"], ["y"])], lambda model: setattr(model.graph.output[0], "name", "y")),
+        [helper.make_node("Relu", ["input.x"], ["y"])],
+        lambda model: setattr(model.graph.output[0], "name", "y")),
     "has field 14, which no save writes": ([RELU], lambda model: model.metadata_props.add(key="a")),
 }  # fmt: skip
 
@@ -292,8 +297,10 @@ def test_weights_are_mapped_and_never_written(layout):
 @pytest.mark.parametrize(
     "place",
     [
-        Place("model.safetensors", 24, 16), Place("model.safetensors", 2**62, 16), Place("model.safetensors", 2, 16),
-        Place("other.safetensors", 0, 16), Place("../MLmodel", 0, 16), Place("/dev/zero", 0, 16), Place("", 0, 16),
+        Place("model.safetensors", 24, 16), Place("model.safetensors", 2**62, 16),
+        Place("model.safetensors", 2, 16),
+        Place("other.safetensors", 0, 16), Place("../MLmodel", 0, 16), Place("/dev/zero", 0, 16),
+        Place("", 0, 16),
         Place("*/_ORT_MEM_ADDR_/*", 0, 16),
     ],
 )  # fmt: skip
@@ -389,11 +396,15 @@ SEEN = {
 @pytest.mark.parametrize(
     "facts",
     [
-        {"version": 1, "reason": "a"}, {"version": 1, "proof": {}}, {"version": 2, "proof": {}}, {"version": 1}, [],
-        {"version": 1, "proof": {"openvino": SEEN}}, {"version": 1, "proof": {"onnx": SEEN, "other": SEEN}},
-        {"version": 1, "proof": {"onnx": SEEN, "openvino": {}}}, {"version": 1, "proof": {"onnx": "x"}},
+        {"version": 1, "reason": "a"}, {"version": 1, "proof": {}}, {"version": 2, "proof": {}},
+        {"version": 1}, [],
+        {"version": 1, "proof": {"openvino": SEEN}},
+        {"version": 1, "proof": {"onnx": SEEN, "other": SEEN}},
+        {"version": 1, "proof": {"onnx": SEEN, "openvino": {}}},
+        {"version": 1, "proof": {"onnx": "x"}},
         *({"version": 1, "proof": {"onnx": SEEN | wrong}} for wrong in (
-            {"difference": "x"}, {"threads": 1}, {"dtype": "float16"}, {"inputs": True}, {"safe": True},
+            {"difference": "x"}, {"threads": 1}, {"dtype": "float16"}, {"inputs": True},
+            {"safe": True},
         )),
         {"version": 1, "proof": {"onnx": {name: SEEN[name] for name in SEEN if name != "padding"}}},
     ],

@@ -180,7 +180,8 @@ def test_it_gets_no_file(asked):
 ACTS = """
 import json, sys
 seen = []
-bad = ("os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect", "socket.getaddrinfo", "os.system", "os.mkdir")
+bad = ["os.fork", "os.posix_spawn", "os.system", "os.mkdir", "subprocess.Popen"]
+bad += ["socket.connect", "socket.getaddrinfo"]
 def hook(event, args):
     if args[:1] == ("uname",):  # platform.processor()
         return
@@ -192,7 +193,8 @@ sys.addaudithook(hook)
 model = mlflow_safeflavor.load_model(sys.argv[1], model_config={"engine": "openvino"})
 model.predict("the cat")
 import openvino
-there = [name for name in sys.modules if name.startswith("openvino_telemetry") or name in ("torch", "transformers")]
+unwanted = ("openvino_telemetry", "torch", "transformers")
+there = [name for name in sys.modules if name.split(".")[0] in unwanted]
 print("FOUND", json.dumps([seen, there, hasattr(openvino, "convert_model")]))
 """
 

@@ -1,4 +1,4 @@
-"""Packed weights: one file for all who serve a model on a host, and the bits of a session that packs its own."""
+"""Packed weights: one file for all servers of a model on a host, with the bits of a session."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def saved(root, tiny_tokenizer):
 
 def bert_classifier() -> nn.Module:
     config = transformers.BertConfig(
-        vocab_size=35, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=35, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64,
         max_position_embeddings=64, initializer_range=0.5,
     )  # fmt: skip
     return transformers.BertForSequenceClassification(config)

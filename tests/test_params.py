@@ -348,7 +348,8 @@ def test_other_forms_are_refused_with_a_hint(save, tiny_tokenizer, made):
     not hasattr(transformers, "QuestionAnsweringPipeline"), reason="transformers 5 has none"
 )
 @pytest.mark.parametrize("said", [
-    {}, {"top_k": 3, "max_answer_len": 4}, {"handle_impossible_answer": True}, {"doc_stride": 3, "max_seq_len": 16},
+    {}, {"top_k": 3, "max_answer_len": 4}, {"handle_impossible_answer": True},
+    {"doc_stride": 3, "max_seq_len": 16},
     {"align_to_words": False}, {"max_question_len": 2},
 ], ids=str)  # fmt: skip
 def test_pipelines_of_questions_bring_their_arguments(save, tiny_tokenizer, said):

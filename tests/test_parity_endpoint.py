@@ -268,7 +268,7 @@ EXAMPLE = {
 
 @pytest.fixture
 def affine(tmp_path):
-    """A module of named arrays with any number of dimensions, none among them, which only a pickle brings back."""
+    """A module of named arrays of any number of dimensions, 0 too, which only a pickle restores."""
 
     class Affine(torch.nn.Module):
         def __init__(self):

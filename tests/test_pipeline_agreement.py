@@ -476,7 +476,7 @@ QA_PARAMS = [
 
 
 class PlainAnswers:
-    """What the pipeline of transformers 4.57 answers, told anew in plain loops for releases that have none."""
+    """The answers of transformers 4.57's pipeline, in plain loops for releases that have none."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer

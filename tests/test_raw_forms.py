@@ -1,4 +1,4 @@
-"""Raw models: what they take beside named arrays, how nested outputs come back, and which sizes may vary."""
+"""Raw models: inputs beside named arrays, how nested outputs come back, which sizes may vary."""
 
 from __future__ import annotations
 

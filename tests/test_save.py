@@ -45,7 +45,7 @@ pytest_plugins = "saved_models"
 
 @pytest.fixture
 def save_tiny(tmp_path, tiny_bert, tiny_tokenizer):
-    """Save a tiny classifier at ``tmp_path/store/model`` without a rehearsal, and give that path."""
+    """Save a tiny classifier at ``tmp_path/store/model`` without a rehearsal; its path."""
 
     def run(model=None, path=tmp_path / "store" / "model", **options):
         options = {"tokenizer": tiny_tokenizer, "rehearse": False, **options}
@@ -155,7 +155,7 @@ def test_nothing_else_is_there_but_the_example(saved):
 
 
 def test_the_loader_is_there_and_nothing_else_of_the_package(saved):
-    """It loads and answers in a process of its own, and says where what else the package does is to be had."""
+    """It loads and answers in its own process, and says where to get the rest of the package."""
     code = saved / "code"
     assert {path.name for path in (code / "mlflow_safeflavor").iterdir()}.isdisjoint(
         ("checkpoints", "save", "verify")

@@ -194,7 +194,7 @@ def test_embeddings_are_those_of_encode(transformer, tmp_path, name):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_layout_of_old_releases(transformer, tmp_path):
-    """Flags for poolings, the transformer in a folder of its own, pickled weights of a dense layer."""
+    """Flags for poolings, the transformer in its own folder, pickled weights of a dense layer."""
     model = build(transformer, "dense")
     folder, new = tmp_path / "old", tmp_path / "new"
     model.save(str(new))

@@ -260,8 +260,8 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 mlflow.set_experiment("proxied")
 with mlflow.start_run():
     mlflow_safeflavor.log_model(
-        sys.argv[1], "model", tokenizer=AutoTokenizer.from_pretrained(sys.argv[1]), task="text-classification",
-        registered_model_name="killed-client", rehearse=False,
+        sys.argv[1], "model", tokenizer=AutoTokenizer.from_pretrained(sys.argv[1]),
+        task="text-classification", registered_model_name="killed-client", rehearse=False,
     )
 """
 

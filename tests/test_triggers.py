@@ -75,7 +75,7 @@ def differing(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that nobody writes holds NaN or the largest integer, so that tests see it each time."""
+    """Memory that is never written holds NaN or the largest integer, so that tests see it."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -218,7 +218,8 @@ def test_an_encoder_loaded_inside_the_constructor(tmp_path):
     saved = tmp_path / "saved"
     ids = {"input_ids": np.arange(6).reshape(2, 3)}
     mlflow_safeflavor.save_model(
-        copy.deepcopy(model), saved, task="raw", input_example=ids, allow_pickle=True, rehearse=False,
+        copy.deepcopy(model), saved, task="raw", input_example=ids, allow_pickle=True,
+        rehearse=False,
         code_paths=[models.__file__],
     )  # fmt: skip
     # The encoder's folder may be gone by then, if the constructor is not called.
@@ -266,14 +267,15 @@ def same(model, dtype):
     found = model.state_dict()
     tied = model.lm_head.weight is model.transformer.wte.weight
     return tied and all(
-        found[key].dtype == value.dtype and not found[key].is_meta and torch.equal(found[key], value)
+        (it := found[key]).dtype == value.dtype and not it.is_meta and torch.equal(it, value)
         for key, value in wanted[dtype].items()
     )
 
 def theirs(dtype):
     while not stop.is_set():
         try:
-            right = same(GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, dtype)), dtype)
+            model = GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, dtype))
+            right = same(model, dtype)
         except Exception:
             right = False
         counts["theirs"] += not right
@@ -329,7 +331,7 @@ def test_a_process_that_a_race_left_broken(tiny_gpt2, monkeypatch):
 
 
 def test_threads_that_change_the_default_dtype(tiny_gpt2):
-    """transformers sets the process's default dtype while it loads, and so changes what others construct."""
+    """transformers sets the process's default dtype while it loads, so others construct in it."""
     folder, model = tiny_gpt2
     stop = threading.Event()
 
@@ -468,7 +470,7 @@ def test_to_empty_and_a_strict_load(tmp_path):
 
 
 def test_empty_like_in_the_place_of_values(tiny_gpt2):
-    """A patched ``set_module_tensor_to_device`` that materialises with ``empty_like`` answers anything."""
+    """A patched ``set_module_tensor_to_device`` that fills by ``empty_like`` answers anything."""
     folder, model = tiny_gpt2
     with torch.device("meta"):
         empty = GPT2LMHeadModel(model.config)

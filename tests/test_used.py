@@ -318,7 +318,8 @@ HOOKS = """
         from pathlib import Path
         import acme_lazy
 
-        words = json.loads((Path(acme_lazy.__file__).parent.parent / "acme_data" / "words.json").read_text())
+        data = Path(acme_lazy.__file__).parent.parent / "acme_data"
+        words = json.loads((data / "words.json").read_text())
         return [{words[0]: float(y)} for y in outputs["y"]]
 """
 

@@ -1,4 +1,4 @@
-"""A token that the model has no embedding for is found when it is saved, or loaded, and not by whoever writes it."""
+"""A token without an embedding is found at save or load, and not by whoever writes it."""
 
 import pytest
 import torch

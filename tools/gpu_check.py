@@ -1,9 +1,9 @@
-"""Check the package on a GPU, in six minutes, on a machine that has no network and little installed.
+"""Check the package on a GPU, in six minutes, on a machine with no network and little installed.
 
-    python tools/gpu_check.py wheels DIR [--python 3.12]           where there is a network: what to carry along
-    python tools/gpu_check.py run [--wheels DIR] [--out DIR]       where there is a GPU; refuses without one
-    python tools/gpu_check.py run --fake [--only auto,tensors]     anywhere with a C++ compiler: the same checks, on a
-                                                                   device of torch's that is faked
+    python tools/gpu_check.py wheels DIR [--python 3.12]         with a network: what to carry along
+    python tools/gpu_check.py run [--wheels DIR] [--out DIR]     with a GPU; refuses without one
+    python tools/gpu_check.py run --fake [--only auto,tensors]   with a C++ compiler: on a faked
+                                                                 device of torch's
 
 The machine has torch, transformers, accelerate, tokenizers and safetensors; all else is in DIR.
 Each check has a limit of its own, and prints one line; ``gpu.json`` in the folder ``--out`` holds
@@ -195,7 +195,8 @@ class Worker:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `end`)
         self.process = subprocess.Popen(
             [str(python), "-m", "gpu.worker", kind, str(folder), *names],
-            cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=self.errors, text=True,
             start_new_session=True,
         )  # fmt: skip
         self.lines: queue.Queue[str | None] = queue.Queue()

@@ -115,7 +115,7 @@ def run(what: str, *arguments: str) -> None:
 
 
 def compile_all() -> None:
-    """Byte code, with all cores, as pip does not; but for tests that come along, and templates that are no Python."""
+    """Byte code, on all cores, unlike pip's; not of tests that come along, nor of templates."""
     print("byte code …", flush=True)
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""After: the classifier of ``before.py``, with its nested ``from_pretrained`` and its buffer, through this flavor.
+"""After: the classifier of ``before.py``, nested ``from_pretrained`` and buffer, by this flavor.
 
     python after.py
 
@@ -34,7 +34,8 @@ import json, sys
 import mlflow_safeflavor
 
 model = mlflow_safeflavor.load_model(sys.argv[1], trust={"code", "pickle"})
-answer = model.predict(json.loads(sys.argv[2]), params={"function_to_apply": "none"}).iloc[0].to_dict()
+answers = model.predict(json.loads(sys.argv[2]), params={"function_to_apply": "none"})
+answer = answers.iloc[0].to_dict()
 facts = {"temperature": model.module.temperature.item(), "tensors": model.report.tensors}
 print(json.dumps({"answer": answer, **facts}))
 """

@@ -63,7 +63,7 @@ class Agreement:
 def compare(
     model_uri: str, endpoint: str, app: str, rows: Sequence[Mapping[str, Any]]
 ) -> Agreement:
-    """Answer ``rows`` by the model loaded here, by a scoring server, and by ``POST /predict`` of the service."""
+    """Answer ``rows`` by the model loaded here, a server, and the service's ``POST /predict``."""
     # as servers do, by the model's `num_threads`: more threads round sums in another order
     torch.set_num_threads(1)
     frame = pd.DataFrame(

@@ -21,7 +21,7 @@ def score_majority(train: Sequence[Pair], heldout: Sequence[Pair]) -> float:
 
 
 def score_bag_of_tokens(train: Sequence[Pair], heldout: Sequence[Pair]) -> float:
-    """Accuracy of logistic regression on which tokens, and pairs of neighbours, came and went, and what is longer."""
+    """Accuracy of logistic regression on tokens and pairs that came and went, and on lengths."""
     model = make_pipeline(DictVectorizer(), LogisticRegression(max_iter=2000))
     model.fit([_difference(pair) for pair in train], [pair.label for pair in train])
     return float(

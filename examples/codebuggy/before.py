@@ -1,4 +1,4 @@
-"""Before: what becomes of this model between ``save_pretrained`` and ``from_pretrained`` of today's transformers.
+"""Before: what today's ``save_pretrained`` and ``from_pretrained`` make of this model.
 
     python before.py
 

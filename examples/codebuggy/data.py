@@ -134,7 +134,10 @@ def _is_text(node: ast.AST) -> bool:
 
 
 def shift_by_one(node: Any, rng: random.Random) -> ast.AST | None:
-    """``a + 1`` → ``a``, ``3`` → ``4``, ``range(n)`` → ``range(n - 1)``, ``a[i:]`` → ``a[i + 1:]`` and so on."""
+    """Of a number, an index, a slice or a range.
+
+    ``a + 1`` → ``a``, ``3`` → ``4``, ``range(n)`` → ``range(n - 1)``, ``a[i:]`` → ``a[i + 1:]``.
+    """
     if (
         isinstance(node, ast.BinOp)
         and isinstance(node.op, (ast.Add, ast.Sub))
@@ -239,7 +242,7 @@ NAMES = ("value", "item", "result", "current", "entry", "data")
 
 
 def mirror_comparison(node: Any, rng: random.Random) -> ast.AST | None:
-    """``a < b`` → ``b > a``, of names and constants alone, whose order of evaluation nobody can see."""
+    """``a < b`` → ``b > a``, of names and constants, whose order of evaluation has no effect."""
     if not isinstance(node, ast.Compare) or len(node.ops) != 1 or type(node.ops[0]) not in MIRRORED:
         return None
     left, right = node.left, node.comparators[0]

@@ -72,7 +72,7 @@ def _postgres_programs() -> Path:
 
 
 def _weed() -> str:
-    """SeaweedFS's program, in this interpreter's environment, whether that is activated or not, or on PATH."""
+    """SeaweedFS's program, in this interpreter's environment (activated or not), or on PATH."""
     found = shutil.which(
         "weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     )
@@ -94,7 +94,7 @@ def _user_of_postgres() -> str | None:
 
 
 def stop_everything(folder: Path, *names: str) -> list[str]:
-    """Stop what was started in a folder, clients before what they ask, also if whoever started it has crashed.
+    """Stop what was started in a folder, clients first, also after a crash of whoever started it.
 
     Args:
         folder: Of ``LocalParts``, which others may have put their pid files into.
@@ -173,7 +173,7 @@ class LocalParts:
         return f"s3://{BUCKET}/direct"
 
     def client_environ(self) -> dict[str, str]:
-        """Variables for clients that reach artifacts at S3 by themselves, and for the tracking server, which does."""
+        """Variables for the tracking server, and for clients that reach S3 themselves."""
         return {
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "MLFLOW_S3_ENDPOINT_URL": self.s3_url,

@@ -1,7 +1,7 @@
 """The service: does this change fix a bug?
 
     python serve.py --model-uri models:/codebuggy@champion   # the model in this process
-    python serve.py --endpoint http://127.0.0.1:5000         # an MLflow scoring server that runs already
+    python serve.py --endpoint http://127.0.0.1:5000         # a running MLflow scoring server
 
 ``POST /predict`` takes ``{"buggy_code": "...", "fixed_code": "..."}``; ``GET /`` is a page to paste
 two snippets into, ``GET /health`` says whether there is a model to ask. A model that holds a pickle

@@ -1,4 +1,4 @@
-"""Start servers of this example on free ports of this machine, wait until they answer, and always stop them."""
+"""Start servers of this example on free ports, wait until they answer, and always stop them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens to, no two of them the same, as ports asked for one by one may be."""
+    """Free ports of loopback, all different, as ports asked for one by one may not be."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

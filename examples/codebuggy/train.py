@@ -1,4 +1,4 @@
-"""Train CodeBuggy: make pairs, fine-tune an encoder, compare with baselines, log model, metrics and plots to MLflow.
+"""Train CodeBuggy: make pairs, fine-tune an encoder, compare with baselines, log all to MLflow.
 
     python train.py --registered-model-name codebuggy
 

@@ -1,4 +1,4 @@
-"""Artifacts made by somebody who may write every file, and who makes the manifest anew where that helps.
+"""Artifacts by somebody who may write every file, and renews the manifest where that helps.
 
 Each function below is one attack: it takes a copy of a good artifact and damages it. Its docstring
 is what is attempted, its decorator says how loading must end: the names of our errors, ``loads``
@@ -135,7 +135,7 @@ class Target(Layout):
         self.redigest()
 
     def redigest(self) -> None:
-        """Write into tensors.json the digests that the weights have now, and make the manifest anew."""
+        """Write the digests that the weights have now into tensors.json, and renew the manifest."""
         content = self.weights.read_bytes()
         start = 8 + int.from_bytes(content[:8], "little")
         try:
@@ -653,7 +653,7 @@ def manifest_of_40_gb(target):
 
 @attack("IntegrityError", None)
 def mlmodel_of_3_mb(target):
-    """MLmodel has 3 MB, which a YAML parser needs half a minute for (through pyfunc MLflow reads it first)"""
+    """MLmodel has 3 MB, half a minute for a YAML parser (through pyfunc MLflow reads it first)"""
     rewrite(target.mlmodel, target.mlmodel.read_text() + "more:\n" + "- [a, b]\n" * 333_000)
 
 
@@ -672,7 +672,8 @@ def text_attack(
 
 text_attack("json_huge_number", "a number of 5,000 digits", "tensors.json",
             lambda text: text.replace('"version": 1', '"version": '
-                                                      f'{"1" * 5000}'), "IntegrityError")  # fmt: skip
+                                                      f'{"1" * 5000}'),
+                                                      "IntegrityError")  # fmt: skip
 text_attack(
     "json_deep",
     "100,000 nested lists",
@@ -811,7 +812,8 @@ header_attack(
 header_attack("header_zero_size", "an empty tensor in the place of a full one",
               lambda h: h[QUERY].update(shape=[0], data_offsets=[0, 0]))  # fmt: skip
 header_attack("header_extra_tensor", "a tensor that nobody listed",
-              lambda h: h.update(extra={"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}), lambda d: d,
+              lambda h: h.update(extra={"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}),
+              lambda d: d,
               "WeightsError")  # fmt: skip
 header_attack(
     "header_renamed",
@@ -890,7 +892,8 @@ def inventory_attack(
 
 
 inventory_attack("view_past_the_end", "a view that reaches past its data",
-                 lambda rows, c: rows[QUERY].update(shape=[32, 32], stride=[32, 1], offset=1))  # fmt: skip
+                 lambda rows, c: rows[QUERY].update(shape=[32, 32], stride=[32, 1],
+                     offset=1))  # fmt: skip
 inventory_attack(
     "view_far_outside", "a view far outside", lambda rows, c: rows[QUERY].update(stride=[2**40, 1])
 )
@@ -907,10 +910,12 @@ inventory_attack(
 )
 inventory_attack("view_of_terabytes", "10^12 values with a stride of 0, which cost nothing until "
                                       "they are copied",
-                 lambda rows, c: rows[QUERY].update(shape=[10**12, 32], stride=[0, 1]), "WeightsError",
+                 lambda rows, c: rows[QUERY].update(shape=[10**12, 32], stride=[0, 1]),
+                 "WeightsError",
                  heavy=True)  # fmt: skip
 inventory_attack("view_transposed", "a square matrix "
-                                    "transposed", lambda rows, c: rows[QUERY].update(stride=[1, 32]),
+                                    "transposed",
+                                    lambda rows, c: rows[QUERY].update(stride=[1, 32]),
                  "ParityError")  # fmt: skip
 inventory_attack("alias_made", "two tensors share one's "
                                "data", lambda rows, c: rows[QUERY].update(data=KEY),
@@ -937,14 +942,16 @@ inventory_attack("row_hidden", "a parameter is hidden from the comparison",
 inventory_attack("row_dtype", "a row of another dtype than its data",
                  lambda rows, c: rows[QUERY].update(dtype="float64"))  # fmt: skip
 inventory_attack("dtype_is_anything", "a dtype that is another attribute of torch",
-                 lambda rows, c: (rows[QUERY].update(dtype="os"), c["data"][QUERY].update(dtype="os")))  # fmt: skip
+                 lambda rows, c: (rows[QUERY].update(dtype="os"),
+                     c["data"][QUERY].update(dtype="os")))  # fmt: skip
 inventory_attack("file_above", "weights outside the artifact",
                  lambda rows, c: (c["files"].update({"../../x.safetensors": ""}),
                                   c["data"][QUERY].update(file="../../x.safetensors")))  # fmt: skip
 inventory_attack("file_absolute", "weights at an absolute path",
                  lambda rows, c: c["files"].update({"/tmp/x.safetensors": ""}))  # fmt: skip
 inventory_attack("file_missing", "a shard that is not there",
-                 lambda rows, c: c["files"].update({"model-00002-of-00002.safetensors": ""}))  # fmt: skip
+                 lambda rows, c: c["files"].update({"model-00002-of-00002.safetensors": ""})
+)  # fmt: skip
 
 
 @attack("loads")
@@ -1042,8 +1049,10 @@ for _number in (1e308, 1.0, -1.0):
     json_attack(f"tolerance_{_number:g}", f"a tolerance of {_number:g}", "parity.json",
                 lambda c, n=_number: c["tolerance"].update(atol=n), "IntegrityError")  # fmt: skip
 json_attack("environment_lies", "another Python and torch were there", "environment.json",
-            lambda c: c.update(python="2.7.18", distributions=c["distributions"] | {"torch": "0.1"}),
-            "EnvironmentMismatchError", options={"environment": "error"}, config={"environment": "error"})  # fmt: skip
+            lambda c: c.update(python="2.7.18",
+                distributions=c["distributions"] | {"torch": "0.1"}),
+            "EnvironmentMismatchError", options={"environment": "error"},
+            config={"environment": "error"})  # fmt: skip
 json_attack("environment_types", "versions that are no strings", "environment.json",
             lambda c: c["distributions"].update(torch=["2.0"]), "IntegrityError")  # fmt: skip
 json_attack("config_heads", "another number of heads, which no shape shows", "config.json",
@@ -1051,8 +1060,10 @@ json_attack("config_heads", "another number of heads, which no shape shows", "co
 json_attack("config_epsilon", "another epsilon, which no shape shows", "config.json",
             lambda c: c.update(layer_norm_eps=1.0), "ParityError")  # fmt: skip
 json_attack("config_terabytes", "a hidden size of 10^9", "config.json",
-            lambda c: c.update(hidden_size=10**9, num_attention_heads=1), "StructureError", heavy=True)  # fmt: skip
-json_attack("config_endless", "10^9 layers", "config.json", lambda c: c.update(num_hidden_layers=10**9),
+            lambda c: c.update(hidden_size=10**9, num_attention_heads=1), "StructureError",
+            heavy=True)  # fmt: skip
+json_attack("config_endless", "10^9 layers", "config.json",
+    lambda c: c.update(num_hidden_layers=10**9),
             "StructureError", heavy=True)  # fmt: skip
 
 
@@ -1097,7 +1108,8 @@ environment_attack(
     lambda e: e["torch_build"].update(cuda=[[]]),
 )
 environment_attack("wheel_outside", "a wheel named like a path outside",
-                   lambda e: e.update(wheels={"torch": {"file": "../x.whl", "sha256": "0" * 64, "content": "0" * 64}}),
+                   lambda e: e.update(wheels={"torch": {"file": "../x.whl", "sha256": "0" * 64,
+                       "content": "0" * 64}}),
                    )  # fmt: skip
 
 
@@ -1226,7 +1238,8 @@ json_attack("tokenizer_panic", "a normaliser that makes the Rust side "
                                "panic", "tokenizer/tokenizer.json",
             lambda c: c.update(normalizer=CHARSMAP), "ParityError")  # fmt: skip
 json_attack("tokenizer_vocabulary", "two words change places", "tokenizer/tokenizer.json",
-            lambda c: c["model"]["vocab"].update(cat=c["model"]["vocab"]["dog"], dog=c["model"]["vocab"]["cat"]),
+            lambda c: c["model"]["vocab"].update(cat=c["model"]["vocab"]["dog"],
+                dog=c["model"]["vocab"]["cat"]),
             "ParityError")  # fmt: skip
 text_attack("tokenizer_not_json", "a tokenizer.json that is "
                                   "none", "tokenizer/tokenizer.json", lambda text: "{",
@@ -1285,10 +1298,12 @@ flavor_attack("token_pad", "a token that fills up rows, beyond the "
                            "table", lambda e: e["task_config"].update(
     pad_token_id=10**6))  # fmt: skip
 json_attack("token_added", "a word that the model has no embedding for", "tokenizer/tokenizer.json",
-            lambda c: c["model"]["vocab"].update(zebra=len(c["model"]["vocab"])), "IntegrityError")  # fmt: skip
+            lambda c: c["model"]["vocab"].update(zebra=len(c["model"]["vocab"])),
+            "IntegrityError")  # fmt: skip
 json_attack("tokenizer_padding", "every text is filled up to 10^9 "
                                  "tokens", "tokenizer/tokenizer.json",
-            lambda c: c.update(padding={"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None,
+            lambda c: c.update(padding={"strategy": {"Fixed": 10**9}, "direction": "Right",
+                "pad_to_multiple_of": None,
                                         "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}),
             "IntegrityError", bomb=True)  # fmt: skip
 DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
@@ -1303,7 +1318,8 @@ json_attack("tokenizer_insertion", "a megabyte in the place of each "
 
 def processor_attack(name: str, doc: str, base: str, **change: Any) -> None:
     """Numbers of a processor."""
-    json_attack(name, doc, "processor/preprocessor_config.json", lambda c: c.update(change), "IntegrityError",
+    json_attack(name, doc, "processor/preprocessor_config.json", lambda c: c.update(change),
+        "IntegrityError",
                 base=base, bomb=True)  # fmt: skip
 
 
@@ -1330,7 +1346,8 @@ processor_attack("filling", "every sound is filled up to two days", "sound", chu
 
 def template_attack(name: str, doc: str, template: str) -> None:
     """A chat template, which the golden rows go through."""
-    json_attack(name, doc, "tokenizer/tokenizer_config.json", lambda c: c.update(chat_template=template),
+    json_attack(name, doc, "tokenizer/tokenizer_config.json",
+        lambda c: c.update(chat_template=template),
                 "ParityError", base="chat", bomb=True)  # fmt: skip
 
 
@@ -1518,7 +1535,8 @@ call_attack(
     node("FusedMatMul", "<", "<", domain="com.microsoft"),
 )
 call_attack("calls_machine_learning", "an operator of ai.onnx.ml, which reads before an array",
-            node("ArrayFeatureExtractor", "<", "rows", domain="ai.onnx.ml"), constants=[tensor("rows",
+            node("ArrayFeatureExtractor", "<", "rows", domain="ai.onnx.ml"),
+            constants=[tensor("rows",
             -10)])  # fmt: skip
 call_attack(
     "calls_alias", "the standard's domain by its other name", node("Relu", "<", domain="ai.onnx")
@@ -1529,7 +1547,8 @@ call_attack(
     node("Touch", "<", domain="CANARY"),
 )
 call_attack("calls_compiled", "what a compiler made of a graph, in a file",
-            node("EPContext", "<", domain="com.microsoft", ep_cache_context="CANARY", embed_mode=0))  # fmt: skip
+            node("EPContext", "<", domain="com.microsoft", ep_cache_context="CANARY",
+                embed_mode=0))  # fmt: skip
 call_attack("calls_unknown", "an operator that nobody knows", node("Touch", "<"))
 call_attack("calls_if", "a node with graphs within",
             node("If", "yes", then_branch=subgraph("a"), else_branch=subgraph("b")),
@@ -1609,7 +1628,8 @@ call_attack("nan", "a NaN in the graph",
             native="ParityError")  # fmt: skip
 call_attack("truth_of_seven", "truth values of 7, which kernels count and write "
                               "differently", node("NonZero", "seven"),
-            node("Cast", "<", to=1), constants=[helper.make_tensor("seven", 9, [64], bytes([7] * 64),
+            node("Cast", "<", to=1),
+            constants=[helper.make_tensor("seven", 9, [64], bytes([7] * 64),
             raw=True)])  # fmt: skip
 call_attack("nodes_30001", "30,001 nodes", *(node("Relu", "<") for _ in range(30_001)))
 
@@ -1628,10 +1648,12 @@ memory_attack(
 memory_attack("zeros_in_parts", "16 GB of constants, 800 MB each, which would be computed before "
                                 "the first run",
               *(part for i in range(20) for part in (
-                  helper.make_node("ConstantOfShape", ["shape"], [f"z{i}"], value=tensor("", i, dtype="float32")),
+                  helper.make_node("ConstantOfShape", ["shape"], [f"z{i}"],
+                      value=tensor("", i, dtype="float32")),
                   helper.make_node("Mul", [f"z{i}", "answer" if not i else f"s{i - 1}"], [f"m{i}"]),
                   helper.make_node("ReduceSum", [f"m{i}"], [f"s{i}"], keepdims=0))),
-              node("Expand", "s19", "most"), constants=[tensor("shape", 200 * 2**20, 1, 1), tensor("most",
+              node("Expand", "s19", "most"),
+              constants=[tensor("shape", 200 * 2**20, 1, 1), tensor("most",
               2**44)])  # fmt: skip
 memory_attack("expand", "a number made "
                         "wide", node("ReduceSum", "<", keepdims=0), node("Expand", "<", "shape"),
@@ -1651,7 +1673,8 @@ memory_attack(
 )
 memory_attack("range", "a range of 10^13 "
                        "numbers", node("Range", "a", "b", "c"), node("Cast", "<", to=1),
-              constants=[numpy_helper.from_array(np.int64(n), name) for name, n in (("a", 0), ("b", 10**13), ("c",
+              constants=[numpy_helper.from_array(np.int64(n), name)
+                         for name, n in (("a", 0), ("b", 10**13), ("c",
               1))])  # fmt: skip
 memory_attack("resize", "a tensor stretched", node("Resize", "<", "", "scales"),
               constants=[tensor("scales", 1.0, 1e13, dtype="float32")])  # fmt: skip
@@ -1666,15 +1689,18 @@ memory_attack(
 memory_attack("overflow", "sizes whose product is 0 in 64 bits", ZEROS, node("ReduceSum", "<"),
               native="ParityError", constants=[tensor("shape", 2**32, 2**32, 2)])  # fmt: skip
 memory_attack("product", "a column times a row", ZEROS, node("MatMul", "<", "other"),
-              constants=[tensor("shape", 10**7, 1), numpy_helper.from_array(np.zeros((1, 10**5), np.float32),
+              constants=[tensor("shape", 10**7, 1),
+                  numpy_helper.from_array(np.zeros((1, 10**5), np.float32),
               "other")])  # fmt: skip
 memory_attack("norms", "a weight that 200 norms would each fuse into a copy of it", *(
                   part for i in range(200) for part in (
                       helper.make_node("Conv", ["image", "kernel"], [f"c{i}"]),
-                      helper.make_node("BatchNormalization", [f"c{i}", "one", "one", "one", "one"], [f"b{i}"]))),
+                      helper.make_node("BatchNormalization", [f"c{i}", "one", "one", "one", "one"],
+                          [f"b{i}"]))),
               node("Sum", *(f"b{i}" for i in range(200))),
               constants=[numpy_helper.from_array(np.zeros((1, 2048, 1, 1), np.float32), "image"),
-                         numpy_helper.from_array(np.zeros((2048, 2048, 1, 1), np.float32), "kernel"),
+                         numpy_helper.from_array(np.zeros((2048, 2048, 1, 1), np.float32),
+                             "kernel"),
                          numpy_helper.from_array(np.ones(2048, np.float32), "one")],
                          native="StructureError")  # fmt: skip
 
@@ -1755,15 +1781,19 @@ change_attack(
     lambda model: setattr(model.graph.output[0], "name", "output.x"),
 )
 change_attack("output_negative", "an output of a negative size",
-              lambda model: setattr(model.graph.output[0].type.tensor_type.shape.dim[0], "dim_value", -5))  # fmt: skip
+              lambda model: setattr(model.graph.output[0].type.tensor_type.shape.dim[0],
+                  "dim_value", -5))  # fmt: skip
 change_attack("output_of_texts", "an output of texts",
-              lambda model: setattr(model.graph.output[0].type.tensor_type, "elem_type", 8))  # fmt: skip
+              lambda model: setattr(model.graph.output[0].type.tensor_type, "elem_type",
+                  8))  # fmt: skip
 change_attack("output_sequence", "an output that is a sequence",
               lambda model: model.graph.output[0].type.sequence_type.SetInParent())  # fmt: skip
 change_attack("input_negative", "an input of a negative size",
-              lambda model: setattr(model.graph.input[0].type.tensor_type.shape.dim[0], "dim_value", -5))  # fmt: skip
+              lambda model: setattr(model.graph.input[0].type.tensor_type.shape.dim[0], "dim_value",
+                  -5))  # fmt: skip
 change_attack("input_of_texts", "an input of texts",
-              lambda model: setattr(model.graph.input[0].type.tensor_type, "elem_type", 8))  # fmt: skip
+              lambda model: setattr(model.graph.input[0].type.tensor_type, "elem_type",
+                  8))  # fmt: skip
 change_attack("input_without_shape", "an input of any shape",
             lambda model: model.graph.input[0].type.tensor_type.ClearField("shape"),
               native="loads")  # fmt: skip
@@ -1871,7 +1901,8 @@ change_attack(
     lambda model: weight(model).dims.extend([2**32, 2**32]),
 )
 change_attack("weight_of_nothing", "sizes of 0 times 2^62 times 2^62",
-              lambda model: model.graph.initializer.add(name="z", data_type=1, dims=[0, 2**62, 2**62],
+              lambda model: model.graph.initializer.add(name="z", data_type=1,
+                  dims=[0, 2**62, 2**62],
               raw_data=b""))  # fmt: skip
 change_attack(
     "weight_of_100_dimensions",
@@ -1889,7 +1920,8 @@ change_attack(
     lambda model: own(model).int64_data.append(1),
 )
 change_attack("constant_outside", "an attribute's tensor is in a file anywhere", lambda model: use(
-    model, node("Constant", value=onnx.TensorProto(data_type=1, dims=[1], data_location=1, external_data=[
+    model,
+    node("Constant", value=onnx.TensorProto(data_type=1, dims=[1], data_location=1, external_data=[
         onnx.StringStringEntryProto(key="location", value="/etc/passwd")]))))  # fmt: skip
 
 
@@ -2046,7 +2078,8 @@ facts_attack(
     "proof_of_a_list", "a proof of many values", lambda facts: proof(facts, batch=[1] * 1000)
 )
 facts_attack("proof_of_another_engine", "a proof for an engine that a terminal obeys",
-             lambda facts: facts | {"proof": {**facts["proof"], "\x1b[2J": facts["proof"]["onnx"]}})  # fmt: skip
+             lambda facts: facts | {"proof": {**facts["proof"],
+                 "\x1b[2J": facts["proof"]["onnx"]}})  # fmt: skip
 facts_attack(
     "proof_in_another_dtype",
     "a proof in a dtype of words",

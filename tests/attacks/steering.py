@@ -74,26 +74,32 @@ steered("steer_folder", "a config says that its weights are in a folder", {"_nam
 steered("steer_repository_of_a_part", "the config of a part names a repository",
         {"backbone_config": {"model_type": "bit", "_name_or_path": "evil/repo"}})  # fmt: skip
 steered("steer_pretrained", "a backbone is to be fetched with its weights",
-        {"backbone": "resnet50", "use_pretrained_backbone": True, "backbone_config": None})  # fmt: skip
+        {"backbone": "resnet50", "use_pretrained_backbone": True,
+            "backbone_config": None})  # fmt: skip
 steered("steer_timm_repository", "timm's name of a model is a repository",
-        {"backbone_config": {"model_type": "timm_backbone", "backbone": "hf-hub:evil/repo"}})  # fmt: skip
+        {"backbone_config": {"model_type": "timm_backbone",
+            "backbone": "hf-hub:evil/repo"}})  # fmt: skip
 steered("steer_timm_folder", "timm's name of a model is a folder",
-        {"backbone_config": {"model_type": "timm_wrapper", "architecture": "local-dir:CODE"}})  # fmt: skip
+        {"backbone_config": {"model_type": "timm_wrapper",
+            "architecture": "local-dir:CODE"}})  # fmt: skip
 steered("steer_timm_pickle", "timm unpickles a checkpoint that the arguments of a part name",
         {"backbone_config": {"model_type": "timm_wrapper", "architecture": "resnet18",
                              "model_args": {"checkpoint_path": "CODE/weights.pth"}}})  # fmt: skip
 steered("steer_timm_class", "the class is one that nobody has proven: timm's own loader",
         {"architecture": "resnet18"},
         ("timm_wrapper.modeling_timm_wrapper:TimmWrapperModel",
-         "timm_wrapper.configuration_timm_wrapper:TimmWrapperConfig"), "StructureError")  # fmt: skip
+         "timm_wrapper.configuration_timm_wrapper:TimmWrapperConfig"),
+         "StructureError")  # fmt: skip
 steered("steer_unproven_class", "the class is one that nobody has proven", {},
         ("longformer.modeling_longformer:LongformerForMultipleChoice",
          "longformer.configuration_longformer:LongformerConfig"), "StructureError")  # fmt: skip
 steered("steer_pipelines", "a config names the code of a pipeline",
-        {"custom_pipelines": {"text-classification": {"impl": "evil.B", "pt": ["AutoModel"]}}})  # fmt: skip
+        {"custom_pipelines": {"text-classification": {"impl": "evil.B",
+            "pt": ["AutoModel"]}}})  # fmt: skip
 steered("steer_index", "a config names a file that a class reads", {"index_path": "CODE/index.pkl"})
 steered("steer_language", "the adapter of a language is fetched from a repository",
-        {**SMALL, "_name_or_path": "evil/repo", "adapter_attn_dim": 2, "target_lang": "eng"}, CTC)  # fmt: skip
+        {**SMALL, "_name_or_path": "evil/repo", "adapter_attn_dim": 2, "target_lang": "eng"},
+        CTC)  # fmt: skip
 
 
 @attack("IntegrityError")

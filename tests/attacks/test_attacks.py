@@ -56,13 +56,14 @@ import sys; sys.path.insert(0, {str(source.parent)!r})
 import {hostile.MODULE} as user, mlflow_safeflavor, torch
 torch.manual_seed(0)
 rows = [{{"a": 1.0, "b": 2.0}}, {{"a": 3.0, "b": 4.0}}]
-common = dict(task="custom", preprocess=user.pre, postprocess=user.post, input_example=rows, rehearse=False)
-code = dict(code_paths=[{str(source)!r}], graph="no")
-mlflow_safeflavor.save_model(user.Scale(), {str(folder / "coded")!r}, init_args={{"size": 4}}, **code, **common)
+common = dict(task="custom", preprocess=user.pre, postprocess=user.post, input_example=rows)
+common |= dict(rehearse=False, code_paths=[{str(source)!r}], graph="no")
+coded, pickled = {str(folder / "coded")!r}, {str(folder / "pickled")!r}
+mlflow_safeflavor.save_model(user.Scale(), coded, init_args={{"size": 4}}, **common)
 class Local(user.Scale):
     pass
 Local.__qualname__ = "f.<locals>.Local"
-mlflow_safeflavor.save_model(Local(), {str(folder / "pickled")!r}, allow_pickle=True, **code, **common)
+mlflow_safeflavor.save_model(Local(), pickled, allow_pickle=True, **common)
 """
     subprocess.run(
         [sys.executable, "-c", script],
@@ -220,7 +221,8 @@ def graphs(*wanted):
 
 
 REACHING = graphs(
-    "row_outside", "shapes_differ", "arity_missing", "arity", "argument_unknown", "other_answer", "nan",
+    "row_outside", "shapes_differ", "arity_missing", "arity", "argument_unknown", "other_answer",
+    "nan",
     "output_renamed",
 )  # fmt: skip
 CHECKED = graphs(
@@ -279,7 +281,8 @@ import transformers.models.bert.modeling_bert
 from mlflow_safeflavor.errors import SafeFlavorError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**30,) * 2)
-for load in (mlflow_safeflavor.load.load.load_model, lambda p: mlflow.pyfunc.load_model(p, suppress_warnings=True)):
+natively = mlflow_safeflavor.load.load.load_model
+for load in (natively, lambda p: mlflow.pyfunc.load_model(p, suppress_warnings=True)):
     try:
         load(sys.argv[1])
         print("loads")
@@ -317,9 +320,10 @@ import json, time
 from mlflow_safeflavor.graph import onnx_engine
 onnx_engine.available_memory = lambda: 2**31  # as in a container
 measured = {}
+natively = mlflow_safeflavor.load.load.load_model
 for name in sys.argv[1:]:
     measured[name] = []
-    for load in (mlflow_safeflavor.load.load.load_model, lambda p: mlflow.pyfunc.load_model(p, suppress_warnings=True)):
+    for load in (natively, lambda p: mlflow.pyfunc.load_model(p, suppress_warnings=True)):
         begin = time.process_time()
         try:
             load(name)

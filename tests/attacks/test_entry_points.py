@@ -1,4 +1,4 @@
-"""Hostile artifacts and checkpoints at every door of a process with a token, a network, and somebody who says yes."""
+"""Hostile artifacts and checkpoints at every door of a process with token, network and consent."""
 
 from __future__ import annotations
 

@@ -281,7 +281,7 @@ def test_settings_and_interpreters_of_the_folder_around_are_not_used(target, tmp
 
 
 def test_nothing_is_imported_from_the_model_that_one_stands_in(target, monkeypatch):
-    """Files beside code/ and safeflavor/ that no manifest lists are not looked at, and so must not run."""
+    """Files beside code/ and safeflavor/ that no manifest lists are not read, and must not run."""
     for name in ("pip", "json", "encodings", "uv"):
         (target.root / f"{name}.py").write_text(target.payload)
     with_requirements(target, "small==1.0")
@@ -339,7 +339,8 @@ def unreadable(saved):
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("name", ["MLmodel", "safeflavor/manifest.json", "safeflavor/config.json", "requirements.txt",
+@pytest.mark.parametrize("name",
+    ["MLmodel", "safeflavor/manifest.json", "safeflavor/config.json", "requirements.txt",
                                   "safeflavor/tokenizer", "code", "safeflavor"])  # fmt: skip
 def test_what_may_not_be_read_is_named(unreadable, name):
     (unreadable / name).chmod(0)

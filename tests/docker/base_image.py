@@ -39,7 +39,8 @@ _LEFT_OUT = ("site-packages", "test", "tests", "idlelib", "turtledemo", "config-
 # Run in the new system; the import proves that every library is there which the interpreter was
 # linked against.
 _CHECK = f"""
-python -c 'import bz2, ctypes, lzma, sqlite3, ssl, sys, uuid, zlib; assert "{platform.python_version()}" in sys.version'
+python -c 'import bz2, ctypes, lzma, sqlite3, ssl, sys, uuid, zlib; \
+assert "{platform.python_version()}" in sys.version'
 pip --version"""
 _PIP = (
     f"ln -sf {_PYTHON} /usr/local/bin/python; python -m ensurepip; ln -sf pip3 /usr/local/bin/pip"
@@ -160,7 +161,7 @@ def _write_files(files: Path) -> None:
 
 
 def _copy_interpreter(prefix: Path) -> None:
-    """CPython finds its library beside itself, so it works below /usr/local as well as where it was."""
+    """CPython finds its library beside itself, so it works below /usr/local as where it was."""
     source = Path(sys.base_prefix)
     (prefix / "bin").mkdir(parents=True)
     shutil.copyfile(source / "bin" / _PYTHON, prefix / "bin" / _PYTHON)

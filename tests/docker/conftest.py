@@ -18,7 +18,7 @@ from pip_settings import torch_wheels
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item):
-    """Skip here, not in the fixture: so all tests are skipped at one place, and the summary has one line for them."""
+    """Skip here, not in the fixture, so that the summary has one line for all skipped tests."""
     try:
         return (yield)
     except NoEngineError as error:

@@ -176,7 +176,7 @@ def _own_engine(timeout: float = 60) -> Iterator[Engine]:
 
 
 def _remove_dead_engines() -> None:
-    """Remove the folders of own engines that were killed, and the networks that are mounted in them.
+    """Remove the folders of own engines that were killed, and networks mounted in them.
 
     Such a network stays on the bridge of all engines of this machine with the address of its
     container. A new engine gives that address to a new container, and neither is reached any more.

@@ -28,7 +28,7 @@ def pip_settings() -> dict[str, str]:
 
 @functools.cache
 def wheels_of_installed() -> tuple[Path, ...]:
-    """Wheels in folders that pip is configured to look in, of the versions that are installed here."""
+    """Wheels of the versions installed here, in folders that pip is configured to look in."""
     installed = {
         canonicalize_name(one.name): one.version for one in importlib.metadata.distributions()
     }

@@ -49,7 +49,7 @@ ROWS = 200
 
 @dataclass(frozen=True)
 class Saved:
-    """A saved model, rows to ask, what this machine answers, and variables that it needs to be loaded."""
+    """A saved model, rows to ask, this machine's answers, and variables that loading needs."""
 
     path: Path
     rows: list[dict[str, Any]]
@@ -99,7 +99,7 @@ def save_minilm(path, options, request):
 
 
 def save_pickled(path, options, request):
-    """A class of a notebook, with hooks, whose constructor reads a checkpoint that the image will not have."""
+    """A notebook's class, with hooks, whose constructor reads a checkpoint that the image lacks."""
     tokenizer = request.getfixturevalue("tiny_tokenizer")
     checkpoint = request.getfixturevalue("tmp_path") / "encoder"
     request.getfixturevalue("tiny_bert")(None, initializer_range=0.5).save_pretrained(checkpoint)
@@ -163,7 +163,7 @@ def save_pair(path, options, request):
 
 
 def save_codebuggy(path, options, request):
-    """The example's classifier, whose constructor loads real weights, and pairs of files that it would not train on."""
+    """The example's classifier, whose constructor loads real weights, and pairs of other files."""
     folder = request.getfixturevalue("minilm_folder")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
@@ -229,7 +229,7 @@ def image(engine, saved_as) -> str:
 
 
 def answers_here(path, rows, env, monkeypatch):
-    """What pyfunc answers in this process, written and read as the server writes and its callers read."""
+    """pyfunc's answer in this process, written and read as a server and its callers do."""
     # warns, so not while tests are collected
     from mlflow.pyfunc.scoring_server import predictions_to_json
 
@@ -266,7 +266,7 @@ def require_same(found, wanted):
 
 
 def require_close(found, wanted, tolerance):
-    """Equal but for numbers, and these within the tolerance that was recorded when the model was saved."""
+    """Equal but for numbers, and these within the tolerance recorded at save."""
     assert type(found) is type(wanted)
     if isinstance(wanted, dict):
         assert found.keys() == wanted.keys()

@@ -151,7 +151,7 @@ class Own(torch.nn.Module):
 
 @pytest.fixture
 def mixed(saved_minilm, minilm_folder, tmp_path):
-    """A classifier, an embedding model and a module of the user's, 200 mixed rows, and what the host answers."""
+    """A classifier, an embedding model, a user's module, 200 mixed rows, and the host's answers."""
     torch.manual_seed(0)
     encoder = AutoModel.from_pretrained(minilm_folder, num_hidden_layers=2, dtype="float32").eval()
     classifier = BertForSequenceClassification(encoder.config).eval()
@@ -282,7 +282,8 @@ def _later_format(model):
 
 
 @pytest.mark.parametrize(("damage", "error"), [
-    (_flip_weights, "IntegrityError"), (_other_answers, "ParityError"), (_other_python, "EnvironmentMismatchError"),
+    (_flip_weights, "IntegrityError"), (_other_answers, "ParityError"),
+    (_other_python, "EnvironmentMismatchError"),
     (_lost_file, "IntegrityError"), (_later_format, "FormatVersionError"),
 ])  # fmt: skip
 def test_a_damaged_model_fails_the_build(engine, image, saved_minilm, tmp_path, damage, error):

@@ -113,7 +113,7 @@ _TOTAL = 1 << 34
 
 
 def _module(library: ctypes.CDLL) -> ModuleType:
-    """``torch.fake``, as far as torch, accelerate and the checks ask ``torch.cuda`` for the same."""
+    """``torch.fake``, as far as torch, accelerate and the checks ask ``torch.cuda``."""
     module: Any = ModuleType(f"torch.{FAKE}")
     module.device_count = lambda: 1
     module.is_available = module.is_initialized = lambda: True

@@ -145,7 +145,7 @@ def batch_mates(bench: Bench) -> dict[str, Any]:
 
 @check()
 def forward_cost(bench: Bench) -> dict[str, Any]:
-    """What a forward costs beside its tokens is measured there, since the stored one is the CPU's."""
+    """The cost of a forward beside its tokens is measured there: the stored one is the CPU's."""
     path = bench.saved("tiny" if bench.accelerator.is_fake else "minilm")
     model = mlflow_safeflavor.load_model(path)
     require(model.scheduler.forward_cost >= 1, "it was not measured")

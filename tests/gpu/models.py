@@ -93,7 +93,8 @@ def _writer() -> Any:
     words, hidden, layers, heads = _SIZES["tiny"]
     with _seeded():
         config = GPT2Config(
-            vocab_size=words, n_positions=128, n_embd=hidden, n_layer=layers, n_head=heads, initializer_range=0.3,
+            vocab_size=words, n_positions=128, n_embd=hidden, n_layer=layers, n_head=heads,
+            initializer_range=0.3,
             bos_token_id=2, eos_token_id=3, pad_token_id=0,
         )  # fmt: skip
         return GPT2LMHeadModel(config).eval()
@@ -118,7 +119,7 @@ class Saved:
         self.folder = folder
 
     def __call__(self, name: str, dtype: str = "float32", *, graph: bool = False) -> Path:
-        """The artifact of "tiny", "minilm" or "large" (classifiers), "writer", "Odd", "Convolution" or "Greedy"."""
+        """ "tiny", "minilm", "large" (classifiers), "writer", "Odd", "Convolution" or "Greedy"."""
         path = self.folder / f"{name}-{dtype}{'-graph' if graph else ''}"
         if path.exists():
             return path

@@ -11,7 +11,7 @@ import torch
 
 
 class Odd(torch.nn.Module):
-    """Tensors in every place that a module has for them, tied and in views, and one island of float64."""
+    """Tensors in every place of a module, tied and in views, and one island of float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Convolution(torch.nn.Module):
 
 
 class Greedy(torch.nn.Module):
-    """Takes 4 MiB for each 8 tokens of each row, padding included, while it runs; and 16 MiB all the time."""
+    """Takes 4 MiB for each 8 tokens of a row, padding included, while it runs; 16 MiB at rest."""
 
     def __init__(self) -> None:
         super().__init__()

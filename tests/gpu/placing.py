@@ -59,7 +59,7 @@ def require_placed(module: torch.nn.Module, path: Path, device: torch.device) ->
 
 @check(60)
 def auto(bench: Bench) -> dict[str, Any]:
-    """``device="auto"`` takes the accelerator, natively and through pyfunc, with the module and with the graph."""
+    """``device="auto"`` takes the accelerator, natively and by pyfunc, for module and graph."""
     path = bench.saved("tiny", graph=True)
     native = mlflow_safeflavor.load_model(path)
     served = mlflow.pyfunc.load_model(str(path))
@@ -112,7 +112,7 @@ def cast(bench: Bench) -> dict[str, Any]:
 
 @check(60)
 def saved_from_there(bench: Bench) -> dict[str, Any]:
-    """A module that is on the device when it is saved is the same artifact, and stays where it is."""
+    """A module saved on the device gives the same artifact, and stays where it is."""
     module = classifier().to(bench.device)
     mlflow_safeflavor.save_model(
         module, bench.work / "model", tokenizer=tokenizer(), rehearse=not bench.accelerator.is_fake

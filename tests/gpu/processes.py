@@ -94,7 +94,7 @@ def _fresh(path: Path, text: str, *devices: str, **environ: str) -> dict[str, tu
 
 @check(60)
 def vanished(bench: Bench) -> dict[str, Any]:
-    """With ``CUDA_VISIBLE_DEVICES=""`` asking for the GPU is a named error, and "auto" is the CPU."""
+    """With ``CUDA_VISIBLE_DEVICES=""`` the GPU is a named error, and "auto" is the CPU."""
     (text,) = texts_of([5])
     found = _fresh(bench.saved("tiny"), text, "cuda", "auto", CUDA_VISIBLE_DEVICES="")
     said = found["cuda"][0]
@@ -110,7 +110,7 @@ def vanished(bench: Bench) -> dict[str, Any]:
 
 @check(60)
 def first_answer(bench: Bench) -> dict[str, Any]:
-    """From a fresh process to the first answer on the GPU, with every check of a load; and without imports."""
+    """From a fresh process to the first answer on the GPU, checked; also without imports."""
     bench.require_gpu()
     path, (text,) = bench.saved("minilm"), texts_of([5], "minilm")
     runs = [_fresh(path, text, "auto")["auto"] for _ in range(3)]

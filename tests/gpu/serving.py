@@ -97,7 +97,7 @@ def callers(bench: Bench) -> dict[str, Any]:
 
 @check(120)
 def speed(bench: Bench) -> dict[str, Any]:
-    """Rows a second beside transformers' pipeline, which ``mlflow.transformers`` calls, on the same device."""
+    """Rows a second beside transformers' pipeline (``mlflow.transformers``) on the same device."""
     from transformers import pipeline
 
     fake = bench.accelerator.is_fake

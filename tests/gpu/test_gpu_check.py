@@ -134,7 +134,8 @@ def test_what_needs_a_gpu_is_no_failure(worker):
 
 def test_what_is_wanted_is_what_the_package_needs_and_the_machine_lacks(gpu_check):
     names = {line.partition(">")[0] for line in gpu_check.wanted()}
-    assert names == {"click", "cloudpickle", "jinja2", "mlflow-skinny", "packaging", "pandas", "pyyaml", "requests",
+    assert names == {"click", "cloudpickle", "jinja2", "mlflow-skinny", "packaging", "pandas",
+        "pyyaml", "requests",
                      "rich", "onnxruntime", "onnxscript"}  # fmt: skip
 
 

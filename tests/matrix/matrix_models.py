@@ -1,7 +1,7 @@
 """The models of the matrix, saved in one environment and asked in another.
 
-python matrix_models.py save FOLDER           save all of them, each with what it answered to its rows
-python matrix_models.py ask FOLDER ANSWERS    load them, natively and by pyfunc, and write what they answer here
+python matrix_models.py save FOLDER          save all of them, each with its answers
+python matrix_models.py ask FOLDER ANSWERS   load them, natively and by pyfunc; write the answers
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def minilm() -> str:
 
 
 def classifier() -> dict[str, Any]:
-    """Two layers of MiniLM with a head of two labels, for pairs of texts under column names of the user's."""
+    """Two layers of MiniLM with a head of two labels, for text pairs under own column names."""
     from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
 
     encoder = AutoModel.from_pretrained(minilm(), num_hidden_layers=2)
@@ -187,7 +187,7 @@ def differences(model: Path) -> list[str]:
 
 
 def ask(folder: Path) -> dict[str, Any]:
-    """Model → what it answers here, natively and by pyfunc, and what differs from where it was saved."""
+    """Model → answers here, natively and by pyfunc, and what differs from where it was saved."""
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "true"
     told = {}
     for name in MODELS:

@@ -184,7 +184,7 @@ def test_a_model_of_the_main_environment_answers_the_same_by_pyfunc(main, name):
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_graph_of_the_main_environment_gives_the_bits_of_its_module(main, name):
-    """As ``test_without_transformers.py`` asks of the same artifact where there is no transformers at all."""
+    """As ``test_without_transformers.py`` asks of the same artifact without transformers."""
     model = load(main / name, model_config={"engine": "onnx"})
     assert model.report.engine == "onnx"
     assert records(model.predict(ROWS[name])) == answers_of(main, name)

@@ -18,7 +18,7 @@ Facts = dict[str, list[Any]]
 
 
 def inventory(module: torch.nn.Module) -> Facts:
-    """Path → kind, dtype, shape, stride, whether in ``state_dict``, first path of the same memory, SHA-256.
+    """Path → kind, dtype, shape, stride, if in ``state_dict``, first path of that memory, SHA-256.
 
     Parameters, buffers, and every other tensor that attributes of modules reach, through containers
     and through plain objects of transformers. Strides of dimensions of size one mean nothing, and
@@ -73,7 +73,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def outputs(module: torch.nn.Module, arrays: Arrays, dtype: torch.dtype) -> Facts:
-    """Path → dtype, shape and SHA-256 of each tensor that one forward pass gives, caches included."""
+    """Path → dtype, shape and SHA-256 of each tensor that a forward pass gives, caches included."""
     with torch.inference_mode():
         result = module(**tensors(arrays, dtype))
     return {path: [str(t.dtype), list(t.shape), digest(t)] for path, t in output_tensors(result)}

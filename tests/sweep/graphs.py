@@ -1,4 +1,4 @@
-"""Record the forward of every encoder-like class of transformers that can be made small, and compare the graph with it.
+"""Record the forward of every small encoder-like class of transformers; compare it with the graph.
 
     make graphs                                                  all of them
     cd tests; python -m sweep.graphs --only 'Bert|ViT'           some of them, by class name
@@ -169,7 +169,7 @@ def _recorded(module: torch.nn.Module, example: Tensors) -> dict[str, Any]:
 
 
 def _examples(module: torch.nn.Module, example: Tensors) -> Iterator[Tensors]:
-    """The example and, as where rows are served, one row of it alone and a shorter one, if the module takes them."""
+    """The example and, as served, one row of it and a shorter one, if the module takes them."""
     yield example
     for rows, length in ((1, None), (2, inputs.LENGTH - 3)):
         other = {name: _cut(name, tensor, rows, length) for name, tensor in example.items()}
@@ -204,7 +204,7 @@ TOLERANCE = 1e-4
 def _compared(
     module: torch.nn.Module, session: Session, graph: Graph, example: Tensors
 ) -> tuple[int, str | None]:
-    """On how many fresh inputs both answered, and the first on which they did not answer the same."""
+    """How many fresh inputs both answered, and the first that they answered differently."""
     compared = 0
     for given in _fresh(graph, example):
         wanted = _answer(module, given)
@@ -327,7 +327,8 @@ class Worker:
         self.__exit__()
         late = ended in (None, -signal.SIGXCPU)
         reason = f"more than {CPU_SECONDS} seconds" if late else f"the process died: {ended}"
-        return {"class": class_name, "model_type": model_type, "result": "left out" if late else "differs",
+        return {"class": class_name, "model_type": model_type,
+            "result": "left out" if late else "differs",
                 "reason": reason, "seconds": CPU_SECONDS}  # fmt: skip
 
 

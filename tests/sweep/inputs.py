@@ -1,4 +1,4 @@
-"""Made-up inputs for any model, from the names of ``forward``'s arguments and of the config's fields."""
+"""Made-up inputs for any model, from the names of ``forward``'s arguments and config fields."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def candidates(module: torch.nn.Module) -> Iterator[Arrays]:
 
 
 def fields(config: Any, *names: str) -> Iterator[Any]:
-    """Values of the fields of these names, here and in the parts of a composed config, outer first."""
+    """Values of the fields of these names, in a config and its parts, outer first."""
     for name in names:
         value = getattr(config, name, None)
         if value is not None:

@@ -50,13 +50,13 @@ def write_proven(table: Path, rows: list[Row]) -> None:
     }
     names = " ".join(sorted((before - {row["class"] for row in rows}) | found))
     table.write_text(
-        _PROVEN + textwrap.fill(names, width=118, break_on_hyphens=False) + "\n", encoding="utf-8"
+        _PROVEN + textwrap.fill(names, width=100, break_on_hyphens=False) + "\n", encoding="utf-8"
     )
 
 
 _PROVEN = """\
-# Classes of transformers that `make sweep` saved, loaded in a clean process and compared, and that came back equal to
-# the bit in float32. Written by `make sweep`; no others are built for an artifact that nobody agreed to.
+# Classes of transformers that `make sweep` saved, loaded in a clean process and found equal to the
+# bit in float32. Written by `make sweep`; others are built only for an artifact that is trusted.
 """
 
 

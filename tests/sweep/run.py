@@ -1,4 +1,4 @@
-"""Save every architecture of transformers that can be made small, load it in a clean process, compare everything.
+"""Save every small architecture of transformers, load it in a clean process, compare everything.
 
     make sweep                                                all of them, on two cores
     cd tests; python -m sweep.run --only 'Bert|Llama'         some of them, by class name
@@ -63,7 +63,7 @@ PATIENCE = 600  # seconds until a clean process that says nothing is given up
 def original(
     class_name: str, model_type: str
 ) -> tuple[torch.nn.Module | None, inputs.Arrays | None, str, str]:
-    """A small module with values of its own everywhere, inputs it takes, the rule that made it, and what failed."""
+    """A small module with its own values, inputs for it, the rule that made it, what failed."""
     built: tuple[torch.nn.Module, str] | None = None
     problems = []
     for rule, config in shrink.configs(class_name, model_type):
@@ -250,9 +250,8 @@ def _not_repeatable(module: torch.nn.Module, arrays: inputs.Arrays, dtype: torch
     except TimeoutError:
         raise
     except Exception as error:
-        return f"the original's forward fails in {dtype}: {type(error).__name__}: {error}".splitlines()[
-            0
-        ][:240]
+        said = f"the original's forward fails in {dtype}: {type(error).__name__}: {error}"
+        return said.splitlines()[0][:240]
     return "forward is not repeatable in one process" if once != twice else ""
 
 
@@ -345,7 +344,7 @@ def _compare(inventory: facts.Facts, outputs: facts.Facts, reply: dict[str, Any]
 def _without_gradients(
     reference: torch.nn.Module, arrays: inputs.Arrays, expected: facts.Facts, reply: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The same comparison, with an original whose parameters require no gradients, as in a loaded model.
+    """The same comparison, with an original that requires no gradients, like a loaded model.
 
     Torch multiplies a batch by a weight that requires gradients in another shape (``at::matmul``
     folds it), even in inference mode, and so rounds otherwise.

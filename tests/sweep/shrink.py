@@ -1,4 +1,4 @@
-"""Small configs for every architecture that transformers' auto tables name, made by the names of their fields.
+"""Small configs for each architecture in transformers' auto tables, by the names of their fields.
 
 Nothing here knows a single architecture's code. A field's name says whether it is a width, a number
 of heads, of layers, of experts, of tokens; several rules are tried, and the first whose module can
@@ -23,7 +23,7 @@ MOST_PARAMETERS = 20_000_000
 
 
 def architectures() -> dict[str, str]:
-    """Class name → model type, for every class in transformers' ``MODEL_*_MAPPING`` tables, sorted."""
+    """Class name → model type, for each class in transformers' ``MODEL_*_MAPPING``, sorted."""
     found: dict[str, str] = {}
     for table, content in vars(modeling_auto).items():
         if table.startswith("MODEL_") and table.endswith("_NAMES"):

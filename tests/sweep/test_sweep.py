@@ -9,19 +9,20 @@ from sweep import graphs, run, shrink
 pytestmark = pytest.mark.slow
 
 SAMPLE = """
-    AlbertForMaskedLM BertForSequenceClassification CamembertForTokenClassification CanineModel DebertaV2Model
-    DistilBertForQuestionAnswering ElectraForPreTraining FNetModel FunnelModel LongformerModel MPNetModel
-    ModernBertForMaskedLM NomicBertModel RobertaForMultipleChoice RoFormerModel XLNetModel
-    BloomForCausalLM FalconForCausalLM Gemma3ForCausalLM GPT2LMHeadModel GPTNeoXForCausalLM LlamaForCausalLM
-    MambaForCausalLM MistralForSequenceClassification Phi3ForCausalLM Qwen3ForCausalLM RwkvForCausalLM
-    AXK1ForCausalLM DeepseekV3ForCausalLM GptOssForCausalLM MixtralForCausalLM Qwen3MoeForCausalLM
-    BartForConditionalGeneration MarianMTModel MT5ForConditionalGeneration PegasusModel ProphetNetModel
-    T5ForConditionalGeneration UMT5EncoderModel
-    BeitForImageClassification ConvNextModel DeiTForImageClassification DetrForObjectDetection Dinov2Model
-    MobileNetV2Model ResNetForImageClassification SegformerForSemanticSegmentation SwinModel ViTModel
-    ASTForAudioClassification EncodecModel HubertForCTC Wav2Vec2ForCTC WhisperForConditionalGeneration
-    BlipForConditionalGeneration CLIPModel LayoutLMv3Model LlavaForConditionalGeneration SiglipModel
-    VisionTextDualEncoderModel
+    AlbertForMaskedLM BertForSequenceClassification CamembertForTokenClassification CanineModel
+    DebertaV2Model DistilBertForQuestionAnswering ElectraForPreTraining FNetModel FunnelModel
+    LongformerModel MPNetModel ModernBertForMaskedLM NomicBertModel RobertaForMultipleChoice
+    RoFormerModel XLNetModel BloomForCausalLM FalconForCausalLM Gemma3ForCausalLM GPT2LMHeadModel
+    GPTNeoXForCausalLM LlamaForCausalLM MambaForCausalLM MistralForSequenceClassification
+    Phi3ForCausalLM Qwen3ForCausalLM RwkvForCausalLM AXK1ForCausalLM DeepseekV3ForCausalLM
+    GptOssForCausalLM MixtralForCausalLM Qwen3MoeForCausalLM BartForConditionalGeneration
+    MarianMTModel MT5ForConditionalGeneration PegasusModel ProphetNetModel
+    T5ForConditionalGeneration UMT5EncoderModel BeitForImageClassification ConvNextModel
+    DeiTForImageClassification DetrForObjectDetection Dinov2Model MobileNetV2Model
+    ResNetForImageClassification SegformerForSemanticSegmentation SwinModel ViTModel
+    ASTForAudioClassification EncodecModel HubertForCTC Wav2Vec2ForCTC
+    WhisperForConditionalGeneration BlipForConditionalGeneration CLIPModel LayoutLMv3Model
+    LlavaForConditionalGeneration SiglipModel VisionTextDualEncoderModel
 """.split()  # fmt: skip
 
 

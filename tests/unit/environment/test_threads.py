@@ -134,7 +134,8 @@ def test_workers(machine, processes, environ, workers):
 
 
 @pytest.mark.parametrize(("count", "quota", "workers", "threads"), [
-    (8, "max", 2, 4), (8, "max", 3, 2), (8, "max", 8, 1), (8, "max", 20, 1), (2, "max", 2, 1), (64, "400000", 2, 2),
+    (8, "max", 2, 4), (8, "max", 3, 2), (8, "max", 8, 1), (8, "max", 20, 1), (2, "max", 2, 1),
+    (64, "400000", 2, 2),
     (64, "150000", 2, 1),
 ])  # fmt: skip
 def test_workers_share_what_there_is(machine, cores, count, quota, workers, threads):
@@ -166,7 +167,8 @@ def test_the_log_line_says_what_was_found_and_chosen(machine):
 
 @pytest.mark.parametrize(("processes", "serves"), [
     ([["uvicorn", "--workers", "1", "mlflow.pyfunc.scoring_server.app:app"]], True),
-    ([["python", "-c", "spawn_main()"], ["python", "/bin/uvicorn", "mlflow.pyfunc.scoring_server.app:app"]], True),
+    ([["python", "-c", "spawn_main()"],
+        ["python", "/bin/uvicorn", "mlflow.pyfunc.scoring_server.app:app"]], True),
     ([["gunicorn", "-w", "3", "mlflow.pyfunc.scoring_server.wsgi:app"]], True),
     ([["uvicorn", "my.own:app"]], False),
     ([["python", "train.py"], ["bash"]], False),
@@ -200,5 +202,6 @@ print(json.dumps({"threads": torch.get_num_threads(), "said": budget.threads, **
 def test_torch_starts_with_what_was_chosen(clean_process, requested, env, threads, spin):
     found = json.loads(clean_process(REPORT, str(requested), env=env).stdout)
     assert found == {
-        "threads": threads, "said": threads, "GOMP_SPINCOUNT": spin, "OMP_WAIT_POLICY": env.get("OMP_WAIT_POLICY"),
+        "threads": threads, "said": threads, "GOMP_SPINCOUNT": spin,
+        "OMP_WAIT_POLICY": env.get("OMP_WAIT_POLICY"),
     }  # fmt: skip

@@ -69,7 +69,8 @@ CODE = '''
             self.both = not flag
 
         def forward(self, x):
-            return self.post(self.made(self.act(self.body(self.norm(self.layer(x))) * self.f * self.scale.by)))
+            body = self.body(self.norm(self.layer(x)))
+            return self.post(self.made(self.act(body * self.f * self.scale.by)))
 
     class Keeps(nn.Module):
         """Leaves what it computed behind."""
@@ -186,15 +187,18 @@ CHANGES = {
     "a function": (_set("act", lambda m: torch.tanh), "act: "),
     "a part of an object": (lambda m: setattr(m.scale, "by", 4.0), "scale.by: 4.0, rebuilt 2.0"),
     "an argument of a partial": (
-        lambda m: setattr(m, "post", functools.partial(torch.clamp, min=-1.0)), "post.keywords['min']: -1.0",
+        lambda m: setattr(m, "post", functools.partial(torch.clamp, min=-1.0)),
+        "post.keywords['min']: -1.0",
     ),
     "a class of a part": (lambda m: m.body.__setitem__(0, nn.GELU()), "body.0: a "
                                                                       "torch.nn.modules.activation:GELU"),
     "a part more": (lambda m: m.body.append(nn.Tanh()), "body.2: a Tanh, rebuilt None"),
     "a setting of torch's": (lambda m: setattr(m.norm, "eps", 0.5), "norm.eps: 0.5, rebuilt 1e-05"),
     "a method of the instance": (lambda m: setattr(m, "forward", m.layer.forward), "forward: "),
-    "a hook": (lambda m: m.layer.register_forward_hook(lambda *a: a[2] + 1), "layer._forward_hooks: "),
-    "a hook before": (lambda m: m.register_forward_pre_hook(lambda *a: a[1]), "_forward_pre_hooks: "),
+    "a hook": (lambda m: m.layer.register_forward_hook(lambda *a: a[2] + 1),
+        "layer._forward_hooks: "),
+    "a hook before": (lambda m: m.register_forward_pre_hook(lambda *a: a[1]),
+        "_forward_pre_hooks: "),
     "an array": (lambda m: m.grid.__setitem__(0, 1.0), "grid: "),
     "a dtype": (_set("kind", torch.float64), "kind: torch.float64, rebuilt torch.float32"),
     "something new": (lambda m: setattr(m, "note", "calibrated"), "note: 'calibrated', rebuilt "
@@ -260,7 +264,7 @@ def test_training_and_bookkeeping_are_no_difference(tiny_bert):
 
 
 def test_a_resized_vocabulary_is_no_difference(tmp_path, tiny_bert, tiny_tokenizer):
-    """``resize_token_embeddings`` leaves ``vocab_size`` on the model, too, which its constructor does not."""
+    """``resize_token_embeddings`` leaves ``vocab_size`` on the model; the constructor does not."""
     model = tiny_bert()
     tiny_tokenizer.add_tokens(["more"])
     model.resize_token_embeddings(len(tiny_tokenizer))

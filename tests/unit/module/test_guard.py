@@ -1,4 +1,4 @@
-"""What is built may reach no network, file or process, and threads that build nothing notice nothing."""
+"""A model under construction reaches no network, file or process; other threads notice nothing."""
 
 from __future__ import annotations
 

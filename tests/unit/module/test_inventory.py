@@ -292,7 +292,7 @@ def test_names_of_every_sort_come_back(tmp_path):
 
 
 def test_a_parameter_named_like_the_files_own_entry(tmp_path):
-    """Safetensors keeps a place of that name for itself, so it must not swallow a tensor in silence."""
+    """Safetensors reserves that name for itself, so it must not swallow a tensor in silence."""
     with pytest.raises(StructureError, match="that safetensors keeps for itself"):
         round_trip(
             Holder(__metadata__=nn.Parameter(drawn(2))),
@@ -305,7 +305,7 @@ def test_a_parameter_named_like_the_files_own_entry(tmp_path):
 
 
 def odd_and_even():
-    """Tensors whose sizes are multiples of 64 bytes, and between them, by name and by place, others."""
+    """Tensors of multiples of 64 bytes, and others between them, by name and by place."""
     return Holder(
         a=nn.Parameter(drawn(16)),
         bias=nn.Parameter(drawn(2)),

@@ -111,7 +111,8 @@ class Own(nn.Sequential):
 
 
 @pytest.mark.parametrize("module", [
-    nn.Module(), Own(nn.Linear(2, 2)), nn.Sequential(Own()), nn.LazyLinear(3), nn.CrossEntropyLoss(torch.ones(3)),
+    nn.Module(), Own(nn.Linear(2, 2)), nn.Sequential(Own()), nn.LazyLinear(3),
+    nn.CrossEntropyLoss(torch.ones(3)),
     nn.TransformerEncoderLayer(**BLOCK, activation=functional.silu),
     nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
 ], ids=lambda module: type(module).__name__)  # fmt: skip
@@ -123,11 +124,15 @@ LEAF = {"class": "Linear", "arguments": {"in_features": 2, "out_features": 2}, "
 
 
 @pytest.mark.parametrize("tree", [
-    {**LEAF, "class": "DataParallel"}, {**LEAF, "class": "Module"}, {**LEAF, "class": "init"}, {**LEAF, "class": None},
-    {**LEAF, "class": "modules.linear.Linear"}, {**LEAF, "more": 1}, {"same": 1}, {"class": "Linear"}, [],
-    {**LEAF, "arguments": {"device": "meta"}}, {**LEAF, "arguments": {"self": 1}}, {**LEAF, "arguments": []},
+    {**LEAF, "class": "DataParallel"}, {**LEAF, "class": "Module"}, {**LEAF, "class": "init"},
+    {**LEAF, "class": None},
+    {**LEAF, "class": "modules.linear.Linear"}, {**LEAF, "more": 1}, {"same": 1},
+    {"class": "Linear"}, [],
+    {**LEAF, "arguments": {"device": "meta"}}, {**LEAF, "arguments": {"self": 1}},
+    {**LEAF, "arguments": []},
     {**LEAF, "arguments": {"in_features": {"a": 1}}}, {**LEAF, "modules": {"in_features": LEAF}},
-    {**LEAF, "class": "Embedding", "arguments": {"_weight": [[1.0]]}}, {**LEAF, "modules": [["bias", "text"]]},
+    {**LEAF, "class": "Embedding", "arguments": {"_weight": [[1.0]]}},
+    {**LEAF, "modules": [["bias", "text"]]},
     {"class": "Sequential", "arguments": {"0": 1}, "modules": []},
     {"class": "Sequential", "arguments": {}, "modules": [["0", {**LEAF, "class": "os"}]]},
     {"class": "Sequential", "arguments": {}, "modules": [["0", LEAF, 1]]},
@@ -137,11 +142,14 @@ def test_a_tree_of_anything_else_is_malformed(tree):
 
 
 @pytest.mark.parametrize("tree", [
-    {"class": "Linear", "arguments": {"in_features": 60_000, "out_features": 60_000}, "modules": []},
-    {"class": "LSTM", "arguments": {"input_size": 2, "hidden_size": 9, "num_layers": 1_000_000}, "modules": []},
+    {"class": "Linear", "arguments": {"in_features": 60_000, "out_features": 60_000},
+        "modules": []},
+    {"class": "LSTM", "arguments": {"input_size": 2, "hidden_size": 9, "num_layers": 1_000_000},
+        "modules": []},
     {"class": "Sequential", "arguments": {}, "modules": [[str(i), LEAF] for i in range(2000)]},
     {"class": "Sequential", "arguments": {}, "modules": [["0", {"same": "1"}]]},
-    {"class": "TransformerEncoder", "arguments": {"num_layers": 1_000_000}, "modules": [["encoder_layer", LEAF]]},
+    {"class": "TransformerEncoder", "arguments": {"num_layers": 1_000_000},
+        "modules": [["encoder_layer", LEAF]]},
     {"class": "MultiheadAttention", "arguments": {"embed_dim": 2, "num_heads": 0}, "modules": []},
     {"class": "Sequential", "arguments": {}, "modules": [["a.b", LEAF]]},
 ], ids=lambda tree: f"{tree['class']}-{len(tree['modules'])}")  # fmt: skip

@@ -110,7 +110,7 @@ class Model:
         return self.pool.submit(self.ask, *texts, **options)
 
     def busy(self):
-        """The model's thread, held up in a forward for a request of its own, whose future this is."""
+        """The model's thread, held up in a forward for a request of its own, with this future."""
         self.task.open.clear()
         future = self.later("busy")
         assert self.task.entered.acquire(timeout=20)
@@ -139,7 +139,7 @@ def model():
 def test_a_lone_request_is_run_at_once_in_its_own_thread_where_any_will_do(
     anywhere, timeout, length, here
 ):
-    """With a deadline the caller has to be told in time, and torch's forwards need a thread that nobody has touched."""
+    """With a deadline the caller must be told in time, and torch's forwards need a fresh thread."""
     model = Model(anywhere=anywhere)
     assert model.ask("x" * length, timeout=timeout) == [{"length": length, "by": "en"}]
     assert model.ask("abc", "de", timeout=timeout) == [
@@ -566,7 +566,8 @@ def test_extra_columns_are_ignored_only_if_asked(tmp_path, tiny_bert, tiny_token
 def test_named_arrays_are_no_columns_to_ignore(tmp_path):
     arrays = {"input": np.ones((2, 3), np.float32)}
     mlflow_safeflavor.save_model(
-        torch.nn.Linear(3, 1), tmp_path / "raw", task="raw", input_example=arrays, rehearse=False, graph="no",
+        torch.nn.Linear(3, 1), tmp_path / "raw", task="raw", input_example=arrays, rehearse=False,
+        graph="no",
         init_args={"in_features": 3, "out_features": 1},
     )  # fmt: skip
     model = mlflow_safeflavor.load_model(

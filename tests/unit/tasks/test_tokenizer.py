@@ -1,4 +1,4 @@
-"""Tokenizers: JSON files only, the same ids as transformers, safe from many threads, never changed."""
+"""Tokenizers: JSON files only, transformers' ids, safe from many threads, never changed."""
 
 import copy
 import json
@@ -224,7 +224,7 @@ def test_the_transformers_tokenizer_comes_back(tokenizer, tmp_path):
 
 
 def test_a_backend_changed_after_loading_comes_back_as_it_was_saved(minilm_folder, tmp_path):
-    """Classes of transformers 5 rebuild their backend from the vocabulary, so this needs the generic class."""
+    """Of the generic class: those of transformers 5 rebuild their backend from the vocabulary."""
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder, local_files_only=True)
     own = normalizers.Sequence(
         [normalizers.Replace("o", "0"), tokenizer.backend_tokenizer.normalizer]
