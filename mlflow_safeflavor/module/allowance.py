@@ -1,9 +1,8 @@
-"""How much memory a constructor may ask for.
+"""Allowance: the memory that a constructor may ask for.
 
 Its arguments are numbers of a file, and products of them: a few calls can ask for more than any
-machine has. Torch allocates before anybody can look, and the system may kill a process that then
-writes to it. So while a module is constructed, what an operator would make is looked at before it
-is called.
+machine has. Torch allocates at once, and the system may kill a process that then writes to it. So
+while a module is constructed, the size of each operator's result is bounded before it is called.
 """
 
 from __future__ import annotations
@@ -17,21 +16,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Allowance", "TooMuch"]
 
-# Bytes of a complex128.
+# Bytes of a complex128: no element is wider, so that count times this is never too low a bound.
 _WIDEST = 16
 
 
 class TooMuch(Exception):
-    """What an operator wants, in words."""
+    """The memory that an operator wants, in words."""
 
 
 class Allowance(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Calls operators while what they made is within a number of bytes.
+    """Calls operators while all that they made is within a number of bytes.
 
-    A bound from the arguments comes first, which costs microseconds and is never too low. Where it
-    is beyond the allowance, torch computes the size without memory, which imports the compiler and
-    is rare. What an operator uses inside and lets go again is not seen. A tensor that is let go
-    counts on: a parameter may hold its memory.
+    Memory that an operator uses inside and frees again is not seen.
 
     Args:
         most_bytes: The allowance.
@@ -46,18 +42,21 @@ class Allowance(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Torch would import its compiler, to keep it out of here."""
+        # Otherwise torch imports its compiler, only to keep that out of this mode.
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with self:  # composed operators are looked at call by call
+        with self:  # composed operators are bounded call by call
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
+        # A bound from the arguments costs microseconds. Only where it is beyond the allowance does
+        # torch compute the size without memory, which imports its compiler.
         if _WIDEST * _most_values(func, args, kwargs) > self.left:
             self._require(_exact_bytes(func, args, kwargs))
         result = func(*args, **kwargs)
+        # A result in the memory of an argument (a view, an operator in place) takes none.
         known = {_storage(tensor) for tensor in _tensors((args, tuple(kwargs.values())))}
         for tensor in _tensors(result):
             if _storage(tensor) not in known and not tensor.is_meta:
@@ -73,7 +72,7 @@ class Allowance(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _hold(self, tensor: torch.Tensor) -> None:
         nbytes = tensor.untyped_storage().nbytes()
         self._require(nbytes)
-        self.left -= nbytes
+        self.left -= nbytes  # never given back: a parameter may hold the memory of a freed tensor
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -89,10 +88,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _exact_bytes(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
-    """What torch says without memory.
-
-    0 where only the values tell, which is looked at afterwards.
-    """
+    """Bytes of an operator's result, as torch computes them on the meta device."""
 
     def empty(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -109,7 +105,7 @@ def _exact_bytes(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
     try:
         result = func(*empty(args), **arguments)
     except (NotImplementedError, RuntimeError):
-        return 0
+        return 0  # the size depends on values (nonzero): the result is counted after the call
     return sum(
         tensor.untyped_storage().nbytes() for tensor in _tensors(result) if not _is_view(func)
     )
@@ -143,7 +139,7 @@ def _of_broadcast(given: Sequence[Any]) -> int:
 
 
 def _of_numbers(given: Sequence[Any]) -> int:
-    """Whatever is given may be a factor."""
+    """The product of all sizes and numbers given, any of which may be a factor."""
     return max(1, _of_broadcast(given)) * math.prod(
         math.ceil(abs(number)) + 1 for number in _numbers(given)
     )
@@ -170,7 +166,7 @@ def _of_sum(given: Sequence[Any]) -> int:
 
 
 def _of_index(given: Sequence[Any]) -> int:
-    """As many rows as there are indices."""
+    """Elements of a lookup: as many rows as there are indices."""
     tensor, indices = given[0], given[1]
     # embedding(weight, indices), index_select(tensor, dim, indices)
     if not isinstance(indices, (list, tuple)):
@@ -183,6 +179,8 @@ def _of_index(given: Sequence[Any]) -> int:
 
 def _of_convolution(given: Sequence[Any]) -> int:
     inputs, weight = given[0], given[1]
+    # convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding,
+    # groups). Transposed ones grow with the stride; each size is bounded as if it were one.
     stride, padding, dilation, _, more, groups = given[3:9]
     count = inputs.shape[0] * max(weight.shape[0], weight.shape[1] * groups)
     for i, size in enumerate(inputs.shape[2:]):

@@ -1,10 +1,8 @@
 """Plain attributes of two modules, compared: numbers, texts, lists, functions, classes, hooks.
 
-All that is no tensor.
-
-A constructor gives back what it computes, and nothing that was set afterwards, so a threshold that
-somebody changed would come back as its default. Tensors are compared by their inventory; of them
-only those that no ``state_dict`` lists are looked at here, because a forward may leave some behind.
+A constructor gives back values that it computes, and none that were set afterwards: a changed
+threshold would come back as its default. Tensors are compared by their inventory; here only those
+that no ``state_dict`` lists, because a forward may leave some behind.
 """
 
 from __future__ import annotations
@@ -59,12 +57,12 @@ def same_attributes(given: torch.nn.Module, built: torch.nn.Module) -> bool:
 
 
 def find_differences(given: torch.nn.Module, built: torch.nn.Module) -> Iterator[Difference]:
-    """All that differs but parameters and persistent buffers.
+    """All differences but those of parameters and persistent buffers.
 
-    Left out is what changes no prediction: devices, training mode and gradients, what transformers,
-    accelerate and training keep on a module for themselves, attributes of library classes that no
-    code of theirs reads, and caches of ``functools.cached_property``. What cannot be compared, such
-    as a lock, counts as equal.
+    Left out are those that change no prediction: devices, training mode and gradients, bookkeeping
+    of transformers, accelerate and training, attributes of library classes that no code of theirs
+    reads, and caches of ``functools.cached_property``. Values that cannot be compared, such as
+    locks, count as equal.
     """
     yield from _slots_differ(given, built)
     yield from _Walk().modules("", given, built)
@@ -76,7 +74,7 @@ def _slots_differ(given: torch.nn.Module, built: torch.nn.Module) -> Iterator[Di
     for path in sorted(ours.keys() | theirs.keys()):
         mine, other = (slots[path].tensor if path in slots else None for slots in (ours, theirs))
         if mine is None or other is None or mine.shape != other.shape:
-            # What takes a place that the constructor leaves empty can be put back.
+            # A tensor in a place that the constructor leaves empty can be put back by ``fill``.
             returns = (
                 mine is not None
                 and other is None
@@ -89,11 +87,8 @@ def _slots_differ(given: torch.nn.Module, built: torch.nn.Module) -> Iterator[Di
 
 
 def _same_values(given: torch.Tensor, built: torch.Tensor) -> bool:
-    """Whether they hold the same in the given one's dtype.
-
-    On the meta device none holds anything.
-    """
-    if given.is_meta or built.is_meta:
+    """Whether they hold the same values, in the dtype of the given one."""
+    if given.is_meta or built.is_meta:  # no values to compare
         return given.shape == built.shape
     return bits_equal(given, built.to(given.dtype))
 
@@ -111,7 +106,7 @@ def _shape(tensor: torch.Tensor | None) -> str:
     return "no tensor" if tensor is None else f"a tensor of shape {list(tensor.shape)}"
 
 
-# Values that are looked at: beyond lies an object that drags a data set along.
+# Pairs of values that are compared: an object with more drags a data set along.
 _MOST = 1_000_000
 
 _UNCOMPARABLE = (
@@ -140,7 +135,7 @@ class _Walk:
                 f"a {name_of(type(built))}",
             )
             return
-        # a lazy module, whose attributes its first forward makes
+        # A lazy module: its first forward makes its attributes.
         if hasattr(built, "cls_to_become"):
             return
         for name in sorted(vars(given).keys() | vars(built).keys()):
@@ -165,11 +160,11 @@ class _Walk:
     ) -> Iterator[Difference]:
         mine, other = (vars(each).get(name, NOTHING) for each in (given, built))
         if other is NOTHING or mine is NOTHING:
-            # Setting what the class says anyway changes nothing: unwrapping leaves its own
-            # ``forward`` on the instance.
-            # Lightning makes them once somebody asks
+            # Lightning makes these when they are first asked for.
             if name == "_hparams" and other is NOTHING and not mine:
                 return
+            # On the instance what the class has anyway changes nothing: accelerate's unwrapping
+            # leaves the class's own ``forward`` there.
             default = getattr(type(given), name, NOTHING)
             if isinstance(default, functools.cached_property):
                 return
@@ -178,18 +173,19 @@ class _Walk:
                 and other is NOTHING
                 and hasattr(given, "resize_token_embeddings")
             ):
-                return  # which leaves it on every model, whether its class reads it or not
+                return  # resizing leaves it on every model, whether its class reads it or not
             mine, other = (default if each is NOTHING else _unbound(each) for each in (mine, other))
         yield from self.values(path, mine, other)
 
     def values(
         self, path: str, given: Any, built: Any, *, inside: bool = False
     ) -> Iterator[Difference]:
-        """``inside`` an object that is no module, no inventory lists tensors."""
+        """Compare two values; ``inside`` an object that is no module, tensors, too."""
         if given is built or isinstance(given, _UNCOMPARABLE) or self._known(given, built):
             return
         if isinstance(given, torch.Tensor) or isinstance(built, torch.Tensor):
             both = isinstance(given, torch.Tensor) and isinstance(built, torch.Tensor)
+            # In a module the inventory compares them; inside other objects it lists none.
             if inside and not (both and given.dtype == built.dtype and _same_values(given, built)):
                 yield _difference(path, given, built)
         elif isinstance(given, torch.nn.Module) and isinstance(built, torch.nn.Module):
@@ -226,7 +222,7 @@ class _Walk:
         if isinstance(given, (bool, int, float, str, bytes, type(None))):
             return False
         known = (id(given), id(built)) in self.seen or len(self.seen) > _MOST
-        # kept, so that no other object gets its id
+        # The objects are kept, so that no other gets the id of one that was freed.
         self.seen[id(given), id(built)] = (given, built)
         return known
 
@@ -253,6 +249,8 @@ class _Walk:
             # accelerate's unwrapping takes transformers' own decorators off, too
             if inner is given:
                 return
+        # Two calls of a constructor make two functions of one code; their defaults and closures
+        # (a threshold, a size) may differ.
         code = [
             (f.__module__, f.__qualname__, f.__code__.co_code, f.__code__.co_names)
             for f in (given, built)
@@ -282,7 +280,7 @@ class _Walk:
             yield from self.values(f"{path}.{name}", mine, other, inside=True)
 
     def _objects(self, path: str, given: Any, built: Any) -> Iterator[Difference]:
-        if hasattr(given, "to_json_string"):
+        if hasattr(given, "to_json_string"):  # a config of transformers
             yield from self.values(
                 path, *(plain_config(each) for each in (given, built)), inside=True
             )

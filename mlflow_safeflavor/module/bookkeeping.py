@@ -14,8 +14,7 @@ __all__ = ["BOOKKEEPING", "is_users_hook", "matters"]
 
 _LIBRARIES = ("torch", "transformers", "accelerate")
 
-# Attributes that act while gradients are computed, and never in eval mode; and sizes, which tensors
-# tell.
+# Attributes that act in training alone, and sizes, which are compared as those of tensors.
 _TRAINING = {
     torch.nn.modules.dropout._DropoutNd: {"p"},
     torch.nn.modules.batchnorm._NormBase: {"momentum"},
@@ -30,7 +29,8 @@ _TRAINING = {
     torch.nn.Linear: {"in_features", "out_features"},
 }
 
-# What transformers, torch and trainers keep on a module for themselves.
+# Attributes that transformers, torch and trainers keep on a module, and no forward in eval mode
+# reads: from_pretrained, the Trainer and accelerate's prepare each leave some behind.
 BOOKKEEPING = frozenset(
     (
         *(
@@ -97,7 +97,7 @@ def matters(cls: type, name: str) -> bool:
         return False
     homes = {base.__module__ for base in cls.__mro__} - {"builtins"}
     if any(home.partition(".")[0] not in _LIBRARIES for home in homes):
-        return True  # a class of somebody's: whoever set it knows why
+        return True  # a class of the user's: anything on it may be read somewhere
     if name == "num_labels":
         return False  # stays behind where head and config were changed, and only losses read it
     return name in _names_read(
@@ -105,6 +105,7 @@ def matters(cls: type, name: str) -> bool:
     )
 
 
+# Methods that make or print a module; a forward calls none of them.
 _MAKERS = frozenset(
     ("__init__", "_init_weights", "reset_parameters", "extra_repr", "__repr__", "__setstate__")
 )
@@ -114,6 +115,7 @@ _MAKERS = frozenset(
 def _names_read(homes: frozenset[str]) -> frozenset[str]:
     """Names that these modules' code mentions outside constructors, and decorators they import."""
     found: set[str] = set()
+    # Without nn.Module's own code: a name in it would count as read by every class.
     for home in homes - {"torch.nn.modules.module"}:
         for thing in list(vars(sys.modules.get(home, types)).values()):
             if isinstance(thing, type) and thing.__module__ == home:
@@ -134,11 +136,12 @@ def _names_in(thing: Any) -> set[str]:
         while codes:
             code = codes.pop()
             if isinstance(code, types.CodeType):
+                # Texts, too: getattr(self, "name") mentions a name as a constant.
                 found |= {
                     *code.co_names,
                     *(const for const in code.co_consts if isinstance(const, str)),
                 }
-                codes += code.co_consts
+                codes += code.co_consts  # of functions within
         function = getattr(function, "__wrapped__", None)
     return found
 

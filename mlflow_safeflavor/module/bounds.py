@@ -24,10 +24,8 @@ __all__ = ["find_unexplained", "require_explained", "within"]
 
 Result = TypeVar("Result")
 
-# No number up to this needs an explanation.
-#
-# Of the 820 configs of transformers 5.23, two have a larger one by default whose name is not in the
-# table below.
+# No number up to this needs a stored tensor of that size. Of the 820 configs of transformers 5.23,
+# two have a larger one by default whose name is not in the table below.
 _FLOOR = 2**20
 
 # More than importing all of transformers makes.
@@ -39,7 +37,7 @@ _NAMES: tuple[tuple[str, int], ...] = (
     # Rotary positions need no table: Llama 4 says 10,485,760. Where there is one, it is counted as
     # a tensor.
     (r"max_.*(positions?|embeddings|length)|.*(chunk|context)_?(size|length)", 2**24),
-    # What is only computed with; hashes and frequencies.
+    # Hashes and frequencies, which are only computed with.
     (r".*(theta|base|period|timescale)", 2**40),
 )
 
@@ -47,10 +45,7 @@ _NAMES: tuple[tuple[str, int], ...] = (
 def find_unexplained(
     config: Mapping[str, Any], inventory: Inventory
 ) -> Iterator[tuple[str, int, int]]:
-    """Whole numbers of a config that no stored tensor has as a size and nothing else explains.
-
-    Key, number, bound.
-    """
+    """Key, number and bound of whole numbers beyond the sizes of stored tensors and ``_NAMES``."""
     largest = max((size for row in inventory.rows.values() for size in row.shape), default=0)
     waiting: list[tuple[str, Any]] = [("", config)]
     while waiting:
@@ -59,7 +54,7 @@ def find_unexplained(
             waiting += [(str(name), item) for name, item in value.items()]
         elif isinstance(value, list):
             waiting += [(key, item) for item in value]
-        elif type(value) is int:
+        elif type(value) is int:  # a bool is an int, too, and bounds nothing
             most = max(
                 largest, next((most for name, most in _NAMES if re.fullmatch(name, key)), _FLOOR)
             )
@@ -68,22 +63,20 @@ def find_unexplained(
 
 
 def require_explained(config: Mapping[str, Any] | None, inventory: Inventory, where: str) -> None:
-    """Refuse a config with numbers far beyond the stored tensors.
-
-    Raises ``StructureError`` naming key and number.
-    """
+    """Raise ``StructureError`` for a number of a config far beyond the stored tensors."""
     for key, value, most in find_unexplained(config or {}, inventory):
         raise StructureError(
             "The config asks for far more than the stored tensors take",
             where=f"{where}, {key}",
             wanted=f"at most {most:,}",
+            # Python refuses to write out numbers of more than 4,300 digits (ValueError).
             found=f"{value:,}" if value.bit_length() < 100 else "a number of more than 30 digits",
             hint=FETCH_AGAIN,
         )
 
 
 class _TooMuch(BaseException):
-    """Raised in the thread that is watched. Not an ``Exception``: constructors catch those."""
+    """Raised in the watched thread; no ``Exception``, since constructors catch those."""
 
 
 def within(
@@ -116,14 +109,14 @@ def within(
         StructureError: It was interrupted.
     """
     watch = _Watch(most_bytes + 2**30, most_seconds + most_bytes / 1e8, objects, first_look)
-    # All in one frame: the exception may come at any call, that of an __exit__ included.
+    # All in one frame: the exception may come at any call, also that of an __exit__.
     try:
         try:
             return function()
         finally:
             watch.stop()
     except _TooMuch:
-        watch.stop()
+        watch.stop()  # it may have come inside stop() above
     raise StructureError(
         f"{what} takes far more than it could need",
         where=where,
@@ -141,7 +134,7 @@ class _Watch:
         self, most_bytes: int, most_seconds: float, objects: int, first_look: float
     ) -> None:
         self.most_bytes, self.most_seconds, self.objects = most_bytes, most_seconds, objects
-        self.reason: str | None = None
+        self.reason: str | None = None  # set once: what was found first is what is told
         self._watched = threading.get_ident()
         self._seconds = _seconds_of(self._watched)
         self._begin = (self._seconds(), sys.getallocatedblocks(), _private_bytes())
@@ -160,6 +153,7 @@ class _Watch:
     def _look(self, wait: float) -> None:
         while not self._over.wait(wait):
             self.reason = self.reason or self._found()
+            # Again after each wait: a library's bare ``except`` may have swallowed the last one.
             if self.reason is not None and not self._over.is_set():
                 _raise_in(self._watched, _TooMuch)
             wait = self.NEXT_LOOK if self.reason is None else self.UNWINDING
@@ -175,16 +169,13 @@ class _Watch:
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Raise in a thread at its next step, or take back what was not raised yet."""
+    """Raise in a thread at its next step; None takes back an exception not raised yet."""
     kind = ctypes.py_object(error) if error is not None else None
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), kind)
 
 
 def _seconds_of(thread: int) -> Callable[[], float]:
-    """A clock of the processor time of a thread.
-
-    Of the time on the wall where the system has none.
-    """
+    """A clock of the processor time of a thread, or of the wall where the system has none."""
     if not hasattr(time, "pthread_getcpuclockid"):
         return time.monotonic
     clock = time.pthread_getcpuclockid(thread)
@@ -194,7 +185,7 @@ def _seconds_of(thread: int) -> Callable[[], float]:
 def _private_bytes() -> int:
     """Resident memory of this process that is no file's; 0 where the system does not say."""
     try:
-        _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+        _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()  # in pages
     except OSError:
         return 0
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")

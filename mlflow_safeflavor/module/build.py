@@ -61,6 +61,7 @@ def build(
     try:
         make = _maker(structure, trust)
         with real_memory(dtype, inventory=inventory, initialise=initialise):
+            # Eight times, as in ``memory``: stored dtypes may be narrower than the constructor's.
             module = make() if inventory is None else within(8 * inventory.nbytes, make)
     except SafeFlavorError:
         raise
@@ -80,7 +81,7 @@ def build(
 
 
 def _maker(structure: Mapping[str, Any], trust: Collection[str]) -> Callable[[], Any]:
-    """What calls the constructor, once it was looked at what that is."""
+    """A call of the constructor, once its class was checked and agreed to."""
     if structure["kind"] == "torch":
         return functools.partial(make_layers, structure["tree"])
     lookup = _transformers_class
@@ -97,11 +98,12 @@ def _maker(structure: Mapping[str, Any], trust: Collection[str]) -> Callable[[],
             'trust={"code"}',
         )
     cls = lookup(structure["class"])
-    # Looked at before it is called: os.system is no model, and a call would be too late to tell.
+    # Before it is called: os.system is no model, and after the call it would be too late.
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
         raise StructureError(
             "The class is no module", where=structure["class"], wanted="a torch.nn.Module"
         )
+    # Flags alone: a text among the arguments could name a repository or a file.
     if structure["kind"] == "transformers" and (
         odd := sorted(structure["arguments"].keys() - flags_of(cls))
     ):
@@ -127,12 +129,9 @@ _DEFINES_MODELS = re.compile(
 
 
 def _transformers_class(full_name: str) -> Any:
-    """A model or config class of transformers, by its module or the package's own table.
-
-    Nothing outside that package is ever imported for an artifact's sake, and of that package only
-    modules that define models and configs: others hold command lines, downloads and what they
-    import.
-    """
+    """A model or config class of transformers, by its module or the package's own table."""
+    # Nothing outside that package is imported for an artifact's sake, and of it only modules that
+    # define models and configs: others hold command lines, downloads and what they import.
     module_name, _, name = full_name.partition(":")
     if _DEFINES_MODELS.fullmatch(module_name) and name.isidentifier():
         try:
@@ -141,6 +140,7 @@ def _transformers_class(full_name: str) -> Any:
             found = None
         if found is None:  # moved between releases
             found = getattr(importlib.import_module("transformers"), name, None)
+        # The class's own module: a modeling file also holds the names that it imports.
         if isinstance(found, type) and found.__module__.startswith("transformers.models."):
             return found
     raise StructureError(

@@ -25,7 +25,7 @@ def compared(
     described: Mapping[str, Any],
     forward: Callable[[torch.nn.Module], None],
 ) -> torch.nn.Module:
-    """The module to be saved; refuses one that holds what its constructor does not give back."""
+    """The module to be saved; refuses one that its constructor does not give back."""
     found = list(find_differences(module, built))
     if not found:
         return module
@@ -47,6 +47,7 @@ def compared(
     if not left:
         return module
     _logger.info("safeflavor: not saved, because a forward makes it anew: %s", some(left))
+    # Initialised, since tensors that a forward writes stay as the constructor makes them here.
     return fresh(module, build(described, trust={"code"}, initialise=True), left)
 
 
@@ -54,7 +55,7 @@ _MOST_NAMED = 5
 
 
 def _hint(described: Mapping[str, Any], first: str) -> str:
-    """No arguments make a ``Sequential`` what it was not made for."""
+    """The hint, without ``first`` for layers of torch.nn, of which all arguments are known."""
     return f"{'' if described['kind'] == 'torch' else first}allow_pickle=True, or graph='only'"
 
 

@@ -33,15 +33,15 @@ __all__ = [
 
 _TRIES = 25
 _PAIRS = 3
-# What is written into memory before a constructor gets it.
+# Values written into memory before a constructor gets it.
 FIRST_MARK, _SECOND_MARK = 3, 5
 
 
 class _Watch(TorchFunctionMode):
     """Marks memory that a constructor gets; sees other threads change torch's default dtype.
 
-    A tensor that differs between two constructions with different marks holds memory that nobody
-    wrote. Only some thousand places of a tensor are marked, so that big ones cost no time.
+    A tensor that differs between two constructions with different marks holds memory that was never
+    written.
     """
 
     _ALLOCATORS = frozenset(
@@ -74,16 +74,17 @@ def _write_marks(tensor: torch.Tensor, mark: int) -> None:
         return
     flat = tensor.detach().view(-1)
     value = mark != FIRST_MARK if tensor.dtype == torch.bool else mark
+    # Some 4,096 places and the last: marking all of a large tensor would touch all of its pages.
     flat[:: max(1, flat.numel() // 4096)] = value
     flat[-1] = value
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to call a constructor, any number of times.
+    """A constructor with its arguments, to be called any number of times.
 
     Attributes:
-        cls: The module's class, or what else makes it.
+        cls: The module's class, or a function that makes it.
         config: First argument of its constructor, if not None; each call gets a copy.
         arguments: Further arguments.
     """
@@ -100,6 +101,7 @@ class Recipe:
         """
         config = copy.deepcopy(self.config)  # some constructors change their config
         try:
+            # Constructors of submodels obey the dtype in their config, not torch's default.
             if config is not None:
                 _set_dtype(config, dtype)
             module: torch.nn.Module = self.cls(
@@ -117,7 +119,7 @@ class Recipe:
 
 
 def _set_dtype(config: Any, dtype: torch.dtype) -> None:
-    """Constructors of submodels obey the dtype in their config, not torch's default."""
+    """Set the dtype of a config and of the configs of its parts."""
     config.dtype = dtype
     for name in getattr(config, "sub_configs", None) or ():
         if getattr(config, name, None) is not None:
@@ -125,7 +127,7 @@ def _set_dtype(config: Any, dtype: torch.dtype) -> None:
 
 
 def recipe_of(module: torch.nn.Module) -> Recipe | None:
-    """How the module's constructor was called, as far as can be told; None if it cannot.
+    """The call of the module's constructor, as far as it can be told; None if it cannot.
 
     The result may make another module than the given one: compare before relying on it.
     """
@@ -172,10 +174,11 @@ def construct(
             seed_generators(mark if seed is None else seed)
             module = recipe.make(dtype)
         _require_sizes(module, recipe)
+        # On meta: transformers 4 swaps where parameters are allocated while another thread loads.
         if not watch.disturbed and not find_meta(find_slots(module)):
             _tie(module)
             return module
-        time.sleep(0.01 * attempt)
+        time.sleep(0.01 * attempt)  # 3 s in all
     require_memory(module)
     raise StructureError(
         "Torch's default dtype changed while the model was constructed",
@@ -203,26 +206,24 @@ def construct_twice(recipe: Recipe, dtype: torch.dtype) -> tuple[torch.nn.Module
 
 
 def construct_fresh(recipe: Recipe, dtype: torch.dtype) -> tuple[torch.nn.Module, set[str]]:
-    """A module whose random initialisers ran, and the paths of what they or the constructor wrote.
+    """A module whose random initialisers ran, and paths of all that they or the constructor wrote.
 
-    Two constructions from one seed, with different marks in memory: what differs was never written.
-    The seed is drawn from torch's generator, so that ``torch.manual_seed`` decides as ever.
+    Two constructions from one seed, with different marks in memory: a tensor that differs was never
+    written.
     """
+    # Drawn from torch's generator, so that ``torch.manual_seed`` decides as ever.
     seed = int(torch.randint(2**31, (), device="cpu"))
     return _agreeing(lambda mark: construct(recipe, dtype, mark=mark, seed=seed))
 
 
 def _agreeing(make: Callable[[int], torch.nn.Module]) -> tuple[torch.nn.Module, set[str]]:
-    """A module, and what is equal in two of them.
-
-    Again if their structures differ, as another thread can cause.
-    """
+    """A module, and the paths of tensors that are equal in two of them."""
     for attempt in range(_PAIRS):
         module, other = make(FIRST_MARK), make(_SECOND_MARK)
         try:
             agreed = find_agreement(module, other)
             break
-        except StructureError:
+        except StructureError:  # of another structure: another thread's loader came between
             if attempt == _PAIRS - 1:
                 raise
     return module, agreed
@@ -292,7 +293,7 @@ def _embedding_tie(module: torch.nn.Module) -> dict[str, str]:
         ends = [
             getattr(module, f"get_{end}_embeddings", lambda: None)() for end in ("output", "input")
         ]
-    # a class of the user's that has no embeddings where 4.57 looks for them
+    # A class of the user's without embeddings where 4.57 looks for them.
     except NotImplementedError:
         return {}
     wanted = [getattr(end, "weight", None) for end in ends]
@@ -302,10 +303,7 @@ def _embedding_tie(module: torch.nn.Module) -> dict[str, str]:
 
 
 def _tie(module: torch.nn.Module) -> None:
-    """Tie the declared pairs.
-
-    Constructors do so too, unless another thread is in transformers' loader.
-    """
+    """Tie the declared pairs, as constructors do unless another thread is in the loader."""
     for name, source in declared_ties(module).items():
         tensor = _tensor_at(module, source)
         if tensor is not None and _tensor_at(module, name) is not tensor:

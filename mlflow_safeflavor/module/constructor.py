@@ -26,7 +26,7 @@ __all__ = ["describe_call"]
 def describe_call(
     module: torch.nn.Module, init_args: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], torch.nn.Module]:
-    """The description, and what the constructor makes by it."""
+    """The description of the constructor's call, and the module that this call makes."""
     cls = type(module)
     if init_args is None and (tree := describe_layers(module)) is not None:
         of_torch = {"kind": "torch", "class": name_of(cls), "tree": tree}
@@ -61,10 +61,7 @@ def describe_call(
 
 
 def _is_transformers(cls: type) -> bool:
-    """Whether it is a class that anybody may build.
-
-    Of transformers, and proven to come back as it was.
-    """
+    """Whether it is a class of transformers that is proven to come back as it was."""
     ours = cls.__module__.startswith("transformers.models.") and hasattr(cls, "config_class")
     return ours and is_proven(cls.__name__)
 
@@ -94,6 +91,7 @@ def _argument_to_json(name: str, value: Any) -> dict[str, Any]:
     if hasattr(value, "to_json_string"):
         return describe_config(value)
     try:
+        # A tuple becomes a list and a key 1 becomes "1": stored only if it comes back equal.
         if json.loads(json.dumps(value, allow_nan=False)) == value:
             return {"value": value}
     except (TypeError, ValueError):
@@ -110,17 +108,18 @@ def _argument_to_json(name: str, value: Any) -> dict[str, Any]:
 def _find_arguments(
     module: torch.nn.Module, structure: Mapping[str, Any]
 ) -> tuple[dict[str, Any], torch.nn.Module]:
-    """The description with the constructor's arguments, and what comes of them.
+    """The description with the constructor's arguments, and the module that they make.
 
     Arguments are stored nowhere in a module, so they are found by building: boolean ones other than
     the defaults (``add_pooling_layer=False``) are tried, for a class of the user's also attributes
-    of the same names as arguments. They are right when the same tensors and attributes come out,
-    else the first with the same tensors.
+    of the same names as arguments. The first that give the same tensors and attributes are taken,
+    else the first that give the same tensors.
     """
     flags = [(name, {"value": not default}) for name, default in flags_of(type(module)).items()]
     named = _named_like_arguments(module) if structure["kind"] == "import" else {}
     first: StructureError | None = None
     best: tuple[dict[str, Any], torch.nn.Module] | None = None
+    # The fewest changed flags first: those at their defaults need no explanation.
     for count, start in itertools.product(range(len(flags) + 1), [{}, named] if named else [{}]):
         for arguments in itertools.combinations(flags, count):
             tried = {**structure, "arguments": {**start, **dict(arguments)}}
@@ -132,6 +131,7 @@ def _find_arguments(
             if same_attributes(module, found[1]):
                 return found
             best = best or found
+        # Each further count multiplies the constructions; the tensors agree already.
         if best is not None and 2 ** len(flags) > _MOST_TRIED:
             break
     if best is not None:

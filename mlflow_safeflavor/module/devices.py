@@ -1,4 +1,4 @@
-"""The devices that torch sees: which is meant, and why one is not there."""
+"""Devices that torch sees: choice of one, and the reason why one is missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
     """
     kind = find_accelerator()
     try:
-        if isinstance(device, bool):
+        if isinstance(device, bool):  # True would be the index 1
             raise TypeError("a bool is no device")
         if isinstance(device, int):
             wanted = torch.device(kind or "cuda", device)
@@ -51,9 +51,7 @@ def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
 
 
 def require_usable(device: torch.device) -> None:
-    """Refuse a device whose driver was started before this process was forked off.
-
-    No driver survives that.
+    """Refuse an accelerator that was used before this process was forked: its driver is gone.
 
     Raises:
         PlacementError: This is such a process.
@@ -73,7 +71,7 @@ def require_usable(device: torch.device) -> None:
 
 def find_accelerator() -> str | None:
     """Kind of the accelerator that torch sees; None without one."""
-    # what somebody registered with torch, else no device
+    # The name of an accelerator that a package registered with torch; "privateuseone" without one.
     others = torch._C._get_privateuse1_backend_name()
     return next((kind for kind in ("cuda", "xpu", "mps", others) if _device_count(kind)), None)
 
@@ -90,7 +88,7 @@ def _device_count(kind: str) -> int:
 
 
 def _why_no_cuda() -> str:
-    """What stands between this process and a GPU, as far as torch and the variables tell."""
+    """The reason why torch finds no GPU: its build, a variable, or the driver."""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} was built without CUDA"
     built = f"torch was built for CUDA {torch.version.cuda}"

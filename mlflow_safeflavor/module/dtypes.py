@@ -58,10 +58,7 @@ def serving_dtype(asked: str | torch.dtype | None, found: Mapping[str, int]) -> 
 
 
 def announced_cast(asked: str | torch.dtype | None, found: Mapping[str, int], serving: str) -> str:
-    """What weights are cast from although nobody asked for it, which is logged once.
-
-    Empty where nothing is.
-    """
+    """Dtypes that weights are cast from unasked, logged once; empty where none is."""
     others = ", ".join(name for name in found if name != serving)
     if asked is not None or not others:
         return ""
@@ -84,5 +81,6 @@ def read_as(asked: str | torch.dtype | None, found: Mapping[str, int]) -> str:
         PlacementError: What was asked for is no serving dtype.
     """
     if asked == AS_IS:
+        # The most frequent first; a float8 among them is no serving dtype.
         return next((name for name in found if name in DTYPES), DEFAULT)
     return serving_dtype(asked, found)

@@ -40,7 +40,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, kinds: Sequence[str]) -> torc
     """``pooling.pool`` for a batch, of tensors, so that it is a part of a forward.
 
     Args:
-        hidden: What the model says of each token, shape (rows, longest, size).
+        hidden: Hidden states, shape (rows, longest, size).
         mask: Tokens that count, bool of shape (rows, longest).
         kinds: Names in ``POOLINGS``.
 
@@ -48,11 +48,11 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, kinds: Sequence[str]) -> torc
         Shape (rows, size times kinds), in the dtype of ``hidden``.
     """
     real = mask[:, :, None]
-    # Masked out, not multiplied by zero: a padding position may hold NaN. Sums are in float32 at
-    # least.
+    # (rows, longest, size). Masked out, not multiplied by zero: a padding position may hold NaN.
+    # Sums are in float32 at least: in halves those of hundreds of tokens would lose digits.
     wide = torch.promote_types(hidden.dtype, torch.float32)
     kept = hidden.masked_fill(~real, 0).to(wide)
-    count = real.sum(dim=1).to(wide).clamp(min=1e-9)
+    count = real.sum(dim=1).to(wide).clamp(min=1e-9)  # (rows, 1); a text without tokens has 0
     places = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[None, :]
     found = []
     for kind in kinds:
@@ -66,7 +66,8 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, kinds: Sequence[str]) -> torc
             weights = (places * mask)[:, :, None].to(wide)
             vector = (kept * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
         else:
-            # Of the last one the place is largest; of the first one the places from the end are.
+            # argmax of place times mask: the last token has the largest place, and the first one
+            # ("cls") the largest counted from the end.
             order = places if kind == "last" else hidden.shape[1] + 1 - places
             chosen = (order * mask).argmax(dim=1)
             vector = hidden.gather(1, chosen[:, None, None].expand(-1, 1, hidden.shape[2])).squeeze(
@@ -77,7 +78,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, kinds: Sequence[str]) -> torc
 
 
 class Embedder(torch.nn.Module):
-    """A model of tokens, and the layers that make one vector a text of what it says.
+    """A model of tokens, and the layers that make one vector a text of its hidden states.
 
     Args:
         transformer: The model.
@@ -96,7 +97,7 @@ class Embedder(torch.nn.Module):
 
     @property
     def config(self) -> Any:
-        """That of the model of tokens."""
+        """The config of the model of tokens."""
         return self.transformer.config
 
     def forward(
@@ -117,7 +118,7 @@ class Embedder(torch.nn.Module):
         """
         more = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
         given = {name: tensor for name, tensor in more.items() if tensor is not None}
-        vectors = self.transformer(input_ids=input_ids, **given)[0]
+        vectors = self.transformer(input_ids=input_ids, **given)[0]  # (rows, longest, size)
         mask = pooling_mask.bool()
         for layer in self.layers:
             vectors = (

@@ -1,7 +1,4 @@
-"""Runs the rebuilt module behind the engine's seam.
-
-Arrays become tensors where it is, and what it returns arrays.
-"""
+"""The engine that runs the rebuilt module: arrays in, tensors on its device, arrays out."""
 
 from __future__ import annotations
 
@@ -60,6 +57,7 @@ class ModuleEngine:
         self._weights = weights
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        # A mapped file that others write to would change weights, and a cut one ends the process.
         require_unchanged(self._weights)
         require_usable(self.device)
         tensors = tensors_of(inputs, self.device, self.dtype)
@@ -96,11 +94,9 @@ class ModuleEngine:
 def tensors_of(
     inputs: Mapping[str, np.ndarray], device: torch.device, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Inputs as ``forward`` takes them: on its device, floating point numbers in the serving dtype.
-
-    Copies, always: a forward may write to its input, and where a tensor begins in memory decides on
-    the last bits of some kernels. Numpy aligns to 16 bytes, torch to 64.
-    """
+    """Inputs as ``forward`` takes them: on its device, floating point ones in the serving dtype."""
+    # Copies, always: a forward may write to its input, and the address of a tensor decides on the
+    # last bits of some kernels. Numpy aligns to 16 bytes, torch to 64.
     made = {name: torch.tensor(array) for name, array in inputs.items()}
     return {
         name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in made.items()
@@ -112,6 +108,8 @@ def arrays_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     found = {}
     for name, tensor in tensors.items():
         array = array_of(tensor)
+        # Shared with the tensor: a caller that writes to its answer must reach no weight, no other
+        # answer, and no tensor that the module keeps.
         if (
             tensor.device.type == "cpu"
             and tensor.data_ptr() == array.__array_interface__["data"][0]
@@ -126,14 +124,13 @@ def arrays_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """The module as it is served: in eval mode, gradients off; afterwards everything is as it was.
-
-    Gradients matter to the bits: torch chooses other kernels for weights that require them.
-    """
+    """The module as it is served, in eval mode and gradients off; afterwards as it was."""
     modes = [(child, child.training) for child in module.modules()]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.eval()
     try:
+        # Even without a backward pass: torch chooses other kernels for weights that require them,
+        # and in float32 answers differed by up to 7e-7.
         for parameter in trained:
             parameter.requires_grad_(False)
         yield
@@ -145,12 +142,7 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _with_settings(module: torch.nn.Module, settings: Mapping[str, Any]) -> Any:
-    """The same module, parameters and all, with another generation config.
-
-    Whatever a config given to ``generate`` leaves open, transformers takes from the module's own;
-    and that one is not rebuilt with the module. A copy for each call also keeps what ``generate``
-    leaves behind on its module from the calls of other threads.
-    """
+    """The same module, sharing all parameters, with another generation config."""
     if getattr(module, "generation_config", None) is None or not callable(
         getattr(module, "generate", None)
     ):
@@ -162,6 +154,9 @@ def _with_settings(module: torch.nn.Module, settings: Mapping[str, Any]) -> Any:
         )
     from transformers import GenerationConfig
 
+    # A setting that is None in a config given to ``generate`` comes from the module's own config,
+    # which is not rebuilt with the module. A copy for each call, since ``generate`` leaves state on
+    # its module that another thread would meet.
     view: Any = copy.copy(module)
     view.generation_config = GenerationConfig.from_dict(dict(settings))
     return view
@@ -183,12 +178,10 @@ def _compiled(module: torch.nn.Module) -> Callable[..., Any]:
 
 
 def named_tensors(outputs: Any) -> dict[str, torch.Tensor]:
-    """Flatten the result of a forward to tensors by name.
-
-    ``logits``, ``output_0``, ``aux_h``, ``output_1_0`` ….
+    """Flatten the result of a forward: ``logits``, ``output_0``, ``aux_h``, ``output_1_0`` ….
 
     Tuples, lists, dicts, named tuples and dataclasses may be nested; numbers become tensors, None
-    is left out. So are the caches of a transformers model, which only its next step could read.
+    is left out, and so are caches of transformers.
 
     Raises:
         StructureError: A part is none of these, or two parts have the same name; names its path.
@@ -208,6 +201,7 @@ def named_tensors(outputs: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+# KV caches and other states of transformers, which only the next step of generation could read.
 _CACHES = frozenset(("past_key_values", "cache_params", "mems", "past_buckets_states"))
 
 

@@ -26,10 +26,7 @@ NOTHING: Any = _Nothing()
 
 
 def is_object(value: Any) -> bool:
-    """An instance with attributes of its own.
-
-    One of C++ or Rust may have a place for them, and nothing there.
-    """
+    """Whether a value is an instance with attributes; one of C++ or Rust may have none."""
     others = (
         type,
         types.FunctionType,
@@ -52,7 +49,7 @@ def equal(given: Any, built: Any) -> bool:
     if isinstance(given, type) and isinstance(built, type):
         return name_of(given) == name_of(built)
     try:
-        if given == built or (given != given and built != built):
+        if given == built or (given != given and built != built):  # NaN is not equal to itself
             return True
     except Exception:  # no comparison, no difference
         return True
@@ -69,11 +66,12 @@ def equal(given: Any, built: Any) -> bool:
 
 
 def _vocabulary(tokenizer: Any) -> Any:
-    """All but how the last texts were cut and padded."""
+    """A tokenizer's JSON without truncation and padding."""
+    # These are state of the last call: transformers sets them on the Rust object for each.
     return json.loads(tokenizer.to_str()) | {"truncation": None, "padding": None}
 
 
-# What a config says of its own file and of training.
+# Entries of a config about its own file and about training.
 _CONFIG_NOTES = frozenset(
     (
         *("architectures", "dtype", "torch_dtype", "transformers_version"),

@@ -1,4 +1,4 @@
-"""What a forward raises: whether memory ran out, and its name for whoever asked."""
+"""Failures of a forward: whether memory ran out, and the error that callers get."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from mlflow_safeflavor.errors import AnswerError, OverloadedError, SafeFlavorErr
 
 __all__ = ["is_out_of_memory", "named_failure"]
 
-# Of cuBLAS and cuDNN, of the driver, of torch's allocator for the CPU, and of ONNX Runtime's arena.
+# Texts of the errors of cuBLAS and cuDNN, of the driver, of torch's allocator for the CPU, and of
+# ONNX Runtime's arena: none has a class of its own.
 _NO_ROOM = (
     "STATUS_ALLOC_FAILED",
     "CUDA error: out of memory",
@@ -29,12 +30,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def named_failure(error: BaseException, where: str = "forward") -> SafeFlavorError:
-    """Name what a forward raised, so that each caller gets an error of its own.
-
-    What has a name stays as it is.
-
-    ``SystemExit`` gets one, too: raised again in a caller's thread it would end the server.
-    """
+    """An error of this package for an exception of a forward; its own errors stay as they are."""
+    # SystemExit, too: raised again in a caller's thread it would end the server.
     if isinstance(error, SafeFlavorError):
         return error
     if is_out_of_memory(error):

@@ -13,7 +13,7 @@ from mlflow_safeflavor.module.slots import UNKNOWN, find_places, find_slots, sha
 
 __all__ = ["NOT_GIVEN_BACK", "fill", "realise"]
 
-# What to do where a constructor makes something else now than when the model was saved.
+# Hint where a constructor makes something else now than when the model was saved.
 NOT_GIVEN_BACK = (
     "save the model again; where this comes back, its constructor depends on more than its "
     "arguments: allow_pickle=True or graph='only' does without it"
@@ -21,10 +21,7 @@ NOT_GIVEN_BACK = (
 
 
 def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, torch.Tensor]) -> None:
-    """Put the stored tensors into the module, by assignment.
-
-    Each alias group becomes one object again, and whatever the constructor had put there is
-    dropped.
+    """Assign the stored tensors to the module; each alias group becomes one object again.
 
     Raises:
         WeightsError: The module has other places for tensors than the inventory lists.
@@ -32,7 +29,7 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
     place = find_places(module)
     for path, row in inventory.rows.items():
         if row.kind == "attribute" and row.stride is None and (put := place(path)):
-            # a place for what a forward pass had left there
+            # Left there by a forward before the save: the constructor leaves the place empty.
             put(torch.empty(row.shape, device="meta"))
     slots = {slot.path: slot for slot in find_slots(module)}
     wanted = {path: row.shape for path, row in inventory.rows.items() if row.kind != "hidden"}
@@ -41,8 +38,8 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
     found |= {
         path: wanted[path] for path, shape in found.items() if shape == UNKNOWN and path in wanted
     }
-    # Shapes too, before anything works on them: a view with a stride of 0 is of any size and costs
-    # nothing.
+    # Before any tensor is made: a row with a stride of 0 may say 10^12 values, which cost nothing
+    # until they are copied (the attack view_of_terabytes).
     for path in sorted(
         path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path)
     ):
@@ -56,6 +53,8 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
             hint=NOT_GIVEN_BACK,
         )
     tensors = realise(inventory, values)
+    # Assigned, not copied: tensors stay mapped from their file, and ties come back whether or not
+    # the constructor ties them.
     for path, slot in slots.items():
         slot.put(tensors[path])
 
@@ -65,6 +64,7 @@ def realise(inventory: Inventory, values: Mapping[str, torch.Tensor]) -> dict[st
     made: dict[object, torch.Tensor] = {}
     tensors = {}
     for path, row in inventory.rows.items():
+        # A parameter and a plain tensor of the same values are two objects that share memory.
         key = (row.data, row.shape, row.stride, row.offset, row.parameter)
         if key not in made:
             made[key] = _look_at(values[row.data], row)

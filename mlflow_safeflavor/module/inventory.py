@@ -1,15 +1,12 @@
-"""Inventory of every tensor a module holds.
-
-Where it is, what it is, and what it shares memory with.
+"""Inventory of every tensor that a module holds: path, facts, and sharing of memory.
 
 Three records describe a module's memory:
 
 * a ``Slot`` is a place in a live module that holds a tensor (``slots``);
-* a ``Row`` says what must be in that place: kind, dtype, shape, and which data it looks at;
+* a ``Row`` has the facts of the tensor in that place: kind, dtype, shape, stride, offset, data;
 * a ``Data`` entry is one run of values in a safetensors file, with its SHA-256.
 
-Rows that look at the same data are one alias group: tied weights, declared or not, views of one
-buffer.
+Rows of the same data are one alias group: tied weights, declared or not, and views of one buffer.
 """
 
 from __future__ import annotations
@@ -77,9 +74,8 @@ def _storage_groups(slots: Sequence[Slot]) -> list[list[Slot]]:
     """Slots that share memory, together."""
     groups: dict[object, list[Slot]] = {}
     for slot in slots:
-        # No memory, nothing shared: except for the very same object, which may stand in two places.
-        # A tensor without elements has an address nevertheless, in a mapped file that of the next
-        # tensor.
+        # Without memory only the very same object in two places is shared. A tensor without
+        # elements has an address nevertheless: in a mapped file that of the next tensor.
         none = slot.tensor.is_meta or not slot.tensor.numel()
         pointer = 0 if none else slot.tensor.untyped_storage().data_ptr()
         key = (slot.tensor.device, pointer) if pointer else id(slot.tensor)
@@ -88,7 +84,8 @@ def _storage_groups(slots: Sequence[Slot]) -> list[list[Slot]]:
 
 
 def _view(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Where a tensor lies in its storage; strides of dimensions of size one mean nothing."""
+    """Offset, shape and stride of a tensor in its storage."""
+    # Strides of dimensions of size 1 are any: equal tensors may differ in them.
     stride = tuple(
         0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
     )
@@ -101,10 +98,13 @@ def _dense_values(group: Sequence[Slot]) -> tuple[int, torch.Tensor, bool]:
     If not, each tensor is a view of the values by its own shape, stride and offset.
     """
     first = group[0].tensor.detach()
+    # All views are the same: contiguous, or with gaps (an expanded or sliced tensor by itself),
+    # which are not stored.
     if len({_view(slot.tensor) for slot in group}) == 1 and (
         first.is_contiguous() or not _is_dense(first)
     ):
         return int(first.storage_offset()), first.contiguous(), True
+    # The span of the storage from the first to the last element that any of them reaches, flat.
     start = min(int(slot.tensor.storage_offset()) for slot in group)
     stop = max(_last_offset(slot.tensor) for slot in group) + 1
     return start, torch.as_strided(first, (stop - start,), (1,), start), False
@@ -116,10 +116,8 @@ def _last_offset(tensor: torch.Tensor) -> int:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """A permutation of a contiguous tensor.
-
-    Its memory order is kept, as kernels may depend on it.
-    """
+    """Whether a tensor is a permutation of a contiguous one."""
+    # Its order in memory (channels last) is kept, since the choice of a kernel may depend on it.
     return _last_offset(tensor) - tensor.storage_offset() + 1 == tensor.numel()
 
 
@@ -138,7 +136,7 @@ def _dtype_of(group: Sequence[Slot], dtypes: Mapping[str, torch.dtype]) -> torch
 def find_differences(
     module: torch.nn.Module, inventory: Inventory, hidden: Mapping[str, torch.Tensor] | None = None
 ) -> Iterator[str]:
-    """What is not as recorded in the module now, one sentence each. Values are the digests' matter.
+    """Differences of the module's tensors from the inventory, a sentence each; not of values.
 
     Args:
         module: Rebuilt.
@@ -149,6 +147,7 @@ def find_differences(
         *find_slots(module),
         *(hidden_slot(path, tensor) for path, tensor in (hidden or {}).items()),
     ]
+    # The same code that described the module at save, so that sharing of memory is compared, too.
     found, _ = take_inventory([slot for slot in slots if not slot.tensor.is_meta])
     meta = set(find_meta(slots))
     recorded = {

@@ -1,7 +1,4 @@
-"""What is the caller's and stays as it was.
-
-The module that was handed over, and with it the random states.
-"""
+"""Restoring of the caller's module and of the process's random states."""
 
 from __future__ import annotations
 
@@ -23,10 +20,10 @@ __all__ = ["kept_module", "kept_parameters"]
 def kept_module(module: torch.nn.Module) -> Iterator[None]:
     """Restore the module after a forward or a hook, in everything but its parameters.
 
-    That is what its submodules hold under which name (tensors, hooks, modes, plain attributes), the
-    contents of lists, dicts, sets, configs and dataclasses there, the values of tensors that are no
-    parameters, and which parameters require gradients; and the random states. See
-    ``kept_parameters`` for the rest.
+    That is all attributes of its submodules (tensors, hooks, modes, plain values), the contents of
+    lists, dicts, sets, configs and dataclasses there, the values of tensors that are no parameters,
+    and which parameters require gradients; and the random states. See ``kept_parameters`` for the
+    rest.
     """
     found = _Found()
     found.look_at(module)
@@ -41,15 +38,14 @@ def kept_module(module: torch.nn.Module) -> Iterator[None]:
 def kept_parameters(
     module: torch.nn.Module, stored: Callable[[], Mapping[str, torch.Tensor]]
 ) -> Iterator[None]:
-    """Afterwards the values of parameters are as they were, too.
-
-    A forward hardly ever writes to them.
+    """Restore the values of parameters, too, to which a forward hardly ever writes.
 
     Args:
         module: Its parameters are not copied; torch counts the writes, other than those through
             ``.data``.
         stored: Called where there were any; the values by path.
     """
+    # Tensors of inference mode count no writes, and allow none outside of it.
     versions = {
         path: (one, one._version)
         for path, one in module.named_parameters()
@@ -61,6 +57,7 @@ def kept_parameters(
         written = {
             path: one for path, (one, version) in versions.items() if one._version != version
         }
+        # Read from the staged file only now: a copy of all weights would double the memory.
         values = stored() if written else {}
         for path, one in written.items():
             _write(one, values[path])
@@ -116,7 +113,7 @@ class _Found:
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
-    """Whether it is plain memory that nothing is derived from."""
+    """Whether it is plain memory, and no result of autograd."""
     plain = not torch.nn.parameter.is_lazy(tensor) and tensor.layout == torch.strided
     return plain and not tensor.is_meta and not tensor.requires_grad
 

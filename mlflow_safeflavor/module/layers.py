@@ -1,8 +1,8 @@
-"""Modules of ``torch.nn`` alone, as a tree of classes and plain arguments that anybody may build.
+"""Modules of ``torch.nn`` alone, as a tree of classes and plain arguments.
 
 A class of ``torch.nn`` notes each argument of its constructor under the same name, but for those of
-``_ELSEWHERE``. So a ``Sequential`` or an ``LSTM`` is told by looking at it, and needs neither code
-nor agreement to come back.
+``_ELSEWHERE``. So a ``Sequential`` or an ``LSTM`` is described by its attributes, and needs neither
+code of the artifact nor agreement to come back.
 """
 
 from __future__ import annotations
@@ -27,12 +27,9 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def describe_layers(module: nn.Module) -> Node | None:
-    """How a module of ``torch.nn`` is made, JSON only.
+    """The tree of a module of ``torch.nn``, JSON only; None where a part of it is none.
 
-    None where a class is not of ``torch.nn`` or holds other things.
-
-    What was changed after a module was made is not in there: compare what ``make_layers`` makes of
-    it.
+    Changes after construction are not in the tree: compare the module that ``make_layers`` makes.
     """
     try:
         return _describe(module, "", {})
@@ -41,10 +38,7 @@ def describe_layers(module: nn.Module) -> Node | None:
 
 
 def find_foreign(container: nn.Module) -> tuple[str, nn.Module] | None:
-    """Path and module of the first in a container of ``torch.nn`` that is of another class.
-
-    None for what is none.
-    """
+    """Path and module of the first of another class in a container of ``torch.nn``; else None."""
     if type(container) not in _CONTAINERS:
         return None
     return next(
@@ -62,6 +56,7 @@ class _NotPlain(Exception):
 
 
 def _describe(module: nn.Module, path: str, seen: dict[int, str]) -> Node:
+    # A module that stands in two places is made once, and so are its weights.
     if (first := seen.setdefault(id(module), path)) != path:
         return {"same": first}
     cls: Any = type(module)
@@ -96,7 +91,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _class_named(name: str) -> Any:
-    """A class of ``torch.nn`` that is made by its arguments alone; a lazy one is not."""
+    """A class of ``torch.nn`` by its name, unless it is lazy; else None."""
+    # Defined in torch.nn.modules: the namespace also holds functions, Module and other packages.
     cls = getattr(nn, name, None)
     ours = (
         isinstance(cls, type)
@@ -111,7 +107,7 @@ _NOWHERE: Any = inspect.Parameter.empty
 
 @functools.cache
 def _parameters(cls: type[Any]) -> Mapping[str, Any]:
-    """Argument of the constructor → default, of those that decide what is made."""
+    """Argument of the constructor → default, without device and dtype, which the load decides."""
     found: Mapping[str, inspect.Parameter] = {}
     for base in () if cls in _CONTAINERS else cls.__mro__[: cls.__mro__.index(nn.Module)]:
         found = inspect.signature(base.__init__).parameters  # type: ignore[misc]
@@ -167,7 +163,7 @@ _ELSEWHERE: dict[type, dict[str, Callable[[Any], Any]]] = {
     nn.TransformerDecoderLayer: _BLOCK,
     nn.TransformerEncoder: {
         "encoder_layer": lambda encoder: encoder.layers[0],
-        # what came of it, without the warning
+        # The value that came of the argument: with that one torch warns again.
         "enable_nested_tensor": lambda encoder: encoder.use_nested_tensor,
     },
     nn.TransformerDecoder: {"decoder_layer": lambda decoder: decoder.layers[0]},
@@ -184,10 +180,8 @@ _ELSEWHERE: dict[type, dict[str, Callable[[Any], Any]]] = {
 
 
 def is_tree(node: Any) -> bool:
-    """Whether this is what ``describe_layers`` returns.
-
-    Known classes, their own arguments, plain values.
-    """
+    """Whether this is a tree: known classes, arguments of theirs, plain values."""
+    # Types exactly, since the tree is a stranger's JSON: a dict as a name has no hash.
     if not isinstance(node, dict) or node.keys() not in (
         {"same"},
         {"class", "arguments", "modules"},
@@ -247,5 +241,5 @@ def _make(node: Mapping[str, Any], path: str, made: dict[str, nn.Module]) -> nn.
 
 
 def _tuples(value: Any) -> Any:
-    """Lists of JSON as the tuples that they were."""
+    """JSON's lists as tuples, as the module's attributes had them."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
