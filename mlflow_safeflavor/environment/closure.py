@@ -1,4 +1,4 @@
-"""The closure: installed distributions that others need, never inferred from imports."""
+"""The closure: installed distributions that the roots require, directly or in turn."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def closure_of(roots: Iterable[str], *, path: Sequence[str] | None = None) -> fr
 
 
 def tops_of(names: Iterable[str], *, path: Sequence[str] | None = None) -> list[str]:
-    """Those of the installed distributions that none of the others requires."""
+    """The installed distributions among ``names`` that no other of them requires."""
     installed = installed_distributions(path)
     tops: dict[str, set[str]] = {}
     for name in sorted(names):
@@ -49,6 +49,8 @@ def reached_from(
     A contradiction is a pair (wanted, found).
     """
     queue = [("", requirement) for requirement in _roots(roots, installed)]
+    # Name → extras already followed: a distribution comes again with each new extra, and cycles
+    # (sphinx and its own plugins) end.
     done: dict[str, set[str]] = {}
     missing: dict[str, None] = {}
     conflicts: dict[tuple[str, str], None] = {}
@@ -56,6 +58,7 @@ def reached_from(
         origin, requirement = queue.pop()
         name = canonicalize_name(requirement.name)
         wanted = f"{origin or 'this model'} requires {requirement}"
+        # Told and not refused: metadata that names what the program runs without is common.
         if name not in installed:
             missing[wanted] = None
             continue
@@ -63,6 +66,7 @@ def reached_from(
             conflicts[wanted, f"{name} {installed[name].version}"] = None
         extras = {"", *map(canonicalize_name, requirement.extras)} - done.setdefault(name, set())
         done[name] |= extras
+        # This package comes along in every artifact: a requirement on it brings none of ours.
         if name != OWN_NAME or not origin:
             queue.extend((name, needed) for needed in _requires(installed[name], extras))
     return done.keys() - {OWN_NAME}, sorted(missing), sorted(conflicts)
@@ -88,6 +92,7 @@ def _requires(distribution: Installed, extras: Collection[str]) -> Iterator[Requ
     for line in distribution.requires:
         try:
             requirement = _parse_requirement(line)
+        # Old releases hold lines that packaging does not read any more, such as "a>=1.0.*".
         except InvalidRequirement:
             _logger.warning(
                 "Metadata of %s holds a requirement nobody can read: %s", distribution.name, line
@@ -103,7 +108,8 @@ def _requires(distribution: Installed, extras: Collection[str]) -> Iterator[Requ
 _parse_requirement = functools.cache(Requirement)
 
 
-@functools.cache  # a save asks for several closures, each with a thousand markers
+# Cached: a save asks for several closures, each with a thousand markers.
+@functools.cache
 def _holds(line: str, extra: str) -> bool:
     marker = _parse_requirement(line).marker
     return marker is None or marker.evaluate({"extra": extra})
@@ -111,6 +117,7 @@ def _holds(line: str, extra: str) -> bool:
 
 def _satisfies(requirement: Requirement, version: str) -> bool:
     try:
+        # prereleases: else an installed 2.0rc1 would not answer ">=1.0", though pip installed it.
         return not requirement.specifier or requirement.specifier.contains(
             Version(version), prereleases=True
         )

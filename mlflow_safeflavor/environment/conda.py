@@ -71,6 +71,7 @@ def read_yaml(path: Path) -> Any:
     Raises:
         EnvironmentMismatchError: It cannot be read.
     """
+    # safe_load: a plain load runs constructors that the file names.
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -81,6 +82,7 @@ def read_yaml(path: Path) -> Any:
 
 def pip_section(conda: Mapping[str, Any]) -> list[str]:
     """Requirement lines among the dependencies; empty where there are none."""
+    # {"pip": null} is what YAML makes of a section that somebody emptied.
     sections = [
         part["pip"] for part in conda["dependencies"] if isinstance(part, Mapping) and "pip" in part
     ]
@@ -89,6 +91,7 @@ def pip_section(conda: Mapping[str, Any]) -> list[str]:
 
 def with_pip_section(conda: Mapping[str, Any], lines: Sequence[str]) -> dict[str, Any]:
     """The same environment with these requirement lines."""
+    # One section in place of all: MLflow reads the first and knows no others.
     others = [
         part for part in conda["dependencies"] if not (isinstance(part, Mapping) and "pip" in part)
     ]
@@ -96,7 +99,7 @@ def with_pip_section(conda: Mapping[str, Any], lines: Sequence[str]) -> dict[str
 
 
 def bare_conda_env() -> dict[str, Any]:
-    """This Python and pip, and nothing else."""
+    """A conda environment of this Python and pip alone."""
     pip = installed_version("pip", None)
     # At most this pip, as MLflow writes it: conda-forge gets a new pip later than others do.
     dependencies = [f"python={python_release()}", f"pip<={pip}" if pip else "pip"]
@@ -104,5 +107,5 @@ def bare_conda_env() -> dict[str, Any]:
 
 
 def python_release() -> str:
-    """Such as ``3.11.7``."""
+    """The release of this Python, such as ``3.11.7``."""
     return ".".join(map(str, sys.version_info[:3]))

@@ -1,7 +1,4 @@
-"""Differences between the recorded environment and this one: found, worded, and acted on.
-
-Load compares before torch is imported, so nothing here may import torch or transformers.
-"""
+"""Differences between the recorded environment and this one: found, worded, and acted on."""
 
 from __future__ import annotations
 
@@ -42,9 +39,10 @@ __all__ = [
 
 _logger = logging.getLogger("mlflow.safeflavor")
 
-# What ``require_same`` may do about differences.
+# Reactions of ``require_same``.
 POLICIES = ("ignore", "warn", "error")
 
+# Facts of torch's build that no installation changes: named, so that other last bits have a reason.
 _HARDWARE = frozenset({"cpu_capability", "threads"})
 
 _HINT = (
@@ -82,10 +80,7 @@ def find_differences(
     torch_build: Mapping[str, Any] | None = None,
     path: Sequence[str] | None = None,
 ) -> list[Difference]:
-    """Compare this interpreter and what is installed with what was recorded; imports nothing.
-
-    The C library counts only when its family differs (glibc or another): its version is the choice
-    of whoever builds the base image, and the recorded predictions prove more than it could.
+    """Compare this interpreter and its distributions with the recorded ones; imports none of them.
 
     Args:
         recorded: From environment.json.
@@ -104,6 +99,8 @@ def _platform_differences(recorded: Environment) -> Iterator[Difference]:
     facts = platform_facts()
     for name in PLATFORM_KEYS:
         wanted, found = getattr(recorded, name), facts[name]
+        # Its family counts, not its version: that is the base image's choice, and the golden rows
+        # prove more than it could.
         if name == "libc":
             wanted, found = wanted.partition(" ")[0], found.partition(" ")[0]
         if wanted != found:
@@ -120,18 +117,19 @@ def _distribution_differences(
     for name, wanted in pins.items():
         if _same_version(wanted, listed.get(name)):
             continue
-        # The slow question, asked only where a folder name did not settle it: other formats, zip
-        # files, finders.
+        # Slow, and so asked only where the name of a dist-info folder did not settle it: other
+        # formats, zip files, finders.
         found = installed_version(name, path)
         if found is None:
             yield Difference("missing", name, wanted, MISSING)
         elif not _same_version(wanted, found):
+            # 2.13.0+cpu for 2.13.0+cu130: the same release, so another kind of difference.
             is_build = name in TORCH_FAMILY and wanted.partition("+")[0] == found.partition("+")[0]
             yield Difference("torch-build" if is_build else "distribution", name, wanted, found)
 
 
 def _wheel_differences(recorded: Environment, path: Sequence[str] | None) -> Iterator[Difference]:
-    """Other builds of the same version: an index's in place of a folder's."""
+    """Distributions of the right version from another wheel: an index's in place of a folder's."""
     for name, wheel in recorded.wheels.items():
         one = find_installed(name, path)
         content = None if one is None else installed_content(one.distribution)
@@ -147,6 +145,7 @@ def _wheel_differences(recorded: Environment, path: Sequence[str] | None) -> Ite
 
 
 def _build_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Difference]:
+    # Where torch is not imported nothing was found, and nothing differs: load compares before.
     for key in sorted(wanted.keys() & found.keys()):
         if wanted[key] != found[key]:
             kind = "hardware" if key in _HARDWARE else "torch-build"
@@ -161,7 +160,7 @@ def _same_version(wanted: str, found: str | None) -> bool:
 
 
 def format_differences(differences: Sequence[Difference]) -> str:
-    """The differences as an aligned table with one hint; empty for none."""
+    """Table of differences with one hint; empty without any."""
     return f"{_table(differences)}\n  hint: {_HINT}" if differences else ""
 
 
@@ -174,6 +173,8 @@ def naming_versions(recorded: Environment, *, path: Sequence[str] | None = None)
     """
     try:
         yield
+    # These say that something came out otherwise; other versions are then the likely cause. The
+    # other kinds name a cause of their own.
     except (ParityError, StructureError, WeightsError) as error:
         found = [
             str(one) for one in find_differences(recorded, path=path) if one.kind in _INSTALLABLE
@@ -182,6 +183,7 @@ def naming_versions(recorded: Environment, *, path: Sequence[str] | None = None)
             raise
         versions = "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
         hint = f"{_HINT} ({versions})" + (f"; or {error.hint}" if error.hint else "")
+        # From its own cause, not from itself: a reader sees one error, with the better hint.
         raise error.with_hint(hint).with_traceback(error.__traceback__) from error.__cause__
 
 
@@ -226,11 +228,11 @@ def require_same(
 
     Args:
         recorded: From environment.json.
-        policy: ``"ignore"`` does not even look, ``"warn"`` logs the table, ``"error"`` raises it.
+        policy: ``"ignore"`` compares nothing, ``"warn"`` logs the table, ``"error"`` raises it.
         path: Folders to search instead of ``sys.path``.
 
     Returns:
-        What differs.
+        The differences.
 
     Raises:
         EnvironmentMismatchError: Something differs under ``"error"``, or there is no such policy.

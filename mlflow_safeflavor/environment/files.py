@@ -1,7 +1,4 @@
-"""The files that MLflow installs a model's environment from: exact pins, and what the user wrote.
-
-``save`` writes them, before anything is published; nothing here may import torch or transformers.
-"""
+"""The files that MLflow installs a model's environment from: exact pins, and the user's lines."""
 
 from __future__ import annotations
 
@@ -60,20 +57,20 @@ def environment_files(
 
     Args:
         folder: Root of the artifact.
-        roots: What the model needs directly.
-        graph_roots: What of a model with a graph and a module its graph needs; the pins of that are
-            written to requirements-onnx.txt, too, unless the user wrote all lines.
+        roots: Distributions that the model needs directly.
+        graph_roots: Of a model with a graph and a module, those that its graph needs; their pins
+            are written to requirements-onnx.txt, too, unless the user wrote all lines.
         torch_build: See ``record``.
         torch_index: See ``requirement_lines``; not used where the user writes the lines.
         pip_requirements: Replaces all lines: requirement strings, or the path of a requirements
             file.
-        extra_pip_requirements: Adds to them. What is installed is pinned exactly, with what it
-            requires; URLs, options and what is not installed stay as written.
+        extra_pip_requirements: Lines beside them. Installed distributions are pinned exactly, with
+            their requirements; URLs, options and names that are not installed stay as written.
         conda_env: Used as it is: a dict, or the path of a YAML file.
         path: Folders to search instead of ``sys.path``.
 
     Returns:
-        What belongs into environment.json.
+        Facts for environment.json.
 
     Raises:
         EnvironmentMismatchError: The arguments exclude each other or cannot be read, or see
@@ -87,6 +84,7 @@ def environment_files(
         )
         lines = with_mlflow(lines, path)
         more = [*installed_roots(lines, path)]
+        # Not strict: who writes all lines may know better; but facts of what is here are recorded.
         environment = record([*roots, *more], torch_build=torch_build, strict=False, path=path)
     else:
         extra, constraints = parse_requirements(
@@ -96,6 +94,8 @@ def environment_files(
         environment, lines = _pin([*roots, *more], extra, torch_build, torch_index, path)
     _write_files(Path(folder), lines, constraints, bare_conda_env() if conda is None else conda)
     if graph_roots is not None:
+        # Lines that the user added (more) are kept for the graph, too: whether graph or module
+        # needs them cannot be told.
         unneeded = environment.distributions.keys() - closure_of([*graph_roots, *more], path=path)
         environment = replace(environment, only_module=tuple(sorted(unneeded)))
         if given is None:
@@ -110,10 +110,12 @@ def _pin(
     torch_index: StrPath | None,
     path: Sequence[str] | None,
 ) -> tuple[Environment, list[str]]:
-    """The closure of the roots; what ``extra`` has beside what is installed follows as written."""
+    """Pins of the roots' closure, then lines of ``extra`` that cannot be pinned, as written."""
     verbatim = [line for line in extra if not is_pinnable(line, path)]
     elsewhere = {name for line in verbatim if applies(line) and (name := name_of(line)) is not None}
     environment = record(roots, torch_build=torch_build, editable_ok=elsewhere, path=path)
+    # A pin beside "name @ git+https://…" would be two lines about one distribution, which pip
+    # refuses.
     pins = {
         name: version
         for name, version in environment.distributions.items()
@@ -123,7 +125,7 @@ def _pin(
 
 
 def _without(lines: Iterable[str], names: Collection[str]) -> list[str]:
-    """The lines but pins of these distributions, and pages of their wheels."""
+    """The lines without pins of these distributions and pages of their wheels."""
     pages = tuple(f"/{name}/" for name in names)
     there = (line for line in lines if name_of(line) not in names)
     return [
@@ -136,7 +138,7 @@ def _without(lines: Iterable[str], names: Collection[str]) -> list[str]:
 def missing_lines(
     folder: Path, used: Mapping[str, str], *, path: Sequence[str] | None = None
 ) -> list[str]:
-    """Lines for what was used and neither requirements.txt nor conda.yaml of an artifact brings.
+    """Lines for used distributions that neither requirements.txt nor conda.yaml brings.
 
     Args:
         folder: Root of the artifact.
@@ -147,8 +149,8 @@ def missing_lines(
     conda = [
         part for part in read_yaml(folder / "conda.yaml")["dependencies"] if isinstance(part, str)
     ]
-    # Conda's names are those of Python for all but a few; what follows them is a version, in its
-    # own words.
+    # Conda's names are those of Python for all but a few; versions behind them have a syntax of
+    # their own.
     named = [
         _CONDA_NAMES.get(name, name)
         for part in conda
@@ -186,10 +188,7 @@ def _write_files(
 
 
 def _write_lines(path: Path, lines: Sequence[str], constraints: Sequence[str]) -> Sequence[str]:
-    """Write a file that pip reads, with the name of the constraints where there are any.
-
-    Returns its lines.
-    """
+    """Write a requirements file, which names constraints if there are any; returns its lines."""
     lines = [*lines, f"-c {CONSTRAINTS}"] if constraints else lines
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return lines

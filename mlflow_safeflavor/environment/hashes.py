@@ -38,8 +38,7 @@ def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None)
     Where a folder named by the pins holds a wheel of a pinned version, that wheel counts, and never
     an index's of the same version. An index named by the pins is asked for builds of torch alone.
     All other names are looked up where pip and uv are configured to, and only in the first index
-    that has the name; where pip is configured to several, it and we take them as one. Nothing is
-    built: a source distribution runs its author's code.
+    that has the name; where pip is configured to several, it and we take them as one.
 
     Args:
         pins: What to lock. Those that have hashes are left as they are.
@@ -75,12 +74,13 @@ def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None)
             "constraints.txt",
             "--python-version",
             python,
+            # Nothing is built here: a source distribution runs its author's code.
             "--only-binary",
             ":all:",
         ]
         command += ["--no-header", "--no-annotate", "--quiet"]
-        # Neither settings nor interpreters of the folders around this one, which others may write
-        # to.
+        # uv was seen to read a uv.toml of the folder for temporary files, and to run its .venv:
+        # other users may write both.
         command += ["--no-config", "--python", sys.executable, "--no-python-downloads"]
         command += [
             f"--find-links={found}" for option in pins.options if (found := folder_of(option))
@@ -152,29 +152,29 @@ def missing_wheel(pin: Pin, wanted: str, found: Sequence[str]) -> EnvironmentMis
 
 
 def _project(pins: Pins, installed: Mapping[str, str], environ: Mapping[str, str]) -> str:
-    """A pyproject.toml that ties each distribution of a named folder or index to that source.
-
-    Looking at other indexes too, uv was seen to take their wheel of the same version.
-    """
-    places: dict[str, str] = {}  # canonical name → index, the first counts
+    """A pyproject.toml that ties each distribution of a named folder or index to that source."""
+    # Where it may look at other indexes as well, uv was seen to take their wheel of the same
+    # version instead of the folder's. Only sources of a project tie a name to an index.
+    sources: dict[str, str] = {}  # canonical name → index, the first counts
     for wheel in wheels_for(pins, installed, environ):
-        places.setdefault(wheel.name, _index(wheel.path.parent.absolute().as_uri(), flat=True))
+        sources.setdefault(wheel.name, _index(wheel.path.parent.absolute().as_uri(), flat=True))
     for option in pins.options:
-        name, _, place = option.partition(" ")
+        name, _, url = option.partition(" ")
         if not folder_of(option):
-            for served in _served(place, pins):
-                places.setdefault(served, _index(place, flat=name == "--find-links"))
-    indexes = list(dict.fromkeys(places.values()))
+            for served in _served(url, pins):
+                sources.setdefault(served, _index(url, flat=name == "--find-links"))
+    indexes = list(dict.fromkeys(sources.values()))
     lines = ["[project]", 'name = "mlflow-safeflavor-image"', 'version = "0"']
     lines += [
         f"dependencies = {json.dumps([str(pin.requirement) for pin in pins.pins])}",
         "[tool.uv.sources]",
     ]
     lines += [
-        f'{name} = {{index = "place-{indexes.index(index)}"}}' for name, index in places.items()
+        f'{name} = {{index = "source-{indexes.index(index)}"}}' for name, index in sources.items()
     ]
     for i, index in enumerate(indexes):
-        lines += ["[[tool.uv.index]]", f'name = "place-{i}"', "explicit = true", index]
+        # explicit: asked for the names tied to it, and for no others.
+        lines += ["[[tool.uv.index]]", f'name = "source-{i}"', "explicit = true", index]
     return "\n".join(lines) + "\n"
 
 
@@ -182,12 +182,9 @@ def _index(url: str, *, flat: bool) -> str:
     return f"url = {json.dumps(url)}" + ('\nformat = "flat"' if flat else "")
 
 
-def _served(place: str, pins: Pins) -> list[str]:
-    """Names that a place of ``torch_index`` is asked for.
-
-    The one that its page is of, or all builds with a label.
-    """
-    page = canonicalize_name(place.rstrip("/").rpartition("/")[2])
+def _served(url: str, pins: Pins) -> list[str]:
+    """Names that a URL of ``torch_index`` is asked for: its page's, or all labelled builds."""
+    page = canonicalize_name(url.rstrip("/").rpartition("/")[2])
     labelled = [
         name for name, version in pins.versions.items() if name in TORCH_FAMILY or "+" in version
     ]
@@ -197,14 +194,12 @@ def _served(place: str, pins: Pins) -> list[str]:
 def wheels_for(
     pins: Pins, installed: Mapping[str, str], environ: Mapping[str, str] | None = None
 ) -> Iterator[Wheel]:
-    """Wheels of the pinned versions in folders of this machine: those that the pins name.
-
-    For what is known to have been installed from a wheel also those that uv is told of
-    (``UV_FIND_LINKS``).
-    """
+    """Wheels of the pinned versions in local folders that the pins or ``UV_FIND_LINKS`` name."""
     given = [folder for option in pins.options if (folder := folder_of(option))]
     told = (os.environ if environ is None else environ).get("UV_FIND_LINKS", "").split(",")
-    others = [folder for place in told if (folder := folder_of(f"--find-links {place}"))]
+    others = [folder for path in told if (folder := folder_of(f"--find-links {path}"))]
+    # UV_FIND_LINKS counts for distributions whose wheel was recorded, since its folder may have
+    # moved; of all others uv itself chooses among folders and indexes.
     versions = pins.versions
     for folders, names in ((given, versions.keys()), (others, versions.keys() & installed.keys())):
         for wheel in (wheel for folder in folders for wheel in wheels_in(folder)):
@@ -227,9 +222,10 @@ def _uv() -> str:
 def _settings(folder: Path) -> dict[str, str]:
     """Variables for uv: pip's settings, overruled by this process's own, with absolute folders."""
     environ = {**_pip_settings(folder), **os.environ}
-    if places := environ.get("UV_FIND_LINKS"):
+    if links := environ.get("UV_FIND_LINKS"):
+        # uv runs in a folder of its own, where relative ones would name others.
         absolute = (
-            os.path.abspath(place) if os.path.isdir(place) else place for place in places.split(",")
+            os.path.abspath(link) if os.path.isdir(link) else link for link in links.split(",")
         )
         environ["UV_FIND_LINKS"] = ",".join(absolute)
     return environ
@@ -239,10 +235,10 @@ def _pip_settings(folder: Path) -> Mapping[str, str]:
     """Where pip is configured to look, as uv's variables.
 
     pip takes the best of all its indexes; uv asks those beside the default one first, and then no
-    other that has the name. So nobody can put a build of a private name on a public index. Asked in
-    an empty folder: with ``-m`` Python imports from the working folder, which may be a downloaded
-    model.
+    other that has the name: a build of a private name on a public index is not taken.
     """
+    # In the scratch folder: with -m Python imports from the working folder, which may be a
+    # downloaded model with a pip.py.
     command = [sys.executable, "-m", "pip", "config", "list"]
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT

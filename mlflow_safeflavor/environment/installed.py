@@ -43,7 +43,7 @@ def _search(
 
 @dataclass(frozen=True)
 class Installed:
-    """What a distribution says of itself, and the distribution, for what few questions are left."""
+    """Name, version and requirements of a distribution, and its own object for the rest."""
 
     name: str
     version: str
@@ -60,18 +60,18 @@ def installed_distributions(path: Sequence[str] | None) -> dict[str, Installed]:
 
 
 def find_installed(name: str, path: Sequence[str] | None) -> Installed | None:
-    """The distribution that is imported under this name; None if there is none."""
+    """The installed distribution of this name, the first on the path; None if there is none."""
     return next(filter(None, map(_read, _search(path, name=name))), None)
 
 
 def installed_version(name: str, path: Sequence[str] | None) -> str | None:
-    """The version that is imported under this name; None if there is none."""
+    """The installed version of this name; None if there is none."""
     found = find_installed(name, path)
     return None if found is None else found.version
 
 
 def _read(distribution: importlib.metadata.Distribution) -> Installed | None:
-    """None for what a broken uninstall left behind."""
+    """Name, version and requirements; None for the leftovers of a broken uninstall."""
     text = distribution.read_text("METADATA")
     if text is not None:
         # After the blank line comes a description of many pages.
@@ -79,7 +79,8 @@ def _read(distribution: importlib.metadata.Distribution) -> Installed | None:
     else:
         try:
             metadata = distribution.metadata
-        # the importlib_metadata backport, whose finder MLflow puts on sys.meta_path
+        # The backport importlib_metadata, whose finder MLflow puts on sys.meta_path, raises it; the
+        # standard library gives empty metadata.
         except FileNotFoundError:
             return None
         names, versions, requires = (
@@ -92,7 +93,8 @@ def _read(distribution: importlib.metadata.Distribution) -> Installed | None:
     return Installed(names[0], versions[0], tuple(requires or ()), distribution)
 
 
-# by what was just read, so never stale: importlib parses all anew at each access, for seconds
+# Keyed by the text itself, so never stale. importlib parses anew at each access, which took seconds
+# a save.
 @functools.cache
 def _parse(headers: str) -> tuple[list[str] | None, list[str] | None, list[str] | None]:
     parsed = email.parser.HeaderParser().parsestr(headers)
@@ -111,10 +113,8 @@ def source_tree(distribution: importlib.metadata.Distribution) -> str | None:
 
 
 def listed_versions(path: Iterable[str]) -> dict[str, str]:
-    """Canonical name → version, from the names of the dist-info folders alone.
-
-    A hundred times faster than reading.
-    """
+    """Canonical name → version, from the names of dist-info folders alone."""
+    # A hundred times faster than reading metadata, and each load asks.
     found: dict[str, str] = {}
     for folder in path:
         try:
@@ -122,6 +122,7 @@ def listed_versions(path: Iterable[str]) -> dict[str, str]:
         except OSError:
             continue
         for entry in entries:
+            # A folder without METADATA is the leftover of a broken uninstall, and no installation.
             if entry.endswith(".dist-info") and os.path.isfile(
                 os.path.join(folder, entry, "METADATA")
             ):

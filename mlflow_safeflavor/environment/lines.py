@@ -1,4 +1,4 @@
-"""Requirement lines that the user wrote: read, and told what they are about."""
+"""Requirement lines that the user wrote: read, and matched with installed distributions."""
 
 from __future__ import annotations
 
@@ -36,10 +36,7 @@ _OPTION = re.compile(r"(?:^|\s)-")  # begins the options behind a requirement, s
 def parse_requirements(
     given: StrPath | Iterable[str], argument: str
 ) -> tuple[list[str], list[str]]:
-    """Requirement lines and constraint lines.
-
-    ``-r`` and ``-c`` are read and replaced by what they hold.
-    """
+    """Requirement lines and constraint lines, with the content of ``-r`` and ``-c`` files."""
     # MLflow's own reader, so that a line means here what it means at load.
     from mlflow.utils.requirements_utils import _parse_requirements as parse
 
@@ -48,6 +45,7 @@ def parse_requirements(
             os.fspath(given) if isinstance(given, (str, os.PathLike)) else [*map(os.fspath, given)]
         )
         parsed = list(parse(source, is_constraint=False))  # type: ignore[no-untyped-call]
+    # TypeError: a member of the list is neither a text nor a path.
     except (OSError, TypeError, UnicodeDecodeError) as error:
         raise EnvironmentMismatchError(
             f"{argument} cannot be read",
@@ -77,6 +75,7 @@ def applies(line: str) -> bool:
 def is_pinnable(line: str, path: Sequence[str] | None) -> bool:
     """Whether the line is a plain requirement whose exact version this environment can tell."""
     requirement = _requirement_of(line)
+    # "--hash=…" behind a requirement is for the very file that the user means.
     if requirement is None or requirement.url or _OPTION.search(line) or not applies(line):
         return False
     if (
@@ -91,7 +90,7 @@ def is_pinnable(line: str, path: Sequence[str] | None) -> bool:
 
 
 def installed_roots(lines: Iterable[str], path: Sequence[str] | None) -> Iterator[str]:
-    """Those that are installed, as requirement strings."""
+    """Requirement strings of the lines whose distribution is installed."""
     for line in lines:
         name, requirement = name_of(line), _requirement_of(line)
         if name is not None and installed_version(name, path) is not None:
@@ -103,6 +102,7 @@ def name_of(line: str) -> str | None:
     requirement = _requirement_of(line)
     if requirement is not None:
         return canonicalize_name(requirement.name)
+    # No requirement: an editable install, a URL, or the path of a wheel.
     target = re.sub(r"^(-e|--editable)[\s=]+", "", line)
     if egg := re.search(r"[#&]egg=([\w.-]+)", target):
         return canonicalize_name(egg[1])
@@ -116,10 +116,8 @@ def name_of(line: str) -> str | None:
 
 
 def with_mlflow(lines: list[str], path: Sequence[str] | None) -> list[str]:
-    """MLflow has to be in every environment that serves a model.
-
-    Its own flavors add it in the same way.
-    """
+    """The lines, and a pin of MLflow where none is about it."""
+    # MLflow's own flavors add it in the same way: no environment without it serves a model.
     if _MLFLOW_NAMES & {name_of(line) for line in lines}:
         return lines
     version = installed_version("mlflow", path)

@@ -1,4 +1,4 @@
-"""Which installed distribution a file belongs to."""
+"""Owners of files: the installed distribution that a file belongs to."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _CODE = (*SOURCE_SUFFIXES, *BYTECODE_SUFFIXES, *EXTENSION_SUFFIXES)
 
 
 class Owners:
-    """Files of the distributions that are installed in some folders.
+    """Files of the installed distributions.
 
-    A file belongs to the distribution whose list of installed files (``RECORD``) has it. Where
-    there is no such list, as in packages of Debian, to the one that has its top-level name; of an
-    editable install, all below its folder.
+    A file belongs to the distribution whose list of installed files (``RECORD``) has it; without
+    such a list, to the one with its top-level name; below the folder of an editable install, to
+    that.
 
     Args:
         path: Folders to search instead of ``sys.path``.
@@ -42,6 +42,7 @@ class Owners:
             folder = _editable_folder(one.distribution)
             if folder is not None:
                 trees[os.path.join(_real(folder), "")] = name
+            # Debian's packages have no RECORD.
             elif not record:
                 tops = (
                     one.distribution.read_text("top_level.txt") or name.replace("-", "_")
@@ -56,21 +57,22 @@ class Owners:
         """Canonical name of the distribution that a file belongs to; None where there is none.
 
         Args:
-            file: Absolute path. Code that a package has made beside its own belongs to it, data
-                does not: an index brings the one with the next release or makes it anew, and never
-                the other.
+            file: Absolute path.
         """
         if file in self._files:
             return self._files[file]
+        # Of the folder alone: the file itself may be a link that its distribution installed.
         folder, name = os.path.split(file)
         path = os.path.join(_real(folder), name)
         if path in self._files:
             return self._files[path]
         tree = next((owner for tree, owner in self._trees if path.startswith(tree)), None)
+        # Code that a package has made beside its own (byte code, generated parsers) is made anew
+        # where it is installed; data that lies there was put there, and no index brings it.
         return tree or (self._of_neighbours(path) if is_code(path) else None)
 
     def _of_neighbours(self, path: str) -> str | None:
-        """The owner of all files of the package, where they have one."""
+        """The one owner of all files in the folder, or in the nearest above it that has any."""
         folder = os.path.join(os.path.dirname(path), "")
         while folder.startswith(self._sites) and folder not in self._sites:
             owners = {owner for file, owner in self._files.items() if file.startswith(folder)}
@@ -81,11 +83,9 @@ class Owners:
 
 
 def _listed(record: str, base: str) -> Iterator[str]:
-    """Files of a ``RECORD`` but metadata.
-
-    There are tens of thousands in all, and csv is for the few with a comma.
-    """
+    """Files of a ``RECORD`` but metadata."""
     lines = record.splitlines()
+    # csv, which is slower, for the few with a quoted comma: there are tens of thousands of lines.
     for row in csv.reader(lines) if '"' in record else (line.split(",", 1) for line in lines):
         file = base + (row[0] if row else "")
         if ".dist-info/" not in file:
@@ -100,7 +100,7 @@ def is_code(file: str) -> bool:
 def site_folders(path: Sequence[str] | None = None) -> tuple[str, ...]:
     """Folders of ``sys.path``, or of ``path``, that distributions are installed in.
 
-    Each ends with a separator.
+    Each ends with a separator, so that ``startswith`` takes no ``site-packages-old`` for it.
     """
     searched = sys.path if path is None else path
     sites = [folder for folder in searched if folder.rstrip("/\\").endswith("-packages")]
@@ -112,7 +112,7 @@ _real = functools.lru_cache(maxsize=2**14)(os.path.realpath)
 
 
 def _editable_folder(distribution: importlib.metadata.Distribution) -> str | None:
-    """The folder that an editable install runs from."""
+    """The folder that an editable install is imported from; None for any other install."""
     text = distribution.read_text("direct_url.json")
     if text is None:
         return source_tree(distribution)

@@ -1,6 +1,7 @@
-"""requirements.txt of an artifact, read strictly: pins, their hashes, and where files are found.
+"""requirements.txt of an artifact, read strictly: pins, their hashes, and sources of wheels.
 
-Nothing else.
+Whoever writes the artifact writes these lines, and pip and uv obey many: options, URLs, files of
+this machine, builds. Only forms that install wheels by name and version are let through.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ CONSTRAINTS = "constraints.txt"
 # Pins for the graph alone, beside requirements.txt, of a model that has a module, too.
 ONNX_REQUIREMENTS = "requirements-onnx.txt"
 
+# No quotes, blanks or backslashes in a place: it is written into files that uv and pip parse.
 _OPTION = re.compile(
     r"--(find-links|extra-index-url) (https?://[^\s#\"'\\]+|file:///[^\s#\"'\\]+|/[^\s#\"'\\]*)"
 )
@@ -41,7 +43,7 @@ class Pin:
     """One line about one distribution.
 
     Attributes:
-        requirement: As packaging reads it; never with a URL.
+        requirement: Parsed; never with a URL.
         hashes: SHA-256 of each file that may be installed; empty where the line has none.
     """
 
@@ -66,10 +68,10 @@ class Pin:
 
 @dataclass(frozen=True)
 class Pins:
-    """What an environment is installed from.
+    """The lines that an environment is installed from.
 
     Attributes:
-        options: Lines ``--find-links PLACE`` and ``--extra-index-url URL``.
+        options: Lines ``--find-links FOLDER|URL`` and ``--extra-index-url URL``.
         pins: One for each distribution.
         constraints: Versions that nothing may leave.
     """
@@ -107,11 +109,12 @@ def read_pins(layout: Layout, name: str = "requirements.txt") -> Pins:
         if line == f"-c {CONSTRAINTS}":
             path = layout.root / CONSTRAINTS
             constraints = tuple(parse_pins(_lines(layout, path), CONSTRAINTS))
-        # which pip would fill in with secrets of this machine
+        # pip fills ${NAME} with variables of this machine, tokens among them, and sends them there.
         elif _OPTION.fullmatch(line) and "${" not in line:
             options.append(line)
         else:
             pins += parse_pins([line], name)
+    # With one hash pip demands them all (--require-hashes), in the build of the image.
     if any(pin.hashes for pin in pins) and not all(pin.hashes for pin in pins):
         raise IntegrityError(
             "Some pins have hashes and some have none",
@@ -124,6 +127,8 @@ def read_pins(layout: Layout, name: str = "requirements.txt") -> Pins:
 def _lines(layout: Layout, path: Path) -> Iterator[str]:
     """Logical lines: continued ones joined, without empty ones and comments."""
     text = read_text(path, layout.limit_of(path.name) or 0)
+    # pip joins lines a little otherwise (a comment ends where it ends). That opens no way around
+    # these checks: images are installed from pins written anew, never from this file.
     for line in re.sub(r"\\\r?\n", " ", text).split("\n"):
         if (line := line.strip()) and not line.startswith("#"):
             yield line
@@ -136,6 +141,7 @@ def parse_pins(lines: Iterator[str] | list[str], where: str) -> Iterator[Pin]:
         EnvironmentMismatchError: A line has another form.
     """
     for line in lines:
+        # Behind the first option only hashes: others, such as --config-settings, steer a build.
         text, dashes, rest = line.partition(" --")
         hashes = _HASHES.fullmatch(dashes + rest)
         try:
@@ -146,6 +152,7 @@ def parse_pins(lines: Iterator[str] | list[str], where: str) -> Iterator[Pin]:
             requirement is not None
             and requirement.url is None
             and hashes is not None
+            # A carriage return or NUL would make two lines of one, in a file that we write.
             and line.isprintable()
         )
         if requirement is None or hashes is None or not wanted:

@@ -33,11 +33,8 @@ def record(
 ) -> Environment:
     """Record this interpreter and the exact closure of installed distributions that the roots need.
 
-    mlflow-safeflavor itself is vendored in every artifact and so never part of the closure; what it
-    requires is followed only where it is a root. A requirement *of a distribution* that is not
-    installed at all is left out with a warning: metadata that names something the program runs
-    without is common, and pip fetches it anyway. An installed version that contradicts a
-    requirement is refused, because pip would refuse the same pins later, in the container.
+    mlflow-safeflavor itself is vendored in every artifact and so never part of the closure; its
+    requirements are followed only where it is a root.
 
     Args:
         roots: Names or requirement strings, extras included (``"mlflow[extras]"``).
@@ -54,16 +51,19 @@ def record(
     """
     installed = installed_distributions(path)
     closure, missing, conflicts = reached_from(roots, installed)
+    # Metadata that names something the program runs without is common, and pip fetches it anyway.
     if missing:
         _logger.warning(
             "Not installed and so not pinned, although something requires it: %s",
             "; ".join(missing),
         )
+    # pip would refuse these pins later, in the container.
     if conflicts and strict:
         _raise_conflicts(conflicts)
     if conflicts:
         found = "; ".join(f"{wanted}, found {version}" for wanted, version in conflicts)
         _logger.warning("Installed versions contradict what is required: %s", found)
+    # A pin of an editable or VCS install names a version that no index has, or has otherwise.
     if strict:
         _require_releases(
             [installed[name] for name in closure - set(map(canonicalize_name, editable_ok))]
@@ -77,15 +77,13 @@ def record(
 def with_wheels(
     recorded: Environment, folders: Iterable[Path], *, path: Sequence[str] | None = None
 ) -> Environment:
-    """Record which distributions came from a wheel of these folders.
-
-    An index may have others of the same version.
-    """
+    """Record the wheel of these folders that a distribution came from, if one did."""
+    # An index may have another build under the same name and version.
     there = installed_distributions(path).items()
     installed = {name: one.distribution for name, one in there if name in recorded.distributions}
     wheels: dict[str, dict[str, str]] = {}
     for folder in folders:
-        wheels = installed_wheels(folder, installed) | wheels
+        wheels = installed_wheels(folder, installed) | wheels  # the first folder counts
     return replace(recorded, wheels=wheels)
 
 
@@ -101,7 +99,7 @@ def _raise_conflicts(conflicts: Sequence[tuple[str, str]]) -> None:
 
 
 def _require_releases(distributions: Iterable[Installed]) -> None:
-    """Refuse what no index could deliver to another machine."""
+    """Refuse installs that no index could deliver to another machine."""
     sources = {
         d.name: (d.version, source)
         for d in distributions
@@ -127,15 +125,15 @@ def _require_releases(distributions: Iterable[Installed]) -> None:
 
 
 def _find_source(distribution: importlib.metadata.Distribution) -> str | None:
-    """Where a distribution came from if not as a release from an index (PEP 610)."""
-    # conda writes the folder of its build machine into direct_url.json; those are releases all the
-    # same.
+    """Words for the origin of an install that is no release from an index (PEP 610), else None."""
+    # conda writes the folder of its build machine into direct_url.json, of releases as of any.
     if (distribution.read_text("INSTALLER") or "").strip() == "conda":
         return None
     text = distribution.read_text("direct_url.json")
     if text is None:
         folder = source_tree(distribution)
         return None if folder is None else f"editable install of the folder {folder}"
+    # Such an install came from somewhere else than an index, so it is not taken for a release.
     try:
         facts = dict(json.loads(text))
     except (ValueError, TypeError):

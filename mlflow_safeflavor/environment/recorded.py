@@ -18,7 +18,7 @@ __all__ = ["PLATFORM_KEYS", "Environment", "platform_facts"]
 
 @dataclass(frozen=True)
 class Environment:
-    """What was installed, and on what, when a model was saved.
+    """Platform and distributions of the environment that a model was saved in.
 
     Attributes:
         python: Full version, such as ``3.11.7``.
@@ -30,8 +30,7 @@ class Environment:
             by name.
         torch_build: Facts about torch that only torch itself knows, handed in by the caller; JSON
             scalars.
-        only_module: Names among them that nobody needs who serves the graph and never rebuilds the
-            module.
+        only_module: Names among them that only the module needs, and the graph does not.
         wheels: Names among them that came from a wheel of a folder that requirements.txt names →
             its ``file``, ``sha256``, and ``content``; see ``wheels.installed_content``.
     """
@@ -48,6 +47,7 @@ class Environment:
 
     def __post_init__(self) -> None:
         for name in ("distributions", "torch_build", "wheels"):
+            # Sorted, so that the same environment is the same bytes of JSON.
             object.__setattr__(
                 self, name, MappingProxyType(dict(sorted(getattr(self, name).items())))
             )
@@ -82,6 +82,7 @@ class Environment:
             IntegrityError: A key is missing or of the wrong type.
         """
         entry = value if isinstance(value, Mapping) else {}
+        # Checked here, once, for all who print these values or write them into a Dockerfile.
         for key, (pattern, words) in PLATFORM_KEYS.items():
             value = entry.get(key)
             _check(isinstance(value, str) and re.fullmatch(pattern, value), key, words, value)
@@ -93,6 +94,7 @@ class Environment:
                 "an object",
                 found,
             )
+        # Types first: matching a number or a list raises an error of Python's.
         for name, version in entry["distributions"].items():
             _check(re.fullmatch(_DISTRIBUTION, name), "distributions", "names", name)
             exact = re.fullmatch(_VERSION, version) if isinstance(version, str) else None
@@ -104,6 +106,7 @@ class Environment:
                 "names with numbers or short texts",
                 fact,
             )
+        # Absent in artifacts of a module alone.
         only_module = entry.get("only_module", [])
         sound = isinstance(only_module, list) and all(map(is_plain_text, only_module))
         _check(sound, "only_module", "a list of names", only_module)
@@ -120,7 +123,8 @@ class Environment:
         return cls(**facts, only_module=tuple(only_module), wheels=wheels)
 
 
-# Used with fullmatch. Readers print these, and write them into Dockerfiles.
+# Used with fullmatch: "$" of a plain match would let a final line break through, and with it a line
+# of a Dockerfile.
 PLATFORM_KEYS = {
     "python": (r"\d{1,2}\.\d{1,3}(\.\d{1,3}[0-9A-Za-z.+]{0,20})?", "a version as a string"),
     "implementation": (r"[A-Za-z][\w.-]{0,40}", "a name as a string"),
@@ -161,7 +165,7 @@ def _check(ok: object, where: str, wanted: str, found: object) -> None:
 
 
 def platform_facts() -> dict[str, str]:
-    """What the platform says of itself here, by the names of ``PLATFORM_KEYS``."""
+    """Facts of this platform, by the names of ``PLATFORM_KEYS``."""
     return {
         "python": platform.python_version(),
         "implementation": platform.python_implementation(),

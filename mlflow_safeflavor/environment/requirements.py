@@ -1,4 +1,4 @@
-"""Lines of requirements.txt: exact pins, and where torch's build is found."""
+"""Lines of requirements.txt: exact pins, and the source of torch's build."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ __all__ = [
 ]
 
 
-# What every saved model with a module needs; the user's own requirements are added to these.
+# Distributions that every saved model with a module needs; the user's own are added to these.
 DEFAULT_ROOTS = ("torch", "transformers", "tokenizers", "safetensors", "mlflow", "cloudpickle")
 
-# What a graph needs beside what ``server_roots`` tells.
+# Those that a graph needs, beside ``server_roots``.
 GRAPH_ROOTS = ("onnxruntime", "tokenizers", "safetensors", "numpy", "pandas")
 
 TORCH_WHEELS = "https://download.pytorch.org/whl"
 _TORCH_LABEL = re.compile(r"cpu|xpu|cu\d+|rocm\d+(\.\d+)*")
-# what PyTorch builds and PyPI lacks
+# Built by PyTorch, on its own index and not on PyPI.
 _TORCH_TRITON = re.compile(r"pytorch-triton|(pytorch-)?triton-(rocm|xpu)")
 _UNSAFE = re.compile(r"[\s#]")
 
@@ -93,6 +93,7 @@ def _wheel_page(name: str, build: str) -> str:
 def _index_option(torch_index: str) -> str:
     url = urlsplit(torch_index)
     if url.scheme in ("http", "https") and url.netloc and not _UNSAFE.search(torch_index):
+        # requirements.txt is copied into every image and tracking store.
         if url.password and not re.fullmatch(r"\$\{[A-Z0-9_]+\}", url.password):
             raise EnvironmentMismatchError(
                 "torch_index holds a password, and requirements.txt is readable by everybody who "
@@ -130,11 +131,8 @@ def default_requirements(
 
 
 def server_roots(path: Sequence[str] | None = None) -> list[str]:
-    """What of MLflow loads and serves a model of ours where nothing else needs more of it.
-
-    Of MLflow before 2.15 all, since it was not made of parts. Until 2.20 the smaller part lacks its
-    own server.
-    """
+    """The smallest part of MLflow that loads and serves a model."""
+    # Before 2.15 MLflow was not made of parts; until 2.20 the smaller part lacks its own server.
     if installed_version("mlflow-skinny", path) is None:
         return ["mlflow"]
     brought = closure_of(["mlflow-skinny"], path=path)

@@ -1,8 +1,6 @@
-"""How many threads this process may keep busy.
+"""Threads that this process may keep busy: affinity, the container's quota, and other workers.
 
-Affinity, the container's quota, and the workers beside it.
-
-All of it is decided before torch is imported, since torch and its OpenMP read their variables once.
+Decided before torch is imported, since torch and its OpenMP read their variables once.
 """
 
 from __future__ import annotations
@@ -27,11 +25,9 @@ __all__ = [
     "use_threads",
 ]
 
-# Turns that an idle OpenMP thread waits busily before it sleeps.
-#
-# With GNU OpenMP's default a second thread makes everything slower as soon as another process wants
-# its core; without any waiting, short texts take twice as long on an idle machine.
-# ``benchmarks/threads.py`` shows both, and this between.
+# Turns that an idle OpenMP thread waits busily before it sleeps. With GNU OpenMP's default a second
+# thread makes everything slower as soon as another process wants its core; without any waiting,
+# short texts take twice as long on an idle machine. ``benchmarks/threads.py`` shows both, and this.
 SPIN_COUNT = 10_000
 
 _SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -39,7 +35,7 @@ _SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 @dataclass(frozen=True)
 class Budget:
-    """What was found, and what was chosen.
+    """Cores and workers that were found, and the number of threads that was chosen.
 
     Attributes:
         cores: Cores that affinity allows.
@@ -47,7 +43,7 @@ class Budget:
         workers: Server processes that share them.
         threads: Torch's threads in this process.
         source: What decided: "num_threads", "OMP_NUM_THREADS" or "found".
-        spin_count: What an idle OpenMP thread waits; None where it was left as it is.
+        spin_count: Turns that an idle OpenMP thread waits; None where it was left as it is.
     """
 
     cores: int
@@ -69,7 +65,7 @@ class Budget:
 def find_budget(
     requested: int = 0, *, environ: Mapping[str, str] = os.environ, root: Path = machine.ROOT
 ) -> Budget:
-    """How many threads torch should use in this process; changes nothing.
+    """Count the threads that torch should use in this process; changes nothing.
 
     Args:
         requested: The run-time option ``num_threads``; 0 for as many as there is room for.
@@ -105,7 +101,9 @@ def limit_threads(requested: int = 0) -> Budget:
 
 
 def is_scoring_server(root: Path = machine.ROOT) -> bool:
-    """Whether this process is MLflow's scoring server or a worker of it, and nobody else's."""
+    """Whether this process is MLflow's scoring server or a worker of it."""
+    # By the command line of it or an ancestor: workers of uvicorn are started by multiprocessing,
+    # and their own names no server.
     return any(
         "mlflow.pyfunc.scoring_server" in part for command in _commands(root) for part in command
     )
@@ -115,19 +113,16 @@ _one_at_a_time = threading.Lock()
 
 
 def use_threads(count: int) -> None:
-    """Make torch use so many threads for what the calling thread computes, and nowhere else.
-
-    0 changes nothing.
-
-    Torch counts for each thread, but what it is told is also the start for threads to come: that is
-    put back.
-    """
+    """Have torch use so many threads in the calling thread alone; 0 changes nothing."""
     torch = sys.modules.get("torch")
     if not count or torch is None:
         return
+    # Torch counts for each thread, but set_num_threads also sets the count that new threads begin
+    # with. A new thread reads that before, and puts it back after.
     with _one_at_a_time, ThreadPoolExecutor(1) as another:
         before = another.submit(torch.get_num_threads).result()
-        torch.get_num_threads()  # else torch begins with the common count at its first work here
+        # Else torch would set the common count anew at the first work of this thread.
+        torch.get_num_threads()
         torch.set_num_threads(count)
         another.submit(torch.set_num_threads, before).result()
 
@@ -139,8 +134,8 @@ _SERVERS = ("uvicorn", "gunicorn")
 def _workers(environ: Mapping[str, str], root: Path) -> int:
     """Server processes that share this machine or container with this one, itself included.
 
-    The server's command line says so: it is this process's own where there is one worker, else that
-    of its parent. Where none is found, the variable that MLflow's container start reads counts.
+    Told by the server's command line, which is this process's own where there is one worker, else
+    its parent's; without one, by the variable that MLflow's container start reads.
     """
     for command in _commands(root):
         if any(os.path.basename(part) in _SERVERS for part in command[:3]):

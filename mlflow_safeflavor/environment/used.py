@@ -28,9 +28,9 @@ class Use:
     """One distribution that was imported or read.
 
     Attributes:
-        version: As it was there.
-        reader: The module that was the first to want something of it.
-        engine: The engine that was.
+        version: Installed there.
+        reader: The module that was the first to open a file of it.
+        engine: The engine that was loading then.
     """
 
     version: str
@@ -51,6 +51,8 @@ def find_used(opened: Opened, path: Sequence[str]) -> dict[str, Use]:
     owners, installed = Owners(path), installed_distributions(path)
     used: dict[str, Use] = {}
     strangers: dict[str, str] = {}
+    # The graph comes first among the engines, so that of a distribution both use it is the reader:
+    # what has the module as its first reader is needed by that alone.
     for engine, files in opened.items():
         for file, reader in ((_source(file), reader) for file, reader in files.items()):
             if _is_pythons(file):
@@ -60,7 +62,7 @@ def find_used(opened: Opened, path: Sequence[str]) -> dict[str, Use]:
             elif _is_strange(file, path):
                 strangers.setdefault(file, reader)
     _refuse(strangers)
-    # vendored; and pinned anyhow, as it is or in its smaller part
+    # This package is vendored, and MLflow pinned in any case, whole or in its smaller part.
     for name in (OWN_NAME, "mlflow"):
         used.pop(name, None)
     return used
@@ -72,6 +74,7 @@ def _source(file: str) -> str:
     return os.path.join(folder, name.partition(".")[0] + ".py") if cache else file
 
 
+# transformers and MLflow list the metadata of everything that is installed: reading it is no use.
 _METADATA = re.compile(r"\.(dist|egg)-info([/\\]|$)|[/\\]EGG-INFO[/\\]|\.(pth|egg-link)$")
 
 
@@ -82,21 +85,21 @@ def _standard_library() -> tuple[str, ...]:
 
 def _is_pythons(file: str) -> bool:
     """Whether a file is Python's own, or metadata, which many libraries read of all they find."""
+    # site-packages lies below the standard library's folder.
     own = file.startswith(_standard_library()) and "-packages" not in file
     return own or _METADATA.search(file) is not None
 
 
 def _is_strange(file: str, path: Sequence[str]) -> bool:
-    """Whether a file that no distribution has is one that only this environment has.
-
-    No file of the system.
-    """
+    """Whether a file that no distribution has belongs to this environment, not to the system."""
     here, name = os.path.join(os.path.realpath(os.path.dirname(file)), ""), os.path.basename(file)
     environment = sys.prefix != sys.base_prefix and here.startswith(
         os.path.join(os.path.realpath(sys.prefix), "")
     )
-    place = here.startswith(site_folders(path)) or (environment and name != "pyvenv.cfg")
-    return (place or file.endswith((".py", ".pyc"))) and os.path.isfile(file)
+    inside = here.startswith(site_folders(path)) or (environment and name != "pyvenv.cfg")
+    # Code counts wherever it lies: a sys.path of PYTHONPATH is not in the container. Data of the
+    # system (/etc, /usr/share) is.
+    return (inside or file.endswith((".py", ".pyc"))) and os.path.isfile(file)
 
 
 def _refuse(strangers: Mapping[str, str]) -> None:
@@ -130,10 +133,7 @@ def _refuse(strangers: Mapping[str, str]) -> None:
 
 
 def _root(file: str) -> str | None:
-    """What code_paths has to name, so that the module in a file comes along.
-
-    The file or its package's folder.
-    """
+    """The entry of code_paths that brings a module: its file or its package's folder."""
     if not is_code(file):
         return None
     root = Path(file)
@@ -147,23 +147,20 @@ def _pass(roots: Iterable[str]) -> str:
 
 
 def way_to_bring(module: str) -> str | None:
-    """How a module that a clean process did not find comes along.
-
-    None where this process does not have it either.
-    """
+    """The hint for a module that a clean process did not find; None if this one has none either."""
     top = module.partition(".")[0]
     try:
         spec = importlib.util.find_spec(top) if top else None
-    except ValueError:  # a module that somebody made by hand
+    except ValueError:  # a module made by hand, whose __spec__ is None
         return None
-    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
-    place = next((place for place in places if place and os.path.exists(place)), None)
-    if place is None:
+    paths = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
+    found = next((path for path in paths if path and os.path.exists(path)), None)
+    if found is None:
         return None
-    if owner := Owners().of(place):
+    if owner := Owners().of(found):
         version = installed_distributions(None)[owner].version
         return (
-            f"install {owner}=={version} into {sysconfig.get_path('purelib')}: {place} was found "
+            f"install {owner}=={version} into {sysconfig.get_path('purelib')}: {found} was found "
             "only because of PYTHONPATH, the user's site-packages or a changed sys.path"
         )
-    return _pass([_root(place) or place])
+    return _pass([_root(found) or found])

@@ -1,4 +1,4 @@
-"""Wheels in a folder, and whether what is installed came from one of them."""
+"""Wheels in a folder, and whether a distribution was installed from one of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FROM_THE_WHEEL = ("METADATA", "WHEEL")
 
 @dataclass(frozen=True)
 class Wheel:
-    """A file that may be installed for a pin.
+    """The file of a wheel, which may be installed for a pin.
 
     Attributes:
         name: Canonical name of the distribution.
@@ -49,6 +49,7 @@ def folder_of(option: str) -> Path | None:
 
 def wheels_in(folder: Path) -> Iterator[Wheel]:
     """Every wheel of a folder that is a plain file."""
+    # A link named like a wheel would copy any file of this machine into an image.
     for path in sorted(folder.glob("*.whl")):
         try:
             name, version, *_ = parse_wheel_filename(path.name)
@@ -81,12 +82,7 @@ def installed_wheels(
 
 
 def installed_content(distribution: importlib.metadata.Distribution) -> str | None:
-    """SHA-256 over what a wheel put into site-packages, by the installer's list.
-
-    None where there is no such list.
-
-    Scripts and byte code are left out: installers make them anew on each machine.
-    """
+    """SHA-256 over a distribution's files in site-packages, by its ``RECORD``; None without one."""
     entries = _entries(distribution)
     return hashlib.sha256("\n".join(sorted(entries)).encode()).hexdigest() if entries else None
 
@@ -96,13 +92,16 @@ def _entries(distribution: importlib.metadata.Distribution) -> set[str]:
 
 
 def _entries_of(wheel: Path) -> set[str]:
-    """What the wheel's own list says; something that nothing has where it cannot be read."""
+    """Entries of the wheel's own ``RECORD``; one that no distribution has if it cannot be read."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             name = next(name for name in archive.namelist() if name.endswith(".dist-info/RECORD"))
+            # By the size that the archive tells: a few kilobytes of zip may unpack to gigabytes.
             if archive.getinfo(name).file_size > _MAX_RECORD:
                 raise ValueError("a list that is no list")
             entries = set(_parsed(archive.read(name).decode("utf-8")))
+    # No zip, cut short, encrypted (RuntimeError), or of an unknown compression
+    # (NotImplementedError).
     except (
         OSError,
         ValueError,
@@ -119,6 +118,8 @@ def _parsed(record: str) -> Iterator[str]:
     for path, digest, *_ in (row for row in csv.reader(io.StringIO(record)) if len(row) > 1):
         folder, _, name = path.rpartition("/")
         elsewhere = path.startswith(("/", "..")) or ".data/" in path
+        # Installers make scripts, byte code and their own metadata anew on each machine: such lines
+        # have no digest, another place or another name than in the wheel.
         if (
             digest
             and not elsewhere
