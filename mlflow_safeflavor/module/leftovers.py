@@ -1,8 +1,6 @@
-"""What a forward leaves behind in a module.
+"""Leftovers of a forward in a module: rope caches, kept attention weights, counters.
 
-Rope caches, attention weights that are kept to be looked at, counters.
-
-It belongs to the texts that were answered last, so it is not saved: the module is saved as its
+They belong to the texts that were answered last, so they are not saved: the module is saved as its
 constructor makes it, with the weights of the one that was handed over.
 """
 
@@ -19,7 +17,7 @@ from mlflow_safeflavor.module.state_dict import bits_equal
 
 __all__ = ["covered", "fresh", "written_by_forward"]
 
-# Runs a module, on the CPU, on inputs as it will be asked.
+# Runs a module on the CPU, on inputs as it will get them.
 Forward = Callable[[torch.nn.Module], None]
 
 
@@ -28,21 +26,20 @@ def written_by_forward(
 ) -> set[str]:
     """Paths of plain attributes and unlisted tensors that a forward changes.
 
-    A forward may write only what is not there yet, or only undo what another one wrote; so one is
-    run on a module as its constructor makes it, with the weights of the given one, and one on a
-    copy of that.
-
     Args:
-        given: It is not run.
+        given: Copied, and not run itself.
         make: Calls its constructor.
-        forward: What is run. Where it fails, nothing was written.
+        forward: Run twice. Where it fails, nothing counts as written.
     """
+    # A forward may write only what is not there yet, or only undo what another one wrote; so one
+    # is run on a module as its constructor makes it, with the weights of the given one, and one on
+    # a copy of that.
     new, unused = make(), make()
     weights = {
         slot.path: slot.tensor.detach().cpu() for slot in find_slots(given) if slot.persistent
     }
     _put(new, {path: tensor.clone() for path, tensor in weights.items()})
-    # Memory that the constructors left unwritten must be no difference.
+    # Memory that the two constructors left unwritten would differ without a forward.
     _put(
         unused,
         {
@@ -74,15 +71,16 @@ def _written(module: torch.nn.Module, unused: torch.nn.Module, forward: Forward)
     try:
         with torch.inference_mode():
             forward(module)
-    except Exception:  # whatever the module thinks of the inputs is said where they are answered
+    except Exception:  # told where the golden rows are answered, not here
         return
     for difference in find_differences(module, unused):
         yield difference.path
 
 
 def _copy(module: torch.nn.Module) -> torch.nn.Module:
-    """All but its weights, which are shared."""
+    """A copy of a module that shares its weights."""
     slots = find_slots(module)
+    # deepcopy takes what is in the memo for copied: weights are not, so that a large model fits.
     memo = {
         id(slot.tensor): slot.tensor if slot.persistent else slot.tensor.detach().clone()
         for slot in slots
@@ -91,7 +89,7 @@ def _copy(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def covered(differences: Sequence[Difference], written: Collection[str]) -> list[str]:
-    """Paths of the differences that a forward writes, or parts of what it writes, or hold it."""
+    """Paths of the differences that a forward writes, whole or in part."""
     return [
         difference.path
         for difference in differences
@@ -104,10 +102,7 @@ def _within(path: str, outer: str) -> bool:
 
 
 def fresh(given: torch.nn.Module, built: torch.nn.Module, left: Collection[str]) -> torch.nn.Module:
-    """``built``, with all tensors of ``given`` but those that a forward left there.
-
-    Their memory is shared.
-    """
+    """``built`` with all tensors of ``given``, shared, but those that a forward left there."""
     slots = find_slots(given)
     _put(
         built,

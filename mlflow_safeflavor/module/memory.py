@@ -1,7 +1,4 @@
-"""What surrounds a constructor.
-
-Real memory, one at a time, and nothing initialised that is replaced anyway.
-"""
+"""Real memory for constructors: one at a time, and nothing initialised that will be replaced."""
 
 from __future__ import annotations
 
@@ -31,15 +28,12 @@ _build_lock = threading.RLock()
 class _Constructing(TorchFunctionMode):
     """Torch's functions while a constructor runs, all of whose tensors stored ones will replace.
 
-    One mode, because each costs some microseconds for each of thousands of calls. Modes belong to a
-    thread, so other threads see nothing of it.
-
-    * Random initialisers leave their tensor untouched. They arrive as functions of
-      ``torch.nn.init``, of ``transformers.initialization`` and as tensor methods.
-    * Asking for far more memory, or far more tensors and modules, than were stored is refused: a
-      config may say anything of sizes and layers. ``empty`` is looked at afterwards, as memory
-      costs nothing before something is written to it; everything else before it is called.
+    Random initialisers leave their tensor untouched. Asking for far more memory, or far more
+    tensors and modules, than were stored is refused: a config may say any sizes and layers.
     """
+
+    # One mode, because each costs some microseconds for each of thousands of calls. Modes belong to
+    # a thread: other threads see nothing of it.
 
     _RANDOM = frozenset(
         (
@@ -62,11 +56,14 @@ class _Constructing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        # Functions of torch.nn.init and of transformers.initialization, and methods of tensors.
         if name in self._RANDOM and not _truncates():
             return args[0] if args else kwargs["tensor"]
         in_place = name.endswith("_") and not name.endswith("__")
         if not self.bounded or in_place or name in self._READERS:
             return func(*args, **kwargs)
+        # Counted afterwards: memory costs nothing before it is written to. Everything else writes,
+        # and is bounded before the call.
         if name == "empty":
             result = func(*args, **kwargs)
             self.allowance.left -= result.nbytes
@@ -99,13 +96,15 @@ def _too_much(found: str) -> StructureError:
 
 
 class _DefaultDtype(TorchFunctionMode):
-    """Torch's default dtype for what this thread makes, whatever it is in the process.
+    """Torch's default dtype for tensors that this thread makes, beside another in the process.
 
-    Torch has one for all threads. Where another thread (transformers' loader does this) has changed
-    it for a moment, setting it would spoil that thread's model, and putting it back would keep that
-    moment's value for good. Code that asks for the default dtype still sees the other one; what it
-    then makes is replaced or compared.
+    Code that asks for the default dtype still sees the other one; tensors that it then makes are
+    replaced or compared.
     """
+
+    # Torch has one for all threads. While another thread has changed it for a moment, as
+    # transformers' loader does, setting it would spoil that thread's model, and putting it back
+    # would keep that moment's value for good.
 
     _FACTORIES = frozenset(
         (
@@ -148,13 +147,9 @@ def asks_for_dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _truncates() -> bool:
-    """Whether ``trunc_normal_`` is drawing.
-
-    Since torch 2.13 it draws until every value is within bounds.
-
-    On memory that nobody writes it would never end, and it is the one initialiser that no mode
-    sees.
-    """
+    """Whether ``trunc_normal_`` is drawing, the one initialiser that no mode sees itself."""
+    # Since torch 2.13 it draws until every value is within bounds: with a skipped ``normal_``, on
+    # memory that is never written, it would not end.
     frame: FrameType | None = sys._getframe(2)
     for _ in range(8):  # other modes may stand in between
         if frame is None or frame.f_code.co_name == "_no_grad_trunc_normal_":
@@ -167,19 +162,15 @@ _constructing = threading.local()
 
 
 def _mark_initialised(module: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
-    """Count a submodule, and tell transformers that its ``_init_weights`` need not run.
-
-    Half the time of building.
-
-    Registered once and for all: torch walks its dict of hooks without a lock, and taking one out
-    again would break whatever another thread is constructing at that moment.
-    """
+    """Count a submodule, and tell transformers that its ``_init_weights`` need not run."""
     mode: _Constructing | None = getattr(_constructing, "mode", None)
     if child is not None and mode is not None:
-        child.__dict__["_is_hf_initialized"] = True
+        child.__dict__["_is_hf_initialized"] = True  # half the time of building
         mode.count()
 
 
+# Once and for good: torch walks its dict of hooks without a lock, and taking one out again would
+# break a construction in another thread.
 register_module_module_registration_hook(_mark_initialised)
 
 
@@ -190,20 +181,19 @@ def real_memory(
     initialise: bool = False,
     inventory: Inventory | None = None,
 ) -> Iterator[None]:
-    """Constructors inside allocate on the CPU, whatever device context or default is around.
+    """Let constructors inside allocate on the CPU, within any device context or default.
 
-    One at a time in the process, because torch's default dtype is global to it. The random states
-    are left as they were.
+    One at a time in the process; the random states are left as they were.
 
     Args:
         dtype: Torch's default dtype inside.
         initialise: Run random initialisers, too.
-        inventory: What every tensor will be replaced by. This bounds what may be allocated,
+        inventory: Tensors that will replace all those made. It bounds what may be allocated,
             initialisers of any kind are skipped, and the default dtype of other threads is left
             alone.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_build_lock)
+        stack.enter_context(_build_lock)  # torch's default dtype is the process's
         stack.enter_context(kept_random_state())
         before = torch.get_default_dtype()
         if dtype != before and inventory is not None:
@@ -211,6 +201,7 @@ def real_memory(
         elif dtype != before:
             torch.set_default_dtype(dtype)
             stack.callback(torch.set_default_dtype, before)
+        # Innermost: ``with torch.device("meta")`` around a load must reach no constructor.
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         if not initialise:

@@ -1,8 +1,6 @@
-"""A module or hook as a pickle that holds no tensor.
+"""A module or hook as a pickle whose tensors are taken out and stay in safetensors.
 
-Every tensor is taken out and stays in safetensors.
-
-This carries what no constructor call can: classes of notebooks, closures, and models whose
+It carries what no constructor call can: classes of notebooks, closures, and models whose
 ``__init__`` reads other checkpoints. Rebuilding calls no ``__init__`` at all.
 """
 
@@ -38,6 +36,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # no stubs
     def persistent_id(self, thing: Any) -> int | None:
         if not isinstance(thing, torch.Tensor):
             return None
+        # By identity: a tensor in two places, or of module and hook, stays one object. ``tensors``
+        # keeps each alive, so that no other gets its id.
         if id(thing) not in self.numbers:
             self.numbers[id(thing)] = len(self.tensors)
             self.tensors.append(thing)
@@ -71,7 +71,7 @@ def dump(
             found=f"{type(error).__name__}: {error}",
             hint="take locks, files, loggers and generators out of the module before saving it",
         ) from error
-    paths = {id(slot.tensor): slot.path for slot in reversed(slots)}
+    paths = {id(slot.tensor): slot.path for slot in reversed(slots)}  # the first path wins
     hidden = [tensor for tensor in pickler.tensors if id(tensor) not in paths]
     taken = sum(slot.kind == "hidden" for slot in slots)  # those of another pickle
     names = {id(tensor): f"<hidden {number}>" for number, tensor in enumerate(hidden, taken)}
@@ -101,9 +101,7 @@ def load(
     tensors: Mapping[str, torch.Tensor],
     trust: Collection[str],
 ) -> dict[str, Any]:
-    """Unpickle with the stored tensors in place.
-
-    Runs whatever the pickle says: only after agreement.
+    """Unpickle with the stored tensors in place, which runs any code of the pickle.
 
     Args:
         file: The pickle.
@@ -116,6 +114,7 @@ def load(
         TrustError: Nobody agreed to run a pickle.
         StructureError: It was made by another Python, or cannot be unpickled here.
     """
+    # Before a byte is read: unpickling calls what the pickle names.
     require_agreed("pickle", trust, layout.name_of(file))
     here = ".".join(platform.python_version_tuple()[:2])
     if facts.get("python") != here:

@@ -1,4 +1,4 @@
-"""How the tokens of a text become one vector, as sentence-transformers pools them."""
+"""Pooling of a text's tokens to one vector, as in sentence-transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pool(hidden: np.ndarray, mask: np.ndarray, kinds: Sequence[str]) -> np.ndarr
     """One vector, of one kind or of several side by side.
 
     Args:
-        hidden: What the model says of each token of a text, shape (longest, size).
+        hidden: Hidden states of one text, shape (longest, size).
         mask: Tokens that count, bool of shape (longest,).
         kinds: Names in ``POOLINGS``; for "weightedmean" texts start on the left.
 
@@ -32,8 +32,8 @@ def pool(hidden: np.ndarray, mask: np.ndarray, kinds: Sequence[str]) -> np.ndarr
     Raises:
         StructureError: There is no such kind.
     """
-    # Cut out, not multiplied by zero: padding may hold NaN. Then a text's bits cannot depend on its
-    # padding, either.
+    # (tokens, size). Cut out, not multiplied by zero: padding may hold NaN. Then a text's bits
+    # cannot depend on its padding, either.
     kept, places = hidden[mask], np.flatnonzero(mask)
     found: list[np.ndarray] = []
     for kind in kinds:
@@ -48,7 +48,7 @@ def pool(hidden: np.ndarray, mask: np.ndarray, kinds: Sequence[str]) -> np.ndarr
             found.append(kept.max(axis=0, initial=-np.inf))
         elif kind not in POOLINGS:
             raise StructureError("Unknown pooling", where=kind, wanted=" | ".join(POOLINGS))
-        else:  # of a text without tokens its first place
+        else:  # of a text without tokens its first position
             place = 0 if not len(places) else places[0] if kind == "cls" else places[-1]
             found.append(hidden[place])
     vector: np.ndarray = np.concatenate(found).astype(hidden.dtype, copy=False)
@@ -56,6 +56,7 @@ def pool(hidden: np.ndarray, mask: np.ndarray, kinds: Sequence[str]) -> np.ndarr
 
 
 def _sum(vectors: np.ndarray) -> np.ndarray:
-    """In float64: one after the other, hundreds of float32 would lose a digit that torch keeps."""
+    """The sum over tokens, in float64."""
+    # numpy adds rows one after the other: hundreds of float32 would lose a digit that torch keeps.
     total: np.ndarray = vectors.sum(axis=0, dtype=np.float64)
     return total

@@ -1,10 +1,7 @@
-"""float32 as it was recorded.
-
-No TF32 on a GPU while a model runs, whatever the process allows otherwise.
+"""float32 as it was recorded: no TF32 on a GPU while a model runs.
 
 TF32 keeps 10 bits of a factor where float32 has 23. Torch allows it in convolutions by default, and
-in products of matrices where somebody asked for it, so that answers would depend on what else a
-process does.
+in products of matrices if it was told to, so that answers would depend on the rest of the process.
 """
 
 from __future__ import annotations
@@ -34,10 +31,7 @@ _EXACT: list[tuple[Any, str, Any]] = [
 
 
 class _Settings:
-    """What torch is told for the whole process.
-
-    Put off while anybody is inside, and back by the last one out.
-    """
+    """Torch's flags for the whole process: changed by the first thread in, back by the last out."""
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
@@ -49,6 +43,8 @@ class _Settings:
             if self._inside == 1:
                 self._before = [_read(place, name) for place, name, _ in _EXACT]
                 for (place, name, exact), value in zip(_EXACT, self._before, strict=True):
+                    # Only where it differs: setting a name of a precision makes the older flag an
+                    # error for the user.
                     if value not in (exact, None):
                         setattr(place, name, exact)
 
@@ -57,7 +53,7 @@ class _Settings:
             self._inside -= 1
             if not self._inside:
                 for (place, name, exact), value in zip(_EXACT, self._before, strict=True):
-                    # What somebody has told torch meanwhile stays.
+                    # A value that the user set meanwhile stays.
                     if value not in (exact, None) and _read(place, name) == exact:
                         setattr(place, name, value)
 

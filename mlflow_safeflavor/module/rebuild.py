@@ -38,6 +38,7 @@ def rebuild(
     Raises:
         WeightsError: A tensor is not the one that was saved.
     """
+    # Numbers first, then weights: nothing is built from a config that asks for more than is stored.
     described = structure.read_structure(layout, spec)
     bounds.require_explained(described.get("config"), saved, layout.name_of(layout.config))
     bounds.require_explained(described.get("tree"), saved, layout.name_of(layout.structure))
@@ -47,12 +48,14 @@ def rebuild(
     with guarded(layout.root, unpickles=bool(spec.runs)):
         if "code" in trust:
             user_code.make_importable(layout)
+        # Hooks and module share these objects: a tensor of both is one again.
         realised = realise(saved, values) if "pickle" in spec.runs else {}
         for file, facts in (
             (layout.structure_pickle, "pickle"),
             (layout.hooks_pickle, "hooks_pickle"),
         ):
             if described[facts] is not None:
+                # A pickle may construct and allocate, too: on real memory and within bounds.
                 with memory.real_memory(inventory=saved):
                     objects |= pickled.load(file, layout, described[facts], realised, trust)
         if described["kind"] == "pickle":
@@ -68,6 +71,7 @@ def rebuild(
             hook: user_code.import_name(name) if name else objects[hook]
             for hook, name in names.items()
         }
+    # Last, after all that runs code of the artifact: pickles, constructors, imports of hooks.
     _require_same_tensors(module, saved, hidden)
     return module, hooks
 
@@ -75,7 +79,7 @@ def rebuild(
 def unpickled_hooks(
     described: Mapping[str, Any], saved: Inventory, layout: Layout, trust: Collection[str]
 ) -> dict[str, Any]:
-    """Hooks that no name leads to, out of their own pickle; the module stays unbuilt."""
+    """Hooks that cannot be imported, from their own pickle; the module stays unbuilt."""
     realised = realise(saved, tensors.read_tensors(saved, layout))
     with guarded(layout.root, unpickles=True):
         if "code" in trust:

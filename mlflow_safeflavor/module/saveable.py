@@ -12,6 +12,8 @@ from mlflow_safeflavor.module.slots import Slot, find_meta, some
 
 __all__ = ["STORABLE", "require_saveable"]
 
+# Exactly these: a subclass (DTensor, tensors of quantisation) may hold its values elsewhere. Older
+# releases of torch have no Buffer.
 _TENSOR_TYPES = (
     (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
     if hasattr(torch.nn, "Buffer")
@@ -48,6 +50,7 @@ def require_saveable(slots: Sequence[Slot]) -> None:
     seen: set[str] = set()
     for slot in slots:
         tensor = slot.tensor
+        # "a.b" as a name of one attribute, or b inside a: one row would stand for two tensors.
         if slot.path in seen:
             raise StructureError(
                 "Two tensors of the module have the same path",

@@ -1,4 +1,4 @@
-"""Slots: the places in a live module that hold a tensor."""
+"""Slots: places in a live module that hold a tensor."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Slot:
         path: ``encoder.layer.0.weight``; inside containers ``cache[0]['key']``.
         kind: ``parameter``, ``buffer`` or ``attribute``; ``hidden`` where only a pickle reaches it.
         persistent: Whether ``state_dict`` lists it.
-        tensor: What is there now.
+        tensor: The one there now.
         put: Puts another tensor there.
     """
 
@@ -94,7 +94,7 @@ def _walk_value(
         for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
             _walk_value(item, f"{path}[{key!r}]", _putter(value, key), slots, seen)
     elif isinstance(value, tuple):
-        # A tuple cannot be changed: putting an item means putting a new tuple in its place.
+        # A tuple cannot be changed: putting an item puts a new tuple in its place.
         items = list(value)
 
         def put_item(index: int, item: Any) -> None:
@@ -119,15 +119,13 @@ def hidden_slot(path: str, tensor: torch.Tensor) -> Slot:
 
 
 def find_places(module: torch.nn.Module) -> Callable[[str], Callable[[Any], None] | None]:
-    """Where a forward pass may have left a tensor.
+    """Places where a forward may have left a tensor: attributes that are None, keys of empty dicts.
 
-    Attributes of submodules that are None, and keys of empty dicts.
-
-    Some models keep what a forward pass computed (``rope_deltas``, ``attention_bias_cache``), so a
-    model that was used may hold plain tensors where a new one holds nothing.
+    Some models keep results of a forward (``rope_deltas``, ``attention_bias_cache``), so a model
+    that was used may hold plain tensors where a new one holds nothing.
 
     Returns:
-        Path → what puts something there, or None where nothing may be.
+        Path → a function that puts a tensor there, or None where no tensor may be.
     """
     attributes: dict[str, Callable[[Any], None]] = {}
     dicts: dict[str, dict[Any, Any]] = {}
@@ -143,6 +141,7 @@ def find_places(module: torch.nn.Module) -> Callable[[str], Callable[[Any], None
     def place(path: str) -> Callable[[Any], None] | None:
         found = _KEY.fullmatch(path)
         if found and found[1] in dicts:
+            # Only a text without quotes or backslashes, or a whole number: see ``_KEY``.
             return _putter(dicts[found[1]], ast.literal_eval(found[2]))
         return attributes.get(path)
 

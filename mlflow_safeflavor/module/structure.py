@@ -46,11 +46,11 @@ def describe(
     allow_pickle: bool = False,
     forward: Callable[[torch.nn.Module], None],
 ) -> tuple[dict[str, Any], torch.nn.Module]:
-    """What is needed to make a module of the same structure.
+    """Describe how to make a module of the same structure.
 
     Args:
-        module: Only looked at.
-        init_args: Arguments of its constructor, where they cannot be told: JSON values and configs.
+        module: Not changed.
+        init_args: Arguments of its constructor, where they cannot be found: JSON values, configs.
         allow_pickle: Whether the kind ``pickle`` may be used when no constructor gives the module
             back by itself.
         forward: Runs a module as it will be asked, to see which state that leaves behind.
@@ -75,7 +75,8 @@ def describe(
             "layers": module.described,
         }, whole
     try:
-        # A constructor that reads what only this machine has gives the module back nowhere else.
+        # Guarded, since a constructor that reads files of this machine gives the module back
+        # nowhere else; a refusal is then a reason to pickle.
         with (
             guarded(unpickles=True)
             if allow_pickle and init_args is None
@@ -94,7 +95,7 @@ def describe(
 
 def _around(embedder: Embedder, transformer: torch.nn.Module) -> Embedder:
     """The same layers around another model."""
-    view = copy.copy(embedder)
+    view = copy.copy(embedder)  # shallow: weights are shared, the given one keeps its model
     view._modules = {**embedder._modules, "transformer": transformer}
     return view
 
@@ -115,10 +116,7 @@ def write_structure(structure: Mapping[str, Any], layout: Layout) -> None:
 
 
 def read_structure(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
-    """Read back what ``write_structure`` wrote.
-
-    See ``read_description``, which looks at no tree.
-    """
+    """Read ``structure.json`` and the config; see ``read_description``, which checks no tree."""
     content = read_description(layout, spec)
     if content["kind"] == "torch" and not is_tree(content["tree"]):
         raise malformed(layout)

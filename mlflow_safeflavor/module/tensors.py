@@ -29,10 +29,9 @@ __all__ = [
 
 SHARD_BYTES = 5 * 10**9
 
-# Bytes; what torch allocates begins at a multiple of them.
-#
-# Where a tensor begins decides on the last bits of what some kernels compute from it: seen for one
-# row through a Linear, by MKL on an AMD CPU, at no multiple of 16.
+# Bytes; memory that torch allocates begins at a multiple of them. The address of a tensor decides
+# on the last bits of some kernels' results: seen for one row through a Linear, by MKL on an AMD
+# CPU, at no multiple of 16.
 ALIGNMENT = 64
 
 
@@ -85,26 +84,23 @@ _KINDS = {"uint": "U", "int": "I", "float": "F"}
 
 
 def _type_name(dtype: str) -> str:
-    """As safetensors calls it: ``float32`` → ``F32``."""
+    """Name of a dtype in safetensors: ``float32`` → ``F32``."""
     return _TYPES.get(dtype) or _KINDS[dtype.rstrip("0123456789")] + dtype.lstrip(
         "abcdefghijklmnopqrstuvwxyz"
     )
 
 
 def _write_file(values: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write dense tensors as one safetensors file, aligned as it is mapped, without a copy.
-
-    The library's own writer begins the data anywhere and sorts by name, so that a bias of two
-    labels would shift all tensors behind it. Here the header is filled up with spaces, as the
-    format allows, and tensors whose size is no multiple of ``ALIGNMENT`` come last, those with the
-    largest elements first.
-    """
+    """Write dense tensors as one safetensors file, aligned as it is mapped."""
     if _METADATA in values:
         raise StructureError(
             "A tensor has the name that safetensors keeps for itself",
             where=_METADATA,
             hint="rename that attribute",
         )
+    # The library's own writer begins the data anywhere and sorts by name, so that a bias of two
+    # labels shifts all tensors behind it. Here sizes that are no multiple of the alignment come
+    # last, those with the largest elements first.
     order = sorted(
         values, key=lambda name: (values[name].nbytes % ALIGNMENT != 0, -values[name].itemsize)
     )
@@ -116,11 +112,11 @@ def _write_file(values: Mapping[str, torch.Tensor], path: Path) -> None:
         facts = {"dtype": _type_name(dtype_name(value.dtype)), "shape": list(value.shape)}
         header[name] = {**facts, "data_offsets": [start, stop]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)  # spaces behind the header, as the format allows
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            if values[name].numel():  # else torch keeps strides that allow no view
+            if values[name].numel():  # an empty tensor keeps strides that allow no view of bytes
                 file.write(
                     values[name]
                     .detach()
@@ -134,10 +130,7 @@ def _write_file(values: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
-    """Whether it begins where torch itself might have put it.
-
-    On other devices than the CPU everything does.
-    """
+    """Whether it begins at an address that torch itself might choose; on accelerators all do."""
     return tensor.device.type != "cpu" or tensor.data_ptr() % ALIGNMENT == 0
 
 
@@ -161,11 +154,9 @@ def _shards(values: Mapping[str, torch.Tensor]) -> list[list[str]]:
 
 
 def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor]:
-    """Data name → tensor on CPU, backed by a private memory map of its file.
+    """Data name → tensor on the CPU, backed by a private memory map of its file.
 
-    Nothing is copied that is aligned.
-
-    What is mapped is ``layout.held``, where the weights are held.
+    Files are mapped where ``layout.held`` has them. Only tensors that are not aligned are copied.
 
     Raises:
         IntegrityError: The safetensors library refuses a file.
@@ -179,6 +170,7 @@ def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor
             safe_open(layout.held.get(path, path), framework="pt") as opened,
         ):
             for name in opened.keys():  # noqa: SIM118 (not a dict)
+                # A name in two shards: which one is read would depend on their order.
                 if name in values:
                     raise ValueError(f"{name!r} is in another file, too")
                 values[name] = _aligned(opened.get_tensor(name))

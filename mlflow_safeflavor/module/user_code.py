@@ -1,7 +1,4 @@
-"""The user's own classes and functions, by name.
-
-From installed packages or from the artifact's ``code/``.
-"""
+"""The user's own classes and functions, by name: from packages or the artifact's ``code/``."""
 
 from __future__ import annotations
 
@@ -39,12 +36,10 @@ def name_of(thing: Any) -> str:
 
 
 def importable_name(function: Callable[..., Any]) -> str | None:
-    """``module:qualname`` of a function at the top of a module.
+    """``module:qualname`` of a function, or None where importing the name gives another.
 
-    None for whatever its name does not give back.
-
-    That is lambdas, closures, functions of scripts, methods of an object, and functions that were
-    wrapped.
+    So it is for lambdas, closures, functions of scripts, methods of an object, and functions that
+    were wrapped.
     """
     module, qualname = (
         getattr(function, "__module__", None),
@@ -105,9 +100,8 @@ def make_importable(layout: Layout) -> None:
             _make_importable(layout.code.absolute())
 
 
-# Held while ``sys.path`` and Python's caches of it change.
-#
-# Invalidating them in two threads at once is a KeyError.
+# Held while ``sys.path`` and Python's caches of it change: invalidating these in two threads at
+# once is a KeyError.
 _import_state = threading.Lock()
 
 
@@ -119,7 +113,8 @@ def _make_importable(code: Path) -> None:
     if str(code) not in _read_from_source:
         _read_from_source.add(str(code))
         sys.path_hooks.insert(0, _source_finder(code))
-        # A copy first: other threads import meanwhile.
+        # Finders that Python made for these folders before, which read byte code. A list first,
+        # since other threads import meanwhile.
         for path in [
             path for path in list(sys.path_importer_cache) if Path(path).is_relative_to(code)
         ]:
@@ -135,16 +130,15 @@ _sealed: dict[str, str] = {}
 
 
 class _SourceLoader(SourceFileLoader):
-    """Neither reads nor writes byte code.
-
-    What lies in ``__pycache__`` is in no manifest, and Python would run it.
-    """
+    """Loads sources as they were compared with a manifest, and no byte code."""
 
     def path_stats(self, path: str) -> Mapping[str, Any]:
+        # Python then neither reads nor writes ``__pycache__``, which no manifest lists: it would
+        # run byte code there in place of the source that was checked.
         raise OSError
 
     def get_data(self, path: str) -> bytes:
-        content = super().get_data(path)
+        content = super().get_data(path)  # compared and run from the same bytes, read once
         digest = hashlib.sha256(content).hexdigest()
         if digest != _sealed.get(path, digest):
             raise IntegrityError(

@@ -1,8 +1,6 @@
-"""What training wraps around a module or into it.
+"""Wrappers of training around or in a module: taken off where exact, else refused with a hint.
 
-Taken off where that is exact, else named with the line that does it.
-
-Told by class and attribute names, so that nothing is imported to look.
+They are told by names of classes and attributes, so that no library is imported to look.
 """
 
 from __future__ import annotations
@@ -51,12 +49,10 @@ def _names_of(cls: type) -> list[str]:
 
 
 def require_plain(module: torch.nn.Module) -> None:
-    """Refuse what cannot be rebuilt, or would answer otherwise.
-
-    Wrapped, hooked, scripted or quantised modules.
+    """Refuse wrapped, hooked, scripted or quantised modules.
 
     Raises:
-        StructureError: With the line that takes it off.
+        StructureError: With the line that makes a plain module.
     """
     for path, child in module.named_modules():
         for looks, what, line in _REFUSED:
@@ -77,7 +73,7 @@ def _has(name: str) -> Callable[[torch.nn.Module], bool]:
     return lambda child: bool(vars(child).get(name))
 
 
-# How it is told, what is wrong, and the line that takes it off.
+# Predicate, message and hint; of several that hold the first is told.
 _REFUSED: tuple[tuple[Callable[[torch.nn.Module], bool], str, str], ...] = (
     (
         _has("_hf_hook"),
@@ -149,11 +145,11 @@ _REFUSED: tuple[tuple[Callable[[torch.nn.Module], bool], str, str], ...] = (
 
 
 def require_given_back(module: torch.nn.Module, error: SafeFlavorError, *, pickle: bool) -> None:
-    """Name parametrizations and masks of pruning where no constructor gives the module back.
+    """Refuse parametrizations and masks of pruning where no constructor gives the module back.
 
     Args:
-        module: Of which ``error`` said so.
-        error: What it said.
+        module: Not given back.
+        error: The reason.
         pickle: Whether the module is to be pickled instead, which torch refuses for parametrized
             ones.
 
@@ -173,7 +169,7 @@ def require_given_back(module: torch.nn.Module, error: SafeFlavorError, *, pickl
 
 
 def _folded(module: torch.nn.Module, *, pickle: bool) -> Iterator[tuple[str, str, str]]:
-    """What, where, and the line that folds it in."""
+    """Message, path, and the line that folds it into the weights."""
     for path, child in module.named_modules():
         here = f"model.{path}" if path else "model"
         for name in getattr(child, "parametrizations", None) or ():
