@@ -65,7 +65,7 @@ LIMITS = {
     "2.22": ["sqlalchemy<2.1", "starlette<1"],
 }
 
-LIGHT = ["unit/environment", "unit/tasks/test_rows.py", "matrix/test_without_torch.py"]
+LIGHT = ["unit/environment", "unit/tasks/test_rows.py", "system/matrix/test_without_torch.py"]
 """Tests that run where neither torch nor transformers is installed.
 
 The few of them that need torch skip.
@@ -84,7 +84,7 @@ def saved(session: nox.Session) -> None:
     if "CI" in os.environ and sys.version_info[:2] != (3, 11):
         session.error("the corners are on Python 3.11, and would be skipped")
     shutil.rmtree(SAVED, ignore_errors=True)
-    command = [sys.executable, "tests/matrix/matrix_models.py", "save", str(SAVED)]
+    command = [sys.executable, "tests/system/matrix/matrix_models.py", "save", str(SAVED)]
     session.run(*command, env={**OFFLINE, **ONE_THREAD}, external=True)
 
 
@@ -96,7 +96,7 @@ def matrix(session: nox.Session, transformers: str, mlflow: str) -> None:
     session.install(*_torch(str(session.python)))
     wanted = [f"transformers{TRANSFORMERS[transformers]}", f"mlflow{MLFLOW[mlflow]}"]
     session.install("--editable", ".[demo]", *wanted, *LIMITS.get(mlflow, []), "pytest>=8.2")
-    _test(session, "matrix/test_other_releases.py")
+    _test(session, "system/matrix/test_other_releases.py")
 
 
 @nox.session(python="3.11", tags=["ci"], requires=["saved"])
@@ -109,7 +109,7 @@ def without_transformers(session: nox.Session) -> None:
     session.install(*_torch(str(session.python)))
     session.install(*_requirements_without("torch", "transformers"), "pytest>=8.2")
     session.install("--no-deps", "--editable", ".")
-    _test(session, "matrix/test_without_transformers.py")
+    _test(session, "system/matrix/test_without_transformers.py")
 
 
 @nox.session(python=["3.10", "3.12", "3.13"], tags=["ci"], requires=["saved"])

@@ -30,7 +30,7 @@ os.environ.update(
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # This folder last: MLflow imports a library that has the name of this file.
 sys.path.append(sys.path.pop(0))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "docker"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "system" / "docker"))
 
 import requests
 from _common import (

@@ -185,7 +185,8 @@ _VARIADIC = frozenset(("Concat", "Einsum", "Max", "Mean", "Min", "Sum"))
 def check_granted(node: Mapping[str, Any], where: str) -> None:
     """Raise ``Malformed`` for arguments that kernels of ONNX Runtime do not check themselves.
 
-    Found by ``tests/test_onnx_fuzz.py`` in ONNX Runtime 1.32, and never written by the exporter.
+    Found by ``tests/integration/test_onnx_fuzz.py`` in ONNX Runtime 1.32, and never written by the
+    exporter.
     """
     numbers = {
         attribute["name"]: attribute["i"] for attribute in node["attribute"] if "i" in attribute

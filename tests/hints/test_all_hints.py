@@ -19,9 +19,9 @@ TESTS = Path(__file__).parents[1]
 _WRAPPERS = (
     "unit/module/test_attributes.py::test_wrappers_are_named_with_the_line_that_takes_them_off"
 )
-_WHEELS = "test_dockerfile.py::test_the_hint_of_a_wheel_that_has_moved"
+_WHEELS = "integration/test_dockerfile.py::test_the_hint_of_a_wheel_that_has_moved"
 
-_PINS = "test_used.py::test_lines_of_the_users_own_stay_and_what_they_lack_is_told"
+_PINS = "integration/test_used.py::test_lines_of_the_users_own_stay_and_what_they_lack_is_told"
 _LACKING = (
     "safeflavor: the rehearsal used what the given requirements do not bring, so that the model "
     "may not load where they are installed, or answer otherwise. To add: %s"
@@ -31,40 +31,40 @@ ELSEWHERE = {
     Site("load/container", "This image was made to serve on a GPU, and there is none here",
          "docker run --gpus all …, on a host with NVIDIA's driver and container toolkit; -e "
          "MLFLOW_SAFEFLAVOR_DEVICE=cpu serves on the CPU all the same"):
-        "test_dockerfile.py::test_a_container_for_a_gpu_says_what_it_is_missing",
+        "integration/test_dockerfile.py::test_a_container_for_a_gpu_says_what_it_is_missing",
     Site("checkpoints/adapters", "An adapter cannot be merged into its base model",
          "…model = peft.PeftModel.from_pretrained(base, …).merge_and_unload(), where base is the "
          "module it was trained on; then save_model(model, tokenizer=…)"):
-        "test_adapters.py::test_a_base_that_is_not_here_is_named_with_what_to_do",
+        "integration/test_adapters.py::test_a_base_that_is_not_here_is_named_with_what_to_do",
     Site("environment/hashes", "The wheel that was installed when the model was saved is not "
                                "there any more",
          "name the folder that holds it: UV_FIND_LINKS=FOLDER; or save the model again where "
          "another build is installed"): _WHEELS,
     Site("graph/openvino_engine", "OpenVINO is not installed", "pip install "
                                                                "'mlflow-safeflavor[openvino]'"):
-        "test_openvino.py::test_where_it_is_not_installed",
+        "integration/test_openvino.py::test_where_it_is_not_installed",
     Site("graph/openvino_engine", "This CPU has no arithmetic for the dtype, so that OpenVINO "
                                   "would silently take another",
-         "leave dtype out"): "test_openvino.py::test_bfloat16_where_the_cpu_has_it",
+         "leave dtype out"): "integration/test_openvino.py::test_bfloat16_where_the_cpu_has_it",
     Site("graph/openvino_engine", "OpenVINO does not take the graph of the model",
          "leave the engine out, or `pip install --upgrade openvino`"):
-        "test_openvino.py::test_what_it_does_not_know",
+        "integration/test_openvino.py::test_what_it_does_not_know",
     Site("load/engine_choice", "The model asks for OpenVINO, whose kernels trust the graph's "
                                "arguments",
          'pass model_config={"engine": "openvino"} if you trust who saved it; else {"engine": '
          '"onnx"}'):
-        "test_openvino.py::test_it_runs_only_where_somebody_wants_it",
+        "integration/test_openvino.py::test_it_runs_only_where_somebody_wants_it",
     Site("load/image", "The model was not saved to be served by OpenVINO, which is not among its "
                        "pins",
          'leave it out, or save the model with model_config={"engine": "openvino"}'):
-        "test_openvino.py::test_images_of_what_was_saved_for_it",
+        "integration/test_openvino.py::test_images_of_what_was_saved_for_it",
     Site("load/image", "A graph is served on a CPU", 'target="cpu", or engine="module"'):
-        "test_graph.py::test_an_image_has_the_pins_of_what_it_serves_with",
+        "integration/test_graph.py::test_an_image_has_the_pins_of_what_it_serves_with",
     Site("load/image", "A graph is served on a "
-                       "CPU", 'target="cpu"'): "test_graph.py::test_a_graph_alone_says_what_it_takes",
+                       "CPU", 'target="cpu"'): "integration/test_graph.py::test_a_graph_alone_says_what_it_takes",
     Site("module/placement", "device_map needs accelerate", "pip install "
                                                             "'mlflow-safeflavor[accelerate]'"):
-        "test_device_map.py::test_without_accelerate_the_extra_is_named",
+        "integration/test_device_map.py::test_without_accelerate_the_extra_is_named",
     Site("module/wrappers", "The module's forward is wrapped by accelerate for mixed precision, as "
          "transformers' Trainer does, "
          "too", "{model} = accelerate.utils.extract_model_from_parallel({model}, "
@@ -92,12 +92,12 @@ CANNOT = {
     Site("environment/differences", "_HINT",
          "install requirements.txt of the model (`pip install -r requirements.txt`) under the "
          "Python of its python_env.yaml, or let MLflow do both with --env-manager uv"):
-        "installs gigabytes: tests/docker and `make matrix` install these files",
+        "installs gigabytes: tests/system/docker and `make matrix` install these files",
     Site("environment/differences", "The graph cannot answer this, and what its module needs is "
                                     "not installed",
          "install requirements.txt of the model, and not only requirements-onnx.txt; an image of "
          "`mlflow-safeflavor dockerfile --engine module` has it all"):
-        "installs gigabytes: tests/docker and `make matrix` install these files",
+        "installs gigabytes: tests/system/docker and `make matrix` install these files",
 }  # fmt: skip
 """Cannot be followed within a test, and why."""
 

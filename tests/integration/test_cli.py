@@ -143,7 +143,7 @@ def test_verify_takes_a_device(run, saved):
 
 
 def test_verify_of_a_server_that_is_not_there(run, saved):
-    # tests/test_parity_endpoint.py asks those that are.
+    # tests/integration/test_parity_endpoint.py asks those that are.
     done = run("verify", saved, "--endpoint", "http://127.0.0.1:1")
     assert done.exit_code == 2, done.output
     assert (

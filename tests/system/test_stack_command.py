@@ -24,7 +24,7 @@ from click.testing import CliRunner
 from compose_spec import PyOptions
 from servers import free_ports
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = REPOSITORY / "examples" / "codebuggy"
 WORKER = (
     "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); print('up', flush=True); "

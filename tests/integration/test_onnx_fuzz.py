@@ -4,7 +4,7 @@ Never a crash.
 
 And what our reader accepts, it sees as the standard's own parser does.
 
-FUZZ_SECONDS=600 pytest tests/test_onnx_fuzz.py     ten minutes instead of a few seconds
+FUZZ_SECONDS=600 pytest tests/integration/test_onnx_fuzz.py   ten minutes instead of a few seconds
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 MEANT_FOR_THE_WHEEL = ["mlflow_safeflavor", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"]
 
 

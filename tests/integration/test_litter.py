@@ -246,7 +246,7 @@ def test_logging_that_ends_with_the_process_is_marked_failed_at_once(tracking, t
 def test_kills_at_random_moments_leave_nothing(tmp_path):
     kills, seed = int(os.environ.get("SAFEFLAVOR_KILLS", "2")), random.randrange(10**6)
     print("seed", seed)
-    command = [sys.executable, Path(__file__).with_name("kills.py"), tmp_path / "kills"]
+    command = [sys.executable, Path(__file__).parents[1] / "kills.py", tmp_path / "kills"]
     done = subprocess.run(
         [*map(str, command), "--kills", str(kills), "--seed", str(seed)],
         capture_output=True,

@@ -32,7 +32,7 @@ SAVED = os.environ.get("SAFEFLAVOR_MATRIX_SAVED")
 if not SAVED or find_spec("torch"):
     pytest.skip("what needs no torch is tested by `make matrix`", allow_module_level=True)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 PACKAGE = REPOSITORY / "mlflow_safeflavor"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LIGHT = ("artifact", "environment", "load", "predict", "tasks")

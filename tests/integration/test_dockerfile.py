@@ -1,6 +1,6 @@
 """The folder that `docker build` takes, without an engine.
 
-What comes of it is tested in tests/docker.
+What comes of it is tested in tests/system/docker.
 """
 
 from __future__ import annotations

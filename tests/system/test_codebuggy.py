@@ -37,7 +37,7 @@ from transformers import AutoTokenizer
 
 import mlflow_safeflavor
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = REPOSITORY / "examples" / "codebuggy"
 PAIRS = 1400  # of which 210 are held out
 
