@@ -18,7 +18,7 @@ def named_arguments(module: torch.nn.Module) -> list[str]:
 
 
 def needed_arguments(module: torch.nn.Module) -> list[str]:
-    """Of the named ones those without a default; all where each has one."""
+    """Named arguments without a default; all where each has one."""
     named = named_arguments(module)
     without = {p.name for p in _parameters(module) if p.default is p.empty}
     return [name for name in named if name in without] or named
@@ -30,11 +30,9 @@ def takes_any(module: torch.nn.Module) -> bool:
 
 
 def arguments_of(module: torch.nn.Module) -> list[str] | None:
-    """Names that ``forward`` takes; None for any, which is what ``**kwargs`` say.
-
-    Not so in the classes of transformers: their ``**kwargs`` swallow every name, and are meant for
-    what neither tokenizers nor processors make.
-    """
+    """Names that ``forward`` takes; None for any, as with ``**kwargs``."""
+    # Not in classes of transformers: their ``**kwargs`` swallow every name, a misspelt one, too,
+    # and are meant for none that tokenizers or processors make.
     own = type(module).__module__.startswith("transformers.models.")
     return None if takes_any(module) and not own else named_arguments(module)
 

@@ -1,4 +1,4 @@
-"""Sounds → labels with scores, as ``transformers.pipeline("audio-classification")`` gives them."""
+"""Sounds → labels with scores, as transformers' audio-classification pipeline."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["AudioClassification"]
 
-# Of what the model reads, they count as a token for ``max_batch_tokens``.
-#
-# The step of Wav2Vec2 and its relatives.
+# Samples, or numbers of a spectrogram, that count as a token for ``max_batch_tokens``: the step of
+# Wav2Vec2 and its relatives.
 _NUMBERS = 320
 _GOLDEN_SECONDS = (0.1, 0.25, 0.15)
 
-# Where padding under a mask was seen to change nothing, with feature maps normalised step by step
-# ("layer"). The first layer of the others, and of these with "group", normalises over the whole
-# length, or convolutions see the padding.
+# Types of models for which padding under a mask was seen to change nothing, with feature maps
+# normalised step by step ("layer"). In others, and in these with "group", the first layer
+# normalises over the whole length, padding included, or convolutions see the padding.
 _PADDABLE = ("hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm")
 
 
@@ -106,7 +105,8 @@ class AudioClassification(ProcessedTask):
     def collate(self, batch: Sequence[Features]) -> dict[str, np.ndarray]:
         if len({len(features["input_values"]) for features in batch if self.config["pads"]}) < 2:
             return super().collate(batch)
-        # A mask even where the processor makes none: without it, it would be as if all were real.
+        # A mask even where the processor makes none: without one, padding counts as sound.
+        # Both of shape (rows, samples of the longest).
         sounds = [features["input_values"] for features in batch]
         values = np.zeros((len(batch), max(map(len, sounds))), sounds[0].dtype)
         mask = np.zeros(values.shape, np.int64)
@@ -116,10 +116,8 @@ class AudioClassification(ProcessedTask):
 
 
 def _receptive_field(config: Any) -> int:
-    """Fewest samples of which the convolutions at the front make anything.
-
-    1 where there are none.
-    """
+    """Fewest samples that give one output of the convolutions at the front; 1 without any."""
+    # Fewer end in a RuntimeError of the kernel, inside a batch that others share.
     layers = zip(
         getattr(config, "conv_kernel", ()), getattr(config, "conv_stride", ()), strict=True
     )

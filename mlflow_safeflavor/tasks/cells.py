@@ -1,4 +1,4 @@
-"""Cells of the user's rows and answers: as JSON and back, and as what a client would send."""
+"""Cells of the user's rows and answers: as JSON and back, and as a client would send them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TAG = "$type"
 def plain(value: Any) -> Any:
     """A value of an answer without numpy and torch: arrays and tensors become lists of numbers.
 
-    Texts, bytes, dates and decimals stay as they are. Nobody else's memory is in what comes back.
+    Texts, bytes, dates and decimals stay as they are. The result shares no memory.
     """
     if is_tensor(value):
         value = array_of(value)
@@ -64,6 +64,7 @@ def to_json(value: Any, where: str) -> Any:
     """
     if type(value) in (bool, int, str) or value is None:
         return value
+    # np.float64 is a float in Python, but comes back as itself; JSON has no infinities and NaNs.
     if isinstance(value, float) and not isinstance(value, np.generic):
         return float(value) if np.isfinite(value) else _tagged("float", repr(float(value)))
     if isinstance(value, Mapping) and _TAG not in value and all(type(key) is str for key in value):
@@ -79,6 +80,7 @@ def to_json(value: Any, where: str) -> Any:
         data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
         return {**_tagged("array", data), "dtype": array.dtype.str, "shape": list(array.shape)}
     for name, (kind, write, _) in _KINDS.items():
+        # Exactly: a Timestamp is a datetime, and a datetime a date, and each comes back as itself.
         if type(value) is kind:
             return _tagged(name, write(value))
     raise InputError(
@@ -92,10 +94,7 @@ def to_json(value: Any, where: str) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """A cell from what ``to_json`` wrote.
-
-    Raises ``ValueError`` or ``KeyError`` where it did not write it.
-    """
+    """A cell from ``to_json``'s JSON. Raises ``ValueError`` or ``KeyError`` for any other."""
     if isinstance(value, list):
         return [from_json(item) for item in value]
     if not isinstance(value, dict):
@@ -107,10 +106,11 @@ def from_json(value: Any) -> Any:
         return getattr(pd, name)
     if name == "array":
         dtype = np.dtype(str(value["dtype"]))
+        # frombuffer would take bytes of the file for addresses of Python objects.
         if dtype.hasobject:
             raise ValueError("an array of objects")
         array = np.frombuffer(base64.b64decode(text, validate=True), dtype).reshape(value["shape"])
-        return array.copy() if array.ndim else array[()]
+        return array.copy() if array.ndim else array[()]  # a copy, since bytes are read-only
     return _KINDS[name][2](text)
 
 

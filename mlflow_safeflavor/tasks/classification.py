@@ -1,7 +1,4 @@
-"""What classifiers share, be it of texts, images or sounds.
-
-Their labels, and the best of them with their scores.
-"""
+"""Labels and scores, for classifiers of texts, images and sounds."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ __all__ = [
     "require_labels",
 ]
 
-# Rows whose scores are computed at a time.
+# Rows whose scores are computed at a time: others take turns in between.
 _TOGETHER = 64
 
 _FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -83,20 +80,17 @@ def labels_of(model: torch.nn.Module) -> list[str]:
 def read_logits(
     outputs: Mapping[str, np.ndarray], rows: int, labels: Sequence[str]
 ) -> list[RowOutput]:
-    """``logits`` of each row, shape (labels,).
-
-    Raises ``StructureError`` for a model that returns something else.
-    """
+    """``logits`` of each row, shape (labels,); ``StructureError`` for any other output."""
     return [{"logits": row} for row in pick(outputs, "logits", (rows, len(labels)))]
 
 
 def describe_labels(model: torch.nn.Module, *, one_label: str = "sigmoid") -> dict[str, Any]:
-    """What ``rank_labels`` needs to know of a model; JSON only.
+    """Facts of a model for ``rank_labels``; JSON only.
 
     Args:
         model: A classifier.
-        one_label: What turns a single logit into a score, where the config does not say.
-            transformers' pipelines disagree on that: text and images have "sigmoid", sounds
+        one_label: Function from a single logit to a score, where the config names none.
+            transformers' pipelines disagree on it: texts and images have "sigmoid", sounds
             "softmax".
 
     Returns:
@@ -115,10 +109,7 @@ def describe_labels(model: torch.nn.Module, *, one_label: str = "sigmoid") -> di
 def require_labels(
     caps: Caps, config: Mapping[str, Any], rows: Sequence[Row], params: Mapping[str, Any]
 ) -> None:
-    """Refuse a request for more labels than a cap allows; the first of each row is free.
-
-    Raises ``InputError``.
-    """
+    """Raise ``InputError`` for more labels than a cap allows; the first of each row is free."""
     labels, top_k = len(config["labels"]), params["top_k"]
     kept = labels if top_k == -1 else min(labels, top_k)
     if kept > 1:
@@ -150,6 +141,7 @@ def rank_labels(
     asked = params["function_to_apply"]
     function = _FUNCTIONS[config["function_to_apply"] if asked == "default" else asked]
     for start in range(0, len(outputs), _TOGETHER):
+        # (rows, labels)
         logits = np.stack([output["logits"] for output in outputs[start : start + _TOGETHER]])
         require_finite(logits, first + start)
         for row in function(logits):

@@ -1,6 +1,6 @@
-"""Engine: what turns named input arrays into named output arrays.
+"""Engine: named input arrays to named output arrays.
 
-Tasks, batching and scheduler see only this seam.
+Tasks, batching and scheduler see only this protocol.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ __all__ = ["Engine"]
 
 
 class Engine(Protocol):
-    """One forward pass, without gradients and without state between calls.
-
-    Safe from many threads.
-    """
+    """One forward pass, without gradients or state between calls; safe from many threads."""
 
     name: str
     # Whether it runs on the CPU, and not on an accelerator.
     on_cpu: bool
-    # Whether it was seen that the bits of a row depend neither on its batch nor on padding.
+    # Whether the proof saw the bits of a row depend neither on its batch nor on padding.
     keeps_bits: bool
 
     @property
@@ -55,22 +52,21 @@ class Engine(Protocol):
         stopping: Sequence[Any] = (),
         keep_logits: bool = False,
     ) -> dict[str, np.ndarray]:
-        """Let the model write, token by token.
+        """Generate, token by token.
 
         Args:
             inputs: ``input_ids`` and, if the model takes it, ``attention_mask``, shape (rows,
                 longest).
-            settings: All there is to a generation config; what the module says of its own counts
-                for nothing.
+            settings: The whole generation config; the module's own counts for nothing.
             processors: Applied in turn to the scores of each step, (ids so far, scores) → scores,
                 after those that the settings ask for; in tensors of torch.
             stopping: (ids so far, scores) → which rows are done, bool of shape (rows,); in tensors
                 of torch.
-            keep_logits: Also return what the model said at each step, before any processing.
+            keep_logits: Also return the logits of each step, before any processing.
 
         Returns:
             ``sequences``, int64 of shape (rows, length): the prompts as given, or the decoder's
-            start token, and what was written. With ``keep_logits`` also ``logits``, shape (rows,
+            start token, and the new tokens. With ``keep_logits`` also ``logits``, shape (rows,
             steps, vocabulary).
 
         Raises:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["FeatureExtraction"]
 
 _HEADS = re.compile(r"(LMHead|DoubleHeads|PreTrained|EncoderDecoder|MT)Model$")
-# Characters of a prompt that each row of a table may have, whatever ``max_characters`` is.
+# Characters of a prompt that each row of a table may have, beyond ``max_characters`` in all.
 _PROMPTED = 1000
 _SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
@@ -72,7 +72,7 @@ class FeatureExtraction(TextTask):
         from mlflow_safeflavor.module.embedding import Embedder
 
         tokens = model.transformer if isinstance(model, Embedder) else model
-        # An encoder taken out of such a model keeps its config.
+        # Not by the config alone: an encoder that was taken out of such a model keeps it.
         both = any(name.rpartition(".")[2] == "decoder" for name, _ in tokens.named_modules())
         if both and getattr(getattr(tokens, "config", None), "is_encoder_decoder", False):
             raise StructureError(
@@ -122,7 +122,7 @@ class FeatureExtraction(TextTask):
         )
         text = describe_text_model(tokens)
         if "weightedmean" in chosen["pooling"] or isinstance(model, Embedder):
-            text["padding_side"] = "right"  # places are counted from the left
+            text["padding_side"] = "right"  # positions are counted from the left
         return {**text, **chosen, "prompts": dict(chosen["prompts"])}
 
     @classmethod
@@ -138,7 +138,7 @@ class FeatureExtraction(TextTask):
 
     @property
     def pad_id(self) -> int | None:
-        # Behind a mask it does not matter which token fills up, as long as there is a mask.
+        # Under a mask any token may pad; without one none may.
         if "attention_mask" not in self.config["input_names"]:
             return None
         said = (self.config["pad_token_id"], self.encoder.config["pad_token_id"])
@@ -166,6 +166,7 @@ class FeatureExtraction(TextTask):
         """Tokens at the beginning that are the prompt's, special ones in front of it included."""
         if not prompt:
             return 0
+        # Alone, as sentence-transformers counts them: with the text its last token may be another.
         (row,) = self.encoder.encode([prompt], max_length=self.limit, spans=True)
         return len(row["input_ids"]) - int(row["sequence_ids"][-1] < 0)
 
@@ -181,7 +182,7 @@ class FeatureExtraction(TextTask):
 
     def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:
         if self.config["pooling"]:
-            hidden = pick(outputs, "last_hidden_state", (*mask.shape, None))
+            hidden = pick(outputs, "last_hidden_state", (*mask.shape, None))  # (rows, tokens, size)
             pooled = [
                 pool(row, real, self.config["pooling"])
                 for row, real in zip(hidden, mask, strict=True)
@@ -204,6 +205,7 @@ class FeatureExtraction(TextTask):
         for i, output in enumerate(outputs, first):
             vector = output["embedding"]
             require_finite([vector], i)
+            # Cut, then scaled: the first numbers of a vector of length 1 are shorter.
             vector = vector[: params["truncate_dim"] or None]
             if params["normalize_embeddings"]:
                 vector = normalized(vector)

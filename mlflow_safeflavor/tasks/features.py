@@ -1,4 +1,4 @@
-"""What a model is asked and what it says, one mapping a row."""
+"""Features of a row, and raw outputs of a row: one mapping each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,5 @@ __all__ = ["Features", "RowOutput"]
 # One encoded row, or a piece of one, unpadded: model argument → list of int (or array).
 Features = Mapping[str, Any]
 
-# What the model said of one row or piece, in float32 at least, without padding.
-#
-# Output name → array; for parity.
+# Output name → array of one row or piece, in float32 at least, without padding; compared in parity.
 RowOutput = Mapping[str, np.ndarray]

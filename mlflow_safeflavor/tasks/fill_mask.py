@@ -1,4 +1,4 @@
-"""Texts with gaps → what fills them, as ``transformers.pipeline("fill-mask")`` gives it."""
+"""Texts with gaps → the tokens that fill them, as transformers' fill-mask pipeline."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _PREDICTION = {
     "sequence": DataType.string,
 }
 
-# Of one forward: a score for each token of the vocabulary at each place, 256 MB in float32.
+# Logits of one forward, (rows, tokens, vocabulary): 256 MB in float32.
 _SCORES = 64_000_000
 
 # Gaps come early, where no tokenizer is so fine that they would be cut off.
@@ -87,7 +87,7 @@ class FillMask(TextTask):
 
     @property
     def mask_token(self) -> str:
-        """What stands for a gap. Raises ``StructureError`` for a tokenizer without such a token."""
+        """The text of a gap. Raises ``StructureError`` for a tokenizer without a mask token."""
         mask_token: str | None = self.encoder.config["mask_token"]
         if mask_token is None:
             raise StructureError(
@@ -112,6 +112,7 @@ class FillMask(TextTask):
         ids: list[int] = self.encoder.encode([target], special=False, truncation=False)[0][
             "input_ids"
         ]
+        # transformers' pipeline warns and takes the first piece, whose score is another word's.
         if len(ids) != 1 or ids[0] == self.encoder.config["unk_token_id"]:
             raise InputError(
                 "A target is no token of the vocabulary",
@@ -122,6 +123,7 @@ class FillMask(TextTask):
         return ids[0]
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
+        # For each gap an answer repeats the whole text, once for each of the best tokens.
         kept = min(params["top_k"], len(params["targets"]) or self.encoder.size)
         tokens = 0
         for i, (row, encoded) in enumerate(zip(rows, super().encode(rows, params), strict=True)):
@@ -141,7 +143,7 @@ class FillMask(TextTask):
         return min(max_batch_tokens, max(1, most))
 
     def holds(self, features: Features) -> int:
-        # A score for each token of the vocabulary in each gap.
+        # Logits of the gaps, float32 of shape (gaps, vocabulary).
         scores: int = self.encoder.size * self._gaps(features["input_ids"])
         return super().holds(features) + 4 * scores
 
@@ -151,6 +153,7 @@ class FillMask(TextTask):
 
     def _require_gaps(self, i: int, text: str, ids: Sequence[int], limit: int | None) -> None:
         """Refuse a text without gaps, or one that lost some when it was cut."""
+        # Only a text of exactly the limit may have been cut.
         read = self._gaps(ids)
         written = text.count(self.mask_token) if len(ids) == limit else read
         if read == 0 or read < written:
@@ -167,12 +170,13 @@ class FillMask(TextTask):
             )
 
     def collate(self, batch: Sequence[Features]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """As any text, but the mask tells the gaps: no other place is read."""
+        """As any text, but the mask marks the gaps: no other position is read."""
         inputs, mask = super().collate(batch)
         return inputs, mask & (inputs["input_ids"] == self.encoder.config["mask_token_id"])
 
     def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:
-        logits = pick(outputs, "logits", (*mask.shape, None))
+        logits = pick(outputs, "logits", (*mask.shape, None))  # (rows, tokens, vocabulary)
+        # (gaps, vocabulary) of each row
         return [{"logits": row[gaps]} for row, gaps in zip(logits, mask, strict=True)]
 
     def decode(

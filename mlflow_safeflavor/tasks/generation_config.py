@@ -10,8 +10,8 @@ from mlflow_safeflavor.errors import InputError, StructureError
 
 __all__ = ["REPLACED", "read_generation_config"]
 
-# Of a generation config, what params say instead, and what is about speed or shape and not about
-# answers.
+# Settings of a generation config that params replace, and those of speed and shape, which change no
+# answer.
 REPLACED = frozenset(
     (
         *(
@@ -41,7 +41,8 @@ REPLACED = frozenset(
     )
 )
 
-# What is not done here, or only with code that transformers would download.
+# Settings that are not supported: other ways of decoding, some of which (contrastive search, DoLa,
+# constraints) are code that transformers would download.
 _REFUSED = frozenset(
     (
         *(
@@ -58,7 +59,7 @@ _REFUSED = frozenset(
 
 
 def read_generation_config(model: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the model's generation config says after some changes, JSON only."""
+    """The settings of the model's generation config after some changes, JSON only."""
     config = getattr(model, "generation_config", None)
     if config is None or not callable(getattr(model, "generate", None)):
         raise StructureError(

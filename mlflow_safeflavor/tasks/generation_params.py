@@ -11,12 +11,11 @@ from mlflow_safeflavor.tasks.text_params import TRUNCATION
 
 __all__ = ["GENERATION_PARAMS", "KEEP_LOGITS", "require_one_way"]
 
-# Of models that count no positions: a request cannot ask for hours.
+# For models that count no positions: a request cannot ask for hours.
 _MOST_NEW_TOKENS = 32768
 
-# Scores are divided by such numbers in float32, one after the other.
-#
-# Beyond, they would become 0, infinite or NaN.
+# Scores are divided by such numbers in float32, one after the other: beyond these bounds they would
+# become 0, infinite or NaN.
 _LEAST, _MOST = 1e-9, 1e9
 _POSITIVE = f"a number from {_LEAST:g} to {_MOST:g}"
 
@@ -25,9 +24,7 @@ def _is_positive(value: float) -> bool:
     return _LEAST <= value <= _MOST
 
 
-# ``max_length`` is declared so that MLflow does not drop it without an error.
-#
-# It may not be used.
+# ``max_length`` is declared, and refused, so that MLflow does not drop it without an error.
 GENERATION_PARAMS = (
     Param(
         "max_new_tokens",
@@ -89,9 +86,8 @@ GENERATION_PARAMS = (
     TRUNCATION,
 )
 
-# For golden rows, which are compared by them; beside many rows they would fill the memory.
-#
-# In no signature.
+# For golden rows, which are compared by logits; in no signature, as those of many rows, (rows,
+# steps, vocabulary), would fill the memory.
 KEEP_LOGITS = Param("keep_logits", "boolean", default=False, wanted="true or false")
 
 

@@ -1,4 +1,4 @@
-"""Images → labels with scores, as ``transformers.pipeline("image-classification")`` gives them."""
+"""Images → labels with scores, as transformers' image-classification pipeline."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageClassification"]
 
-# What an image counts for ``max_batch_tokens``: 2 images a forward by default.
-#
-# On a CPU, a small ViT and a ResNet-50 were no faster with 4, 8 or 16; a GPU may want more.
+# Tokens that an image counts for ``max_batch_tokens``: 2 images a forward by default. On a CPU, a
+# small ViT and a ResNet-50 were no faster with 4, 8 or 16; a GPU may want more.
 _TOKENS = 256
 _GOLDEN_SIZES = ((48, 64), (40, 40), (90, 32))
 
@@ -52,6 +51,7 @@ class ImageClassification(ProcessedTask):
         """Squares of random colours: small as files, with edges that show how they are scaled."""
         random = np.random.default_rng(0)
         colours = [random.integers(0, 256, (h // 8, w // 8, 3), np.uint8) for h, w in _GOLDEN_SIZES]
+        # uint8 of shape (height, width, 3)
         return [{"image": colour.repeat(8, axis=0).repeat(8, axis=1)} for colour in colours]
 
     def read(self, value: Any, where: str) -> Any:

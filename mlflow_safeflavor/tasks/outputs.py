@@ -1,7 +1,4 @@
-"""What a model returned.
-
-The output that a task reads, whether it is numbers at all, and logits → scores.
-"""
+"""Outputs of a model: the one that a task reads, its numbers checked, and logits → scores."""
 
 from __future__ import annotations
 
@@ -23,10 +20,10 @@ def pick(
     """An output of the model, by its name, or by its position where the model names none.
 
     Args:
-        outputs: What the engine returned.
+        outputs: Of the engine.
         name: As transformers calls it.
-        shape: Wanted lengths; None where any will do.
-        position: Its place in a tuple.
+        shape: Wanted lengths; None for any.
+        position: Its index in a tuple.
 
     Raises:
         StructureError: There is none, or it has another shape.
@@ -52,10 +49,7 @@ def pick(
 
 
 def own(value: Any) -> Any:
-    """An answer that shares no memory with anything.
-
-    Arrays, tensors, lists and dicts, at any depth, are copied.
-    """
+    """A copy of an answer, with its arrays, tensors, lists and dicts at any depth."""
     if isinstance(value, np.ndarray):
         return value.copy()
     if is_tensor(value):
@@ -66,7 +60,7 @@ def own(value: Any) -> Any:
 
 
 def require_finite(values: Sequence[np.ndarray] | np.ndarray, first: int = 0) -> None:
-    """Refuse answers that are no numbers, which half precision overflow or broken weights make.
+    """Refuse NaN and infinities, which overflows of half precision or broken weights make.
 
     Args:
         values: One array a row, of any shape.
@@ -89,6 +83,7 @@ def require_finite(values: Sequence[np.ndarray] | np.ndarray, first: int = 0) ->
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Scores that add up to 1 along the last axis; any shape, the dtype stays."""
+    # Shifted, so that the largest exponent is 0: exp of 89 is infinite in float32.
     shifted: np.ndarray = np.exp(logits - logits.max(axis=-1, keepdims=True))
     scores: np.ndarray = shifted / shifted.sum(axis=-1, keepdims=True)
     return scores
@@ -96,14 +91,15 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """A score for each logit by itself; any shape, the dtype stays."""
-    # Two branches of the same function: exp of a large positive number would overflow.
+    # 1 / (1 + exp(-x)) for x ≥ 0, else exp(x) / (1 + exp(x)): neither exponent is ever positive.
     small = np.exp(-np.abs(logits))
     scores: np.ndarray = np.where(logits >= 0, 1, small) / (1 + small)
     return scores
 
 
 def normalized(vector: np.ndarray) -> np.ndarray:
-    """A vector scaled to length 1; one of nothing but zeros stays as it is."""
-    # Not the norm of one dimension, which is a product by BLAS, of other bits with other threads.
+    """A vector scaled to length 1; one of zeros stays as it is."""
+    # As a matrix of one row: numpy's norm of a vector is a product by BLAS, whose last bits change
+    # with the number of threads.
     scaled: np.ndarray = vector / np.linalg.norm(vector[None], axis=1).clip(1e-12)
     return scaled

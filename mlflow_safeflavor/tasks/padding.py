@@ -1,4 +1,4 @@
-"""Whether a model that writes text ignores padding, by trying it."""
+"""Trial whether a model that generates text ignores padding."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ __all__ = ["ignores_padding"]
 
 
 def ignores_padding(cls: type[Generation], model: Any, config: Mapping[str, Any]) -> bool:
-    """Whether a prompt is continued alike alone and filled up beside a longer one.
-
-    Tried, because no attribute says so: recurrent models read what is masked, or mix the rows of a
-    batch up, and some decoders count positions from the padding on.
-    """
+    """Whether a prompt is continued alike alone and padded beside a longer one."""
+    # Tried, because no attribute says so: recurrent models read masked tokens, or mix the rows of a
+    # batch up, and some decoders count positions from the padding on.
     import torch
 
     from mlflow_safeflavor.module.engine import ModuleEngine, evaluating
@@ -44,6 +42,7 @@ def ignores_padding(cls: type[Generation], model: Any, config: Mapping[str, Any]
         alone, beside = (
             task.forward(engine, batch, params)[0]["logits"] for batch in ([short], [short, long])
         )
+    # (steps, vocabulary) each. Rounding changes with the batch, in halves by their last bits.
     tolerance = 1e-4 if first.dtype in (torch.float32, torch.float64) else 2e-2
     return alone.shape == beside.shape and bool(
         np.abs(alone - beside).max() <= tolerance * np.abs(alone).max()

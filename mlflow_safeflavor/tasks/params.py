@@ -54,7 +54,7 @@ def param_of(name: str, value: Any) -> Param:
         "double",
         "string",
     )
-    for kind in kinds:
+    for kind in kinds:  # the narrowest first: 1 is a double, too
         plain = _plain_list(kind, value) if many else _plain(kind, value)
         if plain is not None:
             return Param(
@@ -92,7 +92,7 @@ def check_defaults(
     Args:
         task: Name of the task, for the message.
         declared: What it knows.
-        given: Name → value, as a request would say it.
+        given: Name → value, as in a request.
 
     Raises:
         InputError: The task does not know a param, or its value is of another type or out of range;
@@ -183,15 +183,12 @@ def _plain_list(kind: str, value: Any) -> list[Any] | None:
 
 
 def _plain(kind: str, value: Any) -> Any:
-    """The value as the Python type of ``kind``; None where it is of another type.
-
-    A bool is no number.
-    """
+    """The value as the Python type of ``kind``; None where it is of another type."""
     if kind == "boolean":
         return bool(value) if isinstance(value, (bool, np.bool_)) else None
     if kind == "string":
         return str(value) if isinstance(value, str) else None
-    if isinstance(value, (bool, np.bool_)):
+    if isinstance(value, (bool, np.bool_)):  # True is 1 in Python: {"top_k": true} is a mistake
         return None
     if kind == "double":
         return (
@@ -200,6 +197,6 @@ def _plain(kind: str, value: Any) -> Any:
             else None
         )
     try:
-        return operator.index(value)
+        return operator.index(value)  # int() would make 2 of 2.7 and of "2"
     except TypeError:
         return None

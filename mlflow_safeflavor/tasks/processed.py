@@ -1,7 +1,4 @@
-"""What classifiers of images and of sounds share.
-
-A processor makes arrays, and arrays of one shape run together.
-"""
+"""Classifiers of images and sounds: a processor makes arrays, those of one shape run together."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ from mlflow_safeflavor.tasks.params import param_schema
 
 __all__ = ["ProcessedTask"]
 
-# Pixels or samples, from which on what a cell took is given back to the system at once.
+# Pixels or samples of a cell from which on freed memory is given back to the system at once.
 _LARGE = 4_000_000
 
 
@@ -43,18 +40,16 @@ class ProcessedTask(Task):
     Its column has MLflow's type binary. That takes base64 text over HTTP; in one process MLflow
     lets every other form of a cell pass, too.
 
-    Features are too large to be recorded with golden rows.
-
     Args:
         config: See ``Task``.
         columns: See ``Task``.
-        processor: What ``mlflow_safeflavor.tasks.inputs.processor.load_processor`` returned.
+        processor: From ``inputs.processor.load_processor``.
     """
 
     params = (TOP_K, FUNCTION)
     reads = ("processor",)
     reads_files = True
-    records_features = False
+    records_features = False  # too large: pixels and spectrograms
     # The only field.
     field: ClassVar[str]
 
@@ -72,7 +67,7 @@ class ProcessedTask(Task):
 
     @abstractmethod
     def read(self, value: Any, where: str) -> Any:
-        """What the processor takes, from a cell. Raises ``InputError`` naming ``where``."""
+        """The processor's input, from a cell. Raises ``InputError`` naming ``where``."""
 
     @abstractmethod
     def record(self, value: Any, where: str) -> str:
@@ -112,6 +107,7 @@ class ProcessedTask(Task):
             ) from error
         size = int(np.prod(getattr(readable, "size", 0)))
         del readable
+        # glibc keeps freed memory: a server would stay as large as its largest images.
         if size > _LARGE:
             give_back()
         takes = self.config["arguments"]

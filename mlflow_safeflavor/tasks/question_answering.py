@@ -48,7 +48,7 @@ _IMPOSSIBLE = Param("handle_impossible_answer", "boolean", default=False, wanted
 _ALIGN = Param("align_to_words", "boolean", default=True, wanted="true or false")
 
 _USUAL_LENGTH, _USUAL_STRIDE = 384, 128
-# Characters of a context, from which on it is worth a look at its beginning first.
+# Characters of a context from which on its beginning is tokenised first.
 _LONG = 10_000
 _LESS = "send less text at once, or lower doc_stride"
 
@@ -108,10 +108,8 @@ class QuestionAnswering(TextTask):
 
     @property
     def _context(self) -> int:
-        """Which text of the pair the context is.
-
-        Tokenizers that pad on the left are for models that read it first.
-        """
+        """Number of the context in the pair of texts."""
+        # Tokenizers that pad on the left (XLNet) are for models that read the context first.
         return 1 if self.encoder.config["padding_side"] == "right" else 0
 
     # A row → windows.
@@ -142,6 +140,7 @@ class QuestionAnswering(TextTask):
         self.caps.require_pieces(pieces, rows, where=where, instead=_LESS)
         if params["top_k"] > 1:
             length = min(params["max_answer_len"], self._read_at_once(params))
+            # An upper bound: each window has at most length · window spans, of length tokens each.
             tokens = pieces * min(params["top_k"], length * self._read_at_once(params)) * length
             where, instead = (
                 f"params, 'top_k', {where}",
@@ -205,6 +204,7 @@ class QuestionAnswering(TextTask):
         self, i: int, room: int, limit: int, context: int, params: Mapping[str, Any]
     ) -> int:
         given: int = params["doc_stride"]
+        # The next window would not begin behind the last one.
         if given >= room and context > room:
             raise InputError(
                 "Windows would share all they have",
@@ -213,8 +213,8 @@ class QuestionAnswering(TextTask):
                 found=given,
             )
         usual = min(limit // 2, _USUAL_STRIDE)
-        # Beside a long question the usual overlap may be more than a whole window, where the
-        # pipeline fails.
+        # Beside a long question the usual overlap may be more than a whole window; transformers'
+        # pipeline then fails.
         return min(given, room - 1) if given else usual if usual < room else room // 2
 
     def pieces(self, features: Features) -> Sequence[Features]:
@@ -256,7 +256,8 @@ class QuestionAnswering(TextTask):
     def _found(
         self, text: str, pieces: Sequence[Features], output: RowOutput, params: Mapping[str, Any]
     ) -> Iterator[list[dict[str, Any]]]:
-        """Answers of all windows, best first, at the end; nothing after each window before."""
+        """Answers of all windows, best first, last of all; an empty list after each window."""
+        # Outputs of all windows lie behind each other: split again where each ends.
         cuts = np.cumsum([self.cost(piece) for piece in pieces])[:-1]
         starts, ends = (np.split(output[name], cuts) for name in ("start_logits", "end_logits"))
         found: dict[str, dict[str, Any]] = {}
@@ -269,6 +270,7 @@ class QuestionAnswering(TextTask):
                     piece, first, last, self._context, align=params["align_to_words"]
                 )
                 answer = {"answer": text[a:b], "score": 0.0, "start": a, "end": b}
+                # Equal texts at any place, and in two windows, are one answer.
                 found.setdefault(text[a:b].lower(), answer)["score"] += score
             yield []
         answers = [*found.values()]
@@ -280,16 +282,18 @@ class QuestionAnswering(TextTask):
         self, piece: Features, start: np.ndarray, end: np.ndarray, params: Mapping[str, Any]
     ) -> tuple[list[tuple[int, int, float]], float]:
         """Best spans of one window (first and last token, score), and the score of no answer."""
-        text = np.asarray(piece["sequence_ids"])
+        text = np.asarray(piece["sequence_ids"])  # (tokens,): -1 special, 0 and 1 the two texts
         context = text == self._context
-        # Models that know unanswerable questions say so at this token, so it takes its part of the
-        # probability.
+        # Models trained with unanswerable questions put "none" at this token, so it takes its part
+        # of the probability.
         cls = (text < 0) & (np.asarray(piece["input_ids"]) == self.encoder.config["cls_token_id"])
+        # The question and other special tokens have no part: softmax over the rest alone.
         read = np.flatnonzero(context | cls)
         starts, ends = np.zeros_like(start), np.zeros_like(end)
         starts[read], ends[read] = softmax(start[read]), softmax(end[read])
         null = float((starts * ends)[cls].max(initial=0))
-        scores = np.outer(starts[context], ends[context])
+        scores = np.outer(starts[context], ends[context])  # (first, last) of each span
+        # The upper triangle: a span ends where it begins or later, and is not too long.
         allowed = np.triu(np.tril(np.ones_like(scores, dtype=bool), params["max_answer_len"] - 1))
         first, last = np.nonzero(allowed)
         # More than asked for, as several spans may turn out to be of the same words.
@@ -303,10 +307,8 @@ class QuestionAnswering(TextTask):
 
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
-    """Places of the ``count`` best scores, best first, of equal ones the first.
-
-    Not all are sorted for these.
-    """
+    """Indices of the ``count`` best scores, best first, of equal ones the first."""
+    # By partition: a window of 384 tokens has some 5,600 spans of up to 15, of which few are sorted.
     least = (
         np.partition(scores, len(scores) - count)[len(scores) - count]
         if len(scores) > count
@@ -320,10 +322,7 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
 def _characters(
     piece: Features, first: int, last: int, context: int, *, align: bool
 ) -> tuple[int, int]:
-    """Where a span of tokens is in the text.
-
-    With ``align`` from the start of its first word to the end of its last.
-    """
+    """Start and end of a span in characters; with ``align`` those of its first and last word."""
     words, texts = piece["word_ids"], piece["sequence_ids"]
     if align and words[first] >= 0 and words[last] >= 0:
         while first > 0 and (texts[first - 1], words[first - 1]) == (context, words[first]):

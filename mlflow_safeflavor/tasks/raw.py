@@ -73,8 +73,7 @@ class Raw(Task):
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
         needed = needed_arguments(model)
-        # A class of transformers passes on what it does not name, so there, too, any name may be
-        # right.
+        # With ``**kwargs`` any name may be right; classes of transformers pass them on.
         return {
             "arguments": None if takes_any(model) else named_arguments(model),
             "single": needed[0] if len(needed) == 1 else None,
@@ -90,7 +89,7 @@ class Raw(Task):
         return {"form": form, "columns": columns}
 
     def measured(self, engine: Engine, example: Any) -> dict[str, Any]:
-        """What sizes may vary."""
+        """Shapes of the arrays, with -1 for sizes that may vary."""
         return {
             "sizes": free_sizes(lambda arrays: self._forward(engine, arrays), self.rows(example)[0])
         }
@@ -145,12 +144,13 @@ class Raw(Task):
         if known is not None and name not in known:
             raise InputError("forward has no such argument", where=name, wanted=" | ".join(known))
         try:
+            # No copy: engines never write to their inputs.
             array: np.ndarray = array_of(value) if is_tensor(value) else np.asarray(value)
         except (ValueError, TypeError) as error:
             raise InputError(
                 "Not an array", where=name, wanted="numbers of one shape", found=error
             ) from None
-        if array.dtype.kind not in "biuf":
+        if array.dtype.kind not in "biuf":  # texts, objects, complex numbers
             raise InputError(
                 "Not an array of numbers",
                 where=name,
@@ -195,7 +195,7 @@ class Raw(Task):
             raise StructureError(
                 "forward gave no tensor by name", wanted="a tensor, or a tuple or dict of tensors"
             )
-        # Users may write to what they are given, and engines do not let go of all that they return.
+        # Users may write to their answer, and engines may keep a tensor that they return.
         return {
             name: array if array.flags.writeable else array.copy()
             for name, array in outputs.items()
@@ -212,8 +212,7 @@ class Raw(Task):
     ) -> Iterator[dict[str, Any] | None]:
         yield from map(dict, outputs)
 
-    # Arrays are recorded as features and outputs already; the JSON holds their shapes, to be read
-    # by people.
+    # Arrays are recorded as features and outputs already; the JSON holds their shapes, for people.
 
     def to_record(self, value: Mapping[str, Any]) -> dict[str, Any]:
         return {name: f"{array.dtype}{list(array.shape)}" for name, array in value.items()}
@@ -223,10 +222,7 @@ class Raw(Task):
 
 
 def _are_arguments(table: pd.DataFrame, arguments: Sequence[str] | None) -> bool:
-    """Whether the columns of a table are arguments of forward by name.
-
-    One cell a row, lists or numbers.
-    """
+    """Whether the columns of a table are arguments of forward, with lists or numbers in cells."""
     return arguments is not None and set(map(str, table.columns)) <= set(arguments)
 
 
@@ -248,7 +244,7 @@ def _as_table(data: Any, columns: Sequence[str]) -> pd.DataFrame:
         raise InputError(
             "Not a table", wanted=f"columns {', '.join(columns)}", found=error
         ) from None
-    if list(table.columns) == list(range(len(columns))):  # a list of lists
+    if list(table.columns) == list(range(len(columns))):  # a list of lists, which pandas numbers
         table.columns = pd.Index(columns)
     there = [str(name) for name in table.columns]
     if set(there) != set(columns) or len(there) != len(columns):
@@ -277,7 +273,7 @@ def _numbers(table: pd.DataFrame) -> np.ndarray:
 
 
 def _column(name: str, array: np.ndarray) -> list[Any]:
-    """One cell a row: a number where the output has one for each row, else nested lists."""
+    """Cells of a column: numbers of an output of shape (rows,) or (rows, 1), else nested lists."""
     if not array.ndim:
         raise StructureError(
             "A table cannot hold an output that is not one a row",

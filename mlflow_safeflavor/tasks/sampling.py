@@ -10,8 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SAMPLING", "Draw", "sampler"]
 
-# Setting → what transformers applies for it, in its order, and the value for which it applies
-# nothing.
+# Setting → transformers' class for it, in its order, and the value for which that does nothing.
 SAMPLING: Mapping[str, tuple[str, Any]] = {
     "temperature": ("TemperatureLogitsWarper", 1.0),
     "top_k": ("TopKLogitsWarper", 0),
@@ -23,18 +22,15 @@ SAMPLING: Mapping[str, tuple[str, Any]] = {
 
 
 class Draw:
-    """Makes greedy decoding sample.
-
-    Of scores plus Gumbel noise, the largest is a sample of their softmax.
-
-    transformers draws from torch's global generator, which threads share: a seed there promises
-    nothing to a request beside which another one runs, and setting it disturbs everybody else. Here
-    each row has a generator of its own, on the CPU, so that a seed means the same on every device.
+    """Adds Gumbel noise to scores: the largest sum is a sample of their softmax.
 
     Args:
         generators: One a row.
     """
 
+    # transformers draws from torch's global generator, which threads share: a seed there promises
+    # nothing to a request beside which another one runs, and setting it disturbs all others. Here
+    # each row has a generator of its own, on the CPU, so that a seed means the same on all devices.
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         self.generators = generators
 
@@ -46,17 +42,17 @@ class Draw:
             torch.empty(scores.shape[1]).exponential_(generator=generator)
             for generator in self.generators
         ]
-        # A draw of exactly 0 would be infinite noise, and not a number where a score is minus
-        # infinity.
+        # Gumbel noise is -log of an exponential draw. A draw of exactly 0 would be infinite noise,
+        # and NaN where a score is minus infinity.
         noise = torch.stack(rows).clamp_min(torch.finfo(torch.float32).tiny).log()
         return scores - noise.to(scores.device)
 
 
 def sampler(settings: Mapping[str, Any], rows: int, seed: int) -> list[Any]:
-    """What is to be done to the scores of each step so that greedy decoding samples.
+    """Processors of the scores of each step with which greedy decoding samples.
 
     Args:
-        settings: Values for names in ``SAMPLING``; what is missing does nothing.
+        settings: Values for names in ``SAMPLING``; missing ones do nothing.
         rows: How many rows are decoded together.
         seed: Of every row; negative for another one each time.
     """

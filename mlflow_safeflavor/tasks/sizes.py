@@ -1,4 +1,4 @@
-"""Sizes of arrays: which of them a forward takes otherwise than in the example."""
+"""Free sizes of arrays: dimensions that a forward takes in other sizes than the example's."""
 
 from __future__ import annotations
 
@@ -12,12 +12,7 @@ __all__ = ["free_sizes"]
 def free_sizes(
     forward: Callable[[Mapping[str, np.ndarray]], object], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, list[int]]:
-    """Shape of each array with -1 for what varies.
-
-    The rows, and what ``forward`` was seen to take in another size.
-
-    It is tried one longer, then one shorter: dimensions of equal length together first, as ids and
-    their mask belong together, then each by itself.
+    """Shape of each array with -1 for rows and for sizes that ``forward`` was seen to vary.
 
     Args:
         forward: Raises where it does not take the arrays.
@@ -30,6 +25,8 @@ def free_sizes(
         for size in sorted(set(length.values()))
     ]
     free: set[tuple[str, int]] = set()
+    # Dimensions of equal length first, together, as ids and their mask belong together; then each
+    # by itself. One longer, then one shorter, as the example may be the longest that fits.
     for group in [*together, *([place] for place in places)]:
         if not free.issuperset(group) and any(
             _takes(forward, arrays, group, step) for step in (1, -1)

@@ -1,4 +1,4 @@
-"""Texts to stop at."""
+"""Stop texts: generation of a row ends where it has written one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Stop", "first_stop"]
 
 
 class Stop:
-    """Which rows have written one of the texts to stop at."""
+    """Stopping criterion of transformers: rows that have written one of the stop texts."""
 
     def __init__(
         self, text_of: Callable[[Sequence[int]], str], stop: Sequence[str], start: int
@@ -23,11 +23,13 @@ class Stop:
         """Bool of shape (rows,)."""
         import torch
 
+        # All new tokens decoded again: a stop text may lie anywhere in the last ones, and a token
+        # by itself may be part of a character.
         written = input_ids[:, self.start :].tolist()
         done = [first_stop(self.text_of(ids), self.stop) is not None for ids in written]
         return torch.tensor(done, device=input_ids.device)
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where in ``text`` the first of the texts to stop at begins."""
+    """Index in ``text`` of the first stop text; None without one."""
     return min((place for word in stop if (place := text.find(word)) >= 0), default=None)

@@ -1,4 +1,4 @@
-"""What a model is asked: rows in, rows out. One file a task family, and the table below."""
+"""Tasks by name, and the task of a model class."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classific
 
 
 def task_class(name: str) -> type[Task]:
-    """The task of that name; its ``name`` is what is recorded, whatever alias was asked for.
+    """The task of that name or alias; its ``name`` is recorded.
 
     Raises:
         StructureError: There is none.

@@ -1,4 +1,4 @@
-"""What all tasks that read text share: encode, pad, run, and how long a text may be."""
+"""Base of the tasks that read text: encode, pad, run, and the length of a text."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ from mlflow_safeflavor.tasks.text_params import MAX_LENGTH, TRUNCATION
 
 __all__ = ["SPANS", "TextTask", "groups"]
 
-# What ``TextEncoder.encode`` adds with ``spans``.
+# Features that ``TextEncoder.encode`` adds with ``spans``.
 SPANS = ("offsets", "word_ids", "sequence_ids")
 
-# Tokenised at a time.
+# Characters that are tokenised at a time: some milliseconds, after which others take their turn.
 _CHARACTERS = 20_000
+
+# Of different lengths, so that rows are padded; with accents, scripts and signs beyond 16 bits.
 
 _GOLDEN_TEXTS = (
     "Hello world.",
@@ -55,9 +57,7 @@ class TextTask(Task):
     required: ClassVar[tuple[str, ...]] = ("text",)
     reads: ClassVar[tuple[str, ...]] = ("encoder",)
     params: ClassVar[tuple[Param, ...]] = (MAX_LENGTH, TRUNCATION)
-    # Whether features also say where in the text each token is from.
-    #
-    # See ``TextEncoder.encode``.
+    # Whether features also have ``SPANS``, the place of each token in the text.
     spans: ClassVar[bool] = False
     # The outputs part of the signature.
     answer: ClassVar[Schema | None]
@@ -68,7 +68,7 @@ class TextTask(Task):
 
     @classmethod
     def golden(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        # Golden rows may be longer than the model takes.
+        # Golden rows may be longer than the model takes: cut, even where requests are refused.
         uncut = config.get("params", {}).get("truncation") is False
         return {**super().golden(config), **({"truncation": True} if uncut else {})}
 
@@ -101,8 +101,8 @@ class TextTask(Task):
 
         Args:
             name: The param.
-            length: Its value; 0 says nothing.
-            texts: How many texts make up what is encoded, 1 or 2.
+            length: Its value; 0 for the model's own.
+            texts: Texts that are encoded together, 1 or 2.
 
         Raises:
             InputError: Names the param.
@@ -136,7 +136,7 @@ class TextTask(Task):
                 yield self.known(row)
 
     def known(self, row: Mapping[str, list[Any]]) -> Features:
-        """What the model takes of an encoded row, and where its tokens are from if that is told."""
+        """The model's arguments of an encoded row, and its ``SPANS`` if it has them."""
         names = (*self.config["input_names"], *SPANS)
         return {name: row[name] for name in names if name in row}
 
@@ -183,6 +183,7 @@ class TextTask(Task):
             InputError: Names the row.
         """
         most = limit or self.caps.max_tokens
+        # A text that will be cut is never refused.
         if most and not (limit and cut):
             for i, row in enumerate(rows, first):
                 if any(
@@ -205,9 +206,9 @@ class TextTask(Task):
         """Refuse a row if the beginning of its text makes more windows than a request may have.
 
         Args:
-            text: What is cut into windows.
+            text: The text that is cut into windows.
             pieces: Windows of the rows before.
-            rows: How many rows the request has.
+            rows: Rows of the request.
             room: See ``windows``.
             overlap: See ``windows``.
             where: See ``Caps.require``.
@@ -225,8 +226,7 @@ class TextTask(Task):
     def require_tokens(self, i: int, length: int) -> None:
         """Refuse row ``i`` if it has no tokens. Raises ``InputError`` naming it."""
         if length == 0:
-            # Alone it would crash the model; beside longer rows it would be all padding, and its
-            # answer noise.
+            # Alone it crashes a model; beside longer rows it is all padding, and its answer noise.
             raise InputError(
                 "A text has no tokens, and this tokenizer adds none",
                 where=place(i, *self.columns.values()),
@@ -240,7 +240,7 @@ class TextTask(Task):
 
     @property
     def pad_id(self) -> int | None:
-        """Token that fills up a row; None where rows of this model must not be filled up."""
+        """Token id of padding; None where rows of this model must not be padded."""
         pad_id: int | None = self.config["pad_token_id"]
         return pad_id if "attention_mask" in self.config["input_names"] else None
 
@@ -263,12 +263,14 @@ class TextTask(Task):
             for name in self.config["input_names"]
             if name in batch[0]
         }
+        # Of real tokens, also where the model takes no attention mask.
         mask = self._filled([np.ones(self.cost(row), np.int64) for row in batch], 0)
         return tables, mask.astype(bool)
 
     def _filled(self, rows: Sequence[Any], fill: int) -> np.ndarray:
         longest = max(map(len, rows))
         left = self.config["padding_side"] == "left"
+        # (rows, longest); int64, which torch's embedding and the graph's Gather take.
         table: np.ndarray = np.full((len(rows), longest), fill, dtype=np.int64)
         for line, row in zip(table, rows, strict=True):
             start = longest - len(row) if left else 0
@@ -292,8 +294,8 @@ class TextTask(Task):
         """One output a row, without padding.
 
         Args:
-            outputs: What the engine returned for one batch.
-            mask: What ``collate`` returned: real tokens, bool of shape (rows, longest).
+            outputs: Of the engine, for one batch.
+            mask: From ``collate``: real tokens, bool of shape (rows, longest).
         """
 
 

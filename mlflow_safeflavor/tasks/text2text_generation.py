@@ -1,4 +1,4 @@
-"""Texts → what an encoder-decoder makes of them: summaries, translations, answers."""
+"""Texts → texts of an encoder-decoder: summaries, translations, answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SPECIFIC = re.compile(r"summarization|translation(_\w+_to_\w+)?", re.ASCII)
 
 
 class Text2TextGeneration(Generation):
-    """What an encoder-decoder writes about a text.
+    """The text that an encoder-decoder generates from a text.
 
     Options, fixed at save through ``model_config``: ``prefix``, put before each text, and
     ``generation``, changes of the model's generation config. Saved as ``summarization``,
@@ -77,10 +77,7 @@ class Text2TextGeneration(Generation):
 
 @cache
 def specific_task(name: str) -> type[Text2TextGeneration] | None:
-    """The task under one of the names that pipelines have for what a model was trained to do.
-
-    None for other names.
-    """
+    """The task under a name that pipelines have for one use of a model; None for other names."""
     if not _SPECIFIC.fullmatch(name):
         return None
     return type(

@@ -53,7 +53,7 @@ class TextClassification(TextTask):
         return super().encode(rows, params)
 
     def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:
-        return read_logits(outputs, len(mask), self.config["labels"])
+        return read_logits(outputs, len(mask), self.config["labels"])  # (rows, labels)
 
     def decode(
         self,

@@ -34,7 +34,7 @@ _GOLDEN_CHATS = (
 
 
 class TextGeneration(Generation):
-    """What a decoder writes after a text, or as the next turn of a chat.
+    """A decoder's continuation of a text, or the next turn of a chat.
 
     A model reads one or the other, as ``input_columns`` says when it is saved: ``{"text": …}``, the
     default, or ``{"messages": …}`` for a model whose tokenizer has a chat template. A cell of
@@ -133,7 +133,7 @@ class TextGeneration(Generation):
             require_texts(rows, self.columns)
         self.require_little(rows, params)
         limit = self.prompt_limit(params)
-        special = not self._chat  # the template has put them in
+        special = not self._chat  # the template has put them in: a second BOS changes the answer
         for i, row in enumerate(rows):
             prompt = self._prompt(i, row)
             self.require_short(i, [{"prompt": prompt}], limit, cut=params["truncation"])
@@ -145,15 +145,13 @@ class TextGeneration(Generation):
             yield self.featured(ids, params)
 
     def _beginning(self) -> list[int]:
-        """What stands for an empty prompt, as in transformers.
-
-        The token at the beginning of texts, if there is one.
-        """
+        """Tokens of an empty prompt, as in transformers: the BOS token, if there is one."""
         first = self.config["generation"].get("bos_token_id")
         return [] if first is None else [first]
 
     def _end_of(self, prompt: str, limit: int, *, special: bool) -> list[int]:
         """The last tokens of a prompt, and its special ones."""
+        # Not the encoder's truncation, whose side belongs to the tokenizer: the end is continued.
         (row,) = self.encoder.encode([prompt], truncation=False, special=special, spans=True)
         added = [i for i, text in enumerate(row["sequence_ids"]) if text == -1]
         own = [i for i, text in enumerate(row["sequence_ids"]) if text != -1]
@@ -176,7 +174,7 @@ class TextGeneration(Generation):
                 hint='set tokenizer.chat_template, or save the model with input_columns={"text": '
                 "…}",
             )
-        # only a chat needs it, and with it jinja2
+        # Imported late: only chats need jinja2.
         from mlflow_safeflavor.tasks.inputs.chat_template import render
 
         try:

@@ -1,4 +1,4 @@
-"""What is to be known of a model that reads text."""
+"""Facts of a model that reads text: its arguments, its length, its padding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["describe_text_model"]
 
 
 def describe_text_model(model: torch.nn.Module) -> dict[str, Any]:
-    """What ``TextTask`` needs to know of a model; JSON only.
+    """Facts of a model for ``TextTask``; JSON only.
 
     Returns:
         ``input_names`` that its forward takes, ``max_length`` in tokens or None, ``pad_token_id``
@@ -38,10 +38,10 @@ def describe_text_model(model: torch.nn.Module) -> dict[str, Any]:
         # The model's own and not the tokenizer's: RoBERTa counts positions, and GPT-like
         # classifiers find the last token, by comparing with it.
         "pad_token_id": _pad_token_id(config),
-        # Whatever the tokenizer says: padding on the left shifts the positions of the real tokens
-        # where they are looked up in a table, and puts padding where classifiers look for the first
-        # token. Behind the last token it harms nobody, causal models included, but those that read
-        # the last place whatever it holds (XLNet).
+        # Not the tokenizer's: padding on the left shifts the positions of the real tokens where
+        # they are looked up in a table, and puts padding where classifiers look for the first
+        # token. Behind the last token it does no harm, causal models included, but to those that
+        # read the last position (XLNet).
         "padding_side": "left" if getattr(config, "summary_type", None) == "last" else "right",
     }
 
@@ -63,7 +63,7 @@ def _input_names(model: torch.nn.Module) -> list[str]:
 
 
 def _position_tables(model: torch.nn.Module) -> list[torch.nn.Embedding]:
-    """Tables in which absolute positions are looked up, whatever the architecture calls them."""
+    """Tables of absolute positions, by names that architectures have for them."""
     import torch
 
     return [

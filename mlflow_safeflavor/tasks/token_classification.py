@@ -60,9 +60,7 @@ _ENTITY = Object(
     ]
 )
 
-# A token or a word on its way to an entity.
-#
-# Word, scores of all labels, start, end, index, is_subword.
+# A token, or a word of tokens: word, scores of all labels, start, end, index, is_subword.
 _Token = dict[str, Any]
 
 
@@ -73,7 +71,7 @@ class TokenClassification(TextTask):
     ``start`` and ``end`` for each token with a label that is not ignored; with an
     ``aggregation_strategy`` other than "none" one for each group of tokens, and ``entity_group`` in
     place of ``entity`` and ``index``. ``start`` and ``end`` count characters of the text; ``word``
-    is what the tokenizer makes of its tokens.
+    is the tokenizer's text of its tokens.
 
     A text that is longer than the model takes is cut; with ``stride`` it is read in windows
     instead, where of entities that overlap the longer one is kept.
@@ -171,6 +169,7 @@ class TokenClassification(TextTask):
         ):
             require_finite([output["logits"]], i)
             pieces = self.pieces(encoded)
+            # Outputs of all windows lie behind each other: split again where each ends.
             cuts = np.cumsum([self.cost(piece) for piece in pieces])[:-1]
             found: list[dict[str, Any]] = []
             for piece, logits in zip(pieces, np.split(output["logits"], cuts), strict=True):
@@ -192,8 +191,8 @@ class TokenClassification(TextTask):
                 continue
             token_id, surface = piece["input_ids"][index], text[start:end]
             word = surface if token_id == unknown else self.encoder.token(token_id)
-            # Where the vocabulary does not tell, a token goes on with a word if there is no space
-            # before it.
+            # A vocabulary with marks ("##ing") writes such a token longer than the text has it.
+            # Without marks a token goes on with a word if there is no space before it.
             goes_on = (
                 len(word) != len(surface)
                 if marks
@@ -222,7 +221,7 @@ class TokenClassification(TextTask):
         return [self._group(group) for group in _groups([self._entity(word) for word in whole])]
 
     def _entity(self, token: _Token, **index: int) -> dict[str, Any]:
-        best = int(token["scores"].argmax())
+        best = int(token["scores"].argmax())  # scores: (labels,)
         return {
             "entity": self.config["labels"][best],
             "score": float(token["scores"][best]),

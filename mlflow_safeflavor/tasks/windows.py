@@ -9,7 +9,7 @@ __all__ = ["count_windows", "windows"]
 
 
 def count_windows(tokens: int, room: int, overlap: int) -> int:
-    """How many ``windows`` there are of so many tokens."""
+    """Number of ``windows`` of so many tokens, without making them: a cap comes first."""
     return len(range(0, max(1, tokens - overlap), room - overlap))
 
 
@@ -22,16 +22,17 @@ def windows(
     ``return_overflowing_tokens``.
 
     Args:
-        row: What ``TextEncoder.encode`` made, uncut and with spans.
-        sequence: Which text is cut: 0, or 1 for the second one.
+        row: From ``TextEncoder.encode``, uncut and with spans.
+        sequence: The text that is cut: 0, or 1 for the second one.
         room: Most tokens of that text in a window.
-        overlap: How many tokens two neighbours share; less than ``room``.
+        overlap: Tokens that two neighbours share; less than ``room``.
 
     Returns:
         At least one row, from left to right.
     """
     body = [i for i, text in enumerate(row["sequence_ids"]) if text == sequence]
     rest = [i for i, text in enumerate(row["sequence_ids"]) if text != sequence]
+    # A window of nothing but the overlap with the one before is left out, but there is always one.
     starts = range(0, max(1, len(body) - overlap), room - overlap)
     for start in starts:
         positions = sorted(rest + body[start : start + room])

@@ -125,7 +125,7 @@ class ZeroShotClassification(TextTask):
             yield {"pairs": pairs}
 
     def _hypotheses(self, params: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
-        """What is said of a text, with each label; encoded once for all rows."""
+        """The template with each label, encoded once for all rows."""
         template, labels = params["hypothesis_template"], params["candidate_labels"]
         characters = sum(len(template) + template.count("{}") * len(label) for label in labels)
         where, instead = (
@@ -135,7 +135,7 @@ class ZeroShotClassification(TextTask):
         self.caps.require(
             "max_characters", characters, "Hypotheses are too long", where=where, instead=instead
         )
-        # Not format, which would let a request read attributes and fill the memory.
+        # Not str.format: "{0.__class__}" reads attributes, and "{:999999999}" fills the memory.
         asked = [template.replace("{}", label) for label in labels]
         encoded: list[dict[str, list[Any]]] = self.encoder.encode(
             asked, truncation=False, special=False
@@ -169,10 +169,12 @@ class ZeroShotClassification(TextTask):
     def _scores(self, logits: np.ndarray, params: Mapping[str, Any]) -> np.ndarray:
         entailment = self.config["entailment"]
         if params["multi_label"] or len(logits) == 1:
+            # Each label by itself, entailment against contradiction; the pipeline takes the other
+            # end of the labels for the latter, and leaves "neutral" out.
             contradiction = -1 if entailment == 0 else 0
             by_itself: np.ndarray = softmax(logits[:, [contradiction, entailment]])[:, 1]
             return by_itself
-        return softmax(logits[:, entailment])
+        return softmax(logits[:, entailment])  # of the candidate labels, (candidate labels,)
 
     def _answer(self, scores: np.ndarray, params: Mapping[str, Any]) -> dict[str, Any]:
         order = np.argsort(-scores, kind="stable")
@@ -191,11 +193,11 @@ def _too_long(label: str, limit: int) -> InputError:
 
 
 def _entailment(model: torch.nn.Module) -> int:
-    """Which logit means that the hypothesis follows from the text."""
+    """Index of the logit that the hypothesis follows from the text."""
     label2id = dict(getattr(getattr(model, "config", None), "label2id", None) or {})
     found = [int(i) for label, i in label2id.items() if str(label).lower().startswith("entail")]
     if not found or len(label2id) < 2:
-        # transformers' pipeline warns and takes the last one.
+        # transformers' pipeline warns and takes the last one, which may mean the opposite.
         raise StructureError(
             "The model does not say which of its labels is entailment",
             where=f"{type(model).__name__}.config.label2id",

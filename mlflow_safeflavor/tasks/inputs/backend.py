@@ -18,7 +18,8 @@ TOKENIZER = "tokenizer.json"
 
 # Bytes of a tokenizer.json: Gemma's, with 262,144 tokens, has a quarter of that.
 _LARGEST_FILE = 2**27
-# Characters that all replacements together may make of one.
+# Characters that all replacements together may make of one: each part of a backend works on the
+# text of the part before, so lengths multiply.
 _LONGEST_INSERTION = 1000
 
 
@@ -46,8 +47,8 @@ def read_backend(path: Path, read: Callable[[Path], bytes] = Path.read_bytes) ->
 
 
 def _require_moderate(backend: Tokenizer) -> None:
-    """Refuse a backend that makes far more of a text than the text is. Raises ``ValueError``."""
-    # never written; 10^9 is a length, too
+    """Raise ``ValueError`` for a backend that makes far more of a text than the text is."""
+    # Never written by a save; padding to a length of 10^9 is a bomb.
     if backend.padding is not None or backend.truncation is not None:
         raise ValueError("padding or truncation, which a saved tokenizer never has")
     longest = 1

@@ -1,8 +1,8 @@
 """Caps: the most that one request may ask for, checked before any work is done for it.
 
-What a request costs should follow from its size. Some params and files multiply it: a few hundred
+The cost of a request should follow from its size. Some params and files multiply it: a few hundred
 bytes can ask for every token of a vocabulary in every gap, or name an image of a billion pixels.
-That is capped; a table of many rows is not, beyond their number.
+Caps bound that, and not a table of many rows, beyond their number.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from mlflow_safeflavor.errors import InputError
 
 __all__ = ["ANSWERS_A_ROW", "PIECES_A_ROW", "Caps"]
 
+# Windows and labels that a row may have on average, beyond ``max_pieces`` in all.
 PIECES_A_ROW = 16
 # Tokens that a row may be answered with on average, whatever ``max_answers`` is.
 ANSWERS_A_ROW = 3_000
@@ -62,16 +63,16 @@ class Caps:
         allowed: float = 0,
         least: bool = False,
     ) -> None:
-        """Refuse what is above a cap.
+        """Raise ``InputError`` for a request beyond a cap.
 
         Args:
             cap: One of the attributes.
-            found: What a request asks for, in the cap's unit.
+            found: Amount that a request asks for, in the cap's unit.
             what: The message's first sentence.
             where: Row and column, or param.
-            instead: What the caller can do without raising the cap, as an imperative.
-            allowed: What is allowed even where the cap is lower.
-            least: Whether it asks for ``found`` at least, as nobody looked any further.
+            instead: A remedy without raising the cap, as an imperative.
+            allowed: Amount that is allowed even where the cap is lower.
+            least: Whether it asks for ``found`` at least, since counting stopped there.
 
         Raises:
             InputError: Names the cap, what was found, and how to raise it.
@@ -95,20 +96,14 @@ class Caps:
     def require_pieces(
         self, pieces: int, rows: int, *, where: object, instead: str, least: bool = False
     ) -> None:
-        """Refuse more windows and labels than ``max_pieces``, or ``PIECES_A_ROW``.
-
-        Raises ``InputError``.
-        """
+        """Raise ``InputError`` for more windows and labels than ``max_pieces``."""
         what, allowed = "A request has the model read too much", PIECES_A_ROW * rows
         self.require(
             "max_pieces", pieces, what, where=where, instead=instead, allowed=allowed, least=least
         )
 
     def require_answers(self, tokens: int, rows: int, *, where: object, instead: str) -> None:
-        """Refuse longer answers than ``max_answers``, or ``ANSWERS_A_ROW``.
-
-        Raises ``InputError``.
-        """
+        """Raise ``InputError`` for longer answers than ``max_answers``."""
         what = "A request asks for too many answers"
         self.require(
             "max_answers", tokens, what, where=where, instead=instead, allowed=ANSWERS_A_ROW * rows

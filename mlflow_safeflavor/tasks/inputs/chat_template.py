@@ -1,8 +1,8 @@
 """Chat templates, rendered by transformers within a budget.
 
-A template is a program of the artifact. Jinja's sandbox keeps it from Python, and neither from a
-loop without end nor from a text of a terabyte. Here each text and list that an operator, filter or
-call would make is looked at before it is made, and what takes more than a second, or a gigabyte of
+A template is a program of the artifact. Jinja's sandbox keeps it from Python, but neither from a
+loop without end nor from a text of a terabyte. Here the size of each text and list is bounded
+before an operator, filter or call makes it, and a rendering of more than a second, or a gigabyte of
 small steps, is interrupted.
 """
 
@@ -30,11 +30,12 @@ _LONGEST_TEMPLATE = 200_000
 _LONGEST = 2**22
 # A number that a call is given. Jinja's sandbox ends ranges here, too.
 _LARGEST = 100_000
-# What can be made of several texts is at most their product, and in honest templates far less.
+# A result of several texts is at most as long as their product, and in honest templates far less:
+# the bound is that product divided by this.
 _SLACK = 16
 _SECONDS = 1.0
 
-# What can make more than it is given.
+# Filters and methods whose result can be longer than their arguments.
 _GROWING = frozenset(
     (
         *(
@@ -68,12 +69,12 @@ _WIDTH = re.compile(r"%[^%a-zA-Z]*(\d{5}|\*)|\{[^}]*:[^}]*(\d{5}|\{)")
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
-    """What the model reads of a chat, as ``tokenizer.apply_chat_template`` makes it.
+    """The prompt of a chat, as ``tokenizer.apply_chat_template`` makes it.
 
     The assistant's turn is begun, or continued where the last message is its own.
 
     Raises:
-        StructureError: It takes too long, or too much.
+        StructureError: It takes too much time or memory.
         Exception: Of any kind, as the template pleases.
     """
     from transformers.utils import chat_template_utils
@@ -107,6 +108,7 @@ def _compile(source: str) -> Template:
     if len(source) > _LONGEST_TEMPLATE:
         raise SecurityError(f"a chat template of {len(source):,} characters")
     environment = _compile_jinja_template("").environment.overlay(optimized=False)
+    # transformers' environment with its own filters, globals and tags; only its class is bounded.
     environment.__class__ = _Environment
     environment.filters = {
         name: _bounded(name, function) for name, function in environment.filters.items()
@@ -116,6 +118,7 @@ def _compile(source: str) -> Template:
 
 
 class _Generator(CodeGenerator):
+    # ``a ~ b`` compiles to a function of Jinja's runtime, of which no environment is asked.
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.join((")
         for part in node.nodes:
@@ -125,7 +128,7 @@ class _Generator(CodeGenerator):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """That of transformers, in which nothing grows beyond ``_LONGEST``."""
+    """The environment of transformers, with no text or list longer than ``_LONGEST``."""
 
     code_generator_class = _Generator
     intercepted_binops = frozenset(("+", "*", "**", "%"))
@@ -148,7 +151,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             _require(_size(left) + _size(right))
         elif operator == "*":
             _require(_product((left, right)))
-        elif operator == "**":
+        elif operator == "**":  # 9 ** 9 ** 9 is one step of C, which nothing interrupts
             _require(
                 _product((left,) * min(right, 100) if isinstance(right, int) else (left, right))
             )
@@ -157,7 +160,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """``"…".format``, which the sandbox puts something of its own in the place of."""
+        """``"…".format``, which the sandbox replaces by a function of its own."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None
@@ -176,7 +179,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    skipped = 1 if hasattr(function, "jinja_pass_arg") else 0
+    skipped = 1 if hasattr(function, "jinja_pass_arg") else 0  # the context or environment
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -222,7 +225,7 @@ def _require(size: int) -> None:
 
 
 def _size(value: Any) -> int:
-    """How long a text, a number's value, or the sum of a list's items is."""
+    """Length of a text, value of a number, or summed length of a list's items."""
     if isinstance(value, (int, float)):
         return min(abs(int(value)), 2**62) if value == value and abs(value) != float("inf") else 1
     if isinstance(value, (list, tuple)):

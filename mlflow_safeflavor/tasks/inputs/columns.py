@@ -1,4 +1,4 @@
-"""Columns of a table: those that the model knows, and no others."""
+"""Columns of a table: known, missing and extra ones."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["named_columns", "require_columns", "without_extra_columns"]
 
 
 def without_extra_columns(data: Any, known: Collection[str]) -> Any:
-    """A table or its rows without the columns that nobody knows; anything else untouched.
+    """A table or its rows without columns that the model does not know; anything else untouched.
 
     Args:
-        data: What the user handed over.
+        data: The user's.
         known: Columns of the model.
     """
     if isinstance(data, pd.DataFrame):
@@ -44,6 +44,7 @@ def named_columns(columns: Mapping[str, str | None], data: Any) -> Mapping[str, 
         columns,
         table.columns.tolist() if isinstance(table, pd.DataFrame) else list(table),
     )
+    # MLflow's pyfunc takes the first without a word; natively nothing says which is meant.
     if len(there) > 1:
         named = {field: str(there[0])}
         raise InputError(
@@ -60,7 +61,7 @@ def named_columns(columns: Mapping[str, str | None], data: Any) -> Mapping[str, 
 def require_columns(
     there: list[Any], known: list[Any], needed: list[Any], *, row: int | None = None
 ) -> None:
-    """Refuse missing columns, and columns that nobody knows."""
+    """Refuse missing columns, and columns that the model does not know."""
     prefix = "" if row is None else f"row {row}, "
     if missing := [name for name in needed if name not in there]:
         raise InputError(

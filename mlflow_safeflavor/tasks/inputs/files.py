@@ -1,7 +1,7 @@
-"""Files as values of cells: what users hand over for an image or a sound, as bytes.
+"""Files as values of cells: images and sounds, as bytes.
 
 Texts are never taken for paths. Over HTTP every value of JSON is a text, so a server that opened
-what a text names would read its own files to whoever asks. A path is a ``pathlib.Path``, which no
+the file of that name would read its own files to any client. A path is a ``pathlib.Path``, which no
 request can contain.
 """
 
@@ -35,10 +35,6 @@ def is_file_like(value: Any) -> bool:
 def content_of(value: Any, where: str) -> bytes:
     """The bytes of a file, given as ``bytes``, base64 text, ``data:`` URL or ``pathlib.Path``.
 
-    Base64 may also come as bytes: MLflow decodes a column of type binary in ``dataframe_split`` and
-    ``dataframe_records``, but not in ``inputs`` and ``instances``. No file of an image or sound
-    begins with so many letters.
-
     Args:
         value: For which ``is_file_like`` is true.
         where: Row and column, for messages.
@@ -53,11 +49,13 @@ def content_of(value: Any, where: str) -> bytes:
         text = value[found.end() :] if (found := _DATA_URL.match(value[:200])) else value
         return _decode(text.encode("ascii", "replace"), where)
     content = _sized(bytes(value), len(value), where)
+    # Base64 may come as bytes, too: MLflow decodes a column of type binary in dataframe_split and
+    # dataframe_records, but not in inputs and instances. No image or sound begins with 64 letters.
     return _decode(content, where) if _BASE64.fullmatch(content[:_LOOKED_AT]) else content
 
 
 def _decode(text: bytes, where: str) -> bytes:
-    _sized(text, len(text) * 3 // 4, where)
+    _sized(text, len(text) * 3 // 4, where)  # 4 letters are 3 bytes: refused before it is decoded
     try:
         return base64.b64decode(text.translate(None, b" \t\r\n"), validate=True)
     except binascii.Error as error:

@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_RATIO", "read_image", "record_image"]
 
-# Longer to shorter side.
-#
-# Processors scale the shorter side to some hundred pixels, and the longer one with it.
+# Longer to shorter side: processors scale the shorter side to some hundred pixels, and the longer
+# one with it.
 MAX_RATIO = 50
 
-# Others are rare, and some run other programs (EPS).
+# Other formats are rare, and for some (EPS) Pillow runs another program.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _WANTED = (
     "an image file as bytes or base64, a pathlib.Path, a PIL image, or a uint8 array of shape (H, "
@@ -49,6 +48,7 @@ def read_image(value: Any, where: str, caps: Caps) -> Image:
         image = _open(content_of(value, where), where)
     else:
         image = pil.fromarray(_pixels(value, where))
+    # By the header, before a pixel is decoded: a file of some kB can hold a billion of them.
     _require_size(image, where, caps)
     try:
         return ops.exif_transpose(image).convert("RGB")  # type: ignore[no-any-return]
@@ -57,10 +57,7 @@ def read_image(value: Any, where: str, caps: Caps) -> Image:
 
 
 def record_image(value: Any, where: str, caps: Caps) -> str:
-    """A cell as base64 text from which ``read_image`` reads the same pixels.
-
-    The file itself, else a PNG.
-    """
+    """A cell as base64 text of the file itself or a PNG; ``read_image`` gives the same pixels."""
     if is_file_like(value):
         content = content_of(value, where)
     else:
@@ -85,6 +82,7 @@ def _open(content: bytes, where: str) -> Any:
     try:
         return pil.open(io.BytesIO(content), formats=_FORMATS)  # reads the header only
     except Exception as error:  # each decoder has its own ways to fail
+        # Pillow's message names the file object, with its address in memory.
         raise _unreadable(where, str(error).partition("<_io")[0] or error) from None
 
 
@@ -109,7 +107,7 @@ def _pixels(value: Any, where: str) -> np.ndarray:
         fits, found = False, type(value).__name__
     if not fits:
         raise InputError("A value is not an image", where=where, wanted=_WANTED, found=found)
-    return array.astype(np.uint8)
+    return array.astype(np.uint8)  # (height, width, 3) or (height, width)
 
 
 def _require_size(image: Image, where: str, caps: Caps) -> None:

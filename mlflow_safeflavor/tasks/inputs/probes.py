@@ -1,4 +1,4 @@
-"""Probes of tokenizers: nasty texts, alone and in pairs, cut and uncut."""
+"""Probes of tokenizers: difficult texts, alone and in pairs, cut and uncut."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PROBES", "probe_with_encoder", "probe_with_transformers", "require_same_ids"]
 
+# Each for a thing in which tokenizers may differ: spaces, composed and decomposed accents, scripts
+# without spaces, joined emoji, directions, control characters, code, length.
 PROBES = (
     "",
     "The quick brown fox jumps over the lazy dog.",
@@ -29,7 +31,7 @@ _PROBE_LENGTHS = (None, 16)
 
 
 def probe_with_encoder(encoder: TextEncoder) -> list[dict[str, list[int]]]:
-    """What an encoder makes of the probes, one dict a row."""
+    """The probes, encoded without transformers, one dict a row."""
     texts, pairs = list(PROBES), list(reversed(PROBES))
     return [
         row
@@ -40,9 +42,10 @@ def probe_with_encoder(encoder: TextEncoder) -> list[dict[str, list[int]]]:
 
 
 def probe_with_transformers(tokenizer: Any, names: Sequence[str]) -> list[dict[str, list[int]]]:
-    """What a tokenizer of transformers makes of the probes, one dict a row.
+    """The probes, encoded by a tokenizer of transformers, one dict a row.
 
-    Raises ``StructureError``.
+    Raises:
+        StructureError: It takes no plain texts.
     """
     texts, pairs = list(PROBES), list(reversed(PROBES))
     rows = []
@@ -53,7 +56,7 @@ def probe_with_transformers(tokenizer: Any, names: Sequence[str]) -> list[dict[s
                     texts, second, truncation=length is not None, max_length=length, verbose=False
                 )
                 rows += [{name: batch[name][i] for name in names} for i in range(len(texts))]
-            # some classes want boxes, languages or images beside the text
+            # Some classes want boxes, languages or images beside the text.
             except Exception as error:
                 raise StructureError(
                     "The tokenizer does not take plain texts",
@@ -66,10 +69,7 @@ def probe_with_transformers(tokenizer: Any, names: Sequence[str]) -> list[dict[s
 def require_same_ids(
     wanted: Sequence[object], found: Sequence[object], name: str, reader: str
 ) -> None:
-    """Refuse a tokenizer that, read again, makes other ids of the probes.
-
-    Raises ``StructureError``.
-    """
+    """Raise ``StructureError`` for a tokenizer that, read again, gives other ids of the probes."""
     different = [i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b]
     if different:
         raise StructureError(

@@ -1,9 +1,7 @@
-"""Image processors and feature extractors.
-
-Written as JSON only, and the same numbers on every host.
+"""Image processors and feature extractors, as JSON, with the same numbers on every host.
 
 Where torchvision is installed, transformers takes another implementation of an image processor than
-where it is not, and other numbers come out. Here it is always the one that uses Pillow.
+elsewhere, which gives other numbers. Here it is always the one that uses Pillow.
 """
 
 from __future__ import annotations
@@ -28,12 +26,10 @@ __all__ = ["apply", "hears", "load_processor", "requirements_of", "write_process
 
 _CONFIG = "preprocessor_config.json"
 _TYPES = ("image_processor_type", "feature_extractor_type")
-# Keys of the config that speak of the machine it was loaded on, or of code that is not here.
+# Keys of the config about the machine it was loaded on, or about code outside transformers.
 _NOT_PORTABLE = ("auto_map", "name_or_path", "processor_class", "_processor_class", "_auto_class")
 
-# Of the range of the numbers, between torchvision's and Pillow's way to scale an image.
-#
-# Five steps of 255.
+# Of the range of the numbers, between torchvision's and Pillow's scaling: five steps of 255.
 _BACKEND_TOLERANCE = 0.02
 
 
@@ -43,16 +39,14 @@ def hears(processor: Any) -> bool:
 
 
 def apply(processor: Any, value: Any, kind: str = "np") -> dict[str, np.ndarray]:
-    """What a processor makes of one image or sound.
-
-    Argument of the model → array, without a dimension for rows.
+    """Apply a processor to one image or sound: argument → array, without a dimension for rows.
 
     Args:
         processor: Image processor or feature extractor.
         value: A PIL image in RGB, or float32 samples of shape (samples,) at the processor's own
             rate.
-        kind: What it is asked for: "np", or "pt", which is all that some can make. In what
-            classifiers have, both hold the same numbers.
+        kind: Kind of its arrays: "np", or "pt", the only one of some processors. Those of
+            classifiers give the same numbers in both.
 
     Raises:
         Exception: Of any kind, as the processor pleases.
@@ -63,7 +57,7 @@ def apply(processor: Any, value: Any, kind: str = "np") -> dict[str, np.ndarray]
         size: Any = getattr(processor, "size", None)
         if hasattr(size, "get"):
             require_moderate(size, *value.size)
-        # Said, since with a height of 1 or 3 transformers would take it for the channels.
+        # Given, since transformers would take a height of 1 or 3 for the channels.
         made = processor(
             images=np.array(value), input_data_format="channels_last", return_tensors=kind
         )
@@ -110,13 +104,11 @@ def write_processor(processor: Any, folder: str | Path) -> None:
 
 
 def load_processor(folder: str | Path, read: Callable[[Path], Any] = read_json) -> Any:
-    """The processor that ``write_processor`` wrote.
-
-    Opens no connection and runs no code beside transformers' own.
+    """Read a processor that ``write_processor`` wrote; runs no code but transformers' own.
 
     Args:
         folder: Where it was written.
-        read: What reads its file.
+        read: Reads its file.
 
     Raises:
         IntegrityError: Its file is missing or damaged, or names something else than a class of
@@ -144,6 +136,7 @@ def load_processor(folder: str | Path, read: Callable[[Path], Any] = read_json) 
             found=name,
             hint=FETCH_AGAIN,
         )
+    # Before it is built: some make their filters, of the size of n_fft, in the constructor.
     for key, number, most in find_excess(config, _default(cls)):
         raise IntegrityError(
             "The processor makes far too much of one image or sound",
@@ -168,7 +161,7 @@ def load_processor(folder: str | Path, read: Callable[[Path], Any] = read_json) 
 
 
 def _default(cls: type[Any]) -> dict[str, Any]:
-    """The config of a processor that is told nothing; empty where it wants to be told something."""
+    """The config of a processor made without arguments; empty where that fails."""
     try:
         return dict(json.loads(cls().to_json_string()))
     except Exception:  # each class has its own ways to want something
@@ -189,10 +182,7 @@ def requirements_of(processor: Any) -> list[str]:
 
 
 def _class_of(name: str) -> type[Any] | None:
-    """The class of that name that uses Pillow, whatever else is installed.
-
-    None where transformers has none.
-    """
+    """The class of that name that uses Pillow, also beside torchvision; None without one."""
     import transformers
 
     # transformers 5 marks the one that uses Pillow; 4 marks the other one ("Fast").
@@ -218,7 +208,7 @@ def _is_torchvision(cls: type[Any]) -> bool:
 
 
 def _transformers_class(processor: Any) -> type[Any]:
-    """The class of transformers that it is, or derives from."""
+    """The class of transformers of a processor, or the first one that its class derives from."""
     for cls in type(processor).__mro__:
         if _is_processor(cls):
             return cls

@@ -1,7 +1,7 @@
-"""How much a processor may make of one image or sound, by the numbers of its config.
+"""Bounds on the arrays that a processor makes of one image or sound, by its config's numbers.
 
-A processor brings every image to its own size, and fills every sound up to its own length, so that
-a few digits decide over gigabytes: of an image of one pixel, or of no request at all.
+A processor scales every image to its own size, and pads every sound to its own length, so that a
+few digits decide over gigabytes: of an image of one pixel, or of no request at all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["find_excess", "require_moderate"]
 
-# Of an edge in pixels, a window in samples, or whatever else a number may be.
+# Of an edge in pixels, a window in samples, and of all numbers that are not named below.
 _NUMBER = 8192
 # Of one image or tile; the largest default is Donut's, 2^22.
 _PIXELS = 2**24
@@ -43,13 +43,13 @@ def find_excess(
 
     Args:
         config: Of the processor.
-        default: What its class says by itself; four times that is never too much.
+        default: The class's own config; four times its numbers are never too much.
     """
     usual = dict(_numbers(default))
     for key, value in _numbers(config):
         name = key.rpartition(".")[2]
         most: float = _SMALLER.get(name, _LARGER.get(name, _NUMBER))
-        # Qwen2-VL and its like count pixels there
+        # Qwen2-VL and its relatives count pixels there, not an edge.
         if name.endswith("_edge") and usual.get(key, 0) > _NUMBER:
             most = _PIXELS
         most = max(most, 4 * abs(usual.get(key, 0)))
@@ -80,6 +80,7 @@ def _find_products(
         count = _number(config.get(name))
         if (pixels := count * (patch or tile)) > _TILES:
             yield f"{name} times pixels", pixels, _TILES
+    # An image is scaled by 1 / crop_pct before it is cropped.
     if 0 <= (part := _number(config.get("crop_pct"), 1)) < 0.05:
         yield "1 / crop_pct", 1 / part if part else float("inf"), 20
     rate = _number(config.get("sampling_rate"), 1)
@@ -92,15 +93,13 @@ def _find_products(
     filled = max(
         [*samples, _number(config.get("n_samples")), _number(config.get("nb_max_samples"))]
     )
+    # A spectrogram has a window of samples for each hop: a hop of 1 multiplies a sound by a window.
     if window > 64 * hop or filled / hop * window > _FRAMES:
         yield "windows, each a hop after the other", filled / hop * window, _FRAMES
 
 
 def require_moderate(size: Mapping[str, Any], width: int, height: int) -> None:
-    """Refuse an image that is so long and narrow that scaling its short side makes it huge.
-
-    Raises ``ValueError``.
-    """
+    """Raise ``ValueError`` for an image so narrow that scaling its short side makes it huge."""
     short, long = size.get("shortest_edge"), size.get("longest_edge")
     if (
         short
@@ -125,10 +124,7 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _areas(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """What is a height and a width.
-
-    A dict of both, a pair of numbers, or one number of such a name.
-    """
+    """Areas in pixels: of a dict of height and width, a pair, or one number of such a name."""
     for key, value in config.items():
         pairs = (
             value if isinstance(value, list) and value and isinstance(value[0], list) else [value]

@@ -1,4 +1,4 @@
-"""Any shape that users hold data in, as records by column name."""
+"""Records by column name, from any shape that users hold data in."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def count_rows(data: Any) -> int:
 
 
 def unfold_columns(data: Any) -> Any:
-    """Undo what MLflow does to ``{"text": ["a", "b"]}`` before a pyfunc model sees it.
+    """Undo MLflow's conversion of ``{"text": ["a", "b"]}`` to a frame of one row of lists.
 
-    MLflow's schema enforcement turns a dict of lists of texts into a frame of *one* row whose cells
-    are those lists; a dict of arrays or with any value that is no text becomes a frame of as many
-    rows as it should. Such a frame can also be a single bad row of lists of texts; as both look
-    alike here, the dict, which people do write, is what is meant. Anything else is returned
-    untouched.
+    Anything else is returned untouched.
 
     Args:
-        data: What MLflow handed over.
+        data: From MLflow.
     """
+    # MLflow's schema enforcement turns a dict of lists of texts into a frame of *one* row whose
+    # cells are those lists; a dict of arrays, or with any value that is no text, becomes a frame of
+    # as many rows as it should. Such a frame can also be a single bad row of lists of texts; as
+    # both look alike here, it is taken for the dict, which people do write.
     if not isinstance(data, pd.DataFrame) or len(data) != 1:
         return data
     names, [cells] = _read(data)
@@ -87,10 +87,8 @@ def _from_frame(
 
 
 def _read(frame: pd.DataFrame) -> tuple[list[Any], list[list[Any]]]:
-    """Names of columns, and the cells of each row.
-
-    All at once, which takes pandas a fifth of the time.
-    """
+    """Names of columns, and the cells of each row."""
+    # All at once takes pandas a fifth of the time of row by row.
     return frame.columns.tolist(), frame.to_numpy(dtype=object).tolist()
 
 
@@ -141,7 +139,7 @@ def _from_array(array: np.ndarray, names: list[Any]) -> list[Mapping[Any, Any]]:
 
 
 def _from_list(data: Sequence[Any], names: list[Any]) -> list[Mapping[Any, Any]]:
-    """Row 0 says what the rows of a list are: dicts, sequences of values, or values."""
+    """Records of a list, whose rows are all of row 0's kind: dicts, sequences, or values."""
     first = data[0] if data else None
     if isinstance(first, Mapping):
         return [_same_shape(i, item, Mapping, "a dict", names) for i, item in enumerate(data)]

@@ -1,7 +1,4 @@
-"""What users hand to ``predict``, turned into rows.
-
-Order kept, nothing guessed, nothing silently dropped.
-"""
+"""Rows of the data that users pass to ``predict``: in order, nothing guessed or dropped."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ def rows_of(
     *,
     missing: bool = False,
 ) -> list[Row]:
-    """Rows by field, in order, from any of the shapes users hold data in.
+    """Rows by field, in order, from any shape that users hold data in.
 
     ================================  ==========================================================
     DataFrame, dict of columns        one row an entry; all columns equally long
@@ -43,7 +40,7 @@ def rows_of(
     Args:
         data: One of the shapes above.
         columns: Field → column name, in the task's order. A sole column may have None for a name:
-            whatever the one column of ``data`` is called, it is meant.
+            then the one column of ``data`` is it, under any name.
         required: Fields that every row must have; by default all of ``columns``. A field that is
             not required may be absent as a column, but where its column exists no value may be
             missing.

@@ -20,19 +20,12 @@ _CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 'r
 
 
 class TextEncoder:
-    """Texts → token ids, exactly as the tokenizer that was saved makes them.
-
-    Safe from many threads.
-
-    Truncation is state of a ``tokenizers.Tokenizer``; changing it under a concurrent call gives
-    wrong lengths without an exception. Also, for a pair it builds every combination of what it cuts
-    off: two texts of 20 kB cut to 16 tokens took 15 s and 4.5 GB. So the tokenizer here never
-    truncates, and rows are cut afterwards, by the same rules.
+    """Texts → token ids, exactly as the saved tokenizer's; safe from many threads.
 
     Args:
         folder: Where ``write_tokenizer`` wrote.
-        config: What ``write_tokenizer`` returned.
-        read: What reads its file.
+        config: From ``write_tokenizer``.
+        read: Reads its file.
 
     Attributes:
         config: As given.
@@ -50,6 +43,10 @@ class TextEncoder:
     ) -> None:
         self.config = dict(config)
         self._tokenizer = read_backend(Path(folder) / TOKENIZER, read)
+        # Truncation is state of a ``tokenizers.Tokenizer``: changing it under a concurrent call
+        # gives wrong lengths without an exception. For a pair it also builds every combination of
+        # the tokens cut off: two texts of 20 kB cut to 16 tokens took 15 s and 4.5 GB. So it never
+        # truncates, and rows are cut afterwards, by the same rules.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         try:
@@ -87,9 +84,9 @@ class TextEncoder:
             truncation: Cut what is longer, the longer text of a pair first. Otherwise rows keep
                 their length, and the caller compares ``len(row["input_ids"])``.
             only: Cut this text of a pair (0 or 1) and never the other; a row stays longer where
-                that does not do.
+                that is not enough.
             special: Add the special tokens.
-            spans: Also say where in the texts each token is from.
+            spans: Also give the place of each token in the texts.
 
         Returns:
             One dict a row: name in ``input_names`` → list of int, all equally long. With ``spans``
@@ -107,10 +104,8 @@ class TextEncoder:
         ]
 
     def exceeds(self, text: str, tokens: int) -> bool:
-        """Whether a text has more than so many tokens, as far as that is told cheaply.
-
-        See ``TokenBound``.
-        """
+        """Whether a text surely has more than so many tokens; see ``TokenBound``."""
+        # Not worth a look where even a token a character would not be too many.
         return len(text) > tokens and self._bound.exceeds(text, tokens)
 
     @cached_property
@@ -162,10 +157,8 @@ class TextEncoder:
 
     @cached_property
     def _frame(self) -> list[tuple[int | None, int, int]]:
-        """How two texts are joined.
-
-        Special tokens (None, id, type) and, in their places, texts (number, 0, type).
-        """
+        """Frame of a pair: special tokens (None, id, type), and texts (number, 0, type)."""
+        # Told by joining a probe with itself; the first ones may have no tokens.
         for text in PROBES:
             encoding = self._tokenizer.encode(text, text)
             frame = list[tuple[int | None, int, int]]()
@@ -183,13 +176,13 @@ class TextEncoder:
         )
 
     def special_tokens(self, *, pair: bool) -> int:
-        """How many special tokens are added to a text, or to a pair."""
+        """Number of special tokens added to a text, or to a pair."""
         return int(self._tokenizer.num_special_tokens_to_add(pair))
 
     # And back.
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Token ids → text, as ``decode`` of the tokenizer that was saved makes it."""
+        """Token ids → text, as the saved tokenizer's ``decode``."""
         text = str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
         for spaced in _CLEANED_UP if self.config["clean_up"] else ():
             text = text.replace(spaced, spaced.strip())
@@ -240,10 +233,7 @@ class TextEncoder:
         return {name: [values[i] for i in kept] for name, values in row.items()}
 
     def _kept(self, sequence_ids: Sequence[int | None], limit: int, only: int | None) -> list[int]:
-        """Positions that stay when a row is cut to ``limit``.
-
-        Special tokens (None) and the near end of each text.
-        """
+        """Positions kept when a row is cut: special tokens, and one end of each text."""
         places = [[i for i, text in enumerate(sequence_ids) if text == wanted] for wanted in (0, 1)]
         special = [i for i, text in enumerate(sequence_ids) if text is None]
         whole, budget = [len(positions) for positions in places], max(0, limit - len(special))
@@ -258,11 +248,9 @@ class TextEncoder:
 
 
 def _longest_first(first: int, second: int, budget: int) -> tuple[int, int]:
-    """How many tokens of each text of a pair are kept, as tokenizers' ``longest_first`` does it.
-
-    The shorter one stays whole while it fits into half of the budget. If neither does, both get
-    half, and the odd token goes to the longer one (to the second, if they are equally long).
-    """
+    """Tokens kept of each text of a pair, as by tokenizers' ``longest_first``."""
+    # The shorter one stays whole while it fits into half of the budget. If neither does, both get
+    # half, and the odd token goes to the longer one (to the second, if they are equally long).
     shorter = min(first, second)
     if shorter <= budget // 2:
         longer = min(max(first, second), budget - shorter)

@@ -1,4 +1,4 @@
-"""Texts in rows: texts indeed, which can be encoded and are not too long."""
+"""Checks of texts in rows: type, UTF-8 and length."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def require_clean(value: Any, where: str, caps: Caps | None = None) -> None:
         InputError: Names ``where``.
     """
     characters = 0
+    # JSON can hold half of a surrogate pair ("\ud800"), which no library in Rust takes for a text.
     for text in _texts_in(value):
         characters += len(text)
         if not (text.isascii() or _is_unicode(text)):
@@ -70,7 +71,7 @@ def require_clean(value: Any, where: str, caps: Caps | None = None) -> None:
 
 
 def _texts_in(value: Any) -> Iterator[str]:
-    waiting = [value]
+    waiting = [value]  # no recursion: a cell may be nested deeper than Python's stack
     while waiting:
         part = waiting.pop()
         if isinstance(part, str):

@@ -1,7 +1,7 @@
 """Lower bound of a text's tokens, from its beginning: far too long ones cost little to refuse.
 
-That the beginning of a text is tokenised as it is in the whole text holds where words are cut at
-spaces and each is tokenised by itself. Tokenizers of which that is not known are read to the end.
+The beginning of a text has the tokens that it has in the whole text where words are cut at spaces
+and each is tokenised by itself. Other tokenizers are given the whole text.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ __all__ = ["TokenBound"]
 # Characters that are tokenised at first; shorter texts are not worth it.
 _SAMPLE = 4_000
 
+# Normalizers whose result for a word does not depend on the words behind it.
 _LOCAL_NORMALIZERS = frozenset(
     (
         *(
@@ -34,6 +35,8 @@ _LOCAL_NORMALIZERS = frozenset(
         *("Strip", "StripAccents"),
     )
 )
+# Pre-tokenizers that cut at every space, with the options that they must have for it; and those
+# that cut words only further.
 _AT_SPACES = {
     "BertPreTokenizer": {},
     "ByteLevel": {"use_regex": True},
@@ -61,10 +64,10 @@ class TokenBound:
 
         Args:
             text: The text.
-            tokens: How many.
+            tokens: Number of tokens.
 
         Returns:
-            False also where that is not known.
+            False also where it is not known.
         """
         size = _SAMPLE
         while self._local and size < len(text) // 2:
@@ -73,6 +76,7 @@ class TokenBound:
             (encoding,) = self._backend.encode_batch_fast([words], add_special_tokens=False)
             if len(encoding) > tokens:
                 return True
+            # The characters of so many tokens, at the rate so far, and a tenth more.
             size = max(2 * size, int(1.1 * len(words) * tokens / max(1, len(encoding))))
         return False
 
@@ -97,7 +101,7 @@ def _cuts_at_spaces(backend: Tokenizer) -> bool:
 
 
 def _parts(part: Any) -> Iterator[Mapping[str, Any]]:
-    """What a normalizer or pre-tokenizer consists of, as JSON."""
+    """Parts of a normalizer or pre-tokenizer, as JSON."""
     waiting = [] if part is None else [json.loads(part.__getstate__())]
     for said in waiting:
         if said["type"] == "Sequence":

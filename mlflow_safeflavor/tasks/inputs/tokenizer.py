@@ -28,10 +28,10 @@ _CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _WRITTEN = (TOKENIZER, _CONFIG, _SPECIAL_TOKENS)
 
-# At and above this, ``model_max_length`` is transformers' way to say that there is none.
+# At and above this, ``model_max_length`` stands for no limit in transformers.
 _UNLIMITED = int(1e20)
 
-# Keys of the config that speak of the machine it was loaded on, or of code that is not here.
+# Keys of the config about the machine it was loaded on, or about code outside transformers.
 _NOT_PORTABLE = (
     "auto_map",
     "is_local",
@@ -51,8 +51,7 @@ _ATTRIBUTES = (
 def write_tokenizer(tokenizer: Any, folder: str | Path) -> dict[str, Any]:
     """Write a transformers tokenizer as JSON files only, and prove that they give the same ids.
 
-    The user's tokenizer is not changed. Truncation and padding, which earlier calls leave behind in
-    a tokenizer, are not written. A chat template goes into ``tokenizer_config.json``.
+    The user's tokenizer is not changed. A chat template goes into ``tokenizer_config.json``.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
@@ -84,9 +83,7 @@ def write_tokenizer(tokenizer: Any, folder: str | Path) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The transformers tokenizer that ``write_tokenizer`` wrote.
-
-    Opens no connection and runs no code beside it.
+    """Read a transformers tokenizer that ``write_tokenizer`` wrote; runs no code but transformers'.
 
     Args:
         folder: Where it was written.
@@ -99,6 +96,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     backend = read_backend(Path(folder) / TOKENIZER)
     require_harmless(read_json(Path(folder) / _CONFIG), Path(folder) / _CONFIG)
+    # transformers reads more files than these where they are there: templates, vocabularies, code.
     if odd := sorted({path.name for path in Path(folder).iterdir()} - set(_WRITTEN)):
         raise IntegrityError(
             "A file beside the tokenizer is none that was saved",
@@ -118,7 +116,7 @@ def load_tokenizer(folder: str | Path) -> Any:
             found = tokenizer.backend_tokenizer.encode_batch(list(PROBES))
         except TrustError:
             raise
-        # each class has its own ways to fail; the last resort below names them
+        # Each class has its own ways to fail; the error below names the last one.
         except Exception as error:
             failure = error
             continue
@@ -153,6 +151,7 @@ def _private_copy(tokenizer: Any) -> Any:
             wanted="a backend without custom parts written in Python",
             found=error,
         ) from error
+    # Truncation and padding of the last call, which a backend keeps as state.
     private.backend_tokenizer.no_truncation()
     private.backend_tokenizer.no_padding()
     return private
@@ -181,10 +180,8 @@ def _encoder_config(tokenizer: Any) -> dict[str, Any]:
 
 
 def _cleans_up(tokenizer: Any) -> bool:
-    """Whether decoding takes away spaces before punctuation.
-
-    Transformers 5 never does it for BPE unless forced.
-    """
+    """Whether decoding removes spaces before punctuation."""
+    # transformers 5 does not for BPE, unless it is forced; older releases have no such attribute.
     forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
     spared = type(tokenizer.backend_tokenizer.model).__name__ == "BPE" and not getattr(
         tokenizer, forced, True
@@ -193,10 +190,8 @@ def _cleans_up(tokenizer: Any) -> bool:
 
 
 def _write_files(tokenizer: Any, folder: Path) -> None:
-    """Save elsewhere and take over the JSON files only.
-
-    Some classes add vocabularies, templates or code.
-    """
+    """Save to a scratch folder, and take over the JSON files only."""
+    # Some classes also write vocabularies, templates or code.
     with scratch_folder("tokenizer") as scratch:
         try:
             tokenizer.save_pretrained(scratch, legacy_format=False, save_jinja_files=False)

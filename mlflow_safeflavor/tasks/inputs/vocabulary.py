@@ -1,8 +1,8 @@
-"""The table in which a model looks tokens up, and tokens that it has no row for.
+"""Embedding table of a model, and tokens that it has no row for.
 
 Looking up a token beyond the last row is an ``IndexError`` in the middle of an answer, and on an
 accelerator the end of the process; a tokenizer that got tokens without ``resize_token_embeddings``
-answers well until somebody writes one.
+answers well until a text has one of them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,9 @@ __all__ = ["find_table", "require_known_tokens", "require_rows"]
 
 
 def find_table(module: torch.nn.Module) -> tuple[str, int] | None:
-    """Name of the parameter in which tokens are looked up, and its rows.
-
-    None where the module does not say.
-
-    A part with ``get_input_embeddings`` says so, and a module with a single ``torch.nn.Embedding``
-    as well. Where there are two such tables, nobody knows which tokenizer reads which.
-    """
+    """Name and rows of the parameter in which tokens are looked up; None where it is not told."""
+    # By ``get_input_embeddings`` of a part, else by a single torch.nn.Embedding. Of two tables
+    # nothing tells which one the tokenizer is for.
     from torch import nn
 
     parts = [module] if _said_table(module) is not None else list(module.modules())
@@ -61,7 +57,7 @@ def require_known_tokens(tokenizer: Any, module: torch.nn.Module) -> str | None:
 
     Args:
         tokenizer: Of transformers.
-        module: Only looked at.
+        module: Its model.
 
     Returns:
         Name of the table, as ``find_table`` gives it.

@@ -1,8 +1,4 @@
-"""How messages name cells, columns and values.
-
-A message always names the row (counted from 0) and the column, what was wanted, what was found and
-the hint.
-"""
+"""Names of cells, columns and values in messages; rows are counted from 0."""
 
 from __future__ import annotations
 
@@ -16,10 +12,7 @@ __all__ = ["describe_value", "is_missing", "named_in_words", "place"]
 
 
 def place(row: int, *columns: str | None) -> str:
-    """How messages name a cell.
-
-    ``row 3, column 'text'``, ``row 3, columns 'a' and 'b'``, without names ``row 3``.
-    """
+    """A cell: ``row 3, column 'text'``, ``row 3, columns 'a' and 'b'``, or ``row 3``."""
     named = [column for column in columns if column is not None]
     return f"row {row}, {named_in_words(named)}" if named else f"row {row}"
 
