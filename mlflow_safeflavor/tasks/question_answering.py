@@ -308,7 +308,7 @@ class QuestionAnswering(TextTask):
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
     """Indices of the ``count`` best scores, best first, of equal ones the first."""
-    # By partition: a window of 384 tokens has some 5,600 spans of up to 15, of which few are sorted.
+    # By partition: a window of 384 tokens has some 5,600 spans of up to 15; few are sorted.
     least = (
         np.partition(scores, len(scores) - count)[len(scores) - count]
         if len(scores) > count
