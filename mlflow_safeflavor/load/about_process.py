@@ -1,9 +1,4 @@
-"""What a process runs on, and the one reserved request that asks a server for it.
-
-MLflow drops every param that a signature does not declare, so the request is put into what does
-pass through its unchanged scoring server: the label of a row, or, for models that take nothing but
-arrays, values that spell the same name in bits.
-"""
+"""Facts about a process and its environment, and the reserved request that asks a server."""
 
 from __future__ import annotations
 
@@ -31,21 +26,21 @@ __all__ = [
     "told_environment",
 ]
 
-# Label of the row that asks, and the only key of the answer.
+# Label of the row that asks, and the only key of the answer. MLflow drops params that a signature
+# does not declare, and columns too; the label of a row passes through its scoring server. Models of
+# arrays have no labels: there the values of an array spell this name in bits.
 ENVIRONMENT_LABEL = "safeflavor_environment"
 
 _BITS = np.unpackbits(np.frombuffer(ENVIRONMENT_LABEL.encode(), np.uint8))
-_MOST_NUMBERS = 10**6
+_MOST_NUMBERS = 10**6  # of a request that only asks: beyond it is as long as a prediction
 
 
 # The request and its answer
 
 
 def labelled_row(columns: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
-    """The request to a model with columns.
-
-    One row that it could answer, under the reserved label.
-    """
+    """The request to a model with columns: one row under the reserved label."""
+    # A row that the model could answer: a server that does not tell predicts, and nothing fails.
     return {
         "dataframe_split": {
             "columns": list(columns),
@@ -56,9 +51,7 @@ def labelled_row(columns: Sequence[str], values: Sequence[Any]) -> dict[str, Any
 
 
 def arrays_asking(example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """The request to a model of arrays, one bit a row.
-
-    None where all are single numbers or rows are very large.
+    """The request to a model of arrays, one bit a row; None for single numbers and huge rows.
 
     Args:
         example: Arrays that the model takes; only their names, types and the shapes of their rows
@@ -72,7 +65,7 @@ def arrays_asking(example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | 
     if not rows or sum(array.size for array in rows.values()) > _MOST_NUMBERS:
         return None
     for array in rows.values():
-        array.T[...] = _BITS
+        array.T[...] = _BITS  # transposed, so that the bits run along the first axis
     return {name: rows.get(name, np.zeros((), value.dtype)) for name, value in example.items()}
 
 
@@ -88,7 +81,7 @@ def asks_environment(data: Any) -> bool:
 
 
 def told_environment(predictions: Any) -> dict[str, Any] | None:
-    """What the server told; None where it answered as if it had been asked for a prediction."""
+    """Facts that the server told; None where it answered with a prediction."""
     told = predictions.get(ENVIRONMENT_LABEL) if isinstance(predictions, Mapping) else None
     return dict(told) if isinstance(told, Mapping) else None
 
@@ -99,14 +92,15 @@ def told_environment(predictions: Any) -> dict[str, Any] | None:
 def describe_process(
     pins: Iterable[str], *, device: str, budget: Budget | None = None
 ) -> dict[str, Any]:
-    """What this process runs on, as JSON. No variables, no paths, no names of hosts or users.
+    """Facts about this process, as JSON.
 
     Args:
-        pins: Names of the distributions that the model was saved with; others are nobody's
-            business.
+        pins: Names of the distributions that the model was saved with.
         device: Where the model is.
-        budget: How its threads were chosen, where they were.
+        budget: Choice of its threads, if one was made.
     """
+    # No variables, paths, names of hosts or users, nor other distributions: this is told to
+    # whoever can send a request.
     installed = {
         name: version for name in pins if (version := installed_version(name, None)) is not None
     }
@@ -120,7 +114,7 @@ def describe_process(
 
 
 def describe_recorded(environment: Environment, loader_version: str) -> dict[str, Any]:
-    """The same shape, from what was written when the model was saved."""
+    """Facts about the environment that the model was saved in, in the same shape."""
     return {"environment": environment.to_json(), "loader_version": loader_version}
 
 

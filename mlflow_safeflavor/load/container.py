@@ -1,7 +1,4 @@
-"""What runs inside an image of ``image``.
-
-MLflow's own scoring server, as many workers as there is CPU for.
-"""
+"""Entry points of an image made by ``image``: the check in its build, and MLflow's server."""
 
 from __future__ import annotations
 
@@ -15,13 +12,14 @@ from mlflow_safeflavor.machine import available_cpus
 
 __all__ = ["check", "serve"]
 
+# Both as in MLflow's own image, so that either image takes the other's place.
 MODEL = "/opt/ml/model"
-# Where MLflow's image has the model, and listens.
 PORT = 8080
 
 
 def check() -> None:
-    """Load the model with every check, and replay its golden rows; while the image is built."""
+    """Load the model with every check, and replay its golden rows."""
+    # In the build of the image: a damaged model fails there, not when it is to serve.
     from mlflow_safeflavor.load.pyfunc import load_pyfunc
 
     print(f"safeflavor: {load_pyfunc(MODEL).model.report}")
@@ -31,8 +29,7 @@ def serve() -> None:
     """Become MLflow's scoring server.
 
     ``MLFLOW_MODELS_WORKERS`` is the number of workers; by default one for each core that affinity
-    and quota allow, where MLflow's own image starts one for each core of the host. On a GPU it is
-    one, since each worker has the weights there once more.
+    and quota allow, on a GPU one.
 
     Raises:
         SystemExit: The image was made for a GPU, and there is none; says what is missing.
@@ -42,12 +39,14 @@ def serve() -> None:
     on_gpu = os.environ.get("MLFLOW_SAFEFLAVOR_DEVICE", "").startswith("cuda")
     if on_gpu and (missing := _missing_gpu()):
         raise SystemExit(str(_without_gpu(missing)))
+    # MLflow's own image starts a worker for each core of the host, whatever --cpus says. On a GPU
+    # each worker would have the weights there once more.
     workers = int(os.environ.get("MLFLOW_MODELS_WORKERS") or (1 if on_gpu else available_cpus()))
     everywhere: Any = "0.0.0.0"  # noqa: S104  (a container's own; MLflow's annotation says int)
     command, environ = scoring_server.get_cmd(
         model_uri=MODEL, port=PORT, host=everywhere, nworkers=workers
     )
-    sys.stdout.flush()
+    sys.stdout.flush()  # exec drops what is buffered
     # uvicorn imports from its working folder before any other, and that may be one that others
     # write to.
     os.chdir(os.path.dirname(MODEL))
@@ -57,10 +56,8 @@ def serve() -> None:
 
 
 def _missing_gpu() -> str | None:
-    """What is missing, asked of the driver and not of torch, which takes seconds.
-
-    None where a GPU is there.
-    """
+    """Words for the missing part of a GPU's setup; None where there is a GPU."""
+    # Asked of the driver: to import torch for this would take seconds of each start.
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -73,7 +70,7 @@ def _missing_gpu() -> str | None:
     return None if count.value else "an NVIDIA driver that shows no GPU to this container"
 
 
-_NO_DEVICE = 100
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
 def _without_gpu(missing: str) -> PlacementError:

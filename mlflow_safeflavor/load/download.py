@@ -1,7 +1,4 @@
-"""A saved model on this disk.
-
-Where it lies already, or a download that is gone once nothing needs it.
-"""
+"""The folder of a saved model: its own, or a download that is removed once nothing needs it."""
 
 from __future__ import annotations
 
@@ -17,10 +14,7 @@ __all__ = ["keep", "located"]
 
 @contextmanager
 def located(model_uri: str | Path, dst_path: str | Path | None = None) -> Iterator[Path]:
-    """A local folder for any URI that MLflow resolves.
-
-    What is downloaded for this alone is removed on leaving; if the process is killed before, by the
-    next one that makes a scratch folder.
+    """A local folder for any URI that MLflow resolves; a download is removed on leaving.
 
     Args:
         model_uri: A folder, or a URI.
@@ -31,10 +25,12 @@ def located(model_uri: str | Path, dst_path: str | Path | None = None) -> Iterat
         return
     from mlflow.artifacts import download_artifacts
 
+    # To download from a store on this disk is to get its own folder: nothing of it is removed.
     if dst_path is not None or _lies_here(str(model_uri)):
         folder = None if dst_path is None else str(dst_path)
         yield Path(download_artifacts(artifact_uri=str(model_uri), dst_path=folder))
         return
+    # Swept by the next scratch folder, if this process is killed.
     with scratch_folder("download") as scratch:
         yield Path(download_artifacts(artifact_uri=str(model_uri), dst_path=str(scratch)))
 
@@ -51,8 +47,9 @@ def _lies_here(model_uri: str) -> bool:
         return False
     try:
         repository = get_artifact_repository(model_uri)
-    except (MlflowException, ImportError):  # downloading says it better
+    except (MlflowException, ImportError):  # the download fails with a better message
         return False
+    # models:/ and runs:/ wrap the repository of the store behind them, in one layer or more.
     while (behind := getattr(repository, "repo", None)) is not None:
         repository = behind
     return isinstance(repository, LocalArtifactRepository)
@@ -62,7 +59,7 @@ def keep(download: ExitStack, owner: object) -> None:
     """Keep a download until its owner is collected, at the latest until the process ends.
 
     Args:
-        download: What removes it. Changed: it does no more.
-        owner: Who that is; a module lives as long as the process.
+        download: Removes the download on leaving. Changed: empty afterwards.
+        owner: Any object that reads it; a module lives as long as the process.
     """
     weakref.finalize(owner, download.pop_all().close)

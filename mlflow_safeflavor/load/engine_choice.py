@@ -1,7 +1,4 @@
-"""What is to answer: the graph in ONNX Runtime or OpenVINO, or the module.
-
-Told without torch where that can be.
-"""
+"""Choice of the engine: the graph in ONNX Runtime or OpenVINO, or the module."""
 
 from __future__ import annotations
 
@@ -26,14 +23,16 @@ __all__ = ["casts", "choose_engine", "needs_no_module"]
 def choose_engine(
     spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], options: LoadOptions
 ) -> str:
-    """What is to answer, "onnx", "openvino" or "module".
+    """Choose the engine: "onnx", "openvino" or "module".
 
-    What was asked for, and can be had of what was saved.
+    A graph is served in float32 on a CPU, by OpenVINO also in bfloat16; any other request needs the
+    module.
 
-    A graph is served in float32 on a CPU, by OpenVINO also in bfloat16; whatever else is asked for
-    needs the module. A device that nobody chose is the CPU where the graph was asked for, or is all
-    that there is.
+    Raises:
+        TrustError: The artifact, not the caller, asks for OpenVINO.
+        PlacementError: The engine that was asked for cannot take the rest of the request.
     """
+    # OpenVINO crashes on hostile arguments of a graph: the artifact alone may not choose it.
     stored = not is_chosen_here("engine", options.model_config)
     if stored and chosen["engine"] == "openvino" and "code" not in options.trust:
         raise TrustError(
@@ -45,6 +44,8 @@ def choose_engine(
         )
     alone = spec.structure == "graph"
     asked = "onnx" if alone and chosen["engine"] == "auto" else chosen["engine"]
+    # "auto" is the CPU for who asks for a graph, on a machine with a GPU, too. Otherwise torch has
+    # to be asked, unless it is plain that there is no accelerator.
     chooses = asked in ("onnx", "openvino") and options.device == "auto"
     device = (
         "cpu"
@@ -85,10 +86,9 @@ def choose_engine(
 def needs_no_module(
     spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], options: LoadOptions
 ) -> bool:
-    """Whether the graph answers, as far as can be told before torch is imported.
-
-    It knows of accelerators.
-    """
+    """Whether the graph answers, as far as can be told before torch is imported."""
+    # Asked before the environment is compared: then pins that only the module needs do not count.
+    # Where drivers of an accelerator are in sight, torch must tell, and all pins do.
     asked = chosen["engine"]
     alone = asked == "auto" and spec.structure == "graph"
     by_default = asked == "auto" and is_plainly_cpu(options.device)
@@ -106,6 +106,6 @@ def _device(asked: str | int | torch.device) -> str:
 
 
 def casts(spec: ModelSpec, dtype: str | torch.dtype | None) -> str | None:
-    """The dtype that was asked for, if it is another than the saved one."""
+    """The dtype that was asked for, if it differs from the saved one."""
     asked = str(dtype or "").removeprefix("torch.")
     return asked if asked and asked != spec.dtype else None

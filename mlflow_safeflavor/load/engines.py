@@ -46,17 +46,18 @@ def open_graph(
         name: "onnx" or "openvino".
         saved: The model.
         weights: Its files of weights.
-        dtype: What OpenVINO computes in; None for float32.
+        dtype: Precision of OpenVINO's arithmetic; None for float32.
         threads: The run-time option ``num_threads``.
         shares: Whether packed weights may come from, and go to, this host's cache.
-        beside: Makes the engine of the module for what the graph does not take; None without a
-            module.
+        beside: Makes the engine of the module for inputs that the graph does not take; None without
+            a module.
     """
     from mlflow_safeflavor.graph.engine import GraphEngine, runtime_of
     from mlflow_safeflavor.graph.file import keeps_bits, open_graph
 
     graph, arrays = open_graph(saved.inventory.files, saved.layout)
     runtime = runtime_of(name, dtype)
+    # OpenVINO packs weights in a format of its own, which workers cannot share.
     if name == "onnx" and shares:
         from mlflow_safeflavor.graph.onnx_engine import RUNTIME
         from mlflow_safeflavor.graph.packed_weights import PackedWeights
@@ -68,16 +69,18 @@ def open_graph(
 
 
 def hooks_of(saved: Saved, trust: Collection[str]) -> Hooks:
-    """The user's hooks by name, and no module."""
+    """The user's hooks by name, without building the module."""
     from mlflow_safeflavor.module import user_code
 
     described = read_description(saved.layout, saved.spec)
     names = described["hooks"]
     objects: Mapping[str, Any] = {}
+    # A hook without a name is pickled, apart from the module, so that a graph is served without it.
     if not all(names.values()):
         from mlflow_safeflavor.module.rebuild import unpickled_hooks
 
         objects = unpickled_hooks(described, saved.inventory, saved.layout, trust)
+    # Importing a hook runs its module: agreed to, but still not to write files or open connections.
     with guarded(saved.layout.root, unpickles=True):
         if names and "code" in trust:
             user_code.make_importable(saved.layout)
@@ -114,13 +117,14 @@ def open_module(
     from mlflow_safeflavor.module.slots import find_slots
 
     module, hooks = rebuild(saved.layout, saved.spec, saved.inventory, trust)
-    place = _place(module, saved, device, dtype, device_map)
-    # By a map, accelerate may read from them whenever a part of the module runs.
+    placed = _place(module, saved, device, dtype, device_map)
+    # Nothing maps the files any more: copied, cast or moved. Spread by a map, accelerate may read
+    # from them whenever a part of the module runs.
     if device_map is None and not placement.maps_files(module, saved.inventory):
         weights = []
         saved.layout.held.clear()
     takes = placement.input_dtype(dtype or saved.spec.dtype, find_slots(module))
-    return ModuleEngine(module, place, takes, weights, compile=compiles), hooks
+    return ModuleEngine(module, placed, takes, weights, compile=compiles), hooks
 
 
 def _place(
@@ -160,11 +164,13 @@ def bind(
     chosen: Mapping[str, Any],
     report: LoadReport,
 ) -> LoadedModel:
-    """An engine with all that was saved beside it, as one model.
+    """An engine with task, tokenizer and hooks, as one model.
 
-    Refused where its tokenizer has too many tokens.
+    Raises:
+        IntegrityError: The tokenizer has tokens that the embedding table has no row for.
     """
     model = make_model(engine, hooks, saved.spec, saved.layout, chosen, report)
+    # Golden rows use few tokens of a vocabulary: one beyond the table would fail in a request.
     require_rows(saved.spec.task_config, model.task.encoder, saved.inventory)
     return model
 
@@ -179,20 +185,19 @@ def beside(
     policy: str,
     replays: bool,
 ) -> Callable[[], ModuleEngine]:
-    """Makes the engine of the module, on the CPU beside a graph, when it is wanted.
-
-    Checked as if it were loaded alone.
+    """A function that makes the engine of the module, on the CPU, checked as if loaded alone.
 
     Args:
         saved: The model.
         weights: Its files of weights.
         dtype: As ``load_model`` takes it.
         trust: Kinds of the artifact's own code that may run.
-        policy: What it takes as ``environment``.
+        policy: As ``load_model`` takes ``environment``.
         chosen: The run-time options.
         replays: Whether its golden rows are answered again.
     """
-    late = saved.layout.golden("module")  # nothing is read later than now
+    # Read now, kept by the layout: by the time that the module is made, the folder may be gone.
+    late = saved.layout.golden("module")
     for path in (
         (*late, saved.layout.structure_pickle) if saved.spec.structure == "pickle" else late
     ):
@@ -200,6 +205,7 @@ def beside(
 
     def make() -> ModuleEngine:
         require_unchanged(weights)
+        # Of the graph's load only the graph's pins were compared.
         require_same(saved.environment, policy=policy)
         with naming_missing():
             engine, hooks = open_module(

@@ -1,7 +1,4 @@
-"""An image for one model.
-
-Its own environment in a layer below its weights, checked while it is built.
-"""
+"""A Dockerfile for one model: environment in a layer below the weights, checked in the build."""
 
 from __future__ import annotations
 
@@ -30,6 +27,7 @@ __all__ = ["TARGETS", "generate_dockerfile"]
 TARGETS = ("cpu", "cuda")
 ENGINES = ("auto", "onnx", "openvino", "module")
 
+# Used with fullmatch: these are written into a Dockerfile, in which a line break begins a command.
 _CUDA_ONLY = re.compile(r"nvidia-.*|cuda-.*|triton|pytorch-triton.*")
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _IMAGE = re.compile(r"[A-Za-z0-9][\w./:@-]{0,300}")
@@ -133,13 +131,14 @@ def generate_dockerfile(
     # The image's user must be able to read what root copies, whatever modes this process gives.
     with staging(output_dir, umask=0o022) as stage:
         with located(model_uri) as folder:
-            saved = copy_saved(Layout(folder), stage / "model")  # from here on nothing else is read
+            # From here on only the copy is read, whose bytes were compared.
+            saved = copy_saved(Layout(folder), stage / "model")
         spec, environment = saved.spec, saved.environment
         if "pickle" in spec.runs:
             require_agreed("pickle", trust, spec.model_class)
         engine = _engine(engine, target, saved)
         if engine != "module":
-            read_graph(saved.layout)  # what is refused there would fail in the build only
+            read_graph(saved.layout)  # a refusal would else come first in the build of the image
         lean = engine != "module" and (saved.layout.root / ONNX_REQUIREMENTS).is_file()
         pins = read_pins(
             saved.layout, ONNX_REQUIREMENTS if lean else saved.layout.requirements.name
@@ -148,6 +147,7 @@ def generate_dockerfile(
         _require_target(pins.versions, target)
         if hashes:
             pins = lock(pins, python=environment.python, installed=installed)
+            # Once more: locking adds what the pins require, such as nvidia-*.
             _require_target(pins.versions, target)
         _write_environment(pins, installed, stage / "environment")
         (stage / "Dockerfile").write_text(
@@ -189,7 +189,9 @@ def _require_sane(target: str, user: str, engine: str, base_image: str | None) -
 
 
 def _engine(asked: str, target: str, saved: Saved) -> str:
-    """What the image serves with: "onnx", "openvino" or "module"."""
+    """The engine that the image installs and serves with: "onnx", "openvino" or "module"."""
+    # As a load in the container would choose it, but by the target: this machine's accelerators
+    # and variables (environ={}) do not count.
     reason, alone = reason_against(saved.layout), saved.spec.structure == "graph"
     if asked == "auto":
         stored = run_time_options({}, stored=saved.spec.model_config, environ={})
@@ -237,7 +239,8 @@ def _engine(asked: str, target: str, saved: Saved) -> str:
 
 def _variables(trust: Iterable[str], engine: str) -> str:
     values = {"MLFLOW_SAFEFLAVOR_ENVIRONMENT": "error"}
-    if engine != "module":  # "module" is what serves where the graph cannot, too
+    # "module" is not said: all pins are there, and the graph then serves what it can.
+    if engine != "module":
         values["MLFLOW_SAFEFLAVOR_ENGINE"] = engine
     if "pickle" in trust:
         values["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "true"
@@ -271,12 +274,10 @@ def _require_target(pins: Mapping[str, str], target: str) -> None:
 
 
 def _write_environment(pins: Pins, installed: Mapping[str, str], folder: Path) -> None:
-    """requirements.txt, and what it names that only this machine has.
-
-    Constraints, and wheels of a folder.
-    """
+    """Write requirements.txt, constraints.txt, and copies of wheels that only this machine has."""
     (folder / _WHEELS).mkdir(parents=True)
     there = _copy_wheels(pins, installed, folder / _WHEELS)
+    # In the image folders of this machine do not exist: their wheels lie in /build/wheels.
     options = [option for option in pins.options if not folder_of(option)]
     if there or len(options) < len(pins.options):
         options.insert(0, f"--find-links /build/{_WHEELS}")
@@ -290,7 +291,7 @@ def _write_environment(pins: Pins, installed: Mapping[str, str], folder: Path) -
 
 
 def _copy_wheels(pins: Pins, installed: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Copy the wheels that may be installed. Returns SHA-256 → name of each."""
+    """Copy the wheels that may be installed; returns SHA-256 → name of each."""
     allowed = {
         pin.name: pin.hashes or ((installed[pin.name],) if pin.name in installed else ())
         for pin in pins.pins
@@ -300,7 +301,7 @@ def _copy_wheels(pins: Pins, installed: Mapping[str, str], folder: Path) -> dict
         copy = folder / wheel.path.name
         with open_plain(wheel.path) as source, copy.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
-        digest = digest_of_plain(copy)
+        digest = digest_of_plain(copy)  # of the copy: the folder's file may change meanwhile
         if allowed[wheel.name] and digest not in allowed[wheel.name]:
             copy.unlink()
         else:
@@ -309,10 +310,8 @@ def _copy_wheels(pins: Pins, installed: Mapping[str, str], folder: Path) -> dict
 
 
 def _line(pin: Pin, installed: Mapping[str, str], there: Mapping[str, str]) -> str:
-    """The pin; without hashes, where it is known which wheel was installed, that very file.
-
-    Pip may prefer others.
-    """
+    """The line of a pin; without hashes, the very wheel that was installed, if it is known."""
+    # By name alone pip was free to take an index's wheel of the same version.
     if pin.hashes or pin.name not in installed:
         return str(pin)
     if (digest := installed[pin.name]) not in there:

@@ -22,9 +22,9 @@ from mlflow_safeflavor.load.saved import Saved, read_saved, require_none
 from mlflow_safeflavor.predict.options import run_time_options
 from mlflow_safeflavor.predict.report import LoadReport
 
-# torch, and what is built on it, is imported inside the functions below: a graph is served without
+# torch, and all that imports it, is imported inside the functions below: a graph is served without
 # it, and the environment check comes first, so that a wrong environment is named before it fails to
-# import, and so that what torch reads only once can still be set.
+# import, and so that variables that torch reads only once can still be set.
 if TYPE_CHECKING:
     import torch
 
@@ -54,8 +54,8 @@ def load_model(
     Args:
         model_uri: A folder, or any URI that MLflow resolves (``models:/name@champion``,
             ``runs:/…``).
-        dst_path: Folder to download to, which stays; by default what is downloaded is removed once
-            the model is loaded.
+        dst_path: Folder to download to, which stays; by default a download is removed once the
+            model is loaded.
         device: "auto", "cpu", "cuda:0", an index of an accelerator, or a ``torch.device``.
         dtype: Cast to this dtype after everything was compared; None keeps the saved one.
         device_map: Spread over several devices instead of one: "auto", "balanced", "sequential", or
@@ -90,7 +90,7 @@ def load_model(
 
 
 def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
-    """Load an artifact from a local folder: the one path that native loading and pyfunc share."""
+    """Load an artifact from a local folder; native loading, pyfunc and rehearsals all come here."""
     report = LoadReport()
     with report.timed("look"):
         saved = read_saved(
@@ -98,9 +98,12 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
         )
         spec, layout = saved.spec, saved.layout
         chosen = run_time_options(options.model_config, stored=spec.model_config)
+        # A graph is served in an environment that has neither torch nor transformers: their absence
+        # is no difference then.
         no_module = needs_no_module(spec, layout, chosen, options)
         recorded = saved.environment.for_graph() if no_module else saved.environment
         differences = require_same(recorded, policy=options.environment)
+    # From here on a failure may come from other versions of a library: its hint names them.
     with naming_versions(recorded):
         with report.timed("import"), _without_collecting():
             name = choose_engine(spec, layout, chosen, options)
@@ -136,7 +139,7 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
 
 
 def _import(engine: str) -> None:
-    """Import what an engine takes seconds to import, so that it is timed as such."""
+    """Import the libraries of an engine, which takes seconds and is timed as such."""
     if engine == "module":
         import mlflow_safeflavor.module.tensors  # noqa: F401  (and with it torch)
     else:
@@ -146,9 +149,10 @@ def _import(engine: str) -> None:
 
 
 def _weights_of(saved: Saved, *, hashes: bool, rehash: bool) -> list[HeldFile]:
-    """The files of weights, hashed and held, so that what was checked is what is used."""
+    """The files of weights, hashed, and held so that the hashed bytes are the ones in use."""
     from mlflow_safeflavor.artifact.inventory_file import hold_weights
 
+    # Before gigabytes are hashed for nothing.
     _require_dtype(saved.inventory, saved.spec)
     weights, wrong = hold_weights(saved.inventory, saved.layout, hashes=hashes, rehash=rehash)
     require_none(wrong, "Weights are not the ones that were saved")
@@ -162,7 +166,7 @@ def _open(
     chosen: Mapping[str, Any],
     options: LoadOptions,
 ) -> tuple[Engine, dict[str, Callable[..., Any]], str]:
-    """The engine, the user's hooks, and in words where the engine runs."""
+    """The engine, the user's hooks, and words for the device that it runs on."""
     from mlflow_safeflavor.load import engines
 
     if name == "module":
@@ -205,11 +209,9 @@ def _open(
 
 @contextmanager
 def _without_collecting() -> Iterator[None]:
-    """Python's garbage collector paused while torch and transformers are imported.
-
-    They make hundreds of thousands of objects that stay; going through them again and again was
-    seen to take a sixth of the time.
-    """
+    """Pause Python's garbage collector while torch and transformers are imported."""
+    # They make hundreds of thousands of objects that stay; going through them again and again was
+    # seen to take a sixth of the time. For the whole process: there is no such switch for a thread.
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -220,7 +222,8 @@ def _without_collecting() -> Iterator[None]:
 
 
 def _require_dtype(inventory: Inventory, spec: ModelSpec) -> None:
-    """Refuse a serving dtype that no parameter has; some may be kept in float32 beside it."""
+    """Refuse a serving dtype that no parameter has."""
+    # That one has, not all: classes of transformers keep islands in float32.
     rows = [
         row for row in inventory.rows.values() if row.kind == "parameter" and "float" in row.dtype
     ]
@@ -235,11 +238,9 @@ def _require_dtype(inventory: Inventory, spec: ModelSpec) -> None:
 
 
 def keep_if_needed(download: ExitStack, model: LoadedModel) -> None:
-    """Keep a download that a loaded model may still read; see ``download.keep``.
-
-    Code imports more of itself at any time, and modules outlive models. A file that is mapped is
-    looked at before each forward, and removing it is a change.
-    """
+    """Keep a download that a loaded model may still read; see ``download.keep``."""
+    # Code imports more of itself at any time, and modules outlive models: kept as long as the
+    # process. A mapped file is looked at before each forward, and removing it is a change.
     if model.spec.runs:
         keep(download, sys.modules[__name__])
     elif "file" in model.report.weights.split(", "):

@@ -1,4 +1,4 @@
-"""What whoever loads a model asks for."""
+"""The arguments of a load, as one value."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LoadOptions:
 
     @property
     def hashes(self) -> bool:
-        """Whether the bytes of all files are compared with what was recorded."""
+        """Whether the bytes of all files are compared with the recorded digests."""
         return self.verify in ("full", "rehash")
 
     @property

@@ -1,4 +1,4 @@
-"""What MLflow's serving holds: rows in, rows out."""
+"""The model as ``mlflow.pyfunc`` and MLflow's scoring server hold it: rows in, rows out."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class PyfuncModel:
     """A loaded model behind ``mlflow.pyfunc``; ``predict`` may be called from many threads.
 
     Args:
-        model: What answers.
-        facts: What is told to the request that asks for the environment; None where that is no
-            special request.
+        model: The loaded model.
+        facts: Answer to the request that asks for the environment; None where that is a request
+            like any other.
     """
 
     def __init__(self, model: LoadedModel, facts: Mapping[str, Any] | None = None) -> None:
@@ -52,23 +52,23 @@ class PyfuncModel:
         data = unfold_columns(model_input) if self.model.task.folds else model_input
         try:
             return self.model.predict(data, params, progress=False)
-        # its cause is nobody's business over HTTP, and of whoever runs the server
+        # Its cause may hold rows or paths: it goes to the log, where the server's owner looks, and
+        # not over HTTP.
         except AnswerError:
             _logger.exception("safeflavor: %s failed", self.model.spec.task)
             raise
 
 
 def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
-    """What ``mlflow.pyfunc.load_model`` and the scoring server call.
-
-    Under pyfunc the artifact's ``code/`` is already importable: MLflow has put it on the path, so
-    loading through it is the agreement to run that code. For pickles MLflow has a variable of its
-    own, which counts only where somebody set it: MLflow's default is to allow them.
-    """
+    """Load a model for ``mlflow.pyfunc.load_model`` and the scoring server."""
     options = run_time_options(model_config)
+    # Trust: MLflow has put the artifact's code/ on the path before this runs, so loading through it
+    # is the agreement to that code. For pickles MLflow has a variable, which counts only where
+    # somebody set it: MLflow's own default is to allow them.
     pickles = os.environ.get("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "").lower() in ("true", "1")
     budget = None
-    # any other process is its user's
+    # Any other process belongs to its user: only MLflow's server is there for nothing but models.
+    # Once torch is imported it has read these variables.
     if "torch" not in sys.modules and threads.is_scoring_server():
         budget = threads.limit_threads(options["num_threads"])
     model = load_folder(
@@ -90,6 +90,6 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
 
 
 def facts_of(model: LoadedModel, budget: threads.Budget | None = None) -> dict[str, Any]:
-    """What a loaded model runs on here; see ``describe_process``."""
+    """Facts about the process that a loaded model runs in; see ``describe_process``."""
     pins = Environment.from_json(model.files.read_json(model.files.environment)).distributions
     return describe_process(pins, device=model.report.device, budget=budget)

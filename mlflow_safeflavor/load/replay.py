@@ -26,23 +26,26 @@ def replay(model: LoadedModel, saved: Saved, dtype: str | torch.dtype | None) ->
     """Answer the golden rows again, and refuse a model that answers otherwise.
 
     Args:
-        model: What answers.
-        saved: Where the rows were recorded.
-        dtype: What the model was cast to, as ``load_model`` takes it.
+        model: The loaded model.
+        saved: Its artifact, with the recorded rows.
+        dtype: Dtype that the model was cast to, as ``load_model`` takes it.
 
     Raises:
         ParityError: Its answers are not the recorded ones.
     """
     cast = casts(model.spec, dtype)
     result = golden_replay(model, saved.layout, cast or "")
+    # A module that was cast on request answers otherwise by intent. OpenVINO in bfloat16 does, too,
+    # but within a tolerance of its own.
     if not cast or model.engine.name == "openvino":
-        # A module that was cast on request is meant to answer otherwise.
         require_parity(result, saved.layout, model.engine.name)
     return result
 
 
 def measure_forward_cost(model: LoadedModel, layout: Layout) -> None:
     """Measure ``forward_cost`` where none is stored, or only that of the CPU it was saved on."""
+    # The stored cost is taken on every CPU: measured anew it would make other batches on each host,
+    # and with them other last bits.
     if model.scheduler.forward_cost and model.engine.on_cpu:
         return
     recorded = golden.read_golden(layout, model.engine.name)
@@ -58,8 +61,8 @@ def naming_failures(where: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # Rows are at fault only when users hand them over. tokenizers panics with what is no
-        # Exception.
+        # InputError and AnswerError blame rows or hooks of a user; these rows are the artifact's.
+        # PanicException, of tokenizers and other libraries in Rust, is a BaseException.
         named = isinstance(error, SafeFlavorError) and not isinstance(
             error, (InputError, AnswerError)
         )

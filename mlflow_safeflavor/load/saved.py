@@ -1,7 +1,4 @@
-"""A saved model as every tool of ours reads it.
-
-First the manifest and all digests, then anything else.
-"""
+"""A saved model, read by every tool in one order: manifest and digests first, then the rest."""
 
 from __future__ import annotations
 
@@ -29,9 +26,9 @@ class Saved:
     """An artifact whose files are those of its manifest.
 
     Attributes:
-        layout: Where its files lie.
-        spec: What it is.
-        environment: What it was saved with.
+        layout: Its files.
+        spec: Its entry in ``MLmodel``.
+        environment: The environment that it was saved in.
         files: Name → SHA-256 and size.
     """
 
@@ -42,7 +39,7 @@ class Saved:
 
     @cached_property
     def inventory(self) -> Inventory:
-        """What must be in each of its tensors."""
+        """The inventory of its tensors, read once."""
         return read_inventory(self.layout)
 
     @property
@@ -56,9 +53,7 @@ class Saved:
 def read_saved(
     layout: Layout, *, weights: bool, digests: bool = True, trust: Collection[str] | None = None
 ) -> Saved:
-    """Compare an artifact with its manifest, and read what it is.
-
-    Nothing of it runs, and no torch is imported.
+    """Compare an artifact with its manifest, and read spec and environment; runs nothing of it.
 
     Args:
         layout: The artifact.
@@ -67,9 +62,10 @@ def read_saved(
         trust: Kinds of its own code that may run; None where nothing is to be built.
 
     Raises:
-        SafeFlavorError: It is not what was saved, or of another flavor.
+        SafeFlavorError: It is not the artifact that was saved, or of another flavor.
     """
     spec, guarded = read_spec(layout)
+    # Agreement first: who did not give it need not wait until gigabytes are hashed.
     if trust is not None:
         require_known(trust)
         for kind in spec.runs:
@@ -79,6 +75,7 @@ def read_saved(
         frozenset() if weights else frozenset(name for name in files if layout.is_weights(name))
     )
     require_intact(layout, guarded, digests=digests, elsewhere=elsewhere)
+    # Before torch is imported: under pyfunc code/ comes first on sys.path.
     if trust is not None:
         require_no_shadows(layout.code)
     return Saved(layout, spec, Environment.from_json(layout.read_json(layout.environment)), files)
@@ -90,6 +87,8 @@ def copy_saved(layout: Layout, target: Path) -> Saved:
     Raises:
         SafeFlavorError: See ``read_saved``.
     """
+    # Names, kinds and sizes before copying: no pipe that waits, no file beyond its limit. Digests
+    # after it, of the copy: the original may change between a look and the copying.
     _, guarded = read_spec(layout)
     require_intact(layout, guarded, digests=False)
     for name in (layout.MLMODEL, layout.name_of(layout.manifest), *read_manifest(layout)["files"]):
@@ -106,9 +105,10 @@ def require_intact(
     digests: bool,
     elsewhere: frozenset[str] = frozenset(),
 ) -> None:
-    """Raise an IntegrityError that names the first files which are not those of the manifest."""
+    """Raise an IntegrityError that names the first files that differ from the manifest."""
     broken = list(find_broken_files(layout, mlmodel=guarded, digests=digests, elsewhere=elsewhere))
     require_none(broken, "Files of the artifact are not the ones that were saved")
+    # From here on every reader compares once more: see ``Layout.read_bytes``.
     if digests:
         layout.sealed = {
             name: facts["sha256"] for name, facts in read_manifest(layout)["files"].items()

@@ -1,4 +1,4 @@
-"""A running MLflow scoring server: what is sent to it, and what comes back."""
+"""A running MLflow scoring server: requests to it, and its answers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from mlflow_safeflavor.errors import InputError, SafeFlavorError
 __all__ = ["Endpoint", "as_served", "request_of_arrays", "request_of_rows"]
 
 _PATH = "/invocations"
-_SHOWN = 400
+_SHOWN = 400  # characters of a server's words in a message
 _MAX_ANSWER = 256 * 10**6  # bytes
 _Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask.
+    """The address of a server, and the time that it has.
 
     Args:
         url: Address of the server, with or without ``/invocations``; a user and password in it are
@@ -59,6 +59,7 @@ class Endpoint:
             )
 
     def __str__(self) -> str:
+        # Without user and password: this is printed, logged and written into pages.
         parts = urlsplit(self._address)
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
@@ -107,6 +108,7 @@ class Endpoint:
             stream=True,
         ) as response:
             body = bytearray()
+            # In pieces: a server may send without end.
             for part in response.iter_content(1 << 16):
                 body += part
                 if len(body) > _MAX_ANSWER:
@@ -142,17 +144,15 @@ class Endpoint:
 
 
 def _in_time(ask: Callable[[], _Answer], seconds: float) -> _Answer:
-    """What ``ask`` returns or raises, unless it takes too long.
-
-    It runs in a thread that nobody waits for: a server that sends a byte now and then keeps every
-    timeout of a socket from ending.
-    """
+    """The result or error of ``ask``, or ``requests.Timeout`` after so many seconds."""
+    # In a thread that is left to itself then: a server that sends a byte now and then keeps every
+    # timeout of a socket from ending.
     done: queue.SimpleQueue[tuple[_Answer | None, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             done.put((ask(), None))
-        except BaseException as error:  # handed to whoever waits
+        except BaseException as error:  # raised again by the thread that waits
             done.put((None, error))
 
     threading.Thread(target=run, name="safeflavor-endpoint", daemon=True).start()
@@ -175,12 +175,12 @@ def _reason(error: BaseException) -> str:
 
 
 def _cause(message: str) -> str:
-    """MLflow repeats all the rows before it says what is wrong with them."""
+    """The end of MLflow's message, which repeats all rows before it names what is wrong."""
     return message.rpartition("\nError: ")[2]
 
 
 def _shown(text: str) -> str:
-    """What a stranger sent, short and without anything that a terminal obeys."""
+    """A stranger's text, cut short and without signs that a terminal obeys."""
     shown = ascii(text[:_SHOWN])
     return shown if len(text) <= _SHOWN else f"{shown} …"
 
@@ -192,14 +192,12 @@ def request_of_rows(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def request_of_arrays(arrays: Any) -> dict[str, Any]:
-    """Named arrays, or nested lists, or one of them without a name, as MLflow's server takes them.
-
-    Plain JSON.
-    """
+    """Arrays or nested lists, named or a single one, as MLflow's server takes them; plain JSON."""
     return _plain({"inputs": dict(arrays) if isinstance(arrays, Mapping) else arrays})
 
 
 def _plain(request: dict[str, Any]) -> dict[str, Any]:
+    # MLflow's encoder turns numpy's numbers, dates and bytes into JSON as its server expects them.
     try:
         plain: dict[str, Any] = json.loads(json.dumps(request, cls=NumpyEncoder))
     except (TypeError, ValueError) as error:
@@ -208,10 +206,9 @@ def _plain(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_served(result: Any) -> Any:
-    """What a server would answer if ``predict`` returned this.
-
-    Through MLflow's own writer and back.
-    """
+    """The answer that a server would send if ``predict`` returned this."""
+    # Through MLflow's own writer and back, as on the server: so nothing but the model's numbers can
+    # differ. A double survives JSON unchanged.
     from mlflow.pyfunc.scoring_server import predictions_to_json  # takes a second to import
 
     text = io.StringIO()

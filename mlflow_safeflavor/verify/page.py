@@ -34,7 +34,7 @@ _WIDTH, _HEIGHT, _MARGIN, _FOOT = 760, 220, 36, 44
 
 
 def render(report: ParityReport, *, model: str, endpoint: str | None = None) -> str:
-    """The page.
+    """Render the report as a page.
 
     Args:
         report: What ``verify_model`` returned.
@@ -46,7 +46,9 @@ def render(report: ParityReport, *, model: str, endpoint: str | None = None) -> 
     """
     from jinja2 import Environment  # only a page needs it; MLflow depends on it
 
+    # autoescape: whatever a server or an artifact says stays text. finalize runs before it.
     facts, more = _environment_rows(report)
+    # The worst first, so that those left out are no worse than any that is shown.
     shown = sorted(report.rows, key=lambda row: (row.problem is None, row.bit_identical))[
         :_MOST_ROWS
     ]
@@ -70,12 +72,12 @@ def render(report: ParityReport, *, model: str, endpoint: str | None = None) -> 
 
 
 def _plain(value: object) -> object:
-    """Texts without control characters, which could turn the order of what is read round."""
+    """Escape control characters, some of which reverse the order in which a text is shown."""
     return plain(value) if isinstance(value, str) else value
 
 
 def _counts(report: ParityReport) -> list[tuple[str, Counter[str]]]:
-    """Origin of rows → verdict → how many."""
+    """Origin of rows → verdict → count."""
     origins = {"golden rows": True, "your rows": False}
     counted = (
         (name, Counter(row.verdict for row in report.rows if row.golden is g))
@@ -97,7 +99,7 @@ class _Fact:
 
 
 def _environment_rows(report: ParityReport) -> tuple[list[_Fact], list[_Fact]]:
-    """Facts, with the distributions that differ among them; and the distributions that are the same."""
+    """Facts with the distributions that differ; and apart the distributions that are the same."""
     sides = [(None if facts is None else _flat(facts)) for facts in report.environments.values()]
     names = dict.fromkeys(name for side in sides if side for name in side)
     lines = []
@@ -119,8 +121,9 @@ def _text(name: str, side: Mapping[str, str] | None) -> str:
 
 
 def _flat(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Name → text. A server may tell what it likes: what has another shape is left out."""
+    """Facts as name → text."""
 
+    # A server may tell anything: facts of another shape are left out, and none is an error.
     def part(*keys: str) -> Mapping[str, Any]:
         value: Any = facts
         for key in keys:
@@ -162,7 +165,7 @@ class _Bar:
 
 
 def _plot(report: ParityReport) -> dict[str, Any]:
-    """Bars: how many values are equal, how many differ by each power of ten, how many are no number."""
+    """Bars of a histogram: equal values, differences by powers of ten, and values without one."""
     values = np.concatenate([np.zeros(0), *(row.differences for row in report.rows)])
     finite = values[np.isfinite(values) & (values > 0)]
     powers = Counter(

@@ -70,7 +70,7 @@ def verify_model(
     """Answer the golden rows again, here or on a server, and compare with the recorded answers.
 
     Without ``endpoint`` the model is loaded here, with every check but the last. With it the model
-    is loaded only where ``rows`` are given, whose answers nobody has recorded.
+    is loaded only where ``rows`` are given, whose answers were not recorded.
 
     Args:
         model_uri: See ``load_model``.
@@ -79,8 +79,8 @@ def verify_model(
             DataFrame, or a file of JSON records, JSON lines, CSV or Parquet. For a model of named
             arrays each row is one request, and each cell an array or nested lists.
         device: Where to load the model here; see ``load_model``.
-        engine: What is to answer here: "onnx", "openvino" or "module"; by default what a server
-            would take.
+        engine: Engine that answers here: "onnx", "openvino" or "module"; by default the one that a
+            server would choose.
         trust: See ``load_model``.
         rehash: Hash all weights that are loaded here, also those that this host has hashed before.
         timeout: Seconds that all requests to the server may take together; loading a model here is
@@ -96,6 +96,7 @@ def verify_model(
     """
     chosen = {"engine": engine} if engine else {}
     verify = "rehash" if rehash else "full"
+    # replay=False: a load that raises at the first difference could not report all of them.
     options = LoadOptions(
         device=device, verify=verify, replay=False, trust=frozenset(trust), model_config=chosen
     )
@@ -136,14 +137,13 @@ def _verify_server(
     load: Callable[[], LoadedModel],
     engine: str | None,
 ) -> ParityReport:
-    # The golden rows count only if nobody changed them; they do not need the weights, which loading
-    # hashes.
+    # Golden rows that somebody changed prove nothing. The weights are not hashed: nothing of them
+    # is used here, and a load hashes them.
     spec = read_saved(layout, weights=False).spec
     stored = run_time_options(stored=spec.model_config, environ={})["engine"]
     usual = "module" if reason_against(layout) else "onnx"
     golden = read_golden(layout, engine or (usual if stored == "auto" else stored))
-    # First of all, so that a mistyped file or column is told before anybody waits for a model or a
-    # server.
+    # The user's rows first: a mistyped file or column must not wait for a model or a server.
     schema = read_mlmodel(layout.root).get_input_schema()  # type: ignore[no-untyped-call]  # MLflow's
     frame = (
         None
@@ -175,7 +175,7 @@ def _compare_golden(
             )
         return
     rows, answers = _records(golden, spec, layout)
-    # All in one request, as they were recorded.
+    # All in one request, as they were recorded: the rows of a batch decide how sums are rounded.
     request, params = (
         request_of_rows(pd.DataFrame(rows, dtype=object)),
         _golden_params(spec, layout),
@@ -192,7 +192,7 @@ def _raw(spec: ModelSpec) -> Raw:
 
 
 def _request_of_arrays(arrays: Mapping[str, np.ndarray], spec: ModelSpec) -> dict[str, Any]:
-    """In the form that the model's signature says: named arrays, one array, or a table."""
+    """The request in the form of the model's signature: named arrays, one array, or a table."""
     array = next(iter(arrays.values()))
     form, columns = spec.task_config["form"], spec.task_config["columns"]
     if form == "table":
@@ -201,7 +201,8 @@ def _request_of_arrays(arrays: Mapping[str, np.ndarray], spec: ModelSpec) -> dic
 
 
 def _golden_params(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
-    """What the golden rows were asked with, as far as a request may say it."""
+    """Params of the golden rows, as far as the signature declares them."""
+    # MLflow drops params that it does not declare, with a warning in the server's log.
     schema = read_mlmodel(layout.root).get_params_schema()  # type: ignore[no-untyped-call]  # MLflow's
     declared = {param.name for param in schema.params} if schema else set()
     return {
@@ -233,6 +234,7 @@ def _records(
 
 def _ask_rows(server: Endpoint, request: Mapping[str, Any], count: int) -> list[Any]:
     found = server.ask(request)
+    # Another model behind the address, or one that leaves out or adds rows.
     if not isinstance(found, list) or len(found) != count:
         raise SafeFlavorError(
             "The server does not answer row by row",
@@ -284,10 +286,9 @@ def _require_some(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _read(path: str | Path, schema: Schema) -> pd.DataFrame:
-    """Rows of a file.
-
-    What the model knows as texts stays text, as ``007`` and ``NA`` in a CSV file.
-    """
+    """Rows of a file, by its ending."""
+    # Columns that the model takes as texts stay texts: pandas makes 7 of "007" and nan of "NA".
+    # A column without a name is any column of the file, so all are read as texts.
     texts = [spec.name for spec in schema.inputs if spec.type == DataType.string]
     readers: dict[str, Callable[[], pd.DataFrame]] = {
         ".csv": lambda: pd.read_csv(
@@ -310,7 +311,7 @@ def _read(path: str | Path, schema: Schema) -> pd.DataFrame:
         )
     try:
         return readers[ending]()
-    # what pandas and pyarrow raise
+    # All these are raised by pandas and pyarrow over files that are not of the kind.
     except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             "Rows cannot be read from this file", where=path, wanted=ending[1:], found=error
@@ -318,10 +319,8 @@ def _read(path: str | Path, schema: Schema) -> pd.DataFrame:
 
 
 def _read_json(path: str | Path, *, lines: bool) -> pd.DataFrame:
-    """Values as they stand there.
-
-    ``read_json`` of pandas makes dates and numbers of texts that look like them.
-    """
+    """Records of a JSON file, with values as they stand there."""
+    # Not pandas' read_json, which makes dates and numbers of texts that look like them.
     text = Path(path).read_text(encoding="utf-8-sig")
     # Not splitlines, which also cuts at line separators within texts.
     parts = [line for line in text.split("\n") if line.strip()] if lines else [text]
@@ -344,10 +343,7 @@ def _saved(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
 def _ask_environment(
     server: Endpoint, golden: Golden, spec: ModelSpec, layout: Layout
 ) -> dict[str, Any] | None:
-    """What the server tells of itself; None where it does not, for whatever reason.
-
-    Nothing depends on it.
-    """
+    """Facts that the server tells of itself; None where it does not, for whatever reason."""
     if spec.input_columns:
         row = _records(golden, spec, layout)[0][0]
         request: dict[str, Any] | None = labelled_row(list(row), list(row.values()))
@@ -358,5 +354,6 @@ def _ask_environment(
         request = None if arrays is None else _request_of_arrays(arrays, spec)
     try:
         return told_environment(server.ask(request)) if request else None
+    # An older server, or one that refuses a row with a label: the comparison needs no facts.
     except SafeFlavorError:
         return None
