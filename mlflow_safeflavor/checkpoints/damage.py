@@ -15,8 +15,8 @@ import torch
 from mlflow_safeflavor.errors import InputError, SafeFlavorError, WeightsError
 from mlflow_safeflavor.module.construction import construct_twice, declared_ties, recipe_of
 from mlflow_safeflavor.module.embedding import Embedder
+from mlflow_safeflavor.module.equality import bits_equal
 from mlflow_safeflavor.module.slots import Slot, find_slots
-from mlflow_safeflavor.module.state_dict import bits_equal
 
 __all__ = ["find_damage", "format_damage", "require_undamaged"]
 

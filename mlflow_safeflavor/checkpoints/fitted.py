@@ -8,6 +8,14 @@ from pathlib import Path
 
 import torch
 
+from mlflow_safeflavor.checkpoints.fit import (
+    Fit,
+    cast,
+    find_groups,
+    fit,
+    require_fit,
+    with_base_prefix,
+)
 from mlflow_safeflavor.checkpoints.transformers_keys import (
     base_prefix,
     convert,
@@ -22,16 +30,8 @@ from mlflow_safeflavor.module.construction import (
     construct_twice,
     require_memory,
 )
-from mlflow_safeflavor.module.placement import islands_of
+from mlflow_safeflavor.module.dtype_plan import islands_of
 from mlflow_safeflavor.module.slots import find_slots, some
-from mlflow_safeflavor.module.state_dict import (
-    Fit,
-    cast,
-    find_groups,
-    fit,
-    require_fit,
-    with_base_prefix,
-)
 
 __all__ = ["fitted", "matches"]
 

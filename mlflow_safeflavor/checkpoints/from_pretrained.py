@@ -13,11 +13,10 @@ from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.checkpoints.fitted import fitted, matches
 from mlflow_safeflavor.checkpoints.folder import folder_of, own_folders
 from mlflow_safeflavor.checkpoints.recipe import class_of, recipe_for
+from mlflow_safeflavor.checkpoints.state_dict import read_state
 from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.module.dtypes import announced_cast, count_dtypes, read_as
-from mlflow_safeflavor.module.guard import guarded
-from mlflow_safeflavor.module.placement import resolve_dtype
-from mlflow_safeflavor.module.state_dict import read_state
+from mlflow_safeflavor.module.dtypes import announced_cast, count_dtypes, read_as, resolve_dtype
+from mlflow_safeflavor.module.guarded import guarded
 
 __all__ = ["from_pretrained", "read_checkpoint"]
 

@@ -12,6 +12,16 @@ from pathlib import Path
 import torch
 
 from mlflow_safeflavor.arguments import checked
+from mlflow_safeflavor.checkpoints.fit import (
+    Fit,
+    Group,
+    cast,
+    find_groups,
+    fit,
+    require_fit,
+    with_base_prefix,
+)
+from mlflow_safeflavor.checkpoints.state_dict import read_state
 from mlflow_safeflavor.checkpoints.transformers_keys import (
     base_prefix,
     convert,
@@ -27,18 +37,10 @@ from mlflow_safeflavor.module.construction import (
     require_memory,
 )
 from mlflow_safeflavor.module.devices import resolve_device
-from mlflow_safeflavor.module.placement import islands_of, place, resolve_dtype
+from mlflow_safeflavor.module.dtype_plan import islands_of
+from mlflow_safeflavor.module.dtypes import resolve_dtype
+from mlflow_safeflavor.module.placement import place
 from mlflow_safeflavor.module.slots import find_slots, some
-from mlflow_safeflavor.module.state_dict import (
-    Fit,
-    Group,
-    cast,
-    find_groups,
-    fit,
-    read_state,
-    require_fit,
-    with_base_prefix,
-)
 
 __all__ = ["materialize"]
 

@@ -19,8 +19,8 @@ from mlflow_safeflavor.artifact.staging import staging
 from mlflow_safeflavor.checkpoints import hub
 from mlflow_safeflavor.checkpoints.from_pretrained import from_pretrained
 from mlflow_safeflavor.checkpoints.preprocessors import tokenizer_of
+from mlflow_safeflavor.checkpoints.state_dict import read_state
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
-from mlflow_safeflavor.module.state_dict import read_state
 
 __all__ = ["MANIFEST", "Prefetched", "prefetch"]
 

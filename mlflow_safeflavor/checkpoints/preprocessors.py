@@ -7,7 +7,7 @@ from typing import Any
 
 from mlflow_safeflavor.checkpoints.folder import own_folders
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.module.guard import guarded
+from mlflow_safeflavor.module.guarded import guarded
 
 __all__ = ["processor_of", "tokenizer_of"]
 

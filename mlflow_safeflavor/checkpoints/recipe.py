@@ -12,7 +12,7 @@ from mlflow_safeflavor.artifact.json_files import read_json
 from mlflow_safeflavor.checkpoints.folder import own_folders
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.module.construction import Recipe
-from mlflow_safeflavor.module.guard import guarded
+from mlflow_safeflavor.module.guarded import guarded
 
 __all__ = ["bare_model", "class_of", "recipe_for"]
 

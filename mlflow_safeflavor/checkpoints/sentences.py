@@ -21,9 +21,9 @@ from mlflow_safeflavor.checkpoints.from_pretrained import read_checkpoint
 from mlflow_safeflavor.checkpoints.given import Source, library_class, require_unchanged
 from mlflow_safeflavor.checkpoints.preprocessors import tokenizer_of
 from mlflow_safeflavor.checkpoints.recipe import bare_model
+from mlflow_safeflavor.checkpoints.state_dict import read_state
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.module.embedding import ACTIVATIONS, Embedder
-from mlflow_safeflavor.module.state_dict import read_state
 
 __all__ = ["from_folder", "from_object", "is_folder", "is_object"]
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from mlflow_safeflavor.checkpoints.fit import with_base_prefix
 from mlflow_safeflavor.errors import WeightsError
 from mlflow_safeflavor.module.construction import Recipe
+from mlflow_safeflavor.module.equality import bits_equal
 from mlflow_safeflavor.module.memory import real_memory
-from mlflow_safeflavor.module.state_dict import bits_equal, with_base_prefix
 
 __all__ = ["base_prefix", "convert", "ignored_keys", "is_converted", "is_optional"]
 

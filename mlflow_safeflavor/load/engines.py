@@ -13,7 +13,7 @@ from mlflow_safeflavor.environment.threads import find_budget
 from mlflow_safeflavor.errors import PlacementError
 from mlflow_safeflavor.load.replay import replay
 from mlflow_safeflavor.load.saved import Saved
-from mlflow_safeflavor.module.guard import guarded
+from mlflow_safeflavor.module.guarded import guarded
 from mlflow_safeflavor.predict.model import LoadedModel, make_model
 from mlflow_safeflavor.predict.report import LoadReport
 from mlflow_safeflavor.tasks.engine import Engine
@@ -112,6 +112,7 @@ def open_module(
         trust: Kinds of the artifact's own code that may run.
     """
     from mlflow_safeflavor.module import placement
+    from mlflow_safeflavor.module.dtypes import input_dtype
     from mlflow_safeflavor.module.engine import ModuleEngine
     from mlflow_safeflavor.module.rebuild import rebuild
     from mlflow_safeflavor.module.slots import find_slots
@@ -123,7 +124,7 @@ def open_module(
     if device_map is None and not placement.maps_files(module, saved.inventory):
         weights = []
         saved.layout.held.clear()
-    takes = placement.input_dtype(dtype or saved.spec.dtype, find_slots(module))
+    takes = input_dtype(dtype or saved.spec.dtype, find_slots(module))
     return ModuleEngine(module, placed, takes, weights, compile=compiles), hooks
 
 
@@ -134,7 +135,9 @@ def _place(
     dtype: str | torch.dtype | None,
     device_map: str | Mapping[str, Any] | None,
 ) -> torch.device:
+    from mlflow_safeflavor.module import device_map as device_maps
     from mlflow_safeflavor.module import devices, placement, structure
+    from mlflow_safeflavor.module.dtype_plan import dtype_plan
     from mlflow_safeflavor.module.slots import find_slots
 
     if device_map is not None and (asked != "auto" or dtype):
@@ -146,13 +149,11 @@ def _place(
         )
     device = devices.resolve_device(asked)
     if device_map is not None:
-        return placement.dispatch(module, device_map, saved.inventory, saved.layout)
+        return device_maps.dispatch(module, device_map, saved.inventory, saved.layout)
     casts = {}
     if dtype:
         described = structure.read_structure(saved.layout, saved.spec)
-        casts = placement.dtype_plan(
-            module, described, placement.resolve_dtype(dtype), find_slots(module)
-        )
+        casts = dtype_plan(module, described, dtype, find_slots(module))
     placement.place(module, device, casts)
     return device
 

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 
 from mlflow_safeflavor.module.bookkeeping import BOOKKEEPING, is_users_hook, matters
-from mlflow_safeflavor.module.equality import NOTHING, equal, is_object, plain_config
+from mlflow_safeflavor.module.equality import NOTHING, bits_equal, equal, is_object, plain_config
 from mlflow_safeflavor.module.slots import OWN_STATE, Slot, find_places, find_slots
-from mlflow_safeflavor.module.state_dict import bits_equal
 from mlflow_safeflavor.module.user_code import name_of
 
 __all__ = ["Difference", "find_differences", "same_attributes"]

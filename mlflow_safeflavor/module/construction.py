@@ -12,11 +12,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError, WeightsError
+from mlflow_safeflavor.module.equality import bits_equal
 from mlflow_safeflavor.module.layers import make_layers
 from mlflow_safeflavor.module.memory import asks_for_dtype, real_memory
 from mlflow_safeflavor.module.random_state import seed_generators
 from mlflow_safeflavor.module.slots import UNKNOWN, find_meta, find_slots, shape_of, some
-from mlflow_safeflavor.module.state_dict import bits_equal
 from mlflow_safeflavor.module.structure import describe_constructor
 from mlflow_safeflavor.module.user_code import name_of
 

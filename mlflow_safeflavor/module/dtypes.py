@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from mlflow_safeflavor.artifact.spec import AS_IS, DTYPES
+from mlflow_safeflavor.errors import PlacementError
 from mlflow_safeflavor.module.inventory import dtype_name
-from mlflow_safeflavor.module.placement import resolve_dtype
-from mlflow_safeflavor.module.slots import find_slots
+from mlflow_safeflavor.module.slots import Slot, find_slots
 
-__all__ = ["announced_cast", "count_dtypes", "dtypes_of", "read_as", "serving_dtype"]
+__all__ = [
+    "announced_cast",
+    "count_dtypes",
+    "dtypes_of",
+    "input_dtype",
+    "read_as",
+    "resolve_dtype",
+    "serving_dtype",
+]
 
 _logger = logging.getLogger("mlflow.safeflavor")
 
 DEFAULT = "float32"
+
+
+def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
+    """``"bfloat16"`` → ``torch.bfloat16``.
+
+    Raises:
+        PlacementError: It is none of the serving dtypes; there is no "auto".
+    """
+    text = str(name).removeprefix("torch.")
+    if text not in DTYPES:
+        raise PlacementError(
+            "Not a serving dtype", where="dtype", wanted=" | ".join(DTYPES), found=repr(name)
+        )
+    dtype: torch.dtype = getattr(torch, text)
+    return dtype
 
 
 def dtypes_of(module: torch.nn.Module) -> dict[str, int]:
@@ -84,3 +108,20 @@ def read_as(asked: str | torch.dtype | None, found: Mapping[str, int]) -> str:
         # The most frequent first; a float8 among them is no serving dtype.
         return next((name for name in found if name in DTYPES), DEFAULT)
     return serving_dtype(asked, found)
+
+
+def input_dtype(name: str | torch.dtype, slots: Sequence[Slot]) -> torch.dtype:
+    """What floating point inputs must be.
+
+    The serving dtype, and for "as-is" the widest that any weight has.
+    """
+    if name != AS_IS:
+        return resolve_dtype(name)
+    floating = [
+        slot.tensor
+        for slot in slots
+        if slot.tensor.is_floating_point() and slot.tensor.itemsize > 1
+    ]
+    weights = [tensor for tensor in floating if isinstance(tensor, torch.nn.Parameter)]
+    kinds = [tensor.dtype for tensor in weights or floating] or [torch.float32]
+    return functools.reduce(torch.promote_types, kinds)

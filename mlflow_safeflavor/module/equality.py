@@ -1,4 +1,4 @@
-"""Equality of two plain values: arrays, classes, tokenizers, configs, and all else."""
+"""Equality of two values: the bits of tensors, and plain values of all kinds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import types
 from typing import Any
 
 import numpy as np
+import torch
 
 from mlflow_safeflavor.artifact.trust import portable
 from mlflow_safeflavor.module.user_code import name_of
 
-__all__ = ["NOTHING", "equal", "is_object", "plain_config"]
+__all__ = ["NOTHING", "bits_equal", "equal", "is_object", "plain_config"]
 
 
 class _Nothing:
@@ -89,3 +90,17 @@ def plain_config(config: Any) -> Any:
         return [plain(item) for item in value] if isinstance(value, list) else value
 
     return plain(portable(json.loads(config.to_json_string(use_diff=False))))
+
+
+def bits_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Same shape, dtype and bits; NaN equals NaN."""
+    if one is other:
+        return True
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    first, second = (
+        # A single value counts as contiguous with any stride, and then has no bytes to look at.
+        tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+        for tensor in (one, other)
+    )
+    return torch.equal(first, second)

@@ -17,13 +17,12 @@ import os
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Collection, Sequence
+from functools import cache
 from types import FrameType
 from typing import Any
 
-__all__ = ["Guard", "guard_process", "guarded"]
+__all__ = ["Guard", "guard_process", "guards", "hook"]
 
 # --- what is refused -----------------------------------------------------------------------------
 
@@ -247,115 +246,15 @@ def _is_below(path: str, folders: tuple[str, ...]) -> bool:
 # Thread → what looks at it.
 #
 # The hook can never be taken out again, so it costs next to nothing while this is empty.
-_guards: dict[int, Guard] = {}
+guards: dict[int, Guard] = {}
 
 
-def _hook(event: str, args: tuple[Any, ...]) -> None:
-    if _guards and event in _WATCHED and (guard := _guards.get(threading.get_ident())):
+def hook(event: str, args: tuple[Any, ...]) -> None:
+    """Hand an event of Python's audit hooks to the guard of this thread, if it has one."""
+    if guards and event in _WATCHED and (guard := guards.get(threading.get_ident())):
         guard(event, args)
-
-
-_lock = threading.Lock()
-_hooked = False
-_stop_following: Callable[[], None] | None = None
 
 
 def guard_process(guard: Guard) -> None:
     """Let a guard look at every thread of this process, for good."""
     sys.addaudithook(lambda event, args: guard(event, args) if event in _WATCHED else None)
-
-
-@contextmanager
-def guarded(*own: str | os.PathLike[str], unpickles: bool = False) -> Iterator[None]:
-    """Audit this thread inside the block, and threads started there until they end.
-
-    Args:
-        own: Folders that may be read beside what is installed.
-        unpickles: Whether a pickle may name classes and functions.
-
-    Raises:
-        TrustError: Something was refused, whatever a library then made of it.
-    """
-    guard, cause = Guard(*own, allowed=["pickle.find_class"] if unpickles else []), None
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_globals["__name__"] in (__name__, "contextlib"):
-        frame = frame.f_back
-    guard.began = frame
-    try:
-        with _watching(guard):
-            yield
-    except Exception as error:
-        if not guard.refused:
-            raise
-        cause = error
-    finally:
-        guard.began = None  # which would keep all that its function holds
-    if guard.refused:
-        from mlflow_safeflavor.errors import TrustError
-
-        raise TrustError(
-            "Building the model tried what no model may do while it is built",
-            where=", ".join(map(str, own)),
-            wanted="nothing but the files of the model and of installed packages",
-            found="it " + "; it ".join(dict.fromkeys(guard.refused)),
-            hint="if you did not save this model, do not use it; if you did, take this out of "
-            "what it runs when "
-            'it is built, or save it with graph="only", which builds nothing',
-        ) from cause
-
-
-@contextmanager
-def _watching(guard: Guard) -> Iterator[None]:
-    thread = threading.get_ident()
-    before = _guards.get(thread)
-    _watch(thread, guard)
-    try:
-        yield
-    finally:
-        _watch(thread, before)
-
-
-def _watch(thread: int, guard: Guard | None) -> None:
-    global _hooked, _stop_following
-    with _lock:
-        if guard is None:
-            _guards.pop(thread, None)
-        else:
-            _guards[thread] = guard
-        if not _hooked:
-            sys.addaudithook(_hook)
-            _hooked = True
-        if _guards and _stop_following is None:
-            _stop_following = _follow_threads()
-        elif not _guards and _stop_following is not None:
-            _stop_following()
-            _stop_following = None
-
-
-def _follow_threads() -> Callable[[], None]:
-    """Let a thread that a guarded one starts be guarded, too.
-
-    Python before 3.12 has no event for it.
-
-    Returns:
-        What puts ``threading.Thread.start`` back.
-    """
-    before = threading.Thread.start
-
-    def start(self: threading.Thread) -> None:
-        guard = _guards.get(threading.get_ident())
-        if guard is not None:
-            self.run = partial(_run, guard, self.run)  # type: ignore[method-assign]
-        before(self)
-
-    def undo() -> None:
-        if threading.Thread.start is start:  # otherwise somebody else came after us
-            threading.Thread.start = before  # type: ignore[method-assign]
-
-    threading.Thread.start = start  # type: ignore[method-assign]
-    return undo
-
-
-def _run(guard: Guard, run: Callable[[], None]) -> None:
-    with _watching(guard):
-        run()

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from mlflow_safeflavor.module.equality import bits_equal
 from mlflow_safeflavor.module.random_state import kept_random_state
-from mlflow_safeflavor.module.state_dict import bits_equal
 
 __all__ = ["kept_module", "kept_parameters"]
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 
 from mlflow_safeflavor.module.attributes import Difference, find_differences
+from mlflow_safeflavor.module.equality import bits_equal
 from mlflow_safeflavor.module.slots import find_slots
-from mlflow_safeflavor.module.state_dict import bits_equal
 
 __all__ = ["covered", "fresh", "written_by_forward"]
 

@@ -22,7 +22,7 @@ from mlflow_safeflavor.module import (
 )
 from mlflow_safeflavor.module.build import build
 from mlflow_safeflavor.module.fill import NOT_GIVEN_BACK, fill, realise
-from mlflow_safeflavor.module.guard import guarded
+from mlflow_safeflavor.module.guarded import guarded
 
 __all__ = ["rebuild", "unpickled_hooks"]
 

@@ -29,7 +29,7 @@ from mlflow_safeflavor.errors import SafeFlavorError
 from mlflow_safeflavor.module.comparison import compared
 from mlflow_safeflavor.module.constructor import describe_call
 from mlflow_safeflavor.module.embedding import Embedder
-from mlflow_safeflavor.module.guard import guarded
+from mlflow_safeflavor.module.guarded import guarded
 from mlflow_safeflavor.module.layers import is_tree
 from mlflow_safeflavor.module.user_code import name_of
 from mlflow_safeflavor.module.wrappers import require_given_back, require_plain

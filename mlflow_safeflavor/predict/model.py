@@ -12,7 +12,7 @@ from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.errors import SafeFlavorError
 from mlflow_safeflavor.module.failures import named_failure
-from mlflow_safeflavor.module.guard import guarded
+from mlflow_safeflavor.module.guarded import guarded
 from mlflow_safeflavor.predict.answers import answer_rows, predict_rows
 from mlflow_safeflavor.predict.deadline import Deadline
 from mlflow_safeflavor.predict.progress import Watch, shown

@@ -17,7 +17,8 @@ from mlflow_safeflavor.artifact.trust import KINDS
 from mlflow_safeflavor.checkpoints.given import Source
 from mlflow_safeflavor.graph.engine import GraphEngine
 from mlflow_safeflavor.module import placement, tensors
-from mlflow_safeflavor.module.dtypes import dtypes_of
+from mlflow_safeflavor.module.dtype_plan import dtype_plan
+from mlflow_safeflavor.module.dtypes import dtypes_of, input_dtype
 from mlflow_safeflavor.module.engine import ModuleEngine, evaluating
 from mlflow_safeflavor.module.fill import realise
 from mlflow_safeflavor.module.kept import kept_parameters
@@ -45,7 +46,7 @@ def answering(
     device = next((slot.tensor.device for slot in find_slots(module)), torch.device("cpu"))
     if cast and described["kind"] == "graph":
         module = copy.deepcopy(module)
-        dtypes = placement.dtype_plan(module, described, spec.dtype, find_slots(module))
+        dtypes = dtype_plan(module, described, spec.dtype, find_slots(module))
         placement.place(module, device, dtypes)
     elif cast:
         device = torch.device("cpu")
@@ -55,7 +56,7 @@ def answering(
         _aligned(module, layout),
         kept_parameters(module, lambda: _stored(layout)),
     ):
-        dtype = placement.input_dtype(spec.dtype, find_slots(module))
+        dtype = input_dtype(spec.dtype, find_slots(module))
         engine, options = (
             ModuleEngine(module, device, dtype),
             run_time_options(stored=spec.model_config),

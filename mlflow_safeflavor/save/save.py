@@ -25,9 +25,9 @@ from mlflow_safeflavor.checkpoints.source import resolve_source
 from mlflow_safeflavor.environment.used import find_used
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.graph.engine import runtime_of
-from mlflow_safeflavor.module import placement, user_code
 from mlflow_safeflavor.module import structure as structures
-from mlflow_safeflavor.module.dtypes import announced_cast, dtypes_of, serving_dtype
+from mlflow_safeflavor.module import user_code
+from mlflow_safeflavor.module.dtypes import announced_cast, dtypes_of, input_dtype, serving_dtype
 from mlflow_safeflavor.module.engine import ModuleEngine
 from mlflow_safeflavor.module.kept import kept_module
 from mlflow_safeflavor.module.saveable import require_saveable
@@ -316,7 +316,7 @@ def _forward(source: Source, spec: ModelSpec, layout: Layout) -> Callable[[torch
         rows = [*([] if source.example is None else task.rows(source.example)), *task.golden_rows()]
         params = task.check_params(task.golden(task.config))
         pieces = [piece for row in task.encoded(rows, params) for piece in task.pieces(row)]
-        dtype = placement.input_dtype(AS_IS, find_slots(module))
+        dtype = input_dtype(AS_IS, find_slots(module))
         for batch in (pieces, pieces[:1]):
             task.forward(ModuleEngine(module, torch.device("cpu"), dtype), batch, params)
 

@@ -17,8 +17,9 @@ from mlflow_safeflavor.artifact.spec import FLAVOR_NAME, ModelSpec, guarded_part
 from mlflow_safeflavor.checkpoints.given import Source
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.module import inventory as inventories
-from mlflow_safeflavor.module import pickled, placement, tensors, user_code
+from mlflow_safeflavor.module import pickled, tensors, user_code
 from mlflow_safeflavor.module import structure as structures
+from mlflow_safeflavor.module.dtype_plan import dtype_plan
 from mlflow_safeflavor.module.engine import evaluating
 from mlflow_safeflavor.module.saveable import require_saveable
 from mlflow_safeflavor.module.slots import find_slots
@@ -46,7 +47,7 @@ def write_module(
     Returns the structure, and whether any tensor was cast to the serving dtype.
     """
     slots = find_slots(source.module)
-    casts = placement.dtype_plan(source.module, described, dtype, slots)
+    casts = dtype_plan(source.module, described, dtype, slots)
     names = {hook: user_code.importable_name(function) for hook, function in source.hooks.items()}
     to_pickle = {hook: source.hooks[hook] for hook, name in names.items() if name is None}
     if to_pickle and not allow_pickle:

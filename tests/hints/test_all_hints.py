@@ -62,7 +62,7 @@ ELSEWHERE = {
         "integration/test_graph.py::test_an_image_has_the_pins_of_what_it_serves_with",
     Site("load/image", "A graph is served on a "
                        "CPU", 'target="cpu"'): "integration/test_graph.py::test_a_graph_alone_says_what_it_takes",
-    Site("module/placement", "device_map needs accelerate", "pip install "
+    Site("module/device_map", "device_map needs accelerate", "pip install "
                                                             "'mlflow-safeflavor[accelerate]'"):
         "integration/test_device_map.py::test_without_accelerate_the_extra_is_named",
     Site("module/wrappers", "The module's forward is wrapped by accelerate for mixed precision, as "

@@ -313,7 +313,7 @@ def test_a_folder_with_half_a_tokenizer(folder, tiny_tokenizer, tmp_path):
 
 
 @follows(
-    "module/state_dict",
+    "checkpoints/state_dict",
     "The folder holds no model weights",
     "load the base model with peft, merge_and_unload() and save that",
 )
@@ -332,7 +332,7 @@ def test_an_adapter_in_place_of_a_checkpoint(model, tmp_path):
 
 
 @follows(
-    "module/state_dict",
+    "checkpoints/state_dict",
     "The folder holds no model weights",
     "mlflow_safeflavor.materialize(module, FILE) takes a file of any name",
 )
@@ -346,7 +346,7 @@ def test_weights_under_another_name(tiny_folder):
 
 
 @follows(
-    "module/state_dict",
+    "checkpoints/fit",
     "The checkpoint and the module do not fit each other",
     "take … off the keys; it comes from …",
 )
@@ -361,7 +361,7 @@ def test_keys_of_a_wrapped_model(tiny_folder):
     assert from_pretrained(tiny_folder, model_class=Tiny)
 
 
-@follows("module/state_dict", "A weight is too large for float16", "dtype='bfloat16' or 'float32'")
+@follows("checkpoints/fit", "A weight is too large for float16", "dtype='bfloat16' or 'float32'")
 def test_weights_beyond_float16(tiny_folder):
     changed(tiny_folder, lambda state: {**state, "body.bias": state["body.bias"] + 70000})
     with pytest.raises(WeightsError):
@@ -371,13 +371,13 @@ def test_weights_beyond_float16(tiny_folder):
 
 
 @follows(
-    "module/state_dict",
+    "checkpoints/state_dict",
     "The checkpoint holds something else than tensors with values",
     "hand the state dict itself to mlflow_safeflavor.materialize, like torch.load(file, "
     "weights_only=True)['state_dict']",
 )
 @follows(
-    "module/state_dict",
+    "checkpoints/state_dict",
     "The file holds more than tensors, and nothing of it was run",
     "torch.save(model.state_dict(), …) where the model comes from, or better: safetensors",
 )
@@ -654,32 +654,32 @@ def test_a_file_that_was_changed_in_the_cache(folder, tmp_path, hub):  # noqa: F
 
 
 @follows(
-    "module/state_dict",
+    "checkpoints/state_dict",
     "A safetensors file cannot be read",
     "fetch the checkpoint again, or save it again where it comes from",
 )
 @follows(
-    "module/state_dict",
+    "checkpoints/state_dict",
     "A checkpoint file cannot be read",
     "fetch the checkpoint again, or save it again where it comes from",
 )
 @follows(
-    "module/state_dict",
+    "checkpoints/state_dict",
     "The index of shards is malformed",
     "fetch the checkpoint again, or save it again where it comes from",
 )
 @follows(
-    "module/state_dict",
+    "checkpoints/state_dict",
     "The index of shards points outside its folder",
     "fetch the checkpoint again, or save it again where it comes from",
 )
 @follows(
-    "module/state_dict",
+    "checkpoints/state_dict",
     "A shard of the checkpoint is missing",
     "fetch the checkpoint again, or save it again where it comes from",
 )
 @follows(
-    "module/state_dict",
+    "checkpoints/state_dict",
     "The shards do not hold what their index lists",
     "fetch the checkpoint again, or save it again where it comes from",
 )

@@ -365,7 +365,7 @@ def test_a_pickle_without_its_code(save, code):  # noqa: F811
 
 
 @follows(
-    "module/guard",
+    "module/guarded",
     "Building the model tried what no model may do while it is built",
     "if you did not save this model, do not use it; if you did, take this out of what it runs "
     "when it is built, or save "
@@ -415,7 +415,7 @@ def test_a_class_that_is_proven_no_more(tiny_bert, tiny_tokenizer, tmp_path, sav
     "device_map says where everything goes, in the dtype it was saved in",
     "leave device and dtype out, or device_map",
 )
-@follows("module/placement", "accelerate cannot spread the model like this", 'device_map="auto"')
+@follows("module/device_map", "accelerate cannot spread the model like this", 'device_map="auto"')
 def test_devices(saved, monkeypatch):
     error = wrong(PlacementError, saved, device="cuda:9")
     load_model(saved, **eval(f"dict({error.hint.partition(' takes')[0]})"))
@@ -435,7 +435,7 @@ def test_devices(saved, monkeypatch):
 
 
 @follows(
-    "module/placement",
+    "module/device_map",
     "Tensors that lie inside other tensors, or not in order, cannot be offloaded to disk",
     "map their modules to a device",
 )

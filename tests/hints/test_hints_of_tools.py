@@ -34,7 +34,7 @@ from mlflow_safeflavor.errors import (
     StructureError,
     TrustError,
 )
-from mlflow_safeflavor.module import placement
+from mlflow_safeflavor.module import dtype_plan
 from mlflow_safeflavor.tasks.inputs import processor
 from mlflow_safeflavor.tasks.inputs.images import read_image
 from mlflow_safeflavor.tasks.inputs.probes import require_same_ids
@@ -547,7 +547,7 @@ def test_a_pickle_of_another_python(save, code):  # noqa: F811
 
 
 @follows(
-    "module/placement",
+    "module/dtype_plan",
     "Torch's default dtype kept changing while the model was constructed",
     "do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, "
     "meanwhile",
@@ -555,16 +555,16 @@ def test_a_pickle_of_another_python(save, code):  # noqa: F811
 def test_a_default_dtype_that_keeps_changing(save, code, monkeypatch):  # noqa: F811
     path, calls = save(code.Net(), code_paths=[code.file]), []
     with monkeypatch.context() as patch:
-        original = placement.build
+        original = dtype_plan.build
 
         def build(*given, **options):
             built = original(*given, **options)
             calls.append(1)
             return built.half() if "inventory" not in options and len(calls) % 2 else built
 
-        patch.setattr(placement, "build", build)
+        patch.setattr(dtype_plan, "build", build)
         patch.setattr(
-            placement._Watch,
+            dtype_plan._Watch,
             "disturbed",
             property(lambda self: True, lambda self, value: None),
             raising=False,

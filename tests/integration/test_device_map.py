@@ -20,7 +20,7 @@ from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import OverloadedError, ParityError, PlacementError
 from mlflow_safeflavor.module import devices, failures, placement, precision
 from mlflow_safeflavor.module.devices import resolve_device
-from mlflow_safeflavor.module.placement import resolve_dtype
+from mlflow_safeflavor.module.dtypes import resolve_dtype
 from mlflow_safeflavor.module.slots import find_slots
 
 pytest_plugins = "saved_models"

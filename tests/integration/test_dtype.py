@@ -32,7 +32,7 @@ from transformers import (
 import mlflow_safeflavor
 from mlflow_safeflavor.cli import main
 from mlflow_safeflavor.errors import PlacementError, WeightsError
-from mlflow_safeflavor.module import placement
+from mlflow_safeflavor.module import dtype_plan, placement
 from mlflow_safeflavor.module import rebuild as rebuilding
 from mlflow_safeflavor.module.slots import find_slots
 
@@ -530,7 +530,7 @@ class Disturbed(nn.Module):
 @pytest.mark.parametrize("times", [0, 1, 3])
 def test_another_thread_in_the_middle_decides_nothing(save, times):
     path = save(seeded(Disturbed), init_args={}, input_example=X)
-    original = placement.build
+    original = dtype_plan.build
 
     def build(*args, **kwargs):
         if "inventory" not in kwargs:  # the skeleton that tells dtypes, not the model itself
@@ -540,7 +540,7 @@ def test_another_thread_in_the_middle_decides_nothing(save, times):
 
     build.left = times
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "build", build)
+        patch.setattr(dtype_plan, "build", build)
         found = load(path, trust={"code"}, dtype="bfloat16").module
     Disturbed.left = 0
     assert dtypes(found) == dict.fromkeys(
@@ -551,7 +551,7 @@ def test_another_thread_in_the_middle_decides_nothing(save, times):
 
 def test_a_default_dtype_that_never_settles_is_named(save, monkeypatch):
     path = save(seeded(Disturbed), init_args={}, input_example=X)
-    original, calls = placement.build, []
+    original, calls = dtype_plan.build, []
 
     def build(*args, **kwargs):
         calls.append(1)
@@ -561,9 +561,9 @@ def test_a_default_dtype_that_never_settles_is_named(save, monkeypatch):
             built.transient = built.transient.float()
         return built
 
-    monkeypatch.setattr(placement, "build", build)
+    monkeypatch.setattr(dtype_plan, "build", build)
     always = property(lambda self: True, lambda self, value: None)
-    monkeypatch.setattr(placement._Watch, "disturbed", always, raising=False)
+    monkeypatch.setattr(dtype_plan._Watch, "disturbed", always, raising=False)
     with pytest.raises(PlacementError, match="kept changing"):
         load(path, trust={"code"}, dtype="bfloat16")
 

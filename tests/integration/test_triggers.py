@@ -46,8 +46,8 @@ from mlflow_safeflavor.errors import (
     TrustError,
     WeightsError,
 )
+from mlflow_safeflavor.module.equality import bits_equal
 from mlflow_safeflavor.module.slots import find_slots
-from mlflow_safeflavor.module.state_dict import bits_equal
 
 pytestmark = [
     # What MLflow warns of itself, at its first import and with pandas 3.

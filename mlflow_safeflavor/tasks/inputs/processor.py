@@ -19,7 +19,7 @@ from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.artifact.trust import require_harmless
 from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError, StructureError
 from mlflow_safeflavor.module.bounds import within
-from mlflow_safeflavor.module.guard import guarded
+from mlflow_safeflavor.module.guarded import guarded
 from mlflow_safeflavor.tasks.inputs.processor_bounds import find_excess, require_moderate
 
 __all__ = ["apply", "hears", "load_processor", "requirements_of", "write_processor"]

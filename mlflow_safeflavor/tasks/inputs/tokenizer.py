@@ -12,7 +12,7 @@ from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.artifact.scratch import scratch_folder
 from mlflow_safeflavor.artifact.trust import require_harmless
 from mlflow_safeflavor.errors import IntegrityError, StructureError, TrustError
-from mlflow_safeflavor.module.guard import guarded
+from mlflow_safeflavor.module.guarded import guarded
 from mlflow_safeflavor.tasks.inputs.backend import TOKENIZER, read_backend
 from mlflow_safeflavor.tasks.inputs.probes import (
     PROBES,

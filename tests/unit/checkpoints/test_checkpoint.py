@@ -39,8 +39,8 @@ from mlflow_safeflavor.errors import (
     TrustError,
     WeightsError,
 )
+from mlflow_safeflavor.module.equality import bits_equal
 from mlflow_safeflavor.module.slots import find_slots
-from mlflow_safeflavor.module.state_dict import bits_equal
 
 TINY = {
     "hidden_size": 32,

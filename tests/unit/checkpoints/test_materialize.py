@@ -27,8 +27,8 @@ from mlflow_safeflavor.errors import (
     TrustError,
     WeightsError,
 )
+from mlflow_safeflavor.module.equality import bits_equal
 from mlflow_safeflavor.module.slots import find_meta, find_slots
-from mlflow_safeflavor.module.state_dict import bits_equal
 
 
 def differing(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_safeflavor.errors import InputError, TrustError
-from mlflow_safeflavor.module.guard import guarded
+from mlflow_safeflavor.module.guarded import guarded
 
 
 @pytest.fixture
@@ -285,6 +285,6 @@ def test_importing_the_package_installs_no_hook():
     """A hook stays until the process ends, so it comes with the first build."""
     script = (
         "import sys; sys.addaudithook = exit; import mlflow_safeflavor.load.load, "
-        "mlflow_safeflavor.module.guard"
+        "mlflow_safeflavor.module.guarded"
     )
     assert subprocess.run([sys.executable, "-c", script + "; sys.exit(7)"]).returncode == 7

@@ -1,0 +1,141 @@
+"""Which tensor of a module has which dtype, where the module is served in one dtype."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from mlflow_safeflavor.artifact.spec import AS_IS
+from mlflow_safeflavor.errors import PlacementError
+from mlflow_safeflavor.module.build import build
+from mlflow_safeflavor.module.dtypes import resolve_dtype
+from mlflow_safeflavor.module.slots import Slot, find_slots
+
+__all__ = ["dtype_plan", "islands_of"]
+
+
+def dtype_plan(
+    module: torch.nn.Module,
+    structure: Mapping[str, Any],
+    name: str | torch.dtype,
+    slots: Sequence[Slot],
+) -> dict[str, torch.dtype]:
+    """Path → dtype, for every tensor that a module of this serving dtype holds in another dtype.
+
+    None for "as-is".
+
+    As ``from_pretrained(dtype=…)`` decides: the islands that the class keeps in float32 are
+    parameters and persistent buffers (a router's correction bias); everything else takes the dtype
+    that the constructor gives it when ``dtype`` is torch's default: rotary frequencies, for
+    instance, are float32 by their own code. Parameters of other modules than transformers', and
+    persistent buffers where no constructor can be called, are cast, as ``nn.Module.to`` does.
+    Integers and booleans stay.
+    """
+    if name == AS_IS:
+        return {}
+    dtype = resolve_dtype(name)
+    floating = [slot for slot in slots if slot.tensor.is_floating_point()]
+    parameters_differ = any(
+        slot.tensor.dtype != dtype for slot in floating if slot.kind == "parameter"
+    )
+    if not parameters_differ:
+        return {}
+    islands = islands_of(module, dtype)
+    constructed = _constructed_dtypes(structure, dtype)
+    plan = {}
+    for slot in floating:
+        stored = slot.kind == "parameter" or (slot.kind == "buffer" and slot.persistent)
+        if stored and islands and islands.search(f".{slot.path}."):
+            plan[slot.path] = torch.float32
+        elif slot.kind == "parameter" and not hasattr(module, "from_pretrained"):
+            plan[slot.path] = dtype
+        else:
+            plan[slot.path] = constructed.get(slot.path, dtype if stored else slot.tensor.dtype)
+    return {slot.path: plan[slot.path] for slot in floating if plan[slot.path] != slot.tensor.dtype}
+
+
+def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    if structure["kind"] in ("pickle", "graph"):
+        return {}
+    described = {
+        **structure,
+        "config": _with_dtype(structure.get("config"), str(dtype).removeprefix("torch.")),
+    }
+    seen = []
+    for attempt in range(_TRIES):
+        with _Watch(dtype) as watch:
+            # Whoever gets here has agreed to run the class already: it is being saved, or was just
+            # loaded.
+            skeleton = build(described, trust={"code"}, dtype=dtype)
+        seen.append({slot.path: slot.tensor.dtype for slot in find_slots(skeleton)})
+        if not watch.disturbed:
+            return seen[-1]
+        time.sleep(0.01 * attempt)
+    if any(other != seen[0] for other in seen):
+        raise PlacementError(
+            "Torch's default dtype kept changing while the model was constructed",
+            where=structure["class"],
+            wanted=str(dtype),
+            hint="do not call torch.set_default_dtype, or transformers' from_pretrained in other "
+            "threads, meanwhile",
+        )
+    return seen[0]  # the constructor itself changes it, always in the same way
+
+
+_TRIES = 10
+
+
+class _Watch(TorchFunctionMode):
+    """Sees other threads change torch's default dtype, as transformers' loader does."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.disturbed = dtype, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = torch.get_default_dtype()
+        result = func(*args, **(kwargs or {}))
+        # requires_grad_ is called after construction, with the default that was there before.
+        if getattr(func, "__name__", "") != "requires_grad_":
+            self.disturbed |= before != self.dtype or torch.get_default_dtype() != self.dtype
+        return result
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """A config, as JSON, that says ``dtype`` at every level.
+
+    Submodels obey it more than torch's default.
+    """
+    if not isinstance(config, Mapping):
+        return config
+    changed = {key: _with_dtype(value, dtype) for key, value in config.items()}
+    return changed | {
+        key: dtype for key in ("dtype", "torch_dtype") if key in config and "model_type" in config
+    }
+
+
+def islands_of(module: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """What the class keeps in float32 (T5's ``wo``), to be searched in ``.path.``.
+
+    Transformers 4.57 and 5.
+    """
+    names: set[str] = set()
+    for child in module.modules():
+        if dtype == torch.float16:
+            names |= set(getattr(child, "_keep_in_fp32_modules", None) or ())
+        if dtype in (torch.float16, torch.bfloat16):
+            names |= set(getattr(child, "_keep_in_fp32_modules_strict", None) or ())
+    if not names:
+        return None
+    # As in transformers' own loader: whole components of a path before 5, any part of it since, *
+    # for anything.
+    import transformers
+
+    whole = int(transformers.__version__.partition(".")[0]) < 5
+    patterns = [rf"\.{name}\." if whole else name.replace("*", ".*") for name in sorted(names)]
+    return re.compile("|".join(patterns))
