@@ -38,12 +38,11 @@ __all__ = ["answering", "write_parity"]
 def answering(
     source: Source, spec: ModelSpec, described: Mapping[str, Any], cast: bool, layout: Layout
 ) -> Iterator[LoadedModel]:
-    """The very module the user handed over, as it is served; unless it had to be cast.
-
-    A cast model exists only in the artifact, so there the rebuilt module answers.
-    """
+    """The model that answers the golden rows: the user's own module, or a cast copy of it."""
     module, hooks = source.module, source.hooks
     device = next((slot.tensor.device for slot in find_slots(module)), torch.device("cpu"))
+    # A cast model exists in the artifact alone, and from there it answers; but a graph is never
+    # rebuilt, so that a copy of the given module is cast.
     if cast and described["kind"] == "graph":
         module = copy.deepcopy(module)
         dtypes = dtype_plan(module, described, spec.dtype, find_slots(module))
@@ -66,12 +65,10 @@ def answering(
 
 @contextmanager
 def _aligned(module: torch.nn.Module, layout: Layout) -> Iterator[None]:
-    """Move tensors, while inside, to the alignment that they have after ``load_model``.
-
-    ``from_pretrained`` maps them from anywhere in a file, and answers recorded so could differ from
-    those of every load in their last bits: see ``tensors.ALIGNMENT``. Tensors made in inference
-    mode stay where they are: torch refuses to move them.
-    """
+    """Move tensors, while inside, to the alignment that they have after ``load_model``."""
+    # ``from_pretrained`` maps them from anywhere in a file, and answers recorded so could differ
+    # from those of every load in their last bits: see ``tensors.ALIGNMENT``. torch refuses to move
+    # tensors made in inference mode.
     found = find_slots(module)
     slots = [
         slot
@@ -101,13 +98,13 @@ def write_parity(
     """Record the golden rows with each engine, the one that serves by default first.
 
     Returns:
-        The answers of that one, and the spec with what was measured.
+        The answers of that one, and the spec with the measured ``forward_cost``.
     """
     first = models[0]
     cost = first.scheduler.forward_cost
     if not cost and first.engine.on_cpu:
-        # Stored, so that all hosts make the same batches: the bits of an answer may depend on what
-        # shares its batch.
+        # Stored, so that all hosts make the same batches: the last bits of an answer may depend on
+        # the rows that share its batch. Answered once before, since a first forward is slower.
         first.answer(rows, first.task.golden(first.task.config))
         cost = measure_forward_cost(
             first.task, first.engine, rows, first.options["max_batch_tokens"]

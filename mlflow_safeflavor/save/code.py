@@ -1,7 +1,4 @@
-"""The code that goes with a model.
-
-The loader, which is what serving reaches of this package, and the user's.
-"""
+"""Code in an artifact: the loader, which is this package without four rooms, and the user's."""
 
 from __future__ import annotations
 
@@ -23,15 +20,17 @@ __all__ = ["LOADER_MODULE", "loader_digest", "write_code"]
 LOADER_MODULE = "mlflow_safeflavor"
 
 _PACKAGE = Path(__file__).parents[1]
-# No load and no prediction runs these, a sixth of the package.
+# Rooms that no load and no prediction runs: a sixth of the package, which each model would carry.
 _LEFT_OUT = ("checkpoints", "cli.py", "save", "verify")
 _NOTE = "LOADER.txt"
 
 
 def write_code(code_paths: Sequence[str | Path] | None, layout: Layout) -> None:
-    """Write the loader, and what the user named, below ``code/``."""
+    """Write the loader and the user's code below ``code/``."""
+    # MLflow's own copier, so that a path means here what it means in its other flavors.
     _validate_and_copy_code_paths([os.fspath(path) for path in code_paths or ()], layout.root)  # type: ignore[no-untyped-call]  # MLflow's
     target = layout.code / LOADER_MODULE
+    # The loader's files would be written among those of another release.
     if target.exists():
         raise InputError(
             "code_paths must not hold the loader itself", where=LOADER_MODULE, hint="leave it out"
@@ -47,7 +46,7 @@ def write_code(code_paths: Sequence[str | Path] | None, layout: Layout) -> None:
 
 
 def loader_digest() -> str:
-    """SHA-256 over the files of the loader, as it is vendored."""
+    """SHA-256 over the names and contents of the loader's files."""
     digest = hashlib.sha256()
     for file in _loader_files():
         digest.update(

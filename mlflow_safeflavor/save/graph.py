@@ -1,7 +1,4 @@
-"""A module's forward recorded as a graph: exported, checked as it will be at each load, and proven.
-
-Where that does not work the reason is kept, and the module serves.
-"""
+"""The graph of a module's forward: exported, checked as at each load, and proven."""
 
 from __future__ import annotations
 
@@ -50,15 +47,16 @@ def record(
         places: Where those are in files of weights, by path.
         examples: Inputs of its forward, as the task makes them; at least one.
         limit: Most tokens of a text.
-        runtimes: What makes sessions, by the name of the engine; by default ONNX Runtime.
+        runtimes: Engine → function that makes its sessions; by default ONNX Runtime's.
 
     Returns:
-        The graph, and what was seen by engine.
+        The graph, and facts of its proof by engine.
 
     Raises:
-        Refusal: The forward cannot be traced with free sizes, calls what a graph may not, or
-            answers otherwise.
+        Refusal: The forward cannot be traced with free sizes, calls operators that a graph may not
+            have, or answers otherwise.
     """
+    # A graph has one list of inputs; a forward that is sometimes given one more needs two.
     if len({tuple(sorted(inputs)) for inputs in examples}) != 1:
         raise Refusal("the forward is not always called with the same arguments")
     reasons = []
@@ -70,6 +68,7 @@ def record(
             )
         except Refusal as refusal:
             reasons.append(str(refusal))
+    # The first try frees most, and so says most about the forward.
     raise Refusal(reasons[0])
 
 
@@ -91,6 +90,7 @@ def _proven(
     device = next((tensor.device for tensor in example.values()), torch.device("cpu"))
 
     def run(inputs: Arrays) -> Arrays:
+        # Copied: a forward may write to its inputs, and the sessions get the same arrays.
         tensors = {
             name: torch.from_numpy(array.copy()).to(device) for name, array in inputs.items()
         }
@@ -101,13 +101,16 @@ def _proven(
     facts = {}
     for name, runtime in runtimes.items():
         try:
+            # Of several thread counts, since sums may be cut by them: whether bits hold is proven.
             sessions = [
                 runtime(graph, arrays, threads=threads)
                 for threads in sorted({1, 2, available_cpus()})
             ]
-        except StructureError as error:  # a kernel that it does not have
+        except StructureError as error:  # an operator that the engine has no kernel for
             raise Refusal(f"{error.what}: {error.found}") from error
         facts[name] = prove(run, sessions, graph.inputs, plain, limit, seed=0)
+    # Sizes that the module took in the proof. Of a size that had to be the same each time nothing
+    # is known for others, so it is written into the graph; rows and lengths must not be such.
     seen = next(iter(facts.values())).sizes
     fixed = {name: min(sizes) for name, sizes in seen.items() if len(sizes) == 1}
     if narrow := fixed.keys() & {"rows", "length"}:
@@ -125,7 +128,7 @@ def _read(content: bytes) -> Graph:
 
 
 class _Listener:
-    """An engine that remembers with what it called the forward."""
+    """An engine that keeps the inputs of each forward."""
 
     name = "listener"
     keeps_bits = False
@@ -146,7 +149,7 @@ class _Listener:
 
 
 def examples_of(task: Task, engine: ModuleEngine, rows: Sequence[Row]) -> list[Inputs]:
-    """What a task gives to the engine for these rows: all in one batch, and the first two alone.
+    """Inputs that a task gives to the engine for these rows: in one batch, and the first two alone.
 
     Raises:
         Refusal: It has no forward of its own.
@@ -160,7 +163,8 @@ def examples_of(task: Task, engine: ModuleEngine, rows: Sequence[Row]) -> list[I
 
 
 def _equally_wide(examples: Sequence[Inputs]) -> list[Inputs]:
-    """Processors make masks of other dtypes for one row than for several."""
+    """The examples with one dtype for each input: int64 where they differ."""
+    # Processors make masks of other dtypes for one row than for several.
     dtypes: dict[str, set[torch.dtype]] = {}
     for inputs in examples:
         for name, tensor in inputs.items():
@@ -172,8 +176,9 @@ def _equally_wide(examples: Sequence[Inputs]) -> list[Inputs]:
 
 
 def _candidates(examples: Sequence[Inputs]) -> Iterator[Inputs]:
-    """Inputs to trace with, the best first: sizes of 0 and 1 cannot become free."""
+    """Inputs to trace with, the best first."""
     largest = max(examples, key=lambda inputs: sum(tensor.numel() for tensor in inputs.values()))
+    # torch.export takes a size of 0 or 1 for a constant: a single row is repeated, to be two.
     if all(tensor.dim() and tensor.shape[0] == 1 for tensor in largest.values()):
         yield {
             name: tensor.repeat(2, *[1] * (tensor.dim() - 1)) for name, tensor in largest.items()
@@ -182,10 +187,7 @@ def _candidates(examples: Sequence[Inputs]) -> Iterator[Inputs]:
 
 
 def _freedoms(examples: Sequence[Inputs]) -> list[Mapping[str, set[int]]]:
-    """Dimensions to be free, by input: all of them.
-
-    Then rows, lengths and what differed between the examples.
-    """
+    """Dimensions to be free, by input: all; then rows, lengths and those seen to differ."""
     every = {name: set(range(tensor.dim())) for name, tensor in examples[0].items()}
     some = {
         name: {
@@ -199,12 +201,15 @@ def _freedoms(examples: Sequence[Inputs]) -> list[Mapping[str, set[int]]]:
 
 
 def store_graph(model: LoadedModel, rows: Sequence[Row], required: bool) -> list[GraphEngine]:
-    """Record the forward as a graph, or the reason why there is none.
+    """Store the forward as a graph, or the reason why there is none.
 
-    Returns what runs it, what serves first.
+    Returns:
+        Its engines, the one that serves by default first.
     """
     layout, slots = Layout(model.folder), find_slots(model.module)
     runtimes = {"onnx": runtime_of("onnx")}
+    # ONNX Runtime is proven as well: who loads the model may not trust OpenVINO with it. A module
+    # cannot stand in for an engine that was asked for.
     if model.spec.model_config["engine"] == "openvino":
         runtimes, required = (
             {"openvino": runtime_of("openvino", model.spec.model_config["dtype"]), **runtimes},
@@ -227,8 +232,9 @@ def store_graph(model: LoadedModel, rows: Sequence[Row], required: bool) -> list
                 "there is no graph",
             ) from refusal
         write_reason(str(refusal), layout)
-        return []
+        return []  # the module serves, and inspect tells the reason
     write_graph(graph, facts, layout)
+    # Read back, with all checks: the golden rows are answered by the very file that is published.
     opened = open_graph(inventory.files, layout)
     return [
         GraphEngine(runtime(*opened, threads=available_cpus())) for runtime in runtimes.values()

@@ -1,7 +1,4 @@
-"""A model being logged.
-
-What MLflow holds of it meanwhile, so that the next log ends what a killed one left there.
-"""
+"""Logging through MLflow, with notes by which the next log ends the rest of a killed one."""
 
 from __future__ import annotations
 
@@ -36,12 +33,12 @@ def log(flavor: ModuleType, name: str, **arguments: Any) -> ModelInfo:
 
 
 class NotedFlavor:
-    """A flavor as ``Model.log`` calls it, which notes what MLflow made for it before it saves.
+    """A flavor as ``Model.log`` calls it, which notes MLflow's folder and model before it saves.
 
     Args:
-        flavor: What saves.
+        flavor: Module with ``save_model``.
         notes: Scratch folder for the notes.
-        own: Arguments of the flavor's that ``Model.log`` would take for its own.
+        own: Arguments of the flavor that ``Model.log`` would take for its own.
     """
 
     def __init__(self, flavor: ModuleType, notes: Path, own: Mapping[str, Any]) -> None:
@@ -52,7 +49,8 @@ class NotedFlavor:
     def save_model(self, path: str, mlflow_model: Any, **arguments: Any) -> None:
         """Save at ``path``, which MLflow uploads, then removes with the folder around it."""
         folder = Path(path).parent
-        if not any(folder.iterdir()):  # made for this alone
+        # Empty, so MLflow made it for this alone. Were it not, a sweep would remove others' files.
+        if not any(folder.iterdir()):
             add_companion(self._notes, folder)
         self.model_id = getattr(mlflow_model, "model_id", None)  # since MLflow 3
         if self.model_id is not None:
@@ -63,18 +61,14 @@ class NotedFlavor:
 
 @contextmanager
 def noting(flavor: ModuleType, own: Mapping[str, Any]) -> Iterator[NotedFlavor]:
-    """The flavor to log with.
-
-    Models that killed processes left ``PENDING`` in this store are marked as failed first.
-
-    MLflow itself marks those whose logging an ``Exception`` ends, but not where one ends the
-    process, such as ``KeyboardInterrupt``.
-    """
+    """Mark models that killed processes left ``PENDING`` as failed; then the flavor to log with."""
     with scratch_folder("log") as notes:
         _fail_abandoned()
         noted = NotedFlavor(flavor, notes, own)
         try:
             yield noted
+        # MLflow itself marks a model whose logging an Exception ends, but not for those that end
+        # the process, such as KeyboardInterrupt.
         except BaseException as error:
             if noted.model_id is not None and not isinstance(error, Exception):
                 with suppress(Exception):
@@ -94,19 +88,17 @@ def _fail_abandoned() -> None:
 
 
 def _fail(model_id: str) -> bool:
-    """Mark a logged model as failed if nobody has finished it.
-
-    Returns whether nothing is left to do.
-    """
+    """Mark a logged model as failed if it is pending; returns whether its note is done with."""
     client = mlflow.MlflowClient()
     try:
         if str(client.get_logged_model(model_id).status) == "PENDING":
             client.finalize_logged_model(model_id, "FAILED")
+    # A model that is gone needs no mark; a server that is down may be asked by the next log.
     except MlflowException as error:
         return bool(error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST))
     return True
 
 
 def _store() -> str:
-    """Names the tracking store without telling it: its URI may hold a password."""
+    """Name of the tracking store, as a digest: its URI may hold a password."""
     return hashlib.sha256(mlflow.get_tracking_uri().encode()).hexdigest()

@@ -1,7 +1,4 @@
-"""The environment of a model that is being saved.
-
-What its parts need, and what its rehearsal used.
-"""
+"""Pins of a model being saved: needs of its parts, and distributions that its rehearsal used."""
 
 from __future__ import annotations
 
@@ -35,16 +32,14 @@ _logger = logging.getLogger("mlflow.safeflavor")
 class Pinning:
     """Writes environment.json and the files that pip, conda and uv install from.
 
-    Again, if a rehearsal used more.
-
     Args:
-        layout: Where they are written.
-        source: What is saved.
-        engines: What can answer; where a graph can and a module, names that only the module needs
-            are told apart.
-        code_paths: What comes with the model is not pinned.
+        layout: The staged artifact.
+        source: The model being saved.
+        engines: Its engines; where there are a graph and a module, pins that only the module needs
+            are kept apart.
+        code_paths: Code that comes with the model, and is not pinned.
         hashes: Whether each pin gets the hashes of its files.
-        wanted: What the user says of it: ``torch_index``, ``pip_requirements``,
+        wanted: The user's arguments: ``torch_index``, ``pip_requirements``,
             ``extra_pip_requirements`` and ``conda_env``, see
             ``environment.files.environment_files``.
     """
@@ -68,10 +63,9 @@ class Pinning:
 
     @property
     def optional(self) -> list[str]:
-        """Modules that all of MLflow brings along and a graph does without.
-
-        What imports them can do so, too.
-        """
+        """Modules that all of MLflow brings along and a graph does without."""
+        # Hidden from the rehearsal while MLflow is imported: libraries import pyarrow or scipy
+        # where they are installed, and would seem to need them.
         if "onnx" not in self._engines:
             return []
         unneeded = closure_of(["mlflow"]) - closure_of(self._graph_roots)
@@ -81,7 +75,7 @@ class Pinning:
         )
 
     def write(self, used: Mapping[str, Use] | None = None) -> Environment:
-        """Write the files, for what the parts of the model need and what was used.
+        """Write the files for the needs of the model's parts and for used distributions.
 
         Raises:
             EnvironmentMismatchError: See ``environment.files.environment_files``.
@@ -89,6 +83,7 @@ class Pinning:
         used = used or {}
         graph_roots = [
             *self._graph_roots,
+            # Opened before the module was loaded: see ``find_used``.
             *(name for name, use in used.items() if use.engine != "module"),
         ]
         roots = [
@@ -100,6 +95,7 @@ class Pinning:
             self._layout.root,
             list(dict.fromkeys(roots)),
             graph_roots=[*graph_roots] if {"onnx", "module"} <= {*self._engines} else None,
+            # Compared at load where torch is imported; a CPU with other kernels rounds otherwise.
             torch_build={
                 "version": torch.__version__,
                 "cuda": torch.version.cuda,
@@ -113,7 +109,7 @@ class Pinning:
         return recorded
 
     def finish(self, used: Mapping[str, Use] | None) -> bool:
-        """Pin what a rehearsal used, and then look up hashes, once, where they are wanted.
+        """Pin the distributions that a rehearsal used, then look up hashes where they are wanted.
 
         Args:
             used: None where there was no rehearsal.
@@ -131,14 +127,13 @@ class Pinning:
                 "and processor; what else its code imports or reads is not among them unless "
                 "extra_pip_requirements says so"
             )
+        # Last, and once: it asks an index for every pin.
         if self._hashes:
             lock_file(self._layout, self._recorded or self.write())
         return written or self._hashes
 
     def add(self, used: Mapping[str, Use]) -> bool:
-        """Pin what a rehearsal used beside what the model's parts need.
-
-        Returns whether files were written.
+        """Pin used distributions that are not pinned yet; returns whether files were written.
 
         Where the user wrote all lines they stay, and a warning gives those that are missing.
 
@@ -146,10 +141,12 @@ class Pinning:
             EnvironmentMismatchError: It ran other versions than this process has, or see ``write``.
         """
         recorded = self._recorded or self.write()
+        # Pins name versions of this process, and the clean one has no PYTHONPATH.
         _require_versions(recorded, used)
         if any(self._wanted[name] is not None for name in ("pip_requirements", "conda_env")):
             _warn_of_missing(self._layout.root, used)
             return False
+        # A pin that only the module had is news, too, once the graph used it.
         news = {
             name: use
             for name, use in used.items()
@@ -168,15 +165,12 @@ class Pinning:
 
 
 def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[str]:
-    """Distributions that serving needs directly; for a graph not torch, seldom transformers.
-
-    What these need in turn is found by the rehearsal.
-    """
+    """Distributions that serving needs directly; for a graph not torch, seldom transformers."""
     module = torch.nn.Module() if graph else source.module
     calls = source.processor is not None or (
         source.task == "custom" and source.tokenizer is not None
     )
-    # with their tensors
+    # What unpickles hooks may find tensors in them, and imports torch.
     pickles = any(user_code.importable_name(hook) is None for hook in source.hooks.values())
     graph_roots = [*GRAPH_ROOTS, *server_roots()]
     graph_roots += [

@@ -1,4 +1,4 @@
-"""The rehearsal: load a staged artifact in a clean process before anybody can see it."""
+"""The rehearsal: load a staged artifact in a clean process before it is published."""
 
 from __future__ import annotations
 
@@ -49,14 +49,19 @@ def rehearse(
 ) -> tuple[Opened, list[str]]:
     """Load ``staged`` through pyfunc in a process that shares only the installed packages.
 
-    Once with each of the ``engines``. While MLflow is imported there, the modules ``hidden`` are
-    not to be had. Its interpreter is isolated (``-I``), its environment stripped, its working and
-    home folders are empty, the hub is offline. A connection beyond loopback is an error, and so is
-    to read a file that is neither part of the model nor of what is installed: it would not be there
-    in a container. Loading replays the golden rows.
+    Its interpreter is isolated (``-I``), its environment stripped, its working and home folders are
+    empty, the hub is offline. A connection beyond loopback is an error, and so is to read a file
+    that belongs neither to the model nor to a distribution: it would not be there in a container.
+    Loading replays the golden rows.
+
+    Args:
+        staged: Folder of the artifact.
+        engines: Engines to load it with, one after the other.
+        hidden: Modules that cannot be imported while MLflow is.
+        allow_pickle: Whether the process may unpickle.
 
     Returns:
-        Which files each engine was the first to open, and the ``sys.path`` of that process.
+        Files by the engine that was the first to open them, and the ``sys.path`` of that process.
 
     Raises:
         RehearsalError: It could not be loaded there, or answered differently.
@@ -65,11 +70,11 @@ def rehearse(
         scratch, answer = str(folder), folder / "answer.json"
         environ = {name: value for name, value in os.environ.items() if name in _KEPT}
         environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = str(allow_pickle).lower()
-        environ["MLFLOW_SAFEFLAVOR_CACHE"] = "off"  # nobody loads from that folder again
+        environ["MLFLOW_SAFEFLAVOR_CACHE"] = "off"  # no later load comes from a staged folder
         environ |= dict.fromkeys(("HOME", "HF_HOME", "TMPDIR", "TEMP", "TMP"), scratch)
         environ |= {**_OFFLINE, "MLFLOW_TRACKING_URI": f"file:{scratch}/mlruns"}
         if sys.version_info < (3, 12):
-            # else setuptools is imported in place of Python's own
+            # Else setuptools' distutils is imported in place of Python's own, and pinned for it.
             environ["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"
         command = [
             sys.executable,
@@ -97,6 +102,7 @@ def rehearse(
                 wanted=f"within {_TIMEOUT} s",
                 hint=_HINT,
             ) from None
+        # The answer counts, not the exit status: code that exits early may exit with 0.
         if not answer.exists():
             raise RehearsalError(
                 "The clean process died while loading the model",
@@ -105,7 +111,7 @@ def rehearse(
             )
         told = json.loads(answer.read_text(encoding="utf-8"))
     if problem := told["problem"]:
-        # Libraries tell in words of their own of what they were refused.
+        # Libraries catch a refusal and fail with words of their own: what was refused says more.
         refused = [
             what for what in dict.fromkeys(told["refused"]) if what not in problem["message"]
         ]
@@ -124,10 +130,8 @@ def rehearse(
 
 @contextmanager
 def _lifeline() -> Iterator[int]:
-    """What the clean process reads to its end.
-
-    Nobody writes to it, and it ends with this process, whatever ends it.
-    """
+    """A pipe without writes, whose end ends the clean process together with this one."""
+    # The kernel closes it however this process ends, by SIGKILL as well.
     reads, writes = os.pipe()
     try:
         yield reads

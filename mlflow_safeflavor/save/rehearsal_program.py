@@ -1,14 +1,10 @@
-"""What runs in the rehearsal's clean process.
-
-A load that may use nothing that stays behind on this machine.
+"""Program of the rehearsal's clean process: a load that may use nothing of this machine alone.
 
     python -I rehearsal_program.py MODEL ENGINES ANSWER HIDDEN
 
-It answers with what went wrong, and with which files were opened for whom, so that pins can be what
-runs.
-
-Run by its path, and with it ``guard``, so it imports nothing of this package; the model brings its
-own.
+The answer holds the error, if there was one, and the opened files with their readers, from which
+the pins are told. Run by its path, and ``guard`` with it: it imports nothing of this package, since
+the model brings its own.
 """
 
 from __future__ import annotations
@@ -23,10 +19,8 @@ from typing import Any
 
 
 def end_with_parent() -> None:
-    """End this process with the one that started it: standard input then ends.
-
-    Nobody else reads from there.
-    """
+    """End this process with the one that started it: its end of standard input then closes."""
+    # Standard input of all others is empty: a question of some library gets an end of file.
     lifeline, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
@@ -39,17 +33,16 @@ def end_with_parent() -> None:
 
 
 class Witness:
-    """Remembers which files are opened, and for whom, from now on.
-
-    What the interpreter imported when it started (``.pth`` files and ``sitecustomize`` run tools of
-    all kinds) was opened before, and what such a tool reads of its own is not remembered.
+    """Notes opened files with their readers, from now on.
 
     Args:
-        own: Folders whose files are not remembered.
+        own: Folders whose files are not noted.
     """
 
     def __init__(self, *own: str) -> None:
         self._own = tuple(os.path.join(path, "") for path in (*own, *map(os.path.realpath, own)))
+        # Imported when the interpreter started: .pth files and sitecustomize run tools of many
+        # kinds. Files that a tool reads of its own are no need of the model.
         tops = (
             {name.partition(".")[0] for name in sys.modules}
             - sys.stdlib_module_names
@@ -58,11 +51,12 @@ class Witness:
         # Namespaces without a file, such as "google", are no tools.
         self._tools = {top for top in tops if getattr(sys.modules.get(top), "__file__", None)}
         self._files: dict[str, str] = {}
-        # by folder, since finding one costs more than all the rest
+        # Folder → reader: to walk the stack for one costs more than all the rest.
         self._readers: dict[str, str] = {}
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
-        """Look at one of the events of Python's audit hooks that open a file."""
+        """Note the file of an event of Python's audit hooks."""
+        # No file: a descriptor that is open already.
         given = args[_OPENS[event]]
         if not isinstance(given, (str, bytes, os.PathLike)):
             return
@@ -73,15 +67,12 @@ class Witness:
         reader = self._readers.get(folder) or self._reader(path)
         if reader is not None:
             self._files[path] = reader
-            # where unlike things lie side by side
+            # In site-packages itself single modules of many distributions lie side by side.
             if folder.removesuffix(f"{os.sep}__pycache__") not in sys.path:
                 self._readers[folder] = reader
 
     def _reader(self, path: str) -> str | None:
-        """The module, neither Python's nor a tool's, for which a file is opened.
-
-        None for a tool's own.
-        """
+        """The module, not of Python's, for which a file is opened; None for a tool's own file."""
         frame: FrameType | None = sys._getframe()
         while frame is not None and frame.f_globals is globals():  # the hook's own
             frame = frame.f_back
@@ -96,7 +87,7 @@ class Witness:
         return "the load"
 
     def take(self) -> dict[str, str]:
-        """File → reader, of all that were opened since the last call."""
+        """File → reader, of all files opened since the last call."""
         taken, self._files = self._files, {}
         return taken
 
@@ -106,17 +97,14 @@ _OPENS = {"open": 0, "import": 1, "ctypes.dlopen": 0}
 
 
 def main(model: str, engines: str, answer: str, hidden: str) -> None:
-    """Load the model with each of the engines, and write the outcome to ``answer`` as JSON.
-
-    While MLflow is imported, the modules ``hidden`` cannot be: what libraries import where it
-    happens to be installed.
-    """
+    """Load the model with each of the engines, and write the outcome to ``answer`` as JSON."""
     scratch, guards, witness = (
         os.path.dirname(answer),
         _guards(),
         Witness(model, os.path.dirname(answer)),
     )
-    # The load itself guards what it builds; all the rest may do what ends with this process.
+    # Inside of it the load has a guard of its own around building. The rest of this process may
+    # change itself: that ends with it.
     system, harmless = (
         ("/dev", "/etc", "/proc"),
         ("os.chdir", "os.putenv", "os.unsetenv", "pickle.find_class"),
@@ -126,6 +114,7 @@ def main(model: str, engines: str, answer: str, hidden: str) -> None:
     sys.addaudithook(lambda event, args: witness(event, args) if event in _OPENS else None)
     path, opened, problem = list(sys.path), {}, None
     try:
+        # None in sys.modules makes an import fail, as where the module is not installed.
         ruled_out: Any = None
         sys.modules.update(dict.fromkeys(hidden.split(), ruled_out))
         import mlflow.pyfunc
@@ -137,9 +126,10 @@ def main(model: str, engines: str, answer: str, hidden: str) -> None:
             dtype = {"dtype": ""} if engine == "onnx" else {}
             mlflow.pyfunc.load_model(model, model_config={"engine": engine, **dtype})
             opened[engine] = witness.take()
+    # SystemExit too: whatever ends the load is the answer.
     except BaseException as error:
         problem = {"kind": type(error).__name__, "message": str(error), "missing": _missing(error)}
-    if guard.refused and problem is None:  # somebody caught it, which the next one may not
+    if guard.refused and problem is None:  # a library caught it; another release may not
         problem = {"kind": "PermissionError", "message": "something was refused", "missing": None}
     told = {"problem": problem, "refused": guard.refused, "path": path, "opened": opened}
     with open(answer, "w", encoding="utf-8") as file:

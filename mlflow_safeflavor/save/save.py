@@ -1,4 +1,4 @@
-"""The save story: describe, write, record, rehearse, pin what that used, and only then publish."""
+"""The save story: describe, write, record, rehearse, pin, and only then publish."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def save_model(
             that the task knows. It may name a sole column. Defaults in it count as ``params``.
         model_config: Options of the task (``pooling``, ``normalize``) and defaults of run-time
             options.
-        params: Param of the task → what it is where a request does not say, as ``{"top_k": None,
+        params: Param of the task → its default for requests without it, as ``{"top_k": None,
             "max_length": 64}``.
         init_args: Constructor arguments of a class of yours, where they cannot be told from its
             config: JSON values and transformers configs.
@@ -114,8 +114,8 @@ def save_model(
             nothing but the graph, so that serving needs neither the class nor its code; "no" stores
             none.
         code_paths: Files and folders with the code of your classes and hooks.
-        pip_requirements: Replaces the recorded pins; what the rehearsal used and they do not bring
-            is logged.
+        pip_requirements: Replaces the recorded pins; used distributions that they do not bring are
+            logged.
         extra_pip_requirements: Adds to them.
         conda_env: Replaces them, as a conda environment.
         torch_index: Where pip finds a torch with a local label: "auto" is PyTorch's own page of
@@ -127,14 +127,15 @@ def save_model(
             imported, may be pickled (without its tensors). Whoever loads it must agree, too.
         on_damage: "error" or "warn" when the model looks damaged already: buffers that its
             constructor does not compute, broken ties, values that look unwritten.
-        rehearse: Load the staged artifact in a clean process before publishing it, and pin what
-            that uses.
+        rehearse: Load the staged artifact in a clean process before publishing it, and pin the
+            distributions that it uses.
         metadata: Stored in ``MLmodel``.
         mlflow_model: ``MLmodel`` to add the flavor to; MLflow passes it.
 
     Raises:
         SafeFlavorError: One of its kinds; nothing is left at ``path`` then.
     """
+    # Twice: wrappers (torch.compile, DDP) may lie around what was given, and around its module.
     model = taken_off(model)
     source = resolve_source(model, tokenizer, task, dtype, processor)
     _require_one_of("graph", graph, ("auto", "require", "only", "no"))
@@ -150,6 +151,8 @@ def save_model(
     require_saveable(find_slots(source.module))
     serving = serving_dtype(dtype, dtypes_of(source.module))
     cast_from = announced_cast(dtype, source.stored or dtypes_of(source.module), serving)
+    # The module stays as it is: forwards may write to its buffers, and what they wrote is put back,
+    # after a refusal as well.
     with kept_module(source.module), staging(path) as stage:
         layout = Layout(stage)
         spec = replace(
@@ -158,6 +161,7 @@ def save_model(
         )
         how, kept = _how(source, graph, init_args, allow_pickle, _forward(source, spec, layout))
         source = replace(source, module=kept)
+        # Before gigabytes are written.
         require_undamaged(source.module, on_damage)
         described, cast = write_module(source, serving, how, allow_pickle, layout)
         spec = replace(spec, structure=described["kind"], runs=what_runs(described))
@@ -190,7 +194,7 @@ def save_model(
             extra_pip_requirements=extra_pip_requirements,
             conda_env=conda_env,
         )
-        pinning.write()
+        pinning.write()  # the rehearsal compares environments, as every load does
         task_ = model.task
         mlmodel = mlflow_model or Model()
         write_example(mlmodel, source.example, task_, layout)
@@ -198,11 +202,12 @@ def save_model(
             task_, source.example, answers[: len(rows) - len(task_.golden_rows())], signature
         )
         seal(mlmodel, spec, signature, metadata, layout)
-        # The graph first: what only the module needs is what is opened after that.
+        # The graph first: files that are opened after it are needs of the module alone.
         used = None
         if rehearse:
             found = rehearse_load(stage, names, hidden=pinning.optional, allow_pickle=allow_pickle)
             used = find_used(*found)
+        # Files have changed that the manifest lists.
         if pinning.finish(used):
             seal(mlmodel, spec, signature, metadata, layout)
 
@@ -244,7 +249,7 @@ def log_model(
 
 
 def _options(task: str, model_config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The user's ``model_config``, with keys nobody reads and values out of range refused."""
+    """The user's ``model_config``; unknown keys and values out of range are refused."""
     known = {*MODEL_CONFIG, *task_class(task).task_options}
     options = dict(model_config or {})
     if unknown := sorted(options.keys() - known):
@@ -253,6 +258,7 @@ def _options(task: str, model_config: Mapping[str, Any] | None) -> dict[str, Any
             where=", ".join(unknown),
             wanted=" | ".join(sorted(known)),
         )
+    # For its checks alone. Variables of this process do not count: the values are for others.
     run_time_options(
         {name: value for name, value in options.items() if name in MODEL_CONFIG}, environ={}
     )
@@ -317,6 +323,7 @@ def _forward(source: Source, spec: ModelSpec, layout: Layout) -> Callable[[torch
         params = task.check_params(task.golden(task.config))
         pieces = [piece for row in task.encoded(rows, params) for piece in task.pieces(row)]
         dtype = input_dtype(AS_IS, find_slots(module))
+        # Alone, too: caches of a forward may depend on the number of rows.
         for batch in (pieces, pieces[:1]):
             task.forward(ModuleEngine(module, torch.device("cpu"), dtype), batch, params)
 

@@ -25,11 +25,9 @@ def defaults_of(signature: ModelSignature | None) -> dict[str, Any]:
 
 
 def columns_of(signature: ModelSignature | None, cls: type[Task]) -> dict[str, str] | None:
-    """The column of a task of one field, as a signature that the user gave names it.
-
-    None where it does not.
-    """
+    """The column of a task of one field that the user's signature names; None if it names none."""
     schema = None if signature is None else signature.inputs
+    # A task of several fields cannot tell whose column a name is.
     if (
         schema is None
         or len(schema.inputs) != 1
@@ -47,12 +45,12 @@ def columns_of(signature: ModelSignature | None, cls: type[Task]) -> dict[str, s
 def signature_of(
     task: Task, example: Any, answers: Sequence[Mapping[str, Any]], given: ModelSignature | None
 ) -> ModelSignature:
-    """What goes into ``MLmodel``.
+    """The signature in ``MLmodel``.
 
     Args:
         task: As saved, with its defaults of params.
         example: The user's; None if there is none.
-        answers: What was answered to it.
+        answers: Its answers.
         given: The user's signature, whose params the task was found to know; None for the task's
             own. Its params get the types and defaults that count here.
 
@@ -62,6 +60,7 @@ def signature_of(
     own = task.signature(example, task.result(answers, example) if answers else None)
     if given is None:
         return own
+    # MLflow enforces the signature before the model is asked: other names would refuse every row.
     if given.inputs is None or set(given.inputs.input_names()) != set(own.inputs.input_names()):
         raise InputError(
             "The signature does not fit the task",
@@ -70,6 +69,7 @@ def signature_of(
             found=f"inputs {given.inputs}",
             hint="leave signature out, or rename columns with input_columns",
         )
+    # The user chooses which params requests may set; types and defaults are the task's own.
     kept = [param for param in task.asked if param.name in defaults_of(given)]
     if left := [param.name for param in task.asked if param not in kept]:
         _logger.warning(

@@ -42,12 +42,14 @@ def write_module(
     allow_pickle: bool,
     layout: Layout,
 ) -> tuple[dict[str, Any], bool]:
-    """Structure, pickle and tensors.
+    """Write structure, pickle and tensors.
 
-    Returns the structure, and whether any tensor was cast to the serving dtype.
+    Returns:
+        The structure, and whether any tensor was cast to the serving dtype.
     """
     slots = find_slots(source.module)
     casts = dtype_plan(source.module, described, dtype, slots)
+    # A name that imports back to the very function: lambdas and those of __main__ have none.
     names = {hook: user_code.importable_name(function) for hook, function in source.hooks.items()}
     to_pickle = {hook: source.hooks[hook] for hook, name in names.items() if name is None}
     if to_pickle and not allow_pickle:
@@ -58,7 +60,7 @@ def write_module(
             hint="move it to a file and pass code_paths=[file], or pass allow_pickle=True",
         )
     described |= {"hooks": names, "hooks_pickle": None, "pickle": None}
-    # Apart, so that a graph is served with its hooks where the module's class is not there.
+    # Hooks apart, so that a graph is served with them where the module's class is not installed.
     pickles: dict[str, dict[str, Any]] = {
         "pickle": {"module": source.module} if described["kind"] == "pickle" else {},
         "hooks_pickle": to_pickle,
@@ -69,7 +71,9 @@ def write_module(
                 content, slots, described[facts] = pickled.dump(pickles[facts], slots)
             layout.data.mkdir(exist_ok=True)
             file.write_bytes(content)
+            # Once more: a pickle reaches tensors outside of modules, which had no slot before.
             require_saveable(slots)
+    # From the slots of the pickle, where there is one: it has all that the module's walk found.
     inventory, values = inventories.take_inventory(slots, casts)
     structures.write_structure(described, layout)
     tensors.write_tensors(inventory, values, layout)
@@ -84,10 +88,7 @@ def write_task(
     defaults: Mapping[str, Any],
     layout: Layout,
 ) -> ModelSpec:
-    """Tokenizer, and what the task must remember.
-
-    Together with the rest of the spec, which tells no structure yet.
-    """
+    """Write tokenizer and processor; returns the spec, whose structure is not known yet."""
     cls = task_class(source.task)
     if cls.needs_example:
         if source.example is None:
@@ -107,6 +108,7 @@ def write_task(
         config |= cls.describe_example(config, source.example)
     encoder = None
     if source.tokenizer is not None:
+        # A token beyond the embedding table would fail in some request, long after saving.
         table = require_known_tokens(source.tokenizer, source.module)
         encoder = {**write_tokenizer(source.tokenizer, layout.tokenizer), "table": table}
     if source.processor is not None:
@@ -114,7 +116,7 @@ def write_task(
     return ModelSpec(
         task=source.task,
         dtype=dtype,
-        structure="graph",
+        structure="graph",  # until the module is described
         model_class=user_code.name_of(type(source.module)),
         task_config={**config, "encoder": encoder},
         input_columns=cls.columns_for(input_columns),
@@ -139,6 +141,7 @@ def seal(
     layout: Layout,
 ) -> None:
     """Write ``MLmodel`` and the manifest, or both again."""
+    # Else a second seal would count the first one's files into the size of the model.
     for file in (layout.mlmodel, layout.manifest):
         file.unlink(missing_ok=True)
     mlmodel.signature = signature
@@ -157,6 +160,7 @@ def seal(
         file.stat().st_size for file in layout.root.rglob("*") if file.is_file()
     )
     mlmodel.save(os.fspath(layout.mlmodel))
+    # Of the file as YAML reads it back, which is what a load compares: no tuples, no enums.
     write_manifest(
         layout, mlmodel=guarded_parts(yaml.safe_load(layout.mlmodel.read_text(encoding="utf-8")))
     )
