@@ -67,7 +67,9 @@ class Graph:
         """The first mismatch of arrays with the graph's inputs, in words; None if there is none."""
         if inputs.keys() != {known.name for known in self.inputs}:
             return f"arguments {sorted(inputs)}, not {sorted(known.name for known in self.inputs)}"
-        sizes: dict[str, int] = {}
+        sizes: dict[
+            str, int
+        ] = {}  # name of a free size → its length in the first input that has it
         for known in self.inputs:
             array = inputs[known.name]
             shape, dtype = tuple(array.shape), str(array.dtype)

@@ -99,7 +99,7 @@ def _move_attributes(
 
 
 def _place_of(path: str, devices: Mapping[str, torch.device | str]) -> torch.device | str | None:
-    """What the nearest part that the map names says of a tensor; None where it names none."""
+    """The device of the innermost part around a tensor that the map names; None without one."""
     inside = [name for name in devices if not name or f"{path}.".startswith(f"{name}.")]
     return devices[max(inside, key=len)] if inside else None
 
@@ -164,10 +164,8 @@ def _device_map(
 
 
 def _unnested(module: torch.nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
-    """No part on disk with a part elsewhere inside it.
-
-    Accelerate would take all of it away first.
-    """
+    """The map without parts on disk that have parts elsewhere inside them."""
+    # accelerate would offload the whole of such a part first.
     device_map = dict(given)
     modules = dict(module.named_modules())
     for name in modules:  # outermost first

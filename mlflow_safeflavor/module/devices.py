@@ -35,6 +35,7 @@ def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
             wanted="auto, cpu, cuda, cuda:0, mps, 0, …",
             found=f"{device!r} ({error})",
         ) from None
+    # torch.device("cuda:7") is made without a look at what there is.
     count = 1 if wanted.type == "cpu" else _device_count(wanted.type)
     if wanted.type == "meta" or (wanted.index or 0) >= count:
         there = f"cpu{f', {kind} × {_device_count(kind)}' if kind else ' only'}"
@@ -72,6 +73,7 @@ def require_usable(device: torch.device) -> None:
 def find_accelerator() -> str | None:
     """Kind of the accelerator that torch sees; None without one."""
     # The name of an accelerator that a package registered with torch; "privateuseone" without one.
+    # CUDA and ROCm are both "cuda".
     others = torch._C._get_privateuse1_backend_name()
     return next((kind for kind in ("cuda", "xpu", "mps", others) if _device_count(kind)), None)
 

@@ -76,6 +76,7 @@ def serving_dtype(asked: str | torch.dtype | None, found: Mapping[str, int]) -> 
         PlacementError: It is none of these.
     """
     if asked == AS_IS:
+        # One dtype is recorded as such; only several stay "as-is".
         only = next(iter(found), DEFAULT)
         return only if len(found) < 2 and only in DTYPES else AS_IS
     return dtype_name(resolve_dtype(DEFAULT if asked is None else asked))

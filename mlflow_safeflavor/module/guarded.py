@@ -31,6 +31,8 @@ def guarded(*own: str | os.PathLike[str], unpickles: bool = False) -> Iterator[N
         TrustError: Something was refused, whatever a library then made of it.
     """
     guard, cause = Guard(*own, allowed=["pickle.find_class"] if unpickles else []), None
+    # The caller's frame: a load may itself run inside the import of some module, which excuses
+    # nothing that the model does.
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_globals["__name__"] in (__name__, "contextlib"):
         frame = frame.f_back
@@ -43,7 +45,8 @@ def guarded(*own: str | os.PathLike[str], unpickles: bool = False) -> Iterator[N
             raise
         cause = error
     finally:
-        guard.began = None  # which would keep all that its function holds
+        guard.began = None  # a frame keeps all that its function holds
+    # Also without an error: a library that caught the refusal went on without the file.
     if guard.refused:
         raise TrustError(
             "Building the model tried what no model may do while it is built",
@@ -59,7 +62,7 @@ def guarded(*own: str | os.PathLike[str], unpickles: bool = False) -> Iterator[N
 @contextmanager
 def _watching(guard: Guard) -> Iterator[None]:
     thread = threading.get_ident()
-    before = guards.get(thread)
+    before = guards.get(thread)  # of a block around this one
     _watch(thread, guard)
     try:
         yield
@@ -85,13 +88,8 @@ def _watch(thread: int, guard: Guard | None) -> None:
 
 
 def _follow_threads() -> Callable[[], None]:
-    """Let a thread that a guarded one starts be guarded, too.
-
-    Python before 3.12 has no event for it.
-
-    Returns:
-        What puts ``threading.Thread.start`` back.
-    """
+    """Guard threads that a guarded one starts; returns a function that stops it."""
+    # By threading.Thread.start: Python before 3.12 reports no event of a started thread.
     before = threading.Thread.start
 
     def start(self: threading.Thread) -> None:
@@ -101,7 +99,7 @@ def _follow_threads() -> Callable[[], None]:
         before(self)
 
     def undo() -> None:
-        if threading.Thread.start is start:  # otherwise somebody else came after us
+        if threading.Thread.start is start:  # else other code has replaced it since, and calls ours
             threading.Thread.start = before  # type: ignore[method-assign]
 
     threading.Thread.start = start  # type: ignore[method-assign]

@@ -1,7 +1,6 @@
-"""A module's tensors, moved and cast.
+"""A module's tensors, moved and cast by alias groups.
 
-Group by group, so that tied weights stay tied and plain tensor attributes, which ``nn.Module.to``
-forgets, move along.
+Tied weights stay tied, and plain tensor attributes, which ``nn.Module.to`` forgets, move along.
 """
 
 from __future__ import annotations
@@ -34,12 +33,13 @@ def place(module: torch.nn.Module, device: torch.device, dtypes: Mapping[str, to
         fill(module, inventory, {name: value.to(device) for name, value in values.items()})
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            # its frames hold what there was room for
+            # Without the error: its frames hold the tensors that there was room for.
             raise no_room(str(device), inventory, error) from None
         raise
 
 
 def no_room(where: str, inventory: Inventory, error: BaseException) -> PlacementError:
+    """The error of a model that does not fit."""
     return PlacementError(
         "The model does not fit on the device",
         where=where,
@@ -51,5 +51,6 @@ def no_room(where: str, inventory: Inventory, error: BaseException) -> Placement
 
 def maps_files(module: torch.nn.Module, inventory: Inventory) -> bool:
     """Whether a tensor of a loaded module may be mapped from its files, or read from them again."""
+    # Hidden tensors stay on the CPU; those on meta are offloaded, and read again at each forward.
     hidden = any(row.kind == "hidden" for row in inventory.rows.values())
     return hidden or any(slot.tensor.device.type in ("cpu", "meta") for slot in find_slots(module))

@@ -51,6 +51,7 @@ def find_slots(module: torch.nn.Module) -> list[Slot]:
     shared is listed once, under its first path.
     """
     slots: list[Slot] = []
+    # Modules and containers, by id: some hold themselves, or each other.
     seen: set[int] = set()
     _walk_module(module, "", slots, seen)
     return slots
@@ -114,7 +115,7 @@ def _putter(container: Any, key: Any) -> Callable[[Any], None]:
 
 
 def hidden_slot(path: str, tensor: torch.Tensor) -> Slot:
-    """The place of a tensor that only a pickle reaches; nothing else can be put there."""
+    """A slot for a tensor that only a pickle reaches; nothing can be put there."""
     return Slot(path, "hidden", False, tensor, lambda new: None)
 
 

@@ -32,6 +32,7 @@ def taken_off(module: Any) -> Any:
     Wrappers are those of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` and
     ``AveragedModel``.
     """
+    # Several may be in each other: torch.compile(DataParallel(model)).
     while (attribute := _around(module)) is not None:
         _logger.info(
             "safeflavor: %s is taken off, and the module inside it saved", type(module).__name__
@@ -156,6 +157,7 @@ def require_given_back(module: torch.nn.Module, error: SafeFlavorError, *, pickl
     Raises:
         StructureError: With the line that folds them into the weights.
     """
+    # Weights computed from other tensors by a hook or a property: few constructors make them so.
     found = list(_folded(module, pickle=pickle))
     if found:
         what, path, _ = found[0]
@@ -175,6 +177,7 @@ def _folded(module: torch.nn.Module, *, pickle: bool) -> Iterator[tuple[str, str
         for name in getattr(child, "parametrizations", None) or ():
             line = f'torch.nn.utils.parametrize.remove_parametrizations({here}, "{name}")'
             yield "The module is parametrized", f"{path}.{name}".lstrip("."), line
+        # A pickle takes masks and norms along, hooks and all.
         for hook in () if pickle else child._forward_pre_hooks.values():
             kind, name = (
                 type(hook).__name__,

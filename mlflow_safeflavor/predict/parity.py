@@ -87,6 +87,7 @@ class ParityReport:
 
         None where all are.
         """
+        # Beyond tolerance first: it is the reason for the verdict.
         found = [row.problem for row in self.rows if row.problem] + [
             row.first for row in self.rows if row.first
         ]

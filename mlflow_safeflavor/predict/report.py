@@ -50,7 +50,7 @@ class LoadReport:
     def timed(self, step: str) -> Iterator[None]:
         """Record how long the block takes."""
         start = time.perf_counter()
-        yield
+        yield  # a step that raises has no time: there is no report then
         self.seconds[step] = time.perf_counter() - start
 
     def __str__(self) -> str:

@@ -65,7 +65,7 @@ def labels_of(model: torch.nn.Module) -> list[str]:
         StructureError: The model's config does not name one for each.
     """
     id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
-    labels = {int(i): str(label) for i, label in dict(id2label).items()}
+    labels = {int(i): str(label) for i, label in dict(id2label).items()}  # JSON's keys are texts
     if not labels or sorted(labels) != list(range(len(labels))):
         raise StructureError(
             "The model does not name its labels",
@@ -111,7 +111,7 @@ def require_labels(
 ) -> None:
     """Raise ``InputError`` for more labels than a cap allows; the first of each row is free."""
     labels, top_k = len(config["labels"]), params["top_k"]
-    kept = labels if top_k == -1 else min(labels, top_k)
+    kept = labels if top_k == -1 else min(labels, top_k)  # -1 for all
     if kept > 1:
         instead = "ask for fewer labels of fewer rows at once"
         caps.require_answers(kept * len(rows), len(rows), where="params, 'top_k'", instead=instead)

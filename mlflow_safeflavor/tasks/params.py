@@ -55,6 +55,7 @@ def param_of(name: str, value: Any) -> Param:
         "string",
     )
     for kind in kinds:  # the narrowest first: 1 is a double, too
+        # An empty list has no type, and is refused.
         plain = _plain_list(kind, value) if many else _plain(kind, value)
         if plain is not None:
             return Param(
@@ -118,6 +119,7 @@ def with_defaults(declared: Sequence[Param], saved: Mapping[str, Any]) -> tuple[
     """
     try:
         checked = check_params(declared, saved)
+    # The artifact's fault and not the caller's, who has sent nothing yet.
     except InputError as error:
         raise IntegrityError(
             "A default of a param is malformed",

@@ -133,6 +133,7 @@ class ProcessedTask(Task):
 
     def groups(self, batch: Sequence[Features]) -> list[list[int]]:
         """Indices of rows that ``collate`` can put together: those of one shape."""
+        # Images of one size, spectrograms of one length: nothing is padded.
         by_shape: dict[tuple[Any, ...], list[int]] = {}
         for i, features in enumerate(batch):
             by_shape.setdefault(tuple(array.shape for array in features.values()), []).append(i)
@@ -140,6 +141,7 @@ class ProcessedTask(Task):
 
     def collate(self, batch: Sequence[Features]) -> dict[str, np.ndarray]:
         """The model's arguments, with rows as the first dimension."""
+        # (rows, channels, height, width), or (rows, samples), (rows, bins, frames)
         return {name: np.stack([features[name] for features in batch]) for name in batch[0]}
 
     def decode(

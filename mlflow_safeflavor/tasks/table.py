@@ -67,6 +67,7 @@ def infer_task(class_name: str, main_input: str = "input_ids") -> str:
         StructureError: The class is made for something else.
     """
     for name, cls in TASKS.items():
+        # Names of classes do not tell a classifier of sounds from one of texts.
         if cls.serves(class_name) and cls.hears == (
             main_input in ("input_values", "input_features")
         ):

@@ -68,6 +68,7 @@ class Text2TextGeneration(Generation):
         limit = self.prompt_limit(params)
         for first, some in groups(rows):
             self.require_short(first, some, limit, cut=params["truncation"])
+            # The prefix is the owner's: it is not among the characters that a cap counts.
             texts = [self.config["prefix"] + row["text"] for row in some]
             encoded = self.encoder.encode(texts, max_length=limit, truncation=params["truncation"])
             for i, row in enumerate(encoded, first):

@@ -114,7 +114,7 @@ class TokenClassification(TextTask):
                 rows, limit - self.encoder.special_tokens(pair=False), params["stride"]
             )
             return
-        for row in super().encode(rows, params):
+        for row in super().encode(rows, params):  # cut, as without ``stride``
             yield {"windows": [row]}
 
     def _in_windows(
@@ -152,6 +152,7 @@ class TokenClassification(TextTask):
         return [{"logits": row[real]} for row, real in zip(logits, mask, strict=True)]
 
     def join(self, outputs: Sequence[RowOutput]) -> RowOutput:
+        # (tokens of all windows, labels)
         return {"logits": np.concatenate([output["logits"] for output in outputs])}
 
     def decode(
@@ -189,6 +190,7 @@ class TokenClassification(TextTask):
         for index, (start, end) in enumerate(piece["offsets"]):
             if piece["sequence_ids"][index] < 0:
                 continue
+            # An unknown token stands for any text, so its own text is the word.
             token_id, surface = piece["input_ids"][index], text[start:end]
             word = surface if token_id == unknown else self.encoder.token(token_id)
             # A vocabulary with marks ("##ing") writes such a token longer than the text has it.
@@ -285,6 +287,7 @@ def _tag(label: str) -> str:
 def _without_overlap(entities: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of entities found in several windows the longest, then the most certain."""
     kept: list[dict[str, Any]] = []
+    # By start, so that an entity overlaps at most the last one that was kept.
     for entity in sorted(entities, key=lambda entity: entity["start"]):
         if not kept or not kept[-1]["start"] <= entity["start"] < kept[-1]["end"]:
             kept.append(entity)

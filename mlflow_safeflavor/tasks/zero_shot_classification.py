@@ -177,7 +177,7 @@ class ZeroShotClassification(TextTask):
         return softmax(logits[:, entailment])  # of the candidate labels, (candidate labels,)
 
     def _answer(self, scores: np.ndarray, params: Mapping[str, Any]) -> dict[str, Any]:
-        order = np.argsort(-scores, kind="stable")
+        order = np.argsort(-scores, kind="stable")  # of equal scores the first label wins
         labels, ranked = [params["candidate_labels"][i] for i in order], scores[order].tolist()
         return {"label": labels[0], "score": ranked[0], "labels": labels, "scores": ranked}
 

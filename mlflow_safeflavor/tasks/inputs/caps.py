@@ -77,6 +77,7 @@ class Caps:
         Raises:
             InputError: Names the cap, what was found, and how to raise it.
         """
+        # ``allowed`` grows with the rows, so that a long table passes under any cap.
         most = max(getattr(self, cap), allowed)
         if not getattr(self, cap) or found <= most:
             return

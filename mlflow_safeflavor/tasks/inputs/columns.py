@@ -63,6 +63,7 @@ def require_columns(
 ) -> None:
     """Refuse missing columns, and columns that the model does not know."""
     prefix = "" if row is None else f"row {row}, "
+    # Missing ones first: a misspelt column is both, and its name is what is wanted.
     if missing := [name for name in needed if name not in there]:
         raise InputError(
             "A column is missing",

@@ -98,6 +98,7 @@ def _from_dict(
     listed = [
         isinstance(value, (list, tuple, pd.Series)) or _is_array(value) for value in data.values()
     ]
+    # Before lengths are compared: an extra column must not be told as one of another length.
     require_columns(list(data), names, needed)
     if not any(listed):
         return [data]
@@ -128,7 +129,7 @@ def _from_array(array: np.ndarray, names: list[Any]) -> list[Mapping[Any, Any]]:
         return _from_list([tuple(row) for row in array.tolist()], names)
     if array.ndim == 1:
         return _from_values(array.tolist(), names, "1-D array")
-    if array.ndim == 0:
+    if array.ndim == 0:  # np.asarray("text")
         return _from_values([array.item()], names, "single value")
     raise InputError(
         "An array has too many dimensions",

@@ -65,6 +65,7 @@ def rows_of(
 def _row(
     i: int, record: Mapping[Any, Any], columns: Mapping[str, Any], needed: list[Any], missing: bool
 ) -> Row:
+    # Row by row: dicts of a list may each lack another column.
     require_columns(list(record), list(columns.values()), needed, row=i)
     row = {field: _unboxed(record[column]) for field, column in columns.items() if column in record}
     for field, value in row.items():

@@ -76,7 +76,7 @@ def _texts_in(value: Any) -> Iterator[str]:
         part = waiting.pop()
         if isinstance(part, str):
             yield part
-        elif isinstance(part, Mapping):
+        elif isinstance(part, Mapping):  # keys are texts, too
             waiting += [*part.keys(), *part.values()]
         elif isinstance(part, (list, tuple, set, frozenset)):
             waiting += part

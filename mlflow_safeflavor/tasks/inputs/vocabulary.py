@@ -69,6 +69,7 @@ def require_known_tokens(tokenizer: Any, module: torch.nn.Module) -> str | None:
     if found is None:
         return None
     name, rows = found
+    # By id, not by count: an id may lie beyond the table though there are fewer tokens than rows.
     unknown = sorted(
         (number, token) for token, number in tokenizer.get_vocab().items() if number >= rows
     )
@@ -110,6 +111,7 @@ def require_rows(
             found=table,
             hint=FETCH_AGAIN,
         )
+    # Both may pad: the model's own token, or the tokenizer's where the model has none.
     said = [("task_config", config), ("encoder", config["encoder"])]
     tokens = {
         f"{place}, {name}": found[name]
