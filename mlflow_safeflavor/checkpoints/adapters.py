@@ -16,7 +16,7 @@ from mlflow_safeflavor.module.slots import some
 __all__ = ["from_folder", "is_folder"]
 
 _CONFIG = "adapter_config.json"
-# PEFT's name of a task → how the names of classes for it end.
+# PEFT's name of a task → endings of the names of its classes.
 _HEADS = {
     "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
     "FEATURE_EXTRACTION": ("Model",),
@@ -28,7 +28,7 @@ _HEADS = {
 
 
 def is_folder(folder: str | Path) -> bool:
-    """Whether an adapter lies in a folder."""
+    """Whether a folder holds an adapter of PEFT."""
     return (Path(folder) / _CONFIG).is_file()
 
 
@@ -49,9 +49,11 @@ def from_folder(folder: str | Path) -> Source:
         )
     import peft
 
+    # In float32: merged in a half precision, the adapter's small changes would be rounded away.
     read, stored = read_checkpoint(base)
     model: Any = read
     whole = set(model.state_dict())
+    # PEFT puts an adapter of a classifier into a base without a head, and drops the head's weights.
     ends = _HEADS.get(said.get("task_type") or "", ("",))
     if not type(model).__name__.endswith(ends):
         raise _not_merged(
@@ -65,7 +67,8 @@ def from_folder(folder: str | Path) -> Source:
         raise WeightsError(
             "The adapter does not fit its base model", where=folder, found=error, hint=_HINT
         ) from error
-    # peft leaves out what it does not find, on either side. Embeddings may be stored whole.
+    # PEFT skips keys without a place and places without a key, without a word. Embeddings may be
+    # stored whole, as they are in the base.
     given = peft.utils.load_peft_weights(str(folder), device="cpu").keys()
     placed = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     beyond = {
@@ -75,6 +78,7 @@ def from_folder(folder: str | Path) -> Source:
         raise WeightsError(
             "The adapter does not fit its base model", where=folder, found=some(odd), hint=_HINT
         )
+    # An adapter may have added tokens: its own tokenizer goes before the base's.
     tokens = folder if (folder / "tokenizer_config.json").is_file() else base
     tokenizer = tokenizer_of(tokens) if (tokens / "tokenizer_config.json").is_file() else None
     return Source(adapted.merge_and_unload().eval(), tokenizer=tokenizer, stored=stored)
@@ -84,6 +88,8 @@ _HINT = "name the model that it was trained on: base_model_name_or_path in its a
 
 
 def _base_of(folder: Path, name: str | None) -> Path:
+    # Relative to this process, as PEFT reads it, or to the adapter. A hub's id is not looked up: it
+    # names no commit.
     for path in (Path(name or ""), folder / (name or "")):
         if name and (path / "config.json").is_file():
             return path

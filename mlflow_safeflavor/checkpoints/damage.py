@@ -20,7 +20,7 @@ from mlflow_safeflavor.module.slots import Slot, find_slots
 
 __all__ = ["find_damage", "format_damage", "require_undamaged"]
 
-# Elements looked at together, so that a big model is not copied to be examined.
+# Elements looked at together: masks of a whole table would take as much memory as a copy of it.
 _CHUNK = 2**24
 
 # Trained weights lie far inside; random bits read as float32 lie outside in one of three cases.
@@ -32,12 +32,12 @@ _MATRIX = 64
 
 
 def find_damage(module: torch.nn.Module) -> list[str]:
-    """What is wrong with a module, one sentence each; empty for a sound one.
+    """Signs of damage in a module, one sentence each; empty for a sound one.
 
-    The module is only looked at. Where its constructor cannot be called again, as for a class that
-    stores no config, only the values themselves are judged.
+    Where its constructor cannot be called again, as for a class that stores no config, only the
+    values themselves are judged.
     """
-    # no constructor knows its layers, and none computes any of their values
+    # Our own class around a transformer and layers: neither constructor knows of the other.
     if isinstance(module, Embedder):
         return [
             *(f"transformer.{one}" for one in find_damage(module.transformer)),
@@ -92,8 +92,8 @@ def _float_dtype(module: torch.nn.Module) -> torch.dtype:
 def _find_changed(
     slots: Sequence[Slot], computed: Mapping[str, Sequence[torch.Tensor]]
 ) -> Iterator[str]:
-    """Non-persistent buffers and plain tensors; others are learned, so they may differ."""
-    # An LSTM lists its own weights once more, as plain tensors.
+    """Non-persistent buffers and plain tensors that differ from the constructor's."""
+    # All others are learned. An LSTM lists its own weights once more, as plain tensors.
     learned = {slot.tensor.untyped_storage().data_ptr() for slot in slots if slot.persistent}
     for slot in slots:
         expected = (
@@ -114,7 +114,8 @@ def _find_changed(
 
 
 def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal but for rounding: another device, or a half precision that the module went through."""
+    """Whether tensors are equal but for rounding."""
+    # By another device, or by a half precision that the module went through on its way.
     if found.shape != expected.shape or found.is_floating_point() != expected.is_floating_point():
         return False
     if not found.is_floating_point():
@@ -130,10 +131,8 @@ def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _find_broken_ties(module: torch.nn.Module) -> Iterator[str]:
-    """Declared pairs with different values.
-
-    Equal values in two places are a waste, but no damage.
-    """
+    """Declared ties whose tensors have different values."""
+    # Equal values in two tensors are a waste of memory, but no damage.
     tensors = module.state_dict(keep_vars=True)
     # transformers drops a pair from this list when a checkpoint holds both with different values on
     # purpose.
@@ -163,6 +162,7 @@ def _find_unwritten(slot: Slot, drawn: bool) -> Iterator[str]:
     ):
         return
     low, high = (float(value) for value in torch.aminmax(tensor))
+    # Only NaN differs from itself; aminmax gives it if there is one.
     if low != low:
         yield "holds NaN"
     elif slot.kind == "parameter" and high - low == float("inf") and not _is_finite(low, high):
@@ -189,7 +189,8 @@ def _is_finite(*values: float) -> bool:
 
 
 def _is_huge(tensor: torch.Tensor, low: float, high: float) -> bool:
-    """Beyond any weight; the dtype's own limits are used as masks, and are meant."""
+    """Whether a value lies beyond any weight's."""
+    # The dtype's own limits are meant: they are masks of attention.
     limits = torch.finfo(tensor.dtype)
     return any(
         abs(value) > _HUGE and value not in (limits.min, limits.max) for value in (low, high)
@@ -197,7 +198,8 @@ def _is_huge(tensor: torch.Tensor, low: float, high: float) -> bool:
 
 
 def _tiny_share(tensor: torch.Tensor) -> float:
-    """Share of nonzero values below any that training gives. float16 cannot hold them."""
+    """Share of nonzero values smaller than any that training gives."""
+    # float16 ends at 6e-8.
     if tensor.dtype == torch.float16:
         return 0.0
     flat = tensor.reshape(-1)
@@ -209,7 +211,8 @@ def _tiny_share(tensor: torch.Tensor) -> float:
 
 
 def _is_pattern(tensor: torch.Tensor) -> bool:
-    """All bytes zero, or one run of eight bytes again and again."""
+    """Whether all bytes are one run of eight, again and again."""
+    # Zeros of a fresh page of memory, or a fill value such as 0xDEADBEEF.
     raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
     words = raw[: raw.numel() // 8 * 8].view(torch.int64)
     return bool((words == words[0]).all())

@@ -1,4 +1,4 @@
-"""Which tensor of a state dict belongs to which tensor of a module."""
+"""The fit of a state dict to a module: which tensor belongs where, and what is left over."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Fit", "Group", "cast", "find_groups", "fit", "require_fit", "with_ba
 
 @dataclass(frozen=True)
 class Group:
-    """State-dict names that all mean one tensor of the module (tied weights)."""
+    """Names in the state dict of one tensor of the module (tied weights)."""
 
     names: tuple[str, ...]
     tensor: torch.Tensor
@@ -29,10 +29,10 @@ class Fit:
     """How a state dict fits a module.
 
     Attributes:
-        values: First name of a group → the tensor that belongs there.
-        missing: First names of the groups that nothing belongs to.
-        unexpected: Keys that belong nowhere.
-        mismatched: First name → what does not fit, as a sentence.
+        values: First name of a group → its tensor in the state dict.
+        missing: First names of groups without a tensor.
+        unexpected: Keys without a group.
+        mismatched: First name → the misfit, as a sentence.
     """
 
     values: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -42,12 +42,12 @@ class Fit:
 
     @property
     def problems(self) -> int:
-        """How many things do not fit."""
+        """Number of names that do not fit."""
         return len(self.missing) + len(self.unexpected) + len(self.mismatched)
 
 
 def find_groups(module: torch.nn.Module, ties: Mapping[str, str] | None = None) -> list[Group]:
-    """The module's state-dict names, those that look at the same values together.
+    """Group the names of a module's state dict, those that view the same values together.
 
     Args:
         module: On real memory or on meta, where only the very same object can be told to be tied.
@@ -59,9 +59,10 @@ def find_groups(module: torch.nn.Module, ties: Mapping[str, str] | None = None) 
         if isinstance(value, torch.Tensor)
     }
     home: dict[object, str] = {}
-    first = {name: home.setdefault(_place(tensor), name) for name, tensor in tensors.items()}
+    first = {name: home.setdefault(_view_of(tensor), name) for name, tensor in tensors.items()}
     for one, other in (ties or {}).items():
         if one in first and other in first:
+            # Whole groups are joined: either name may be tied to others already.
             old, new = first[one], first[other]
             first = {name: new if root == old else root for name, root in first.items()}
     groups: dict[str, list[str]] = {}
@@ -70,7 +71,9 @@ def find_groups(module: torch.nn.Module, ties: Mapping[str, str] | None = None) 
     return [Group(tuple(names), tensors[root]) for root, names in groups.items()]
 
 
-def _place(tensor: torch.Tensor) -> object:
+def _view_of(tensor: torch.Tensor) -> object:
+    """A key that is equal for two tensors which view the same values."""
+    # On meta every address is 0, and tensors without elements may share one: told by identity.
     if tensor.is_meta or not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
@@ -79,7 +82,7 @@ def _place(tensor: torch.Tensor) -> object:
 def fit(
     groups: Iterable[Group], state: Mapping[str, torch.Tensor], ignored: Sequence[str] = ()
 ) -> Fit:
-    """Say which tensor of the state dict belongs to which group.
+    """Match tensors of the state dict with groups.
 
     Args:
         groups: All groups of the module.
@@ -97,6 +100,8 @@ def fit(
             result.mismatched[group.names[0]] = odd
         else:
             result.values[group.names[0]] = state[present[0]]
+    # Both directions: a key without a place is as bad as a place without a key, since it may be the
+    # misnamed one.
     patterns = [re.compile(pattern) for pattern in ignored]
     result.unexpected = [
         key
@@ -113,6 +118,7 @@ def _misfit(group: Group, state: Mapping[str, torch.Tensor], present: Sequence[s
             return f"{name} has shape {list(value.shape)}, wanted {list(group.tensor.shape)}"
         if _number(value.dtype) != _number(group.tensor.dtype):
             return f"{name} is {dtype_name(value.dtype)}, wanted {dtype_name(group.tensor.dtype)}"
+        # Tied in the class and stored apart: whichever were taken, the other would be lost.
         if not bits_equal(value, state[present[0]]):
             return (
                 f"{present[0]} and {name} are tied in the model, but have different values in the "
@@ -122,7 +128,8 @@ def _misfit(group: Group, state: Mapping[str, torch.Tensor], present: Sequence[s
 
 
 def _number(dtype: torch.dtype) -> str:
-    """Whether a cast between two dtypes keeps the meaning: real to real, or the very same dtype."""
+    """Kind of a dtype; casts within one kind keep the meaning of values."""
+    # Integers, booleans and float8 are kinds of their own: a cast of them is no rounding.
     return "real" if dtype.is_floating_point and dtype.itemsize > 1 else dtype_name(dtype)
 
 
@@ -133,6 +140,7 @@ def cast(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         WeightsError: One is too large for float16.
     """
     result = value.to(dtype)
+    # bfloat16 has float32's range; float16 ends at 65504, and gives infinity without a word.
     if (
         dtype == torch.float16
         and result is not value
@@ -150,6 +158,8 @@ def with_base_prefix(
 ) -> dict[str, torch.Tensor]:
     """Add or drop transformers' base-model prefix (``bert.``), where that gives a known name."""
     known = set(names)
+    # A head's checkpoint names bert.encoder…, that of the base alone encoder…; either class may be
+    # built.
     return {
         _rename(key, known, f"{prefix}." if prefix else ""): value for key, value in state.items()
     }
@@ -181,6 +191,7 @@ def require_fit(result: Fit, names: Iterable[str], where: object, hint: str) -> 
     """
     if not result.problems:
         return
+    # The commonest cause: saved inside a wrapper of training, or of a larger module.
     prefix = _shared_prefix(result.unexpected, set(names))
     if prefix is not None:
         hint = (
@@ -208,7 +219,7 @@ def _summary(result: Fit) -> str:
 
 
 def _shared_prefix(unexpected: Sequence[str], known: set[str]) -> str | None:
-    """What to take off the unexpected keys so that they become known ones."""
+    """The prefix without which all unexpected keys are known; None where there is none."""
     if not unexpected:
         return None
     parts = unexpected[0].split(".")

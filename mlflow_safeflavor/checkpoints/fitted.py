@@ -1,4 +1,4 @@
-"""A module that is constructed for a checkpoint, and filled with it where all of it fits."""
+"""A module constructed for a checkpoint, and filled with it where everything fits."""
 
 from __future__ import annotations
 
@@ -48,12 +48,15 @@ def fitted(
     new: Sequence[str],
     where: Path,
 ) -> torch.nn.Module:
-    """Construct, fit, and only when everything fits, copy."""
+    """Construct a module, fit the checkpoint, and copy it where everything fits."""
+    # Twice: tensors on which two constructions agree are computed, all others are random.
     module, computed = construct_twice(recipe, dtype)
     result = _fit_or_convert(recipe, module, state, computed, new)
     require_fit(result, module.state_dict(), where, _HINT)
     absent = {group.names[0] for group in find_groups(module)} - result.values.keys()
     absent |= {slot.path for slot in find_slots(module) if not slot.persistent}
+    # Fresh tensors are allowed by name alone, and only if the constructor wrote them: memory that
+    # nobody wrote looks like random values, too.
     if random := absent - computed:
         module, written = construct_fresh(recipe, dtype)
         _require_data(
@@ -76,14 +79,14 @@ def _fit(
     computed: set[str],
     new: Sequence[str],
 ) -> Fit:
-    """Fit a state dict, and forgive what the class or the user said may be missing."""
+    """Fit a state dict, without misses that the class or the user allows."""
     groups = find_groups(module)
     names = [name for group in groups for name in group.names]
     result = fit(groups, with_base_prefix(state, names, base_prefix(module)), ignored_keys(module))
     result.missing = [
         name
         for name in result.missing
-        # The class calls a table of sinusoids optional, say: right, but only if the constructor
+        # A class may call a table of sinusoids optional, say: which holds only if its constructor
         # computes it.
         if not matches(name, new) and not (name in computed and is_optional(module, name))
     ]
@@ -113,6 +116,7 @@ def _copy(module: torch.nn.Module, values: Mapping[str, torch.Tensor], dtype: to
         if group.names[0] not in values:
             continue
         value, target = values[group.names[0]], group.tensor
+        # Before the copy: rounded to a half precision first, the values would be lost.
         if target.is_floating_point() and islands and islands.search(f".{group.names[0]}."):
             target.data = target.data.float()
         with torch.no_grad():
@@ -129,8 +133,7 @@ def _fit_or_convert(
     """Fit the state dict as it is, or else as transformers' loader converts it."""
     plain = _fit(module, state, computed, new)
     must = is_converted(module, state)
-    # Another name or layout shows as a key without a place; nothing else can be helped by
-    # converting.
+    # Another name or layout shows as an unexpected key; converting mends nothing else.
     if not must and not (plain.unexpected and hasattr(recipe.cls, "from_pretrained")):
         return plain
     try:
@@ -140,7 +143,7 @@ def _fit_or_convert(
     except Exception:
         if must:
             raise
-        return plain  # its loader cannot build this class; the message is what does not fit by name
+        return plain  # its loader cannot build this class: the misfit by name is the message
     result = _fit(module, converted, computed, new)
     result.unexpected = unexpected
     return result if must or result.problems < plain.problems else plain

@@ -1,4 +1,4 @@
-"""The local folder of a checkpoint, downloaded where it is the hub's."""
+"""The local folder of a checkpoint, downloaded if it is the hub's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from mlflow_safeflavor.errors import StructureError
 __all__ = ["folder_of", "own_folders"]
 
 _HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
-_HUB_FILES = ("*.json", "*.safetensors")
+_HUB_FILES = ("*.json", "*.safetensors")  # no code: trust_remote_code is refused
 
 
 def folder_of(name_or_path: str | Path, revision: str | None, kwargs: dict[str, Any]) -> Path:
     """The local folder of a checkpoint; takes the hub's options out of ``kwargs``."""
     options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    # A folder goes before a repository of the same name, as in transformers.
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     if not hub.is_hub_id(name_or_path):
@@ -42,15 +43,13 @@ def _download(name: str, revision: str, options: Mapping[str, Any]) -> Path:
     folder = hub.download(name, revision, _HUB_FILES, **options)
     if any(folder.glob("*.safetensors")):
         return folder
-    # Pickled weights only where there are no others.
+    # Pickled weights only where there are no others: many repositories hold both.
     return hub.download(name, revision, ["*.json", "*.bin"], **options)
 
 
 def own_folders(folder: str | Path) -> list[Path]:
-    """What may be read of a checkpoint.
-
-    Its folder, and where the links of a snapshot in the hub's cache lead.
-    """
+    """Folders that may be read of a checkpoint: its own, and the hub cache's behind its links."""
+    # A snapshot in the hub's cache is a folder of links to ../../blobs.
     folder = Path(os.path.abspath(folder))
     return [
         folder,

@@ -1,4 +1,4 @@
-"""Checkpoints on disk → modules that are right, or an error."""
+"""Checkpoints as modules without a tensor that nobody wrote, or an error."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def from_pretrained(
     drop: Sequence[str] = (),
     **kwargs: Any,
 ) -> torch.nn.Module:
-    """A checkpoint as a module whose every tensor came from the checkpoint or from the constructor.
+    """Load a checkpoint as a module; every tensor is the checkpoint's or the constructor's.
 
-    transformers' own loader builds modules on the meta device, and whatever its code then forgets
-    to fill is garbage. So it is not used: the constructor runs on real memory, and the checkpoint
-    is copied into what it allocated, so that ties and views stay what the constructor made them.
-    What no checkpoint holds (non-persistent buffers, plain tensor attributes) is what the
-    constructor computed, provided that two constructions agree on it. Only a checkpoint whose keys
-    transformers would rename or convert goes through its loader, and then for nothing but the
-    converted tensors.
+    transformers' own loader builds modules on the meta device, and tensors that its code then
+    forgets to fill are garbage. So it is not used: the constructor runs on real memory, and the
+    checkpoint is copied into that, so that ties and views stay as the constructor made them.
+    Tensors that no checkpoint holds (non-persistent buffers, plain tensor attributes) keep the
+    constructor's values, provided that two constructions agree on them. Only a checkpoint whose
+    keys transformers would rename or convert goes through its loader, and then for the converted
+    tensors alone.
 
     Other threads may load at the same time, with this function or with transformers' own.
 
@@ -75,6 +75,7 @@ def from_pretrained(
         drop=drop,
         **kwargs,
     )
+    # Here and not in read_checkpoint: saving a folder announces the cast once, itself.
     announced_cast(dtype, found, read_as(dtype, found))
     return module
 
@@ -89,21 +90,20 @@ def read_checkpoint(
     drop: Sequence[str] = (),
     **kwargs: Any,
 ) -> tuple[torch.nn.Module, dict[str, int]]:
-    """The module that ``from_pretrained`` returns, and the dtypes its weights are stored in.
-
-    Logs no cast.
-    """
-    read_as(dtype, {})  # a dtype that is none is said before anything is read
+    """The module that ``from_pretrained`` returns, and the stored dtypes; logs no cast."""
+    read_as(dtype, {})  # refuses an unknown dtype before gigabytes are read
     _refuse_options(kwargs)
     folder = folder_of(name_or_path, revision, kwargs)
     cls = model_class or class_of(folder)
-    # A class of the user's own is the user's own business; what a checkpoint says is not.
+    # What a checkpoint has transformers do is a stranger's choice: no connection, no other file.
+    # A class of the user's own may do as it likes.
     with (
         guarded(*own_folders(folder))
         if cls.__module__.startswith("transformers.")
         else nullcontext()
     ):
         recipe = recipe_for(cls, folder, kwargs)
+        # Mapped, not read: a dropped key costs nothing.
         state = {key: value for key, value in read_state(folder).items() if not matches(key, drop)}
         found = count_dtypes(state.values())
         module = fitted(recipe, state, resolve_dtype(read_as(dtype, found)), new, folder)
@@ -111,6 +111,7 @@ def read_checkpoint(
     return module.eval(), found
 
 
+# Options of transformers' loader that would be ignored, or taken for changes of the config.
 _REFUSED = {
     **dict.fromkeys(
         ("dtype", "torch_dtype"), "say dtype='float32', 'bfloat16', 'float16', 'float64' or 'as-is'"
@@ -152,6 +153,8 @@ def _refuse_options(kwargs: Mapping[str, Any]) -> None:
 
 
 def _restore_generation_config(module: Any, folder: Path) -> None:
+    # The constructor makes one of the config alone; beams and lengths of the checkpoint are in a
+    # file of their own.
     if (folder / "generation_config.json").is_file() and getattr(
         module, "generation_config", None
     ) is not None:

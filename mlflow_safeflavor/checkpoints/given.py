@@ -1,7 +1,4 @@
-"""What the user handed over to be saved, as one thing.
-
-A module, its tokenizer, its task, and what goes with them.
-"""
+"""The source of a save: a module with its tokenizer, processor, task and hooks."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ __all__ = ["Source", "library_class", "require_unchanged"]
 
 @dataclass(frozen=True)
 class Source:
-    """A module to save, with what belongs to it.
+    """A module to save, with its tokenizer, processor, task, hooks and options.
 
     Attributes:
-        module: Itself, whatever else it looks like.
-        task: Name of the task; empty where nobody has said it yet.
+        module: The module itself.
+        task: Name of the task; empty while it is not known.
         tokenizer: None where the task needs none.
         processor: None where the task needs none.
         hooks: Name → function, of the custom task.
@@ -48,7 +45,7 @@ class Source:
 
 
 def library_class(model: object, package: str, names: tuple[str, ...] = ()) -> type | None:
-    """The library's class that an object is an instance of, asked without importing the library.
+    """The library's class that an object is an instance of, told without importing the library.
 
     Args:
         model: Any object.
@@ -58,23 +55,23 @@ def library_class(model: object, package: str, names: tuple[str, ...] = ()) -> t
     Returns:
         Its own class or the nearest base that ``package`` defines; None where there is none.
     """
+    # By names: whoever holds such an object has imported its library, and nobody else need pay.
     found = [cls for cls in type(model).__mro__ if f"{cls.__module__}.".startswith(f"{package}.")]
     return found[0] if found and (not names or {cls.__name__ for cls in found} & {*names}) else None
 
 
 def require_unchanged(model: Any, cls: type, hint: str) -> None:
-    """Refuse an object whose class, or which itself, has methods other than the library's.
-
-    They would be lost.
+    """Refuse an object with methods of its own or of a subclass: saving would lose them.
 
     Args:
         model: The object.
-        cls: What ``library_class`` returned for it.
+        cls: Its class by ``library_class``.
         hint: For the message.
 
     Raises:
         StructureError: Names the methods.
     """
+    # Methods that were replaced on the object, then those of classes below the library's.
     own = [
         name
         for name, value in vars(model).items()
@@ -82,6 +79,7 @@ def require_unchanged(model: Any, cls: type, hint: str) -> None:
     ]
     for base in type(model).__mro__[: type(model).__mro__.index(cls)]:
         own += [
+            # Public attributes of a class count as well: a pipeline's subclass may set a default.
             name
             for name, value in vars(base).items()
             if callable(value) or not name.startswith("_")

@@ -1,4 +1,4 @@
-"""Repositories of a model hub at one commit: what they hold, and their files on this disk."""
+"""Repositories of a model hub at one commit: their list of files, and downloads."""
 
 from __future__ import annotations
 
@@ -32,16 +32,14 @@ class HubFile:
     sha256: str | None
 
     def is_content_of(self, path: Path) -> bool:
-        """Whether a file on this disk has the bytes that the hub lists.
-
-        True where it lists none.
-        """
+        """Whether a file on this disk has the listed digest; True where the hub lists none."""
         if self.sha256 is not None:
             return digest_of_file(path) == self.sha256
         return self.blob is None or _git_blob(path) == self.blob
 
 
 def _git_blob(path: Path) -> str:
+    # Small files have no SHA-256 on the hub, but the SHA-1 that git gives them.
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
@@ -52,15 +50,12 @@ def is_hub_id(name: str | Path) -> bool:
 
 
 def is_commit(revision: str | None) -> bool:
-    """Whether a revision is a commit, and so means the same files for ever.
-
-    Branches and tags move.
-    """
+    """Whether a revision is a commit, and not a branch or tag, which move."""
     return re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
 
 
 def list_files(name: str, revision: str) -> tuple[str, list[HubFile]]:
-    """Ask the hub which commit a revision is now, and which files that has.
+    """Ask the hub for the commit that a revision is now, and its list of files.
 
     Raises:
         StructureError: The hub cannot be reached, or has no such repository or revision.
@@ -72,6 +67,7 @@ def list_files(name: str, revision: str) -> tuple[str, list[HubFile]]:
         files = [
             HubFile(file.rfilename, file.blob_id, _sha256(file.lfs)) for file in info.siblings or ()
         ]
+    # The commit is recorded and asked for from here on: a branch may move between two questions.
     if not is_commit(info.sha):
         raise StructureError(
             "The hub does not say which commit this is",
@@ -82,7 +78,7 @@ def list_files(name: str, revision: str) -> tuple[str, list[HubFile]]:
 
 
 def _sha256(large: Any) -> str | None:
-    """Releases of huggingface_hub before 1.0 give a dict."""
+    # huggingface_hub before 1.0 gives a dict.
     return (
         None
         if large is None
@@ -93,15 +89,13 @@ def _sha256(large: Any) -> str | None:
 def download(
     name: str, commit: str, patterns: Collection[str], *, exact: bool = False, **options: Any
 ) -> Path:
-    """The folder in the hub's cache that has the files of a commit.
-
-    What is not there is downloaded.
+    """The folder in the hub's cache with files of a commit, downloaded if they are not there.
 
     Args:
         name: The repository.
         commit: See ``is_commit``.
         patterns: Names of the wanted files, with wildcards.
-        exact: They have no wildcards, and mean what they say.
+        exact: They have no wildcards, and ``[`` and ``*`` stand for themselves.
         options: ``token``, ``cache_dir`` and ``local_files_only``, as for
             ``huggingface_hub.snapshot_download``.
 
@@ -111,6 +105,7 @@ def download(
     """
     from huggingface_hub import snapshot_download
 
+    # A file of the hub may be called "a[1].json", which as a pattern is another name.
     wanted = [glob.escape(pattern) for pattern in patterns] if exact else list(patterns)
     with _naming_failures(name, commit):
         return Path(snapshot_download(name, revision=commit, allow_patterns=wanted, **options))
@@ -122,9 +117,10 @@ def _naming_failures(name: str, revision: str) -> Iterator[None]:
         yield
     except SafeFlavorError:
         raise
-    # its HTTP library, and with it the exceptions of a broken connection, is another one
+    # Any: each major release of huggingface_hub has another HTTP library, with exceptions of its
+    # own for a broken connection.
     except Exception as error:
-        raise StructureError(  # in each major release of huggingface_hub
+        raise StructureError(
             "The hub repository cannot be read",
             where=f"{name} at {revision}",
             found=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}",

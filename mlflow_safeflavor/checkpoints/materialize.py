@@ -1,7 +1,4 @@
-"""The cure for modules that were built on the meta device.
-
-Values for every tensor, or a refusal.
-"""
+"""Values for modules that were built on the meta device: for every tensor, or an error."""
 
 from __future__ import annotations
 
@@ -53,7 +50,7 @@ def materialize(
     device: str | int | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
 ) -> torch.nn.Module:
-    """Fill a module that was built on the meta device, wholly or in part. It is changed in place.
+    """Fill a module that was built on the meta device, wholly or in part; it is changed in place.
 
     Every tensor without memory gets the values of the checkpoint; tensors that were one object stay
     one, and declared ties are tied. Buffers and plain tensors that no checkpoint holds are computed
@@ -62,7 +59,7 @@ def materialize(
     there is a value for everything. Tensors that have memory keep their values.
 
     Args:
-        module: What to fill.
+        module: The module to fill.
         checkpoint: A safetensors file, a ``.bin`` or ``.pt`` state dict, the index of shards, a
             folder with any of them, or a state dict.
         device: Where the whole module goes then: "cpu", "cuda:0", an accelerator's index, …
@@ -76,11 +73,13 @@ def materialize(
         StructureError: The module carries accelerate's hooks, or there is no such checkpoint.
         PlacementError: There is no such device.
     """
+    # Arguments first: a mistyped device is told before gigabytes are read.
     target = resolve_device(device)
     wanted = None if dtype is None else resolve_dtype(dtype)
     _require_unhooked(module)
     state = read_state(checkpoint)
     where = "the given state dict" if isinstance(checkpoint, Mapping) else checkpoint
+    # Found for all, then assigned: a refusal leaves the module as it was.
     _assign(module, _find_values(module, state, where))
     require_memory(module)
     place(module, target, {} if wanted is None else _casts(module, wanted))
@@ -89,6 +88,7 @@ def materialize(
 
 def _require_unhooked(module: torch.nn.Module) -> None:
     for name, child in module.named_modules():
+        # Such a hook moves tensors back to meta after each forward.
         if hasattr(child, "_hf_hook"):
             raise StructureError(
                 "The module carries accelerate's hooks, which would take its tensors away again",
@@ -100,22 +100,23 @@ def _require_unhooked(module: torch.nn.Module) -> None:
 def _find_values(
     module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: object
 ) -> dict[int, torch.Tensor]:
-    """``id`` of each tensor on meta → what takes its place: new memory, or a tensor it is tied to.
+    """``id`` of each tensor on meta → its substitute: new memory, or the tensor that it is tied to.
 
     Raises:
-        WeightsError: Something has no data, or the checkpoint has data for nothing.
+        WeightsError: A tensor has no data, or data of the checkpoint has no tensor.
     """
     meta = [slot for slot in find_slots(module) if slot.tensor.is_meta]
     groups = find_groups(module, declared_ties(module))
     tensors = module.state_dict(keep_vars=True)
     skeleton, reason = _skeleton_of(module) if meta else (None, "")
     computed = skeleton.computed if skeleton is not None else {}
-    # A state dict made by hand may hold what state_dict() would not list.
+    # A state dict made by hand may hold non-persistent buffers, which state_dict() does not list.
     given = {
         slot.path: state[slot.path] for slot in meta if not slot.persistent and slot.path in state
     }
     rest = {key: value for key, value in state.items() if key not in given}
     result = _fit_meta(module, groups, rest)
+    # Unexpected keys may be old names, which transformers' loader knows.
     if (
         result.unexpected
         and skeleton is not None
@@ -129,6 +130,8 @@ def _find_values(
     found: dict[int, torch.Tensor] = {}
     for group in groups:
         members = [tensors[name] for name in group.names]
+        # A tied tensor that has memory keeps it, and the others become it: two copies would drift
+        # apart in training.
         home = next((tensor for tensor in members if not tensor.is_meta), None)
         value = result.values.get(group.names[0])
         if home is None and value is not None:
@@ -138,6 +141,7 @@ def _find_values(
         )
     for slot in meta:
         value = given.get(slot.path, computed.get(slot.path))
+        # The shape too: a constructor of these arguments may compute another one.
         if id(slot.tensor) not in found and value is not None and value.shape == slot.tensor.shape:
             found[id(slot.tensor)] = _new_memory(value, slot.tensor, slot.path)
     _require_all([slot.path for slot in meta if id(slot.tensor) not in found], where, reason)
@@ -167,8 +171,9 @@ class _Skeleton:
     """The same class on real memory.
 
     Attributes:
-        recipe, module: How it was made, and what came out.
-        computed: Path → what its constructor computes.
+        recipe: Class, config and arguments that it was made with.
+        module: The module.
+        computed: Path → tensor that its constructor computes.
     """
 
     recipe: Recipe
@@ -177,7 +182,7 @@ class _Skeleton:
 
 
 def _skeleton_of(module: torch.nn.Module) -> tuple[_Skeleton | None, str]:
-    """Nothing where the constructor cannot be called, and then the reason."""
+    """The skeleton, or None and the reason why the constructor cannot be called."""
     recipe = recipe_of(module)
     if recipe is None:
         return None, f"how {type(module).__name__} was constructed is stored nowhere"
@@ -199,6 +204,7 @@ def _fit_meta(
     result = fit(
         groups, with_base_prefix(state, tensors, base_prefix(module)), ignored_keys(module)
     )
+    # Of a tied group one name with memory is enough.
     filled = {
         group.names[0] for group in groups if any(not tensors[name].is_meta for name in group.names)
     }
@@ -218,14 +224,16 @@ def _fit_meta_converted(
     except WeightsError:
         raise
     except Exception:
-        return plain  # not a class for transformers' loader
+        # Not a class for transformers' loader: the plain misfit says more than its exception.
+        return plain
     result = _fit_meta(module, groups, converted)
     result.unexpected = unexpected
     return result if result.problems < plain.problems else plain
 
 
 def _new_memory(value: torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
-    """A copy of the values, as the kind of tensor that ``like`` is."""
+    """A copy of the values, as a parameter or plain tensor like ``like``."""
+    # A copy: tensors of a state dict may be a mapped file's, or another module's.
     copied = cast(value.detach().cpu(), like.dtype, name).clone(
         memory_format=torch.contiguous_format
     )
@@ -247,7 +255,8 @@ def _assign(module: torch.nn.Module, found: Mapping[int, torch.Tensor]) -> None:
 
 
 def _casts(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Path → dtype of what has another dtype in a module of this serving dtype."""
+    """Path → dtype of parameters that have another dtype in a module of this serving dtype."""
+    # Islands: submodules that the class keeps in float32, whatever the serving dtype.
     islands = islands_of(module, dtype)
     wanted = {
         slot.path: torch.float32 if islands and islands.search(f".{slot.path}.") else dtype

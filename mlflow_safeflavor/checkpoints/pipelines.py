@@ -1,7 +1,4 @@
-"""transformers' pipelines.
-
-A model with its tokenizer or processor, and the arguments that requests leave out.
-"""
+"""transformers' pipelines: model, tokenizer, processor, and arguments that become defaults."""
 
 from __future__ import annotations
 
@@ -31,8 +28,7 @@ _HINT_OWN = (
 
 # Arguments that hold arguments of the tokenizer.
 _NESTED = ("tokenizer_kwargs", "tokenizer_params", "tokenizer_encode_kwargs", "tokenize_kwargs")
-# What is about speed, about slow tokenizers, or about the form in which a pipeline hands its
-# answers over.
+# Arguments about speed, about slow tokenizers, or about the form of a pipeline's answers.
 _NO_MATTER = frozenset(
     (
         *(
@@ -58,7 +54,7 @@ _RETURN_TYPES = {"FULL_TEXT": True, "NEW_TEXT": False}
 
 
 def is_pipeline(model: object) -> bool:
-    """Whether it is a ``transformers.Pipeline``, of whatever task."""
+    """Whether it is a ``transformers.Pipeline`` of any task."""
     return library_class(model, _PACKAGE, ("Pipeline",)) is not None
 
 
@@ -76,6 +72,8 @@ def take_apart(pipeline: Any) -> Source:
     assert cls is not None  # noqa: S101  (for mypy; is_pipeline says so)
     require_unchanged(pipeline, cls, _HINT_OWN)
     params: dict[str, Any] = {}
+    # Private, but the one place where a pipeline keeps its user's arguments, in transformers 4.57
+    # and 5.
     for name, value in {**pipeline._preprocess_params, **pipeline._postprocess_params}.items():
         if name not in pipeline._forward_params:
             params |= _param_of(name, value, pipeline)
@@ -113,6 +111,7 @@ def _param_of(name: str, value: Any, pipeline: Any) -> dict[str, Any]:
             for part in value
             for key, item in _param_of(part, value[part], pipeline).items()
         }
+    # None is "as usual", but of top_k it is all labels.
     if name in _NO_MATTER or (value is None and name != "top_k"):
         return {}
     if name == "truncation" and value in _TRUNCATION:

@@ -1,7 +1,4 @@
-"""Checkpoints as folders that a build can rely on.
-
-Of one commit, hashed, loaded once, there at once or not at all.
-"""
+"""Checkpoints as folders for builds: of one commit, hashed, loaded once, complete or absent."""
 
 from __future__ import annotations
 
@@ -24,13 +21,13 @@ from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
 
 __all__ = ["MANIFEST", "Prefetched", "prefetch"]
 
-# In the folder, beside the checkpoint: where it is from, and size and SHA-256 of every file.
+# Beside the checkpoint's files: its origin, and size and SHA-256 of every file.
 MANIFEST = "prefetch.json"
 
 _VERSION = 1
 _SAFETENSORS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _PICKLED = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json")
-# Config, vocabularies and papers; no code, no pickles, nothing in folders.
+# Config, vocabularies, licences; no code, no pickles, and no files in folders: no name leads out.
 _BESIDE = re.compile(
     r"[\w.-]+\.(json|txt|model|jinja)|LICEN[CS]E.*|NOTICE.*|README\.md", re.IGNORECASE
 )
@@ -40,14 +37,14 @@ _HINT = "remove the folder and prefetch again"
 
 @dataclass(frozen=True)
 class Prefetched:
-    """What lies in a folder.
+    """A prefetched checkpoint.
 
     Args:
         folder: The checkpoint; ``from_pretrained`` and ``save_model`` take it.
-        source: Id on the hub, or None for what was a local folder.
+        source: Id on the hub; None for a copy of a local folder.
         revision: The commit, or None.
         files: Names of all files.
-        fresh: False where it was there already and has only been checked.
+        fresh: False where it was there already and was only checked.
     """
 
     folder: Path
@@ -84,7 +81,7 @@ def prefetch(
         convert: Where there are no safetensors, read pickled weights without running anything of
             them, and write safetensors.
         model_class: Class of transformers to load it as; by default the one that its config names.
-        dtype: To load it in, for this check; what is stored stays as it is.
+        dtype: To load it in, for this check; files stay as they are.
         new: See ``from_pretrained``.
         drop: See ``from_pretrained``.
 
@@ -95,6 +92,7 @@ def prefetch(
         SafeFlavorError: ``from_pretrained`` refuses it. Nothing is left at ``output_dir`` then.
     """
     target, source, commit = Path(output_dir), *_identity(name_or_path, revision, resolve)
+    # The manifest is written last, so a folder with one was complete.
     if (target / MANIFEST).exists():
         return _already_there(target, source, commit, Path(name_or_path))
     with staging(target) as stage:
@@ -104,6 +102,7 @@ def prefetch(
             taken = _fetch(source, str(commit), stage, convert)
         if convert and not any(stage.glob("model*.safetensors")):
             _convert(stage)
+        # Loaded as its users will: a build fails here, and not in the stage that trains.
         _load(stage, model_class, dtype, new, drop)
         content = {
             "version": _VERSION,
@@ -138,6 +137,7 @@ def _identity(
     if hub.is_commit(revision):
         return name, revision
     if resolve and revision:
+        # Asked once: two questions could get two commits.
         return name, hub.list_files(name, revision)[0]
     raise StructureError(
         "A hub repository needs a pinned revision, as its branches and tags move",
@@ -176,12 +176,13 @@ def _choose(names: Collection[str], convert: bool, where: object) -> list[str]:
 
 
 def _is_index(name: str) -> bool:
-    """Whether it lists shards; those of weights that are not taken must not be there."""
+    """Whether it lists shards of weights."""
+    # An index of shards that are not taken would be read first by any loader.
     return name.endswith(".index.json")
 
 
 def _copy(folder: Path, stage: Path, convert: bool) -> dict[str, str]:
-    """Copy the files of a local checkpoint. Returns name → SHA-256 of what was taken."""
+    """Copy the files of a local checkpoint; returns name → SHA-256 of each."""
     names = [path.name for path in folder.iterdir() if path.is_file()]
     taken = {}
     for name in _choose(names, convert, folder):
@@ -192,6 +193,7 @@ def _copy(folder: Path, stage: Path, convert: bool) -> dict[str, str]:
 
 def _fetch(name: str, commit: str, stage: Path, convert: bool) -> dict[str, str]:
     """Download the files of a commit, and compare each with the digest that the hub lists."""
+    # By the hub's list, not by what came: a proxy may leave a file out, or add one.
     listed = {file.name: file for file in hub.list_files(name, commit)[1]}
     where = f"{name} at {commit}"
     chosen = _choose(listed, convert, where)
@@ -199,6 +201,7 @@ def _fetch(name: str, commit: str, stage: Path, convert: bool) -> dict[str, str]
     taken = {}
     for file in chosen:
         shutil.copyfile(cached / file, stage / file)
+        # The copy is compared, not the cache's file, which others of this user may write.
         if not listed[file].is_content_of(stage / file):
             raise IntegrityError(
                 "A downloaded file is not the one that the hub lists",
@@ -210,7 +213,8 @@ def _fetch(name: str, commit: str, stage: Path, convert: bool) -> dict[str, str]
 
 
 def _convert(stage: Path) -> None:
-    """Pickled weights → one file of safetensors, each tensor with memory of its own."""
+    """Rewrite pickled weights as one file of safetensors."""
+    # Tied tensors are stored twice: safetensors refuses tensors that share memory.
     from safetensors.torch import save_file
 
     state = read_state(stage)
@@ -219,6 +223,7 @@ def _convert(stage: Path) -> None:
         stage / "model.safetensors",
         {"format": "pt"},
     )
+    # With their index: a loader that finds one reads the shards that it lists.
     for path in stage.iterdir():
         if _PICKLED.fullmatch(path.name):
             path.unlink()
@@ -229,6 +234,7 @@ def _load(
 ) -> None:
     """Load it as its users will; the result is not kept."""
     from_pretrained(stage, model_class=_class(model_class), dtype=dtype, new=new, drop=drop)
+    # Checkpoints of images have none, and transformers would make one of nothing.
     if any((stage / name).exists() for name in _TOKENIZER):
         tokenizer_of(stage)
 
@@ -250,10 +256,7 @@ def _class(name: str | None) -> type[Any] | None:
 
 
 def _describe(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name → size and SHA-256 of every file but the manifest.
-
-    A link or a pipe is an IntegrityError.
-    """
+    """Name → size and SHA-256 of every file but the manifest; links and pipes are refused."""
     return {
         name: {"size": facts.st_size, "sha256": digest_of_plain(folder / name)}
         for name, facts in list_files(folder).items()
@@ -275,6 +278,7 @@ def _already_there(folder: Path, source: str | None, commit: str | None, given: 
         raise IntegrityError(
             "The manifest is malformed", where=folder / MANIFEST, hint=_HINT
         ) from None
+    # Another commit, or a local folder that has changed since: never silently the old files.
     if (
         version != _VERSION
         or found != (source, commit)
@@ -287,6 +291,7 @@ def _already_there(folder: Path, source: str | None, commit: str | None, given: 
             found=_name(*found, "a local folder, or an earlier state of it"),
             hint="choose another folder, or remove this one",
         )
+    # Added files as well: a loader may prefer one to those that were checked.
     if differences := sorted(_differences(files, _describe(folder))):
         raise IntegrityError(
             "Files of the folder are not the ones that were prefetched",
@@ -297,7 +302,8 @@ def _already_there(folder: Path, source: str | None, commit: str | None, given: 
 
 
 def _has_changed(folder: Path, taken: dict[str, str]) -> bool:
-    """Whether a local checkpoint is no longer the one that was taken."""
+    """Whether a local checkpoint has changed since it was copied."""
+    # With convert=True, or a folder of pickled weights would be an error here, and not unchanged.
     names = [path.name for path in folder.iterdir() if path.is_file()]
     chosen = _choose(names, convert=True, where=folder)
     return taken != {name: digest_of_file(folder / name) for name in chosen}

@@ -25,8 +25,8 @@ def tokenizer_of(folder: str | Path) -> Any:
             found: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        # transformers 5 makes one where the vocabulary's file is missing, and every word is unknown
-        # to it.
+        # Where the vocabulary's file is missing, transformers 5 makes a tokenizer to which every
+        # word is unknown.
         if found.get_vocab().keys() <= {*found.all_special_tokens}:
             raise ValueError("a vocabulary of special tokens alone: its file is missing")
     except (OSError, ValueError, KeyError) as error:
@@ -47,6 +47,7 @@ def processor_of(folder: str | Path, *, sounds: bool) -> Any:
     """
     import transformers
 
+    # The torchvision backend gives other pixel values, and would have to be installed to serve.
     pillow = (
         {"backend": "pil"}
         if int(transformers.__version__.partition(".")[0]) >= 5
@@ -58,6 +59,7 @@ def processor_of(folder: str | Path, *, sounds: bool) -> Any:
             return auto.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, **({} if sounds else pillow)
             )
+    # ImportError: the processor's class needs Pillow or torchvision.
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise StructureError(
             "The checkpoint has no readable processor",

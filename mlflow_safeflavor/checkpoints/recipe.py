@@ -20,6 +20,7 @@ __all__ = ["bare_model", "class_of", "recipe_for"]
 def _config_of(folder: Path) -> Any:
     import transformers
 
+    # Guarded: what a config names (code, another repository) is neither fetched nor run.
     try:
         with guarded(*own_folders(folder)):
             return transformers.AutoConfig.from_pretrained(
@@ -67,12 +68,14 @@ def recipe_for(cls: type[Any], folder: Path, kwargs: dict[str, Any]) -> Recipe:
                 wanted=f"one for {cls.__name__}",
                 found=error,
             ) from error
+    # The user's config object stays as it is.
     config = copy.deepcopy(config)
     _forget_code(config)
     if attention is not None:
         config._attn_implementation = attention
-    config.name_or_path = os.fspath(folder)
+    config.name_or_path = os.fspath(folder)  # as from_pretrained notes it
     _require_model_type(cls, folder)
+    # Packed integers have the names of weights, and other shapes or, worse, the same.
     if getattr(config, "quantization_config", None) is not None:
         raise StructureError(
             "The checkpoint is quantised, and its integer weights cannot be loaded as they are",
@@ -84,10 +87,8 @@ def recipe_for(cls: type[Any], folder: Path, kwargs: dict[str, Any]) -> Recipe:
 
 
 def _forget_code(config: Any) -> None:
-    """Take the names of code out of a config and its parts.
-
-    Asked to build a part, transformers would ask back.
-    """
+    """Take the names of code out of a config and its parts."""
+    # Building a part of the model, transformers would ask on the terminal whether to run them.
     values = vars(config) if hasattr(config, "to_json_string") else config
     for name in ("auto_map", "custom_pipelines"):
         values.pop(name, None)
@@ -97,10 +98,8 @@ def _forget_code(config: Any) -> None:
 
 
 def _require_model_type(cls: type[Any], folder: Path) -> None:
-    """Refuse another family's class.
-
-    Keys of BERT fit RoBERTa, whose positions count from elsewhere.
-    """
+    """Refuse a class of another model type than the checkpoint's."""
+    # All keys of BERT fit RoBERTa, but its positions begin at another number: garbage, silently.
     config = folder / "config.json"
     found = read_json(config, strict=False).get("model_type") if config.is_file() else None
     wanted = getattr(cls.config_class, "model_type", None)
@@ -118,7 +117,7 @@ def _require_model_type(cls: type[Any], folder: Path) -> None:
 def bare_model(folder: str | Path) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for a folder's model of tokens, without heads and pooler.
 
-    It is what sentence-transformers takes of a checkpoint: of T5 and its relatives the encoder.
+    sentence-transformers takes the same of a checkpoint: of T5 and its relatives the encoder.
 
     Raises:
         StructureError: There is no readable config, or transformers has no such model.
@@ -133,6 +132,7 @@ def bare_model(folder: str | Path) -> dict[str, Any]:
         raise StructureError(
             "There is no model of tokens", where=folder, found=type(config).__name__
         )
+    # Heads of the checkpoint have no place in the bare class, and would be unexpected keys.
     arguments: dict[str, Any] = {
         "model_class": cls,
         "drop": ("cls.*", "lm_head.*", "classifier.*", "pooler.*"),

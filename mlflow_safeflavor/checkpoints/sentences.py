@@ -1,8 +1,6 @@
-"""Models of sentence-transformers, as objects and as folders.
+"""Models of sentence-transformers, as objects and as folders; they answer as its ``encode`` does.
 
-They answer as ``encode`` and ``predict`` do.
-
-Both say the same things under the same names: what a module's ``get_config_dict`` returns is what
+Both name the same facts: a module's ``get_config_dict`` returns the content of the file that
 ``save`` writes. The package is never imported: an object has it imported already, and a folder is
 read without.
 """
@@ -33,7 +31,7 @@ _HINT = 'save it as a module of your own: task="custom" with preprocess, postpro
 
 
 def is_object(model: object) -> bool:
-    """Whether it is a model of sentence-transformers, of whatever kind."""
+    """Whether it is a model of sentence-transformers, of any kind."""
     cls = library_class(model, _PACKAGE)
     return cls is not None and (hasattr(model, "encode") or hasattr(model, "predict"))
 
@@ -79,11 +77,11 @@ def from_object(model: Any) -> Source:
 
 
 def from_folder(folder: str | Path, dtype: str | torch.dtype | None) -> Source:
-    """Read what ``save`` of a ``SentenceTransformer`` or ``CrossEncoder`` wrote, old and new.
+    """Read a folder of ``SentenceTransformer.save`` or ``CrossEncoder.save``, of old releases too.
 
     Args:
-        folder: Where ``is_folder`` found it.
-        dtype: What the model is read in, as ``dtypes.read_as`` has it.
+        folder: One for which ``is_folder`` is true.
+        dtype: Dtype that the model is read in; see ``dtypes.read_as``.
 
     Raises:
         StructureError: A file is missing, or speaks of a module that is not done here.
@@ -95,6 +93,7 @@ def from_folder(folder: str | Path, dtype: str | torch.dtype | None) -> Source:
         if (folder / "modules.json").is_file()
         else []
     )
+    # CrossEncoders of older releases have no modules.json.
     if not modules or said.get("model_type") == "CrossEncoder":
         return _cross_encoder_folder(folder, [module["type"] for module in modules], said, dtype)
     if said.get("model_type", "SentenceTransformer") != "SentenceTransformer":
@@ -125,7 +124,7 @@ class _Part:
 
     @property
     def kind(self) -> str:
-        """Name of a class of the package; the whole name of any other."""
+        """Name of a class of the package, which has moved between its modules; of others whole."""
         return self.type.rpartition(".")[2] if self.type.startswith(f"{_PACKAGE}.") else self.type
 
 
@@ -145,14 +144,16 @@ def _files_of(folder: Path) -> tuple[dict[str, Any], Callable[[], Mapping[str, t
     file = next(
         (folder / name for name in (*names, "config.json") if (folder / name).is_file()), None
     )
+    # Tensors when they are needed: most modules have none, and no file to read.
     return {} if file is None else read_json(file, strict=False), lambda: read_state(folder)
 
 
 def _require_plain_first(part: _Part) -> None:
-    """Refuse a first module that does more than hand a text's tokens to a model of transformers."""
+    """Refuse a first module but a plain ``Transformer``: a text's tokens into a model."""
     if part.kind != "Transformer":
         raise _not_done(part.type, "a Transformer first")
     text = {"method": "forward", "method_output_name": "last_hidden_state"}
+    # Unknown keys with a value are refused: a later release may do with them what we do not.
     for name, value in part.config.items():
         usual: tuple[Any, ...] = {
             "transformer_task": ("feature-extraction",),
@@ -226,12 +227,14 @@ def _layers_of(
                 },
                 part.state(),
             )
+        # Dropout does nothing when a model is served.
         elif part.kind != "Dropout":
             raise _not_done(part.type, "Pooling, Normalize, Dense, LayerNorm or Dropout")
 
 
 def _kinds(part: _Part) -> list[str]:
     said = part.config.get("pooling_mode")
+    # Without any flag the package pools by the mean.
     if said is None:
         flags = zip(_POOLINGS, (f"pooling_mode_{flag}" for flag in _FLAGS), strict=True)
         said = [name for name, flag in flags if part.config.get(flag)] or ["mean"]
@@ -246,12 +249,14 @@ def _sentence_transformer(
 ) -> Source:
     layers = list(_layers_of(parts))
     kinds = [layer["kind"] for layer, _ in layers]
+    # Without pooling there is an embedding for each token, and none for the text.
     if kinds.count("pooling") != 1:
         raise _not_done(
             "modules",
             "one Pooling",
             f"{kinds.count('pooling')} of {len(kinds)} modules behind the model",
         )
+    # Saved configs hold empty prompts ("query": ""), which mean that there is none.
     prompts = {name: text for name, text in (said.get("prompts") or {}).items() if text}
     default = said.get("default_prompt_name")
     options: dict[str, Any] = {
@@ -262,6 +267,7 @@ def _sentence_transformer(
     params = {"prompt_name": default} if default in prompts else {}
     if said.get("truncate_dim") is not None:
         params["truncate_dim"] = said["truncate_dim"]
+    # The task pools and normalises by itself; further layers need a module around the transformer.
     if kinds in (["pooling"], ["pooling", "normalize"]):
         options |= {"pooling": layers[0][0]["kinds"], "normalize": len(kinds) == 2}
     else:
@@ -274,11 +280,13 @@ def _sentence_transformer(
 def _tokenizer_of(folder: Path, said: Mapping[str, Any]) -> Any:
     """A folder's tokenizer, cut and in lower case as its config says."""
     tokenizer = tokenizer_of(folder)
+    # sentence-transformers keeps both beside the tokenizer, whose own files may say otherwise.
     if said.get("max_seq_length"):
         tokenizer.model_max_length = said["max_seq_length"]
     if said.get("do_lower_case"):
         from tokenizers import normalizers
 
+        # First, as the package calls lower() before it tokenises.
         own = tokenizer.backend_tokenizer.normalizer
         lower: list[Any] = [normalizers.Lowercase(), *([] if own is None else [own])]
         tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(lower)
@@ -334,6 +342,7 @@ def _cross_encoder(
     if prompt := (said.get("prompts") or {}).get(said.get("default_prompt_name")):
         raise _not_done("CrossEncoder, default_prompt_name", "None", repr(prompt))
     labels = model.config.num_labels
+    # As the package chooses where nothing is said: a score of one label, logits of several.
     usual = "torch.nn.Sigmoid" if labels == 1 else "torch.nn.Identity"
     function = _activation_named(activation or usual, "CrossEncoder", tuple(_FUNCTIONS))
     return Source(
@@ -353,11 +362,9 @@ def _name_of(cls: type) -> str:
 
 
 def _activation_of(activation: Any) -> str:
-    """The class of an activation.
-
-    With its arguments, so that it is known nowhere, where it has any of its own.
-    """
+    """Name of an activation's class, followed by its arguments if it has any of its own."""
     cls = type(activation)
+    # With arguments the name is none that is known, and so refused: they are stored nowhere.
     try:
         usual = repr(activation) == repr(cls())
     except TypeError:

@@ -1,4 +1,4 @@
-"""Take what the user handed over apart, by its type and never by its attributes."""
+"""The source of a save, made of any object that users hand over, by its type alone."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def resolve_source(
     dtype: str | torch.dtype | None,
     processor: Any = None,
 ) -> Source:
-    """What is to be saved.
+    """Make the source of a save.
 
     Args:
         model: A module, a ``transformers.Pipeline``, a dict of the parts of one, or the path of a
             checkpoint folder.
-        tokenizer: Goes before the one that comes with the model.
-        task: None to be told from the model.
-        dtype: What a folder is read in, as ``dtypes.read_as`` has it.
-        processor: Goes before the one that comes with the model.
+        tokenizer: Goes before the model's own.
+        task: None to tell it by the model.
+        dtype: Dtype that a folder is read in; see ``dtypes.read_as``.
+        processor: Goes before the model's own.
 
     Raises:
         InputError: The model is a pipeline with an argument that is not done here.
@@ -43,6 +43,7 @@ def resolve_source(
     """
     source = _take_apart(model, dtype)
     task = task_class(task or source.task or _task_of(source.module)).name
+    # A pipeline of texts may carry a processor that its task does not use.
     if processor is None and "processor" in task_class(task).reads:
         processor = source.processor
     source = replace(
@@ -51,6 +52,7 @@ def resolve_source(
         tokenizer=source.tokenizer if tokenizer is None else tokenizer,
         processor=processor,
     )
+    # Last: only now the task is known, and with it which parts to read beside the weights.
     folder = model.get("model") if isinstance(model, Mapping) else model
     if isinstance(folder, (str, Path)):
         source = _with_parts_of(folder, source)
@@ -62,10 +64,13 @@ _PARTS = ("model", "task", "tokenizer", "processor", "image_processor", "feature
 
 
 def _take_apart(model: Any, dtype: str | torch.dtype | None) -> Source:
+    # By type, the narrower first: a SentenceTransformer is a module, too, and a module may have
+    # attributes named like a pipeline's.
     if sentences.is_object(model):
         return sentences.from_object(model)
     if isinstance(model, torch.nn.Module):
         return Source(model)
+    # A folder of sentence-transformers with an adapter inside is refused by that reader.
     if (
         isinstance(model, (str, Path))
         and adapters.is_folder(model)
@@ -96,7 +101,7 @@ def _take_apart(model: Any, dtype: str | torch.dtype | None) -> Source:
 
 
 def _of_parts(parts: Mapping[str, Any], source: Source) -> Source:
-    """A dict of parts; what it names goes before what comes with its model."""
+    """The source of a dict of parts, which go before those of its model."""
     processors = [parts.get(name) for name in ("processor", "image_processor", "feature_extractor")]
     return replace(
         source,
@@ -135,10 +140,12 @@ def _require_parts(source: Source) -> None:
             wanted=f"the tokenizer of the {source.task} model",
             found="None",
         )
+    # Given and not used, it would be missed only when pixels came out wrong.
     if source.processor is not None and not {"processor", "any_processor"} & set(cls.reads):
         raise InputError(
             "The task has no processor", where=f"task {source.task!r}", wanted="processor=None"
         )
+    # A feature extractor for a task of images would fail at the first row, in words of its own.
     if "processor" in cls.reads and (
         source.processor is None or hears(source.processor) != cls.hears
     ):

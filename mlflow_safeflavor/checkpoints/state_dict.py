@@ -1,4 +1,4 @@
-"""Named tensors of a checkpoint, wherever they lie."""
+"""Named tensors of a checkpoint: of a folder, shards, a file or a state dict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlflow_safeflavor.module.slots import some
 
 __all__ = ["read_state"]
 
-# What a folder's weights are called, the preferred one first.
+# Files of a folder's weights, the preferred first.
 _IN_FOLDERS = (
     *("model.safetensors.index.json", "model.safetensors"),
     *("pytorch_model.bin.index.json", "pytorch_model.bin"),
@@ -36,9 +36,10 @@ def read_state(source: str | Path | Mapping[str, torch.Tensor]) -> dict[str, tor
         TrustError: A file holds more than tensors.
         WeightsError: A value is no tensor, or has no memory.
     """
-    # Readers allocate too, and must not do so on the meta device of an outer context.
+    # Within a user's `with torch.device("meta")` readers would allocate there, and read nothing.
     with torch.device("cpu"):
         state = dict(source) if isinstance(source, Mapping) else _read_path(Path(source))
+    # Checkpoints of training hold epochs and optimizers beside the state dict.
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) or value.is_meta:
             raise WeightsError(
@@ -61,6 +62,7 @@ def _read_path(path: Path) -> dict[str, Any]:
         raise StructureError(
             "There is no such checkpoint", where=path, wanted="a file or folder with weights"
         )
+    # By its ending: torch.load of safetensors fails with a message about pickles.
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
 
 
@@ -93,6 +95,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
         raise IntegrityError(
             "The index of shards is malformed", where=index, found=error, hint=_HINT
         ) from None
+    # An index is a stranger's: "../other" would be read as if it were of this checkpoint.
     if not plain:
         raise IntegrityError(
             "The index of shards points outside its folder",
@@ -107,6 +110,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
                 "A shard of the checkpoint is missing", where=index.parent / name, hint=_HINT
             )
         state.update(_read_path(index.parent / name))
+    # A shard of another save of the same model has the right name and other tensors.
     if odd := sorted(weight_map.keys() ^ state.keys()):
         raise IntegrityError(
             "The shards do not hold what their index lists",
@@ -128,6 +132,7 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
 
 
 def _read_torch(file: Path) -> dict[str, Any]:
+    # weights_only: a plain torch.load runs any code that the file names.
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

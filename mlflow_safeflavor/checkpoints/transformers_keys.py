@@ -1,7 +1,4 @@
-"""What transformers knows about the keys of its checkpoints.
-
-Prefixes, leftovers, and converted layouts.
-"""
+"""transformers' rules for keys of checkpoints: prefixes, leftovers, and converted layouts."""
 
 from __future__ import annotations
 
@@ -28,15 +25,13 @@ def is_optional(module: torch.nn.Module, name: str) -> bool:
 
 
 def base_prefix(module: torch.nn.Module) -> str | None:
-    """What a head class puts before the names of its base model: ``bert``."""
+    """Prefix of a head class for names of its base model, such as ``bert``."""
     return getattr(module, "base_model_prefix", None) or None
 
 
 def ignored_keys(module: torch.nn.Module) -> list[str]:
-    """Keys that transformers also lets be left over.
-
-    Buffers that old releases stored and that are computed now.
-    """
+    """Patterns of keys that may be left over, as in transformers."""
+    # Buffers that old releases stored, and that are computed now.
     patterns = list(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ())
     buffers = [name for name, _ in module.named_buffers()]
     if any(name.endswith("position_ids") for name in buffers):
@@ -47,7 +42,8 @@ def ignored_keys(module: torch.nn.Module) -> list[str]:
 
 
 def is_converted(module: torch.nn.Module, keys: Iterable[str]) -> bool:
-    """Whether transformers would convert values, even where all keys fit by name."""
+    """Whether transformers would convert values of these keys."""
+    # Even where all keys fit by name: a stored layout (q, k and v in one) may be another one now.
     converters = _converters(module)
     return any(
         converter.rename_source_key(key)[1] is not None for converter in converters for key in keys
@@ -116,6 +112,7 @@ def _require_unchanged(
 def _oddity(value: torch.Tensor, before: torch.Tensor | None) -> str | None:
     if value.is_meta:
         return "on the meta device"
+    # Another thread had set the default dtype while transformers' loader built its module.
     if value.dtype in (torch.float16, torch.bfloat16):
         return f"{value.dtype}, wanted float32"
     if (
