@@ -95,8 +95,7 @@ def read(content: bytes) -> Graph:
     )
 
 
-# How the names of inputs and outputs begin, so that a forward may give what it takes under the same
-# name.
+# Prefixes of the names of inputs and outputs: a forward may give an output of an input's name.
 _IN, _OUT = "input.", "output."
 
 

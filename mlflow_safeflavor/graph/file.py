@@ -46,8 +46,8 @@ def write_reason(reason: str, layout: Layout) -> None:
 
 def _read_facts(layout: Layout) -> dict[str, Any]:
     content = layout.read_json(layout.graph_facts)
-    # A graph without its proof, or a proof without its graph, is a file that somebody took away: it
-    # must not send requests to the module instead, with other pins and other bits.
+    # A graph without its proof, or a proof without its graph, is a file taken away: requests must
+    # not go to the module instead, with other pins and other bits.
     kinds = {"reason": str, "proof": dict}
     sound = isinstance(content, dict) and content.get("version") == _VERSION and len(content) == 2
     kind = next(

@@ -71,7 +71,7 @@ _WITH_PACKED_WEIGHTS = {
 #
 # A row of 12 tokens of MiniLM on two cores took 6.0 ms without any, 4.5 with these, 4.4 with ONNX
 # Runtime's own much longer wait; beside ten busy processes 19, 22 and 35 ms: a spinning thread
-# takes a core from whoever could use it.
+# takes a core from a process that could use it.
 _SPIN = 50
 
 

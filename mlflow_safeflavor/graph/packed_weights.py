@@ -73,7 +73,7 @@ class PackedWeights:
                     return None
                 path = folder / _FILE
                 with suppress(FileNotFoundError):
-                    # Unlinked, not overwritten: whoever has mapped it keeps its pages.
+                    # Unlinked, not overwritten: a process that has mapped it keeps its pages.
                     if time.time() - path.stat().st_mtime > _MOST_AGE:
                         path.unlink()
                 alone = not path.exists() and not host_cache.is_used(folder)

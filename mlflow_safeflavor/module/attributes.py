@@ -305,7 +305,7 @@ def _unbound(value: Any) -> Any:
 
 
 def _class_of(module: torch.nn.Module) -> type:
-    """What a lazy module becomes with its first forward, else its class."""
+    """The class of a module; of a lazy one, its class after the first forward."""
     return getattr(module, "cls_to_become", None) or type(module)
 
 

@@ -55,7 +55,7 @@ def build(
         initialise: Run random initialisers, too.
 
     Raises:
-        TrustError: The class is the user's own, and nobody agreed to run it.
+        TrustError: The class is the user's own, and ``trust`` has no agreement to run it.
         StructureError: The class is not there any more, or its constructor fails.
     """
     try:

@@ -71,8 +71,8 @@ def dispatch(
             found=error,
             hint='device_map="auto"',
         ) from error
-    # What is on the CPU beside an accelerator is on meta, too, between two forwards; but accelerate
-    # keeps its tensors.
+    # Parts on the CPU beside an accelerator are on meta, too, between two forwards; but accelerate
+    # keeps their tensors.
     offloaded = [
         path for path in find_meta(find_slots(module)) if _place_of(path, devices) == "disk"
     ]

@@ -21,7 +21,7 @@ _NO_ROOM = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the CPU, had no room for what a forward needed: fewer rows may fit."""
-    torch: Any = sys.modules.get("torch")  # where nobody imported it, it has raised nothing
+    torch: Any = sys.modules.get("torch")  # a process without it has none of its errors
     kinds = (MemoryError,) if torch is None else (MemoryError, torch.cuda.OutOfMemoryError)
     # ONNX Runtime's errors are no RuntimeErrors.
     return isinstance(error, kinds) or (

@@ -28,7 +28,7 @@ def guarded(*own: str | os.PathLike[str], unpickles: bool = False) -> Iterator[N
         unpickles: Whether a pickle may name classes and functions.
 
     Raises:
-        TrustError: Something was refused, whatever a library then made of it.
+        TrustError: An event was refused, even if a library caught the refusal.
     """
     guard, cause = Guard(*own, allowed=["pickle.find_class"] if unpickles else []), None
     # The caller's frame: a load may itself run inside the import of some module, which excuses

@@ -53,7 +53,7 @@ def serve(state: State) -> None:
         except BaseException as error:
             for ticket in tickets:
                 ticket.fail(named_failure(error))
-        # nobody comes between: what was run is among the tickets until this thread goes on
+        # Without the lock: the tickets that were run are still listed, so no caller runs its own.
         state.running = False
         tickets.clear()  # until the next request, which may come much later
 
@@ -81,7 +81,7 @@ def _run_batch(state: State, batch: Sequence[tuple[Ticket, int]]) -> None:
             isinstance(error, KeyboardInterrupt)
             and threading.current_thread() is threading.main_thread()
         ):
-            raise  # not the model's failure: somebody interrupts the caller who runs this
+            raise  # Ctrl-C of the caller whose thread this is, no failure of the model
         if len(batch) > 1 and is_out_of_memory(error):
             parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
         elif len(tickets) > 1:

@@ -40,12 +40,12 @@ class Predictor(Protocol):
 
     @property
     def task(self) -> Task:
-        """What it is asked."""
+        """The task."""
         ...
 
     @property
     def engine(self) -> Engine:
-        """What answers."""
+        """The engine."""
         ...
 
     def answer(

@@ -71,7 +71,7 @@ class Places:
         if deadline.passed:
             raise deadline.missed()
         with self._lock:
-            if self._free:  # nobody waits while there is a free one
+            if self._free:  # no caller waits while there is a free one
                 self._free -= 1
                 return
             self._waiting.append(turn := threading.Event())

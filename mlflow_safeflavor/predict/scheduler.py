@@ -134,7 +134,7 @@ class Scheduler:
             state.arriving.discard(arrival)  # or it would be counted twice
             ticket.turn = state.spent  # with 0 a new request would come before all that wait
             # Inside its own forward a caller cannot leave when its deadline passes, and a table of
-            # several batches would let nobody between.
+            # several batches would let no other request between.
             here = few and patient and state.anywhere and not state.running and not state.tickets
             if here:
                 state.running = True

@@ -17,7 +17,7 @@ __all__ = ["ANSWERS_A_ROW", "PIECES_A_ROW", "Caps"]
 
 # Windows and labels that a row may have on average, beyond ``max_pieces`` in all.
 PIECES_A_ROW = 16
-# Tokens that a row may be answered with on average, whatever ``max_answers`` is.
+# Tokens that a row may be answered with on average, beyond ``max_answers`` in all.
 ANSWERS_A_ROW = 3_000
 
 

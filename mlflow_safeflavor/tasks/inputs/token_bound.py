@@ -72,7 +72,7 @@ class TokenBound:
         size = _SAMPLE
         while self._local and size < len(text) // 2:
             end = text.rfind(" ", 0, size)
-            words = text[: max(0, end)].rstrip()  # a word, a space, and whatever comes then
+            words = text[: max(0, end)].rstrip()  # up to the end of a word that a space follows
             (encoding,) = self._backend.encode_batch_fast([words], add_special_tokens=False)
             if len(encoding) > tokens:
                 return True
@@ -82,7 +82,7 @@ class TokenBound:
 
 
 def _cuts_at_spaces(backend: Tokenizer) -> bool:
-    """Whether a word is tokenised the same whatever comes behind the space that it ends with."""
+    """Whether the tokens of a word never depend on the text behind the space that ends it."""
     normalizers, pre_tokenizers = (
         list(_parts(part)) for part in (backend.normalizer, backend.pre_tokenizer)
     )
