@@ -5,7 +5,7 @@
 
 Each class is built as in ``run.py``, and its forward recorded and proven as ``save_model`` does it.
 The graph then answers fresh inputs of other sizes, near to the module's outputs or it is a bug.
-Rows go to ``tests/sweep/graphs.jsonl`` as they are done, and are not done again; ``graphs.md`` is
+Rows go to ``docs/sweep/graphs.jsonl`` as they are done, and are not done again; ``graphs.md`` is
 made of them at the end. It ends with 1 if any graph that was proven answered otherwise, or if
 something broke that is no refusal.
 """
@@ -40,6 +40,7 @@ from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.save import graph as recording
 
 HERE = Path(__file__).resolve().parent
+TABLES = HERE.parents[1] / "docs" / "sweep"
 CPU_SECONDS = 60  # for one class
 MOST_CLASSES = 30  # of one process: torch.export keeps what it has seen
 FRESH = 12
@@ -454,7 +455,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="regular expression on class names")
-    parser.add_argument("--results", type=Path, default=HERE / "graphs.jsonl")
+    parser.add_argument("--results", type=Path, default=TABLES / "graphs.jsonl")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -4,7 +4,7 @@
     cd tests; python -m sweep.run --only 'Bert|Llama'         some of them, by class name
     cd tests; python -m sweep.run --jobs 4 --results x.jsonl  shared among four processes
 
-Results go to ``tests/sweep/results.jsonl``, one line a class as it is done, and in the end to
+Results go to ``docs/sweep/results.jsonl``, one line a class as it is done, and in the end to
 ``results.md``; of some classes to ``some.jsonl`` and ``some.md``. The package's own
 ``proven_classes.txt`` then says of these classes what was seen. It ends with 1 if any class came
 back different, or if the package raised an alarm about a sound one.
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+TABLES = HERE.parents[1] / "docs" / "sweep"
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -452,7 +453,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     whole = not arguments.only and arguments.part == "0/1"
-    arguments.results = arguments.results or HERE / ("results.jsonl" if whole else "some.jsonl")
+    arguments.results = arguments.results or TABLES / f"{'results' if whole else 'some'}.jsonl"
     part, parts = map(int, arguments.part.split("/"))
     if arguments.jobs == 1:
         sweep(arguments.only, part, parts, arguments.results)
