@@ -7,6 +7,7 @@ import re
 import warnings
 
 import pytest
+import torch  # noqa: F401  (its first import warns, which within a test would be an error)
 from sites import Site
 
 from mlflow_safeflavor.errors import SafeFlavorError
