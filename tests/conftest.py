@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import ipaddress
 import json
@@ -81,28 +80,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-@pytest.hookimpl(tryfirst=True)  # fixtures of a module save models, too
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Recording a graph takes seconds, so only tests of graphs, or of what serves them, do it."""
-    if "torch" not in sys.modules:  # this test saves nothing
-        return
-    from mlflow_safeflavor.save import graph
-
-    wanted = _examples_of()  # as it is, before any test replaces it
-
-    def refuse(*args: Any) -> Any:
-        raise graph.Refusal("this test does without")
-
-    graph.examples_of = wanted if item.get_closest_marker("graphs") else refuse
-
-
-@functools.cache
-def _examples_of() -> Any:
-    from mlflow_safeflavor.save import graph
-
-    return graph.examples_of
 
 
 # Models.

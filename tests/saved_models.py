@@ -13,9 +13,7 @@ import pytest
 from artifacts import SAME_BATCHES, TEXTS
 
 import mlflow_safeflavor
-from mlflow_safeflavor.save import graph
 
-_examples_of = graph.examples_of  # most tests do without graphs, see conftest
 _made: dict[str, Path] = {}
 
 
@@ -35,28 +33,28 @@ def saved(tmp_path_factory, tiny_bert, tiny_tokenizer) -> Path:
             "input_example": example,
             "model_config": SAME_BATCHES,
         }
-        mlflow_safeflavor.save_model(model, path, metadata={"a": 1}, rehearse=False, **given)
+        mlflow_safeflavor.save_model(
+            model, path, metadata={"a": 1}, rehearse=False, graph="no", **given
+        )
         _made["saved"] = path
     return _made["saved"]
 
 
 @pytest.fixture
-def saved_with_graph(tmp_path_factory, tiny_bert, tiny_tokenizer, monkeypatch) -> Path:
+def saved_with_graph(tmp_path_factory, tiny_bert, tiny_tokenizer) -> Path:
     """The same model with its graph; made once a process."""
     if "graph" not in _made:
         path = tmp_path_factory.mktemp("artifact") / "graph"
         example = [{"text": text} for text in TEXTS]
         model = tiny_bert(initializer_range=0.5)
-        with monkeypatch.context() as patch:
-            patch.setattr(graph, "examples_of", _examples_of)
-            mlflow_safeflavor.save_model(
-                model,
-                path,
-                tokenizer=tiny_tokenizer,
-                input_example=example,
-                rehearse=False,
-                graph="require",
-            )
+        mlflow_safeflavor.save_model(
+            model,
+            path,
+            tokenizer=tiny_tokenizer,
+            input_example=example,
+            rehearse=False,
+            graph="require",
+        )
         _made["graph"] = path
     return _made["graph"]
 

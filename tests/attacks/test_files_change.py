@@ -22,8 +22,6 @@ from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError
 from mlflow_safeflavor.load import saved as reading
 
 pytest_plugins = "saved_models"
-pytestmark = pytest.mark.graphs
-
 CHILD = '''
 import json, os, shutil, subprocess, sys
 from pathlib import Path

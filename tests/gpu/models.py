@@ -21,7 +21,6 @@ from transformers import (
 )
 
 import mlflow_safeflavor
-from mlflow_safeflavor.save import graph as recording
 
 from . import odd_modules
 
@@ -136,25 +135,6 @@ class Saved:
             module, options["tokenizer"] = _writer(), tokenizer()
         else:
             module, options["tokenizer"] = classifier(name), tokenizer(name)
-        with _no_graph() if not graph else _as_it_is():
-            mlflow_safeflavor.save_model(module, path, **options)
+        # Recording graphs takes seconds, and one check is about graphs.
+        mlflow_safeflavor.save_model(module, path, graph="require" if graph else "no", **options)
         return path
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _no_graph() -> Iterator[None]:
-    """Recording graphs takes seconds, and one check is about graphs."""
-
-    def refuse(*args: Any) -> Any:
-        raise recording.Refusal("this check does without")
-
-    before, recording.examples_of = recording.examples_of, refuse
-    try:
-        yield
-    finally:
-        recording.examples_of = before

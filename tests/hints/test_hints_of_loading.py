@@ -69,7 +69,7 @@ def test_a_damaged_artifact(saved, copied, tmp_path, tiny_bert, tiny_tokenizer):
     shutil.copytree(saved, copied)
     load_model(copied)
     mlflow_safeflavor.save_model(
-        tiny_bert(), tmp_path / "again", tokenizer=tiny_tokenizer, rehearse=False
+        tiny_bert(), tmp_path / "again", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
     )
     load_model(tmp_path / "again")
 
@@ -158,7 +158,7 @@ def test_other_answers(copied, tiny_bert, tiny_tokenizer, tmp_path):
     reseal(copied)
     wrong(ParityError, copied)
     mlflow_safeflavor.save_model(
-        tiny_bert(), tmp_path / "again", tokenizer=tiny_tokenizer, rehearse=False
+        tiny_bert(), tmp_path / "again", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
     )
     load_model(tmp_path / "again")
 
@@ -175,7 +175,6 @@ def test_other_answers(copied, tiny_bert, tiny_tokenizer, tmp_path):
     "save the model again; where this comes back, its constructor depends on more than its "
     "arguments: allow_pickle=True or graph='only' does without it",
 )
-@pytest.mark.graphs
 def test_a_constructor_that_depends_on_the_process(save, user_code, monkeypatch):  # noqa: F811
     source = """
         import os, torch
@@ -298,7 +297,6 @@ def test_code_that_is_not_with_the_model(save, code, user_code, clean_process): 
     'graph="only" keeps neither the class nor what its constructor reads',
 )
 @pytest.mark.slow
-@pytest.mark.graphs
 def test_a_rehearsal(save, code, user_code, tmp_path):  # noqa: F811
     error = refused(RehearsalError, save, code.Net(), rehearse=True)
     assert f"pass code_paths=['{code.file}']" in error.hint
@@ -371,7 +369,6 @@ def test_a_pickle_without_its_code(save, code):  # noqa: F811
     "when it is built, or save "
     'it with graph="only", which builds nothing',
 )
-@pytest.mark.graphs
 def test_a_constructor_that_reads_a_file(save, user_code, tmp_path):  # noqa: F811
     source = """
         import torch
@@ -401,7 +398,7 @@ def test_a_class_that_is_proven_no_more(tiny_bert, tiny_tokenizer, tmp_path, sav
     monkeypatch.setattr("mlflow_safeflavor.artifact.trust._proven", frozenset)
     wrong(StructureError, saved)
     mlflow_safeflavor.save_model(
-        tiny_bert(), tmp_path / "again", tokenizer=tiny_tokenizer, rehearse=False
+        tiny_bert(), tmp_path / "again", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
     )
     load_model(tmp_path / "again", **CODE)
 
@@ -538,7 +535,6 @@ def test_memory_that_runs_out(saved, monkeypatch):
     "The model was stored as a graph of one forward, which cannot do this",
     'save the model with its module, too: graph="auto"',
 )
-@pytest.mark.graphs
 def test_graphs_alone_and_beside_a_module(save, code):  # noqa: F811
     alone = save(code.Net(), graph="only")
     both = save(code.Net(), graph="auto", code_paths=[code.file])

@@ -81,7 +81,10 @@ def test_a_log_of_a_model_with_a_loose_module_and_loose_data(
     (package / "acme_words.txt").write_text("y z")
     model, file = net(user_code, "__import__('acme_own').__file__")
     info = mlflow_safeflavor.log_model(
-        model, "net", code_paths=[file, os.fspath(loose), os.fspath(package)], **options
+        model,
+        "net",
+        code_paths=[file, os.fspath(loose), os.fspath(package)],
+        **options,
     )
     written = Path(mlflow.artifacts.download_artifacts(info.model_uri)) / "requirements.txt"
     assert "acme-order==1.2" in written.read_text().splitlines()

@@ -290,7 +290,6 @@ def test_a_class_of_a_function(save, user_code):
     "…allow_pickle=True, or graph='only'",
 )
 @follows("module/structure", "safeflavor: the module is pickled. %s")
-@pytest.mark.graphs
 def test_a_module_that_was_changed(save, code, tiny_bert, tiny_tokenizer):
     def changed(width=4):
         model = code.Net(width=width)
@@ -319,7 +318,6 @@ def test_a_module_that_was_changed(save, code, tiny_bert, tiny_tokenizer):
     "A container of torch.nn does not know how modules of other classes were made",
     "write a class whose constructor makes all of it, or pass allow_pickle=True or graph='only'",
 )
-@pytest.mark.graphs
 def test_a_container_of_the_users_modules(save, user_code):
     own, file = user_code("own_parts", OWN_PARTS)
     given = {"input_example": np.ones((1, 4), "float32"), "code_paths": [file]}

@@ -127,7 +127,7 @@ LENGTHS = (4000, 2513, 6001, 2513, 3200)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("wav2vec2") / "model"
-    mlflow_safeflavor.save_model(make_model(), path, processor=masked, rehearse=False)
+    mlflow_safeflavor.save_model(make_model(), path, processor=masked, rehearse=False, graph="no")
     return path
 
 
@@ -147,7 +147,7 @@ def test_labels_and_scores_are_those_of_the_pipeline_for_each_alone(tmp_path, na
     cells = [sound(length, seed) for seed, length in enumerate(LENGTHS)]
     wanted = [reference(cell.copy(), top_k=4) for cell in cells]
 
-    mlflow_safeflavor.save_model(reference, tmp_path / "model", rehearse=False)
+    mlflow_safeflavor.save_model(reference, tmp_path / "model", rehearse=False, graph="no")
     loaded = mlflow_safeflavor.load_model(str(tmp_path / "model"))
     calls = []
     loaded.module.register_forward_pre_hook(lambda *given: calls.append(given), with_kwargs=True)
@@ -196,7 +196,7 @@ def test_functions_are_those_of_the_pipeline(tmp_path, config):
         "audio-classification", model=make_model(**config), feature_extractor=masked
     )
     wanted = reference(sound(), top_k=1)[0]
-    mlflow_safeflavor.save_model(reference, tmp_path / "model", rehearse=False)
+    mlflow_safeflavor.save_model(reference, tmp_path / "model", rehearse=False, graph="no")
     answer = mlflow_safeflavor.load_model(str(tmp_path / "model")).predict([sound()]).iloc[0]
     assert answer["label"] == wanted["label"]
     assert answer["score"] == pytest.approx(wanted["score"], abs=1e-5)
@@ -377,7 +377,11 @@ def test_how_long_a_sound_may_be_is_stored_at_save(tmp_path):
                 make_model(), tmp_path / "model", model_config={"max_seconds": wrong}, **settings
             )
     mlflow_safeflavor.save_model(
-        make_model(), tmp_path / "model", model_config={"max_seconds": 0.3}, **settings
+        make_model(),
+        tmp_path / "model",
+        model_config={"max_seconds": 0.3},
+        graph="no",
+        **settings,
     )
     loaded = mlflow_safeflavor.load_model(str(tmp_path / "model"))
     assert len(loaded.predict([sound(4800)])) == 1
@@ -406,7 +410,9 @@ def test_a_checkpoint_folder_brings_its_extractor(tmp_path):
     extractor = Wav2Vec2FeatureExtractor(sampling_rate=8000, do_normalize=False)
     make_model().save_pretrained(tmp_path / "checkpoint")
     extractor.save_pretrained(tmp_path / "checkpoint")
-    mlflow_safeflavor.save_model(tmp_path / "checkpoint", tmp_path / "model", rehearse=False)
+    mlflow_safeflavor.save_model(
+        tmp_path / "checkpoint", tmp_path / "model", rehearse=False, graph="no"
+    )
     loaded = mlflow_safeflavor.load_model(str(tmp_path / "model"))
     assert loaded.spec.task == "audio-classification"
     assert loaded.task.rate == 8000
@@ -414,7 +420,9 @@ def test_a_checkpoint_folder_brings_its_extractor(tmp_path):
 
 
 def test_another_extractor_shows_in_the_golden_rows(tmp_path):
-    mlflow_safeflavor.save_model(make_model(), tmp_path / "model", processor=masked, rehearse=False)
+    mlflow_safeflavor.save_model(
+        make_model(), tmp_path / "model", processor=masked, rehearse=False, graph="no"
+    )
     edit_json(
         Layout(tmp_path / "model").processor / "preprocessor_config.json",
         lambda config: config.update(do_normalize=False),
@@ -433,6 +441,7 @@ def test_an_example_is_stored_as_a_server_takes_it(tmp_path):
         input_columns={"audio": "call"},
         input_example=example,
         rehearse=False,
+        graph="no",
     )
     served = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     wanted = served.predict(example)

@@ -110,7 +110,13 @@ def cases(tmp_path, saved):
 
     def save(name, model, example, **options):
         mlflow_safeflavor.save_model(
-            model, tmp_path / name, task="raw", input_example=example, rehearse=False, **options
+            model,
+            tmp_path / name,
+            task="raw",
+            input_example=example,
+            rehearse=False,
+            graph="no",
+            **options,
         )
         return str(tmp_path / name)
 
@@ -322,7 +328,7 @@ def test_saving_beside_loading(cases, checkpoint, tmp_path):
             "input_example": X,
             "dtype": "bfloat16",
         }
-        mlflow_safeflavor.save_model(model, tmp_path / name, rehearse=False, **options)
+        mlflow_safeflavor.save_model(model, tmp_path / name, rehearse=False, graph="no", **options)
 
     save("alone")
     wanted = (tmp_path / "alone" / "safeflavor" / "model.safetensors").read_bytes()

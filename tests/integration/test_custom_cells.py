@@ -62,7 +62,9 @@ def save(user_code, tmp_path, monkeypatch):
             "input_example": example,
             **options,
         }
-        mlflow_safeflavor.save_model(code.Net().eval(), tmp_path / "m", task="custom", **options)
+        mlflow_safeflavor.save_model(
+            code.Net().eval(), tmp_path / "m", task="custom", graph="no", **options
+        )
         return mlflow_safeflavor.load_model(tmp_path / "m", trust={"code", "pickle"})
 
     return make

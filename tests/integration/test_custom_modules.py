@@ -103,7 +103,9 @@ def same(found, expected) -> None:
 def save(tmp_path):
     def run(model, name="model", **options):
         path = tmp_path / "store" / name
-        mlflow_safeflavor.save_model(model, path, **{"rehearse": False, "task": "raw", **options})
+        mlflow_safeflavor.save_model(
+            model, path, **{"graph": "no", "rehearse": False, "task": "raw", **options}
+        )
         return path
 
     return run
@@ -1268,6 +1270,7 @@ def test_log_and_register(tracking, user_code, monkeypatch):
         code_paths=[file],
         input_example=X,
         rehearse=False,
+        graph="no",
     )
     forget(file)
     same(mlflow_safeflavor.load_model(info.model_uri, trust={"code"}).predict(X), answer(model, X))

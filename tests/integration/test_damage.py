@@ -804,7 +804,7 @@ def sharded(tmp_path, tiny_bert, tiny_tokenizer, monkeypatch):
     path = tmp_path / "sharded"
     model = tiny_bert(initializer_range=0.5)
     mlflow_safeflavor.save_model(
-        model, path, tokenizer=tiny_tokenizer, model_config=SAME_BATCHES, rehearse=False
+        model, path, tokenizer=tiny_tokenizer, model_config=SAME_BATCHES, rehearse=False, graph="no"
     )
     return path
 

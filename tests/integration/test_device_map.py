@@ -49,7 +49,9 @@ def gpt2(tmp_path_factory):
         config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
         path = tmp_path_factory.mktemp("gpt2") / "model"
         model = seeded(lambda: GPT2LMHeadModel(config))
-        mlflow_safeflavor.save_model(model, path, task="raw", input_example=IDS, rehearse=False)
+        mlflow_safeflavor.save_model(
+            model, path, task="raw", input_example=IDS, rehearse=False, graph="no"
+        )
         _made["gpt2"] = path
     return _made["gpt2"]
 
@@ -73,7 +75,9 @@ def modernbert(tmp_path_factory):
         )
         path = tmp_path_factory.mktemp("modernbert") / "model"
         model = seeded(lambda: ModernBertModel(config))
-        mlflow_safeflavor.save_model(model, path, task="raw", input_example=IDS, rehearse=False)
+        mlflow_safeflavor.save_model(
+            model, path, task="raw", input_example=IDS, rehearse=False, graph="no"
+        )
         _made["modernbert"] = path
     return _made["modernbert"]
 
@@ -277,7 +281,7 @@ def sliced(tmp_path):
     path = tmp_path / "model"
     model = seeded(Sliced)
     mlflow_safeflavor.save_model(
-        model, path, task="raw", init_args={}, input_example=ONES, rehearse=False
+        model, path, task="raw", init_args={}, input_example=ONES, rehearse=False, graph="no"
     )
     return path
 
@@ -494,7 +498,7 @@ def hungry(tiny_tokenizer, tmp_path):
         "tokenizer": tiny_tokenizer,
         "rehearse": False,
     }
-    mlflow_safeflavor.save_model(seeded(Hungry), tmp_path / "model", **options)
+    mlflow_safeflavor.save_model(seeded(Hungry), tmp_path / "model", graph="no", **options)
     model = load(tmp_path / "model", trust={"code"})
     model.module.rows.clear()
     return model
@@ -530,7 +534,7 @@ def test_arrays_without_room_are_no_fault_of_the_arrays(tmp_path, monkeypatch):
         "input_example": ONES["x"],
         "task": "raw",
     }
-    mlflow_safeflavor.save_model(torch.nn.Linear(4, 2), path, **options, rehearse=False)
+    mlflow_safeflavor.save_model(torch.nn.Linear(4, 2), path, graph="no", **options, rehearse=False)
     model = load(path, trust={"code"})
 
     def full(self, input):
@@ -636,7 +640,7 @@ def undecided(tiny_bert, tiny_tokenizer, tmp_path):
     with torch.no_grad():
         model.classifier.weight[1], model.classifier.bias[:] = model.classifier.weight[0], 0
     mlflow_safeflavor.save_model(
-        model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False
+        model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
     )
     return tmp_path / "model"
 

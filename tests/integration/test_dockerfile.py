@@ -248,6 +248,7 @@ def test_hashes_in_the_model_itself(tmp_path, wheels, tiny_bert, tiny_tokenizer)
         pip_requirements=lines,
         hashes=True,
         rehearse=False,
+        graph="no",
     )
     text = Layout(path).requirements.read_text()
     assert text.startswith(lines[0])

@@ -139,7 +139,7 @@ def test_code_can_be_imported_late_and_its_download_goes_with_the_process(
     mlflow_safeflavor.save_model(
         module.Late().eval(), saved, task="raw", rehearse=False,
         input_example={"x": torch.ones(1, 2).numpy()},
-        code_paths=[str(whole), str(part)],
+        code_paths=[str(whole), str(part)], graph="no",
     )  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(
@@ -176,7 +176,7 @@ def test_a_model_of_this_disk_is_read_where_it_lies(temporary, saved, tracking):
     with mlflow.start_run():
         info = mlflow_safeflavor.log_model(
             torch.nn.Linear(2, 2), name="m", task="raw", rehearse=False, allow_pickle=True,
-            input_example={"input": torch.ones(1, 2).numpy()},
+            input_example={"input": torch.ones(1, 2).numpy()}, graph="no",
         )  # fmt: skip
     with located(f"models:/{info.model_id}") as folder:
         assert not folder.is_relative_to(temporary)

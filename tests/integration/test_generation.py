@@ -548,7 +548,7 @@ def test_loaded_models_write_what_the_live_one_writes(tmp_path, name):
     )
     model, tokenizer = writer(name, generation=said), byte_tokenizer(eos=name in ENCODER_DECODERS)
     path = tmp_path / "model"
-    mlflow_safeflavor.save_model(model, path, tokenizer=tokenizer, rehearse=False)
+    mlflow_safeflavor.save_model(model, path, tokenizer=tokenizer, rehearse=False, graph="no")
     loaded = mlflow_safeflavor.load_model(path)
     assert loaded.report.bit_identical
     params = {"max_new_tokens": 9}
@@ -575,7 +575,12 @@ def test_saved_chats_are_asked_through_pyfunc(tmp_path):
     tokenizer = byte_tokenizer(bos=True, chat=True)
     columns = {"messages": "messages"}
     mlflow_safeflavor.save_model(
-        writer("LlamaForCausalLM"), path, tokenizer=tokenizer, input_columns=columns, rehearse=False
+        writer("LlamaForCausalLM"),
+        path,
+        tokenizer=tokenizer,
+        input_columns=columns,
+        rehearse=False,
+        graph="no",
     )
     loaded, served = mlflow_safeflavor.load_model(path), mlflow.pyfunc.load_model(str(path))
     for chats in ([CHAT], [CHAT, CHAT[1:]]):
@@ -590,7 +595,11 @@ def test_saved_chats_are_asked_through_pyfunc(tmp_path):
 def test_a_clean_process_replays_them(tmp_path, columns):
     tokenizer = byte_tokenizer(bos=True, chat=True)
     mlflow_safeflavor.save_model(
-        writer("GPT2LMHeadModel"), tmp_path / "model", tokenizer=tokenizer, input_columns=columns
+        writer("GPT2LMHeadModel"),
+        tmp_path / "model",
+        tokenizer=tokenizer,
+        input_columns=columns,
+        graph="no",
     )
 
 
@@ -598,7 +607,7 @@ def test_a_clean_process_replays_them(tmp_path, columns):
 def saved(tmp_path):
     path = tmp_path / "model"
     mlflow_safeflavor.save_model(
-        writer("LlamaForCausalLM"), path, tokenizer=byte_tokenizer(), rehearse=False
+        writer("LlamaForCausalLM"), path, tokenizer=byte_tokenizer(), rehearse=False, graph="no"
     )
     return path
 

@@ -43,8 +43,6 @@ from mlflow_safeflavor.module.engine import ModuleEngine
 from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.save import graph as recording
 
-pytestmark = pytest.mark.graphs
-
 TEXTS = [
     "the cat sat on the mat",
     "a dog",

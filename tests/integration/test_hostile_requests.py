@@ -163,7 +163,7 @@ def test_hostile_requests_beside_honest_callers_have_the_right_statuses(
         model = transformers.BertForSequenceClassification(transformers.BertConfig(**config))
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder)
     mlflow_safeflavor.save_model(
-        model.eval(), tmp_path / "m", task=task, tokenizer=tokenizer, rehearse=False
+        model.eval(), tmp_path / "m", task=task, tokenizer=tokenizer, rehearse=False, graph="no"
     )
     benchmark = _benchmark()
     with serve(

@@ -117,7 +117,7 @@ def saved(tmp_path_factory):
     """A saved ViT, which nobody may change."""
     path = tmp_path_factory.mktemp("vit") / "model"
     mlflow_safeflavor.save_model(
-        make_model(), path, processor=make_processor(size=SMALL), rehearse=False
+        make_model(), path, processor=make_processor(size=SMALL), rehearse=False, graph="no"
     )
     return path
 
@@ -140,7 +140,7 @@ def test_labels_and_scores_are_those_of_the_pipeline(tmp_path, name):
     cells += [cells[0].convert("L"), cells[0].convert("RGBA"), cells[0].convert("CMYK")]
     wanted = [reference(cell, top_k=5) for cell in cells]
 
-    mlflow_safeflavor.save_model(reference, tmp_path / "model", rehearse=False)
+    mlflow_safeflavor.save_model(reference, tmp_path / "model", rehearse=False, graph="no")
     loaded = mlflow_safeflavor.load_model(str(tmp_path / "model"))
     answers = loaded.predict(cells, {"top_k": -1})
 
@@ -167,7 +167,7 @@ def test_functions_are_those_of_the_pipeline(tmp_path, config, function):
     module, images = make_model(**config), make_processor(size=SMALL)
     reference = pipeline("image-classification", model=module, image_processor=images)
     (wanted,) = reference(Image.fromarray(pixels()), top_k=1, function_to_apply=function)
-    mlflow_safeflavor.save_model(reference, tmp_path / "model", rehearse=False)
+    mlflow_safeflavor.save_model(reference, tmp_path / "model", rehearse=False, graph="no")
     loaded = mlflow_safeflavor.load_model(str(tmp_path / "model"))
     answer = loaded.predict([pixels()], {"function_to_apply": function}).iloc[0]
     assert answer["label"] == wanted["label"]
@@ -439,7 +439,9 @@ def test_a_checkpoint_folder_brings_its_processor(tmp_path):
     module, images = make_model(), make_processor(size=SMALL, image_mean=[0.1, 0.2, 0.3])
     module.save_pretrained(tmp_path / "checkpoint")
     images.save_pretrained(tmp_path / "checkpoint")
-    mlflow_safeflavor.save_model(tmp_path / "checkpoint", tmp_path / "model", rehearse=False)
+    mlflow_safeflavor.save_model(
+        tmp_path / "checkpoint", tmp_path / "model", rehearse=False, graph="no"
+    )
     loaded = mlflow_safeflavor.load_model(str(tmp_path / "model"))
     assert loaded.spec.task == "image-classification"
     wanted = images(images=Image.fromarray(pixels()), return_tensors="pt")["pixel_values"][
@@ -473,6 +475,7 @@ def test_an_example_is_stored_as_a_server_takes_it(tmp_path, saved):
         input_columns={"image": "photo"},
         input_example=example,
         rehearse=False,
+        graph="no",
     )
     served = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     wanted = served.predict(example)

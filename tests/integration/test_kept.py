@@ -211,7 +211,6 @@ def facts_of(module):
     {"graph": "no", "dtype": "bfloat16"},
     {"graph": "no", "metadata": {"a": object()}},
 ], ids=lambda options: "-".join(options) + f"-{options['graph']}")  # fmt: skip
-@pytest.mark.graphs
 def test_a_save_leaves_the_module_as_it_was_also_when_it_is_refused(tmp_path, options):
     module = Remembers().train()
     module.layer.eval()

@@ -20,7 +20,7 @@ from transformers import BertConfig
 
 import mlflow_safeflavor
 
-pytestmark = [pytest.mark.slow, pytest.mark.graphs]
+pytestmark = pytest.mark.slow
 
 TEXTS = ["a cat on the mat", "", "naïve Straße 你好 🙂", "the dog sat"]
 HEAVY = (

@@ -377,7 +377,7 @@ def test_what_mlflow_adds_to_the_mlmodel_is_no_damage(
 ):
     with mlflow.start_run():
         info = mlflow_safeflavor.log_model(
-            tiny_bert(), "tiny", tokenizer=tiny_tokenizer, rehearse=False
+            tiny_bert(), "tiny", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
         )
     model = mlflow_safeflavor.load_model(info.model_uri, str(tmp_path))
     content = yaml.safe_load(next(tmp_path.rglob("MLmodel")).read_text())
@@ -513,6 +513,7 @@ def test_defaults_are_the_ones_stored_with_the_model(tmp_path, tiny_bert, tiny_t
         tokenizer=tiny_tokenizer,
         model_config=options,
         rehearse=False,
+        graph="no",
     )
     model = served(tmp_path / "model")
     assert (model.report.golden_rows, model.options["max_batch_tokens"]) == (0, 7)

@@ -136,7 +136,7 @@ def test_the_poison_reaches_what_is_built_before_it_is_filled(saved, poison):
 def test_every_tensor_is_written_and_equal_to_the_original(tmp_path, tiny_tokenizer, poison, name):
     model = make(name)
     mlflow_safeflavor.save_model(
-        model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False
+        model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
     )
     loaded = mlflow_safeflavor.load_model(str(tmp_path / "model"))
     expected, found = tensors_of(model), tensors_of(loaded.module)
@@ -165,7 +165,7 @@ def test_no_cast_leaves_memory_unwritten(tmp_path, tiny_tokenizer, poison, saved
     path = tmp_path / "model"
     model = make("ModernBert (rotary)")
     mlflow_safeflavor.save_model(
-        model, path, tokenizer=tiny_tokenizer, dtype=saved_as, rehearse=False
+        model, path, tokenizer=tiny_tokenizer, dtype=saved_as, rehearse=False, graph="no"
     )
     module = mlflow_safeflavor.load_model(str(path), dtype=served_as).module
     steps = [getattr(torch, dtype) for dtype in (saved_as, served_as) if dtype]

@@ -31,7 +31,7 @@ pytest_plugins = "saved_models"
 def viewer(tmp_path_factory):
     path = tmp_path_factory.mktemp("image") / "model"
     mlflow_safeflavor.save_model(
-        make_viewer(), path, processor=make_processor(size=SMALL), rehearse=False
+        make_viewer(), path, processor=make_processor(size=SMALL), rehearse=False, graph="no"
     )
     return path, [encoded(pixels(seed=seed)) for seed in range(3)]
 
@@ -39,7 +39,9 @@ def viewer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def listener(tmp_path_factory):
     path = tmp_path_factory.mktemp("sound") / "model"
-    mlflow_safeflavor.save_model(make_listener(), path, processor=masked, rehearse=False)
+    mlflow_safeflavor.save_model(
+        make_listener(), path, processor=masked, rehearse=False, graph="no"
+    )
     return path, [wav(sound(length)) for length in (3000, 4000, 5000)]
 
 
@@ -152,7 +154,7 @@ def test_a_named_column_is_required(tmp_path, tiny_bert, tiny_tokenizer):
         "input_columns": {"text": "buggy_code"},
         "rehearse": False,
     }
-    mlflow_safeflavor.save_model(tiny_bert(), tmp_path / "model", **given)
+    mlflow_safeflavor.save_model(tiny_bert(), tmp_path / "model", graph="no", **given)
     native, served = (
         mlflow_safeflavor.load_model(tmp_path / "model"),
         mlflow.pyfunc.load_model(str(tmp_path / "model")),

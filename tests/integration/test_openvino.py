@@ -42,7 +42,7 @@ from mlflow_safeflavor.predict import golden
 from mlflow_safeflavor.save import graph as recording
 
 pytest_plugins = "saved_models"
-pytestmark = [pytest.mark.graphs, needs_openvino]
+pytestmark = needs_openvino
 
 ASKED = {"model_config": {"engine": "openvino"}}
 ROWS = pd.DataFrame({"text": TEXTS})

@@ -19,8 +19,6 @@ from torch import nn
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact import host_cache, weights_files
 
-pytestmark = pytest.mark.graphs
-
 TEXTS = ["the cat sat on the mat", "a dog", "red tree under green tree " * 5]
 
 

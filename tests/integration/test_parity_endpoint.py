@@ -238,7 +238,7 @@ def test_a_server_of_other_weights_is_found_out_and_tells_nothing_unasked(
 ):
     other, page = tmp_path / "other", tmp_path / "parity.html"
     model = tiny_bert(seed=1, initializer_range=0.5)
-    mlflow_safeflavor.save_model(model, other, tokenizer=tiny_tokenizer, rehearse=False)
+    mlflow_safeflavor.save_model(model, other, tokenizer=tiny_tokenizer, rehearse=False, graph="no")
     recorded = json.loads((saved / "safeflavor" / "parity.json").read_text())["answers"]
     with serve(other, env=ONE_THREAD) as server:
         done = run(saved, "--endpoint", server.url, "--report", page)
@@ -280,7 +280,13 @@ def affine(tmp_path):
 
     path = tmp_path / "affine"
     mlflow_safeflavor.save_model(
-        Affine(), path, task="raw", input_example=EXAMPLE, allow_pickle=True, rehearse=False
+        Affine(),
+        path,
+        task="raw",
+        input_example=EXAMPLE,
+        allow_pickle=True,
+        rehearse=False,
+        graph="no",
     )
     return path
 
@@ -697,6 +703,7 @@ def times(tmp_path):
         input_example=example,
         allow_pickle=True,
         rehearse=False,
+        graph="no",
     )
     return path
 

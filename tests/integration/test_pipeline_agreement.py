@@ -741,6 +741,7 @@ def test_saved_loaded_and_asked_through_mlflow(name, tiny_tokenizer, tmp_path):
         task=name,
         params=defaults,
         rehearse=False,
+        graph="no",
     )
     loaded = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     rows = pd.DataFrame(

@@ -58,7 +58,9 @@ def save(user_code, tmp_path, name, example, **options):
     module = getattr(code, name)().eval()
     path = tmp_path / "m"
     options = {"init_args": {}, "code_paths": [file], "rehearse": False, **options}
-    mlflow_safeflavor.save_model(module, path, task="raw", input_example=example, **options)
+    mlflow_safeflavor.save_model(
+        module, path, task="raw", input_example=example, graph="no", **options
+    )
     with torch.inference_mode():
         return path, module, module(torch.tensor(X if name == "One" else X[None]))
 
@@ -199,7 +201,13 @@ def test_numbers_of_a_float64_model_are_not_cut(tmp_path, example):
     module = torch.nn.Linear(1, 1).double()
     torch.nn.init.ones_(module.weight), torch.nn.init.zeros_(module.bias)
     mlflow_safeflavor.save_model(
-        module, tmp_path / "m", task="raw", input_example=example, dtype="float64", rehearse=False
+        module,
+        tmp_path / "m",
+        task="raw",
+        input_example=example,
+        dtype="float64",
+        rehearse=False,
+        graph="no",
     )
     little = example + 1e-12
     for model in (

@@ -22,7 +22,11 @@ def save_tiny(tmp_path, tiny_bert, tiny_tokenizer):
 
     def run(**options):
         mlflow_safeflavor.save_model(
-            tiny_bert(), tmp_path / "store" / "model", tokenizer=tiny_tokenizer, **options
+            tiny_bert(),
+            tmp_path / "store" / "model",
+            tokenizer=tiny_tokenizer,
+            graph="no",
+            **options,
         )
         return tmp_path / "store" / "model"
 

@@ -48,7 +48,7 @@ def save_tiny(tmp_path, tiny_bert, tiny_tokenizer):
     """Save a tiny classifier at ``tmp_path/store/model`` without a rehearsal; its path."""
 
     def run(model=None, path=tmp_path / "store" / "model", **options):
-        options = {"tokenizer": tiny_tokenizer, "rehearse": False, **options}
+        options = {"tokenizer": tiny_tokenizer, "rehearse": False, "graph": "no", **options}
         mlflow_safeflavor.save_model(tiny_bert() if model is None else model, path, **options)
         return path
 
@@ -617,6 +617,7 @@ def test_a_logged_model_is_registered_and_found_by_name(tracking, tiny_bert, tin
             tokenizer=tiny_tokenizer,
             registered_model_name="tiny",
             rehearse=False,
+            graph="no",
         )
     assert info.run_id == run.info.run_id
     assert info.registered_model_version == 1
@@ -649,7 +650,7 @@ def test_modes_are_those_of_any_new_file(tmp_path, tiny_bert, tiny_tokenizer, um
     before = os.umask(umask)
     try:
         mlflow_safeflavor.save_model(
-            tiny_bert(), tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False
+            tiny_bert(), tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
         )
     finally:
         os.umask(before)

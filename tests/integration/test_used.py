@@ -387,6 +387,7 @@ def test_a_save_pins_what_modules_hooks_and_data_need_and_no_tool(
             postprocess=hooks.post,
             input_example=ROWS,
             code_paths=[net_file, hooks_file],
+            graph="no",
         )
     lines = (path / "requirements.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
@@ -429,6 +430,7 @@ def test_without_a_rehearsal_the_log_says_so(own_site, user_code, tmp_path, capl
             input_example=example,
             code_paths=[file],
             rehearse=False,
+            graph="no",
         )
     assert "not rehearsed" in caplog.text
     assert "acme" not in (tmp_path / "m" / "requirements.txt").read_text()

@@ -49,7 +49,6 @@ from mlflow_safeflavor.artifact import trust  # noqa: E402
 from mlflow_safeflavor.environment import files as environment_files  # noqa: E402
 from mlflow_safeflavor.errors import SafeFlavorError, WeightsError  # noqa: E402
 from mlflow_safeflavor.module import build, constructor  # noqa: E402
-from mlflow_safeflavor.save import graph  # noqa: E402
 from sweep import facts, inputs, report, shrink  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
@@ -295,7 +294,9 @@ def _save(
     module: torch.nn.Module, artifact: Path, dtype: str, arrays: inputs.Arrays
 ) -> dict[str, str]:
     """Save; a false alarm of the doctor is noted, and overruled."""
-    arguments = {"task": "raw", "dtype": dtype, "input_example": arrays, "rehearse": False}
+    # Recording a graph takes the most of a save: ``graphs.py`` does that.
+    arguments = {"task": "raw", "dtype": dtype, "input_example": arrays}
+    arguments |= {"rehearse": False, "graph": "no"}
     try:
         mlflow_safeflavor.save_model(module, artifact, **arguments)
     except WeightsError as error:
@@ -381,14 +382,11 @@ def sweeping() -> Iterator[tuple[CleanProcess, Path]]:
     """A clean process and a folder on memory.
 
     Pins are recorded once: they take a second, and no model changes them.
-
-    Nothing is recorded as a graph, which takes the most of a save: ``graphs.py`` does that.
     """
-    recorded, proven, examples_of = environment_files.record, build.is_proven, graph.examples_of
+    recorded, proven = environment_files.record, build.is_proven
     environment_files.record = _once(recorded)
     # Which is what is found out here; clean.py does the same.
     build.is_proven = constructor.is_proven = lambda name: True
-    graph.examples_of = _refuse
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -402,13 +400,9 @@ def sweeping() -> Iterator[tuple[CleanProcess, Path]]:
             warnings.simplefilter("ignore")
             yield clean, Path(folder)
     finally:
-        environment_files.record, graph.examples_of = recorded, examples_of
+        environment_files.record = recorded
         build.is_proven = constructor.is_proven = proven
         torch.set_num_threads(threads)
-
-
-def _refuse(*_: Any) -> Any:
-    raise graph.Refusal("the sweep records no graphs")
 
 
 def _once(function: Any) -> Any:

@@ -426,7 +426,6 @@ def test_host_server_and_service_say_the_same_bits_of_200_pairs(trained, app):
 
 @pytest.mark.slow
 @pytest.mark.serve
-@pytest.mark.graphs
 def test_as_a_graph_alone_it_is_served_without_its_class_and_without_trust(
     trained, rows, tmp_path, tracking, serve
 ):

@@ -85,6 +85,7 @@ def log(client, parts, tiny_bert, tiny_tokenizer):
                 model_config={"deterministic": True},
                 registered_model_name=name,
                 rehearse=False,
+                graph="no",
             )
 
     return run

@@ -89,6 +89,7 @@ def save_minilm(path, options, request):
         tokenizer=AutoTokenizer.from_pretrained(folder),
         task="feature-extraction",
         model_config={"pooling": "mean", "normalize": True},
+        graph="no",
         **options,
     )
     words = (
@@ -139,7 +140,14 @@ def save_pickled(path, options, request):
     rows = [{"code": text, "weight": chance.uniform(-2, 2)} for text in texts]
     hooks = {"preprocess": preprocess, "postprocess": postprocess, "input_example": rows[:3]}
     mlflow_safeflavor.save_model(
-        model, path, tokenizer=tokenizer, task="custom", allow_pickle=True, **hooks, **options
+        model,
+        path,
+        tokenizer=tokenizer,
+        task="custom",
+        allow_pickle=True,
+        graph="no",
+        **hooks,
+        **options,
     )
     shutil.rmtree(checkpoint)
     assert json.loads((path / "safeflavor" / "structure.json").read_text())["kind"] == "pickle"
@@ -154,6 +162,7 @@ def save_pair(path, options, request):
         tokenizer=request.getfixturevalue("tiny_tokenizer"),
         task="text-classification",
         input_columns={"text": "buggy_code", "text_pair": "fixed_code"},
+        graph="no",
         **options,
     )
     left, right = (
@@ -178,6 +187,7 @@ def save_codebuggy(path, options, request):
         model_config=MODEL_CONFIG,
         code_paths=[sys.modules[FixClassifier.__module__].__file__],
         allow_pickle=True,
+        graph="no",
         **options,
     )
     pairs = make_pairs(1400)["heldout"][:ROWS]
@@ -450,7 +460,6 @@ def test_without_enough_memory_it_ends_and_does_not_serve(engine, image):
         assert state["OOMKilled"], f"{state}\n{container.log()}"
 
 
-@pytest.mark.graphs
 def test_a_graph_alone_makes_an_image_without_torch(
     engine, torch_index, minilm_folder, tmp_path, monkeypatch
 ):

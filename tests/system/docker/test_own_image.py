@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
 
 import mlflow_safeflavor
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.graphs]
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
 TEXTS = ["", "a cat on the mat", "naïve Straße 你好 🙂", "def f(x): return x + 1 " * 90]
 BODY = {"dataframe_records": [{"text": text} for text in TEXTS]}

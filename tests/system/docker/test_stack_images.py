@@ -23,7 +23,7 @@ from engine import IMAGES, NoEngineError
 
 import mlflow_safeflavor
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.graphs]
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
 POSTGRES = "postgres:17-alpine"
 PYTHON = "python:3.11-slim"

@@ -100,7 +100,9 @@ def test_where_a_config_came_from_is_not_saved(tmp_path, tiny_bert, tiny_tokeniz
     model.config.auto_map = {"AutoModel": "somebody/model--code.Model"}
     model.config.custom_pipelines = {"task": {"impl": "code.Pipeline"}}
     model.config.part = {"auto_map": {"AutoModel": "code.Model"}, "size": 3}
-    mlflow_safeflavor.save_model(model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+    mlflow_safeflavor.save_model(
+        model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
+    )
     saved = json.loads(Layout(tmp_path / "m").config.read_text())
     assert saved["part"] == {"size": 3}
     assert not {"auto_map", "custom_pipelines", "_name_or_path"} & saved.keys()
@@ -121,7 +123,9 @@ def test_a_config_that_names_files_is_refused_before_anything_is_written(
     assert not (tmp_path / "m").exists()
     model.config.part = None  # as the message says
     assert "None" in refused.value.hint
-    mlflow_safeflavor.save_model(model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+    mlflow_safeflavor.save_model(
+        model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
+    )
 
 
 # Classes that nobody has proven.
@@ -134,7 +138,7 @@ def test_an_unproven_class_is_code_that_somebody_has_to_agree_to(
     with monkeypatch.context() as patch:
         patch.setattr(constructor, "is_proven", lambda name: False)
         mlflow_safeflavor.save_model(
-            model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False
+            model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
         )
     assert json.loads(Layout(tmp_path / "m").structure.read_text())["kind"] == "import"
     with pytest.raises(TrustError, match="BertForSequenceClassification"):

@@ -121,6 +121,7 @@ def save(tmp_path, code):
             "task": "raw",
             "input_example": X,
             "rehearse": False,
+            "graph": "no",
             "code_paths": [code.__file__],
             **options,
         }
@@ -238,7 +239,6 @@ def test_a_refusal_leaves_nothing_and_every_hint_works(save, code, tmp_path):
     assert np.array_equal(pickled.predict(X)["output_0"], expected)
 
 
-@pytest.mark.graphs
 def test_a_graph_keeps_it(save, code):
     model = seeded(code.Many)
     model.f, model.made = 3.0, abs
@@ -269,7 +269,7 @@ def test_a_resized_vocabulary_is_no_difference(tmp_path, tiny_bert, tiny_tokeniz
     tiny_tokenizer.add_tokens(["more"])
     model.resize_token_embeddings(len(tiny_tokenizer))
     mlflow_safeflavor.save_model(
-        model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False
+        model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
     )
     loaded = mlflow_safeflavor.load_model(str(tmp_path / "model"))
     assert loaded.module.config.vocab_size == len(tiny_tokenizer)
@@ -284,7 +284,7 @@ def test_a_head_that_was_replaced_with_its_config_is_no_difference(
     model.config.num_labels = 3
     assert model.num_labels == 2
     mlflow_safeflavor.save_model(
-        model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False
+        model, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
     )
     found = mlflow_safeflavor.load_model(str(tmp_path / "model")).predict(
         ["a"], params={"top_k": None}

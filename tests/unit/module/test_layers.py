@@ -215,7 +215,7 @@ def test_it_answers_as_it_did_and_asks_for_nothing(name, tmp_path):
 
 def test_a_rehearsal_and_the_command_line_know_it(tmp_path):
     mlflow_safeflavor.save_model(
-        NETS["a table"][0](), tmp_path / "m", task="raw", input_example=TABLE
+        NETS["a table"][0](), tmp_path / "m", task="raw", input_example=TABLE, graph="no"
     )
     from click.testing import CliRunner
 
@@ -225,7 +225,6 @@ def test_a_rehearsal_and_the_command_line_know_it(tmp_path):
     assert "torch (runs no code of its own)" in shown
 
 
-@pytest.mark.graphs
 @pytest.mark.parametrize("change", ["attribute", "hook"])
 def test_what_was_changed_afterwards_is_named_with_a_hint_that_works(change, tmp_path):
     module = nn.TransformerEncoderLayer(**BLOCK, batch_first=True).eval()
@@ -247,7 +246,6 @@ def test_what_was_changed_afterwards_is_named_with_a_hint_that_works(change, tmp
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-@pytest.mark.graphs
 def test_an_encoder_layer_has_a_graph(tmp_path):
     """Torch itself runs such a layer as one kernel."""
     module = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
@@ -265,7 +263,7 @@ def test_an_encoder_layer_has_a_graph(tmp_path):
 
 def test_a_description_that_was_edited_is_refused(tmp_path):
     mlflow_safeflavor.save_model(
-        nn.Linear(4, 3), tmp_path / "m", task="raw", input_example=X, rehearse=False
+        nn.Linear(4, 3), tmp_path / "m", task="raw", input_example=X, rehearse=False, graph="no"
     )
     file = tmp_path / "m" / "safeflavor" / "structure.json"
     said = json.loads(file.read_text())

@@ -30,8 +30,6 @@ from mlflow_safeflavor.predict.scheduler import Scheduler
 from mlflow_safeflavor.predict.ticket import Ticket
 from mlflow_safeflavor.predict.turns import next_batch
 
-pytestmark = pytest.mark.graphs
-
 
 class Length:
     """A task that answers with the length of a text.

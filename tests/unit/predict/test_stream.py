@@ -25,7 +25,9 @@ TEXTS = [f"the cat sat on {'the mat ' * (i % 7)}{i}" for i in range(40)]
 @pytest.fixture
 def model(tiny_bert, tiny_tokenizer, tmp_path):
     bert = tiny_bert(num_labels=3, initializer_range=0.3)
-    mlflow_safeflavor.save_model(bert, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False)
+    mlflow_safeflavor.save_model(
+        bert, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
+    )
     return mlflow_safeflavor.load_model(tmp_path / "model", model_config={"deterministic": True})
 
 
