@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -16,7 +17,8 @@ from mlflow_safeflavor.errors import InputError, SafeFlavorError, WeightsError
 from mlflow_safeflavor.module.construction import construct_twice, declared_ties, recipe_of
 from mlflow_safeflavor.module.embedding import Embedder
 from mlflow_safeflavor.module.equality import bits_equal
-from mlflow_safeflavor.module.slots import Slot, find_slots
+from mlflow_safeflavor.module.slots import Slot, find_meta
+from mlflow_safeflavor.module.subject import Subject
 
 __all__ = ["find_damage", "format_damage", "require_undamaged"]
 
@@ -31,28 +33,31 @@ _TINY_SHARE = 0.1
 _MATRIX = 64
 
 
-def find_damage(module: torch.nn.Module) -> list[str]:
+def find_damage(subject: Subject) -> list[str]:
     """Signs of damage in a module, one sentence each; empty for a sound one.
 
     Where its constructor cannot be called again, as for a class that stores no config, only the
     values themselves are judged.
     """
     # Our own class around a transformer and layers: neither constructor knows of the other.
-    if isinstance(module, Embedder):
+    if isinstance(subject.module, Embedder):
+        inner = replace(
+            subject.part("transformer"), structure=subject.structure, skeleton=subject.skeleton
+        )
         return [
-            *(f"transformer.{one}" for one in find_damage(module.transformer)),
-            *find_damage(module.layers),
+            *(f"transformer.{one}" for one in find_damage(inner)),
+            *find_damage(subject.part("layers")),
         ]
-    slots = find_slots(module)
+    slots = subject.slots
     found = [
         f"{slot.path}: is on the meta device, it has no values"
         for slot in slots
         if slot.tensor.is_meta
     ]
     slots = [slot for slot in slots if not slot.tensor.is_meta]
-    computed, drawn = _constructed(module)
+    computed, drawn = _constructed(subject)
     found += _find_changed(slots, computed)
-    found += _find_broken_ties(module)
+    found += _find_broken_ties(subject.module)
     for slot in slots:
         found += [
             f"{slot.path}: {sentence}" for sentence in _find_unwritten(slot, slot.path in drawn)
@@ -60,21 +65,27 @@ def find_damage(module: torch.nn.Module) -> list[str]:
     return found
 
 
-def _constructed(module: torch.nn.Module) -> tuple[dict[str, list[torch.Tensor]], set[str]]:
+def _constructed(subject: Subject) -> tuple[dict[str, list[torch.Tensor]], set[str]]:
     """Path → values that the constructor computes, by dtype; and paths that it draws at random.
 
     Built in float32 and in the module's own dtype: a checkpoint may hold either.
     """
     try:
-        recipe = recipe_of(module)
-        dtypes = {torch.float32, _float_dtype(module)} if recipe is not None else set()
-        built = [construct_twice(recipe, dtype) for dtype in dtypes if recipe is not None]
+        recipe = recipe_of(subject)
+        if recipe is None:
+            return {}, set()
+        skeleton, own = subject.skeleton, _float_dtype(subject.module)
+        # transformers 4 swaps where parameters are allocated while another thread loads.
+        if skeleton is not None and find_meta(skeleton.slots):
+            skeleton = None
+        built = [construct_twice(recipe, torch.float32, skeleton)]
+        built += [construct_twice(recipe, own)] if own != torch.float32 else []
     except SafeFlavorError:
         return {}, set()
     computed: dict[str, list[torch.Tensor]] = {}
     drawn: set[str] = set()
-    for skeleton, agreed in built:
-        for slot in find_slots(skeleton):
+    for one, agreed in built:
+        for slot in one.slots:
             if slot.path in agreed:
                 computed.setdefault(slot.path, []).append(slot.tensor)
             else:
@@ -227,11 +238,11 @@ def format_damage(damage: Sequence[str], most: int = 10) -> str:
     return "\n    ".join([*damage[:most], *more])
 
 
-def require_undamaged(module: torch.nn.Module, on_damage: str = "error") -> None:
+def require_undamaged(subject: Subject, on_damage: str = "error") -> None:
     """Refuse a damaged module, or warn about it.
 
     Args:
-        module: Only looked at.
+        subject: The module, only looked at.
         on_damage: "error" or "warn".
 
     Raises:
@@ -242,12 +253,12 @@ def require_undamaged(module: torch.nn.Module, on_damage: str = "error") -> None
         raise InputError(
             "Unknown value", where="on_damage", wanted="error | warn", found=repr(on_damage)
         )
-    damage = find_damage(module)
+    damage = find_damage(subject)
     if not damage:
         return
     problem = WeightsError(
         "The model looks damaged already, before anything is saved",
-        where=f"{type(module).__name__}, {len(damage)} findings",
+        where=f"{type(subject.module).__name__}, {len(damage)} findings",
         found=format_damage(damage),
         hint="load its checkpoint with mlflow_safeflavor.from_pretrained; on_damage='warn' saves "
         "it as it is",

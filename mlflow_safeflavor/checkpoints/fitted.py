@@ -30,8 +30,8 @@ from mlflow_safeflavor.module.construction import (
     construct_twice,
     require_memory,
 )
-from mlflow_safeflavor.module.dtype_plan import islands_of
-from mlflow_safeflavor.module.slots import find_slots, some
+from mlflow_safeflavor.module.dtype_plan import dtype_plan
+from mlflow_safeflavor.module.slots import some
 
 __all__ = ["fitted", "matches"]
 
@@ -50,19 +50,24 @@ def fitted(
 ) -> torch.nn.Module:
     """Construct a module, fit the checkpoint, and copy it where everything fits."""
     # Twice: tensors on which two constructions agree are computed, all others are random.
-    module, computed = construct_twice(recipe, dtype)
+    built, computed = construct_twice(recipe, dtype)
+    module = built.module
     result = _fit_or_convert(recipe, module, state, computed, new)
     require_fit(result, module.state_dict(), where, _HINT)
     absent = {group.names[0] for group in find_groups(module)} - result.values.keys()
-    absent |= {slot.path for slot in find_slots(module) if not slot.persistent}
+    absent |= {slot.path for slot in built.slots if not slot.persistent}
     # Fresh tensors are allowed by name alone, and only if the constructor wrote them: memory that
     # nobody wrote looks like random values, too.
     if random := absent - computed:
-        module, written = construct_fresh(recipe, dtype)
+        built, written = construct_fresh(recipe, dtype)
+        module = built.module
         _require_data(
             sorted(path for path in random if path not in written or not matches(path, new)), where
         )
-    _copy(module, result.values, dtype)
+    plan = dtype_plan(
+        module, dtype, built.slots, {slot.path: slot.tensor.dtype for slot in built.slots}
+    )
+    _copy(module, result.values, plan)
     require_memory(module)
     return module
 
@@ -109,18 +114,21 @@ def _require_data(paths: Sequence[str], where: object) -> None:
         )
 
 
-def _copy(module: torch.nn.Module, values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+def _copy(
+    module: torch.nn.Module,
+    values: Mapping[str, torch.Tensor],
+    plan: Mapping[str, torch.dtype],
+) -> None:
     """Copy values into the constructor's own memory, so that ties and views see them too."""
-    islands = islands_of(module, dtype)
     for group in find_groups(module):
-        if group.names[0] not in values:
+        name, target = group.names[0], group.tensor
+        if name not in values:
             continue
-        value, target = values[group.names[0]], group.tensor
         # Before the copy: rounded to a half precision first, the values would be lost.
-        if target.is_floating_point() and islands and islands.search(f".{group.names[0]}."):
-            target.data = target.data.float()
+        if name in plan:
+            target.data = target.data.to(plan[name])
         with torch.no_grad():
-            target.copy_(cast(value, target.dtype, group.names[0]))
+            target.copy_(cast(values[name], target.dtype, name))
 
 
 def _fit_or_convert(

@@ -28,16 +28,18 @@ from mlflow_safeflavor.checkpoints.transformers_keys import (
 from mlflow_safeflavor.errors import StructureError, WeightsError
 from mlflow_safeflavor.module.construction import (
     Recipe,
+    construct,
     construct_twice,
     declared_ties,
     recipe_of,
     require_memory,
 )
 from mlflow_safeflavor.module.devices import resolve_device
-from mlflow_safeflavor.module.dtype_plan import islands_of
+from mlflow_safeflavor.module.dtype_plan import dtype_plan
 from mlflow_safeflavor.module.dtypes import resolve_dtype
 from mlflow_safeflavor.module.placement import place
 from mlflow_safeflavor.module.slots import find_slots, some
+from mlflow_safeflavor.module.subject import Subject
 
 __all__ = ["materialize"]
 
@@ -183,7 +185,7 @@ class _Skeleton:
 
 def _skeleton_of(module: torch.nn.Module) -> tuple[_Skeleton | None, str]:
     """The skeleton, or None and the reason why the constructor cannot be called."""
-    recipe = recipe_of(module)
+    recipe = recipe_of(Subject.of(module))
     if recipe is None:
         return None, f"how {type(module).__name__} was constructed is stored nowhere"
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
@@ -191,9 +193,8 @@ def _skeleton_of(module: torch.nn.Module) -> tuple[_Skeleton | None, str]:
         built, computed = construct_twice(recipe, dtype)
     except StructureError as error:
         return None, f"{error.what} ({error.found})"
-    return _Skeleton(
-        recipe, built, {s.path: s.tensor for s in find_slots(built) if s.path in computed}
-    ), ""
+    values = {slot.path: slot.tensor for slot in built.slots if slot.path in computed}
+    return _Skeleton(recipe, built.module, values), ""
 
 
 def _fit_meta(
@@ -255,13 +256,13 @@ def _assign(module: torch.nn.Module, found: Mapping[int, torch.Tensor]) -> None:
 
 
 def _casts(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Path → dtype of parameters that have another dtype in a module of this serving dtype."""
-    # Islands: submodules that the class keeps in float32, whatever the serving dtype.
-    islands = islands_of(module, dtype)
-    wanted = {
-        slot.path: torch.float32 if islands and islands.search(f".{slot.path}.") else dtype
-        for slot in find_slots(module)
-        if slot.kind == "parameter" and slot.tensor.is_floating_point()
-    }
-    tensors = {slot.path: slot.tensor.dtype for slot in find_slots(module)}
-    return {path: dtype for path, dtype in wanted.items() if tensors[path] != dtype}
+    """Path → dtype of what has another dtype in a module of this serving dtype."""
+    subject = Subject.of(module)
+    recipe = recipe_of(subject)
+    try:
+        slots = [] if recipe is None else construct(recipe, dtype).slots
+    except StructureError:  # as in ``_skeleton_of``
+        slots = []
+    return dtype_plan(
+        module, dtype, subject.slots, {slot.path: slot.tensor.dtype for slot in slots}
+    )

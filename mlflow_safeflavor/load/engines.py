@@ -137,7 +137,7 @@ def _place(
 ) -> torch.device:
     from mlflow_safeflavor.module import device_map as device_maps
     from mlflow_safeflavor.module import devices, placement, structure
-    from mlflow_safeflavor.module.dtype_plan import dtype_plan
+    from mlflow_safeflavor.module.dtype_plan import casts_of
     from mlflow_safeflavor.module.slots import find_slots
 
     if device_map is not None and (asked != "auto" or dtype):
@@ -153,7 +153,7 @@ def _place(
     casts = {}
     if dtype:
         described = structure.read_structure(saved.layout, saved.spec)
-        casts = dtype_plan(module, described, dtype, find_slots(module))
+        casts = casts_of(module, described, dtype, find_slots(module))
     placement.place(module, device, casts)
     return device
 

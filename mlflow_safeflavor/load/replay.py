@@ -44,9 +44,7 @@ def replay(model: LoadedModel, saved: Saved, dtype: str | torch.dtype | None) ->
 
 def measure_forward_cost(model: LoadedModel, layout: Layout) -> None:
     """Measure ``forward_cost`` where none is stored, or only that of the CPU it was saved on."""
-    # The stored cost is taken on every CPU: measured anew it would make other batches on each host,
-    # and with them other last bits.
-    if model.scheduler.forward_cost and model.engine.on_cpu:
+    if not batching.measures_forward_cost(model.scheduler.forward_cost, model.engine.on_cpu):
         return
     recorded = golden.read_golden(layout, model.engine.name)
     rows = [model.task.from_record(row, recorded.inputs(i)) for i, row in enumerate(recorded.rows)]

@@ -12,7 +12,7 @@ import logging
 import random
 import reprlib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 
 from mlflow_safeflavor.module.bookkeeping import BOOKKEEPING, is_users_hook, matters
 from mlflow_safeflavor.module.equality import NOTHING, bits_equal, equal, is_object, plain_config
-from mlflow_safeflavor.module.slots import OWN_STATE, Slot, find_places, find_slots
+from mlflow_safeflavor.module.slots import OWN_STATE, Slot, find_places
+from mlflow_safeflavor.module.subject import Subject
 from mlflow_safeflavor.module.user_code import name_of
 
 __all__ = ["Difference", "find_differences", "same_attributes"]
@@ -48,14 +49,14 @@ class Difference:
         return f"{self.path}: {self.given}, rebuilt {self.built}"
 
 
-def same_attributes(given: torch.nn.Module, built: torch.nn.Module) -> bool:
+def same_attributes(given: Subject, built: Subject) -> bool:
     """Whether no plain attribute differs."""
     return next(
         (False for difference in find_differences(given, built) if not difference.tensor), True
     )
 
 
-def find_differences(given: torch.nn.Module, built: torch.nn.Module) -> Iterator[Difference]:
+def find_differences(given: Subject, built: Subject) -> Iterator[Difference]:
     """All differences but those of parameters and persistent buffers.
 
     Left out are those that change no prediction: devices, training mode and gradients, bookkeeping
@@ -64,12 +65,12 @@ def find_differences(given: torch.nn.Module, built: torch.nn.Module) -> Iterator
     locks, count as equal.
     """
     yield from _slots_differ(given, built)
-    yield from _Walk().modules("", given, built)
+    yield from _Walk().modules("", given.module, built.module)
 
 
-def _slots_differ(given: torch.nn.Module, built: torch.nn.Module) -> Iterator[Difference]:
-    place = find_places(built)
-    ours, theirs = (_fleeting(module) for module in (given, built))
+def _slots_differ(given: Subject, built: Subject) -> Iterator[Difference]:
+    place = find_places(built.module)
+    ours, theirs = (_fleeting(each.slots) for each in (given, built))
     for path in sorted(ours.keys() | theirs.keys()):
         mine, other = (slots[path].tensor if path in slots else None for slots in (ours, theirs))
         if mine is None or other is None or mine.shape != other.shape:
@@ -92,8 +93,7 @@ def _same_values(given: torch.Tensor, built: torch.Tensor) -> bool:
     return bits_equal(given, built.to(given.dtype))
 
 
-def _fleeting(module: torch.nn.Module) -> dict[str, Slot]:
-    slots = find_slots(module)
+def _fleeting(slots: Sequence[Slot]) -> dict[str, Slot]:
     # An LSTM lists its own weights once more, as plain tensors.
     lasting = {id(slot.tensor) for slot in slots if slot.persistent}
     return {

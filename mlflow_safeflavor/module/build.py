@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -20,7 +21,9 @@ from mlflow_safeflavor.module.configs import config_from_json
 from mlflow_safeflavor.module.embedding import Embedder
 from mlflow_safeflavor.module.layers import make_layers
 from mlflow_safeflavor.module.memory import real_memory
+from mlflow_safeflavor.module.random_state import seed_generators
 from mlflow_safeflavor.module.user_code import import_name
+from mlflow_safeflavor.module.watch import Watch
 
 __all__ = ["build", "flags_of"]
 
@@ -42,6 +45,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     inventory: Inventory | None = None,
     initialise: bool = False,
+    watch: Watch | None = None,
 ) -> torch.nn.Module:
     """Call the constructor on real CPU memory, by default without random initialisation.
 
@@ -53,6 +57,7 @@ def build(
         dtype: Torch's default dtype during construction.
         inventory: What the module must hold; bounds what its constructor may allocate.
         initialise: Run random initialisers, too.
+        watch: Looks at the constructor; other marks mean other random values, too.
 
     Raises:
         TrustError: The class is the user's own, and ``trust`` has no agreement to run it.
@@ -60,7 +65,12 @@ def build(
     """
     try:
         make = _maker(structure, trust)
-        with real_memory(dtype, inventory=inventory, initialise=initialise):
+        with (
+            real_memory(dtype, inventory=inventory, initialise=initialise),
+            contextlib.nullcontext() if watch is None else watch,
+        ):
+            if watch is not None and watch.mark is not None:
+                seed_generators(watch.mark)
             # Eight times, as in ``memory``: stored dtypes may be narrower than the constructor's.
             module = make() if inventory is None else within(8 * inventory.nbytes, make)
     except SafeFlavorError:

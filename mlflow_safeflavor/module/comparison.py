@@ -12,7 +12,9 @@ from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.module.attributes import find_differences
 from mlflow_safeflavor.module.build import build
 from mlflow_safeflavor.module.leftovers import covered, fresh, written_by_forward
-from mlflow_safeflavor.module.slots import UNKNOWN, find_slots, shape_of, some
+from mlflow_safeflavor.module.slots import UNKNOWN, shape_of, some
+from mlflow_safeflavor.module.subject import Subject
+from mlflow_safeflavor.module.watch import FIRST_MARK, Watch
 
 __all__ = ["compared", "require_same_shapes"]
 
@@ -20,17 +22,17 @@ _logger = logging.getLogger("mlflow.safeflavor")
 
 
 def compared(
-    module: torch.nn.Module,
-    built: torch.nn.Module,
+    subject: Subject,
+    built: Subject,
     described: Mapping[str, Any],
     forward: Callable[[torch.nn.Module], None],
 ) -> torch.nn.Module:
     """The module to be saved; refuses one that its constructor does not give back."""
-    found = list(find_differences(module, built))
+    found = list(find_differences(subject, built))
     if not found:
-        return module
+        return subject.module
     # The user's own class, in the user's own process: there is nothing to agree to.
-    written = written_by_forward(module, lambda: build(described, trust={"code"}), forward)
+    written = written_by_forward(subject, lambda: build(described, trust={"code"}), forward)
     left = covered(found, written)
     if lost := [
         difference for difference in found if difference.path not in left and not difference.tensor
@@ -45,10 +47,10 @@ def compared(
             hint=_hint(described, "pass init_args={…} with the constructor's arguments, "),
         )
     if not left:
-        return module
+        return subject.module
     _logger.info("safeflavor: not saved, because a forward makes it anew: %s", some(left))
     # Initialised, since tensors that a forward writes stay as the constructor makes them here.
-    return fresh(module, build(described, trust={"code"}, initialise=True), left)
+    return fresh(subject, build(described, trust={"code"}, initialise=True), left)
 
 
 _MOST_NAMED = 5
@@ -59,13 +61,15 @@ def _hint(described: Mapping[str, Any], first: str) -> str:
     return f"{'' if described['kind'] == 'torch' else first}allow_pickle=True, or graph='only'"
 
 
-def require_same_shapes(module: torch.nn.Module, structure: Mapping[str, Any]) -> torch.nn.Module:
+def require_same_shapes(subject: Subject, structure: Mapping[str, Any]) -> Subject:
     """Call the constructor; refuse one whose parameters and buffers differ from the module's."""
     # The user's own class, in the user's own process: there is nothing to agree to.
-    built = build(structure, trust={"code"})
+    # Marked, so that it can be one of the two that ``damage`` compares.
+    watch = Watch(torch.float32, FIRST_MARK)
+    built = Subject.of(build(structure, trust={"code"}, watch=watch))
     wanted, found = (
-        {slot.path: shape_of(slot.tensor) for slot in find_slots(each) if slot.persistent}
-        for each in (built, module)
+        {slot.path: shape_of(slot.tensor) for slot in each.slots if slot.persistent}
+        for each in (built, subject)
     )
     odd = sorted(
         path

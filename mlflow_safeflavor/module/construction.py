@@ -9,16 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError, WeightsError
+from mlflow_safeflavor.module.configs import config_from_json
 from mlflow_safeflavor.module.equality import bits_equal
 from mlflow_safeflavor.module.layers import make_layers
-from mlflow_safeflavor.module.memory import asks_for_dtype, real_memory
+from mlflow_safeflavor.module.memory import real_memory
 from mlflow_safeflavor.module.random_state import seed_generators
 from mlflow_safeflavor.module.slots import UNKNOWN, find_meta, find_slots, shape_of, some
 from mlflow_safeflavor.module.structure import describe_constructor
-from mlflow_safeflavor.module.user_code import name_of
+from mlflow_safeflavor.module.subject import Subject
+from mlflow_safeflavor.module.user_code import import_name, name_of
+from mlflow_safeflavor.module.watch import FIRST_MARK, SECOND_MARK, Watch
 
 __all__ = [
     "Recipe",
@@ -33,50 +35,6 @@ __all__ = [
 
 _TRIES = 25
 _PAIRS = 3
-# Values written into memory before a constructor gets it.
-FIRST_MARK, _SECOND_MARK = 3, 5
-
-
-class _Watch(TorchFunctionMode):
-    """Marks memory that a constructor gets; sees other threads change torch's default dtype.
-
-    A tensor that differs between two constructions with different marks holds memory that was never
-    written.
-    """
-
-    _ALLOCATORS = frozenset(
-        ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-    )
-    _FACTORIES = frozenset(
-        ("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "zeros")
-    )
-
-    def __init__(self, dtype: torch.dtype, mark: int) -> None:
-        super().__init__()
-        self.dtype, self.mark, self.disturbed = dtype, mark, False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        before = torch.get_default_dtype()
-        result = func(*args, **kwargs)
-        self.disturbed |= before != self.dtype or torch.get_default_dtype() != self.dtype
-        name = getattr(func, "__name__", None)
-        # The other thread may come and go while func runs.
-        if name in self._FACTORIES and not asks_for_dtype(args, kwargs):
-            self.disturbed |= result.is_floating_point() and result.dtype != self.dtype
-        if name in self._ALLOCATORS and isinstance(result, torch.Tensor):
-            _write_marks(result, self.mark)
-        return result
-
-
-def _write_marks(tensor: torch.Tensor, mark: int) -> None:
-    if tensor.is_meta or not tensor.numel() or not tensor.is_contiguous():
-        return
-    flat = tensor.detach().view(-1)
-    value = mark != FIRST_MARK if tensor.dtype == torch.bool else mark
-    # Some 4,096 places and the last: marking all of a large tensor would touch all of its pages.
-    flat[:: max(1, flat.numel() // 4096)] = value
-    flat[-1] = value
 
 
 @dataclass(frozen=True)
@@ -126,14 +84,16 @@ def _set_dtype(config: Any, dtype: torch.dtype) -> None:
             _set_dtype(getattr(config, name), dtype)
 
 
-def recipe_of(module: torch.nn.Module) -> Recipe | None:
+def recipe_of(subject: Subject) -> Recipe | None:
     """The call of the module's constructor, as far as it can be told; None if it cannot.
 
     The result may make another module than the given one: compare before relying on it.
     """
+    module, described = subject.module, subject.structure
     config = getattr(module, "config", None)
     try:
-        described = describe_constructor(module)
+        if described is None or described["kind"] in ("pickle", "graph"):
+            described = describe_constructor(subject)
     except SafeFlavorError:
         # A class of a script or function: no other process could import it, but this one has it.
         return (
@@ -143,13 +103,16 @@ def recipe_of(module: torch.nn.Module) -> Recipe | None:
         )
     if described["kind"] == "torch":
         return Recipe(make_layers, arguments={"node": described["tree"]})
-    arguments = {name: value["value"] for name, value in described["arguments"].items()}
+    arguments = {
+        name: value["value"] if "value" in value else config_from_json(value, import_name)
+        for name, value in described["arguments"].items()
+    }
     return Recipe(type(module), config if described["config_class"] else None, arguments)
 
 
 def construct(
     recipe: Recipe, dtype: torch.dtype, *, mark: int = FIRST_MARK, seed: int | None = None
-) -> torch.nn.Module:
+) -> Subject:
     """Call a constructor on real CPU memory, again if another thread got in between.
 
     transformers' loader swaps torch's default dtype and ``PreTrainedModel.tie_weights`` for the
@@ -168,16 +131,16 @@ def construct(
         WeightsError: Its tensors are on the meta device nevertheless.
     """
     for attempt in range(_TRIES):
-        watch = _Watch(dtype, mark)
+        watch = Watch(dtype, mark)
         with real_memory(dtype, initialise=seed is not None), watch:
             # Other random values at each mark; real_memory puts the random states back.
             seed_generators(mark if seed is None else seed)
             module = recipe.make(dtype)
-        _require_sizes(module, recipe)
+        built = Subject.of(module)
+        _require_sizes(built, recipe)
         # On meta: transformers 4 swaps where parameters are allocated while another thread loads.
-        if not watch.disturbed and not find_meta(find_slots(module)):
-            _tie(module)
-            return module
+        if not watch.disturbed and not find_meta(built.slots):
+            return Subject.of(module) if _tie(module) else built
         time.sleep(0.01 * attempt)  # 3 s in all
     require_memory(module)
     raise StructureError(
@@ -190,8 +153,8 @@ def construct(
     )
 
 
-def _require_sizes(module: torch.nn.Module, recipe: Recipe) -> None:
-    if lazy := [slot.path for slot in find_slots(module) if shape_of(slot.tensor) == UNKNOWN]:
+def _require_sizes(built: Subject, recipe: Recipe) -> None:
+    if lazy := [slot.path for slot in built.slots if shape_of(slot.tensor) == UNKNOWN]:
         raise StructureError(
             "The constructor leaves sizes to the first forward",
             where=f"{name_of(recipe.cls)}, {some(lazy)}",
@@ -200,12 +163,17 @@ def _require_sizes(module: torch.nn.Module, recipe: Recipe) -> None:
         )
 
 
-def construct_twice(recipe: Recipe, dtype: torch.dtype) -> tuple[torch.nn.Module, set[str]]:
-    """A module, random initialisers skipped where they can be; paths of all that is not random."""
-    return _agreeing(lambda mark: construct(recipe, dtype, mark=mark))
+def construct_twice(
+    recipe: Recipe, dtype: torch.dtype, first: Subject | None = None
+) -> tuple[Subject, set[str]]:
+    """A module, random initialisers skipped where they can be; paths of all that is not random.
+
+    ``first`` is one of the two, where it was constructed already, with ``FIRST_MARK``.
+    """
+    return _agreeing(lambda mark: construct(recipe, dtype, mark=mark), first)
 
 
-def construct_fresh(recipe: Recipe, dtype: torch.dtype) -> tuple[torch.nn.Module, set[str]]:
+def construct_fresh(recipe: Recipe, dtype: torch.dtype) -> tuple[Subject, set[str]]:
     """A module whose random initialisers ran, and paths of all that they or the constructor wrote.
 
     Two constructions from one seed, with different marks in memory: a tensor that differs was never
@@ -216,28 +184,29 @@ def construct_fresh(recipe: Recipe, dtype: torch.dtype) -> tuple[torch.nn.Module
     return _agreeing(lambda mark: construct(recipe, dtype, mark=mark, seed=seed))
 
 
-def _agreeing(make: Callable[[int], torch.nn.Module]) -> tuple[torch.nn.Module, set[str]]:
+def _agreeing(
+    make: Callable[[int], Subject], first: Subject | None = None
+) -> tuple[Subject, set[str]]:
     """A module, and the paths of tensors that are equal in two of them."""
     for attempt in range(_PAIRS):
-        module, other = make(FIRST_MARK), make(_SECOND_MARK)
+        built = make(FIRST_MARK) if first is None or attempt else first
+        other = make(SECOND_MARK)
         try:
-            agreed = find_agreement(module, other)
+            agreed = find_agreement(built, other)
             break
         except StructureError:  # of another structure: another thread's loader came between
             if attempt == _PAIRS - 1:
                 raise
-    return module, agreed
+    return built, agreed
 
 
-def find_agreement(module: torch.nn.Module, other: torch.nn.Module) -> set[str]:
+def find_agreement(built: Subject, other: Subject) -> set[str]:
     """Paths of the tensors that have the same values in two modules of one structure.
 
     Raises:
         StructureError: They do not hold the same tensors.
     """
-    ours, theirs = (
-        {slot.path: slot.tensor for slot in find_slots(each)} for each in (module, other)
-    )
+    ours, theirs = ({slot.path: slot.tensor for slot in each.slots} for each in (built, other))
     facts = [
         {path: (tensor.shape, tensor.dtype) for path, tensor in each.items()}
         for each in (ours, theirs)
@@ -246,7 +215,7 @@ def find_agreement(module: torch.nn.Module, other: torch.nn.Module) -> set[str]:
         if facts[0].get(path) != facts[1].get(path):
             raise StructureError(
                 "The constructor makes another module each time",
-                where=f"{name_of(type(module))}, {path}",
+                where=f"{name_of(type(built.module))}, {path}",
                 wanted=facts[0].get(path, "no such tensor"),
                 found=facts[1].get(path, "no such tensor"),
                 hint="make its structure depend on its arguments alone",
@@ -302,13 +271,19 @@ def _embedding_tie(module: torch.nn.Module) -> dict[str, str]:
     return {pair[0]: pair[1]} if pair[0] and pair[1] and pair[0] != pair[1] else {}
 
 
-def _tie(module: torch.nn.Module) -> None:
-    """Tie the declared pairs, as constructors do unless another thread is in the loader."""
+def _tie(module: torch.nn.Module) -> bool:
+    """Tie the declared pairs, as constructors do unless another thread is in the loader.
+
+    Returns whether one was not tied.
+    """
+    tied = False
     for name, source in declared_ties(module).items():
         tensor = _tensor_at(module, source)
         if tensor is not None and _tensor_at(module, name) is not tensor:
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, tensor)
+            tied = True
+    return tied
 
 
 def _tensor_at(module: torch.nn.Module, name: str) -> torch.Tensor | None:

@@ -18,19 +18,21 @@ from mlflow_safeflavor.module.build import flags_of
 from mlflow_safeflavor.module.comparison import require_same_shapes
 from mlflow_safeflavor.module.configs import NO_CONFIG, describe_config
 from mlflow_safeflavor.module.layers import describe_layers, find_foreign
+from mlflow_safeflavor.module.subject import Subject
 from mlflow_safeflavor.module.user_code import name_of
 
 __all__ = ["describe_call"]
 
 
 def describe_call(
-    module: torch.nn.Module, init_args: Mapping[str, Any] | None
-) -> tuple[dict[str, Any], torch.nn.Module]:
+    subject: Subject, init_args: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], Subject]:
     """The description of the constructor's call, and the module that this call makes."""
+    module = subject.module
     cls = type(module)
     if init_args is None and (tree := describe_layers(module)) is not None:
         of_torch = {"kind": "torch", "class": name_of(cls), "tree": tree}
-        return of_torch, require_same_shapes(module, of_torch)
+        return of_torch, require_same_shapes(subject, of_torch)
     if foreign := find_foreign(module):
         raise StructureError(
             "A container of torch.nn does not know how modules of other classes were made",
@@ -53,11 +55,11 @@ def describe_call(
         structure["arguments"] = {
             name: _argument_to_json(name, value) for name, value in init_args.items()
         }
-        return structure, require_same_shapes(module, structure)
+        return structure, require_same_shapes(subject, structure)
     if hasattr(cls, "config_class") and config is not None:
         structure |= describe_config(config)
         _require_plain_config(structure)
-    return _find_arguments(module, structure)
+    return _find_arguments(subject, structure)
 
 
 def _is_transformers(cls: type) -> bool:
@@ -106,8 +108,8 @@ def _argument_to_json(name: str, value: Any) -> dict[str, Any]:
 
 
 def _find_arguments(
-    module: torch.nn.Module, structure: Mapping[str, Any]
-) -> tuple[dict[str, Any], torch.nn.Module]:
+    subject: Subject, structure: Mapping[str, Any]
+) -> tuple[dict[str, Any], Subject]:
     """The description with the constructor's arguments, and the module that they make.
 
     Arguments are stored nowhere in a module, so they are found by building: boolean ones other than
@@ -115,20 +117,22 @@ def _find_arguments(
     of the same names as arguments. The first that give the same tensors and attributes are taken,
     else the first that give the same tensors.
     """
-    flags = [(name, {"value": not default}) for name, default in flags_of(type(module)).items()]
-    named = _named_like_arguments(module) if structure["kind"] == "import" else {}
+    flags = [
+        (name, {"value": not default}) for name, default in flags_of(type(subject.module)).items()
+    ]
+    named = _named_like_arguments(subject.module) if structure["kind"] == "import" else {}
     first: StructureError | None = None
-    best: tuple[dict[str, Any], torch.nn.Module] | None = None
+    best: tuple[dict[str, Any], Subject] | None = None
     # The fewest changed flags first: those at their defaults need no explanation.
     for count, start in itertools.product(range(len(flags) + 1), [{}, named] if named else [{}]):
         for arguments in itertools.combinations(flags, count):
             tried = {**structure, "arguments": {**start, **dict(arguments)}}
             try:
-                found = tried, require_same_shapes(module, tried)
+                found = tried, require_same_shapes(subject, tried)
             except StructureError as error:
                 first = first or error
                 continue
-            if same_attributes(module, found[1]):
+            if same_attributes(subject, found[1]):
                 return found
             best = best or found
         # Each further count multiplies the constructions; the tensors agree already.

@@ -8,26 +8,43 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from mlflow_safeflavor.artifact.spec import AS_IS
 from mlflow_safeflavor.errors import PlacementError
 from mlflow_safeflavor.module.build import build
 from mlflow_safeflavor.module.dtypes import resolve_dtype
 from mlflow_safeflavor.module.slots import Slot, find_slots
+from mlflow_safeflavor.module.watch import Watch
 
-__all__ = ["dtype_plan", "islands_of"]
+__all__ = ["casts_of", "dtype_plan"]
 
 
-def dtype_plan(
+def casts_of(
     module: torch.nn.Module,
     structure: Mapping[str, Any],
     name: str | torch.dtype,
     slots: Sequence[Slot],
 ) -> dict[str, torch.dtype]:
-    """Path → dtype, for every tensor that a module of this serving dtype holds in another dtype.
+    """``dtype_plan`` of a module that is saved or was loaded, by its structure.
 
-    None for "as-is".
+    Empty for "as-is", and where all parameters have that dtype: what somebody cast is not undone.
+    """
+    if name == AS_IS:
+        return {}
+    dtype = resolve_dtype(name)
+    floating = [slot for slot in slots if slot.tensor.is_floating_point()]
+    if all(slot.tensor.dtype == dtype for slot in floating if slot.kind == "parameter"):
+        return {}
+    return dtype_plan(module, dtype, slots, _constructed_dtypes(structure, dtype))
+
+
+def dtype_plan(
+    module: torch.nn.Module,
+    dtype: torch.dtype,
+    slots: Sequence[Slot],
+    constructed: Mapping[str, torch.dtype],
+) -> dict[str, torch.dtype]:
+    """Path → dtype of each tensor that has another dtype in a module of this serving dtype.
 
     As ``from_pretrained(dtype=…)`` decides: the islands that the class keeps in float32 are
     parameters and persistent buffers (a router's correction bias); everything else takes the dtype
@@ -35,28 +52,29 @@ def dtype_plan(
     instance, are float32 by their own code. Parameters of other modules than transformers', and
     persistent buffers where no constructor can be called, are cast, as ``nn.Module.to`` does.
     Integers and booleans stay.
+
+    Args:
+        module: Its classes name the islands.
+        dtype: The serving dtype.
+        slots: The module's tensors.
+        constructed: Path → dtype in a module that was constructed with that default; empty where
+            no constructor can be called.
     """
-    if name == AS_IS:
-        return {}
-    dtype = resolve_dtype(name)
-    floating = [slot for slot in slots if slot.tensor.is_floating_point()]
-    parameters_differ = any(
-        slot.tensor.dtype != dtype for slot in floating if slot.kind == "parameter"
-    )
-    if not parameters_differ:
-        return {}
-    islands = islands_of(module, dtype)
-    constructed = _constructed_dtypes(structure, dtype)
+    islands = _islands_of(module, dtype)
     plan = {}
-    for slot in floating:
+    for slot in slots:
+        if not slot.tensor.is_floating_point():
+            continue
         stored = slot.kind == "parameter" or (slot.kind == "buffer" and slot.persistent)
         if stored and islands and islands.search(f".{slot.path}."):
-            plan[slot.path] = torch.float32
+            planned = torch.float32
         elif slot.kind == "parameter" and not hasattr(module, "from_pretrained"):
-            plan[slot.path] = dtype
+            planned = dtype
         else:
-            plan[slot.path] = constructed.get(slot.path, dtype if stored else slot.tensor.dtype)
-    return {slot.path: plan[slot.path] for slot in floating if plan[slot.path] != slot.tensor.dtype}
+            planned = constructed.get(slot.path, dtype if stored else slot.tensor.dtype)
+        if planned != slot.tensor.dtype:
+            plan[slot.path] = planned
+    return plan
 
 
 def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -68,10 +86,10 @@ def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dic
     }
     seen = []
     for attempt in range(_TRIES):
-        with _Watch(dtype) as watch:
-            # Whoever gets here has agreed to run the class already: it is being saved, or was just
-            # loaded.
-            skeleton = build(described, trust={"code"}, dtype=dtype)
+        watch = Watch(dtype)
+        # Whoever gets here has agreed to run the class already: it is being saved, or was just
+        # loaded.
+        skeleton = build(described, trust={"code"}, dtype=dtype, watch=watch)
         seen.append({slot.path: slot.tensor.dtype for slot in find_slots(skeleton)})
         if not watch.disturbed:
             return seen[-1]
@@ -90,22 +108,6 @@ def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dic
 _TRIES = 10
 
 
-class _Watch(TorchFunctionMode):
-    """Sees other threads change torch's default dtype, as transformers' loader does."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype, self.disturbed = dtype, False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = torch.get_default_dtype()
-        result = func(*args, **(kwargs or {}))
-        # requires_grad_ is called after construction, with the default that was there before.
-        if getattr(func, "__name__", "") != "requires_grad_":
-            self.disturbed |= before != self.dtype or torch.get_default_dtype() != self.dtype
-        return result
-
-
 def _with_dtype(config: Any, dtype: str) -> Any:
     """A config, as JSON, that says ``dtype`` at every level.
 
@@ -119,7 +121,7 @@ def _with_dtype(config: Any, dtype: str) -> Any:
     }
 
 
-def islands_of(module: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
+def _islands_of(module: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
     """What the class keeps in float32 (T5's ``wo``), to be searched in ``.path.``.
 
     Transformers 4.57 and 5.

@@ -12,7 +12,7 @@ import torch
 from mlflow_safeflavor.artifact.spec import AS_IS, DTYPES
 from mlflow_safeflavor.errors import PlacementError
 from mlflow_safeflavor.module.inventory import dtype_name
-from mlflow_safeflavor.module.slots import Slot, find_slots
+from mlflow_safeflavor.module.slots import Slot
 
 __all__ = [
     "announced_cast",
@@ -44,9 +44,8 @@ def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-def dtypes_of(module: torch.nn.Module) -> dict[str, int]:
+def dtypes_of(slots: Sequence[Slot]) -> dict[str, int]:
     """Floating point dtypes → number of values, of the parameters, or else of all tensors."""
-    slots = find_slots(module)
     weights = [
         slot.tensor
         for slot in slots

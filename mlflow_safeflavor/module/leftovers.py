@@ -14,6 +14,7 @@ import torch
 from mlflow_safeflavor.module.attributes import Difference, find_differences
 from mlflow_safeflavor.module.equality import bits_equal
 from mlflow_safeflavor.module.slots import find_slots
+from mlflow_safeflavor.module.subject import Subject
 
 __all__ = ["covered", "fresh", "written_by_forward"]
 
@@ -22,7 +23,7 @@ Forward = Callable[[torch.nn.Module], None]
 
 
 def written_by_forward(
-    given: torch.nn.Module, make: Callable[[], torch.nn.Module], forward: Forward
+    given: Subject, make: Callable[[], torch.nn.Module], forward: Forward
 ) -> set[str]:
     """Paths of plain attributes and unlisted tensors that a forward changes.
 
@@ -35,9 +36,7 @@ def written_by_forward(
     # is run on a module as its constructor makes it, with the weights of the given one, and one on
     # a copy of that.
     new, unused = make(), make()
-    weights = {
-        slot.path: slot.tensor.detach().cpu() for slot in find_slots(given) if slot.persistent
-    }
+    weights = {slot.path: slot.tensor.detach().cpu() for slot in given.slots if slot.persistent}
     _put(new, {path: tensor.clone() for path, tensor in weights.items()})
     # Memory that the two constructors left unwritten would differ without a forward.
     _put(
@@ -59,7 +58,7 @@ def written_by_forward(
     return written | _written_again(given, forward) if kept else set()
 
 
-def _written_again(given: torch.nn.Module, forward: Forward) -> set[str]:
+def _written_again(given: Subject, forward: Forward) -> set[str]:
     try:
         used, unused = _copy(given), _copy(given)
     except Exception:  # a lock, an open file: what cannot be copied
@@ -73,19 +72,18 @@ def _written(module: torch.nn.Module, unused: torch.nn.Module, forward: Forward)
             forward(module)
     except Exception:  # told where the golden rows are answered, not here
         return
-    for difference in find_differences(module, unused):
+    for difference in find_differences(Subject.of(module), Subject.of(unused)):
         yield difference.path
 
 
-def _copy(module: torch.nn.Module) -> torch.nn.Module:
+def _copy(given: Subject) -> torch.nn.Module:
     """A copy of a module that shares its weights."""
-    slots = find_slots(module)
     # deepcopy takes what is in the memo for copied: weights are not, so that a large model fits.
     memo = {
         id(slot.tensor): slot.tensor if slot.persistent else slot.tensor.detach().clone()
-        for slot in slots
+        for slot in given.slots
     }
-    return copy.deepcopy(module, memo).eval()
+    return copy.deepcopy(given.module, memo).eval()
 
 
 def covered(differences: Sequence[Difference], written: Collection[str]) -> list[str]:
@@ -101,9 +99,9 @@ def _within(path: str, outer: str) -> bool:
     return path == outer or path.startswith((f"{outer}.", f"{outer}["))
 
 
-def fresh(given: torch.nn.Module, built: torch.nn.Module, left: Collection[str]) -> torch.nn.Module:
+def fresh(given: Subject, built: torch.nn.Module, left: Collection[str]) -> torch.nn.Module:
     """``built`` with all tensors of ``given``, shared, but those that a forward left there."""
-    slots = find_slots(given)
+    slots = given.slots
     _put(
         built,
         {slot.path: slot.tensor for slot in slots if slot.persistent or slot.path not in left},

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from mlflow_safeflavor.module.constructor import describe_call
 from mlflow_safeflavor.module.embedding import Embedder
 from mlflow_safeflavor.module.guarded import guarded
 from mlflow_safeflavor.module.layers import is_tree
+from mlflow_safeflavor.module.subject import Subject
 from mlflow_safeflavor.module.user_code import name_of
 from mlflow_safeflavor.module.wrappers import require_given_back, require_plain
 
@@ -40,40 +42,41 @@ _logger = logging.getLogger("mlflow.safeflavor")
 
 
 def describe(
-    module: torch.nn.Module,
+    subject: Subject,
     *,
     init_args: Mapping[str, Any] | None = None,
     allow_pickle: bool = False,
     forward: Callable[[torch.nn.Module], None],
-) -> tuple[dict[str, Any], torch.nn.Module]:
+) -> Subject:
     """Describe how to make a module of the same structure.
 
     Args:
-        module: Not changed.
+        subject: The module; not changed.
         init_args: Arguments of its constructor, where they cannot be found: JSON values, configs.
         allow_pickle: Whether the kind ``pickle`` may be used when no constructor gives the module
             back by itself.
         forward: Runs a module as it will be asked, to see which state that leaves behind.
 
     Returns:
-        The description, JSON only; and the module it describes: the one given, or, where a forward
-        had left state in it, one of the same weights as its constructor makes it.
+        The module described, with its structure, JSON only, and its skeleton: the module given, or,
+        where a forward had left state in it, one of the same weights as its constructor makes it.
 
     Raises:
         StructureError: No allowed kind can rebuild it.
     """
+    module = subject.module
     if isinstance(module, Embedder):
-        described, kept = describe(
-            module.transformer,
+        inner = describe(
+            subject.part("transformer"),
             init_args=init_args,
             allow_pickle=allow_pickle,
             forward=lambda transformer: forward(_around(module, transformer)),
         )
-        whole = module if kept is module.transformer else _around(module, kept)
-        return described if described["kind"] == "pickle" else {
-            **described,
-            "layers": module.described,
-        }, whole
+        whole = module if inner.module is module.transformer else _around(module, inner.module)
+        structure = dict(inner.structure or {})
+        if structure["kind"] != "pickle":
+            structure["layers"] = module.described
+        return _described(subject, whole, structure, inner.skeleton)
     try:
         # Guarded, since a constructor that reads files of this machine gives the module back
         # nowhere else; a refusal is then a reason to pickle.
@@ -82,15 +85,28 @@ def describe(
             if allow_pickle and init_args is None
             else contextlib.nullcontext()
         ):
-            described, built = describe_call(module, init_args)
-        return described, compared(module, built, described, forward)
+            structure, skeleton = describe_call(subject, init_args)
+        kept = compared(subject, skeleton, structure, forward)
+        return _described(subject, kept, structure, skeleton)
     except SafeFlavorError as error:
         require_given_back(module, error, pickle=allow_pickle)
         if not allow_pickle:
             raise
         reason = error.what if error.found is None else f"{error.what}: {error.found}"
     _logger.info("safeflavor: the module is pickled. %s", reason)
-    return {"kind": "pickle", "class": name_of(type(module)), "reason": reason}, module
+    structure = {"kind": "pickle", "class": name_of(type(module)), "reason": reason}
+    return _described(subject, module, structure, None)
+
+
+def _described(
+    subject: Subject,
+    kept: torch.nn.Module,
+    structure: Mapping[str, Any],
+    skeleton: Subject | None,
+) -> Subject:
+    # One made anew has tensors of its own where a forward had left some in the given one.
+    found = subject if kept is subject.module else Subject.of(kept)
+    return replace(found, structure=structure, skeleton=skeleton)
 
 
 def _around(embedder: Embedder, transformer: torch.nn.Module) -> Embedder:
@@ -100,10 +116,10 @@ def _around(embedder: Embedder, transformer: torch.nn.Module) -> Embedder:
     return view
 
 
-def describe_constructor(module: torch.nn.Module) -> dict[str, Any]:
+def describe_constructor(subject: Subject) -> dict[str, Any]:
     """How a constructor makes the same tensors; see ``describe``. Nothing else is compared."""
-    require_plain(module)
-    return describe_call(module, None)[0]
+    require_plain(subject.module)
+    return describe_call(subject, None)[0]
 
 
 def write_structure(structure: Mapping[str, Any], layout: Layout) -> None:

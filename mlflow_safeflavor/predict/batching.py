@@ -14,7 +14,7 @@ from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.inputs.rows import Row
 
-__all__ = ["cut_into_batches", "measure_forward_cost"]
+__all__ = ["cut_into_batches", "measure_forward_cost", "measures_forward_cost"]
 
 # Tokens; on an accelerator a call may cost more, but no batch is that large.
 _MOST = 4096
@@ -63,6 +63,20 @@ def cut_into_batches(
         batches.insert(0, order[before[end] : end])
         end = before[end]
     return batches
+
+
+def measures_forward_cost(known: int, on_cpu: bool, *, saves: bool = False) -> bool:
+    """Whether this process measures ``forward_cost``, or takes the known one.
+
+    The stored one is that of a CPU, measured once, when the model was saved, so that all hosts cut
+    the same batches. An accelerator measures at each load, and what it measures is never stored.
+
+    Args:
+        known: As it is stored or asked for; 0 where nobody has measured.
+        on_cpu: Whether the engine is on a CPU.
+        saves: Whether the model is being saved.
+    """
+    return not known if on_cpu else not saves
 
 
 # A hook may draw random numbers: the process's generators go on as if nothing had been run.

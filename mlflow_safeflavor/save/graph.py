@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from mlflow_safeflavor.artifact import inventory_file
+from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.graph.check import read
@@ -200,13 +200,15 @@ def _freedoms(examples: Sequence[Inputs]) -> list[Mapping[str, set[int]]]:
     return [every] if some == every else [every, some]
 
 
-def store_graph(model: LoadedModel, rows: Sequence[Row], required: bool) -> list[GraphEngine]:
+def store_graph(
+    model: LoadedModel, inventory: Inventory, rows: Sequence[Row], required: bool
+) -> list[GraphEngine]:
     """Store the forward as a graph, or the reason why there is none.
 
     Returns:
         Its engines, the one that serves by default first.
     """
-    layout, slots = Layout(model.folder), find_slots(model.module)
+    layout = Layout(model.folder)
     runtimes = {"onnx": runtime_of("onnx")}
     # ONNX Runtime is proven as well: who loads the model may not trust OpenVINO with it. A module
     # cannot stand in for an engine that was asked for.
@@ -215,11 +217,12 @@ def store_graph(model: LoadedModel, rows: Sequence[Row], required: bool) -> list
             {"openvino": runtime_of("openvino", model.spec.model_config["dtype"]), **runtimes},
             True,
         )
-    inventory = inventory_file.read_inventory(layout)
     try:
         if model.spec.dtype != "float32":
             raise Refusal(f"a graph is served in float32, and this model in {model.spec.dtype}")
         inputs = examples_of(model.task, cast("ModuleEngine", model.engine), rows)
+        # Looked for again, after the forwards: one may have put other tensors into the module.
+        slots = find_slots(model.module)
         places, limit = find_places(inventory, layout), getattr(model.task, "limit", None)
         graph, facts = record(model.module, slots, places, inputs, limit=limit, runtimes=runtimes)
     except Refusal as refusal:

@@ -24,7 +24,7 @@ from mlflow_safeflavor.errors import EnvironmentMismatchError
 from mlflow_safeflavor.module import user_code
 from mlflow_safeflavor.tasks.inputs.processor import requirements_of
 
-__all__ = ["Pinning"]
+__all__ = ["Pinning", "needs_of"]
 
 _logger = logging.getLogger("mlflow.safeflavor")
 
@@ -34,10 +34,8 @@ class Pinning:
 
     Args:
         layout: The staged artifact.
-        source: The model being saved.
-        engines: Its engines; where there are a graph and a module, pins that only the module needs
-            are kept apart.
-        code_paths: Code that comes with the model, and is not pinned.
+        needs: From ``needs_of``; where there are a graph and a module, pins that only the module
+            needs are kept apart.
         hashes: Whether each pin gets the hashes of its files.
         wanted: The user's arguments: ``torch_index``, ``pip_requirements``,
             ``extra_pip_requirements`` and ``conda_env``, see
@@ -45,20 +43,9 @@ class Pinning:
     """
 
     def __init__(
-        self,
-        layout: Layout,
-        source: Source,
-        engines: Collection[str],
-        code_paths: Sequence[str | Path] | None,
-        hashes: bool,
-        **wanted: Any,
+        self, layout: Layout, needs: Mapping[str, Sequence[str]], *, hashes: bool, **wanted: Any
     ) -> None:
-        with_model = {Path(path).stem for path in code_paths or ()}
-        self._layout, self._engines, self._hashes, self._wanted = layout, engines, hashes, wanted
-        self._roots, self._graph_roots = (
-            _roots(source, with_model, graph=graph) for graph in (False, True)
-        )
-        self._graph_roots += ["openvino"] if "openvino" in engines else []
+        self._layout, self._needs, self._hashes, self._wanted = layout, needs, hashes, wanted
         self._recorded: Environment | None = None
 
     @property
@@ -66,9 +53,9 @@ class Pinning:
         """Modules that all of MLflow brings along and a graph does without."""
         # Hidden from the rehearsal while MLflow is imported: libraries import pyarrow or scipy
         # where they are installed, and would seem to need them.
-        if "onnx" not in self._engines:
+        if "graph" not in self._needs:
             return []
-        unneeded = closure_of(["mlflow"]) - closure_of(self._graph_roots)
+        unneeded = closure_of(["mlflow"]) - closure_of(self._needs["graph"])
         owners = importlib.metadata.packages_distributions().items()
         return sorted(
             module for module, names in owners if {*map(canonicalize_name, names)} <= unneeded
@@ -81,20 +68,16 @@ class Pinning:
             EnvironmentMismatchError: See ``environment.files.environment_files``.
         """
         used = used or {}
-        graph_roots = [
-            *self._graph_roots,
+        graph = [
+            *self._needs.get("graph", ()),
             # Opened before the module was loaded: see ``find_used``.
             *(name for name, use in used.items() if use.engine != "module"),
         ]
-        roots = [
-            *(self._roots if "module" in self._engines else ()),
-            *(graph_roots if "onnx" in self._engines else ()),
-        ]
-        roots += used
+        roots = [*self._needs.get("module", ()), *(graph if "graph" in self._needs else ()), *used]
         recorded = environment_files(
             self._layout.root,
             list(dict.fromkeys(roots)),
-            graph_roots=[*graph_roots] if {"onnx", "module"} <= {*self._engines} else None,
+            graph_roots=graph if self._needs.keys() == {"graph", "module"} else None,
             # Compared at load where torch is imported; a CPU with other kernels rounds otherwise.
             torch_build={
                 "version": torch.__version__,
@@ -164,23 +147,38 @@ class Pinning:
         return True
 
 
-def _roots(source: Source, with_model: Collection[str], *, graph: bool) -> list[str]:
-    """Distributions that serving needs directly; for a graph not torch, seldom transformers."""
-    module = torch.nn.Module() if graph else source.module
-    calls = source.processor is not None or (
-        source.task == "custom" and source.tokenizer is not None
-    )
-    # What unpickles hooks may find tensors in them, and imports torch.
-    pickles = any(user_code.importable_name(hook) is None for hook in source.hooks.values())
-    graph_roots = [*GRAPH_ROOTS, *server_roots()]
-    graph_roots += [
-        name for name, needed in (("transformers", calls), ("torch", pickles)) if needed
-    ]
-    return [
-        *(graph_roots if graph else DEFAULT_ROOTS),
-        *user_code.distributions_of(module, source.hooks, except_for=with_model),
-        *([] if source.processor is None else requirements_of(source.processor)),
-    ]
+def needs_of(
+    source: Source, engines: Collection[str], code_paths: Sequence[str | Path] | None
+) -> dict[str, list[str]]:
+    """Distributions that serving needs directly, with the module ("module") and a graph ("graph").
+
+    What these need in turn is found by the rehearsal.
+
+    Args:
+        source: The model being saved.
+        engines: Names of its engines.
+        code_paths: Code that comes with the model, and is not pinned.
+    """
+    hooks = source.hooks
+    tokenizes = source.task == "custom" and source.tokenizer is not None
+    with_model = {Path(path).stem for path in code_paths or ()}
+    processors = [] if source.processor is None else requirements_of(source.processor)
+    needs = {}
+    if "module" in engines:
+        own = user_code.distributions_of(source.module, hooks, except_for=with_model)
+        needs["module"] = [*DEFAULT_ROOTS, *own, *processors]
+    if "onnx" in engines:
+        # Not torch, seldom transformers. What unpickles hooks may find tensors in them, and imports
+        # torch.
+        parts = {
+            "transformers": tokenizes or source.processor is not None,
+            "torch": any(user_code.importable_name(hook) is None for hook in hooks.values()),
+            "openvino": "openvino" in engines,
+        }
+        own = user_code.distributions_of(torch.nn.Module(), hooks, except_for=with_model)
+        named = [name for name, needed in parts.items() if needed]
+        needs["graph"] = [*GRAPH_ROOTS, *server_roots(), *named, *own, *processors]
+    return needs
 
 
 def _require_versions(recorded: Environment, used: Mapping[str, Use]) -> None:

@@ -16,33 +16,35 @@ from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 from mlflow_safeflavor import mlflow_compat
 from mlflow_safeflavor.arguments import checked, require_arguments
 from mlflow_safeflavor.artifact.description import what_runs
+from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.spec import AS_IS, ModelSpec
+from mlflow_safeflavor.artifact.spec import AS_IS
 from mlflow_safeflavor.artifact.staging import staging
 from mlflow_safeflavor.checkpoints.damage import require_undamaged
-from mlflow_safeflavor.checkpoints.given import Source
 from mlflow_safeflavor.checkpoints.source import resolve_source
 from mlflow_safeflavor.environment.used import find_used
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.graph.engine import runtime_of
-from mlflow_safeflavor.module import structure as structures
 from mlflow_safeflavor.module import user_code
 from mlflow_safeflavor.module.dtypes import announced_cast, dtypes_of, input_dtype, serving_dtype
 from mlflow_safeflavor.module.engine import ModuleEngine
 from mlflow_safeflavor.module.kept import kept_module
 from mlflow_safeflavor.module.saveable import require_saveable
-from mlflow_safeflavor.module.slots import find_slots
+from mlflow_safeflavor.module.structure import describe
+from mlflow_safeflavor.module.subject import Subject
 from mlflow_safeflavor.module.wrappers import require_plain, taken_off
-from mlflow_safeflavor.predict.model import make_task
+from mlflow_safeflavor.predict.model import LoadedModel, make_task
 from mlflow_safeflavor.predict.options import MODEL_CONFIG, run_time_options
 from mlflow_safeflavor.save.answers import answering, write_parity
 from mlflow_safeflavor.save.code import write_code
 from mlflow_safeflavor.save.graph import store_graph
 from mlflow_safeflavor.save.logged import log
-from mlflow_safeflavor.save.pinning import Pinning
+from mlflow_safeflavor.save.pinning import Pinning, needs_of
 from mlflow_safeflavor.save.rehearsal import rehearse as rehearse_load
 from mlflow_safeflavor.save.signature import columns_of, defaults_of, signature_of
 from mlflow_safeflavor.save.write import seal, write_example, write_module, write_task
+from mlflow_safeflavor.tasks.base import Task
+from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.table import task_class
 
 __all__ = ["log_model", "save_model"]
@@ -135,78 +137,71 @@ def save_model(
     Raises:
         SafeFlavorError: One of its kinds; nothing is left at ``path`` then.
     """
-    # Twice: wrappers (torch.compile, DDP) may lie around what was given, and around its module.
-    model = taken_off(model)
-    source = resolve_source(model, tokenizer, task, dtype, processor)
     _require_one_of("graph", graph, ("auto", "require", "only", "no"))
+    # Taken off twice: wrappers (torch.compile, DDP) may lie around what was given, and around its
+    # module.
+    source = resolve_source(taken_off(model), tokenizer, task, dtype, processor)
     source = replace(
-        source, module=taken_off(source.module), hooks=_hooks(source.task, preprocess, postprocess)
+        source,
+        module=taken_off(source.module),
+        hooks=_hooks(source.task, preprocess, postprocess),
+        example=input_example,
+        columns=source.columns or columns_of(signature, task_class(source.task)),
     )
-    columns = source.columns or columns_of(signature, task_class(source.task))
-    source = replace(source, example=input_example, columns=columns)
     require_plain(source.module)
     options = _options(source.task, {**source.options, **(model_config or {})})
     _require_openvino(options, graph)
     defaults = {**source.params, **defaults_of(signature), **(params or {})}
-    require_saveable(find_slots(source.module))
-    serving = serving_dtype(dtype, dtypes_of(source.module))
-    cast_from = announced_cast(dtype, source.stored or dtypes_of(source.module), serving)
+    subject = Subject.of(source.module)
+    require_saveable(subject.slots)
+    found = dtypes_of(subject.slots)
+    serving = serving_dtype(dtype, found)
+    cast_from = announced_cast(dtype, source.stored or found, serving)
     # The module stays as it is: forwards may write to its buffers, and what they wrote is put back,
     # after a refusal as well.
     with kept_module(source.module), staging(path) as stage:
         layout = Layout(stage)
-        spec = replace(
-            write_task(source, serving, input_columns, options, defaults, layout),
-            cast_from=cast_from,
+        spec = write_task(source, serving, input_columns, options, defaults, layout)
+        bound = make_task(spec, layout, source.hooks, spec.model_config)
+        examples = [] if input_example is None else bound.rows(input_example)
+        rows = [*examples, *bound.golden_rows()]
+        subject = _described(
+            subject, graph, init_args, allow_pickle, _forward(bound, rows, subject)
         )
-        how, kept = _how(source, graph, init_args, allow_pickle, _forward(source, spec, layout))
-        source = replace(source, module=kept)
         # Before gigabytes are written.
-        require_undamaged(source.module, on_damage)
-        described, cast = write_module(source, serving, how, allow_pickle, layout)
-        spec = replace(spec, structure=described["kind"], runs=what_runs(described))
+        require_undamaged(subject, on_damage)
+        written = write_module(subject, source.hooks, serving, allow_pickle, layout)
+        structure, inventory, casts = written
+        kind, runs = structure["kind"], what_runs(structure)
+        spec = replace(spec, structure=kind, runs=runs, cast_from=cast_from)
         write_code(code_paths, layout)
-        with answering(source, spec, described, cast, layout) as model:
-            model.task.require_defaults()
-            model.task.config = {
-                **model.task.config,
-                **model.task.measured(model.engine, source.example),
-            }
-            spec = replace(spec, task_config=model.task.config)
-            rows = [
-                *([] if source.example is None else model.task.rows(source.example)),
-                *model.task.golden_rows(),
-            ]
-            engines = (
-                [] if graph == "no" else store_graph(model, rows, graph in ("require", "only"))
-            )
-            models = [*map(model.answered_by, engines), *([] if graph == "only" else [model])]
+        with answering(subject, inventory, casts, bound, spec, layout) as served:
+            bound.require_defaults()
+            bound.config = {**bound.config, **bound.measured(served.engine, input_example)}
+            spec = replace(spec, task_config=bound.config)
+            models = _by_engine(served, inventory, rows, graph)
             answers, spec = write_parity(models, rows, spec, layout)
-        names = [answering.engine.name for answering in models]
+        engines = [model.engine.name for model in models]
         pinning = Pinning(
             layout,
-            source,
-            names,
-            code_paths,
-            hashes,
+            needs_of(source, engines, code_paths),
+            hashes=hashes,
             torch_index=torch_index,
             pip_requirements=pip_requirements,
             extra_pip_requirements=extra_pip_requirements,
             conda_env=conda_env,
         )
         pinning.write()  # the rehearsal compares environments, as every load does
-        task_ = model.task
         mlmodel = mlflow_model or Model()
-        write_example(mlmodel, source.example, task_, layout)
-        signature = signature_of(
-            task_, source.example, answers[: len(rows) - len(task_.golden_rows())], signature
-        )
+        write_example(mlmodel, input_example, bound, layout)
+        signature = signature_of(bound, input_example, answers[: len(examples)], signature)
         seal(mlmodel, spec, signature, metadata, layout)
-        # The graph first: files that are opened after it are needs of the module alone.
         used = None
         if rehearse:
-            found = rehearse_load(stage, names, hidden=pinning.optional, allow_pickle=allow_pickle)
-            used = find_used(*found)
+            hidden = pinning.optional
+            used = find_used(
+                *rehearse_load(stage, engines, hidden=hidden, allow_pickle=allow_pickle)
+            )
         # Files have changed that the manifest lists.
         if pinning.finish(used):
             seal(mlmodel, spec, signature, metadata, layout)
@@ -299,30 +294,41 @@ def _require_one_of(where: str, value: str, allowed: Sequence[str]) -> None:
         )
 
 
-def _how(
-    source: Source,
+def _described(
+    subject: Subject,
     graph: str,
     init_args: Mapping[str, Any] | None,
     allow_pickle: bool,
     forward: Callable[[torch.nn.Module], None],
-) -> tuple[dict[str, Any], torch.nn.Module]:
-    """How the module is rebuilt, and the module to save; a graph is never rebuilt."""
+) -> Subject:
+    """The subject with its structure; a graph alone is never rebuilt."""
     if graph == "only":
-        return {"kind": "graph", "class": user_code.name_of(type(source.module))}, source.module
-    return structures.describe(
-        source.module, init_args=init_args, allow_pickle=allow_pickle, forward=forward
-    )
+        name = user_code.name_of(type(subject.module))
+        return replace(subject, structure={"kind": "graph", "class": name})
+    return describe(subject, init_args=init_args, allow_pickle=allow_pickle, forward=forward)
 
 
-def _forward(source: Source, spec: ModelSpec, layout: Layout) -> Callable[[torch.nn.Module], None]:
+def _by_engine(
+    served: LoadedModel, inventory: Inventory, rows: Sequence[Row], graph: str
+) -> list[LoadedModel]:
+    """The model by each engine; the one that serves by default first.
+
+    Graphs before the module: files that a rehearsal opens last are needs of the module alone.
+    """
+    required = graph in ("require", "only")
+    graphs = [] if graph == "no" else store_graph(served, inventory, rows, required)
+    return [*map(served.answered_by, graphs), *([] if graph == "only" else [served])]
+
+
+def _forward(
+    task: Task, rows: Sequence[Row], subject: Subject
+) -> Callable[[torch.nn.Module], None]:
     """A function that runs a module on example and golden rows, batched, then the first alone."""
+    dtype = input_dtype(AS_IS, subject.slots)
 
     def run(module: torch.nn.Module) -> None:
-        task = make_task(spec, layout, source.hooks, spec.model_config)
-        rows = [*([] if source.example is None else task.rows(source.example)), *task.golden_rows()]
         params = task.check_params(task.golden(task.config))
         pieces = [piece for row in task.encoded(rows, params) for piece in task.pieces(row)]
-        dtype = input_dtype(AS_IS, find_slots(module))
         # Alone, too: caches of a forward may depend on the number of rows.
         for batch in (pieces, pieces[:1]):
             task.forward(ModuleEngine(module, torch.device("cpu"), dtype), batch, params)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import yaml
 from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.models.utils import _save_example
 
+from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.manifest import write_manifest
 from mlflow_safeflavor.artifact.spec import FLAVOR_NAME, ModelSpec, guarded_parts
@@ -19,10 +21,10 @@ from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.module import inventory as inventories
 from mlflow_safeflavor.module import pickled, tensors, user_code
 from mlflow_safeflavor.module import structure as structures
-from mlflow_safeflavor.module.dtype_plan import dtype_plan
+from mlflow_safeflavor.module.dtype_plan import casts_of
 from mlflow_safeflavor.module.engine import evaluating
 from mlflow_safeflavor.module.saveable import require_saveable
-from mlflow_safeflavor.module.slots import find_slots
+from mlflow_safeflavor.module.subject import Subject
 from mlflow_safeflavor.predict.options import MODEL_CONFIG
 from mlflow_safeflavor.save.code import LOADER_MODULE, loader_digest
 from mlflow_safeflavor.tasks.base import Task
@@ -36,22 +38,22 @@ __all__ = ["seal", "write_example", "write_module", "write_task"]
 
 
 def write_module(
-    source: Source,
+    subject: Subject,
+    hooks: Mapping[str, Callable[..., Any]],
     dtype: str,
-    described: dict[str, Any],
     allow_pickle: bool,
     layout: Layout,
-) -> tuple[dict[str, Any], bool]:
+) -> tuple[dict[str, Any], Inventory, dict[str, torch.dtype]]:
     """Write structure, pickle and tensors.
 
     Returns:
-        The structure, and whether any tensor was cast to the serving dtype.
+        The structure with the hooks, the inventory, and path → dtype of the tensors that were cast.
     """
-    slots = find_slots(source.module)
-    casts = dtype_plan(source.module, described, dtype, slots)
+    structure, slots = dict(subject.structure or {}), subject.slots
+    casts = casts_of(subject.module, structure, dtype, slots)
     # A name that imports back to the very function: lambdas and those of __main__ have none.
-    names = {hook: user_code.importable_name(function) for hook, function in source.hooks.items()}
-    to_pickle = {hook: source.hooks[hook] for hook, name in names.items() if name is None}
+    names = {hook: user_code.importable_name(function) for hook, function in hooks.items()}
+    to_pickle = {hook: hooks[hook] for hook, name in names.items() if name is None}
     if to_pickle and not allow_pickle:
         raise StructureError(
             "A hook cannot be imported anywhere else",
@@ -59,25 +61,24 @@ def write_module(
             wanted="a function at the top of a module",
             hint="move it to a file and pass code_paths=[file], or pass allow_pickle=True",
         )
-    described |= {"hooks": names, "hooks_pickle": None, "pickle": None}
+    structure |= {"hooks": names, "hooks_pickle": None, "pickle": None}
     # Hooks apart, so that a graph is served with them where the module's class is not installed.
     pickles: dict[str, dict[str, Any]] = {
-        "pickle": {"module": source.module} if described["kind"] == "pickle" else {},
+        "pickle": {"module": subject.module} if structure["kind"] == "pickle" else {},
         "hooks_pickle": to_pickle,
     }
     for facts, file in (("pickle", layout.structure_pickle), ("hooks_pickle", layout.hooks_pickle)):
         if pickles[facts]:
-            with evaluating(source.module):
-                content, slots, described[facts] = pickled.dump(pickles[facts], slots)
+            with evaluating(subject.module):
+                content, slots, structure[facts] = pickled.dump(pickles[facts], slots)
             layout.data.mkdir(exist_ok=True)
             file.write_bytes(content)
             # Once more: a pickle reaches tensors outside of modules, which had no slot before.
             require_saveable(slots)
     # From the slots of the pickle, where there is one: it has all that the module's walk found.
     inventory, values = inventories.take_inventory(slots, casts)
-    structures.write_structure(described, layout)
-    tensors.write_tensors(inventory, values, layout)
-    return described, bool(casts)
+    structures.write_structure(structure, layout)
+    return structure, tensors.write_tensors(inventory, values, layout), casts
 
 
 def write_task(

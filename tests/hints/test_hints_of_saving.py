@@ -23,6 +23,7 @@ from torch import nn
 import mlflow_safeflavor
 from mlflow_safeflavor import from_pretrained, load_model, materialize
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError, WeightsError
+from mlflow_safeflavor.module.subject import Subject
 
 pytest_plugins = "saved_models"
 
@@ -561,7 +562,7 @@ def test_a_damaged_module(save, tiny_bert, tiny_tokenizer, tmp_path):
     refused(WeightsError, save, model, tokenizer=tiny_tokenizer)
     save(from_pretrained(tmp_path / "checkpoint"), tokenizer=tiny_tokenizer)
     with pytest.warns(UserWarning, match="looks damaged"):
-        mlflow_safeflavor.checkpoints.damage.require_undamaged(model, "warn")
+        mlflow_safeflavor.checkpoints.damage.require_undamaged(Subject.of(model), "warn")
 
 
 @follows(

@@ -564,7 +564,7 @@ def test_a_default_dtype_that_keeps_changing(save, code, monkeypatch):  # noqa: 
 
         patch.setattr(dtype_plan, "build", build)
         patch.setattr(
-            dtype_plan._Watch,
+            dtype_plan.Watch,
             "disturbed",
             property(lambda self: True, lambda self, value: None),
             raising=False,

@@ -563,7 +563,7 @@ def test_a_default_dtype_that_never_settles_is_named(save, monkeypatch):
 
     monkeypatch.setattr(dtype_plan, "build", build)
     always = property(lambda self: True, lambda self, value: None)
-    monkeypatch.setattr(dtype_plan._Watch, "disturbed", always, raising=False)
+    monkeypatch.setattr(dtype_plan.Watch, "disturbed", always, raising=False)
     with pytest.raises(PlacementError, match="kept changing"):
         load(path, trust={"code"}, dtype="bfloat16")
 

@@ -36,7 +36,7 @@ from transformers import (
 from trigger_models import WIDTH, SmallConfig
 
 import mlflow_safeflavor
-from mlflow_safeflavor.checkpoints.damage import find_damage
+from mlflow_safeflavor.checkpoints import damage
 from mlflow_safeflavor.checkpoints.from_pretrained import from_pretrained
 from mlflow_safeflavor.checkpoints.materialize import materialize
 from mlflow_safeflavor.errors import (
@@ -48,6 +48,7 @@ from mlflow_safeflavor.errors import (
 )
 from mlflow_safeflavor.module.equality import bits_equal
 from mlflow_safeflavor.module.slots import find_slots
+from mlflow_safeflavor.module.subject import Subject
 
 pytestmark = [
     # What MLflow warns of itself, at its first import and with pandas 3.
@@ -182,7 +183,7 @@ def test_a_buffer_that_init_weights_forgets(tmp_path):
         assert not any(info.values())  # silent
         assert torch.isnan(plain.scale).all()
         assert torch.isnan(plain.shift).all()
-        assert [line.split(":")[0] for line in find_damage(plain)] == [
+        assert [line.split(":")[0] for line in damage.find_damage(Subject.of(plain))] == [
             "scale",
             "shift",
             "scale",
@@ -461,7 +462,7 @@ def test_to_empty_and_a_strict_load(tmp_path):
         == "<All keys matched successfully>"
     )
     assert torch.isnan(unwritten.rotary_emb.inv_freq).all()  # silent
-    assert any("rotary_emb.inv_freq" in line for line in find_damage(unwritten))
+    assert any("rotary_emb.inv_freq" in line for line in damage.find_damage(Subject.of(unwritten)))
     assert differing(materialize(empty, model.state_dict()), model) == []
 
     with torch.device("meta"):
@@ -484,7 +485,10 @@ def test_empty_like_in_the_place_of_values(tiny_gpt2):
             value = torch.empty_like(tensor) if "ln_f" in name else tensor
             accelerate.utils.set_module_tensor_to_device(empty, name, "cpu", value=value)
     assert not empty.transformer.ln_f.weight.is_meta  # and no error knows that it is garbage, but:
-    assert any(line.startswith("transformer.ln_f.weight: holds NaN") for line in find_damage(empty))
+    assert any(
+        line.startswith("transformer.ln_f.weight: holds NaN")
+        for line in damage.find_damage(Subject.of(empty))
+    )
     for device in ("cpu", torch.device("cpu")):
         with torch.device("meta"):
             again = GPT2LMHeadModel(model.config)
@@ -515,7 +519,9 @@ def test_nan_that_does_not_reach_the_answer(tmp_path):
     """
     model = seeded(lambda: LlamaModel(llama_config()))
     model.rotary_emb.inv_freq.fill_(float("nan"))
-    assert any(line.startswith("rotary_emb.inv_freq") for line in find_damage(model))
+    assert any(
+        line.startswith("rotary_emb.inv_freq") for line in damage.find_damage(Subject.of(model))
+    )
 
 
 # Offload.

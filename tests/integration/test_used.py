@@ -20,13 +20,12 @@ import yaml
 
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.checkpoints.given import Source
 from mlflow_safeflavor.environment.files import missing_lines
 from mlflow_safeflavor.environment.owners import Owners
 from mlflow_safeflavor.environment.used import Use, find_used, way_to_bring
 from mlflow_safeflavor.errors import EnvironmentMismatchError
 from mlflow_safeflavor.save import save
-from mlflow_safeflavor.save.pinning import Pinning
+from mlflow_safeflavor.save.pinning import Pinning, needs_of
 
 pytest_plugins = "own_python"
 
@@ -157,10 +156,8 @@ def pin(tmp_path):
         layout = Layout(tmp_path / "stage")
         layout.data.mkdir(parents=True, exist_ok=True)
         none = dict.fromkeys(("pip_requirements", "extra_pip_requirements", "conda_env"))
-        source = Source(task="raw", module=torch.nn.Linear(1, 1))
-        pinning = Pinning(
-            layout, source, engines, None, hashes, **{"torch_index": None, **none, **wanted}
-        )
+        needs = needs_of(engines, torch.nn.Linear(1, 1), {}, None, tokenizes=False, code_paths=None)
+        pinning = Pinning(layout, needs, hashes=hashes, **{"torch_index": None, **none, **wanted})
         pinning.write()
         return pinning.finish(used), layout.requirements.read_text().splitlines()
 

@@ -10,8 +10,19 @@ import transformers
 from torch import nn
 from transformers import BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from mlflow_safeflavor.checkpoints.damage import find_damage, format_damage, require_undamaged
+from mlflow_safeflavor.checkpoints import damage as doctor
+from mlflow_safeflavor.checkpoints.damage import format_damage
 from mlflow_safeflavor.errors import InputError, WeightsError
+from mlflow_safeflavor.module.subject import Subject
+
+
+def find_damage(module):
+    return doctor.find_damage(Subject.of(module))
+
+
+def require_undamaged(module, *how):
+    doctor.require_undamaged(Subject.of(module), *how)
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -24,9 +24,14 @@ from torch.nn.utils import parametrizations, prune
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.module import structure
-from mlflow_safeflavor.module.attributes import find_differences
+from mlflow_safeflavor.module import attributes, structure
+from mlflow_safeflavor.module.subject import Subject
 from mlflow_safeflavor.module.wrappers import require_plain
+
+
+def find_differences(given, built):
+    return attributes.find_differences(Subject.of(given), Subject.of(built))
+
 
 X = {"x": np.array([[-0.4], [3.0]], dtype=np.float32)}
 
@@ -214,7 +219,7 @@ def test_what_no_constructor_gives_back_is_named(code, name):
     change, words = CHANGES[name]
     change(model)
     with pytest.raises(StructureError) as caught:
-        structure.describe(model, forward=lambda module: module(torch.tensor(X["x"])))
+        structure.describe(Subject.of(model), forward=lambda module: module(torch.tensor(X["x"])))
     assert str(caught.value.found).startswith(words), caught.value.found
     for way in ("init_args", "allow_pickle=True", "graph='only'"):
         assert way in caught.value.hint
@@ -350,7 +355,7 @@ def test_a_note_of_what_a_forward_did_to_the_weights_goes_with_them(code):
     model(ids)
     before = model.blocks[7].attention.output.weight.detach().clone()
     with pytest.raises(StructureError, match="layers_are_rescaled: True, rebuilt False"):
-        structure.describe(model, forward=lambda module: module(ids))
+        structure.describe(Subject.of(model), forward=lambda module: module(ids))
     assert torch.equal(model.blocks[7].attention.output.weight, before)
 
 
@@ -358,7 +363,7 @@ def test_a_forward_that_fails_excuses_nothing(code):
     model = seeded(code.Keeps)
     model(torch.ones(5, 1))
     with pytest.raises(StructureError, match="calls: 1, rebuilt 0"):
-        structure.describe(model, forward=lambda module: module(torch.ones(2, 3)))
+        structure.describe(Subject.of(model), forward=lambda module: module(torch.ones(2, 3)))
 
 
 ROPE = {

@@ -24,6 +24,7 @@ from mlflow_safeflavor.module.build import build
 from mlflow_safeflavor.module.inventory import take_inventory
 from mlflow_safeflavor.module.layers import describe_layers, is_tree, make_layers
 from mlflow_safeflavor.module.slots import find_slots
+from mlflow_safeflavor.module.subject import Subject
 
 BLOCK = {"d_model": 4, "nhead": 2, "dim_feedforward": 8}
 shared, relu = nn.Linear(4, 4), nn.ReLU()
@@ -97,7 +98,9 @@ def test_a_tree_makes_the_same_module(module):
     made = make_layers(tree).train(module.training)
     assert repr(made) == repr(module)
     assert [
-        str(difference) for difference in find_differences(module, made) if not difference.tensor
+        str(difference)
+        for difference in find_differences(Subject.of(module), Subject.of(made))
+        if not difference.tensor
     ] == []
     slots = [
         [(slot.path, slot.kind, slot.tensor.shape) for slot in find_slots(each)]
