@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from mlflow_safeflavor.load.image import generate_dockerfile
     from mlflow_safeflavor.load.load import load_model
     from mlflow_safeflavor.load.pyfunc import PyfuncModel
+    from mlflow_safeflavor.save.autolog import autolog
     from mlflow_safeflavor.save.save import log_model, save_model
     from mlflow_safeflavor.verify.verify import verify_model
 
 __all__ = [
     "FLAVOR_NAME",
+    "autolog",
     "from_pretrained",
     "generate_dockerfile",
     "get_default_conda_env",
@@ -45,6 +47,7 @@ __all__ = [
 # is checked, imports neither torch nor transformers.
 _HOMES = {
     "FLAVOR_NAME": ("artifact.spec", "FLAVOR_NAME"),
+    "autolog": ("save.autolog", "autolog"),
     "from_pretrained": ("checkpoints.from_pretrained", "from_pretrained"),
     "generate_dockerfile": ("load.image", "generate_dockerfile"),
     "get_default_conda_env": ("environment.conda", "default_conda_env"),

@@ -22,6 +22,7 @@ from mlflow_safeflavor.graph.file import describe_graph, read_graph
 from mlflow_safeflavor.graph.graph import lines_of
 from mlflow_safeflavor.load.download import located
 from mlflow_safeflavor.load.saved import Saved, read_saved
+from mlflow_safeflavor.tasks.table import task_class
 from mlflow_safeflavor.version import __version__
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> Non
     table = Table(show_header=False, title=Text(plain(uri)), title_justify="left")
     for name, value in {
         "task": spec.task,
+        **task_class(spec.task).metadata(spec.task_config),
         "model class": spec.model_class,
         "structure": f"{spec.structure} (runs {_runs(spec.structure)})",
         **describe_graph(layout),

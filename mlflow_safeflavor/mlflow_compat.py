@@ -30,6 +30,7 @@ __all__ = [
     "inferred_signature",
     "log",
     "log_arguments",
+    "log_metrics",
     "read_mlmodel",
     "require_schema",
     "rows_schema",
@@ -171,6 +172,13 @@ def log(flavor: Any, name: str, **arguments: Any) -> ModelInfo:
     path = {"artifact_path": None, "name": name} if named else {"artifact_path": name}
     info: ModelInfo = Model.log(**path, flavor=flavor, **arguments)
     return info
+
+
+def log_metrics(metrics: Mapping[str, float], step: int, info: ModelInfo) -> None:
+    """Metrics of the active run; since MLflow 3 also of the logged model."""
+    model_id = getattr(info, "model_id", None)
+    linked = "model_id" in inspect.signature(mlflow.log_metrics).parameters and model_id
+    mlflow.log_metrics(dict(metrics), step=step, **({"model_id": model_id} if linked else {}))
 
 
 def copies_runs() -> bool:

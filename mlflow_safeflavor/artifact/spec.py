@@ -52,7 +52,7 @@ _QUALNAME = rf"({_NAME}|<locals>|<lambda>)"
 # Used with fullmatch. None of these may hold the end of a line, or a sign that a shell, Dockerfile
 # or terminal obeys: readers print them, and write them into files.
 _PATTERNS = {
-    "task": (r"[a-z0-9]{1,40}(-[a-z0-9]{1,40}){0,5}", "words of small letters with dashes"),
+    "task": (r"[a-z0-9]{1,40}([-/][a-z0-9]{1,40}){0,5}", "words of small letters with - or /"),
     "model_class": (
         rf"(?=.{{1,1000}}\Z){_NAME}(\.{_NAME})*:{_QUALNAME}(\.{_QUALNAME})*",
         "module:qualname",

@@ -146,8 +146,10 @@ def seal(
     for file in (layout.mlmodel, layout.manifest):
         file.unlink(missing_ok=True)
     mlmodel.signature = signature
-    if metadata is not None:
-        mlmodel.metadata = dict(metadata)
+    given = mlmodel.metadata if metadata is None else metadata  # ``log_model`` gives it to MLflow
+    facts = task_class(spec.task).metadata(spec.task_config)
+    if facts or given is not None:
+        mlmodel.metadata = {**facts, **(given or {})}
     pyfunc.add_to_model(
         mlmodel,
         loader_module=LOADER_MODULE,

@@ -72,6 +72,8 @@ class Task(ABC):
     hears: ClassVar[bool] = False
     # Whether only the user's example tells columns, signature and golden rows.
     needs_example: ClassVar[bool] = False
+    # Whether all rows of a request make one answer, so that ``result`` is no table.
+    one_answer: ClassVar[bool] = False
     # Keys of the user's ``model_config`` that belong to the task and are fixed at save.
     task_options: ClassVar[frozenset[str]] = frozenset()
     # Whether golden rows hold their features, so that a tokenizer that drifted is named as such.
@@ -170,6 +172,11 @@ class Task(ABC):
         ``config`` as in ``Task``.
         """
         return dict(cls.golden_params)
+
+    @classmethod
+    def metadata(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Facts for the metadata in ``MLmodel`` and for ``inspect``; ``config`` as in ``Task``."""
+        return {}
 
     @classmethod
     def describe_example(cls, config: Mapping[str, Any], example: Any) -> dict[str, Any]:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from mlflow.models import ModelSignature
 from mlflow.types import DataType
 
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.mlflow_compat import Array, answer_of
 from mlflow_safeflavor.module.pooling import POOLINGS, pool
+from mlflow_safeflavor.tasks.cells import from_json, to_json
+from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.texts import require_texts
 from mlflow_safeflavor.tasks.outputs import normalized, pick, require_finite
 from mlflow_safeflavor.tasks.params import Param
+from mlflow_safeflavor.tasks.quantization import PRECISIONS, SCALED, quantized
 from mlflow_safeflavor.tasks.text import TextTask
 from mlflow_safeflavor.tasks.text_model import describe_text_model
 from mlflow_safeflavor.tasks.text_params import MAX_LENGTH, TRUNCATION
@@ -30,6 +35,8 @@ _HEADS = re.compile(r"(LMHead|DoubleHeads|PreTrained|EncoderDecoder|MT)Model$")
 # Characters of a prompt that each row of a table may have, beyond ``max_characters`` in all.
 _PROMPTED = 1000
 _SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+# Params that change what the calibration texts' ranges are about.
+_CALIBRATED = ("truncate_dim", "normalize_embeddings")
 
 _TRUNCATE_DIM = Param(
     "truncate_dim",
@@ -41,6 +48,11 @@ _TRUNCATE_DIM = Param(
 )
 _NORMALIZE = Param("normalize_embeddings", "boolean", default=False, wanted="true or false")
 _PROMPT = Param("prompt", "string", default="", wanted="a text to put in front", none_is="")
+_PRECISION = Param("precision", "string", "float32", wanted="", none_is="float32")
+# Most prompts that golden rows have.
+_PROMPTS_RECORDED = 4
+# Texts that calibrate in one forward.
+_AT_ONCE = 32
 
 
 class FeatureExtraction(TextTask):
@@ -50,17 +62,22 @@ class FeatureExtraction(TextTask):
     says: ``pooling``, a name in ``embedding.POOLINGS``, by default "mean" over real tokens, or a
     list of them, side by side; ``normalize``, whether to scale to length 1 (default False);
     ``prompts``, name → text to put in front; ``include_prompt``, whether the prompt's tokens are
-    pooled, too (default True); ``similarity``, what embeddings are compared with, only noted.
+    pooled, too (default True); ``similarity``, what embeddings are compared with, only noted;
+    ``calibration``, texts whose embeddings tell the range of each number, for ``precision``. Not
+    the texts are stored, but the ranges.
 
-    Params: ``prompt_name`` and ``prompt``, for models with prompts; ``truncate_dim``, and
-    ``normalize_embeddings``, to scale to length 1 after that.
+    Params: ``prompt``, and ``prompt_name`` for models with prompts; ``truncate_dim``, and
+    ``normalize_embeddings``, to scale to length 1 after that; ``precision``, see ``quantization``.
 
-    Answers: ``embedding``, a list of floats, by default as many as the model's hidden size.
+    Answers: ``embedding``, a list of floats, by default as many as the model's hidden size; of
+    whole numbers where ``precision`` says so.
     """
 
     name = "feature-extraction"
-    params = (_TRUNCATE_DIM, _NORMALIZE, MAX_LENGTH, TRUNCATION)
-    task_options = frozenset({"pooling", "normalize", "prompts", "include_prompt", "similarity"})
+    params = (_PROMPT, _TRUNCATE_DIM, _NORMALIZE, _PRECISION, MAX_LENGTH, TRUNCATION)
+    task_options = frozenset(
+        ("pooling", "normalize", "prompts", "include_prompt", "similarity", "calibration")
+    )
     answer = answer_of({"embedding": Array(DataType.double)})
 
     @classmethod
@@ -89,6 +106,7 @@ class FeatureExtraction(TextTask):
             "prompts": {},
             "include_prompt": True,
             "similarity": None,
+            "calibration": [],
         }
         chosen = {**usual, **options}
         if isinstance(chosen["pooling"], str):
@@ -120,21 +138,81 @@ class FeatureExtraction(TextTask):
             " | ".join(_SIMILARITIES),
             chosen,
         )
+        _require_option(
+            "calibration", _is_calibration(chosen["calibration"]), "two texts or more", chosen
+        )
         text = describe_text_model(tokens)
         if "weightedmean" in chosen["pooling"] or isinstance(model, Embedder):
             text["padding_side"] = "right"  # positions are counted from the left
-        return {**text, **chosen, "prompts": dict(chosen["prompts"])}
+        lists = {name: list(chosen[name]) for name in ("pooling", "calibration")}
+        return {**text, **chosen, **lists, "prompts": dict(chosen["prompts"]), "ranges": None}
 
     @classmethod
     def declared(cls, config: Mapping[str, Any]) -> tuple[Param, ...]:
+        ranges = config.get("calibration") or config.get("ranges")
+        known = tuple(name for name in PRECISIONS if ranges or name not in SCALED)
+        wanted = " | ".join(known) + (
+            "" if ranges else f"; {' and '.join(SCALED)} for models saved with calibration texts"
+        )
+        precision = replace(_PRECISION, wanted=wanted, allows=known.__contains__)
+        params = tuple(precision if param is _PRECISION else param for param in cls.params)
         names = tuple(config.get("prompts") or ())
         if not names:
-            return cls.params
+            return params
         wanted = f"{' | '.join(names)}, or an empty text for no prompt"
         named = Param(
             "prompt_name", "string", "", wanted, allows=("", *names).__contains__, none_is=""
         )
-        return (named, _PROMPT, *cls.params)
+        return (named, *params)
+
+    def golden_rows(self) -> list[Row]:
+        """Texts as any, and the first with each prompt, whose tokens are so recorded."""
+        rows = super().golden_rows()
+        prompts = [*(self.config.get("prompts") or {}).values()][:_PROMPTS_RECORDED]
+        return [*rows, *({"text": prompt + rows[0]["text"]} for prompt in prompts)]
+
+    @classmethod
+    def metadata(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        similarity = config.get("similarity")
+        return {"similarity": similarity} if similarity in _SIMILARITIES else {}
+
+    def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
+        signature = super().signature(example, result)
+        if self.check_params(None)["precision"] != "float32":
+            signature.outputs = answer_of({"embedding": Array(DataType.long)})
+        return signature
+
+    def measured(self, engine: Engine, example: Any) -> dict[str, Any]:
+        """The ranges of the calibration texts' embeddings, in place of the texts."""
+        if not (texts := self.config["calibration"]):
+            return {}
+        task, rows = self.uncapped, [{"text": text} for text in texts]
+        params = {**task.check_params(None), "precision": "float32"}
+        features = sorted(task.encoded(rows, params), key=task.cost)
+        ends: list[np.ndarray] = []
+        for start in range(0, len(features), _AT_ONCE):
+            batch = features[start : start + _AT_ONCE]
+            outputs = task.forward(engine, batch, params)
+            answers = task.decoded(rows[: len(batch)], batch, outputs, params)
+            ends += [np.array(answer["embedding"], np.float32) for answer in answers]
+            ends = [np.min(ends, axis=0), np.max(ends, axis=0)]
+        return {"calibration": [], "ranges": to_json(np.stack(ends), "ranges")}
+
+    def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        checked = super().check_params(params)
+        if checked["precision"] in SCALED:
+            for param in self.asked:
+                if param.name in _CALIBRATED and checked[param.name] != param.default:
+                    raise InputError(
+                        "The ranges of a model saved with calibration texts are those of other "
+                        "embeddings",
+                        where=f"params, {param.name!r} beside precision {checked['precision']!r}",
+                        wanted=repr(param.default),
+                        found=repr(checked[param.name]),
+                        hint=f"save the model with params={{{param.name!r}: "
+                        f"{checked[param.name]!r}}}, or ask for float32, binary or ubinary",
+                    )
+        return checked
 
     @property
     def pad_id(self) -> int | None:
@@ -202,6 +280,8 @@ class FeatureExtraction(TextTask):
         *,
         first: int = 0,
     ) -> Iterator[dict[str, Any] | None]:
+        precision = params["precision"]
+        ranges = from_json(self.config["ranges"]) if precision in SCALED else None
         for i, output in enumerate(outputs, first):
             vector = output["embedding"]
             require_finite([vector], i)
@@ -209,11 +289,16 @@ class FeatureExtraction(TextTask):
             vector = vector[: params["truncate_dim"] or None]
             if params["normalize_embeddings"]:
                 vector = normalized(vector)
-            yield {"embedding": vector.tolist()}
+            yield {"embedding": quantized(vector, precision, ranges).tolist()}
 
 
 def _is_pooling(value: object) -> bool:
     return isinstance(value, list) and value != [] and all(kind in POOLINGS for kind in value)
+
+
+def _is_calibration(value: object) -> bool:
+    listed = isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
+    return listed and len(value) != 1  # type: ignore[arg-type]  # mypy does not see that it is one
 
 
 def _require_option(name: str, right: bool, wanted: str, chosen: Mapping[str, Any]) -> None:

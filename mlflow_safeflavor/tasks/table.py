@@ -9,6 +9,7 @@ from mlflow_safeflavor.tasks.custom import Custom
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
 from mlflow_safeflavor.tasks.fill_mask import FillMask
 from mlflow_safeflavor.tasks.image_classification import ImageClassification
+from mlflow_safeflavor.tasks.llm_embeddings import LlmEmbeddings
 from mlflow_safeflavor.tasks.question_answering import QuestionAnswering
 from mlflow_safeflavor.tasks.raw import Raw
 from mlflow_safeflavor.tasks.text2text_generation import Text2TextGeneration, specific_task
@@ -27,6 +28,7 @@ TASKS: dict[str, type[Task]] = {
         FeatureExtraction,
         FillMask,
         ImageClassification,
+        LlmEmbeddings,
         QuestionAnswering,
         Raw,
         Text2TextGeneration,

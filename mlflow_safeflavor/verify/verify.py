@@ -180,11 +180,15 @@ def _compare_golden(
         request_of_rows(pd.DataFrame(rows, dtype=object)),
         _golden_params(spec, layout),
     )
-    found = _ask_rows(server, {**request, **({"params": params} if params else {})}, len(rows))
-    # As a frame, since that is what tasks return: it gives each column one type.
-    yield from compare_answers(
-        as_served(pd.DataFrame(answers)), found, golden.atol, golden.rtol, golden=True
-    )
+    request |= {"params": params} if params else {}
+    if (cls := task_class(spec.task)).one_answer:
+        task = cls(spec.task_config, spec.input_columns)
+        wanted, found = [as_served(task.result(answers, None))], [server.ask(request)]
+    else:
+        # As a frame, since that is what tasks return: it gives each column one type.
+        wanted = as_served(pd.DataFrame(answers))
+        found = _ask_rows(server, request, len(rows))
+    yield from compare_answers(wanted, found, golden.atol, golden.rtol, golden=True)
 
 
 def _raw(spec: ModelSpec) -> Raw:
@@ -258,6 +262,7 @@ def _compare_rows(
 
     form = model.spec.task_config.get("form")
     by_column = bool(model.task.columns) or form == "table"
+    by_row = by_column and not model.task.one_answer
     size = _ROWS_PER_REQUEST if by_column else 1
     for start in range(0, len(frame), size):
         part = frame.iloc[start : start + size]
@@ -266,9 +271,9 @@ def _compare_rows(
         request = request_of_rows(part) if by_column else request_of_arrays(arrays)
         # Read by MLflow's own parser, so that both sides see the same values in the same types.
         wanted = as_served(model.predict(infer_and_parse_data(request, schema)))
-        found = _ask_rows(server, request, len(part)) if by_column else [server.ask(request)]
+        found = _ask_rows(server, request, len(part)) if by_row else [server.ask(request)]
         yield from compare_answers(
-            wanted if by_column else [wanted],
+            wanted if by_row else [wanted],
             found,
             golden.atol,
             golden.rtol,

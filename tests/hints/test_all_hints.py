@@ -123,6 +123,10 @@ FORWARDED = {
 """Hand on what has a row elsewhere."""
 
 TELLS = {
+    (
+        "save/autolog",
+        "autolog did not log the model %r of step %s, or its metrics: %s",
+    ),
     ("save/pinning", "safeflavor: pinned because the rehearsal used it, and what it requires: %s"),
     (
         "save/pinning",

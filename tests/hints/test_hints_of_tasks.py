@@ -527,3 +527,36 @@ def test_an_answer_that_is_no_number(save, tiny_bert, tiny_tokenizer):  # noqa: 
         assert len(halves.predict(["a dog"])) == 1
         whole = load_model(save(model, tokenizer=tiny_tokenizer, dtype="float32"))
         assert len(whole.predict(["the cat"])) == 1
+
+
+# Embeddings.
+
+
+@follows(
+    "tasks/feature_extraction",
+    "The ranges of a model saved with calibration texts are those of other embeddings",
+    "save the model with params={…: …}, or ask for float32, binary or ubinary",
+)
+def test_ranges_of_other_embeddings(save, tiny_tokenizer):  # noqa: F811
+    calibrated = {"calibration": ["the cat", "a red mat"]}
+    given = {"tokenizer": tiny_tokenizer, "model_config": calibrated}
+    model, texts = load_model(save(tiny_model("Bert", "Model"), **given)), ["a dog"]
+    asked = {"truncate_dim": 8, "precision": "int8"}
+    error = bad(model, texts, asked)
+    assert len(model.predict(texts, {**asked, "precision": "binary"})["embedding"][0]) == 1
+    params = eval(error.hint.partition("params=")[2].partition(", or")[0])
+    model = load_model(save(tiny_model("Bert", "Model"), **given, params=params))
+    assert len(model.predict(texts, asked)["embedding"][0]) == 8
+
+
+@follows(
+    "tasks/llm_embeddings",
+    "Numbers of tokens belong to another tokenizer, so that they cannot be read here",
+    "send texts; LangChain does with OpenAIEmbeddings(check_embedding_ctx_length=False)",
+)
+def test_numbers_of_tokens(save, tiny_tokenizer):  # noqa: F811
+    path = save(tiny_model("Bert", "Model"), tokenizer=tiny_tokenizer, task="llm/v1/embeddings")
+    model = load_model(path)
+    bad(model, {"input": [[5, 6], [7]]})
+    # what LangChain then sends is read from a server in test_llm_embeddings.py
+    assert len(model.predict({"input": ["a cat", "a"]})["data"]) == 2

@@ -6,6 +6,7 @@ As objects and as folders of every age they answer as ``encode`` and ``predict``
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 
@@ -16,11 +17,15 @@ import pytest
 import torch
 import transformers
 from architectures import tiny_model
+from click.testing import CliRunner
 from transformers import T5Config, T5EncoderModel
 
 import mlflow_safeflavor
+from mlflow_safeflavor.cli import main
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.tasks.cells import from_json
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
+from mlflow_safeflavor.tasks.quantization import PRECISIONS
 
 pytest.importorskip("sentence_transformers", minversion="6")
 with warnings.catch_warnings():
@@ -35,6 +40,7 @@ with warnings.catch_warnings():
         Transformer,
     )
     from sentence_transformers.models import WordWeights as Unknown
+    from sentence_transformers.util import quantize_embeddings
 
 TEXTS = [
     "the cat sat on the mat",
@@ -262,7 +268,7 @@ def test_arguments_of_encode_are_params(transformer, tmp_path):
     declared = {param.name: param.default for param in served.metadata.get_params_schema().params}
     assert declared == {
         **{"prompt_name": "query", "prompt": "", "truncate_dim": 0, "normalize_embeddings": False},
-        **{"max_length": 0, "truncation": True},
+        **{"precision": "float32", "max_length": 0, "truncation": True},
     }
     for ours, theirs in (
         ({"prompt_name": "document"}, {"prompt_name": "document"}),
@@ -283,14 +289,107 @@ def test_arguments_of_encode_are_params(transformer, tmp_path):
     assert found.spec.task_config["similarity"] == "cosine"
 
 
+# Others than are asked: those would be the very ends of a range.
+CALIBRATION = ["cats and dogs", "red mats", "x y", "if not else return", "the", "dog dog cat on"]
+
+
+def require_quantised(found, wanted):
+    """Equal, but for a number next to the border of two steps, and of the same type."""
+    assert found.shape == wanted.shape
+    assert np.issubdtype(found.dtype, np.integer)
+    different = np.abs(found.astype(int) - wanted.astype(int))
+    assert different.max() <= 1
+    assert (different > 0).mean() < 0.02
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "given", [{}, {"truncate_dim": 13, "normalize_embeddings": True}], ids=["whole", "cut off"]
+)
+def test_precisions_are_those_of_quantize_embeddings(transformer, tmp_path, given):
+    model = build(transformer, "prompts")
+    options = {"model_config": {"calibration": CALIBRATION}, "params": given}
+    found = save(model, tmp_path / "model", **options)
+    served = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    whole = model.encode(TEXTS, **given)
+    known = model.encode(CALIBRATION, **given)
+    for precision in PRECISIONS[1:]:
+        wanted = quantize_embeddings(whole, precision, calibration_embeddings=known)
+        require_quantised(embeddings(found, precision=precision), wanted)
+        for i, text in enumerate(TEXTS):
+            alone = embeddings(found, [text], precision=precision)
+            require_quantised(alone, wanted[i : i + 1])
+        frame = pd.DataFrame({"text": TEXTS})
+        answer = served.predict(frame, params={"precision": precision})["embedding"]
+        assert np.array(answer.tolist()).tolist() == embeddings(found, precision=precision).tolist()
+    assert (embeddings(found, precision="float32") == embeddings(found)).all()
+    # the texts are gone, and nothing but the ends of their embeddings is stored
+    config = found.spec.task_config
+    assert config["calibration"] == []
+    ends = np.stack([known.min(axis=0), known.max(axis=0)])
+    assert from_json(config["ranges"]) == pytest.approx(ends, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_precision_given_at_save_is_that_of_golden_rows_and_signature(transformer, tmp_path):
+    model = build(transformer, "cls")
+    options = {"model_config": {"calibration": CALIBRATION}, "params": {"precision": "int8"}}
+    found = save(model, tmp_path / "model", **options)
+    assert found.report.bit_identical
+    parity = json.loads((tmp_path / "model" / "safeflavor" / "parity.json").read_text())
+    assert all(
+        isinstance(number, int) for answer in parity["answers"] for number in answer["embedding"]
+    )
+    signature = mlflow.models.Model.load(str(tmp_path / "model")).signature
+    assert "Array(long)" in str(signature.outputs)
+    for name, value in (("truncate_dim", 3), ("normalize_embeddings", True)):
+        with pytest.raises(InputError, match=rf"'{name}' beside precision 'int8'"):
+            found.predict(["a"], params={name: value})
+        both = {name: value, "precision": "binary"}
+        assert len(found.predict(["a"], params=both)["embedding"][0]) == (1 if value == 3 else 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_precisions_without_ranges_are_refused_by_name(transformer, tmp_path):
+    found = save(build(transformer, "cls"), tmp_path / "model")
+    for precision in ("int8", "uint8", "int4"):
+        with pytest.raises(InputError, match=r"'precision'[\s\S]*saved with calibration texts"):
+            found.predict(["a"], params={"precision": precision})
+    assert embeddings(found, precision="ubinary").shape == (len(TEXTS), SIZE // 8)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_golden_rows_hold_the_tokens_of_prompts(transformer, tmp_path):
+    found = save(build(transformer, "prompts"), tmp_path / "model")
+    parity = json.loads((tmp_path / "model" / "safeflavor" / "parity.json").read_text())
+    first, *_, query, document = [row["text"] for row in parity["rows"]]
+    assert [query, document] == [text + first for text in PROMPTS["prompts"].values()]
+    assert found.report.bit_identical
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_similarity_is_told(transformer, tmp_path):
+    save(build(transformer, "cut off"), tmp_path / "model", metadata={"a": 1})
+    assert mlflow.models.Model.load(str(tmp_path / "model")).metadata == {
+        "similarity": "dot",
+        "a": 1,
+    }
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "model")])
+    assert re.search(r"similarity\W+dot", shown.output), shown.output
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["before the pooling", "prompts that do not count, and dense"])
 def test_the_whole_chain_is_one_graph(transformer, tmp_path, name):
     model = build(transformer, name)
-    save(model, tmp_path / "model", graph="require")
+    calibrated = {"calibration": CALIBRATION}
+    module = save(model, tmp_path / "model", graph="require", model_config=calibrated)
     graph = mlflow_safeflavor.load_model(tmp_path / "model", model_config={"engine": "onnx"})
     assert graph.report.engine == "onnx"
     assert np.abs(embeddings(graph) - model.encode(TEXTS)).max() < 1e-6
+    for precision in PRECISIONS[1:]:
+        wanted = embeddings(module.answered_by(module.engine), precision=precision)
+        require_quantised(embeddings(graph, precision=precision), wanted)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -498,6 +597,8 @@ def test_a_folder_that_merely_has_a_config_goes_on_as_before(tmp_path, tiny_toke
         ("prompts", {"a": 1}),
         ("similarity", "angle"),
         ("include_prompt", 1),
+        ("calibration", ["a"]),
+        ("calibration", "ab"),
     ],
 )
 def test_options_that_are_not_allowed(name, value):

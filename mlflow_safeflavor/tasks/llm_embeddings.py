@@ -1,0 +1,171 @@
+"""Texts → embeddings, asked and answered in the words of OpenAI's API."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from mlflow.models import ModelSignature
+from mlflow.types import DataType
+
+from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.mlflow_compat import Array, Object, Property, schema_of
+from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
+from mlflow_safeflavor.tasks.features import Features, RowOutput
+from mlflow_safeflavor.tasks.inputs.rows import Row
+from mlflow_safeflavor.tasks.inputs.wording import place
+from mlflow_safeflavor.tasks.params import Param
+
+__all__ = ["LlmEmbeddings"]
+
+_ENCODINGS = ("float", "base64")
+_OPENAI = (
+    Param("model", "string", default="", wanted="a text, which the answer repeats", none_is=""),
+    Param("user", "string", default="", wanted="a text, which nobody reads", none_is=""),
+    Param(
+        "encoding_format",
+        "string",
+        default="float",
+        wanted=" | ".join(_ENCODINGS),
+        allows=_ENCODINGS.__contains__,
+        none_is="float",
+    ),
+    Param(
+        "dimensions",
+        "long",
+        default=0,
+        wanted="how many numbers of an embedding to keep, or 0 for all",
+        allows=lambda value: value >= 0,
+        none_is=0,
+    ),
+)
+
+
+class LlmEmbeddings(FeatureExtraction):
+    """``{"input": text or list of texts}`` → OpenAI's list of embeddings, as MLflow has it.
+
+    Options and params are those of ``FeatureExtraction``, and OpenAI's: ``model``, which the answer
+    repeats; ``dimensions``, to cut embeddings off and scale them to length 1 again;
+    ``encoding_format``, "float" or "base64" of little-endian float32; ``user``, not read.
+
+    All rows of a request make one answer: ``object``, ``data`` (``object``, ``index``,
+    ``embedding``), ``model``, ``usage`` (``prompt_tokens``, ``total_tokens``). Tokens are those
+    that the model read: special ones and a prompt's count, what was cut off does not.
+    """
+
+    name = "llm/v1/embeddings"
+    params = (*_OPENAI, *FeatureExtraction.params)
+    one_answer = True
+
+    @classmethod
+    def serves(cls, class_name: str) -> bool:
+        return False  # of a model, ``FeatureExtraction`` is told
+
+    @classmethod
+    def columns_for(
+        cls, input_columns: Mapping[str, str | None] | None
+    ) -> Mapping[str, str | None]:
+        return super().columns_for({"text": "input"} if input_columns is None else input_columns)
+
+    @classmethod
+    def metadata(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {"task": cls.name, **super().metadata(config)}  # as MLflow's own flavors
+
+    def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
+        signature = super().signature(example, result)
+        datum = [
+            Property("object", DataType.string),
+            Property("index", DataType.long),
+            Property("embedding", Array(DataType.double)),
+        ]
+        usage = [Property(name, DataType.long) for name in ("prompt_tokens", "total_tokens")]
+        signature.outputs = schema_of(
+            {
+                "object": DataType.string,
+                "data": Array(Object(datum)),
+                "model": DataType.string,
+                "usage": Object(usage),
+            }
+        )
+        return signature
+
+    def rows(self, data: Any) -> list[Row]:
+        """Rows of any shape, and each text of a list that takes the place of one."""
+        column = self.columns["text"]
+        if isinstance(data, pd.DataFrame) and list(data.columns) == [column]:
+            data = {column: data.iloc[:, 0].tolist()}
+        elif _are_records(data, column):
+            data = {column: [record[column] for record in data]}
+        cells = data.get(column) if isinstance(data, Mapping) and len(data) == 1 else None
+        if isinstance(cells, (list, tuple, np.ndarray)):
+            data = {column: [text for i, cell in enumerate(cells) for text in _texts(cell, i)]}
+        return super().rows(data)
+
+    def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        checked = super().check_params(params)
+        if size := checked["dimensions"]:
+            checked |= {"truncate_dim": size, "normalize_embeddings": True}
+        return checked
+
+    def decode(
+        self,
+        rows: Sequence[Row],
+        features: Sequence[Features],
+        outputs: Sequence[RowOutput],
+        params: Mapping[str, Any],
+        *,
+        first: int = 0,
+    ) -> Iterator[dict[str, Any] | None]:
+        answers = super().decode(rows, features, outputs, params, first=first)
+        for row, output, answer in zip(features, outputs, answers, strict=True):
+            if answer is None:
+                yield None
+                continue
+            if params["dimensions"] > len(output["embedding"]):
+                raise InputError(
+                    "A param has a value that is not allowed",
+                    where="params, 'dimensions'",
+                    wanted=f"at most {len(output['embedding'])}, which is all the model has",
+                    found=params["dimensions"],
+                )
+            vector = answer["embedding"]
+            if params["encoding_format"] == "base64":
+                vector = base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
+            yield {"embedding": vector, "tokens": self.cost(row), "model": params["model"]}
+
+    def result(self, answers: Sequence[Mapping[str, Any]], data: Any) -> Any:
+        tokens = sum(answer["tokens"] for answer in answers)
+        return {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": i, "embedding": answer["embedding"]}
+                for i, answer in enumerate(answers)
+            ],
+            "model": answers[0]["model"],
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+
+
+def _are_records(data: Any, column: str | None) -> bool:
+    """Whether it is a list of dicts of nothing but this column."""
+    return isinstance(data, list) and all(
+        isinstance(record, Mapping) and list(record) == [column] for record in data
+    )
+
+
+def _texts(cell: Any, i: int) -> Sequence[Any]:
+    """The texts of one ``input``."""
+    cell = cell.tolist() if isinstance(cell, np.ndarray) else cell
+    if type(cell) is int or (isinstance(cell, list) and any(type(part) is int for part in cell)):
+        raise InputError(
+            "Numbers of tokens belong to another tokenizer, so that they cannot be read here",
+            where=place(i, "input"),
+            wanted="a text, or a list of texts",
+            found="a list of whole numbers",
+            hint="send texts; LangChain does with "
+            "OpenAIEmbeddings(check_embedding_ctx_length=False)",
+        )
+    return cell if isinstance(cell, list) else [cell]
