@@ -47,11 +47,11 @@ def autolog(
     from transformers import trainer
 
     require_arguments(kwargs, save_model, mlflow_compat.log_arguments(save_model))
-    others = [made for made in trainer.DEFAULT_CALLBACKS if not hasattr(made, _MARK)]
-    trainer.DEFAULT_CALLBACKS[:] = [
-        *others,
-        *([] if disable else [_callback(name, every_save, kwargs)]),
-    ]
+    # a trainer makes its callbacks of a copy of this list
+    callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
+    callbacks[:] = [cls for cls in callbacks if not hasattr(cls, _MARK)]
+    if not disable:
+        callbacks.append(_callback(name, every_save, kwargs))
 
 
 _MARK = "logs_safeflavor_models"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from mlflow.models import ModelSignature
@@ -74,7 +74,14 @@ class FeatureExtraction(TextTask):
     """
 
     name = "feature-extraction"
-    params = (_PROMPT, _TRUNCATE_DIM, _NORMALIZE, _PRECISION, MAX_LENGTH, TRUNCATION)
+    params: ClassVar[tuple[Param, ...]] = (
+        _PROMPT,
+        _TRUNCATE_DIM,
+        _NORMALIZE,
+        _PRECISION,
+        MAX_LENGTH,
+        TRUNCATION,
+    )
     task_options = frozenset(
         ("pooling", "normalize", "prompts", "include_prompt", "similarity", "calibration")
     )
