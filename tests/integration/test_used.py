@@ -20,6 +20,7 @@ import yaml
 
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact.layout import Layout
+from mlflow_safeflavor.checkpoints.given import Source
 from mlflow_safeflavor.environment.files import missing_lines
 from mlflow_safeflavor.environment.owners import Owners
 from mlflow_safeflavor.environment.used import Use, find_used, way_to_bring
@@ -156,7 +157,7 @@ def pin(tmp_path):
         layout = Layout(tmp_path / "stage")
         layout.data.mkdir(parents=True, exist_ok=True)
         none = dict.fromkeys(("pip_requirements", "extra_pip_requirements", "conda_env"))
-        needs = needs_of(engines, torch.nn.Linear(1, 1), {}, None, tokenizes=False, code_paths=None)
+        needs = needs_of(Source(task="raw", module=torch.nn.Linear(1, 1)), engines, None)
         pinning = Pinning(layout, needs, hashes=hashes, **{"torch_index": None, **none, **wanted})
         pinning.write()
         return pinning.finish(used), layout.requirements.read_text().splitlines()
