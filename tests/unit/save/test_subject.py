@@ -88,7 +88,6 @@ def subjects(tiny_bert, tiny_tokenizer, user_code):
     }
 
 
-@pytest.mark.graphs
 @pytest.mark.parametrize("name", WANTED)
 def test_walks_and_constructions_of_a_save(
     tiny_bert, tiny_tokenizer, user_code, walked, constructed, tmp_path, name
