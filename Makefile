@@ -47,7 +47,7 @@ stack-down: $(STAMP)  ## stop all that `make stack` started
 test: test-here test-docker  ## run the tests
 
 unit: $(STAMP)  ## tests of one room: make unit ROOM=predict
-	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow and not serve" tests/unit/$(ROOM) $(ARGS)
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -q -p no:cacheprovider -p no:anyio -m "not slow and not serve" tests/unit/$(ROOM) $(ARGS)
 
 test-here: $(STAMP)
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "not docker" $(ARGS)

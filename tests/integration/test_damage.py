@@ -45,7 +45,7 @@ pytest_plugins = "saved_models"
 PACKAGE = Path(mlflow_safeflavor.__file__).parent
 DATA = [
     f"{name}.json"
-    for name in ("config", "structure", "tensors", "environment", "parity", "graph", "manifest")
+    for name in ("config", "structure", "tensors", "environment", "parity", "manifest")
 ]
 DATA += [
     "model.safetensors",
@@ -70,6 +70,7 @@ FILES = [
         for name in ("LOADER.txt", "artifact/proven_classes.txt", "py.typed")
     ),
 ]
+GRAPH = ["safeflavor/graph.json", "safeflavor/graph.onnx"]  # of a model that has one
 # MLflow's own reading of the files takes most of a second, so through pyfunc one vendored file
 # stands for all.
 FILES_FOR_PYFUNC = [
@@ -102,10 +103,13 @@ def refuse_behind_pyfunc(path, kind, *named):
         assert name in str(refused.value)
 
 
-def test_every_file_of_an_artifact_is_a_case(saved):
-    assert {
-        file.relative_to(saved).as_posix() for file in saved.rglob("*") if file.is_file()
-    } == set(FILES)
+@pytest.mark.parametrize(
+    ("model", "files"), [("saved", FILES), ("saved_with_graph", FILES + GRAPH)]
+)
+def test_every_file_of_an_artifact_is_a_case(model, files, request):
+    root = request.getfixturevalue(model)
+    there = {file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()}
+    assert there == set(files)
 
 
 # Accidents: the manifest is as it was
@@ -121,6 +125,15 @@ def test_a_missing_file(copied, name):
 def test_a_flipped_bit(copied, name):
     flip(copied / name)
     refuse(copied, IntegrityError, name, "fetch the artifact again")
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, flip])
+@pytest.mark.parametrize("name", GRAPH)
+def test_a_graph_that_is_missing_or_flipped(saved_with_graph, tmp_path, name, harm):
+    root = Path(shutil.copytree(saved_with_graph, tmp_path / "copy", copy_function=os.link))
+    harm(root / name)
+    refuse(root, IntegrityError, name)
+    refuse_behind_pyfunc(root, IntegrityError, name)
 
 
 @pytest.mark.parametrize("name", FILES_FOR_PYFUNC)

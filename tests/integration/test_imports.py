@@ -15,6 +15,7 @@ LIGHT = ("artifact", "environment", "graph", "load", "predict", "tasks")
 # which a save needs
 BUT = {"mlflow_safeflavor.graph.export", "mlflow_safeflavor.graph.decompositions"}
 HEAVY = {"torch", "transformers"}
+UNIT = Path(__file__).parents[1] / "unit"
 
 
 def light_modules():
@@ -77,6 +78,36 @@ def test_light_rooms_answer_where_there_is_no_torch():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[0.0, 2.0, 4.0]\n"
+
+
+def test_the_environment_is_judged_without_torch_and_transformers():
+    """Where they are installed."""
+    code = (
+        "import sys;"
+        "from mlflow_safeflavor.environment.differences import find_differences;"
+        "from mlflow_safeflavor.environment.record import record;"
+        "find_differences(record(['torch'], torch_build={}));"
+        "sys.exit(', '.join(sys.modules.keys() & {'torch', 'transformers'}) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+
+
+COLLECT = """
+import sys, pytest
+status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", sys.argv[1]])
+assert status == 0, status
+print(sorted({"torch", "transformers"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize("room", sorted(room.name for room in UNIT.iterdir() if room.name in LIGHT))
+def test_unit_tests_of_a_light_room_import_neither(room):
+    """`make unit ROOM=...` is the loop to work in, and torch takes seconds."""
+    command = [sys.executable, "-c", COLLECT, str(UNIT / room)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("\n[]\n")
 
 
 def test_no_file_is_longer_than_one_subject_takes():

@@ -151,7 +151,12 @@ def test_nothing_else_is_there_but_the_example(saved):
     others = {
         name for name in files_of(saved) - ALWAYS if not name.startswith("code/mlflow_safeflavor/")
     }
-    assert others == {"input_example.json", "serving_input_example.json", "safeflavor/graph.json"}
+    assert others == {"input_example.json", "serving_input_example.json"}
+
+
+def test_a_graph_is_two_files_more(saved, saved_with_graph):
+    more = files_of(saved_with_graph) - files_of(saved)
+    assert more == {"safeflavor/graph.json", "safeflavor/graph.onnx"}
 
 
 def test_the_loader_is_there_and_nothing_else_of_the_package(saved):

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,11 @@ import mlflow_safeflavor
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.checkpoints.given import Source
 from mlflow_safeflavor.environment.files import missing_lines
+from mlflow_safeflavor.environment.installed import OWN_NAME
 from mlflow_safeflavor.environment.owners import Owners
 from mlflow_safeflavor.environment.used import Use, find_used, way_to_bring
 from mlflow_safeflavor.errors import EnvironmentMismatchError
+from mlflow_safeflavor.module import user_code
 from mlflow_safeflavor.save import save
 from mlflow_safeflavor.save.pinning import Pinning, needs_of
 
@@ -432,3 +435,13 @@ def test_without_a_rehearsal_the_log_says_so(own_site, user_code, tmp_path, capl
         )
     assert "not rehearsed" in caplog.text
     assert "acme" not in (tmp_path / "m" / "requirements.txt").read_text()
+
+
+def test_what_this_project_requires_is_not_pinned_for_a_hook_of_its_own_folder(monkeypatch):
+    """Found in an editable install, as this file is."""
+    module = torch.nn.Module()
+    monkeypatch.setattr(user_code, "Owners", lambda: SimpleNamespace(of=lambda file: OWN_NAME))
+    hook = {"postprocess": lambda outputs, rows: rows}
+    assert user_code.distributions_of(module, hook, except_for=()) == []
+    monkeypatch.setattr(user_code, "Owners", lambda: SimpleNamespace(of=lambda file: "another"))
+    assert user_code.distributions_of(module, hook, except_for=()) == ["another"]

@@ -6,19 +6,25 @@ import contextlib
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from artifacts import flip, read_header, write_header
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from mlflow_safeflavor.artifact.digests import digests_of
 from mlflow_safeflavor.errors import IntegrityError
+
+TENSORS = {
+    "a": np.arange(100, dtype=np.float32),
+    "b": np.ones((3, 3), np.float32),
+    "empty": np.empty(0, np.float32),
+}
 
 
 @pytest.fixture
 def weights(tmp_path) -> Path:
     path = tmp_path / "model.safetensors"
-    save_file({"a": torch.arange(100.0), "b": torch.ones(3, 3), "empty": torch.empty(0)}, path)
+    save_file(TENSORS, path)
     return path
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 import yaml
 from requirement_files import lines_of, write_files
 
 from mlflow_safeflavor.environment import requirements
-from mlflow_safeflavor.environment.installed import OWN_NAME
 from mlflow_safeflavor.environment.record import record
 from mlflow_safeflavor.errors import EnvironmentMismatchError
-from mlflow_safeflavor.module import user_code
 
 # requirements.txt
 
@@ -325,13 +322,3 @@ def test_mlflow_finds_no_mismatch_in_the_real_pins(monkeypatch):
     assert found == []
     requirements_utils.warn_dependency_requirement_mismatches(["numpy==0.1"])
     assert len(found) == 1, "the check listens to the right logger"
-
-
-def test_what_this_project_requires_is_not_pinned_for_a_hook_of_its_own_folder(monkeypatch):
-    """Found in an editable install, as this file is."""
-    module = pytest.importorskip("torch").nn.Module()
-    monkeypatch.setattr(user_code, "Owners", lambda: SimpleNamespace(of=lambda file: OWN_NAME))
-    hook = {"postprocess": lambda outputs, rows: rows}
-    assert user_code.distributions_of(module, hook, except_for=()) == []
-    monkeypatch.setattr(user_code, "Owners", lambda: SimpleNamespace(of=lambda file: "another"))
-    assert user_code.distributions_of(module, hook, except_for=()) == ["another"]
