@@ -23,7 +23,9 @@ def saved(tmp_path, tiny_tokenizer):
     path = tmp_path / "model"
     options = {"tokenizer": tiny_tokenizer, "task": TASK, "params": {"model": "tiny"}}
     options["model_config"] = {"normalize": True, "prompts": {"query": "find the "}}
-    mlflow_safeflavor.save_model(tiny_model("Bert", "Model"), path, rehearse=False, **options)
+    mlflow_safeflavor.save_model(
+        tiny_model("Bert", "Model"), path, rehearse=False, graph="no", **options
+    )
     return path
 
 
@@ -32,7 +34,9 @@ def wanted(tmp_path, tiny_tokenizer):
     """Embeddings of the same model by the task ``feature-extraction``, and of others by name."""
     path = tmp_path / "plain"
     options = {"tokenizer": tiny_tokenizer, "model_config": {"normalize": True}}
-    mlflow_safeflavor.save_model(tiny_model("Bert", "Model"), path, rehearse=False, **options)
+    mlflow_safeflavor.save_model(
+        tiny_model("Bert", "Model"), path, rehearse=False, graph="no", **options
+    )
     loaded = mlflow_safeflavor.load_model(path)
     return lambda texts=TEXTS, **params: loaded.predict(texts, params)["embedding"].tolist()
 
