@@ -61,7 +61,7 @@ def _read_facts(layout: Layout) -> dict[str, Any]:
         or (there and not _is_proof(content["proof"]))
     ):
         raise IntegrityError(
-            "What is said of the graph is malformed",
+            "The proof of the graph is malformed",
             where=layout.name_of(layout.graph_facts),
             wanted=f"a proof beside {layout.graph.name}, and a reason where there is none",
             hint=FETCH_AGAIN,

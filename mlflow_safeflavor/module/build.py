@@ -100,8 +100,7 @@ def _maker(structure: Mapping[str, Any], trust: Collection[str]) -> Callable[[],
         lookup = import_name
     elif not is_proven(structure["class"].rpartition(":")[2]):
         raise StructureError(
-            "Nobody has proven that this class of transformers is built for what was saved, and "
-            "for nothing else",
+            "The class of transformers is not among those proven to come back as saved",
             where=structure["class"],
             wanted="a class in proven_classes.txt of this release",
             hint='save the model again with this release: it is then of the kind "import", for '

@@ -390,8 +390,7 @@ def test_a_constructor_that_reads_a_file(save, user_code, tmp_path):  # noqa: F8
 
 @follows(
     "module/build",
-    "Nobody has proven that this class of transformers is built for what was saved, and for "
-    "nothing else",
+    "The class of transformers is not among those proven to come back as saved",
     'save the model again with this release: it is then of the kind "import", for trust={"code"}',
 )
 def test_a_class_that_is_proven_no_more(tiny_bert, tiny_tokenizer, tmp_path, saved, monkeypatch):

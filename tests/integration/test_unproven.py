@@ -94,6 +94,6 @@ def test_of_which_no_module_is_imported(saved, tmp_path):
     )
     reseal(root)
     before = set(sys.modules)
-    with pytest.raises(StructureError, match="Nobody has proven"):
+    with pytest.raises(StructureError, match="not among those proven"):
         mlflow_safeflavor.load_model(str(root))
     assert name not in set(sys.modules) - before
