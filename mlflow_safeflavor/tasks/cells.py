@@ -43,7 +43,7 @@ def sent(value: Any) -> Any:
     """
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    if isinstance(value, (decimal.Decimal, datetime.time)):
+    if isinstance(value, (decimal.Decimal, datetime.time)):  # JSON has neither
         return str(value)
     if isinstance(value, Mapping):
         return {key: sent(item) for key, item in value.items()}

@@ -66,6 +66,7 @@ def labels_of(model: torch.nn.Module) -> list[str]:
     """
     id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
     labels = {int(i): str(label) for i, label in dict(id2label).items()}  # JSON's keys are texts
+    # Every logit needs a name: with gaps, answers would have the names of other labels.
     if not labels or sorted(labels) != list(range(len(labels))):
         raise StructureError(
             "The model does not name its labels",

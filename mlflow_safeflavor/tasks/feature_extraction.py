@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FeatureExtraction"]
 
+# Classes whose names end in "Model" as well, and that have a head or a decoder.
 _HEADS = re.compile(r"(LMHead|DoubleHeads|PreTrained|EncoderDecoder|MT)Model$")
 # Characters of a prompt that each row of a table may have, beyond ``max_characters`` in all.
 _PROMPTED = 1000

@@ -205,7 +205,7 @@ class FillMask(TextTask):
                             ids, gap, int(token), float(scores[token]), alone=len(gaps) == 1
                         )
                     )
-                    yield None
+                    yield None  # each prediction decodes the whole text: others take turns
                 predictions.append(found)
             yield {**predictions[0][0], "predictions": predictions}
 

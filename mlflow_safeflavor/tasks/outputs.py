@@ -28,6 +28,7 @@ def pick(
     Raises:
         StructureError: There is none, or it has another shape.
     """
+    # A forward that returns a tensor or a tuple names nothing: see ``engine.named_tensors``.
     array = outputs.get(name, outputs.get(f"output_{position}"))
     found = None if array is None else array.shape
     if (
@@ -56,6 +57,7 @@ def own(value: Any) -> Any:
         return value.detach().clone()
     if isinstance(value, dict):
         return {name: own(item) for name, item in value.items()}
+    # Exactly these types: a named tuple takes its items one by one.
     return type(value)(map(own, value)) if type(value) in (list, tuple, set) else value
 
 

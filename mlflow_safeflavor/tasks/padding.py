@@ -30,7 +30,7 @@ def ignores_padding(cls: type[Generation], model: Any, config: Mapping[str, Any]
         token for token in range(model.config.get_text_config().vocab_size) if token not in special
     ][-size:]
     if len(ids) < 4:
-        return False
+        return False  # too few tokens or positions to try it: rows then run alone
     params = {param.name: param.default for param in cls.params} | {
         "max_new_tokens": 2,
         KEEP_LOGITS.name: True,

@@ -170,6 +170,7 @@ def _checked(param: Param, value: Any) -> Any:
             "A param has a value that is not allowed",
             where=f"params, {param.name!r}",
             wanted=param.wanted,
+            # Shortened: a value of megabytes would go into the answer and the log.
             found=f"{type(value).__name__} {reprlib.repr(value)}",
         )
     return plain

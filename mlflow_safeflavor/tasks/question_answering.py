@@ -275,6 +275,7 @@ class QuestionAnswering(TextTask):
             yield []
         answers = [*found.values()]
         if params["handle_impossible_answer"]:
+            # No answer at all only if no window has one, as in transformers.
             answers.append({"answer": "", "score": min(impossible), "start": 0, "end": 0})
         yield sorted(answers, key=lambda answer: -answer["score"])
 
@@ -291,7 +292,7 @@ class QuestionAnswering(TextTask):
         read = np.flatnonzero(context | cls)
         starts, ends = np.zeros_like(start), np.zeros_like(end)
         starts[read], ends[read] = softmax(start[read]), softmax(end[read])
-        null = float((starts * ends)[cls].max(initial=0))
+        null = float((starts * ends)[cls].max(initial=0))  # 0 where the tokenizer has no such token
         scores = np.outer(starts[context], ends[context])  # (first, last) of each span
         # The upper triangle: a span ends where it begins or later, and is not too long.
         allowed = np.triu(np.tril(np.ones_like(scores, dtype=bool), params["max_answer_len"] - 1))

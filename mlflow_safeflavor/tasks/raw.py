@@ -170,6 +170,7 @@ class Raw(Task):
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         yield from rows
 
+    # Batches of one: what of the arrays are rows, only the module knows.
     def cost(self, features: Features) -> int:
         return 1
 

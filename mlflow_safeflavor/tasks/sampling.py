@@ -61,6 +61,7 @@ def sampler(settings: Mapping[str, Any], rows: int, seed: int) -> list[Any]:
 
     generators = [torch.Generator() for _ in range(rows)]
     for generator in generators:
+        # All rows of a seed draw alike: a row's text depends on nothing beside it.
         generator.manual_seed(seed) if seed >= 0 else generator.seed()
     asked = {name: value for name in SAMPLING if (value := settings.get(name)) is not None}
     warpers = [

@@ -87,6 +87,7 @@ class TextTask(Task):
     @property
     def limit(self) -> int | None:
         """Most tokens of a row that both model and tokenizer take; None if neither says."""
+        # The smaller one: each may declare more than the other takes.
         said = [self.config["max_length"], self.encoder.max_length]
         return min((length for length in said if length), default=None)
 

@@ -185,6 +185,7 @@ class TextGeneration(Generation):
                 where=place(i, self.columns["messages"]),
                 found=f"{type(error).__name__}: {error}",
             ) from error
+        # A template may put any text of its own around the messages, and repeat them.
         require_clean(rendered, place(i, self.columns["messages"]), self.caps)
         return rendered
 

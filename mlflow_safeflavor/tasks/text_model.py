@@ -52,7 +52,7 @@ def _text_config(model: torch.nn.Module) -> Any:
 
 
 def _pad_token_id(config: Any) -> int | None:
-    pad_id = getattr(config, "pad_token_id", None)
+    pad_id = getattr(config, "pad_token_id", None)  # -1 in some configs, for none
     return pad_id if isinstance(pad_id, int) and pad_id >= 0 else None
 
 

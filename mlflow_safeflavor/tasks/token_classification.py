@@ -235,6 +235,8 @@ class TokenClassification(TextTask):
 
     def _word(self, tokens: Sequence[_Token], strategy: str) -> _Token:
         """Tokens of one word as one, with the scores that the strategy gives it."""
+        # (labels,) of the word. "max" takes those of the token with the largest score, not the
+        # largest score of each label: they still add up to 1.
         scores = {
             "first": lambda: tokens[0]["scores"],
             "max": lambda: max((token["scores"] for token in tokens), key=np.max),
@@ -250,6 +252,7 @@ class TokenClassification(TextTask):
 
     def _group(self, entities: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {
+            # "B-PER" and "I-PER" are of the group "PER"; a label without a dash is its own group.
             "entity_group": entities[0]["entity"].split("-", 1)[-1],
             "score": float(np.mean([entity["score"] for entity in entities])),
             "word": self.encoder.join([entity["word"] for entity in entities]),

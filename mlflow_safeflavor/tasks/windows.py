@@ -35,5 +35,5 @@ def windows(
     # A window of nothing but the overlap with the one before is left out, but there is always one.
     starts = range(0, max(1, len(body) - overlap), room - overlap)
     for start in starts:
-        positions = sorted(rest + body[start : start + room])
+        positions = sorted(rest + body[start : start + room])  # in the order of the row
         yield {name: [values[i] for i in positions] for name, values in row.items()}

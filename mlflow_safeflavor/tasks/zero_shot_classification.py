@@ -82,6 +82,7 @@ class ZeroShotClassification(TextTask):
 
     @classmethod
     def golden(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        # Golden rows are asked with the labels that were saved as default, if there are any.
         own = ("candidate_labels",) if config.get("params", {}).get("candidate_labels") else ()
         return {name: value for name, value in super().golden(config).items() if name not in own}
 

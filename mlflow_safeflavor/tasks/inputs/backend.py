@@ -32,6 +32,7 @@ def read_backend(path: Path, read: Callable[[Path], bytes] = Path.read_bytes) ->
     try:
         if len(content := read(path)) > _LARGEST_FILE:
             raise ValueError(f"{len(content):,} bytes, which are more than {_LARGEST_FILE:,}")
+        # Of the bytes, not of the path: these were compared with the manifest.
         backend = Tokenizer.from_buffer(content)
         _require_moderate(backend)
         return backend

@@ -46,6 +46,7 @@ def content_of(value: Any, where: str) -> bytes:
     if isinstance(value, os.PathLike):
         return _read(Path(value), where)
     if isinstance(value, str):
+        # The beginning alone: the pattern's repetitions would be tried over 100 MB.
         text = value[found.end() :] if (found := _DATA_URL.match(value[:200])) else value
         return _decode(text.encode("ascii", "replace"), where)
     content = _sized(bytes(value), len(value), where)

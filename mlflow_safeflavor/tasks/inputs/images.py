@@ -89,6 +89,7 @@ def _open(content: bytes, where: str) -> Any:
 def _pixels(value: Any, where: str) -> np.ndarray:
     try:
         array: np.ndarray = np.asarray(value)
+        # Arrays of other integers may be of 16 bits; the lists of JSON have no type.
         whole = array.dtype == np.uint8 or isinstance(value, (list, tuple))
         shaped = array.ndim in (2, 3) and array.size > 0 and array.shape[2:] in ((), (3,))
         fits = (

@@ -135,6 +135,7 @@ class TextEncoder:
         """
         ids = [first["input_ids"], second["input_ids"]]
         frame = self._frame
+        # All parts of the frame but the two texts are special tokens.
         budget = max(0, max_length - len(frame) + 2) if max_length else None
         if budget is not None and sum(map(len, ids)) > budget:
             whole = [len(part) for part in ids]

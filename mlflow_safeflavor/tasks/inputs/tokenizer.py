@@ -143,6 +143,7 @@ def _private_copy(tokenizer: Any) -> Any:
             "PreTrainedTokenizerFast(tokenizer_object=...)",
         )
     try:
+        # Truncation and padding set on the user's own would change their later calls.
         private = copy.deepcopy(tokenizer)
     except Exception as error:  # a backend with parts written in Python fails in ways of its own
         raise StructureError(

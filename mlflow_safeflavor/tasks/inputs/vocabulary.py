@@ -47,6 +47,7 @@ def _said_table(module: torch.nn.Module) -> torch.nn.Embedding | None:
 
     try:
         table = module.get_input_embeddings()  # type: ignore[operator]
+    # Plain modules have no such method; some classes of transformers have one that raises.
     except (AttributeError, NotImplementedError, TypeError):
         return None
     return table if isinstance(table, nn.Embedding) else None
