@@ -1,4 +1,4 @@
-"""Which tensor of a module has which dtype, where the module is served in one dtype."""
+"""Dtypes of a module's tensors, where the module is served in one dtype."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def casts_of(
 ) -> dict[str, torch.dtype]:
     """``dtype_plan`` of a module that is saved or was loaded, by its structure.
 
-    Empty for "as-is", and where all parameters have that dtype: what somebody cast is not undone.
+    Empty for "as-is", and where all parameters have that dtype: the user's own cast is not undone.
     """
     if name == AS_IS:
         return {}
@@ -87,8 +87,7 @@ def _constructed_dtypes(structure: Mapping[str, Any], dtype: torch.dtype) -> dic
     seen = []
     for attempt in range(_TRIES):
         watch = Watch(dtype)
-        # Whoever gets here has agreed to run the class already: it is being saved, or was just
-        # loaded.
+        # Running the class was agreed to before: it is being saved, or was just loaded.
         skeleton = build(described, trust={"code"}, dtype=dtype, watch=watch)
         seen.append({slot.path: slot.tensor.dtype for slot in find_slots(skeleton)})
         if not watch.disturbed:
@@ -109,10 +108,8 @@ _TRIES = 10
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:
-    """A config, as JSON, that says ``dtype`` at every level.
-
-    Submodels obey it more than torch's default.
-    """
+    """A config, as JSON, with ``dtype`` at every level."""
+    # Constructors of submodels obey it more than torch's default.
     if not isinstance(config, Mapping):
         return config
     changed = {key: _with_dtype(value, dtype) for key, value in config.items()}
@@ -122,12 +119,10 @@ def _with_dtype(config: Any, dtype: str) -> Any:
 
 
 def _islands_of(module: torch.nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """What the class keeps in float32 (T5's ``wo``), to be searched in ``.path.``.
-
-    Transformers 4.57 and 5.
-    """
+    """Pattern of the tensors that the class keeps in float32 (T5's ``wo``), for ``.path.``."""
     names: set[str] = set()
     for child in module.modules():
+        # Overflow is float16's alone; strict islands lose too many bits in bfloat16, too.
         if dtype == torch.float16:
             names |= set(getattr(child, "_keep_in_fp32_modules", None) or ())
         if dtype in (torch.float16, torch.bfloat16):

@@ -111,10 +111,7 @@ def read_as(asked: str | torch.dtype | None, found: Mapping[str, int]) -> str:
 
 
 def input_dtype(name: str | torch.dtype, slots: Sequence[Slot]) -> torch.dtype:
-    """What floating point inputs must be.
-
-    The serving dtype, and for "as-is" the widest that any weight has.
-    """
+    """The dtype of floating point inputs: the serving dtype, for "as-is" the widest weight's."""
     if name != AS_IS:
         return resolve_dtype(name)
     floating = [

@@ -117,7 +117,7 @@ def _around(embedder: Embedder, transformer: torch.nn.Module) -> Embedder:
 
 
 def describe_constructor(subject: Subject) -> dict[str, Any]:
-    """How a constructor makes the same tensors; see ``describe``. Nothing else is compared."""
+    """The constructor's call that makes the same tensors; see ``describe``. No more is compared."""
     require_plain(subject.module)
     return describe_call(subject, None)[0]
 

@@ -1,4 +1,4 @@
-"""A module that is saved, and what was found out about it once."""
+"""Subject of a save: a module with its slots, structure and skeleton, each made once."""
 
 from __future__ import annotations
 
@@ -15,15 +15,12 @@ __all__ = ["Subject"]
 
 @dataclass(frozen=True)
 class Subject:
-    """A module with its tensors, so that nobody has to look for them again.
-
-    Valid as long as no tensor of the module is replaced: whoever runs a forward, fills or places a
-    module looks again.
+    """A module with its slots, valid as long as no tensor of the module is replaced.
 
     Attributes:
-        module: Only looked at.
-        slots: As ``find_slots`` gives them.
-        structure: How it is built again, see ``structure.describe``; None where nobody has asked.
+        module: Not changed.
+        slots: From ``find_slots``; to be found again after a forward, a fill or a placement.
+        structure: Its description by ``structure.describe``; None where it was not asked for.
         skeleton: The module that its constructor makes by that, with marked memory; None where
             there is no constructor.
     """
@@ -35,7 +32,7 @@ class Subject:
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> Subject:
-        """Look at a module, which walks over all of it."""
+        """The subject of a module, found by a walk over all of it."""
         return cls(module, find_slots(module))
 
     def part(self, name: str) -> Subject:

@@ -1,4 +1,4 @@
-"""A constructor under watch: other threads, and memory that it never wrote."""
+"""Watch of a constructor: other threads' dtypes, and memory that it never wrote."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         self.disturbed |= before != self.dtype or torch.get_default_dtype() != self.dtype
         name = getattr(func, "__name__", None)
-        # The other thread may come and go while func runs.
+        # Torch has one default dtype for all threads; another may swap it and back while func runs.
         if name in self._FACTORIES and not asks_for_dtype(args, kwargs):
             self.disturbed |= result.is_floating_point() and result.dtype != self.dtype
         if self.mark is not None and name in self._ALLOCATORS and isinstance(result, torch.Tensor):

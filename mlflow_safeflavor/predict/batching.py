@@ -69,10 +69,10 @@ def measures_forward_cost(known: int, on_cpu: bool, *, saves: bool = False) -> b
     """Whether this process measures ``forward_cost``, or takes the known one.
 
     The stored one is that of a CPU, measured once, when the model was saved, so that all hosts cut
-    the same batches. An accelerator measures at each load, and what it measures is never stored.
+    the same batches. On an accelerator it is measured at each load, and never stored.
 
     Args:
-        known: As it is stored or asked for; 0 where nobody has measured.
+        known: As stored or asked for; 0 where it was not measured.
         on_cpu: Whether the engine is on a CPU.
         saves: Whether the model is being saved.
     """

@@ -1,4 +1,4 @@
-"""Texts → embeddings, asked and answered in the words of OpenAI's API."""
+"""Texts → embeddings, with requests and answers of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["LlmEmbeddings"]
 _ENCODINGS = ("float", "base64")
 _OPENAI = (
     Param("model", "string", default="", wanted="a text, which the answer repeats", none_is=""),
-    Param("user", "string", default="", wanted="a text, which nobody reads", none_is=""),
+    Param("user", "string", default="", wanted="a text, which is not read", none_is=""),
     Param(
         "encoding_format",
         "string",
@@ -62,7 +62,7 @@ class LlmEmbeddings(FeatureExtraction):
 
     @classmethod
     def serves(cls, class_name: str) -> bool:
-        return False  # of a model, ``FeatureExtraction`` is told
+        return False  # ``FeatureExtraction`` is the task of these models by default
 
     @classmethod
     def columns_for(
@@ -106,6 +106,7 @@ class LlmEmbeddings(FeatureExtraction):
 
     def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
         checked = super().check_params(params)
+        # As OpenAI's models: cut, then of length 1 again.
         if size := checked["dimensions"]:
             checked |= {"truncate_dim": size, "normalize_embeddings": True}
         return checked
@@ -150,7 +151,7 @@ class LlmEmbeddings(FeatureExtraction):
 
 
 def _are_records(data: Any, column: str | None) -> bool:
-    """Whether it is a list of dicts of nothing but this column."""
+    """Whether it is a list of dicts with this column alone."""
     return isinstance(data, list) and all(
         isinstance(record, Mapping) and list(record) == [column] for record in data
     )
@@ -159,6 +160,7 @@ def _are_records(data: Any, column: str | None) -> bool:
 def _texts(cell: Any, i: int) -> Sequence[Any]:
     """The texts of one ``input``."""
     cell = cell.tolist() if isinstance(cell, np.ndarray) else cell
+    # OpenAI's API also takes token ids, of OpenAI's tokenizers; LangChain sends them by default.
     if type(cell) is int or (isinstance(cell, list) and any(type(part) is int for part in cell)):
         raise InputError(
             "Numbers of tokens belong to another tokenizer, so that they cannot be read here",

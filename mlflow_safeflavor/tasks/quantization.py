@@ -31,9 +31,11 @@ def quantized(vector: np.ndarray, precision: str, ranges: np.ndarray | None = No
         assert ranges is not None  # noqa: S101  (for mypy; params without ranges do not allow it)
         low, high = ranges
         steps = (high - low) / 255
+        # A number that was the same in all calibration texts would divide by 0.
         steps = np.where(steps == 0, 1, steps)
         levels = np.clip(np.floor((vector - low) / steps), 0, 255).astype(np.uint8)
     else:
-        levels = np.packbits(vector > 0)
+        levels = np.packbits(vector > 0)  # eight to a byte, filled up with zeros
+    # In int16: 0 - 128 wraps in uint8.
     whole: np.ndarray = levels if precision.startswith("u") else levels.astype(np.int16) - 128
     return whole
