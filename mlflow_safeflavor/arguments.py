@@ -164,7 +164,7 @@ def _require(parameter: inspect.Parameter, value: Any) -> None:
             "An argument is of the wrong type",
             where=parameter.name,
             wanted=" or ".join(_KINDS[kind][0] for kind in kinds),
-            found=_described(value),
+            found=_shown(value),
             hint=_hint(parameter, kinds, value),
         )
 
@@ -173,7 +173,7 @@ def _require(parameter: inspect.Parameter, value: Any) -> None:
 _PLAIN = (str, bytes, int, float, os.PathLike, type(None))
 
 
-def _described(value: Any) -> str:
+def _shown(value: Any) -> str:
     members: Collection[Any] = ()
     if isinstance(value, (list, tuple, set, Mapping)):
         members = value.values() if isinstance(value, Mapping) else value

@@ -18,7 +18,7 @@ from mlflow_safeflavor.artifact.json_files import read_json
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError, plain
-from mlflow_safeflavor.graph.file import describe_graph, read_graph
+from mlflow_safeflavor.graph.file import format_graph, read_graph
 from mlflow_safeflavor.graph.graph import lines_of
 from mlflow_safeflavor.load.download import located
 from mlflow_safeflavor.load.saved import Saved, read_saved
@@ -80,7 +80,7 @@ def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> Non
         **task_class(spec.task).metadata(spec.task_config),
         "model class": spec.model_class,
         "structure": f"{spec.structure} (runs {_runs(spec.structure)})",
-        **describe_graph(layout),
+        **format_graph(layout),
         "serving dtype": spec.dtype
         + (f", cast from {spec.cast_from}: no dtype was given" if spec.cast_from else ""),
         "input columns": ", ".join(

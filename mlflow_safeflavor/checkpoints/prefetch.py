@@ -111,7 +111,7 @@ def prefetch(
             "revision": commit,
             "taken": taken,
         }
-        files = _describe(stage)
+        files = _digests_of(stage)
         write_json(stage / MANIFEST, {**content, "files": files})
     return Prefetched(target, source, commit, tuple(files), fresh=True)
 
@@ -255,7 +255,7 @@ def _class(name: str | None) -> type[Any] | None:
     return found
 
 
-def _describe(folder: Path) -> dict[str, dict[str, Any]]:
+def _digests_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Name → size and SHA-256 of every file but the manifest; links and pipes are refused."""
     return {
         name: {"size": facts.st_size, "sha256": digest_of_plain(folder / name)}
@@ -292,7 +292,7 @@ def _already_there(folder: Path, source: str | None, commit: str | None, given: 
             hint="choose another folder, or remove this one",
         )
     # Added files as well: a loader may prefer one to those that were checked.
-    if differences := sorted(_differences(files, _describe(folder))):
+    if differences := sorted(_differences(files, _digests_of(folder))):
         raise IntegrityError(
             "Files of the folder are not the ones that were prefetched",
             where=f"{folder}: {', '.join(differences[:5])}",

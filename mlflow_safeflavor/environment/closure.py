@@ -48,7 +48,7 @@ def reached_from(
 
     A contradiction is a pair (wanted, found).
     """
-    queue = [("", requirement) for requirement in _roots(roots, installed)]
+    queue = [("", requirement) for requirement in _present(roots, installed)]
     # Name → extras already followed: a distribution comes again with each new extra, and cycles
     # (sphinx and its own plugins) end.
     done: dict[str, set[str]] = {}
@@ -72,7 +72,8 @@ def reached_from(
     return done.keys() - {OWN_NAME}, sorted(missing), sorted(conflicts)
 
 
-def _roots(roots: Iterable[str], installed: Mapping[str, object]) -> Iterator[Requirement]:
+def _present(roots: Iterable[str], installed: Mapping[str, object]) -> Iterator[Requirement]:
+    """The roots whose marker holds here, each of which has to be installed."""
     for requirement in map(Requirement, roots):
         if requirement.marker is not None and not requirement.marker.evaluate():
             continue

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlflow_safeflavor.artifact.weights_files import HeldFile, require_unchanged
 from mlflow_safeflavor.errors import StructureError
-from mlflow_safeflavor.graph.graph import Graph, describe_input
+from mlflow_safeflavor.graph.graph import Graph, format_input
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +106,7 @@ class GraphEngine:
             raise StructureError(
                 "The model was stored as a graph, which does not take this input",
                 where="forward",
-                wanted=", ".join(f"{known.name} {describe_input(known)}" for known in graph.inputs),
+                wanted=", ".join(f"{known.name} {format_input(known)}" for known in graph.inputs),
                 found=misfit,
                 hint='save the model with its module, too: graph="auto"',
             )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow_safeflavor.graph.proof import Facts
 
 __all__ = [
-    "describe_graph",
+    "format_graph",
     "keeps_bits",
     "open_graph",
     "read_graph",
@@ -96,15 +96,15 @@ def reason_against(layout: Layout) -> str | None:
     return reason if reason is None or isinstance(reason, str) else str(reason)
 
 
-def describe_graph(layout: Layout) -> dict[str, str]:
+def format_graph(layout: Layout) -> dict[str, str]:
     """The proof of a graph with each engine, in words; the graph itself is not read."""
     if reason := reason_against(layout):
         return {"graph": f"none: {reason}"}
     proof = _read_facts(layout)["proof"]
-    return {name: _described(proof[engine]) for engine, name in _TOLD.items() if engine in proof}
+    return {name: _format(proof[engine]) for engine, name in _TOLD.items() if engine in proof}
 
 
-def _described(facts: Mapping[str, Any]) -> str:
+def _format(facts: Mapping[str, Any]) -> str:
     held = [words for name, words in _HELD.items() if facts[name] is True]
     lost = [words for name, words in _HELD.items() if facts[name] is False]
     bits = f"same bits for {', '.join(held)}" if held else "bits depend on everything"

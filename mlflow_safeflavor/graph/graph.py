@@ -8,7 +8,7 @@ from typing import Any
 
 from mlflow_safeflavor.graph.weights import Place
 
-__all__ = ["Graph", "Input", "Weight", "describe_input", "lines_of"]
+__all__ = ["Graph", "Input", "Weight", "format_input", "lines_of"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Graph:
                     sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
                 )
             if not right:
-                return f"{known.name} {dtype}{list(shape)}, not {describe_input(known)}"
+                return f"{known.name} {dtype}{list(shape)}, not {format_input(known)}"
         return None
 
     def require_rows(self, inputs: Mapping[str, Any]) -> None:
@@ -98,7 +98,7 @@ class Graph:
                 )
 
 
-def describe_input(known: Input) -> str:
+def format_input(known: Input) -> str:
     """``int64[rows, length]``."""
     return f"{known.dtype}[{', '.join(map(str, known.shape))}]"
 
@@ -106,7 +106,7 @@ def describe_input(known: Input) -> str:
 def lines_of(graph: Graph) -> Iterator[str]:
     """The graph to be read: one line an input, a weight, a node and an output."""
     for known in graph.inputs:
-        yield f"input {known.name}: {describe_input(known)}"
+        yield f"input {known.name}: {format_input(known)}"
     for name, weight in graph.weights.items():
         yield f"weight {name}: {weight.dtype}{list(weight.shape)}"
     for operator, inputs, outputs in graph.nodes:

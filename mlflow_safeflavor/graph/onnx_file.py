@@ -17,7 +17,7 @@ __all__ = ["Malformed", "parse_model", "write_model"]
 
 
 class Malformed(ValueError):
-    """The bytes are no model that a save writes; names the place."""
+    """The bytes are no model that a save writes; names the offset."""
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,14 @@ class _Reader:
         self, content: memoryview, fields: Mapping[int, _Field], where: str
     ) -> dict[str, Any]:
         found: dict[str, Any] = {field.name: [] for field in fields.values() if field.repeated}
-        place = 0
-        while place < len(content):
-            tag, place = _varint(content, place)
+        offset = 0
+        while offset < len(content):
+            tag, offset = _varint(content, offset)
             # A tag is the field's number and, in its last three bits, the wire type.
             field = fields.get(tag >> 3)
             if field is None:
                 raise Malformed(f"{where} has field {tag >> 3}, which no save writes")
-            values, place = self._values(content, place, field, tag & 7, f"{where}.{field.name}")
+            values, offset = self._values(content, offset, field, tag & 7, f"{where}.{field.name}")
             if field.repeated:
                 found[field.name] += values
             # protobuf merges two messages, and takes the last of two numbers.
@@ -142,50 +142,50 @@ class _Reader:
         return found
 
     def _values(
-        self, content: memoryview, place: int, field: _Field, wire: int, where: str
+        self, content: memoryview, offset: int, field: _Field, wire: int, where: str
     ) -> tuple[list[Any], int]:
         """Values of one occurrence of a field, several where packed, and the offset behind it."""
         kind = field.kind
         own = _WIRES.get(kind, _LENGTH) if isinstance(kind, str) else _LENGTH
         if wire == own != _LENGTH:
-            value, place = self._number(content, place, str(kind), where)
-            return [value], place
+            value, offset = self._number(content, offset, str(kind), where)
+            return [value], offset
         # Numbers of a repeated field may be packed behind a length, or come one by one.
         if wire != _LENGTH or (own != _LENGTH and not field.repeated):
             raise Malformed(f"{where} is of another type")
-        length, start = _varint(content, place)
-        place = start + length
-        if place > len(content):
+        length, start = _varint(content, offset)
+        offset = start + length
+        if offset > len(content):
             raise Malformed(f"{where} ends behind the end")
-        part = content[start:place]
+        part = content[start:offset]
         if isinstance(kind, str) and own != _LENGTH:
-            return list(self._packed(part, kind, where)), place
+            return list(self._packed(part, kind, where)), offset
         self._count(where)
         if not isinstance(kind, str):
-            return [self.message(part, kind, where)], place
+            return [self.message(part, kind, where)], offset
         if kind == "bytes":
-            return [bytes(part)], place
+            return [bytes(part)], offset
         try:
-            return [str(part, "utf-8")], place
+            return [str(part, "utf-8")], offset
         except UnicodeDecodeError:
             raise Malformed(f"{where} is no text") from None
 
     def _packed(self, part: memoryview, kind: str, where: str) -> Iterator[int | float]:
-        place = 0
-        while place < len(part):
-            value, place = self._number(part, place, kind, where)
+        offset = 0
+        while offset < len(part):
+            value, offset = self._number(part, offset, kind, where)
             yield value
 
     def _number(
-        self, content: memoryview, place: int, kind: str, where: str
+        self, content: memoryview, offset: int, kind: str, where: str
     ) -> tuple[int | float, int]:
         self._count(where)
         if kind == "int":
-            value, place = _varint(content, place)
-            return value - (1 << 64) if value >> 63 else value, place  # int64 in two's complement
-        if place + 4 > len(content):
+            value, offset = _varint(content, offset)
+            return value - (1 << 64) if value >> 63 else value, offset  # int64 in two's complement
+        if offset + 4 > len(content):
             raise Malformed(f"{where} ends behind the end")
-        return struct.unpack_from("<f", content, place)[0], place + 4
+        return struct.unpack_from("<f", content, offset)[0], offset + 4
 
     def _count(self, where: str) -> None:
         self.left -= 1
@@ -193,16 +193,16 @@ class _Reader:
             raise Malformed(f"{where}: more than {_MOST_VALUES} values")
 
 
-def _varint(content: memoryview, place: int) -> tuple[int, int]:
+def _varint(content: memoryview, offset: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        if place >= len(content) or shift > 63:
-            raise Malformed(f"no number at byte {place}")
-        byte = content[place]
+        if offset >= len(content) or shift > 63:
+            raise Malformed(f"no number at byte {offset}")
+        byte = content[offset]
         value |= (byte & 0x7F) << shift
-        place, shift = place + 1, shift + 7
+        offset, shift = offset + 1, shift + 7
         if byte < 0x80:
             # Ten bytes of seven bits hold 70: protobuf would drop the bits beyond 64.
             if value >> 64:
-                raise Malformed(f"a number of more than 64 bits before byte {place}")
-            return value, place
+                raise Malformed(f"a number of more than 64 bits before byte {offset}")
+            return value, offset

@@ -21,7 +21,7 @@ import torch
 
 from mlflow_safeflavor.module.bookkeeping import BOOKKEEPING, is_users_hook, matters
 from mlflow_safeflavor.module.equality import NOTHING, bits_equal, equal, is_object, plain_config
-from mlflow_safeflavor.module.slots import OWN_STATE, Slot, find_places
+from mlflow_safeflavor.module.slots import OWN_STATE, Slot, find_setters
 from mlflow_safeflavor.module.subject import Subject
 from mlflow_safeflavor.module.user_code import name_of
 
@@ -69,7 +69,7 @@ def find_differences(given: Subject, built: Subject) -> Iterator[Difference]:
 
 
 def _slots_differ(given: Subject, built: Subject) -> Iterator[Difference]:
-    place = find_places(built.module)
+    setter_of = find_setters(built.module)
     ours, theirs = (_fleeting(each.slots) for each in (given, built))
     for path in sorted(ours.keys() | theirs.keys()):
         mine, other = (slots[path].tensor if path in slots else None for slots in (ours, theirs))
@@ -78,7 +78,7 @@ def _slots_differ(given: Subject, built: Subject) -> Iterator[Difference]:
             returns = (
                 mine is not None
                 and other is None
-                and place(path) is not None
+                and setter_of(path) is not None
                 and mine.is_contiguous()
             )
             yield Difference(path, _shape(mine), _shape(other), tensor=returns)

@@ -108,24 +108,24 @@ def within(
     Raises:
         StructureError: It was interrupted.
     """
-    watch = _Watch(most_bytes + 2**30, most_seconds + most_bytes / 1e8, objects, first_look)
+    watchdog = _Watchdog(most_bytes + 2**30, most_seconds + most_bytes / 1e8, objects, first_look)
     # All in one frame: the exception may come at any call, also that of an __exit__.
     try:
         try:
             return function()
         finally:
-            watch.stop()
+            watchdog.stop()
     except _TooMuch:
-        watch.stop()  # it may have come inside stop() above
+        watchdog.stop()  # it may have come inside stop() above
     raise StructureError(
         f"{what} takes far more than it could need",
         where=where,
-        found=watch.reason,
+        found=watchdog.reason,
         hint=FETCH_AGAIN,
     )
 
 
-class _Watch:
+class _Watchdog:
     """A thread that looks at the thread that made it, and raises ``_TooMuch`` there."""
 
     NEXT_LOOK, UNWINDING = 0.05, 5.0

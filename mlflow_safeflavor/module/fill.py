@@ -8,8 +8,8 @@ import torch
 
 from mlflow_safeflavor.artifact.inventory_file import Inventory, Row, contiguous_stride
 from mlflow_safeflavor.errors import WeightsError
-from mlflow_safeflavor.module.inventory import describe_row
-from mlflow_safeflavor.module.slots import UNKNOWN, find_places, find_slots, shape_of
+from mlflow_safeflavor.module.inventory import format_row
+from mlflow_safeflavor.module.slots import UNKNOWN, find_setters, find_slots, shape_of
 
 __all__ = ["NOT_GIVEN_BACK", "fill", "realise"]
 
@@ -26,9 +26,9 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
     Raises:
         WeightsError: The module has other places for tensors than the inventory lists.
     """
-    place = find_places(module)
+    setter_of = find_setters(module)
     for path, row in inventory.rows.items():
-        if row.kind == "attribute" and row.stride is None and (put := place(path)):
+        if row.kind == "attribute" and row.stride is None and (put := setter_of(path)):
             # Left there by a forward before the save: the constructor leaves the place empty.
             put(torch.empty(row.shape, device="meta"))
     slots = {slot.path: slot for slot in find_slots(module)}
@@ -46,7 +46,7 @@ def fill(module: torch.nn.Module, inventory: Inventory, values: Mapping[str, tor
         raise WeightsError(
             "The rebuilt module has other tensors than the saved one",
             where=path,
-            wanted=describe_row(inventory.rows.get(path)),
+            wanted=format_row(inventory.rows.get(path)),
             found=f"{slots[path].kind} {list(shape_of(slots[path].tensor))}"
             if path in slots
             else "no such tensor",

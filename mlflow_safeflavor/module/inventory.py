@@ -19,7 +19,7 @@ from mlflow_safeflavor.artifact.inventory_file import Data, Inventory, Row
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.module.slots import Slot, find_meta, find_slots, hidden_slot, some
 
-__all__ = ["describe_row", "dtype_name", "find_differences", "take_inventory"]
+__all__ = ["format_row", "dtype_name", "find_differences", "take_inventory"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -160,7 +160,7 @@ def find_differences(
         if path in meta:
             yield f"{path}: is on the meta device, it has no values"
         elif row is None or wanted is None or _facts(row) != _facts(wanted):
-            yield f"{path}: wanted {describe_row(wanted)}, found {describe_row(row)}"
+            yield f"{path}: wanted {format_row(wanted)}, found {format_row(row)}"
         elif row.data != wanted.data:
             yield f"{path}: wanted to share memory with {wanted.data}, found {row.data}"
 
@@ -169,7 +169,7 @@ def _facts(row: Row) -> tuple[object, ...]:
     return row.kind, row.persistent, row.dtype, row.shape, row.stride, row.offset, row.parameter
 
 
-def describe_row(row: Row | None) -> str:
+def format_row(row: Row | None) -> str:
     """Kind, dtype, shape and layout, for a message."""
     if row is None:
         return "no such tensor"

@@ -94,7 +94,7 @@ class _Found:
                 waiting.extend(value.values() if isinstance(value, dict) else value)
             elif isinstance(value, tuple):
                 waiting.extend(value)
-            elif isinstance(value, torch.nn.Module) or _is_record(value):
+            elif isinstance(value, torch.nn.Module) or _holds_data(value):
                 waiting.append(vars(value))
 
     def restore(self) -> None:
@@ -118,7 +118,7 @@ def _has_values(tensor: torch.Tensor) -> bool:
     return plain and not tensor.is_meta and not tensor.requires_grad
 
 
-def _is_record(value: Any) -> bool:
+def _holds_data(value: Any) -> bool:
     """Whether its attributes are data: a dataclass, or a config of transformers."""
     kind = type(value)
     return (

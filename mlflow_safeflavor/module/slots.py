@@ -16,7 +16,7 @@ __all__ = [
     "UNKNOWN",
     "Slot",
     "find_meta",
-    "find_places",
+    "find_setters",
     "find_slots",
     "hidden_slot",
     "shape_of",
@@ -119,8 +119,8 @@ def hidden_slot(path: str, tensor: torch.Tensor) -> Slot:
     return Slot(path, "hidden", False, tensor, lambda new: None)
 
 
-def find_places(module: torch.nn.Module) -> Callable[[str], Callable[[Any], None] | None]:
-    """Places where a forward may have left a tensor: attributes that are None, keys of empty dicts.
+def find_setters(module: torch.nn.Module) -> Callable[[str], Callable[[Any], None] | None]:
+    """Setters of attributes in which a forward may have left a tensor: None, keys of empty dicts.
 
     Some models keep results of a forward (``rope_deltas``, ``attention_bias_cache``), so a model
     that was used may hold plain tensors where a new one holds nothing.
@@ -139,14 +139,14 @@ def find_places(module: torch.nn.Module) -> Callable[[str], Callable[[Any], None
             elif type(value) is dict and not value:
                 dicts[_join(prefix, name)] = value
 
-    def place(path: str) -> Callable[[Any], None] | None:
+    def setter_of(path: str) -> Callable[[Any], None] | None:
         found = _KEY.fullmatch(path)
         if found and found[1] in dicts:
             # Only a text without quotes or backslashes, or a whole number: see ``_KEY``.
             return _putter(dicts[found[1]], ast.literal_eval(found[2]))
         return attributes.get(path)
 
-    return place
+    return setter_of
 
 
 _KEY = re.compile(r"(.+)\[('[^'\\]*'|-?[0-9]+)\]")

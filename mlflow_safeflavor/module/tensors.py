@@ -181,12 +181,12 @@ def read_tensors(inventory: Inventory, layout: Layout) -> dict[str, torch.Tensor
             raise WeightsError(
                 "The files do not hold the tensors that were saved",
                 where=name,
-                wanted=_describe(wanted.get(name)),
-                found=_describe(found.get(name)),
+                wanted=_format(wanted.get(name)),
+                found=_format(found.get(name)),
                 hint=FETCH_AGAIN,
             )
     return values
 
 
-def _describe(facts: tuple[str, tuple[int, ...]] | None) -> str:
+def _format(facts: tuple[str, tuple[int, ...]] | None) -> str:
     return "no such tensor" if facts is None else f"{facts[0]}{list(facts[1])}"

@@ -72,7 +72,7 @@ def answer_rows(
     # Before anything else reads a text: a cap bounds work only where it comes before the work.
     task.require_clean(rows, params)
     checked = task.check_params(params)
-    parts = _parts(task, scheduler.places.in_turns(task.encode(rows, checked), deadline))
+    parts = _parts(task, scheduler.permits.in_turns(task.encode(rows, checked), deadline))
     waiting = deque[tuple[list[Features], Ticket]]()
     done = 0
     try:
@@ -91,7 +91,7 @@ def answer_rows(
             )
             asked = rows[done : done + len(features)]
             answers = task.decode(asked, features, outputs, checked, first=done)
-            yield from zip(scheduler.places.in_turns(answers, deadline), outputs, strict=True)
+            yield from zip(scheduler.permits.in_turns(answers, deadline), outputs, strict=True)
             done += len(features)
             waiting.popleft()
     finally:

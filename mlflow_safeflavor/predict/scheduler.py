@@ -17,7 +17,7 @@ from typing import Any
 from mlflow_safeflavor.errors import OverloadedError
 from mlflow_safeflavor.predict.deadline import Deadline
 from mlflow_safeflavor.predict.forwards import run_here, serve
-from mlflow_safeflavor.predict.places import Places
+from mlflow_safeflavor.predict.permits import Permits
 from mlflow_safeflavor.predict.progress import Watch
 from mlflow_safeflavor.predict.state import State, stop
 from mlflow_safeflavor.predict.ticket import Ticket
@@ -70,9 +70,9 @@ class Scheduler:
         weakref.finalize(self, stop, self._state)
 
     @property
-    def places(self) -> Places:
+    def permits(self) -> Permits:
         """Taken while rows are encoded or decoded."""
-        return self._state.places
+        return self._state.permits
 
     @property
     def forward_cost(self) -> int:

@@ -8,7 +8,7 @@ import weakref
 from dataclasses import dataclass, field
 
 from mlflow_safeflavor.machine import available_cpus
-from mlflow_safeflavor.predict.places import Places
+from mlflow_safeflavor.predict.permits import Permits
 from mlflow_safeflavor.predict.ticket import Ticket
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.engine import Engine
@@ -31,7 +31,7 @@ class State:
     deterministic: bool
     num_threads: int
     anywhere: bool
-    places: Places = field(default_factory=lambda: Places(available_cpus()))
+    permits: Permits = field(default_factory=lambda: Permits(available_cpus()))
     arrived: threading.Condition = field(default_factory=threading.Condition)
     arriving: set[object] = field(default_factory=set)
     tickets: list[Ticket] = field(default_factory=list)
@@ -70,7 +70,7 @@ def _forget_after_fork() -> None:
             None,
         )
         state.running = False
-        state.places = Places(available_cpus())
+        state.permits = Permits(available_cpus())
 
 
 if hasattr(os, "register_at_fork"):

@@ -31,7 +31,7 @@ from mlflow_safeflavor.errors import DeadlineError, InputError
 from mlflow_safeflavor.machine import give_back
 from mlflow_safeflavor.predict.deadline import Deadline
 from mlflow_safeflavor.predict.options import run_time_options
-from mlflow_safeflavor.predict.places import Places
+from mlflow_safeflavor.predict.permits import Permits
 from mlflow_safeflavor.tasks import processed
 from mlflow_safeflavor.tasks.inputs.caps import Caps
 from mlflow_safeflavor.tasks.inputs.sounds import read_sound, to_wav
@@ -381,7 +381,7 @@ def test_pairs_made_of_two_texts_are_those_of_the_tokenizer(models):
 
 
 def test_places_are_given_in_the_order_of_arrival_and_turns_are_short():
-    places, order, hold = Places(1), [], threading.Event()
+    permits, order, hold = Permits(1), [], threading.Event()
 
     def slow(name, steps):
         for i in range(steps):
@@ -389,14 +389,14 @@ def test_places_are_given_in_the_order_of_arrival_and_turns_are_short():
             yield f"{name}{i}"
 
     def ask(name, steps):
-        order.extend(places.in_turns(slow(name, steps), Deadline()))
+        order.extend(permits.in_turns(slow(name, steps), Deadline()))
 
-    with places.taken(Deadline()):
+    with permits.taken(Deadline()):
         threads = []
         for name, steps in (("long", 5), ("b", 1), ("c", 1)):
             threads.append(threading.Thread(target=ask, args=(name, steps)))
             threads[-1].start()
-            while len(places._waiting) < len(threads):
+            while len(permits._waiting) < len(threads):
                 time.sleep(0.001)
         hold.set()
     for thread in threads:
@@ -404,19 +404,19 @@ def test_places_are_given_in_the_order_of_arrival_and_turns_are_short():
     assert order.index("b0") < order.index("long1")
     assert order.index("c0") < order.index("long1")
     assert [step for step in order if step.startswith("long")] == [f"long{i}" for i in range(5)]
-    assert places._free == 1
+    assert permits._free == 1
 
 
 def test_a_deadline_counts_the_wait_for_a_place():
-    places = Places(1)
-    with places.taken(Deadline()):
+    permits = Permits(1)
+    with permits.taken(Deadline()):
         with (
             pytest.raises(DeadlineError, match=r"within 0\.05 seconds"),
-            places.taken(Deadline(0.05)),
+            permits.taken(Deadline(0.05)),
         ):
             pytest.fail("there is no place")
-        assert not places._waiting
-    with places.taken(Deadline(5)):
+        assert not permits._waiting
+    with permits.taken(Deadline(5)):
         pass
 
 

@@ -410,23 +410,23 @@ SEEN = {
     ],
 )  # fmt: skip
 def test_facts_that_are_none(layout, facts):
-    from mlflow_safeflavor.graph.file import describe_graph
+    from mlflow_safeflavor.graph.file import format_graph
 
     layout.graph.write_bytes(b"")
     layout.graph_facts.write_text(json.dumps(facts))
     with pytest.raises(IntegrityError, match=r"graph\.json"):
-        describe_graph(layout)
+        format_graph(layout)
 
 
 def test_facts_in_words(layout):
-    from mlflow_safeflavor.graph.file import describe_graph, keeps_bits
+    from mlflow_safeflavor.graph.file import format_graph, keeps_bits
 
     layout.graph.write_bytes(b"")
     other = SEEN | {"padding": False, "dtype": "bfloat16", "difference": 0.004}
     layout.graph_facts.write_text(
         json.dumps({"version": 1, "proof": {"onnx": SEEN, "openvino": other}})
     )
-    assert describe_graph(layout) == {
+    assert format_graph(layout) == {
         "graph": "same bits for any number of threads, any batch, any padding; within 0 of the "
         "module on 1 inputs",
         "graph in OpenVINO": "same bits for any number of threads, any batch; other bits for any "

@@ -18,7 +18,7 @@ from mlflow_safeflavor.errors import StructureError, WeightsError
 from mlflow_safeflavor.module.fill import fill
 from mlflow_safeflavor.module.inventory import dtype_name, find_differences, take_inventory
 from mlflow_safeflavor.module.saveable import STORABLE, require_saveable
-from mlflow_safeflavor.module.slots import find_places, find_slots
+from mlflow_safeflavor.module.slots import find_setters, find_slots
 from mlflow_safeflavor.module.tensors import read_tensors
 
 
@@ -663,4 +663,4 @@ def test_what_a_forward_left_behind_comes_back():
     ["cache['a']['b']", "cache[__import__('os')]", "cache['it\\'s']", "other['cpu']", "cache"],
 )
 def test_nothing_else_finds_a_place(path):
-    assert find_places(Remembers())(path) is None
+    assert find_setters(Remembers())(path) is None

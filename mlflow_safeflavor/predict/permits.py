@@ -1,6 +1,6 @@
-"""Places: as many callers as there are cores encode or decode at a time, and take turns at it.
+"""Permits: as many callers as there are cores encode or decode at a time, and take turns at it.
 
-More of them would only take the interpreter from the model's thread. Nobody keeps a place for
+More of them would only take the interpreter from the model's thread. Nobody keeps a permit for
 longer than a few milliseconds while others wait, so that a request of minutes costs a small one a
 turn, not minutes.
 """
@@ -16,16 +16,16 @@ from typing import TypeVar
 
 from mlflow_safeflavor.predict.deadline import Deadline
 
-__all__ = ["Places"]
+__all__ = ["Permits"]
 
-# Seconds that a place is kept, if what is done can be interrupted that often.
+# Seconds that a permit is kept, if what is done can be interrupted that often.
 _TURN = 0.01
 
 T = TypeVar("T")
 
 
-class Places:
-    """A number of places; who came first is next.
+class Permits:
+    """A number of permits; who came first is next.
 
     Args:
         count: Callers at a time.
@@ -36,7 +36,7 @@ class Places:
 
     @contextmanager
     def taken(self, deadline: Deadline) -> Iterator[None]:
-        """A place, once it is this caller's turn.
+        """A permit, once it is this caller's turn.
 
         Raises ``DeadlineError`` where that is too late.
         """
@@ -78,7 +78,7 @@ class Places:
         try:
             turn.wait(deadline.left())
         except BaseException:
-            # Ctrl-C may come when the place was just handed over: kept, it would be lost for good.
+            # Ctrl-C may come when the permit was just handed over: kept, it would be lost for good.
             if not self._withdrawn(turn):
                 self._give()
             raise
@@ -86,7 +86,7 @@ class Places:
             raise deadline.missed()
 
     def _withdrawn(self, turn: threading.Event) -> bool:
-        """Whether a caller waits no longer; False where its place was handed over already."""
+        """Whether a caller waits no longer; False where its permit was handed over already."""
         with self._lock:
             if turn.is_set():
                 return False
