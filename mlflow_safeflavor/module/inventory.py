@@ -19,7 +19,7 @@ from mlflow_safeflavor.artifact.inventory_file import Data, Inventory, Row
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.module.slots import Slot, find_meta, find_slots, hidden_slot, some
 
-__all__ = ["format_row", "dtype_name", "find_differences", "take_inventory"]
+__all__ = ["dtype_name", "find_differences", "format_row", "take_inventory"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
