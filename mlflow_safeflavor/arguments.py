@@ -45,8 +45,9 @@ def _is_class(value: Any) -> bool:
 
 
 def _of(module: str, name: str) -> Callable[[Any], bool]:
-    """An instance of a class that need not be imported to tell."""
+    """Whether a value is an instance of a class, told by names."""
 
+    # By names: importing torch to refuse an argument would take seconds.
     def is_one(value: Any) -> bool:
         found = [(base.__module__.partition(".")[0], base.__name__) for base in type(value).__mro__]
         return (module, name) in found
@@ -196,6 +197,7 @@ def _hint(parameter: inspect.Parameter, kinds: Collection[str], value: Any) -> s
         return f"pass {name}=[{given}]"
     if isinstance(value, os.PathLike) and "str" in kinds:
         return f"pass str({name})"
+    # None is a common way to say "the default".
     if value is None and parameter.default is not inspect.Parameter.empty:
         return f"leave {name} out, which is {name}={parameter.default!r}"
     return None
@@ -211,6 +213,7 @@ def _misfit(
 
 
 def _unknown(name: str, known: Collection[str]) -> InputError:
+    # artifact_path is MLflow's name of the argument before release 3.
     close = (
         ["name"]
         if name == "artifact_path" and "name" in known

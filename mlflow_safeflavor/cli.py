@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_MOST_SHOWN = 20
+_MOST_SHOWN = 20  # rows with a problem; the page of --report has more
 _UNNAMED = "one column of any name"
 
 
@@ -49,7 +49,8 @@ class _Errors(click.Group):
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:
-    """Print as it is: what an artifact or a server says may look like rich's markup."""
+    """Print a text as it is."""
+    # Words of an artifact or a server may look like rich's markup, and draw or hide anything.
     console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
@@ -65,7 +66,8 @@ def main() -> None:
 @click.option("--tensors", "rows", is_flag=True, help="List every tensor.")
 @click.option("--graph", "calls", is_flag=True, help="Print the recorded graph, a node a line.")
 def inspect(uri: str, pins: bool, rows: bool, calls: bool) -> None:
-    """Say what the model at URI is. Nothing of the artifact is run, built or imported."""
+    """Show facts of the model at URI. Nothing of the artifact is run, built or imported."""
+    # Not even weights are hashed: that is verify's, and takes a second for each gigabyte.
     with located(uri) as folder:
         _inspect(uri, read_saved(Layout(folder), weights=False), pins, rows, calls)
 
@@ -236,6 +238,7 @@ def verify(
         _print_comparison(report, console)
     if page:
         _write_page(page, report, uri, endpoint)
+    # For scripts: 1 is a difference, 2 (see _Errors) is that nothing could be compared.
     sys.exit(0 if report.ok else 1)
 
 
@@ -249,7 +252,7 @@ def _golden_table(report: ParityReport, title: str) -> Table:
     )
     for row in report.rows:
         if row.golden:
-            # of a server's making, and so no markup
+            # A server's words, and so no markup.
             verdict = Text(plain(row.problem or row.verdict))
             table.add_row(
                 str(row.row),
@@ -282,10 +285,14 @@ def _write_page(path: str, report: ParityReport, uri: str, endpoint: str | None)
     from mlflow_safeflavor.verify.endpoint import Endpoint
     from mlflow_safeflavor.verify.page import render
 
-    server = str(Endpoint(endpoint)) if endpoint else None  # which leaves out a password
+    # As text the address has no password: the page may be sent to others.
+    server = str(Endpoint(endpoint)) if endpoint else None
     try:
         Path(path).write_text(
-            render(report, model=uri, endpoint=server), encoding="utf-8", errors="replace"
+            # A row may hold half a surrogate pair, which UTF-8 cannot encode.
+            render(report, model=uri, endpoint=server),
+            encoding="utf-8",
+            errors="replace",
         )
     except OSError as error:
         raise InputError("The page cannot be written", where=path, found=error.strerror) from None

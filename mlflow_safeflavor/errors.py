@@ -67,9 +67,9 @@ class SafeFlavorError(MlflowException):
     Args:
         what: One sentence: what is wrong.
         where: The file, tensor, row, column or distribution it is about.
-        wanted: What was recorded or required.
-        found: What is there instead.
-        hint: What the reader can do now.
+        wanted: The recorded or required value.
+        found: The value instead.
+        hint: A way out, as a line to write or run where there is one.
     """
 
     # HTTP 400. MLflow's scoring server answers 500 with a full traceback, paths of the server and
@@ -85,6 +85,7 @@ class SafeFlavorError(MlflowException):
         found: object = None,
         hint: str | None = None,
     ) -> None:
+        # Kept apart, for ``with_hint`` and for programs that catch the error.
         self.what = what
         self.where = where
         self.wanted = wanted
@@ -93,6 +94,7 @@ class SafeFlavorError(MlflowException):
         details = {"where": where, "wanted": wanted, "found": found, "hint": hint}
         lines = [
             what,
+            # Plain: values quote artifacts, servers and rows.
             *(f"  {name}: {plain(value)}" for name, value in details.items() if value is not None),
         ]
         super().__init__("\n".join(lines), error_code=self.status)
@@ -105,7 +107,7 @@ class SafeFlavorError(MlflowException):
 
 
 class EnvironmentMismatchError(SafeFlavorError):
-    """Pins, platform or interpreter differ from what was recorded, or cannot be recorded."""
+    """Pins, platform or interpreter differ from the recorded ones, or cannot be recorded."""
 
 
 class TrustError(SafeFlavorError):
@@ -121,7 +123,7 @@ class IntegrityError(SafeFlavorError):
 
 
 class WeightsError(SafeFlavorError):
-    """A tensor is missing, extra, on meta, or differs from what was recorded."""
+    """A tensor is missing, extra, on meta, or differs from the recorded one."""
 
 
 class StructureError(SafeFlavorError):
@@ -146,6 +148,7 @@ class AnswerError(SafeFlavorError):
     The server says 500.
     """
 
+    # 500 without a trace: the fault is the model's or the hook's, not the request's.
     status = INTERNAL_ERROR
 
 

@@ -49,7 +49,7 @@ try:
     from mlflow.types.schema import Array, Object, Property
 
     _SAYS_LISTS = True
-except ImportError:  # before 2.10
+except ImportError:  # before 2.10, of which signatures say nothing of lists and dicts
     Array = Object = Property = _Unsayable  # type: ignore[assignment, misc]
     _SAYS_LISTS = False
 

@@ -35,6 +35,7 @@ def measure(folder: Path) -> dict[str, str]:
     return {
         "files": f"{len(files)}, median {statistics.median(files):.0f} lines, longest {max(files)}",
         "lines": f"{sum(files):,}",
+        "characters": f"{sum(map(len, texts)):,}",
         "functions": f"{len(functions):,}",
         "body of a function": f"median {statistics.median(bodies):.0f}, 9 in 10 up to "
         f"{_nine_in_ten(bodies)}",

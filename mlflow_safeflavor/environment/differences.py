@@ -61,8 +61,8 @@ class Difference:
             content than the wheel it came from), ``torch-build`` (same torch release, other build)
             or ``hardware`` (CPU capability and threads, which no installation can change).
         name: The distribution or fact.
-        wanted: What was recorded.
-        found: What is there now.
+        wanted: The recorded value.
+        found: The value now.
     """
 
     kind: str

@@ -41,7 +41,7 @@ def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None)
     that has the name; where pip is configured to several, it and we take them as one.
 
     Args:
-        pins: What to lock. Those that have hashes are left as they are.
+        pins: Pins to lock; those that have hashes are left as they are.
         python: Version to resolve for, like "3.11.7".
         installed: Canonical name → SHA-256 of the wheel that was installed when the model was
             saved, where that is known; no other may be installed.

@@ -42,7 +42,7 @@ class Budget:
         quota: Cores' worth of CPU time that the cgroup grants; None without a limit.
         workers: Server processes that share them.
         threads: Torch's threads in this process.
-        source: What decided: "num_threads", "OMP_NUM_THREADS" or "found".
+        source: Origin of the choice: "num_threads", "OMP_NUM_THREADS" or "found".
         spin_count: Turns that an idle OpenMP thread waits; None where it was left as it is.
     """
 

@@ -152,7 +152,7 @@ def needs_of(
 ) -> dict[str, list[str]]:
     """Distributions that serving needs directly, with the module ("module") and a graph ("graph").
 
-    What these need in turn is found by the rehearsal.
+    The rehearsal finds what these need in turn.
 
     Args:
         source: The model being saved.

@@ -37,7 +37,7 @@ def render(report: ParityReport, *, model: str, endpoint: str | None = None) -> 
     """Render the report as a page.
 
     Args:
-        report: What ``verify_model`` returned.
+        report: Result of ``verify_model``.
         model: Name or URI of the model.
         endpoint: Address of the server; None where the model was loaded here.
 

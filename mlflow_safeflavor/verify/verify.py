@@ -348,7 +348,7 @@ def _saved(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
 def _ask_environment(
     server: Endpoint, golden: Golden, spec: ModelSpec, layout: Layout
 ) -> dict[str, Any] | None:
-    """Facts that the server tells of itself; None where it does not, for whatever reason."""
+    """Facts that the server tells of itself; None where it tells none."""
     if spec.input_columns:
         row = _records(golden, spec, layout)[0][0]
         request: dict[str, Any] | None = labelled_row(list(row), list(row.values()))
