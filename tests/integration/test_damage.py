@@ -70,7 +70,9 @@ FILES = [
         for name in ("LOADER.txt", "artifact/proven_classes.txt", "py.typed")
     ),
 ]
-GRAPH = ["safeflavor/graph.json", "safeflavor/graph.onnx"]  # of a model that has one
+# Of a model that has a graph, beside those.
+GRAPH = ["requirements-onnx.txt", "safeflavor/graph.json", "safeflavor/graph.onnx"]
+GRAPH += ["safeflavor/parity-onnx.json", "safeflavor/parity-onnx.safetensors"]
 # MLflow's own reading of the files takes most of a second, so through pyfunc one vendored file
 # stands for all.
 FILES_FOR_PYFUNC = [

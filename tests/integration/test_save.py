@@ -154,11 +154,6 @@ def test_nothing_else_is_there_but_the_example(saved):
     assert others == {"input_example.json", "serving_input_example.json"}
 
 
-def test_a_graph_is_two_files_more(saved, saved_with_graph):
-    more = files_of(saved_with_graph) - files_of(saved)
-    assert more == {"safeflavor/graph.json", "safeflavor/graph.onnx"}
-
-
 def test_the_loader_is_there_and_nothing_else_of_the_package(saved):
     """It loads and answers in its own process, and says where to get the rest of the package."""
     code = saved / "code"
