@@ -123,6 +123,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
 
 def _read_safetensors(file: Path) -> dict[str, Any]:
     try:
+        # Mapped: a tensor takes memory when it is read, and a dropped one never.
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:

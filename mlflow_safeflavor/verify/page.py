@@ -44,7 +44,7 @@ def render(report: ParityReport, *, model: str, endpoint: str | None = None) -> 
     Returns:
         HTML. Every value is escaped: texts of rows and all that a server says are a stranger's.
     """
-    from jinja2 import Environment  # only a page needs it; MLflow depends on it
+    from jinja2 import Environment  # for a page alone; a dependency of MLflow
 
     # autoescape: whatever a server or an artifact says stays text. finalize runs before it.
     facts, more = _environment_rows(report)
@@ -144,6 +144,7 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, str]:
     flat |= {f"{_PIN}{name}": value for name, value in part("environment", "distributions").items()}
     if flat.get(_BUDGET["spin_count"], "") is None:
         flat[_BUDGET["spin_count"]] = "left as it was"
+    # Texts and numbers alone: a dict of a server's would be shown as Python writes it.
     told = {name: "none" if value is None else value for name, value in flat.items()}
     return {
         name: str(value) for name, value in told.items() if isinstance(value, (str, int, float))
@@ -174,13 +175,14 @@ def _plot(report: ParityReport) -> dict[str, Any]:
     bins = [("0", int((values == 0).sum()), "same")]
     if powers:
         bins += [(_power(p), powers[p], "some") for p in range(min(powers), max(powers) + 1)]
+    # Other texts, shapes and NaN count as infinitely different.
     if other := int(np.isinf(values).sum()):
         bins.append(("other", other, "other"))
     highest = max(1, max(count for _, count, _ in bins))
     step = (_WIDTH - 2 * _MARGIN) / len(bins)
     bars = []
     for i, (label, count, kind) in enumerate(bins):
-        # Roots, so that one value that differs is seen beside a million that do not.
+        # Fourth roots, so that one value that differs is seen beside a million that do not.
         height = (_HEIGHT - _FOOT - _MARGIN) * (count / highest) ** 0.25
         x = _MARGIN + i * step + step * 0.12
         bars.append(_Bar(x, step * 0.76, _HEIGHT - _FOOT - height, height, label, count, kind))
