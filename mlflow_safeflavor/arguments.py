@@ -87,6 +87,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Path": ("a path", _is_path),
     "StrPath": ("a text or path", lambda value: _is_text(value) or _is_path(value)),
     "bool": ("True or False", _is_truth),
+    "Literal[False]": ("False", lambda value: value is False),
     "int": ("a whole number", _is_whole),
     "float": ("a number", _is_number),
     "type[Any]": ("a class", _is_class),
@@ -212,13 +213,18 @@ def _misfit(
     return InputError(f"{what} cannot be called like this", found=error)
 
 
+# Arguments of MLflow's own flavors.
+_CALLED_HERE = {
+    "transformers_model": "model",
+    "pytorch_model": "model",
+    "torch_dtype": "dtype",
+    "inference_config": "model_config",
+}
+
+
 def _unknown(name: str, known: Collection[str]) -> InputError:
-    # artifact_path is MLflow's name of the argument before release 3.
-    close = (
-        ["name"]
-        if name == "artifact_path" and "name" in known
-        else difflib.get_close_matches(name, known, 1)
-    )
+    here = _CALLED_HERE.get(name)
+    close = [here] if here and here in known else difflib.get_close_matches(name, known, 1)
     return InputError(
         "There is no such argument",
         where=name,

@@ -96,6 +96,7 @@ def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> Non
         "pins": f"{len(environment.distributions)} distributions",
         "torch": environment.torch_build.get("version"),
         "run-time options": ", ".join(f"{k}={v!r}" for k, v in spec.model_config.items()),
+        **({"tolerated": "; ".join(saved.tolerated)} if saved.tolerated else {}),
         "saved by": f"mlflow-safeflavor {spec.loader_version}, format {spec.format_version}",
     }.items():
         table.add_row(name, Text(plain(value)))

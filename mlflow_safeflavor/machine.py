@@ -11,17 +11,19 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "DEVICE_VARIABLE",
     "ROOT",
     "available_cpus",
     "available_memory",
     "cores",
+    "default_device",
     "give_back",
     "is_plainly_cpu",
     "quota",
@@ -112,13 +114,31 @@ def _quota_of(folder: Path) -> float | None:
         return None
 
 
+DEVICE_VARIABLE = "MLFLOW_DEFAULT_PREDICTION_DEVICE"
+
+
+def default_device(device: Any, environ: Mapping[str, str] = os.environ) -> Any:
+    """``device``, or what ``DEVICE_VARIABLE`` names where it is "auto"."""
+    # mlflow.pytorch reads a device's name there, mlflow.transformers an index, of which -1 is the
+    # CPU.
+    named = environ.get(DEVICE_VARIABLE, "").strip()
+    if not named or not isinstance(device, str) or device != "auto":
+        return device
+    try:
+        index = int(named)
+    except ValueError:
+        return named
+    return "cpu" if index < 0 else index
+
+
 def is_plainly_cpu(device: object, dev: Path = Path("/dev")) -> bool:
     """Whether a user's ``device`` means the CPU for certain, without asking torch.
 
     False where torch is imported already, or drivers are in sight: then torch is to be asked.
     """
+    device = default_device(device)
     if device != "auto":
-        return device == "cpu"
+        return bool(device == "cpu")
     if "torch" in sys.modules:
         return sys.modules["torch"] is None  # which is how an import is ruled out
     if importlib.util.find_spec("torch") is None:

@@ -28,9 +28,9 @@ __all__ = [
     "answer_of",
     "copies_runs",
     "inferred_signature",
-    "log",
     "log_arguments",
     "log_metrics",
+    "log_place",
     "read_mlmodel",
     "require_schema",
     "rows_schema",
@@ -166,12 +166,31 @@ def log_arguments(save: Callable[..., Any]) -> set[str]:
     return names - {"artifact_path", "flavor", "kwargs", "mlflow_model", "model", "path"}
 
 
-def log(flavor: Any, name: str, **arguments: Any) -> ModelInfo:
-    """Call ``Model.log``: under a model's own name since MLflow 3, before that below the run."""
-    named = "name" in inspect.signature(Model.log).parameters
-    path = {"artifact_path": None, "name": name} if named else {"artifact_path": name}
-    info: ModelInfo = Model.log(**path, flavor=flavor, **arguments)
-    return info
+def log_place(name: str | None, artifact_path: str | None) -> dict[str, str | None]:
+    """Arguments of ``Model.log``: a model's own name since MLflow 3, before that a place in a run.
+
+    Raises:
+        InputError: Both are given; or neither, where this MLflow has to know.
+    """
+    if name is not None and artifact_path is not None:
+        raise InputError(
+            "A model is logged under one name",
+            where="artifact_path",
+            wanted="name alone, which artifact_path was called before MLflow 3",
+            found=f"name={name!r}, artifact_path={artifact_path!r}",
+            hint="leave artifact_path out",
+        )
+    if "name" in inspect.signature(Model.log).parameters:
+        return {"artifact_path": artifact_path, "name": name}
+    if name is None and artifact_path is None:
+        raise InputError(
+            "Before MLflow 3 a model is logged to a place below its run",
+            where="name",
+            wanted="a text",
+            found=f"None, and MLflow {mlflow.__version__}",
+            hint='pass name="model"',
+        )
+    return {"artifact_path": artifact_path if name is None else name}
 
 
 def log_metrics(metrics: Mapping[str, float], step: int, info: ModelInfo) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlflow_safeflavor.artifact.json_files import MAX_JSON, parse_file
-from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN, decode, read_bytes
+from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN, decode, is_junk, read_bytes
 from mlflow_safeflavor.artifact.scratch import scratch_folder
 from mlflow_safeflavor.errors import IntegrityError
 
@@ -125,7 +125,7 @@ class Layout:
         for path in (
             path for folder in folders for path in folder.rglob("*") if self._contents is not None
         ):
-            if not path.is_dir():
+            if not path.is_dir() and not is_junk(path.name):
                 self.read_bytes(path)
 
     def has(self, folder: Path) -> bool:

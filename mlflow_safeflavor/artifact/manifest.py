@@ -8,18 +8,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mlflow_safeflavor.artifact.edits import find_signature_edits
 from mlflow_safeflavor.artifact.json_files import write_json
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.plain_files import (
     FETCH_AGAIN,
     digest_of_file,
     digest_of_plain,
+    is_junk,
     list_files,
     reason_to_refuse,
 )
 from mlflow_safeflavor.errors import IntegrityError
 
-__all__ = ["digest_json", "find_broken_files", "read_manifest", "write_manifest"]
+__all__ = ["digest_json", "find_broken_files", "find_tolerated", "read_manifest", "write_manifest"]
 
 _MANIFEST_VERSION = 1
 _MAX_GUARDED = 10**7  # characters; the largest ever seen had some thousand
@@ -59,7 +61,8 @@ def write_manifest(layout: Layout, *, mlmodel: Mapping[str, Any]) -> None:
         for name, facts in list_files(layout.root).items()
         if name not in own
     }
-    content = {"version": _MANIFEST_VERSION, "mlmodel": digest_json(mlmodel), "files": files}
+    guarded = {"flavors": digest_json(mlmodel["flavors"]), "signature": mlmodel["signature"]}
+    content = {"version": _MANIFEST_VERSION, "mlmodel": guarded, "files": files}
     write_json(layout.manifest, {**content, "sha256": digest_json(content)})
 
 
@@ -76,7 +79,8 @@ def read_manifest(layout: Layout) -> dict[str, Any]:
         well_formed = (
             set(manifest) == {"version", "files", "mlmodel", "sha256"}
             and version == _MANIFEST_VERSION
-            and isinstance(mlmodel, str)
+            and mlmodel.keys() == {"flavors", "signature"}
+            and isinstance(mlmodel["flavors"], str)
             and all(
                 set(entry) == {"sha256", "size"}
                 and type(entry["size"]) is int
@@ -136,8 +140,10 @@ def find_broken_files(
     """
     manifest, there = read_manifest(layout), list_files(layout.root)
     files = manifest["files"]
-    if manifest["mlmodel"] != digest_json(mlmodel):
-        yield f"{layout.MLMODEL}: its flavors or signature are not the ones that were saved"
+    guarded = manifest["mlmodel"]
+    if guarded["flavors"] != digest_json(mlmodel["flavors"]):
+        yield f"{layout.MLMODEL}: its flavors are not the ones that were saved"
+    yield from find_signature_edits(guarded["signature"], mlmodel["signature"])[1]
     # Kind and size before content: to open a pipe may wait for ever, and gigabytes of a file that
     # was cut short need not be hashed.
     for name, entry in files.items():
@@ -164,10 +170,26 @@ def find_broken_files(
             and name != manifest_name
         ):
             kind = reason_to_refuse(facts.st_mode)
+            if kind is None and is_junk(name):
+                continue
             yield (
                 f"{name}: {f'is {kind}, and ' if kind else ''}was not there when the model was "
                 "saved"
             )
+
+
+def find_tolerated(layout: Layout, *, mlmodel: Mapping[str, Any]) -> list[str]:
+    """Differences that ``find_broken_files`` lets pass, one sentence each.
+
+    They change no answer.
+    """
+    manifest = read_manifest(layout)
+    edits, _ = find_signature_edits(manifest["mlmodel"]["signature"], mlmodel["signature"])
+    own = (layout.CODE, layout.DATA)
+    junk = [
+        name for name in list_files(layout.root) if name.partition("/")[0] in own and is_junk(name)
+    ]
+    return [*edits, *(f"{name}: is ignored" for name in junk if name not in manifest["files"])]
 
 
 def _link_above(root: Path, name: str) -> str:

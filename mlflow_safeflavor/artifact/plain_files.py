@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ __all__ = [
     "digest_of_file",
     "digest_of_plain",
     "hint_of",
+    "is_junk",
     "list_files",
     "open_plain",
     "read_bytes",
@@ -29,6 +31,10 @@ __all__ = [
 FETCH_AGAIN = (
     "fetch the artifact again, or log the model again; files of a saved model are not meant to be "
     "edited"
+)
+# Left by NFS, macOS, Windows and git. Python imports none of these, and nothing reads one.
+_JUNK = re.compile(
+    r"\.nfs[0-9a-fA-F]+|\.DS_Store|\._.+|\.git(keep|ignore|attributes)|Thumbs\.db|desktop\.ini"
 )
 _MAX_FILES = 50_000
 _MAX_DEPTH = 64  # folders; Python's own walks recurse, and end in RecursionError
@@ -44,6 +50,11 @@ def reason_to_refuse(mode: int) -> str | None:
     kinds = {stat.S_ISLNK: "a symbolic link", stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe"}
     kinds |= {stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
     return next((words for is_kind, words in kinds.items() if is_kind(mode)), None)
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file has the name of what file systems and tools leave beside others."""
+    return _JUNK.fullmatch(name.rpartition("/")[2]) is not None
 
 
 @contextmanager
@@ -194,8 +205,17 @@ def _refusal(path: Path, kind: str) -> IntegrityError:
 def hint_of(problem: str) -> str:
     """The hint for an artifact whose files are not those that were saved."""
     # Links are no damage: tools that keep each content once make them. A copy without them loads.
-    return (
-        "copy the model with `cp -rL`, which copies what links point to"
-        if "a symbolic link" in problem
-        else FETCH_AGAIN
-    )
+    if "a symbolic link" in problem:
+        return "copy the model with `cp -rL`, which copies what links point to"
+    if "its signature" in problem:
+        return (
+            "where mlflow.models.set_signature changed it, log the model again with signature=… or "
+            "params=…, which are checked and recorded; else fetch the artifact again"
+        )
+    if any(name in problem for name in ("requirements.txt", "conda.yaml")):
+        return (
+            "where mlflow.models.update_model_requirements or add_libraries_to_model changed it, "
+            "log the model again with extra_pip_requirements=[…], which are pinned and recorded; "
+            "else fetch the artifact again"
+        )
+    return FETCH_AGAIN

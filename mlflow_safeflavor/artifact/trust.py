@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from mlflow_safeflavor.errors import StructureError, TrustError
 
 __all__ = [
     "KINDS",
+    "agreed_to",
+    "agreed_to_here",
     "find_steering",
     "is_proven",
     "portable",
@@ -44,6 +48,27 @@ def require_known(trust: Collection[str]) -> None:
             wanted='a set of "code" and "pickle"',
             found=repr(trust),
         )
+
+
+_AGREED: ContextVar[frozenset[str]] = ContextVar("agreed", default=frozenset())
+
+
+@contextmanager
+def agreed_to(kinds: Collection[str]) -> Iterator[None]:
+    """Agree for loads that this thread's caller cannot hand ``trust`` to.
+
+    ``log_model`` writes a model, and then MLflow loads it to try its example.
+    """
+    before = _AGREED.set(frozenset(kinds))
+    try:
+        yield
+    finally:
+        _AGREED.reset(before)
+
+
+def agreed_to_here() -> frozenset[str]:
+    """Kinds that a surrounding ``agreed_to`` names."""
+    return _AGREED.get()
 
 
 def require_agreed(kind: str, trust: Collection[str], what: str) -> None:

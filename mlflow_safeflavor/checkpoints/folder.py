@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_safeflavor.checkpoints import hub
+from mlflow_safeflavor.checkpoints.other_formats import (
+    require_torch_weights,
+    require_torch_weights_among,
+)
 from mlflow_safeflavor.errors import StructureError
 
 __all__ = ["folder_of", "own_folders"]
@@ -19,6 +23,7 @@ _HUB_FILES = ("*.json", "*.safetensors")  # no code: trust_remote_code is refuse
 def folder_of(name_or_path: str | Path, revision: str | None, kwargs: dict[str, Any]) -> Path:
     """The local folder of a checkpoint; takes the hub's options out of ``kwargs``."""
     options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    require_torch_weights(name_or_path)
     # A folder goes before a repository of the same name, as in transformers.
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
@@ -44,7 +49,10 @@ def _download(name: str, revision: str, options: Mapping[str, Any]) -> Path:
     if any(folder.glob("*.safetensors")):
         return folder
     # Pickled weights only where there are no others: many repositories hold both.
-    return hub.download(name, revision, ["*.json", "*.bin"], **options)
+    folder = hub.download(name, revision, ["*.json", "*.bin"], **options)
+    if not any(folder.glob("*.bin")) and not options.get("local_files_only"):
+        require_torch_weights_among([file.name for file in hub.list_files(name, revision)[1]], name)
+    return folder
 
 
 def own_folders(folder: str | Path) -> list[Path]:

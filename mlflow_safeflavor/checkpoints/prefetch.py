@@ -15,6 +15,10 @@ from mlflow_safeflavor.artifact.plain_files import digest_of_file, digest_of_pla
 from mlflow_safeflavor.artifact.staging import staging
 from mlflow_safeflavor.checkpoints import hub
 from mlflow_safeflavor.checkpoints.from_pretrained import from_pretrained
+from mlflow_safeflavor.checkpoints.other_formats import (
+    require_torch_weights,
+    require_torch_weights_among,
+)
 from mlflow_safeflavor.checkpoints.preprocessors import tokenizer_of
 from mlflow_safeflavor.checkpoints.state_dict import read_state
 from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError
@@ -91,6 +95,7 @@ def prefetch(
         IntegrityError: A file is damaged, or the folder holds something else.
         SafeFlavorError: ``from_pretrained`` refuses it. Nothing is left at ``output_dir`` then.
     """
+    require_torch_weights(name_or_path)
     target, source, commit = Path(output_dir), *_identity(name_or_path, revision, resolve)
     # The manifest is written last, so a folder with one was complete.
     if (target / MANIFEST).exists():
@@ -157,6 +162,7 @@ def _choose(names: Collection[str], convert: bool, where: object) -> list[str]:
     weights = [name for name in names if _SAFETENSORS.fullmatch(name)]
     pickled = [name for name in names if _PICKLED.fullmatch(name)]
     if not weights and not (convert and pickled):
+        require_torch_weights_among(names, where)
         raise StructureError(
             "The checkpoint has no safetensors",
             where=where,

@@ -25,9 +25,9 @@ __all__ = [
 ]
 
 
-def default_conda_env() -> dict[str, Any]:
+def default_conda_env(model: Any = None) -> dict[str, Any]:
     """A conda environment that holds ``default_requirements``."""
-    return with_pip_section(bare_conda_env(), default_requirements())
+    return with_pip_section(bare_conda_env(), default_requirements(model))
 
 
 def parse_conda_env(

@@ -6,12 +6,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from packaging.version import Version
 
 from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.environment.closure import closure_of
+from mlflow_safeflavor.environment.homes import homes_of
 from mlflow_safeflavor.environment.installed import TORCH_FAMILY, installed_version
 from mlflow_safeflavor.environment.lines import StrPath
 from mlflow_safeflavor.errors import EnvironmentMismatchError
@@ -119,12 +121,19 @@ def _index_option(torch_index: str) -> str:
 
 @checked
 def default_requirements(
-    *, torch_index: StrPath | None = "auto", path: Sequence[str] | None = None
+    model: Any = None,
+    *,
+    torch_index: StrPath | None = "auto",
+    path: Sequence[str] | None = None,
 ) -> list[str]:
-    """Pins that every saved model needs directly; public as ``get_default_pip_requirements``."""
+    """Pins that every saved model needs directly; public as ``get_default_pip_requirements``.
+
+    With a model, also those of the distributions that its classes are from. What ``save_model``
+    pins is more: all that these need, and that the rehearsal was seen to use.
+    """
     pins = {
         name: version
-        for name in DEFAULT_ROOTS
+        for name in (*DEFAULT_ROOTS, *homes_of(model))
         if (version := installed_version(name, path)) is not None
     }
     return requirement_lines(pins, torch_index=torch_index)

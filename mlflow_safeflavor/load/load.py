@@ -18,6 +18,7 @@ from mlflow_safeflavor.errors import WeightsError
 from mlflow_safeflavor.load.download import keep, located
 from mlflow_safeflavor.load.engine_choice import casts, choose_engine, needs_no_module
 from mlflow_safeflavor.load.options import LoadOptions
+from mlflow_safeflavor.load.reload import reloadable
 from mlflow_safeflavor.load.saved import Saved, read_saved, require_none
 from mlflow_safeflavor.predict.options import run_time_options
 from mlflow_safeflavor.predict.report import LoadReport
@@ -122,6 +123,7 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
                 if replayed is not None:
                     measure_forward_cost(model, layout)
     report.files, report.environment = len(saved.files), tuple(map(str, differences))
+    report.tolerated = saved.tolerated
     report.engine, report.device = name, where
     report.weights = ", ".join(sorted({file.kind for file in weights}))
     report.hashed_bytes = (
@@ -135,7 +137,7 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
             replayed.max_difference,
             replayed.bit_identical,
         )
-    return model
+    return reloadable(model, load_folder, options)
 
 
 def _import(engine: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlflow_safeflavor.artifact.trust import agreed_to_here
 from mlflow_safeflavor.environment import threads
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import AnswerError
@@ -45,6 +46,10 @@ class PyfuncModel:
         self.model = model
         self.facts = facts
 
+    def get_raw_model(self) -> LoadedModel:
+        """The loaded model, as the native ``load_model`` returns it; what MLflow's flavors do."""
+        return self.model
+
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
         """One row out for each row in; see ``LoadedModel.predict``."""
         if self.facts is not None and asks_environment(model_input):
@@ -79,7 +84,7 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
             verify=options["verify"],
             environment=options["environment"],
             model_config=options,
-            trust=frozenset({"code", "pickle"} if pickles else {"code"}),
+            trust=frozenset({"code", "pickle"} if pickles else {"code"}) | agreed_to_here(),
         ),
     )
     _logger.info(

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlflow_safeflavor.artifact.inventory_file import Inventory, read_inventory
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.manifest import find_broken_files, read_manifest
+from mlflow_safeflavor.artifact.manifest import find_broken_files, find_tolerated, read_manifest
 from mlflow_safeflavor.artifact.plain_files import hint_of, open_plain
 from mlflow_safeflavor.artifact.spec import ModelSpec, read_spec
 from mlflow_safeflavor.artifact.trust import require_agreed, require_known, require_no_shadows
@@ -30,12 +30,14 @@ class Saved:
         spec: Its entry in ``MLmodel``.
         environment: The environment that it was saved in.
         files: Name → SHA-256 and size.
+        tolerated: Differences from what was saved that change no answer, in words.
     """
 
     layout: Layout
     spec: ModelSpec
     environment: Environment
     files: Mapping[str, Mapping[str, Any]]
+    tolerated: tuple[str, ...] = ()
 
     @cached_property
     def inventory(self) -> Inventory:
@@ -78,7 +80,9 @@ def read_saved(
     # Before torch is imported: under pyfunc code/ comes first on sys.path.
     if trust is not None:
         require_no_shadows(layout.code)
-    return Saved(layout, spec, Environment.from_json(layout.read_json(layout.environment)), files)
+    environment = Environment.from_json(layout.read_json(layout.environment))
+    tolerated = tuple(find_tolerated(layout, mlmodel=guarded))
+    return Saved(layout, spec, environment, files, tolerated)
 
 
 def copy_saved(layout: Layout, target: Path) -> Saved:

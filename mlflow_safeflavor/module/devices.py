@@ -8,19 +8,22 @@ from typing import Any
 import torch
 
 from mlflow_safeflavor.errors import PlacementError
+from mlflow_safeflavor.machine import DEVICE_VARIABLE, default_device
 
 __all__ = ["find_accelerator", "require_usable", "resolve_device"]
 
 
 def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
-    """``"auto"`` → an accelerator where torch sees one, else the CPU.
+    """``"auto"`` → the default of MLflow's variable, else an accelerator, else the CPU.
 
     An int is an accelerator's index.
 
     Raises:
         PlacementError: Torch sees no such device, or this process cannot use it.
     """
-    kind = find_accelerator()
+    kind, asked = find_accelerator(), device
+    device = default_device(asked)
+    where = "device" if device is asked else DEVICE_VARIABLE
     try:
         if isinstance(device, bool):  # True would be the index 1
             raise TypeError("a bool is no device")
@@ -31,7 +34,7 @@ def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
     except (RuntimeError, TypeError) as error:
         raise PlacementError(
             "Not a device",
-            where="device",
+            where=where,
             wanted="auto, cpu, cuda, cuda:0, mps, 0, …",
             found=f"{device!r} ({error})",
         ) from None
@@ -42,10 +45,12 @@ def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
         reason = _why_no_cuda() if wanted.type == "cuda" and not count else ""
         raise PlacementError(
             "There is no such device here",
-            where="device",
+            where=where,
             wanted=str(wanted),
             found=f"{there}; {reason}" if reason else there,
-            hint="device='auto' takes what there is",
+            hint="device='auto' takes what there is"
+            if where == "device"
+            else f"unset {DEVICE_VARIABLE}",
         )
     require_usable(wanted)
     return wanted

@@ -8,6 +8,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.errors import SafeFlavorError
@@ -123,6 +125,7 @@ class LoadedModel:
         files: What its files held when it was loaded.
         scheduler: What runs the engine for many callers.
         options: Run-time options that it was loaded with; see ``options.MODEL_CONFIG``.
+        reload: Loads it again, which is how it is pickled; None where nothing was loaded.
     """
 
     spec: ModelSpec
@@ -132,6 +135,12 @@ class LoadedModel:
     files: Layout
     scheduler: Scheduler
     options: Mapping[str, Any]
+    reload: Callable[[], LoadedModel] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.reload is None:
+            raise TypeError("a model that is being saved cannot be pickled")
+        return self.reload, ()
 
     @property
     def module(self) -> torch.nn.Module:
@@ -240,8 +249,17 @@ class LoadedModel:
     ) -> Iterator[Any]:
         with shown(progress) as watch:
             yield from stream(
-                lambda chunk: self._predict(chunk, params, Deadline(timeout)), chunks, total, watch
+                lambda chunk: self._predict_chunk(chunk, params, timeout), chunks, total, watch
             )
+
+    def _predict_chunk(
+        self, chunk: Any, params: Mapping[str, Any] | None, timeout: float | None
+    ) -> Any:
+        # A filter before may leave nothing of a chunk, which is no reason to end a long stream.
+        if isinstance(chunk, (pd.DataFrame, pd.Series)) and chunk.empty:
+            recorded = self.files.read_json(self.files.recorded(self.engine.name)[0])
+            return pd.DataFrame(recorded["answers"][:1]).iloc[:0].set_axis(chunk.index)
+        return self._predict(chunk, params, Deadline(timeout))
 
     def answer(
         self, rows: Sequence[Row], params: Mapping[str, Any] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -13,7 +13,13 @@ from typing import Any
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.inputs.caps import Caps
 
-__all__ = ["MODEL_CONFIG", "is_chosen_here", "run_time_options", "tells_environment"]
+__all__ = [
+    "MODEL_CONFIG",
+    "is_chosen_here",
+    "require_known_options",
+    "run_time_options",
+    "tells_environment",
+]
 
 _PREFIX = "MLFLOW_SAFEFLAVOR_"
 
@@ -101,13 +107,28 @@ def run_time_options(
     ``MLFLOW_SAFEFLAVOR_…`` over ``model_config`` over what was stored over the defaults.
 
     Raises:
-        InputError: A value is not of its option's kind.
+        InputError: A value is not of its option's kind, or ``model_config`` has an unknown key.
     """
+    require_known_options(model_config or {}, MODEL_CONFIG)
     from_environment = {
         name: value for name in MODEL_CONFIG if (value := environ.get(_PREFIX + name.upper()))
     }
     chosen = {**MODEL_CONFIG, **(stored or {}), **(model_config or {}), **from_environment}
     return {name: check(name, chosen[name]) for name, (_, check) in _OPTIONS.items()}
+
+
+def require_known_options(model_config: Collection[str], known: Collection[str]) -> None:
+    """Refuse keys of ``model_config`` that nothing reads.
+
+    Raises:
+        InputError: It names them, and those that are known.
+    """
+    if unknown := sorted({*model_config} - {*known}):
+        raise InputError(
+            "Unknown key in model_config",
+            where=", ".join(unknown),
+            wanted=" | ".join(sorted(known)),
+        )
 
 
 def is_chosen_here(

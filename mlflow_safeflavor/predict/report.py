@@ -23,6 +23,7 @@ class LoadReport:
         tensors: Parameters, buffers and plain attributes compared with the inventory.
         alias_groups: Distinct data they look at.
         weight_bytes: Bytes of that data.
+        tolerated: Edits of the artifact that change no answer, and junk in it, in words.
         environment: Differences from the recorded environment, in words.
         device: Where the model is.
         engine: What answers: "onnx", "openvino" or "module".
@@ -38,6 +39,7 @@ class LoadReport:
     tensors: int = 0
     alias_groups: int = 0
     weight_bytes: int = 0
+    tolerated: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
     device: str = "cpu"
     engine: str = "module"
@@ -61,6 +63,7 @@ class LoadReport:
             f"{self.weights}, "
             f"{self.files} files ({self.hashed_bytes / 1e6:.1f} MB hashed), "
             f"{replayed if self.golden_rows else 'no golden rows replayed'}, "
+            f"{f'{len(self.tolerated)} edits tolerated, ' if self.tolerated else ''}"
             f"{len(self.environment)} differences of environment, on {self.device}, "
             f"{self.engine}, {sum(self.seconds.values()):.2f} s"
         )

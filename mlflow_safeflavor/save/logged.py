@@ -14,22 +14,29 @@ from typing import Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from mlflow_safeflavor import mlflow_compat
 from mlflow_safeflavor.artifact.scratch import NOTE, add_companion, dead_folders, scratch_folder
+from mlflow_safeflavor.artifact.trust import agreed_to
 
 __all__ = ["NotedFlavor", "log", "noting"]
 
 
-def log(flavor: ModuleType, name: str, **arguments: Any) -> ModelInfo:
+def log(
+    flavor: ModuleType, name: str | None, artifact_path: str | None = None, **arguments: Any
+) -> ModelInfo:
     """Log with a flavor's ``save_model``, which gets ``arguments``."""
+    place = mlflow_compat.log_place(name, artifact_path)
     # Since MLflow 3 these are texts about a logged model; here they are defaults of the model's
     # params.
     own = {"params": arguments.pop("params")} if "params" in arguments else {}
-    with noting(flavor, own) as noted:
-        return mlflow_compat.log(noted, name, **arguments)
+    agreed = ("pickle",) if arguments.get("allow_pickle") else ()
+    with noting(flavor, own) as noted, agreed_to(agreed):
+        info: ModelInfo = Model.log(**place, flavor=noted, **arguments)
+        return info
 
 
 class NotedFlavor:

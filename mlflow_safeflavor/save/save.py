@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mlflow.models import Model, ModelSignature
@@ -34,15 +34,16 @@ from mlflow_safeflavor.module.structure import describe
 from mlflow_safeflavor.module.subject import Subject
 from mlflow_safeflavor.module.wrappers import require_plain, taken_off
 from mlflow_safeflavor.predict.model import LoadedModel, make_task
-from mlflow_safeflavor.predict.options import MODEL_CONFIG, run_time_options
+from mlflow_safeflavor.predict.options import MODEL_CONFIG, require_known_options, run_time_options
 from mlflow_safeflavor.save.answers import answering, write_parity
 from mlflow_safeflavor.save.code import write_code
+from mlflow_safeflavor.save.example import split_example, write_example
 from mlflow_safeflavor.save.graph import store_graph
 from mlflow_safeflavor.save.logged import log
 from mlflow_safeflavor.save.pinning import Pinning, needs_of
 from mlflow_safeflavor.save.rehearsal import rehearse as rehearse_load
 from mlflow_safeflavor.save.signature import columns_of, defaults_of, signature_of
-from mlflow_safeflavor.save.write import seal, write_example, write_module, write_task
+from mlflow_safeflavor.save.write import seal, write_module, write_task
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.table import task_class
@@ -63,7 +64,8 @@ def save_model(
     preprocess: Callable[..., Any] | None = None,
     postprocess: Callable[..., Any] | None = None,
     input_example: Any = None,
-    signature: ModelSignature | None = None,
+    example_no_conversion: bool | None = None,
+    signature: ModelSignature | Literal[False] | None = None,
     model_config: Mapping[str, Any] | None = None,
     params: Mapping[str, Any] | None = None,
     init_args: Mapping[str, Any] | None = None,
@@ -101,10 +103,13 @@ def save_model(
         preprocess: For the custom task: ``(rows, tokenizer) -> dict of arrays``, the keyword
             arguments of ``forward``. Importable, or pickled with ``allow_pickle``.
         postprocess: For the custom task: ``(outputs, rows) -> rows``.
-        input_example: Rows as ``predict`` takes them; stored, checked, and replayed at each load.
-            The custom and raw tasks need it.
+        input_example: Rows as ``predict`` takes them, or a tuple of these and a dict of params;
+            stored, checked, and the rows replayed at each load. The custom and raw tasks need it.
+        example_no_conversion: Changes nothing; MLflow 3 knows it no more. An example is stored as
+            it is sent to a server.
         signature: By default the task's own; one given here must name the same inputs, and params
             that the task knows. It may name a sole column. Defaults in it count as ``params``.
+            False for none: pyfunc then checks no input, and drops params.
         model_config: Options of the task (``pooling``, ``normalize``) and defaults of run-time
             options.
         params: Param of the task → its default for requests without it, as ``{"top_k": None,
@@ -138,6 +143,7 @@ def save_model(
         SafeFlavorError: One of its kinds; nothing is left at ``path`` then.
     """
     _require_one_of("graph", graph, ("auto", "require", "only", "no"))
+    input_example, asked = split_example(input_example)
     # Taken off twice: wrappers (torch.compile, DDP) may lie around what was given, and around its
     # module.
     source = resolve_source(taken_off(model), tokenizer, task, dtype, processor)
@@ -177,6 +183,7 @@ def save_model(
         write_code(code_paths, layout)
         with answering(subject, inventory, casts, bound, spec, layout) as served:
             bound.require_defaults()
+            bound.check_params(asked)
             bound.config = {**bound.config, **bound.measured(served.engine, input_example)}
             spec = replace(spec, task_config=bound.config)
             models = _by_engine(served, inventory, rows, graph)
@@ -193,7 +200,7 @@ def save_model(
         )
         pinning.write()  # the rehearsal compares environments, as every load does
         mlmodel = mlflow_model or Model()
-        write_example(mlmodel, input_example, bound, layout)
+        write_example(mlmodel, input_example, asked, bound, layout)
         signature = signature_of(bound, input_example, answers[: len(examples)], signature)
         seal(mlmodel, spec, signature, metadata, layout)
         used = None
@@ -210,8 +217,9 @@ def save_model(
 @checked
 def log_model(
     model: Any,
-    name: str,
+    name: str | None = None,
     *,
+    artifact_path: str | None = None,
     registered_model_name: str | None = None,
     await_registration_for: int | None = DEFAULT_AWAIT_MAX_SLEEP_SECONDS,
     **kwargs: Any,
@@ -220,8 +228,9 @@ def log_model(
 
     Args:
         model: See ``save_model``.
-        name: Name of the logged model; before MLflow 3, where models have none, its place below the
-            run's artifacts.
+        name: Name of the logged model, by default MLflow's; before MLflow 3, where models have
+            none, its place below the run's artifacts, which has to be said.
+        artifact_path: The same; what MLflow called it before.
         registered_model_name: Also make a version of this registered model.
         await_registration_for: Seconds to wait until that version is ready.
         kwargs: See ``save_model``.
@@ -236,6 +245,7 @@ def log_model(
     return log(
         sys.modules[__name__],
         name,
+        artifact_path,
         registered_model_name=registered_model_name,
         await_registration_for=await_registration_for,
         model=model,
@@ -245,14 +255,8 @@ def log_model(
 
 def _options(task: str, model_config: Mapping[str, Any] | None) -> dict[str, Any]:
     """The user's ``model_config``; unknown keys and values out of range are refused."""
-    known = {*MODEL_CONFIG, *task_class(task).task_options}
     options = dict(model_config or {})
-    if unknown := sorted(options.keys() - known):
-        raise InputError(
-            "Unknown key in model_config",
-            where=", ".join(unknown),
-            wanted=" | ".join(sorted(known)),
-        )
+    require_known_options(options, {*MODEL_CONFIG, *task_class(task).task_options})
     # For its checks alone. Variables of this process do not count: the values are for others.
     run_time_options(
         {name: value for name, value in options.items() if name in MODEL_CONFIG}, environ={}

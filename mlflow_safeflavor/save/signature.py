@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mlflow.models import ModelSignature
 from mlflow.types import DataType
@@ -18,15 +18,19 @@ __all__ = ["columns_of", "defaults_of", "signature_of"]
 _logger = logging.getLogger("mlflow.safeflavor")
 
 
-def defaults_of(signature: ModelSignature | None) -> dict[str, Any]:
+Given = ModelSignature | Literal[False] | None
+"""A signature that the user gave; False for a model without one."""
+
+
+def defaults_of(signature: Given) -> dict[str, Any]:
     """Param → default, of a signature that the user gave."""
-    schema = None if signature is None else signature.params
+    schema = signature.params if signature else None
     return {} if schema is None else {param.name: param.default for param in schema.params}
 
 
-def columns_of(signature: ModelSignature | None, cls: type[Task]) -> dict[str, str] | None:
+def columns_of(signature: Given, cls: type[Task]) -> dict[str, str] | None:
     """The column of a task of one field that the user's signature names; None if it names none."""
-    schema = None if signature is None else signature.inputs
+    schema = signature.inputs if signature else None
     # A task of several fields cannot tell whose column a name is.
     if (
         schema is None
@@ -43,8 +47,8 @@ def columns_of(signature: ModelSignature | None, cls: type[Task]) -> dict[str, s
 
 
 def signature_of(
-    task: Task, example: Any, answers: Sequence[Mapping[str, Any]], given: ModelSignature | None
-) -> ModelSignature:
+    task: Task, example: Any, answers: Sequence[Mapping[str, Any]], given: Given
+) -> ModelSignature | None:
     """The signature in ``MLmodel``.
 
     Args:
@@ -52,11 +56,13 @@ def signature_of(
         example: The user's; None if there is none.
         answers: Its answers.
         given: The user's signature, whose params the task was found to know; None for the task's
-            own. Its params get the types and defaults that count here.
+            own, False for none. Its params get the types and defaults that count here.
 
     Raises:
         InputError: It names other inputs.
     """
+    if given is False:
+        return None
     own = task.signature(example, task.result(answers, example) if answers else None)
     if given is None:
         return own

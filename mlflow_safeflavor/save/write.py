@@ -10,7 +10,6 @@ import torch
 import yaml
 from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
-from mlflow.models.utils import _save_example
 
 from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.artifact.layout import Layout
@@ -27,14 +26,13 @@ from mlflow_safeflavor.module.saveable import require_saveable
 from mlflow_safeflavor.module.subject import Subject
 from mlflow_safeflavor.predict.options import MODEL_CONFIG
 from mlflow_safeflavor.save.code import LOADER_MODULE, loader_digest
-from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.inputs.processor import write_processor
 from mlflow_safeflavor.tasks.inputs.tokenizer import write_tokenizer
 from mlflow_safeflavor.tasks.inputs.vocabulary import require_known_tokens
 from mlflow_safeflavor.tasks.table import task_class
 from mlflow_safeflavor.version import __version__
 
-__all__ = ["seal", "write_example", "write_module", "write_task"]
+__all__ = ["seal", "write_module", "write_task"]
 
 
 def write_module(
@@ -127,17 +125,10 @@ def write_task(
     )
 
 
-def write_example(mlmodel: Model, example: Any, task: Task, layout: Layout) -> None:
-    """Store the user's example as MLflow does."""
-    if example is None:
-        return
-    _save_example(mlmodel, task.stored_example(example), os.fspath(layout.root))
-
-
 def seal(
     mlmodel: Model,
     spec: ModelSpec,
-    signature: ModelSignature,
+    signature: ModelSignature | None,
     metadata: Mapping[str, Any] | None,
     layout: Layout,
 ) -> None:

@@ -514,7 +514,9 @@ manifest_attack(
     lambda m: m["files"].update(x={**ENTRY, "size": True}),
 )
 manifest_attack(
-    "manifest_mlmodel", "another digest of MLmodel", lambda m: m.update(mlmodel="0" * 64)
+    "manifest_mlmodel",
+    "another digest of MLmodel",
+    lambda m: m["mlmodel"].update(flavors="0" * 64),
 )
 
 

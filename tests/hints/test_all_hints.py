@@ -27,7 +27,31 @@ _LACKING = (
     "may not load where they are installed, or answer otherwise. To add: %s"
 )
 
+_HABITS = "integration/test_mlflow_habits.py::test_"
+
 ELSEWHERE = {
+    Site("module/devices", "There is no such device here",
+         "unset MLFLOW_DEFAULT_PREDICTION_DEVICE"):
+        f"{_HABITS}mlflows_variable_counts_for_both_ways_to_load",
+    Site("load/reload",
+         "A loaded model is pickled as the folder it came from, which does not hold it",
+         "load the model in each process: mlflow_safeflavor.load_model(uri); or pass dst_path=…, "
+         "where what is downloaded stays"):
+        f"{_HABITS}a_model_whose_folder_changed_is_not_pickled_or_loaded_again",
+    Site("artifact/plain_files", "A file of the artifact is no plain file",
+         "where mlflow.models.update_model_requirements or add_libraries_to_model changed it, log "
+         "the model again with extra_pip_requirements=[…], which are pinned and recorded; else "
+         "fetch the artifact again"):
+        "integration/test_edits.py::test_edited_requirements_name_the_call",
+    Site("artifact/plain_files", "A file of the artifact is no plain file",
+         "where mlflow.models.set_signature changed it, log the model again with signature=… or "
+         "params=…, which are checked and recorded; else fetch the artifact again"):
+        "integration/test_edits.py::test_a_default_that_the_call_was_meant_for_is_given_at_save",
+    Site("mlflow_compat", "A model is logged under one name", "leave artifact_path out"):
+        f"{_HABITS}artifact_path_is_what_name_was_called",
+    Site("mlflow_compat", "Before MLflow 3 a model is logged to a place below its run",
+         'pass name="model"'):
+        f"{_HABITS}before_mlflow_3_a_name_may_not_be_left_out",
     Site("load/container", "This image was made to serve on a GPU, and there is none here",
          "docker run --gpus all …, on a host with NVIDIA's driver and container toolkit; -e "
          "MLFLOW_SAFEFLAVOR_DEVICE=cpu serves on the CPU all the same"):
