@@ -157,6 +157,7 @@ class FeatureExtraction(TextTask):
 
     @classmethod
     def declared(cls, config: Mapping[str, Any]) -> tuple[Param, ...]:
+        # Texts before the ranges are measured, and these afterwards.
         ranges = config.get("calibration") or config.get("ranges")
         known = tuple(name for name in PRECISIONS if ranges or name not in SCALED)
         wanted = " | ".join(known) + (
@@ -196,6 +197,7 @@ class FeatureExtraction(TextTask):
             return {}
         task, rows = self.uncapped, [{"text": text} for text in texts]
         params = {**task.check_params(None), "precision": "float32"}
+        # By length, for little padding: lowest and highest numbers have no order.
         features = sorted(task.encoded(rows, params), key=task.cost)
         ends: list[np.ndarray] = []
         for start in range(0, len(features), _AT_ONCE):
@@ -203,6 +205,7 @@ class FeatureExtraction(TextTask):
             outputs = task.forward(engine, batch, params)
             answers = task.decoded(rows[: len(batch)], batch, outputs, params)
             ends += [np.array(answer["embedding"], np.float32) for answer in answers]
+            # (size,) each, so that no more than a batch is held beside them.
             ends = [np.min(ends, axis=0), np.max(ends, axis=0)]
         return {"calibration": [], "ranges": to_json(np.stack(ends), "ranges")}
 

@@ -100,6 +100,7 @@ class LlmEmbeddings(FeatureExtraction):
         elif _are_records(data, column):
             data = {column: [record[column] for record in data]}
         cells = data.get(column) if isinstance(data, Mapping) and len(data) == 1 else None
+        # A list in the place of a text is a whole request of OpenAI's API, or a row of one.
         if isinstance(cells, (list, tuple, np.ndarray)):
             data = {column: [text for i, cell in enumerate(cells) for text in _texts(cell, i)]}
         return super().rows(data)
@@ -134,6 +135,7 @@ class LlmEmbeddings(FeatureExtraction):
                 )
             vector = answer["embedding"]
             if params["encoding_format"] == "base64":
+                # float32, little-endian, as clients of OpenAI's API decode it.
                 vector = base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
             yield {"embedding": vector, "tokens": self.cost(row), "model": params["model"]}
 

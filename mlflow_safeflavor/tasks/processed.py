@@ -88,7 +88,7 @@ class ProcessedTask(Task):
         }
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
-        require_labels(self.caps, self.config, rows, params)
+        require_labels(self.caps, self.config, rows, params)  # before a file is decoded
         for i, row in enumerate(rows):
             yield self._features(row[self.field], place(i, self.columns[self.field]))
 

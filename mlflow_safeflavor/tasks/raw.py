@@ -186,7 +186,7 @@ class Raw(Task):
         try:
             outputs = engine(features)
         except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError) as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error):  # no fault of the arrays
                 raise
             shapes = {name: f"{value.dtype}{list(value.shape)}" for name, value in features.items()}
             raise InputError(

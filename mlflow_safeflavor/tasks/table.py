@@ -50,6 +50,7 @@ def task_class(name: str) -> type[Task]:
         StructureError: There is none.
     """
     name = _ALIASES.get(name, name)
+    # "translation_en_to_de" and its like are names of one task, with settings of the model's.
     if specific := specific_task(name):
         return specific
     if name not in TASKS:

@@ -49,7 +49,7 @@ class TextClassification(TextTask):
         return {**describe_text_model(model), **describe_labels(model)}
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
-        require_labels(self.caps, self.config, rows, params)
+        require_labels(self.caps, self.config, rows, params)  # before a text is tokenised
         return super().encode(rows, params)
 
     def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:

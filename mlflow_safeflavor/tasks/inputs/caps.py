@@ -79,7 +79,7 @@ class Caps:
         """
         # ``allowed`` grows with the rows, so that a long table passes under any cap.
         most = max(getattr(self, cap), allowed)
-        if not getattr(self, cap) or found <= most:
+        if not getattr(self, cap) or found <= most:  # 0 is no bound
             return
         raise InputError(
             what,

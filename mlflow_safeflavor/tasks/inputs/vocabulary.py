@@ -121,6 +121,7 @@ def require_rows(
         if found.get(name) is not None
     }
     wrong = {name: token for name, token in tokens.items() if not 0 <= token < row.shape[0]}
+    # By count: ids of a vocabulary without gaps end there.
     if encoder is not None and encoder.size > row.shape[0]:
         wrong["tokens of the tokenizer"] = encoder.size
     for name, token in wrong.items():
