@@ -2,7 +2,7 @@
 
 Log a model once with ``log_model``; ``mlflow.pyfunc.load_model``, ``mlflow models serve``, ``mlflow
 models build-docker`` and ``load_model`` then rebuild it on real memory, compare every tensor with
-what was saved, replay recorded answers, and only then predict.
+the saved one, replay recorded answers, and only then predict.
 """
 
 from __future__ import annotations

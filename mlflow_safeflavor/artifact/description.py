@@ -42,8 +42,7 @@ def read_description(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
     """Read ``structure.json`` and ``config.json``; no tree of layers is looked at.
 
     Raises:
-        IntegrityError: A file is missing or malformed, or wants to run more than ``MLmodel`` says,
-            which is what the caller agreed to.
+        IntegrityError: A file is missing or malformed, or wants to run more than ``MLmodel`` says.
     """
     content = layout.read_json(layout.structure)
     if isinstance(content, dict) and spec.structure not in _KEYS_OF:

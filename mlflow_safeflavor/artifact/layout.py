@@ -98,8 +98,8 @@ class Layout:
         """Content of a file that is read whole.
 
         Raises:
-            IntegrityError: It is missing, no plain file, too large, or not what was compared with
-                the manifest.
+            IntegrityError: It is missing, no plain file, too large, or was changed since it was
+                compared with the manifest.
         """
         if self._contents is not None and path in self._contents:
             return self._contents[path]

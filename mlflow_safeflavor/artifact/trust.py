@@ -1,7 +1,7 @@
 """Rules of trust: nothing that an artifact names runs before it passed them.
 
 Without agreement only classes are made whose saving was proven, from plain values: neither a config
-nor an argument names code, a file or a repository. ``guard`` stands behind, against whatever these
+nor an argument names code, a file or a repository. ``guard`` stands behind, for attacks that these
 lists do not foresee.
 """
 

@@ -1,8 +1,8 @@
 """Files of weights, held so that the bytes that were checked are the bytes that are mapped.
 
-Weights are used by mapping their file, so that worker processes share its pages; and whoever writes
-to a mapped file changes the weights, or takes them away: a process that then reads gets SIGBUS. So
-what is mapped is
+Weights are used by mapping their file, so that worker processes share its pages. A write to a
+mapped file changes the weights, and cutting it short ends the process at its next read (SIGBUS). So
+the mapped file is one of three kinds:
 
 * "memory": a copy of this process, of a small file;
 * "copy": a private copy on this host (``host_cache``), which every process of this user maps, under

@@ -1,7 +1,7 @@
 """The save-time doctor: was the module damaged before it was handed over?
 
 It looks for three things: tensors that differ from what their constructor computes, tied weights
-that went apart, and values that look as if nobody wrote them. Each rule is chosen so that sound
+that went apart, and values of memory that was never written. Each rule is chosen so that sound
 models, fresh or trained, do not trip it; so silence is no proof, and an alarm deserves a look.
 """
 

@@ -1,4 +1,4 @@
-"""The fit of a state dict to a module: which tensor belongs where, and what is left over."""
+"""The fit of a state dict to a module: tensors by name, and those that are left over."""
 
 from __future__ import annotations
 

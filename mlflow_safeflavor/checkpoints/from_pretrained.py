@@ -1,4 +1,4 @@
-"""Checkpoints as modules without a tensor that nobody wrote, or an error."""
+"""Checkpoints as modules all of whose tensors were written, or an error."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ def _assign(module: torch.nn.Module, found: Mapping[int, torch.Tensor]) -> None:
 
 
 def _casts(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Path → dtype of what has another dtype in a module of this serving dtype."""
+    """Path → dtype of parameters that have another one than a module of this serving dtype."""
     subject = Subject.of(module)
     recipe = recipe_of(subject)
     try:

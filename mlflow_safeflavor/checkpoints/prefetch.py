@@ -271,7 +271,7 @@ def _digests_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _already_there(folder: Path, source: str | None, commit: str | None, given: Path) -> Prefetched:
-    """Compare a folder with its own manifest, and the manifest with what is wanted now."""
+    """Compare a folder with its own manifest, and the manifest with the wanted checkpoint."""
     manifest = read_json(folder / MANIFEST)
     try:
         version, files, taken = (

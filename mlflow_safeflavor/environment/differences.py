@@ -169,7 +169,7 @@ def naming_versions(recorded: Environment, *, path: Sequence[str] | None = None)
     """Begin the hint of a load that fails inside with the pins, where other versions are installed.
 
     Raises:
-        SafeFlavorError: What was raised inside.
+        SafeFlavorError: The error raised inside.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """requirements.txt of an artifact, read strictly: pins, their hashes, and sources of wheels.
 
-Whoever writes the artifact writes these lines, and pip and uv obey many: options, URLs, files of
-this machine, builds. Only forms that install wheels by name and version are let through.
+A stranger may have written these lines, and pip and uv obey many: options, URLs, files of this
+machine, builds. Only forms that install wheels by name and version are let through.
 """
 
 from __future__ import annotations

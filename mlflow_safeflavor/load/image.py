@@ -102,8 +102,7 @@ def generate_dockerfile(
     """Write a folder from which ``docker build`` makes an image that serves a model.
 
     It serves as the image of ``mlflow models build-docker`` does: MLflow's scoring server on port
-    8080, the model at ``/opt/ml/model``. It differs in what is around it; ``docs/docker.md``
-    compares them.
+    8080, the model at ``/opt/ml/model``. ``docs/docker.md`` compares the rest of both.
 
     Args:
         model_uri: See ``load_model``.
@@ -111,9 +110,9 @@ def generate_dockerfile(
         target: "cpu" refuses pins that install CUDA; "cuda" keeps them, and the container serves on
             a GPU or says what it is missing.
         user: Name of the user, not root, that serves.
-        engine: "onnx", and "openvino" for a model that was saved with it, installs only what the
-            graph needs, and serves nothing else; the model must have one. "module" installs all
-            pins. "auto" is "onnx" where that is what serves by default: a proven graph, on a CPU.
+        engine: "onnx", and "openvino" for a model that was saved with it, installs only the pins of
+            the graph, and serves nothing else; the model must have one. "module" installs all
+            pins. "auto" is "onnx" where a graph serves by default: if proven, on a CPU.
         base_image: By default ``python:X.Y.Z-slim`` of the Python that saved the model.
         hashes: Lock the pins with the hashes of the files that may be installed; needs uv and an
             index.
