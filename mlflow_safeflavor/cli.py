@@ -185,7 +185,7 @@ def _tensor_table(inventory: dict[str, Any]) -> Table:
 @click.option(
     "--engine",
     type=click.Choice(["onnx", "openvino", "module"]),
-    help="What answers here; by default what serves.",
+    help="Engine that answers here; by default the one that serves.",
 )
 @click.option(
     "--trust",

@@ -44,7 +44,7 @@ def digest_json(value: object) -> str:
                 raise ValueError(f"more than {_MAX_GUARDED} characters")
     except (TypeError, ValueError, RecursionError) as error:
         raise IntegrityError(
-            "MLmodel holds something that no model was saved with",
+            "MLmodel holds a value that no save writes",
             where=Layout.MLMODEL,
             found=error,
             hint=FETCH_AGAIN,
@@ -107,7 +107,7 @@ def read_manifest(layout: Layout) -> dict[str, Any]:
             or "\\" in name
         ):
             raise IntegrityError(
-                "The manifest names no path inside the artifact",
+                "The manifest names a path outside the artifact",
                 where=where,
                 found=repr(name[:300]),
                 hint=FETCH_AGAIN,

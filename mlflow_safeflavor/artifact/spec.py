@@ -152,7 +152,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         for where, wanted, found in _find_malformed(self):
             raise IntegrityError(
-                "The safeflavor entry of MLmodel says something that no model was saved with",
+                "The safeflavor entry of MLmodel has a value that no save writes",
                 where=f"MLmodel, {where}",
                 wanted=wanted,
                 found=repr(found)[:200],

@@ -29,7 +29,7 @@ def staging(target: str | Path, *, umask: int | None = None) -> Iterator[Path]:
     target = Path(os.path.abspath(target))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise IntegrityError(
-            "There is something at the target path already",
+            "The target path exists already",
             where=target,
             wanted="a path that does not exist, or an empty folder",
             hint="choose another path or remove it first",

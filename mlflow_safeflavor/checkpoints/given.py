@@ -86,7 +86,7 @@ def require_unchanged(model: Any, cls: type, hint: str) -> None:
         ]
     if own:
         raise StructureError(
-            f"What is your own in a {cls.__name__} would be lost",
+            f"Methods of your own in a {cls.__name__} would be lost",
             where=name_of(type(model)),
             wanted=f"a {cls.__name__} as its library makes it",
             found=f"methods of your own: {', '.join(sorted(set(own)))}",

@@ -65,7 +65,7 @@ def take_apart(pipeline: Any) -> Source:
     the task refuses them by that name.
 
     Raises:
-        InputError: An argument has a value that is not done here; names it.
+        InputError: An argument has a value that is not supported; names it.
         StructureError: The pipeline has methods of the user's own.
     """
     cls = library_class(pipeline, _PACKAGE)
@@ -124,7 +124,7 @@ def _param_of(name: str, value: Any, pipeline: Any) -> dict[str, Any]:
         if name in _AS_USUAL and value == _AS_USUAL[name]:
             return {}
         raise InputError(
-            "An argument of the pipeline is not done here",
+            "An argument of the pipeline is not supported",
             where=f"{type(pipeline).__name__}, {name}",
             wanted=repr(_AS_USUAL[name]) if name in _AS_USUAL else "return_full_text true or false",
             found=repr(value),

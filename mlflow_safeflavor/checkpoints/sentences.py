@@ -49,7 +49,7 @@ def from_object(model: Any) -> Source:
 
     Raises:
         StructureError: It is something else, has methods of the user's own, or a module that is not
-            done here.
+            supported.
     """
     cls = cast(type, library_class(model, _PACKAGE))
     require_unchanged(model, cls, _HINT)
@@ -84,7 +84,7 @@ def from_folder(folder: str | Path, dtype: str | torch.dtype | None) -> Source:
         dtype: Dtype that the model is read in; see ``dtypes.read_as``.
 
     Raises:
-        StructureError: A file is missing, or speaks of a module that is not done here.
+        StructureError: A file is missing, or speaks of a module that is not supported.
     """
     folder = Path(folder)
     said = read_json(folder / _CONFIG, strict=False) if (folder / _CONFIG).is_file() else {}
@@ -395,7 +395,7 @@ def _require_none(value: Any, name: str) -> None:
 
 def _not_done(where: object, wanted: str, found: str | None = None) -> StructureError:
     return StructureError(
-        "The model holds a part of sentence-transformers that is not done here",
+        "The model holds a part of sentence-transformers that is not supported",
         where=where,
         wanted=wanted,
         found=found,

@@ -38,7 +38,7 @@ def resolve_source(
         processor: Goes before the model's own.
 
     Raises:
-        InputError: The model is a pipeline with an argument that is not done here.
+        InputError: The model is a pipeline with an argument that is not supported.
         StructureError: It is none of these, or the tokenizer, processor or task cannot be told.
     """
     source = _take_apart(model, dtype)

@@ -157,7 +157,7 @@ def parse_pins(lines: Iterator[str] | list[str], where: str) -> Iterator[Pin]:
         )
         if requirement is None or hashes is None or not wanted:
             raise EnvironmentMismatchError(
-                "A line of the requirements is none that installs wheels by name and version",
+                "A line of the requirements does not install a wheel by name and version",
                 where=where,
                 wanted="name==version, with markers and hashes; --find-links or --extra-index-url "
                 f"with a place; -c {CONSTRAINTS}",

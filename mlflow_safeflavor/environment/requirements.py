@@ -112,7 +112,7 @@ def _index_option(torch_index: str) -> str:
         # Blanks would end the option and # would start a comment; a file URL has neither.
         return f"--find-links {folder.as_uri() if _UNSAFE.search(str(folder)) else folder}"
     raise EnvironmentMismatchError(
-        "torch_index says nothing that pip could use",
+        "torch_index names no source that pip can use",
         where="torch_index",
         wanted='"auto", None, an http(s):// or file:// URL, or a folder that exists',
         found=repr(torch_index),

@@ -136,7 +136,7 @@ FORWARDED = {
     Site("checkpoints/damage", "…", "…"): "the error, as a warning",
     Site("errors", "…", "…"): "an error that was raised, with another hint in front",
     Site(
-        "checkpoints/given", "What is your own in a … would be lost", "…"
+        "checkpoints/given", "Methods of your own in a … would be lost", "…"
     ): "_HINT of sentences, _HINT_OWN of pipelines",
     Site("load/saved", "…", "…"): "hint_of of plain_files",
     Site("module/wrappers", "…", "…"): "a hint of _REFUSED",

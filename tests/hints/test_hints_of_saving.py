@@ -133,7 +133,7 @@ def test_arguments(save, code, tmp_path):
 
 @follows(
     "artifact/staging",
-    "There is something at the target path already",
+    "The target path exists already",
     "choose another path or remove it first",
 )
 def test_a_path_that_is_taken(code, tmp_path):

@@ -225,7 +225,7 @@ def test_images(model, wheels, tmp_path, monkeypatch):  # noqa: F811
 
 @follows(
     "environment/pins",
-    "A line of the requirements is none that installs wheels by name and version",
+    "A line of the requirements does not install a wheel by name and version",
     "build wheels of what no index has (`pip wheel -w FOLDER …`), install them from there, and "
     "save the model with torch_index=FOLDER; let pip's own configuration hold other indexes and "
     "passwords",
@@ -322,7 +322,7 @@ def test_a_signature_of_a_newer_mlflow(saved, monkeypatch):
 
 @follows(
     "checkpoints/pipelines",
-    "An argument of the pipeline is not done here",
+    "An argument of the pipeline is not supported",
     "make the pipeline without it, and do that before or after predict; or save the model as a "
     "custom task",
 )
@@ -432,7 +432,7 @@ def test_a_tokenizer_with_a_mind_of_its_own(save, tiny_bert, tiny_tokenizer):  #
 
 @follows(
     "checkpoints/sentences",
-    "The model holds a part of sentence-transformers that is not done here",
+    "The model holds a part of sentence-transformers that is not supported",
     'save it as a module of your own: task="custom" with preprocess, postprocess and code_paths',
 )
 @pytest.mark.filterwarnings("ignore")
@@ -478,7 +478,7 @@ def test_a_sentence_transformer(save, user_code, tiny_tokenizer, tmp_path):  # n
 
 @follows(
     "artifact/spec",
-    "The safeflavor entry of MLmodel says something that no model was saved with",
+    "The safeflavor entry of MLmodel has a value that no save writes",
     "if you are saving it, give it such a …; otherwise fetch the artifact again, or log the model "
     "again; files of a saved model are not meant to be edited",
 )

@@ -223,7 +223,7 @@ def test_wrong_options(model, tmp_path, options):
 def test_nothing_is_overwritten(model, tmp_path):
     (tmp_path / "image").mkdir()
     (tmp_path / "image" / "Dockerfile").write_text("mine")
-    with pytest.raises(IntegrityError, match="something at the target path"):
+    with pytest.raises(IntegrityError, match="target path exists already"):
         generate_dockerfile(str(model), tmp_path / "image")
     assert (tmp_path / "image" / "Dockerfile").read_text() == "mine"
 

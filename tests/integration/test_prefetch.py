@@ -264,7 +264,7 @@ def test_what_cannot_be_loaded_is_not_left_behind(checkpoint, tmp_path):
 def test_a_target_with_something_else_in_it(checkpoint, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
-    with pytest.raises(IntegrityError, match="something at the target path"):
+    with pytest.raises(IntegrityError, match="target path exists already"):
         prefetch(checkpoint, tmp_path / "out")
     assert names(tmp_path / "out") == {"mine.txt"}
 

@@ -118,7 +118,7 @@ def test_what_is_at_the_path_already_is_refused_and_kept(save_tiny, tmp_path, ki
         path.mkdir()
         (path / "notes.txt").write_text("mine")
     before = sorted((tmp_path / "store").rglob("*"))
-    with pytest.raises(IntegrityError, match="something at the target path") as refused:
+    with pytest.raises(IntegrityError, match="target path exists already") as refused:
         save_tiny()
     assert str(path) in refused.value.message
     assert sorted((tmp_path / "store").rglob("*")) == before
