@@ -94,7 +94,7 @@ def test_a_folder_is_searched_for_wheels(tmp_path, monkeypatch):
 def test_any_other_torch_index_is_refused(torch_index):
     with pytest.raises(
         EnvironmentMismatchError,
-        match=r'(?s)torch_index says nothing.*wanted: "auto", None, an http',
+        match=r'(?s)torch_index names no source.*wanted: "auto", None, an http',
     ):
         lines_of({"torch": "2.13.0+cpu"}, torch_index)
 
