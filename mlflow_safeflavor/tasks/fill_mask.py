@@ -139,6 +139,7 @@ class FillMask(TextTask):
             yield encoded
 
     def batch_budget(self, max_batch_tokens: int) -> int:
+        # A forward gives logits of all positions, also of those that are no gaps.
         most: int = _SCORES // self.encoder.size
         return min(max_batch_tokens, max(1, most))
 
@@ -213,6 +214,7 @@ class FillMask(TextTask):
         self, ids: Sequence[int], gap: int, token: int, score: float, *, alone: bool
     ) -> dict[str, Any]:
         filled = [*ids[:gap], token, *ids[gap + 1 :]]
+        # Without padding tokens that the text itself has, as transformers' pipeline.
         shown = [i for i in filled if i != self.encoder.config["pad_token_id"]]
         return {
             "token_str": self.encoder.decode([token], skip_special=False),

@@ -194,6 +194,7 @@ def _plain(kind: str, value: Any) -> Any:
     if isinstance(value, (bool, np.bool_)):  # True is 1 in Python: {"top_k": true} is a mistake
         return None
     if kind == "double":
+        # Python's reader of JSON takes NaN and Infinity, which are in no range.
         return (
             float(value)
             if isinstance(value, (int, float, np.integer, np.floating)) and np.isfinite(value)

@@ -157,6 +157,7 @@ class QuestionAnswering(TextTask):
             raise self._no_room(i, limit, f"more than {limit} tokens")
         if len(row["context"]) > _LONG:
             (question,) = self.encoder.encode([row["question"]], truncation=False, special=False)
+            # Beside the question and the special tokens: as in ``_cuts``, without the context.
             room = limit - len(question["input_ids"]) - self.encoder.special_tokens(pair=True)
             if room >= 1:
                 overlap = self._overlap(i, room, limit, room, params)

@@ -248,6 +248,7 @@ def _as_table(data: Any, columns: Sequence[str]) -> pd.DataFrame:
     if list(table.columns) == list(range(len(columns))):  # a list of lists, which pandas numbers
         table.columns = pd.Index(columns)
     there = [str(name) for name in table.columns]
+    # Both, since a column that comes twice is one of the set.
     if set(there) != set(columns) or len(there) != len(columns):
         raise InputError(
             "The columns of the table are not those of the example",

@@ -139,6 +139,7 @@ class TextGeneration(Generation):
             self.require_short(i, [{"prompt": prompt}], limit, cut=params["truncation"])
             (encoded,) = self.encoder.encode([prompt], truncation=False, special=special)
             ids = encoded["input_ids"] or self._beginning()
+            # Cut at its beginning, since a decoder goes on behind the end.
             if limit and len(ids) > limit and params["truncation"]:
                 ids = self._end_of(prompt, limit, special=special)
             self.require_fitting(i, len(ids), limit)

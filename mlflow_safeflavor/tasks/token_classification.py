@@ -123,6 +123,7 @@ class TokenClassification(TextTask):
         require_texts(rows, self.columns)
         pieces, instead = 0, "send less text at once, or lower stride"
         for first, some in groups(rows):
+            # By the beginnings first: no long text is tokenised whole only to be refused.
             for i, given in enumerate(some, first):
                 where = f"windows up to {place(i)}"
                 self.require_few_windows(

@@ -112,6 +112,7 @@ class ZeroShotClassification(TextTask):
         hypotheses = self._hypotheses(params)
         for i, row in enumerate(rows):
             self.require_short(i, [row], limit, cut=params["truncation"])
+            # Once for all labels, whose hypotheses ``pair`` puts behind it.
             (text,) = self.encoder.encode([row["text"]], truncation=False, special=False)
             pairs = []
             for label, hypothesis in zip(labels, hypotheses, strict=True):

@@ -19,6 +19,7 @@ _ACCEPTED = "a DataFrame, Series, list, dict, numpy array or a single text"
 
 def count_rows(data: Any) -> int:
     """Rows of any of the shapes that ``rows_of`` takes, before any is made; 1 for anything else."""
+    # The longest column of a dict: whether they are equally long is told with the rows.
     if isinstance(data, Mapping):
         return max(
             (count_rows(value) for value in data.values() if not isinstance(value, Mapping)),
@@ -101,7 +102,7 @@ def _from_dict(
     # Before lengths are compared: an extra column must not be told as one of another length.
     require_columns(list(data), names, needed)
     if not any(listed):
-        return [data]
+        return [data]  # a dict of single values is one row
     if not all(listed):
         raise InputError(
             "Some columns are lists and some are single values",

@@ -192,6 +192,7 @@ class TextEncoder:
     def join(self, tokens: Sequence[str]) -> str:
         """Tokens → text, as ``convert_tokens_to_string`` makes it."""
         decoder = self._tokenizer.decoder
+        # Without a decoder the tokenizers library puts spaces between tokens.
         return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
 
     def token(self, token_id: int) -> str:

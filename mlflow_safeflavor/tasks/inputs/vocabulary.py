@@ -30,6 +30,7 @@ def find_table(module: torch.nn.Module) -> tuple[str, int] | None:
     parts = [module] if _said_table(module) is not None else list(module.modules())
     said = [table for part in parts if (table := _said_table(part)) is not None]
     tables = said or [child for child in module.modules() if isinstance(child, nn.Embedding)]
+    # By weight: an encoder and its decoder may be two modules of one table.
     if len({id(table.weight) for table in tables}) != 1:
         return None
     table = tables[0]
