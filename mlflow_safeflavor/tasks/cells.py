@@ -33,6 +33,7 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    # By identity: comparing pd.NA gives pd.NA, which has no truth value.
     return None if value is pd.NaT or value is pd.NA else value
 
 

@@ -51,7 +51,7 @@ def _takes(
     for name, axis in places:
         size = changed[name].shape[axis]
         if size + step < 1:
-            return False
+            return False  # an array without entries
         # One longer repeats the last entry, which is as valid as it was the first time.
         changed[name] = changed[name].take(np.arange(size + step).clip(max=size - 1), axis)
     try:

@@ -48,6 +48,7 @@ class Text2TextGeneration(Generation):
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
         cls.require_known(options)
         named = getattr(getattr(model, "config", None), "task_specific_params", None) or {}
+        # T5 has "translate English to German: " there, with beams and a length.
         specific = dict(named.get(cls.specific) or {})
         prefix = {"prefix": specific.pop("prefix", None) or "", **options}["prefix"]
         if not isinstance(prefix, str):

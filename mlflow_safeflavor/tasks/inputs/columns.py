@@ -21,6 +21,7 @@ def without_extra_columns(data: Any, known: Collection[str]) -> Any:
         known: Columns of the model.
     """
     if isinstance(data, pd.DataFrame):
+        # Not data[known]: a missing column is an error that names it, later.
         return data[[name for name in data.columns if name in known]]
     if isinstance(data, Mapping):
         return {name: value for name, value in data.items() if name in known}

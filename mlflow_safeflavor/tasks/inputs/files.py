@@ -76,7 +76,7 @@ def _read(path: Path, where: str) -> bytes:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise OSError("not a plain file")
-        _sized(b"", status.st_size, where)
+        _sized(b"", status.st_size, where)  # before a byte is read
         return path.read_bytes()
     except (OSError, ValueError) as error:
         raise InputError(

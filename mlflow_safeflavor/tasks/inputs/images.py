@@ -51,6 +51,7 @@ def read_image(value: Any, where: str, caps: Caps) -> Image:
     # By the header, before a pixel is decoded: a file of some kB can hold a billion of them.
     _require_size(image, where, caps)
     try:
+        # Upright first: what a processor gets is an array, without EXIF.
         return ops.exif_transpose(image).convert("RGB")  # type: ignore[no-any-return]
     except Exception as error:  # each decoder has its own ways to fail
         raise _unreadable(where, error) from None
@@ -62,7 +63,7 @@ def record_image(value: Any, where: str, caps: Caps) -> str:
         content = content_of(value, where)
     else:
         file = io.BytesIO()
-        read_image(value, where, caps).save(file, "PNG")
+        read_image(value, where, caps).save(file, "PNG")  # which loses no pixel
         content = file.getvalue()
     return base64.b64encode(content).decode()
 

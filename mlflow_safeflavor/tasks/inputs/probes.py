@@ -55,6 +55,7 @@ def probe_with_transformers(tokenizer: Any, names: Sequence[str]) -> list[dict[s
                 batch = tokenizer(
                     texts, second, truncation=length is not None, max_length=length, verbose=False
                 )
+                # Not padded: ids, masks and types are lists of each row's own length.
                 rows += [{name: batch[name][i] for name in names} for i in range(len(texts))]
             # Some classes want boxes, languages or images beside the text.
             except Exception as error:

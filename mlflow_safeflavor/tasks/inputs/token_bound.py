@@ -88,6 +88,7 @@ def _cuts_at_spaces(backend: Tokenizer) -> bool:
     )
     return (
         type(backend.model).__name__ in _OF_WORDS
+        # An added token with a space in it is found across two words.
         and not any(
             map(
                 str.isspace,

@@ -38,5 +38,5 @@ def is_missing(value: Any) -> bool:
 def named_in_words(names: Sequence[Any]) -> str:
     """Columns by name: ``column 'a'``, ``columns 'a' and 'b'``."""
     if list(names) == [None]:
-        return "one column"
+        return "one column"  # of a model whose column has no name
     return f"column{'s' if len(names) > 1 else ''} {' and '.join(map(repr, names))}"
