@@ -67,6 +67,7 @@ _LOADER_ALONE = (
 
 
 def __getattr__(name: str) -> Any:
+    # AttributeError, or hasattr() and from-imports of submodules would fail with another error.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name]
@@ -82,6 +83,7 @@ def __dir__() -> list[str]:
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
     """Entry point of MLflow: ``loader_module`` of every saved model is this package."""
+    # Not above: whoever only saves, or inspects, needs nothing of it.
     from mlflow_safeflavor.load.pyfunc import load_pyfunc
 
     return load_pyfunc(path, model_config)

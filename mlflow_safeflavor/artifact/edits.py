@@ -67,6 +67,7 @@ def _edits_of_inputs(old: Any, new: Any) -> Iterator[str]:
     if old == new:
         return
     saved, found = _columns(old), _columns(new)
+    # A sole column without a name takes any, so a name for it changes no answer.
     if len(saved) == len(found) == 1 and list(saved) == [None]:
         (name,) = found
         saved = {name: saved[None]}

@@ -38,6 +38,7 @@ def require_torch_weights(path: str | Path) -> None:
 
 def require_torch_weights_among(names: Collection[str], where: object) -> None:
     """The same for names of files, such as those of a repository; TorchScript is not told by it."""
+    # Many repositories hold other formats beside weights that a module can take.
     if any(name.endswith(_OF_TORCH) for name in names):
         return
     if gguf := next((name for name in sorted(names) if name.endswith(".gguf")), None):
@@ -64,5 +65,6 @@ def _is_torchscript(file: Path) -> bool:
     """Whether ``torch.jit.save`` wrote it: a ZIP with code beside its tensors."""
     if not zipfile.is_zipfile(file):
         return False
+    # By its list of names: to load it, torch.jit.load would run code of the file.
     with zipfile.ZipFile(file) as archive:
         return any("/code/" in name for name in archive.namelist())

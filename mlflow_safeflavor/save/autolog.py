@@ -77,6 +77,7 @@ def _callback(name: str, every_save: bool, arguments: Mapping[str, Any]) -> type
         def log(
             self, name: str, state: Any, model: Any, processing_class: Any = None, **more: Any
         ) -> None:
+            # Of several processes one logs; all hold the same weights.
             if not state.is_world_process_zero:
                 return
             try:
@@ -85,6 +86,7 @@ def _callback(name: str, every_save: bool, arguments: Mapping[str, Any]) -> type
                     given = {**_parts(model, processing_class), **arguments}
                     info = log_model(model, name, **given)
                     mlflow_compat.log_metrics(_metrics(state), state.global_step, info)
+            # Hours of training must not end here, whatever a model or a server refuses.
             except Exception as error:
                 _logger.warning(
                     "autolog did not log the model %r of step %s, or its metrics: %s",

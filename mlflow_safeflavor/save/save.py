@@ -159,6 +159,7 @@ def save_model(
     _require_openvino(options, graph)
     defaults = {**source.params, **defaults_of(signature), **(params or {})}
     subject = Subject.of(source.module)
+    # Before any file is written: sparse, quantised and meta tensors have no form in safetensors.
     require_saveable(subject.slots)
     found = dtypes_of(subject.slots)
     serving = serving_dtype(dtype, found)
@@ -266,6 +267,7 @@ def _options(task: str, model_config: Mapping[str, Any] | None) -> dict[str, Any
 
 def _require_openvino(options: Mapping[str, Any], graph: str) -> None:
     """Refuse OpenVINO where it is not installed, or cannot take the graph or dtype asked for."""
+    # At save, where the user can choose otherwise: a server would refuse the model at its start.
     if options.get("engine") != "openvino":
         return
     runtime_of("openvino")
