@@ -214,8 +214,10 @@ def test_signatures_are_silent_about_lists_and_refuse_them_as_input(here, tmp_pa
     assert mlflow.models.Model.load(str(here / "custom")).signature.outputs is None
     assert signature.inputs.input_names() == [0]
     assert {param.name for param in signature.params} == {
+        "prompt",
         "truncate_dim",
         "normalize_embeddings",
+        "precision",
         "max_length",
         "truncation",
     }
