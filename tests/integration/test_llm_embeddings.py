@@ -140,6 +140,9 @@ def test_clients_of_openai_read_what_a_server_answers(serve, saved, wanted):
         require_answer(server.invoke({"input": "a"}).json(), wanted(["a"]), 3)
         answer = server.invoke({"input": "a", "dimensions": 4, "nobody": "knows"})
         require_answer(answer.json(), wanted(["a"], truncate_dim=4, normalize_embeddings=True), 3)
+        (packed,) = server.invoke({"input": "a", "precision": "ubinary"}).json()["data"]
+        assert packed["embedding"] == wanted(["a"], precision="ubinary")[0]
+        assert all(isinstance(number, int) for number in packed["embedding"])
         rows = server.invoke({"dataframe_records": [{"input": text} for text in TEXTS]})
         require_answer(rows.json()["predictions"], wanted(), sum(TOKENS))
         for bad in ({"input": [[5, 6]]}, {"input": "a", "dimensions": 40}, {"input": []}):
