@@ -17,13 +17,13 @@ from __future__ import annotations
 import configparser
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
 REPOSITORY = Path(__file__).parent
 sys.path.insert(0, str(REPOSITORY / "tools"))
@@ -167,7 +167,7 @@ def _requirements_without(*names: str) -> list[str]:
     metadata = configparser.ConfigParser()
     metadata.read(REPOSITORY / "setup.cfg")
     lines = metadata["options"]["install_requires"].split("\n")
-    return [line for line in lines if line and re.match(r"[\w.-]+", line).group() not in names]
+    return [line for line in lines if line and Requirement(line).name not in names]
 
 
 def _test(session: nox.Session, *files: str) -> None:

@@ -204,7 +204,8 @@ class Worker:
         self.reader.start()
 
     def _read(self) -> None:
-        with self.process.stdout or contextlib.nullcontext([]) as lines:
+        nothing: list[str] = []
+        with self.process.stdout or contextlib.nullcontext(nothing) as lines:
             for line in lines:
                 self.lines.put(line)
         self.lines.put(None)
