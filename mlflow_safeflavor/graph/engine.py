@@ -13,6 +13,7 @@ import numpy as np
 from mlflow_safeflavor.artifact.weights_files import HeldFile, require_unchanged
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.graph.graph import Graph, format_input
+from mlflow_safeflavor.module.generation import Generation
 
 if TYPE_CHECKING:
     import torch
@@ -132,11 +133,9 @@ class GraphEngine:
                 self._rebuilt = self._rebuild()
             return self._rebuilt
 
-    def generate(
-        self, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any], **options: Any
-    ) -> Any:
+    def generate(self, inputs: Mapping[str, np.ndarray], generation: Generation) -> Any:
         """Let the module write; see ``Engine.generate``."""
-        return _apart(lambda: self.fallback().generate(inputs, settings, **options))
+        return _apart(lambda: self.fallback().generate(inputs, generation))
 
 
 def _apart(run: Callable[[], T]) -> T:

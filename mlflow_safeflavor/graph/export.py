@@ -7,26 +7,26 @@ one copy of it. Only small constants of the graph's own are inside the file.
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mlflow_safeflavor.graph import rewrites
-from mlflow_safeflavor.graph.decompositions import CUTS, DECOMPOSITIONS
-from mlflow_safeflavor.graph.proof import TEXT, Refusal
+from mlflow_safeflavor.graph.proof import Refusal
+from mlflow_safeflavor.graph.trace import (
+    Forward,
+    Inputs,
+    Sizes,
+    first_line,
+    quiet,
+    sizes_of,
+    traced,
+)
 from mlflow_safeflavor.graph.weights import Place
-from mlflow_safeflavor.module.engine import named_tensors
 from mlflow_safeflavor.module.slots import Slot
 
-__all__ = ["OPSET", "Exported", "Forward", "Inputs", "export"]
-
-Inputs = Mapping[str, torch.Tensor]
-# Input → its sizes; a text for one that may be any, equal texts for equal sizes.
-Sizes = Mapping[str, tuple["int | str", ...]]
+__all__ = ["OPSET", "Exported", "export"]
 
 # The first with Attention as one operator.
 #
@@ -38,18 +38,6 @@ _MOST_FOLDED = 1 << 16
 
 # Bytes of all constants inside the file.
 _MOST_OWN = 64 << 20
-
-
-class Forward(torch.nn.Module):
-    """The forward as engines call it: named tensors in, named tensors out."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run it."""
-        return named_tensors(self.module(**inputs))
 
 
 class Exported:
@@ -114,9 +102,9 @@ def export(
     Raises:
         Refusal: The forward cannot be traced, or has no translation.
     """
-    program = _trace(module, example, free)
-    sizes = _sizes(program, example, examples)
-    with _quiet():
+    program = traced(module, example, free)
+    sizes = sizes_of(program, example, examples)
+    with quiet():
         try:
             made = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
@@ -124,149 +112,10 @@ def export(
             model = made.model  # type: ignore[union-attr]  # None without dynamo
             _simplify(model, slots)
         except Exception as error:  # the exporter has no end of ways to fail
-            raise Refusal(f"torch.onnx: {_first_line(error)}") from error
+            raise Refusal(f"torch.onnx: {first_line(error)}") from error
     with torch.no_grad():
         outputs = list(Forward(module)(dict(example)))
     return Exported(model, example, sizes, outputs, places, slots)
-
-
-def _trace(
-    module: torch.nn.Module, example: Inputs, free: Mapping[str, set[int]]
-) -> torch.export.ExportedProgram:
-    auto, static = torch.export.Dim.AUTO, torch.export.Dim.STATIC
-    dims = {
-        name: {i: auto if i in free[name] else static for i in range(tensor.dim())}
-        for name, tensor in example.items()
-    }
-    try:
-        with torch.no_grad(), _quiet(), _bounded_sizes():
-            program = torch.export.export(
-                Forward(module), (dict(example),), dynamic_shapes=(dims,), strict=False
-            )
-            called = {node.target for node in program.graph.nodes}
-            if any(_is_mutable(target) for target in called) or called & CUTS:
-                # Which tells what is changed, and makes splits of chunks.
-                program = program.run_decompositions(DECOMPOSITIONS)
-    except Exception as error:  # so has the tracer
-        raise Refusal(f"torch.export: {_first_line(error)}") from error
-    changed = program.graph_signature
-    if changed.buffers_to_mutate or changed.user_inputs_to_mutate:
-        raise Refusal("the forward changes its buffers or inputs")
-    return program
-
-
-# Of one size, from those of the inputs; audio models with seven convolutions need some twenty.
-_MOST_OPERATIONS = 64
-
-
-@contextmanager
-def _bounded_sizes() -> Iterator[None]:
-    """Give up where sizes become too involved.
-
-    The tracer would compare them for minutes, or for ever.
-
-    Windows of images double them with each layer (Swin); with one size of images there are none.
-    """
-
-    def look(module: torch.nn.Module, arguments: Any, outputs: Any) -> None:
-        for tensor in outputs if isinstance(outputs, tuple | list) else (outputs,):
-            for size in tensor.shape if isinstance(tensor, torch.Tensor) else ():
-                if not isinstance(size, int) and size.node.expr.count_ops() > _MOST_OPERATIONS:
-                    raise Refusal("what becomes of free sizes is too involved")
-
-    handle = torch.nn.modules.module.register_module_forward_hook(look)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _is_mutable(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-
-
-def _first_line(error: BaseException) -> str:
-    while error.__cause__ is not None:  # the exporter wraps the reason
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:400]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says of packages that nobody asked for."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
-    ]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
-
-
-# --- sizes ---------------------------------------------------------------------------------------
-
-
-def _sizes(
-    program: torch.export.ExportedProgram, example: Inputs, examples: Sequence[Inputs]
-) -> Sizes:
-    """Which sizes are free, and which of them are one.
-
-    The tracer leaves apart what broadcasting would allow.
-
-    Raises:
-        Refusal: A size that differs between the examples is not free.
-    """
-    kinds = {spec.arg.name: spec.kind.name for spec in program.graph_signature.input_specs}
-    taken = [
-        node.meta["val"].shape
-        for node in program.graph.nodes
-        if node.op == "placeholder" and kinds[node.name] == "USER_INPUT"
-    ]
-    seen = {
-        (name, i): tuple(inputs[name].shape[i] for inputs in examples)
-        for name, tensor in example.items()
-        for i in range(tensor.dim())
-    }
-    texts = {
-        seen[name, 1] for name, tensor in example.items() if name in TEXT and tensor.dim() == 2
-    }
-    names: dict[Any, str] = {}
-    found: dict[str, tuple[int | str, ...]] = {}
-    for (name, tensor), shape in zip(example.items(), taken, strict=True):
-        sizes: list[int | str] = []
-        for i, size in enumerate(shape):
-            differs = len(set(seen[name, i])) > 1
-            symbol = None if isinstance(size, int) else size.node.expr
-            if symbol is None or not symbol.is_symbol:  # fixed, or bound to others (twice another)
-                if differs:
-                    raise Refusal(
-                        f"the forward takes one size of {name} only, in dimension {i}: {size}"
-                    )
-                sizes.append(tensor.shape[i])
-                continue
-            # Boxes of words are as many as the words.
-            text = (name in TEXT and tensor.dim() == 2) or (differs and seen[name, i] in texts)
-            key = (
-                "rows"
-                if i == 0
-                else "length"
-                if text
-                else seen[name, i]
-                if differs
-                else (i, seen[name, i])
-            )
-            sizes.append(names.setdefault(key, key if isinstance(key, str) else f"{name}_{i}"))
-        found[name] = tuple(sizes)
-    return found
-
-
-# --- the model -----------------------------------------------------------------------------------
 
 
 def _simplify(model: Any, slots: Sequence[Slot]) -> None:

@@ -17,6 +17,7 @@ from mlflow_safeflavor.artifact.arrays import array_of
 from mlflow_safeflavor.artifact.weights_files import HeldFile, require_unchanged
 from mlflow_safeflavor.errors import PlacementError, StructureError
 from mlflow_safeflavor.module.devices import require_usable
+from mlflow_safeflavor.module.generation import Generation
 from mlflow_safeflavor.module.precision import exact_products
 
 __all__ = ["ModuleEngine", "arrays_of", "evaluating", "named_tensors", "tensors_of"]
@@ -65,27 +66,21 @@ class ModuleEngine:
             return arrays_of(named_tensors(self._forward(**tensors)))
 
     def generate(
-        self,
-        inputs: Mapping[str, np.ndarray],
-        settings: Mapping[str, Any],
-        *,
-        processors: Sequence[Callable[..., torch.Tensor]] = (),
-        stopping: Sequence[Callable[..., torch.Tensor]] = (),
-        keep_logits: bool = False,
+        self, inputs: Mapping[str, np.ndarray], generation: Generation
     ) -> dict[str, np.ndarray]:
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
         require_unchanged(self._weights)
         require_usable(self.device)
-        view = _with_settings(
-            self.module, {**settings, "return_dict_in_generate": True, "output_logits": keep_logits}
-        )
+        keep_logits = generation.keep_logits
+        returned = {"return_dict_in_generate": True, "output_logits": keep_logits}
+        view = _with_settings(self.module, {**generation.settings, **returned})
         with torch.inference_mode(), exact_products(self.device):
             found = view.generate(
                 **tensors_of(inputs, self.device, self.dtype),
                 generation_config=view.generation_config,
-                logits_processor=LogitsProcessorList(processors),
-                stopping_criteria=StoppingCriteriaList(stopping),
+                logits_processor=LogitsProcessorList(generation.processors),
+                stopping_criteria=StoppingCriteriaList(generation.stopping),
             )
             kept = {"logits": torch.stack(found.logits, dim=1)} if keep_logits else {}
             return arrays_of({"sequences": found.sequences, **kept})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from mlflow_safeflavor.module.generation import Generation
 from mlflow_safeflavor.predict.ticket import Ticket
 from mlflow_safeflavor.tasks.engine import Engine
 
@@ -29,16 +31,10 @@ class Attended:
         """One forward, as the engine does it."""
         return self._engine(inputs)
 
-    def generate(
-        self,
-        inputs: Mapping[str, Any],
-        settings: Mapping[str, Any],
-        *,
-        stopping: Sequence[Callable[..., Any]] = (),
-        **options: Any,
-    ) -> dict[str, Any]:
+    def generate(self, inputs: Mapping[str, Any], generation: Generation) -> dict[str, Any]:
         """Generate, as the engine does it, until the end or until all tickets are abandoned."""
-        return self._engine.generate(inputs, settings, stopping=[*stopping, self._go_on], **options)
+        stopping = [*generation.stopping, self._go_on]
+        return self._engine.generate(inputs, replace(generation, stopping=stopping))
 
     def _go_on(self, ids: Any, scores: Any, **kwargs: Any) -> Any:
         """Stopping criterion of transformers: which rows are done, bool of shape (rows,)."""

@@ -1,18 +1,17 @@
-"""How far a long prediction is, for people who wait for it."""
+"""Progress of a long prediction, as a bar of tqdm's."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from tqdm import tqdm
 
 __all__ = ["Watch", "shown"]
 
-# Told how much of how much is done; None where nobody knows how much there is.
+# Told how much of how much is done; None where the total is not known.
 Watch = Callable[["int", "int | None"], None]
 
 # Seconds before anything is shown.
@@ -21,7 +20,7 @@ _PATIENCE = 2.0
 
 @contextmanager
 def shown(wanted: bool | None) -> Iterator[Watch | None]:
-    """A function to be told how much of how much is done; None where nobody wants to know.
+    """A function to be told how much of how much is done; None where no bar is wanted.
 
     Args:
         wanted: None for a terminal or a notebook only, and only if it takes longer than two
@@ -30,45 +29,34 @@ def shown(wanted: bool | None) -> Iterator[Watch | None]:
     if wanted is False:
         yield None
         return
-    begun = time.monotonic()
-    bars: list[Progress | None] = []  # at most one; None where it is not to be seen
+    bar: tqdm[None] | None = None
 
     def watch(done: int, total: int | None) -> None:
-        # Nothing is made before it is needed: most predictions take milliseconds.
-        if not bars and (wanted or time.monotonic() - begun > _PATIENCE):
-            bars.append(_started_bar(anywhere=bool(wanted)))
-        if bars and bars[0]:
-            bars[0].update(bars[0].task_ids[0], completed=done, total=total, refresh=True)
+        nonlocal bar
+        if bar is None:  # the first call comes after half a second, which few predictions take
+            bar = _bar(total, wanted)
+        bar.total = total
+        bar.update(done - bar.n)
 
     try:
         yield watch
     finally:
-        if bars and bars[0]:
-            bars[0].stop()
+        if bar is not None:
+            bar.close()
 
 
-def _started_bar(*, anywhere: bool) -> Progress | None:
-    """On a terminal or in a notebook, or ``anywhere``.
+def _bar(total: int | None, wanted: bool | None) -> tqdm[None]:
+    # Not at the top: servers show no bar. huggingface_hub, which tokenizers needs, brings tqdm.
+    from tqdm.auto import tqdm
 
-    None where rich is not installed or nobody looks.
-    """
-    try:
-        # Not among the pins of a model: servers show no bar, and a model must answer without.
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-    except ImportError:
-        return None
-    console = Console(stderr=True)
-    if not (anywhere or console.is_terminal or console.is_jupyter):
-        return None
-    columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True, auto_refresh=False)
-    bar.add_task("predict")
-    bar.start()
-    return bar
+    class Bar(tqdm):  # type: ignore[misc]  # chosen when it is imported
+        monitor_interval = 0  # else tqdm starts a thread that outlives the prediction
+
+    return Bar(
+        desc="predict",
+        total=total,
+        delay=0 if wanted else _PATIENCE,
+        disable=None if wanted is None else False,
+        leave=False,
+        mininterval=0,
+    )

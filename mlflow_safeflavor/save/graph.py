@@ -14,11 +14,12 @@ from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.graph.check import read
 from mlflow_safeflavor.graph.engine import GraphEngine, Session, runtime_of
-from mlflow_safeflavor.graph.export import Exported, Forward, Inputs, export
+from mlflow_safeflavor.graph.export import Exported, export
 from mlflow_safeflavor.graph.file import open_graph, write_graph, write_reason
 from mlflow_safeflavor.graph.graph import Graph
 from mlflow_safeflavor.graph.onnx_file import Malformed
 from mlflow_safeflavor.graph.proof import TEXT, Arrays, Facts, Refusal, prove
+from mlflow_safeflavor.graph.trace import Forward, Inputs
 from mlflow_safeflavor.graph.weights import Place, find_places
 from mlflow_safeflavor.machine import available_cpus
 from mlflow_safeflavor.module.engine import ModuleEngine, tensors_of

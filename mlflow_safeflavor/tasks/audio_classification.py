@@ -32,7 +32,7 @@ _PADDABLE = ("hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm")
 
 
 class AudioClassification(ProcessedTask):
-    """Labels of a sound: a WAV file (bytes, base64, ``pathlib.Path``) or samples.
+    """Labels of a sound: a file (bytes, base64, ``pathlib.Path``) or samples.
 
     See ``read_sound``.
 

@@ -6,16 +6,14 @@ Data flows one way: rows → features → pieces → arrays → row outputs → 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from mlflow.models import ModelSignature
 
-from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.caps import Caps
@@ -23,15 +21,13 @@ from mlflow_safeflavor.tasks.inputs.records import count_rows
 from mlflow_safeflavor.tasks.inputs.rows import Row, rows_of
 from mlflow_safeflavor.tasks.inputs.texts import require_clean
 from mlflow_safeflavor.tasks.inputs.wording import place
-from mlflow_safeflavor.tasks.params import Param, check_defaults, check_params, with_defaults
-
-if TYPE_CHECKING:
-    import torch
+from mlflow_safeflavor.tasks.kind import TaskKind
+from mlflow_safeflavor.tasks.params import check_params, with_defaults
 
 __all__ = ["Task"]
 
 
-class Task(ABC):
+class Task(TaskKind):
     """One task, bound to what ``describe`` recorded at save. Immutable, safe from many threads.
 
     Args:
@@ -51,36 +47,6 @@ class Task(ABC):
         IntegrityError: A saved default is not allowed.
     """
 
-    name: ClassVar[str]
-    # All fields the task knows, required ones first.
-    fields: ClassVar[tuple[str, ...]]
-    # Fields that ``columns`` must have. Every field in ``columns`` must then be in every row.
-    required: ClassVar[tuple[str, ...]]
-    # Per-request params, with the defaults of the task.
-    params: ClassVar[tuple[Param, ...]] = ()
-    # Names of those that ``forward`` looks at.
-    #
-    # Only requests that agree in them may share a batch.
-    forward_params: ClassVar[frozenset[str]] = frozenset()
-    # What else the constructor takes by name.
-    #
-    # ``encoder``, ``tokenizer``, ``hooks``, ``processor``.
-    reads: ClassVar[tuple[str, ...]] = ()
-    # What ``golden`` returns by default.
-    golden_params: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    # Whether it is about sounds: for ``infer_task``, since the names of classes do not always tell.
-    hears: ClassVar[bool] = False
-    # Whether only the user's example tells columns, signature and golden rows.
-    needs_example: ClassVar[bool] = False
-    # Whether all rows of a request make one answer, so that ``result`` is no table.
-    one_answer: ClassVar[bool] = False
-    # Keys of the user's ``model_config`` that belong to the task and are fixed at save.
-    task_options: ClassVar[frozenset[str]] = frozenset()
-    # Whether golden rows hold their features, so that a tokenizer that drifted is named as such.
-    records_features: ClassVar[bool] = True
-    # Whether texts in cells may be files in base64, so that their characters are not capped.
-    reads_files: ClassVar[bool] = False
-
     caps: Caps = Caps()
 
     def __init__(
@@ -90,98 +56,6 @@ class Task(ABC):
         self.asked = with_defaults(self.declared(config), config.get("params", {}))
         self.columns = self.columns_for(columns)
         self.encoder = encoder
-
-    @classmethod
-    def columns_for(
-        cls, input_columns: Mapping[str, str | None] | None
-    ) -> Mapping[str, str | None]:
-        """Field → column name in the order of ``fields``, from what the user gave.
-
-        Args:
-            input_columns: None for the required fields under their own names, or without a name
-                where there is one.
-
-        Raises:
-            InputError: A field is unknown or a required one missing, or two share a column.
-        """
-        own = {field: field if len(cls.required) > 1 else None for field in cls.required}
-        if input_columns is None or dict(input_columns) == own:
-            return own
-        names = list(input_columns.values())
-        right = set(cls.required) <= set(input_columns) <= set(cls.fields) and len(
-            set(names)
-        ) == len(names)
-        if not right or not all(isinstance(name, str) and name for name in names):
-            raise InputError(
-                f"input_columns does not fit the task {cls.name}",
-                where="input_columns",
-                wanted="field → column name, each name once; fields: "
-                f"{_listed(cls.fields, cls.required)}",
-                found=repr(dict(input_columns)),
-            )
-        return {field: input_columns[field] for field in cls.fields if field in input_columns}
-
-    @classmethod
-    def columns_of(cls, example: Any) -> dict[str, str] | None:
-        """Columns that an example has, for tasks whose ``needs_example`` is true."""
-        return None
-
-    @classmethod
-    @abstractmethod
-    def serves(cls, class_name: str) -> bool:
-        """Whether a model class of this name was made for this task."""
-
-    @classmethod
-    @abstractmethod
-    def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-        """What must be recorded at save to answer later; JSON only.
-
-        Args:
-            model: The module being saved; only looked at.
-            options: The user's ``model_config`` keys named in ``task_options``.
-
-        Raises:
-            InputError: An option is unknown or has a value that is not allowed.
-            StructureError: The model cannot do this task.
-        """
-
-    @classmethod
-    def with_params(cls, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """What ``describe`` returned, and with it the defaults of params to save.
-
-        The model's own, and those given.
-
-        Raises:
-            InputError: The task does not know a param, or its value is not allowed; names it.
-        """
-        own = config.get("params", {})
-        return {
-            **config,
-            "params": {**own, **check_defaults(cls.name, cls.declared(config), given)},
-        }
-
-    @classmethod
-    def declared(cls, config: Mapping[str, Any]) -> tuple[Param, ...]:
-        """The params that a model has, of which ``describe`` returned ``config``."""
-        return cls.params
-
-    @classmethod
-    def golden(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Params that golden rows of a model are asked with, other than its defaults.
-
-        ``config`` as in ``Task``.
-        """
-        return dict(cls.golden_params)
-
-    @classmethod
-    def metadata(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Facts for the metadata in ``MLmodel`` and for ``inspect``; ``config`` as in ``Task``."""
-        return {}
-
-    @classmethod
-    def describe_example(cls, config: Mapping[str, Any], example: Any) -> dict[str, Any]:
-        """Facts of the user's example beyond ``config``, for tasks with ``needs_example``; JSON."""
-        return {}
 
     def measured(self, engine: Engine, example: Any) -> dict[str, Any]:
         """What only forwards over the user's example tell, to be added to the config; JSON only."""
@@ -196,16 +70,6 @@ class Task(ABC):
         return pd.DataFrame(
             [{self.columns[field] or field: value for field, value in row.items()} for row in rows]
         )
-
-    @classmethod
-    def require_known(cls, options: Mapping[str, Any]) -> None:
-        """Refuse options that are none of ``task_options``. Raises ``InputError`` naming them."""
-        if unknown := sorted(options.keys() - cls.task_options):
-            raise InputError(
-                f"{cls.name} has {'no such option' if cls.task_options else 'no options'}",
-                where=f"model_config, {', '.join(map(repr, unknown))}",
-                wanted=" | ".join(sorted(cls.task_options)) or None,
-            )
 
     @abstractmethod
     def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
@@ -409,7 +273,3 @@ class Task(ABC):
         return [
             answer for answer in self.decode(rows, features, outputs, params) if answer is not None
         ]
-
-
-def _listed(fields: Sequence[str], required: Sequence[str]) -> str:
-    return ", ".join(f"{field} (required)" if field in required else field for field in fields)

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from mlflow.models import ModelSignature
 
-from mlflow_safeflavor.artifact.arrays import array_of, is_tensor
 from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
-from mlflow_safeflavor.errors import (
-    AnswerError,
-    InputError,
-    IntegrityError,
-    SafeFlavorError,
-    StructureError,
-)
+from mlflow_safeflavor.errors import InputError, IntegrityError
 from mlflow_safeflavor.mlflow_compat import inferred_signature
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.cells import from_json, plain, sent, to_json
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.features import Features, RowOutput
+from mlflow_safeflavor.tasks.hooks import Hooks, failing, halved
 from mlflow_safeflavor.tasks.inputs.rows import Row, rows_of
-from mlflow_safeflavor.tasks.inputs.wording import place
 from mlflow_safeflavor.tasks.params import Param, param_of, param_schema
+from mlflow_safeflavor.tasks.row_outputs import by_row
 
 if TYPE_CHECKING:
     import torch
@@ -35,63 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Custom"]
 
 _BATCH_ROWS = 32
-
-
-class _Outputs(dict[str, np.ndarray]):
-    """Outputs of forward for the rows of a request.
-
-    Names those that are not one a row when they are asked for.
-    """
-
-    def __init__(
-        self, outputs: Mapping[str, np.ndarray], left_out: Mapping[str, Sequence[int]]
-    ) -> None:
-        super().__init__(outputs)
-        self._left_out = left_out
-
-    def __missing__(self, name: str) -> np.ndarray:
-        if name in self._left_out:
-            raise StructureError(
-                "An output of forward does not have the rows of its batch as its first dimension",
-                where=name,
-                found=f"shape {list(self._left_out[name])}",
-                hint="let forward return it with the rows first, or save the model with task='raw'",
-            )
-        raise KeyError(name)
-
-
-class _RowOutput(dict[str, np.ndarray]):
-    """Raw outputs of one row, and the shapes of outputs that are none of one row."""
-
-    left_out: Mapping[str, Sequence[int]]
-
-
-@contextmanager
-def _failing(part: str, rows: Sequence[int]) -> Iterator[None]:
-    """Whatever the user's code raises, ``sys.exit()`` included, with its name.
-
-    The keyboard stays the keyboard.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, SafeFlavorError):
-        raise
-    except BaseException as error:
-        where = (
-            place(rows[0])
-            if len(rows) == 1
-            else f"rows {rows[0]} to {rows[-1]}, and none of them alone"
-        )
-        found = f"{type(error).__name__}: {error}"
-        if part == "preprocess":
-            raise InputError("preprocess refuses a row", where=where, found=found) from error
-        raise AnswerError(
-            f"{part} failed over a row",
-            where=where,
-            found=found,
-            hint="ask without that row, or mend that function and save the model again; the cause "
-            "is chained to this error, and in the log of the server",
-        ) from error
 
 
 class Custom(Task):
@@ -132,14 +67,7 @@ class Custom(Task):
         any_processor: Callable[[], Any],
     ) -> None:
         super().__init__(config, columns)
-        if not {"preprocess", "postprocess"} <= hooks.keys():
-            raise StructureError(
-                "The custom task needs both hooks",
-                wanted="preprocess=… and postprocess=…",
-                found=sorted(hooks),
-            )
-        self.preprocess, self.postprocess = hooks["preprocess"], hooks["postprocess"]
-        self.tokenizer, self.processor = tokenizer, any_processor
+        self.hooks = Hooks(hooks, tokenizer, any_processor)
 
     @classmethod
     def serves(cls, class_name: str) -> bool:
@@ -208,8 +136,7 @@ class Custom(Task):
         return rows_of(data, self.columns, missing=True)
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
-        by_column = [self._by_column(row) for row in rows]
-        inputs = self._preprocessed(by_column, params, range(len(rows)))
+        inputs = self.hooks.preprocessed([self._by_column(row) for row in rows], params)
         rowwise = {
             name: array for name, array in inputs.items() if array.ndim and len(array) == len(rows)
         }
@@ -219,35 +146,6 @@ class Custom(Task):
 
     def _by_column(self, row: Row) -> dict[str, Any]:
         return {str(self.columns[field]): value for field, value in row.items()}
-
-    def _preprocessed(
-        self, rows: list[dict[str, Any]], params: Mapping[str, Any], numbers: Sequence[int]
-    ) -> dict[str, np.ndarray]:
-        try:
-            with _failing("preprocess", numbers):
-                made = _call(
-                    self.preprocess,
-                    (rows, self.tokenizer()),
-                    params=params,
-                    processor=self.processor,
-                )
-        except SafeFlavorError as error:
-            if error.__cause__ is not None:
-                half = len(rows) // 2
-                if half:  # which row it was shows by asking less
-                    self._preprocessed(rows[:half], params, numbers[:half])
-                    self._preprocessed(rows[half:], params, numbers[half:])
-            raise
-        if not isinstance(made, Mapping) or not all(map(_is_numbers, made.values())):
-            raise StructureError(
-                "preprocess must give the keyword arguments of forward",
-                wanted="a dict of arrays or tensors",
-                found=_kinds(made),
-            )
-        return {
-            str(name): array_of(value) if is_tensor(value) else value
-            for name, value in made.items()
-        }
 
     def holds(self, features: Features) -> int:
         return 0  # postprocess sees all rows of a request together
@@ -275,17 +173,14 @@ class Custom(Task):
         """One forward over rows of one request."""
         numbers = [features["inputs"][0] for features in batch]
         rowwise = batch[0]["inputs"][1]
-        inputs = {**{name: array[numbers] for name, array in rowwise.items()}, **batch[0]["shared"]}
-        try:
-            with _failing("forward", numbers):
-                outputs = engine(inputs)
-        except SafeFlavorError as error:
-            half = len(batch) // 2
-            if half and error.__cause__ is not None:  # which row it was shows by asking less
-                self._forward(engine, batch[:half])
-                self._forward(engine, batch[half:])
-            raise
-        return _by_row(outputs, len(batch))
+        shared = batch[0]["shared"]
+
+        def run(part: slice) -> list[RowOutput]:
+            inputs = {name: array[numbers[part]] for name, array in rowwise.items()}
+            with failing("forward", numbers[part]):
+                return by_row(engine({**inputs, **shared}), len(numbers[part]))
+
+        return halved(run, len(numbers))
 
     def decode(
         self,
@@ -296,44 +191,11 @@ class Custom(Task):
         *,
         first: int = 0,
     ) -> Iterator[dict[str, Any] | None]:
-        answers = self._postprocessed(
-            [self._by_column(row) for row in rows], outputs, params, range(len(rows))
-        )
+        by_column = [self._by_column(row) for row in rows]
+        answers = self.hooks.postprocessed(by_column, outputs, params)
         yield from (
             {str(name): plain(value) for name, value in answer.items()} for answer in answers
         )
-
-    def _postprocessed(
-        self,
-        rows: list[dict[str, Any]],
-        outputs: Sequence[RowOutput],
-        params: Mapping[str, Any],
-        numbers: Sequence[int],
-    ) -> Sequence[Mapping[str, Any]]:
-        try:
-            with _failing("postprocess", numbers):
-                together = _together(outputs)
-                answers = _call(
-                    self.postprocess, (together, rows), params=params, processor=self.processor
-                )
-        except SafeFlavorError as error:
-            half = len(rows) // 2
-            if half and error.__cause__ is not None:
-                self._postprocessed(rows[:half], outputs[:half], params, numbers[:half])
-                self._postprocessed(rows[half:], outputs[half:], params, numbers[half:])
-            raise
-        if isinstance(answers, pd.DataFrame):
-            answers = [
-                dict(zip(answers.columns, row, strict=True))
-                for row in answers.itertuples(index=False)
-            ]
-        if not _is_one_dict_a_row(answers, len(rows)):
-            raise StructureError(
-                "postprocess must give one dict a row",
-                wanted=f"a list of {len(rows)} dicts, or a DataFrame of {len(rows)} rows",
-                found=_kinds_of(answers),
-            )
-        return list(answers)
 
     # Golden rows.
 
@@ -351,74 +213,3 @@ class Custom(Task):
             raise IntegrityError(
                 "A golden row is malformed", found=error, hint=FETCH_AGAIN
             ) from None
-
-
-def _call(
-    hook: Callable[..., Any], arguments: Sequence[Any], *, params: Any, processor: Callable[[], Any]
-) -> Any:
-    """A hook with what it asks for by name beside its first two arguments."""
-    named = inspect.signature(hook).parameters
-    extra: dict[str, Any] = {"params": dict(params)} if "params" in named else {}
-    if "processor" in named:
-        extra["processor"] = processor()
-    return hook(*arguments, **extra)
-
-
-def _is_numbers(value: Any) -> bool:
-    return is_tensor(value) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc")
-
-
-def _kinds(inputs: Any) -> str:
-    if not isinstance(inputs, Mapping):
-        return type(inputs).__name__
-    kinds = {
-        name: f" of {v.dtype}" if isinstance(v, np.ndarray) else "" for name, v in inputs.items()
-    }
-    return ", ".join(
-        f"{name}: {type(value).__name__}{kinds[name]}" for name, value in inputs.items()
-    )
-
-
-def _kinds_of(answers: Any) -> str:
-    if not isinstance(answers, (list, tuple)):
-        return type(answers).__name__
-    kinds = sorted({type(answer).__name__ for answer in answers})
-    return f"a {type(answers).__name__} of {len(answers)}: {', '.join(kinds)}"
-
-
-def _is_one_dict_a_row(answers: Any, rows: int) -> bool:
-    return (
-        isinstance(answers, Sequence)
-        and len(answers) == rows
-        and all(isinstance(a, Mapping) for a in answers)
-    )
-
-
-def _by_row(outputs: Mapping[str, np.ndarray], rows: int) -> list[RowOutput]:
-    """Every output whose first dimension is the rows, row by row."""
-    rowwise = {name: array for name, array in outputs.items() if array.ndim and len(array) == rows}
-    left_out = {name: array.shape for name, array in outputs.items() if name not in rowwise}
-    found: list[RowOutput] = []
-    for i in range(rows):
-        output = _RowOutput({name: array[i] for name, array in rowwise.items()})
-        output.left_out = left_out
-        found.append(output)
-    return found
-
-
-def _together(outputs: Sequence[RowOutput]) -> _Outputs:
-    """The outputs of all rows, as arrays with the rows first.
-
-    A list of arrays where their shapes differ.
-
-    One that happened to be as long as its batch, and not as the next, is none of one row.
-    """
-    left_out: dict[str, Sequence[int]] = {}
-    for output in outputs:
-        left_out |= getattr(output, "left_out", {})
-    found: dict[str, Any] = {}
-    for name in outputs[0].keys() - left_out.keys():
-        arrays = [output[name] for output in outputs]
-        same = len({array.shape for array in arrays}) == 1
-        found[name] = np.stack(arrays) if same else [array.copy() for array in arrays]
-    return _Outputs(found, left_out)

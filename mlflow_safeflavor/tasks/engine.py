@@ -5,10 +5,12 @@ Tasks, batching and scheduler see only this protocol.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+from mlflow_safeflavor.module.generation import Generation
 
 if TYPE_CHECKING:
     import torch
@@ -44,25 +46,14 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self,
-        inputs: Mapping[str, np.ndarray],
-        settings: Mapping[str, Any],
-        *,
-        processors: Sequence[Any] = (),
-        stopping: Sequence[Any] = (),
-        keep_logits: bool = False,
+        self, inputs: Mapping[str, np.ndarray], generation: Generation
     ) -> dict[str, np.ndarray]:
         """Generate, token by token.
 
         Args:
             inputs: ``input_ids`` and, if the model takes it, ``attention_mask``, shape (rows,
                 longest).
-            settings: The whole generation config; the module's own counts for nothing.
-            processors: Applied in turn to the scores of each step, (ids so far, scores) → scores,
-                after those that the settings ask for; in tensors of torch.
-            stopping: (ids so far, scores) → which rows are done, bool of shape (rows,); in tensors
-                of torch.
-            keep_logits: Also return the logits of each step, before any processing.
+            generation: How it writes.
 
         Returns:
             ``sequences``, int64 of shape (rows, length): the prompts as given, or the decoder's

@@ -12,6 +12,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.tasks.decoding import generation_for
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.generation_config import REPLACED, read_generation_config
@@ -24,7 +25,6 @@ from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.outputs import require_finite
 from mlflow_safeflavor.tasks.padding import ignores_padding
 from mlflow_safeflavor.tasks.params import Param, check_params, param_schema
-from mlflow_safeflavor.tasks.sampling import SAMPLING, sampler
 from mlflow_safeflavor.tasks.stop_texts import Stop, first_stop
 from mlflow_safeflavor.tasks.text import TextTask
 from mlflow_safeflavor.tasks.text_model import describe_text_model
@@ -32,7 +32,7 @@ from mlflow_safeflavor.tasks.text_model import describe_text_model
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Generation"]
+__all__ = ["GenerationTask"]
 
 # Answers of other tasks that take about as long as to write a token.
 _WEIGHT = 32
@@ -50,7 +50,7 @@ _COUNT_PADDING = (
 )
 
 
-class Generation(TextTask):
+class GenerationTask(TextTask):
     """Texts, token by token, by the model's own generation config where a request says nothing.
 
     Answers: ``generated_text``, and ``finish_reason``: "stop" where the model ended the text or a
@@ -255,15 +255,16 @@ class Generation(TextTask):
         outputs: dict[int, RowOutput] = {}
         for part in self._parts(batch, params):
             inputs, mask = self.collate([batch[i] for i in part])
-            found = engine.generate(
-                inputs,
-                self._settings(params, self._start(mask)),
-                processors=self._processors(params, len(part)),
-                stopping=[Stop(self.encoder.decode, params["stop"], self._start(mask))]
-                if params["stop"]
-                else [],
-                keep_logits=params[KEEP_LOGITS.name],
+            start, stop = self._start(mask), params["stop"]
+            generation = generation_for(
+                self.config["generation"],
+                params,
+                rows=len(part),
+                start=start,
+                filler=self._filler,
+                stopping=[Stop(self.encoder.decode, stop, start)] if stop else [],
             )
+            found = engine.generate(inputs, generation)
             outputs.update(zip(part, self.read(found, mask), strict=True))
         return [outputs[i] for i in range(len(batch))]
 
@@ -280,31 +281,6 @@ class Generation(TextTask):
         lengths = [len(row["input_ids"]) for row in batch]
         order = sorted(range(len(batch)), key=lengths.__getitem__)
         return [list(part) for _, part in groupby(order, key=lengths.__getitem__)]
-
-    def _settings(self, params: Mapping[str, Any], start: int) -> dict[str, Any]:
-        kept, beams, most = self.config["generation"], params["num_beams"], params["max_new_tokens"]
-        unused = {
-            *SAMPLING,
-            "min_length",
-            *(("early_stopping", "length_penalty") if beams == 1 else ()),
-        }
-        # As many tokens at the least as the model wants, but transformers warns where a request
-        # wants fewer.
-        least = kept.get("min_new_tokens") or kept.get("min_length", 0) - start
-        return {
-            **{name: value for name, value in kept.items() if name not in unused},
-            "max_new_tokens": most,
-            "min_new_tokens": min(most, least) if least > 0 else None,
-            "num_beams": beams,
-            "repetition_penalty": params["repetition_penalty"],
-            "do_sample": False,  # drawn by ``sampler``
-            "pad_token_id": self._filler,
-        }
-
-    def _processors(self, params: Mapping[str, Any], rows: int) -> list[Any]:
-        if not params["do_sample"]:
-            return []
-        return sampler({**self.config["generation"], **params}, rows, params["seed"])
 
     def _start(self, mask: np.ndarray) -> int:
         """Where in a sequence that which was written starts."""

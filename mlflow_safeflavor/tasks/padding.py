@@ -10,12 +10,12 @@ import numpy as np
 from mlflow_safeflavor.tasks.generation_params import KEEP_LOGITS
 
 if TYPE_CHECKING:
-    from mlflow_safeflavor.tasks.generation import Generation
+    from mlflow_safeflavor.tasks.generation import GenerationTask
 
 __all__ = ["ignores_padding"]
 
 
-def ignores_padding(cls: type[Generation], model: Any, config: Mapping[str, Any]) -> bool:
+def ignores_padding(cls: type[GenerationTask], model: Any, config: Mapping[str, Any]) -> bool:
     """Whether a prompt is continued alike alone and padded beside a longer one."""
     # Tried, because no attribute says so: recurrent models read masked tokens, or mix the rows of a
     # batch up, and some decoders count positions from the padding on.

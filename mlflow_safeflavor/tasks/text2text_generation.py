@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.features import Features
-from mlflow_safeflavor.tasks.generation import Generation
+from mlflow_safeflavor.tasks.generation import GenerationTask
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.texts import require_texts
 from mlflow_safeflavor.tasks.text import groups
@@ -22,7 +22,7 @@ __all__ = ["Text2TextGeneration", "specific_task"]
 _SPECIFIC = re.compile(r"summarization|translation(_\w+_to_\w+)?", re.ASCII)
 
 
-class Text2TextGeneration(Generation):
+class Text2TextGeneration(GenerationTask):
     """The text that an encoder-decoder generates from a text.
 
     Options, fixed at save through ``model_config``: ``prefix``, put before each text, and

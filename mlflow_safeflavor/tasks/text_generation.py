@@ -12,7 +12,7 @@ from mlflow.types import DataType, Schema
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.mlflow_compat import Array, Object, Property, require_schema
 from mlflow_safeflavor.tasks.features import Features, RowOutput
-from mlflow_safeflavor.tasks.generation import Generation
+from mlflow_safeflavor.tasks.generation import GenerationTask
 from mlflow_safeflavor.tasks.generation_params import GENERATION_PARAMS
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.texts import require_clean, require_texts
@@ -33,7 +33,7 @@ _GOLDEN_CHATS = (
 )
 
 
-class TextGeneration(Generation):
+class TextGeneration(GenerationTask):
     """A decoder's continuation of a text, or the next turn of a chat.
 
     A model reads one or the other, as ``input_columns`` says when it is saved: ``{"text": …}``, the

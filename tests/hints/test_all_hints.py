@@ -192,7 +192,7 @@ BARE = {
         "module/build",
         "The class does not make a module",
     ): "only a changed artifact has such a class",
-    ("tasks/custom", "preprocess refuses a row"): "the user's own words",
+    ("tasks/hooks", "preprocess refuses a row"): "the user's own words",
     ("tasks/processed", "The processor refuses a value"): "its class says why",
     ("tasks/raw", "forward refused the arrays"): "forward says why",
     ("tasks/text_generation", "The chat template refuses a chat"): "the template's own words",

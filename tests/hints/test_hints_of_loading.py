@@ -609,13 +609,13 @@ def test_compile_without_a_compiler(saved, monkeypatch):
 
 
 @follows(
-    "tasks/custom",
+    "tasks/hooks",
     "… failed over a row",
     "ask without that row, or mend that function and save the model again; the cause is chained to "
     "this error, and in the log of the server",
 )
 @follows(
-    "tasks/custom",
+    "tasks/row_outputs",
     "An output of forward does not have the rows of its batch as its first dimension",
     "let forward return it with the rows first, or save the model with task='raw'",
 )

@@ -5,8 +5,10 @@ What a request may hold, and what a model must be saved with for it.
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import subprocess
+import sys
 import wave
 
 import numpy as np
@@ -22,9 +24,10 @@ from writers import byte_tokenizer, writer
 
 from mlflow_safeflavor import load_model
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.module.generation import Generation
 from mlflow_safeflavor.tasks.inputs.files import content_of
 from mlflow_safeflavor.tasks.inputs.images import read_image
-from mlflow_safeflavor.tasks.inputs.sounds import read_sound
+from mlflow_safeflavor.tasks.inputs.sounds import read_sound, to_wav
 
 pytest_plugins = "saved_models"
 
@@ -353,7 +356,7 @@ def test_writing(models, save, monkeypatch):  # noqa: F811
     path = save(gpt, **given)
     refused(StructureError, save, gpt, **{**given, "task": "text2text-generation"})
     with pytest.raises(StructureError):
-        models(TEXTS).engine.generate({}, {})
+        models(TEXTS).engine.generate({}, Generation({}))
     assert len(load_model(path).predict(["a"], {"max_new_tokens": 2})) == 1
     tokenizer = byte_tokenizer()
     chat = {
@@ -435,8 +438,13 @@ def test_images(models, tmp_path):  # noqa: F811
 )
 @follows(
     "tasks/inputs/sounds",
-    "A file is not a WAV file that can be read",
+    "A file is not a sound that can be read",
     "convert it, for example with ffmpeg -i FILE -c:a pcm_s16le sound.wav",
+)
+@follows(
+    "tasks/inputs/sounds",
+    "Sounds in files need soundfile",
+    "pip install 'mlflow-safeflavor[sound]'",
 )
 def test_sounds(models, tmp_path, monkeypatch):  # noqa: F811
     caps = models(TEXTS, max_seconds=1.0).task.caps
@@ -464,6 +472,16 @@ def test_sounds(models, tmp_path, monkeypatch):  # noqa: F811
             file.setframerate(rate)
             file.writeframes(b"\0\0" * 100)
         read(tmp_path / command[-1])
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, "soundfile", None)
+        with pytest.raises(StructureError) as missing:
+            read(to_wav(np.zeros(100, "int16"), rate))
+    extra = missing.value.hint.partition("[")[2].partition("]")[0]
+    needed = importlib.metadata.requires("mlflow-safeflavor") or []
+    assert any(
+        line.startswith("soundfile") and line.endswith(f'extra == "{extra}"') for line in needed
+    )
+    read(to_wav(np.zeros(100, "int16"), rate))
 
 
 # Tables of raw models, and answers that are no numbers.

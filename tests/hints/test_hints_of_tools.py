@@ -431,7 +431,7 @@ def test_a_tokenizer_with_a_mind_of_its_own(save, tiny_bert, tiny_tokenizer):  #
 
 
 @follows(
-    "checkpoints/sentences",
+    "checkpoints/sentence_modules",
     "The model holds a part of sentence-transformers that is not supported",
     'save it as a module of your own: task="custom" with preprocess, postprocess and code_paths',
 )

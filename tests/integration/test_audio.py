@@ -7,12 +7,14 @@ import base64
 import io
 import json
 import struct
+import sys
 import wave
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 import torch
 import transformers
 from artifacts import edit_json, reseal
@@ -226,7 +228,7 @@ def extensible(content):
     fmt += (
         struct.pack("<HHI", 22, 8 * content[32] // content[22], 0)
         + struct.pack("<H", 1)
-        + b"\0" * 14
+        + bytes.fromhex("000000001000800000aa00389b71")
     )
     body = (
         b"WAVE"
@@ -239,6 +241,12 @@ def extensible(content):
         + content[36:]
     )
     return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def encoded(samples, kind, rate=RATE):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=kind)
+    return file.getvalue()
 
 
 def forms(folder):
@@ -261,6 +269,9 @@ def forms(folder):
         "base64 as bytes": text.encode(),
         "data URL": f"data:audio/wav;base64,{text}",
         "path": folder / "sound.wav",
+        "FLAC": encoded(exact, "FLAC"),
+        "FLAC, two channels": encoded(np.stack([exact, exact], axis=1), "FLAC"),
+        "FLAC in base64": base64.b64encode(encoded(exact, "FLAC")).decode(),
     }
 
 
@@ -275,6 +286,31 @@ def test_all_forms_are_one_sound(tmp_path, saved, model):
     for name, scores, others in zip(cells, answers["scores"], served["scores"], strict=True):
         assert scores == pytest.approx(answers["scores"][0], abs=1e-5), name
         assert others == pytest.approx(answers["scores"][0], abs=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["FLAC", "OGG", "MP3"])
+def test_a_compressed_file_is_one_sound_in_all_its_forms(tmp_path, saved, model, kind):
+    tone = (0.3 * np.sin(np.arange(RATE) * 0.1)).astype(np.float32)
+    content = encoded(tone, kind)
+    (tmp_path / "sound").write_bytes(content)
+    text = base64.b64encode(content).decode()
+    cells = [content, tmp_path / "sound", text, text.encode(), f"data:audio/x;base64,{text}"]
+    found = [read_sound(cell, RATE, "", Caps()) for cell in cells]
+    assert all(np.array_equal(samples, found[0]) for samples in found)
+    assert np.abs(found[0] - tone)[:-200].max() < 0.02
+    assert len(found[0]) == len(tone)
+    scores = model.predict(cells)["score"]
+    frame = pd.DataFrame({"audio": pd.Series(cells, dtype=object)})
+    served = mlflow.pyfunc.load_model(str(saved)).predict(frame)["score"]
+    assert [*scores, *served] == pytest.approx([scores[0]] * 10, abs=1e-5)
+
+
+def test_a_file_needs_soundfile(monkeypatch):
+    content = wav(sound())
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    with pytest.raises(StructureError, match=r"pip install 'mlflow-safeflavor\[sound\]'"):
+        read_sound(content, RATE, "", Caps())
+    assert len(read_sound(sound(), RATE, "", Caps())) == 4000
 
 
 def test_silence_in_json_is_whole_numbers():
@@ -327,15 +363,19 @@ BAD = {
     "no samples": (np.zeros(0), "A sound is empty"),
     "an empty list": ([], "A sound is empty"),
     "a file without samples": (wav(np.zeros(0)), "A sound is empty"),
-    "other bytes": (b"\x00\x01 no sound", "not a WAV file"),
-    "MP3": (b"ID3\x04" + bytes(100), "not a WAV file"),
-    "half a file": (wav(sound())[:3000], "not a WAV file"),
-    "half a header": (wav(sound())[:30], "not a WAV file"),
-    "a compressed file": (with_header(20, "<H", 17), "format 17"),
-    "no channels": (with_header(22, "<H", 0), "0 channels"),
-    "12 bits": (with_header(34, "<H", 12), "12 bits"),
-    "no rate": (with_header(24, "<I", 0), "sampling rate"),
-    "a rate without end": (with_header(24, "<I", 2**32 - 1), "sampling rate"),
+    "other bytes": (b"\x00\x01 no sound", "not a sound that can be read"),
+    "no MP3": (b"ID3\x04" + bytes(100), "not a sound that can be read"),
+    "half a file": (wav(sound())[:3000], "it is cut off"),
+    "half a header": (wav(sound())[:30], "it is cut off"),
+    "a compressed file": (with_header(20, "<H", 17), "Invalid bit width"),
+    "no channels": (with_header(22, "<H", 0), "Channel count is zero"),
+    "33 channels": (wav(np.zeros((100, 33))), "33 channels"),
+    "AIFF": (encoded(sound(), "AIFF"), "it begins with b'FORM"),
+    "half a FLAC file": (encoded(sound(), "FLAC")[:3000], "lost sync"),
+    "half an MP3 file": (encoded(sound(), "MP3")[:-100], "of 4000 samples"),
+    "half an OGG file": (encoded(sound(), "OGG")[:3000], "not a sound that can be read"),
+    "no rate": (with_header(24, "<I", 0), "not a sound that can be read"),
+    "a rate without end": (with_header(24, "<I", 2**32 - 1), "not a sound that can be read"),
     "an odd rate": (with_header(24, "<I", 15_999), "odd sampling rate"),
     "a path as text": ("/etc/passwd", "never taken for a path"),
     "text": ("hello there", "no file in base64"),

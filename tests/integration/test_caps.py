@@ -9,6 +9,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 from transformers import (
@@ -280,6 +281,19 @@ def test_giving_back_is_safe_anywhere(monkeypatch):
     give_back()
     monkeypatch.setattr(machine, "_malloc_trim", lambda: None)
     give_back()
+
+
+def test_silence_of_some_kilobytes_is_refused_before_it_is_decoded():
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(600 * 8000, np.float32), 8000, format="FLAC")
+    content = file.getvalue()
+    assert len(content) < 100_000
+    tracemalloc.start()
+    with pytest.raises(InputError, match="max_seconds"):
+        read_sound(content, 16000, "row 0", Caps())
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    assert len(read_sound(content, 8000, "row 0", Caps(max_seconds=0))) == 600 * 8000
 
 
 def test_a_sound_is_refused_by_its_header():

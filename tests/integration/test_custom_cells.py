@@ -166,7 +166,7 @@ def test_hooks_see_all_rows_of_a_request(save):
         return [{"rank": int(rank)} for rank in order]
 
     loaded = save(ROWS, pre, post, model_config={"batch_rows": 2})
-    hooks = loaded.task
+    hooks = loaded.task.hooks
     seen.clear()
     hooks.preprocess, hooks.postprocess = pre, post  # those that were pickled count elsewhere
     found = loaded.predict([{"c": "x" * (i + 1)} for i in range(80)])

@@ -18,6 +18,7 @@ from writers import ALL, DECODERS, ENCODER_DECODERS, ODD_DECODERS, byte_tokenize
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError, ParityError, StructureError
 from mlflow_safeflavor.module.engine import ModuleEngine
+from mlflow_safeflavor.module.generation import Generation
 from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
 from mlflow_safeflavor.tasks.inputs.tokenizer import load_tokenizer, write_tokenizer
 from mlflow_safeflavor.tasks.table import infer_task, task_class
@@ -132,8 +133,8 @@ def test_rows_share_a_batch_where_the_model_ignores_padding(bound, name):
     task = bound(name)
     shapes = []
     generate = task.engine.generate
-    task.engine.generate = lambda inputs, *a, **k: (
-        shapes.append(len(inputs["input_ids"])) or generate(inputs, *a, **k)
+    task.engine.generate = lambda inputs, generation: (
+        shapes.append(len(inputs["input_ids"])) or generate(inputs, generation)
     )
     task.answers(TEXTS, max_new_tokens=2)
     assert shapes == ([1] * len(TEXTS) if name in ODD_DECODERS else [len(TEXTS)])
@@ -501,7 +502,7 @@ def test_each_kind_is_refused_under_the_others_task(tiny_bert):
 def test_an_engine_that_cannot_write_says_so():
     engine = ModuleEngine(torch.nn.Linear(1, 1), torch.device("cpu"), torch.float32)
     with pytest.raises(StructureError, match="cannot write text"):
-        engine.generate({"input_ids": np.ones((1, 1))}, {})
+        engine.generate({"input_ids": np.ones((1, 1))}, Generation({}))
 
 
 @pytest.mark.parametrize("alias", ["summarization", "translation_en_to_de", "translation"])

@@ -13,7 +13,7 @@ import mlflow_safeflavor
 LIGHT = ("artifact", "environment", "graph", "load", "predict", "tasks")
 """Rooms that can be had without torch and transformers; functions of theirs may import them."""
 # which a save needs
-BUT = {"mlflow_safeflavor.graph.export", "mlflow_safeflavor.graph.decompositions"}
+BUT = {f"mlflow_safeflavor.graph.{name}" for name in ("decompositions", "export", "trace")}
 HEAVY = {"torch", "transformers"}
 UNIT = Path(__file__).parents[1] / "unit"
 

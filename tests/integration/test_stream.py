@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from rich.console import Console
+import tqdm.auto
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError, PlacementError
@@ -103,9 +103,13 @@ def test_the_name_of_a_file_is_a_text(model, table, tmp_path):
 def terminal(monkeypatch):
     """What a terminal would show."""
     screen = io.StringIO()
-    monkeypatch.setattr(
-        "rich.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=80)
-    )
+    screen.isatty = lambda: True
+
+    class Shown(tqdm.auto.tqdm):
+        def __init__(self, **options):
+            super().__init__(file=screen, **options)
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Shown)
     return screen
 
 

@@ -172,10 +172,11 @@ def requirements_of(processor: Any) -> list[str]:
     """Distributions that a processor needs beside transformers, which depends on none of them."""
     if not hears(processor):
         return ["pillow"]
-    # Some extractors compute with torchaudio where it is installed, and with numpy where it is not.
+    # Files need soundfile. Some extractors compute with torchaudio where it is installed, and with
+    # numpy where it is not.
     module = sys.modules[_transformers_class(processor).__module__]
     speaks = getattr(module, "is_speech_available", None)
-    return ["torchaudio"] if speaks is not None and speaks() else []
+    return ["soundfile", *(["torchaudio"] if speaks is not None and speaks() else [])]
 
 
 # Classes.

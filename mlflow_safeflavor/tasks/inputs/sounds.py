@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 import struct
 from collections.abc import Iterator, Mapping
@@ -10,27 +11,35 @@ from typing import Any
 
 import numpy as np
 
-from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.tasks.inputs.caps import Caps
 from mlflow_safeflavor.tasks.inputs.files import content_of, is_file_like
 
 __all__ = ["read_sound", "record_sound", "to_wav"]
 
 _WANTED = (
-    "the bytes of a WAV file, also in base64 or as pathlib.Path; samples from -1 to 1 at {rate} "
-    "Hz, one dimension; or {{'array': samples, 'sampling_rate': rate}}"
+    "the bytes of a WAV, FLAC, OGG or MP3 file, also in base64 or as pathlib.Path; samples from -1 "
+    "to 1 at {rate} Hz, one dimension; or {{'array': samples, 'sampling_rate': rate}}"
 )
-_PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _RATES = range(1_000, 768_001)
-_MOST_CHUNKS = 1000
+# Of libsndfile's formats; the others are rare, and each is one more parser for strangers' bytes.
+_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
+_BEGINNINGS = (b"RIFF", b"fLaC", b"OggS", b"ID3")
+# How a frame of MP3 begins: 11 bits of 1, a version, layer 3, with a checksum or without.
+_MP3 = (b"\xff\xfb", b"\xff\xfa", b"\xff\xf3", b"\xff\xf2", b"\xff\xe3", b"\xff\xe2")
+_MOST_CHANNELS = 16
+# Samples of each channel that are decoded at a time: at most 4 MB.
+_BLOCK = 1 << 16
+# WAV: codes of PCM and of floating point.
+_PCM, _FLOAT = 1, 3
 
 
 def read_sound(value: Any, rate: int, where: str, caps: Caps) -> np.ndarray:
     """The sound in a cell.
 
     Args:
-        value: A WAV file (see ``files.content_of``) with whole or floating point samples, whose
-            channels are averaged; or floating point samples at ``rate``; or a dict of ``array`` (or
+        value: A WAV, FLAC, OGG or MP3 file (see ``files.content_of``), whose channels are averaged;
+            or floating point samples at ``rate``; or a dict of ``array`` (or
             ``raw``) and ``sampling_rate``, as datasets and pipelines have it.
         rate: Samples a second that the model was trained with; what has another rate is resampled.
         where: Row and column, for messages.
@@ -43,7 +52,7 @@ def read_sound(value: Any, rate: int, where: str, caps: Caps) -> np.ndarray:
         InputError: It is none of these, damaged, empty or too long.
     """
     if is_file_like(value):
-        samples, found_rate = _from_wav(content_of(value, where), where, caps)
+        samples, found_rate = _from_file(content_of(value, where), rate, where, caps)
     elif isinstance(value, Mapping) and "sampling_rate" in value:
         samples = _floats(value.get("array", value.get("raw")), rate, where)
         found_rate = _rate(value["sampling_rate"], where)
@@ -56,15 +65,9 @@ def read_sound(value: Any, rate: int, where: str, caps: Caps) -> np.ndarray:
     _require_short(len(samples), found_rate, where, caps)
     if found_rate == rate:
         return samples
-    old, new = found_rate // math.gcd(found_rate, rate), rate // math.gcd(found_rate, rate)
-    if old * new > _MOST_PHASES:
-        raise InputError(
-            "A sound has an odd sampling rate",
-            where=where,
-            wanted=f"{rate} Hz",
-            found=f"{found_rate} Hz",
-        )
-    return _resampled(samples, old, new)
+    _require_rate(found_rate, rate, where)
+    common = math.gcd(found_rate, rate)
+    return _resampled(samples, found_rate // common, rate // common)
 
 
 def record_sound(value: Any, rate: int, where: str, caps: Caps) -> str:
@@ -82,6 +85,7 @@ def record_sound(value: Any, rate: int, where: str, caps: Caps) -> str:
 
 def to_wav(samples: np.ndarray, rate: int) -> bytes:
     """A WAV file of one channel: float32 samples as they are, int16 samples as PCM."""
+    # Not by libsndfile, which writes the time into files of floating point numbers.
     size = samples.itemsize
     kind = _FLOAT if samples.dtype.kind == "f" else _PCM
     data = samples.astype(samples.dtype.newbyteorder("<")).tobytes()
@@ -115,6 +119,17 @@ def _rate(value: Any, where: str) -> int:
             found=repr(value),
         )
     return int(value)
+
+
+def _require_rate(found: int, rate: int, where: str) -> None:
+    """Refuse a rate that has too little in common with ``rate`` to be resampled."""
+    if found * rate // math.gcd(found, rate) ** 2 > _MOST_PHASES and found != rate:
+        raise InputError(
+            "A sound has an odd sampling rate",
+            where=where,
+            wanted=f"{rate} Hz",
+            found=f"{found} Hz",
+        )
 
 
 def _floats(value: Any, rate: int, where: str) -> np.ndarray:
@@ -152,76 +167,66 @@ def _floats(value: Any, rate: int, where: str) -> np.ndarray:
     return samples
 
 
-# WAV. Not the standard library's module: what it reads depends on the release of Python.
-
-
 def _require_short(samples: int, rate: int, where: str, caps: Caps) -> None:
     caps.require(
         "max_seconds", samples / rate, "A sound is too long", where=where, instead="cut it first"
     )
 
 
-def _from_wav(content: bytes, where: str, caps: Caps) -> tuple[np.ndarray, int]:
-    """Samples of shape (samples,) and their rate; see ``_decoded``."""
+def _from_file(content: bytes, rate: int, where: str, caps: Caps) -> tuple[np.ndarray, int]:
+    """Samples of a file, shape (samples,), its channels averaged, and their rate.
+
+    A file of some kB may hold hours of silence: seconds, rate and channels are those of its header,
+    looked at before a sample is decoded, and soundfile reads no further than that says.
+    """
+    soundfile = _soundfile()
     try:
-        if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+        if not content.startswith(_BEGINNINGS) and content[:2] not in _MP3:
             raise ValueError(f"it begins with {content[:12]!r}")
-        chunks = dict(_chunks(content))
-        kind, channels, rate, _, align, bits = struct.unpack("<HHIIHH", chunks[b"fmt "][:16])
-        if kind == _EXTENSIBLE:
-            (kind,) = struct.unpack("<H", chunks[b"fmt "][24:26])
-        if not channels or align != channels * bits // 8 or len(chunks[b"data"]) % align:
-            raise ValueError(f"{len(chunks[b'data'])} bytes of {channels} channels of {bits} bits")
-        _require_short(len(chunks[b"data"]) // align, _rate(rate, where), where, caps)
-        samples: np.ndarray = _decoded(chunks[b"data"], kind, bits).reshape(-1, channels)
-    except (ValueError, KeyError, struct.error) as error:
+        if content[:4] == b"RIFF" and int.from_bytes(content[4:8], "little") + 8 > len(content):
+            raise ValueError("it is cut off")  # libsndfile would read what is there
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            if file.format not in _FORMATS or file.channels > _MOST_CHANNELS:
+                raise ValueError(f"{file.format} of {file.channels} channels")
+            _require_rate(_rate(file.samplerate, where), rate, where)
+            _require_short(file.frames, file.samplerate, where, caps)
+            mono = np.concatenate(list(_blocks(file)) or [np.zeros(0, np.float32)])
+            return _floats(mono, rate, where), file.samplerate
+    except (ValueError, RuntimeError) as error:  # soundfile's own are RuntimeErrors
         raise InputError(
-            "A file is not a WAV file that can be read",
+            "A file is not a sound that can be read",
             where=where,
-            wanted="a whole WAV file, PCM of 8, 16, 24 or 32 bits or floating point of 32 or 64 "
-            "bits",
-            found=f"no chunk {error}" if isinstance(error, KeyError) else error,
+            wanted=f"a whole WAV, FLAC, OGG or MP3 file of at most {_MOST_CHANNELS} channels",
+            found=getattr(error, "error_string", error),  # libsndfile's, without an address
             hint="convert it, for example with ffmpeg -i FILE -c:a pcm_s16le sound.wav",
         ) from None
-    mono: np.ndarray = (
-        samples[:, 0]
-        if channels == 1
-        else samples.mean(axis=1, dtype=np.float64).astype(np.float32)
-    )
-    return _floats(mono, rate, where), rate
 
 
-def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    start = 12
-    for _ in range(_MOST_CHUNKS):
-        if start + 8 > len(content):
-            return
-        name, size = struct.unpack("<4sI", content[start : start + 8])
-        chunk = content[start + 8 : start + 8 + size]
-        if len(chunk) < size:
-            raise ValueError(f"{len(chunk)} of {size} bytes of {name!r}")
-        yield name, chunk
-        start += 8 + size + size % 2
+def _blocks(file: Any) -> Iterator[np.ndarray]:
+    """What a file holds, block by block, as one channel; never more than its header says."""
+    done = 0
+    for block in file.blocks(_BLOCK, dtype="float32", always_2d=True):
+        done += len(block)
+        yield block[:, 0] if file.channels == 1 else _mean(block)
+    if done < file.frames:
+        raise ValueError(f"{done} of {file.frames} samples")
 
 
-def _decoded(data: bytes, kind: int, bits: int) -> np.ndarray:
-    """Samples from -1 to 1 as float32, by the scale of ffmpeg: the lowest whole number is -1."""
-    if kind == _FLOAT and bits in (32, 64):
-        samples: np.ndarray = np.frombuffer(data, f"<f{bits // 8}")
-    elif kind != _PCM or bits not in (8, 16, 24, 32):
-        raise ValueError(f"format {kind} of {bits} bits")
-    elif bits == 8:  # the only unsigned one
-        samples = (np.frombuffer(data, np.uint8) - np.float32(128)) / np.float32(128)
-    elif bits == 24:  # as the upper bytes of 32 bits
-        padded: np.ndarray = np.zeros((len(data) // 3, 4), np.uint8)
-        padded[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
-        samples = padded.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31)
-    else:
-        samples = np.frombuffer(data, f"<i{bits // 8}").astype(np.float32) / np.float32(
-            2 ** (bits - 1)
-        )
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused
-        return samples.astype(np.float32, copy=False)
+def _mean(block: np.ndarray) -> np.ndarray:
+    mean: np.ndarray = block.mean(axis=1, dtype=np.float64).astype(np.float32)
+    return mean
+
+
+def _soundfile() -> Any:
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:  # OSError: without its library
+        raise StructureError(
+            "Sounds in files need soundfile",
+            found=error,
+            hint="pip install 'mlflow-safeflavor[sound]'",
+        ) from None
+    return soundfile
 
 
 # Rates.

@@ -1,0 +1,60 @@
+"""Params of a request and the model's generation config → how the model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mlflow_safeflavor.module.generation import Generation
+from mlflow_safeflavor.tasks.generation_params import KEEP_LOGITS
+from mlflow_safeflavor.tasks.sampling import SAMPLING, sampler
+
+__all__ = ["generation_for"]
+
+
+def generation_for(
+    kept: Mapping[str, Any],
+    params: Mapping[str, Any],
+    *,
+    rows: int,
+    start: int,
+    filler: int,
+    stopping: Sequence[Callable[..., Any]],
+) -> Generation:
+    """How rows that run together are written.
+
+    Args:
+        kept: The model's generation config, of which params may say otherwise.
+        params: Of the request, all of them.
+        rows: How many rows run together; each draws by itself.
+        start: Where in a sequence that which was written starts.
+        filler: Token behind a text that ended before those beside it.
+        stopping: See ``Generation``.
+    """
+    draws = sampler({**kept, **params}, rows, params["seed"]) if params["do_sample"] else []
+    return Generation(
+        _settings(kept, params, start, filler),
+        processors=draws,
+        stopping=stopping,
+        keep_logits=params[KEEP_LOGITS.name],
+    )
+
+
+def _settings(
+    kept: Mapping[str, Any], params: Mapping[str, Any], start: int, filler: int
+) -> dict[str, Any]:
+    beams, most = params["num_beams"], params["max_new_tokens"]
+    of_beams = ("early_stopping", "length_penalty") if beams == 1 else ()
+    unused = {*SAMPLING, "min_length", *of_beams}
+    # As many tokens at the least as the model wants, but transformers warns where a request wants
+    # fewer.
+    least = kept.get("min_new_tokens") or kept.get("min_length", 0) - start
+    return {
+        **{name: value for name, value in kept.items() if name not in unused},
+        "max_new_tokens": most,
+        "min_new_tokens": min(most, least) if least > 0 else None,
+        "num_beams": beams,
+        "repetition_penalty": params["repetition_penalty"],
+        "do_sample": False,  # drawn by ``sampler``
+        "pad_token_id": filler,
+    }
