@@ -14,10 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlflow_safeflavor.artifact.json_files import read_json
-from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
-from mlflow_safeflavor.errors import InputError, IntegrityError, SafeFlavorError, plain
+from mlflow_safeflavor.artifact.inventory_file import Inventory
+from mlflow_safeflavor.errors import InputError, SafeFlavorError, plain
 from mlflow_safeflavor.graph.file import format_graph, read_graph
 from mlflow_safeflavor.graph.graph import lines_of
 from mlflow_safeflavor.load.download import located
@@ -32,6 +30,7 @@ __all__ = ["main"]
 
 _MOST_SHOWN = 20  # rows with a problem; the page of --report has more
 _UNNAMED = "one column of any name"
+_RUNS = {"import": "its own code", "pickle": "a pickle", "graph": "no code"}
 
 
 class _Errors(click.Group):
@@ -69,26 +68,25 @@ def inspect(uri: str, pins: bool, rows: bool, calls: bool) -> None:
     """Show facts of the model at URI. Nothing of the artifact is run, built or imported."""
     # Not even weights are hashed: that is verify's, and takes a second for each gigabyte.
     with located(uri) as folder:
-        _inspect(uri, read_saved(Layout(folder), weights=False), pins, rows, calls)
+        _inspect(uri, read_saved(folder, weights=False), pins, rows, calls)
 
 
 def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> None:
     console = Console()
     layout, spec, environment = saved.layout, saved.spec, saved.environment
-    inventory = _read_inventory(layout)
     table = Table(show_header=False, title=Text(plain(uri)), title_justify="left")
     for name, value in {
         "task": spec.task,
         **task_class(spec.task).metadata(spec.task_config),
         "model class": spec.model_class,
-        "structure": f"{spec.structure} (runs {_runs(spec.structure)})",
+        "structure": f"{spec.structure} (runs {_RUNS.get(spec.structure, 'no code of its own')})",
         **format_graph(layout),
         "serving dtype": spec.dtype
         + (f", cast from {spec.cast_from}: no dtype was given" if spec.cast_from else ""),
         "input columns": ", ".join(
             f"{field} ← {column or _UNNAMED}" for field, column in spec.input_columns.items()
         ),
-        "tensors": f"{len(inventory['tensors'])} in {len(inventory['data'])} alias groups",
+        "tensors": f"{len(saved.inventory.rows)} in {len(saved.inventory.data)} alias groups",
         "weights": _megabytes(saved.files[name] for name in saved.files if layout.is_weights(name)),
         "all files": _megabytes(saved.files.values()),
         "python": f"{environment.implementation} {environment.python}, {environment.system} "
@@ -102,12 +100,10 @@ def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> Non
         table.add_row(name, Text(plain(value)))
     console.print(table)
     if pins:
-        _say(
-            console,
-            "\n".join(f"{name}=={version}" for name, version in environment.distributions.items()),
-        )
+        for distribution, version in environment.distributions.items():
+            _say(console, f"{distribution}=={version}")
     if rows:
-        console.print(_tensor_table(inventory))
+        console.print(_tensor_table(saved.inventory))
     if calls:
         for line in lines_of(read_graph(layout)):
             _say(console, plain(line))
@@ -117,52 +113,12 @@ def _megabytes(entries: Iterable[Mapping[str, Any]]) -> str:
     return f"{sum(entry['size'] for entry in entries) / 1e6:.1f} MB"
 
 
-def _runs(structure: str) -> str:
-    return {"import": "its own code", "pickle": "a pickle", "graph": "no code"}.get(
-        structure, "no code of its own"
-    )
-
-
-def _read_inventory(layout: Layout) -> dict[str, Any]:
-    """``tensors.json`` to be shown.
-
-    ``tensors.read_inventory``, which refuses more, would import torch.
-    """
-    content = read_json(layout.tensors)
-    fields = {
-        "path": str,
-        "kind": str,
-        "persistent": bool,
-        "dtype": str,
-        "shape": list,
-        "data": str,
-    }
-    try:
-        sound = isinstance(content["data"], dict) and all(
-            isinstance(name, str) for name in content["files"]
-        )
-        sound &= all(
-            isinstance(row[name], kind)
-            for row in content["tensors"]
-            for name, kind in fields.items()
-        )
-    except (KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise IntegrityError(
-            "The inventory of tensors is malformed",
-            where=layout.name_of(layout.tensors),
-            hint=FETCH_AGAIN,
-        )
-    return dict(content)
-
-
-def _tensor_table(inventory: dict[str, Any]) -> Table:
+def _tensor_table(inventory: Inventory) -> Table:
     table = Table("tensor", "kind", "dtype", "shape", "shares memory with")
-    for row in inventory["tensors"]:
-        kind = row["kind"] if row["persistent"] else f"non-persistent {row['kind']}"
-        shared = row["data"] if row["data"] != row["path"] else ""
-        cells = (row["path"], kind, row["dtype"], row["shape"], shared)
+    for row in inventory.rows.values():
+        kind = row.kind if row.persistent else f"non-persistent {row.kind}"
+        shared = row.data if row.data != row.path else ""
+        cells = (row.path, kind, row.dtype, [*row.shape], shared)
         table.add_row(*(Text(plain(cell)) for cell in cells))
     return table
 

@@ -79,7 +79,7 @@ class Attempts:
     def left_over(self):
         """What should not be there."""
         from mlflow_safeflavor.artifact.layout import Layout
-        from mlflow_safeflavor.artifact.manifest import find_broken_files
+        from mlflow_safeflavor.artifact.manifest import find_broken_files, read_manifest
         from mlflow_safeflavor.artifact.spec import read_spec
 
         mlflow.set_tracking_uri(self.uri)
@@ -109,7 +109,9 @@ class Attempts:
             "broken": [
                 x
                 for y in layouts
-                for x in find_broken_files(y, mlmodel=read_spec(y)[1], digests=True)
+                for x in find_broken_files(
+                    y, read_manifest(y), mlmodel=read_spec(y)[1], digests=True
+                )
             ],
             "pending": sorted(pending & self.noted),
             "half registered": [

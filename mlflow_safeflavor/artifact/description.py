@@ -46,7 +46,8 @@ def read_description(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
     """
     content = layout.read_json(layout.structure)
     if isinstance(content, dict) and spec.structure not in _KEYS_OF:
-        content["config"] = layout.read_json(layout.config) if content.get("config_class") else None
+        has_config = content.get("config_class")
+        content = {**content, "config": layout.read_json(layout.config) if has_config else None}
     keys = _KEYS_OF.get(spec.structure, _CONSTRUCTOR_KEYS)
     well_formed = (
         isinstance(content, dict)

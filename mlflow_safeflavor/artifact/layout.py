@@ -11,7 +11,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlflow_safeflavor.artifact.json_files import MAX_JSON, parse_file
-from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN, decode, is_junk, read_bytes
+from mlflow_safeflavor.artifact.plain_files import (
+    FETCH_AGAIN,
+    decode,
+    digest_of_plain,
+    is_junk,
+    read_bytes,
+)
 from mlflow_safeflavor.artifact.scratch import scratch_folder
 from mlflow_safeflavor.errors import IntegrityError
 
@@ -63,6 +69,7 @@ class Layout:
         # bytes or an error.
         self.sealed: dict[str, str] = {}
         self._contents: dict[Path, bytes] | None = {} if keeps else None
+        self._parsed: dict[Path, Any] | None = {} if keeps else None
 
     def golden(self, engine: str) -> tuple[Path, Path]:
         """Paths of the golden rows as an engine answered them: JSON, and arrays."""
@@ -117,8 +124,23 @@ class Layout:
         return content
 
     def read_json(self, path: Path) -> Any:
-        """A JSON file of the artifact; see ``read_bytes`` and ``json_files.read_json``."""
-        return parse_file(decode(self.read_bytes(path), path), path)
+        """A JSON file of the artifact; see ``read_bytes`` and ``json_files.read_json``.
+
+        Its readers share one value where files are kept, and none of them changes it.
+        """
+        if self._parsed is not None and path in self._parsed:
+            return self._parsed[path]
+        content = parse_file(decode(self.read_bytes(path), path), path)
+        if self._parsed is not None:
+            self._parsed[path] = content
+        return content
+
+    def digest_of(self, name: str) -> str:
+        """SHA-256 of a file; JSON is kept, since every load reads it afterwards."""
+        path = self.root / name
+        if self._contents is not None and self.data in path.parents and path.suffix == ".json":
+            return hashlib.sha256(self.read_bytes(path)).hexdigest()
+        return digest_of_plain(path)
 
     def keep(self, *folders: Path) -> None:
         """Read all files below folders now, for tokenizers and processors that are made later."""

@@ -14,7 +14,6 @@ from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.plain_files import (
     FETCH_AGAIN,
     digest_of_file,
-    digest_of_plain,
     is_junk,
     list_files,
     reason_to_refuse,
@@ -125,6 +124,7 @@ def read_manifest(layout: Layout) -> dict[str, Any]:
 
 def find_broken_files(
     layout: Layout,
+    manifest: Mapping[str, Any],
     *,
     mlmodel: Mapping[str, Any],
     digests: bool,
@@ -134,12 +134,12 @@ def find_broken_files(
 
     Args:
         layout: The artifact.
+        manifest: From ``read_manifest``.
         mlmodel: The parts of ``MLmodel`` that ``write_manifest`` was given.
         digests: Also read and hash every file; otherwise only names and sizes are compared.
         elsewhere: Names that are hashed elsewhere (the weights, tensor by tensor).
     """
-    manifest, there = read_manifest(layout), list_files(layout.root)
-    files = manifest["files"]
+    files, there = manifest["files"], list_files(layout.root)
     guarded = manifest["mlmodel"]
     if guarded["flavors"] != digest_json(mlmodel["flavors"]):
         yield f"{layout.MLMODEL}: its flavors are not the ones that were saved"
@@ -158,7 +158,7 @@ def find_broken_files(
         elif (
             digests
             and name not in elsewhere
-            and (found := digest_of_plain(layout.root / name)) != entry["sha256"]
+            and (found := layout.digest_of(name)) != entry["sha256"]
         ):
             yield f"{name}: has SHA-256 {found[:12]}…, wanted {entry['sha256'][:12]}…"
     # A file nobody recorded could be imported (code/) or read in place of another (safeflavor/).
@@ -178,12 +178,13 @@ def find_broken_files(
             )
 
 
-def find_tolerated(layout: Layout, *, mlmodel: Mapping[str, Any]) -> list[str]:
+def find_tolerated(
+    layout: Layout, manifest: Mapping[str, Any], *, mlmodel: Mapping[str, Any]
+) -> list[str]:
     """Differences that ``find_broken_files`` lets pass, one sentence each.
 
     They change no answer.
     """
-    manifest = read_manifest(layout)
     edits, _ = find_signature_edits(manifest["mlmodel"]["signature"], mlmodel["signature"])
     own = (layout.CODE, layout.DATA)
     junk = [

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.artifact.spec import is_plain_text, is_scalar
 from mlflow_safeflavor.errors import IntegrityError
@@ -73,6 +74,11 @@ class Environment:
         }
         wheels = {name: wheel for name, wheel in self.wheels.items() if name in kept}
         return replace(self, distributions=kept, only_module=(), wheels=wheels)
+
+    @classmethod
+    def read(cls, layout: Layout) -> Environment:
+        """Read ``environment.json`` of an artifact; see ``from_json``."""
+        return cls.from_json(layout.read_json(layout.environment))
 
     @classmethod
     def from_json(cls, value: object) -> Environment:

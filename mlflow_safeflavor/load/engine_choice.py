@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.errors import PlacementError, TrustError
 from mlflow_safeflavor.graph.file import reason_against
+from mlflow_safeflavor.load.saved import Saved
 from mlflow_safeflavor.machine import is_plainly_cpu
-from mlflow_safeflavor.predict.options import is_chosen_here
 
 if TYPE_CHECKING:
     import torch
 
-    from mlflow_safeflavor.load.options import LoadOptions
-
-__all__ = ["casts", "choose_engine", "needs_no_module"]
+__all__ = ["casts", "choose_engine", "needs_no_module", "require_trusted_engine"]
 
 
-def choose_engine(
-    spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], options: LoadOptions
-) -> str:
-    """Choose the engine: "onnx", "openvino" or "module".
+def require_trusted_engine(engine: str, asked: Mapping[str, Any], trust: Collection[str]) -> None:
+    """Refuse OpenVINO where only whoever saved the model asks for it.
 
-    A graph is served in float32 on a CPU, by OpenVINO also in bfloat16; any other request needs the
-    module.
+    Args:
+        engine: The run-time option.
+        asked: What whoever loads the model sets.
+        trust: Kinds of the artifact's own code that may run.
 
     Raises:
-        TrustError: The artifact, not the caller, asks for OpenVINO.
-        PlacementError: The engine that was asked for cannot take the rest of the request.
+        TrustError: Nobody here agreed to it.
     """
     # OpenVINO crashes on hostile arguments of a graph: the artifact alone may not choose it.
-    stored = not is_chosen_here("engine", options.model_config)
-    if stored and chosen["engine"] == "openvino" and "code" not in options.trust:
+    if engine == "openvino" and "engine" not in asked and "code" not in trust:
         raise TrustError(
             "The model asks for OpenVINO, whose kernels trust the graph's arguments",
             where="engine",
@@ -42,25 +37,39 @@ def choose_engine(
             hint='pass model_config={"engine": "openvino"} if you trust who saved it; else '
             '{"engine": "onnx"}',
         )
-    alone = spec.structure == "graph"
+
+
+def choose_engine(
+    saved: Saved,
+    chosen: Mapping[str, Any],
+    *,
+    device: str | int | torch.device,
+    dtype: str | torch.dtype | None,
+    device_map: str | Mapping[str, Any] | None,
+) -> str:
+    """Choose the engine: "onnx", "openvino" or "module".
+
+    A graph is served in float32 on a CPU, by OpenVINO also in bfloat16; any other request needs the
+    module.
+
+    Raises:
+        PlacementError: The engine that was asked for cannot take the rest of the request.
+    """
+    alone = saved.spec.structure == "graph"
     asked = "onnx" if alone and chosen["engine"] == "auto" else chosen["engine"]
     # "auto" is the CPU for who asks for a graph, on a machine with a GPU, too. Otherwise torch has
     # to be asked, unless it is plain that there is no accelerator.
-    chooses = asked in ("onnx", "openvino") and options.device == "auto"
-    device = (
-        "cpu"
-        if chooses or options.device_map or is_plainly_cpu(options.device)
-        else _device(options.device)
-    )
-    dtype = casts(spec, options.dtype)
+    chooses = asked in ("onnx", "openvino") and device == "auto"
+    place = "cpu" if chooses or device_map or is_plainly_cpu(device) else _device(device)
+    cast = casts(saved.spec, dtype)
     other = {
-        "dtype": dtype if asked != "openvino" or dtype != "bfloat16" else None,
-        "device_map": options.device_map,
+        "dtype": cast if asked != "openvino" or cast != "bfloat16" else None,
+        "device_map": device_map,
         "compile": chosen["compile"],
-        "device": device if device != "cpu" else None,
+        "device": place if place != "cpu" else None,
     }
     needs_module = [name for name, value in other.items() if value]
-    reason = reason_against(layout)
+    reason = reason_against(saved.layout)
     if asked == "auto":
         return "module" if needs_module or reason else "onnx"
     if asked == "module" and alone:
@@ -84,19 +93,24 @@ def choose_engine(
 
 
 def needs_no_module(
-    spec: ModelSpec, layout: Layout, chosen: Mapping[str, Any], options: LoadOptions
+    saved: Saved,
+    chosen: Mapping[str, Any],
+    *,
+    device: str | int | torch.device,
+    dtype: str | torch.dtype | None,
+    device_map: str | Mapping[str, Any] | None,
 ) -> bool:
     """Whether the graph answers, as far as can be told before torch is imported."""
     # Asked before the environment is compared: then pins that only the module needs do not count.
     # Where drivers of an accelerator are in sight, torch must tell, and all pins do.
     asked = chosen["engine"]
-    alone = asked == "auto" and spec.structure == "graph"
-    by_default = asked == "auto" and is_plainly_cpu(options.device)
-    return (
-        asked in ("onnx", "openvino")
-        or alone
-        or (by_default and choose_engine(spec, layout, chosen, options) == "onnx")
-    )
+    alone = asked == "auto" and saved.spec.structure == "graph"
+    if asked in ("onnx", "openvino") or alone:
+        return True
+    if asked == "module" or not is_plainly_cpu(device):
+        return False
+    name = choose_engine(saved, chosen, device=device, dtype=dtype, device_map=device_map)
+    return name == "onnx"
 
 
 def _device(asked: str | int | torch.device) -> str:

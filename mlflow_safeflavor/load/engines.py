@@ -11,11 +11,12 @@ from mlflow_safeflavor.artifact.weights_files import HeldFile, require_unchanged
 from mlflow_safeflavor.environment.differences import naming_missing, require_same
 from mlflow_safeflavor.environment.threads import find_budget
 from mlflow_safeflavor.errors import PlacementError
+from mlflow_safeflavor.load.engine_choice import casts
 from mlflow_safeflavor.load.replay import replay
 from mlflow_safeflavor.load.saved import Saved
 from mlflow_safeflavor.module.guarded import guarded
+from mlflow_safeflavor.predict.golden import read_golden
 from mlflow_safeflavor.predict.model import LoadedModel, make_model
-from mlflow_safeflavor.predict.report import LoadReport
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.inputs.vocabulary import require_rows
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from mlflow_safeflavor.graph.engine import GraphEngine
     from mlflow_safeflavor.module.engine import ModuleEngine
 
-__all__ = ["beside", "bind", "hooks_of", "open_graph", "open_module"]
+__all__ = ["bind", "open_graph", "open_module"]
 
 Hooks = dict[str, Callable[..., Any]]
 
@@ -35,40 +36,50 @@ def open_graph(
     saved: Saved,
     weights: list[HeldFile],
     *,
-    dtype: str | None,
-    threads: int,
+    dtype: str | torch.dtype | None,
+    chosen: Mapping[str, Any],
+    trust: Collection[str],
+    policy: str,
     shares: bool,
-    beside: Callable[[], ModuleEngine] | None,
-) -> GraphEngine:
-    """A session of ONNX Runtime or OpenVINO with the weights of the artifact.
+    replays: bool,
+) -> tuple[GraphEngine, Hooks]:
+    """A session of ONNX Runtime or OpenVINO with the weights of the artifact; and the hooks.
+
+    The module beside it, for what the graph does not take, is made when it is wanted.
 
     Args:
         name: "onnx" or "openvino".
         saved: The model.
         weights: Its files of weights.
-        dtype: Precision of OpenVINO's arithmetic; None for float32.
-        threads: The run-time option ``num_threads``.
+        dtype: As ``load_model`` takes it.
+        chosen: The run-time options.
+        trust: Kinds of the artifact's own code that may run.
+        policy: What ``load_model`` takes as ``environment``, for the module.
         shares: Whether packed weights may come from, and go to, this host's cache.
-        beside: Makes the engine of the module for inputs that the graph does not take; None without
-            a module.
+        replays: Whether the module answers its golden rows before it is used.
     """
     from mlflow_safeflavor.graph.engine import GraphEngine, runtime_of
     from mlflow_safeflavor.graph.file import keeps_bits, open_graph
 
+    module = None
+    if saved.spec.structure != "graph":
+        module = _beside(
+            saved, weights, dtype=dtype, chosen=chosen, trust=trust, policy=policy, replays=replays
+        )
     graph, arrays = open_graph(saved.inventory.files, saved.layout)
-    runtime = runtime_of(name, dtype)
+    runtime = runtime_of(name, casts(saved.spec, dtype))
     # OpenVINO packs weights in a format of its own, which workers cannot share.
     if name == "onnx" and shares:
         from mlflow_safeflavor.graph.onnx_engine import RUNTIME
         from mlflow_safeflavor.graph.packed_weights import PackedWeights
 
         runtime = partial(runtime, packed=PackedWeights(graph.content, weights, RUNTIME))
-    session = runtime(graph, arrays, threads=find_budget(threads).threads)
+    session = runtime(graph, arrays, threads=find_budget(chosen["num_threads"]).threads)
     kept = keeps_bits(saved.layout, session.name, session.dtype)
-    return GraphEngine(session, beside, weights, keeps_bits=kept)
+    return GraphEngine(session, module, weights, keeps_bits=kept), _hooks_of(saved, trust)
 
 
-def hooks_of(saved: Saved, trust: Collection[str]) -> Hooks:
+def _hooks_of(saved: Saved, trust: Collection[str]) -> Hooks:
     """The user's hooks by name, without building the module."""
     from mlflow_safeflavor.module import user_code
 
@@ -138,6 +149,7 @@ def _place(
     from mlflow_safeflavor.module import device_map as device_maps
     from mlflow_safeflavor.module import devices, placement, structure
     from mlflow_safeflavor.module.dtype_plan import casts_of
+    from mlflow_safeflavor.module.dtypes import resolve_dtype
     from mlflow_safeflavor.module.slots import find_slots
 
     if device_map is not None and (asked != "auto" or dtype):
@@ -153,7 +165,8 @@ def _place(
     casts = {}
     if dtype:
         described = structure.read_structure(saved.layout, saved.spec)
-        casts = casts_of(module, described, dtype, find_slots(module))
+        # Resolved here: "as-is", which the plan knows, is no dtype to load in.
+        casts = casts_of(module, described, resolve_dtype(dtype), find_slots(module))
     placement.place(module, device, casts)
     return device
 
@@ -163,20 +176,19 @@ def bind(
     hooks: Mapping[str, Callable[..., Any]],
     saved: Saved,
     chosen: Mapping[str, Any],
-    report: LoadReport,
 ) -> LoadedModel:
     """An engine with task, tokenizer and hooks, as one model.
 
     Raises:
         IntegrityError: The tokenizer has tokens that the embedding table has no row for.
     """
-    model = make_model(engine, hooks, saved.spec, saved.layout, chosen, report)
+    model = make_model(engine, hooks, saved.spec, saved.layout, chosen)
     # Golden rows use few tokens of a vocabulary: one beyond the table would fail in a request.
     require_rows(saved.spec.task_config, model.task.encoder, saved.inventory)
     return model
 
 
-def beside(
+def _beside(
     saved: Saved,
     weights: list[HeldFile],
     *,
@@ -219,7 +231,8 @@ def beside(
                 trust=trust,
             )
         if replays:
-            replay(bind(engine, hooks, saved, chosen, LoadReport()), saved, dtype)
+            golden = read_golden(saved.layout, engine.name)
+            replay(bind(engine, hooks, saved, chosen), golden, dtype)
         return engine
 
     return make

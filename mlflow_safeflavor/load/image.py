@@ -193,7 +193,7 @@ def _engine(asked: str, target: str, saved: Saved) -> str:
     # and variables (environ={}) do not count.
     reason, alone = reason_against(saved.layout), saved.spec.structure == "graph"
     if asked == "auto":
-        stored = run_time_options({}, stored=saved.spec.model_config, environ={})
+        stored = run_time_options({}, saved.spec.model_config)
         on_cpu = target == "cpu" and stored["device"] in ("auto", "cpu")
         by_graph = (
             on_cpu

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.arguments import checked
-from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.artifact.spec import AS_IS, ModelSpec
 from mlflow_safeflavor.environment.differences import naming_versions, require_same
 from mlflow_safeflavor.errors import WeightsError
 from mlflow_safeflavor.load.download import keep, located
-from mlflow_safeflavor.load.engine_choice import casts, choose_engine, needs_no_module
+from mlflow_safeflavor.load.engine_choice import (
+    choose_engine,
+    needs_no_module,
+    require_trusted_engine,
+)
 from mlflow_safeflavor.load.options import LoadOptions
 from mlflow_safeflavor.load.reload import reloadable
 from mlflow_safeflavor.load.saved import Saved, read_saved, require_none
-from mlflow_safeflavor.predict.options import run_time_options
+from mlflow_safeflavor.predict.options import asked_options, run_time_options
 from mlflow_safeflavor.predict.report import LoadReport
 
 # torch, and all that imports it, is imported inside the functions below: a graph is served without
@@ -92,52 +97,74 @@ def load_model(
 
 def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
     """Load an artifact from a local folder; native loading, pyfunc and rehearsals all come here."""
-    report = LoadReport()
-    with report.timed("look"):
-        saved = read_saved(
-            Layout(root, keeps=True), weights=False, digests=options.hashes, trust=options.trust
-        )
-        spec, layout = saved.spec, saved.layout
-        chosen = run_time_options(options.model_config, stored=spec.model_config)
+    seconds: dict[str, float] = {}
+    place: Any = {
+        "device": options.device,
+        "dtype": options.dtype,
+        "device_map": options.device_map,
+    }
+    with _timed(seconds, "look"):
+        saved = read_saved(root, weights=False, digests=options.hashes, trust=options.trust)
+        asked = options.chosen or asked_options(options.model_config)
+        chosen = options.chosen or run_time_options(asked, saved.spec.model_config)
+        require_trusted_engine(chosen["engine"], asked, options.trust)
         # A graph is served in an environment that has neither torch nor transformers: their absence
         # is no difference then.
-        no_module = needs_no_module(spec, layout, chosen, options)
+        no_module = needs_no_module(saved, chosen, **place)
         recorded = saved.environment.for_graph() if no_module else saved.environment
         differences = require_same(recorded, policy=options.environment)
     # From here on a failure may come from other versions of a library: its hint names them.
     with naming_versions(recorded):
-        with report.timed("import"), _without_collecting():
-            name = choose_engine(spec, layout, chosen, options)
+        with _timed(seconds, "import"), _without_collecting():
+            name = choose_engine(saved, chosen, **place)
             _import(name)
-        from mlflow_safeflavor.load.engines import bind
+        from mlflow_safeflavor.load import engines
         from mlflow_safeflavor.load.replay import measure_forward_cost, naming_failures, replay
+        from mlflow_safeflavor.predict.golden import read_golden
 
-        with report.timed("digest"):
+        with _timed(seconds, "digest"):
             weights = _weights_of(saved, hashes=options.hashes, rehash=options.verify == "rehash")
-        with report.timed("rebuild"), _without_collecting():
-            engine, hooks, where = _open(name, saved, weights, chosen, options)
-        with naming_failures(layout.name_of(layout.recorded(name)[0])):
-            model = bind(engine, hooks, saved, chosen, report)
-            with report.timed("replay"):
-                replayed = replay(model, saved, options.dtype) if options.replays else None
-                if replayed is not None:
-                    measure_forward_cost(model, layout)
-    report.files, report.environment = len(saved.files), tuple(map(str, differences))
-    report.tolerated = saved.tolerated
-    report.engine, report.device = name, where
-    report.weights = ", ".join(sorted({file.kind for file in weights}))
-    report.hashed_bytes = (
-        saved.hashed_bytes + sum(file.size for file in weights) if options.hashes else 0
+        engine: Engine
+        with _timed(seconds, "rebuild"), _without_collecting():
+            if name == "module":
+                engine, hooks = engines.open_module(
+                    saved, weights, **place, compiles=chosen["compile"], trust=options.trust
+                )
+            else:
+                engine, hooks = engines.open_graph(
+                    name,
+                    saved,
+                    weights,
+                    dtype=options.dtype,
+                    chosen=chosen,
+                    trust=options.trust,
+                    policy=options.environment,
+                    shares=options.verify != "rehash",
+                    replays=options.replays,
+                )
+        with naming_failures(saved.layout.name_of(saved.layout.recorded(name)[0])):
+            model, replayed = engines.bind(engine, hooks, saved, chosen), None
+            with _timed(seconds, "replay"):
+                if options.replays:
+                    golden = read_golden(saved.layout, name)
+                    replayed = replay(model, golden, options.dtype)
+                    measure_forward_cost(model, golden)
+    where = str(getattr(engine, "device", "cpu")) + ", by device_map" * bool(options.device_map)
+    report = LoadReport(
+        files=len(saved.files),
+        hashed_bytes=saved.hashed_bytes + sum(f.size for f in weights) if options.hashes else 0,
+        weights=", ".join(sorted({file.kind for file in weights})),
+        tensors=len(saved.inventory.rows),
+        alias_groups=len(saved.inventory.data),
+        weight_bytes=saved.inventory.nbytes,
+        environment=tuple(map(str, differences)),
+        tolerated=saved.tolerated,
+        device=where,
+        engine=name,
+        seconds=seconds,
     )
-    report.tensors, report.alias_groups = len(saved.inventory.rows), len(saved.inventory.data)
-    report.weight_bytes = saved.inventory.nbytes
-    if replayed is not None:
-        report.golden_rows = len(replayed.rows)
-        report.max_difference, report.bit_identical = (
-            replayed.max_difference,
-            replayed.bit_identical,
-        )
-    return reloadable(model, load_folder, options)
+    report = report if replayed is None else report.proven_by(replayed)
+    return reloadable(replace(model, report=report), load_folder, options)
 
 
 def _import(engine: str) -> None:
@@ -161,52 +188,12 @@ def _weights_of(saved: Saved, *, hashes: bool, rehash: bool) -> list[HeldFile]:
     return weights
 
 
-def _open(
-    name: str,
-    saved: Saved,
-    weights: list[HeldFile],
-    chosen: Mapping[str, Any],
-    options: LoadOptions,
-) -> tuple[Engine, dict[str, Callable[..., Any]], str]:
-    """The engine, the user's hooks, and words for the device that it runs on."""
-    from mlflow_safeflavor.load import engines
-
-    if name == "module":
-        module, hooks = engines.open_module(
-            saved,
-            weights,
-            device=options.device,
-            dtype=options.dtype,
-            device_map=options.device_map,
-            compiles=chosen["compile"],
-            trust=options.trust,
-        )
-        return (
-            module,
-            hooks,
-            str(module.device) if options.device_map is None else f"{module.device}, by device_map",
-        )
-    beside = None
-    if saved.spec.structure != "graph":
-        beside = engines.beside(
-            saved,
-            weights,
-            dtype=options.dtype,
-            chosen=chosen,
-            trust=options.trust,
-            policy=options.environment,
-            replays=options.replays,
-        )
-    graph = engines.open_graph(
-        name,
-        saved,
-        weights,
-        dtype=casts(saved.spec, options.dtype),
-        threads=chosen["num_threads"],
-        shares=options.verify != "rehash",
-        beside=beside,
-    )
-    return graph, engines.hooks_of(saved, options.trust), "cpu"
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    """Record how long the block takes."""
+    start = time.perf_counter()
+    yield  # a step that raises has no time: there is no report then
+    seconds[step] = time.perf_counter() - start
 
 
 @contextmanager

@@ -18,15 +18,22 @@ _VERIFY = ("full", "rehash", "structure", "off")
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Arguments of ``load_model``."""
+    """Arguments of ``load_model``; the load story hands on their values.
+
+    Attributes:
+        model_config: Run-time options that the caller sets, below the environment's.
+        chosen: Every run-time option, where they were needed before the model was looked at.
+        replay: Whether the story answers the golden rows; ``verify_model`` does so itself.
+    """
 
     device: str | int | torch.device = "auto"
     dtype: str | torch.dtype | None = None
     device_map: str | Mapping[str, Any] | None = None
     verify: str = "full"
     environment: str = "warn"
-    model_config: Mapping[str, Any] = field(default_factory=dict)
     trust: Collection[str] = field(default_factory=frozenset)
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+    chosen: Mapping[str, Any] | None = None
     replay: bool = True
 
     def __post_init__(self) -> None:

@@ -20,7 +20,11 @@ from mlflow_safeflavor.load.about_process import (
 )
 from mlflow_safeflavor.load.load import load_folder
 from mlflow_safeflavor.load.options import LoadOptions
-from mlflow_safeflavor.predict.options import run_time_options, tells_environment
+from mlflow_safeflavor.predict.options import (
+    asked_options,
+    run_time_options,
+    tells_environment,
+)
 from mlflow_safeflavor.tasks.inputs.records import unfold_columns
 
 if TYPE_CHECKING:
@@ -66,7 +70,8 @@ class PyfuncModel:
 
 def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
     """Load a model for ``mlflow.pyfunc.load_model`` and the scoring server."""
-    options = run_time_options(model_config)
+    # MLflow has put the stored options below the caller's.
+    options = run_time_options(asked_options(model_config))
     # Trust: MLflow has put the artifact's code/ on the path before this runs, so loading through it
     # is the agreement to that code. For pickles MLflow has a variable, which counts only where
     # somebody set it: MLflow's own default is to allow them.
@@ -83,8 +88,8 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
             dtype=options["dtype"] or None,
             verify=options["verify"],
             environment=options["environment"],
-            model_config=options,
             trust=frozenset({"code", "pickle"} if pickles else {"code"}) | agreed_to_here(),
+            chosen=options,
         ),
     )
     _logger.info(
@@ -96,5 +101,5 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
 
 def facts_of(model: LoadedModel, budget: threads.Budget | None = None) -> dict[str, Any]:
     """Facts about the process that a loaded model runs in; see ``describe_process``."""
-    pins = Environment.from_json(model.files.read_json(model.files.environment)).distributions
+    pins = Environment.read(model.files).distributions
     return describe_process(pins, device=model.report.device, budget=budget)

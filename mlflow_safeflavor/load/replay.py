@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import AnswerError, InputError, ParityError, SafeFlavorError
 from mlflow_safeflavor.load.engine_choice import casts
-from mlflow_safeflavor.load.saved import Saved
-from mlflow_safeflavor.predict import batching, golden
+from mlflow_safeflavor.predict import batching
+from mlflow_safeflavor.predict.golden import Golden
 from mlflow_safeflavor.predict.model import LoadedModel
 from mlflow_safeflavor.predict.parity import ParityReport
 from mlflow_safeflavor.predict.replay import replay as golden_replay
@@ -22,31 +21,30 @@ if TYPE_CHECKING:
 __all__ = ["measure_forward_cost", "naming_failures", "replay"]
 
 
-def replay(model: LoadedModel, saved: Saved, dtype: str | torch.dtype | None) -> ParityReport:
+def replay(model: LoadedModel, recorded: Golden, dtype: str | torch.dtype | None) -> ParityReport:
     """Answer the golden rows again, and refuse a model that answers otherwise.
 
     Args:
         model: The loaded model.
-        saved: Its artifact, with the recorded rows.
+        recorded: The golden rows.
         dtype: Dtype that the model was cast to, as ``load_model`` takes it.
 
     Raises:
         ParityError: Its answers are not the recorded ones.
     """
     cast = casts(model.spec, dtype)
-    result = golden_replay(model, saved.layout, cast or "")
+    result = golden_replay(model, recorded, cast or "")
     # A module that was cast on request answers otherwise by intent. OpenVINO in bfloat16 does, too,
     # but within a tolerance of its own.
     if not cast or model.engine.name == "openvino":
-        require_parity(result, saved.layout, model.engine.name)
+        require_parity(result, recorded.where)
     return result
 
 
-def measure_forward_cost(model: LoadedModel, layout: Layout) -> None:
+def measure_forward_cost(model: LoadedModel, recorded: Golden) -> None:
     """Measure ``forward_cost`` where none is stored, or only that of the CPU it was saved on."""
     if not batching.measures_forward_cost(model.scheduler.forward_cost, model.engine.on_cpu):
         return
-    recorded = golden.read_golden(layout, model.engine.name)
     rows = [model.task.from_record(row, recorded.inputs(i)) for i, row in enumerate(recorded.rows)]
     model.scheduler.forward_cost = batching.measure_forward_cost(
         model.task, model.engine, rows, model.options["max_batch_tokens"]

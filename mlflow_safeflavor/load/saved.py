@@ -53,12 +53,12 @@ class Saved:
 
 
 def read_saved(
-    layout: Layout, *, weights: bool, digests: bool = True, trust: Collection[str] | None = None
+    root: str | Path, *, weights: bool, digests: bool = True, trust: Collection[str] | None = None
 ) -> Saved:
     """Compare an artifact with its manifest, and read spec and environment; runs nothing of it.
 
     Args:
-        layout: The artifact.
+        root: Folder of the artifact.
         weights: Whether to hash the weights, too, which takes a second for each gigabyte.
         digests: Whether to hash the other files.
         trust: Kinds of its own code that may run; None where nothing is to be built.
@@ -66,23 +66,24 @@ def read_saved(
     Raises:
         SafeFlavorError: It is not the artifact that was saved, or of another flavor.
     """
+    layout = Layout(root, keeps=True)
     spec, guarded = read_spec(layout)
     # Agreement first: who did not give it need not wait until gigabytes are hashed.
     if trust is not None:
         require_known(trust)
         for kind in spec.runs:
             require_agreed(kind, trust, spec.model_class)
-    files = read_manifest(layout)["files"]
+    manifest = read_manifest(layout)
+    files = manifest["files"]
     elsewhere = (
         frozenset() if weights else frozenset(name for name in files if layout.is_weights(name))
     )
-    require_intact(layout, guarded, digests=digests, elsewhere=elsewhere)
+    require_intact(layout, manifest, guarded, digests=digests, elsewhere=elsewhere)
     # Before torch is imported: under pyfunc code/ comes first on sys.path.
     if trust is not None:
         require_no_shadows(layout.code)
-    environment = Environment.from_json(layout.read_json(layout.environment))
-    tolerated = tuple(find_tolerated(layout, mlmodel=guarded))
-    return Saved(layout, spec, environment, files, tolerated)
+    tolerated = tuple(find_tolerated(layout, manifest, mlmodel=guarded))
+    return Saved(layout, spec, Environment.read(layout), files, tolerated)
 
 
 def copy_saved(layout: Layout, target: Path) -> Saved:
@@ -94,29 +95,31 @@ def copy_saved(layout: Layout, target: Path) -> Saved:
     # Names, kinds and sizes before copying: no pipe that waits, no file beyond its limit. Digests
     # after it, of the copy: the original may change between a look and the copying.
     _, guarded = read_spec(layout)
-    require_intact(layout, guarded, digests=False)
-    for name in (layout.MLMODEL, layout.name_of(layout.manifest), *read_manifest(layout)["files"]):
+    manifest = read_manifest(layout)
+    require_intact(layout, manifest, guarded, digests=False)
+    for name in (layout.MLMODEL, layout.name_of(layout.manifest), *manifest["files"]):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         with open_plain(layout.root / name) as source, (target / name).open("xb") as copy:
             shutil.copyfileobj(source, copy, 1 << 20)
-    return read_saved(Layout(target), weights=True)
+    return read_saved(target, weights=True)
 
 
 def require_intact(
     layout: Layout,
+    manifest: Mapping[str, Any],
     guarded: Mapping[str, Any],
     *,
     digests: bool,
     elsewhere: frozenset[str] = frozenset(),
 ) -> None:
     """Raise an IntegrityError that names the first files that differ from the manifest."""
-    broken = list(find_broken_files(layout, mlmodel=guarded, digests=digests, elsewhere=elsewhere))
+    broken = list(
+        find_broken_files(layout, manifest, mlmodel=guarded, digests=digests, elsewhere=elsewhere)
+    )
     require_none(broken, "Files of the artifact are not the ones that were saved")
     # From here on every reader compares once more: see ``Layout.read_bytes``.
     if digests:
-        layout.sealed = {
-            name: facts["sha256"] for name, facts in read_manifest(layout)["files"].items()
-        }
+        layout.sealed = {name: facts["sha256"] for name, facts in manifest["files"].items()}
 
 
 def require_none(problems: Sequence[str], what: str) -> None:

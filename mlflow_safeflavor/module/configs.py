@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -61,7 +62,8 @@ def config_from_json(described: Mapping[str, Any], lookup: Callable[[str], Any])
     # Infinities are written as objects, and read by from_json_file but not by from_dict
     # (transformers 5).
     decode = getattr(config_class, "_decode_special_floats", dict)
-    config = config_class.from_dict(decode(dict(described["config"])))
+    # A copy: some classes change the config of a part that they are given.
+    config = config_class.from_dict(decode(copy.deepcopy(described["config"])))
     for kind in _IMPLEMENTATIONS:
         for path, part in _parts(config):  # outer first: setting one sets those of its parts, too
             if path in described.get(kind, {}):

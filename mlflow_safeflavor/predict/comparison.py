@@ -1,18 +1,17 @@
-"""Answers of a server against recorded ones, value by value; JSON on both sides."""
+"""Answers against answers, value by value: JSON, and named arrays."""
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mlflow_safeflavor.predict.differences import differences_of
 from mlflow_safeflavor.predict.parity import Replayed, replayed_row
 
-__all__ = ["compare_answers"]
+__all__ = ["Compared", "compare_answers", "compared", "compared_arrays"]
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
@@ -41,7 +40,7 @@ def compare_answers(
     name, source = ("row", "recorded") if golden else ("your row", "here")
     rows = []
     for index, (old, new) in enumerate(zip(wanted, found, strict=True), start):
-        values = list(_compared(f"{name} {index}", old, new, atol, rtol, source))
+        values = list(compared(f"{name} {index}", old, new, atol, rtol, source))
         problem = next((value.words for value in values if not value.tolerated), None)
         first = next((value.words for value in values if not value.identical), None)
         identical = all(value.identical for value in values)
@@ -53,8 +52,15 @@ def compare_answers(
 
 
 @dataclass(frozen=True)
-class _Compared:
-    """One value of an answer, or one list of numbers; ``words`` say the worst of it."""
+class Compared:
+    """One value of an answer, or one array.
+
+    Attributes:
+        differences: Absolute differences, flat, float64; a single ``inf`` for another shape.
+        identical: Whether all of it is the same bit for bit.
+        tolerated: Whether all of it is within tolerance.
+        words: The worst of it.
+    """
 
     differences: np.ndarray
     identical: bool
@@ -62,24 +68,51 @@ class _Compared:
     words: str
 
 
-def _compared(
-    where: str, wanted: Any, found: Any, atol: float, rtol: float, source: str
-) -> Iterator[_Compared]:
+def compared_arrays(
+    where: str,
+    wanted: Mapping[str, np.ndarray],
+    found: Mapping[str, Any],
+    atol: float,
+    rtol: float,
+) -> Iterator[Compared]:
+    """Compare features or raw outputs of a row with recorded ones, by name."""
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in wanted or name not in found:
+            words = f"{where} {name}: {'is new' if name in found else 'is gone'}"
+            yield Compared(np.full(1, np.inf), False, False, words)
+            continue
+        old, new = _real(wanted[name]), _real(np.asarray(found[name]))
+        if old.shape == new.shape:
+            yield _compared_numbers(f"{where} {name}", old, new, atol, rtol, "recorded")
+        else:
+            words = f"{where} {name}: shape {list(new.shape)}, recorded {list(old.shape)}"
+            yield Compared(np.full(1, np.inf), False, False, words)
+
+
+def _real(array: np.ndarray) -> np.ndarray:
+    """The array, of complex numbers as pairs."""
+    return np.stack([array.real, array.imag], -1) if array.dtype.kind == "c" else array
+
+
+def compared(
+    where: str, wanted: Any, found: Any, atol: float, rtol: float, source: str = "recorded"
+) -> Iterator[Compared]:
+    """Compare JSON values; see ``compare_answers``."""
     if isinstance(wanted, dict) and isinstance(found, dict) and wanted.keys() == found.keys():
         for key in wanted:
-            yield from _compared(f"{where}, {key}", wanted[key], found[key], atol, rtol, source)
+            yield from compared(f"{where}, {key}", wanted[key], found[key], atol, rtol, source)
         return
     old, new = _numbers(wanted), _numbers(found)
     if old is not None and new is not None and old.shape == new.shape:
         yield _compared_numbers(where, old, new, atol, rtol, source)
     elif isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
         for index, pair in enumerate(zip(wanted, found, strict=True)):
-            yield from _compared(f"{where}[{index}]", *pair, atol, rtol, source)
+            yield from compared(f"{where}[{index}]", *pair, atol, rtol, source)
     else:
         # True == 1 in Python, and they are not the same answer.
         same = type(wanted) is type(found) and wanted == found
         words = f"{where}: {_SHORT.repr(found)}, {source} {_SHORT.repr(wanted)}"
-        yield _Compared(np.array([0.0 if same else np.inf]), same, same, words)
+        yield Compared(np.array([0.0 if same else np.inf]), same, same, words)
 
 
 def _numbers(value: Any) -> np.ndarray | None:
@@ -101,8 +134,8 @@ def _numbers(value: Any) -> np.ndarray | None:
 
 def _compared_numbers(
     where: str, old: np.ndarray, new: np.ndarray, atol: float, rtol: float, source: str
-) -> _Compared:
-    whole = old.dtype.kind in "iu" and new.dtype.kind in "iu"
+) -> Compared:
+    whole = old.dtype.kind in "iub" and new.dtype.kind in "iub"
     equal = (old == new) | (np.isnan(old) & np.isnan(new))
     # Equal numbers can still be different bits: 0.0 and -0.0. The sign of a NaN says nothing.
     same = equal if whole else equal & ((np.signbit(old) == np.signbit(new)) | np.isnan(old))
@@ -113,4 +146,14 @@ def _compared_numbers(
         place = tuple(worst[0])
         index = "".join(f"[{i}]" for i in place)
         words = f"{where}{index}: {new[place].item()!r}, {source} {old[place].item()!r}"
-    return _Compared(differences_of(old, new), bool(same.all()), bool(near.all()), words)
+    return Compared(_differences(old, new), bool(same.all()), bool(near.all()), words)
+
+
+def _differences(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    # In float64, since whole numbers wrap (uint8: 0 - 1 = 255) and halves overflow. inf - inf is
+    # NaN, of which numpy warns; it counts as equal or as inf below.
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(np.asarray(new, dtype=np.float64) - np.asarray(old, dtype=np.float64))
+    same = np.isclose(new, old, atol=0, rtol=0, equal_nan=True)  # infinities and NaNs that agree
+    worst: np.ndarray = np.where(same, 0.0, np.where(np.isnan(difference), np.inf, difference))
+    return np.ravel(worst)

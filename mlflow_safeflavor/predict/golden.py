@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +13,12 @@ from mlflow_safeflavor.artifact.json_files import write_json
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import IntegrityError
-from mlflow_safeflavor.tasks.base import Task
-from mlflow_safeflavor.tasks.engine import Engine
+from mlflow_safeflavor.predict.answers import predict_rows
+from mlflow_safeflavor.predict.model import LoadedModel
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.rows import Row
 
-__all__ = ["TOLERANCES", "Golden", "Predictor", "features_of", "read_golden", "record"]
+__all__ = ["TOLERANCES", "Golden", "answers_of", "features_of", "read_golden", "record"]
 
 # Other CPUs, thread counts and kernels round differently; 1e-5 was seen in float32. A wrong or
 # unwritten weight is orders of magnitude away. A half precision number has 8 or 11 bits. In float64
@@ -35,35 +35,15 @@ _LOOSEST = max(number for tolerance in TOLERANCES.values() for number in toleran
 _VERSION = 1
 
 
-class Predictor(Protocol):
-    """The part of a loaded model that parity needs."""
-
-    @property
-    def task(self) -> Task:
-        """The task."""
-        ...
-
-    @property
-    def engine(self) -> Engine:
-        """The engine."""
-        ...
-
-    def answer(
-        self, rows: Sequence[Row], params: Mapping[str, Any] | None = None
-    ) -> tuple[list[dict[str, Any]], list[RowOutput]]:
-        """Answers and raw outputs, one each a row."""
-        ...
-
-
 def record(
-    model: Predictor, rows: Sequence[Row], dtypes: Collection[str], layout: Layout
+    model: LoadedModel, rows: Sequence[Row], dtypes: Collection[str], layout: Layout
 ) -> list[dict[str, Any]]:
     """Answer ``rows``, and write features, raw outputs and answers to the artifact.
 
     Returns the answers. The tolerance is that of the coarsest of ``dtypes``.
     """
     features = features_of(model, rows)
-    answers, outputs = model.answer(rows, model.task.golden(model.task.config))
+    answers, outputs = answers_of(model, rows)
     # Not ascontiguousarray, which would give a single number a dimension.
     arrays = {
         f"{index}.{part}.{name}": np.asarray(value, order="C")
@@ -87,7 +67,15 @@ def record(
     return answers
 
 
-def features_of(model: Predictor, rows: Sequence[Row]) -> list[Features]:
+def answers_of(
+    model: LoadedModel, rows: Sequence[Row]
+) -> tuple[list[dict[str, Any]], list[RowOutput]]:
+    """Answers and raw outputs of golden rows, which are by field already and know no caps."""
+    params = model.task.golden(model.task.config)
+    return predict_rows(model.task.uncapped, model.scheduler, rows, params)
+
+
+def features_of(model: LoadedModel, rows: Sequence[Row]) -> list[Features]:
     """Features of each row, where the task records them; else an empty dict a row."""
     if not model.task.records_features:
         return [{} for _ in rows]
@@ -117,6 +105,7 @@ class Golden:
         arrays: Encoded inputs and raw outputs, ``INDEX.input.NAME`` and ``INDEX.output.NAME``.
         atol: Absolute tolerance, in units of the outputs.
         rtol: Relative tolerance.
+        where: The file, as messages call it.
     """
 
     rows: list[Any]
@@ -124,6 +113,7 @@ class Golden:
     arrays: Mapping[str, np.ndarray]
     atol: float
     rtol: float
+    where: str
 
     def inputs(self, index: int) -> dict[str, np.ndarray]:
         """Encoded inputs of one row, by name."""
@@ -164,7 +154,7 @@ def read_golden(layout: Layout, engine: str) -> Golden:
             found=error,
             hint=FETCH_AGAIN,
         ) from None
-    return Golden(rows, answers, arrays, atol, rtol)
+    return Golden(rows, answers, arrays, atol, rtol, layout.name_of(facts))
 
 
 def _named(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

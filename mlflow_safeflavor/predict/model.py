@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +15,16 @@ from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.errors import SafeFlavorError
 from mlflow_safeflavor.module.failures import named_failure
 from mlflow_safeflavor.module.guarded import guarded
-from mlflow_safeflavor.predict.answers import answer_rows, predict_rows
+from mlflow_safeflavor.predict.answers import answer_rows
 from mlflow_safeflavor.predict.deadline import Deadline
 from mlflow_safeflavor.predict.progress import Watch, shown
 from mlflow_safeflavor.predict.report import LoadReport
 from mlflow_safeflavor.predict.scheduler import Scheduler
 from mlflow_safeflavor.predict.stream import parquet_chunks, stream
 from mlflow_safeflavor.tasks.engine import Engine
-from mlflow_safeflavor.tasks.features import RowOutput
 from mlflow_safeflavor.tasks.inputs.caps import Caps
 from mlflow_safeflavor.tasks.inputs.columns import without_extra_columns
 from mlflow_safeflavor.tasks.inputs.processor import load_processor
-from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
 from mlflow_safeflavor.tasks.inputs.tokenizer import load_tokenizer
 from mlflow_safeflavor.tasks.table import Task, task_class
@@ -71,16 +69,13 @@ def make_model(
     spec: ModelSpec,
     layout: Layout,
     options: Mapping[str, Any],
-    report: LoadReport,
 ) -> LoadedModel:
     """A loaded model of an engine and the task that the spec names."""
     # Read while they are the files that the manifest was compared with: what is made of them on
     # first use must not be read from a folder that was changed or removed meanwhile.
     layout.keep(layout.tokenizer, layout.processor)
     task = make_task(spec, layout, hooks, options)
-    return LoadedModel(
-        spec, report, task, engine, layout, make_scheduler(task, engine, options), options
-    )
+    return LoadedModel(spec, task, engine, layout, make_scheduler(task, engine, options), options)
 
 
 def make_scheduler(task: Task, engine: Engine, options: Mapping[str, Any]) -> Scheduler:
@@ -119,22 +114,22 @@ class LoadedModel:
 
     Attributes:
         spec: What was saved.
-        report: What was checked.
         task: Rows to arrays and back.
         engine: Arrays to arrays.
         files: What its files held when it was loaded.
         scheduler: What runs the engine for many callers.
         options: Run-time options that it was loaded with; see ``options.MODEL_CONFIG``.
+        report: What was checked.
         reload: Loads it again, which is how it is pickled; None where nothing was loaded.
     """
 
     spec: ModelSpec
-    report: LoadReport
     task: Task
     engine: Engine
     files: Layout
     scheduler: Scheduler
     options: Mapping[str, Any]
+    report: LoadReport = field(default_factory=LoadReport)
     reload: Callable[[], LoadedModel] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -260,9 +255,3 @@ class LoadedModel:
             recorded = self.files.read_json(self.files.recorded(self.engine.name)[0])
             return pd.DataFrame(recorded["answers"][:1]).iloc[:0].set_axis(chunk.index)
         return self._predict(chunk, params, Deadline(timeout))
-
-    def answer(
-        self, rows: Sequence[Row], params: Mapping[str, Any] | None = None
-    ) -> tuple[list[dict[str, Any]], list[RowOutput]]:
-        """Answers and raw outputs of golden rows, which are by field already; see ``Task``."""
-        return predict_rows(self.task.uncapped, self.scheduler, rows, params)

@@ -15,7 +15,7 @@ from mlflow_safeflavor.tasks.inputs.caps import Caps
 
 __all__ = [
     "MODEL_CONFIG",
-    "is_chosen_here",
+    "asked_options",
     "require_known_options",
     "run_time_options",
     "tells_environment",
@@ -97,23 +97,26 @@ _OPTIONS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
 MODEL_CONFIG: dict[str, Any] = {name: default for name, (default, _) in _OPTIONS.items()}
 
 
-def run_time_options(
-    model_config: Mapping[str, Any] | None = None,
-    stored: Mapping[str, Any] | None = None,
-    environ: Mapping[str, str] = os.environ,
+def asked_options(
+    model_config: Mapping[str, Any] | None, environ: Mapping[str, str] = os.environ
 ) -> dict[str, Any]:
-    """Every option's value.
+    """The options that the caller sets: ``MLFLOW_SAFEFLAVOR_…`` over ``model_config``."""
+    from_environment = {
+        name: value for name in MODEL_CONFIG if (value := environ.get(_PREFIX + name.upper()))
+    }
+    return {**(model_config or {}), **from_environment}
 
-    ``MLFLOW_SAFEFLAVOR_…`` over ``model_config`` over what was stored over the defaults.
+
+def run_time_options(
+    asked: Mapping[str, Any], stored: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Every option's value: what was asked for over what was stored over the defaults.
 
     Raises:
         InputError: A value is not of its option's kind, or ``model_config`` has an unknown key.
     """
-    require_known_options(model_config or {}, MODEL_CONFIG)
-    from_environment = {
-        name: value for name in MODEL_CONFIG if (value := environ.get(_PREFIX + name.upper()))
-    }
-    chosen = {**MODEL_CONFIG, **(stored or {}), **(model_config or {}), **from_environment}
+    require_known_options(asked, MODEL_CONFIG)
+    chosen = {**MODEL_CONFIG, **(stored or {}), **asked}
     return {name: check(name, chosen[name]) for name, (_, check) in _OPTIONS.items()}
 
 
@@ -129,13 +132,6 @@ def require_known_options(model_config: Collection[str], known: Collection[str])
             where=", ".join(unknown),
             wanted=" | ".join(sorted(known)),
         )
-
-
-def is_chosen_here(
-    name: str, model_config: Mapping[str, Any], environ: Mapping[str, str] = os.environ
-) -> bool:
-    """Whether an option is set where the model is loaded, and not only where it was saved."""
-    return name in model_config or bool(environ.get(_PREFIX + name.upper()))
 
 
 def tells_environment(environ: Mapping[str, str] = os.environ) -> bool:

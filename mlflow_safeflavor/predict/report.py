@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from mlflow_safeflavor.predict.parity import ParityReport
 
 __all__ = ["LoadReport"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoadReport:
-    """Filled step by step by the load story, and kept as ``LoadedModel.report``.
+    """Written by the load story when all is done; ``LoadedModel.report``.
 
     Attributes:
         files: Files compared with the manifest.
@@ -46,14 +46,16 @@ class LoadReport:
     golden_rows: int = 0
     max_difference: float = 0.0
     bit_identical: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Record how long the block takes."""
-        start = time.perf_counter()
-        yield  # a step that raises has no time: there is no report then
-        self.seconds[step] = time.perf_counter() - start
+    def proven_by(self, replayed: ParityReport) -> LoadReport:
+        """The same, with what the golden rows said."""
+        return replace(
+            self,
+            golden_rows=len(replayed.rows),
+            max_difference=replayed.max_difference,
+            bit_identical=replayed.bit_identical,
+        )
 
     def __str__(self) -> str:
         exact = "bit-identical" if self.bit_identical else f"within {self.max_difference:.1e}"

@@ -27,8 +27,7 @@ from mlflow_safeflavor.module.subject import Subject
 from mlflow_safeflavor.predict import golden
 from mlflow_safeflavor.predict.batching import measure_forward_cost, measures_forward_cost
 from mlflow_safeflavor.predict.model import LoadedModel, make_scheduler
-from mlflow_safeflavor.predict.options import run_time_options
-from mlflow_safeflavor.predict.report import LoadReport
+from mlflow_safeflavor.predict.options import asked_options, run_time_options
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.inputs.rows import Row
 
@@ -63,10 +62,9 @@ def answering(
         kept_parameters(module, lambda: _stored(inventory, layout)),
     ):
         engine = ModuleEngine(module, device, input_dtype(spec.dtype, slots))
-        options = run_time_options(stored=spec.model_config)
-        yield LoadedModel(
-            spec, LoadReport(), task, engine, layout, make_scheduler(task, engine, options), options
-        )
+        options = run_time_options(asked_options(None), spec.model_config)
+        scheduler = make_scheduler(task, engine, options)
+        yield LoadedModel(spec, task, engine, layout, scheduler, options)
 
 
 @contextmanager
@@ -108,7 +106,7 @@ def write_parity(
     cost = first.scheduler.forward_cost
     if measures_forward_cost(cost, first.engine.on_cpu, saves=True):
         # Answered once before, since a first forward is slower.
-        first.answer(rows, first.task.golden(first.task.config))
+        golden.answers_of(first, rows)
         cost = measure_forward_cost(
             first.task, first.engine, rows, first.options["max_batch_tokens"]
         )

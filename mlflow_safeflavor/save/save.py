@@ -259,9 +259,7 @@ def _options(task: str, model_config: Mapping[str, Any] | None) -> dict[str, Any
     options = dict(model_config or {})
     require_known_options(options, {*MODEL_CONFIG, *task_class(task).task_options})
     # For its checks alone. Variables of this process do not count: the values are for others.
-    run_time_options(
-        {name: value for name, value in options.items() if name in MODEL_CONFIG}, environ={}
-    )
+    run_time_options({name: options[name] for name in options.keys() & MODEL_CONFIG.keys()})
     return options
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlflow_safeflavor.errors import plain
-from mlflow_safeflavor.predict.parity import ParityReport
+from mlflow_safeflavor.predict.parity import ParityReport, Replayed
 
 __all__ = ["render"]
 
@@ -47,24 +48,24 @@ def render(report: ParityReport, *, model: str, endpoint: str | None = None) -> 
     from jinja2 import Environment  # for a page alone; a dependency of MLflow
 
     # autoescape: whatever a server or an artifact says stays text. finalize runs before it.
-    facts, more = _environment_rows(report)
+    facts, more = _environment_rows(report.environments)
     # The worst first, so that those left out are no worse than any that is shown.
     shown = sorted(report.rows, key=lambda row: (row.problem is None, row.bit_identical))[
         :_MOST_ROWS
     ]
     return (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_plain)
-        .from_string(_PAGE)
+        .from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
         .render(
             report=report,
             model=model,
             endpoint=endpoint,
-            counts=_counts(report),
+            counts=_counts(report.rows),
             sides=[_SIDES.get(side, side) for side in report.environments],
             untold=[side for side, told in report.environments.items() if told is None],
             facts=facts,
             pins=more,
-            plot=_plot(report),
+            plot=_plot(report.rows),
             rows=sorted(shown, key=lambda row: (not row.golden, row.row)),
             hidden=len(report.rows) - len(shown),
         )
@@ -76,11 +77,11 @@ def _plain(value: object) -> object:
     return plain(value) if isinstance(value, str) else value
 
 
-def _counts(report: ParityReport) -> list[tuple[str, Counter[str]]]:
+def _counts(rows: Sequence[Replayed]) -> list[tuple[str, Counter[str]]]:
     """Origin of rows → verdict → count."""
     origins = {"golden rows": True, "your rows": False}
     counted = (
-        (name, Counter(row.verdict for row in report.rows if row.golden is g))
+        (name, Counter(row.verdict for row in rows if row.golden is g))
         for name, g in origins.items()
     )
     return [(name, counts) for name, counts in counted if counts]
@@ -98,9 +99,11 @@ class _Fact:
     differs: bool
 
 
-def _environment_rows(report: ParityReport) -> tuple[list[_Fact], list[_Fact]]:
+def _environment_rows(
+    environments: Mapping[str, Mapping[str, Any] | None],
+) -> tuple[list[_Fact], list[_Fact]]:
     """Facts with the distributions that differ; and apart the distributions that are the same."""
-    sides = [(None if facts is None else _flat(facts)) for facts in report.environments.values()]
+    sides = [(None if facts is None else _flat(facts)) for facts in environments.values()]
     names = dict.fromkeys(name for side in sides if side for name in side)
     lines = []
     for name in names:
@@ -165,9 +168,9 @@ class _Bar:
     kind: str
 
 
-def _plot(report: ParityReport) -> dict[str, Any]:
+def _plot(rows: Sequence[Replayed]) -> dict[str, Any]:
     """Bars of a histogram: equal values, differences by powers of ten, and values without one."""
-    values = np.concatenate([np.zeros(0), *(row.differences for row in report.rows)])
+    values = np.concatenate([np.zeros(0), *(row.differences for row in rows)])
     finite = values[np.isfinite(values) & (values > 0)]
     powers = Counter(
         min(max(math.floor(power), _SMALLEST), _LARGEST) for power in np.log10(finite).tolist()
@@ -197,96 +200,3 @@ def _plot(report: ParityReport) -> dict[str, Any]:
 
 def _power(power: int) -> str:
     return f"{'≤ ' if power == _SMALLEST else '≥ ' if power == _LARGEST else ''}1e{power}"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ report.verdict }}: parity of {{ model }}</title>
-<style>
-:root { color-scheme: light dark; --line: #8886; --good: #1a7f37; --fair: #9a6700; --bad: #cf222e; --bar: #4078c0; }
-@media (prefers-color-scheme: dark) { :root { --good: #3fb950; --fair: #d29922; --bad: #f85149; --bar: #79a8e0; } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-code, td, th { overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-#rows td:not(:last-child), #environments td:first-child { white-space: nowrap; }
-.verdict { font-size: 1.2rem; font-weight: 600; padding: .6rem .9rem; border-left: .4rem solid; }
-.bit-identical { color: var(--good); } .within { color: var(--fair); } .different { color: var(--bad); }
-tr.differs td { background: #d2992233; } tr.differs td:first-child::before { content: "\\2260\\00a0"; }
-svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 12px; text-anchor: middle; }
-.same { fill: var(--good); } .some { fill: var(--bar); } .other { fill: var(--bad); }
-.note { opacity: .75; }
-</style>
-</head>
-<body>
-<h1>Parity of <code>{{ model }}</code></h1>
-<p class="note">{% if endpoint %}Server <code>{{ endpoint }}</code> against what was recorded\
-{% if report.environments.here %}, and against the model loaded here{% endif %}.\
-{% else %}Loaded here, against what was recorded.{% endif %}</p>
-<p class="verdict {{ report.verdict.split()[0] }}" id="verdict">{{ report.verdict }}</p>
-<ul>
-{% for name, counts in counts %}
-<li>{{ name }}: {% for verdict, count in counts.items() %}{{ count }} {{ verdict }}{{ "" if loop.last else ", " }}\
-{% endfor %}</li>
-{% endfor %}
-<li>largest difference {{ "%.3g"|format(report.max_difference) }}; tolerated: {{ "%g"|format(report.atol) }} \
-+ {{ "%g"|format(report.rtol) }} × the wanted value</li>
-{% if report.first_difference %}
-<li id="first">first difference: <code>{{ report.first_difference }}</code></li>
-{% endif %}
-</ul>
-
-<h2>Differences</h2>
-<svg viewBox="0 0 {{ plot.width }} {{ plot.height }}" role="img" aria-label="Distribution of absolute differences">
-{% for bar in plot.bars %}
-<rect class="{{ bar.kind }}" x="{{ "%.1f"|format(bar.x) }}" y="{{ "%.1f"|format(bar.y) }}" \
-width="{{ "%.1f"|format(bar.width) }}" height="{{ "%.1f"|format(bar.height) }}"/>
-<text x="{{ "%.1f"|format(bar.x + bar.width / 2) }}" y="{{ "%.1f"|format(bar.y - 6) }}">{{ bar.count }}</text>
-<text x="{{ "%.1f"|format(bar.x + bar.width / 2) }}" y="{{ plot.floor + 16 }}">{{ bar.label }}</text>
-{% endfor %}
-<line x1="0" x2="{{ plot.width }}" y1="{{ plot.floor }}" y2="{{ plot.floor }}" stroke="currentColor"/>
-<text x="{{ plot.width / 2 }}" y="{{ plot.floor + 36 }}">absolute difference, by powers of ten</text>
-</svg>
-<p class="note">{{ plot.total }} values. Bars grow with the fourth root of their number, so that a single one is \
-seen. “0” is equal; “other” is another text, another shape or no number.</p>
-
-<h2>Environments</h2>
-{% if untold %}
-<p class="note" id="untold">The server does not tell what it runs on. Start it with \
-<code>MLFLOW_SAFEFLAVOR_TELL_ENVIRONMENT=true</code> to see it here.</p>
-{% endif %}
-<table id="environments">
-<tr><th></th>{% for side in sides %}<th>{{ side }}</th>{% endfor %}</tr>
-{% for fact in facts %}
-<tr{% if fact.differs %} class="differs"{% endif %}><td>{{ fact.name }}</td>\
-{% for text in fact.told %}<td>{{ text }}</td>{% endfor %}</tr>
-{% endfor %}
-</table>
-{% if pins %}
-<details><summary>{{ pins|length }} distributions that do not differ</summary>
-<table>
-{% for fact in pins %}
-<tr><td>{{ fact.name }}</td>{% for text in fact.told %}<td>{{ text }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></details>
-{% endif %}
-
-<h2>Rows</h2>
-<table id="rows">
-<tr><th>row</th><th>largest difference</th><th>verdict</th><th>first difference</th></tr>
-{% for row in rows %}
-<tr><td>{{ "golden" if row.golden else "your" }} row {{ row.row }}</td><td>{{ "%.3g"|format(row.max_difference) }}</td>\
-<td class="{{ row.verdict.split()[0] }}">{{ row.verdict }}</td><td>{{ row.problem or row.first or "" }}</td></tr>
-{% endfor %}
-</table>
-{% if hidden %}
-<p class="note">{{ hidden }} more rows, none of them worse.</p>
-{% endif %}
-</body>
-</html>
-"""

@@ -256,8 +256,8 @@ def test_caps_are_stored_and_raised_like_every_option(models, tmp_path, monkeypa
         loaded.predict(["[MASK]"] * 3)
     for wrong in (-1, "many", 1.5, True):
         with pytest.raises(InputError, match="max_rows"):
-            run_time_options({"max_rows": wrong}, environ={})
-    assert run_time_options({"max_seconds": "1.5"}, environ={})["max_seconds"] == 1.5
+            run_time_options({"max_rows": wrong})
+    assert run_time_options({"max_seconds": "1.5"})["max_seconds"] == 1.5
 
 
 def test_a_text_without_any_limit_has_one(models):

@@ -615,9 +615,10 @@ def saved(tmp_path):
 
 def _replay(loaded):
     from mlflow_safeflavor.artifact.layout import Layout
+    from mlflow_safeflavor.predict.golden import read_golden
     from mlflow_safeflavor.predict.replay import replay
 
-    return replay(loaded, Layout(loaded.folder))
+    return replay(loaded, read_golden(Layout(loaded.folder), loaded.engine.name))
 
 
 def test_a_broken_cache_does_not_pass_the_replay(saved, monkeypatch):

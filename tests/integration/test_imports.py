@@ -1,7 +1,9 @@
 """What importing costs: modules that run before torch, or without it, may not load it."""
 
+import ast
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +115,22 @@ def test_unit_tests_of_a_light_room_import_neither(room):
 def test_no_file_is_longer_than_one_subject_takes():
     files = Path(mlflow_safeflavor.__file__).parent.rglob("*.py")
     assert [file.name for file in files if len(file.read_text().splitlines()) > 350] == []
+
+
+PARCEL = re.compile(r"\w+(?:Options|Report)\b")
+
+
+def test_no_story_hands_its_options_or_report_through_many_functions():
+    """A function takes the values that it uses; the page shows a report when the story is over."""
+    package = Path(mlflow_safeflavor.__file__).parent
+    takers = {"LoadOptions": set(), "LoadReport": set(), "ParityReport": set()}
+    for room in ("save", "load", "verify", "predict"):
+        for file in sorted({*(package / room).rglob("*.py")} - {package / "verify" / "page.py"}):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef):
+                    given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                    said = " ".join(ast.unparse(one.annotation) for one in given if one.annotation)
+                    for parcel in PARCEL.findall(said):
+                        takers.setdefault(parcel, set()).add(f"{file.stem}.{node.name}")
+    assert {parcel: found for parcel, found in takers.items() if len(found) > 2} == {}
+    assert takers["LoadOptions"]

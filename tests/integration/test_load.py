@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import shutil
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from mlflow_safeflavor.errors import (
     WeightsError,
 )
 from mlflow_safeflavor.module import rebuild as rebuilding
-from mlflow_safeflavor.predict.options import run_time_options
+from mlflow_safeflavor.predict.options import asked_options, run_time_options
 
 pytest_plugins = "saved_models"
 
@@ -76,18 +78,85 @@ def test_the_garbage_collector_is_paused_and_left_as_it_was(saved, tmp_path, mon
     assert seen == [False, False]
 
 
-def test_run_time_options_are_read_once_a_load(saved, monkeypatch):
-    """Each reading asks the environment, and two could differ."""
-    read = []
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mlflow_safeflavor.") and hasattr(module, "run_time_options"):
+# What is read
+
+
+def counted(monkeypatch, function):
+    """Calls of a function of ours, wherever it was imported to."""
+    calls, name = [], function.__name__
+    for home, module in list(sys.modules.items()):
+        if home.startswith("mlflow_safeflavor.") and getattr(module, name, None) is function:
             monkeypatch.setattr(
                 module,
-                "run_time_options",
-                lambda *given, **named: read.append(1) or run_time_options(*given, **named),
+                name,
+                lambda *given, **named: calls.append(name) or function(*given, **named),
             )
-    load(saved)
-    assert read == [1]
+    return calls
+
+
+@pytest.mark.parametrize("how", [load, served])
+def test_run_time_options_are_read_once_a_load(saved, monkeypatch, how):
+    """Each reading asks the environment, and two could differ."""
+    how(saved)  # so that all that looks at them is imported
+    calls = [counted(monkeypatch, function) for function in (asked_options, run_time_options)]
+    how(saved)
+    assert calls == [["asked_options"], ["run_time_options"]]
+
+
+_opened: list[str] | None = None
+
+
+@sys.addaudithook  # which is for good, and does nothing while nobody counts
+def _note(event, args):
+    if _opened is not None and event == "open":
+        _opened.append(str(args[0]))
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """Runs something; how often each file of a folder was opened, and its content read as JSON."""
+
+    def run(folder, act):
+        global _opened
+        texts = {path.read_text(): str(path) for path in folder.rglob("*.json")}
+        parsed, loads, _opened = [], json.loads, []
+
+        def counting(text, *given, **named):
+            found = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+            parsed.extend([texts[found]] if found in texts else [])
+            return loads(text, *given, **named)
+
+        monkeypatch.setattr(json, "loads", counting)
+        try:
+            act()
+            opened = Counter(path for path in _opened if path.startswith(str(folder)))
+        finally:
+            _opened = None
+            monkeypatch.undo()
+        return opened, Counter(parsed)
+
+    return run
+
+
+READ = ("manifest.json", "environment.json", "tensors.json", "structure.json", "config.json")
+
+
+@pytest.mark.parametrize("engine", ["onnx", "module"])
+@pytest.mark.parametrize("how", [load, served])
+def test_every_file_is_opened_once_a_load_and_its_json_parsed_once(
+    saved_with_graph, tmp_path, monkeypatch, readings, engine, how
+):
+    """Beside what MLflow reads of it; what is read twice can be two things."""
+    path = Path(shutil.copytree(saved_with_graph, tmp_path / "model"))
+    monkeypatch.setenv("MLFLOW_SAFEFLAVOR_TELL_ENVIRONMENT", "true")
+    opened, parsed = readings(path, lambda: how(path, model_config={"engine": engine}))
+    golden = "parity.json" if engine == "module" else "parity-onnx.json"
+    names = {*READ, "graph.json", golden}
+    assert {Path(name).name for name in parsed} >= names
+    assert {name: count for name, count in parsed.items() if count != 1} == {}
+    ours = [path / "MLmodel"] if how is load else []
+    ours += (path / "safeflavor").rglob("*.json")
+    assert {file.name: opened[str(file)] for file in ours if opened[str(file)] != 1} == {}
 
 
 # Answers

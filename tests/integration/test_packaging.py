@@ -56,6 +56,7 @@ def test_exact_contents(wheel):
     }
     assert names == package | {
         "mlflow_safeflavor/artifact/proven_classes.txt",
+        "mlflow_safeflavor/verify/page.html",
         "mlflow_safeflavor/py.typed",
         "dist-info/METADATA",
         "dist-info/RECORD",

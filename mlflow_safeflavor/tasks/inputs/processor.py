@@ -6,6 +6,7 @@ elsewhere, which gives other numbers. Here it is always the one that uses Pillow
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -148,7 +149,7 @@ def load_processor(folder: str | Path, read: Callable[[Path], Any] = read_json) 
 
     def make() -> Any:
         with guarded(folder):
-            return cls.from_dict(config)
+            return cls.from_dict(copy.deepcopy(config))
 
     try:
         return within(0, make, what="Building the processor", where=str(path))
