@@ -28,9 +28,8 @@ from mlflow_safeflavor.module.slots import Slot
 
 __all__ = ["OPSET", "Exported", "export"]
 
-# The first with Attention as one operator.
-#
-# Its kernel is the fastest that ONNX Runtime has for it on a CPU.
+# The first opset with Attention as one operator, whose kernel is the fastest that ONNX Runtime has
+# for it on a CPU.
 OPSET = 23
 
 # Bytes of a constant that the exporter may compute: tables of positions, never a weight.
@@ -119,15 +118,13 @@ def export(
 
 
 def _simplify(model: Any, slots: Sequence[Slot]) -> None:
-    """Fold constants and fuse what has an operator of its own.
-
-    What is computed from weights is not folded.
-    """
+    """Fold constants, but none computed from weights, and fuse nodes to single operators."""
     from onnxscript import optimizer
     from onnxscript.rewriter import onnx_fusions
 
     weights = {_memory(slot.tensor) for slot in slots if slot.tensor.is_floating_point()}
 
+    # A folded transpose or cast of a weight would be stored in the file once more.
     def should_fold(node: Any) -> bool | None:
         known = [
             value.const_value
@@ -148,6 +145,7 @@ def _weights(
     graph: Any, places: Mapping[str, Place], slots: Sequence[Slot]
 ) -> dict[Any, tuple[str, Place]]:
     """Initializers that are tensors of the module: under their paths, with their places."""
+    # By memory: the exporter keeps the module's own tensors as initializers, under other names.
     paths = {_memory(slot.tensor): slot.path for slot in reversed(slots) if slot.tensor.numel()}
     found = {}
     for value in graph.initializers.values():
@@ -169,7 +167,7 @@ def _written(
     outputs: Sequence[str],
     weights: Mapping[Any, tuple[str, Place]],
 ) -> Any:
-    """The model as protobuf under our names, without what is for people or for the exporter."""
+    """The model as protobuf under our names, without notes for people or for the exporter."""
     import onnx_ir as ir
 
     graph = model.graph
@@ -190,6 +188,7 @@ def _written(
     for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
         value.doc_string = None
         value.metadata_props.clear()
+    # All that the check at load refuses: trailing arguments without a name, texts, metadata.
     for node in graph:
         while node.inputs and node.inputs[-1] is None:
             node.resize_inputs(len(node.inputs) - 1)
@@ -211,10 +210,7 @@ def _written(
 
 
 def _make_outputs_own(graph: Any) -> None:
-    """Let each output be what one node alone gives.
-
-    Names of inputs, weights and other outputs are taken.
-    """
+    """Give each output a node of its own, where it is an input, a weight or another output."""
     import onnx_ir as ir
 
     taken = {*graph.inputs, *graph.initializers.values()}

@@ -58,7 +58,7 @@ def traced(
             )
             called = {node.target for node in program.graph.nodes}
             if any(_is_mutable(target) for target in called) or called & CUTS:
-                # Which tells what is changed, and makes splits of chunks.
+                # It names the buffers and inputs that are written to, and makes splits of chunks.
                 program = program.run_decompositions(DECOMPOSITIONS)
     except Exception as error:  # so has the tracer
         raise Refusal(f"torch.export: {first_line(error)}") from error
@@ -74,13 +74,10 @@ _MOST_OPERATIONS = 64
 
 @contextmanager
 def _bounded_sizes() -> Iterator[None]:
-    """Give up where sizes become too involved.
+    """Raise ``Refusal`` where the expressions of free sizes become too long."""
 
-    The tracer would compare them for minutes, or for ever.
-
-    Windows of images double them with each layer (Swin); with one size of images there are none.
-    """
-
+    # The tracer would compare them for minutes, or for ever. Windows of images double them with
+    # each layer (Swin); with one size of images there are none.
     def look(module: torch.nn.Module, arguments: Any, outputs: Any) -> None:
         for tensor in outputs if isinstance(outputs, tuple | list) else (outputs,):
             for size in tensor.shape if isinstance(tensor, torch.Tensor) else ():
@@ -107,7 +104,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what the exporter says of packages that nobody asked for."""
+    """Silence the exporter's log and warnings, which are about packages that it could use."""
     loggers = [
         logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
     ]
@@ -126,9 +123,7 @@ def quiet() -> Iterator[None]:
 def sizes_of(
     program: torch.export.ExportedProgram, example: Inputs, examples: Sequence[Inputs]
 ) -> Sizes:
-    """Which sizes are free, and which of them are one.
-
-    The tracer leaves apart what broadcasting would allow.
+    """Sizes of the inputs: a number for a fixed one, equal names for equal free ones.
 
     Raises:
         Refusal: A size that differs between the examples is not free.
@@ -147,6 +142,8 @@ def sizes_of(
     texts = {
         seen[name, 1] for name, tensor in example.items() if name in TEXT and tensor.dim() == 2
     }
+    # By the examples, since the tracer has two symbols for sizes that broadcasting would allow to
+    # differ: a mask of one row beside ids of many.
     names: dict[Any, str] = {}
     found: dict[str, tuple[int | str, ...]] = {}
     for (name, tensor), shape in zip(example.items(), taken, strict=True):

@@ -1,4 +1,4 @@
-"""How a model writes, as one value: what crosses the seam between tasks and engines."""
+"""Generation: settings of decoding, as one value that tasks pass to engines."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ __all__ = ["Generation"]
 
 @dataclass(frozen=True)
 class Generation:
-    """Settings of decoding, and what looks at each step beside them.
+    """Settings of decoding, with processors and stopping criteria of each step.
 
     Attributes:
-        settings: All there is to a generation config; what the module says of its own counts for
-            nothing.
+        settings: The whole generation config; the module's own counts for nothing.
         processors: Applied in turn to the scores of each step, (ids so far, scores) → scores, after
             those that the settings ask for; in tensors of torch.
         stopping: (ids so far, scores) → which rows are done, bool of shape (rows,); in tensors of

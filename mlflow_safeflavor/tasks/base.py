@@ -1,7 +1,4 @@
-"""The shape every task has.
-
-Data flows one way: rows → features → pieces → arrays → row outputs → answers.
-"""
+"""Base of all tasks; data flows rows → features → pieces → arrays → row outputs → answers."""
 
 from __future__ import annotations
 
@@ -28,10 +25,10 @@ __all__ = ["Task"]
 
 
 class Task(TaskKind):
-    """One task, bound to what ``describe`` recorded at save. Immutable, safe from many threads.
+    """One task, bound to its config of ``describe``; immutable, safe from many threads.
 
     Args:
-        config: What ``describe`` returned.
+        config: From ``describe``.
         columns: Field → column name, for every field this model uses; None for a sole column
             without a name.
         encoder: The tokenizer, an ``inputs.text_encoder.TextEncoder``; None for tasks without text.
@@ -40,7 +37,7 @@ class Task(TaskKind):
     Attributes:
         columns: As given, in the order of ``fields``.
         asked: The params with the defaults that they were saved with.
-        caps: The most that a request may ask for; set once, by whoever makes the task.
+        caps: Bounds of a request; set once, where the task is made.
 
     Raises:
         InputError: ``columns`` are not what ``columns_for`` would return.
@@ -58,14 +55,11 @@ class Task(TaskKind):
         self.encoder = encoder
 
     def measured(self, engine: Engine, example: Any) -> dict[str, Any]:
-        """What only forwards over the user's example tell, to be added to the config; JSON only."""
+        """Facts for the config that forwards over the user's example give; JSON only."""
         return {}
 
     def stored_example(self, example: Any) -> Any:
-        """The user's example as MLflow stores it.
-
-        Rows under the names of their columns or fields, files in base64.
-        """
+        """The user's example as MLflow stores it: a table of columns or fields, files in base64."""
         rows = [self.to_record(row) for row in self.rows(example)]
         return pd.DataFrame(
             [{self.columns[field] or field: value for field, value in row.items()} for row in rows]
@@ -81,15 +75,13 @@ class Task(TaskKind):
         """
 
     def rows(self, data: Any) -> list[Row]:
-        """What the user handed to ``predict``, as rows by field.
-
-        Raises ``InputError`` naming row and column.
-        """
+        """The data of ``predict`` as rows by field. Raises ``InputError`` naming row and column."""
+        # By its length, before a row is made of it.
         self.require_few(data)
         return rows_of(data, self.columns, self.required)
 
     def require_few(self, data: Any) -> None:
-        """Refuse more rows than the cap, before any is made. Raises ``InputError``."""
+        """Raise ``InputError`` for more rows than the cap."""
         self.caps.require(
             "max_rows",
             count_rows(data),
@@ -105,6 +97,7 @@ class Task(TaskKind):
         Raises:
             InputError: Names row and column, or param.
         """
+        # A file in base64 is long by nature, and has bounds of its own (``files.MAX_BYTES``).
         caps = None if self.reads_files else self.caps
         for i, row in enumerate(rows):
             for field, value in row.items():
@@ -122,10 +115,7 @@ class Task(TaskKind):
             require_clean(value, where, self.caps)
 
     def result(self, answers: Sequence[Mapping[str, Any]], data: Any) -> Any:
-        """What ``predict`` returns.
-
-        A DataFrame with one row for each row of ``data``, under the same index.
-        """
+        """The result of ``predict``: a DataFrame, one row for each of ``data``, with its index."""
         columns = {name: [answer[name] for answer in answers] for name in answers[0]}
         return pd.DataFrame(
             columns, index=data.index if isinstance(data, (pd.DataFrame, pd.Series)) else None
@@ -139,7 +129,7 @@ class Task(TaskKind):
     def golden_rows(self) -> list[Row]:
         """A few rows of different lengths whose answers are recorded at save and replayed at load.
 
-        None for tasks whose rows nobody but the user knows; their example is recorded.
+        None for tasks with ``needs_example``; there the example is recorded.
         """
         return []
 
@@ -182,17 +172,12 @@ class Task(TaskKind):
         return check_params(self.asked, params)
 
     def require_defaults(self) -> None:
-        """Refuse saved defaults of params that fit neither the model nor each other.
-
-        Raises ``InputError``.
-        """
+        """Raise ``InputError`` for saved defaults of params that do not fit model or each other."""
         self.check_params({**self.golden(self.config), **self.config.get("params", {})})
 
     @abstractmethod
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
-        """Rows → features, one each, in order, made while they are iterated.
-
-        None for a pause within a row.
+        """Rows → features, one each, in order, made while they are iterated; None for a pause.
 
         Raises:
             InputError: Names row and column.
@@ -204,21 +189,16 @@ class Task(TaskKind):
 
     def holds(self, features: Features) -> int:
         """Bytes that a row takes until it is answered, about, features and outputs together."""
+        # Ids, mask and types of a token as Python's lists, and some numbers of its output.
         return 64 * sum(self.cost(piece) for piece in self.pieces(features))
 
     def pieces(self, features: Features) -> Sequence[Features]:
-        """What the model must see of one row, at least one piece.
-
-        A long text in windows, a text with each label ….
-        """
+        """Pieces of one row, at least one: windows of a long text, a text with each label …."""
         return (features,)
 
     @abstractmethod
     def cost(self, features: Features) -> int:
-        """Length of one piece in tokens (or what takes their place).
-
-        Pieces of near cost share a batch.
-        """
+        """Cost of one piece in tokens, or their equivalent; pieces of near cost share a batch."""
 
     @abstractmethod
     def forward(
@@ -229,7 +209,7 @@ class Task(TaskKind):
         Nothing of one piece may depend on the pieces beside it beyond rounding.
 
         Args:
-            engine: What runs the model.
+            engine: Runs the model.
             batch: Pieces, of any rows of any requests.
             params: Of one of these requests; all agree in ``forward_params``, so nothing else may
                 be read.

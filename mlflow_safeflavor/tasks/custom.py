@@ -105,7 +105,7 @@ class Custom(Task):
             )
         return {"batch_rows": rows}
 
-    # Params are whatever the user names at save; hooks read them.
+    # Params are those that the user names at save; hooks read them.
 
     @classmethod
     def declared(cls, config: Mapping[str, Any]) -> tuple[Param, ...]:
@@ -132,11 +132,13 @@ class Custom(Task):
 
     def rows(self, data: Any) -> list[Row]:
         self.require_few(data)
-        # every column of the example: hooks rely on them
+        # Every column of the example, since hooks rely on them; None and NaN are values to them.
         return rows_of(data, self.columns, missing=True)
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         inputs = self.hooks.preprocessed([self._by_column(row) for row in rows], params)
+        # An input without rows (a table, a scale) goes along with each batch. One that happens to
+        # be as long as the request is taken for rows: see docs/kept.md.
         rowwise = {
             name: array for name, array in inputs.items() if array.ndim and len(array) == len(rows)
         }
@@ -159,6 +161,8 @@ class Custom(Task):
     def forward(
         self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]
     ) -> list[RowOutput]:
+        # Rows of several requests may share a batch, but not a forward: inputs without rows are
+        # those of one request.
         requests: dict[int, list[int]] = {}
         for place_, features in enumerate(batch):
             requests.setdefault(id(features["inputs"][1]), []).append(place_)

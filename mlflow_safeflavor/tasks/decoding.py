@@ -1,4 +1,4 @@
-"""Params of a request and the model's generation config → how the model writes."""
+"""Settings of decoding, from the params of a request and the model's generation config."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def generation_for(
     filler: int,
     stopping: Sequence[Callable[..., Any]],
 ) -> Generation:
-    """How rows that run together are written.
+    """The generation of rows that run together.
 
     Args:
-        kept: The model's generation config, of which params may say otherwise.
+        kept: The model's generation config, which params override.
         params: Of the request, all of them.
-        rows: How many rows run together; each draws by itself.
-        start: Where in a sequence that which was written starts.
+        rows: Rows that run together; each draws by itself.
+        start: Index of the first new token in a sequence.
         filler: Token behind a text that ended before those beside it.
         stopping: See ``Generation``.
     """
@@ -46,8 +46,8 @@ def _settings(
     beams, most = params["num_beams"], params["max_new_tokens"]
     of_beams = ("early_stopping", "length_penalty") if beams == 1 else ()
     unused = {*SAMPLING, "min_length", *of_beams}
-    # As many tokens at the least as the model wants, but transformers warns where a request wants
-    # fewer.
+    # At least as many new tokens as the model's config says; transformers warns where a request
+    # wants fewer.
     least = kept.get("min_new_tokens") or kept.get("min_length", 0) - start
     return {
         **{name: value for name, value in kept.items() if name not in unused},

@@ -34,11 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["GenerationTask"]
 
-# Answers of other tasks that take about as long as to write a token.
+# Answers of other tasks (labels) that take about as long as a new token.
 _WEIGHT = 32
-# Tokens that a row may be answered with on average, whatever ``max_answers`` is.
-#
-# With beams, by all of them.
+# Tokens that a row may be answered with on average, of all beams, beyond ``max_answers`` in all.
 _WRITTEN_A_ROW = 1024
 
 # Settings that look at the prompt's tokens, padding included.
@@ -68,7 +66,7 @@ class GenerationTask(TextTask):
         "max_length",
         "truncation",
     } | {KEEP_LOGITS.name}
-    # Few tokens: enough to see that what the model keeps of earlier tokens is kept well.
+    # Few tokens: the second one already shows whether the KV cache works.
     golden_params = MappingProxyType(
         {
             "max_new_tokens": 4,
@@ -81,7 +79,7 @@ class GenerationTask(TextTask):
     answer = Schema(
         [ColSpec(DataType.string, "generated_text"), ColSpec(DataType.string, "finish_reason")]
     )
-    # Whether the prompt goes to an encoder, and not before what is written.
+    # Whether the prompt goes to an encoder, and not before the new tokens.
     encoder_decoder: ClassVar[bool]
 
     # What is recorded.
@@ -90,16 +88,16 @@ class GenerationTask(TextTask):
     def describe_generation(
         cls, model: torch.nn.Module, changes: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What must be known of a model that writes.
+        """Facts of a model that generates text; JSON only.
 
         Args:
             model: The module being saved.
-            changes: What goes before the model's own generation config.
+            changes: Settings over those of the model's own generation config.
 
         Returns:
-            What ``describe_text_model`` does, and ``generation``, all of the generation config that
-            no param says; its values of ``params``; and ``pads``, whether rows of different lengths
-            may share a batch.
+            The facts of ``describe_text_model``; ``generation``, settings of the generation config
+            that are no params; its values of ``params``; and ``pads``, whether rows of different
+            lengths may share a batch.
 
         Raises:
             InputError: The generation config has a value that its param does not allow, or
@@ -119,6 +117,7 @@ class GenerationTask(TextTask):
         config = {
             **text,
             "input_names": [name for name in text["input_names"] if name != "token_type_ids"],
+            # A decoder goes on behind its last token, which must not be padding.
             "padding_side": "right" if cls.encoder_decoder else "left",
             "generation": {name: value for name, value in said.items() if name not in REPLACED},
             "params": cls._defaults(said, text["max_length"]),
@@ -129,7 +128,7 @@ class GenerationTask(TextTask):
 
     @classmethod
     def _defaults(cls, said: Mapping[str, Any], positions: int | None) -> dict[str, Any]:
-        """Defaults of params, from what the generation config says of them."""
+        """Defaults of params, from the generation config."""
         kinds = {
             param.name: float if param.kind == "double" else lambda value: value
             for param in cls.params
@@ -143,11 +142,12 @@ class GenerationTask(TextTask):
             stop = said["stop_strings"]
             known["stop"] = [stop] if isinstance(stop, str) else list(stop)
         if "max_new_tokens" not in known:
-            # A decoder's max_length counts the prompt, too, so it says nothing of what may be
-            # written.
+            # A decoder's max_length counts the prompt, too, so it bounds no number of new tokens;
+            # an encoder-decoder's counts the start token.
             length = said.get("max_length") if cls.encoder_decoder else None
             known["max_new_tokens"] = length - 1 if length and length > 1 else 64
         if positions:
+            # Half of a decoder's positions are left to the prompt.
             most = positions if cls.encoder_decoder else positions // 2
             known["max_new_tokens"] = max(1, min(known["max_new_tokens"], most))
         require_one_way(check_params(cls.params, known))
@@ -193,10 +193,7 @@ class GenerationTask(TextTask):
         return min((length for length in (self.limit, room) if length), default=None)
 
     def require_little(self, rows: Sequence[Row], params: Mapping[str, Any]) -> None:
-        """Refuse a request that has the model write more than a cap allows.
-
-        Raises ``InputError``.
-        """
+        """Raise ``InputError`` for a request for more new tokens than a cap allows."""
         a_row = params["max_new_tokens"] * params["num_beams"]
         self.caps.require(
             "max_answers",
@@ -208,9 +205,10 @@ class GenerationTask(TextTask):
         )
 
     def featured(self, ids: Sequence[int], params: Mapping[str, Any]) -> Features:
-        """What is handed to ``forward`` of a prompt's tokens."""
+        """Features of a prompt's tokens."""
         return {
             "input_ids": list(ids),
+            # In tokens of the KV cache, when the text is complete.
             "cost": (len(ids) + params["max_new_tokens"]) * params["num_beams"],
         }
 
@@ -222,8 +220,7 @@ class GenerationTask(TextTask):
 
     @property
     def pad_id(self) -> int:
-        # The model's own where there is one, as some find padding by it; behind a mask any other
-        # will do.
+        # The model's own where there is one, as some find padding by it; under a mask any will do.
         said: int | None = self.config["pad_token_id"]
         return self._filler if said is None else said
 
@@ -235,16 +232,14 @@ class GenerationTask(TextTask):
 
     @property
     def _filler(self) -> int:
-        """Token behind a text that ended before those beside it.
-
-        The end once more, so that nothing follows an end.
-        """
+        """Token behind a text that ended before those beside it."""
+        # The end once more, so that no token of the text follows an end.
         return next(iter(self.ends), self.config["pad_token_id"] or 0)
 
     def collate(self, batch: Sequence[Features]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         ids = [row["input_ids"] for row in batch]
         mask = self._filled([[1] * len(row) for row in ids], 0)
-        inputs = {"input_ids": self._filled(ids, self.pad_id)}
+        inputs = {"input_ids": self._filled(ids, self.pad_id)}  # (rows, longest)
         if "attention_mask" in self.config["input_names"]:
             inputs["attention_mask"] = mask
         return inputs, mask.astype(bool)
@@ -278,20 +273,22 @@ class GenerationTask(TextTask):
         kept = self.config["generation"]
         if params["repetition_penalty"] == 1 and not any(kept.get(name) for name in _COUNT_PADDING):
             return [list(range(len(batch)))]
+        # Rows of one length have no padding for such settings to count.
         lengths = [len(row["input_ids"]) for row in batch]
         order = sorted(range(len(batch)), key=lengths.__getitem__)
         return [list(part) for _, part in groupby(order, key=lengths.__getitem__)]
 
     def _start(self, mask: np.ndarray) -> int:
-        """Where in a sequence that which was written starts."""
+        """Index of the first new token in a sequence: behind the start token, or the prompt."""
         return 1 if self.encoder_decoder else mask.shape[1]
 
     def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:
-        written = outputs["sequences"][:, self._start(mask) :]
+        written = outputs["sequences"][:, self._start(mask) :]  # (rows, steps)
         rows: list[RowOutput] = [{"ids": self._until_end(line)} for line in written]
         if "logits" not in outputs:
             return rows
         said = zip(rows, outputs["logits"], strict=True)
+        # (steps, vocabulary) of each row, up to its own end
         return [{**row, "logits": logits[: len(row["ids"])]} for row, logits in said]
 
     def _until_end(self, ids: np.ndarray) -> np.ndarray:
@@ -301,12 +298,10 @@ class GenerationTask(TextTask):
     def comparable(
         self, recorded: RowOutput, found: RowOutput
     ) -> tuple[RowOutput, RowOutput] | None:
-        """Logits up to the first token that is not the same.
-
-        If they are near each other there, it was a near tie, which another CPU may decide
-        otherwise. Behind it, the model continues other texts. A wrong weight shows in all logits, a
-        broken cache in those of the second token.
-        """
+        """Logits up to the first token that is not the same."""
+        # If they are near each other there, it was a near tie, which another CPU may decide
+        # otherwise; behind it, the model continues other texts. A wrong weight shows in all logits,
+        # a broken KV cache in those of the second token.
         old, new = recorded.get("ids", np.zeros(0)), found["ids"]
         if np.array_equal(old, new):
             return None
@@ -325,7 +320,7 @@ class GenerationTask(TextTask):
         *,
         first: int = 0,
     ) -> Iterator[dict[str, Any] | None]:
-        # A forced end says nothing but that the length is used up.
+        # An end that the config forces at the last position only means that the length is used up.
         forced, most = (
             self.config["generation"].get("forced_eos_token_id") is not None,
             params["max_new_tokens"],
@@ -339,5 +334,6 @@ class GenerationTask(TextTask):
             ended = stop is not None or bool(
                 ids and ids[-1] in self.ends and not (forced and len(ids) == most)
             )
+            # A byte-level token may be the first half of a character, which decodes to this one.
             text = text[:stop] if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")
             yield {"generated_text": text, "finish_reason": "stop" if ended else "length"}

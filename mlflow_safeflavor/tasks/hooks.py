@@ -26,8 +26,8 @@ class Hooks:
 
     Args:
         hooks: Both, by name.
-        tokenizer: What ``preprocess`` gets as its second argument; called each time.
-        processor: What a hook with an argument ``processor`` gets; called each time.
+        tokenizer: Gives the second argument of ``preprocess``; called each time.
+        processor: Gives the argument ``processor`` of a hook that has one; called each time.
 
     Raises:
         StructureError: One of them is missing.
@@ -86,24 +86,23 @@ class Hooks:
         return halved(run, len(rows))
 
     def _call(self, hook: Callable[..., Any], params: Mapping[str, Any], *arguments: Any) -> Any:
-        """A hook with what it asks for by name beside its first two arguments."""
+        """Call a hook, with ``params`` and ``processor`` if it has arguments of these names."""
         named = inspect.signature(hook).parameters
         extra: dict[str, Any] = {"params": dict(params)} if "params" in named else {}
         if "processor" in named:
-            extra["processor"] = self._processor()
+            extra["processor"] = self._processor()  # made on first use: it imports transformers
         return hook(*arguments, **extra)
 
 
 def halved(run: Callable[[slice], T], rows: int, first: int = 0) -> T:
-    """What ``run`` makes of all rows, or its error for the first row that it fails over.
-
-    Halves are asked again: hooks and forwards do not say which row it was.
+    """The result of ``run`` for all rows, or its error for the first row that it fails over.
 
     Args:
         run: Raises an error with a cause where rows are to blame (see ``failing``).
-        rows: How many there are.
-        first: Number of the first.
+        rows: Number of rows.
+        first: Number of the first one.
     """
+    # Hooks and forwards do not say which row it was: halves are asked again, down to a row.
     try:
         return run(slice(first, first + rows))
     except SafeFlavorError as error:
@@ -111,18 +110,15 @@ def halved(run: Callable[[slice], T], rows: int, first: int = 0) -> T:
         if half and error.__cause__ is not None:
             halved(run, half, first)
             halved(run, rows - half, first + half)
-        raise
+        raise  # neither half failed by itself: the error of all
 
 
 @contextmanager
 def failing(part: str, rows: Sequence[int]) -> Iterator[None]:
-    """Whatever the user's code raises, ``sys.exit()`` included, with its name.
-
-    The keyboard stays the keyboard.
-    """
+    """Name exceptions of the user's code by part and row, ``sys.exit()`` included."""
     try:
         yield
-    except (KeyboardInterrupt, SafeFlavorError):
+    except (KeyboardInterrupt, SafeFlavorError):  # Ctrl-C, and errors that a hook names itself
         raise
     except BaseException as error:
         where = (

@@ -26,19 +26,15 @@ class TaskKind(ABC):
     required: ClassVar[tuple[str, ...]]
     # Per-request params, with the defaults of the task.
     params: ClassVar[tuple[Param, ...]] = ()
-    # Names of those that ``forward`` looks at.
-    #
-    # Only requests that agree in them may share a batch.
+    # Names of those that ``forward`` reads: only requests that agree in them may share a batch.
     forward_params: ClassVar[frozenset[str]] = frozenset()
-    # What else the constructor takes by name.
-    #
-    # ``encoder``, ``tokenizer``, ``hooks``, ``processor``.
+    # Arguments that the constructor takes by name: "encoder", "tokenizer", "hooks", "processor".
     reads: ClassVar[tuple[str, ...]] = ()
-    # What ``golden`` returns by default.
+    # Params of golden rows: see ``golden``.
     golden_params: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     # Whether it is about sounds: for ``infer_task``, since the names of classes do not always tell.
     hears: ClassVar[bool] = False
-    # Whether only the user's example tells columns, signature and golden rows.
+    # Whether columns, signature and golden rows are those of the user's example.
     needs_example: ClassVar[bool] = False
     # Whether all rows of a request make one answer, so that ``result`` is no table.
     one_answer: ClassVar[bool] = False
@@ -62,6 +58,7 @@ class TaskKind(ABC):
         Raises:
             InputError: A field is unknown or a required one missing, or two share a column.
         """
+        # A sole field has no column name, as in mlflow.transformers: any one column is it.
         own = {field: field if len(cls.required) > 1 else None for field in cls.required}
         if input_columns is None or dict(input_columns) == own:
             return own
@@ -92,10 +89,10 @@ class TaskKind(ABC):
     @classmethod
     @abstractmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-        """What must be recorded at save to answer later; JSON only.
+        """The config of a task, recorded at save; JSON only.
 
         Args:
-            model: The module being saved; only looked at.
+            model: The module being saved; not changed.
             options: The user's ``model_config`` keys named in ``task_options``.
 
         Raises:
@@ -105,9 +102,7 @@ class TaskKind(ABC):
 
     @classmethod
     def with_params(cls, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """What ``describe`` returned, and with it the defaults of params to save.
-
-        The model's own, and those given.
+        """The config with the defaults of params to save: the model's own, and those given.
 
         Raises:
             InputError: The task does not know a param, or its value is not allowed; names it.
@@ -120,15 +115,12 @@ class TaskKind(ABC):
 
     @classmethod
     def declared(cls, config: Mapping[str, Any]) -> tuple[Param, ...]:
-        """The params that a model has, of which ``describe`` returned ``config``."""
+        """The params of a model with this config."""
         return cls.params
 
     @classmethod
     def golden(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Params that golden rows of a model are asked with, other than its defaults.
-
-        ``config`` as in ``Task``.
-        """
+        """Params of golden rows other than the model's defaults; ``config`` as in ``Task``."""
         return dict(cls.golden_params)
 
     @classmethod

@@ -14,10 +14,7 @@ __all__ = ["by_row", "together"]
 
 
 class _Outputs(dict[str, np.ndarray]):
-    """Outputs of forward for the rows of a request.
-
-    Names those that are not one a row when they are asked for.
-    """
+    """Outputs of forward for all rows of a request; an error names those that have no rows."""
 
     def __init__(
         self, outputs: Mapping[str, np.ndarray], left_out: Mapping[str, Sequence[int]]
@@ -37,13 +34,13 @@ class _Outputs(dict[str, np.ndarray]):
 
 
 class _RowOutput(dict[str, np.ndarray]):
-    """Raw outputs of one row, and the shapes of outputs that are none of one row."""
+    """Raw outputs of one row, and the shapes of outputs without a dimension of rows."""
 
     left_out: Mapping[str, Sequence[int]]
 
 
 def by_row(outputs: Mapping[str, np.ndarray], rows: int) -> list[RowOutput]:
-    """Every output whose first dimension is the rows, row by row."""
+    """Outputs whose first dimension is the rows, row by row; the shapes of the others."""
     rowwise = {name: array for name, array in outputs.items() if array.ndim and len(array) == rows}
     left_out = {name: array.shape for name, array in outputs.items() if name not in rowwise}
     found: list[RowOutput] = []
@@ -55,12 +52,9 @@ def by_row(outputs: Mapping[str, np.ndarray], rows: int) -> list[RowOutput]:
 
 
 def together(outputs: Sequence[RowOutput]) -> _Outputs:
-    """The outputs of all rows, as arrays with the rows first.
-
-    A list of arrays where their shapes differ.
-
-    One that happened to be as long as its batch, and not as the next, is none of one row.
-    """
+    """The outputs of all rows, as arrays with the rows first; lists where their shapes differ."""
+    # An output left out in one batch is left out in all: one that happened to be as long as its
+    # batch has no rows either.
     left_out: dict[str, Sequence[int]] = {}
     for output in outputs:
         left_out |= getattr(output, "left_out", {})
@@ -68,5 +62,6 @@ def together(outputs: Sequence[RowOutput]) -> _Outputs:
     for name in outputs[0].keys() - left_out.keys():
         arrays = [output[name] for output in outputs]
         same = len({array.shape for array in arrays}) == 1
+        # Copies in both cases: a hook may write to what it gets.
         found[name] = np.stack(arrays) if same else [array.copy() for array in arrays]
     return _Outputs(found, left_out)

@@ -174,13 +174,12 @@ def _require_short(samples: int, rate: int, where: str, caps: Caps) -> None:
 
 
 def _from_file(content: bytes, rate: int, where: str, caps: Caps) -> tuple[np.ndarray, int]:
-    """Samples of a file, shape (samples,), its channels averaged, and their rate.
-
-    A file of some kB may hold hours of silence: seconds, rate and channels are those of its header,
-    looked at before a sample is decoded, and soundfile reads no further than that says.
-    """
+    """Samples of a file, shape (samples,), its channels averaged, and their rate."""
+    # A file of some kB may hold hours of silence: seconds, rate and channels of its header are
+    # checked before a sample is decoded, and soundfile reads no further than the header says.
     soundfile = _soundfile()
     try:
+        # Before libsndfile sees it, which has a parser for each of many more formats.
         if not content.startswith(_BEGINNINGS) and content[:2] not in _MP3:
             raise ValueError(f"it begins with {content[:12]!r}")
         if content[:4] == b"RIFF" and int.from_bytes(content[4:8], "little") + 8 > len(content):
@@ -203,7 +202,7 @@ def _from_file(content: bytes, rate: int, where: str, caps: Caps) -> tuple[np.nd
 
 
 def _blocks(file: Any) -> Iterator[np.ndarray]:
-    """What a file holds, block by block, as one channel; never more than its header says."""
+    """Samples of a file, block by block, as one channel; never more than its header says."""
     done = 0
     for block in file.blocks(_BLOCK, dtype="float32", always_2d=True):
         done += len(block)
@@ -232,11 +231,10 @@ def _soundfile() -> Any:
 # Rates.
 
 _WIDTH, _ROLLOFF = 6, 0.99
-# Samples that are laid out in windows at a time, each in as many as it is in: 4 MB.
+# Samples in windows at a time, 4 MB: a sample is in as many windows as overlap there.
 _WINDOWED = 1_000_000
-# Old times new rate without their common divisors: the size of the filter.
-#
-# From 11,025 to 16,000 Hz it is 282,240.
+# Old times new rate without their common divisors, the size of the filter: from 11,025 to 16,000 Hz
+# it is 282,240.
 _MOST_PHASES = 300_000
 
 
@@ -250,6 +248,7 @@ def _resampled(samples: np.ndarray, old: int, new: int) -> np.ndarray:
     """
     cutoff = min(old, new) * _ROLLOFF
     width = math.ceil(_WIDTH * old / cutoff)
+    # (taps, phases): the output's phases repeat after ``new`` samples, ``old`` of the input.
     times = np.arange(-width, width + old)[:, None] / old - np.arange(new) / new
     times = (times * cutoff).clip(-_WIDTH, _WIDTH)
     # One column for each phase of the new rate.
@@ -257,10 +256,11 @@ def _resampled(samples: np.ndarray, old: int, new: int) -> np.ndarray:
         np.float32
     )
     padded = np.pad(samples, (width, width + old))
+    # (steps, taps), a view: windows overlap, as one array they would be several times the sound.
     steps = np.lib.stride_tricks.sliding_window_view(padded, len(kernels))[::old]
     phases: np.ndarray = np.empty((len(steps), new), np.float32)
     together = max(1, _WINDOWED // len(kernels))
     for start in range(0, len(steps), together):
         part = slice(start, start + together)
         np.matmul(np.ascontiguousarray(steps[part]), kernels, out=phases[part])
-    return phases.reshape(-1)[: math.ceil(new * len(samples) / old)]
+    return phases.reshape(-1)[: math.ceil(new * len(samples) / old)]  # (steps · phases,), cut
