@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.errors import InputError, SafeFlavorError, plain
-from mlflow_safeflavor.graph.file import format_graph, read_graph
-from mlflow_safeflavor.graph.graph import lines_of
 from mlflow_safeflavor.load.download import located
-from mlflow_safeflavor.load.saved import Saved, read_saved
-from mlflow_safeflavor.tasks.table import task_class
+from mlflow_safeflavor.load.saved import read_saved
+from mlflow_safeflavor.verify.inspection import say, show
 from mlflow_safeflavor.version import __version__
 
 if TYPE_CHECKING:
@@ -29,8 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _MOST_SHOWN = 20  # rows with a problem; the page of --report has more
-_UNNAMED = "one column of any name"
-_RUNS = {"import": "its own code", "pickle": "a pickle", "graph": "no code"}
 
 
 class _Errors(click.Group):
@@ -43,14 +37,8 @@ class _Errors(click.Group):
         # servers and artifacts as they are.
         except MlflowException as error:
             message = error.message if isinstance(error, SafeFlavorError) else plain(error.message)
-            _say(Console(stderr=True), f"{type(error).__name__}: {message}", style="red")
+            say(Console(stderr=True), f"{type(error).__name__}: {message}", style="red")
             ctx.exit(2)
-
-
-def _say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a text as it is."""
-    # Words of an artifact or a server may look like rich's markup, and draw or hide anything.
-    console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 @click.group(cls=_Errors)
@@ -68,59 +56,7 @@ def inspect(uri: str, pins: bool, rows: bool, calls: bool) -> None:
     """Show facts of the model at URI. Nothing of the artifact is run, built or imported."""
     # Not even weights are hashed: that is verify's, and takes a second for each gigabyte.
     with located(uri) as folder:
-        _inspect(uri, read_saved(folder, weights=False), pins, rows, calls)
-
-
-def _inspect(uri: str, saved: Saved, pins: bool, rows: bool, calls: bool) -> None:
-    console = Console()
-    layout, spec, environment = saved.layout, saved.spec, saved.environment
-    table = Table(show_header=False, title=Text(plain(uri)), title_justify="left")
-    for name, value in {
-        "task": spec.task,
-        **task_class(spec.task).metadata(spec.task_config),
-        "model class": spec.model_class,
-        "structure": f"{spec.structure} (runs {_RUNS.get(spec.structure, 'no code of its own')})",
-        **format_graph(layout),
-        "serving dtype": spec.dtype
-        + (f", cast from {spec.cast_from}: no dtype was given" if spec.cast_from else ""),
-        "input columns": ", ".join(
-            f"{field} ← {column or _UNNAMED}" for field, column in spec.input_columns.items()
-        ),
-        "tensors": f"{len(saved.inventory.rows)} in {len(saved.inventory.data)} alias groups",
-        "weights": _megabytes(saved.files[name] for name in saved.files if layout.is_weights(name)),
-        "all files": _megabytes(saved.files.values()),
-        "python": f"{environment.implementation} {environment.python}, {environment.system} "
-        f"{environment.machine}",
-        "pins": f"{len(environment.distributions)} distributions",
-        "torch": environment.torch_build.get("version"),
-        "run-time options": ", ".join(f"{k}={v!r}" for k, v in spec.model_config.items()),
-        **({"tolerated": "; ".join(saved.tolerated)} if saved.tolerated else {}),
-        "saved by": f"mlflow-safeflavor {spec.loader_version}, format {spec.format_version}",
-    }.items():
-        table.add_row(name, Text(plain(value)))
-    console.print(table)
-    if pins:
-        for distribution, version in environment.distributions.items():
-            _say(console, f"{distribution}=={version}")
-    if rows:
-        console.print(_tensor_table(saved.inventory))
-    if calls:
-        for line in lines_of(read_graph(layout)):
-            _say(console, plain(line))
-
-
-def _megabytes(entries: Iterable[Mapping[str, Any]]) -> str:
-    return f"{sum(entry['size'] for entry in entries) / 1e6:.1f} MB"
-
-
-def _tensor_table(inventory: Inventory) -> Table:
-    table = Table("tensor", "kind", "dtype", "shape", "shares memory with")
-    for row in inventory.rows.values():
-        kind = row.kind if row.persistent else f"non-persistent {row.kind}"
-        shared = row.data if row.data != row.path else ""
-        cells = (row.path, kind, row.dtype, [*row.shape], shared)
-        table.add_row(*(Text(plain(cell)) for cell in cells))
-    return table
+        show(Console(), uri, read_saved(folder, weights=False), pins=pins, rows=rows, calls=calls)
 
 
 @main.command()
@@ -228,10 +164,10 @@ def _print_comparison(report: ParityReport, console: Console) -> None:
         listed = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         console.print(f"{len(own)} rows of yours: {listed}")
     for row in [row for row in own if row.problem][:_MOST_SHOWN]:
-        _say(console, plain(row.problem), style="red")
+        say(console, plain(row.problem), style="red")
     console.print(f"verdict: {report.verdict}", style=None if report.ok else "red")
     if report.first_difference:
-        _say(console, f"first difference: {plain(report.first_difference)}")
+        say(console, f"first difference: {plain(report.first_difference)}")
     if report.environments["server"] is None:
         console.print(
             "the server does not tell its environment: see MLFLOW_SAFEFLAVOR_TELL_ENVIRONMENT"
@@ -306,7 +242,7 @@ def dockerfile(
             hashes=hashes,
             trust={"pickle"} if allow_pickle else (),
         )
-    _say(Console(), f"wrote {path}\nnow: docker build -t NAME {path.parent}")
+    say(Console(), f"wrote {path}\nnow: docker build -t NAME {path.parent}")
 
 
 @main.command()
@@ -354,4 +290,4 @@ def prefetch(model_id: str, folder: str, **options: Any) -> None:
         done = prefetch(model_id, folder, **options)
     what = f"{done.source} at {done.revision}" if done.source else model_id
     verb = "wrote" if done.fresh else "already there, and as it was written:"
-    _say(Console(), f"{verb} {done.folder}: {len(done.files)} files of {what}")
+    say(Console(), f"{verb} {done.folder}: {len(done.files)} files of {what}")

@@ -59,4 +59,5 @@ def _bar(total: int | None, wanted: bool | None) -> tqdm[None]:
         disable=None if wanted is None else False,
         leave=False,
         mininterval=0,
+        miniters=1,  # else tqdm leaves out calls that come fast
     )

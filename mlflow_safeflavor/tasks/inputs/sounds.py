@@ -204,7 +204,8 @@ def _from_file(content: bytes, rate: int, where: str, caps: Caps) -> tuple[np.nd
 def _blocks(file: Any) -> Iterator[np.ndarray]:
     """Samples of a file, block by block, as one channel; never more than its header says."""
     done = 0
-    for block in file.blocks(_BLOCK, dtype="float32", always_2d=True):
+    # Not ``SoundFile.blocks``: of a file that ends early it gives memory that it never wrote.
+    while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
         done += len(block)
         yield block[:, 0] if file.channels == 1 else _mean(block)
     if done < file.frames:
