@@ -23,7 +23,7 @@ from mlflow_safeflavor.graph.trace import (
     sizes_of,
     traced,
 )
-from mlflow_safeflavor.graph.weights import Place
+from mlflow_safeflavor.graph.weights import Extent
 from mlflow_safeflavor.module.slots import Slot
 
 __all__ = ["OPSET", "Exported", "export"]
@@ -47,7 +47,7 @@ class Exported:
         example: What it was traced with.
         sizes: Of its inputs.
         outputs: Names, in its order.
-        places: Of the module's tensors in files of weights, by path.
+        extents: Of the module's tensors in files of weights, by path.
         slots: These tensors.
     """
 
@@ -57,12 +57,12 @@ class Exported:
         example: Inputs,
         sizes: Sizes,
         outputs: Sequence[str],
-        places: Mapping[str, Place],
+        extents: Mapping[str, Extent],
         slots: Sequence[Slot],
     ) -> None:
         self.sizes = sizes
         self._proto = _written(
-            model, list(example), sizes, outputs, _weights(model.graph, places, slots)
+            model, list(example), sizes, outputs, _weights(model.graph, extents, slots)
         )
 
     def content(self, fixed: Mapping[str, int]) -> bytes:
@@ -82,7 +82,7 @@ class Exported:
 def export(
     module: torch.nn.Module,
     slots: Sequence[Slot],
-    places: Mapping[str, Place],
+    extents: Mapping[str, Extent],
     examples: Sequence[Inputs],
     example: Inputs,
     free: Mapping[str, set[int]],
@@ -92,7 +92,7 @@ def export(
     Args:
         module: As it is served: in eval mode, gradients off.
         slots: Its tensors.
-        places: Where those are in files of weights, by path.
+        extents: Where those are in files of weights, by path.
         examples: Inputs of its forward; sizes that are equal in all of them are one.
         example: What to trace with; free sizes must be 2 or more, as the tracer takes 1 for a
             constant.
@@ -114,7 +114,7 @@ def export(
             raise Refusal(f"torch.onnx: {first_line(error)}") from error
     with torch.no_grad():
         outputs = list(Forward(module)(dict(example)))
-    return Exported(model, example, sizes, outputs, places, slots)
+    return Exported(model, example, sizes, outputs, extents, slots)
 
 
 def _simplify(model: Any, slots: Sequence[Slot]) -> None:
@@ -142,17 +142,17 @@ def _simplify(model: Any, slots: Sequence[Slot]) -> None:
 
 
 def _weights(
-    graph: Any, places: Mapping[str, Place], slots: Sequence[Slot]
-) -> dict[Any, tuple[str, Place]]:
-    """Initializers that are tensors of the module: under their paths, with their places."""
+    graph: Any, extents: Mapping[str, Extent], slots: Sequence[Slot]
+) -> dict[Any, tuple[str, Extent]]:
+    """Initializers that are tensors of the module: under their paths, with their extents."""
     # By memory: the exporter keeps the module's own tensors as initializers, under other names.
     paths = {_memory(slot.tensor): slot.path for slot in reversed(slots) if slot.tensor.numel()}
     found = {}
     for value in graph.initializers.values():
         raw = getattr(value.const_value, "raw", None)
         path = paths.get(_memory(raw)) if isinstance(raw, torch.Tensor) else None
-        if path is not None and path in places:
-            found[value] = (path, places[path])
+        if path is not None and path in extents:
+            found[value] = (path, extents[path])
     return found
 
 
@@ -165,7 +165,7 @@ def _written(
     inputs: Sequence[str],
     sizes: Sizes,
     outputs: Sequence[str],
-    weights: Mapping[Any, tuple[str, Place]],
+    weights: Mapping[Any, tuple[str, Extent]],
 ) -> Any:
     """The model as protobuf under our names, without notes for people or for the exporter."""
     import onnx_ir as ir
@@ -174,9 +174,9 @@ def _written(
     if len(graph.outputs) != len(outputs) or len(graph.inputs) != len(inputs):
         raise Refusal("the traced forward gives other outputs, or takes other inputs")
     _make_outputs_own(graph)
-    for value, (path, place) in weights.items():
+    for value, (path, extent) in weights.items():
         value.const_value = ir.ExternalTensor(
-            place.file, place.start, place.length, value.const_value.dtype,
+            extent.file, extent.start, extent.length, value.const_value.dtype,
             shape=value.const_value.shape, name=path, base_dir="",
         )  # fmt: skip
         value.name = path

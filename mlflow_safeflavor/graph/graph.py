@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlflow_safeflavor.graph.weights import Place
+from mlflow_safeflavor.graph.weights import Extent
 
 __all__ = ["Graph", "Input", "Weight", "format_input", "lines_of"]
 
@@ -33,12 +33,12 @@ class Weight:
     Attributes:
         dtype: Like ``float32``.
         shape: Sizes.
-        place: Its bytes.
+        extent: Its bytes.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    place: Place
+    extent: Extent
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from mlflow_safeflavor.artifact.inventory_file import ITEM_SIZES
 from mlflow_safeflavor.graph.graph import Weight
 from mlflow_safeflavor.graph.onnx_file import Malformed
-from mlflow_safeflavor.graph.weights import Place
+from mlflow_safeflavor.graph.weights import Extent
 
 __all__ = ["check_constant", "dtype_of", "size_of", "weights_of"]
 
@@ -46,17 +46,17 @@ def weights_of(tensors: list[dict[str, Any]]) -> Iterator[tuple[str, Weight]]:
                 raise Malformed(f"{where}: is neither inside nor outside")
             dtype, shape = dtype_of(tensor.get("data_type"), where), _shape(tensor, where)
             # The file is compared with the artifact's own weights where it is mapped.
-            place = _place(tensor["external_data"], where)
-            if place.length != math.prod(shape) * ITEM_SIZES[dtype]:
-                raise Malformed(f"{where}: {place.length} bytes for {dtype}{list(shape)}")
+            extent = _extent(tensor["external_data"], where)
+            if extent.length != math.prod(shape) * ITEM_SIZES[dtype]:
+                raise Malformed(f"{where}: {extent.length} bytes for {dtype}{list(shape)}")
             if dtype == "bfloat16":
                 raise Malformed(f"{where}: {dtype}, which numpy has not")
-            yield tensor.get("name", ""), Weight(dtype, shape, place)
+            yield tensor.get("name", ""), Weight(dtype, shape, extent)
         else:
             check_constant(tensor, where)
 
 
-def _place(pairs: Sequence[Mapping[str, str]], where: str) -> Place:
+def _extent(pairs: Sequence[Mapping[str, str]], where: str) -> Extent:
     facts = {pair.get("key", ""): pair.get("value", "") for pair in pairs}
     # A key that comes twice is read as the first by some and as the last by others.
     if len(facts) != len(pairs) or facts.keys() != {"location", "offset", "length"}:
@@ -67,7 +67,7 @@ def _place(pairs: Sequence[Mapping[str, str]], where: str) -> Place:
         for name in ("offset", "length")
     ):
         raise Malformed(f"{where}: an offset or a length that is no number")
-    return Place(facts["location"], int(facts["offset"]), int(facts["length"]))
+    return Extent(facts["location"], int(facts["offset"]), int(facts["length"]))
 
 
 def check_constant(tensor: Mapping[str, Any], where: str) -> None:

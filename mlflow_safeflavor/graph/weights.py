@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from mlflow_safeflavor.artifact.inventory_file import Inventory
     from mlflow_safeflavor.graph.graph import Weight
 
-__all__ = ["Place", "find_places", "map_weights"]
+__all__ = ["Extent", "find_extents", "map_weights"]
 
 
 @dataclass(frozen=True)
-class Place:
+class Extent:
     """Bytes of a file.
 
     Attributes:
@@ -36,8 +36,8 @@ class Place:
     length: int
 
 
-def find_places(inventory: Inventory, layout: Layout) -> dict[str, Place]:
-    """Path → place of each tensor that lies contiguously in the files of weights just written."""
+def find_extents(inventory: Inventory, layout: Layout) -> dict[str, Extent]:
+    """Path → extent of each tensor that lies contiguously in the files of weights just written."""
     # safetensors: 8 bytes with the length of the header, the header, then the data from 0 on.
     begins: dict[str, tuple[str, int]] = {}
     for file in inventory.files:
@@ -53,7 +53,7 @@ def find_places(inventory: Inventory, layout: Layout) -> dict[str, Place]:
         if row.stride is None and row.data in begins:
             file, start = begins[row.data]
             size = np.dtype(row.dtype).itemsize if row.dtype != "bfloat16" else 2
-            found[row.path] = Place(file, start + row.offset * size, math.prod(row.shape) * size)
+            found[row.path] = Extent(file, start + row.offset * size, math.prod(row.shape) * size)
     return found
 
 
@@ -74,26 +74,26 @@ def map_weights(
     opened: dict[str, np.ndarray] = {}
     found = {}
     for name, weight in weights.items():
-        place, dtype = weight.place, np.dtype(weight.dtype)
+        extent, dtype = weight.extent, np.dtype(weight.dtype)
         # By name among the compared files, never as a path: "../x", "/proc/self/environ" and ONNX
         # Runtime's marker of memory addresses are no such names.
-        if place.file in files and place.file not in opened:
-            path = layout.data / place.file
-            opened[place.file] = np.memmap(layout.held.get(path, path), mode="r", dtype=np.uint8)
-        size = len(opened.get(place.file, ()))
+        if extent.file in files and extent.file not in opened:
+            path = layout.data / extent.file
+            opened[extent.file] = np.memmap(layout.held.get(path, path), mode="r", dtype=np.uint8)
+        size = len(opened.get(extent.file, ()))
         if (
-            not 0 <= place.start <= place.start + place.length <= size
-            or place.start % dtype.itemsize
+            not 0 <= extent.start <= extent.start + extent.length <= size
+            or extent.start % dtype.itemsize
         ):
             raise IntegrityError(
                 "A tensor of the graph is not in the artifact's files of weights",
                 where=f"{layout.name_of(layout.graph)}, initializer {name[:200]!r}",
                 wanted=f"bytes of {' | '.join(sorted(files))[:200]}",
-                found=f"bytes {place.start} to {place.start + place.length} of "
-                f"{place.file[:200]!r}, which has {size}",
+                found=f"bytes {extent.start} to {extent.start + extent.length} of "
+                f"{extent.file[:200]!r}, which has {size}",
                 hint=FETCH_AGAIN,
             )
-        part = opened[place.file][place.start : place.start + place.length]
+        part = opened[extent.file][extent.start : extent.start + extent.length]
         # Kernels count the ones to allocate, and then write for each that is not 0.
         if weight.dtype == "bool" and part.max(initial=0) > 1:
             raise IntegrityError(

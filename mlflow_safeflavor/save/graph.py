@@ -20,7 +20,7 @@ from mlflow_safeflavor.graph.graph import Graph
 from mlflow_safeflavor.graph.onnx_file import Malformed
 from mlflow_safeflavor.graph.proof import TEXT, Arrays, Facts, Refusal, prove
 from mlflow_safeflavor.graph.trace import Forward, Inputs
-from mlflow_safeflavor.graph.weights import Place, find_places
+from mlflow_safeflavor.graph.weights import Extent, find_extents
 from mlflow_safeflavor.machine import available_cpus
 from mlflow_safeflavor.module.engine import ModuleEngine, tensors_of
 from mlflow_safeflavor.module.slots import Slot, find_slots
@@ -34,7 +34,7 @@ __all__ = ["Refusal", "examples_of", "record", "store_graph"]
 def record(
     module: torch.nn.Module,
     slots: Sequence[Slot],
-    places: Mapping[str, Place],
+    extents: Mapping[str, Extent],
     examples: Sequence[Inputs],
     *,
     limit: int | None = None,
@@ -45,7 +45,7 @@ def record(
     Args:
         module: As it is served: in eval mode, gradients off.
         slots: Its tensors.
-        places: Where those are in files of weights, by path.
+        extents: Where those are in files of weights, by path.
         examples: Inputs of its forward, as the task makes them; at least one.
         limit: Most tokens of a text.
         runtimes: Engine → function that makes its sessions; by default ONNX Runtime's.
@@ -63,7 +63,7 @@ def record(
     reasons = []
     for example, free in product(_candidates(examples), _freedoms(examples)):
         try:
-            exported = export(module, slots, places, examples, example, free)
+            exported = export(module, slots, extents, examples, example, free)
             return _proven(
                 module, exported, slots, example, limit, runtimes or {"onnx": runtime_of("onnx")}
             )
@@ -224,8 +224,8 @@ def store_graph(
         inputs = examples_of(model.task, cast("ModuleEngine", model.engine), rows)
         # Looked for again, after the forwards: one may have put other tensors into the module.
         slots = find_slots(model.module)
-        places, limit = find_places(inventory, layout), getattr(model.task, "limit", None)
-        graph, facts = record(model.module, slots, places, inputs, limit=limit, runtimes=runtimes)
+        extents, limit = find_extents(inventory, layout), getattr(model.task, "limit", None)
+        graph, facts = record(model.module, slots, extents, inputs, limit=limit, runtimes=runtimes)
     except Refusal as refusal:
         if required:
             raise StructureError(

@@ -17,7 +17,7 @@ from mlflow_safeflavor.tasks.inputs.caps import Caps
 from mlflow_safeflavor.tasks.inputs.records import count_rows
 from mlflow_safeflavor.tasks.inputs.rows import Row, rows_of
 from mlflow_safeflavor.tasks.inputs.texts import require_clean
-from mlflow_safeflavor.tasks.inputs.wording import place
+from mlflow_safeflavor.tasks.inputs.wording import format_cell
 from mlflow_safeflavor.tasks.kind import TaskKind
 from mlflow_safeflavor.tasks.params import check_params, with_defaults
 
@@ -101,7 +101,7 @@ class Task(TaskKind):
         caps = None if self.reads_files else self.caps
         for i, row in enumerate(rows):
             for field, value in row.items():
-                require_clean(value, place(i, self.columns.get(field, field)), caps)
+                require_clean(value, format_cell(i, self.columns.get(field, field)), caps)
         for name, value in params.items() if isinstance(params, Mapping) else ():
             where = f"params, {name!r}"
             if isinstance(value, (list, tuple, np.ndarray)):

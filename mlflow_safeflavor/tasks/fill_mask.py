@@ -12,7 +12,7 @@ from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.mlflow_compat import Array, Object, Property, schema_of
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.rows import Row
-from mlflow_safeflavor.tasks.inputs.wording import place
+from mlflow_safeflavor.tasks.inputs.wording import format_cell
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text import TextTask
@@ -132,7 +132,7 @@ class FillMask(TextTask):
             self._require_gaps(i, row["text"], ids, params["max_length"] or self.limit)
             tokens += kept * len(ids) * self._gaps(ids)
             where, instead = (
-                f"params, 'top_k', up to {place(i)}",
+                f"params, 'top_k', up to {format_cell(i)}",
                 "ask for fewer tokens, or fewer rows at once",
             )
             self.caps.require_answers(tokens, len(rows), where=where, instead=instead)
@@ -162,7 +162,7 @@ class FillMask(TextTask):
                 "A text has a gap beyond what the model reads"
                 if written
                 else "A text has no gap to fill",
-                where=place(i, self.columns["text"]),
+                where=format_cell(i, self.columns["text"]),
                 wanted=f"{self.mask_token!r} where a token is missing",
                 found=f"{read} of {written} within {limit} tokens" if written else "none",
                 hint="shorten the text before the gap"

@@ -13,7 +13,7 @@ import pandas as pd
 from mlflow_safeflavor.artifact.arrays import array_of, is_tensor
 from mlflow_safeflavor.errors import AnswerError, InputError, SafeFlavorError, StructureError
 from mlflow_safeflavor.tasks.features import RowOutput
-from mlflow_safeflavor.tasks.inputs.wording import place
+from mlflow_safeflavor.tasks.inputs.wording import format_cell
 from mlflow_safeflavor.tasks.row_outputs import together
 
 __all__ = ["Hooks", "failing", "halved"]
@@ -122,7 +122,7 @@ def failing(part: str, rows: Sequence[int]) -> Iterator[None]:
         raise
     except BaseException as error:
         where = (
-            place(rows[0])
+            format_cell(rows[0])
             if len(rows) == 1
             else f"rows {rows[0]} to {rows[-1]}, and none of them alone"
         )

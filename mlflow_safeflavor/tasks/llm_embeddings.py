@@ -16,7 +16,7 @@ from mlflow_safeflavor.mlflow_compat import Array, Object, Property, schema_of
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.rows import Row
-from mlflow_safeflavor.tasks.inputs.wording import place
+from mlflow_safeflavor.tasks.inputs.wording import format_cell
 from mlflow_safeflavor.tasks.params import Param
 
 __all__ = ["LlmEmbeddings"]
@@ -166,7 +166,7 @@ def _texts(cell: Any, i: int) -> Sequence[Any]:
     if type(cell) is int or (isinstance(cell, list) and any(type(part) is int for part in cell)):
         raise InputError(
             "Numbers of tokens belong to another tokenizer, so that they cannot be read here",
-            where=place(i, "input"),
+            where=format_cell(i, "input"),
             wanted="a text, or a list of texts",
             found="a list of whole numbers",
             hint="send texts; LangChain does with "

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlflow_safeflavor.artifact.arrays import is_tensor
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.tasks.inputs.wording import place
+from mlflow_safeflavor.tasks.inputs.wording import format_cell
 
 __all__ = ["normalized", "own", "pick", "require_finite", "sigmoid", "softmax"]
 
@@ -75,7 +75,7 @@ def require_finite(values: Sequence[np.ndarray] | np.ndarray, first: int = 0) ->
     if bad:
         raise InputError(
             "The model's answer to a row is not a number",
-            where=place(first + bad[0]),
+            where=format_cell(first + bad[0]),
             wanted="finite numbers",
             found=f"NaN or infinity in {len(bad)} of {len(values)} rows",
             hint="ask without that row; half precision overflows where float32 does not: save the "

@@ -25,7 +25,7 @@ from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.processor import apply
 from mlflow_safeflavor.tasks.inputs.rows import Row
-from mlflow_safeflavor.tasks.inputs.wording import place
+from mlflow_safeflavor.tasks.inputs.wording import format_cell
 from mlflow_safeflavor.tasks.params import param_schema
 
 __all__ = ["ProcessedTask"]
@@ -90,7 +90,7 @@ class ProcessedTask(Task):
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
         require_labels(self.caps, self.config, rows, params)  # before a file is decoded
         for i, row in enumerate(rows):
-            yield self._features(row[self.field], place(i, self.columns[self.field]))
+            yield self._features(row[self.field], format_cell(i, self.columns[self.field]))
 
     def holds(self, features: Features) -> int:
         return sum(array.nbytes for array in features.values())

@@ -12,7 +12,7 @@ from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.texts import require_texts
-from mlflow_safeflavor.tasks.inputs.wording import place
+from mlflow_safeflavor.tasks.inputs.wording import format_cell
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text import TextTask, groups
@@ -136,7 +136,7 @@ class QuestionAnswering(TextTask):
 
     def _require_few(self, i: int, pieces: int, rows: int, params: Mapping[str, Any]) -> None:
         """Refuse row ``i`` if the windows so far, or their answers below the best, exceed a cap."""
-        where = f"windows up to {place(i)}"
+        where = f"windows up to {format_cell(i)}"
         self.caps.require_pieces(pieces, rows, where=where, instead=_LESS)
         if params["top_k"] > 1:
             length = min(params["max_answer_len"], self._read_at_once(params))
@@ -161,7 +161,7 @@ class QuestionAnswering(TextTask):
             room = limit - len(question["input_ids"]) - self.encoder.special_tokens(pair=True)
             if room >= 1:
                 overlap = self._overlap(i, room, limit, room, params)
-                where = f"windows up to {place(i)}"
+                where = f"windows up to {format_cell(i)}"
                 self.require_few_windows(
                     row["context"], pieces, rows, room, overlap, where=where, instead=_LESS
                 )
@@ -169,7 +169,7 @@ class QuestionAnswering(TextTask):
     def _no_room(self, i: int, limit: int, found: str) -> InputError:
         return InputError(
             "A question leaves no room for its context",
-            where=place(i, self.columns["question"]),
+            where=format_cell(i, self.columns["question"]),
             wanted=f"fewer tokens: {limit} are read at once",
             found=found,
             hint="shorten the question, or raise max_seq_len if the model takes more",
@@ -192,7 +192,7 @@ class QuestionAnswering(TextTask):
             if not tokens:
                 raise InputError(
                     "A text has no tokens, so there is nothing to ask or to find",
-                    where=place(i, self.columns[field]),
+                    where=format_cell(i, self.columns[field]),
                     wanted="at least one token",
                     found="0 tokens",
                 )
@@ -209,7 +209,7 @@ class QuestionAnswering(TextTask):
         if given >= room and context > room:
             raise InputError(
                 "Windows would share all they have",
-                where=f"params, 'doc_stride', for {place(i, self.columns['question'])}",
+                where=f"params, 'doc_stride', for {format_cell(i, self.columns['question'])}",
                 wanted=f"less than the {room} tokens of context that fit beside the question",
                 found=given,
             )

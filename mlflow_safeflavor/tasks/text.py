@@ -16,7 +16,7 @@ from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.texts import require_texts
-from mlflow_safeflavor.tasks.inputs.wording import place
+from mlflow_safeflavor.tasks.inputs.wording import format_cell
 from mlflow_safeflavor.tasks.params import Param, param_schema
 
 if TYPE_CHECKING:
@@ -157,13 +157,13 @@ class TextTask(Task):
         """
         self.require_tokens(i, length)
         if limit is None:
-            where = place(i, *self.columns.values())
+            where = format_cell(i, *self.columns.values())
             what, instead = "A text is too long", "cut or split it"
             self.caps.require("max_tokens", length, what, where=where, instead=instead, least=least)
         if limit and length > limit:
             raise InputError(
                 "A text is longer than the model takes, and truncation is off",
-                where=place(i, *self.columns.values()),
+                where=format_cell(i, *self.columns.values()),
                 wanted=f"at most {limit} tokens",
                 found=f"{length} tokens{' or more' if least else ''}",
                 hint="shorten or split the text, or let it be cut: params={'truncation': True}",
@@ -230,7 +230,7 @@ class TextTask(Task):
             # Alone it crashes a model; beside longer rows it is all padding, and its answer noise.
             raise InputError(
                 "A text has no tokens, and this tokenizer adds none",
-                where=place(i, *self.columns.values()),
+                where=format_cell(i, *self.columns.values()),
                 wanted="at least one token",
                 found="0 tokens",
                 hint="drop the row, or put a text in it",

@@ -16,7 +16,7 @@ from mlflow_safeflavor.tasks.generation import GenerationTask
 from mlflow_safeflavor.tasks.generation_params import GENERATION_PARAMS
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.texts import require_clean, require_texts
-from mlflow_safeflavor.tasks.inputs.wording import describe_value, place
+from mlflow_safeflavor.tasks.inputs.wording import format_cell, format_value
 from mlflow_safeflavor.tasks.params import Param
 
 if TYPE_CHECKING:
@@ -183,11 +183,11 @@ class TextGeneration(GenerationTask):
         except Exception as error:  # templates refuse what they do not know, each in its own way
             raise InputError(
                 "The chat template refuses a chat",
-                where=place(i, self.columns["messages"]),
+                where=format_cell(i, self.columns["messages"]),
                 found=f"{type(error).__name__}: {error}",
             ) from error
         # A template may put any text of its own around the messages, and repeat them.
-        require_clean(rendered, place(i, self.columns["messages"]), self.caps)
+        require_clean(rendered, format_cell(i, self.columns["messages"]), self.caps)
         return rendered
 
     def decode(
@@ -231,7 +231,7 @@ def _messages(i: int, column: str, value: Any) -> list[dict[str, str]]:
 def _no_chat(i: int, column: str, value: Any) -> InputError:
     return InputError(
         "A value is not a chat",
-        where=place(i, column),
+        where=format_cell(i, column),
         wanted='a list of messages, each {"role": text, "content": text}',
-        found=describe_value(value),
+        found=format_value(value),
     )

@@ -14,7 +14,7 @@ from mlflow_safeflavor.tasks.classification import labels_of
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.texts import require_texts
-from mlflow_safeflavor.tasks.inputs.wording import place
+from mlflow_safeflavor.tasks.inputs.wording import format_cell
 from mlflow_safeflavor.tasks.outputs import pick, require_finite, softmax
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text import TextTask, groups
@@ -125,7 +125,7 @@ class TokenClassification(TextTask):
         for first, some in groups(rows):
             # By the beginnings first: no long text is tokenised whole only to be refused.
             for i, given in enumerate(some, first):
-                where = f"windows up to {place(i)}"
+                where = f"windows up to {format_cell(i)}"
                 self.require_few_windows(
                     given["text"], pieces, len(rows), room, overlap, where=where, instead=instead
                 )
@@ -136,7 +136,7 @@ class TokenClassification(TextTask):
                 self.require_tokens(i, len(row["input_ids"]))
                 pieces += count_windows(len(row["input_ids"]), room, overlap)
                 self.caps.require_pieces(
-                    pieces, len(rows), where=f"windows up to {place(i)}", instead=instead
+                    pieces, len(rows), where=f"windows up to {format_cell(i)}", instead=instead
                 )
                 cut = []
                 for window in windows(self.known(row), 0, room, overlap):

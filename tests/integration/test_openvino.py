@@ -160,7 +160,7 @@ def test_other_answers_are_not_saved(monkeypatch):
 def places(module):
     """Of tensors that lie in a file, and inputs of two sizes."""
     found = {
-        slot.path: recording.Place("model.safetensors", 0, slot.tensor.nbytes)
+        slot.path: recording.Extent("model.safetensors", 0, slot.tensor.nbytes)
         for slot in find_slots(module)
     }
     return found, [{"input": torch.rand(rows, 4)} for rows in (3, 2)]

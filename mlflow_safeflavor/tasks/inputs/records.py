@@ -10,7 +10,7 @@ import pandas as pd
 
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.inputs.columns import require_columns
-from mlflow_safeflavor.tasks.inputs.wording import describe_value, named_in_words, place
+from mlflow_safeflavor.tasks.inputs.wording import format_cell, format_value, named_in_words
 
 __all__ = ["count_rows", "records_of", "unfold_columns"]
 
@@ -69,7 +69,7 @@ def records_of(data: Any, names: list[Any], needed: list[Any]) -> list[Mapping[A
         "Rows cannot be read from this type",
         where=named_in_words(names),
         wanted=_ACCEPTED,
-        found=describe_value(data),
+        found=format_value(data),
         hint=f"pass a DataFrame with {named_in_words(names)}",
     )
 
@@ -160,9 +160,9 @@ def _same_shape(i: int, item: Any, kinds: Any, wanted: str, names: list[Any]) ->
     if not isinstance(item, kinds):
         raise InputError(
             "Rows of a list have different shapes",
-            where=place(i, *names),
+            where=format_cell(i, *names),
             wanted=f"{wanted}, as row 0 is",
-            found=describe_value(item),
+            found=format_value(item),
         )
     return item
 
@@ -171,7 +171,7 @@ def _from_sequence(i: int, values: Sequence[Any], names: list[Any]) -> Mapping[A
     if len(values) != len(names):
         raise InputError(
             "A row has the wrong number of values",
-            where=place(i, *names),
+            where=format_cell(i, *names),
             wanted=f"{len(names)}, in this order: {named_in_words(names)}",
             found=f"{len(values)}",
         )
@@ -183,9 +183,9 @@ def _from_values(values: Iterable[Any], names: list[Any], kind: str) -> list[Map
     if len(names) > 1 and values:
         raise InputError(
             f"A {kind} of single values cannot fill several columns",
-            where=place(0, *names),
+            where=format_cell(0, *names),
             wanted=f"a DataFrame, or dicts, with {named_in_words(names)}",
-            found=f"one value a row, the first is {describe_value(values[0])}",
+            found=f"one value a row, the first is {format_value(values[0])}",
         )
     return [{names[0]: value} for value in values]
 

@@ -10,7 +10,7 @@ import numpy as np
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.inputs.columns import named_columns, require_columns
 from mlflow_safeflavor.tasks.inputs.records import records_of
-from mlflow_safeflavor.tasks.inputs.wording import describe_value, is_missing, place
+from mlflow_safeflavor.tasks.inputs.wording import format_cell, format_value, is_missing
 
 __all__ = ["Row", "rows_of"]
 
@@ -72,9 +72,9 @@ def _row(
         if not missing and is_missing(value):
             raise InputError(
                 "A value is missing",
-                where=place(i, columns[field]),
+                where=format_cell(i, columns[field]),
                 wanted="a value",
-                found=describe_value(value),
+                found=format_value(value),
                 hint="drop the row or fill the value, for example data.dropna()",
             )
     return row

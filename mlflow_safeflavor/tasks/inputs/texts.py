@@ -11,7 +11,7 @@ import numpy as np
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.inputs.caps import Caps
 from mlflow_safeflavor.tasks.inputs.rows import Row
-from mlflow_safeflavor.tasks.inputs.wording import describe_value, place
+from mlflow_safeflavor.tasks.inputs.wording import format_cell, format_value
 
 __all__ = ["require_clean", "require_texts"]
 
@@ -28,9 +28,9 @@ def require_texts(rows: Sequence[Row], columns: Mapping[str, str | None]) -> Non
             if not isinstance(value, str):
                 raise InputError(
                     "A value is not a text",
-                    where=place(i, column),
+                    where=format_cell(i, column),
                     wanted="a str (it may be empty)",
-                    found=describe_value(value) if field in row else "no such column",
+                    found=format_value(value) if field in row else "no such column",
                     hint="convert it first, for example data[column].astype(str); drop or fill "
                     "missing values",
                 )

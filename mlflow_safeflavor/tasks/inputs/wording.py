@@ -8,16 +8,16 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["describe_value", "is_missing", "named_in_words", "place"]
+__all__ = ["format_cell", "format_value", "is_missing", "named_in_words"]
 
 
-def place(row: int, *columns: str | None) -> str:
+def format_cell(row: int, *columns: str | None) -> str:
     """A cell: ``row 3, column 'text'``, ``row 3, columns 'a' and 'b'``, or ``row 3``."""
     named = [column for column in columns if column is not None]
     return f"row {row}, {named_in_words(named)}" if named else f"row {row}"
 
 
-def describe_value(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Type and shortened value, for ``found``."""
     if is_missing(value):
         return f"a missing value ({value!r})"

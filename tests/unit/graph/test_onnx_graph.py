@@ -24,7 +24,7 @@ from mlflow_safeflavor.graph.graph import Weight, lines_of
 from mlflow_safeflavor.graph.onnx_engine import Session
 from mlflow_safeflavor.graph.onnx_file import Malformed, parse_model, write_model
 from mlflow_safeflavor.graph.operators import OPERATORS
-from mlflow_safeflavor.graph.weights import Place, map_weights
+from mlflow_safeflavor.graph.weights import Extent, map_weights
 
 needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="the extra `openvino` is not installed"
@@ -73,7 +73,7 @@ def test_what_is_read(runtime):
         "input x: float32[rows, 4]", "weight w: float32[4, 2]", "z = MatMul(input.x, "
                                                                 "w)", "output.y = Add(z, b)",
     ]  # fmt: skip
-    assert graph.weights == {"w": Weight("float32", (4, 2), Place("model.safetensors", 64, 32))}
+    assert graph.weights == {"w": Weight("float32", (4, 2), Extent("model.safetensors", 64, 32))}
     assert (graph.outputs, graph.lookups, graph.reused) == (("y",), {}, 0)
     found = runtime(graph, {"w": np.eye(4, 2, dtype=np.float32)}, threads=1)(X)
     assert found["y"].tolist() == [[2, -1]]
@@ -115,13 +115,13 @@ def test_what_a_graph_takes():
 
 def test_rows_of_the_shortest_table(runtime):
     constants = [("long", np.zeros((9, 2), np.float32)), ("short", np.zeros((5, 2), np.float32))]
-    places = {"long": (72, 0), "short": (40, 72)}
+    extents = {"long": (72, 0), "short": (40, 72)}
 
     def move_outside(model):
         for entry in model.graph.initializer:
             entry.ClearField("raw_data")
             entry.data_location = 1
-            for key, value in zip(("length", "offset"), places[entry.name], strict=True):
+            for key, value in zip(("length", "offset"), extents[entry.name], strict=True):
                 entry.external_data.add(key=key, value=str(value))
             entry.external_data.add(key="location", value="w")
 
@@ -281,13 +281,13 @@ def layout(tmp_path: Path) -> Layout:
     return layout
 
 
-def places(place, dtype="float32", shape=(2, 2)):
-    return {"w": Weight(dtype, shape, place)}
+def extents(extent, dtype="float32", shape=(2, 2)):
+    return {"w": Weight(dtype, shape, extent)}
 
 
 def test_weights_are_mapped_and_never_written(layout):
     (found,) = map_weights(
-        places(Place("model.safetensors", 8, 16)), ["model.safetensors"], layout
+        extents(Extent("model.safetensors", 8, 16)), ["model.safetensors"], layout
     ).values()
     assert found.tolist() == [[2, 3], [4, 5]]
     assert not found.flags.writeable
@@ -295,26 +295,26 @@ def test_weights_are_mapped_and_never_written(layout):
 
 
 @pytest.mark.parametrize(
-    "place",
+    "extent",
     [
-        Place("model.safetensors", 24, 16), Place("model.safetensors", 2**62, 16),
-        Place("model.safetensors", 2, 16),
-        Place("other.safetensors", 0, 16), Place("../MLmodel", 0, 16), Place("/dev/zero", 0, 16),
-        Place("", 0, 16),
-        Place("*/_ORT_MEM_ADDR_/*", 0, 16),
+        Extent("model.safetensors", 24, 16), Extent("model.safetensors", 2**62, 16),
+        Extent("model.safetensors", 2, 16),
+        Extent("other.safetensors", 0, 16), Extent("../MLmodel", 0, 16), Extent("/dev/zero", 0, 16),
+        Extent("", 0, 16),
+        Extent("*/_ORT_MEM_ADDR_/*", 0, 16),
     ],
 )  # fmt: skip
-def test_weights_outside_of_the_files(layout, place):
+def test_weights_outside_of_the_files(layout, extent):
     with pytest.raises(IntegrityError, match="initializer 'w'"):
-        map_weights(places(place), ["model.safetensors"], layout)
+        map_weights(extents(extent), ["model.safetensors"], layout)
 
 
 def test_truth_values_of_two(layout):
-    place = places(Place("model.safetensors", 32, 2), "bool", (2,))
-    assert map_weights(place, ["model.safetensors"], layout)["w"].tolist() == [False, True]
+    extent = extents(Extent("model.safetensors", 32, 2), "bool", (2,))
+    assert map_weights(extent, ["model.safetensors"], layout)["w"].tolist() == [False, True]
     with pytest.raises(IntegrityError, match="truth values"):
         map_weights(
-            places(Place("model.safetensors", 33, 2), "bool", (2,)), ["model.safetensors"], layout
+            extents(Extent("model.safetensors", 33, 2), "bool", (2,)), ["model.safetensors"], layout
         )
 
 
