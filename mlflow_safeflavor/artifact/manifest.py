@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,14 +13,21 @@ from mlflow_safeflavor.artifact.json_files import write_json
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.plain_files import (
     FETCH_AGAIN,
-    digest_of_file,
+    digest_of_plain,
     is_junk,
     list_files,
     reason_to_refuse,
 )
 from mlflow_safeflavor.errors import IntegrityError
 
-__all__ = ["digest_json", "find_broken_files", "find_tolerated", "read_manifest", "write_manifest"]
+__all__ = [
+    "digest_json",
+    "entries_of",
+    "find_broken_files",
+    "find_tolerated",
+    "read_manifest",
+    "write_manifest",
+]
 
 _MANIFEST_VERSION = 1
 _MAX_GUARDED = 10**7  # characters; the largest ever seen had some thousand
@@ -51,15 +58,19 @@ def digest_json(value: object) -> str:
     return digest.hexdigest()
 
 
+def entries_of(folder: Path, *, but: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Name → SHA-256 and size of every file below a folder; a link or a pipe is refused."""
+    return {
+        name: {"sha256": digest_of_plain(folder / name), "size": facts.st_size}
+        for name, facts in list_files(folder).items()
+        if name not in but
+    }
+
+
 def write_manifest(layout: Layout, *, mlmodel: Mapping[str, Any]) -> None:
     """Record size and SHA-256 of every file but ``MLmodel``, and of that the guarded parts."""
     # MLmodel cannot be listed as a file: MLflow adds run, model and registry ids to it later.
-    own = (layout.MLMODEL, layout.name_of(layout.manifest))
-    files = {
-        name: {"sha256": digest_of_file(layout.root / name), "size": facts.st_size}
-        for name, facts in list_files(layout.root).items()
-        if name not in own
-    }
+    files = entries_of(layout.root, but=(layout.MLMODEL, layout.name_of(layout.manifest)))
     guarded = {"flavors": digest_json(mlmodel["flavors"]), "signature": mlmodel["signature"]}
     content = {"version": _MANIFEST_VERSION, "mlmodel": guarded, "files": files}
     write_json(layout.manifest, {**content, "sha256": digest_json(content)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,15 +32,12 @@ class HubFile:
 
     def is_content_of(self, path: Path) -> bool:
         """Whether a file on this disk has the listed digest; True where the hub lists none."""
+        from huggingface_hub.utils.sha import git_hash
+
         if self.sha256 is not None:
             return digest_of_file(path) == self.sha256
-        return self.blob is None or _git_blob(path) == self.blob
-
-
-def _git_blob(path: Path) -> str:
-    # Small files have no SHA-256 on the hub, but the SHA-1 that git gives them.
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        # Small files have no SHA-256 on the hub, but the SHA-1 that git gives them.
+        return self.blob is None or git_hash(path.read_bytes()) == self.blob
 
 
 def is_hub_id(name: str | Path) -> bool:

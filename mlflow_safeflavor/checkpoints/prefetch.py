@@ -11,7 +11,8 @@ from typing import Any
 
 from mlflow_safeflavor.arguments import checked
 from mlflow_safeflavor.artifact.json_files import read_json, write_json
-from mlflow_safeflavor.artifact.plain_files import digest_of_file, digest_of_plain, list_files
+from mlflow_safeflavor.artifact.manifest import entries_of
+from mlflow_safeflavor.artifact.plain_files import digest_of_file
 from mlflow_safeflavor.artifact.staging import staging
 from mlflow_safeflavor.checkpoints import hub
 from mlflow_safeflavor.checkpoints.from_pretrained import from_pretrained
@@ -116,7 +117,7 @@ def prefetch(
             "revision": commit,
             "taken": taken,
         }
-        files = _digests_of(stage)
+        files = entries_of(stage, but=[MANIFEST])
         write_json(stage / MANIFEST, {**content, "files": files})
     return Prefetched(target, source, commit, tuple(files), fresh=True)
 
@@ -261,15 +262,6 @@ def _class(name: str | None) -> type[Any] | None:
     return found
 
 
-def _digests_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name → size and SHA-256 of every file but the manifest; links and pipes are refused."""
-    return {
-        name: {"size": facts.st_size, "sha256": digest_of_plain(folder / name)}
-        for name, facts in list_files(folder).items()
-        if name != MANIFEST
-    }
-
-
 def _already_there(folder: Path, source: str | None, commit: str | None, given: Path) -> Prefetched:
     """Compare a folder with its own manifest, and the manifest with the wanted checkpoint."""
     manifest = read_json(folder / MANIFEST)
@@ -298,7 +290,7 @@ def _already_there(folder: Path, source: str | None, commit: str | None, given: 
             hint="choose another folder, or remove this one",
         )
     # Added files as well: a loader may prefer one to those that were checked.
-    if differences := sorted(_differences(files, _digests_of(folder))):
+    if differences := sorted(_differences(files, entries_of(folder, but=[MANIFEST]))):
         raise IntegrityError(
             "Files of the folder are not the ones that were prefetched",
             where=f"{folder}: {', '.join(differences[:5])}",
