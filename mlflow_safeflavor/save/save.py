@@ -184,7 +184,8 @@ def save_model(
         write_code(code_paths, layout)
         with answering(subject, inventory, casts, bound, spec, layout) as served:
             bound.require_defaults()
-            bound.check_params(asked)
+            if asked:  # a task may have a param that each request must give
+                bound.check_params(asked)
             bound.config = {**bound.config, **bound.measured(served.engine, input_example)}
             spec = replace(spec, task_config=bound.config)
             models = _by_engine(served, inventory, rows, graph)

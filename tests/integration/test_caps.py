@@ -464,9 +464,9 @@ def test_a_text_nobody_waits_for_is_written_no_further(models, monkeypatch):
             scores[:, 3] = -torch.inf  # nor is it ended
             return scores
 
-    monkeypatch.setattr(type(model.task), "_processors", lambda self, params, rows: [Slow()])
+    monkeypatch.setattr("mlflow_safeflavor.tasks.decoding.sampler", lambda *_: [Slow()])
     with pytest.raises(DeadlineError):
-        model.predict(["a cat"], {"max_new_tokens": 28, "top_k": 0}, timeout=0.2)
+        model.predict(["a cat"], {"max_new_tokens": 28, "do_sample": True}, timeout=0.2)
     time.sleep(0.3)
     monkeypatch.undo()
     done = len(steps)
