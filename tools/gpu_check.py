@@ -38,14 +38,13 @@ MOST = 64 << 20
 TOTAL = 360.0
 """Seconds for all checks on a GPU."""
 
-THERE = frozenset(("torch", "transformers", "tokenizers", "safetensors", "numpy"))
-"""What the machine has; accelerate, too, which is an extra."""
+THERE = frozenset(("torch", "transformers", "tokenizers", "safetensors", "numpy", "tqdm"))
+"""What the machine has (tqdm by transformers); accelerate, too, which is an extra."""
 
 PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_28", "_2_27", "_2_24", "_2_17", "2014")]
 
 
 # --- wheels
-# ----------------------------------------------------------------------------------------
 
 
 def wanted() -> list[str]:
@@ -166,7 +165,6 @@ def _name_mlflow(packages: Path, version: str) -> None:
 
 
 # --- checks
-# ----------------------------------------------------------------------------------------
 
 
 class Worker:

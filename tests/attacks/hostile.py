@@ -736,7 +736,6 @@ def yaml_keys(target):
 
 
 # --- the safetensors header
-# -------------------------------------------------------------------------
 
 
 def header_attack(
@@ -869,7 +868,6 @@ def header_twice(target):
 
 
 # --- the inventory
-# ----------------------------------------------------------------------------------
 
 
 def inventory_attack(
@@ -978,7 +976,6 @@ def shard_with_the_same_name(target):
 
 
 # --- values and recorded answers
-# --------------------------------------------------------------------
 
 
 @attack("IntegrityError")
@@ -1249,7 +1246,6 @@ text_attack("tokenizer_not_json", "a tokenizer.json that is "
 
 
 # --- what building, encoding and rendering may take
-# ---------------------------------------------------
 
 
 def config_attack(name: str, doc: str, **change: Any) -> None:

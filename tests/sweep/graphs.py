@@ -110,7 +110,6 @@ def encoder_types(known: Mapping[str, str]) -> set[str]:
 
 
 # --- one class
-# --------------------------------------------------------------------------------------
 
 
 def check(class_name: str, model_type: str) -> dict[str, Any]:
@@ -285,7 +284,6 @@ def _values(
 
 
 # --- all of them
-# ------------------------------------------------------------------------------------
 
 
 class Worker:
@@ -367,7 +365,6 @@ def sweep(wanted: Sequence[tuple[str, str]], results: Path) -> None:
 
 
 # --- the table
-# --------------------------------------------------------------------------------------
 
 
 def as_text(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -57,7 +57,6 @@ PATIENCE = 600  # seconds until a clean process that says nothing is given up
 
 
 # --- the original
-# -----------------------------------------------------------------------------------
 
 
 def original(
@@ -148,7 +147,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 # --- the clean process
-# ------------------------------------------------------------------------------
 
 
 class CleanProcess:
@@ -195,7 +193,6 @@ class CleanProcess:
 
 
 # --- one class
-# --------------------------------------------------------------------------------------
 
 
 def check(class_name: str, model_type: str, clean: CleanProcess, folder: Path) -> dict[str, Any]:
@@ -374,7 +371,6 @@ def _untouched(before: facts.Facts, after: facts.Facts) -> dict[str, Any]:
 
 
 # --- all of them
-# ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

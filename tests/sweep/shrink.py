@@ -390,7 +390,6 @@ def _sections(item: list[int], rule: Any) -> list[int]:
 
 
 # --- rules: name of a field and its value → smaller value
-# ---------------------------------------------------------
 
 
 def _fixed(key: str, item: int) -> int:
@@ -457,7 +456,6 @@ def _short(key: str, item: int) -> int:
 
 
 # --- composed models, whose default config is empty
-# ---------------------------------------------------------------
 
 
 def _backbone(item: dict[str, Any]) -> dict[str, Any]:
