@@ -184,11 +184,12 @@ def save_peer(model: Any, task: str, folder: Path) -> Path:
     import torch
     import transformers
 
+    pipeline: Any = transformers.pipeline  # whose types know each task by its literal name
     # it looks for a model card on the hub, and says so
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     shutil.rmtree(folder, ignore_errors=True)
     mlflow.transformers.save_model(
-        transformers.pipeline(task, model=model, tokenizer=tokenizer()),
+        pipeline(task, model=model, tokenizer=tokenizer()),
         str(folder),
         pip_requirements=[
             f"{library.__name__}=={library.__version__}"

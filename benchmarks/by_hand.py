@@ -15,11 +15,12 @@ from typing import Any
 import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.pyfunc.model import PythonModel
 
 BATCH = 32
 
 
-class Classifier(mlflow.pyfunc.PythonModel):
+class Classifier(PythonModel):
     """A text classifier; its file and its tokenizer are artifacts."""
 
     def load_context(self, context: Any) -> None:
@@ -41,7 +42,7 @@ class Classifier(mlflow.pyfunc.PythonModel):
         """Label and score of each row."""
         texts = model_input["text"].tolist()
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        found = np.zeros((len(texts), 2), np.float32)
+        found: np.ndarray = np.zeros((len(texts), 2), np.float32)
         for start in range(0, len(texts), BATCH):
             places = order[start : start + BATCH]
             encoded = self.tokenizer.encode_batch([texts[i] for i in places])
@@ -61,7 +62,7 @@ class Classifier(mlflow.pyfunc.PythonModel):
         )
 
 
-class Nothing(mlflow.pyfunc.PythonModel):
+class Nothing(PythonModel):
     """Answers at once: what a request costs without any model."""
 
     def predict(

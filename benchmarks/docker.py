@@ -18,8 +18,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -150,6 +151,13 @@ def memory_of(container: Container) -> float:
     return total / 1e3
 
 
+def size_of(engine: Engine, image: str) -> float:
+    """Size of an image, in MB."""
+    found = engine.inspect("image", image)
+    assert found is not None, f"there is no image {image}"
+    return int(found["Size"]) / 1e6
+
+
 @contextmanager
 def both(
     engine: Engine, images: dict[str, str], *options: str, **more: Any
@@ -174,9 +182,10 @@ Row = tuple[str, ...]
 
 
 def row(
-    what: str, ours: list[float], theirs: list[float], unit: str, digits: int = 0, goal: float = 0
+    what: str, sides: Iterable[list[float]], unit: str, digits: int = 0, goal: float = 0
 ) -> Row:
     """Cells of a table: median and spread of both sides, and their ratio."""
+    ours, theirs = sides
     middle, low, high = ratio(ours, theirs)
     verdict = f"≤ {goal:g} {'met' if middle <= goal else 'missed'}" if goal else ""
     cells = (f"{median_and_spread(values, digits=digits)} {unit}" for values in (ours, theirs))
@@ -197,15 +206,15 @@ def compare(engine: Engine, torch_index: str, arguments: argparse.Namespace) -> 
     with TemporaryDirectory() as folder:
         model = minilm_classifier()
         first = save_both(model, Path(folder, "first"), torch_index)
-        built = {name: timed(lambda n=name: BUILD[n](engine, first[n])) for name in WHO}
+        built = {name: timed(partial(BUILD[name], engine, first[name])) for name in WHO}
         images = {name: built[name][1] for name in WHO}
         if "images" in arguments.only:
-            yield row("first build", *([built[name][0]] for name in WHO), "s")
-            sizes = [engine.inspect("image", images[name])["Size"] / 1e6 for name in WHO]
-            below = engine.inspect("image", TAG)["Size"] / 1e6
-            yield row("size of the image", *([size] for size in sizes), "MB", goal=0.27)
+            yield row("first build", ([built[name][0]] for name in WHO), "s")
+            sizes = [size_of(engine, images[name]) for name in WHO]
+            below = size_of(engine, TAG)
+            yield row("size of the image", ([size] for size in sizes), "MB", goal=0.27)
             yield row(
-                f"without its base of {below:.0f} MB", *([size - below] for size in sizes), "MB"
+                f"without its base of {below:.0f} MB", ([size - below] for size in sizes), "MB"
             )
         if "starts" in arguments.only:
             ready: dict[str, list[float]] = {name: [] for name in WHO}
@@ -214,7 +223,7 @@ def compare(engine: Engine, torch_index: str, arguments: argparse.Namespace) -> 
                 for name, image in images.items():
                     seconds = start(engine, image)
                     ready[name] += [seconds] if turn else []
-            yield row("`docker run` to the first answer", *ready.values(), "s", 1, 0.4)
+            yield row("`docker run` to the first answer", ready.values(), "s", 1, 0.4)
         if "latency" in arguments.only:
             with both(engine, images, "--cpus=1") as containers:
                 for what, text, goal in (
@@ -222,15 +231,15 @@ def compare(engine: Engine, torch_index: str, arguments: argparse.Namespace) -> 
                     ("one long text", LONG, 0.55),
                 ):
                     times = latencies(containers, text, arguments.requests)
-                    yield row(f"{what}, --cpus=1", *times.values(), "ms", 1, goal)
+                    yield row(f"{what}, --cpus=1", times.values(), "ms", 1, goal)
         if "images" in arguments.only:
             again: dict[str, list[float]] = {name: [] for name in WHO}
             for turn in range(arguments.changes):
                 model.classifier.weight.data.add_(0.01)
                 changed = save_both(model, Path(folder, f"changed-{turn}"), torch_index)
                 for name in WHO:
-                    again[name].append(timed(lambda n=name, c=changed: BUILD[n](engine, c[n]))[0])
-            yield row("build after a change of weights", *again.values(), "s", 1, 0.1)
+                    again[name].append(timed(partial(BUILD[name], engine, changed[name]))[0])
+            yield row("build after a change of weights", again.values(), "s", 1, 0.1)
         if "memory" in arguments.only:
             large = save_both(roberta_classifier(), Path(folder, "large"), torch_index)
             mounts = {
@@ -241,7 +250,7 @@ def compare(engine: Engine, torch_index: str, arguments: argparse.Namespace) -> 
                 for _ in range(12):  # every worker has answered
                     latencies(containers, SHORT, 1)
                 memory = ([memory_of(containers[name])] for name in WHO)
-                yield row("memory of four workers, 498 MB", *memory, "MB", goal=0.5)
+                yield row("memory of four workers, 498 MB", memory, "MB", goal=0.5)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def report(
-    title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], note: str = ""
+    title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], note: str = ""
 ) -> None:
     """Print a table and keep it for ``--json``."""
     table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")

@@ -25,6 +25,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -165,11 +166,11 @@ def throughput(models: Models, rounds: int) -> Iterator[Row]:
     for what, lengths, peer, hand in cases:
         data = frame(texts_of(lengths))
         runs = {
-            "ours": lambda data=data: models.ours.predict(data),
-            "half": lambda data=data: models.half.predict(data),
-            "peer": lambda data=data: models.peer.predict(data),
-            "hand": lambda data=data: models.hand.predict(data),
-            "openvino": lambda data=data: models.openvino.predict(data),
+            "ours": partial(models.ours.predict, data),
+            "half": partial(models.half.predict, data),
+            "peer": partial(models.peer.predict, data),
+            "hand": partial(models.hand.predict, data),
+            "openvino": partial(models.openvino.predict, data),
         }
         times = alternate(runs, rounds)
         done = {name: rates(found.wall, len(data)) for name, found in times.items()}
@@ -191,10 +192,10 @@ def single(models: Models, rounds: int) -> Iterator[Row]:
             return lambda: [run() for _ in range(40)]
 
         runs = {
-            "ours": many(lambda data=data: models.ours.predict(data)),
-            "peer": many(lambda data=data: models.peer.predict(data)),
-            "hand": many(lambda data=data: models.hand.predict(data)),
-            "openvino": many(lambda data=data: models.openvino.predict(data)),
+            "ours": many(partial(models.ours.predict, data)),
+            "peer": many(partial(models.peer.predict, data)),
+            "hand": many(partial(models.hand.predict, data)),
+            "openvino": many(partial(models.openvino.predict, data)),
         }
         times = alternate(runs, max(rounds, 9))
         ms = {name: [seconds / 40 * 1e3 for seconds in found.wall] for name, found in times.items()}

@@ -63,12 +63,23 @@ def _process(code: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
         for name, value in os.environ.items()
         if not name.startswith(("OMP_", "GOMP_", "MKL_"))
     }
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env={**quiet, **here, **environ}, text=True, **pipes) as process:
+    with subprocess.Popen(
+        command,
+        env={**quiet, **here, **environ},
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
         try:
             yield process
         finally:
             process.kill()
+
+
+def _read_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
 
 
 def measure(rounds: int, repeats: int) -> dict[tuple[str, str, int], list[float]]:
@@ -84,7 +95,7 @@ def measure(rounds: int, repeats: int) -> dict[tuple[str, str, int], list[float]
             for name, environ in SETTINGS.items()
         }
         for process in processes.values():
-            process.stdout.readline()
+            _read_line(process)
         for neighbour in ("idle", "busy"):
             with ExitStack() as beside:
                 if neighbour == "busy":
@@ -94,7 +105,7 @@ def measure(rounds: int, repeats: int) -> dict[tuple[str, str, int], list[float]
                         for name, process in processes.items():
                             print(tokens, repeats, file=process.stdin, flush=True)
                             found.setdefault((neighbour, name, tokens), []).append(
-                                float(process.stdout.readline())
+                                float(_read_line(process))
                             )
     return found
 

@@ -138,7 +138,8 @@ def embed_on_server(model_uri: str, tracking_uri: str) -> np.ndarray:
 
 def as_matrix(rows: list[dict[str, list[float]]]) -> np.ndarray:
     """One embedding a row, as float32: JSON carries the digits of each float32 in full."""
-    return np.array([row["embedding"] for row in rows], dtype=np.float32)
+    matrix: np.ndarray = np.array([row["embedding"] for row in rows], dtype=np.float32)
+    return matrix
 
 
 @contextmanager

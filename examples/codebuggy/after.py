@@ -75,7 +75,10 @@ def main() -> int:
         there = load_elsewhere(path)
         here = mlflow_safeflavor.load_model(path, trust=TRUST)
         wanted = here.predict(ROWS, params={"function_to_apply": "none"}).iloc[0].to_dict()
-    same = there["answer"] == wanted and there["temperature"] == here.module.temperature.item()
+    same = (
+        there["answer"] == wanted
+        and there["temperature"] == here.module.get_buffer("temperature").item()
+    )
     console.print(f"loaded in another process: no error, {there['tensors']} tensors as saved")
     console.print(f"temperature: {there['temperature']:g}, saved was {TEMPERATURE}")
     console.print(f"answers: {there['answer']}, in this process {wanted}")

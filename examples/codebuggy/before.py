@@ -45,7 +45,7 @@ def checkpoint() -> str:
 def make(cls: type[Nested], tokenizer: Any) -> Nested:
     """A whole model: weights from the checkpoint, a seeded head, a temperature."""
     torch.manual_seed(0)
-    model = cls(PlainConfig(encoder=checkpoint(), separator=tokenizer.sep_token_id)).eval()
+    model: Nested = cls(PlainConfig(encoder=checkpoint(), separator=tokenizer.sep_token_id)).eval()
     model.classifier.temperature.fill_(TEMPERATURE)
     return model
 
@@ -69,7 +69,9 @@ def describe(error: Exception) -> str:
 def load_again(cls: type[Nested], folder: str, tokenizer: Any) -> None:
     """Load it as transformers does, and say what came of it."""
     try:
-        model, info = cls.from_pretrained(folder, output_loading_info=True)
+        # Two with this option, which its types do not know.
+        loaded: Any = cls.from_pretrained(folder, output_loading_info=True)
+        model, info = loaded
     except Exception as error:
         console.print(f"  loaded: [red]{describe(error)}[/]")
         return

@@ -17,7 +17,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 LINES = range(2, 10)
 """Lines of a function without its docstring.
@@ -43,6 +43,7 @@ SKIPPED = {
     "__pycache__",
 }
 
+Node = TypeVar("Node", bound=ast.AST)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Rule = Callable[[Any, random.Random], "ast.AST | None"]
 """A node → what stands in its place, or None where the rule does not apply.
@@ -70,7 +71,7 @@ class Pair:
     file: str
 
 
-def _but(node: Any, **fields: Any) -> Any:
+def _but(node: Node, **fields: Any) -> Node:
     """A copy of ``node`` with some fields replaced."""
     new = copy.copy(node)
     vars(new).update(fields)
@@ -79,7 +80,7 @@ def _but(node: Any, **fields: Any) -> Any:
 
 # Mutations
 
-FLIPPED: dict[type[ast.AST], type[ast.AST]] = {
+FLIPPED: dict[type[ast.AST], type[ast.cmpop]] = {
     ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot,
@@ -87,7 +88,7 @@ FLIPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.In: ast.NotIn,
     ast.NotIn: ast.In,
 }
-NEIGHBOURS: dict[type[ast.AST], list[type[ast.AST]]] = {
+NEIGHBOURS: dict[type[ast.AST], list[type[ast.cmpop]]] = {
     ast.Lt: [ast.LtE, ast.Gt],
     ast.LtE: [ast.Lt, ast.GtE],
     ast.Gt: [ast.GtE, ast.Lt],
@@ -186,7 +187,7 @@ def drop_not(node: Any, rng: random.Random) -> ast.AST | None:
     return node.operand if _is_not(node) else None
 
 
-def _is_not(node: Any) -> bool:
+def _is_not(node: Any) -> TypeGuard[ast.UnaryOp]:
     return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
 
 
@@ -230,7 +231,7 @@ def _other_values(node: ast.expr) -> list[Any]:
 
 # Rewordings
 
-MIRRORED: dict[type[ast.AST], type[ast.AST]] = {
+MIRRORED: dict[type[ast.AST], type[ast.cmpop]] = {
     ast.Lt: ast.Gt,
     ast.Gt: ast.Lt,
     ast.LtE: ast.GtE,
@@ -268,7 +269,7 @@ def swap_branches(node: Any, rng: random.Random) -> ast.AST | None:
     """``if a: x else: y`` → ``if not a: y else: x``."""
     if not isinstance(node, ast.If) or not node.orelse or isinstance(node.orelse[0], ast.If):
         return None
-    test = node.test.operand if _is_not(node.test) else ast.UnaryOp(ast.Not(), node.test)  # type: ignore[attr-defined]
+    test = node.test.operand if _is_not(node.test) else ast.UnaryOp(ast.Not(), node.test)
     return ast.If(test, node.orelse, node.body)
 
 

@@ -5,6 +5,8 @@ The kind of module that no loader gets right by calling it again.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoModel
@@ -46,8 +48,8 @@ class FixClassifier(nn.Module):
         # do checkpoints.
         self.register_buffer("temperature", torch.ones(()), persistent=False)
 
-    def load_encoder(self, encoder: str, revision: str | None) -> nn.Module:
-        """The encoder with its weights, as ``__init__`` wants it."""
+    def load_encoder(self, encoder: str, revision: str | None) -> Any:
+        """The encoder with its weights, of the class that the checkpoint names."""
         return AutoModel.from_pretrained(encoder, revision=revision, dtype=torch.float32)
 
     def forward(
@@ -69,7 +71,8 @@ class FixClassifier(nn.Module):
         """Mean hidden state of single texts; (rows, length) twice → (rows, width)."""
         hidden = self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+        mean: torch.Tensor = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return mean
 
     def judge(self, difference: torch.Tensor) -> torch.Tensor:
         """After minus before, (rows, width) → logits, (rows, 2)."""

@@ -245,7 +245,7 @@ class LocalParts:
             "port": self._settings["ports"]["postgres"],
             "unix_socket_directories": "",
         }
-        command = [
+        command: list[str | Path] = [
             programs / "postgres",
             "-D",
             data,
@@ -266,7 +266,7 @@ class LocalParts:
             for path in (data, password):
                 shutil.chown(path, user)
             prefix = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
-        command = [
+        command: list[str | Path] = [
             *prefix,
             programs / "initdb",
             "-D",

@@ -5,9 +5,10 @@ A ``PreTrainedModel`` of transformers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from model import FixClassifier
-from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 
@@ -16,7 +17,7 @@ class PlainConfig(PretrainedConfig):
 
     model_type = "codebuggy-plain"
 
-    def __init__(self, encoder: str = "", separator: int = 0, **kwargs: object) -> None:
+    def __init__(self, encoder: str = "", separator: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.encoder, self.separator = encoder, separator
 
@@ -61,5 +62,5 @@ class FromConfig(Nested):
 
 
 class _Unfilled(FixClassifier):
-    def load_encoder(self, encoder: str, revision: str | None) -> nn.Module:
+    def load_encoder(self, encoder: str, revision: str | None) -> Any:
         return AutoModel.from_config(AutoConfig.from_pretrained(encoder), dtype=torch.float32)

@@ -160,7 +160,7 @@ def serve_app(process: Background, model_url: str, port: int) -> str:
     """Start the app before a model that is served, in place of one that runs; gives its address."""
     process.stop()
     url = f"http://127.0.0.1:{port or free_port()}"
-    command = [
+    command: list[str | Path] = [
         sys.executable,
         HERE / "serve.py",
         "--endpoint",

@@ -44,7 +44,7 @@ COLUMNS = {"text": "buggy_code", "text_pair": "fixed_code"}
 # `deterministic` and one thread: the same bits on every machine of one kind of CPU, however
 # requests come and however many cores there are. Rows may say more than the two columns, as
 # held-out rows do.
-MODEL_CONFIG = {"deterministic": True, "num_threads": 1, "extra_columns": "ignore"}
+MODEL_CONFIG: dict[str, Any] = {"deterministic": True, "num_threads": 1, "extra_columns": "ignore"}
 
 console = Console(stderr=True)
 

@@ -104,7 +104,7 @@ def _optimizer(
 ) -> tuple[torch.optim.Optimizer, Any]:
     layers = model.encoder.encoder.layer
     encoder = layers[recipe.frozen :] if recipe.frozen else model.encoder
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": list(encoder.parameters()), "lr": recipe.rate},
         {"params": list(model.head.parameters()), "lr": 5 * recipe.rate},
     ]

@@ -76,7 +76,8 @@ class Container:
         """What the engine knows of it: Running, ExitCode, OOMKilled, …"""
         found = self.engine.inspect("container", self.name)
         assert found is not None
-        return found["State"]
+        state: dict[str, Any] = found["State"]
+        return state
 
     def wait_until_serving(self, *, inside: bool = False, timeout: float = 180) -> None:
         """Until /ping is answered; fails with the log where that does not come."""

@@ -63,11 +63,12 @@ class Engine:
         None where there is none of that name.
         """
         try:
-            return json.loads(self.docker(kind, "inspect", name))[0]
+            found: list[dict[str, Any]] = json.loads(self.docker(kind, "inspect", name))
         except AssertionError as error:
             if "no such" not in str(error).lower():
                 raise
             return None
+        return found[0]
 
     def remove_leftovers(self) -> None:
         """Containers and images of the tests.

@@ -9,7 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.utils import (
+    InvalidWheelFilename,
+    NormalizedName,
+    canonicalize_name,
+    parse_wheel_filename,
+)
 
 
 @functools.cache
@@ -41,7 +46,7 @@ def wheels_of_installed() -> tuple[Path, ...]:
     return tuple(wheel for wheel in wheels if _is_version_of(wheel, installed))
 
 
-def _is_version_of(wheel: Path, installed: dict[str, str]) -> bool:
+def _is_version_of(wheel: Path, installed: dict[NormalizedName, str]) -> bool:
     try:
         name, version, _, _ = parse_wheel_filename(wheel.name)
     except InvalidWheelFilename:
