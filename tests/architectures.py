@@ -25,7 +25,7 @@ DIM = {
 GPT = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 34}
 XLNET = {"vocab_size": 40, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Bert": SMALL,
     "Roberta": SMALL,
     "DistilBert": DIM,
@@ -48,9 +48,10 @@ def tiny_model(architecture: str, head: str, **changes: Any) -> transformers.Pre
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = getattr(transformers, f"{architecture}{head}")(config)
+        model: transformers.PreTrainedModel = getattr(transformers, f"{architecture}{head}")(config)
         # Spread out, so that a wrong position or a token read from the padding shows.
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    model.eval()
+    return model

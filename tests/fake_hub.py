@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 LARGE = 50_000
@@ -49,7 +50,7 @@ class Hub:
         ]
 
 
-def listing(folder: Path) -> list[dict]:
+def listing(folder: Path) -> list[dict[str, Any]]:
     """Files as the hub describes them: a git id, and for large ones the SHA-256."""
     rows = []
     for path in sorted(folder.iterdir()):
@@ -71,16 +72,16 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
 
-    def log_message(self, *_):
+    def log_message(self, *_: Any) -> None:
         pass
 
-    def do_HEAD(self):
+    def do_HEAD(self) -> None:
         self._answer(body=False)
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         self._answer(body=True)
 
-    def _answer(self, body):
+    def _answer(self, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
         words = path.strip("/").split("/")
@@ -100,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
         return self._send_file(folder / rest[2], commit, body)
 
-    def _info(self, name, commit, folder):
+    def _info(self, name: str, commit: str, folder: Path) -> dict[str, Any]:
         files = [
             {"rfilename": row["name"], "size": row["size"], "blobId": row["blob"]}
             | (
@@ -119,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
             "siblings": files,
         }
 
-    def _tree(self, folder):
+    def _tree(self, folder: Path) -> list[dict[str, Any]]:
         return [
             {"type": "file", "path": row["name"], "size": row["size"], "oid": row["blob"]}
             | (
@@ -130,14 +131,17 @@ class _Handler(BaseHTTPRequestHandler):
             for row in self._listed(folder)
         ]
 
-    def _listed(self, folder):
+    def _listed(self, folder: Path) -> list[dict[str, Any]]:
         kept = folder / "listing.json.kept"  # what was listed before the bytes changed
-        return json.loads(kept.read_text()) if kept.exists() else listing(folder)
+        if not kept.exists():
+            return listing(folder)
+        rows: list[dict[str, Any]] = json.loads(kept.read_text())
+        return rows
 
-    def _send_json(self, content):
+    def _send_json(self, content: Any) -> None:
         self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
-    def _send_file(self, path, commit, body):
+    def _send_file(self, path: Path, commit: str, body: bool) -> None:
         content = path.read_bytes()
         large = len(content) > LARGE
         if large and body and self.hub.down:
@@ -155,7 +159,15 @@ class _Handler(BaseHTTPRequestHandler):
             cut=self.hub.cut_after if large else None,
         )
 
-    def _send(self, status, content, headers, *, body=True, cut=None):
+    def _send(
+        self,
+        status: int,
+        content: bytes,
+        headers: Mapping[str, str],
+        *,
+        body: bool = True,
+        cut: int | None = None,
+    ) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
@@ -170,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(content)
 
-    def _refuse(self, status, code):
+    def _refuse(self, status: int, code: str) -> None:
         self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
 
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
 
@@ -25,7 +26,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
 class Attempts:
     """Saves of one tiny model below ``folder``, each in a fork of this process."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.temporary = Path(tempfile.gettempdir())
         self.uri = f"sqlite:///{folder / 'mlflow.db'}"
@@ -33,10 +34,18 @@ class Attempts:
         self.model = torch.nn.Sequential(
             torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
         ).eval()
-        self.example = {"input": np.ones((2, 4), "float32")}
-        self.noted = set()
+        self.example: dict[str, np.ndarray] = {"input": np.ones((2, 4), "float32")}
+        self.noted: set[str] = set()
 
-    def attempt(self, how, name, *, graph="no", killed_after=None, number=None):
+    def attempt(
+        self,
+        how: str,
+        name: str,
+        *,
+        graph: str = "no",
+        killed_after: float | None = None,
+        number: signal.Signals = signal.SIGKILL,
+    ) -> int:
         """Run one in a fork; returns its exit status, negative for a signal."""
         child = os.fork()
         if child == 0:
@@ -56,8 +65,13 @@ class Attempts:
                 self.noted.add(json.loads(note.read_text())["model_id"])
         return status
 
-    def _run(self, how, name, graph):
-        given = {"task": "raw", "input_example": self.example, "allow_pickle": True, "graph": graph}
+    def _run(self, how: str, name: str, graph: str) -> None:
+        given: dict[str, Any] = {
+            "task": "raw",
+            "input_example": self.example,
+            "allow_pickle": True,
+            "graph": graph,
+        }
         if how == "save":
             mlflow_safeflavor.save_model(self.model, self.folder / "store" / name, **given)
         else:
@@ -66,7 +80,7 @@ class Attempts:
             with mlflow.start_run():
                 mlflow_safeflavor.log_model(self.model, name, registered_model_name=name, **given)
 
-    def rehearsing(self):
+    def rehearsing(self) -> list[str]:
         """Clean processes that run for this folder."""
         found = []
         for process in Path("/proc").glob("[0-9]*/cmdline"):
@@ -76,7 +90,7 @@ class Attempts:
                     found.append(line)
         return found
 
-    def left_over(self):
+    def left_over(self) -> tuple[dict[str, list[Any]], dict[str, int]]:
         """What should not be there."""
         from mlflow_safeflavor.artifact.layout import Layout
         from mlflow_safeflavor.artifact.manifest import find_broken_files, read_manifest
@@ -115,7 +129,7 @@ class Attempts:
             ],
             "pending": sorted(pending & self.noted),
             "half registered": [
-                v.name for v in versions if v.source.rpartition("/")[2] not in ready
+                v.name for v in versions if str(v.source).rpartition("/")[2] not in ready
             ],
         }, {
             "published": len(store),
@@ -128,7 +142,7 @@ class Attempts:
         }
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -37,7 +39,7 @@ CORPUS = [text for text in NASTY if text.strip()] * 3 + [
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
-def byte_level():
+def byte_level() -> Tokenizer:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -54,7 +56,7 @@ def byte_level():
     return backend
 
 
-def unigram():
+def unigram() -> Tokenizer:
     backend = Tokenizer(models.Unigram())
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -70,7 +72,7 @@ def unigram():
     return backend
 
 
-def wrapped(backend, **settings):
+def wrapped(backend: Tokenizer, **settings: Any) -> PreTrainedTokenizerFast:
     names = {
         "bos_token": "<s>",
         "eos_token": "</s>",

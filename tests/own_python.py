@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import sysconfig
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,8 +37,15 @@ class Site:
         return file
 
     def install(
-        self, name, version="1.0", files=None, requires=(), *, direct_url=None, record=True
-    ):
+        self,
+        name: str,
+        version: str = "1.0",
+        files: dict[str, str] | None = None,
+        requires: Iterable[str] = (),
+        *,
+        direct_url: Any = None,
+        record: bool = True,
+    ) -> None:
         """Files and metadata of a distribution.
 
         ``record`` says whether there is a list of its files.
@@ -67,7 +76,7 @@ class Site:
 
 
 @pytest.fixture
-def own_site(tmp_path, monkeypatch):
+def own_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     """An empty ``Site``, whose Python rehearses; this process imports from there, too."""
     path, modules = list(sys.path), set(sys.modules)
     own_site = Site(tmp_path / "python")

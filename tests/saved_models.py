@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from artifacts import SAME_BATCHES, TEXTS
 
 import mlflow_safeflavor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
 _made: dict[str, Path] = {}
 
 
 @pytest.fixture
-def saved(tmp_path_factory, tiny_bert, tiny_tokenizer) -> Path:
+def saved(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_bert: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
     """A saved tiny classifier with an input example.
 
     Made once a process, so nobody may change it.
@@ -28,7 +37,7 @@ def saved(tmp_path_factory, tiny_bert, tiny_tokenizer) -> Path:
         example = [{"text": text} for text in TEXTS]
         # Weights large enough that no change of them drowns in the tolerance of recorded answers.
         model = tiny_bert(initializer_range=0.5)
-        given = {
+        given: dict[str, Any] = {
             "tokenizer": tiny_tokenizer,
             "input_example": example,
             "model_config": SAME_BATCHES,
@@ -41,7 +50,11 @@ def saved(tmp_path_factory, tiny_bert, tiny_tokenizer) -> Path:
 
 
 @pytest.fixture
-def saved_with_graph(tmp_path_factory, tiny_bert, tiny_tokenizer) -> Path:
+def saved_with_graph(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_bert: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
     """The same model with its graph; made once a process."""
     if "graph" not in _made:
         path = tmp_path_factory.mktemp("artifact") / "graph"

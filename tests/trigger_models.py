@@ -150,6 +150,8 @@ class OldInitialiser(Small):
 class Scaled(nn.Module):
     """A weight beside a non-persistent buffer."""
 
+    offset: torch.Tensor
+
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(WIDTH))

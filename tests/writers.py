@@ -1,5 +1,9 @@
 """Tiny models that write text, with random weights, and their tokenizers."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -24,7 +28,14 @@ VOCABULARY = ["<pad>", "<s>", "</s>", *BYTES, *("".join(pair) for pair in MERGES
 SIZE = len(VOCABULARY)
 
 
-def byte_tokenizer(*, pad="<pad>", bos=False, eos=False, chat=False, **options):
+def byte_tokenizer(
+    *,
+    pad: str | None = "<pad>",
+    bos: bool = False,
+    eos: bool = False,
+    chat: bool = False,
+    **options: Any,
+) -> PreTrainedTokenizerFast:
     """Every byte is a token, so that characters span several."""
     ids = {token: i for i, token in enumerate(VOCABULARY)}
     backend = Tokenizer(models.BPE(ids, MERGES))
@@ -63,7 +74,7 @@ _LLAMA = {
     **{"max_position_embeddings": 96, "initializer_range": 0.3},
 }
 
-DECODERS = {
+DECODERS: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": {
         "n_embd": 32,
         "n_layer": 2,
@@ -84,7 +95,7 @@ DECODERS = {
     },
     "GPTNeoXForCausalLM": _LLAMA,
 }
-ODD_DECODERS = {
+ODD_DECODERS: dict[str, dict[str, Any]] = {
     # Counts positions from the padding on.
     "BartForCausalLM": _BART,
     # Recurrent.
@@ -95,7 +106,7 @@ ODD_DECODERS = {
         "use_cache": True,
     },
 }
-ENCODER_DECODERS = {
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "T5ForConditionalGeneration": {
         **{
             "d_model": 32,
@@ -111,10 +122,12 @@ ENCODER_DECODERS = {
     "MarianMTModel": {**_BART, "decoder_start_token_id": 0},
     "MBartForConditionalGeneration": _BART,
 }
-ALL = {**DECODERS, **ODD_DECODERS, **ENCODER_DECODERS}
+ALL: dict[str, dict[str, Any]] = {**DECODERS, **ODD_DECODERS, **ENCODER_DECODERS}
 
 
-def writer(name, *, seed=0, generation=None, **config):
+def writer(
+    name: str, *, seed: int = 0, generation: dict[str, Any] | None = None, **config: Any
+) -> Any:
     """A new, seeded model of class ``name``; ``generation`` goes into its generation config."""
     cls = getattr(transformers, name)
     with torch.random.fork_rng(devices=[]):
