@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from sites import Site
 
@@ -9,7 +12,7 @@ FOLLOWED: dict[Site, str] = {}
 """Site → the test that follows its hint; filled as test modules are imported."""
 
 
-def follows(module: str, what: str, hint: str = ""):
+def follows(module: str, what: str, hint: str = "") -> Callable[[Any], Any]:
     """Mark a test that meets this message and does literally what its hint says.
 
     Args:
@@ -20,7 +23,7 @@ def follows(module: str, what: str, hint: str = ""):
     """
     site = Site(module, what, hint or what)
 
-    def mark(test):
+    def mark(test: Any) -> Any:
         FOLLOWED[site] = f"{test.__module__}.py::{test.__name__}"
         return pytest.mark.hint(site)(test)
 

@@ -118,19 +118,19 @@ def _found(tree: ast.Module, values: Mapping[str, Any]) -> Iterator[tuple[Any, t
         if isinstance(target, ast.Name) and _CONSTANT.fullmatch(target.id) and target.id in used:
             for texts in _spelled(target.id, values[target.id]):
                 yield node, texts
-    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        hints = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg in _HINTS}
-        what = " | ".join(_firsts(node.args[0], known)) if node.args else ast.unparse(node.func)
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        hints = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg in _HINTS}
+        what = " | ".join(_firsts(call.args[0], known)) if call.args else ast.unparse(call.func)
         if "instead" in hints:
-            what = ast.unparse(node.func).rpartition(".")[2]
+            what = ast.unparse(call.func).rpartition(".")[2]
         for value in hints.values():
             for text in known.texts(value):
-                yield node, (what, text)
+                yield call, (what, text)
         if (
-            isinstance(node.func, ast.Attribute)
-            and (ast.unparse(node.func.value), node.func.attr) in _LOGS
+            isinstance(call.func, ast.Attribute)
+            and (ast.unparse(call.func.value), call.func.attr) in _LOGS
         ):
-            yield node, (what, what)
+            yield call, (what, what)
 
 
 def _imported(tree: ast.Module) -> dict[str, Any]:
@@ -138,7 +138,9 @@ def _imported(tree: ast.Module) -> dict[str, Any]:
     return {
         alias.name: getattr(importlib.import_module(node.module), alias.name, None)
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlflow_safeflavor.")
+        if isinstance(node, ast.ImportFrom)
+        and node.module
+        and node.module.startswith("mlflow_safeflavor.")
         for alias in node.names
     }
 
@@ -182,10 +184,10 @@ def _assigned(tree: ast.Module) -> dict[str, list[_Part]]:
         for node in ast.walk(function):
             if isinstance(node, ast.Assign):
                 target, value = node.targets[0], node.value
-                several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
-                for name, part in (
-                    zip(target.elts, value.elts, strict=False) if several else [(target, value)]
-                ):
+                pairs: list[tuple[ast.expr, ast.expr]] = [(target, value)]
+                if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                    pairs = list(zip(target.elts, value.elts, strict=False))
+                for name, part in pairs:
                     found.setdefault(ast.unparse(name), []).append(_Part(part, *lines))
             elif isinstance(node, ast.AugAssign):
                 found.setdefault(f"{ast.unparse(node.target)} +", []).append(
