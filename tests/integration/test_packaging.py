@@ -87,12 +87,14 @@ def test_metadata(wheel):
     assert {
         "accelerate",
         "all",
+        "clients",
         "demo",
         "dev",
         "docker",
         "image",
         "openvino",
         "s3",
+        "sound",
         "stack",
         "test",
     } == set(metadata.get_all("Provides-Extra"))
