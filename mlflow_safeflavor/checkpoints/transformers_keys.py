@@ -56,7 +56,7 @@ def _converters(module: torch.nn.Module) -> list[Any]:
         from transformers.core_model_loading import WeightConverter
     except ImportError:  # transformers 4 renames, but converts nothing
         return []
-    found = get_model_conversion_mapping(module) if hasattr(module, "is_custom_code") else []  # type: ignore[arg-type]
+    found = get_model_conversion_mapping(module) if hasattr(module, "is_custom_code") else []
     return [entry for entry in found if isinstance(entry, WeightConverter)]
 
 
