@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -149,22 +149,29 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
                     golden = read_golden(saved.layout, name)
                     replayed = replay(model, golden, options.dtype)
                     measure_forward_cost(model, golden)
-    where = str(getattr(engine, "device", "cpu")) + ", by device_map" * bool(options.device_map)
-    report = LoadReport(
+    report = _report(saved, weights, options.hashes)
+    where = str(getattr(engine, "device", "cpu"))
+    report = replace(
+        report if replayed is None else report.proven_by(replayed),
+        environment=tuple(map(str, differences)),
+        device=where if not options.device_map else f"{where}, by device_map",
+        engine=name,
+        seconds=seconds,
+    )
+    return reloadable(replace(model, report=report), load_folder, options)
+
+
+def _report(saved: Saved, weights: Sequence[HeldFile], hashes: bool) -> LoadReport:
+    """What was looked at, in numbers; the story adds what became of it."""
+    return LoadReport(
         files=len(saved.files),
-        hashed_bytes=saved.hashed_bytes + sum(f.size for f in weights) if options.hashes else 0,
+        hashed_bytes=saved.hashed_bytes + sum(file.size for file in weights) if hashes else 0,
         weights=", ".join(sorted({file.kind for file in weights})),
         tensors=len(saved.inventory.rows),
         alias_groups=len(saved.inventory.data),
         weight_bytes=saved.inventory.nbytes,
-        environment=tuple(map(str, differences)),
         tolerated=saved.tolerated,
-        device=where,
-        engine=name,
-        seconds=seconds,
     )
-    report = report if replayed is None else report.proven_by(replayed)
-    return reloadable(replace(model, report=report), load_folder, options)
 
 
 def _import(engine: str) -> None:
