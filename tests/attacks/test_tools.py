@@ -84,9 +84,10 @@ def _link(target):
 
 
 def _linked_requirements(target):
+    shutil.copyfile("/etc/passwd", target.requirements)
+    reseal(target.root)
     target.requirements.unlink()
     target.requirements.symlink_to("/etc/passwd")
-    reseal(target.root)
 
 
 def _linked_mlmodel(target):
