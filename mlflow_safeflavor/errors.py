@@ -15,6 +15,7 @@
     ├── AnswerError                     the model or a hook failed over rows it was asked (HTTP 500)
     ├── OverloadedError                 the queue is full, or a row needs too much memory (HTTP 503)
     ├── DeadlineError                   the model did not answer in the time it was given (HTTP 504)
+    ├── DownloadError                   the store broke off, or wanted other credentials
     └── PlacementError                  no such device, or the model does not fit on it
 
 Each message says what happened, where, what was wanted, what was found, and the hint.
@@ -35,6 +36,7 @@ from mlflow.protos.databricks_pb2 import (
 __all__ = [
     "AnswerError",
     "DeadlineError",
+    "DownloadError",
     "EnvironmentMismatchError",
     "FormatVersionError",
     "InputError",
@@ -116,6 +118,10 @@ class TrustError(SafeFlavorError):
 
 class FormatVersionError(SafeFlavorError):
     """The artifact was written in a format this release does not read."""
+
+
+class DownloadError(SafeFlavorError):
+    """The artifact's store broke off, or said something that MLflow has no error for."""
 
 
 class IntegrityError(SafeFlavorError):

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mlflow_safeflavor.artifact.scratch import scratch_folder
+from mlflow_safeflavor.errors import DownloadError
 
 __all__ = ["keep", "located"]
 
@@ -19,20 +20,44 @@ def located(model_uri: str | Path, dst_path: str | Path | None = None) -> Iterat
     Args:
         model_uri: A folder, or a URI.
         dst_path: Folder to download to, which stays.
+
+    Raises:
+        MlflowException: There is no such model, or a file of it could not be downloaded.
+        DownloadError: The store could not say which files there are.
     """
     if dst_path is None and Path(model_uri).is_dir():
         yield Path(model_uri)
         return
-    from mlflow.artifacts import download_artifacts
 
     # To download from a store on this disk is to get its own folder: nothing of it is removed.
     if dst_path is not None or _lies_here(str(model_uri)):
-        folder = None if dst_path is None else str(dst_path)
-        yield Path(download_artifacts(artifact_uri=str(model_uri), dst_path=folder))
+        yield _download(str(model_uri), dst_path)
         return
     # Swept by the next scratch folder, if this process is killed.
     with scratch_folder("download") as scratch:
-        yield Path(download_artifacts(artifact_uri=str(model_uri), dst_path=str(scratch)))
+        yield _download(str(model_uri), scratch)
+
+
+def _download(model_uri: str, folder: str | Path | None) -> Path:
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        path = download_artifacts(
+            artifact_uri=model_uri, dst_path=None if folder is None else str(folder)
+        )
+    except MlflowException:
+        raise
+    # MLflow words what happens to a file; when a listing of files breaks off, the error is that of
+    # the store's client, such as botocore's.
+    except Exception as error:
+        raise DownloadError(
+            "The model could not be downloaded",
+            where=model_uri,
+            found=f"{type(error).__name__}: {error}",
+            hint="load it again once the store answers, with the credentials that its client wants",
+        ) from error
+    return Path(path)
 
 
 def _lies_here(model_uri: str) -> bool:

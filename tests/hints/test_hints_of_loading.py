@@ -25,6 +25,7 @@ from mlflow_safeflavor import load_model
 from mlflow_safeflavor.errors import (
     AnswerError,
     DeadlineError,
+    DownloadError,
     IntegrityError,
     OverloadedError,
     ParityError,
@@ -72,6 +73,24 @@ def test_a_damaged_artifact(saved, copied, tmp_path, tiny_bert, tiny_tokenizer):
         tiny_bert(), tmp_path / "again", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
     )
     load_model(tmp_path / "again")
+
+
+@follows(
+    "load/download",
+    "The model could not be downloaded",
+    "load it again once the store answers, with the credentials that its client wants",
+)
+def test_a_store_that_breaks_off(saved, tmp_path, monkeypatch):
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    def cut(self, path=None):
+        raise RuntimeError("closed by the store")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalArtifactRepository, "list_artifacts", cut)
+        error = wrong(DownloadError, saved, dst_path=tmp_path)
+    assert error.where == str(saved)
+    load_model(saved, dst_path=tmp_path)
 
 
 @follows(

@@ -22,7 +22,7 @@ import mlflow_safeflavor
 from mlflow_safeflavor.artifact import weights_files
 from mlflow_safeflavor.artifact.scratch import scratch_folder
 from mlflow_safeflavor.cli import main
-from mlflow_safeflavor.errors import SafeFlavorError
+from mlflow_safeflavor.errors import DownloadError, SafeFlavorError
 from mlflow_safeflavor.load.download import located
 
 pytest_plugins = "saved_models"
@@ -75,6 +75,22 @@ def test_nor_does_one_that_is_refused(temporary, saved, tmp_path):
     with pytest.raises(Exception, match="nothing"):
         mlflow_safeflavor.load_model(f"elsewhere:{tmp_path}/nothing/there")
     assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_listing_that_breaks_off(temporary, saved, tmp_path, monkeypatch, asked):
+    def cut(self, path=None):
+        raise ClosedError("closed by the store")
+
+    monkeypatch.setattr(Elsewhere, "list_artifacts", cut)
+    with pytest.raises(DownloadError, match="ClosedError: closed by the store") as caught:
+        mlflow_safeflavor.load_model(f"elsewhere:{saved}", str(tmp_path) if asked else None)
+    assert caught.value.where == f"elsewhere:{saved}"
+    assert list(temporary.iterdir()) == []
+
+
+class ClosedError(Exception):
+    """Of a store's client, as botocore's: none of MLflow's and none of the system's."""
 
 
 def test_a_folder_that_was_asked_for_stays(temporary, saved, tmp_path):

@@ -295,10 +295,9 @@ def test_a_download_that_is_cut(champion, client, to_tracking, to_s3, tmp_path, 
     before = proxy.passed["download"]
     whole = Path(mlflow.artifacts.download_artifacts(uri))
     proxy.arm((proxy.passed["download"] - before) // 2, upload=False)
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(MlflowException) as caught:
         mlflow_safeflavor.load_model(uri, str(tmp_path))
     assert proxy.triggered.wait(30), repr(caught.value)
-    assert isinstance(caught.value, (MlflowException, OSError))
     proxy.mend()
     # What lies there is not taken for a model by anybody who finds it.
     assert any(tmp_path.rglob("*"))
