@@ -103,6 +103,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "torch.nn.Module": ("a torch.nn.Module", _of("torch", "Module")),
     "ModelSignature": ("an mlflow.models.ModelSignature", _of("mlflow", "ModelSignature")),
     "Model": ("an mlflow.models.Model", _of("mlflow", "Model")),
+    "pyspark.sql.DataFrame": ("a DataFrame of Spark", _of("pyspark", "DataFrame")),
     "pd.DataFrame": ("a pandas.DataFrame", _of("pandas", "DataFrame")),
 }
 

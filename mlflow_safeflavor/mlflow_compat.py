@@ -35,6 +35,7 @@ __all__ = [
     "require_schema",
     "rows_schema",
     "schema_of",
+    "spark_fields",
 ]
 
 
@@ -224,3 +225,31 @@ def read_mlmodel(folder: Path) -> Model:
             "or install the pins",
         ) from None
     return model
+
+
+def spark_fields(answers: Schema | None, result_type: str | None) -> tuple[Any, bool]:
+    """Fields of an answer as a ``StructType`` of Spark, and whether they are more than one value.
+
+    Args:
+        answers: From the signature.
+        result_type: As Spark writes a type, which counts instead.
+
+    Raises:
+        InputError: Neither says what an answer is.
+    """
+    from mlflow.pyfunc import _infer_spark_udf_return_type
+    from pyspark.sql.types import StructField, StructType, _parse_datatype_string
+
+    if result_type is not None:
+        kind = _parse_datatype_string(result_type)
+    elif answers is not None:
+        kind = _infer_spark_udf_return_type(answers)  # type: ignore[no-untyped-call]  # MLflow's
+    else:
+        raise InputError(
+            "The signature of the model does not say what an answer is",
+            where="result_type",
+            hint="say it as Spark writes types: score(df, model_uri, result_type='label string')",
+        )
+    if isinstance(kind, StructType):
+        return kind, True
+    return StructType([StructField("value", kind)]), False

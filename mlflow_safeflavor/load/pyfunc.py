@@ -19,6 +19,7 @@ from mlflow_safeflavor.load.about_process import (
     describe_process,
 )
 from mlflow_safeflavor.load.load import load_folder
+from mlflow_safeflavor.load.once import in_spark_task, once
 from mlflow_safeflavor.load.options import LoadOptions
 from mlflow_safeflavor.predict.options import (
     asked_options,
@@ -81,21 +82,22 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
     # Once torch is imported it has read these variables.
     if "torch" not in sys.modules and threads.is_scoring_server():
         budget = threads.limit_threads(options["num_threads"])
-    model = load_folder(
-        Path(path),
-        LoadOptions(
-            device=options["device"],
-            dtype=options["dtype"] or None,
-            verify=options["verify"],
-            environment=options["environment"],
-            trust=frozenset({"code", "pickle"} if pickles else {"code"}) | agreed_to_here(),
-            chosen=options,
-        ),
+    asked = LoadOptions(
+        device=options["device"],
+        dtype=options["dtype"] or None,
+        verify=options["verify"],
+        environment=options["environment"],
+        trust=frozenset({"code", "pickle"} if pickles else {"code"}) | agreed_to_here(),
+        chosen=options,
     )
-    _logger.info(
-        "safeflavor: %s",
-        "; ".join(str(fact) for fact in (model.spec.task, budget, model.report) if fact),
-    )
+
+    def load() -> LoadedModel:
+        model = load_folder(Path(path), asked)
+        said = "; ".join(str(fact) for fact in (model.spec.task, budget, model.report) if fact)
+        _logger.info("safeflavor: %s", said)
+        return model
+
+    model = once(load, Path(path), repr(asked)) if in_spark_task() else load()
     return PyfuncModel(model, facts_of(model, budget) if tells_environment() else None)
 
 

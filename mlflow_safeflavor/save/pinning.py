@@ -50,15 +50,17 @@ class Pinning:
 
     @property
     def optional(self) -> list[str]:
-        """Modules that all of MLflow brings along and a graph does without."""
+        """Modules that MLflow imports where they are installed, and the model does without."""
         # Hidden from the rehearsal while MLflow is imported: libraries import pyarrow or scipy
-        # where they are installed, and would seem to need them.
+        # where they are installed, and would seem to need them. MLflow itself imports pyspark, half
+        # a gigabyte, to have its types.
         if "graph" not in self._needs:
-            return []
+            return ["pyspark"]
         unneeded = closure_of(["mlflow"]) - closure_of(self._needs["graph"])
         owners = importlib.metadata.packages_distributions().items()
         return sorted(
-            module for module, names in owners if {*map(canonicalize_name, names)} <= unneeded
+            {module for module, names in owners if {*map(canonicalize_name, names)} <= unneeded}
+            | {"pyspark"}
         )
 
     def write(self, used: Mapping[str, Use] | None = None) -> Environment:

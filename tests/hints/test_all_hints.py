@@ -162,6 +162,7 @@ TELLS = {
     ("environment/record", "Installed versions contradict what is required: %s"),
     ("environment/closure", "Metadata of %s holds a requirement nobody can read: %s"),
     ("artifact/host_cache", "safeflavor: nothing is kept on this host: %s"),
+    ("spark", "safeflavor: %d rows in %.2f s"),
     ("graph/packed_weights", "safeflavor: packed weights are not shared: %s"),
     ("load/pyfunc", "safeflavor: %s"),
     ("load/pyfunc", "safeflavor: %s failed"),

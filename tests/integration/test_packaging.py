@@ -95,6 +95,7 @@ def test_metadata(wheel):
         "openvino",
         "s3",
         "sound",
+        "spark",
         "stack",
         "test",
     } == set(metadata.get_all("Provides-Extra"))

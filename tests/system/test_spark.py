@@ -1,0 +1,264 @@
+"""Tables of Spark: the bits of this process, each row once, and loaded once in each worker."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+
+import mlflow_safeflavor
+from mlflow_safeflavor.errors import InputError, TrustError
+from mlflow_safeflavor.spark import score
+
+pytest_plugins = ("saved_models", "spark_fixtures")
+pytestmark = [
+    pytest.mark.slow,
+    # pyspark leaves its sockets to the collector.
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
+
+WORDS = ("the", "cat", "sat", "on", "a", "mat")
+TEXTS = [" ".join(WORDS[: 1 + i % 6]) for i in range(200)]
+
+
+def table_of(spark, texts=TEXTS, name="text"):
+    return spark.createDataFrame(pd.DataFrame({"id": range(len(texts)), name: texts}))
+
+
+def plain(value):
+    """A value of Spark as MLflow's answers have it."""
+    if hasattr(value, "asDict"):
+        return {name: plain(part) for name, part in value.asDict().items()}
+    return [plain(part) for part in value] if isinstance(value, list) else value
+
+
+def rows_of(table, column="prediction"):
+    return [plain(row[column]) for row in sorted(table.collect(), key=lambda row: row["id"])]
+
+
+def natively(path, data, **options):
+    return mlflow_safeflavor.load_model(path, **options).predict(data)
+
+
+def test_the_bits_of_this_process_and_each_row_once(spark, saved_with_graph):
+    scored = score(table_of(spark), saved_with_graph)
+    assert scored.columns == ["id", "text", "prediction"]
+    wanted = natively(saved_with_graph, TEXTS).to_dict(orient="records")
+    assert len({row["score"] for row in wanted}) == 6, "answers that are all alike prove nothing"
+    assert rows_of(scored) == wanted
+    assert sorted(row["id"] for row in scored.collect()) == list(range(len(TEXTS)))
+
+
+def test_other_columns_are_what_they_were(spark, saved_with_graph, tmp_path):
+    """No column but the model's passes through pandas, which has no Decimal and no missing int."""
+    table = spark.createDataFrame(
+        [(1, "the cat", Decimal("1.10"), None, {"a": 1}), (2, "a mat", None, 3, None)],
+        "id long, text string, d decimal(10,2), n int, m map<string,int>",
+    )
+    table.write.parquet(str(tmp_path / "in"))
+    read = spark.read.parquet(str(tmp_path / "in"))
+    score(read, saved_with_graph, output="p").write.parquet(str(tmp_path / "out"))
+    there = spark.read.parquet(str(tmp_path / "out"))
+    assert there.drop("p").schema == read.schema
+    assert sorted(there.drop("p").collect()) == sorted(table.collect())
+    wanted = natively(saved_with_graph, ["the cat", "a mat"]).to_dict(orient="records")
+    assert rows_of(there, "p") == wanted
+
+
+def test_rows_that_cannot_be_answered_have_a_reason(spark, saved):
+    texts = [*TEXTS[:40], None, *TEXTS[:7], "the " * 100_001, "a mat"]
+    table = table_of(spark, texts)
+    with pytest.raises(Exception, match="A value is missing"):
+        score(table, saved).collect()
+    scored = score(table, saved, on_error="null")
+    answers, reasons = rows_of(scored), rows_of(scored, "prediction_reason")
+    assert [i for i, answer in enumerate(answers) if answer is None] == [40, 48]
+    assert [i for i, reason in enumerate(reasons) if reason is not None] == [40, 48]
+    assert reasons[40].startswith("A value is missing; wanted: a value")
+    assert "characters" in reasons[48]
+    good = [text for i, text in enumerate(texts) if i not in (40, 48)]
+    wanted = natively(saved, good)["label"].tolist()
+    assert [answer["label"] for answer in answers if answer is not None] == wanted
+
+
+def test_params_and_a_type_that_was_asked_for(spark, saved):
+    scored = score(table_of(spark), saved, params={"top_k": 2}, result_type="labels array<string>")
+    assert scored.schema["prediction"].dataType.simpleString() == "struct<labels:array<string>>"
+    assert {tuple(sorted(row["labels"])) for row in rows_of(scored)} == {("LABEL_0", "LABEL_1")}
+    # No row is at fault for what the request asks for.
+    with pytest.raises(Exception, match="nothing"):
+        score(table_of(spark), saved, params={"nothing": 1}, on_error="null").collect()
+
+
+def test_what_is_refused_before_anything_runs(spark, saved, tmp_path, tiny_bert, tiny_tokenizer):
+    table = table_of(spark)
+    for options, said in [
+        ({"on_error": "skip"}, "on_error"),
+        ({"output": "text"}, "has a column of that name"),
+        ({"columns": ["texts"]}, "does not have the columns"),
+        ({"columns": ["id", "text"]}, "does not have the columns"),
+        ({"model_config": {"threads": 1}}, "Unknown key"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            score(table, saved, **options)
+    with pytest.raises(InputError, match="a DataFrame of Spark"):
+        score(pd.DataFrame({"text": TEXTS}), saved)
+    mlflow_safeflavor.save_model(
+        tiny_bert(None),
+        tmp_path / "llm",
+        task="llm/v1/embeddings",
+        tokenizer=tiny_tokenizer,
+        rehearse=False,
+        graph="no",
+    )
+    with pytest.raises(InputError, match="one answer for all rows"):
+        score(table, tmp_path / "llm")
+
+
+def test_code_of_the_model_runs_where_it_is_agreed_to(spark, user_code, tmp_path):
+    code, file = user_code(
+        "two_arrays",
+        """
+        import torch
+
+        class Two(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = torch.nn.Linear(3, 2)
+
+            def forward(self, x, y):
+                deep = self.linear(x)
+                return {"flat": deep.sum(1) + y, "deep": deep[:, :, None].expand(-1, 2, 2)}
+        """,
+    )
+    example = {"x": np.ones((4, 3), np.float32), "y": np.arange(4, dtype=np.float32)}
+    mlflow_safeflavor.save_model(
+        code.Two().eval(),
+        tmp_path / "two",
+        task="raw",
+        input_example=example,
+        code_paths=[file],
+        rehearse=False,
+        graph="no",
+    )
+    table = spark.createDataFrame(
+        pd.DataFrame({"id": range(4), "x": [[1.0, 1.0, 1.0]] * 4, "y": [0.0, 1.0, 2.0, 3.0]})
+    )
+    with pytest.raises(TrustError):
+        score(table, tmp_path / "two")
+    answers = rows_of(score(table, tmp_path / "two", trust={"code"}))
+    wanted = natively(tmp_path / "two", example, trust={"code"})
+    assert np.allclose([answer["flat"] for answer in answers], wanted["flat"])
+    assert np.allclose([answer["deep"] for answer in answers], wanted["deep"])
+
+
+def loads_by_worker(spark):
+    """Process → models that it holds, of the workers that run functions over pandas."""
+    from pyspark.sql.pandas.functions import pandas_udf
+
+    def held(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
+        module = sys.modules.get("mlflow_safeflavor.load.once")
+        kept = [id(model) for model in getattr(module, "_kept", {}).values()]
+        for batch in batches:
+            yield pd.Series([f"{os.getpid()} {kept}"] * len(batch))
+
+    held.__annotations__ = {"batches": Iterator[pd.Series], "return": Iterator[pd.Series]}
+    answers = spark.range(0, 80, 1, 8).select(pandas_udf(held, "string")("id").alias("held"))
+    return dict(row["held"].split(" ", 1) for row in answers.collect())
+
+
+def test_mlflows_own_function_loads_once_in_each_worker(saved_with_graph, environ, spark):
+    table = table_of(spark).repartition(6)
+    udf = mlflow.pyfunc.spark_udf(spark, str(saved_with_graph))
+    scored = table.withColumn("prediction", udf("text"))
+    wanted = natively(saved_with_graph, TEXTS).to_dict(orient="records")
+    assert rows_of(scored) == wanted
+    before = {worker: held for worker, held in loads_by_worker(spark).items() if held != "[]"}
+    assert before
+    assert rows_of(scored) == wanted
+    after = loads_by_worker(spark)
+    assert all(after[worker] == held for worker, held in before.items() if worker in after)
+
+
+# A cluster of processes on loopback: one master, and two workers with a core each.
+
+
+@contextlib.contextmanager
+def cluster(folder: Path, environ):
+    import pyspark
+
+    home = Path(pyspark.__file__).parent
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    master = f"spark://127.0.0.1:{port}"
+    deploy = [str(home / "bin" / "spark-class"), "org.apache.spark.deploy"]
+    web = ["--host", "127.0.0.1", "--webui-port", "0"]
+    worker = [*web, "--cores", "1", "--memory", "1g", "--work-dir"]
+    commands = [
+        [deploy[0], f"{deploy[1]}.master.Master", *web, "--port", str(port)],
+        [deploy[0], f"{deploy[1]}.worker.Worker", *worker, str(folder / "first"), master],
+        [deploy[0], f"{deploy[1]}.worker.Worker", *worker, str(folder / "second"), master],
+    ]
+    processes = []
+    with (folder / "log").open("w") as log:
+        try:
+            for command in commands:
+                processes.append(subprocess.Popen(command, stdout=log, stderr=log))
+            deadline = time.monotonic() + 60
+            while (folder / "log").read_text().count("Registering worker") < 2:
+                assert time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
+                time.sleep(0.2)
+            yield master
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def executors():
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any("CoarseGrainedExecutorBackend" in part for part in process.info["cmdline"] or ())
+    ]
+
+
+def test_a_cluster_that_loses_an_executor_loses_no_row(
+    saved_with_graph, tmp_path, environ, spark, session
+):
+    spark.stop()
+    with cluster(tmp_path, environ) as master:
+        made = session(master, **{"spark.executor.memory": "512m", "spark.executor.cores": "1"})
+        try:
+            # Small batches, so that an executor is in the middle of its rows for a while.
+            made.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", "20")
+            texts = TEXTS * 30
+            scored = score(table_of(made, texts), saved_with_graph, partitions=12)
+            wanted = natively(saved_with_graph, texts).to_dict(orient="records")
+            assert rows_of(scored) == wanted
+            scored.write.parquet(str(tmp_path / "warm"))
+            before = executors()
+            assert len(before) == 2
+            thread = threading.Thread(target=scored.write.parquet, args=(str(tmp_path / "out"),))
+            thread.start()
+            time.sleep(0.5)
+            before[0].send_signal(signal.SIGKILL)
+            thread.join()
+            there = made.read.parquet(str(tmp_path / "out"))
+            assert rows_of(there) == wanted
+        finally:
+            made.stop()
