@@ -117,7 +117,7 @@ def score(
         model_config=dict(model_config or {}),
         nulls=on_error == "null",
     )
-    answers = pandas_udf(_udf(job), _with_reason(fields))
+    answers: Any = pandas_udf(_udf(job), _with_reason(fields))
     row = F.struct(*(F.col(f"`{name}`").alias(model) for model, name in names.items()))
     scored = _spread(df, partitions).withColumn(_ANSWER, answers(row))
     parts = [F.col(f"{_ANSWER}.`{name}`").alias(name) for name in fields.fieldNames()]
