@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,57 +60,43 @@ def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None)
         Path(folder, "constraints.txt").write_text(
             "\n".join(map(str, pins.constraints)), encoding="utf-8"
         )
-        command = [
-            _uv(),
-            "pip",
-            "compile",
-            "pyproject.toml",
-            "--output-file",
-            "lock.txt",
-            "--generate-hashes",
-        ]
-        command += [
-            "--constraint",
-            "constraints.txt",
-            "--python-version",
-            python,
-            # Nothing is built here: a source distribution runs its author's code.
-            "--only-binary",
-            ":all:",
-        ]
-        command += ["--no-header", "--no-annotate", "--quiet"]
-        # uv was seen to read a uv.toml of the folder for temporary files, and to run its .venv:
-        # other users may write both.
-        command += ["--no-config", "--python", sys.executable, "--no-python-downloads"]
-        command += [
-            f"--find-links={found}" for option in pins.options if (found := folder_of(option))
-        ]
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=environ,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_TIMEOUT,
-        )
-        if done.returncode:
-            raise EnvironmentMismatchError(
-                "The pins cannot be locked with hashes",
-                where="uv pip compile",
-                wanted="a wheel to install for each pin",
-                found=done.stderr.strip()[-1500:],
-                hint="say where the wheels are (torch_index=… when saving, UV_DEFAULT_INDEX, "
-                "UV_FIND_LINKS); where several indexes have the name, "
-                "UV_INDEX_STRATEGY=unsafe-best-match looks at all; or do without hashes",
-            )
-        lines = (
-            Path(folder, "lock.txt").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
-        )
-        locked = [
-            _as_installed(pin, installed or {}) for pin in parse_pins(lines, "uv pip compile")
-        ]
+        lines = _compiled(folder, environ, python, filter(None, map(folder_of, pins.options)))
+    locked = [_as_installed(pin, installed or {}) for pin in parse_pins(lines, "uv pip compile")]
     return replace(pins, pins=tuple(locked), constraints=())
+
+
+def _compiled(
+    folder: Path, environ: Mapping[str, str], python: str, wheels: Iterable[Path]
+) -> list[str]:
+    """Lines of the lock that uv makes of the project and the constraints in a folder."""
+    # Nothing is built here: a source distribution runs its author's code.
+    command = [_uv(), "pip", "compile", "pyproject.toml", "--only-binary", ":all:"]
+    command += ["--constraint", "constraints.txt", "--output-file", "lock.txt", "--generate-hashes"]
+    command += ["--python-version", python, "--no-header", "--no-annotate", "--quiet"]
+    # uv was seen to read a uv.toml of the folder for temporary files, and to run its .venv: other
+    # users may write both.
+    command += ["--no-config", "--python", sys.executable, "--no-python-downloads"]
+    command += [f"--find-links={found}" for found in wheels]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=_TIMEOUT,
+    )
+    if done.returncode:
+        raise EnvironmentMismatchError(
+            "The pins cannot be locked with hashes",
+            where="uv pip compile",
+            wanted="a wheel to install for each pin",
+            found=done.stderr.strip()[-1500:],
+            hint="say where the wheels are (torch_index=… when saving, UV_DEFAULT_INDEX, "
+            "UV_FIND_LINKS); where several indexes have the name, "
+            "UV_INDEX_STRATEGY=unsafe-best-match looks at all; or do without hashes",
+        )
+    return Path(folder, "lock.txt").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
 
 
 def lock_file(layout: Layout, recorded: Environment) -> None:

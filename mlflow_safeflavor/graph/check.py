@@ -29,18 +29,7 @@ def read(content: bytes) -> Graph:
     Raises:
         Malformed: It is no model of ours, or holds what it must not; names the node or tensor.
     """
-    model = parse_model(content)
-    if model.get("ir_version") not in _VERSIONS:
-        raise Malformed(f"version {model.get('ir_version')} of the format")
-    # One, and of the standard's domain, "": what another domain's operators do is not known here.
-    opsets = [(entry.get("domain", ""), entry.get("version")) for entry in model["opset_import"]]
-    if len(opsets) != 1 or opsets[0][0] or opsets[0][1] not in _OPSETS:
-        raise Malformed(
-            f"operators of {opsets}, not of the standard's version {_OPSETS[0]} to {_OPSETS[-1]}"
-        )
-    graph = model.get("graph")
-    if graph is None:
-        raise Malformed("no graph")
+    graph = _graph_of(parse_model(content))
     inputs = tuple(map(_input, graph["input"]))
     weights = dict(weights_of(graph["initializer"]))
     known = {f"{_IN}{value.name}" for value in inputs}
@@ -71,23 +60,10 @@ def read(content: bytes) -> Graph:
             own = [size_of(attribute["t"]) for attribute in node["attribute"] if "t" in attribute]
             size = max([0, *own, *(sizes[name] for name in node["input"] if name)])
             sizes.update(dict.fromkeys(filter(None, node["output"]), size))
-    outputs = [value.get("name", "") for value in graph["output"]]
-    given = {name for _, _, names in nodes for name in names}
-    if (
-        not outputs
-        or len(set(outputs)) != len(outputs)
-        or not all(name in given for name in outputs)
-    ):
-        raise Malformed("outputs that no node gives")
-    if not all(name.startswith(_OUT) for name in outputs):
-        raise Malformed("outputs of other names than a save gives")
-    for value in graph["output"]:
-        _typed(value, f"output {value['name'][:60]!r}")
-    names = tuple(name.removeprefix(_OUT) for name in outputs)
     return Graph(
         content,
         inputs,
-        names,
+        _outputs(graph["output"], {name for _, _, names in nodes for name in names}),
         weights,
         tuple(nodes),
         _lookups(nodes, weights),
@@ -97,6 +73,34 @@ def read(content: bytes) -> Graph:
 
 # Prefixes of the names of inputs and outputs: a forward may give an output of an input's name.
 _IN, _OUT = "input.", "output."
+
+
+def _graph_of(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The graph of a model in a version of the format and of operators that are known here."""
+    if model.get("ir_version") not in _VERSIONS:
+        raise Malformed(f"version {model.get('ir_version')} of the format")
+    # One, and of the standard's domain, "": what another domain's operators do is not known here.
+    opsets = [(entry.get("domain", ""), entry.get("version")) for entry in model["opset_import"]]
+    if len(opsets) != 1 or opsets[0][0] or opsets[0][1] not in _OPSETS:
+        raise Malformed(
+            f"operators of {opsets}, not of the standard's version {_OPSETS[0]} to {_OPSETS[-1]}"
+        )
+    graph: Mapping[str, Any] | None = model.get("graph")
+    if graph is None:
+        raise Malformed("no graph")
+    return graph
+
+
+def _outputs(values: Sequence[Mapping[str, Any]], given: set[str]) -> tuple[str, ...]:
+    """Names of the outputs as a forward gives them; ``given`` are those that nodes give."""
+    outputs = [value.get("name", "") for value in values]
+    if not outputs or len(set(outputs)) != len(outputs) or not given.issuperset(outputs):
+        raise Malformed("outputs that no node gives")
+    if not all(name.startswith(_OUT) for name in outputs):
+        raise Malformed("outputs of other names than a save gives")
+    for value in values:
+        _typed(value, f"output {value['name'][:60]!r}")
+    return tuple(name.removeprefix(_OUT) for name in outputs)
 
 
 def _lookups(

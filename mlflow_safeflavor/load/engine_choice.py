@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.artifact.spec import ModelSpec
+from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import PlacementError, TrustError
 from mlflow_safeflavor.graph.file import reason_against
 from mlflow_safeflavor.load.saved import Saved
@@ -14,7 +15,7 @@ from mlflow_safeflavor.machine import is_plainly_cpu
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["casts", "choose_engine", "needs_no_module", "require_trusted_engine"]
+__all__ = ["casts", "choose_engine", "needed_environment", "require_trusted_engine"]
 
 
 def require_trusted_engine(engine: str, asked: Mapping[str, Any], trust: Collection[str]) -> None:
@@ -92,25 +93,27 @@ def choose_engine(
     return asked
 
 
-def needs_no_module(
+def needed_environment(
     saved: Saved,
     chosen: Mapping[str, Any],
     *,
     device: str | int | torch.device,
     dtype: str | torch.dtype | None,
     device_map: str | Mapping[str, Any] | None,
-) -> bool:
-    """Whether the graph answers, as far as can be told before torch is imported."""
-    # Asked before the environment is compared: then pins that only the module needs do not count.
-    # Where drivers of an accelerator are in sight, torch must tell, and all pins do.
+) -> Environment:
+    """The recorded environment; of it what the graph needs, where that will surely answer."""
+    # Where torch and transformers are not installed a graph is served all the same: their absence
+    # is no difference then.
     asked = chosen["engine"]
     alone = asked == "auto" and saved.spec.structure == "graph"
     if asked in ("onnx", "openvino") or alone:
-        return True
+        return saved.environment.for_graph()
+    # Told before torch is imported: where drivers of an accelerator are in sight, torch must tell,
+    # and all pins count.
     if asked == "module" or not is_plainly_cpu(device):
-        return False
+        return saved.environment
     name = choose_engine(saved, chosen, device=device, dtype=dtype, device_map=device_map)
-    return name == "onnx"
+    return saved.environment.for_graph() if name == "onnx" else saved.environment
 
 
 def _device(asked: str | int | torch.device) -> str:

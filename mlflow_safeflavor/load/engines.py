@@ -15,7 +15,6 @@ from mlflow_safeflavor.load.engine_choice import casts
 from mlflow_safeflavor.load.replay import replay
 from mlflow_safeflavor.load.saved import Saved
 from mlflow_safeflavor.module.guarded import guarded
-from mlflow_safeflavor.predict.golden import read_golden
 from mlflow_safeflavor.predict.model import LoadedModel, make_model
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.inputs.vocabulary import require_rows
@@ -26,46 +25,72 @@ if TYPE_CHECKING:
     from mlflow_safeflavor.graph.engine import GraphEngine
     from mlflow_safeflavor.module.engine import ModuleEngine
 
-__all__ = ["bind", "open_graph", "open_module"]
+__all__ = ["bind", "open_engine"]
 
 Hooks = dict[str, Callable[..., Any]]
 
 
-def open_graph(
+def open_engine(
     name: str,
     saved: Saved,
     weights: list[HeldFile],
     *,
+    device: str | int | torch.device,
     dtype: str | torch.dtype | None,
+    device_map: str | Mapping[str, Any] | None,
     chosen: Mapping[str, Any],
     trust: Collection[str],
     policy: str,
     shares: bool,
     replays: bool,
-) -> tuple[GraphEngine, Hooks]:
-    """A session of ONNX Runtime or OpenVINO with the weights of the artifact; and the hooks.
-
-    The module beside it, for what the graph does not take, is made when it is wanted.
+) -> tuple[Engine, Hooks]:
+    """The engine of a name from ``choose_engine``, with the weights; and the user's hooks by name.
 
     Args:
-        name: "onnx" or "openvino".
+        name: "onnx", "openvino" or "module".
         saved: The model.
         weights: Its files of weights.
+        device: As ``load_model`` takes it; a graph has the CPU.
         dtype: As ``load_model`` takes it.
+        device_map: As ``load_model`` takes it; a graph has none.
         chosen: The run-time options.
         trust: Kinds of the artifact's own code that may run.
-        policy: What ``load_model`` takes as ``environment``, for the module.
+        policy: What ``load_model`` takes as ``environment``, for the module beside a graph.
         shares: Whether packed weights may come from, and go to, this host's cache.
-        replays: Whether the module answers its golden rows before it is used.
+        replays: Whether the module beside a graph answers its golden rows before it is used.
     """
-    from mlflow_safeflavor.graph.engine import GraphEngine, runtime_of
-    from mlflow_safeflavor.graph.file import keeps_bits, open_graph
-
+    if name == "module":
+        return _open_module(
+            saved,
+            weights,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            compiles=chosen["compile"],
+            trust=trust,
+        )
     module = None
     if saved.spec.structure != "graph":
         module = _beside(
             saved, weights, dtype=dtype, chosen=chosen, trust=trust, policy=policy, replays=replays
         )
+    return _open_graph(name, saved, weights, module, dtype, chosen, trust, shares)
+
+
+def _open_graph(
+    name: str,
+    saved: Saved,
+    weights: list[HeldFile],
+    module: Callable[[], ModuleEngine] | None,
+    dtype: str | torch.dtype | None,
+    chosen: Mapping[str, Any],
+    trust: Collection[str],
+    shares: bool,
+) -> tuple[GraphEngine, Hooks]:
+    """A session of ONNX Runtime or OpenVINO; ``module`` makes what answers beside the graph."""
+    from mlflow_safeflavor.graph.engine import GraphEngine, runtime_of
+    from mlflow_safeflavor.graph.file import keeps_bits, open_graph
+
     graph, arrays = open_graph(saved.inventory.files, saved.layout)
     runtime = runtime_of(name, casts(saved.spec, dtype))
     # OpenVINO packs weights in a format of its own, which workers cannot share.
@@ -101,7 +126,7 @@ def _hooks_of(saved: Saved, trust: Collection[str]) -> Hooks:
         }
 
 
-def open_module(
+def _open_module(
     saved: Saved,
     weights: list[HeldFile],
     *,
@@ -111,17 +136,7 @@ def open_module(
     compiles: bool,
     trust: Collection[str],
 ) -> tuple[ModuleEngine, Hooks]:
-    """The module, rebuilt, compared and placed; and the user's hooks by name.
-
-    Args:
-        saved: The model.
-        weights: Its files of weights.
-        device: As ``load_model`` takes it.
-        dtype: As ``load_model`` takes it.
-        device_map: As ``load_model`` takes it.
-        compiles: The run-time option ``compile``.
-        trust: Kinds of the artifact's own code that may run.
-    """
+    """The module, rebuilt, compared and placed."""
     from mlflow_safeflavor.module import placement
     from mlflow_safeflavor.module.dtypes import input_dtype
     from mlflow_safeflavor.module.engine import ModuleEngine
@@ -200,14 +215,8 @@ def _beside(
 ) -> Callable[[], ModuleEngine]:
     """A function that makes the engine of the module, on the CPU, checked as if loaded alone.
 
-    Args:
-        saved: The model.
-        weights: Its files of weights.
-        dtype: As ``load_model`` takes it.
-        trust: Kinds of the artifact's own code that may run.
-        policy: As ``load_model`` takes ``environment``.
-        chosen: The run-time options.
-        replays: Whether its golden rows are answered again.
+    The module answers what the graph does not take, and is made when it is wanted; arguments as in
+    ``open_engine``.
     """
     # Read now, kept by the layout: by the time that the module is made, the folder may be gone.
     late = saved.layout.golden("module")
@@ -221,7 +230,7 @@ def _beside(
         # Of the graph's load only the graph's pins were compared.
         require_same(saved.environment, policy=policy)
         with naming_missing():
-            engine, hooks = open_module(
+            engine, hooks = _open_module(
                 saved,
                 list(weights),
                 device="cpu",
@@ -231,8 +240,7 @@ def _beside(
                 trust=trust,
             )
         if replays:
-            golden = read_golden(saved.layout, engine.name)
-            replay(bind(engine, hooks, saved, chosen), golden, dtype)
+            replay(bind(engine, hooks, saved, chosen), dtype)
         return engine
 
     return make

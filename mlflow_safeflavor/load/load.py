@@ -19,7 +19,7 @@ from mlflow_safeflavor.errors import WeightsError
 from mlflow_safeflavor.load.download import keep, located
 from mlflow_safeflavor.load.engine_choice import (
     choose_engine,
-    needs_no_module,
+    needed_environment,
     require_trusted_engine,
 )
 from mlflow_safeflavor.load.options import LoadOptions
@@ -98,67 +98,54 @@ def load_model(
 def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
     """Load an artifact from a local folder; native loading, pyfunc and rehearsals all come here."""
     seconds: dict[str, float] = {}
-    place: Any = {
-        "device": options.device,
-        "dtype": options.dtype,
-        "device_map": options.device_map,
-    }
     with _timed(seconds, "look"):
         saved = read_saved(root, weights=False, digests=options.hashes, trust=options.trust)
         asked = options.chosen or asked_options(options.model_config)
         chosen = options.chosen or run_time_options(asked, saved.spec.model_config)
         require_trusted_engine(chosen["engine"], asked, options.trust)
-        # A graph is served in an environment that has neither torch nor transformers: their absence
-        # is no difference then.
-        no_module = needs_no_module(saved, chosen, **place)
-        recorded = saved.environment.for_graph() if no_module else saved.environment
+        recorded = needed_environment(saved, chosen, **options.place)
         differences = require_same(recorded, policy=options.environment)
     # From here on a failure may come from other versions of a library: its hint names them.
     with naming_versions(recorded):
         with _timed(seconds, "import"), _without_collecting():
-            name = choose_engine(saved, chosen, **place)
+            name = choose_engine(saved, chosen, **options.place)
             _import(name)
-        from mlflow_safeflavor.load import engines
-        from mlflow_safeflavor.load.replay import measure_forward_cost, naming_failures, replay
-        from mlflow_safeflavor.predict.golden import read_golden
+        from mlflow_safeflavor.load.engines import bind, open_engine
+        from mlflow_safeflavor.load.replay import naming_failures, replay
 
         with _timed(seconds, "digest"):
-            weights = _weights_of(saved, hashes=options.hashes, rehash=options.verify == "rehash")
-        engine: Engine
+            weights = _weights_of(saved, hashes=options.hashes, rehash=options.rehashes)
         with _timed(seconds, "rebuild"), _without_collecting():
-            if name == "module":
-                engine, hooks = engines.open_module(
-                    saved, weights, **place, compiles=chosen["compile"], trust=options.trust
-                )
-            else:
-                engine, hooks = engines.open_graph(
-                    name,
-                    saved,
-                    weights,
-                    dtype=options.dtype,
-                    chosen=chosen,
-                    trust=options.trust,
-                    policy=options.environment,
-                    shares=options.verify != "rehash",
-                    replays=options.replays,
-                )
+            engine, hooks = open_engine(
+                name,
+                saved,
+                weights,
+                **options.place,
+                chosen=chosen,
+                trust=options.trust,
+                policy=options.environment,
+                shares=not options.rehashes,
+                replays=options.replays,
+            )
         with naming_failures(saved.layout.name_of(saved.layout.recorded(name)[0])):
-            model, replayed = engines.bind(engine, hooks, saved, chosen), None
+            model = bind(engine, hooks, saved, chosen)
             with _timed(seconds, "replay"):
-                if options.replays:
-                    golden = read_golden(saved.layout, name)
-                    replayed = replay(model, golden, options.dtype)
-                    measure_forward_cost(model, golden)
+                replayed = replay(model, options.dtype) if options.replays else None
     report = _report(saved, weights, options.hashes)
-    where = str(getattr(engine, "device", "cpu"))
     report = replace(
         report if replayed is None else report.proven_by(replayed),
         environment=tuple(map(str, differences)),
-        device=where if not options.device_map else f"{where}, by device_map",
+        device=_where(engine, options.device_map),
         engine=name,
         seconds=seconds,
     )
     return reloadable(replace(model, report=report), load_folder, options)
+
+
+def _where(engine: Engine, device_map: object) -> str:
+    """Device of an engine in words; a graph's is the CPU."""
+    where = str(getattr(engine, "device", "cpu"))
+    return f"{where}, by device_map" if device_map else where
 
 
 def _report(saved: Saved, weights: Sequence[HeldFile], hashes: bool) -> LoadReport:

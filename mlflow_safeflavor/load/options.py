@@ -48,6 +48,16 @@ class LoadOptions:
         return self.verify in ("full", "rehash")
 
     @property
+    def rehashes(self) -> bool:
+        """Whether nothing counts that this host remembers of files it has hashed before."""
+        return self.verify == "rehash"
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where the weights go and in which dtype; ``load_model`` says what each takes."""
+        return {"device": self.device, "dtype": self.dtype, "device_map": self.device_map}
+
+    @property
     def replays(self) -> bool:
         """Whether the golden rows are answered again."""
         return self.replay and self.verify != "off"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mlflow_safeflavor.errors import AnswerError, InputError, ParityError, SafeFlavorError
 from mlflow_safeflavor.load.engine_choice import casts
 from mlflow_safeflavor.predict import batching
-from mlflow_safeflavor.predict.golden import Golden
+from mlflow_safeflavor.predict.golden import read_golden
 from mlflow_safeflavor.predict.model import LoadedModel
 from mlflow_safeflavor.predict.parity import ParityReport
 from mlflow_safeflavor.predict.replay import replay as golden_replay
@@ -18,37 +18,36 @@ from mlflow_safeflavor.predict.replay import require_parity
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["measure_forward_cost", "naming_failures", "replay"]
+__all__ = ["naming_failures", "replay"]
 
 
-def replay(model: LoadedModel, recorded: Golden, dtype: str | torch.dtype | None) -> ParityReport:
+def replay(model: LoadedModel, dtype: str | torch.dtype | None) -> ParityReport:
     """Answer the golden rows again, and refuse a model that answers otherwise.
+
+    Measures ``forward_cost``, too, where none is stored, or only that of the CPU it was saved on.
 
     Args:
         model: The loaded model.
-        recorded: The golden rows.
-        dtype: Dtype that the model was cast to, as ``load_model`` takes it.
+        dtype: Dtype that it was cast to, as ``load_model`` takes it.
 
     Raises:
         ParityError: Its answers are not the recorded ones.
     """
+    recorded = read_golden(model.files, model.engine.name)
     cast = casts(model.spec, dtype)
     result = golden_replay(model, recorded, cast or "")
     # A module that was cast on request answers otherwise by intent. OpenVINO in bfloat16 does, too,
     # but within a tolerance of its own.
     if not cast or model.engine.name == "openvino":
         require_parity(result, recorded.where)
+    if batching.measures_forward_cost(model.scheduler.forward_cost, model.engine.on_cpu):
+        rows = [
+            model.task.from_record(row, recorded.inputs(i)) for i, row in enumerate(recorded.rows)
+        ]
+        model.scheduler.forward_cost = batching.measure_forward_cost(
+            model.task, model.engine, rows, model.options["max_batch_tokens"]
+        )
     return result
-
-
-def measure_forward_cost(model: LoadedModel, recorded: Golden) -> None:
-    """Measure ``forward_cost`` where none is stored, or only that of the CPU it was saved on."""
-    if not batching.measures_forward_cost(model.scheduler.forward_cost, model.engine.on_cpu):
-        return
-    rows = [model.task.from_record(row, recorded.inputs(i)) for i, row in enumerate(recorded.rows)]
-    model.scheduler.forward_cost = batching.measure_forward_cost(
-        model.task, model.engine, rows, model.options["max_batch_tokens"]
-    )
 
 
 @contextmanager

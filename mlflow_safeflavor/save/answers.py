@@ -100,7 +100,8 @@ def write_parity(
     """Record the golden rows with each engine, the one that serves by default first.
 
     Returns:
-        The answers of that one, and the spec with the measured ``forward_cost``.
+        The answers of that one, and the spec with the measured ``forward_cost`` and the task's
+        config, which has what the task measured.
     """
     first = models[0]
     cost = first.scheduler.forward_cost
@@ -118,4 +119,5 @@ def write_parity(
         else:
             dtypes = dtypes_of(find_slots(model.module)) if spec.dtype == AS_IS else [spec.dtype]
         answers.append(golden.record(model, rows, dtypes, layout))
+    spec = replace(spec, task_config=first.task.config)
     return answers[0], replace(spec, model_config={**spec.model_config, "forward_cost": cost})

@@ -67,29 +67,14 @@ def rehearse(
         RehearsalError: It could not be loaded there, or answered differently.
     """
     with scratch_folder("rehearsal") as folder, _lifeline() as lifeline:
-        scratch, answer = str(folder), folder / "answer.json"
-        environ = {name: value for name, value in os.environ.items() if name in _KEPT}
-        environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = str(allow_pickle).lower()
-        environ["MLFLOW_SAFEFLAVOR_CACHE"] = "off"  # no later load comes from a staged folder
-        environ |= dict.fromkeys(("HOME", "HF_HOME", "TMPDIR", "TEMP", "TMP"), scratch)
-        environ |= {**_OFFLINE, "MLFLOW_TRACKING_URI": f"file:{scratch}/mlruns"}
-        if sys.version_info < (3, 12):
-            # Else setuptools' distutils is imported in place of Python's own, and pinned for it.
-            environ["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"
-        command = [
-            sys.executable,
-            "-I",
-            str(_PROGRAM),
-            os.fspath(staged),
-            " ".join(engines),
-            os.fspath(answer),
-        ]
-        command += [" ".join(hidden)]
+        answer = folder / "answer.json"
+        command = [sys.executable, "-I", str(_PROGRAM), os.fspath(staged)]
+        command += [" ".join(engines), str(answer), " ".join(hidden)]
         try:
             process = subprocess.run(
                 command,
-                cwd=scratch,
-                env=environ,
+                cwd=folder,
+                env=_environ(str(folder), allow_pickle),
                 stdin=lifeline,
                 capture_output=True,
                 text=True,
@@ -126,6 +111,19 @@ def rehearse(
             "reads",
         )
     return told["opened"], told["path"]
+
+
+def _environ(scratch: str, allow_pickle: bool) -> dict[str, str]:
+    """Variables of the clean process, whose home and temporary folder are the scratch folder."""
+    environ = {name: value for name, value in os.environ.items() if name in _KEPT}
+    environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = str(allow_pickle).lower()
+    environ["MLFLOW_SAFEFLAVOR_CACHE"] = "off"  # no later load comes from a staged folder
+    environ |= dict.fromkeys(("HOME", "HF_HOME", "TMPDIR", "TEMP", "TMP"), scratch)
+    environ |= {**_OFFLINE, "MLFLOW_TRACKING_URI": f"file:{scratch}/mlruns"}
+    if sys.version_info < (3, 12):
+        # Else setuptools' distutils is imported in place of Python's own, and pinned for it.
+        environ["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"
+    return environ
 
 
 @contextmanager

@@ -15,14 +15,12 @@ from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 
 from mlflow_safeflavor import mlflow_compat
 from mlflow_safeflavor.arguments import checked, require_arguments
-from mlflow_safeflavor.artifact.description import what_runs
 from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.spec import AS_IS
 from mlflow_safeflavor.artifact.staging import staging
 from mlflow_safeflavor.checkpoints.damage import require_undamaged
-from mlflow_safeflavor.checkpoints.source import resolve_source
-from mlflow_safeflavor.environment.used import find_used
+from mlflow_safeflavor.environment.used import Use, find_used
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.graph.engine import runtime_of
 from mlflow_safeflavor.module import user_code
@@ -32,19 +30,20 @@ from mlflow_safeflavor.module.kept import kept_module
 from mlflow_safeflavor.module.saveable import require_saveable
 from mlflow_safeflavor.module.structure import describe
 from mlflow_safeflavor.module.subject import Subject
-from mlflow_safeflavor.module.wrappers import require_plain, taken_off
 from mlflow_safeflavor.predict.model import LoadedModel, make_task
 from mlflow_safeflavor.predict.options import MODEL_CONFIG, require_known_options, run_time_options
 from mlflow_safeflavor.save.answers import answering, write_parity
 from mlflow_safeflavor.save.code import write_code
 from mlflow_safeflavor.save.example import split_example, write_example
+from mlflow_safeflavor.save.given import source_of
 from mlflow_safeflavor.save.graph import store_graph
 from mlflow_safeflavor.save.logged import log
 from mlflow_safeflavor.save.pinning import Pinning, needs_of
 from mlflow_safeflavor.save.rehearsal import rehearse as rehearse_load
-from mlflow_safeflavor.save.signature import columns_of, defaults_of, signature_of
+from mlflow_safeflavor.save.signature import defaults_of, signature_of
 from mlflow_safeflavor.save.write import seal, write_module, write_task
 from mlflow_safeflavor.tasks.base import Task
+from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.table import task_class
 
@@ -144,19 +143,9 @@ def save_model(
     """
     _require_one_of("graph", graph, ("auto", "require", "only", "no"))
     input_example, asked = split_example(input_example)
-    # Taken off twice: wrappers (torch.compile, DDP) may lie around what was given, and around its
-    # module.
-    source = resolve_source(taken_off(model), tokenizer, task, dtype, processor)
-    source = replace(
-        source,
-        module=taken_off(source.module),
-        hooks=_hooks(source.task, preprocess, postprocess),
-        example=input_example,
-        columns=source.columns or columns_of(signature, task_class(source.task)),
-    )
-    require_plain(source.module)
-    options = _options(source.task, {**source.options, **(model_config or {})})
-    _require_openvino(options, graph)
+    hooks = {"preprocess": preprocess, "postprocess": postprocess}
+    source = source_of(model, tokenizer, task, dtype, processor, hooks, input_example, signature)
+    options = _options(source.task, {**source.options, **(model_config or {})}, graph)
     defaults = {**source.params, **defaults_of(signature), **(params or {})}
     subject = Subject.of(source.module)
     # Before any file is written: sparse, quantised and meta tensors have no form in safetensors.
@@ -164,30 +153,19 @@ def save_model(
     found = dtypes_of(subject.slots)
     serving = serving_dtype(dtype, found)
     cast_from = announced_cast(dtype, source.stored or found, serving)
-    # The module stays as it is: forwards may write to its buffers, and what they wrote is put back,
-    # after a refusal as well.
+    # Forwards may write to the module's buffers: that is put back, after a refusal as well.
     with kept_module(source.module), staging(path) as stage:
         layout = Layout(stage)
-        spec = write_task(source, serving, input_columns, options, defaults, layout)
+        spec = write_task(source, serving, cast_from, input_columns, options, defaults, layout)
         bound = make_task(spec, layout, source.hooks, spec.model_config)
         examples = [] if input_example is None else bound.rows(input_example)
         rows = [*examples, *bound.golden_rows()]
-        subject = _described(
-            subject, graph, init_args, allow_pickle, _forward(bound, rows, subject)
-        )
-        # Before gigabytes are written.
-        require_undamaged(subject, on_damage)
-        written = write_module(subject, source.hooks, serving, allow_pickle, layout)
-        structure, inventory, casts = written
-        kind, runs = structure["kind"], what_runs(structure)
-        spec = replace(spec, structure=kind, runs=runs, cast_from=cast_from)
+        subject = _described(subject, graph, init_args, allow_pickle, bound, rows)
+        require_undamaged(subject, on_damage)  # before gigabytes are written
+        spec, inventory, casts = write_module(subject, source.hooks, spec, allow_pickle, layout)
         write_code(code_paths, layout)
         with answering(subject, inventory, casts, bound, spec, layout) as served:
-            bound.require_defaults()
-            if asked:  # a task may have a param that each request must give
-                bound.check_params(asked)
-            bound.config = {**bound.config, **bound.measured(served.engine, input_example)}
-            spec = replace(spec, task_config=bound.config)
+            bound.config = _measured(bound, served.engine, input_example, asked)
             models = _by_engine(served, inventory, rows, graph)
             answers, spec = write_parity(models, rows, spec, layout)
         engines = [model.engine.name for model in models]
@@ -205,14 +183,8 @@ def save_model(
         write_example(mlmodel, input_example, asked, bound, layout)
         signature = signature_of(bound, input_example, answers[: len(examples)], signature)
         seal(mlmodel, spec, signature, metadata, layout)
-        used = None
-        if rehearse:
-            hidden = pinning.optional
-            used = find_used(
-                *rehearse_load(stage, engines, hidden=hidden, allow_pickle=allow_pickle)
-            )
-        # Files have changed that the manifest lists.
-        if pinning.finish(used):
+        used = _rehearsed(stage, engines, pinning.optional, allow_pickle) if rehearse else None
+        if pinning.finish(used):  # files have changed that the manifest lists
             seal(mlmodel, spec, signature, metadata, layout)
 
 
@@ -255,12 +227,13 @@ def log_model(
     )
 
 
-def _options(task: str, model_config: Mapping[str, Any] | None) -> dict[str, Any]:
+def _options(task: str, model_config: Mapping[str, Any], graph: str) -> dict[str, Any]:
     """The user's ``model_config``; unknown keys and values out of range are refused."""
-    options = dict(model_config or {})
+    options = dict(model_config)
     require_known_options(options, {*MODEL_CONFIG, *task_class(task).task_options})
     # For its checks alone. Variables of this process do not count: the values are for others.
     run_time_options({name: options[name] for name in options.keys() & MODEL_CONFIG.keys()})
+    _require_openvino(options, graph)
     return options
 
 
@@ -276,22 +249,6 @@ def _require_openvino(options: Mapping[str, Any], graph: str) -> None:
     )
 
 
-def _hooks(task: str, *given: Callable[..., Any] | None) -> dict[str, Callable[..., Any]]:
-    hooks = {
-        name: hook
-        for name, hook in zip(("preprocess", "postprocess"), given, strict=True)
-        if hook is not None
-    }
-    if len(hooks) != (2 if task == "custom" else 0):
-        raise InputError(
-            "preprocess and postprocess belong to the custom task, which needs both",
-            where=f"task {task!r}",
-            found=", ".join(hooks) or "none of them",
-            hint='pass task="custom", preprocess=… and postprocess=…',
-        )
-    return hooks
-
-
 def _require_one_of(where: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise InputError(
@@ -304,13 +261,25 @@ def _described(
     graph: str,
     init_args: Mapping[str, Any] | None,
     allow_pickle: bool,
-    forward: Callable[[torch.nn.Module], None],
+    task: Task,
+    rows: Sequence[Row],
 ) -> Subject:
     """The subject with its structure; a graph alone is never rebuilt."""
     if graph == "only":
         name = user_code.name_of(type(subject.module))
         return replace(subject, structure={"kind": "graph", "class": name})
+    forward = _forward(task, rows, subject)
     return describe(subject, init_args=init_args, allow_pickle=allow_pickle, forward=forward)
+
+
+def _measured(
+    task: Task, engine: Engine, example: Any, params: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The task's config with what it measures by an engine, after its params were checked."""
+    task.require_defaults()
+    if params:  # a task may have a param that each request must give
+        task.check_params(params)
+    return {**task.config, **task.measured(engine, example)}
 
 
 def _by_engine(
@@ -323,6 +292,13 @@ def _by_engine(
     required = graph in ("require", "only")
     graphs = [] if graph == "no" else store_graph(served, inventory, rows, required)
     return [*map(served.answered_by, graphs), *([] if graph == "only" else [served])]
+
+
+def _rehearsed(
+    staged: Path, engines: Sequence[str], hidden: Sequence[str], allow_pickle: bool
+) -> dict[str, Use]:
+    """The distributions that a load in a clean process used."""
+    return find_used(*rehearse_load(staged, engines, hidden=hidden, allow_pickle=allow_pickle))
 
 
 def _forward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import yaml
 from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
 
+from mlflow_safeflavor.artifact.description import what_runs
 from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.manifest import write_manifest
@@ -38,17 +40,17 @@ __all__ = ["seal", "write_module", "write_task"]
 def write_module(
     subject: Subject,
     hooks: Mapping[str, Callable[..., Any]],
-    dtype: str,
+    spec: ModelSpec,
     allow_pickle: bool,
     layout: Layout,
-) -> tuple[dict[str, Any], Inventory, dict[str, torch.dtype]]:
-    """Write structure, pickle and tensors.
+) -> tuple[ModelSpec, Inventory, dict[str, torch.dtype]]:
+    """Write structure, pickle and tensors, these in the dtype of the spec.
 
     Returns:
-        The structure with the hooks, the inventory, and path → dtype of the tensors that were cast.
+        The spec with the structure, the inventory, and path → dtype of the tensors that were cast.
     """
     structure, slots = dict(subject.structure or {}), subject.slots
-    casts = casts_of(subject.module, structure, dtype, slots)
+    casts = casts_of(subject.module, structure, spec.dtype, slots)
     # A name that imports back to the very function: lambdas and those of __main__ have none.
     names = {hook: user_code.importable_name(function) for hook, function in hooks.items()}
     to_pickle = {hook: hooks[hook] for hook, name in names.items() if name is None}
@@ -76,12 +78,14 @@ def write_module(
     # From the slots of the pickle, where there is one: it has all that the module's walk found.
     inventory, values = inventories.take_inventory(slots, casts)
     structures.write_structure(structure, layout)
-    return structure, tensors.write_tensors(inventory, values, layout), casts
+    spec = replace(spec, structure=structure["kind"], runs=what_runs(structure))
+    return spec, tensors.write_tensors(inventory, values, layout), casts
 
 
 def write_task(
     source: Source,
     dtype: str,
+    cast_from: str,
     input_columns: Mapping[str, str] | None,
     options: Mapping[str, Any],
     defaults: Mapping[str, Any],
@@ -115,6 +119,7 @@ def write_task(
     return ModelSpec(
         task=source.task,
         dtype=dtype,
+        cast_from=cast_from,
         structure="graph",  # until the module is described
         model_class=user_code.name_of(type(source.module)),
         task_config={**config, "encoder": encoder},

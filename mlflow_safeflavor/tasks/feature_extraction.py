@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,6 +36,14 @@ _HEADS = re.compile(r"(LMHead|DoubleHeads|PreTrained|EncoderDecoder|MT)Model$")
 # Characters of a prompt that each row of a table may have, beyond ``max_characters`` in all.
 _PROMPTED = 1000
 _SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+_USUAL = {
+    "pooling": "mean",
+    "normalize": False,
+    "prompts": {},
+    "include_prompt": True,
+    "similarity": None,
+    "calibration": [],
+}
 # Params that change what the calibration texts' ranges are about.
 _CALIBRATED = ("truncate_dim", "normalize_embeddings")
 
@@ -108,15 +116,7 @@ class FeatureExtraction(TextTask):
                 hint="save the encoder alone, for example T5EncoderModel or model.get_encoder()",
             )
         cls.require_known(options)
-        usual = {
-            "pooling": "mean",
-            "normalize": False,
-            "prompts": {},
-            "include_prompt": True,
-            "similarity": None,
-            "calibration": [],
-        }
-        chosen = {**usual, **options}
+        chosen = {**_USUAL, **options}
         if isinstance(chosen["pooling"], str):
             chosen["pooling"] = [chosen["pooling"]]
         if isinstance(model, Embedder):
@@ -128,27 +128,8 @@ class FeatureExtraction(TextTask):
             _require_option(
                 "pooling", _is_pooling(chosen["pooling"]), f"of {' | '.join(POOLINGS)}", chosen
             )
-        for name in ("normalize", "include_prompt"):
-            _require_option(name, isinstance(chosen[name], bool), "True | False", chosen)
-        texts = isinstance(chosen["prompts"], Mapping) and [
-            *chosen["prompts"],
-            *chosen["prompts"].values(),
-        ]
-        _require_option(
-            "prompts",
-            texts is not False and all(isinstance(t, str) for t in texts),
-            "texts",
-            chosen,
-        )
-        _require_option(
-            "similarity",
-            chosen["similarity"] in (None, *_SIMILARITIES),
-            " | ".join(_SIMILARITIES),
-            chosen,
-        )
-        _require_option(
-            "calibration", _is_calibration(chosen["calibration"]), "two texts or more", chosen
-        )
+        for name, (allows, wanted) in _ALLOWED.items():
+            _require_option(name, allows(chosen[name]), wanted, chosen)
         text = describe_text_model(tokens)
         if "weightedmean" in chosen["pooling"] or isinstance(model, Embedder):
             text["padding_side"] = "right"  # positions are counted from the left
@@ -310,6 +291,26 @@ def _is_pooling(value: object) -> bool:
 def _is_calibration(value: object) -> bool:
     listed = isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
     return listed and len(value) != 1  # type: ignore[arg-type]  # mypy does not see that it is one
+
+
+def _are_prompts(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(text, str) for text in (*value, *value.values())
+    )
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+# Options of a task beside ``pooling``: what may be chosen, and that in words.
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "normalize": (_is_bool, "True | False"),
+    "include_prompt": (_is_bool, "True | False"),
+    "prompts": (_are_prompts, "texts"),
+    "similarity": ((None, *_SIMILARITIES).__contains__, " | ".join(_SIMILARITIES)),
+    "calibration": (_is_calibration, "two texts or more"),
+}
 
 
 def _require_option(name: str, right: bool, wanted: str, chosen: Mapping[str, Any]) -> None:

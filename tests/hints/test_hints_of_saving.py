@@ -171,7 +171,7 @@ def test_a_task_that_nobody_told(save, code):
 
 
 @follows(
-    "save/save",
+    "save/given",
     "preprocess and postprocess belong to the custom task, which needs both",
     'pass task="custom", preprocess=… and postprocess=…',
 )
