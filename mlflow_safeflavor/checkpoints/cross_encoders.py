@@ -20,12 +20,9 @@ from mlflow_safeflavor.checkpoints.sentence_modules import (
     name_of,
     not_done,
 )
+from mlflow_safeflavor.tasks.text_ranking import ACTIVATION_KEYS, ACTIVATIONS
 
-__all__ = ["ACTIVATION_KEYS", "from_folder", "from_object"]
-
-# Of ``config.json``: since version 4, and before.
-ACTIVATION_KEYS = ("sentence_transformers", "sbert_ce_default_activation_function")
-_FUNCTIONS = {"Sigmoid": "sigmoid", "Identity": "none"}
+__all__ = ["from_folder", "from_object"]
 
 
 def from_object(model: Any, said: Mapping[str, Any]) -> Source:
@@ -98,12 +95,15 @@ def _source(model: Any, tokenizer: Any, activation: str | None, said: Mapping[st
     labels = model.config.num_labels
     # As the package chooses where nothing is said: a score of one label, logits of several.
     usual = "torch.nn.Sigmoid" if labels == 1 else "torch.nn.Identity"
-    function = activation_named(activation or usual, "CrossEncoder", tuple(_FUNCTIONS))
+    function = activation_named(activation or usual, "CrossEncoder", tuple(ACTIVATIONS))
     return Source(
         model,
         "text-classification",
         tokenizer,
-        params={"function_to_apply": _FUNCTIONS[function], **({"top_k": -1} if labels > 1 else {})},
+        params={
+            "function_to_apply": ACTIVATIONS[function],
+            **({"top_k": -1} if labels > 1 else {}),
+        },
         columns={"text": "text", "text_pair": "text_pair"},
     )
 

@@ -32,6 +32,7 @@ from mlflow_safeflavor.checkpoints.sentence_modules import (
     require_plain_first,
 )
 from mlflow_safeflavor.module.embedding import Embedder
+from mlflow_safeflavor.tasks.text_ranking import ACTIVATION_KEYS
 
 __all__ = ["from_folder", "from_object", "is_folder", "is_object"]
 
@@ -48,8 +49,7 @@ def is_folder(folder: str | Path) -> bool:
     """Whether a folder holds a model of sentence-transformers, a CrossEncoder among them."""
     config = Path(folder) / "config.json"
     return (Path(folder) / "modules.json").is_file() or (
-        config.is_file()
-        and {*cross_encoders.ACTIVATION_KEYS} & read_json(config, strict=False).keys() != set()
+        config.is_file() and {*ACTIVATION_KEYS} & read_json(config, strict=False).keys() != set()
     )
 
 

@@ -43,6 +43,10 @@ def resolve_source(
     """
     source = _take_apart(model, dtype)
     task = task_class(task or source.task or _task_of(source.module)).name
+    # What a CrossEncoder says of columns and labels is about classifying, and not about ranking.
+    if source.columns is not None and task != source.task:
+        params = {name: value for name, value in source.params.items() if name != "top_k"}
+        source = replace(source, columns=None, params=params)
     # A pipeline of texts may carry a processor that its task does not use.
     if processor is None and "processor" in task_class(task).reads:
         processor = source.processor

@@ -27,6 +27,7 @@ __all__ = [
     "rank_labels",
     "read_logits",
     "require_labels",
+    "scores_of",
 ]
 
 # Rows whose scores are computed at a time: others take turns in between.
@@ -139,14 +140,20 @@ def rank_labels(
     Raises:
         InputError: A logit is not a number; names the row.
     """
-    asked = params["function_to_apply"]
-    function = _FUNCTIONS[config["function_to_apply"] if asked == "default" else asked]
     for start in range(0, len(outputs), _TOGETHER):
         # (rows, labels)
         logits = np.stack([output["logits"] for output in outputs[start : start + _TOGETHER]])
         require_finite(logits, first + start)
-        for row in function(logits):
+        for row in scores_of(config, logits, params):
             yield _answer(config["labels"], row, params["top_k"])
+
+
+def scores_of(
+    config: Mapping[str, Any], logits: np.ndarray, params: Mapping[str, Any]
+) -> np.ndarray:
+    """Logits of shape (rows, labels) → scores by the function of ``FUNCTION``, or the model's."""
+    asked = params["function_to_apply"]
+    return _FUNCTIONS[config["function_to_apply"] if asked == "default" else asked](logits)
 
 
 def _answer(names: Sequence[str], scores: np.ndarray, top_k: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mlflow_safeflavor.tasks.raw import Raw
 from mlflow_safeflavor.tasks.text2text_generation import Text2TextGeneration, specific_task
 from mlflow_safeflavor.tasks.text_classification import TextClassification
 from mlflow_safeflavor.tasks.text_generation import TextGeneration
+from mlflow_safeflavor.tasks.text_ranking import TextRanking
 from mlflow_safeflavor.tasks.token_classification import TokenClassification
 from mlflow_safeflavor.tasks.zero_shot_classification import ZeroShotClassification
 
@@ -34,6 +35,7 @@ TASKS: dict[str, type[Task]] = {
         Text2TextGeneration,
         TextClassification,
         TextGeneration,
+        TextRanking,
         TokenClassification,
         ZeroShotClassification,
     )

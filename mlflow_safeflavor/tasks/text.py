@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     pass
 from mlflow_safeflavor.tasks.text_params import MAX_LENGTH, TRUNCATION
 
-__all__ = ["SPANS", "TextTask", "groups"]
+__all__ = ["GOLDEN_PAIRS", "GOLDEN_TEXTS", "SPANS", "TextTask", "groups"]
 
 # Features that ``TextEncoder.encode`` adds with ``spans``.
 SPANS = ("offsets", "word_ids", "sequence_ids")
@@ -33,7 +33,7 @@ _CHARACTERS = 20_000
 
 # Of different lengths, so that rows are padded; with accents, scripts and signs beyond 16 bits.
 
-_GOLDEN_TEXTS = (
+GOLDEN_TEXTS = (
     "Hello world.",
     "The quick brown fox jumps over the lazy dog while the cat sleeps.",
     "Once a model is logged, it should answer the same way in a notebook, behind a server, in a "
@@ -41,7 +41,7 @@ _GOLDEN_TEXTS = (
     "or the machine itself, it should say so before it answers.",
     "Café, naïve, Zürich, 東京, Ελλάδα: 3 € for 😀👍!",
 )
-_GOLDEN_PAIRS = (
+GOLDEN_PAIRS = (
     "Hello there, world!",
     "A dog rests.",
     "It differs.",
@@ -73,9 +73,9 @@ class TextTask(Task):
         return {**super().golden(config), **({"truncation": True} if uncut else {})}
 
     def golden_rows(self) -> list[Row]:
-        texts = {"text": _GOLDEN_TEXTS, "text_pair": _GOLDEN_PAIRS}
+        texts = {"text": GOLDEN_TEXTS, "text_pair": GOLDEN_PAIRS}
         return [
-            {field: texts[field][i] for field in self.columns} for i in range(len(_GOLDEN_TEXTS))
+            {field: texts[field][i] for field in self.columns} for i in range(len(GOLDEN_TEXTS))
         ]
 
     @property

@@ -252,6 +252,30 @@ def test_labels(models, save, tiny_tokenizer):  # noqa: F811
 
 
 @follows(
+    "tasks/text_ranking",
+    "A value is not a list of passages",
+    'pass all passages of a query in one cell, {"query": text, "passages": [text, …]}, '
+    "and drop queries that have none",
+)
+@follows(
+    "tasks/text_ranking",
+    "The label that tells how relevant a passage is cannot be told",
+    "say it where the model is saved: model_config={'label': …}",
+)
+@follows("tasks/text_ranking", "require_pieces", "send fewer passages at once")
+def test_passages(save, tiny_tokenizer):  # noqa: F811
+    several = tiny_model("Bert", "ForSequenceClassification", num_labels=2)
+    given = {"tokenizer": tiny_tokenizer, "task": "text-ranking"}
+    error = refused(InputError, save, several, **given)
+    config = eval(error.hint.partition("model_config=")[2])
+    model = load_model(save(several, model_config={**config, "max_pieces": 20}, **given))
+    bad(model, [{"query": "a cat", "passages": []}, {"query": "a cat", "passages": ["a"]}])
+    assert len(model.predict([{"query": "a cat", "passages": ["a"]}])) == 1
+    bad(model, [{"query": "a cat", "passages": ["a"] * 21}])
+    assert len(model.predict([{"query": "a cat", "passages": ["a"] * 11}])) == 1
+
+
+@follows(
     "tasks/question_answering",
     "A question leaves no room for its context",
     "shorten the question, or raise max_seq_len if the model takes more",

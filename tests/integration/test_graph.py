@@ -115,6 +115,15 @@ TASKS = {
             "id2label": {0: "entailment", 1: "neutral", 2: "contradiction"},
         },
     ),
+    "text-ranking": (
+        "ForSequenceClassification",
+        pd.DataFrame({"a": TEXTS, "b": TEXTS[::-1]}),
+        {
+            "task": "text-ranking",
+            "input_columns": {"query": "a", "passage": "b"},
+            "model_config": {"label": "LABEL_1"},
+        },
+    ),
 }
 
 

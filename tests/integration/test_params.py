@@ -393,6 +393,11 @@ TASKS = {
         {"top_k": 3, "max_answer_len": 4, "doc_stride": 2, "max_seq_len": 12},
         {"question": ["the cat"], "context": [TEXT]},
     ),
+    "text-ranking": (
+        "ForSequenceClassification",
+        {"top_k": 2, "return_passages": True, "max_length": 6},
+        {"query": ["the cat"], "passages": [[TEXT, "a dog", "mat"]]},
+    ),
 }
 
 
@@ -402,6 +407,8 @@ def test_defaults_given_at_save_are_what_requests_leave_out(save, tiny_tokenizer
     config = (
         {"id2label": NLI, "label2id": {label: i for i, label in NLI.items()}}
         if "zero" in task
+        else {"num_labels": 1}
+        if "ranking" in task
         else {}
     )
     model = tiny_model("Bert", head, **config)
