@@ -13,7 +13,7 @@ from mlflow_safeflavor.tasks.classification import describe_labels
 from mlflow_safeflavor.tasks.features import Features
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.sounds import read_sound, record_sound, to_wav
-from mlflow_safeflavor.tasks.processed import ProcessedTask
+from mlflow_safeflavor.tasks.processed import ProcessedClassifier
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ _GOLDEN_SECONDS = (0.1, 0.25, 0.15)
 _PADDABLE = ("hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm")
 
 
-class AudioClassification(ProcessedTask):
+class AudioClassification(ProcessedClassifier):
     """Labels of a sound: a file (bytes, base64, ``pathlib.Path``) or samples.
 
     See ``read_sound``.

@@ -29,7 +29,7 @@ from mlflow_safeflavor.tasks.text_params import MAX_LENGTH, TRUNCATION
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FeatureExtraction"]
+__all__ = ["NORMALIZE", "FeatureExtraction"]
 
 # Classes whose names end in "Model" as well, and that have a head or a decoder.
 _HEADS = re.compile(r"(LMHead|DoubleHeads|PreTrained|EncoderDecoder|MT)Model$")
@@ -55,7 +55,7 @@ _TRUNCATE_DIM = Param(
     allows=lambda value: value >= 0,
     none_is=0,
 )
-_NORMALIZE = Param("normalize_embeddings", "boolean", default=False, wanted="true or false")
+NORMALIZE = Param("normalize_embeddings", "boolean", default=False, wanted="true or false")
 _PROMPT = Param("prompt", "string", default="", wanted="a text to put in front", none_is="")
 _PRECISION = Param("precision", "string", "float32", wanted="", none_is="float32")
 # Most prompts that golden rows have.
@@ -86,7 +86,7 @@ class FeatureExtraction(TextTask):
     params: ClassVar[tuple[Param, ...]] = (
         _PROMPT,
         _TRUNCATE_DIM,
-        _NORMALIZE,
+        NORMALIZE,
         _PRECISION,
         MAX_LENGTH,
         TRUNCATION,

@@ -1,4 +1,4 @@
-"""Classifiers of images and sounds: a processor makes arrays, those of one shape run together."""
+"""Tasks of images and sounds: a processor makes arrays, those of one shape run together."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.wording import format_cell
 from mlflow_safeflavor.tasks.params import param_schema
 
-__all__ = ["ProcessedTask"]
+__all__ = ["ProcessedClassifier", "ProcessedTask"]
 
 # Pixels or samples of a cell from which on freed memory is given back to the system at once.
 _LARGE = 4_000_000
 
 
 class ProcessedTask(Task):
-    """Labels of a file in a single column, which a processor of transformers turns into arrays.
+    """Answers to a file in a column, which a processor of transformers turns into arrays.
 
-    Its column has MLflow's type binary. That takes base64 text over HTTP; in one process MLflow
+    That column has MLflow's type binary. That takes base64 text over HTTP; in one process MLflow
     lets every other form of a cell pass, too.
 
     Args:
@@ -46,12 +46,13 @@ class ProcessedTask(Task):
         processor: From ``inputs.processor.load_processor``.
     """
 
-    params = (TOP_K, FUNCTION)
-    reads = ("processor",)
+    reads: ClassVar[tuple[str, ...]] = ("processor",)
     reads_files = True
     records_features = False  # too large: pixels and spectrograms
-    # The only field.
+    # The one that holds the file.
     field: ClassVar[str]
+    # The outputs part of the signature.
+    answer: ClassVar[Schema | None]
 
     def __init__(
         self, config: Mapping[str, Any], columns: Mapping[str, str | None], processor: Any
@@ -61,9 +62,7 @@ class ProcessedTask(Task):
 
     def signature(self, example: Any = None, result: Any = None) -> ModelSignature:
         inputs = Schema([ColSpec(DataType.binary, self.columns[self.field])])
-        return ModelSignature(
-            inputs=inputs, outputs=LABEL_AND_SCORE, params=param_schema(self.asked)
-        )
+        return ModelSignature(inputs=inputs, outputs=self.answer, params=param_schema(self.asked))
 
     @abstractmethod
     def read(self, value: Any, where: str) -> Any:
@@ -88,7 +87,6 @@ class ProcessedTask(Task):
         }
 
     def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
-        require_labels(self.caps, self.config, rows, params)  # before a file is decoded
         for i, row in enumerate(rows):
             yield self._features(row[self.field], format_cell(i, self.columns[self.field]))
 
@@ -127,9 +125,15 @@ class ProcessedTask(Task):
         found: dict[int, RowOutput] = {}
         for group in self.groups(batch):
             inputs = self.collate([batch[i] for i in group])
-            read = read_logits(engine(inputs), len(group), self.config["labels"])
+            read = self.outputs_of(engine(inputs), len(group), params)
             found.update(zip(group, read, strict=True))
         return [found[i] for i in range(len(batch))]
+
+    @abstractmethod
+    def outputs_of(
+        self, outputs: Mapping[str, np.ndarray], rows: int, params: Mapping[str, Any]
+    ) -> list[RowOutput]:
+        """One output a row, of the engine's for a group of ``rows``; params as in ``forward``."""
 
     def groups(self, batch: Sequence[Features]) -> list[list[int]]:
         """Indices of rows that ``collate`` can put together: those of one shape."""
@@ -143,6 +147,22 @@ class ProcessedTask(Task):
         """The model's arguments, with rows as the first dimension."""
         # (rows, channels, height, width), or (rows, samples), (rows, bins, frames)
         return {name: np.stack([features[name] for features in batch]) for name in batch[0]}
+
+
+class ProcessedClassifier(ProcessedTask):
+    """Labels of a file; answers: see ``rank_labels``."""
+
+    params = (TOP_K, FUNCTION)
+    answer = LABEL_AND_SCORE
+
+    def encode(self, rows: Sequence[Row], params: Mapping[str, Any]) -> Iterator[Features | None]:
+        require_labels(self.caps, self.config, rows, params)  # before a file is decoded
+        return super().encode(rows, params)
+
+    def outputs_of(
+        self, outputs: Mapping[str, np.ndarray], rows: int, params: Mapping[str, Any]
+    ) -> list[RowOutput]:
+        return read_logits(outputs, rows, self.config["labels"])
 
     def decode(
         self,

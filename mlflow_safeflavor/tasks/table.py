@@ -9,6 +9,7 @@ from mlflow_safeflavor.tasks.custom import Custom
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
 from mlflow_safeflavor.tasks.fill_mask import FillMask
 from mlflow_safeflavor.tasks.image_classification import ImageClassification
+from mlflow_safeflavor.tasks.image_feature_extraction import ImageFeatureExtraction
 from mlflow_safeflavor.tasks.llm_embeddings import LlmEmbeddings
 from mlflow_safeflavor.tasks.question_answering import QuestionAnswering
 from mlflow_safeflavor.tasks.raw import Raw
@@ -29,6 +30,7 @@ TASKS: dict[str, type[Task]] = {
         FeatureExtraction,
         FillMask,
         ImageClassification,
+        ImageFeatureExtraction,
         LlmEmbeddings,
         QuestionAnswering,
         Raw,
@@ -66,7 +68,7 @@ def infer_task(class_name: str, main_input: str = "input_ids") -> str:
     Args:
         class_name: Name of the class.
         main_input: Its ``main_input_name``; tells Wav2Vec2ForSequenceClassification, which listens,
-            from BERT's.
+            from BERT's, and ViTModel, which sees, from BertModel.
 
     Raises:
         StructureError: The class is made for something else.
@@ -76,7 +78,9 @@ def infer_task(class_name: str, main_input: str = "input_ids") -> str:
         if cls.serves(class_name) and cls.hears == (
             main_input in ("input_values", "input_features")
         ):
-            return name
+            # Nor does "…Model" tell what sees from what reads; no text is an array of pixels.
+            sees = cls is FeatureExtraction and main_input == "pixel_values"
+            return ImageFeatureExtraction.name if sees else name
     raise StructureError(
         "The task cannot be told from the model class",
         where=class_name,

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from architectures import tiny_model
 from hint_rows import follows
 from PIL import Image
@@ -273,6 +274,26 @@ def test_passages(save, tiny_tokenizer):  # noqa: F811
     assert len(model.predict([{"query": "a cat", "passages": ["a"]}])) == 1
     bad(model, [{"query": "a cat", "passages": ["a"] * 21}])
     assert len(model.predict([{"query": "a cat", "passages": ["a"] * 11}])) == 1
+
+
+@follows(
+    "tasks/image_feature_extraction",
+    "The model reads a text beside each image",
+    "save the part that sees, for example model.vision_model or CLIPVisionModelWithProjection",
+)
+def test_models_of_images_and_texts(save):  # noqa: F811
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seen = {**shape, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config={**shape, "vocab_size": 40}, vision_config=seen)
+    ).eval()
+    given = {
+        "task": "image-feature-extraction",
+        "processor": transformers.ViTImageProcessor(size={"height": 8, "width": 8}),
+    }
+    refused(StructureError, save, model, **given)
+    save(model.vision_model, **given)
+    save(transformers.CLIPVisionModelWithProjection(model.config.vision_config).eval(), **given)
 
 
 @follows(
