@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlflow_safeflavor.checkpoints.given import Source, library_class, require_unchanged
-from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.tasks.generation_params import GENERATION_PARAMS
 
 __all__ = ["is_pipeline", "take_apart"]
@@ -66,11 +66,19 @@ def take_apart(pipeline: Any) -> Source:
 
     Raises:
         InputError: An argument has a value that is not supported; names it.
-        StructureError: The pipeline has methods of the user's own.
+        StructureError: The pipeline has methods of the user's own, or a language model.
     """
     cls = library_class(pipeline, _PACKAGE)
     assert cls is not None  # noqa: S101  (for mypy; is_pipeline says so)
     require_unchanged(pipeline, cls, _HINT_OWN)
+    # Beams scored by a language model: greedy decoding would answer otherwise, without a word.
+    if getattr(pipeline, "type", None) == "ctc_with_lm":
+        raise StructureError(
+            "The pipeline decodes with a language model",
+            where=f"{type(pipeline).__name__}.decoder",
+            wanted="decoder=None",
+            found=type(pipeline.decoder).__name__,
+        )
     params: dict[str, Any] = {}
     # Private, but the one place where a pipeline keeps its user's arguments, in transformers 4.57
     # and 5.
@@ -120,6 +128,8 @@ def _param_of(name: str, value: Any, pipeline: Any) -> dict[str, Any]:
         return {"targets": pipeline.tokenizer.convert_ids_to_tokens(np.asarray(value).tolist())}
     if name == "return_type" and value.name in _RETURN_TYPES:
         return {"return_full_text": _RETURN_TYPES[value.name]}
+    if name == "stride_length_s":
+        return {name: np.atleast_1d(value).tolist()}
     if name in _AS_USUAL or name == "return_type":
         if name in _AS_USUAL and value == _AS_USUAL[name]:
             return {}

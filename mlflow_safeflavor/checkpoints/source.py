@@ -50,6 +50,10 @@ def resolve_source(
     # A pipeline of texts may carry a processor that its task does not use.
     if processor is None and "processor" in task_class(task).reads:
         processor = source.processor
+    # A processor of transformers for speech holds a tokenizer beside its feature extractor.
+    if "decoder" in task_class(task).reads and hasattr(processor, "feature_extractor"):
+        tokenizer = processor.tokenizer if tokenizer is None else tokenizer
+        processor = processor.feature_extractor
     source = replace(
         source,
         task=task,
@@ -124,20 +128,16 @@ def _task_of(module: torch.nn.Module) -> str:
 def _with_parts_of(folder: str | Path, source: Source) -> Source:
     """Add tokenizer and processor of a checkpoint where the task needs them and none is given."""
     cls = task_class(source.task)
-    if "processor" not in cls.reads:
-        return (
-            source
-            if source.tokenizer is not None
-            else replace(source, tokenizer=tokenizer_of(folder))
-        )
-    if source.processor is not None:
-        return source
-    return replace(source, processor=processor_of(folder, sounds=cls.hears))
+    if source.tokenizer is None and ("processor" not in cls.reads or "decoder" in cls.reads):
+        source = replace(source, tokenizer=tokenizer_of(folder))
+    if source.processor is None and "processor" in cls.reads:
+        source = replace(source, processor=processor_of(folder, sounds=cls.hears))
+    return source
 
 
 def _require_parts(source: Source) -> None:
     cls = task_class(source.task)
-    if source.tokenizer is None and "encoder" in cls.reads:
+    if source.tokenizer is None and {"encoder", "decoder"} & set(cls.reads):
         raise StructureError(
             "The task needs a tokenizer",
             where="tokenizer",

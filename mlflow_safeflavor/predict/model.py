@@ -24,6 +24,7 @@ from mlflow_safeflavor.predict.stream import parquet_chunks, stream
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.inputs.caps import Caps
 from mlflow_safeflavor.tasks.inputs.columns import without_extra_columns
+from mlflow_safeflavor.tasks.inputs.ctc_tokenizer import load_ctc_decoder
 from mlflow_safeflavor.tasks.inputs.processor import load_processor
 from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
 from mlflow_safeflavor.tasks.inputs.tokenizer import load_tokenizer
@@ -42,7 +43,7 @@ def make_task(
     options: Mapping[str, Any],
 ) -> Task:
     """The task that a spec names, bound to its recorded config and the run-time options' caps."""
-    cls = task_class(spec.task)
+    cls = task_class(spec.task).of(spec.task_config)
     # Tokenizers and processors of transformers are handed over as functions: making one imports
     # transformers, which a graph is served without.
     make: dict[str, Callable[[], Any]] = {
@@ -50,6 +51,7 @@ def make_task(
             layout.tokenizer, spec.task_config["encoder"], layout.read_bytes
         ),
         "tokenizer": lambda: cache(lambda: _tokenizer_of(layout)),
+        "decoder": lambda: cache(lambda: _decoder_of(spec, layout)),
         "hooks": lambda: hooks,
         "processor": lambda: load_processor(layout.processor, layout.read_json),
         "any_processor": lambda: cache(lambda: _processor_of(layout)),
@@ -99,6 +101,13 @@ def _tokenizer_of(layout: Layout) -> Any:
         return None
     with layout.copied(layout.tokenizer) as folder:
         return load_tokenizer(folder)
+
+
+def _decoder_of(spec: ModelSpec, layout: Layout) -> Any:
+    """What a task decodes with: without transformers where the model is one of CTC."""
+    if spec.task_config["encoder"].get("ctc"):
+        return load_ctc_decoder(layout.tokenizer, layout.read_json)
+    return _tokenizer_of(layout)
 
 
 def _processor_of(layout: Layout) -> Any:

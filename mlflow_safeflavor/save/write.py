@@ -28,6 +28,7 @@ from mlflow_safeflavor.module.saveable import require_saveable
 from mlflow_safeflavor.module.subject import Subject
 from mlflow_safeflavor.predict.options import MODEL_CONFIG
 from mlflow_safeflavor.save.code import LOADER_MODULE, loader_digest
+from mlflow_safeflavor.tasks.inputs.ctc_tokenizer import is_ctc
 from mlflow_safeflavor.tasks.inputs.processor import write_processor
 from mlflow_safeflavor.tasks.inputs.tokenizer import write_tokenizer
 from mlflow_safeflavor.tasks.inputs.vocabulary import require_known_tokens
@@ -111,8 +112,10 @@ def write_task(
         config |= cls.describe_example(config, source.example)
     encoder = None
     if source.tokenizer is not None:
-        # A token beyond the embedding table would fail in some request, long after saving.
-        table = require_known_tokens(source.tokenizer, source.module)
+        # A token beyond the embedding table would fail in some request, long after saving; a
+        # tokenizer of CTC has no table, and names what the model may say.
+        ctc = is_ctc(source.tokenizer)
+        table = None if ctc else require_known_tokens(source.tokenizer, source.module)
         encoder = {**write_tokenizer(source.tokenizer, layout.tokenizer), "table": table}
     if source.processor is not None:
         write_processor(source.processor, layout.processor)

@@ -54,6 +54,15 @@ class Task(TaskKind):
         self.columns = self.columns_for(columns)
         self.encoder = encoder
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> type[Task]:
+        """The class that is bound to this config: the task's own, or one of its several ways.
+
+        Raises:
+            IntegrityError: There is no such way.
+        """
+        return cls
+
     def measured(self, engine: Engine, example: Any) -> dict[str, Any]:
         """Facts for the config that forwards over the user's example give; JSON only."""
         return {}

@@ -88,8 +88,9 @@ class ImageFeatureExtraction(ImageTask):
         return signature
 
     def outputs_of(
-        self, outputs: Mapping[str, np.ndarray], rows: int, params: Mapping[str, Any]
+        self, outputs: Mapping[str, np.ndarray], part: Sequence[Features], params: Mapping[str, Any]
     ) -> list[RowOutput]:
+        rows = len(part)
         if not params[_POOL.name]:
             return [{"embedding": tokens} for tokens in _tokens(outputs, rows)]
         found = [self._pooled(kind, outputs, rows) for kind in self.config["pooling"]]

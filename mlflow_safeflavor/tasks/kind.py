@@ -28,7 +28,7 @@ class TaskKind(ABC):
     params: ClassVar[tuple[Param, ...]] = ()
     # Names of those that ``forward`` reads: only requests that agree in them may share a batch.
     forward_params: ClassVar[frozenset[str]] = frozenset()
-    # Arguments that the constructor takes by name: "encoder", "tokenizer", "hooks", "processor".
+    # Arguments that the constructor takes by name: "encoder", "tokenizer", "hooks", "processor" ….
     reads: ClassVar[tuple[str, ...]] = ()
     # Params of golden rows: see ``golden``.
     golden_params: ClassVar[Mapping[str, Any]] = MappingProxyType({})

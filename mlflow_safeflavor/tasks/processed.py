@@ -90,11 +90,26 @@ class ProcessedTask(Task):
         for i, row in enumerate(rows):
             yield self._features(row[self.field], format_cell(i, self.columns[self.field]))
 
+    def _features(self, value: Any, where: str) -> Features:
+        readable = self.read(value, where)
+        size = int(np.prod(getattr(readable, "size", 0)))
+        made = self.features(readable, where)
+        del readable
+        # glibc keeps freed memory: a server would stay as large as its largest images.
+        if size > _LARGE:
+            give_back()
+        return made
+
     def holds(self, features: Features) -> int:
         return sum(array.nbytes for array in features.values())
 
-    def _features(self, value: Any, where: str) -> Features:
-        readable = self.read(value, where)
+    def features(self, readable: Any, where: str) -> Features:
+        """What the processor makes of what ``read`` gave.
+
+        Raises:
+            InputError: The processor refuses it; names ``where``.
+            StructureError: The model takes no such argument.
+        """
         try:
             made = apply(self.processor, readable)
         except Exception as error:  # each processor has its own ways to fail
@@ -103,11 +118,6 @@ class ProcessedTask(Task):
                 where=where,
                 found=f"{type(error).__name__}: {error}",
             ) from error
-        size = int(np.prod(getattr(readable, "size", 0)))
-        del readable
-        # glibc keeps freed memory: a server would stay as large as its largest images.
-        if size > _LARGE:
-            give_back()
         takes = self.config["arguments"]
         if takes is not None and (unknown := made.keys() - set(takes)):
             raise StructureError(
@@ -124,16 +134,16 @@ class ProcessedTask(Task):
     ) -> list[RowOutput]:
         found: dict[int, RowOutput] = {}
         for group in self.groups(batch):
-            inputs = self.collate([batch[i] for i in group])
-            read = self.outputs_of(engine(inputs), len(group), params)
+            part = [batch[i] for i in group]
+            read = self.outputs_of(engine(self.collate(part)), part, params)
             found.update(zip(group, read, strict=True))
         return [found[i] for i in range(len(batch))]
 
     @abstractmethod
     def outputs_of(
-        self, outputs: Mapping[str, np.ndarray], rows: int, params: Mapping[str, Any]
+        self, outputs: Mapping[str, np.ndarray], part: Sequence[Features], params: Mapping[str, Any]
     ) -> list[RowOutput]:
-        """One output a row, of the engine's for a group of ``rows``; params as in ``forward``."""
+        """One output a row of ``part``, of what the engine gave; params as in ``forward``."""
 
     def groups(self, batch: Sequence[Features]) -> list[list[int]]:
         """Indices of rows that ``collate`` can put together: those of one shape."""
@@ -160,9 +170,9 @@ class ProcessedClassifier(ProcessedTask):
         return super().encode(rows, params)
 
     def outputs_of(
-        self, outputs: Mapping[str, np.ndarray], rows: int, params: Mapping[str, Any]
+        self, outputs: Mapping[str, np.ndarray], part: Sequence[Features], params: Mapping[str, Any]
     ) -> list[RowOutput]:
-        return read_logits(outputs, rows, self.config["labels"])
+        return read_logits(outputs, len(part), self.config["labels"])
 
     def decode(
         self,

@@ -13,6 +13,7 @@ from mlflow_safeflavor.tasks.image_feature_extraction import ImageFeatureExtract
 from mlflow_safeflavor.tasks.llm_embeddings import LlmEmbeddings
 from mlflow_safeflavor.tasks.question_answering import QuestionAnswering
 from mlflow_safeflavor.tasks.raw import Raw
+from mlflow_safeflavor.tasks.speech_recognition import SpeechRecognition
 from mlflow_safeflavor.tasks.text2text_generation import Text2TextGeneration, specific_task
 from mlflow_safeflavor.tasks.text_classification import TextClassification
 from mlflow_safeflavor.tasks.text_generation import TextGeneration
@@ -34,6 +35,7 @@ TASKS: dict[str, type[Task]] = {
         LlmEmbeddings,
         QuestionAnswering,
         Raw,
+        SpeechRecognition,
         Text2TextGeneration,
         TextClassification,
         TextGeneration,

@@ -19,6 +19,7 @@ import transformers
 from architectures import tiny_model
 from hint_rows import follows
 from PIL import Image
+from speakers import ctc_pipeline
 from test_caps import GAPS, IMAGES, QUESTIONS, TEXTS, TOKENS, WRITES, ZERO_SHOT, models  # noqa: F401  (a fixture)
 from test_hints_of_saving import refused, save  # noqa: F401  (fixtures)
 from writers import byte_tokenizer, writer
@@ -473,6 +474,14 @@ def test_images(models, tmp_path):  # noqa: F811
             list(other.task.encode(other.task.rows([image(8, 8)]), {"top_k": 1}))
     assert own is not None
     assert len(other.predict([image(8, 8)])) == 1
+
+
+@follows("tasks/speech", "require_pieces", "ask for longer windows (chunk_length_s)")
+def test_windows_of_sounds(save):  # noqa: F811
+    model = load_model(save(ctc_pipeline(), graph="no", model_config={"max_pieces": 2}))
+    sound = np.zeros(16_000, np.float32)
+    bad(model, [sound], {"chunk_length_s": 0.02})
+    assert len(model.predict([sound], {"chunk_length_s": 0.5})) == 1
 
 
 @follows("tasks/inputs/sounds", "require", "cut it first")

@@ -11,12 +11,10 @@ from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.tasks.inputs.backend import TOKENIZER, read_backend
 from mlflow_safeflavor.tasks.inputs.probes import PROBES
+from mlflow_safeflavor.tasks.inputs.texts import cleaned_up
 from mlflow_safeflavor.tasks.inputs.token_bound import TokenBound
 
 __all__ = ["TextEncoder"]
-
-# Where ``clean_up_tokenization`` takes spaces away, in its order.
-_CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 class TextEncoder:
@@ -185,9 +183,7 @@ class TextEncoder:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Token ids → text, as the saved tokenizer's ``decode``."""
         text = str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
-        for spaced in _CLEANED_UP if self.config["clean_up"] else ():
-            text = text.replace(spaced, spaced.strip())
-        return text
+        return cleaned_up(text) if self.config["clean_up"] else text
 
     def join(self, tokens: Sequence[str]) -> str:
         """Tokens → text, as ``convert_tokens_to_string`` makes it."""

@@ -1,4 +1,4 @@
-"""Checks of texts in rows: type, UTF-8 and length."""
+"""Texts: checks of those in rows, and spaces taken away from those that were decoded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from mlflow_safeflavor.tasks.inputs.caps import Caps
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.wording import format_cell, format_value
 
-__all__ = ["require_clean", "require_texts"]
+__all__ = ["cleaned_up", "require_clean", "require_texts"]
+
+# Where ``clean_up_tokenization`` of transformers takes spaces away, in its order.
+_CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 def require_texts(rows: Sequence[Row], columns: Mapping[str, str | None]) -> None:
@@ -90,3 +93,10 @@ def _is_unicode(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def cleaned_up(text: str) -> str:
+    """A decoded text without spaces before punctuation, as transformers' tokenizers clean up."""
+    for spaced in _CLEANED_UP:
+        text = text.replace(spaced, spaced.strip())
+    return text

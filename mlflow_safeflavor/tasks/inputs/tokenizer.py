@@ -14,6 +14,12 @@ from mlflow_safeflavor.artifact.trust import require_harmless
 from mlflow_safeflavor.errors import IntegrityError, StructureError, TrustError
 from mlflow_safeflavor.module.guarded import guarded
 from mlflow_safeflavor.tasks.inputs.backend import TOKENIZER, read_backend
+from mlflow_safeflavor.tasks.inputs.ctc_tokenizer import (
+    VOCABULARY,
+    is_ctc,
+    load_ctc_tokenizer,
+    write_ctc_tokenizer,
+)
 from mlflow_safeflavor.tasks.inputs.probes import (
     PROBES,
     probe_with_encoder,
@@ -58,13 +64,17 @@ def write_tokenizer(tokenizer: Any, folder: str | Path) -> dict[str, Any]:
         folder: Made if missing.
 
     Returns:
-        The config of ``TextEncoder``, JSON only.
+        The config of ``TextEncoder``, JSON only; of a tokenizer of CTC, which encodes nothing here,
+        that it is one.
 
     Raises:
         StructureError: The tokenizer has no Rust backend, cannot be written as JSON, or what was
             written gives other ids.
     """
     folder = Path(folder)
+    if is_ctc(tokenizer):
+        write_ctc_tokenizer(tokenizer, folder)
+        return {"ctc": True}
     private = _private_copy(tokenizer)
     config = _encoder_config(private)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +102,8 @@ def load_tokenizer(folder: str | Path) -> Any:
         IntegrityError: ``tokenizer.json`` cannot be read.
         StructureError: No class of this transformers release reads it unchanged.
     """
+    if (Path(folder) / VOCABULARY).exists():
+        return load_ctc_tokenizer(Path(folder))
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     backend = read_backend(Path(folder) / TOKENIZER)
