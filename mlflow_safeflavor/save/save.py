@@ -67,6 +67,7 @@ def save_model(
     signature: ModelSignature | Literal[False] | None = None,
     model_config: Mapping[str, Any] | None = None,
     params: Mapping[str, Any] | None = None,
+    prompt_template: str | None = None,
     init_args: Mapping[str, Any] | None = None,
     graph: str = "auto",
     code_paths: Sequence[str | Path] | None = None,
@@ -113,6 +114,7 @@ def save_model(
             options.
         params: Param of the task → its default for requests without it, as ``{"top_k": None,
             "max_length": 64}``.
+        prompt_template: Of tasks that write: a text around each ``{prompt}``.
         init_args: Constructor arguments of a class of yours, where they cannot be told from its
             config: JSON values and transformers configs.
         graph: "auto" stores how the module is rebuilt and, where it can be proven, a graph of its
@@ -145,7 +147,8 @@ def save_model(
     input_example, asked = split_example(input_example)
     hooks = {"preprocess": preprocess, "postprocess": postprocess}
     source = source_of(model, tokenizer, task, dtype, processor, hooks, input_example, signature)
-    options = _options(source.task, {**source.options, **(model_config or {})}, graph)
+    template = {} if prompt_template is None else {"prompt_template": prompt_template}
+    options = _options(source.task, {**source.options, **(model_config or {}), **template}, graph)
     defaults = {**source.params, **defaults_of(signature), **(params or {})}
     subject = Subject.of(source.module)
     # Before any file is written: sparse, quantised and meta tensors have no form in safetensors.

@@ -5,32 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
-from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.decoding import generation_for
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.features import Features, RowOutput
-from mlflow_safeflavor.tasks.generation_config import REPLACED, read_generation_config
 from mlflow_safeflavor.tasks.generation_params import (
     GENERATION_PARAMS,
     KEEP_LOGITS,
+    require_least,
     require_one_way,
 )
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.outputs import require_finite
-from mlflow_safeflavor.tasks.padding import ignores_padding
 from mlflow_safeflavor.tasks.params import Param, check_params, param_schema
-from mlflow_safeflavor.tasks.stop_texts import Stop, first_stop
+from mlflow_safeflavor.tasks.stop_texts import Stop
 from mlflow_safeflavor.tasks.text import TextTask
-from mlflow_safeflavor.tasks.text_model import describe_text_model
-
-if TYPE_CHECKING:
-    import torch
+from mlflow_safeflavor.tasks.written import written_text
 
 __all__ = ["GenerationTask"]
 
@@ -40,12 +36,7 @@ _WEIGHT = 32
 _WRITTEN_A_ROW = 1024
 
 # Settings that look at the prompt's tokens, padding included.
-_COUNT_PADDING = (
-    "no_repeat_ngram_size",
-    "encoder_repetition_penalty",
-    "encoder_no_repeat_ngram_size",
-    "min_length",
-)
+_READ_PROMPTS = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
 
 
 class GenerationTask(TextTask):
@@ -54,11 +45,12 @@ class GenerationTask(TextTask):
     Answers: ``generated_text``, and ``finish_reason``: "stop" where the model ended the text or a
     text of ``stop`` was met, "length" where ``max_new_tokens`` were used up. The text ends before
     the text of ``stop``, whose tokens may lie anywhere. A character of which the last token that
-    there was room for is only a part is dropped.
+    there was room for is only a part is dropped. With more ``num_return_sequences`` than one also
+    ``generated_texts`` and ``finish_reasons``, lists of all: the best beams, best first, or draws.
 
     Greedy decoding and beams give the same whatever is beside a row, up to rounding. With
     ``do_sample`` and a ``seed``, rows run one by one, so that each text depends on its own row and
-    the seed alone.
+    the seed alone; the first of several texts is the one that is drawn alone.
     """
 
     params: ClassVar[tuple[Param, ...]] = GENERATION_PARAMS
@@ -72,6 +64,7 @@ class GenerationTask(TextTask):
             "max_new_tokens": 4,
             "do_sample": False,
             "num_beams": 1,
+            "num_return_sequences": 1,
             "truncation": True,
             KEEP_LOGITS.name: True,
         }
@@ -81,77 +74,21 @@ class GenerationTask(TextTask):
     )
     # Whether the prompt goes to an encoder, and not before the new tokens.
     encoder_decoder: ClassVar[bool]
+    # Name of the param that says how many tokens are written.
+    length: ClassVar[str] = "max_new_tokens"
 
     # What is recorded.
 
     @classmethod
-    def describe_generation(
-        cls, model: torch.nn.Module, changes: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Facts of a model that generates text; JSON only.
-
-        Args:
-            model: The module being saved.
-            changes: Settings over those of the model's own generation config.
-
-        Returns:
-            The facts of ``describe_text_model``; ``generation``, settings of the generation config
-            that are no params; its values of ``params``; and ``pads``, whether rows of different
-            lengths may share a batch.
-
-        Raises:
-            InputError: The generation config has a value that its param does not allow, or
-                ``changes`` a key that no generation config has.
-            StructureError: The model cannot write, or not as its generation config says.
-        """
-        text = describe_text_model(model)
-        if bool(getattr(model.config, "is_encoder_decoder", False)) is not cls.encoder_decoder:
-            raise StructureError(
-                "The model is not of the kind that its task writes with",
-                where=f"task {cls.name!r}, {type(model).__name__}",
-                wanted="an encoder-decoder model" if cls.encoder_decoder else "a decoder alone",
-                hint='choose task="text-generation" for decoders, "text2text-generation" for '
-                "encoder-decoders",
-            )
-        said = read_generation_config(model, changes)
-        config = {
-            **text,
-            "input_names": [name for name in text["input_names"] if name != "token_type_ids"],
-            # A decoder goes on behind its last token, which must not be padding.
-            "padding_side": "right" if cls.encoder_decoder else "left",
-            "generation": {name: value for name, value in said.items() if name not in REPLACED},
-            "params": cls._defaults(said, text["max_length"]),
-            "pads": True,
-        }
-        masked = "attention_mask" in text["input_names"]
-        return {**config, "pads": masked and ignores_padding(cls, model, config)}
+    def as_asked(cls, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults by the names of ``GENERATION_PARAMS``, as the task's own params call them."""
+        return dict(defaults)
 
     @classmethod
-    def _defaults(cls, said: Mapping[str, Any], positions: int | None) -> dict[str, Any]:
-        """Defaults of params, from the generation config."""
-        kinds = {
-            param.name: float if param.kind == "double" else lambda value: value
-            for param in cls.params
-        }
-        known = {
-            name: kinds[name](value)
-            for name, value in said.items()
-            if name in kinds and name != "max_length"
-        }
-        if said.get("stop_strings"):
-            stop = said["stop_strings"]
-            known["stop"] = [stop] if isinstance(stop, str) else list(stop)
-        if "max_new_tokens" not in known:
-            # A decoder's max_length counts the prompt, too, so it bounds no number of new tokens;
-            # an encoder-decoder's counts the start token.
-            length = said.get("max_length") if cls.encoder_decoder else None
-            known["max_new_tokens"] = length - 1 if length and length > 1 else 64
-        if positions:
-            # Half of a decoder's positions are left to the prompt.
-            most = positions if cls.encoder_decoder else positions // 2
-            known["max_new_tokens"] = max(1, min(known["max_new_tokens"], most))
-        require_one_way(check_params(cls.params, known))
-        return known
+    def metadata(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        # As mlflow.transformers has it.
+        around = [text.replace("{", "{{").replace("}", "}}") for text in config["prompt_template"]]
+        return {"prompt_template": "{prompt}".join(around)} if any(around) else {}
 
     # Params.
 
@@ -165,7 +102,7 @@ class GenerationTask(TextTask):
         return Schema([ColSpec(DataType.string, column) for column in self.columns.values()])
 
     def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
-        checked = check_params((*self.asked, KEEP_LOGITS), params)
+        checked = self.settings(check_params((*self.asked, KEEP_LOGITS), params))
         require_one_way(checked)
         positions = self.config["max_length"]
         # A prompt has at least one token beside the special ones.
@@ -177,14 +114,24 @@ class GenerationTask(TextTask):
         if positions and checked["max_new_tokens"] > room:
             raise InputError(
                 "A param has a value that is not allowed",
-                where="params, 'max_new_tokens'",
+                where=f"params, {self.length!r}",
                 wanted=f"1 to {room}, which is what the model's {positions} positions have room "
                 "for",
                 found=checked["max_new_tokens"],
             )
+        require_least(params or {}, checked)
         return checked
 
+    def settings(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """What ``forward`` and ``decode`` read, from params as the task declares them."""
+        return asked
+
     # Prompts → features.
+
+    def prompt(self, text: str) -> str:
+        """A text within the prompt template."""
+        before, after = self.config["prompt_template"]
+        return f"{before}{text}{after}"
 
     def prompt_limit(self, params: Mapping[str, Any]) -> int | None:
         """Most tokens of a prompt that leave positions for all new tokens; None without a limit."""
@@ -194,7 +141,8 @@ class GenerationTask(TextTask):
 
     def require_little(self, rows: Sequence[Row], params: Mapping[str, Any]) -> None:
         """Raise ``InputError`` for a request for more new tokens than a cap allows."""
-        a_row = params["max_new_tokens"] * params["num_beams"]
+        texts = max(params["num_beams"], params["num_return_sequences"])
+        a_row = params["max_new_tokens"] * texts
         self.caps.require(
             "max_answers",
             _WEIGHT * a_row * len(rows),
@@ -210,7 +158,17 @@ class GenerationTask(TextTask):
             "input_ids": list(ids),
             # In tokens of the KV cache, when the text is complete.
             "cost": (len(ids) + params["max_new_tokens"]) * params["num_beams"],
+            "draws": params["num_return_sequences"] if params["do_sample"] else 1,
         }
+
+    def pieces(self, features: Features) -> Sequence[Features]:
+        """Each text that is drawn is a piece; all of one search are the same one."""
+        return [{**features, "draw": draw} for draw in range(features["draws"])]
+
+    def join(self, outputs: Sequence[RowOutput]) -> RowOutput:
+        if len(outputs) == 1:
+            return outputs[0]
+        return {_nth(i): output["ids"] for i, output in enumerate(outputs)}
 
     def cost(self, features: Features) -> int:
         cost: int = features["cost"]
@@ -254,7 +212,7 @@ class GenerationTask(TextTask):
             generation = generation_for(
                 self.config["generation"],
                 params,
-                rows=len(part),
+                draws=[batch[i].get("draw", 0) for i in part],
                 start=start,
                 filler=self._filler,
                 stopping=[Stop(self.encoder.decode, stop, start)] if stop else [],
@@ -270,21 +228,33 @@ class GenerationTask(TextTask):
         drawn = params["do_sample"] and params["seed"] >= 0
         if drawn or not self.config["pads"]:
             return [[i] for i in range(len(batch))]
-        kept = self.config["generation"]
-        if params["repetition_penalty"] == 1 and not any(kept.get(name) for name in _COUNT_PADDING):
+        if not self._counts_padding(params):
             return [list(range(len(batch)))]
         # Rows of one length have no padding for such settings to count.
         lengths = [len(row["input_ids"]) for row in batch]
         order = sorted(range(len(batch)), key=lengths.__getitem__)
         return [list(part) for _, part in groupby(order, key=lengths.__getitem__)]
 
+    def _counts_padding(self, params: Mapping[str, Any]) -> bool:
+        """Whether a setting would look at padding as if it were a part of the text."""
+        kept = self.config["generation"]
+        found = [kept.get(name) for name in _READ_PROMPTS]
+        if not self.encoder_decoder:  # whose decoder begins without any
+            found += [kept.get("min_length"), params["no_repeat_ngram_size"]]
+            found += [params["repetition_penalty"] != 1]
+        return any(found)
+
     def _start(self, mask: np.ndarray) -> int:
         """Index of the first new token in a sequence: behind the start token, or the prompt."""
         return 1 if self.encoder_decoder else mask.shape[1]
 
     def read(self, outputs: Mapping[str, np.ndarray], mask: np.ndarray) -> list[RowOutput]:
-        written = outputs["sequences"][:, self._start(mask) :]  # (rows, steps)
-        rows: list[RowOutput] = [{"ids": self._until_end(line)} for line in written]
+        written = outputs["sequences"][:, self._start(mask) :]
+        # (rows, texts, steps)
+        texts = written.reshape(len(mask), -1, written.shape[1])
+        rows: list[RowOutput] = [
+            {_nth(i): self._until_end(ids) for i, ids in enumerate(row)} for row in texts
+        ]
         if "logits" not in outputs:
             return rows
         said = zip(rows, outputs["logits"], strict=True)
@@ -320,20 +290,25 @@ class GenerationTask(TextTask):
         *,
         first: int = 0,
     ) -> Iterator[dict[str, Any] | None]:
-        # An end that the config forces at the last position only means that the length is used up.
-        forced, most = (
-            self.config["generation"].get("forced_eos_token_id") is not None,
-            params["max_new_tokens"],
-        )
         for i, output in enumerate(outputs, first):
             # Masked tokens may be minus infinity; a largest one that is not finite is broken.
             require_finite([output["logits"].max(axis=-1)] if "logits" in output else [], i)
-            ids = output["ids"].tolist()
-            text = self.encoder.decode(ids)
-            stop = first_stop(text, params["stop"])
-            ended = stop is not None or bool(
-                ids and ids[-1] in self.ends and not (forced and len(ids) == most)
-            )
-            # A byte-level token may be the first half of a character, which decodes to this one.
-            text = text[:stop] if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")
-            yield {"generated_text": text, "finish_reason": "stop" if ended else "length"}
+            texts, reasons = zip(*self.texts(output, params), strict=True)
+            answer = {"generated_text": texts[0], "finish_reason": reasons[0]}
+            if len(texts) > 1:
+                answer |= {"generated_texts": list(texts), "finish_reasons": list(reasons)}
+            yield answer
+
+    def texts(self, output: RowOutput, params: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Each text of a row, and its ``finish_reason``."""
+        forces = self.config["generation"].get("forced_eos_token_id") is not None
+        forced = params["max_new_tokens"] if forces else None
+        written = [ids.tolist() for name, ids in output.items() if name != "logits"]
+        return [
+            written_text(self.encoder, ids, self.ends, params["stop"], forced) for ids in written
+        ]
+
+
+def _nth(i: int) -> str:
+    """Name of the output with the tokens of a row's text ``i``."""
+    return f"ids_{i}" if i else "ids"

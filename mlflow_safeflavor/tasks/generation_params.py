@@ -9,7 +9,7 @@ from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text_params import TRUNCATION
 
-__all__ = ["GENERATION_PARAMS", "KEEP_LOGITS", "require_one_way"]
+__all__ = ["GENERATION_PARAMS", "KEEP_LOGITS", "require_least", "require_one_way"]
 
 # For models that count no positions: a request cannot ask for hours.
 _MOST_NEW_TOKENS = 32768
@@ -32,6 +32,14 @@ GENERATION_PARAMS = (
         default=64,
         wanted=f"a whole number from 1 to {_MOST_NEW_TOKENS}",
         allows=lambda value: 1 <= value <= _MOST_NEW_TOKENS,
+    ),
+    Param(
+        "min_new_tokens",
+        "long",
+        default=0,
+        wanted="a whole number from 0 to max_new_tokens",
+        allows=lambda value: 0 <= value <= _MOST_NEW_TOKENS,
+        none_is=0,
     ),
     Param("do_sample", "boolean", default=False, wanted="true or false"),
     Param("temperature", "double", default=1.0, wanted=_POSITIVE, allows=_is_positive),
@@ -57,7 +65,23 @@ GENERATION_PARAMS = (
         wanted="a whole number from 1 to 64",
         allows=lambda value: 1 <= value <= 64,
     ),
+    Param(
+        "num_return_sequences",
+        "long",
+        default=1,
+        wanted="a whole number from 1 to 64",
+        allows=lambda value: 1 <= value <= 64,
+        none_is=1,
+    ),
     Param("repetition_penalty", "double", default=1.0, wanted=_POSITIVE, allows=_is_positive),
+    Param(
+        "no_repeat_ngram_size",
+        "long",
+        default=0,
+        wanted="how many tokens in a row may not come twice, or 0 where any may",
+        allows=lambda value: 0 <= value <= _MOST_NEW_TOKENS,
+        none_is=0,
+    ),
     Param(
         "seed",
         "long",
@@ -92,11 +116,37 @@ KEEP_LOGITS = Param("keep_logits", "boolean", default=False, wanted="true or fal
 
 
 def require_one_way(params: Mapping[str, Any]) -> None:
-    """Refuse params that ask for beams and draws at once. Raises ``InputError``."""
-    if params["do_sample"] and params["num_beams"] > 1:
+    """Refuse params that ask for beams and draws at once, or for more texts than there are beams.
+
+    Raises:
+        InputError: Names them.
+    """
+    beams, texts = params["num_beams"], params["num_return_sequences"]
+    if params["do_sample"] and beams > 1:
         raise InputError(
             "Beams are searched, not sampled",
             where="params, 'do_sample' and 'num_beams'",
             wanted="num_beams 1 with do_sample, or do_sample false with beams",
-            found=f"num_beams {params['num_beams']}",
+            found=f"num_beams {beams}",
+        )
+    # Greedy decoding has one text, and a search as many as it has beams: the next ones would be
+    # copies.
+    if not params["do_sample"] and texts > beams:
+        raise InputError(
+            "Without sampling there are only as many texts as beams",
+            where="params, 'num_return_sequences'",
+            wanted=f"at most {beams}, which is num_beams; or do_sample true",
+            found=texts,
+        )
+
+
+def require_least(asked: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    """Refuse a request for more new tokens at least than at most. Raises ``InputError``."""
+    # Only where it says so itself: the model's own least number gives way to a shorter request.
+    if asked.get("min_new_tokens") and params["min_new_tokens"] > params["max_new_tokens"]:
+        raise InputError(
+            "A text cannot be longer than it may be",
+            where="params, 'min_new_tokens'",
+            wanted=f"at most {params['max_new_tokens']}, the most tokens that are written",
+            found=params["min_new_tokens"],
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlflow_safeflavor.tasks.generation_params import KEEP_LOGITS
+from mlflow_safeflavor.tasks.generation_params import GENERATION_PARAMS, KEEP_LOGITS
 
 if TYPE_CHECKING:
     from mlflow_safeflavor.tasks.generation import GenerationTask
@@ -31,7 +31,7 @@ def ignores_padding(cls: type[GenerationTask], model: Any, config: Mapping[str, 
     ][-size:]
     if len(ids) < 4:
         return False  # too few tokens or positions to try it: rows then run alone
-    params = {param.name: param.default for param in cls.params} | {
+    params = {param.name: param.default for param in GENERATION_PARAMS} | {
         "max_new_tokens": 2,
         KEEP_LOGITS.name: True,
     }

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SAMPLING", "Draw", "sampler"]
+__all__ = ["SAMPLING", "Draw", "sampler", "seed_of"]
 
 # Setting → transformers' class for it, in its order, and the value for which that does nothing.
 SAMPLING: Mapping[str, tuple[str, Any]] = {
@@ -48,19 +50,27 @@ class Draw:
         return scores - noise.to(scores.device)
 
 
-def sampler(settings: Mapping[str, Any], rows: int, seed: int) -> list[Any]:
+def seed_of(seed: int, draw: int) -> int:
+    """Seed of one of the texts that are drawn for a prompt; the request's own for the first."""
+    if seed < 0 or draw == 0:
+        return seed
+    # Not seed + draw: the second text of one seed would be the first of the next. 63 bits, since
+    # torch takes a seed as a signed number.
+    return int(np.random.SeedSequence((seed, draw)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def sampler(settings: Mapping[str, Any], seeds: Sequence[int]) -> list[Any]:
     """Processors of the scores of each step with which greedy decoding samples.
 
     Args:
         settings: Values for names in ``SAMPLING``; missing ones do nothing.
-        rows: How many rows are decoded together.
-        seed: Of every row; negative for another one each time.
+        seeds: Of each row that is decoded together; negative for another one each time.
     """
     import torch
     from transformers.generation import logits_process
 
-    generators = [torch.Generator() for _ in range(rows)]
-    for generator in generators:
+    generators = [torch.Generator() for _ in seeds]
+    for generator, seed in zip(generators, seeds, strict=True):
         # All rows of a seed draw alike: a row's text depends on nothing beside it.
         generator.manual_seed(seed) if seed >= 0 else generator.seed()
     asked = {name: value for name in SAMPLING if (value := settings.get(name)) is not None}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Stop", "first_stop"]
+__all__ = ["Stop", "first_stop", "unfinished_stop"]
 
 
 class Stop:
@@ -33,3 +33,16 @@ class Stop:
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
     """Index in ``text`` of the first stop text; None without one."""
     return min((place for word in stop if (place := text.find(word)) >= 0), default=None)
+
+
+def unfinished_stop(text: str, stop: Sequence[str]) -> int:
+    """Index in ``text`` from which on it may be the beginning of a stop text; else its length."""
+    longest = max(map(len, stop), default=1) - 1  # characters of a stop text without its last one
+    return next(
+        (i for i in range(max(0, len(text) - longest), len(text)) if _begins(text[i:], stop)),
+        len(text),
+    )
+
+
+def _begins(end: str, stop: Sequence[str]) -> bool:
+    return any(word.startswith(end) for word in stop)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.features import Features
 from mlflow_safeflavor.tasks.generation import GenerationTask
+from mlflow_safeflavor.tasks.generation_config import describe_generation
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.texts import require_texts
 from mlflow_safeflavor.tasks.text import groups
@@ -25,8 +26,9 @@ _SPECIFIC = re.compile(r"summarization|translation(_\w+_to_\w+)?", re.ASCII)
 class Text2TextGeneration(GenerationTask):
     """The text that an encoder-decoder generates from a text.
 
-    Options, fixed at save through ``model_config``: ``prefix``, put before each text, and
-    ``generation``, changes of the model's generation config. Saved as ``summarization``,
+    Options, fixed at save through ``model_config``: ``prefix``, put before each text,
+    ``prompt_template``, a text around each ``{prompt}``, behind the prefix, and ``generation``,
+    changes of the model's generation config. Saved as ``summarization``,
     ``translation`` or ``translation_xx_to_yy``, the task also takes prefix and generation settings
     of that name from the ``task_specific_params`` of the model's config, as transformers' pipelines
     do.
@@ -35,7 +37,7 @@ class Text2TextGeneration(GenerationTask):
     """
 
     name = "text2text-generation"
-    task_options = frozenset({"generation", "prefix"})
+    task_options = frozenset({"generation", "prefix", "prompt_template"})
     encoder_decoder = True
     # Key of ``task_specific_params``.
     specific: ClassVar[str | None] = None
@@ -59,7 +61,7 @@ class Text2TextGeneration(GenerationTask):
                 found=repr(prefix),
             )
         return {
-            **cls.describe_generation(model, {**specific, **options.get("generation", {})}),
+            **describe_generation(cls, model, options, specific),
             "prefix": prefix,
         }
 
@@ -69,8 +71,8 @@ class Text2TextGeneration(GenerationTask):
         limit = self.prompt_limit(params)
         for first, some in groups(rows):
             self.require_short(first, some, limit, cut=params["truncation"])
-            # The prefix is the owner's: it is not among the characters that a cap counts.
-            texts = [self.config["prefix"] + row["text"] for row in some]
+            # Prefix and template are the owner's: not among the characters that a cap counts.
+            texts = [self.config["prefix"] + self.prompt(row["text"]) for row in some]
             encoded = self.encoder.encode(texts, max_length=limit, truncation=params["truncation"])
             for i, row in enumerate(encoded, first):
                 self.require_fitting(i, len(row["input_ids"]), limit)

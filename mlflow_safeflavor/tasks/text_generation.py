@@ -13,6 +13,7 @@ from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.mlflow_compat import Array, Object, Property, require_schema
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.generation import GenerationTask
+from mlflow_safeflavor.tasks.generation_config import describe_generation
 from mlflow_safeflavor.tasks.generation_params import GENERATION_PARAMS
 from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.texts import require_clean, require_texts
@@ -41,20 +42,20 @@ class TextGeneration(GenerationTask):
     ``messages`` is a list of dicts with ``role`` and ``content``. Where the last one is the
     assistant's, it is continued.
 
-    Option, fixed at save through ``model_config``: ``generation``, changes of the model's
-    generation config.
+    Options, fixed at save through ``model_config``: ``generation``, changes of the model's
+    generation config, and ``prompt_template``, a text around each ``{prompt}``.
 
-    Params: ``return_full_text`` puts the prompt in front, as it was given (default True; False for
-    chats, whose prompt is what the template made). A prompt beside which ``max_new_tokens`` do not
-    fit into the model's positions is cut at its beginning, so that its end is continued; without
-    ``truncation``, and by default for chats, it is refused.
+    Params: ``return_full_text`` puts the prompt in front (default True; False for chats and with a
+    template, whose prompt is what the template made). A prompt beside which ``max_new_tokens`` do
+    not fit into the model's positions is cut at its beginning, so that its end is continued;
+    without ``truncation``, and by default for chats, it is refused.
     """
 
     name = "text-generation"
     fields = ("text", "messages")
     params: ClassVar[tuple[Param, ...]] = (_FULL_TEXT, *GENERATION_PARAMS)
     reads = ("encoder", "tokenizer")
-    task_options = frozenset({"generation"})
+    task_options = frozenset({"generation", "prompt_template"})
     encoder_decoder = False
 
     @classmethod
@@ -81,7 +82,10 @@ class TextGeneration(GenerationTask):
     @classmethod
     def describe(cls, model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
         cls.require_known(options)
-        return cls.describe_generation(model, options.get("generation", {}))
+        config = describe_generation(cls, model, options)
+        # As in mlflow.transformers: what the template puts in front belongs to no answer.
+        full = {"return_full_text": False} if "prompt_template" in options else {}
+        return {**config, "params": {**config["params"], **full}}
 
     def __init__(
         self,
@@ -94,6 +98,13 @@ class TextGeneration(GenerationTask):
         self.tokenizer = tokenizer
         self._chat = "messages" in self.columns
         if self._chat:
+            if any(config["prompt_template"]):
+                raise InputError(
+                    "A chat has the template of its tokenizer",
+                    where="prompt_template",
+                    wanted="none beside messages",
+                    hint="leave it out, or change tokenizer.chat_template",
+                )
             # A chat without its beginning, where the template puts who speaks, is another one.
             off = {"return_full_text", "truncation"} - config["params"].keys()
             self.asked = tuple(
@@ -163,8 +174,7 @@ class TextGeneration(GenerationTask):
         (field,) = self.columns
         if self._chat:
             return self._rendered(i, row[field])
-        prompt: str = row[field]
-        return prompt
+        return self.prompt(row[field])
 
     def _rendered(self, i: int, messages: Sequence[Mapping[str, str]]) -> str:
         tokenizer = self.tokenizer() if self.tokenizer else None
@@ -202,10 +212,12 @@ class TextGeneration(GenerationTask):
         answers = super().decode(rows, features, outputs, params, first=first)
         for i, (row, answer) in enumerate(zip(rows, answers, strict=True), first):
             if answer is not None and params["return_full_text"]:
-                answer = {
-                    **answer,
-                    "generated_text": self._prompt(i, row) + answer["generated_text"],
-                }
+                prompt = self._prompt(i, row)
+                answer = {**answer, "generated_text": prompt + answer["generated_text"]}
+                if "generated_texts" in answer:
+                    answer["generated_texts"] = [
+                        prompt + text for text in answer["generated_texts"]
+                    ]
             yield answer
 
 

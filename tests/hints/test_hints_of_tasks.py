@@ -374,7 +374,7 @@ def test_prompts(save, tiny_bert, tiny_tokenizer, monkeypatch):  # noqa: F811
     "set it to None in model.generation_config before saving",
 )
 @follows(
-    "tasks/generation",
+    "tasks/generation_config",
     "The model is not of the kind that its task writes with",
     'choose task="text-generation" for decoders, "text2text-generation" for encoder-decoders',
 )
@@ -387,6 +387,11 @@ def test_prompts(save, tiny_bert, tiny_tokenizer, monkeypatch):  # noqa: F811
     "tasks/text_generation",
     "The tokenizer has no chat template",
     'set tokenizer.chat_template, or save the model with input_columns={"text": …}',
+)
+@follows(
+    "tasks/text_generation",
+    "A chat has the template of its tokenizer",
+    "leave it out, or change tokenizer.chat_template",
 )
 def test_writing(models, save, monkeypatch):  # noqa: F811
     monkeypatch.setattr("mlflow_safeflavor.tasks.generation._WRITTEN_A_ROW", 1)
@@ -413,6 +418,7 @@ def test_writing(models, save, monkeypatch):  # noqa: F811
     refused(StructureError, save, gpt, **chat)
     save(gpt, **{**chat, "input_columns": {"text": "text"}})
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    refused(InputError, save, gpt, **chat, prompt_template="Q: {prompt} A:")
     save(gpt, **chat)
 
 

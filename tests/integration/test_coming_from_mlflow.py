@@ -15,6 +15,7 @@ import torch
 from artifacts import SAME_BATCHES, TEXTS
 from mlflow.models import Model, infer_signature
 from packaging.version import Version
+from writers import byte_tokenizer, writer
 
 from mlflow_safeflavor import load_model, log_model, mlflow_compat, save_model
 from mlflow_safeflavor.errors import InputError, PlacementError, StructureError
@@ -193,6 +194,7 @@ WORKS = {
     "extra_pip_requirements": lambda logged, given, new: "wrapt==1.17.0" in _pins(logged["folder"]),
     "conda_env": lambda logged, given, new: _conda(given, new),
     "metadata": lambda logged, given, new: logged["info"].metadata == {"a": 1},
+    "prompt_template": lambda logged, given, new: _template(new),
     "registered_model_name": lambda logged, given, new: logged["version"].name == "registered",
     "await_registration_for": lambda logged, given, new: _is_taken("await_registration_for"),
     "prompts": lambda logged, given, new: not IS_3 or _is_handed_on("prompts"),
@@ -205,6 +207,15 @@ WORKS = {
     "model_uri": lambda logged, given, new: load_model(model_uri=str(logged["folder"])),
     "dst_path": lambda logged, given, new: _stays(logged["folder"], new),
 }
+
+
+def _template(folder):
+    model = {"model": writer("GPT2LMHeadModel"), "tokenizer": byte_tokenizer()}
+    template, kept = "Q: {prompt} A:", {"rehearse": False, "graph": "no"}
+    save_model(model, folder, prompt_template=template, **kept)
+    asked = {"max_new_tokens": 3, "return_full_text": True}
+    (text,) = load_model(folder).predict(["why?"], asked)["generated_text"]
+    return text.startswith("Q: why? A:")
 
 
 def _is_taken(argument):

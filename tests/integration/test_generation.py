@@ -21,6 +21,7 @@ from mlflow_safeflavor.module.engine import ModuleEngine
 from mlflow_safeflavor.module.generation import Generation
 from mlflow_safeflavor.tasks.inputs.text_encoder import TextEncoder
 from mlflow_safeflavor.tasks.inputs.tokenizer import load_tokenizer, write_tokenizer
+from mlflow_safeflavor.tasks.sampling import seed_of
 from mlflow_safeflavor.tasks.table import infer_task, task_class
 from mlflow_safeflavor.tasks.text2text_generation import Text2TextGeneration
 from mlflow_safeflavor.tasks.text_generation import TextGeneration
@@ -56,7 +57,10 @@ class Bound:
         self.task.require_clean(rows, params)
         checked = self.task.check_params(params)
         features = self.task.encoded(rows, checked)
-        outputs = self.task.forward(self.engine, features, checked)
+        pieces = [self.task.pieces(row) for row in features]
+        flat = self.task.forward(self.engine, [piece for row in pieces for piece in row], checked)
+        answered = iter(flat)
+        outputs = [self.task.join([next(answered) for _ in row]) for row in pieces]
         return self.task.decoded(rows, features, outputs, checked), features, outputs
 
     def answers(self, data, **params):
@@ -163,6 +167,127 @@ def test_penalties_do_not_count_padding(bound, name, setting):
     start = 1 if task.task.encoder_decoder else ids.shape[1]
     wanted = _trimmed(task.tokenizer.decode(live[0, start:], skip_special_tokens=True))
     assert _trimmed(texts[0]) == (wanted if task.task.encoder_decoder else TEXTS[0] + wanted)
+
+
+# As transformers' generate of one row, by the params of a request.
+
+
+_PER_REQUEST = [
+    {"min_new_tokens": 12},
+    {"no_repeat_ngram_size": 1},
+    {"no_repeat_ngram_size": 2, "num_beams": 3},
+    {"num_beams": 4, "num_return_sequences": 3},
+    {"num_beams": 3, "num_return_sequences": 3, "min_new_tokens": 3, "no_repeat_ngram_size": 2},
+]
+
+
+@pytest.mark.parametrize("asked", _PER_REQUEST, ids=str)
+@pytest.mark.parametrize(
+    "name", ["GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration"]
+)
+def test_what_a_request_asks_for_is_what_transformers_generates(bound, name, asked):
+    ends = {"eos_token_id": [2, *range(70, 200)]}  # or hardly any text would end early
+    task = bound(writer(name, generation=ends))
+    asked = {"max_new_tokens": 14, **asked}
+    answers, features, outputs = task.run(TEXTS, **asked)
+    for row, answer, output in zip(features, answers, outputs, strict=True):
+        ids = torch.tensor([row["input_ids"]])
+        live = task.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=2, **asked
+        )
+        start = 1 if task.task.encoder_decoder else ids.shape[1]
+        wanted = [task.task._until_end(line[start:].numpy()).tolist() for line in live]
+        assert [found.tolist() for found in output.values()] == wanted
+        assert len(wanted) == asked.get("num_return_sequences", 1)
+        assert all(len(tokens) >= asked.get("min_new_tokens", 0) for tokens in wanted)
+        if len(wanted) > 1:
+            assert answer["generated_texts"][0] == answer["generated_text"]
+            assert answer["finish_reasons"][0] == answer["finish_reason"]
+            assert len(answer["generated_texts"]) == len(wanted)
+    assert answers == [task.answers([text], **asked)[0] for text in TEXTS]
+    assert {len(output["ids"]) for output in outputs} != {14}
+
+
+def test_the_generation_config_tells_the_new_defaults_too(bound):
+    said = {
+        "num_beams": 2, "num_return_sequences": 2, "no_repeat_ngram_size": 2, "min_new_tokens": 5
+    }  # fmt: skip
+    task = bound(writer("GPT2LMHeadModel", generation=said))
+    params = task.task.check_params({"max_new_tokens": 3})  # shorter than the model's own least
+    assert {name: params[name] for name in said} == said
+    assert len(task.answers(["the cat"], max_new_tokens=3)[0]["generated_texts"]) == 2
+    golden = task.task.check_params(task.task.golden(task.task.config))
+    assert (golden["num_return_sequences"], golden["num_beams"]) == (1, 1)
+    off = {"no_repeat_ngram_size": 0, "num_return_sequences": None, "min_new_tokens": None}
+    assert task.texts(TEXTS, **off) == bound(
+        writer("GPT2LMHeadModel", generation={"num_beams": 2})
+    ).texts(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
+def test_several_draws_of_a_prompt_depend_on_row_and_seed_alone(bound, name):
+    task = bound(name)
+    asked = {"do_sample": True, "max_new_tokens": 10, "seed": 7}
+    found = task.answers(TEXTS, num_return_sequences=4, **asked)
+    assert found[::-1] == task.answers(TEXTS[::-1], num_return_sequences=4, **asked)
+    for text, answer in zip(TEXTS, found, strict=True):
+        assert answer["generated_text"] == task.texts([text], **asked)[0]
+        (fewer,) = task.answers([text], num_return_sequences=2, **asked)
+        assert fewer["generated_texts"] == answer["generated_texts"][:2]
+    assert sum(len(set(answer["generated_texts"])) for answer in found) > 2 * len(TEXTS)
+    # The second text of a seed is not the first of another.
+    assert len({seed_of(seed, draw) for seed in range(50) for draw in range(9)}) == 450
+    drawn = task.answers(["the cat"] * 2, **{**asked, "seed": -1}, num_return_sequences=3)
+    assert len({text for answer in drawn for text in answer["generated_texts"]}) > 3
+
+
+def test_draws_without_a_seed_share_a_batch(bound):
+    task = bound("LlamaForCausalLM")
+    shapes = []
+    generate = task.engine.generate
+    task.engine.generate = lambda inputs, generation: (
+        shapes.append(len(inputs["input_ids"])) or generate(inputs, generation)
+    )
+    task.answers(TEXTS[:2], max_new_tokens=2, do_sample=True, num_return_sequences=3)
+    task.answers(TEXTS[:2], max_new_tokens=2, no_repeat_ngram_size=2)  # of two lengths
+    assert shapes == [6, 1, 1]
+    t5 = bound("T5ForConditionalGeneration")
+    shapes.clear()
+    generate = t5.engine.generate
+    t5.engine.generate = task.engine.generate
+    t5.answers(TEXTS, max_new_tokens=2, no_repeat_ngram_size=2, repetition_penalty=2.0)
+    assert shapes == [len(TEXTS)]  # a decoder behind an encoder begins without padding
+
+
+# Prompt templates.
+
+
+def test_a_template_is_put_around_each_prompt(bound):
+    template = 'Q: {prompt} "{{}}"\nA:'
+    plain = bound("LlamaForCausalLM")
+    task = bound("LlamaForCausalLM", prompt_template=template)
+    around = [template.format(prompt=text) for text in TEXTS]
+    wanted = plain.texts(around, max_new_tokens=6, return_full_text=False)
+    assert task.texts(TEXTS, max_new_tokens=6) == wanted
+    full = task.texts(TEXTS, max_new_tokens=6, return_full_text=True)
+    assert full == plain.texts(around, max_new_tokens=6)
+    assert task.task.metadata(task.task.config) == {"prompt_template": template}
+    assert plain.task.metadata(plain.task.config) == {}
+    t5 = bound("T5ForConditionalGeneration", prompt_template="{prompt} =", prefix="sum: ")
+    assert t5.run(["a"])[1][0]["input_ids"] == t5.tokenizer("sum: a =")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("", "no field", "{prompt} {prompt}", "{}", "{0}", "{prompt", "{prompt:9999999999}"),
+        *("{prompt!r}", "{prompt.x}", "{prompt}{other}", 3),
+    ],
+    ids=str,
+)
+def test_what_is_no_template_is_refused_at_save(template):
+    with pytest.raises(InputError, match="prompt_template"):
+        TextGeneration.describe(writer("GPT2LMHeadModel"), {"prompt_template": template})
 
 
 def test_a_tokenizer_without_padding_token_is_enough(bound):
@@ -386,6 +511,14 @@ def test_an_empty_text_needs_a_token_to_begin_with(bound):
             {"max_length": 200},
             {"unknown": 1},
         ),
+        *(
+            {"num_return_sequences": 2},
+            {"num_return_sequences": 3, "num_beams": 2},
+            {"num_return_sequences": 0},
+            {"no_repeat_ngram_size": -1},
+            {"min_new_tokens": 5, "max_new_tokens": 4},
+            {"min_new_tokens": -1},
+        ),
     ],
     ids=str,
 )
@@ -525,9 +658,7 @@ def test_names_of_specific_tasks_bring_prefix_and_settings(bound, alias):
     beams, new = (2, 8) if alias == "summarization" else (1, 64)
     params = task.task.check_params({})
     assert (params["num_beams"], params["max_new_tokens"]) == (beams, new)
-    assert (task.task.config["generation"].get("no_repeat_ngram_size") == 2) == (
-        alias == "summarization"
-    )
+    assert (params["no_repeat_ngram_size"] == 2) == (alias == "summarization")
 
 
 def test_a_prefix_can_be_an_option(bound):
@@ -569,6 +700,32 @@ def test_loaded_models_write_what_the_live_one_writes(tmp_path, name):
     assert (
         served.predict({"text": TEXTS[:2]}, params=params)["generated_text"].tolist() == found[:2]
     )
+
+
+def test_a_saved_template_and_several_texts_through_pyfunc(tmp_path):
+    path = tmp_path / "model"
+    model, tokenizer = writer("LlamaForCausalLM"), byte_tokenizer()
+    mlflow_safeflavor.save_model(
+        model, path, tokenizer=tokenizer, prompt_template="Q: {prompt} A:", rehearse=False,
+        graph="no", params={"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 5},
+    )  # fmt: skip
+    assert mlflow.models.Model.load(str(path)).metadata == {"prompt_template": "Q: {prompt} A:"}
+    loaded, served = mlflow_safeflavor.load_model(path), mlflow.pyfunc.load_model(str(path))
+    frame = pd.DataFrame({"text": TEXTS[:3]})
+    found = served.predict(frame, params={"no_repeat_ngram_size": 2, "min_new_tokens": 2})
+    wanted = loaded.predict(frame, {"no_repeat_ngram_size": 2, "min_new_tokens": 2})
+    pd.testing.assert_frame_equal(found, wanted)
+    inputs = tokenizer(["Q: the cat A:"], return_tensors="pt")
+    asked = {"no_repeat_ngram_size": 2, "min_new_tokens": 2, "max_new_tokens": 5, "num_beams": 2}
+    live = model.generate(**inputs, num_return_sequences=2, pad_token_id=2, **asked)
+    start = inputs["input_ids"].shape[1]
+    texts = tokenizer.batch_decode(live[:, start:], skip_special_tokens=True)
+    assert found["generated_texts"][0] == [_trimmed(text) for text in texts]
+    given = {"tokenizer": byte_tokenizer(chat=True), "input_columns": {"messages": "messages"}}
+    with pytest.raises(InputError, match="prompt_template"):
+        mlflow_safeflavor.save_model(
+            model, tmp_path / "chat", prompt_template="{prompt}.", graph="no", **given
+        )
 
 
 def test_saved_chats_are_asked_through_pyfunc(tmp_path):

@@ -206,6 +206,11 @@ class TextEncoder:
         return int(self._tokenizer.get_vocab_size())
 
     @property
+    def changes_words(self) -> bool:
+        """Whether decoding one token more may change the words before it, or the space there."""
+        return bool(self.config["clean_up"]) or self.marks_subwords
+
+    @property
     def marks_subwords(self) -> bool:
         """Whether tokens that go on with a word are marked as such, like "##ing"."""
         return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))
