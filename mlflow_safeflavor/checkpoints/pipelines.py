@@ -12,6 +12,7 @@ import numpy as np
 from mlflow_safeflavor.checkpoints.given import Source, library_class, require_unchanged
 from mlflow_safeflavor.errors import InputError, StructureError
 from mlflow_safeflavor.tasks.generation_params import GENERATION_PARAMS
+from mlflow_safeflavor.tasks.whisper_speech import WHISPER_PARAMS
 
 __all__ = ["is_pipeline", "take_apart"]
 
@@ -165,7 +166,7 @@ def _generation(pipeline: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             if value not in (own.get(name), usual.get(name))
         }
     said.pop("transformers_version", None)
-    known = {param.name for param in GENERATION_PARAMS}
+    known = {param.name for param in (*GENERATION_PARAMS, *WHISPER_PARAMS)}
     params = {name: value for name, value in said.items() if name in known and value is not None}
     if "stop_strings" in said:
         params["stop"] = (

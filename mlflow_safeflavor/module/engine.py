@@ -73,7 +73,7 @@ class ModuleEngine:
         require_unchanged(self._weights)
         require_usable(self.device)
         keep_logits = generation.keep_logits
-        returned = {"return_dict_in_generate": True, "output_logits": keep_logits}
+        returned = {"return_dict_in_generate": keep_logits, "output_logits": keep_logits}
         view = _with_settings(self.module, {**generation.settings, **returned})
         with torch.inference_mode(), exact_products(self.device):
             found = view.generate(
@@ -81,9 +81,12 @@ class ModuleEngine:
                 generation_config=view.generation_config,
                 logits_processor=LogitsProcessorList(generation.processors),
                 stopping_criteria=StoppingCriteriaList(generation.stopping),
+                **generation.arguments,
             )
-            kept = {"logits": torch.stack(found.logits, dim=1)} if keep_logits else {}
-            return arrays_of({"sequences": found.sequences, **kept})
+            if not keep_logits:
+                return arrays_of({"sequences": found})
+            logits = torch.stack(found["logits"], dim=1)
+            return arrays_of({"sequences": found["sequences"], "logits": logits})
 
 
 def tensors_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["Generation"]
@@ -19,10 +19,12 @@ class Generation:
             those that the settings ask for; in tensors of torch.
         stopping: (ids so far, scores) → which rows are done, bool of shape (rows,); in tensors of
             torch.
+        arguments: Arguments of a model's own ``generate`` that are no settings.
         keep_logits: Also return the logits of each step, before any processing.
     """
 
     settings: Mapping[str, Any]
     processors: Sequence[Callable[..., Any]] = ()
     stopping: Sequence[Callable[..., Any]] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     keep_logits: bool = False

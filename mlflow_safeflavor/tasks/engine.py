@@ -52,7 +52,7 @@ class Engine(Protocol):
 
         Args:
             inputs: ``input_ids`` and, if the model takes it, ``attention_mask``, shape (rows,
-                longest).
+                longest); or ``input_features`` of sounds.
             generation: How it writes.
 
         Returns:

@@ -22,6 +22,7 @@ from mlflow_safeflavor.tasks.generation_params import (
     require_one_way,
 )
 from mlflow_safeflavor.tasks.inputs.rows import Row
+from mlflow_safeflavor.tasks.near_ties import up_to_first_difference
 from mlflow_safeflavor.tasks.outputs import require_finite
 from mlflow_safeflavor.tasks.params import Param, check_params, param_schema
 from mlflow_safeflavor.tasks.stop_texts import Stop
@@ -29,11 +30,6 @@ from mlflow_safeflavor.tasks.text import TextTask
 from mlflow_safeflavor.tasks.written import written_text
 
 __all__ = ["GenerationTask"]
-
-# Answers of other tasks (labels) that take about as long as a new token.
-_WEIGHT = 32
-# Tokens that a row may be answered with on average, of all beams, beyond ``max_answers`` in all.
-_WRITTEN_A_ROW = 1024
 
 # Settings that look at the prompt's tokens, padding included.
 _READ_PROMPTS = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
@@ -142,14 +138,11 @@ class GenerationTask(TextTask):
     def require_little(self, rows: Sequence[Row], params: Mapping[str, Any]) -> None:
         """Raise ``InputError`` for a request for more new tokens than a cap allows."""
         texts = max(params["num_beams"], params["num_return_sequences"])
-        a_row = params["max_new_tokens"] * texts
-        self.caps.require(
-            "max_answers",
-            _WEIGHT * a_row * len(rows),
-            f"A request asks for too much text; a token that is written counts as {_WEIGHT}",
+        self.caps.require_written(
+            params["max_new_tokens"] * texts * len(rows),
+            len(rows),
             where="params, 'max_new_tokens' and 'num_beams'",
             instead="lower them, or send fewer rows at once",
-            allowed=_WEIGHT * _WRITTEN_A_ROW * len(rows),
         )
 
     def featured(self, ids: Sequence[int], params: Mapping[str, Any]) -> Features:
@@ -268,16 +261,7 @@ class GenerationTask(TextTask):
     def comparable(
         self, recorded: RowOutput, found: RowOutput
     ) -> tuple[RowOutput, RowOutput] | None:
-        """Logits up to the first token that is not the same."""
-        # If they are near each other there, it was a near tie, which another CPU may decide
-        # otherwise; behind it, the model continues other texts. A wrong weight shows in all logits,
-        # a broken KV cache in those of the second token.
-        old, new = recorded.get("ids", np.zeros(0)), found["ids"]
-        if np.array_equal(old, new):
-            return None
-        both = min(len(old), len(new))
-        same = int((old[:both] == new[:both]).cumprod().sum()) + 1
-        return {"logits": recorded["logits"][:same]}, {"logits": found["logits"][:same]}
+        return up_to_first_difference(recorded, found)
 
     # Tokens → texts.
 

@@ -10,6 +10,7 @@ from mlflow_safeflavor.errors import IntegrityError, StructureError
 from mlflow_safeflavor.tasks.ctc_speech import CtcSpeech
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.speech import SpeechTask
+from mlflow_safeflavor.tasks.whisper_speech import WhisperSpeech
 
 if TYPE_CHECKING:
     import torch
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
 __all__ = ["SpeechRecognition"]
 
 # How models write down speech, by the name that is recorded.
-_WAYS: Mapping[str, type[SpeechTask]] = {"ctc": CtcSpeech}
+_WAYS: Mapping[str, type[SpeechTask]] = {"ctc": CtcSpeech, "whisper": WhisperSpeech}
 
 
 class SpeechRecognition(SpeechTask):
     """One name for all models that write down speech; ``of`` tells their ways apart."""
+
+    task_options = frozenset().union(*(way.task_options for way in _WAYS.values()))
 
     @classmethod
     def serves(cls, class_name: str) -> bool:
@@ -37,7 +40,7 @@ class SpeechRecognition(SpeechTask):
         raise StructureError(
             "The model cannot do this task",
             where=f"task {cls.name!r}, {type(model).__name__}",
-            wanted="a class of transformers that ends in ForCTC",
+            wanted="…ForCTC or WhisperForConditionalGeneration of transformers",
         )
 
     @classmethod

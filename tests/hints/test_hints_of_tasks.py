@@ -19,7 +19,7 @@ import transformers
 from architectures import tiny_model
 from hint_rows import follows
 from PIL import Image
-from speakers import ctc_pipeline
+from speakers import ctc_pipeline, whisper_pipeline
 from test_caps import GAPS, IMAGES, QUESTIONS, TEXTS, TOKENS, WRITES, ZERO_SHOT, models  # noqa: F401  (a fixture)
 from test_hints_of_saving import refused, save  # noqa: F401  (fixtures)
 from writers import byte_tokenizer, writer
@@ -362,7 +362,7 @@ def test_prompts(save, tiny_bert, tiny_tokenizer, monkeypatch):  # noqa: F811
 # Writing.
 
 
-@follows("tasks/generation", "require", "lower them, or send fewer rows at once")
+@follows("tasks/generation", "require_written", "lower them, or send fewer rows at once")
 @follows(
     "tasks/generation_config",
     "Not a setting of a generation config",
@@ -394,7 +394,7 @@ def test_prompts(save, tiny_bert, tiny_tokenizer, monkeypatch):  # noqa: F811
     "leave it out, or change tokenizer.chat_template",
 )
 def test_writing(models, save, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("mlflow_safeflavor.tasks.generation._WRITTEN_A_ROW", 1)
+    monkeypatch.setattr("mlflow_safeflavor.tasks.inputs.caps._WRITTEN_A_ROW", 1)
     model = models(WRITES, max_answers=100)
     bad(model, ["a"], {"num_beams": 9, "max_new_tokens": 20})
     assert len(model.predict(["a"], {"num_beams": 1, "max_new_tokens": 3})) == 1
@@ -488,6 +488,24 @@ def test_windows_of_sounds(save):  # noqa: F811
     sound = np.zeros(16_000, np.float32)
     bad(model, [sound], {"chunk_length_s": 0.02})
     assert len(model.predict([sound], {"chunk_length_s": 0.5})) == 1
+
+
+@follows(
+    "tasks/whisper_speech",
+    "require_written",
+    "lower them, or send fewer or shorter sounds at once",
+)
+def test_writing_of_sounds(save, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("mlflow_safeflavor.tasks.inputs.caps._WRITTEN_A_ROW", 1)
+    model = load_model(save(whisper_pipeline(), graph="no", model_config={"max_answers": 700}))
+    sound, params = np.zeros(16_000, np.float32), {"num_beams": 1, "max_new_tokens": 9}
+    bad(model, [sound, sound, sound], params)
+    for sounds, fewer in (
+        ([sound, sound], params),
+        ([sound[:9000]], params),
+        ([sound] * 3, {**params, "max_new_tokens": 7}),
+    ):
+        assert len(model.predict(sounds, fewer)) == len(sounds)
 
 
 @follows("tasks/inputs/sounds", "require", "cut it first")

@@ -216,6 +216,13 @@ def test_a_tokenizer_that_decodes_no_frames_is_refused(tmp_path, tiny_tokenizer)
         )
 
 
+def test_a_pipeline_with_a_language_model_is_refused(tmp_path):
+    reference = ctc_pipeline()
+    reference.type, reference.decoder = "ctc_with_lm", object()
+    with pytest.raises(StructureError, match="decodes with a language model"):
+        mlflow_safeflavor.save_model(reference, tmp_path / "model", rehearse=False)
+
+
 def test_another_vocabulary_shows_in_the_golden_rows(tmp_path):
     mlflow_safeflavor.save_model(ctc_pipeline(), tmp_path / "model", rehearse=False, graph="no")
     swapped = {letter: len(LETTERS) - 1 - i if i > 4 else i for i, letter in enumerate(LETTERS)}

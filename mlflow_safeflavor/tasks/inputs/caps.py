@@ -19,6 +19,10 @@ __all__ = ["ANSWERS_A_ROW", "PIECES_A_ROW", "Caps"]
 PIECES_A_ROW = 16
 # Tokens that a row may be answered with on average, beyond ``max_answers`` in all.
 ANSWERS_A_ROW = 3_000
+# Answers of other tasks (labels) that take about as long as a new token.
+_WEIGHT = 32
+# Tokens that a row may be answered with on average, of all beams, beyond ``max_answers`` in all.
+_WRITTEN_A_ROW = 1024
 
 
 @dataclass(frozen=True)
@@ -108,4 +112,12 @@ class Caps:
         what = "A request asks for too many answers"
         self.require(
             "max_answers", tokens, what, where=where, instead=instead, allowed=ANSWERS_A_ROW * rows
+        )
+
+    def require_written(self, tokens: int, rows: int, *, where: object, instead: str) -> None:
+        """Raise ``InputError`` for more new tokens, of all beams, than ``max_answers`` allows."""
+        what = f"A request asks for too much text; a token that is written counts as {_WEIGHT}"
+        allowed = _WEIGHT * _WRITTEN_A_ROW * rows
+        self.require(
+            "max_answers", _WEIGHT * tokens, what, where=where, instead=instead, allowed=allowed
         )

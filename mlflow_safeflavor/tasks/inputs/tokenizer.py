@@ -45,7 +45,9 @@ _NOT_PORTABLE = (
     "name_or_path",
 )
 
+# The first three are Whisper's, which decide about the tokens before a text.
 _ATTRIBUTES = (
+    *("language", "predict_timestamps", "task"),
     "model_input_names",
     "model_max_length",
     "padding_side",
