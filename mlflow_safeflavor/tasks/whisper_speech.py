@@ -130,6 +130,12 @@ class WhisperSpeech(SpeechTask):
 
     def windows(self, params: Mapping[str, Any]) -> Windows | None:
         most = float(getattr(self.processor, "chunk_length", 0))
+        if not most:
+            raise StructureError(
+                "The processor does not belong to the model",
+                where=type(self.processor).__name__,
+                wanted="an extractor with a chunk_length, such as WhisperFeatureExtractor",
+            )
         # Whisper's extractor cuts what is longer, without a word.
         if params["chunk_length_s"] > most:
             raise InputError(

@@ -7,6 +7,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import transformers
 from artifacts import edit_json, reseal
 from speakers import (
     ctc_tokenizer,
@@ -177,6 +178,11 @@ def test_sampling_and_other_tokenizers_are_refused_at_save(tmp_path):
     with pytest.raises(StructureError, match="do_sample"):
         mlflow_safeflavor.save_model(
             whisper_model(do_sample=True), tmp_path / "a", tokenizer=whisper_tokenizer(), **parts
+        )
+    other = {**parts, "processor": transformers.Wav2Vec2FeatureExtractor()}
+    with pytest.raises(StructureError, match="such as WhisperFeatureExtractor"):
+        mlflow_safeflavor.save_model(
+            whisper_model(), tmp_path / "c", tokenizer=whisper_tokenizer(), **other
         )
     with pytest.raises(StructureError, match="tokenizer of Whisper"):
         mlflow_safeflavor.save_model(
