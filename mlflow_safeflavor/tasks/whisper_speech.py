@@ -234,10 +234,14 @@ class WhisperSpeech(SpeechTask):
     @property
     def _filler(self) -> int:
         """Token behind a text that ended before those beside it."""
-        kept = self.config["generation"]
-        ends = kept.get("eos_token_id", 0)
-        filler: int = kept.get("pad_token_id", ends[0] if isinstance(ends, list) else ends)
+        filler: int = self.config["generation"].get("pad_token_id", self._ends[0])
         return filler
+
+    @property
+    def _ends(self) -> list[int]:
+        """Tokens that end a text."""
+        ends = self.config["generation"].get("eos_token_id", 0)
+        return list(ends) if isinstance(ends, list) else [ends]
 
     def outputs(
         self, outputs: Mapping[str, np.ndarray], part: Sequence[Features]
@@ -249,7 +253,7 @@ class WhisperSpeech(SpeechTask):
         """Tokens up to the first end, which is one of them, and their logits, for each row."""
         logits = found["logits"]  # (rows, steps, vocabulary)
         new = found["sequences"][:, -logits.shape[1] :]
-        steps = [min(self._length(line) + 1, len(line)) for line in new]
+        steps = [[*np.flatnonzero(np.isin(line, self._ends)), len(line)][0] + 1 for line in new]
         return [
             {"first": line[:n], "logits": row[:n]}
             for line, row, n in zip(new, logits, steps, strict=True)

@@ -97,8 +97,10 @@ def test_settings_are_those_of_the_request_over_those_of_the_model():
     assert answer["chunks"] == [{"text": "a", "timestamp": [0.0, None]}]
 
 
-def test_golden_rows_keep_logits_up_to_the_first_end():
-    task, engine = made(), Engine()
+@pytest.mark.parametrize("ends", [END, [END, 8]])
+def test_golden_rows_keep_logits_up_to_the_first_end(ends):
+    generation = {"eos_token_id": ends, "pad_token_id": END}
+    task, engine = made(generation=generation), Engine()
     params = task.check_params(task.golden(task.config))
     (features,) = task.encoded([{"audio": np.zeros(90, np.float32)}], params)
     first, second = task.forward(engine, [*task.pieces(features)] * 2, params)
