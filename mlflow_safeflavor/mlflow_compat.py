@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ __all__ = [
     "log_metrics",
     "log_place",
     "read_mlmodel",
+    "request_schema",
     "require_schema",
     "rows_schema",
     "schema_of",
@@ -95,6 +96,31 @@ def require_schema(columns: Mapping[str, DataType | Array | Object]) -> Schema:
     if schema is None:
         raise _no_type(", ".join(columns))
     return schema
+
+
+def request_schema(
+    columns: Mapping[str, DataType | Array | Object],
+    optional: Mapping[str, DataType],
+    *,
+    either: Collection[str],
+) -> Schema:
+    """A request: columns, and others that may be missing where this MLflow can say so.
+
+    Args:
+        columns: Column → type.
+        optional: The same of columns that may be missing.
+        either: More of these, each a text or a list of texts; since 2.19, and a list before.
+
+    Raises:
+        InputError: This MLflow has no such type.
+    """
+    schema = require_schema(columns)
+    if not _SAYS_LISTS:
+        return schema
+    kind = Array(DataType.string) if AnyType is None else AnyType()  # type: ignore[no-untyped-call]
+    more = {**optional, **dict.fromkeys(either, kind)}
+    found = [ColSpec(kind, name, required=False) for name, kind in more.items()]
+    return Schema([*schema.inputs, *found])
 
 
 def inferred_signature(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +60,23 @@ class PyfuncModel:
         """One row out for each row in; see ``LoadedModel.predict``."""
         if self.facts is not None and asks_environment(model_input):
             return {ENVIRONMENT_LABEL: dict(self.facts)}
-        data = unfold_columns(model_input) if self.model.task.folds else model_input
+        with self._failures_logged():
+            return self.model.predict(self._data(model_input), params, progress=False)
+
+    def predict_stream(
+        self, model_input: Any, params: Mapping[str, Any] | None = None
+    ) -> Iterator[Any]:
+        """The answer to one row in parts; see ``LoadedModel.predict_stream``."""
+        with self._failures_logged():
+            yield from self.model.predict_stream(self._data(model_input), params)
+
+    def _data(self, model_input: Any) -> Any:
+        return unfold_columns(model_input) if self.model.task.folds else model_input
+
+    @contextmanager
+    def _failures_logged(self) -> Iterator[None]:
         try:
-            return self.model.predict(data, params, progress=False)
+            yield
         # Its cause may hold rows or paths: it goes to the log, where the server's owner looks, and
         # not over HTTP.
         except AnswerError:

@@ -1,4 +1,4 @@
-"""An engine whose generation ends once every caller has gone."""
+"""An engine whose generation is heard, and ends once every caller has gone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Attended"]
 
 
 class Attended:
-    """An engine that stops ``generate`` once all tickets are abandoned.
+    """An engine that tells who listens each token, and stops once all tickets are abandoned.
 
     Args:
         engine: Runs the model.
@@ -41,4 +41,8 @@ class Attended:
         # Asked after each token: a text of minutes ends at its next token, not at its last.
         if all(ticket.abandoned for ticket in self._tickets):
             raise TimeoutError("nobody waits for this text any more")
+        # Of several rows or pieces, beams or draws of one prompt, none is the text.
+        first = self._tickets[0]
+        if first.heard is not None and len(ids) == len(first.pieces) == 1:
+            first.heard(int(ids[0, -1]))
         return ids[:, 0] < 0  # no token id is negative: no row is done

@@ -17,6 +17,7 @@ from mlflow_safeflavor.module.failures import named_failure
 from mlflow_safeflavor.module.guarded import guarded
 from mlflow_safeflavor.predict.answers import answer_rows
 from mlflow_safeflavor.predict.deadline import Deadline
+from mlflow_safeflavor.predict.deltas import stream_row
 from mlflow_safeflavor.predict.progress import Watch, shown
 from mlflow_safeflavor.predict.report import LoadReport
 from mlflow_safeflavor.predict.scheduler import Scheduler
@@ -218,6 +219,31 @@ class LoadedModel:
         with shown(progress) as watch:
             return self._predict(data, params, deadline, watch)
 
+    def predict_stream(
+        self,
+        data: Any,
+        params: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Iterator[Any]:
+        """Answer one row while it is written, for tasks that write text.
+
+        Args:
+            data: One row, in any shape that ``predict`` takes.
+            params: See ``predict``.
+            timeout: Seconds that the whole answer may take; None for what the model was loaded
+                with.
+
+        Returns:
+            Parts of ``generated_text``, which together are it; of ``llm/v1/…`` OpenAI's chunks.
+            Where beams are searched, all comes at the end.
+
+        Raises:
+            SafeFlavorError: As ``predict`` does; what no model could answer, at once.
+        """
+        timeout = self.options["timeout"] if timeout is None else timeout
+        return stream_row(self.task, self.scheduler, self._known(data), params, timeout)
+
     def _predict(
         self,
         data: Any,
@@ -225,12 +251,9 @@ class LoadedModel:
         deadline: Deadline,
         watch: Watch | None = None,
     ) -> Any:
-        names = [name for name in self.task.columns.values() if name is not None]
-        # A column without a name is the only one: of several nothing says which is meant.
-        if self.options["extra_columns"] == "ignore" and names:
-            data = without_extra_columns(data, names)
         try:
-            rows = self.task.rows(data)
+            params = self.task.asked_in(data, params)
+            rows = self.task.rows(self._known(data))
             answers = [
                 answer
                 for answer, _ in answer_rows(
@@ -242,6 +265,14 @@ class LoadedModel:
             raise
         except BaseException as error:  # tokenizers panics with what is no Exception
             raise named_failure(error, "encoding or decoding") from error
+
+    def _known(self, data: Any) -> Any:
+        """Data of ``predict`` without columns that the run-time options say to ignore."""
+        names = [name for name in self.task.columns.values() if name is not None]
+        # A column without a name is the only one: of several nothing says which is meant.
+        if self.options["extra_columns"] == "ignore" and names:
+            return without_extra_columns(data, names)
+        return data
 
     def _stream(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,6 +116,7 @@ class Scheduler:
         arrival: object = None,
         *,
         patient: bool = False,
+        heard: Callable[[int | None], None] | None = None,
     ) -> Ticket:
         """Queue pieces, at least one; or run them at once, if the model is free and they are few.
 
@@ -124,10 +125,12 @@ class Scheduler:
             params: What ``task.check_params`` returned.
             arrival: Of a request that was ``arriving``.
             patient: Whether the caller may be kept for a whole forward: it has no deadline.
+            heard: See ``Ticket``; who listens shares no batch.
         """
         # As texts: params may be lists, which have no hash, and 1, 1.0 and True would be equal.
         key = tuple(repr(params[name]) for name in sorted(self.task.forward_params))
-        ticket = Ticket(pieces, [self.task.cost(piece) for piece in pieces], params, key)
+        costs = [self.task.cost(piece) for piece in pieces]
+        ticket = Ticket(pieces, costs, params, heard or key, heard)
         state = self._state
         few = len(pieces) == 1 or len(pieces) * max(ticket.costs) <= state.max_batch_tokens
         with state.arrived:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlflow_safeflavor.tasks.features import Features, RowOutput
@@ -20,6 +20,8 @@ class Ticket:
         costs: Of each piece.
         params: What ``task.check_params`` returned.
         key: The params that ``forward`` looks at; only tickets of the same key share a batch.
+        heard: Told each token of a text as it is written, and None when the ticket is answered or
+            has failed.
     """
 
     def __init__(
@@ -28,8 +30,10 @@ class Ticket:
         costs: Sequence[int],
         params: Mapping[str, Any],
         key: object,
+        heard: Callable[[int | None], None] | None = None,
     ) -> None:
         self.pieces, self.costs, self.params, self.key = pieces, costs, params, key
+        self.heard = heard
         # Longest first: neighbours in length share a batch with the least padding.
         self.waiting = deque(sorted(range(len(pieces)), key=lambda i: -costs[i]))
         self.turn = 0
@@ -61,10 +65,15 @@ class Ticket:
         """Answer piece ``i``."""
         self.outputs[i] = output
         if len(self.outputs) == len(self.pieces):
-            self._over.set()
+            self._end()
 
     def fail(self, error: BaseException) -> None:
         """Answer all pieces with an exception."""
         # Before the event: the caller reads the error as soon as it wakes.
         self.error, self.abandoned = error, True
+        self._end()
+
+    def _end(self) -> None:
         self._over.set()
+        if self.heard is not None:
+            self.heard(None)

@@ -146,7 +146,8 @@ def seal(
         file.unlink(missing_ok=True)
     mlmodel.signature = signature
     given = mlmodel.metadata if metadata is None else metadata  # ``log_model`` gives it to MLflow
-    facts = task_class(spec.task).metadata(spec.task_config)
+    task = task_class(spec.task)
+    facts = task.metadata(spec.task_config)
     if facts or given is not None:
         mlmodel.metadata = {**facts, **(given or {})}
     pyfunc.add_to_model(
@@ -156,6 +157,7 @@ def seal(
         conda_env=layout.conda.name,
         python_env=layout.python_env.name,
         model_config=dict(spec.model_config),
+        streamable=task.streams,
     )
     mlmodel.add_flavor(FLAVOR_NAME, **spec.to_flavor())
     mlmodel.model_size_bytes = sum(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -176,6 +176,10 @@ class Task(TaskKind):
         """Most ``cost`` of one forward, given the run-time option."""
         return max_batch_tokens
 
+    def asked_in(self, data: Any, params: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """The params of a request, with those that its data brings. Raises ``InputError``."""
+        return params
+
     def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
         """All params with defaults filled in. Raises ``InputError`` naming the param."""
         return check_params(self.asked, params)
@@ -262,3 +266,25 @@ class Task(TaskKind):
         return [
             answer for answer in self.decode(rows, features, outputs, params) if answer is not None
         ]
+
+    def check_streamed(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        """As ``check_params``, of a stream; for tasks whose ``streams`` is true."""
+        raise NotImplementedError
+
+    def streamed(
+        self,
+        row: Row,
+        params: Mapping[str, Any],
+        tokens: Iterable[int],
+        output: Callable[[], RowOutput],
+    ) -> Iterator[Any]:
+        """The answer to a row in parts, each as soon as it is settled.
+
+        Args:
+            row: The row.
+            params: What ``check_streamed`` returned.
+            tokens: Ids of new tokens as they are written; none where a later one may replace an
+                earlier one, as in a search by beams.
+            output: What ``join`` makes, once all tokens are written.
+        """
+        raise NotImplementedError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -27,7 +27,7 @@ from mlflow_safeflavor.tasks.outputs import require_finite
 from mlflow_safeflavor.tasks.params import Param, check_params, param_schema
 from mlflow_safeflavor.tasks.stop_texts import Stop
 from mlflow_safeflavor.tasks.text import TextTask
-from mlflow_safeflavor.tasks.written import written_text
+from mlflow_safeflavor.tasks.written import deltas_of, written_text
 
 __all__ = ["GenerationTask"]
 
@@ -70,6 +70,7 @@ class GenerationTask(TextTask):
     )
     # Whether the prompt goes to an encoder, and not before the new tokens.
     encoder_decoder: ClassVar[bool]
+    streams = True
     # Name of the param that says how many tokens are written.
     length: ClassVar[str] = "max_new_tokens"
 
@@ -115,7 +116,7 @@ class GenerationTask(TextTask):
                 "for",
                 found=checked["max_new_tokens"],
             )
-        require_least(params or {}, checked)
+        require_least(checked, self.config["params"].get("min_new_tokens", 0))
         return checked
 
     def settings(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -287,10 +288,42 @@ class GenerationTask(TextTask):
         """Each text of a row, and its ``finish_reason``."""
         forces = self.config["generation"].get("forced_eos_token_id") is not None
         forced = params["max_new_tokens"] if forces else None
-        written = [ids.tolist() for name, ids in output.items() if name != "logits"]
         return [
-            written_text(self.encoder, ids, self.ends, params["stop"], forced) for ids in written
+            written_text(self.encoder, ids.tolist(), self.ends, params["stop"], forced)
+            for ids in self.written(output)
         ]
+
+    def written(self, output: RowOutput) -> list[np.ndarray]:
+        """The new tokens of each text of a row."""
+        return [ids for name, ids in output.items() if name != "logits"]
+
+    # Tokens → texts, one token at a time.
+
+    def check_streamed(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        checked = self.check_params(params)
+        if checked["num_return_sequences"] > 1:
+            raise InputError(
+                "A stream is of one text",
+                where="params, 'num_return_sequences'",
+                wanted="1",
+                found=checked["num_return_sequences"],
+            )
+        return checked
+
+    def streamed(
+        self,
+        row: Row,
+        params: Mapping[str, Any],
+        tokens: Iterable[int],
+        output: Callable[[], RowOutput],
+    ) -> Iterator[Any]:
+        return (text for _, text, _ in self.deltas(params, tokens, output) if text)
+
+    def deltas(
+        self, params: Mapping[str, Any], tokens: Iterable[int], output: Callable[[], RowOutput]
+    ) -> Iterator[tuple[int, str, str | None]]:
+        """See ``deltas_of``."""
+        return deltas_of(self.encoder, params["stop"], tokens, lambda: self.texts(output(), params))
 
 
 def _nth(i: int) -> str:

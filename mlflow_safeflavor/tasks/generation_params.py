@@ -9,7 +9,14 @@ from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.params import Param
 from mlflow_safeflavor.tasks.text_params import TRUNCATION
 
-__all__ = ["GENERATION_PARAMS", "KEEP_LOGITS", "require_least", "require_one_way"]
+__all__ = [
+    "GENERATION_PARAMS",
+    "KEEP_LOGITS",
+    "MAX_NEW_TOKENS",
+    "TEMPERATURE",
+    "require_least",
+    "require_one_way",
+]
 
 # For models that count no positions: a request cannot ask for hours.
 _MOST_NEW_TOKENS = 32768
@@ -24,15 +31,18 @@ def _is_positive(value: float) -> bool:
     return _LEAST <= value <= _MOST
 
 
+MAX_NEW_TOKENS = Param(
+    "max_new_tokens",
+    "long",
+    default=64,
+    wanted=f"a whole number from 1 to {_MOST_NEW_TOKENS}",
+    allows=lambda value: 1 <= value <= _MOST_NEW_TOKENS,
+)
+TEMPERATURE = Param("temperature", "double", default=1.0, wanted=_POSITIVE, allows=_is_positive)
+
 # ``max_length`` is declared, and refused, so that MLflow does not drop it without an error.
 GENERATION_PARAMS = (
-    Param(
-        "max_new_tokens",
-        "long",
-        default=64,
-        wanted=f"a whole number from 1 to {_MOST_NEW_TOKENS}",
-        allows=lambda value: 1 <= value <= _MOST_NEW_TOKENS,
-    ),
+    MAX_NEW_TOKENS,
     Param(
         "min_new_tokens",
         "long",
@@ -42,7 +52,7 @@ GENERATION_PARAMS = (
         none_is=0,
     ),
     Param("do_sample", "boolean", default=False, wanted="true or false"),
-    Param("temperature", "double", default=1.0, wanted=_POSITIVE, allows=_is_positive),
+    TEMPERATURE,
     Param(
         "top_p",
         "double",
@@ -140,13 +150,22 @@ def require_one_way(params: Mapping[str, Any]) -> None:
         )
 
 
-def require_least(asked: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-    """Refuse a request for more new tokens at least than at most. Raises ``InputError``."""
-    # Only where it says so itself: the model's own least number gives way to a shorter request.
-    if asked.get("min_new_tokens") and params["min_new_tokens"] > params["max_new_tokens"]:
+def require_least(params: Mapping[str, Any], default: int) -> None:
+    """Refuse a request for more new tokens at least than at most.
+
+    Args:
+        params: Of the request, all of them.
+        default: The model's own least number, which gives way to a shorter request.
+
+    Raises:
+        InputError: Names the param.
+    """
+    least, most = params["min_new_tokens"], params["max_new_tokens"]
+    # MLflow sends defaults as if they had been asked for.
+    if least > most and least != default:
         raise InputError(
             "A text cannot be longer than it may be",
             where="params, 'min_new_tokens'",
-            wanted=f"at most {params['max_new_tokens']}, the most tokens that are written",
-            found=params["min_new_tokens"],
+            wanted=f"at most {most}, the most tokens that are written",
+            found=least,
         )

@@ -38,6 +38,10 @@ class TaskKind(ABC):
     needs_example: ClassVar[bool] = False
     # Whether all rows of a request make one answer, so that ``result`` is no table.
     one_answer: ClassVar[bool] = False
+    # Keys of that answer that are of the moment, and in no comparison: ids and times.
+    passing: ClassVar[frozenset[str]] = frozenset()
+    # Whether the answer to a row can be had as it is written: see ``Task.streamed``.
+    streams: ClassVar[bool] = False
     # Keys of the user's ``model_config`` that belong to the task and are fixed at save.
     task_options: ClassVar[frozenset[str]] = frozenset()
     # Whether golden rows hold their features, so that a tokenizer that drifted is named as such.

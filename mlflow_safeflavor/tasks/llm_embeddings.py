@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from mlflow.models import ModelSignature
 from mlflow.types import DataType
 
@@ -16,15 +15,15 @@ from mlflow_safeflavor.mlflow_compat import Array, Object, Property, schema_of
 from mlflow_safeflavor.tasks.feature_extraction import FeatureExtraction
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.rows import Row
-from mlflow_safeflavor.tasks.inputs.wording import format_cell
+from mlflow_safeflavor.tasks.llm_params import MODEL_AND_USER
+from mlflow_safeflavor.tasks.llm_requests import flat_texts
 from mlflow_safeflavor.tasks.params import Param
 
 __all__ = ["LlmEmbeddings"]
 
 _ENCODINGS = ("float", "base64")
 _OPENAI = (
-    Param("model", "string", default="", wanted="a text, which the answer repeats", none_is=""),
-    Param("user", "string", default="", wanted="a text, which is not read", none_is=""),
+    *MODEL_AND_USER,
     Param(
         "encoding_format",
         "string",
@@ -94,16 +93,7 @@ class LlmEmbeddings(FeatureExtraction):
 
     def rows(self, data: Any) -> list[Row]:
         """Rows of any shape, and each text of a list that takes the place of one."""
-        column = self.columns["text"]
-        if isinstance(data, pd.DataFrame) and list(data.columns) == [column]:
-            data = {column: data.iloc[:, 0].tolist()}
-        elif _are_records(data, column):
-            data = {column: [record[column] for record in data]}
-        cells = data.get(column) if isinstance(data, Mapping) and len(data) == 1 else None
-        # A list in the place of a text is a whole request of OpenAI's API, or a row of one.
-        if isinstance(cells, (list, tuple, np.ndarray)):
-            data = {column: [text for i, cell in enumerate(cells) for text in _texts(cell, i)]}
-        return super().rows(data)
+        return super().rows(flat_texts(data, str(self.columns["text"])))
 
     def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
         checked = super().check_params(params)
@@ -150,26 +140,3 @@ class LlmEmbeddings(FeatureExtraction):
             "model": answers[0]["model"],
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
-
-
-def _are_records(data: Any, column: str | None) -> bool:
-    """Whether it is a list of dicts with this column alone."""
-    return isinstance(data, list) and all(
-        isinstance(record, Mapping) and list(record) == [column] for record in data
-    )
-
-
-def _texts(cell: Any, i: int) -> Sequence[Any]:
-    """The texts of one ``input``."""
-    cell = cell.tolist() if isinstance(cell, np.ndarray) else cell
-    # OpenAI's API also takes token ids, of OpenAI's tokenizers; LangChain sends them by default.
-    if type(cell) is int or (isinstance(cell, list) and any(type(part) is int for part in cell)):
-        raise InputError(
-            "Numbers of tokens belong to another tokenizer, so that they cannot be read here",
-            where=format_cell(i, "input"),
-            wanted="a text, or a list of texts",
-            found="a list of whole numbers",
-            hint="send texts; LangChain does with "
-            "OpenAIEmbeddings(check_embedding_ctx_length=False)",
-        )
-    return cell if isinstance(cell, list) else [cell]

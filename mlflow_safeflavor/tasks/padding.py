@@ -23,7 +23,7 @@ def ignores_padding(cls: type[GenerationTask], model: Any, config: Mapping[str, 
 
     from mlflow_safeflavor.module.engine import ModuleEngine, evaluating
 
-    task = cls(config, {"text": "text"})
+    task = cls(config, cls.columns_for(None))
     special = {config["pad_token_id"], config["generation"].get("bos_token_id"), *task.ends}
     size = min(7, (config["max_length"] or 9) - 2)
     ids = [

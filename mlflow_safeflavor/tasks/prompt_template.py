@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from string import Formatter
+from typing import Any
 
 from mlflow_safeflavor.errors import InputError
 
 __all__ = ["split_template"]
 
 
-def split_template(template: object) -> list[str]:
+def split_template(template: Any) -> list[str]:
     """The texts before and after ``{prompt}`` in a template, which doubles other braces.
 
     Raises:
@@ -17,9 +18,9 @@ def split_template(template: object) -> list[str]:
     """
     # Split at save, and not formatted at load: a width in a field of a hostile artifact, as in
     # "{prompt:9999999999}", would fill the memory.
-    texts, fields = [""], []
+    texts, fields = [""], list[tuple[Any, ...]]()
     try:
-        for text, field, width, conversion in Formatter().parse(template):  # type: ignore[arg-type]
+        for text, field, width, conversion in Formatter().parse(template):
             texts[-1] += text
             if field is not None:
                 fields.append((field, width, conversion))

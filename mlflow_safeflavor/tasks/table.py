@@ -11,6 +11,7 @@ from mlflow_safeflavor.tasks.fill_mask import FillMask
 from mlflow_safeflavor.tasks.image_classification import ImageClassification
 from mlflow_safeflavor.tasks.image_feature_extraction import ImageFeatureExtraction
 from mlflow_safeflavor.tasks.llm_embeddings import LlmEmbeddings
+from mlflow_safeflavor.tasks.llm_generation import LlmChat, LlmCompletions
 from mlflow_safeflavor.tasks.question_answering import QuestionAnswering
 from mlflow_safeflavor.tasks.raw import Raw
 from mlflow_safeflavor.tasks.speech_recognition import SpeechRecognition
@@ -32,6 +33,8 @@ TASKS: dict[str, type[Task]] = {
         FillMask,
         ImageClassification,
         ImageFeatureExtraction,
+        LlmChat,
+        LlmCompletions,
         LlmEmbeddings,
         QuestionAnswering,
         Raw,

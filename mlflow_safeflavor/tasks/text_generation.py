@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,7 +52,7 @@ class TextGeneration(GenerationTask):
     """
 
     name = "text-generation"
-    fields = ("text", "messages")
+    fields: ClassVar[tuple[str, ...]] = ("text", "messages")
     params: ClassVar[tuple[Param, ...]] = (_FULL_TEXT, *GENERATION_PARAMS)
     reads = ("encoder", "tokenizer")
     task_options = frozenset({"generation", "prompt_template"})
@@ -84,7 +84,8 @@ class TextGeneration(GenerationTask):
         cls.require_known(options)
         config = describe_generation(cls, model, options)
         # As in mlflow.transformers: what the template puts in front belongs to no answer.
-        full = {"return_full_text": False} if "prompt_template" in options else {}
+        cut = _FULL_TEXT in cls.params and "prompt_template" in options
+        full = {_FULL_TEXT.name: False} if cut else {}
         return {**config, "params": {**config["params"], **full}}
 
     def __init__(
@@ -219,6 +220,17 @@ class TextGeneration(GenerationTask):
                         prompt + text for text in answer["generated_texts"]
                     ]
             yield answer
+
+    def streamed(
+        self,
+        row: Row,
+        params: Mapping[str, Any],
+        tokens: Iterable[int],
+        output: Callable[[], RowOutput],
+    ) -> Iterator[Any]:
+        if params["return_full_text"]:
+            yield self._prompt(0, row)
+        yield from super().streamed(row, params, tokens, output)
 
 
 def _is_chat(value: Any) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from mlflow_safeflavor.tasks.stop_texts import first_stop, unfinished_stop
 
-__all__ = ["settled_text", "written_text"]
+__all__ = ["deltas_of", "settled_text", "written_text"]
 
 # A byte-level token may be the first part of a character, which decodes to this one.
 _PART = "\N{REPLACEMENT CHARACTER}"
@@ -43,3 +43,28 @@ def settled_text(encoder: Any, ids: Sequence[int], stop: Sequence[str]) -> str:
     text = text[: unfinished_stop(text, stop)]
     # The next token may go on with the last word, or take the space before it away.
     return text[: text.rfind(" ") + 1].rstrip(" ") if encoder.changes_words else text
+
+
+def deltas_of(
+    encoder: Any,
+    stop: Sequence[str],
+    tokens: Iterable[int],
+    texts: Callable[[], Sequence[tuple[str, str]]],
+) -> Iterator[tuple[int, str, str | None]]:
+    """Number of a text, what is added to it, and with its end the ``finish_reason``.
+
+    Args:
+        encoder: Decodes ids.
+        stop: Texts before which a text ends.
+        tokens: New tokens of the first text as they are written, or none.
+        texts: Of ``written_text``, once all tokens are written.
+    """
+    sent, ids = "", list[int]()
+    for token in tokens:
+        ids.append(token)
+        text = settled_text(encoder, ids, stop)
+        if len(text) > len(sent):
+            yield 0, text[len(sent) :], None
+            sent = text
+    for i, (text, reason) in enumerate(texts()):
+        yield i, text if i else text[len(sent) :], reason

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,12 +37,20 @@ class Question:
         wanted: Answers as JSON, one a row.
         by_row: Whether the server answers with a list, one item a row; otherwise with one answer.
         start: Index of its first row.
+        passing: Keys of one answer that are not compared.
     """
 
     request: Mapping[str, Any]
     wanted: list[Any]
     by_row: bool
     start: int = 0
+    passing: Collection[str] = ()
+
+    def lasting(self, answer: Any) -> Any:
+        """An answer without what is of the moment."""
+        if not self.passing or not isinstance(answer, Mapping):
+            return answer
+        return {name: value for name, value in answer.items() if name not in self.passing}
 
 
 def of_golden(golden: Golden, spec: ModelSpec, declared: Collection[str]) -> Iterator[Question]:
@@ -69,7 +77,9 @@ def of_golden(golden: Golden, spec: ModelSpec, declared: Collection[str]) -> Ite
     request |= {"params": params} if params else {}
     if (cls := task_class(spec.task)).one_answer:
         task = cls(spec.task_config, spec.input_columns)
-        yield Question(request, [as_served(task.result(answers, None))], by_row=False)
+        question = Question(request, [], by_row=False, passing=cls.passing)
+        wanted = question.lasting(as_served(task.result(answers, None)))
+        yield replace(question, wanted=[wanted])
     else:
         # As a frame, since that is what tasks return: it gives each column one type.
         yield Question(request, as_served(pd.DataFrame(answers)), by_row=True)
@@ -90,7 +100,8 @@ def of_rows(model: LoadedModel, frame: pd.DataFrame, schema: Schema) -> Iterator
         request = request_of_rows(part) if by_column else request_of_arrays(arrays)
         # Read by MLflow's own parser, so that both sides see the same values in the same types.
         wanted = as_served(model.predict(infer_and_parse_data(request, schema)))
-        yield Question(request, wanted if by_row else [wanted], by_row, start)
+        question = Question(request, wanted, by_row, start, model.task.passing)
+        yield question if by_row else replace(question, wanted=[question.lasting(wanted)])
 
 
 def about_environment(golden: Golden, spec: ModelSpec) -> dict[str, Any] | None:

@@ -151,7 +151,7 @@ def _compared(
 ) -> Iterator[Replayed]:
     """Ask a server, and compare what it answers within the tolerance of the golden rows."""
     for question in questions:
-        found = server.ask(question.request)
+        found = question.lasting(server.ask(question.request))
         yield from compare_answers(
             question.wanted,
             _by_row(server, found, len(question.wanted)) if question.by_row else [found],

@@ -646,7 +646,7 @@ def test_ranges_of_other_embeddings(save, tiny_tokenizer):  # noqa: F811
 
 
 @follows(
-    "tasks/llm_embeddings",
+    "tasks/llm_requests",
     "Numbers of tokens belong to another tokenizer, so that they cannot be read here",
     "send texts; LangChain does with OpenAIEmbeddings(check_embedding_ctx_length=False)",
 )
@@ -656,3 +656,30 @@ def test_numbers_of_tokens(save, tiny_tokenizer):  # noqa: F811
     bad(model, {"input": [[5, 6], [7]]})
     # what LangChain then sends is read from a server in test_llm_embeddings.py
     assert len(model.predict({"input": ["a cat", "a"]})["data"]) == 2
+
+
+@follows(
+    "tasks/llm_requests",
+    "Rows of one request ask for different params",
+    "send one request for each",
+)
+@follows("predict/deltas", "The task answers in one piece", "call predict")
+@follows(
+    "predict/deltas",
+    "A stream is the answer to one row",
+    "call predict_stream for each, or predict",
+)
+def test_requests_and_streams(save, models):  # noqa: F811
+    path = save(writer("GPT2LMHeadModel"), tokenizer=byte_tokenizer(), task="llm/v1/completions")
+    model = load_model(path)
+    rows = [{"prompt": "a", "max_tokens": 2}, {"prompt": "a", "max_tokens": 3}]
+    bad(model, rows)
+    assert [len(model.predict(row)["choices"]) for row in rows] == [1, 1]
+    with pytest.raises(InputError):
+        model.predict_stream({"prompt": ["a", "b"]}, {"max_tokens": 2})
+    assert all(list(model.predict_stream(prompt, {"max_tokens": 2})) for prompt in ("a", "b"))
+    assert len(model.predict({"prompt": ["a", "b"]}, {"max_tokens": 2})["choices"]) == 2
+    classifier = models(TEXTS)
+    with pytest.raises(InputError):
+        classifier.predict_stream("a")
+    assert len(classifier.predict("a")) == 1
