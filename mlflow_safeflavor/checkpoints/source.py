@@ -128,10 +128,12 @@ def _task_of(module: torch.nn.Module) -> str:
 def _with_parts_of(folder: str | Path, source: Source) -> Source:
     """Add tokenizer and processor of a checkpoint where the task needs them and none is given."""
     cls = task_class(source.task)
-    if source.tokenizer is None and ("processor" not in cls.reads or "decoder" in cls.reads):
-        source = replace(source, tokenizer=tokenizer_of(folder))
     if source.processor is None and "processor" in cls.reads:
         source = replace(source, processor=processor_of(folder, sounds=cls.hears))
+    # A task of texts, or one that reads both, or writes what it heard.
+    beside = {"encoder", "decoder"} & {*cls.reads}
+    if source.tokenizer is None and (beside or "processor" not in cls.reads):
+        source = replace(source, tokenizer=tokenizer_of(folder))
     return source
 
 

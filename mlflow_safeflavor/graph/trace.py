@@ -142,6 +142,9 @@ def sizes_of(
     texts = {
         seen[name, 1] for name, tensor in example.items() if name in TEXT and tensor.dim() == 2
     }
+    # Some inputs have other rows than the batch: texts that all its images are compared with.
+    batch = {seen[name, 0] for name, tensor in example.items() if tensor.dim()}
+    batch = {counts for counts in batch if len(set(counts)) > 1} or batch
     # By the examples, since the tracer has two symbols for sizes that broadcasting would allow to
     # differ: a mask of one row beside ids of many.
     names: dict[Any, str] = {}
@@ -159,10 +162,12 @@ def sizes_of(
                 sizes.append(tensor.shape[i])
                 continue
             # Boxes of words are as many as the words.
-            text = (name in TEXT and tensor.dim() == 2) or (differs and seen[name, i] in texts)
+            text = i > 0 and (
+                (name in TEXT and tensor.dim() == 2) or (differs and seen[name, i] in texts)
+            )
             key = (
                 "rows"
-                if i == 0
+                if i == 0 and seen[name, 0] in batch
                 else "length"
                 if text
                 else seen[name, i]

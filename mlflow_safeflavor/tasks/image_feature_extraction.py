@@ -102,7 +102,7 @@ class ImageFeatureExtraction(ImageTask):
         """A vector for each row, shape (size,)."""
         own = next((name for name in _VECTORS if name in outputs), None)
         if kind == "model" and own is not None:
-            return outputs[own].reshape(rows, -1)  # a map of one place, of some
+            return [*outputs[own].reshape(rows, -1)]  # a map of one place, of some
         kind = "mean" if kind == "model" else kind
         return [
             pool(tokens, np.ones(len(tokens), bool), [kind])
@@ -127,10 +127,8 @@ class ImageFeatureExtraction(ImageTask):
             yield {"embedding": found.tolist()}
 
 
-def _tokens(
-    outputs: Mapping[str, np.ndarray], rows: int, *, maps: bool = True
-) -> Sequence[np.ndarray]:
-    """The last hidden state of each row, shape (tokens, size)."""
+def _tokens(outputs: Mapping[str, np.ndarray], rows: int, *, maps: bool = True) -> np.ndarray:
+    """The last hidden state, shape (rows, tokens, size)."""
     hidden = outputs.get("last_hidden_state")
     if maps and hidden is not None and hidden.ndim == 4:
         return np.moveaxis(hidden.reshape(*hidden.shape[:2], -1), 1, 2)  # (rows, places, channels)

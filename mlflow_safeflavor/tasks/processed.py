@@ -53,6 +53,8 @@ class ProcessedTask(Task):
     field: ClassVar[str]
     # The outputs part of the signature.
     answer: ClassVar[Schema | None]
+    # Arrays of a processor that are left out where the model does not take them.
+    spare: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self, config: Mapping[str, Any], columns: Mapping[str, str | None], processor: Any
@@ -71,6 +73,10 @@ class ProcessedTask(Task):
     @abstractmethod
     def record(self, value: Any, where: str) -> str:
         """A cell as base64 text of a file, from which ``read`` reads the same."""
+
+    def beside(self, readable: Any) -> dict[str, np.ndarray]:
+        """Features of what ``read`` returned, beside the processor's."""
+        return {}
 
     def rows(self, data: Any) -> list[Row]:
         return super().rows([data] if isinstance(data, (bytes, bytearray)) else data)
@@ -119,6 +125,8 @@ class ProcessedTask(Task):
                 found=f"{type(error).__name__}: {error}",
             ) from error
         takes = self.config["arguments"]
+        if takes is not None:
+            made = {name: made[name] for name in made if name in takes or name not in self.spare}
         if takes is not None and (unknown := made.keys() - set(takes)):
             raise StructureError(
                 "The processor does not belong to the model",
@@ -127,7 +135,7 @@ class ProcessedTask(Task):
                 found=", ".join(sorted(unknown)),
                 hint="pass the processor the model was trained with: processor=…",
             )
-        return made
+        return {**made, **self.beside(readable)}
 
     def forward(
         self, engine: Engine, batch: Sequence[Features], params: Mapping[str, Any]

@@ -12,6 +12,7 @@ from mlflow_safeflavor.tasks.image_classification import ImageClassification
 from mlflow_safeflavor.tasks.image_feature_extraction import ImageFeatureExtraction
 from mlflow_safeflavor.tasks.llm_embeddings import LlmEmbeddings
 from mlflow_safeflavor.tasks.llm_generation import LlmChat, LlmCompletions
+from mlflow_safeflavor.tasks.object_detection import ObjectDetection
 from mlflow_safeflavor.tasks.question_answering import QuestionAnswering
 from mlflow_safeflavor.tasks.raw import Raw
 from mlflow_safeflavor.tasks.speech_recognition import SpeechRecognition
@@ -21,6 +22,7 @@ from mlflow_safeflavor.tasks.text_generation import TextGeneration
 from mlflow_safeflavor.tasks.text_ranking import TextRanking
 from mlflow_safeflavor.tasks.token_classification import TokenClassification
 from mlflow_safeflavor.tasks.zero_shot_classification import ZeroShotClassification
+from mlflow_safeflavor.tasks.zero_shot_image_classification import ZeroShotImageClassification
 
 __all__ = ["TASKS", "Task", "infer_task", "task_class"]
 
@@ -36,6 +38,7 @@ TASKS: dict[str, type[Task]] = {
         LlmChat,
         LlmCompletions,
         LlmEmbeddings,
+        ObjectDetection,
         QuestionAnswering,
         Raw,
         SpeechRecognition,
@@ -45,6 +48,7 @@ TASKS: dict[str, type[Task]] = {
         TextRanking,
         TokenClassification,
         ZeroShotClassification,
+        ZeroShotImageClassification,
     )
 }
 

@@ -8,10 +8,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from mlflow.types import DataType
 
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.mlflow_compat import Array, schema_of
+from mlflow_safeflavor.tasks.candidates import (
+    BEST_AND_ALL,
+    LABELS,
+    TEMPLATE,
+    best_first,
+    filled,
+    require_candidates,
+)
 from mlflow_safeflavor.tasks.classification import labels_of, read_logits
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.rows import Row
@@ -27,21 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ZeroShotClassification"]
 
-_LABELS = Param(
-    "candidate_labels",
-    "string",
-    default=[],
-    wanted="a list of labels, none of them empty",
-    allows=all,
-    many=True,
-)
-_TEMPLATE = Param(
-    "hypothesis_template",
-    "string",
-    default="This example is {}.",
-    wanted="a text with {} where the label goes",
-    allows=lambda value: "{}" in value,
-)
 _MULTI_LABEL = Param("multi_label", "boolean", default=False, wanted="true or false")
 
 
@@ -55,16 +46,9 @@ class ZeroShotClassification(TextTask):
     """
 
     name = "zero-shot-classification"
-    params = (_LABELS, _TEMPLATE, _MULTI_LABEL, MAX_LENGTH, TRUNCATION)
+    params = (LABELS, TEMPLATE, _MULTI_LABEL, MAX_LENGTH, TRUNCATION)
     golden_params = MappingProxyType({"candidate_labels": ["travel", "science", "food"]})
-    answer = schema_of(
-        {
-            "label": DataType.string,
-            "score": DataType.double,
-            "labels": Array(DataType.string),
-            "scores": Array(DataType.double),
-        }
-    )
+    answer = BEST_AND_ALL
 
     @classmethod
     def serves(cls, class_name: str) -> bool:
@@ -89,14 +73,7 @@ class ZeroShotClassification(TextTask):
     def check_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
         checked = super().check_params(params)
         self.require_length("max_length", checked["max_length"], texts=2)
-        if not checked["candidate_labels"]:
-            raise InputError(
-                "There are no labels to choose from",
-                where="params, 'candidate_labels'",
-                wanted="at least one label",
-                hint="pass params={'candidate_labels': […]}, with the request or when the model "
-                "is saved",
-            )
+        require_candidates(checked["candidate_labels"], "params, 'candidate_labels'")
         return checked
 
     # A row → one piece for each label.
@@ -128,17 +105,7 @@ class ZeroShotClassification(TextTask):
 
     def _hypotheses(self, params: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
         """The template with each label, encoded once for all rows."""
-        template, labels = params["hypothesis_template"], params["candidate_labels"]
-        characters = sum(len(template) + template.count("{}") * len(label) for label in labels)
-        where, instead = (
-            "params, 'hypothesis_template', with each label",
-            "shorten it, or name fewer labels",
-        )
-        self.caps.require(
-            "max_characters", characters, "Hypotheses are too long", where=where, instead=instead
-        )
-        # Not str.format: "{0.__class__}" reads attributes, and "{:999999999}" fills the memory.
-        asked = [template.replace("{}", label) for label in labels]
+        asked = filled(params["hypothesis_template"], params["candidate_labels"], self.caps)
         encoded: list[dict[str, list[Any]]] = self.encoder.encode(
             asked, truncation=False, special=False
         )
@@ -166,7 +133,7 @@ class ZeroShotClassification(TextTask):
     ) -> Iterator[dict[str, Any] | None]:
         for i, output in enumerate(outputs, first):
             require_finite([output["logits"]], i)
-            yield self._answer(self._scores(output["logits"], params), params)
+            yield best_first(params["candidate_labels"], self._scores(output["logits"], params))
 
     def _scores(self, logits: np.ndarray, params: Mapping[str, Any]) -> np.ndarray:
         entailment = self.config["entailment"]
@@ -177,11 +144,6 @@ class ZeroShotClassification(TextTask):
             by_itself: np.ndarray = softmax(logits[:, [contradiction, entailment]])[:, 1]
             return by_itself
         return softmax(logits[:, entailment])  # of the candidate labels, (candidate labels,)
-
-    def _answer(self, scores: np.ndarray, params: Mapping[str, Any]) -> dict[str, Any]:
-        order = np.argsort(-scores, kind="stable")  # of equal scores the first label wins
-        labels, ranked = [params["candidate_labels"][i] for i in order], scores[order].tolist()
-        return {"label": labels[0], "score": ranked[0], "labels": labels, "scores": ranked}
 
 
 def _too_long(label: str, limit: int) -> InputError:

@@ -212,7 +212,7 @@ def test_gaps(models):  # noqa: F811
 
 
 @follows(
-    "tasks/zero_shot_classification",
+    "tasks/candidates",
     "There are no labels to choose from",
     "pass params={'candidate_labels': […]}, with the request or when the model is saved",
 )
@@ -222,7 +222,7 @@ def test_gaps(models):  # noqa: F811
     "shorten the label or the template: texts are cut, hypotheses are not",
 )
 @follows("tasks/zero_shot_classification", "require_pieces", "send fewer rows or labels at once")
-@follows("tasks/zero_shot_classification", "require", "shorten it, or name fewer labels")
+@follows("tasks/candidates", "require", "shorten it, or name fewer labels")
 def test_labels(models, save, tiny_tokenizer):  # noqa: F811
     model = models(ZERO_SHOT)
     bad(model, ["a cat"])
@@ -275,6 +275,48 @@ def test_passages(save, tiny_tokenizer):  # noqa: F811
     assert len(model.predict([{"query": "a cat", "passages": ["a"]}])) == 1
     bad(model, [{"query": "a cat", "passages": ["a"] * 21}])
     assert len(model.predict([{"query": "a cat", "passages": ["a"] * 11}])) == 1
+
+
+@follows(
+    "tasks/zero_shot_image_classification",
+    "A label is longer than the model takes",
+    "shorten the label or the template",
+)
+@follows(
+    "tasks/zero_shot_image_classification", "require_pieces", "send fewer rows or labels at once"
+)
+def test_labels_of_images(save, tiny_tokenizer):  # noqa: F811
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    texts = {**shape, "vocab_size": 40, "max_position_embeddings": 32, "eos_token_id": 3}
+    images = {**shape, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
+    clip = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=texts, vision_config=images)
+    ).eval()
+    sees = transformers.ViTImageProcessor(size={"height": 8, "width": 8})
+    given = {"tokenizer": tiny_tokenizer, "processor": sees}
+    task = {"task": "zero-shot-image-classification", "model_config": {"max_pieces": 32}}
+    model = load_model(save(clip, **given, **task))
+    image = np.zeros((8, 8, 3), np.uint8)
+    bad(model, [image], {"candidate_labels": ["cat " * 40]})
+    assert len(model.predict([image], {"candidate_labels": ["cat"]})) == 1
+    bad(model, [image] * 2, {"candidate_labels": [f"cat {i}" for i in range(20)]})
+    assert len(model.predict([image], {"candidate_labels": [f"cat {i}" for i in range(20)]})) == 1
+
+
+@follows(
+    "tasks/object_detection",
+    "The processor does not say what the outputs of a detector mean",
+    "pass the processor the model was trained with: processor=…",
+)
+def test_detectors(save):  # noqa: F811
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    detector = transformers.YolosForObjectDetection(
+        transformers.YolosConfig(**shape, intermediate_size=16, image_size=[32, 32], patch_size=16)
+    ).eval()
+    side = {"height": 32, "width": 32}
+    refused(StructureError, save, detector, processor=transformers.ViTImageProcessor(size=side))
+    right = getattr(transformers, "YolosImageProcessorPil", transformers.YolosImageProcessor)
+    save(detector, processor=right(size=side))
 
 
 @follows(

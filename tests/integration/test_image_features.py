@@ -176,6 +176,7 @@ def test_an_answer_that_is_no_number_names_the_row(save):
         model.predict([pixels(), 3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_as_a_graph_and_through_mlflow(save, name):
     path = save(make(name), graph="require")
