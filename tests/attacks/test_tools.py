@@ -84,7 +84,7 @@ def _link(target):
 
 
 def _linked_requirements(target):
-    shutil.copyfile("/etc/passwd", target.requirements)
+    rewrite(target.requirements, Path("/etc/passwd").read_bytes())
     reseal(target.root)
     target.requirements.unlink()
     target.requirements.symlink_to("/etc/passwd")
