@@ -31,7 +31,7 @@ os.environ.update(
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # This folder last: MLflow imports a library that has the name of this file.
 sys.path.append(sys.path.pop(0))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "system" / "docker"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import requests
 from _common import (
@@ -43,12 +43,12 @@ from _common import (
     save_peer,
     tokenizer,
 )
-from base_image import TAG, base_image
-from containers import Container, running
-from engine import IMAGES, Engine, running_engine
-from pip_settings import torch_wheels
 from rich.console import Console
 from rich.table import Table
+from system.docker.base_image import TAG, base_image
+from system.docker.containers import Container, running
+from system.docker.engine import IMAGES, Engine, running_engine
+from system.docker.pip_settings import torch_wheels
 
 WHO = ("ours", "mlflow.transformers")
 SHORT = "the cat sat on the mat, and then it slept"

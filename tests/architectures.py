@@ -1,11 +1,15 @@
-"""Tiny random models of a dozen architectures, whose answers are far apart."""
+"""Tiny seeded models, some of a dozen architectures; and what differs between two of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
+
+from mlflow_safeflavor.module.equality import bits_equal
+from mlflow_safeflavor.module.slots import find_slots
 
 SHAPE = {
     "hidden_size": 32,
@@ -55,3 +59,38 @@ def tiny_model(architecture: str, head: str, **changes: Any) -> transformers.Pre
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.eval()
     return model
+
+
+def seeded(make: Callable[[], Any]) -> Any:
+    """A module as made from seed 0, in eval mode; the process's generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().eval()
+
+
+def modernbert() -> transformers.ModernBertModel:
+    """A model whose layers see windows and the whole in turn."""
+    special = {
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    }
+    shape = {"vocab_size": 30, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3}
+    config = transformers.ModernBertConfig(
+        num_attention_heads=2, attn_implementation="eager", **shape, **special
+    )
+    return seeded(lambda: transformers.ModernBertModel(config))
+
+
+def differing(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
+    """Paths of the tensors of any kind that are not the same in both, bit for bit."""
+    ours, theirs = (
+        {slot.path: slot.tensor.detach() for slot in find_slots(each)} for each in (one, other)
+    )
+    both = ours.keys() & theirs.keys()
+    return sorted(
+        (ours.keys() ^ theirs.keys())
+        | {path for path in both if not bits_equal(ours[path], theirs[path])}
+    )

@@ -32,11 +32,11 @@ sys.path[:0] = [str(Path(__file__).parent.parent)]
 import mlflow
 import mlflow.pytorch
 import mlflow.transformers
-import steering  # noqa: F401  (adds its own to ATTACKS)
 import torch
 import transformers
 from artifacts import edit_json, edit_mlmodel, read_header, rewrite, write_header
-from hostile import ATTACKS, PATTERN, Touch
+from attacks import steering  # noqa: F401  (adds its own to ATTACKS)
+from attacks.hostile import ATTACKS, PATTERN, Touch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"

@@ -19,6 +19,7 @@ import shutil
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +280,7 @@ def class_attack(
     attack(outcome)(damage)
 
 
-NO_CONFIG = {"config_class": None, "config": None}
+NO_CONFIG: dict[str, Any] = {"config_class": None, "config": None}
 class_attack(
     "os:system",
     "the class is os.system, its argument a command",
@@ -1044,9 +1045,15 @@ json_attack("golden_rows_changed", "another row is recorded", "parity.json",
 json_attack("golden_row_is_a_number", "a row that is "
                                       "none", "parity.json", lambda c: c["rows"].__setitem__(0, 5),
             "ParityError")  # fmt: skip
+
+
+def _tolerate(number: float, content: Any) -> None:
+    content["tolerance"].update(atol=number)
+
+
 for _number in (1e308, 1.0, -1.0):
     json_attack(f"tolerance_{_number:g}", f"a tolerance of {_number:g}", "parity.json",
-                lambda c, n=_number: c["tolerance"].update(atol=n), "IntegrityError")  # fmt: skip
+                partial(_tolerate, _number), "IntegrityError")  # fmt: skip
 json_attack("environment_lies", "another Python and torch were there", "environment.json",
             lambda c: c.update(python="2.7.18",
                 distributions=c["distributions"] | {"torch": "0.1"}),
@@ -1425,7 +1432,7 @@ def node(operator: str, *inputs: str, outputs: Any = None, **attributes: Any) ->
     return helper.make_node(operator, list(inputs), outputs or ["?"], **attributes)
 
 
-def tensor(name: str, *numbers: int, dtype: str = "int64") -> Any:
+def tensor(name: str, *numbers: float, dtype: str = "int64") -> Any:
     return numpy_helper.from_array(np.array(numbers, dtype), name)
 
 
@@ -1919,7 +1926,8 @@ change_attack(
 )
 change_attack("constant_outside", "an attribute's tensor is in a file anywhere", lambda model: use(
     model,
-    node("Constant", value=onnx.TensorProto(data_type=1, dims=[1], data_location=1, external_data=[
+    node("Constant", value=onnx.TensorProto(data_type=1, dims=[1], data_location="EXTERNAL",
+                                            external_data=[
         onnx.StringStringEntryProto(key="location", value="/etc/passwd")]))))  # fmt: skip
 
 

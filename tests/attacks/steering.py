@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from artifacts import rewrite
-from hostile import MODULE, SOURCE, Target, attack
+from attacks.hostile import MODULE, SOURCE, Target, attack
 
 MODELS = "transformers.models"
 DEPTH = (
@@ -168,9 +168,6 @@ def agreed(name: str, doc: str, source: str, *, swallowed: bool = False) -> None
     attack("TrustError", base="coded", options={"trust": {"code"}})(damage)
 
 
-THREAD = (
-    "import threading; t = threading.Thread(target=open, args=(CANARY, 'w')); t.start(); t.join()"
-)
 agreed("agreed_writes", "code that was agreed to writes a file", "open(CANARY, 'w')")
 agreed(
     "agreed_swallows", "the same, and nothing is said of it", "open(CANARY, 'w')", swallowed=True

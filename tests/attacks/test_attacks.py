@@ -9,16 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hostile
 import mlflow
 import pytest
-import steering  # noqa: F401  (adds its own to ATTACKS)
 import torch
 import transformers
 from artifacts import rewrite
+from attacks import (
+    hostile,
+    steering,  # noqa: F401  (adds its own to ATTACKS)
+)
+from attacks.hostile import ATTACKS, MAY_IMPORT, Attack, Target
 from click.testing import CliRunner
-from hostile import ATTACKS, MAY_IMPORT, Attack, Target
-from test_onnx_graph import needs_openvino
+from unit.graph.test_onnx_graph import needs_openvino
 from writers import byte_tokenizer, writer
 
 import mlflow_safeflavor

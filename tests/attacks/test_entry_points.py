@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import pytest
-import steering
 import torch
+from attacks import steering
+from attacks.hostile import ATTACKS, MAY_IMPORT, Target
 from fake_hub import running_hub
-from hostile import ATTACKS, MAY_IMPORT, Target
 from safetensors.torch import save_file
 
 pytest_plugins = "saved_models"

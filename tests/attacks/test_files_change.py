@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,7 +122,7 @@ def other(others, tiny_bert, tiny_tokenizer) -> Path:
     return path
 
 
-def ask(base: Path, other: Path, scratch: Path, engine: str, kind: str) -> list[dict]:
+def ask(base: Path, other: Path, scratch: Path, engine: str, kind: str) -> list[dict[str, Any]]:
     """What a process says of each change, in turn."""
     env = {
         **os.environ,
@@ -158,11 +159,11 @@ def test_no_module_is_rebuilt_from_a_file_that_was_changed(saved_with_graph, tmp
     monkeypatch.setattr(weights_files, "_SMALL", -1)
     monkeypatch.setenv("MLFLOW_SAFEFLAVOR_CACHE", "off")
     path = Path(shutil.copytree(saved_with_graph, tmp_path / "model"))
-    model = mlflow_safeflavor.load_model(path, model_config={"engine": "onnx"})
+    engine: Any = mlflow_safeflavor.load_model(path, model_config={"engine": "onnx"}).engine
     with (path / "safeflavor" / "model.safetensors").open("r+b") as file:
         file.write(b"\xff" * 2000)  # the header, too
     with pytest.raises(IntegrityError, match="was changed after the model was loaded"):
-        model.engine.fallback()
+        engine.fallback()
 
 
 # What a load raises; None where the file is not read again.
@@ -197,7 +198,7 @@ def test_a_file_that_changes_between_check_and_use_is_named_or_changes_nothing(
 
     monkeypatch.setattr(reading, "require_intact", compare_and_swap)
     engine = "onnx" if name == "graph.onnx" else "module"
-    asked = {"model_config": {"engine": engine}}
+    asked: dict[str, Any] = {"model_config": {"engine": engine}}
     if SWAPPED[name] is None:
         found = mlflow_safeflavor.load_model(str(path), **asked).predict(text)
         monkeypatch.undo()

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import requests
 from artifacts import reseal, rewrite
+from attacks.hostile import Target
 from click.testing import CliRunner
-from hostile import Target
 
 from mlflow_safeflavor import generate_dockerfile
 from mlflow_safeflavor.artifact import plain_files
@@ -460,7 +461,7 @@ def test_an_answer_without_end(monkeypatch):
                 yield b"[" * size
 
     monkeypatch.setattr(endpoint, "_MAX_ANSWER", 10**6)
-    monkeypatch.setattr(endpoint.requests, "post", lambda *_, **__: Response())
+    monkeypatch.setattr(requests, "post", lambda *_, **__: Response())
     with pytest.raises(SafeFlavorError, match="more than 1000000 bytes"):
         endpoint.Endpoint("http://127.0.0.1:1").ask({})
 

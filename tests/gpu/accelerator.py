@@ -102,7 +102,7 @@ def fake() -> Accelerator:
             getattr(library, f"accelerator_{name}").restype = ctypes.c_int64
         library.accelerator_limit.argtypes = [ctypes.c_int64]
         library.accelerator_start()
-        torch.utils.rename_privateuse1_backend(FAKE)
+        torch.utils.backend_registration.rename_privateuse1_backend(FAKE)
         torch._register_device_module(FAKE, _module(library))
         _let_safetensors_read()
     return Accelerator(FAKE)
@@ -131,7 +131,7 @@ def _module(library: ctypes.CDLL) -> ModuleType:
         int(part * _TOTAL)
     )
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def _let_safetensors_read() -> None:
@@ -148,7 +148,7 @@ def _let_safetensors_read() -> None:
             file, framework=framework, device="cpu" if str(device).startswith(FAKE) else device
         )
 
-    safetensors.safe_open = safe_open
+    vars(safetensors)["safe_open"] = safe_open
     if hasattr(offload, "safe_open"):
         offload.safe_open = safe_open
 

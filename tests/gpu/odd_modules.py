@@ -18,6 +18,9 @@ class Odd(torch.nn.Module):
         self.first = torch.nn.Linear(8, 8)
         self.tied = torch.nn.Linear(8, 8, bias=False)
         self.tied.weight = self.first.weight
+        self.counted: torch.Tensor
+        self.passing: torch.Tensor
+        self.fine: torch.Tensor
         self.register_buffer("counted", torch.linspace(0, 1, 8))
         self.register_buffer("passing", torch.linspace(1, 2, 8), persistent=False)
         self.register_buffer("fine", torch.linspace(0, 1, 8, dtype=torch.float64))

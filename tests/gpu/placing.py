@@ -66,9 +66,8 @@ def auto(bench: Bench) -> dict[str, Any]:
     inner = served._model_impl.model
     require_placed(native.module, path, bench.device)
     for model in (native, inner):
-        require(
-            model.engine.device.type == bench.device.type, "the engine is on", model.engine.device
-        )
+        device = getattr(model.engine, "device", torch.device("cpu"))
+        require(device.type == bench.device.type, "the engine is on", device)
         require(bench.device.type in model.report.device, "the report says", model.report.device)
         require(model.report.golden_rows, "no golden row was replayed")
     texts = texts_of([4, 30])
@@ -159,7 +158,7 @@ def device_map(bench: Bench) -> dict[str, Any]:
             "classifier": device,
         },
     }
-    found = {}
+    found: dict[str, Any] = {}
     for name, given in maps.items():
         model = mlflow_safeflavor.load_model(path, device_map=given)
         for _ in range(2):

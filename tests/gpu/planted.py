@@ -56,12 +56,17 @@ def _put(
     return lambda module: setattr(module, name, change(getattr(module, name)))
 
 
+def _renew(layer: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    weight = change(layer.get_parameter("weight"))
+    layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
+
+
 def _to_meta(module: torch.nn.Module) -> None:
-    module.unused.weight = torch.nn.Parameter(module.unused.weight.to("meta"), requires_grad=False)
+    _renew(module.get_submodule("unused"), lambda weight: weight.to("meta"))
 
 
 def _untie(module: torch.nn.Module) -> None:
-    module.tied.weight = torch.nn.Parameter(module.tied.weight.clone(), requires_grad=False)
+    _renew(module.get_submodule("tied"), torch.Tensor.clone)
 
 
 PLANTS: dict[str, tuple[str, Any]] = {

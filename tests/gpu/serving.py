@@ -8,9 +8,10 @@ import statistics
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mlflow.pyfunc
@@ -118,10 +119,10 @@ def speed(bench: Bench) -> dict[str, Any]:
     }.items():
         texts = texts_of(lengths, size)
         runs: dict[str, Callable[[], object]] = {
-            "ours": lambda texts=texts: model.predict(pd.DataFrame({"text": texts})),
-            "ours, bfloat16": lambda texts=texts: half.predict(pd.DataFrame({"text": texts})),
-            "pipeline, batch of 1": lambda texts=texts: other(texts, batch_size=1),
-            "pipeline, batch of 32": lambda texts=texts: other(texts, batch_size=32),
+            "ours": partial(model.predict, pd.DataFrame({"text": texts})),
+            "ours, bfloat16": partial(half.predict, pd.DataFrame({"text": texts})),
+            "pipeline, batch of 1": partial(other, texts, batch_size=1),
+            "pipeline, batch of 32": partial(other, texts, batch_size=32),
         }
         found[what] = _alternated(runs, len(texts), rounds=1 if fake else 3)
     labels = [answer["label"] for answer in other(texts)]
@@ -163,16 +164,10 @@ def ways_of_running(bench: Bench) -> dict[str, Any]:
         cpu = {"input_ids": torch.randint(5, 900, (rows, length))}
         there = {name: tensor.to(bench.device) for name, tensor in cpu.items()}
         with torch.inference_mode():
-            figures = {
-                "copies": _milliseconds(
-                    lambda cpu=cpu: [t.to(bench.device) for t in cpu.values()], wait
-                )
-            }
-            figures["as it is"] = _milliseconds(lambda there=there: module(**there), wait)
+            figures = {"copies": _milliseconds(partial(_copied, cpu, bench.device), wait)}
+            figures["as it is"] = _milliseconds(partial(module, **there), wait)
             if not bench.accelerator.is_fake:
-                figures["CUDA graph"] = _told(
-                    lambda there=there: _graph_milliseconds(module, there, wait)
-                )
+                figures["CUDA graph"] = _told(partial(_graph_milliseconds, module, there, wait))
         found[f"{rows} × {length}"] = figures
     if not bench.accelerator.is_fake:
         found["compiled"] = _told(lambda: _compiled_milliseconds(module, bench.device, wait))
@@ -185,6 +180,10 @@ def _told(measure: Callable[[], Any]) -> Any:
         return measure()
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def _copied(tensors: Mapping[str, torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    return [tensor.to(device) for tensor in tensors.values()]
 
 
 def _milliseconds(run: Callable[[], object], wait: Callable[[], None], calls: int = 10) -> float:

@@ -28,6 +28,8 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture
 def gpu_check():
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

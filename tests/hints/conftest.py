@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
-import torch  # noqa: F401  (its first import warns, which within a test would be an error)
-from sites import Site
+import torch  # its first import warns, which within a test would be an error
+from hints.hint_rows import X
+from hints.sites import Site
 
+import mlflow_safeflavor
 from mlflow_safeflavor.errors import SafeFlavorError
+
+CODE = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, factor=2.0, width=4):
+        super().__init__()
+        self.f = factor
+        self.layer = torch.nn.Linear(width, 3)
+
+    def forward(self, x):
+        return {"y": self.layer(x) * self.f}
+
+class Own(torch.nn.Module):
+    def __init__(self, made):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, made.width)
+
+    def forward(self, x):
+        return {"y": self.layer(x)}
+
+class Asks(Net):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)  # no graph branches on values
+
+def pre(rows, tokenizer=None):
+    return {"x": torch.tensor([[row["a"]] * 4 for row in rows])}
+
+def post(outputs, *rest):
+    return [{"y": float(y[0])} for y in outputs["y"]]
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +64,12 @@ def told(request, monkeypatch):
 
     monkeypatch.setattr(SafeFlavorError, "__init__", note)
     monkeypatch.setattr(warnings, "warn", note_warning)
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append((str(record.msg),) * 2)
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            said.append((str(record.msg),) * 2)
+
+    handler = Handler()
     logger = logging.getLogger("mlflow.safeflavor")
     monkeypatch.setattr(logger, "level", logging.INFO)
     logger.addHandler(handler)
@@ -50,3 +89,34 @@ def _is(site: Site, what: str, hint: str) -> bool:
 
 def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(".*".join(map(re.escape, re.split(r"…|\{model\}", template))), re.DOTALL)
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def code(user_code):
+    """A module of the user's.
+
+    Under a new name each time, as a loaded model's code stays importable.
+    """
+    module, file = user_code(f"hints_code_{next(_numbers)}", CODE)
+    return SimpleNamespace(**vars(module), file=file)
+
+
+@pytest.fixture
+def save(tmp_path):
+    """``save(model, …)``.
+
+    The path of a saved model, of the raw task unless something else is said.
+    """
+    count = iter(range(100))
+
+    def run(model, **given):
+        if isinstance(model, torch.nn.Module) and not hasattr(model, "config"):
+            given = {"task": "raw", "input_example": X, **given}
+        path = tmp_path / f"model-{next(count)}"
+        mlflow_safeflavor.save_model(model, path, **{"graph": "no", "rehearse": False, **given})
+        return path
+
+    return run

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
-from sites import Site
+from hints.sites import Site
+
+from mlflow_safeflavor.errors import SafeFlavorError
+
+X = {"x": np.ones((2, 4), "float32")}
+"""Rows of the modules that tests write, see ``code``."""
 
 FOLLOWED: dict[Site, str] = {}
 """Site → the test that follows its hint; filled as test modules are imported."""
@@ -28,3 +34,10 @@ def follows(module: str, what: str, hint: str = "") -> Callable[[Any], Any]:
         return pytest.mark.hint(site)(test)
 
     return mark
+
+
+def refused(kind: type[SafeFlavorError], act: Callable[..., Any], *args: Any, **given: Any) -> Any:
+    """The error of this kind that a call ends with."""
+    with pytest.raises(kind) as error:
+        act(*args, **given)
+    return error.value

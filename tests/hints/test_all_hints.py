@@ -9,8 +9,8 @@ import ast
 import importlib
 from pathlib import Path
 
-from hint_rows import FOLLOWED
-from sites import Site, all_sites, errors_without
+from hints.hint_rows import FOLLOWED
+from hints.sites import Site, all_sites, errors_without
 
 from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 

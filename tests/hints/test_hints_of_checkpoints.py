@@ -7,13 +7,14 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
-from hint_rows import follows
+from hints.hint_rows import follows
+from integration.test_prefetch import hub  # noqa: F401  (a fixture)
 from safetensors.torch import load_file, save_file
-from test_prefetch import hub  # noqa: F401  (a fixture)
 from torch import nn
 from transformers import (
     BertForMaskedLM,
@@ -115,8 +116,9 @@ def test_torch_dtype(tiny_folder):
 @follows("checkpoints/from_pretrained", "_REFUSED", "load the weights without quantisation")
 def test_options_to_leave_out(tiny_folder):
     for name in ("low_cpu_mem_usage", "output_loading_info", "load_in_8bit"):
+        given: dict[str, Any] = {name: True}
         with pytest.raises(InputError):
-            from_pretrained(tiny_folder, model_class=Tiny, **{name: True})
+            from_pretrained(tiny_folder, model_class=Tiny, **given)
     assert isinstance(from_pretrained(tiny_folder, model_class=Tiny), Tiny)
 
 
@@ -135,7 +137,8 @@ def test_a_device_map_of_a_checkpoint(saved):
 def test_mismatched_sizes(folder):
     with pytest.raises(InputError):
         from_pretrained(folder, num_labels=5, ignore_mismatched_sizes=True)
-    assert from_pretrained(folder, num_labels=5, new=("classifier.*",)).classifier.out_features == 5
+    loaded: Any = from_pretrained(folder, num_labels=5, new=("classifier.*",))
+    assert loaded.classifier.out_features == 5
 
 
 @follows(
@@ -147,7 +150,8 @@ def test_a_state_dict(tiny_folder):
         from_pretrained(tiny_folder, model_class=Tiny, state_dict=wanted.state_dict())
     with torch.device("meta"):
         module = Tiny(TinyConfig())
-    assert torch.equal(materialize(module, wanted.state_dict()).body.weight, wanted.body.weight)
+    filled: Any = materialize(module, wanted.state_dict())
+    assert torch.equal(filled.body.weight, wanted.body.weight)
 
 
 @follows(
@@ -172,7 +176,8 @@ def test_a_subfolder(tiny_folder):
     assert from_pretrained(tiny_folder.parent / "tiny", model_class=Tiny)
     with torch.device("meta"):
         module = Tiny(TinyConfig())
-    assert not materialize(module, tiny_folder / "model.safetensors").body.weight.is_meta
+    filled: Any = materialize(module, tiny_folder / "model.safetensors")
+    assert not filled.body.weight.is_meta
 
 
 # Which checkpoint, and which class.
@@ -200,7 +205,7 @@ def test_a_repository_of_the_hub(folder, tmp_path, hub, monkeypatch):  # noqa: F
     commit = hub.publish("some/model", folder)
     with pytest.raises(StructureError) as refused:
         from_pretrained("some/model")
-    line = refused.value.hint.partition("take it from ")[2].partition(", or")[0]
+    line = str(refused.value.hint).partition("take it from ")[2].partition(", or")[0]
     assert eval(line, {"huggingface_hub": huggingface_hub}) == commit
     assert from_pretrained("some/model", revision=commit)
     with pytest.raises(StructureError, match="cannot be read"):
@@ -264,7 +269,7 @@ def test_a_checkpoint_of_another_class(folder):
     assert from_pretrained(
         folder, model_class=BertForMaskedLM, new=("cls.*",), drop=("classifier.*", "bert.pooler.*")
     )
-    untied = from_pretrained(
+    untied: Any = from_pretrained(
         folder,
         model_class=BertForMaskedLM,
         new=("cls.*",),
@@ -286,8 +291,9 @@ def test_a_tensor_that_no_checkpoint_holds(tiny_folder):
     noisy = tiny(lambda module: module.register_buffer("noise", torch.randn(8), persistent=False))
     with pytest.raises(WeightsError) as refused:
         from_pretrained(tiny_folder, model_class=noisy)
-    new = eval(refused.value.hint.partition("new=")[2].partition(" accepts")[0])
-    assert from_pretrained(tiny_folder, model_class=noisy, new=new).noise.std() > 0.1
+    new = eval(str(refused.value.hint).partition("new=")[2].partition(" accepts")[0])
+    loaded: Any = from_pretrained(tiny_folder, model_class=noisy, new=new)
+    assert loaded.noise.std() > 0.1
     kept = tiny(lambda module: module.register_buffer("noise", torch.randn(8)))
     kept(TinyConfig()).save_pretrained(tiny_folder)
     assert from_pretrained(tiny_folder, model_class=kept)
@@ -322,7 +328,7 @@ def test_an_adapter_in_place_of_a_checkpoint(model, tmp_path):
     import peft
 
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
-    adapted = peft.get_peft_model(model, config)
+    adapted: Any = peft.get_peft_model(model, config)
     adapted.save_pretrained(tmp_path / "adapter")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(tmp_path / "adapter")
@@ -355,7 +361,7 @@ def test_keys_of_a_wrapped_model(tiny_folder):
     changed(tiny_folder, lambda state: {f"module.{key}": value for key, value in state.items()})
     with pytest.raises(WeightsError) as refused:
         from_pretrained(tiny_folder, model_class=Tiny)
-    prefix = refused.value.hint.split("'")[1]
+    prefix = str(refused.value.hint).split("'")[1]
     changed(
         tiny_folder, lambda state: {key.removeprefix(prefix): value for key, value in state.items()}
     )
@@ -522,7 +528,8 @@ def test_a_loader_that_changes_weights(tmp_path, monkeypatch):
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     with torch.device("meta"):
         module = Tiny(TinyConfig())
-    assert torch.equal(materialize(module, tmp_path / "weights.pt").body.bias, model.body.bias)
+    filled: Any = materialize(module, tmp_path / "weights.pt")
+    assert torch.equal(filled.body.bias, model.body.bias)
 
 
 # Modules on meta.
@@ -554,6 +561,7 @@ def test_a_buffer_without_values(monkeypatch):
         def __init__(self, width, extra):
             super().__init__()
             self.body = nn.Linear(width, width)
+            self.steps: torch.Tensor
             self.register_buffer("steps", torch.arange(width), persistent=False)
 
     wanted = Steps(4, extra=object())
@@ -561,7 +569,7 @@ def test_a_buffer_without_values(monkeypatch):
         module = Steps(4, extra=object())
     with pytest.raises(WeightsError) as refused:
         materialize(module, wanted.state_dict())
-    assert materialize(module, {**wanted.state_dict(), refused.value.where: wanted.steps})
+    assert materialize(module, {**wanted.state_dict(), str(refused.value.where): wanted.steps})
     Steps(4, extra=object()).load_state_dict(wanted.state_dict())
 
 
@@ -579,7 +587,7 @@ def test_a_module_with_hooks_of_accelerate():
     accelerate.hooks.add_hook_to_module(model.body, accelerate.hooks.ModelHook())
     with pytest.raises(StructureError) as refused:
         materialize(model, wanted.state_dict())
-    exec(refused.value.hint.removesuffix(" first"), {"accelerate": accelerate, "model": model})
+    exec(str(refused.value.hint).removesuffix(" first"), {"accelerate": accelerate, "model": model})
     assert materialize(model, wanted.state_dict())
 
 
@@ -648,7 +656,7 @@ def test_a_file_that_was_changed_in_the_cache(folder, tmp_path, hub):  # noqa: F
     (cached / "config.json").resolve().write_text("{}")
     with pytest.raises(IntegrityError) as refused:
         prefetch("some/model", tmp_path / "here", revision=commit)
-    removed = Path(refused.value.hint.partition("remove ")[2].partition(" and what")[0])
+    removed = Path(str(refused.value.hint).partition("remove ")[2].partition(" and what")[0])
     for path in (removed.resolve(), removed):
         path.unlink()
     assert prefetch("some/model", tmp_path / "here", revision=commit).fresh

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -17,8 +18,8 @@ import pandas as pd
 import pytest
 import torch
 from artifacts import edit_json, reseal, rewrite
-from hint_rows import follows
-from test_hints_of_saving import X, code, refused, save  # noqa: F401  (fixtures)
+from hints.hint_rows import X, follows, refused
+from mlflow.pyfunc.model import PythonModel
 
 import mlflow_safeflavor
 from mlflow_safeflavor import load_model
@@ -41,7 +42,7 @@ from mlflow_safeflavor.module import placement
 pytest_plugins = "saved_models"
 
 FRAME = pd.DataFrame({"text": ["the cat sat"]})
-CODE = {"trust": {"code"}}
+CODE: dict[str, Any] = {"trust": {"code"}}
 
 
 def wrong(kind, path, **options):
@@ -144,8 +145,8 @@ def test_a_file_of_another_user(copied, monkeypatch):
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_of_another_flavor(tmp_path):
-    class Model(mlflow.pyfunc.PythonModel):
-        def predict(self, context, model_input):
+    class Model(PythonModel):
+        def predict(self, context, model_input, params=None):
             return model_input
 
     mlflow.pyfunc.save_model(tmp_path / "other", python_model=Model(), pip_requirements=[])
@@ -194,7 +195,7 @@ def test_other_answers(copied, tiny_bert, tiny_tokenizer, tmp_path):
     "save the model again; where this comes back, its constructor depends on more than its "
     "arguments: allow_pickle=True or graph='only' does without it",
 )
-def test_a_constructor_that_depends_on_the_process(save, user_code, monkeypatch):  # noqa: F811
+def test_a_constructor_that_depends_on_the_process(save, user_code, monkeypatch):
     source = """
         import os, torch
 
@@ -208,7 +209,7 @@ def test_a_constructor_that_depends_on_the_process(save, user_code, monkeypatch)
                 self.register_buffer("extra", torch.ones(2))
     """
     moody, file = user_code("moody_code", source)
-    given = {"code_paths": [file], "input_example": X["x"]}
+    given: dict[str, Any] = {"code_paths": [file], "input_example": X["x"]}
     path = save(moody.Moody(), **given)
     model = moody.Moody()
     others = [save(model, **given, graph="only")]
@@ -238,7 +239,7 @@ def test_a_constructor_that_depends_on_the_process(save, user_code, monkeypatch)
     "This model runs its own … when it is loaded",
     "; under pyfunc, set MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true",
 )
-def test_trust(save, code, monkeypatch):  # noqa: F811
+def test_trust(save, code, monkeypatch):
     from click.testing import CliRunner
 
     from mlflow_safeflavor.cli import main
@@ -255,7 +256,7 @@ def test_trust(save, code, monkeypatch):  # noqa: F811
     monkeypatch.delenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", raising=False)
     with pytest.raises(TrustError) as refused_there:
         mlflow.pyfunc.load_model(str(path))
-    name, value = refused_there.value.hint.rpartition("set ")[2].split("=")
+    name, value = str(refused_there.value.hint).rpartition("set ")[2].split("=")
     monkeypatch.setenv(name, value)
     mlflow.pyfunc.load_model(str(path))
 
@@ -265,7 +266,7 @@ def test_trust(save, code, monkeypatch):  # noqa: F811
     "The model's code would be imported in place of a library",
     "rename it and save the model again; if you did not write it, do not load this model",
 )
-def test_code_named_like_a_library(save, code, tmp_path):  # noqa: F811
+def test_code_named_like_a_library(save, code, tmp_path):
     (tmp_path / "json.py").write_text("X = 1\n")
     path = save(code.Net(), code_paths=[code.file, tmp_path / "json.py"])
     wrong(StructureError, path, **CODE)
@@ -283,7 +284,7 @@ def test_code_named_like_a_library(save, code, tmp_path):  # noqa: F811
     "Another module of the same name is imported already",
     "load models whose code differs under the same module name in separate processes",
 )
-def test_code_that_is_not_with_the_model(save, code, user_code, clean_process):  # noqa: F811
+def test_code_that_is_not_with_the_model(save, code, user_code, clean_process):
     name = code.Net.__module__
     without = save(code.Net())
     sys.modules.pop(code.Net.__module__)
@@ -294,7 +295,10 @@ def test_code_that_is_not_with_the_model(save, code, user_code, clean_process): 
     path = save(code.Net(), code_paths=[code.file])
     load_model(path, **CODE)
     other, file = user_code(name, "import torch\nclass Net(torch.nn.Linear): pass\n", "other")
-    given = {"input_example": X["x"], "init_args": {"in_features": 4, "out_features": 2}}
+    given: dict[str, Any] = {
+        "input_example": X["x"],
+        "init_args": {"in_features": 4, "out_features": 2},
+    }
     load_model(save(other.Net(4, 2), code_paths=[file], **given), **CODE)
     wrong(StructureError, path, **CODE)
     load = (
@@ -316,7 +320,7 @@ def test_code_that_is_not_with_the_model(save, code, user_code, clean_process): 
     'graph="only" keeps neither the class nor what its constructor reads',
 )
 @pytest.mark.slow
-def test_a_rehearsal(save, code, user_code, tmp_path):  # noqa: F811
+def test_a_rehearsal(save, code, user_code, tmp_path):
     error = refused(RehearsalError, save, code.Net(), rehearse=True)
     assert f"pass code_paths=['{code.file}']" in error.hint
     load_model(save(code.Net(), rehearse=True, code_paths=[code.file]), **CODE)
@@ -352,10 +356,10 @@ CONSTRUCTOR = """
     "free memory and processors for a second copy of the model; rehearse=False publishes without "
     "this proof",
 )
-def test_a_rehearsal_that_died(save, code, tmp_path, monkeypatch):  # noqa: F811
+def test_a_rehearsal_that_died(save, code, tmp_path, monkeypatch):
     (tmp_path / "dies.py").write_text("import os; os._exit(9)")
     (tmp_path / "sleeps.py").write_text("import time; time.sleep(60)")
-    given = {"code_paths": [code.file]}
+    given: dict[str, Any] = {"code_paths": [code.file]}
     with monkeypatch.context() as patch:
         patch.setattr("mlflow_safeflavor.save.rehearsal._PROGRAM", tmp_path / "dies.py")
         error = refused(RehearsalError, save, code.Net(), **given, rehearse=True)
@@ -371,7 +375,7 @@ def test_a_rehearsal_that_died(save, code, tmp_path, monkeypatch):  # noqa: F811
     "The model cannot be unpickled here",
     "when saving, pass code_paths=[…] with the modules it needs",
 )
-def test_a_pickle_without_its_code(save, code):  # noqa: F811
+def test_a_pickle_without_its_code(save, code):
     own, given = code.Net(), {"allow_pickle": True}
     own.note = "kept"
     without, whole = save(own, **given), save(own, **given, code_paths=[code.file])
@@ -388,7 +392,7 @@ def test_a_pickle_without_its_code(save, code):  # noqa: F811
     "when it is built, or save "
     'it with graph="only", which builds nothing',
 )
-def test_a_constructor_that_reads_a_file(save, user_code, tmp_path):  # noqa: F811
+def test_a_constructor_that_reads_a_file(save, user_code, tmp_path):
     source = """
         import torch
 
@@ -400,7 +404,7 @@ def test_a_constructor_that_reads_a_file(save, user_code, tmp_path):  # noqa: F8
     """
     (tmp_path / "words.txt").write_text("the cat")
     reads, file = user_code("reads_code", source)
-    given = {"code_paths": [file], "input_example": X["x"]}
+    given: dict[str, Any] = {"code_paths": [file], "input_example": X["x"]}
     path = str(tmp_path / "words.txt")
     wrong(TrustError, save(reads.Reads(path), **given, init_args={"path": path}), **CODE)
     load_model(save(reads.Reads(path), **given, init_args={}), **CODE)
@@ -454,7 +458,7 @@ def test_devices(saved, monkeypatch):
     "Tensors that lie inside other tensors, or not in order, cannot be offloaded to disk",
     "map their modules to a device",
 )
-def test_a_view_on_disk(save, user_code):  # noqa: F811
+def test_a_view_on_disk(save, user_code):
     source = """
         import torch
 
@@ -494,7 +498,7 @@ def test_a_device_that_is_too_small(saved, monkeypatch):
         )
         with pytest.raises(PlacementError) as error:
             placement.place(model, torch.device("meta"), {})
-    load_model(saved, **eval(f"dict({error.value.hint.partition(', or')[0]})"))
+    load_model(saved, **eval(f"dict({str(error.value.hint).partition(', or')[0]})"))
 
 
 @follows(
@@ -553,11 +557,11 @@ def test_memory_that_runs_out(saved, monkeypatch):
     "The model was stored as a graph of one forward, which cannot do this",
     'save the model with its module, too: graph="auto"',
 )
-def test_graphs_alone_and_beside_a_module(save, code):  # noqa: F811
+def test_graphs_alone_and_beside_a_module(save, code):
     alone = save(code.Net(), graph="only")
     both = save(code.Net(), graph="auto", code_paths=[code.file])
-    module = {"model_config": {"engine": "module"}}
-    graph = {"model_config": {"engine": "onnx"}}
+    module: dict[str, Any] = {"model_config": {"engine": "module"}}
+    graph: dict[str, Any] = {"model_config": {"engine": "onnx"}}
     wrong(PlacementError, alone, **module)
     load_model(alone)
     load_model(both, **CODE, **module)
@@ -567,9 +571,10 @@ def test_graphs_alone_and_beside_a_module(save, code):  # noqa: F811
     wholes = {"x": np.ones((2, 4), "int64")}
     with pytest.raises(StructureError):
         load_model(alone).engine(wholes)
+    engine: Any = load_model(alone).engine
     with pytest.raises(StructureError):
-        load_model(alone).engine.fallback()
-    assert load_model(both, **CODE, **graph).engine.fallback() is not None
+        engine.fallback()
+    assert load_model(both, **CODE, **graph).module is not None
 
 
 @follows(
@@ -582,7 +587,7 @@ def test_graphs_alone_and_beside_a_module(save, code):  # noqa: F811
     "Two outputs of forward have the same name when they are flattened",
     "return them under other names",
 )
-def test_outputs(save, user_code):  # noqa: F811
+def test_outputs(save, user_code):
     source = """
         import torch
 
@@ -608,7 +613,7 @@ def test_outputs(save, user_code):  # noqa: F811
                 return {"y": self.inner(x)["y"]}
     """
     says, file = user_code("says_code", source)
-    given = {"code_paths": [file]}
+    given: dict[str, Any] = {"code_paths": [file]}
     refused(StructureError, save, says.Says("text"), **given)
     save(says.Wrapped(), **given)
     refused(StructureError, save, says.Says("same"), **given)
@@ -643,7 +648,7 @@ def test_compile_without_a_compiler(saved, monkeypatch):
     "A value of a row or an answer cannot be stored",
     "convert it before, or in the hook",
 )
-def test_custom_answers(save, user_code):  # noqa: F811
+def test_custom_answers(save, user_code):
     source = """
         import torch
 
@@ -671,7 +676,7 @@ def test_custom_answers(save, user_code):  # noqa: F811
             return [{"y": repr(object)} for row in rows]
     """
     own, file = user_code("divides_code", source)
-    given = {
+    given: dict[str, Any] = {
         "task": "custom",
         "preprocess": own.pre,
         "postprocess": own.post,
@@ -806,7 +811,7 @@ def test_weights_that_change_under_a_model(saved, copied, tmp_path, monkeypatch)
     assert (
         "MLFLOW_SAFEFLAVOR_CACHE" in (Path(__file__).parents[2] / "docs" / "limits.md").read_text()
     )
-    assert error.value.hint.startswith("load the model again")
+    assert str(error.value.hint).startswith("load the model again")
 
 
 @follows(

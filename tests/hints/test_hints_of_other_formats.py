@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from hint_rows import follows
+from hints.hint_rows import follows
 
 from mlflow_safeflavor import from_pretrained, load_model, save_model
 from mlflow_safeflavor.checkpoints import hub

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import pytest
 import torch
-from hint_rows import follows
+from hints.hint_rows import follows
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import EnvironmentMismatchError
@@ -60,7 +61,11 @@ def test_a_log_of_a_model_with_a_loose_module_and_loose_data(
     own_site.install("acme-order", "1.2", {"acme_order/__init__.py": "import acme_loose"})
     loose = own_site.write("acme_loose.py")
     own_site.write("acme_words.txt", "y z")
-    options = {"task": "raw", "input_example": {"x": np.ones((2, 2), "float32")}, "graph": "no"}
+    options: dict[str, Any] = {
+        "task": "raw",
+        "input_example": {"x": np.ones((2, 2), "float32")},
+        "graph": "no",
+    }
     model, file = net(user_code, "acme_order.__file__).parent.with_name('any'")
     with pytest.raises(EnvironmentMismatchError) as refused:
         mlflow_safeflavor.log_model(model, "net", code_paths=[file], **options)
@@ -70,7 +75,7 @@ def test_a_log_of_a_model_with_a_loose_module_and_loose_data(
         for model in mlflow.search_logged_models(output_format="list")
         if model.status == "READY"
     ]
-    [way] = re.findall(r"code_paths=\[(.*?)\]", refused.value.hint)
+    [way] = re.findall(r"code_paths=\[(.*?)\]", str(refused.value.hint))
     assert way == repr(os.fspath(loose))
     with pytest.raises(EnvironmentMismatchError) as refused:
         mlflow_safeflavor.log_model(model, "net", code_paths=[file, os.fspath(loose)], **options)

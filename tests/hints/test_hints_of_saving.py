@@ -5,9 +5,9 @@ What is handed over, what rebuilds it, and what is stored of it.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from architectures import tiny_model
-from hint_rows import follows
+from hints.hint_rows import X, follows, refused
 from mlflow.models import infer_signature
 from torch import nn
 
@@ -26,40 +26,6 @@ from mlflow_safeflavor.errors import InputError, IntegrityError, StructureError,
 from mlflow_safeflavor.module.subject import Subject
 
 pytest_plugins = "saved_models"
-
-X = {"x": np.ones((2, 4), "float32")}
-
-CODE = """
-import torch
-
-class Net(torch.nn.Module):
-    def __init__(self, factor=2.0, width=4):
-        super().__init__()
-        self.f = factor
-        self.layer = torch.nn.Linear(width, 3)
-
-    def forward(self, x):
-        return {"y": self.layer(x) * self.f}
-
-class Own(torch.nn.Module):
-    def __init__(self, made):
-        super().__init__()
-        self.layer = torch.nn.Linear(4, made.width)
-
-    def forward(self, x):
-        return {"y": self.layer(x)}
-
-class Asks(Net):
-    def forward(self, x):
-        return super().forward(x if x.sum() > 0 else -x)  # no graph branches on values
-
-def pre(rows, tokenizer=None):
-    return {"x": torch.tensor([[row["a"]] * 4 for row in rows])}
-
-def post(outputs, *rest):
-    return [{"y": float(y[0])} for y in outputs["y"]]
-"""
-
 
 OWN_PARTS = """
 import torch
@@ -72,43 +38,6 @@ class Whole(torch.nn.Sequential):
     def __init__(self):
         super().__init__(torch.nn.Linear(4, 4), Scale())
 """
-
-_numbers = itertools.count()
-
-
-@pytest.fixture
-def code(user_code):
-    """A module of the user's.
-
-    Under a new name each time, as a loaded model's code stays importable.
-    """
-    module, file = user_code(f"hints_code_{next(_numbers)}", CODE)
-    return SimpleNamespace(**vars(module), file=file)
-
-
-@pytest.fixture
-def save(tmp_path):
-    """``save(model, …)``.
-
-    The path of a saved model, of the raw task unless something else is said.
-    """
-    count = iter(range(100))
-
-    def run(model, **given):
-        if isinstance(model, nn.Module) and not hasattr(model, "config"):
-            given = {"task": "raw", "input_example": X, **given}
-        path = tmp_path / f"model-{next(count)}"
-        mlflow_safeflavor.save_model(model, path, **{"graph": "no", "rehearse": False, **given})
-        return path
-
-    return run
-
-
-def refused(kind, save, *args, **given):
-    with pytest.raises(kind) as error:
-        save(*args, **given)
-    return error.value
-
 
 # Arguments.
 
@@ -143,7 +72,7 @@ def test_arguments(save, code, tmp_path):
 def test_a_path_that_is_taken(code, tmp_path):
     path, given = tmp_path / "taken", {"task": "raw", "input_example": X, "code_paths": [code.file]}
     path.write_text("mine")
-    options = {**given, "graph": "no", "rehearse": False}
+    options: dict[str, Any] = {**given, "graph": "no", "rehearse": False}
     refused(IntegrityError, mlflow_safeflavor.save_model, code.Net(), path, **options)
     mlflow_safeflavor.save_model(code.Net(), tmp_path / "other", **options)
     path.unlink()
@@ -249,7 +178,8 @@ def test_weights_of_another_dtype(save, code, caplog):
         caplog.clear()
         path = save(code.Net().half(), **given, **more)
         said = any("dtype='as-is' keeps them" in record.getMessage() for record in caplog.records)
-        return load_model(path, trust=["code"]).module.layer.weight.dtype, said
+        layer = load_model(path, trust=["code"]).module.get_submodule("layer")
+        return layer.get_parameter("weight").dtype, said
 
     assert saved_as() == (torch.float32, True)
     assert saved_as(dtype="float32") == (torch.float32, False)
@@ -460,7 +390,7 @@ def test_adapters(save, tiny_bert, tiny_tokenizer, tmp_path):
     import peft
 
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
-    model = peft.get_peft_model(tiny_bert(), config)
+    model: Any = peft.get_peft_model(tiny_bert(), config)
     model.save_pretrained(tmp_path / "adapter")
     error = refused(StructureError, save, model, tokenizer=tiny_tokenizer)
     named = {"model": model}

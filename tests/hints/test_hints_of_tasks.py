@@ -17,11 +17,10 @@ import pytest
 import torch
 import transformers
 from architectures import tiny_model
-from hint_rows import follows
+from hints.hint_rows import follows, refused
+from integration.test_caps import GAPS, IMAGES, QUESTIONS, TEXTS, TOKENS, WRITES, ZERO_SHOT, models  # noqa: F401  (a fixture)
 from PIL import Image
 from speakers import ctc_pipeline, whisper_pipeline
-from test_caps import GAPS, IMAGES, QUESTIONS, TEXTS, TOKENS, WRITES, ZERO_SHOT, models  # noqa: F401  (a fixture)
-from test_hints_of_saving import refused, save  # noqa: F401  (fixtures)
 from writers import byte_tokenizer, writer
 
 from mlflow_safeflavor import load_model
@@ -174,7 +173,7 @@ def test_texts_of_no_or_many_tokens(models, save):  # noqa: F811
     "The task … does not know a param",
     "leave it out, or choose the task that knows it: task=…",
 )
-def test_a_param_of_another_task(save, tiny_tokenizer, tiny_bert):  # noqa: F811
+def test_a_param_of_another_task(save, tiny_tokenizer, tiny_bert):
     given = {"tokenizer": tiny_tokenizer}
     refused(InputError, save, tiny_bert(), **given, params={"pooling_of_rows": 1})
     save(tiny_bert(), **given)
@@ -265,7 +264,7 @@ def test_labels(models, save, tiny_tokenizer):  # noqa: F811
     "say it where the model is saved: model_config={'label': …}",
 )
 @follows("tasks/text_ranking", "require_pieces", "send fewer passages at once")
-def test_passages(save, tiny_tokenizer):  # noqa: F811
+def test_passages(save, tiny_tokenizer):
     several = tiny_model("Bert", "ForSequenceClassification", num_labels=2)
     given = {"tokenizer": tiny_tokenizer, "task": "text-ranking"}
     error = refused(InputError, save, several, **given)
@@ -285,7 +284,7 @@ def test_passages(save, tiny_tokenizer):  # noqa: F811
 @follows(
     "tasks/zero_shot_image_classification", "require_pieces", "send fewer rows or labels at once"
 )
-def test_labels_of_images(save, tiny_tokenizer):  # noqa: F811
+def test_labels_of_images(save, tiny_tokenizer):
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     texts = {**shape, "vocab_size": 40, "max_position_embeddings": 32, "eos_token_id": 3}
     images = {**shape, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
@@ -308,7 +307,7 @@ def test_labels_of_images(save, tiny_tokenizer):  # noqa: F811
     "The processor does not say what the outputs of a detector mean",
     "pass the processor the model was trained with: processor=…",
 )
-def test_detectors(save):  # noqa: F811
+def test_detectors(save):
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     detector = transformers.YolosForObjectDetection(
         transformers.YolosConfig(**shape, intermediate_size=16, image_size=[32, 32], patch_size=16)
@@ -324,7 +323,7 @@ def test_detectors(save):  # noqa: F811
     "The model reads a text beside each image",
     "save the part that sees, for example model.vision_model or CLIPVisionModelWithProjection",
 )
-def test_models_of_images_and_texts(save):  # noqa: F811
+def test_models_of_images_and_texts(save):
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     seen = {**shape, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
     model = transformers.CLIPModel(
@@ -384,7 +383,7 @@ def test_windows(models):  # noqa: F811
 
 
 @follows("tasks/feature_extraction", "require", "shorten it, or send fewer rows at once")
-def test_prompts(save, tiny_bert, tiny_tokenizer, monkeypatch):  # noqa: F811
+def test_prompts(save, tiny_bert, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr("mlflow_safeflavor.tasks.feature_extraction._PROMPTED", 1)
 
     def model(prompt):
@@ -525,7 +524,7 @@ def test_images(models, tmp_path):  # noqa: F811
 
 
 @follows("tasks/speech", "require_pieces", "ask for longer windows (chunk_length_s)")
-def test_windows_of_sounds(save):  # noqa: F811
+def test_windows_of_sounds(save):
     model = load_model(save(ctc_pipeline(), graph="no", model_config={"max_pieces": 2}))
     sound = np.zeros(16_000, np.float32)
     bad(model, [sound], {"chunk_length_s": 0.02})
@@ -537,7 +536,7 @@ def test_windows_of_sounds(save):  # noqa: F811
     "require_written",
     "lower them, or send fewer or shorter sounds at once",
 )
-def test_writing_of_sounds(save, monkeypatch):  # noqa: F811
+def test_writing_of_sounds(save, monkeypatch):
     monkeypatch.setattr("mlflow_safeflavor.tasks.inputs.caps._WRITTEN_A_ROW", 1)
     model = load_model(save(whisper_pipeline(), graph="no", model_config={"max_answers": 700}))
     sound, params = np.zeros(16_000, np.float32), {"num_beams": 1, "max_new_tokens": 9}
@@ -581,7 +580,7 @@ def test_sounds(models, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "sound.mp3").write_bytes(b"ID3 nothing")
     with pytest.raises(InputError) as error:
         read(tmp_path / "sound.mp3")
-    command = error.value.hint.partition("with ")[2].split()
+    command = str(error.value.hint).partition("with ")[2].split()
     assert command[0] == "ffmpeg"
     try:
         subprocess.run(["ffmpeg", "-version"], capture_output=True, check=True)
@@ -596,7 +595,7 @@ def test_sounds(models, tmp_path, monkeypatch):  # noqa: F811
         context.setitem(sys.modules, "soundfile", None)
         with pytest.raises(StructureError) as missing:
             read(to_wav(np.zeros(100, "int16"), rate))
-    extra = missing.value.hint.partition("[")[2].partition("]")[0]
+    extra = str(missing.value.hint).partition("[")[2].partition("]")[0]
     needed = importlib.metadata.requires("mlflow-safeflavor") or []
     assert any(
         line.startswith("soundfile") and line.endswith(f'extra == "{extra}"') for line in needed
@@ -617,7 +616,7 @@ def test_sounds(models, tmp_path, monkeypatch):  # noqa: F811
     "A table cannot hold an output that is not one a row",
     "save the model with a dict of arrays as input_example",
 )
-def test_tables_of_raw_models(save, user_code):  # noqa: F811
+def test_tables_of_raw_models(save, user_code):
     source = """
         import torch
 
@@ -645,7 +644,7 @@ def test_tables_of_raw_models(save, user_code):  # noqa: F811
     "ask without that row; half precision overflows where float32 does not: save the model with "
     "dtype='float32'",
 )
-def test_an_answer_that_is_no_number(save, tiny_bert, tiny_tokenizer):  # noqa: F811
+def test_an_answer_that_is_no_number(save, tiny_bert, tiny_tokenizer):
     model = tiny_bert()
     with torch.no_grad():
         model.classifier.bias[0] = 60000.0
@@ -675,7 +674,7 @@ def test_an_answer_that_is_no_number(save, tiny_bert, tiny_tokenizer):  # noqa: 
     "The ranges of a model saved with calibration texts are those of other embeddings",
     "save the model with params={…: …}, or ask for float32, binary or ubinary",
 )
-def test_ranges_of_other_embeddings(save, tiny_tokenizer):  # noqa: F811
+def test_ranges_of_other_embeddings(save, tiny_tokenizer):
     calibrated = {"calibration": ["the cat", "a red mat"]}
     given = {"tokenizer": tiny_tokenizer, "model_config": calibrated}
     model, texts = load_model(save(tiny_model("Bert", "Model"), **given)), ["a dog"]
@@ -692,7 +691,7 @@ def test_ranges_of_other_embeddings(save, tiny_tokenizer):  # noqa: F811
     "Numbers of tokens belong to another tokenizer, so that they cannot be read here",
     "send texts; LangChain does with OpenAIEmbeddings(check_embedding_ctx_length=False)",
 )
-def test_numbers_of_tokens(save, tiny_tokenizer):  # noqa: F811
+def test_numbers_of_tokens(save, tiny_tokenizer):
     path = save(tiny_model("Bert", "Model"), tokenizer=tiny_tokenizer, task="llm/v1/embeddings")
     model = load_model(path)
     bad(model, {"input": [[5, 6], [7]]})

@@ -11,12 +11,12 @@ import transformers
 from architectures import tiny_model
 from artifacts import edit_json, edit_mlmodel, reseal
 from click.testing import CliRunner
-from hint_rows import follows
+from hints.hint_rows import follows, refused
+from integration.test_dockerfile import index, model, pins_of, wheels, with_requirements  # noqa: F401  (fixtures)
+from integration.test_images import SMALL, make_model, make_processor, other_processor
+from integration.test_parity_endpoint import answering, scoring
+from mlflow.models import Model
 from requirement_files import lines_of, write_files
-from test_dockerfile import index, model, pins_of, wheels, with_requirements  # noqa: F401  (fixtures)
-from test_hints_of_saving import code, refused, save  # noqa: F401  (fixtures)
-from test_images import SMALL, make_model, make_processor, other_processor
-from test_parity_endpoint import answering, scoring
 
 import mlflow_safeflavor
 from mlflow_safeflavor import generate_dockerfile, load_model, mlflow_compat
@@ -35,6 +35,8 @@ from mlflow_safeflavor.errors import (
     TrustError,
 )
 from mlflow_safeflavor.module import dtype_plan
+from mlflow_safeflavor.module.build import build
+from mlflow_safeflavor.module.watch import Watch
 from mlflow_safeflavor.tasks.inputs import processor
 from mlflow_safeflavor.tasks.inputs.images import read_image
 from mlflow_safeflavor.tasks.inputs.probes import require_same_ids
@@ -63,7 +65,7 @@ def test_another_version(copied):
     reseal(copied)
     with pytest.raises(EnvironmentMismatchError) as error:
         load_model(copied, environment="error")
-    load_model(copied, **eval(f"dict({error.value.hint.rpartition(' with ')[2]})"))
+    load_model(copied, **eval(f"dict({str(error.value.hint).rpartition(' with ')[2]})"))
 
 
 def test_pinned_versions_are_named_only_where_others_are_installed(copied):
@@ -81,10 +83,10 @@ def test_pinned_versions_are_named_only_where_others_are_installed(copied):
     for environment in ("warn", "ignore"):
         with pytest.raises(ParityError) as error:
             load_model(copied, environment=environment)
-        assert error.value.hint.startswith("install requirements.txt of the model")
-        assert "(packaging: wanted 0.1, found " in error.value.hint
-        assert error.value.hint.endswith("; or save the model again in this environment")
-        assert error.value.hint in str(error.value)
+        assert str(error.value.hint).startswith("install requirements.txt of the model")
+        assert "(packaging: wanted 0.1, found " in str(error.value.hint)
+        assert str(error.value.hint).endswith("; or save the model again in this environment")
+        assert str(error.value.hint) in str(error.value)
     edit_json(facts, lambda content: content["distributions"].update(packaging="0.1"))
 
 
@@ -124,7 +126,7 @@ def test_closures(flavor_site, tmp_path):
     site.install("mine", "0.5", direct_url={"url": "file:///m", "dir_info": {"editable": True}})
     with pytest.raises(EnvironmentMismatchError) as error:
         write_files(site, tmp_path / "d", extra_pip_requirements=["mine"])
-    said = error.value.hint.partition("extra_pip_requirements=")[2].partition(";")[0]
+    said = str(error.value.hint).partition("extra_pip_requirements=")[2].partition(";")[0]
     line = eval(said)[0].replace("HOST/REPOSITORY@COMMIT", "git.example/mine@c0ffee")
     write_files(site, tmp_path / "e", extra_pip_requirements=[line])
     write_files(site, tmp_path / "f", pip_requirements=["mlflow", "torch", "mine==0.5"])
@@ -163,7 +165,7 @@ def test_requirements(flavor_site, tmp_path):
     both = {"pip_requirements": ["mlflow", "torch"], "extra_pip_requirements": ["sympy"]}
     with pytest.raises(EnvironmentMismatchError) as error:
         write_files(flavor_site, tmp_path / "a", **both)
-    kept = error.value.hint.split()[1].rstrip(",")
+    kept = str(error.value.hint).split()[1].rstrip(",")
     write_files(
         flavor_site, tmp_path / "b", **{kept: [line for lines in both.values() for line in lines]}
     )
@@ -273,7 +275,7 @@ def test_lines_that_install_no_wheels(wheels, tmp_path):  # noqa: F811
     "There is nothing to compare your rows with",
     "pass endpoint=… (--endpoint URL), or leave the rows out",
 )
-def test_servers(saved, save, tiny_bert, tiny_tokenizer):  # noqa: F811
+def test_servers(saved, save, tiny_bert, tiny_tokenizer):
     other = save(tiny_bert(), tokenizer=tiny_tokenizer, input_columns={"text": "review"})
 
     def verify(**given):
@@ -311,7 +313,7 @@ def test_a_signature_of_a_newer_mlflow(saved, monkeypatch):
     def fails(folder):
         raise TypeError("unknown type")
 
-    monkeypatch.setattr(mlflow_compat.Model, "load", fails)
+    monkeypatch.setattr(Model, "load", fails)
     with pytest.raises(EnvironmentMismatchError):
         mlflow_compat.read_mlmodel(saved)
     assert len(load_model(saved).predict(FRAME)) == 1
@@ -333,7 +335,7 @@ def test_a_signature_of_a_newer_mlflow(saved, monkeypatch):
     'task="custom", '
     "preprocess=…, postprocess=…)",
 )
-def test_a_pipeline(save, user_code, tiny_tokenizer):  # noqa: F811
+def test_a_pipeline(save, user_code, tiny_tokenizer):
     def pipe(**arguments):
         given = {
             "model": tiny_model("Bert", "ForTokenClassification"),
@@ -385,7 +387,7 @@ def test_a_pipeline(save, user_code, tiny_tokenizer):  # noqa: F811
     "checkpoints/preprocessors", "The checkpoint has no readable processor", "pass processor=…"
 )
 @follows("tasks/inputs/images", "Images need Pillow", "pip install 'mlflow-safeflavor[image]'")
-def test_processors(save, tmp_path, monkeypatch):  # noqa: F811
+def test_processors(save, tmp_path, monkeypatch):
     whole = type("Both", (), {"image_processor": make_processor(size=SMALL), "tokenizer": None})()
     refused(StructureError, save, make_model(), processor=whole)
     save(make_model(), processor=whole.image_processor)
@@ -405,7 +407,7 @@ def test_processors(save, tmp_path, monkeypatch):  # noqa: F811
         patch.setitem(sys.modules, "PIL", None)
         with pytest.raises(StructureError) as error:
             read_image(b"anything", "row 0", caps)
-    extra = error.value.hint.partition("[")[2].partition("]")[0]
+    extra = str(error.value.hint).partition("[")[2].partition("]")[0]
     import importlib.metadata
 
     needed = importlib.metadata.requires("mlflow-safeflavor") or []
@@ -419,7 +421,7 @@ def test_processors(save, tmp_path, monkeypatch):  # noqa: F811
     "The tokenizer, read again …, gives other ids than the one being saved",
     "save one whose behaviour is all in its backend: PreTrainedTokenizerFast(tokenizer_object=...)",
 )
-def test_a_tokenizer_with_a_mind_of_its_own(save, tiny_bert, tiny_tokenizer):  # noqa: F811
+def test_a_tokenizer_with_a_mind_of_its_own(save, tiny_bert, tiny_tokenizer):
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     backend = tiny_tokenizer.backend_tokenizer
     with pytest.raises(StructureError):
@@ -436,7 +438,7 @@ def test_a_tokenizer_with_a_mind_of_its_own(save, tiny_bert, tiny_tokenizer):  #
     'save it as a module of your own: task="custom" with preprocess, postprocess and code_paths',
 )
 @pytest.mark.filterwarnings("ignore")
-def test_a_sentence_transformer(save, user_code, tiny_tokenizer, tmp_path):  # noqa: F811
+def test_a_sentence_transformer(save, user_code, tiny_tokenizer, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     tiny_model("Bert", "ForMaskedLM").save_pretrained(tmp_path / "mlm")
     tiny_tokenizer.save_pretrained(tmp_path / "mlm")
@@ -487,7 +489,7 @@ def test_a_sentence_transformer(save, user_code, tiny_tokenizer, tmp_path):  # n
     "The model was saved in a format that this release does not read",
     "install mlflow-safeflavor … or newer",
 )
-def test_an_entry_of_mlmodel(save, copied, saved, tiny_bert, tiny_tokenizer):  # noqa: F811
+def test_an_entry_of_mlmodel(save, copied, saved, tiny_bert, tiny_tokenizer):
     given = {"tokenizer": tiny_tokenizer}
     refused(IntegrityError, save, tiny_bert(), **given, input_columns={"text": "x" * 10_000})
     save(tiny_bert(), **given, input_columns={"text": "x"})
@@ -500,7 +502,7 @@ def test_an_entry_of_mlmodel(save, copied, saved, tiny_bert, tiny_tokenizer):  #
     edit_mlmodel(copied, newer)
     with pytest.raises(FormatVersionError) as error:
         load_model(copied)
-    wanted = error.value.hint.split()[2]
+    wanted = str(error.value.hint).split()[2]
     # the release that wrote it, and what that wrote it reads
     assert wanted == mlflow_safeflavor.__version__
     load_model(saved)
@@ -512,7 +514,7 @@ def test_an_entry_of_mlmodel(save, copied, saved, tiny_bert, tiny_tokenizer):  #
     "if you did not save this model, do not use it; if you did, take this out of its config and "
     "save it again",
 )
-def test_a_config_that_was_steered(save, copied, tiny_bert, tiny_tokenizer):  # noqa: F811
+def test_a_config_that_was_steered(save, copied, tiny_bert, tiny_tokenizer):
     edit_json(
         copied / "safeflavor" / "config.json",
         lambda config: config.update(vocab_file="/etc/passwd"),
@@ -532,7 +534,7 @@ def test_a_config_that_was_steered(save, copied, tiny_bert, tiny_tokenizer):  # 
     "The pickle holds byte code of another Python",
     "load it with that Python, or save the model with importable classes (code_paths=[…])",
 )
-def test_a_pickle_of_another_python(save, code):  # noqa: F811
+def test_a_pickle_of_another_python(save, code):
     own = code.Net()
     own.note = "kept"
     path = save(own, allow_pickle=True, code_paths=[code.file])
@@ -552,19 +554,18 @@ def test_a_pickle_of_another_python(save, code):  # noqa: F811
     "do not call torch.set_default_dtype, or transformers' from_pretrained in other threads, "
     "meanwhile",
 )
-def test_a_default_dtype_that_keeps_changing(save, code, monkeypatch):  # noqa: F811
+def test_a_default_dtype_that_keeps_changing(save, code, monkeypatch):
     path, calls = save(code.Net(), code_paths=[code.file]), []
     with monkeypatch.context() as patch:
-        original = dtype_plan.build
 
-        def build(*given, **options):
-            built = original(*given, **options)
+        def disturbed(*given, **options):
+            built = build(*given, **options)
             calls.append(1)
             return built.half() if "inventory" not in options and len(calls) % 2 else built
 
-        patch.setattr(dtype_plan, "build", build)
+        patch.setattr(dtype_plan, "build", disturbed)
         patch.setattr(
-            dtype_plan.Watch,
+            Watch,
             "disturbed",
             property(lambda self: True, lambda self, value: None),
             raising=False,

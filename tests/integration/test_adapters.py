@@ -95,7 +95,7 @@ def test_a_base_that_is_not_here_is_named_with_what_to_do(adapter, tmp_path):
         mlflow_safeflavor.save_model(folder, tmp_path / "model")
     # Followed literally.
     base = tiny_model("Bert", "ForSequenceClassification", num_labels=3)
-    line = refused.value.hint.partition("model = ")[2].partition(", where base")[0]
+    line = str(refused.value.hint).partition("model = ")[2].partition(", where base")[0]
     model = eval(line, {"peft": peft, "base": base})
     assert type(model) is type(base)
 

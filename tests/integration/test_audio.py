@@ -9,6 +9,7 @@ import json
 import struct
 import sys
 import wave
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -32,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import InputError, ParityError, StructureError
+from mlflow_safeflavor.tasks.audio_classification import AudioClassification
 from mlflow_safeflavor.tasks.inputs.caps import Caps
 from mlflow_safeflavor.tasks.inputs.sounds import read_sound, to_wav
 from mlflow_safeflavor.tasks.table import infer_task
@@ -62,7 +64,7 @@ WHISPER = {
 }
 plain, masked = Wav2Vec2FeatureExtractor(), Wav2Vec2FeatureExtractor(return_attention_mask=True)
 # Name → class, config, extractor, whether rows of different lengths share a forward.
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, tuple[Any, ...]] = {
     "Wav2Vec2, whole length": ("Wav2Vec2ForSequenceClassification", WAVES, plain, False),
     "Wav2Vec2, step by step": ("Wav2Vec2ForSequenceClassification", STEPWISE, masked, True),
     "Wav2Vec2, without mask": ("Wav2Vec2ForSequenceClassification", STEPWISE, plain, True),
@@ -108,7 +110,7 @@ def make_model(name="Wav2Vec2, step by step", **settings):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3)
-        getattr(model, "classifier", getattr(model, "projector", None)).apply(_spread)
+        (getattr(model, "classifier", None) or model.projector).apply(_spread)
     return model.eval()
 
 
@@ -217,7 +219,9 @@ def wav(samples, width=2, rate=RATE):
     )
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
-        writer.setparams((1 if whole.ndim == 1 else whole.shape[1], width, rate, 0, "NONE", None))
+        writer.setnchannels(1 if whole.ndim == 1 else whole.shape[1])
+        writer.setsampwidth(width)
+        writer.setframerate(rate)
         writer.writeframes(data)
     return file.getvalue()
 
@@ -455,6 +459,7 @@ def test_a_checkpoint_folder_brings_its_extractor(tmp_path):
     )
     loaded = mlflow_safeflavor.load_model(str(tmp_path / "model"))
     assert loaded.spec.task == "audio-classification"
+    assert isinstance(loaded.task, AudioClassification)
     assert loaded.task.rate == 8000
     assert loaded.processor.do_normalize is False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -35,7 +36,12 @@ def train(tmp_path, tokenizer, model=None, **options):
         {**tokenizer(text, padding="max_length", max_length=12, truncation=True), "labels": i % 2}
         for i, text in enumerate(TEXTS)
     ]
-    given = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "use_cpu": True}
+    given: dict[str, Any] = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "use_cpu": True,
+    }
     given |= {"learning_rate": 0.01, "report_to": "none", "disable_tqdm": True, "seed": 3}
     arguments = TrainingArguments(tmp_path / "checkpoints", **{**given, **options})
     trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
@@ -85,8 +91,8 @@ print(json.dumps(answers["score"].tolist()))
     with torch.no_grad():
         logits = model.eval()(**tiny_tokenizer(TEXTS[0], return_tensors="pt")).logits
     assert float(said.strip("[]")) == pytest.approx(logits.softmax(-1).max().item(), abs=1e-5)
-    loaded = mlflow_safeflavor.load_model(models["model-2"].model_uri)
-    assert not torch.equal(loaded.module.classifier.weight, model.classifier.weight)
+    module: Any = mlflow_safeflavor.load_model(models["model-2"].model_uri).module
+    assert not torch.equal(module.classifier.weight, model.classifier.weight)
 
 
 def test_without_a_run_one_is_made_and_ended(tmp_path, tiny_tokenizer):
@@ -139,7 +145,12 @@ def test_a_trainer_of_sentence_transformers(tmp_path, tiny_tokenizer):
     modules = [Transformer(str(tmp_path / "bare")), Pooling(32, pooling_mode="cls")]
     model = SentenceTransformer(modules=modules, device="cpu")
     table = {"a": TEXTS, "b": TEXTS[::-1], "score": [0.5] * len(TEXTS)}
-    options = {"max_steps": 2, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    options: dict[str, Any] = {
+        "max_steps": 2,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
     arguments = SentenceTransformerTrainingArguments(tmp_path / "checkpoints", **options)
     mlflow_safeflavor.autolog(graph="no", rehearse=False)
     with mlflow.start_run() as run:

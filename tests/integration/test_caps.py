@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ TOKENS, QUESTIONS = "token-classification", "question-answering"
 WRITES, IMAGES = "text-generation", "image-classification"
 LABELS = [f"label {i}" for i in range(200)]
 # name: task, options, data, params, cap
-TOO_MUCH = {
+TOO_MUCH: dict[str, tuple[Any, ...]] = {
     "all tokens in many "
     "gaps": (GAPS, {"max_answers": 1000}, ["[MASK] " * 20], {"top_k": 10**6}, "max_answers"),
     "many rows of "
@@ -188,8 +189,8 @@ def test_too_much_is_refused_by_the_name_of_its_cap_in_no_time(models, name):
         model.predict(data, params)
     # seconds of CPU, of all threads; benchmarks/hostile.py times it
     assert time.process_time() - begun < 0.5
-    assert f"'{cap}'" in raised.value.hint
-    assert f"MLFLOW_SAFEFLAVOR_{cap.upper()}" in raised.value.hint
+    assert f"'{cap}'" in str(raised.value.hint)
+    assert f"MLFLOW_SAFEFLAVOR_{cap.upper()}" in str(raised.value.hint)
     assert raised.value.found
     assert raised.value.where
     if name in RAISED:
@@ -339,7 +340,7 @@ def test_half_a_surrogate_pair_is_named_wherever_it_is(models, name):
 
 
 def test_texts_are_looked_at_at_any_depth():
-    nested = "\ud800"
+    nested: Any = "\ud800"
     for i in range(3000):  # deeper than Python recurses
         nested = {"x": nested} if i % 2 else [nested]
     for value in (
@@ -483,6 +484,7 @@ def test_a_long_table_is_held_in_parts(models, monkeypatch):
     wanted = model.predict(texts)
     held = []
     monkeypatch.setattr(answers, "_HELD", 2000)
+    submit = model.scheduler.submit
     monkeypatch.setattr(
         model.scheduler,
         "submit",
@@ -490,7 +492,6 @@ def test_a_long_table_is_held_in_parts(models, monkeypatch):
             held.append(len(pieces)) or submit(pieces, *others, **named)
         ),
     )
-    submit = type(model.scheduler).submit.__get__(model.scheduler)
     found = model.predict(texts)
     assert found["label"].tolist() == wanted["label"].tolist()
     assert np.allclose(found["score"], wanted["score"], atol=1e-5)
@@ -518,7 +519,7 @@ class Leaky(torch.nn.Module):
 @pytest.mark.parametrize("graph", ["only", "no"])
 def test_answers_share_no_memory_with_the_model(tmp_path, graph):
     x = {"x": np.ones((2, 2), "float32")}
-    pickled = {"allow_pickle": True} if graph == "no" else {}
+    pickled: dict[str, Any] = {"allow_pickle": True} if graph == "no" else {}
     mlflow_safeflavor.save_model(
         Leaky(), tmp_path / "m", task="raw", input_example=x, graph=graph, rehearse=False, **pickled
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlflow
 import pandas as pd
@@ -24,7 +25,11 @@ pytest_plugins = "saved_models"
 
 PAGE = Path(__file__).parents[2] / "docs/coming-from-mlflow.md"
 FLAVORS = ("transformers", "pytorch", "sentence_transformers")
-FUNCTIONS = {"save": save_model, "log": log_model, "load": load_model}
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "save": save_model,
+    "log": log_model,
+    "load": load_model,
+}
 VERSION = Version(mlflow.__version__)
 IS_3 = VERSION.major >= 3
 
@@ -83,10 +88,15 @@ def test_every_row_is_checked():
 )
 def test_refused(row, tmp_path):
     for name in {name for _, name in row.places}:
-        given = {"load": ["nowhere"], "log": [torch.nn.Linear(1, 1)]}.get(name)
-        given = given or [torch.nn.Linear(1, 1), tmp_path / "model"]
+        module = torch.nn.Linear(1, 1)
+        folder = tmp_path / "model"
+        given: dict[str, list[Any]] = {
+            "load": ["nowhere"],
+            "log": [module],
+            "save": [module, folder],
+        }
         with pytest.raises(InputError, match="There is no such argument") as refused:
-            FUNCTIONS[name](*given, **{row.argument: None})
+            FUNCTIONS[name](*given[name], **{row.argument: None})
         assert refused.value.where == row.argument
     assert list(tmp_path.iterdir()) == []
 
@@ -122,7 +132,12 @@ def logged(tracking, given):
     """``ModelInfo``, a local folder, the run, and the logged model; logged once a process."""
     if not _logged:
         taken = mlflow_compat.log_arguments(save_model)
-        more = {"tags": {"b": "2"}, "model_type": "kind", "step": 3, "prompts": None}
+        more: dict[str, Any] = {
+            "tags": {"b": "2"},
+            "model_type": "kind",
+            "step": 3,
+            "prompts": None,
+        }
         with mlflow.start_run() as run:
             info = log_model(
                 name="model",
@@ -164,8 +179,10 @@ def _mlmodel(given, folder):
 
 
 def _model_id(given):
-    made = mlflow.create_external_model(name="made") if IS_3 else None
-    return not IS_3 or log_model(model_id=made.model_id, **given).model_id == made.model_id
+    if not IS_3:
+        return True
+    made = mlflow.create_external_model(name="made")
+    return log_model(model_id=made.model_id, **given).model_id == made.model_id
 
 
 def _conda(given, folder):
@@ -243,8 +260,9 @@ def test_works(argument, logged, given, tmp_path):
 
 
 def _is_called(name, instead, tmp_path):
+    given: dict[str, Any] = {name: None}
     with pytest.raises(InputError) as refused:
-        save_model(torch.nn.Linear(1, 1), tmp_path / "model", **{name: None})
+        save_model(torch.nn.Linear(1, 1), tmp_path / "model", **given)
     assert (refused.value.where, refused.value.hint) == (name, f"is {instead} meant?")
     assert f"called `{instead}`" in BY_NAME[name].how
 
@@ -267,7 +285,11 @@ def saved_model(saved):
 
 
 def _params(tmp_path, saved):
-    given = {"params": {"top_k": 2}, "model_config": SAME_BATCHES, "rehearse": False}
+    given: dict[str, Any] = {
+        "params": {"top_k": 2},
+        "model_config": SAME_BATCHES,
+        "rehearse": False,
+    }
     save_model(saved_model(saved), tmp_path / "model", **given)
     answers = load_model(saved).predict(EXAMPLE, {"top_k": 2})
     found = load_model(tmp_path / "model").predict(EXAMPLE)

@@ -11,18 +11,18 @@ import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from architectures import modernbert, seeded
 from artifacts import TEXTS
 from memory import all_bits, memory
 from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    ModernBertConfig,
-    ModernBertModel,
     PreTrainedModel,
 )
 
@@ -55,33 +55,12 @@ class Sensitive(nn.Module):
         return self.layer(x) * self.transient + self.plain[0]
 
 
-def seeded(make):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make().eval()
-
-
 def gpt2():
     return seeded(
         lambda: GPT2LMHeadModel(
             GPT2Config(vocab_size=30, n_positions=16, n_embd=16, n_layer=2, n_head=2)
         )
     )
-
-
-def modernbert():
-    special = {
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "cls_token_id": 1,
-        "sep_token_id": 2,
-    }
-    shape = {"vocab_size": 30, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3}
-    config = ModernBertConfig(
-        num_attention_heads=2, attn_implementation="eager", **shape, **special
-    )
-    return seeded(lambda: ModernBertModel(config))
 
 
 def pickled():
@@ -322,7 +301,7 @@ def test_saving_beside_loading(cases, checkpoint, tmp_path):
     model = seeded(lambda: Sensitive(3))
 
     def save(name):
-        options = {
+        options: dict[str, Any] = {
             "task": "raw",
             "init_args": {"width": 3},
             "input_example": X,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -154,7 +155,7 @@ def test_an_array_of_something_else_than_numbers_is_named(save):
 
 
 def test_hooks_see_all_rows_of_a_request(save):
-    seen = []
+    seen: list[Any] = []
 
     def pre(rows, tokenizer):
         seen.append(len(rows))

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -292,7 +293,7 @@ DEEP = [
 def test_a_file_that_is_nested_deeper_than_any_was_saved(copied, name):
     """By a bound, and not by how far Python happens to recurse from where it stands."""
     content = json.loads((copied / name).read_bytes())
-    deep: list = []
+    deep: list[Any] = []
     for _ in range(100):
         deep = [deep]
     content = {**content, "deep": deep} if isinstance(content, dict) else [*content, deep]

@@ -6,6 +6,7 @@ What comes of it is tested in tests/system/docker.
 from __future__ import annotations
 
 import base64
+import ctypes
 import dataclasses
 import hashlib
 import os
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from typing import Any
 from urllib.parse import quote
 
 import mlflow
@@ -160,7 +162,11 @@ def test_the_copied_model_is_the_model(model, tmp_path):
 
 
 def test_choices_reach_the_dockerfile(model, tmp_path):
-    options = {"user": "server", "base_image": "registry.example/python:3.11", "hashes": False}
+    options: dict[str, Any] = {
+        "user": "server",
+        "base_image": "registry.example/python:3.11",
+        "hashes": False,
+    }
     text = generate_dockerfile(str(model), tmp_path / "image", **options).read_text()
     assert "USER server" in text
     assert "ARG PYTHON_IMAGE=registry.example/python:3.11\n" in text
@@ -395,9 +401,9 @@ def installed(model, wheels, site):
 def test_what_was_installed_decides(installed, wheels, tmp_path):
     wanted = digest_of_file(wheels / "small-1.0-py3-none-any.whl")
     make_wheel(wheels, "small", "1.0", content="another build")
-    for i, options in enumerate([{}, {"hashes": False}]):
+    for i, hashes in enumerate([True, False]):
         with pytest.raises(EnvironmentMismatchError, match="is not there any more") as caught:
-            generate_dockerfile(str(installed), tmp_path / f"image-{i}", **options)
+            generate_dockerfile(str(installed), tmp_path / f"image-{i}", hashes=hashes)
         assert wanted in str(caught.value)
 
 
@@ -547,7 +553,7 @@ def served(monkeypatch):
         monkeypatch.delenv("MLFLOW_MODELS_WORKERS", raising=False)
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(container.ctypes, "CDLL", load)
+        monkeypatch.setattr(ctypes, "CDLL", load)
         monkeypatch.setattr(container, "available_cpus", lambda: 3)
         monkeypatch.setattr(os, "chdir", lambda folder: None)
         monkeypatch.setattr(os, "execvpe", lambda *arguments: started.append(arguments))

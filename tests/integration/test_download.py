@@ -180,6 +180,7 @@ def test_what_a_killed_process_downloaded_is_swept(temporary):
     with subprocess.Popen(
         [sys.executable, "-c", HOLDS_ONE, str(temporary)], stdout=subprocess.PIPE
     ) as process:
+        assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGKILL)
     assert len(list(temporary.iterdir())) == 1

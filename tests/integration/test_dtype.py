@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from architectures import tiny_model
+from architectures import modernbert, seeded, tiny_model
 from artifacts import TEXTS
 from click.testing import CliRunner
 from memory import all_bits, memory
@@ -22,8 +22,6 @@ from transformers import (
     BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    ModernBertConfig,
-    ModernBertModel,
     PreTrainedModel,
     T5Config,
     T5EncoderModel,
@@ -34,19 +32,15 @@ from mlflow_safeflavor.cli import main
 from mlflow_safeflavor.errors import PlacementError, WeightsError
 from mlflow_safeflavor.module import dtype_plan, placement
 from mlflow_safeflavor.module import rebuild as rebuilding
+from mlflow_safeflavor.module.build import build
 from mlflow_safeflavor.module.slots import find_slots
+from mlflow_safeflavor.module.watch import Watch
 
 pytest_plugins = "saved_models"
 
 IDS = {"input_ids": np.array([[1, 5, 9, 4], [7, 2, 2, 3]])}
 X = {"x": np.array([[1.0, 2.0, 3.0, 4.0]], dtype=np.float32)}
 HALVES = [torch.bfloat16, torch.float16]
-
-
-def seeded(make):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make().eval()
 
 
 def dtypes(module):
@@ -75,21 +69,6 @@ def t5(**config):
             )
         )
     )
-
-
-def modernbert():
-    special = {
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "cls_token_id": 1,
-        "sep_token_id": 2,
-    }
-    shape = {"vocab_size": 30, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3}
-    config = ModernBertConfig(
-        num_attention_heads=2, attn_implementation="eager", **shape, **special
-    )
-    return seeded(lambda: ModernBertModel(config))
 
 
 class Mixed(nn.Module):
@@ -530,40 +509,40 @@ class Disturbed(nn.Module):
 @pytest.mark.parametrize("times", [0, 1, 3])
 def test_another_thread_in_the_middle_decides_nothing(save, times):
     path = save(seeded(Disturbed), init_args={}, input_example=X)
-    original = dtype_plan.build
+    left = times
 
-    def build(*args, **kwargs):
+    def disturbed(*args, **kwargs):
+        nonlocal left
         if "inventory" not in kwargs:  # the skeleton that tells dtypes, not the model itself
-            Disturbed.left = build.left > 0
-            build.left -= 1
-        return original(*args, **kwargs)
+            Disturbed.left = left > 0
+            left -= 1
+        return build(*args, **kwargs)
 
-    build.left = times
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dtype_plan, "build", build)
+        patch.setattr(dtype_plan, "build", disturbed)
         found = load(path, trust={"code"}, dtype="bfloat16").module
     Disturbed.left = 0
     assert dtypes(found) == dict.fromkeys(
         ("layer.weight", "layer.bias", "transient"), torch.bfloat16
     )
-    assert build.left == -1, "it was not constructed once more for each disturbance"
+    assert left == -1, "it was not constructed once more for each disturbance"
 
 
 def test_a_default_dtype_that_never_settles_is_named(save, monkeypatch):
     path = save(seeded(Disturbed), init_args={}, input_example=X)
-    original, calls = dtype_plan.build, []
+    calls = []
 
-    def build(*args, **kwargs):
+    def disturbed(*args, **kwargs):
         calls.append(1)
         torch.set_default_dtype(torch.float32)
-        built = original(*args, **kwargs)
+        built = build(*args, **kwargs)
         if "inventory" not in kwargs and len(calls) % 2:
             built.transient = built.transient.float()
         return built
 
-    monkeypatch.setattr(dtype_plan, "build", build)
+    monkeypatch.setattr(dtype_plan, "build", disturbed)
     always = property(lambda self: True, lambda self, value: None)
-    monkeypatch.setattr(dtype_plan.Watch, "disturbed", always, raising=False)
+    monkeypatch.setattr(Watch, "disturbed", always, raising=False)
     with pytest.raises(PlacementError, match="kept changing"):
         load(path, trust={"code"}, dtype="bfloat16")
 
@@ -571,6 +550,7 @@ def test_a_default_dtype_that_never_settles_is_named(save, monkeypatch):
 class Views(nn.Module):
     def __init__(self):
         super().__init__()
+        self.base: torch.Tensor
         self.register_buffer("base", torch.linspace(0, 2, 8))
         self.view = self.base[2:6]
         self.turned = nn.Parameter(torch.arange(16.0).view(4, 4).t())

@@ -51,7 +51,7 @@ def test_a_signature_that_may_change_answers_names_the_call(edited, saved):
     for load in (load_model, mlflow.pyfunc.load_model):
         with pytest.raises(IntegrityError, match="top_k") as caught:
             load(str(edited))
-        assert "mlflow.models.set_signature" in caught.value.hint
+        assert "mlflow.models.set_signature" in str(caught.value.hint)
 
 
 def test_a_default_that_the_call_was_meant_for_is_given_at_save(
@@ -74,7 +74,7 @@ def test_edited_requirements_name_the_call(tracking, tiny_bert, tiny_tokenizer):
     mlflow.models.update_model_requirements(uri, "add", ["wrapt==1.17.0"])
     with pytest.raises(IntegrityError, match="requirements") as caught:
         load_model(uri)
-    assert "mlflow.models.update_model_requirements" in caught.value.hint
+    assert "mlflow.models.update_model_requirements" in str(caught.value.hint)
     info = log_model(tiny_bert(), "model", **given, extra_pip_requirements=["wrapt==1.17.0"])
     assert load_model(info.model_uri)
 
@@ -89,7 +89,7 @@ def test_added_libraries_name_the_call(edited, monkeypatch):
     edit_mlmodel(edited, lambda content: content.update(wheels={"platform": "Linux"}))
     with pytest.raises(IntegrityError, match="requirements") as caught:
         load_model(edited)
-    assert "add_libraries_to_model" in caught.value.hint
+    assert "add_libraries_to_model" in str(caught.value.hint)
 
 
 JUNK = ["safeflavor/.nfs0000000012ab", "safeflavor/tokenizer/.DS_Store", "code/.gitkeep"]

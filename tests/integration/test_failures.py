@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -60,7 +61,12 @@ def artifacts(tmp_path_factory):
         import failing_code as code
 
         torch.manual_seed(0)
-        given = {"init_args": {"size": 1}, "code_paths": [file], "rehearse": False, "graph": "no"}
+        given: dict[str, Any] = {
+            "init_args": {"size": 1},
+            "code_paths": [file],
+            "rehearse": False,
+            "graph": "no",
+        }
         custom = {
             "task": "custom",
             "preprocess": code.pre,
@@ -108,7 +114,7 @@ def test_an_error_names_its_part_and_its_row(model, text, kind, part, cause, at)
 def test_what_fails_only_beside_others_names_them(model):
     with pytest.raises(AnswerError, match="none of them alone") as caught:
         model.predict(values("15", "1"))
-    assert caught.value.where.startswith("rows 0 to 1")
+    assert str(caught.value.where).startswith("rows 0 to 1")
     assert len(model.predict(values("15"))) == 1
 
 
@@ -121,7 +127,7 @@ def test_an_error_that_a_hook_names_itself_stays_as_it_is(model):
 def test_requests_of_one_batch_are_told_apart(model):
     """Bad requests between good ones, all at once: each gets its own answer or its own error."""
     texts = ["1", "13", "2", "1,5", "14", "3", "7", "4"] * 4
-    found = [None] * len(texts)
+    found: list[Any] = [None] * len(texts)
     start = threading.Barrier(len(texts))
 
     def ask(i):

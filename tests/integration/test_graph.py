@@ -10,6 +10,7 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -21,11 +22,11 @@ import torch
 import transformers
 from artifacts import edit_mlmodel, reseal
 from click.testing import CliRunner
+from integration.test_audio import make_model as make_listener
+from integration.test_audio import masked
+from integration.test_images import make_model as make_viewer
+from integration.test_images import make_processor
 from packaging.utils import canonicalize_name
-from test_audio import make_model as make_listener
-from test_audio import masked
-from test_images import make_model as make_viewer
-from test_images import make_processor
 from torch import nn
 
 import mlflow_safeflavor
@@ -35,6 +36,7 @@ from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.spec import read_spec
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import InputError, PlacementError, StructureError
+from mlflow_safeflavor.graph import export as exporting
 from mlflow_safeflavor.graph.engine import GraphEngine
 from mlflow_safeflavor.graph.file import reason_against
 from mlflow_safeflavor.graph.onnx_engine import Session
@@ -91,7 +93,7 @@ def same(one, other):
 
 # Every task that is a forward.
 
-TASKS = {
+TASKS: dict[str, tuple[Any, ...]] = {
     "text-classification": ("ForSequenceClassification", pd.DataFrame({"text": TEXTS}), {}),
     "text pairs": (
         "ForSequenceClassification",
@@ -183,7 +185,7 @@ def test_what_writes_stays_with_the_module(tiny_tokenizer, tmp_path):
     )
     model = transformers.GPT2LMHeadModel(config)
     mlflow_safeflavor.save_model(model, tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
-    assert "token by token" in reason_against(Layout(tmp_path / "m"))
+    assert "token by token" in str(reason_against(Layout(tmp_path / "m")))
     assert engine_of(mlflow.pyfunc.load_model(str(tmp_path / "m"))).name == "module"
     with pytest.raises(StructureError, match="cannot be stored as a graph"):
         mlflow_safeflavor.save_model(
@@ -421,7 +423,7 @@ def test_a_graph_alone_says_what_it_takes(tmp_path):
 
 def test_beside_a_device_that_nobody_chose_a_graph_stays_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
-    given = {"task": "raw", "input_example": X, "rehearse": False}
+    given: dict[str, Any] = {"task": "raw", "input_example": X, "rehearse": False}
     mlflow_safeflavor.save_model(make_private(), tmp_path / "m", allow_pickle=True, **given)
     mlflow_safeflavor.save_model(make_private(), tmp_path / "alone", graph="only", **given)
     monkeypatch.setattr(engine_choice, "is_plainly_cpu", lambda asked: asked == "cpu")
@@ -440,7 +442,7 @@ def test_beside_a_device_that_nobody_chose_a_graph_stays_on_the_cpu(tmp_path, mo
 def test_half_precision_stays_with_the_module(tiny_tokenizer, tmp_path):
     given = {"tokenizer": tiny_tokenizer, "dtype": "bfloat16", "rehearse": False}
     mlflow_safeflavor.save_model(bert("ForSequenceClassification"), tmp_path / "m", **given)
-    assert "served in float32" in reason_against(Layout(tmp_path / "m"))
+    assert "served in float32" in str(reason_against(Layout(tmp_path / "m")))
     with pytest.raises(StructureError, match="served in float32"):
         mlflow_safeflavor.save_model(
             bert("ForSequenceClassification"), tmp_path / "n", graph="only", **given
@@ -462,6 +464,7 @@ class Decides(nn.Module):
 class Counts(nn.Module):
     def __init__(self):
         super().__init__()
+        self.calls: torch.Tensor
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x):
@@ -556,8 +559,8 @@ class Twice(nn.Module):
 
 def record(module, *examples, limit=None):
     module = module.eval().requires_grad_(False)
-    examples = [x if isinstance(x, dict) else {"x": x} for x in examples]
-    return recording.record(module, find_slots(module), {}, examples, limit=limit)
+    rows = [x if isinstance(x, dict) else {"x": x} for x in examples]
+    return recording.record(module, find_slots(module), {}, rows, limit=limit)
 
 
 @pytest.mark.parametrize(
@@ -621,7 +624,7 @@ def test_outputs_that_are_something_else_already():
 
 def test_other_answers_are_found(monkeypatch):
     """The proof, not the exporter, is what decides."""
-    export = recording.export
+    export = exporting.export
     wrapped = Scaled(make_private())
     monkeypatch.setattr(recording, "export", lambda module, *rest: export(wrapped.inner, *rest))
     with pytest.raises(recording.Refusal, match="differs by"):

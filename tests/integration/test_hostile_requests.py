@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -150,7 +151,7 @@ def test_hostile_requests_beside_honest_callers_have_the_right_statuses(
 
     import mlflow_safeflavor
 
-    config = {
+    config: dict[str, Any] = {
         "hidden_size": 16,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
@@ -181,6 +182,8 @@ def _benchmark():
     spec = importlib.util.spec_from_file_location(
         "hostile_benchmark", REPOSITORY / "benchmarks" / "hostile.py"
     )
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["hostile_benchmark"] = module  # where dataclasses look their annotations up
     spec.loader.exec_module(module)

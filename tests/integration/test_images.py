@@ -9,6 +9,7 @@ import json
 import shutil
 import struct
 import zlib
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -49,7 +50,7 @@ TRANSFORMER = {
 }
 STAGES = {"depths": [1, 1], "hidden_sizes": [8, 16], "num_stages": 2}
 # Class prefix → config, processor, its settings.
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, tuple[Any, ...]] = {
     "ViT": ({**TRANSFORMER, "image_size": 32, "patch_size": 8}, "ViT", {"size": SMALL}),
     "DeiT": (
         {**TRANSFORMER, "image_size": 32, "patch_size": 8},
@@ -394,7 +395,7 @@ class TorchvisionBackend:
 def other_processor(step, *bases):
     """One of the user's own, whose numbers are off by up to ``step``."""
 
-    class Other(*bases, type(make_processor())):
+    class Other(*bases, type(make_processor())):  # type: ignore[misc]  # whose class depends on both
         def preprocess(self, *args, **kwargs):
             made = super().preprocess(*args, **kwargs)
             made["pixel_values"] = made["pixel_values"] + step * torch.rand(

@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -89,7 +90,7 @@ class Draws(torch.nn.Module):
 
 
 EXAMPLE = {"x": np.ones((2, 2), "float32")}
-RAW = {"task": "raw", "input_example": EXAMPLE, "rehearse": False, "graph": "no"}
+RAW: dict[str, Any] = {"task": "raw", "input_example": EXAMPLE, "rehearse": False, "graph": "no"}
 
 
 @pytest.mark.parametrize("pickle", [False, True], ids=["constructor", "pickle"])
@@ -232,7 +233,7 @@ def test_without_that_the_forward_changes_all_of_it():
 
 
 def test_nan_in_place_views_and_what_was_made_in_inference_mode_are_kept():
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     with torch.inference_mode():
         module.register_buffer("made", torch.ones(3))
     module.register_buffer("base", torch.tensor([1.0, float("nan")]))

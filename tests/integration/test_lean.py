@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -34,7 +35,7 @@ HEAVY = (
     "matplotlib",
     "sqlalchemy",
 )
-BODIES = {
+BODIES: dict[str, dict[str, Any]] = {
     "classifier": {"dataframe_records": [{"text": text} for text in TEXTS]},
     "embedding": {"inputs": TEXTS},
     "tokens": {"dataframe_records": [{"text": text} for text in TEXTS]},

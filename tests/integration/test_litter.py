@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -11,6 +12,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import mlflow
 import pytest
@@ -45,12 +48,12 @@ def temporary(tmp_path, monkeypatch):
 @pytest.fixture
 def another(temporary):
     """``another(*arguments)``: a process that holds a scratch folder; returns it and the folder."""
-    started = []
+    started: list[Any] = []
 
     def start(*arguments):
         command = [sys.executable, "-c", HOLDS_ONE, str(temporary), *map(str, arguments)]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        return started[-1], Path(started[-1].stdout.readline().strip())
+        return started[-1], Path(str(started[-1].stdout.readline()).strip())
 
     yield start
     for process in started:
@@ -184,7 +187,7 @@ def abandoned(temporary, uri, model_id):
     """What a killed log_model left."""
     folder = temporary / f"safeflavor-{scratch._host()}-abcd1234.log"
     folder.mkdir()
-    note = {"store": logged.hashlib.sha256(uri.encode()).hexdigest(), "model_id": model_id}
+    note = {"store": hashlib.sha256(uri.encode()).hexdigest(), "model_id": model_id}
     (folder / scratch.NOTE).write_text(json.dumps(note))
     return folder
 
@@ -225,14 +228,12 @@ def test_one_that_was_finished_or_is_gone_or_of_another_store_is_left(tracking, 
 @pending
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
 def test_logging_that_ends_with_the_process_is_marked_failed_at_once(tracking, temporary, error):
-    class Flavor:
-        __name__ = "flavor"
+    def save_model(path, mlflow_model):
+        raise error
 
-        @staticmethod
-        def save_model(path, mlflow_model):
-            raise error
-
-    with pytest.raises(error), logged.noting(Flavor, {}) as noted:
+    flavor: Any = ModuleType("flavor")
+    flavor.save_model = save_model
+    with pytest.raises(error), logged.noting(flavor, {}) as noted:
         mlflow.models.Model.log(None, noted, name="model")
     (model,) = mlflow.search_logged_models(output_format="list")
     assert str(model.status) == "FAILED"

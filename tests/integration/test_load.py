@@ -64,7 +64,7 @@ def test_the_garbage_collector_is_paused_and_left_as_it_was(saved, tmp_path, mon
     reseal(broken)
     rebuild, seen = rebuilding.rebuild, []
     monkeypatch.setattr(
-        rebuilding, "rebuild", lambda *given: [seen.append(gc.isenabled()), rebuild(*given)][1]
+        rebuilding, "rebuild", lambda *given: (seen.append(gc.isenabled()), rebuild(*given))[1]
     )
     try:
         (gc.enable if collects else gc.disable)()
@@ -83,14 +83,16 @@ def test_the_garbage_collector_is_paused_and_left_as_it_was(saved, tmp_path, mon
 
 def counted(monkeypatch, function):
     """Calls of a function of ours, wherever it was imported to."""
-    calls, name = [], function.__name__
+    calls: list[str] = []
+    name = function.__name__
+
+    def noting(*given, **named):
+        calls.append(name)
+        return function(*given, **named)
+
     for home, module in list(sys.modules.items()):
         if home.startswith("mlflow_safeflavor.") and getattr(module, name, None) is function:
-            monkeypatch.setattr(
-                module,
-                name,
-                lambda *given, **named: calls.append(name) or function(*given, **named),
-            )
+            monkeypatch.setattr(module, name, noting)
     return calls
 
 

@@ -5,6 +5,8 @@ Shown with an allocator that fills it with NaN or the largest int.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -18,18 +20,21 @@ from mlflow_safeflavor.module.build import build
 pytest_plugins = "saved_models"
 
 
+deterministic: Any = torch.utils.deterministic  # its attributes are made at run time
+
+
 @pytest.fixture
 def poison():
     """Inside, memory that is allocated and not written holds NaN, or the largest int."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        deterministic.fill_uninitialized_memory,
     )
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    deterministic.fill_uninitialized_memory = before[1]
 
 
 SHAPE = {

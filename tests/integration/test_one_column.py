@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from artifacts import TEXTS, forms_of
+from integration.test_audio import make_model as make_listener
+from integration.test_audio import masked, sound, wav
+from integration.test_images import SMALL, encoded, make_processor, pixels
+from integration.test_images import make_model as make_viewer
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.pyfunc.scoring_server import infer_and_parse_data
-from test_audio import make_model as make_listener
-from test_audio import masked, sound, wav
-from test_images import SMALL, encoded, make_processor, pixels
-from test_images import make_model as make_viewer
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -16,10 +17,10 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from integration.test_graph import TEXTS, X, bert, make_private, near, same
 from onnx import helper
 from packaging.utils import canonicalize_name
-from test_graph import TEXTS, X, bert, make_private, near, same
-from test_onnx_graph import made, needs_openvino
+from unit.graph.test_onnx_graph import made, needs_openvino
 
 import mlflow_safeflavor
 from mlflow_safeflavor import cli
@@ -36,7 +37,8 @@ from mlflow_safeflavor.errors import (
 from mlflow_safeflavor.graph import openvino_engine
 from mlflow_safeflavor.graph.check import read
 from mlflow_safeflavor.graph.file import read_graph
-from mlflow_safeflavor.graph.onnx_file import parse_model
+from mlflow_safeflavor.graph.onnx_file import parse_model, write_model
+from mlflow_safeflavor.graph.weights import Extent
 from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.predict import golden
 from mlflow_safeflavor.save import graph as recording
@@ -44,7 +46,7 @@ from mlflow_safeflavor.save import graph as recording
 pytest_plugins = "saved_models"
 pytestmark = needs_openvino
 
-ASKED = {"model_config": {"engine": "openvino"}}
+ASKED: dict[str, Any] = {"model_config": {"engine": "openvino"}}
 ROWS = pd.DataFrame({"text": TEXTS})
 
 
@@ -98,7 +100,8 @@ def test_threads_are_those_that_are_given(asked, threads):
     model = mlflow_safeflavor.load_model(
         asked, model_config={"engine": "openvino", "num_threads": threads}
     )
-    compiled = model.engine.session._compiled
+    engine: Any = model.engine
+    compiled = engine.session._compiled
     assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
     assert compiled.get_property("ENABLE_CPU_PINNING") is False
     assert str(compiled.get_property("INFERENCE_PRECISION_HINT")) == "<Type: 'float32'>"
@@ -160,8 +163,7 @@ def test_other_answers_are_not_saved(monkeypatch):
 def places(module):
     """Of tensors that lie in a file, and inputs of two sizes."""
     found = {
-        slot.path: recording.Extent("model.safetensors", 0, slot.tensor.nbytes)
-        for slot in find_slots(module)
+        slot.path: Extent("model.safetensors", 0, slot.tensor.nbytes) for slot in find_slots(module)
     }
     return found, [{"input": torch.rand(rows, 4)} for rows in (3, 2)]
 
@@ -233,7 +235,7 @@ def test_where_it_is_not_installed(asked, saved_with_graph, tiny_tokenizer, tmp_
 
 def test_what_it_does_not_know(saved_with_graph, monkeypatch):
     """An operator that a later release of it may have; without the engine the model is served."""
-    written = openvino_engine.write_model
+    written = write_model
     monkeypatch.setattr(
         openvino_engine, "write_model", lambda model: written(model).replace(b"MatMul", b"MulMat")
     )
@@ -262,16 +264,17 @@ def test_what_it_cannot_be_saved_with(tiny_tokenizer, tmp_path, wrong):
 
 def test_other_inputs_go_to_the_module(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
-    given = {"task": "raw", "input_example": X, "rehearse": False, **ASKED}
+    given: dict[str, Any] = {"task": "raw", "input_example": X, "rehearse": False, **ASKED}
     mlflow_safeflavor.save_model(make_private(), tmp_path / "m", allow_pickle=True, **given)
     mlflow_safeflavor.save_model(make_private(), tmp_path / "alone", graph="only", **given)
     model = mlflow_safeflavor.load_model(tmp_path / "m", trust={"code", "pickle"})
+    engine: Any = model.engine
     plain = model.predict(X)["y"]
-    assert model.engine._rebuilt is None
+    assert engine._rebuilt is None
     np.testing.assert_allclose(
         model.predict({**X, "scale": np.float32(2)})["y"], 2 * plain, rtol=1e-5
     )
-    assert model.engine._rebuilt is not None
+    assert engine._rebuilt is not None
     alone = mlflow_safeflavor.load_model(tmp_path / "alone", **ASKED)
     np.testing.assert_array_equal(alone.predict(X)["y"], plain)
     with pytest.raises(StructureError, match="does not take this input"):
@@ -327,7 +330,7 @@ def test_bfloat16_is_chosen_recorded_and_tolerated(tmp_path, monkeypatch):
     if not has_bfloat16():
         monkeypatch.setitem(openvino_engine._NAMES, "bfloat16", ("f32", "FP32"))
         spoil(monkeypatch, 1 + 2**-9)
-    given = {
+    given: dict[str, Any] = {
         "task": "raw",
         "input_example": X,
         "rehearse": False,
@@ -342,7 +345,8 @@ def test_bfloat16_is_chosen_recorded_and_tolerated(tmp_path, monkeypatch):
     served = mlflow.pyfunc.load_model(str(tmp_path / "m"))._model_impl.model
     assert (served.engine.session.dtype, served.report.bit_identical) == ("bfloat16", True)
     plain = mlflow_safeflavor.load_model(tmp_path / "m", **ASKED)
-    assert (plain.engine.session.dtype, plain.report.max_difference < 0.05) == ("float32", True)
+    engine: Any = plain.engine
+    assert (engine.session.dtype, plain.report.max_difference < 0.05) == ("float32", True)
 
 
 def test_bfloat16_has_a_tolerance_of_its_own(saved_with_graph, monkeypatch):

@@ -6,14 +6,15 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import transformers
-from test_images import make_model as make_viewer
-from test_images import make_processor
+from integration.test_images import make_model as make_viewer
+from integration.test_images import make_processor
 from torch import nn
 
 import mlflow_safeflavor
@@ -51,7 +52,7 @@ def saved(root, tiny_tokenizer):
     def save(name: str) -> Path:
         if not (root / name).exists():
             torch.manual_seed(0)
-            given = {"rehearse": False, "graph": "require"}
+            given: dict[str, Any] = {"rehearse": False, "graph": "require"}
             if name == "texts":
                 module = bert_classifier()
                 given["tokenizer"] = tiny_tokenizer

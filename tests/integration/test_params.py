@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import mlflow
 import pandas as pd
@@ -14,12 +15,12 @@ import pytest
 import torch
 import transformers
 from architectures import tiny_model
+from integration.test_audio import make_model as listener
+from integration.test_audio import masked, sound
+from integration.test_images import SMALL, make_processor, pixels
+from integration.test_images import make_model as viewer
 from mlflow.models import ModelSignature, infer_signature
 from mlflow.types import ParamSchema, ParamSpec
-from test_audio import make_model as listener
-from test_audio import masked, sound
-from test_images import SMALL, make_processor, pixels
-from test_images import make_model as viewer
 from transformers import GenerationConfig, TextClassificationPipeline, pipeline
 from writers import byte_tokenizer, writer
 
@@ -174,7 +175,7 @@ def test_a_pipeline_of_sounds_keeps_its_arguments(save):
     assert found["scores"] == pytest.approx([answer["score"] for answer in wanted], abs=1e-5)
 
 
-WRITING = {
+WRITING: dict[str, Any] = {
     "arguments": {
         "max_new_tokens": 7,
         "do_sample": False,
@@ -379,7 +380,7 @@ def test_pipelines_of_questions_bring_their_arguments(save, tiny_tokenizer, said
 # params= when a model is saved.
 
 
-TASKS = {
+TASKS: dict[str, Any] = {
     "text-classification": (
         "ForSequenceClassification",
         {"top_k": None, "max_length": 6},

@@ -13,7 +13,9 @@ import re
 import socket
 import threading
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -53,6 +55,11 @@ def run(monkeypatch):
     return invoke
 
 
+def facts_of(report) -> dict[str, Any]:
+    """What the server told about itself."""
+    return report.environments["server"]
+
+
 @contextlib.contextmanager
 def answering(answer):
     """URL of a server on a free port that answers each POST with ``answer(body)``.
@@ -81,7 +88,7 @@ def answering(answer):
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        url = Url(f"http://127.0.0.1:{server.server_address[1]}")
+        url: Any = Url(f"http://127.0.0.1:{server.server_address[1]}")
         url.asked = asked
         yield url
     finally:
@@ -199,7 +206,7 @@ def test_a_server_of_the_same_model_tells_what_it_runs_on(run, serve, saved, tmp
     )
     assert len(nothing_special.json()["predictions"]) == len(TEXTS)
 
-    told = report.environments["server"]
+    told = facts_of(report)
     recorded = json.loads((saved / "safeflavor" / "environment.json").read_text())
     assert told["environment"]["python"] == platform.python_version()
     assert told["environment"]["distributions"] == recorded["distributions"]
@@ -303,7 +310,7 @@ def test_a_server_of_named_arrays(run, serve, affine, tmp_path):
         untrusted = run(affine, "--endpoint", server.url, "--rows", rows)
     assert done.exit_code == 0, done.output
     assert "2 rows of yours: 2 bit-identical" in done.output
-    assert report.environments["server"]["environment"]["python"] == platform.python_version()
+    assert facts_of(report)["environment"]["python"] == platform.python_version()
     assert untrusted.exit_code == 2
     assert "TrustError" in untrusted.stderr
 
@@ -455,7 +462,7 @@ def test_within_tolerance(run, saved, tmp_path):
         f"first difference: row 0, score: {recorded[0]['score'] + 1e-6!r}, recorded" in done.output
     )
     assert 'id="verdict">within tolerance<' in page.read_text()
-    svg = ET.fromstring(re.search(r"<svg.*</svg>", page.read_text(), re.DOTALL)[0])
+    svg = ET.fromstring(*re.findall(r"<svg.*</svg>", page.read_text(), re.DOTALL))
     bars = [text.text for text in svg.iter("text")]
     # Labels are equal, scores are off by 1e-6 and rounding: a little more for some, a little less
     # for others.
@@ -721,7 +728,7 @@ def test_hooks_of_ones_own_and_what_the_server_tells(monkeypatch, times):
             mlflow_safeflavor.verify_model(str(times), endpoint=url, rows=rows)
     assert report.bit_identical
     assert len(report.rows) == 5
-    assert report.environments["server"]["environment"]["system"] == platform.system()
+    assert facts_of(report)["environment"]["system"] == platform.system()
 
 
 @pytest.mark.parametrize("value", ["", "false", "0", "yes"])
@@ -752,13 +759,13 @@ def test_what_looks_like_the_request_is_answered_as_rows(monkeypatch, saved, aff
 
 def test_differences_of_environments_are_marked_and_told_facts_escaped(saved, tmp_path):
     here = mlflow_safeflavor.verify_model(str(saved))
-    told = json.loads(json.dumps(dict(here.environments["saved"])))
+    told = json.loads(json.dumps(here.environments["saved"]))
     told["environment"]["python"] = "<b>3.99</b>"
     told["environment"]["distributions"]["torch"] = "0.1"
     del told["environment"]["distributions"]["numpy"]
     told["environment"]["torch_build"] = "a stranger may tell anything"
     told["budget"] = [1]
-    here.environments["server"] = told
+    here = replace(here, environments={**here.environments, "server": told})
     content = render(here, model="<i>", endpoint="http://h/?<u>")
     facts = facts_in(content)
     assert facts["python"] == (
@@ -780,7 +787,7 @@ def test_the_plot_has_no_bar_for_every_power_there_is():
     tiny = compare_answers([{"a": 0.0}], [{"a": 1e-300}], 1e-4, 1e-4, golden=True)
     rows = [*tiny, *compare_answers([{"a": 1.0}] * 5, found, 1e-4, 1e-4, golden=True, start=1)]
     content = render(ParityReport(tuple(rows), 1e-4, 1e-4), model="m")
-    svg = ET.fromstring(re.search(r"<svg.*</svg>", content, re.DOTALL)[0])
+    svg = ET.fromstring(*re.findall(r"<svg.*</svg>", content, re.DOTALL))
     texts = [text.text for text in svg.iter("text")][:-1]
     bars = dict(zip(texts[1::2], texts[::2], strict=True))
     assert {label: count for label, count in bars.items() if count != "0"} == {

@@ -7,6 +7,7 @@ import copy
 import inspect
 import io
 import json
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -712,7 +713,7 @@ def test_a_question_that_takes_most_of_the_room(asked, tiny_tokenizer):
 # Saved, loaded, and asked through MLflow.
 
 
-PER_TASK = {
+PER_TASK: dict[str, tuple[Any, ...]] = {
     "token-classification": (
         "ForTokenClassification",
         ["text"],

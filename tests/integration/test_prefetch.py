@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -82,7 +83,8 @@ def test_weights_config_and_tokenizer_of_a_commit(hub, checkpoint, tmp_path):
     assert names(tmp_path / "out") == {*TAKEN, MANIFEST}
     assert set(done.files) == TAKEN
     assert same_weights(tmp_path / "out", checkpoint)
-    assert from_pretrained(tmp_path / "out").config.num_labels == 2
+    loaded: Any = from_pretrained(tmp_path / "out")
+    assert loaded.config.num_labels == 2
     assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size == 30
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert manifest["revision"] == commit

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from mlflow.types import ColSpec, TensorSpec
+from mlflow.types.schema import Object
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError, StructureError
@@ -141,10 +144,10 @@ def test_outputs_by_name():
     @dataclasses.dataclass
     class Answer:
         score: torch.Tensor
-        parts: list
+        parts: list[Any]
 
     one, two = torch.ones(1), torch.zeros(2)
-    pair = collections.namedtuple("Pair", "left right")
+    pair = collections.namedtuple("pair", "left right")
     assert named_tensors(one).keys() == {"output_0"}
     assert named_tensors((one, (two, None))).keys() == {"output_0", "output_1_0"}
     assert named_tensors(pair(one, two)).keys() == {"left", "right"}
@@ -191,6 +194,7 @@ def test_answers_that_are_one_list_a_row_are_an_object_for_spark(user_code, tmp_
     [spec] = mlflow.models.Model.load(path).signature.outputs.inputs
     assert isinstance(spec, ColSpec)
     assert spec.name is None
+    assert isinstance(spec.type, Object)
     assert [p.name for p in spec.type.properties] == ["output_0"]
 
 

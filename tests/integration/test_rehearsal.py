@@ -8,6 +8,7 @@ import pytest
 from artifacts import edit_json
 
 import mlflow_safeflavor
+from mlflow_safeflavor.artifact.manifest import write_manifest
 from mlflow_safeflavor.errors import ParityError, RehearsalError
 from mlflow_safeflavor.predict import golden
 from mlflow_safeflavor.save import rehearsal, write
@@ -78,7 +79,7 @@ def test_without_a_rehearsal_the_same_is_found_at_load(save_tiny, monkeypatch):
 
 
 def test_a_file_that_is_lost_on_the_way_is_not_published(save_tiny, tmp_path, monkeypatch):
-    honest = write.write_manifest
+    honest = write_manifest
 
     def lose(layout, **kwargs):
         honest(layout, **kwargs)
@@ -196,7 +197,7 @@ def test_a_module_that_only_this_process_finds_is_named_with_the_way_to_bring_it
             "try: import only_here\nexcept ImportError as error: raise ValueError('no extra') "
             "from error"
         )
-    assert f"code_paths=['{tmp_path / 'only_here.py'}']" in refused.value.hint
+    assert f"code_paths=['{tmp_path / 'only_here.py'}']" in str(refused.value.hint)
 
 
 def test_the_environment_of_this_process_does_not_reach_it(rehearsed, monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import mlflow
@@ -231,7 +232,7 @@ def test_the_users_code_is_stored_beside_the_loader(save_tiny, tmp_path):
 
 def test_the_loader_itself_is_no_code_of_the_users(save_tiny):
     with pytest.raises(InputError, match="code_paths must not hold the loader itself"):
-        save_tiny(code_paths=[str(save.Path(mlflow_safeflavor.__file__).parent)])
+        save_tiny(code_paths=[str(Path(mlflow_safeflavor.__file__).parent)])
 
 
 def test_saving_the_same_model_twice_gives_the_same_bytes(save_tiny, tmp_path):
@@ -366,7 +367,7 @@ def test_tied_weights_are_stored_once_and_tied_again(save_tiny):
     groups = {row["path"]: row["data"] for row in rows}
     assert groups["shared.weight"] == groups["encoder.embed_tokens.weight"]
     assert len(stored_dtypes(path)) < len(groups)
-    module = mlflow_safeflavor.load_model(str(path)).module
+    module: Any = mlflow_safeflavor.load_model(str(path)).module
     assert module.shared.weight is module.encoder.embed_tokens.weight
 
 
@@ -375,7 +376,7 @@ def test_a_tie_that_no_class_declares_is_stored_once_and_tied_again(save_tiny, t
     model.bert.encoder.layer[1].output.dense.weight = model.bert.encoder.layer[
         0
     ].output.dense.weight
-    module = mlflow_safeflavor.load_model(str(save_tiny(model))).module
+    module: Any = mlflow_safeflavor.load_model(str(save_tiny(model))).module
     assert (
         module.bert.encoder.layer[1].output.dense.weight
         is module.bert.encoder.layer[0].output.dense.weight
@@ -576,10 +577,8 @@ def test_an_example_that_the_model_could_not_answer_is_refused(save_tiny, exampl
 
 
 def test_the_example_is_stored_and_replayed(save_tiny, saved):
-    assert (
-        mlflow.models.Model.load(str(saved)).load_input_example(str(saved))["text"].tolist()
-        == TEXTS
-    )
+    example: Any = mlflow.models.Model.load(str(saved)).load_input_example(str(saved))
+    assert example["text"].tolist() == TEXTS
     rows = read_json(saved / "safeflavor" / "parity.json")["rows"]
     assert [row["text"] for row in rows[: len(TEXTS)]] == TEXTS
     assert mlflow_safeflavor.load_model(str(saved)).report.golden_rows == len(rows) > len(TEXTS)
@@ -624,7 +623,7 @@ def test_a_logged_model_is_registered_and_found_by_name(tracking, tiny_bert, tin
     expected = mlflow_safeflavor.load_model(info.model_uri).predict(TEXTS)
     for uri in ("models:/tiny/1", "models:/tiny/latest"):
         assert mlflow.pyfunc.load_model(uri).predict({"text": TEXTS}).equals(expected), uri
-    mlflow.MlflowClient().set_registered_model_alias("tiny", "champion", 1)
+    mlflow.MlflowClient().set_registered_model_alias("tiny", "champion", "1")
     assert mlflow_safeflavor.load_model("models:/tiny@champion").predict(TEXTS).equals(expected)
 
 
@@ -680,7 +679,7 @@ def test_golden_rows_are_recorded_with_weights_that_lie_as_they_will_after_a_loa
         # as from_pretrained maps them from a file
         module.weight = torch.nn.Parameter(memory[2:18], not inference)
     at, example = module.weight.data_ptr(), {"x": [1.0]}
-    options = {"allow_pickle": True, "graph": "no", "rehearse": False}
+    options: dict[str, Any] = {"allow_pickle": True, "graph": "no", "rehearse": False}
     mlflow_safeflavor.save_model(
         module, tmp_path / "m", task="raw", input_example=example, **options
     )

@@ -9,6 +9,8 @@ import json
 import re
 import shutil
 import warnings
+from functools import partial
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -89,14 +91,19 @@ def t5(size):
 
 
 KINDS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
-PROMPTS = {
+PROMPTS: dict[str, Any] = {
     "prompts": {"query": "find the cat : ", "document": "x ="},
     "default_prompt_name": "query",
 }
 
+
+def _pooled(kind):
+    return [Pooling(SIZE, pooling_mode=kind)]
+
+
 # Name → what is behind the transformer, arguments of the transformer, and of the whole.
-LAYOUTS = {
-    **{kind: (lambda kind=kind: [Pooling(SIZE, pooling_mode=kind)], {}, {}) for kind in KINDS},
+LAYOUTS: dict[str, tuple[Any, ...]] = {
+    **{kind: (partial(_pooled, kind), {}, {}) for kind in KINDS},
     "three side by side, to length 1": (
         lambda: [Pooling(SIZE, pooling_mode=("cls", "max", "mean")), Normalize()],
         {},
@@ -313,6 +320,7 @@ def test_precisions_are_those_of_quantize_embeddings(transformer, tmp_path, give
     served = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     whole = model.encode(TEXTS, **given)
     known = model.encode(CALIBRATION, **given)
+    precision: Any
     for precision in PRECISIONS[1:]:
         wanted = quantize_embeddings(whole, precision, calibration_embeddings=known)
         require_quantised(embeddings(found, precision=precision), wanted)
@@ -519,7 +527,7 @@ def test_a_folder_of_another_dtype_is_kept_or_says_what_it_becomes(
 class Own(SentenceTransformer):
     """Answers otherwise."""
 
-    def encode(self, texts, **options):
+    def encode(self, texts: Any, **options: Any) -> Any:  # type: ignore[override]  # shorter
         return super().encode(texts, **options) + 1
 
 

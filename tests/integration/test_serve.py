@@ -5,7 +5,6 @@ The same rows as in this process, and 400 for what is no row.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import mlflow
 import pandas as pd
 import pytest
 from artifacts import TEXTS, forms_of
+from system.docker.pip_settings import pip_settings
 
 import mlflow_safeflavor
 
@@ -158,19 +158,6 @@ def test_a_damaged_model_is_not_served(copied):
 def with_this_python_first():
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return {**os.environ, "PATH": path}
-
-
-def pip_settings():
-    """Setting of pip → value as configured here, by files or variables."""
-    command = [sys.executable, "-m", "pip", "config", "list"]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    lines = [line.partition("=") for line in listing.splitlines()]
-    # Variables are listed first and win.
-    return {
-        key.rpartition(".")[2]: ast.literal_eval(value)
-        for key, _, value in reversed(lines)
-        if value
-    }
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ Engines, threads and options share one scheduler, and each answer is that of its
 from __future__ import annotations
 
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -99,17 +101,19 @@ def test_deterministic_costs_nothing_where_the_same_bits_were_seen(
 ):
     model = mlflow_safeflavor.load_model(saved)
     seen = {"dtype": "float32", "batch": True, "padding": True, fact: False}
-    engine = GraphEngine(model.engine.session, keeps_bits=model.engine.keeps_bits)
+    assert isinstance(model.engine, GraphEngine)
+    engine: Any = GraphEngine(model.engine.session, keeps_bits=model.engine.keeps_bits)
     if fact is not None:
         monkeypatch.setattr(file, "_read_facts", lambda layout: {"proof": {"onnx": seen}})
         engine.keeps_bits = file.keeps_bits(model.files, "onnx", "float32")
     rows = []
     run = engine.session
 
-    def counted(inputs):
+    def count(inputs):
         rows.append(len(inputs["input_ids"]))
         return run(inputs)
 
+    counted: Any = count
     engine.session, counted.graph = counted, run.graph
     strict = replace(model, options={**model.options, "deterministic": True}).answered_by(engine)
     strict.predict(texts[:20])
@@ -144,12 +148,13 @@ def test_what_a_forward_costs_is_measured_where_it_is_not_known(saved, monkeypat
 )
 def test_the_measure_finds_what_a_call_costs(saved, monkeypatch, call, token, wanted):
     model, clock = mlflow_safeflavor.load_model(saved), [0.0]
-    monkeypatch.setattr(batching.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
-    def engine(inputs):
+    def run(inputs):
         clock[0] += call + token * inputs["input_ids"].size
         return model.engine(inputs)
 
+    engine: Any = run
     rows = [{"text": "a"}, {"text": "the cat sat on the mat " * 4}]
     assert batching.measure_forward_cost(model.task, engine, rows, 128) == wanted
     assert batching.measure_forward_cost(model.task, engine, rows[:1], 128) == 1

@@ -103,7 +103,7 @@ def test_the_name_of_a_file_is_a_text(model, table, tmp_path):
 def terminal(monkeypatch):
     """What a terminal would show."""
     screen = io.StringIO()
-    screen.isatty = lambda: True
+    vars(screen)["isatty"] = lambda: True
 
     class Shown(tqdm.auto.tqdm):
         def __init__(self, **options):

@@ -7,6 +7,7 @@ import copy
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,8 @@ class Bound:
 
     def ask(self, *columns, budget=512, **params):
         # Calls so dear that all rows share one, as far as the budget goes.
-        scheduler = Scheduler(self.task, self, max_batch_tokens=budget, forward_cost=10_000)
+        engine: Any = self
+        scheduler = Scheduler(self.task, engine, max_batch_tokens=budget, forward_cost=10_000)
         return predict_rows(self.task, scheduler, self.rows(*columns), params)
 
     def answers(self, *columns, **params):
@@ -96,7 +98,7 @@ def _close(found, wanted):
 # Text classification, against transformers.pipeline.
 
 
-HEADS = {
+HEADS: dict[str, dict[str, Any]] = {
     "softmax": {"num_labels": 3, "id2label": {0: "bad", 1: "fair", 2: "good"}},
     "one label": {"num_labels": 1},
     "multi-label": {"num_labels": 4, "problem_type": "multi_label_classification"},
@@ -115,7 +117,9 @@ def test_labels_and_scores_are_those_of_the_pipeline(
     reference = pipeline(
         "text-classification", model=model, tokenizer=copy.deepcopy(tiny_tokenizer)
     )
-    inputs = [{"text": a, "text_pair": b} if pair else a for a, b in zip(TEXTS, PAIRS, strict=True)]
+    inputs: list[Any] = [
+        {"text": a, "text_pair": b} if pair else a for a, b in zip(TEXTS, PAIRS, strict=True)
+    ]
     # transformers drops an empty second text of a single row; see test_an_empty_pair_is_a_pair
     if pair:
         inputs = [row for row in inputs if row["text_pair"]]

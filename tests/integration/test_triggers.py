@@ -11,9 +11,10 @@ from __future__ import annotations
 import copy
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import mlflow.pytorch
@@ -22,6 +23,7 @@ import pytest
 import torch
 import transformers
 import trigger_models as models
+from architectures import differing, seeded
 from packaging.version import Version
 from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import (
@@ -46,8 +48,6 @@ from mlflow_safeflavor.errors import (
     TrustError,
     WeightsError,
 )
-from mlflow_safeflavor.module.equality import bits_equal
-from mlflow_safeflavor.module.slots import find_slots
 from mlflow_safeflavor.module.subject import Subject
 
 pytestmark = [
@@ -62,18 +62,6 @@ TROUBLE = Version(transformers.__version__).major == 5
 X = np.linspace(-1, 1, 2 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
 
 
-def differing(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
-    """Paths of the tensors of any kind that are not the same in both, bit for bit."""
-    ours, theirs = (
-        {slot.path: slot.tensor.detach() for slot in find_slots(each)} for each in (one, other)
-    )
-    both = ours.keys() & theirs.keys()
-    return sorted(
-        (ours.keys() ^ theirs.keys())
-        | {path for path in both if not bits_equal(ours[path], theirs[path])}
-    )
-
-
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Memory that is never written holds NaN or the largest integer, so that tests see it."""
@@ -82,11 +70,6 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def seeded(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return make().eval()
 
 
 def saved_and_loaded(
@@ -244,7 +227,7 @@ def test_a_further_file_read_in_the_constructor(tmp_path):
     if TROUBLE:
         plain = models.TableFromFile.from_pretrained(tmp_path / "checkpoint")
         assert not torch.equal(plain.table, model.table)  # silent
-    loaded = mlflow_safeflavor.load_model(tmp_path / "saved", trust={"code"}).module
+    loaded: Any = mlflow_safeflavor.load_model(tmp_path / "saved", trust={"code"}).module
     assert torch.equal(loaded.table, torch.arange(float(WIDTH)))
 
 
@@ -327,7 +310,7 @@ def test_a_process_that_a_race_left_broken(tiny_gpt2, monkeypatch):
     monkeypatch.setattr(transformers.PreTrainedModel, "tie_weights", lambda *args, **kwargs: None)
     plain = GPT2LMHeadModel.from_pretrained(folder)
     assert plain.lm_head.weight.is_meta  # silent
-    loaded = from_pretrained(folder)
+    loaded: Any = from_pretrained(folder)
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert differing(loaded, model) == []
     assert differing(materialize(plain, folder), model) == []
@@ -414,10 +397,10 @@ def test_an_undeclared_tie(tmp_path):
     )
     assert untied.head.weight is not untied.embed.weight  # silent
 
-    filled = materialize(empty, tmp_path / "one.safetensors")
+    filled: Any = materialize(empty, tmp_path / "one.safetensors")
     assert filled.head.weight is filled.embed.weight
     assert differing(filled, model) == []
-    loaded = saved_and_loaded(model, tmp_path / "saved", {"input_ids": np.array([[1, 2]])})
+    loaded: Any = saved_and_loaded(model, tmp_path / "saved", {"input_ids": np.array([[1, 2]])})
     assert loaded.head.weight is loaded.embed.weight
 
 
@@ -428,7 +411,7 @@ def test_an_undeclared_tie_of_a_transformers_model(tmp_path):
         tmp_path / "pytorch_model.bin",
     )
     model.config.save_pretrained(tmp_path)
-    loaded = from_pretrained(tmp_path, model_class=models.UndeclaredTie)
+    loaded: Any = from_pretrained(tmp_path, model_class=models.UndeclaredTie)
     assert loaded.other.weight is loaded.body.weight
     assert differing(loaded, model) == []
 
@@ -570,7 +553,8 @@ def test_dtype_left_out(tiny_gpt2):
     if TROUBLE:
         # since 5.0 the default is "auto"
         assert GPT2LMHeadModel.from_pretrained(folder).dtype == torch.bfloat16
-    assert from_pretrained(folder).lm_head.weight.dtype == torch.float32
+    loaded: Any = from_pretrained(folder)
+    assert loaded.lm_head.weight.dtype == torch.float32
     with pytest.raises(PlacementError, match="Not a serving dtype"):
         from_pretrained(folder, dtype="auto")
 

@@ -1,5 +1,7 @@
 """A token without an embedding is found at save or load, and not by whoever writes it."""
 
+from typing import Any
+
 import pytest
 import torch
 from artifacts import edit_mlmodel, reseal
@@ -20,7 +22,7 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused_at_save(
     tiny_tokenizer.add_tokens(["zebra", "okapi"])
     model = tiny_bert(None if task == "feature-extraction" else "classifier")
     rows = model.config.vocab_size
-    hooks = {
+    hooks: dict[str, Any] = {
         "preprocess": print,
         "postprocess": print,
         "input_example": [{"text": "a"}],
@@ -34,9 +36,9 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused_at_save(
             task=task,
             **(hooks if task == "custom" else {}),
         )
-    assert f"'zebra', id {rows}" in caught.value.where
-    assert "1 more" in caught.value.where
-    assert f"below {rows}" in caught.value.wanted
+    assert f"'zebra', id {rows}" in str(caught.value.where)
+    assert "1 more" in str(caught.value.where)
+    assert f"below {rows}" in str(caught.value.wanted)
     assert not (tmp_path / "model").exists()
     model.resize_token_embeddings(len(tiny_tokenizer))  # the hint, followed literally
     if task == "text-classification":

@@ -69,7 +69,7 @@ def tensors_of(module: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of the values."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy() if flat.numel() else b"").hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
 
 
 def outputs(module: torch.nn.Module, arrays: Arrays, dtype: torch.dtype) -> Facts:

@@ -256,7 +256,7 @@ def _fresh(graph: Graph, example: Tensors) -> Iterator[Tensors]:
         other = [name for name in sizes if i % 2 or name in ("rows", "length")] if i else []
         sizes |= {name: draw.randint(1, 48) for name in other}
         shapes = {
-            k.name: tuple(sizes.get(str(size), size) for size in k.shape) for k in graph.inputs
+            k.name: tuple(int(sizes.get(str(size), size)) for size in k.shape) for k in graph.inputs
         }
         yield {
             name: _values(name, shapes[name], tensor, generator) for name, tensor in example.items()

@@ -30,7 +30,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 TABLES = HERE.parents[1] / "docs" / "sweep"
@@ -47,6 +48,7 @@ import transformers  # noqa: E402
 import mlflow_safeflavor  # noqa: E402
 from mlflow_safeflavor.artifact import trust  # noqa: E402
 from mlflow_safeflavor.environment import files as environment_files  # noqa: E402
+from mlflow_safeflavor.environment.record import record  # noqa: E402
 from mlflow_safeflavor.errors import SafeFlavorError, WeightsError  # noqa: E402
 from mlflow_safeflavor.module import build, constructor  # noqa: E402
 from sweep import facts, inputs, report, shrink  # noqa: E402
@@ -113,7 +115,9 @@ def _perturb(module: torch.nn.Module) -> None:
             tensor.add_(torch.rand_like(tensor) * 0.02)
 
 
-def cast_reference(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+def cast_reference(
+    module: transformers.PreTrainedModel, dtype: torch.dtype
+) -> transformers.PreTrainedModel:
     """What a cast of the original is, by transformers' own rules and not by this package's.
 
     As ``from_pretrained(dtype=…)`` decides: parameters and persistent buffers that the class's
@@ -175,6 +179,7 @@ class CleanProcess:
         """Begin to load; ``reply`` waits for it."""
         if self.process is None:
             self._start()
+        assert self.process is not None
         print(
             json.dumps({"artifact": str(artifact), "dtype": dtype}),
             file=self.process.stdin,
@@ -184,6 +189,7 @@ class CleanProcess:
     def reply(self) -> dict[str, Any]:
         """What the artifact held there, or its error."""
         assert self.process is not None
+        assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
         line = self.process.stdout.readline() if ready else ""
         if not line:
@@ -213,7 +219,7 @@ def check(class_name: str, model_type: str, clean: CleanProcess, folder: Path) -
     except Exception as error:
         module, reason = None, f"{type(error).__name__}: {error}".splitlines()[0][:240]
     row["built"] = module is not None
-    if module is None or reason:
+    if module is None or arrays is None or reason:
         row |= {
             "float32": {"result": "left out", "reason": reason},
             "bfloat16": {"result": "left out", "reason": reason},
@@ -253,7 +259,11 @@ def _not_repeatable(module: torch.nn.Module, arrays: inputs.Arrays, dtype: torch
 
 
 def _round_trip(
-    module: torch.nn.Module, arrays: inputs.Arrays, dtype: str, clean: CleanProcess, folder: Path
+    module: transformers.PreTrainedModel,
+    arrays: inputs.Arrays,
+    dtype: str,
+    clean: CleanProcess,
+    folder: Path,
 ) -> dict[str, Any]:
     artifact = folder / f"{type(module).__name__}-{dtype}"
     torch_dtype = getattr(torch, dtype)
@@ -264,7 +274,7 @@ def _round_trip(
                 return {"result": "left out", "reason": reason}
             before = facts.inventory(module)
             alarm = _save(module, artifact, dtype, arrays)
-        np.savez(artifact.with_suffix(".npz"), **arrays)
+        np.savez(artifact.with_suffix(".npz"), **cast("dict[str, Any]", arrays))
         clean.ask(artifact, dtype)
         wanted = facts.outputs(reference, arrays, torch_dtype)
         expected = facts.inventory(reference)
@@ -292,7 +302,7 @@ def _save(
 ) -> dict[str, str]:
     """Save; a false alarm of the doctor is noted, and overruled."""
     # Recording a graph takes the most of a save: ``graphs.py`` does that.
-    arguments = {"task": "raw", "dtype": dtype, "input_example": arrays}
+    arguments: dict[str, Any] = {"task": "raw", "dtype": dtype, "input_example": arrays}
     arguments |= {"rehearse": False, "graph": "no"}
     try:
         mlflow_safeflavor.save_model(module, artifact, **arguments)
@@ -303,7 +313,7 @@ def _save(
 
 
 def _as_from_pretrained(
-    module: torch.nn.Module, dtype: torch.dtype, expected: facts.Facts, folder: Path
+    module: transformers.PreTrainedModel, dtype: torch.dtype, expected: facts.Facts, folder: Path
 ) -> str:
     """Whether transformers' own loader gives the reference, too.
 
@@ -379,15 +389,15 @@ def sweeping() -> Iterator[tuple[CleanProcess, Path]]:
 
     Pins are recorded once: they take a second, and no model changes them.
     """
-    recorded, proven = environment_files.record, build.is_proven
-    environment_files.record = _once(recorded)
-    # Which is what is found out here; clean.py does the same.
-    build.is_proven = constructor.is_proven = lambda name: True
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     try:
         with (
+            mock.patch.object(environment_files, "record", _once(record)),
+            # Which is what is found out here; clean.py does the same.
+            mock.patch.object(build, "is_proven", return_value=True),
+            mock.patch.object(constructor, "is_proven", return_value=True),
             CleanProcess() as clean,
             tempfile.TemporaryDirectory(dir=memory) as folder,
             warnings.catch_warnings(),
@@ -396,8 +406,6 @@ def sweeping() -> Iterator[tuple[CleanProcess, Path]]:
             warnings.simplefilter("ignore")
             yield clean, Path(folder)
     finally:
-        environment_files.record = recorded
-        build.is_proven = constructor.is_proven = proven
         torch.set_num_threads(threads)
 
 

@@ -59,7 +59,7 @@ def _shrunk(config_class: type, class_name: str, rule: Any) -> Any:
     plain = copy.deepcopy(default.to_dict())
     plain = _walk(plain, rule, _SpecialIds())
     plain = {key: value for key, value in plain.items() if key not in _DERIVED}
-    config = config_class.from_dict(plain)
+    config: Any = config_class.from_dict(plain)  # type: ignore[attr-defined]  # a config of transformers
     if "CausalLM" in class_name or "LMHead" in class_name or class_name.endswith("ForDecoder"):
         _as_decoder(config)
     return config

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import after
 import before
@@ -61,7 +62,7 @@ RULES = {
 def test_a_rule_changes_what_it_says(name):
     rule = next(rule for rule in (*MUTATIONS, *REWORDINGS) if rule.__name__ == name)
     code, wanted = RULES[name]
-    tree = ast.parse(code)
+    tree: Any = ast.parse(code)  # whatever has expressions
     before = ast.dump(tree)
     found = {data.apply(rule, tree, random.Random(seed)) for seed in range(20)}
     assert found == wanted
@@ -85,8 +86,10 @@ def sample(a, b, flag=True):
 @pytest.mark.parametrize("rule", MUTATIONS, ids=lambda rule: rule.__name__)
 def test_a_mutation_makes_another_function(rule):
     function = ast.parse(SAMPLE).body[0]
+    assert isinstance(function, ast.FunctionDef)
     for seed in range(10):
         changed = data.apply(rule, function, random.Random(seed))
+        assert changed is not None
         assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(ast.unparse(function)))
 
 
@@ -107,15 +110,17 @@ def sample(a, b):
 @pytest.mark.parametrize("rule", REWORDINGS, ids=lambda rule: rule.__name__)
 def test_a_rewording_does_the_same(rule):
     function = ast.parse(REWORDED).body[0]
+    assert isinstance(function, ast.FunctionDef)
     for seed in range(10):
         changed = data.apply(rule, function, random.Random(seed))
+        assert changed is not None
         assert changed != ast.unparse(function)
         for a, b in (([1, 2, 3], [2]), ([], []), ([5], [5, 6]), ([1], [])):
             assert run(changed, a, b) == run(REWORDED, a, b), changed
 
 
 def run(code: str, *arguments: object) -> object:
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(code, names)
     return names["sample"](*arguments)
 
@@ -435,7 +440,8 @@ def test_as_a_graph_alone_it_is_served_without_its_class_and_without_trust(
     tokenizer = AutoTokenizer.from_pretrained(trained["folder"] / "encoder")
     example = pd.DataFrame(rows[:6], columns=["buggy_code", "fixed_code"])
     # as `train.py --graph only` does
-    logged = log(native.module, tokenizer, example, "only", "").model_uri
+    module: Any = native.module
+    logged = log(module, tokenizer, example, "only", "").model_uri
     graph = Path(mlflow.artifacts.download_artifacts(logged, dst_path=str(tmp_path / "graph")))
     assert not list(graph.rglob("*.pkl"))
     assert [entry.name for entry in (graph / "code").iterdir()] == ["mlflow_safeflavor"]
@@ -446,7 +452,7 @@ def test_as_a_graph_alone_it_is_served_without_its_class_and_without_trust(
     assert answer.json()["predictions"] == wanted
 
 
-def check_remote(endpoint: str, app: str, trained: dict[str, object]) -> None:
+def check_remote(endpoint: str, app: str, trained: dict[str, Any]) -> None:
     """The service that asks a server answers as one with the model, until the server is gone."""
     change = {
         "buggy_code": "def f(a):\n    return a[len(a)]",
@@ -553,11 +559,11 @@ def browser():
     from selenium import webdriver
 
     binaries = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if not all(binaries):
+    if None in binaries:
         message = "needs a browser: apt-get install chromium chromium-driver"
         pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
     options = webdriver.ChromeOptions()
-    options.binary_location = binaries[0]
+    options.binary_location = str(binaries[0])
     for argument in (
         "--headless=new",
         "--no-sandbox",

@@ -57,8 +57,8 @@ def client(parts, to_tracking, to_s3, monkeypatch):
     while mlflow.active_run():
         to_tracking.mend()
         mlflow.end_run("KILLED")
-    mlflow.set_tracking_uri(None)
-    mlflow.set_registry_uri(None)
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # takes it off the environment, too
+    mlflow.set_registry_uri(None)  # type: ignore[arg-type]  # which "" would not
     os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
 
 

@@ -194,6 +194,7 @@ def test_the_compose_file_is_one(tmp_path):
     parsed = PyOptions(apply_merge=True).from_yaml(text)
     parsed.validate()
     assert set(parsed.service_names()) == {"postgres", "s3", "mlflow", "model", "app"}
+    assert parsed.services is not None
     assert parsed.services["app"].ports
 
 

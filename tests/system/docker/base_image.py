@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine import Engine
-from pip_settings import pip_settings, wheels_of_installed
+from system.docker.engine import Engine
+from system.docker.pip_settings import pip_settings, wheels_of_installed
 
 TAG = f"python:{platform.python_version()}-slim"
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from base_image import base_image
-from engine import NoEngineError, running_engine
-from pip_settings import torch_wheels
+from system.docker.base_image import base_image
+from system.docker.engine import NoEngineError, running_engine
+from system.docker.pip_settings import torch_wheels
 
 
 @pytest.hookimpl(wrapper=True)

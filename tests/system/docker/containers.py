@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import requests
-from engine import LABEL, Engine
+from system.docker.engine import LABEL, Engine
 
 _ASK_FROM_INSIDE = """
 import sys, urllib.request

@@ -26,11 +26,11 @@ import pandas as pd
 import pytest
 import torch
 from artifacts import edit_json, flip, reseal
-from containers import running
 from data import make_pairs
-from engine import IMAGES
 from model import FixClassifier
 from safetensors.numpy import load_file, save_file
+from system.docker.containers import running
+from system.docker.engine import IMAGES
 from torch import nn
 from train import COLUMNS, MODEL_CONFIG
 from transformers import AutoModel, AutoTokenizer
@@ -138,7 +138,11 @@ def save_pickled(path, options, request):
     chance = random.Random(1)
     texts = sentences("the cat sat on x = y + ( z ) if else", 60)
     rows = [{"code": text, "weight": chance.uniform(-2, 2)} for text in texts]
-    hooks = {"preprocess": preprocess, "postprocess": postprocess, "input_example": rows[:3]}
+    hooks: dict[str, Any] = {
+        "preprocess": preprocess,
+        "postprocess": postprocess,
+        "input_example": rows[:3],
+    }
     mlflow_safeflavor.save_model(
         model,
         path,
@@ -185,7 +189,7 @@ def save_codebuggy(path, options, request):
         task="text-classification",
         input_columns=COLUMNS,
         model_config=MODEL_CONFIG,
-        code_paths=[sys.modules[FixClassifier.__module__].__file__],
+        code_paths=[str(sys.modules[FixClassifier.__module__].__file__)],
         allow_pickle=True,
         graph="no",
         **options,

@@ -7,8 +7,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import engine as engines
 import pytest
+from system.docker import engine as engines
 
 pytestmark = [
     pytest.mark.docker,

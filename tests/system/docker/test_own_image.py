@@ -9,14 +9,15 @@ import shutil
 import subprocess
 import sys
 import time
+from typing import Any
 
 import mlflow
 import pandas as pd
 import pytest
 import torch
 from artifacts import edit_json, edit_mlmodel, flip, reseal
-from containers import running
-from engine import IMAGES, LABEL
+from system.docker.containers import running
+from system.docker.engine import IMAGES, LABEL
 from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
 
 import mlflow_safeflavor
@@ -158,7 +159,7 @@ def mixed(saved_minilm, minilm_folder, tmp_path):
     classifier.bert.load_state_dict(encoder.state_dict(), strict=False)
     folder, drawn = tmp_path / "rows", random.Random(0)
     folder.mkdir(mode=0o755)
-    options = {"graph": "only", "rehearse": False}
+    options: dict[str, Any] = {"graph": "only", "rehearse": False}
     mlflow_safeflavor.save_model(
         classifier,
         folder / "classifier",

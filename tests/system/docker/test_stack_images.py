@@ -18,8 +18,10 @@ import pytest
 import requests
 import stack
 from artifacts import changes
-from base_image import TAG
-from engine import IMAGES, NoEngineError
+from parts import MissingPartError
+from servers import free_port
+from system.docker.base_image import TAG
+from system.docker.engine import IMAGES, NoEngineError
 
 import mlflow_safeflavor
 
@@ -60,14 +62,14 @@ def environ(engine, images, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     try:
         compose = stack.compose()
-    except stack.MissingPartError as error:
+    except MissingPartError as error:
         raise NoEngineError(str(error)) from None
     environ = stack.environment(stack.container_settings(tmp_path))
     yield environ
     with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run([*compose, "down", "--volumes"], env=environ, timeout=120)
-    mlflow.set_tracking_uri(None)
-    mlflow.set_registry_uri(None)
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # takes it off the environment, too
+    mlflow.set_registry_uri(None)  # type: ignore[arg-type]  # which "" would not
     os.environ.pop("MLFLOW_REGISTRY_URI", None)
 
 
@@ -87,7 +89,7 @@ def log_champion(uri, model, tokenizer, torch_index):
             torch_index=torch_index,
             rehearse=False,
         )
-    client.set_registered_model_alias(stack.MODEL, "champion", info.registered_model_version)
+    client.set_registered_model_alias(stack.MODEL, "champion", str(info.registered_model_version))
 
 
 def test_the_whole_stack(engine, environ, tiny_bert, tiny_tokenizer, torch_index, tmp_path):
@@ -102,7 +104,7 @@ def test_the_whole_stack(engine, environ, tiny_bert, tiny_tokenizer, torch_index
 
     # What runs is left as it is, and there is a champion: this builds the model's image, and starts
     # it and the app.
-    port = stack.free_port()
+    port = free_port()
     command = [sys.executable, stack.__file__, "--folder", tmp_path]
     done = subprocess.run(
         [*command, "up", "--port", str(port)], stdout=subprocess.PIPE, text=True, timeout=1500

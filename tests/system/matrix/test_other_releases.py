@@ -14,19 +14,19 @@ import re
 import subprocess
 from pathlib import Path
 
-import matrix_models
 import mlflow
 import pytest
 from artifacts import forms_of
-from matrix_models import GRAPHS, MODELS, ROWS, answers_of, differences, load, records
 from mlflow.pyfunc.scoring_server import infer_and_parse_data
 from packaging.version import Version
+from system.matrix import matrix_models
+from system.matrix.matrix_models import GRAPHS, MODELS, ROWS, answers_of, differences, load, records
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
 
 MAIN_PYTHON, SAVED_BY_MAIN = (
-    os.environ.get(f"SAFEFLAVOR_MATRIX_{name}") for name in ("PYTHON", "SAVED")
+    os.environ.get(f"SAFEFLAVOR_MATRIX_{name}", "") for name in ("PYTHON", "SAVED")
 )
 if not (MAIN_PYTHON and SAVED_BY_MAIN):
     pytest.skip("other releases are tested by `make matrix`", allow_module_level=True)
@@ -135,7 +135,7 @@ def test_a_logged_model_is_found_by_its_alias(tracking):
     if MLFLOW.major == 2:
         assert info.model_uri == f"runs:/{run.info.run_id}/embedding"
     client = mlflow.MlflowClient()
-    client.set_registered_model_alias("minilm", "champion", 1)
+    client.set_registered_model_alias("minilm", "champion", "1")
     rows = ROWS["embedding"]
     answers = [
         records(mlflow.pyfunc.load_model(uri).predict(rows))

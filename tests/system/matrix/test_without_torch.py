@@ -28,7 +28,7 @@ from mlflow_safeflavor.cli import main
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import EnvironmentMismatchError, IntegrityError, TrustError
 
-SAVED = os.environ.get("SAFEFLAVOR_MATRIX_SAVED")
+SAVED = os.environ.get("SAFEFLAVOR_MATRIX_SAVED", "")
 if not SAVED or find_spec("torch"):
     pytest.skip("what needs no torch is tested by `make matrix`", allow_module_level=True)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from matrix_models import GRAPHS, ROWS, answers_of, load, records
+from system.matrix.matrix_models import GRAPHS, ROWS, answers_of, load, records
 
 from mlflow_safeflavor.errors import SafeFlavorError
 

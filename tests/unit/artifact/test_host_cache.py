@@ -6,9 +6,11 @@ And whatever fails costs time and nothing else.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def homes(tmp_path, monkeypatch) -> Path:
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(host_cache.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     return tmp_path
 
 
@@ -112,14 +114,14 @@ def test_it_can_be_switched_off(homes, monkeypatch, value):
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_home_without_locks_is_passed_over(homes, monkeypatch, number):
     """NFS, Lustre and CIFS may have none; another folder may."""
-    flock = host_cache.fcntl.flock
+    flock = fcntl.flock
 
     def refuse(descriptor: int, operation: int) -> None:
         if "xdg" in os.readlink(f"/proc/self/fd/{descriptor}"):
             raise OSError(number, os.strerror(number))
         flock(descriptor, operation)
 
-    monkeypatch.setattr(host_cache.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     assert cache_folder() == homes / "home" / ".cache" / "mlflow-safeflavor"
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import threading
+from typing import Any
 
 import pytest
 import torch
+from architectures import differing
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertForMaskedLM,
@@ -39,8 +41,6 @@ from mlflow_safeflavor.errors import (
     TrustError,
     WeightsError,
 )
-from mlflow_safeflavor.module.equality import bits_equal
-from mlflow_safeflavor.module.slots import find_slots
 
 TINY = {
     "hidden_size": 32,
@@ -48,18 +48,6 @@ TINY = {
     "num_attention_heads": 2,
     "intermediate_size": 64,
 }
-
-
-def differing(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
-    """Paths of the tensors of any kind that are not the same in both, bit for bit."""
-    ours, theirs = (
-        {slot.path: slot.tensor.detach() for slot in find_slots(each)} for each in (one, other)
-    )
-    both = ours.keys() & theirs.keys()
-    return sorted(
-        (ours.keys() ^ theirs.keys())
-        | {path for path in both if not bits_equal(ours[path], theirs[path])}
-    )
 
 
 @pytest.fixture
@@ -117,7 +105,7 @@ def test_native_classes_are_what_transformers_loads(cls, config, dtype, tmp_path
     torch.manual_seed(0)
     cls(config()).save_pretrained(tmp_path)
     plain = cls.from_pretrained(tmp_path, dtype=dtype)
-    loaded = from_pretrained(tmp_path, dtype=dtype)
+    loaded: Any = from_pretrained(tmp_path, dtype=dtype)
     assert differing(loaded, plain) == []
     assert loaded.config.to_dict() == plain.config.to_dict()
 
@@ -126,7 +114,7 @@ def test_tied_weights_are_one_object(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60)).save_pretrained(
         tmp_path
     )
-    loaded = from_pretrained(tmp_path)
+    loaded: Any = from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
@@ -167,7 +155,8 @@ def test_generation_config_comes_along(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60))
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(tmp_path)
-    assert from_pretrained(tmp_path).generation_config.max_new_tokens == 7
+    loaded: Any = from_pretrained(tmp_path)
+    assert loaded.generation_config.max_new_tokens == 7
 
 
 # Both ways strict.
@@ -211,7 +200,7 @@ def test_tied_in_the_model_but_different_in_the_checkpoint(tmp_path):
     rewrite(tmp_path, lambda state: {**state, "lm_head.weight": torch.ones(60, 32)})
     with pytest.raises(WeightsError, match="are tied in the model, but have different values"):
         from_pretrained(tmp_path)
-    untied = from_pretrained(tmp_path, tie_word_embeddings=False)
+    untied: Any = from_pretrained(tmp_path, tie_word_embeddings=False)
     assert torch.equal(untied.lm_head.weight, torch.ones(60, 32))
 
 
@@ -252,10 +241,10 @@ def test_a_fresh_head_is_initialised_on_real_memory(checkpoint, tiny_bert):
     torch.use_deterministic_algorithms(True)  # unwritten memory holds NaN now
     try:
         torch.manual_seed(3)
-        loaded = from_pretrained(
+        loaded: Any = from_pretrained(
             folder, model_class=BertForSequenceClassification, new=("classifier.*",)
         )
-        again = from_pretrained(
+        again: Any = from_pretrained(
             folder, model_class=BertForSequenceClassification, new=("classifier.*",)
         )
     finally:
@@ -269,14 +258,14 @@ def test_a_fresh_head_is_initialised_on_real_memory(checkpoint, tiny_bert):
 def test_new_takes_the_checkpoints_head_where_it_fits_and_a_fresh_one_where_not(checkpoint):
     folder, model = checkpoint
     assert differing(from_pretrained(folder, new=("classifier.*",)), model) == []
-    fresh = from_pretrained(folder, new=("classifier.*",), num_labels=5)
+    fresh: Any = from_pretrained(folder, new=("classifier.*",), num_labels=5)
     assert fresh.classifier.weight.shape == (5, 32)
     assert torch.isfinite(fresh.classifier.weight).all()
 
 
 def test_a_head_from_another_head(checkpoint):
     folder, model = checkpoint
-    other = from_pretrained(
+    other: Any = from_pretrained(
         folder, model_class=BertForMaskedLM, new=("cls.*",), drop=("classifier.*", "bert.pooler.*")
     )
     assert differing(other.bert.encoder, model.bert.encoder) == []
@@ -323,7 +312,8 @@ def test_a_random_buffer_that_no_checkpoint_holds(tmp_path):
     Noise(TinyConfig()).save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match=r"does not compute it(?s:.*)noise"):
         from_pretrained(tmp_path, model_class=Noise)
-    assert from_pretrained(tmp_path, model_class=Noise, new=("noise",)).noise.std() > 0.1
+    loaded: Any = from_pretrained(tmp_path, model_class=Noise, new=("noise",))
+    assert loaded.noise.std() > 0.1
 
 
 # Where it comes from.
@@ -366,8 +356,9 @@ def test_no_such_checkpoint(tmp_path):
     ],
 )
 def test_options_that_would_weaken_it_are_refused(checkpoint, name):
+    given: dict[str, Any] = {name: True}
     with pytest.raises(InputError, match=name):
-        from_pretrained(checkpoint[0], **{name: True})
+        from_pretrained(checkpoint[0], **given)
 
 
 def test_dtype_is_never_auto(checkpoint):

@@ -52,18 +52,18 @@ CLASSES = """
 """.split()
 
 
-def tiny(name: str) -> torch.nn.Module:
+def tiny(name: str) -> transformers.PreTrainedModel:
     cls = getattr(transformers, name)
     torch.manual_seed(0)
     return cls(cls.config_class(**TINY)).eval()
 
 
-def tiny_llama(**config) -> torch.nn.Module:
+def tiny_llama(**config) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**TINY, **config})).eval()
 
 
-def tiny_gpt2() -> torch.nn.Module:
+def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(
         GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32)

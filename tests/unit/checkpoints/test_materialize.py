@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from architectures import differing
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -27,20 +29,7 @@ from mlflow_safeflavor.errors import (
     TrustError,
     WeightsError,
 )
-from mlflow_safeflavor.module.equality import bits_equal
 from mlflow_safeflavor.module.slots import find_meta, find_slots
-
-
-def differing(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
-    """Paths of the tensors of any kind that are not the same in both, bit for bit."""
-    ours, theirs = (
-        {slot.path: slot.tensor.detach() for slot in find_slots(each)} for each in (one, other)
-    )
-    both = ours.keys() & theirs.keys()
-    return sorted(
-        (ours.keys() ^ theirs.keys())
-        | {path for path in both if not bits_equal(ours[path], theirs[path])}
-    )
 
 
 def on_meta(model):
@@ -153,7 +142,7 @@ def test_a_module_without_meta_stays_as_it_is(tiny_bert):
 
 def test_ties_and_shared_modules():
     model, empty = made(Shared, 8), made(Shared, 8, device="meta")
-    filled = materialize(empty,
+    filled: Any = materialize(empty,
         {k: v for k, v in model.state_dict().items() if k.split(".")[0] in ("third", "mean")}
                          | {"second.bias": model.first.bias.detach()})  # fmt: skip
     assert filled.second is filled.first

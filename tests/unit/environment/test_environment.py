@@ -180,13 +180,13 @@ def test_what_is_no_release_is_refused_by_name_with_the_hint(site, direct_url, s
     with pytest.raises(EnvironmentMismatchError) as caught:
         site.record("root")
     assert caught.value.where == "a"
-    assert f"a 1.0: {source}" in caught.value.found or source in caught.value.found
+    assert f"a 1.0: {source}" in str(caught.value.found) or source in str(caught.value.found)
     for way in (
         "pip install a==1.0 --find-links FOLDER",
         "extra_pip_requirements=['a @ git+",
         "pip_requirements",
     ):
-        assert way in caught.value.hint
+        assert way in str(caught.value.hint)
 
 
 def test_every_install_that_is_no_release_is_named(site):

@@ -18,6 +18,7 @@ class Leaky(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.w = torch.nn.Parameter(torch.ones(3, 4))
+        self.b: torch.Tensor
         self.register_buffer("b", torch.ones(4))
         self.cache = None
 

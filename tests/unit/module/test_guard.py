@@ -117,7 +117,7 @@ def test_what_is_tried_is_refused_and_named(name, there, tmp_path):
     LINK[:] = [str(tmp_path / "model" / "link"), "..", "theirs", "secret"]
     with pytest.raises(TrustError) as refused, guarded(tmp_path / "model"):
         act()
-    assert "it " + words.format(there=there, prefix=sys.prefix) in refused.value.found
+    assert "it " + words.format(there=there, prefix=sys.prefix) in str(refused.value.found)
     assert sorted(path.name for path in there.iterdir()) == ["secret"]
 
 

@@ -1,6 +1,7 @@
 """Batches: every row once, in budget, and answers in the order asked."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -115,12 +116,15 @@ class Echo:
         return [{"text": output["joined"] + params["suffix"]} for output in outputs]
 
 
+NO_ENGINE: Any = None
+
+
 def test_answers_and_outputs_come_in_the_order_asked():
     draw = random.Random(0)
     texts = ["x" * draw.randint(1, 90) + str(i) for i in range(200)]
-    task = Echo()
+    task: Any = Echo()
     answers, outputs = predict_rows(
-        task, Scheduler(task, None), [{"text": text} for text in texts], {"suffix": "!"}
+        task, Scheduler(task, NO_ENGINE), [{"text": text} for text in texts], {"suffix": "!"}
     )
     assert [answer["text"] for answer in answers] == [text + "!" for text in texts]
     assert [output["joined"] for output in outputs] == texts
@@ -130,8 +134,8 @@ def test_answers_and_outputs_come_in_the_order_asked():
 def test_the_budget_is_passed_on():
     rows = [{"text": "x" * 10}] * 20
     for budget, wanted in ((10, [1] * 20), (200, [20]), (512, [20])):
-        task = Echo()
-        predict_rows(task, Scheduler(task, None, max_batch_tokens=budget), rows)
+        task: Any = Echo()
+        predict_rows(task, Scheduler(task, NO_ENGINE, max_batch_tokens=budget), rows)
         assert task.batches == wanted
 
 
@@ -140,5 +144,6 @@ def test_a_forward_that_loses_a_row_is_no_answer():
         def forward(self, engine, batch, params):
             return super().forward(engine, batch, params)[1:]
 
+    task: Any = Lossy()
     with pytest.raises(AnswerError, match="shorter"):
-        predict_rows(Lossy(), Scheduler(Lossy(), None), [{"text": "a"}, {"text": "b"}])
+        predict_rows(task, Scheduler(task, NO_ENGINE), [{"text": "a"}, {"text": "b"}])

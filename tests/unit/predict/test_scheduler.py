@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,8 +89,10 @@ class Model:
     """A scheduler of the task above; ``ask`` predicts, ``later`` predicts in another thread."""
 
     def __init__(self, **options):
-        self.task = Length()
-        self.scheduler = Scheduler(self.task, None, **{"forward_cost": 1000, **options})
+        task: Any = Length()
+        engine: Any = None  # the task does without
+        self.task = task
+        self.scheduler = Scheduler(task, engine, **{"forward_cost": 1000, **options})
         self.pool = ThreadPoolExecutor(32)
 
     def ask(self, *texts, timeout=None, **params):
@@ -356,6 +359,7 @@ def test_a_model_that_nobody_holds_is_freed_with_its_thread():
     model = Model()
     model.ask("abc")
     thread, task = model.scheduler._state.thread, weakref.ref(model.task)
+    assert thread is not None
     assert thread.is_alive()
     model.pool.shutdown()
     del model

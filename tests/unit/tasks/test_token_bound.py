@@ -6,6 +6,7 @@ Never more than there are, whatever the tokenizer, and told by the beginning of 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -129,6 +130,7 @@ class Counting:
 @pytest.mark.parametrize("tokens", [500, 5_000])
 def test_no_more_is_read_than_it_takes(tokens):
     bound = TokenBound(made("BERT"))
-    bound._backend = backend = Counting(bound._backend)
+    backend: Any = Counting(bound._backend)
+    bound._backend = backend
     assert bound.exceeds("the cat sat " * 20_000, tokens)
     assert backend.characters < 2 * 4 * tokens + 3 * token_bound._SAMPLE
