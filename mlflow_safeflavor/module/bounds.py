@@ -148,7 +148,10 @@ class _Watchdog:
         """End the thread, and take back what it has not raised yet."""
         self._over.set()
         self._thread.join()
-        _raise_in(self._watched, None)
+        # Only where there may be something: CPython 3.11 would look for it at every call of the
+        # process from then on, and hang where calls are traced (by coverage, by a debugger).
+        if self.reason is not None:
+            _raise_in(self._watched, None)
 
     def _look(self, wait: float) -> None:
         while not self._over.wait(wait):
