@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
     from mlflow_safeflavor.tasks.generation import GenerationTask
 
-__all__ = ["describe_generation", "read_generation_config"]
+__all__ = ["REPLACED", "describe_generation", "read_generation_config"]
 
 # Settings of a generation config that params replace, and those of speed and shape, which change no
 # answer.
-_REPLACED = frozenset(
+REPLACED = frozenset(
     (
         *(
             "max_length",
@@ -108,7 +108,7 @@ def describe_generation(
         "input_names": [name for name in text["input_names"] if name != "token_type_ids"],
         # A decoder goes on behind its last token, which must not be padding.
         "padding_side": "right" if cls.encoder_decoder else "left",
-        "generation": {name: value for name, value in said.items() if name not in _REPLACED},
+        "generation": {name: value for name, value in said.items() if name not in REPLACED},
         "params": cls.as_asked(_defaults(said, text["max_length"], cls.encoder_decoder)),
         "prompt_template": split_template(options.get("prompt_template", "{prompt}")),
         "pads": True,

@@ -57,6 +57,9 @@ WHISPER_PARAMS = (
     ),
 )
 
+# Settings of the generation config that are params of other tasks, and here stay as they are.
+_KEPT = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
+
 
 class WhisperSpeech(SpeechTask):
     """Text of a sound, written by an encoder-decoder that hears a fixed length at once.
@@ -113,7 +116,7 @@ class WhisperSpeech(SpeechTask):
             )
         config: Any = model.config
         params = {param.name for param in cls.params}
-        own = REPLACED - {"pad_token_id", "repetition_penalty"}
+        own = REPLACED - {"pad_token_id", *_KEPT}
         return {
             **cls.describe_listening(model),
             "align": 1,
@@ -206,7 +209,8 @@ class WhisperSpeech(SpeechTask):
         said = {name: params[name] for name in ("language", "task") if params[name]}
         said["return_timestamps"] = params["return_timestamps"]
         plain = {**params, KEEP_LOGITS.name: False}
-        rows = self.outputs(engine.generate(inputs, self._generation(plain, said)), batch)
+        written = engine.generate(inputs, self._generation(plain, said))
+        rows = self.outputs_of(written, batch, params)
         if not params[KEEP_LOGITS.name]:
             return rows
         # Once more, up to the first end: behind a timestamp Whisper begins anew, and of all that is
@@ -218,12 +222,14 @@ class WhisperSpeech(SpeechTask):
     def _generation(self, params: Mapping[str, Any], said: Mapping[str, Any]) -> Generation:
         kept = self.config["generation"]
         plain = {
+            **{name: kept.get(name, default) for name, default in _KEPT.items()},
             "do_sample": False,
-            "repetition_penalty": kept.get("repetition_penalty", 1.0),
+            "num_return_sequences": 1,
             "max_new_tokens": params["max_new_tokens"] or self.config["max_length"],
         }
+        # No draws: nothing is sampled.
         made = generation_for(
-            kept, {**params, **plain}, rows=1, start=0, filler=self._filler, stopping=[]
+            kept, {**params, **plain}, draws=[], start=0, filler=self._filler, stopping=[]
         )
         # Of two lengths transformers takes one, with a warning.
         unused = "max_length" if params["max_new_tokens"] else "max_new_tokens"
@@ -243,8 +249,8 @@ class WhisperSpeech(SpeechTask):
         ends = self.config["generation"].get("eos_token_id", 0)
         return list(ends) if isinstance(ends, list) else [ends]
 
-    def outputs(
-        self, outputs: Mapping[str, np.ndarray], part: Sequence[Features]
+    def outputs_of(
+        self, outputs: Mapping[str, np.ndarray], part: Sequence[Features], params: Mapping[str, Any]
     ) -> list[RowOutput]:
         # (rows, tokens); of each row those before its end.
         return [{"ids": line[: self._length(line)]} for line in outputs["sequences"]]

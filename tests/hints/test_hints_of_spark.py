@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
-from hint_rows import follows
+from hints.hint_rows import follows
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from integration.test_images import SMALL, TRANSFORMER, encoded, make_processor, pixels
 from mlflow.pyfunc.scoring_server import infer_and_parse_data, predictions_to_json
 from PIL import Image
-from test_images import SMALL, TRANSFORMER, encoded, make_processor, pixels
 from transformers import pipeline
 
 import mlflow_safeflavor

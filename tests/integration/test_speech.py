@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import transformers
 from artifacts import edit_json, reseal
+from integration.test_audio import RATE, masked, sound, wav
 from speakers import CTC, LETTERS, ctc_model, ctc_pipeline, ctc_tokenizer
-from test_audio import RATE, masked, sound, wav
 from transformers import Wav2Vec2Processor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES as CTC_MODELS
 

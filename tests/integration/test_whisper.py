@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import transformers
 from artifacts import edit_json, reseal
+from integration.test_audio import RATE, sound, wav
 from speakers import (
     ctc_tokenizer,
     whisper_extractor,
@@ -16,7 +17,6 @@ from speakers import (
     whisper_pipeline,
     whisper_tokenizer,
 )
-from test_audio import RATE, sound, wav
 from transformers import WhisperProcessor
 
 import mlflow_safeflavor
