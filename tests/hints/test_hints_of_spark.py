@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import pytest
 from hints.hint_rows import follows
@@ -64,7 +66,7 @@ def test_one_answer_for_all(table, tmp_path, tiny_bert, tiny_tokenizer):
             rehearse=False,
             graph="no",
         )
-    given = {"output": "answer", "columns": ["words"]}
+    given: dict[str, Any] = {"output": "answer", "columns": ["words"]}
     assert "feature-extraction" in refused(table, tmp_path / "llm/v1/embeddings", **given)
     scored = score(table, tmp_path / "feature-extraction", **given)
     assert len(scored.collect()[0]["answer"]["embedding"]) == 32
@@ -84,7 +86,7 @@ def test_no_signature(table, tmp_path, tiny_bert, tiny_tokenizer):
         graph="no",
         signature=False,
     )
-    given = {"output": "answer", "columns": ["words"]}
+    given: dict[str, Any] = {"output": "answer", "columns": ["words"]}
     hint = refused(table, tmp_path / "model", **given)
     kind = hint.partition("result_type='")[2].rstrip("')")
     scored = score(table, tmp_path / "model", result_type=kind, **given)

@@ -228,8 +228,8 @@ WORKS = {
 
 def _template(folder):
     model = {"model": writer("GPT2LMHeadModel"), "tokenizer": byte_tokenizer()}
-    template, kept = "Q: {prompt} A:", {"rehearse": False, "graph": "no"}
-    save_model(model, folder, prompt_template=template, **kept)
+    template = "Q: {prompt} A:"
+    save_model(model, folder, prompt_template=template, rehearse=False, graph="no")
     asked = {"max_new_tokens": 3, "return_full_text": True}
     (text,) = load_model(folder).predict(["why?"], asked)["generated_text"]
     return text.startswith("Q: why? A:")

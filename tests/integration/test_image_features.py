@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -21,7 +22,7 @@ from mlflow_safeflavor.tasks.table import infer_task
 
 SEEN = {**TRANSFORMER, "image_size": 32, "patch_size": 8}
 # Class → config.
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "ViTModel": SEEN,
     "Dinov2Model": {**SEEN, "mlp_ratio": 2},
     "CLIPVisionModel": SEEN,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from typing import Any
 
 import mlflow
 import pandas as pd
@@ -18,7 +19,10 @@ MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Where is the cat? 😀"},
 ]
-ASKED = {CHAT: {"messages": MESSAGES}, COMPLETIONS: {"prompt": "on the other hand, the cat"}}
+ASKED: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": MESSAGES},
+    COMPLETIONS: {"prompt": "on the other hand, the cat"},
+}
 ENDS = {"eos_token_id": [2, *range(30, 50)]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import mlflow
 import pytest
@@ -99,7 +100,7 @@ def test_where_decoding_changes_words_only_whole_ones_are_settled():
     words = ["play", "##ing", "cards", ".", "the", "end"]
     sent = ""
     for i in range(1, len(words) + 1):
-        settled = settled_text(Encoder, words[:i], [])
+        settled = settled_text(Encoder, cast("list[int]", words[:i]), [])
         assert settled.startswith(sent)
         assert Encoder.decode(words).startswith(settled)
         sent = settled

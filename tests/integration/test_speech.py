@@ -2,6 +2,7 @@
 
 import base64
 import json
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -21,7 +22,7 @@ from mlflow_safeflavor.tasks.table import infer_task
 
 TASK = "automatic-speech-recognition"
 LENGTHS = (4000, 2513, 15111, 2513, 3200)
-PARAMS = [
+PARAMS: list[dict[str, Any]] = [
     {},
     {"return_timestamps": "char"},
     {"return_timestamps": "word"},

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -167,10 +168,11 @@ def test_images_with_the_same_labels_share_a_forward(save):
     task = model.task
     asked = []
 
-    def engine(inputs):
+    def run(inputs):
         asked.append({name: array.shape for name, array in inputs.items()})
         return {"logits_per_image": np.zeros((len(inputs["pixel_values"]), 3), np.float32)}
 
+    engine: Any = run
     params = task.check_params({"candidate_labels": LABELS})
     batch = [piece for row in task.encoded([{"image": i} for i in IMAGES], params)
              for piece in task.pieces(row)]  # fmt: skip

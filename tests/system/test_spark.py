@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -106,13 +107,14 @@ def test_params_and_a_type_that_was_asked_for(spark, saved):
 
 def test_what_is_refused_before_anything_runs(spark, saved, tmp_path, tiny_bert, tiny_tokenizer):
     table = table_of(spark)
-    for options, said in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"on_error": "skip"}, "on_error"),
         ({"output": "text"}, "has a column of that name"),
         ({"columns": ["texts"]}, "does not have the columns"),
         ({"columns": ["id", "text"]}, "does not have the columns"),
         ({"model_config": {"threads": 1}}, "Unknown key"),
-    ]:
+    ]
+    for options, said in refused:
         with pytest.raises(InputError, match=said):
             score(table, saved, **options)
     with pytest.raises(InputError, match="a DataFrame of Spark"):
@@ -177,7 +179,8 @@ def loads_by_worker(spark):
             yield pd.Series([f"{os.getpid()} {kept}"] * len(batch))
 
     held.__annotations__ = {"batches": Iterator[pd.Series], "return": Iterator[pd.Series]}
-    answers = spark.range(0, 80, 1, 8).select(pandas_udf(held, "string")("id").alias("held"))
+    told: Any = pandas_udf(held, "string")  # type: ignore[call-overload]  # told by annotations
+    answers = spark.range(0, 80, 1, 8).select(told("id").alias("held"))
     return dict(row["held"].split(" ", 1) for row in answers.collect())
 
 
