@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from architectures import tiny_model
+from artifacts import SAME_BATCHES
 from integration.test_audio import make_model as listener
 from integration.test_audio import masked, sound
 from integration.test_images import SMALL, make_processor, pixels
@@ -42,7 +43,9 @@ def save(tmp_path, tiny_tokenizer):
 
     def run(model, **options):
         path = tmp_path / f"model-{len(list(tmp_path.iterdir()))}"
-        mlflow_safeflavor.save_model(model, path, **{"graph": "no", "rehearse": False, **options})
+        config = {**SAME_BATCHES, **options.pop("model_config", {})}
+        given = {"graph": "no", "rehearse": False, "model_config": config, **options}
+        mlflow_safeflavor.save_model(model, path, **given)
         return path
 
     return run
