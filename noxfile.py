@@ -15,11 +15,13 @@ that is not installed is skipped.
 from __future__ import annotations
 
 import configparser
+import importlib.metadata
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import nox
@@ -69,6 +71,10 @@ LIMITS = {
 # what is saved elsewhere. The few of them that need torch skip.
 ROOMS = ("artifact", "environment", "graph", "predict", "tasks")
 LIGHT = [*(f"unit/{room}" for room in ROOMS), "system/matrix/test_without_torch.py"]
+
+CLIENTS = [
+    f"integration/test_{name}.py" for name in ("llm_embeddings", "llm_generation", "autolog")
+]
 
 SAVED, OWN = REPOSITORY / ".nox" / "saved", REPOSITORY / ".nox" / "project"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -120,6 +126,23 @@ def light(session: nox.Session) -> None:
     _test(session, *LIGHT)
 
 
+@nox.session(python="3.11", tags=["ci"])
+def clients(session: nox.Session) -> None:
+    """Clients of OpenAI's API, LangChain's and LlamaIndex's among them, at running servers."""
+    _configure(session)
+    # What the main environment has, this one sees: it only adds forty distributions that nothing
+    # else needs.
+    main = Path(sysconfig.get_path("purelib"))
+    frozen = Path(session.create_tmp()) / "main.txt"
+    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    installed.pop("mlflow-safeflavor", None)
+    frozen.write_text("".join(f"{name}=={installed[name]}\n" for name in installed))
+    session.install("--constraint", str(frozen), *_extra("clients"))
+    site = next(Path(session.virtualenv.location).glob("lib/python*/site-packages"))
+    (site / "main.pth").write_text(f"import site; site.addsitedir({str(main)!r})\n")
+    _test(session, *CLIENTS, which="server or sentence")
+
+
 @nox.session(venv_backend="none", tags=["ci"], requires=["saved"])
 def project(session: nox.Session) -> None:
     """`mlflow run` of this project in an environment that MLflow makes from python_env.yaml."""
@@ -169,7 +192,13 @@ def _requirements_without(*names: str) -> list[str]:
     return [line for line in lines if line and Requirement(line).name not in names]
 
 
-def _test(session: nox.Session, *files: str) -> None:
+def _extra(name: str) -> list[str]:
+    metadata = configparser.ConfigParser()
+    metadata.read(REPOSITORY / "setup.cfg")
+    return [line for line in metadata["options.extras_require"][name].split("\n") if line]
+
+
+def _test(session: nox.Session, *files: str, which: str = "") -> None:
     given = {"SAFEFLAVOR_MATRIX_PYTHON": sys.executable, "SAFEFLAVOR_MATRIX_SAVED": str(SAVED)}
     # Old releases warn about the new ones of what they are built on.
     command = [
@@ -179,6 +208,7 @@ def _test(session: nox.Session, *files: str) -> None:
         "-W",
         "ignore",
         *(f"tests/{file}" for file in files),
+        *(["-k", which] if which else []),
         *session.posargs,
     ]
     session.run(*command, env={**OFFLINE, **ONE_THREAD, **given})
