@@ -174,7 +174,7 @@ def save_ours(model: Any, folder: Path, dtype: str = "float32") -> Path:
     return folder
 
 
-def save_peer(model: Any, task: str, folder: Path) -> Path:
+def save_peer(model: Any, task: str, folder: Path, params: Mapping[str, Any] | None = None) -> Path:
     """The same model as MLflow's own flavor saves it.
 
     The requirements are given by hand: where it infers them, it asks for torchvision and fails
@@ -191,6 +191,7 @@ def save_peer(model: Any, task: str, folder: Path) -> Path:
     mlflow.transformers.save_model(
         pipeline(task, model=model, tokenizer=tokenizer()),
         str(folder),
+        model_config=dict(params or {}),
         pip_requirements=[
             f"{library.__name__}=={library.__version__}"
             for library in (torch, transformers, mlflow)
