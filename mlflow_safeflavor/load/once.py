@@ -10,20 +10,19 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.manifest import read_manifest
 
-if TYPE_CHECKING:
-    from mlflow_safeflavor.predict.model import LoadedModel
+LoadedT = TypeVar("LoadedT")
 
 __all__ = ["in_spark_task", "once"]
 
 # A worker lives as long as the executor, and may be asked for one model after another.
 _MOST = 2
 
-_kept: OrderedDict[tuple[str, str], LoadedModel] = OrderedDict()
+_kept: OrderedDict[tuple[str, str], Any] = OrderedDict()
 
 
 def in_spark_task() -> bool:
@@ -33,7 +32,7 @@ def in_spark_task() -> bool:
     return spark is not None and spark.TaskContext.get() is not None
 
 
-def once(load: Callable[[], LoadedModel], root: Path, asked: str) -> LoadedModel:
+def once(load: Callable[[], LoadedT], root: Path, asked: str) -> LoadedT:
     """The model as ``load`` gives it; the same object for the same files and the same options.
 
     Args:
@@ -48,4 +47,5 @@ def once(load: Callable[[], LoadedModel], root: Path, asked: str) -> LoadedModel
             _kept.popitem(last=False)
         _kept[key] = model
     _kept.move_to_end(key)
-    return _kept[key]
+    kept: LoadedT = _kept[key]
+    return kept
