@@ -21,8 +21,13 @@ from mlflow_safeflavor.checkpoints.prefetch import prefetch
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.save import logged
 from mlflow_safeflavor.save.save import save_model
+from mlflow_safeflavor.spark import score
 
-FUNCTIONS = [prefetch, *(getattr(mlflow_safeflavor, name) for name in mlflow_safeflavor.__all__)]
+FUNCTIONS = [
+    prefetch,
+    score,
+    *(getattr(mlflow_safeflavor, name) for name in mlflow_safeflavor.__all__),
+]
 FUNCTIONS = [
     function
     for function in FUNCTIONS
@@ -62,6 +67,8 @@ GOOD = {
     "ModelSignature": mlflow.models.infer_signature([{"a": 1}]),
     "Model": mlflow.models.Model(),
     "pd.DataFrame": pd.DataFrame(),
+    # Told by its name: what has one has Spark, and no other process imports that.
+    "pyspark.sql.DataFrame": type("DataFrame", (), {"__module__": "pyspark.sql"})(),
     "None": None,
 }
 BAD: dict[str, Any] = {
@@ -86,6 +93,7 @@ BAD: dict[str, Any] = {
     "Literal[False]": [True, 0, ""],
     "Model": [torch.nn.Linear(1, 1), "model"],
     "pd.DataFrame": [[{"a": 1}], np.ones(1)],
+    "pyspark.sql.DataFrame": [pd.DataFrame(), [{"a": 1}]],
     "None": [False, "", 0, ()],
 }
 
@@ -99,6 +107,7 @@ def test_every_public_function_is_checked():
     }
     assert names - unchecked == {function.__name__ for function in FUNCTIONS} - {
         "prefetch",
+        "score",
         "default_requirements",
     } | {"get_default_pip_requirements"}
 
