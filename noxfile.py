@@ -140,6 +140,9 @@ def clients(session: nox.Session) -> None:
     session.install("--constraint", str(frozen), *_extra("clients"))
     site = next(Path(session.virtualenv.location).glob("lib/python*/site-packages"))
     (site / "main.pth").write_text(f"import site; site.addsitedir({str(main)!r})\n")
+    # `mlflow models serve` starts uvicorn by its name.
+    programs = [str(session.env.get("PATH", os.environ["PATH"])), str(Path(sys.executable).parent)]
+    session.env["PATH"] = os.pathsep.join(programs)
     _test(session, *CLIENTS, which="server or sentence")
 
 
