@@ -196,7 +196,8 @@ def _ship(spark: SparkSession, saved: Saved) -> str:
     if name not in {Path(file).name for file in spark.sparkContext.listFiles}:
         # Spark reads it from here whenever an executor starts.
         folder = _shipped.enter_context(scratch_folder("download"))
-        with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_STORED) as archive:
+        # strict_timestamps: this format has no dates before 1980, which files may have.
+        with zipfile.ZipFile(folder / name, "w", strict_timestamps=False) as archive:
             manifest = saved.layout.name_of(saved.layout.manifest)
             for file in (saved.layout.MLMODEL, manifest, *saved.files):
                 archive.write(saved.layout.root / file, file)
