@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.manifest import read_manifest
 
-LoadedT = TypeVar("LoadedT")
-
 __all__ = ["in_spark_task", "once"]
+
+LoadedT = TypeVar("LoadedT")
 
 # A worker lives as long as the executor, and may be asked for one model after another.
 _MOST = 2
