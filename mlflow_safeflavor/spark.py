@@ -7,6 +7,7 @@ answered.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import shutil
 import tempfile
@@ -47,9 +48,10 @@ __all__ = ["score"]
 _ERRORS = ("raise", "null")
 # A column of the table on the way, and a field beside those of an answer: names that nobody has.
 _ANSWER, _REASON = "_safeflavor_answer", "_safeflavor_reason"
-# Folders that the tables of this process may still read: a table of Spark is computed when somebody
+# Archives that tables of this process may still need: a table of Spark is computed when somebody
 # asks for its rows, long after ``score`` has returned.
 _shipped = ExitStack()
+atexit.register(_shipped.close)
 
 _logger = logging.getLogger("mlflow.safeflavor")
 
@@ -102,15 +104,15 @@ def score(
     require_known_options(model_config or {}, MODEL_CONFIG)
     added = [output, f"{output}_reason"] if on_error == "null" else [output]
     _require_new(df, added)
-    folder = _shipped.enter_context(located(model_uri))
-    saved = read_saved(folder, weights=False, trust=frozenset(trust))
-    _require_answers_by_row(saved)
-    signature = read_mlmodel(folder).signature
-    names = _columns_of(saved, signature, df, columns)
-    fields, is_struct = spark_fields(signature and signature.outputs, result_type)
+    with located(model_uri) as folder:
+        saved = read_saved(folder, weights=False, trust=frozenset(trust))
+        _require_answers_by_row(saved)
+        signature = read_mlmodel(folder).signature
+        names = _columns_of(saved, signature, df, columns)
+        fields, is_struct = spark_fields(signature and signature.outputs, result_type)
+        archive = _ship(df.sparkSession, saved)
     job = _Job(
-        model=_ship(df.sparkSession, saved),
-        columns=tuple(names),
+        model=archive,
         fields=tuple(fields.fieldNames()),
         params=dict(params or {}),
         trust=frozenset(trust),
@@ -214,13 +216,11 @@ class _Job:
 
     Attributes:
         model: Name of the archive.
-        columns: Names of the model's columns, in the order of the struct that arrives.
         fields: Names of an answer's fields.
         nulls: Whether a row that cannot be answered is null.
     """
 
     model: str
-    columns: tuple[str, ...]
     fields: tuple[str, ...]
     params: Mapping[str, Any]
     trust: frozenset[str]

@@ -194,6 +194,7 @@ def test_mlflows_own_function_loads_once_in_each_worker(saved_with_graph, enviro
     assert before
     assert rows_of(scored) == wanted
     after = loads_by_worker(spark)
+    assert before.keys() & after.keys()
     assert all(after[worker] == held for worker, held in before.items() if worker in after)
 
 
