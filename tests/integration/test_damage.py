@@ -59,7 +59,8 @@ TOP += ["serving_input_example.json"]
 VENDORED = [
     file
     for file in sorted(PACKAGE.rglob("*.py"))
-    if file.relative_to(PACKAGE).parts[0] not in ("checkpoints", "cli.py", "save", "verify")
+    if file.relative_to(PACKAGE).parts[0]
+    not in ("checkpoints", "cli.py", "save", "spark.py", "verify")
 ]
 CODE = [f"code/mlflow_safeflavor/{file.relative_to(PACKAGE).as_posix()}" for file in VENDORED]
 FILES = [
