@@ -22,6 +22,7 @@ __all__ = [
     "find_budget",
     "is_scoring_server",
     "limit_threads",
+    "server_process",
     "use_threads",
 ]
 
@@ -104,9 +105,17 @@ def is_scoring_server(root: Path = machine.ROOT) -> bool:
     """Whether this process is MLflow's scoring server or a worker of it."""
     # By the command line of it or an ancestor: workers of uvicorn are started by multiprocessing,
     # and their own names no server.
-    return any(
-        "mlflow.pyfunc.scoring_server" in part for command in _commands(root) for part in command
-    )
+    return server_process(root) is not None
+
+
+def server_process(root: Path = machine.ROOT) -> str | None:
+    """Id of the process that all workers of this scoring server descend from; None in others."""
+    found = [
+        process
+        for process, command in _processes(root)
+        if any("mlflow.pyfunc.scoring_server" in part for part in command)
+    ]
+    return found[-1] if found else None
 
 
 _one_at_a_time = threading.Lock()
@@ -137,7 +146,7 @@ def _workers(environ: Mapping[str, str], root: Path) -> int:
     Told by the server's command line, which is this process's own where there is one worker, else
     its parent's; without one, by the variable that MLflow's container start reads.
     """
-    for command in _commands(root):
+    for _, command in _processes(root):
         if any(os.path.basename(part) in _SERVERS for part in command[:3]):
             return _workers_option(command) or _positive(environ.get("WEB_CONCURRENCY", "")) or 1
     return _positive(environ.get("MLFLOW_MODELS_WORKERS", "")) or 1
@@ -154,11 +163,11 @@ def _positive(text: str) -> int | None:
     return int(text) if text.isdigit() and int(text) else None
 
 
-def _commands(root: Path) -> Iterator[list[str]]:
-    """Command lines of this process and those around it, outermost last."""
-    process = "self"
+def _processes(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Ids and command lines of this process and those around it, outermost last."""
+    process = str(os.getpid()) if root == machine.ROOT else "self"
     while process != "0":
-        yield _command_line(root, process)
+        yield process, _command_line(root, process)
         process = _parent(root, process)
 
 

@@ -27,6 +27,7 @@ from mlflow_safeflavor.predict.options import (
     run_time_options,
     tells_environment,
 )
+from mlflow_safeflavor.server.attach import attach
 from mlflow_safeflavor.tasks.inputs.records import unfold_columns
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
         return model
 
     model = once(load, Path(path), repr(asked)) if in_spark_task() else load()
+    attach(model)
     return PyfuncModel(model, facts_of(model, budget) if tells_environment() else None)
 
 

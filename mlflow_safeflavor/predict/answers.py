@@ -8,6 +8,7 @@ from typing import Any
 
 from mlflow_safeflavor.predict.deadline import Deadline
 from mlflow_safeflavor.predict.progress import Watch
+from mlflow_safeflavor.predict.request import current_request
 from mlflow_safeflavor.predict.scheduler import Scheduler
 from mlflow_safeflavor.predict.ticket import Ticket
 from mlflow_safeflavor.tasks.base import Task
@@ -71,6 +72,8 @@ def answer_rows(
     """
     # Before anything else reads a text: a cap bounds work only where it comes before the work.
     task.require_clean(rows, params)
+    if (request := current_request.get()) is not None:
+        request.rows += len(rows)
     checked = task.check_params(params)
     parts = _parts(task, scheduler.permits.in_turns(task.encode(rows, checked), deadline))
     waiting = deque[tuple[list[Features], Ticket]]()

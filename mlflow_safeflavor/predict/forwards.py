@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import cast
 
 from mlflow_safeflavor.environment.threads import use_threads
 from mlflow_safeflavor.module.failures import is_out_of_memory, named_failure
 from mlflow_safeflavor.predict.attended import Attended
+from mlflow_safeflavor.predict.request import Request
 from mlflow_safeflavor.predict.state import State
 from mlflow_safeflavor.predict.ticket import Ticket
 from mlflow_safeflavor.predict.turns import next_batch
@@ -70,9 +72,12 @@ def _run_batch(state: State, batch: Sequence[tuple[Ticket, int]]) -> None:
     tickets = list(dict.fromkeys(ticket for ticket, _ in batch))
     try:
         engine = cast("Engine", Attended(state.engine, tickets))
+        began = time.monotonic()
         outputs = state.task.forward(
             engine, [ticket.pieces[i] for ticket, i in batch], tickets[0].params
         )
+        # Before the answers: whoever gets one may read what it cost.
+        _count(state, batch, began)
         for (ticket, i), output in zip(batch, outputs, strict=True):
             ticket.give(i, output)
         return
@@ -92,3 +97,16 @@ def _run_batch(state: State, batch: Sequence[tuple[Ticket, int]]) -> None:
     # out of the block above: the error's frames hold the memory of what has failed
     for part in parts:
         _run_batch(state, part)
+
+
+def _count(state: State, batch: Sequence[tuple[Ticket, int]], began: float) -> None:
+    """Tell a forward that has ended to the requests that it was for, and to who observes."""
+    seconds = time.monotonic() - began
+    costs: dict[Request, list[int]] = {}
+    for ticket, i in batch:
+        if ticket.request is not None:
+            costs.setdefault(ticket.request, []).append(ticket.costs[i])
+    for request, own in costs.items():
+        request.add(own, began, seconds)
+    if state.observer is not None:
+        state.observer([ticket.costs[i] for ticket, i in batch], seconds)

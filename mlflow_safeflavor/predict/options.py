@@ -16,6 +16,7 @@ from mlflow_safeflavor.tasks.inputs.caps import Caps
 __all__ = [
     "MODEL_CONFIG",
     "asked_options",
+    "is_set",
     "require_known_options",
     "run_time_options",
     "tells_environment",
@@ -82,6 +83,8 @@ _OPTIONS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "forward_cost": (0, partial(_whole_number, least=0)),
     "deterministic": (False, _truth),
     "max_queue": (1024, partial(_whole_number, least=0)),
+    "max_wait": (30.0, _seconds),
+    "max_body": (100_000_000, partial(_whole_number, least=0)),
     "timeout": (0.0, _seconds),
     **{cap.name: (cap.default, _cap) for cap in fields(Caps)},
     "extra_columns": ("error", partial(_one_of, allowed=("error", "ignore"))),
@@ -137,4 +140,9 @@ def require_known_options(model_config: Collection[str], known: Collection[str])
 def tells_environment(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether a server may tell its environment (``verify --endpoint``)."""
     # No key of ``model_config``: that comes with the model, and this is up to the server's owner.
-    return environ.get(f"{_PREFIX}TELL_ENVIRONMENT", "").lower() in ("true", "1")
+    return is_set(f"{_PREFIX}TELL_ENVIRONMENT", environ)
+
+
+def is_set(name: str, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a variable that switches something on is "true" or "1"."""
+    return environ.get(name, "").lower() in ("true", "1")

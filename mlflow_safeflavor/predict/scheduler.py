@@ -19,7 +19,7 @@ from mlflow_safeflavor.predict.deadline import Deadline
 from mlflow_safeflavor.predict.forwards import run_here, serve
 from mlflow_safeflavor.predict.permits import Permits
 from mlflow_safeflavor.predict.progress import Watch
-from mlflow_safeflavor.predict.state import State, stop
+from mlflow_safeflavor.predict.state import Observer, State, stop
 from mlflow_safeflavor.predict.ticket import Ticket
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.engine import Engine
@@ -82,6 +82,10 @@ class Scheduler:
     @forward_cost.setter
     def forward_cost(self, tokens: int) -> None:
         self._state.forward_cost = tokens
+
+    def observe(self, observer: Observer) -> None:
+        """Have every forward from now on told to ``observer``."""
+        self._state.observer = observer
 
     @contextmanager
     def arriving(self) -> Iterator[object]:
@@ -168,7 +172,8 @@ class Scheduler:
             DeadlineError: It is too late.
         """
         try:
-            while not ticket.wait(deadline.left(None if watch is None else _WATCH)):
+            looks = watch is not None or deadline.is_watched
+            while not ticket.wait(deadline.left(_WATCH if looks else None)):
                 if deadline.passed:
                     raise deadline.missed(
                         f"{len(ticket.outputs)} of {len(ticket.pieces)} pieces were answered"

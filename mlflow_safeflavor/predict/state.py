@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mlflow_safeflavor.machine import available_cpus
@@ -13,7 +14,10 @@ from mlflow_safeflavor.predict.ticket import Ticket
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.engine import Engine
 
-__all__ = ["State", "stop"]
+__all__ = ["Observer", "State", "stop"]
+
+# Called after each forward: the costs of its pieces in tokens, and its seconds.
+Observer = Callable[[Sequence[int], float], None]
 
 
 @dataclass(eq=False)
@@ -40,6 +44,7 @@ class State:
     running: bool = False
     stopped: bool = False
     thread: threading.Thread | None = None
+    observer: Observer | None = None
 
     def __post_init__(self) -> None:
         _STATES.add(self)

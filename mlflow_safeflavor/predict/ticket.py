@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mlflow_safeflavor.predict.request import current_request
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 
 __all__ = ["Ticket"]
@@ -34,6 +35,7 @@ class Ticket:
     ) -> None:
         self.pieces, self.costs, self.params, self.key = pieces, costs, params, key
         self.heard = heard
+        self.request = current_request.get()  # of the caller: forwards are in another thread
         # Longest first: neighbours in length share a batch with the least padding.
         self.waiting = deque(sorted(range(len(pieces)), key=lambda i: -costs[i]))
         self.turn = 0

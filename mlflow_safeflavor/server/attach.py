@@ -1,0 +1,83 @@
+"""A loaded model's share in MLflow's scoring server: the gate, metrics and a line a request."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
+
+from mlflow_safeflavor.predict.options import is_set
+from mlflow_safeflavor.server.gate import App, Gate, Told
+from mlflow_safeflavor.server.lines import LOG_REQUESTS, write_line
+from mlflow_safeflavor.server.metrics import METRICS, Metrics, place_of
+from mlflow_safeflavor.server.shared import shared_folder
+
+if TYPE_CHECKING:
+    from mlflow_safeflavor.predict.model import LoadedModel
+
+__all__ = ["attach"]
+
+_logger = logging.getLogger("mlflow.safeflavor")
+
+
+def attach(model: LoadedModel, environ: Mapping[str, str] = os.environ) -> None:
+    """Put a gate before the app that MLflow's scoring server is about to make in this process.
+
+    Args:
+        model: The model that it will serve.
+        environ: No key of ``model_config``: that comes with the model, and whether a port is
+            opened and what is logged is up to the server's owner.
+
+    Raises:
+        InputError: ``MLFLOW_SAFEFLAVOR_METRICS`` is no place.
+        EnvironmentMismatchError: Metrics are wanted, and prometheus-client is not installed.
+    """
+    # The module that makes the app loads the model first. Before MLflow 2.22 there is none, but a
+    # server that answers one request at a time.
+    if "mlflow.pyfunc.scoring_server.app" not in sys.modules:
+        for name in (METRICS, LOG_REQUESTS):
+            if environ.get(name):
+                _logger.warning("safeflavor: %s needs MLflow's server on FastAPI", name)
+        return
+    told: list[Told] = [write_line] if is_set(LOG_REQUESTS, environ) else []
+    metrics = place = None
+    if text := environ.get(METRICS):
+        place = place_of(text)
+        metrics = Metrics(model, shared_folder())
+        told.append(metrics.request)
+
+    def gated(app: App) -> App:
+        if metrics is not None and place is not None:
+            metrics.serve(*place)
+        names = ("max_queue", "max_wait", "max_body")
+        timeout = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()
+        return Gate(
+            app, **{name: model.options[name] for name in names}, timeout=timeout, told=told
+        )
+
+    _around_next_app(gated)
+
+
+def _around_next_app(make: Callable[[App], App]) -> None:
+    """Have ``make`` put something around the next app that FastAPI makes in this process."""
+    # MLflow has no seam there: it makes its app, and adds what stands before it, in one function.
+    import fastapi
+
+    plain = fastapi.FastAPI
+
+    class Gated(plain):  # type: ignore[misc, valid-type]
+        """The app of MLflow's scoring server, behind a gate."""
+
+        def build_middleware_stack(self) -> App:
+            """Outermost: a request that is refused costs nothing behind it."""
+            return make(super().build_middleware_stack())
+
+    def once(*args: object, **kwargs: object) -> object:
+        fastapi.FastAPI = plain  # type: ignore[misc]
+        return Gated(*args, **kwargs)
+
+    fastapi.FastAPI = once  # type: ignore[misc, assignment]

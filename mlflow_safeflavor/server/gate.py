@@ -1,0 +1,201 @@
+"""The gate before MLflow's scoring server: whom it lets in, and what it sees of each request.
+
+MLflow's server queues without end: of ten times more requests than it can answer, all are answered
+too late, and so none. The gate answers 503 at once to those whose turn would not come in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from mlflow_safeflavor.predict.request import Request, current_request
+from mlflow_safeflavor.server.pace import Pace
+
+__all__ = ["Gate", "Told"]
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+# Called once for each request that has ended, with the status of its answer.
+Told = Callable[[Request, int], None]
+
+# The status of a request whose client hung up, as nginx writes it; no answer is sent.
+_CLIENT_GONE = 499
+_NAME = re.compile(rb"[\w.:-]{1,128}")
+
+
+class Gate:
+    """ASGI middleware around the scoring server's app; everything but ``/invocations`` passes.
+
+    Args:
+        app: The app.
+        max_queue: Most requests that are there at a time; 0 for no limit.
+        max_wait: Seconds that a request may have to wait for its answer, as far as can be told; 0
+            for no limit.
+        max_body: Bytes of a request; 0 for no limit.
+        timeout: Seconds after which the app gives up a request.
+        told: Told of each request that has ended.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        max_queue: int,
+        max_wait: float,
+        max_body: int,
+        timeout: float,
+        told: Sequence[Told] = (),
+    ) -> None:
+        self._app, self._told, self._timeout = app, told, timeout
+        self._max_queue, self._max_wait, self._max_body = max_queue, max_wait, max_body
+        self._pace = Pace()
+        # As many as asyncio has threads for: they run at the same time and share batches.
+        self._together = min(32, (os.cpu_count() or 1) + 4)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were let in and are not answered yet."""
+        return self._pace.in_flight
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].rstrip("/") != "/invocations":
+            await self._app(scope, receive, send)
+            return
+        request = Request(name=_name_of(scope))
+        # Found by whatever is done for it, in this task and in the threads that it starts.
+        current_request.set(request)
+        answer = _Answer(request, send)
+        try:
+            await self._pass(answer, scope, receive)
+        finally:
+            for tell in self._told:
+                tell(request, answer.status)
+
+    async def _pass(self, answer: _Answer, scope: Message, receive: Receive) -> None:
+        request = answer.request
+        # Once before its body is read, which may be long, and once when it is there: others may
+        # have come meanwhile.
+        if await self._refused(answer):
+            return
+        body = await self._body(scope, receive)
+        if body is None:
+            await answer.refuse(413, f"A request may have {self._max_body} bytes (max_body)")
+        elif isinstance(body, _Gone):
+            answer.status = _CLIENT_GONE
+        elif not await self._refused(answer):
+            request.arrived = time.monotonic()
+            request.until = request.arrived + self._timeout if self._timeout else None
+            with self._pace.counted(), _listening(answer, body, receive) as replayed:
+                await self._app(scope, replayed, answer)
+            if request.gone:
+                answer.status = _CLIENT_GONE
+
+    async def _refused(self, answer: _Answer) -> bool:
+        """Whether it is one too many, which it was told then."""
+        there, seconds = self._pace.in_flight, self._pace.expected()
+        late = self._max_wait and there >= self._together and seconds > self._max_wait
+        if not late and not (self._max_queue and there >= self._max_queue):
+            return False
+        await answer.refuse(
+            503,
+            f"{there} requests are at the model already, and a new one would be answered in about "
+            f"{seconds:.0f} s (max_queue {self._max_queue}, max_wait {self._max_wait:g} s)",
+            max(1, math.ceil(seconds)),
+        )
+        return True
+
+    async def _body(self, scope: Message, receive: Receive) -> bytes | _Gone | None:
+        """The whole body; None where it is too long, which is not read to its end."""
+        # It is held anyway: the app wants it whole.
+        if (
+            self._max_body
+            and int(dict(scope["headers"]).get(b"content-length", 0)) > self._max_body
+        ):
+            return None
+        parts, size, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return _Gone()
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if self._max_body and size > self._max_body:
+                return None
+            more = message.get("more_body", False)
+        return b"".join(parts)
+
+
+class _Gone:
+    """In place of a body: the client hung up before it had sent all of it."""
+
+
+class _Answer:
+    """``send`` of ASGI, with the request's name in the headers, and the status for who asks."""
+
+    def __init__(self, request: Request, send: Send) -> None:
+        self.request, self._send, self.status, self.complete = request, send, 500, False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = [*message.get("headers", ()), (b"x-request-id", self.request.name.encode())]
+            if self.status == 503 and not any(name == b"retry-after" for name, _ in headers):
+                headers.append((b"retry-after", b"1"))
+            message = {**message, "headers": headers}
+        elif not message.get("more_body", False):
+            self.complete = True  # from here on the server says "disconnect" to whoever listens
+        await self._send(message)
+
+    async def refuse(self, status: int, why: str, retry_after: int | None = None) -> None:
+        """Answer in the words of MLflow's errors, without the app."""
+        code = {413: "INVALID_PARAMETER_VALUE", 503: "TEMPORARILY_UNAVAILABLE"}[status]
+        content = json.dumps({"error_code": code, "message": why}).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(content)),
+        ]
+        if retry_after is not None:
+            headers.append((b"retry-after", b"%d" % retry_after))
+        if status == 413:  # the rest of its body is not wanted
+            headers.append((b"connection", b"close"))
+        await self({"type": "http.response.start", "status": status, "headers": headers})
+        await self({"type": "http.response.body", "body": content})
+
+
+@contextmanager
+def _listening(answer: _Answer, body: bytes, receive: Receive) -> Iterator[Receive]:
+    """``receive`` of ASGI that gives a body that was read, while a client that goes is noted."""
+    unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def listen() -> Message:
+        message = await receive()  # the body was read: all that can come is the end
+        answer.request.gone = not answer.complete
+        return message
+
+    listener = asyncio.ensure_future(listen())
+
+    async def replayed() -> Message:
+        # Shielded: the app gives up listening once it has its answer, and the listener goes on.
+        return unread.pop() if unread else await asyncio.shield(listener)
+
+    try:
+        yield replayed
+    finally:
+        listener.cancel()
+
+
+def _name_of(scope: Message) -> str:
+    """``X-Request-Id``, if it is one that can stand in a log; else a new one."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"")
+    return given.decode() if _NAME.fullmatch(given) else uuid.uuid4().hex
