@@ -322,6 +322,7 @@ def serve(tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[Ser
         *,
         env: dict[str, str] | None = None,
         env_manager: str = "local",
+        workers: int = 1,
         timeout: float = 120,
     ) -> Iterator[Server]:
         with socket.socket() as probe:
@@ -330,6 +331,7 @@ def serve(tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[Ser
         log = tmp_path / f"server-{port}.log"
         command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", env_manager]
         command += ["--model-uri", str(model_uri), "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--workers", str(workers)]
         # MLflow looks for its server's command on PATH.
         path = os.pathsep.join(
             [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]

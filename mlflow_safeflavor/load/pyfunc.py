@@ -27,7 +27,7 @@ from mlflow_safeflavor.predict.options import (
     run_time_options,
     tells_environment,
 )
-from mlflow_safeflavor.server.attach import attach
+from mlflow_safeflavor.server.attach import attach, prepare
 from mlflow_safeflavor.tasks.inputs.records import unfold_columns
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
     # is the agreement to that code. For pickles MLflow has a variable, which counts only where
     # somebody set it: MLflow's own default is to allow them.
     pickles = os.environ.get("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "").lower() in ("true", "1")
+    prepare()
     budget = None
     # Any other process belongs to its user: only MLflow's server is there for nothing but models.
     # Once torch is imported it has read these variables.

@@ -22,6 +22,7 @@ from mlflow_safeflavor.predict.progress import Watch, shown
 from mlflow_safeflavor.predict.report import LoadReport
 from mlflow_safeflavor.predict.scheduler import Scheduler
 from mlflow_safeflavor.predict.stream import parquet_chunks, stream
+from mlflow_safeflavor.predict.tracing import traced
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.inputs.caps import Caps
 from mlflow_safeflavor.tasks.inputs.columns import without_extra_columns
@@ -215,9 +216,8 @@ class LoadedModel:
             return self._stream(*parquet_chunks(data), params, timeout, progress)
         if isinstance(data, Iterator):
             return self._stream(data, None, params, timeout, progress)
-        deadline = Deadline(timeout)
-        with shown(progress) as watch:
-            return self._predict(data, params, deadline, watch)
+        with traced(self.spec.task, self.engine.name), shown(progress) as watch:
+            return self._predict(data, params, Deadline(timeout), watch)
 
     def predict_stream(
         self,

@@ -15,6 +15,7 @@ class Request:
 
     Attributes:
         name: Its id, as the client gave it or made here.
+        traceparent: The span that it is part of, as W3C Trace Context writes it; "" for none.
         until: When whoever passes on the answer stops waiting, by ``time.monotonic``; None for
             never.
         arrived: When it was there, by ``time.monotonic``.
@@ -28,6 +29,7 @@ class Request:
     """
 
     name: str = ""
+    traceparent: str = ""
     until: float | None = None
     arrived: float = field(default_factory=time.monotonic)
     gone: bool = False

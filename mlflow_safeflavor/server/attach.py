@@ -13,53 +13,66 @@ from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 from mlflow_safeflavor.predict.options import is_set
 from mlflow_safeflavor.server.gate import App, Gate, Told
 from mlflow_safeflavor.server.lines import LOG_REQUESTS, write_line
-from mlflow_safeflavor.server.metrics import METRICS, Metrics, place_of
+from mlflow_safeflavor.server.metrics import METRICS, Metrics, count_in, place_of
 from mlflow_safeflavor.server.shared import shared_folder
 
 if TYPE_CHECKING:
     from mlflow_safeflavor.predict.model import LoadedModel
 
-__all__ = ["attach"]
+__all__ = ["attach", "prepare"]
+
+# No keys of ``model_config``: that comes with the model, and whether a port is opened and what is
+# logged is up to the server's owner.
+_VARIABLES = (METRICS, LOG_REQUESTS)
 
 _logger = logging.getLogger("mlflow.safeflavor")
+
+
+def prepare(environ: Mapping[str, str] = os.environ) -> None:
+    """Look at what the server's owner wants, before a model is loaded.
+
+    Raises:
+        InputError: ``MLFLOW_SAFEFLAVOR_METRICS`` is no place.
+    """
+    if not _makes_app():
+        for name in _VARIABLES:
+            if environ.get(name):
+                _logger.warning("safeflavor: %s needs MLflow's server on FastAPI", name)
+    elif text := environ.get(METRICS):
+        place_of(text)
+        count_in(shared_folder())
 
 
 def attach(model: LoadedModel, environ: Mapping[str, str] = os.environ) -> None:
     """Put a gate before the app that MLflow's scoring server is about to make in this process.
 
-    Args:
-        model: The model that it will serve.
-        environ: No key of ``model_config``: that comes with the model, and whether a port is
-            opened and what is logged is up to the server's owner.
-
     Raises:
-        InputError: ``MLFLOW_SAFEFLAVOR_METRICS`` is no place.
         EnvironmentMismatchError: Metrics are wanted, and prometheus-client is not installed.
     """
-    # The module that makes the app loads the model first. Before MLflow 2.22 there is none, but a
-    # server that answers one request at a time.
-    if "mlflow.pyfunc.scoring_server.app" not in sys.modules:
-        for name in (METRICS, LOG_REQUESTS):
-            if environ.get(name):
-                _logger.warning("safeflavor: %s needs MLflow's server on FastAPI", name)
+    if not _makes_app():
         return
     told: list[Told] = [write_line] if is_set(LOG_REQUESTS, environ) else []
-    metrics = place = None
+    serves: Callable[[], None] | None = None
     if text := environ.get(METRICS):
-        place = place_of(text)
-        metrics = Metrics(model, shared_folder())
+        metrics = Metrics(model)
         told.append(metrics.request)
+        host, port = place_of(text)
+        serves = lambda: metrics.serve(host, port)  # noqa: E731
+    limits = {name: model.options[name] for name in ("max_queue", "max_wait", "max_body")}
 
     def gated(app: App) -> App:
-        if metrics is not None and place is not None:
-            metrics.serve(*place)
-        names = ("max_queue", "max_wait", "max_body")
-        timeout = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()
-        return Gate(
-            app, **{name: model.options[name] for name in names}, timeout=timeout, told=told
-        )
+        if serves is not None:
+            serves()  # not before: until it answers, a worker is none
+        timeout = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()  # type: ignore[no-untyped-call]  # MLflow's
+        return Gate(app, **limits, timeout=timeout, told=told)
 
     _around_next_app(gated)
+
+
+def _makes_app() -> bool:
+    # The module that makes the app loads the model first. Before MLflow 2.22 there was none, but a
+    # server that answers one request at a time.
+    return "mlflow.pyfunc.scoring_server.app" in sys.modules
 
 
 def _around_next_app(make: Callable[[App], App]) -> None:

@@ -72,7 +72,8 @@ class Gate:
         if scope["type"] != "http" or scope["path"].rstrip("/") != "/invocations":
             await self._app(scope, receive, send)
             return
-        request = Request(name=_name_of(scope))
+        traceparent = dict(scope["headers"]).get(b"traceparent", b"").decode("latin-1")
+        request = Request(_name_of(scope), traceparent)
         # Found by whatever is done for it, in this task and in the threads that it starts.
         current_request.set(request)
         answer = _Answer(request, send)
@@ -87,6 +88,10 @@ class Gate:
         # Once before its body is read, which may be long, and once when it is there: others may
         # have come meanwhile.
         if await self._refused(answer):
+            return
+        if not any(name == b"content-type" for name, _ in scope["headers"]):
+            # MLflow asks None for its parts, and answers 500.
+            await answer.refuse(415, "A request needs a Content-Type, such as application/json")
             return
         body = await self._body(scope, receive)
         if body is None:
@@ -159,7 +164,7 @@ class _Answer:
 
     async def refuse(self, status: int, why: str, retry_after: int | None = None) -> None:
         """Answer in the words of MLflow's errors, without the app."""
-        code = {413: "INVALID_PARAMETER_VALUE", 503: "TEMPORARILY_UNAVAILABLE"}[status]
+        code = "TEMPORARILY_UNAVAILABLE" if status == 503 else "INVALID_PARAMETER_VALUE"
         content = json.dumps({"error_code": code, "message": why}).encode()
         headers = [
             (b"content-type", b"application/json"),

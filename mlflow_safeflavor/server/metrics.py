@@ -20,7 +20,7 @@ from mlflow_safeflavor.predict.request import Request
 if TYPE_CHECKING:
     from mlflow_safeflavor.predict.model import LoadedModel
 
-__all__ = ["METRICS", "Metrics", "place_of"]
+__all__ = ["METRICS", "Metrics", "count_in", "place_of"]
 
 METRICS = "MLFLOW_SAFEFLAVOR_METRICS"
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus-client when it is imported
@@ -30,19 +30,23 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 _PIECES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
+def count_in(folder: Path) -> None:
+    """Have prometheus-client count in a folder that all workers share, and nobody else."""
+    # It looks once, when it is imported, which code of a model may do.
+    os.environ[_FOLDER] = str(folder)
+
+
 class Metrics:
     """What one worker counts.
 
     Args:
         model: The loaded model.
-        folder: Shared by the workers of this server and nobody else.
 
     Raises:
         EnvironmentMismatchError: prometheus-client is not installed.
     """
 
-    def __init__(self, model: LoadedModel, folder: Path) -> None:
-        os.environ[_FOLDER] = str(folder)
+    def __init__(self, model: LoadedModel) -> None:
         try:
             import prometheus_client as prometheus
         except ImportError:
@@ -54,7 +58,7 @@ class Metrics:
                 hint='save the model with extra_pip_requirements=["prometheus-client"], or '
                 f"unset {METRICS}",
             ) from None
-        self._prometheus, self._folder = prometheus, folder
+        self._prometheus, self._folder = prometheus, Path(os.environ[_FOLDER])
         counter, histogram = self._counter, self._histogram
         self._requests = counter("requests", "Requests by the status of their answer", "status")
         self._rows = counter("rows", "Rows that were asked")
@@ -78,7 +82,7 @@ class Metrics:
         )
 
     def _tell(
-        self, name: str, words: str, value: float, mode: str = "livemax", **labels: str
+        self, name: str, words: str, value: float, mode: Any = "livemax", **labels: str
     ) -> None:
         """A number that stays as it is for as long as this worker lives."""
         gauge = self._prometheus.Gauge(
@@ -130,7 +134,7 @@ class Metrics:
         registry = CollectorRegistry()
         # In this order: files of gauges of workers that have ended go before they are read.
         registry.register(_Workers(self._folder))
-        MultiProcessCollector(registry, str(self._folder))
+        MultiProcessCollector(registry, str(self._folder))  # type: ignore[no-untyped-call]
 
         def take_over() -> None:
             while True:
@@ -157,7 +161,7 @@ class _Workers:
         memory = {"rss": 0, "pss": 0}
         for process in {file.stem.rpartition("_")[2] for file in self._folder.glob("*.db")}:
             if not Path(machine.ROOT, "proc", process).exists():
-                mark_process_dead(int(process), str(self._folder))
+                mark_process_dead(int(process), str(self._folder))  # type: ignore[no-untyped-call]
                 continue
             for kind, size in _memory_of(process).items():
                 memory[kind] += size

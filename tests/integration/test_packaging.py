@@ -92,6 +92,7 @@ def test_metadata(wheel):
         "dev",
         "docker",
         "image",
+        "metrics",
         "openvino",
         "s3",
         "sound",

@@ -18,7 +18,8 @@ def asked(body=b"{}", path="/invocations", **headers):
         "path": path,
         "headers": [
             (name.replace("_", "-").encode(), str(value).encode())
-            for name, value in headers.items()
+            for name, value in {"content_type": "application/json", **headers}.items()
+            if value is not None
         ],
     }
     half = len(body) // 2
@@ -130,6 +131,15 @@ def test_a_body_that_is_too_long(headers):
     assert json.loads(body)["error_code"] == "INVALID_PARAMETER_VALUE"
     assert "11 bytes (max_body)" in json.loads(body)["message"]
     assert answered[b"connection"] == b"close"
+
+
+def test_a_request_without_a_content_type():
+    async def app(*_):
+        pytest.fail("asked")
+
+    status, _, body = run(send(Gate(app, **LIMITS), *asked(content_type=None)))
+    assert status == 415
+    assert "Content-Type" in json.loads(body)["message"]
 
 
 def test_a_body_of_just_the_limit():

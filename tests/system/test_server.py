@@ -1,0 +1,185 @@
+"""MLflow's real server with several workers: metrics, lines, bursts, kills and the end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+from artifacts import TEXTS
+
+pytest.importorskip("prometheus_client")
+pytest_plugins = "saved_models"
+pytestmark = [pytest.mark.serve, pytest.mark.slow]
+
+ROWS = {"dataframe_records": [{"text": text} for text in TEXTS]}
+# Seconds of work for the tiny model, most of it in small pieces.
+MANY = {"dataframe_records": [{"text": f"{i} {TEXTS[i % len(TEXTS)]}"} for i in range(8_000)]}
+WORKERS = {"OMP_NUM_THREADS": "1", "MLFLOW_MODELS_WORKERS": "2"}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def scraped(port):
+    """Series → value."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return {
+        series: float(value)
+        for series, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")
+    }
+
+
+def until(condition, what, seconds=60.0):
+    """The first truth that ``condition`` gives; an OSError is none."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if found := condition():
+                return found
+        except OSError:
+            pass
+        time.sleep(0.1)
+    pytest.fail(f"{what}: not within {seconds} s")
+
+
+def workers_of(server):
+    """Processes that answer; uvicorn's tracker of resources is none."""
+    command = psutil.Process(server.process.pid)
+    parent = next(
+        process
+        for process in [command, *command.children(recursive=True)]
+        if "mlflow.pyfunc.scoring_server.app:app" in process.cmdline()
+    )
+    return {
+        child.pid: child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())
+    }
+
+
+def post(server, body, **headers):
+    """Status, headers and text of an answer."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=120)
+    try:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("POST", "/invocations", content, headers)
+        answer = connection.getresponse()
+        return answer.status, dict(answer.getheaders()), answer.read().decode()
+    finally:
+        connection.close()
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def test_two_workers_count_together_and_one_that_is_killed_is_replaced(serve, saved_with_graph):
+    port = free_port()
+    env = {
+        **WORKERS,
+        "MLFLOW_SAFEFLAVOR_METRICS": str(port),
+        "MLFLOW_SAFEFLAVOR_LOG_REQUESTS": "true",
+    }
+    with serve(saved_with_graph, env=env, workers=2) as server:
+        until(lambda: scraped(port).get("safeflavor_workers") == 2, "two workers")
+        before = json.loads(post(server, ROWS, **JSON)[2])["predictions"]
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: post(server, ROWS, **JSON), range(39)))
+        assert {status for status, *_ in answers} == {200}
+        assert post(server, b"{", **JSON)[0] == 400
+        found = scraped(port)
+        assert found['safeflavor_requests_total{status="200"}'] == 40
+        assert found['safeflavor_requests_total{status="400"}'] == 1
+        assert found["safeflavor_request_seconds_count"] == 41
+        assert found["safeflavor_rows_total"] == 40 * len(TEXTS)
+        assert found["safeflavor_batch_pieces_sum"] == 40 * len(TEXTS)
+        assert found["safeflavor_tokens_total"] > 40 * len(TEXTS)
+        assert found["safeflavor_queue_seconds_count"] == 40
+        assert found["safeflavor_golden_rows_identical"] == 1
+        assert found['safeflavor_memory_bytes{kind="pss"}'] > 10**7
+        [model] = [series for series in found if series.startswith("safeflavor_model{")]
+        assert 'task="text-classification"' in model
+
+        workers = workers_of(server)
+        assert len(workers) == 2
+        # Whoever has the port of the metrics; the other takes it over.
+        [having] = [
+            pid
+            for pid, worker in workers.items()
+            if any(
+                connection.laddr.port == port and connection.status == psutil.CONN_LISTEN
+                for connection in worker.net_connections("inet")
+            )
+        ]
+        os.kill(having, signal.SIGKILL)
+        until(lambda: scraped(port)["safeflavor_workers"] >= 1, "metrics after a kill")
+        until(
+            lambda: len(workers_of(server)) == 2 and having not in workers_of(server),
+            "a new worker",
+        )
+        until(lambda: scraped(port)["safeflavor_workers"] == 2, "two workers again")
+        # What the one that was killed had counted still counts.
+        assert scraped(port)['safeflavor_requests_total{status="200"}'] == 40
+        assert json.loads(post(server, ROWS, **JSON)[2])["predictions"] == before
+
+        lines = [
+            json.loads(line) for line in server.log.read_text().splitlines() if line[:1] == "{"
+        ]
+        assert [line["status"] for line in lines].count(200) == 41
+        assert all(line["rows"] == len(TEXTS) for line in lines if line["status"] == 200)
+        assert not any(text in json.dumps(lines) for text in TEXTS)
+
+
+def test_a_burst_is_refused_in_part_and_the_rest_is_answered(serve, saved_with_graph):
+    env = {**WORKERS, "MLFLOW_SAFEFLAVOR_MAX_QUEUE": "3", "MLFLOW_SAFEFLAVOR_MAX_BODY": "1000000"}
+    with serve(saved_with_graph, env=env) as server:
+        wanted = post(server, ROWS, **JSON)[2]
+        # A long request first, so that the others meet in line behind it.
+        some = {"dataframe_records": MANY["dataframe_records"][:3000]}
+        with ThreadPoolExecutor(40) as pool:
+            long = pool.submit(post, server, some, **JSON)
+            answers = list(pool.map(lambda _: post(server, ROWS, **JSON), range(80)))
+            assert long.result()[0] == 200
+        statuses = [status for status, *_ in answers]
+        assert set(statuses) == {200, 503}
+        assert statuses.count(200) >= 2  # beside the long one
+        for status, headers, text in answers:
+            if status == 200:
+                assert text == wanted
+            else:
+                assert int(headers["retry-after"]) >= 1
+                assert "max_queue 3" in json.loads(text)["message"]
+        # Before the model is asked.
+        status, _, text = post(server, b"x" * 1_000_001, **JSON)
+        assert (status, json.loads(text)["error_code"]) == (413, "INVALID_PARAMETER_VALUE")
+        status, _, text = post(server, ROWS)
+        assert (status, "Content-Type" in json.loads(text)["message"]) == (415, True)
+        assert post(server, ROWS, **JSON)[0] == 200
+
+
+def test_what_was_accepted_is_answered_before_the_end(serve, saved_with_graph):
+    with serve(saved_with_graph, env=WORKERS, workers=2) as server:
+        until(lambda: len(workers_of(server)) == 2, "two workers")
+        workers = [*workers_of(server).values()]
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(post, server, MANY, **JSON) for _ in range(4)]
+            time.sleep(0.5)
+            assert not any(request.done() for request in asked), "too few rows for this machine"
+            server.process.send_signal(signal.SIGTERM)
+            for request in asked:
+                status, _, text = request.result()
+                assert status == 200
+                assert len(json.loads(text)["predictions"]) == len(MANY["dataframe_records"])
+        psutil.wait_procs(workers, timeout=30)
+        assert not any(worker.is_running() for worker in workers)
+        with pytest.raises(ConnectionError):
+            post(server, ROWS, **JSON)

@@ -1,0 +1,111 @@
+"""Spans of MLflow around predictions, and none where nobody asked for them."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import mlflow
+import pytest
+
+from mlflow_safeflavor.errors import InputError
+from mlflow_safeflavor.predict.request import Request, current_request
+from mlflow_safeflavor.predict.tracing import TRACE, traced
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(mlflow, "start_span_no_context"), reason="MLflow without tracing"
+)
+
+
+@pytest.fixture
+def spans(monkeypatch):
+    """Spans that end, in order."""
+    from mlflow.tracing.processor.base_mlflow import BaseMlflowSpanProcessor
+
+    ended = []
+    plain = BaseMlflowSpanProcessor.on_end
+
+    def on_end(self, span):
+        ended.append(span)
+        plain(self, span)
+
+    monkeypatch.setattr(BaseMlflowSpanProcessor, "on_end", on_end)
+    monkeypatch.delenv(TRACE, raising=False)
+    return ended
+
+
+def work(seconds=0.0):
+    """As a forward does it: in another thread."""
+    request = current_request.get()
+    if request is None:
+        return
+    request.rows += 2
+
+    def forward():
+        began = time.monotonic()
+        time.sleep(seconds)
+        request.add([3, 4], began, time.monotonic() - began)
+
+    thread = threading.Thread(target=forward)
+    thread.start()
+    thread.join()
+
+
+def test_nobody_asked(spans):
+    with traced("t", "onnx"):
+        assert current_request.get() is None
+        work()
+    assert spans == []
+
+
+def test_inside_a_span_of_the_caller(spans):
+    with mlflow.start_span("mine") as mine:
+        with traced("fill-mask", "onnx"):
+            work(0.05)
+        assert current_request.get() is None
+    assert [span.name for span in spans] == [
+        "before the first forward",
+        "forwards",
+        "safeflavor fill-mask",
+        "mine",
+    ]
+    before, forwards, prediction, _ = spans
+    assert f"{prediction.parent.span_id:016x}" == mine.span_id
+    assert before.parent.span_id == forwards.parent.span_id == prediction.context.span_id
+    assert prediction.attributes["rows"] == "2"
+    assert prediction.attributes["tokens"] == "7"
+    assert prediction.attributes["engine"] == '"onnx"'
+    assert forwards.end_time - forwards.start_time >= 40_000_000
+    assert prediction.start_time <= before.start_time <= before.end_time == forwards.start_time
+    assert forwards.end_time <= prediction.end_time
+
+
+def test_where_the_variable_asks(spans, monkeypatch):
+    monkeypatch.setenv(TRACE, "true")
+    with traced("t", "module"):
+        work()
+    assert [span.name for span in spans][-1] == "safeflavor t"
+
+
+def test_a_failure_is_the_spans(spans, monkeypatch):
+    monkeypatch.setenv(TRACE, "true")
+    with pytest.raises(InputError, match="no row"), traced("t", "module"):
+        raise InputError("no row")
+    [span] = [span for span in spans if span.name == "safeflavor t"]
+    assert span.status.status_code.name == "ERROR"
+    assert current_request.get() is None
+
+
+def test_below_the_span_of_a_client_of_the_server(spans, monkeypatch):
+    pytest.importorskip("mlflow.tracing.distributed")
+    monkeypatch.setenv(TRACE, "true")
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    token = current_request.set(Request("id", f"00-{trace}-{parent}-01"))
+    try:
+        with traced("t", "module"):
+            work()
+    finally:
+        current_request.reset(token)
+    prediction = spans[-1]
+    assert f"{prediction.context.trace_id:032x}" == trace
+    assert f"{prediction.parent.span_id:016x}" == parent

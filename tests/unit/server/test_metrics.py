@@ -1,0 +1,55 @@
+"""Where metrics are served; what they count is seen in ``tests/system/test_server.py``."""
+
+import os
+
+import pytest
+
+from mlflow_safeflavor.server.metrics import place_of
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("9090", ("127.0.0.1", 9090)),
+        ("0.0.0.0:9090", ("0.0.0.0", 9090)),
+        (":9090", ("127.0.0.1", 9090)),
+        ("[::1]:80", ("::1", 80)),
+    ],
+)
+def test_places(text, place):
+    assert place_of(text) == place
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners")
+def test_the_folder_is_one_for_a_server_and_this_users_alone(tmp_path, monkeypatch):
+    from mlflow_safeflavor.server import shared
+
+    monkeypatch.setattr(shared.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = shared.shared_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert shared.shared_folder() == folder
+    ended = tmp_path / f"mlflow-safeflavor-server-{os.getuid()}-{os.getpid()}-1"
+    ended.mkdir()
+    others = tmp_path / f"mlflow-safeflavor-server-{os.getuid()}-notes"
+    others.mkdir()
+    shared.shared_folder()
+    assert not ended.exists()
+    assert others.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners")
+@pytest.mark.parametrize("kind", ["link", "open"])
+def test_a_folder_that_somebody_else_may_write(tmp_path, monkeypatch, kind):
+    from mlflow_safeflavor.errors import InputError
+    from mlflow_safeflavor.server import shared
+
+    monkeypatch.setattr(shared.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = shared.shared_folder()
+    if kind == "link":
+        folder.rmdir()
+        (tmp_path / "theirs").mkdir()
+        folder.symlink_to(tmp_path / "theirs")
+    else:
+        folder.chmod(0o777)
+    with pytest.raises(InputError, match="not this user's alone"):
+        shared.shared_folder()
