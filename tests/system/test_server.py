@@ -96,10 +96,11 @@ def test_two_workers_count_together_and_one_that_is_killed_is_replaced(serve, sa
             answers = list(pool.map(lambda _: post(server, ROWS, **JSON), range(39)))
         assert {status for status, *_ in answers} == {200}
         assert post(server, b"{", **JSON)[0] == 400
+        # Counted once it is over, which is after the client has its answer.
+        until(lambda: scraped(port)["safeflavor_request_seconds_count"] == 41, "41 requests")
         found = scraped(port)
         assert found['safeflavor_requests_total{status="200"}'] == 40
         assert found['safeflavor_requests_total{status="400"}'] == 1
-        assert found["safeflavor_request_seconds_count"] == 41
         assert found["safeflavor_rows_total"] == 40 * len(TEXTS)
         assert found["safeflavor_batch_pieces_sum"] == 40 * len(TEXTS)
         assert found["safeflavor_tokens_total"] > 40 * len(TEXTS)
@@ -131,9 +132,12 @@ def test_two_workers_count_together_and_one_that_is_killed_is_replaced(serve, sa
         assert scraped(port)['safeflavor_requests_total{status="200"}'] == 40
         assert json.loads(post(server, ROWS, **JSON)[2])["predictions"] == before
 
-        lines = [
-            json.loads(line) for line in server.log.read_text().splitlines() if line[:1] == "{"
-        ]
+        def lines_of_log():
+            log = server.log.read_text().splitlines()
+            return [json.loads(line) for line in log if line[:1] == "{"]
+
+        until(lambda: len(lines_of_log()) == 42, "42 lines")
+        lines = lines_of_log()
         assert [line["status"] for line in lines].count(200) == 41
         assert all(line["rows"] == len(TEXTS) for line in lines if line["status"] == 200)
         assert not any(text in json.dumps(lines) for text in TEXTS)
