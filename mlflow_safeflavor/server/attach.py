@@ -46,10 +46,12 @@ def prepare(environ: Mapping[str, str] = os.environ) -> None:
 def attach(model: LoadedModel, environ: Mapping[str, str] = os.environ) -> None:
     """Put a gate before the app that MLflow's scoring server is about to make in this process.
 
+    Of several models in one server, such as those of an ensemble, the first one's gate stands.
+
     Raises:
         EnvironmentMismatchError: Metrics are wanted, and prometheus-client is not installed.
     """
-    if not _makes_app():
+    if not _makes_app() or _is_attached():
         return
     told: list[Told] = [write_line] if is_set(LOG_REQUESTS, environ) else []
     serves: Callable[[], None] | None = None
@@ -73,6 +75,12 @@ def _makes_app() -> bool:
     # The module that makes the app loads the model first. Before MLflow 2.22 there was none, but a
     # server that answers one request at a time.
     return "mlflow.pyfunc.scoring_server.app" in sys.modules
+
+
+def _is_attached() -> bool:
+    import fastapi
+
+    return not isinstance(fastapi.FastAPI, type)
 
 
 def _around_next_app(make: Callable[[App], App]) -> None:

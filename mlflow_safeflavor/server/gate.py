@@ -7,24 +7,20 @@ too late, and so none. The gate answers 503 at once to those whose turn would no
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from mlflow_safeflavor.predict.request import Request, current_request
+from mlflow_safeflavor.server.answer import Answer, Message, Receive, Send
 from mlflow_safeflavor.server.pace import Pace
 
 __all__ = ["Gate", "Told"]
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 # Called once for each request that has ended, with the status of its answer.
 Told = Callable[[Request, int], None]
@@ -76,14 +72,14 @@ class Gate:
         request = Request(_name_of(scope), traceparent)
         # Found by whatever is done for it, in this task and in the threads that it starts.
         current_request.set(request)
-        answer = _Answer(request, send)
+        answer = Answer(request, send)
         try:
             await self._pass(answer, scope, receive)
         finally:
             for tell in self._told:
                 tell(request, answer.status)
 
-    async def _pass(self, answer: _Answer, scope: Message, receive: Receive) -> None:
+    async def _pass(self, answer: Answer, scope: Message, receive: Receive) -> None:
         request = answer.request
         # Once before its body is read, which may be long, and once when it is there: others may
         # have come meanwhile.
@@ -102,11 +98,11 @@ class Gate:
             request.arrived = time.monotonic()
             request.until = request.arrived + self._timeout if self._timeout else None
             with self._pace.counted(), _listening(answer, body, receive) as replayed:
-                await self._app(scope, replayed, answer)
+                await answer.of(self._app(scope, replayed, answer))
             if request.gone:
                 answer.status = _CLIENT_GONE
 
-    async def _refused(self, answer: _Answer) -> bool:
+    async def _refused(self, answer: Answer) -> bool:
         """Whether it is one too many, which it was told then."""
         there, seconds = self._pace.in_flight, self._pace.expected()
         late = self._max_wait and there >= self._together and seconds > self._max_wait
@@ -145,41 +141,8 @@ class _Gone:
     """In place of a body: the client hung up before it had sent all of it."""
 
 
-class _Answer:
-    """``send`` of ASGI, with the request's name in the headers, and the status for who asks."""
-
-    def __init__(self, request: Request, send: Send) -> None:
-        self.request, self._send, self.status, self.complete = request, send, 500, False
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            headers = [*message.get("headers", ()), (b"x-request-id", self.request.name.encode())]
-            if self.status == 503 and not any(name == b"retry-after" for name, _ in headers):
-                headers.append((b"retry-after", b"1"))
-            message = {**message, "headers": headers}
-        elif not message.get("more_body", False):
-            self.complete = True  # from here on the server says "disconnect" to whoever listens
-        await self._send(message)
-
-    async def refuse(self, status: int, why: str, retry_after: int | None = None) -> None:
-        """Answer in the words of MLflow's errors, without the app."""
-        code = "TEMPORARILY_UNAVAILABLE" if status == 503 else "INVALID_PARAMETER_VALUE"
-        content = json.dumps({"error_code": code, "message": why}).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(content)),
-        ]
-        if retry_after is not None:
-            headers.append((b"retry-after", b"%d" % retry_after))
-        if status == 413:  # the rest of its body is not wanted
-            headers.append((b"connection", b"close"))
-        await self({"type": "http.response.start", "status": status, "headers": headers})
-        await self({"type": "http.response.body", "body": content})
-
-
 @contextmanager
-def _listening(answer: _Answer, body: bytes, receive: Receive) -> Iterator[Receive]:
+def _listening(answer: Answer, body: bytes, receive: Receive) -> Iterator[Receive]:
     """``receive`` of ASGI that gives a body that was read, while a client that goes is noted."""
     unread = [{"type": "http.request", "body": body, "more_body": False}]
 

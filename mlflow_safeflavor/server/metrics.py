@@ -56,7 +56,7 @@ class Metrics:
                 wanted="prometheus-client",
                 found="not installed",
                 hint='save the model with extra_pip_requirements=["prometheus-client"], or '
-                f"unset {METRICS}",
+                "unset MLFLOW_SAFEFLAVOR_METRICS",
             ) from None
         self._prometheus, self._folder = prometheus, Path(os.environ[_FOLDER])
         counter, histogram = self._counter, self._histogram

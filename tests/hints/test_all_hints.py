@@ -166,6 +166,7 @@ TELLS = {
     ("graph/packed_weights", "safeflavor: packed weights are not shared: %s"),
     ("load/pyfunc", "safeflavor: %s"),
     ("load/pyfunc", "safeflavor: %s failed"),
+    ("server/answer", "safeflavor: request %s cannot be read"),
     (
         "environment/lines",
         "%s is not installed here, so it stays as written and is not pinned any further",

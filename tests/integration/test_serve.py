@@ -95,6 +95,10 @@ BAD = {
     "bytes": (b"\xff\xfe\x00", ""),
     "no known key": ({"data": ["a"]}, ""),
     "a list": ([1, 2], ""),
+    "columns that are lists": (
+        {"dataframe_split": {"columns": ["text", []], "data": False}},
+        "",
+    ),
     "two kinds of input": ({"inputs": ["a"], "dataframe_records": [{"text": "a"}]}, ""),
 }
 
@@ -102,8 +106,9 @@ BAD = {
 def test_what_is_no_row_is_answered_with_400_and_nothing_of_the_server(serve, saved, wanted):
     with serve(saved, env=ONE_THREAD) as server:
         wrong = []
-        for name, (body, named) in BAD.items():
-            answer = server.invoke(body)
+        for name, (body, named) in [*BAD.items(), ("a CSV", (b'a,b\n"1', ""))]:
+            kind = "text/csv" if name == "a CSV" else "application/json"
+            answer = server.invoke(body, content_type=kind)
             problems = [
                 f"status {answer.status}" if answer.status != 400 else "",
                 "a traceback" if "Traceback" in answer.text or 'File "' in answer.text else "",

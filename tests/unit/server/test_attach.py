@@ -47,6 +47,12 @@ def test_the_next_app_has_a_gate_and_the_one_after_has_none(in_server):
     assert not isinstance(plain().build_middleware_stack(), Gate)
 
 
+def test_of_several_models_the_first_one_has_the_gate(in_server):
+    attach(MODEL, {})
+    attach(SimpleNamespace(options={}), {})
+    assert isinstance(fastapi.FastAPI().build_middleware_stack(), Gate)
+
+
 @pytest.mark.parametrize("place", ["everywhere", "0", "70000", "host:", ":x", "-1"])
 def test_a_place_for_metrics_that_is_none(in_server, place):
     with pytest.raises(InputError, match="PORT or HOST:PORT") as error:

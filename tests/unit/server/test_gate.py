@@ -247,12 +247,56 @@ def test_any_503_says_when_to_come_again():
     assert run(send(Gate(app, **LIMITS), *asked()))[1][b"retry-after"] == b"1"
 
 
-def test_an_app_that_fails_leaves_nobody_counted():
-    async def app(*_):
-        raise RuntimeError("broken")
+def failing(status, body, *, rows=0, error=None):
+    """An app as FastAPI makes it: an exception is answered with 500, and then raised."""
 
+    async def app(scope, receive, respond):
+        current_request.get().rows = rows
+        headers = [(b"content-length", b"%d" % len(body))]
+        await respond({"type": "http.response.start", "status": status, "headers": headers})
+        await respond({"type": "http.response.body", "body": body[:3], "more_body": True})
+        await respond({"type": "http.response.body", "body": body[3:]})
+        if error is not None:
+            raise error
+
+    return app
+
+
+def test_a_request_that_mlflow_cannot_parse_is_the_clients_fault():
+    app = failing(500, b"Internal Server Error", error=TypeError("unhashable type: 'list'"))
+    told = []
+    gate = Gate(app, **LIMITS, told=[lambda request, status: told.append(status)])
+    status, headers, body = run(send(gate, *asked()))
+    assert (status, told, gate.in_flight) == (400, [400], 0)
+    assert "TypeError: unhashable type: 'list'" in json.loads(body)["message"]
+    assert int(headers[b"content-length"]) == len(body)
+
+
+def test_an_app_that_fails_over_rows_is_not():
+    app = failing(500, b"Internal Server Error", rows=1, error=RuntimeError("broken"))
     told = []
     gate = Gate(app, **LIMITS, told=[lambda request, status: told.append(status)])
     with pytest.raises(RuntimeError, match="broken"):
         run(send(gate, *asked()))
     assert (gate.in_flight, told) == (0, [500])
+
+
+def test_an_error_that_is_no_exception_is_passed_on():
+    status, _, body = run(send(Gate(failing(500, b"Internal"), **LIMITS), *asked()))
+    assert (status, body) == (500, b"Internal")
+
+
+def test_a_trace_goes_to_the_log_and_not_to_the_client(caplog):
+    error = {"error_code": "BAD_REQUEST", "message": "no", "stack_trace": "File /srv/app.py"}
+    with caplog.at_level("ERROR"):
+        app = failing(400, json.dumps(error).encode())
+        status, headers, body = run(send(Gate(app, **LIMITS), *asked()))
+    assert status == 400
+    assert json.loads(body) == {"error_code": "BAD_REQUEST", "message": "no"}
+    assert int(headers[b"content-length"]) == len(body)
+    assert "File /srv/app.py" in caplog.text
+
+
+@pytest.mark.parametrize("body", [b"stack_trace", b'["stack_trace"]', b'{"a": "stack_trace"}'])
+def test_other_errors_stay_as_they_are(body):
+    assert run(send(Gate(failing(404, body), **LIMITS), *asked()))[2] == body
