@@ -5,11 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -109,6 +111,11 @@ def test_two_workers_count_together_and_one_that_is_killed_is_replaced(serve, sa
         assert found['safeflavor_memory_bytes{kind="pss"}'] > 10**7
         [model] = [series for series in found if series.startswith("safeflavor_model{")]
         assert 'task="text-classification"' in model
+
+        # The dashboard asks for nothing that is not there.
+        dashboard = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text()
+        names = {re.split("[{ ]", series)[0] for series in found}
+        assert set(re.findall(r"safeflavor_\w+", dashboard)) <= names
 
         workers = workers_of(server)
         assert len(workers) == 2
