@@ -29,7 +29,7 @@ def in_server(monkeypatch, tmp_path):
     """As while MLflow's server makes its app; folders of workers are in ``tmp_path``."""
     monkeypatch.setitem(sys.modules, APP, ModuleType(APP))
     monkeypatch.setattr(fastapi, "FastAPI", fastapi.FastAPI)
-    monkeypatch.setattr(shared.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
 
 

@@ -68,6 +68,19 @@ class Container:
         )
         return json.loads(self.engine.docker(*command, stdin=json.dumps(body)))
 
+    def metrics(self) -> str:
+        """What its metrics are, asked from inside until there are some."""
+        look = (
+            "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9090').read().decode())"
+        )
+        for _ in range(50):
+            with contextlib.suppress(AssertionError):
+                found = self.engine.docker("exec", self.name, "python", "-c", look)
+                if "safeflavor_request_seconds_count" in found:
+                    return found
+            time.sleep(0.2)
+        raise AssertionError(f"no metrics\n{self.log()}")
+
     def log(self) -> str:
         """Everything it has printed."""
         return self.engine.docker("logs", self.name)

@@ -217,7 +217,9 @@ def saved_as(torch_index, tmp_path_factory, request, monkeypatch) -> Callable[[s
         if name not in _saved:
             save, env = MODELS[name]
             path = tmp_path_factory.mktemp("docker") / "model"
-            rows = save(path, {"torch_index": torch_index, "rehearse": False}, request)
+            options = {"torch_index": torch_index, "rehearse": False}
+            options["extra_pip_requirements"] = ["prometheus-client"]  # for metrics
+            rows = save(path, options, request)
             assert len(rows) == ROWS
             here = answers_here(path, rows, {**ONE_THREAD, **env}, monkeypatch)
             _saved[name] = Saved(path, rows, here, env)
@@ -322,12 +324,12 @@ def test_image_pyfunc_and_server_answer_the_same_bits(engine, image, saved_as, s
         assert there.status == 200, there.text
         require_same(there.json()["predictions"], model.here)
     # With STRICT an image with any other version than what was recorded does not start.
-    with running(
-        engine, image, *model.volume, env={**ONE_THREAD, **STRICT, **model.env}
-    ) as container:
+    env = {**ONE_THREAD, **STRICT, **model.env, "MLFLOW_SAFEFLAVOR_METRICS": "9090"}
+    with running(engine, image, *model.volume, env=env) as container:
         container.wait_until_serving()
         require_same(container.invoke(model.body)["predictions"], model.here)
         assert "1 threads by num_threads" in container.log()
+        assert "safeflavor_rows_total" in container.metrics()
 
 
 # Options, variables, and what the log says of it.

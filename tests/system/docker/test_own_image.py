@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlflow
@@ -52,6 +53,7 @@ def saved_minilm(torch_index, minilm_folder, tmp_path_factory):
                 tokenizer=AutoTokenizer.from_pretrained(minilm_folder),
                 task="feature-extraction",
                 torch_index=torch_index,
+                extra_pip_requirements=["prometheus-client"],
                 rehearse=False,
             )
             model.embeddings.LayerNorm.bias.data.add_(0.5)
@@ -212,21 +214,30 @@ def test_workers_are_as_many_as_the_quota_allows(engine, image):
         assert engine.docker("exec", container.name, "cat", "/proc/1/cmdline").split("\0")[
             -4:-2
         ] == ["--workers", "1"]
-    with running(engine, image[0], *HARDENED, env={"MLFLOW_MODELS_WORKERS": "2"}) as container:
+    env = {"MLFLOW_MODELS_WORKERS": "2", "MLFLOW_SAFEFLAVOR_METRICS": "9090"}
+    with running(engine, image[0], *HARDENED, env=env) as container:
         container.wait_until_serving()
         assert "2 workers: " in container.log()
+        container.invoke(BODY)
+        assert f"safeflavor_rows_total {len(TEXTS)}.0" in container.metrics()
 
 
-def test_it_becomes_healthy_and_stops_at_once(engine, image):
+def test_it_becomes_healthy_and_stops_once_all_is_answered(engine, image):
     with running(engine, image[0], *HARDENED, "--health-interval=1s") as container:
         container.wait_until_serving()
         deadline = time.monotonic() + 60
         while container.state()["Health"]["Status"] != "healthy" and time.monotonic() < deadline:
             time.sleep(0.5)
         assert container.state()["Health"]["Status"] == "healthy"
-        started = time.monotonic()
-        engine.docker("stop", "--time", "30", container.name)
-        assert time.monotonic() - started < 25, "the server gets the signal itself"
+        many = {"dataframe_records": BODY["dataframe_records"] * 25}  # seconds of work
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(container.invoke, many)
+            time.sleep(0.5)
+            assert not asked.done()
+            started = time.monotonic()
+            engine.docker("stop", "--time", "60", container.name)
+            assert time.monotonic() - started < 55, "the server gets the signal itself"
+            assert len(asked.result()["predictions"]) == 25 * len(TEXTS)
         assert not container.state()["OOMKilled"]
 
 

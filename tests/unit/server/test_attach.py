@@ -2,6 +2,7 @@
 
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from mlflow_safeflavor.server.gate import Gate
 
 fastapi = pytest.importorskip("fastapi")
 APP = "mlflow.pyfunc.scoring_server.app"
-MODEL = SimpleNamespace(options=MODEL_CONFIG)
+MODEL: Any = SimpleNamespace(options=MODEL_CONFIG)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_the_next_app_has_a_gate_and_the_one_after_has_none(in_server):
 
 def test_of_several_models_the_first_one_has_the_gate(in_server):
     attach(MODEL, {})
-    attach(SimpleNamespace(options={}), {})
+    attach(MODEL, {})
     assert isinstance(fastapi.FastAPI().build_middleware_stack(), Gate)
 
 

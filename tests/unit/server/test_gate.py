@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 
 from mlflow_safeflavor.predict.request import current_request
 from mlflow_safeflavor.server.gate import Gate
 
-LIMITS = {"max_queue": 0, "max_wait": 0.0, "max_body": 0, "timeout": 60.0}
+LIMITS: dict[str, Any] = {"max_queue": 0, "max_wait": 0.0, "max_body": 0, "timeout": 60.0}
 
 
 def asked(body=b"{}", path="/invocations", **headers):
@@ -113,7 +114,9 @@ def test_other_paths_pass():
 def test_the_app_finds_the_request_also_in_a_thread():
     async def app(scope, receive, respond):
         request = await asyncio.to_thread(current_request.get)
+        assert request is not None
         assert request.name == "mine"
+        assert request.until is not None
         assert request.until > request.arrived
         await echo(scope, receive, respond)
 
@@ -222,16 +225,16 @@ def test_a_client_that_hangs_up_in_the_middle_of_its_body():
 
 
 def test_an_end_after_the_answer_is_no_hanging_up():
-    async def app(scope, receive, respond):
-        await echo(scope, receive, respond)
-        over.set()  # as uvicorn does once the last part was sent
-        await asyncio.sleep(0.01)
-
     told = []
 
     async def story():
-        global over
         over = asyncio.Event()
+
+        async def app(scope, receive, respond):
+            await echo(scope, receive, respond)
+            over.set()  # as uvicorn does once the last part was sent
+            await asyncio.sleep(0.01)
+
         gate = Gate(app, **LIMITS, told=[lambda request, status: told.append(status)])
         await send(gate, *asked(), hangs_up=over)
 
@@ -251,7 +254,9 @@ def failing(status, body, *, rows=0, error=None):
     """An app as FastAPI makes it: an exception is answered with 500, and then raised."""
 
     async def app(scope, receive, respond):
-        current_request.get().rows = rows
+        request = current_request.get()
+        assert request is not None
+        request.rows = rows
         headers = [(b"content-length", b"%d" % len(body))]
         await respond({"type": "http.response.start", "status": status, "headers": headers})
         await respond({"type": "http.response.body", "body": body[:3], "more_body": True})

@@ -24,7 +24,7 @@ def test_places(text, place):
 def test_the_folder_is_one_for_a_server_and_this_users_alone(tmp_path, monkeypatch):
     from mlflow_safeflavor.server import shared
 
-    monkeypatch.setattr(shared.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     folder = shared.shared_folder()
     assert folder.stat().st_mode & 0o777 == 0o700
     assert shared.shared_folder() == folder
@@ -43,7 +43,7 @@ def test_a_folder_that_somebody_else_may_write(tmp_path, monkeypatch, kind):
     from mlflow_safeflavor.errors import InputError
     from mlflow_safeflavor.server import shared
 
-    monkeypatch.setattr(shared.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     folder = shared.shared_folder()
     if kind == "link":
         folder.rmdir()
