@@ -20,7 +20,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 ML
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 # Rooms that are imported without torch, as their unit tests are.
-LIGHT := $(addprefix tests/unit/,artifact environment graph predict tasks)
+LIGHT := $(addprefix tests/unit/,artifact environment graph predict server tasks)
 
 .PHONY: help venv test unit coverage test-here test-docker matrix sweep graphs check bench demo codebuggy stack stack-down clean
 

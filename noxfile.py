@@ -69,7 +69,7 @@ LIMITS = {
 
 # Tests that run where neither torch nor transformers is installed: the light rooms' and those of
 # what is saved elsewhere. The few of them that need torch skip.
-ROOMS = ("artifact", "environment", "graph", "predict", "tasks")
+ROOMS = ("artifact", "environment", "graph", "predict", "server", "tasks")
 LIGHT = [*(f"unit/{room}" for room in ROOMS), "system/matrix/test_without_torch.py"]
 
 CLIENTS = [

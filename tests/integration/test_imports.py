@@ -12,7 +12,7 @@ import pytest
 
 import mlflow_safeflavor
 
-LIGHT = ("artifact", "environment", "graph", "load", "predict", "tasks")
+LIGHT = ("artifact", "environment", "graph", "load", "predict", "server", "tasks")
 """Rooms that can be had without torch and transformers; functions of theirs may import them."""
 # which a save needs
 BUT = {f"mlflow_safeflavor.graph.{name}" for name in ("decompositions", "export", "trace")}
