@@ -22,7 +22,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZ
 # Rooms that are imported without torch, as their unit tests are.
 LIGHT := $(addprefix tests/unit/,artifact environment graph predict server tasks)
 
-.PHONY: help venv test unit coverage test-here test-docker matrix sweep graphs check bench demo codebuggy stack stack-down clean
+.PHONY: help venv test unit coverage light test-here test-docker matrix sweep graphs check bench demo codebuggy stack stack-down clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -54,6 +54,9 @@ unit: $(STAMP)  ## tests of one room: make unit ROOM=predict
 
 coverage: $(STAMP)  ## branches of the light rooms that their unit tests take; fails below the floor in pyproject.toml
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -q --cov -n 0 -p no:cacheprovider -p no:anyio $(LIGHT)
+
+light:  # what `make coverage` runs
+	@echo $(LIGHT)
 
 test-here: $(STAMP)
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "not docker" $(ARGS)

@@ -97,17 +97,18 @@ def test_the_environment_is_judged_without_torch_and_transformers():
 
 COLLECT = """
 import sys, pytest
-status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", sys.argv[1]])
+status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *sys.argv[1:]])
 assert status == 0, status
 print(sorted({"torch", "transformers"} & sys.modules.keys()))
 """
 
 
-@pytest.mark.parametrize("room", sorted(room.name for room in UNIT.iterdir() if room.name in LIGHT))
-def test_unit_tests_of_a_light_room_import_neither(room):
+def test_unit_tests_of_light_rooms_import_neither():
     """`make unit ROOM=...` is the loop to work in, and torch takes seconds."""
-    command = [sys.executable, "-c", COLLECT, str(UNIT / room)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    rooms = [str(UNIT / room) for room in LIGHT if (UNIT / room).is_dir()]
+    assert len(rooms) > 5
+    command = [sys.executable, "-c", COLLECT, *rooms]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("\n[]\n")
 
