@@ -82,7 +82,7 @@ class Answer:
         headers = [(b"content-type", b"application/json")]
         if retry_after is not None:
             headers.append((b"retry-after", b"%d" % retry_after))
-        if status == 413:  # the rest of its body is not wanted
+        if status in (408, 413):  # the rest of its body is not wanted
             headers.append((b"connection", b"close"))
         content = json.dumps({"error_code": code, "message": why}).encode()
         await self._finish({"type": _START, "status": status, "headers": headers}, content)

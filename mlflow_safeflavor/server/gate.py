@@ -27,6 +27,8 @@ Told = Callable[[Request, int], None]
 
 # The status of a request whose client hung up, as nginx writes it; no answer is sent.
 _CLIENT_GONE = 499
+# Bodies of the largest size that may be on their way at a time; slow clients could fill the memory.
+_BODIES = 4
 _NAME = re.compile(rb"[\w.:-]{1,128}")
 
 
@@ -56,6 +58,8 @@ class Gate:
         self._app, self._told, self._timeout = app, told, timeout
         self._max_queue, self._max_wait, self._max_body = max_queue, max_wait, max_body
         self._pace = Pace()
+        self._reading = 0  # requests whose body is on its way
+        self._bytes = 0  # that have come of these bodies
         # As many as asyncio has threads for: they run at the same time and share batches.
         self._together = min(32, (os.cpu_count() or 1) + 4)
 
@@ -89,7 +93,14 @@ class Gate:
             # MLflow asks None for its parts, and answers 500.
             await answer.refuse(415, "A request needs a Content-Type, such as application/json")
             return
-        body = await self._body(scope, receive)
+        self._reading += 1
+        try:
+            body = await asyncio.wait_for(self._body(scope, receive), self._timeout or None)
+        except asyncio.TimeoutError:
+            await answer.refuse(408, f"The request did not come within {self._timeout:g} s")
+            return
+        finally:
+            self._reading -= 1
         if body is None:
             await answer.refuse(413, f"A request may have {self._max_body} bytes (max_body)")
         elif isinstance(body, _Gone):
@@ -104,9 +115,11 @@ class Gate:
 
     async def _refused(self, answer: Answer) -> bool:
         """Whether it is one too many, which it was told then."""
-        there, seconds = self._pace.in_flight, self._pace.expected()
+        there, seconds = self._pace.in_flight + self._reading, self._pace.expected()
         late = self._max_wait and there >= self._together and seconds > self._max_wait
-        if not late and not (self._max_queue and there >= self._max_queue):
+        many = self._max_queue and there >= self._max_queue
+        large = self._max_body and self._bytes > _BODIES * self._max_body
+        if not (late or many or large):
             return False
         await answer.refuse(
             503,
@@ -119,21 +132,23 @@ class Gate:
     async def _body(self, scope: Message, receive: Receive) -> bytes | _Gone | None:
         """The whole body; None where it is too long, which is not read to its end."""
         # It is held anyway: the app wants it whole.
-        if (
-            self._max_body
-            and int(dict(scope["headers"]).get(b"content-length", 0)) > self._max_body
-        ):
+        told = int(dict(scope["headers"]).get(b"content-length", 0))
+        if self._max_body and told > self._max_body:
             return None
         parts, size, more = [], 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return _Gone()
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if self._max_body and size > self._max_body:
-                return None
-            more = message.get("more_body", False)
+        try:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return _Gone()
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                self._bytes += len(parts[-1])
+                if self._max_body and size > self._max_body:
+                    return None
+                more = message.get("more_body", False)
+        finally:
+            self._bytes -= size
         return b"".join(parts)
 
 

@@ -32,6 +32,8 @@ from mlflow_safeflavor.tasks.written import deltas_of, written_text
 __all__ = ["GenerationTask"]
 
 # Settings that look at the prompt's tokens, padding included.
+# Batches of generation are so many times larger than those of other tasks.
+_ROWS_AT_ONCE = 4
 _READ_PROMPTS = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
 
 
@@ -167,6 +169,10 @@ class GenerationTask(TextTask):
     def cost(self, features: Features) -> int:
         cost: int = features["cost"]
         return cost
+
+    def batch_budget(self, max_batch_tokens: int) -> int:
+        # Nearly all forwards are of one token a row, and read all weights: more rows cost little.
+        return _ROWS_AT_ONCE * max_batch_tokens
 
     # Features → tokens.
 

@@ -177,6 +177,43 @@ def test_one_too_many_is_refused_and_the_others_are_answered():
     run(story())
 
 
+def test_slow_clients_count_and_are_given_up():
+    async def story():
+        gate = Gate(echo, **{**LIMITS, "max_queue": 2, "timeout": 0.2})
+        scope, messages = asked()
+        # The first part of a body, and then nothing.
+        slow = [asyncio.ensure_future(send(gate, scope, messages[:1], hangs_up=asyncio.Event()))]
+        slow.append(
+            asyncio.ensure_future(send(gate, scope, messages[:1], hangs_up=asyncio.Event()))
+        )
+        await asyncio.sleep(0.05)
+        assert (await send(gate, *asked()))[0] == 503
+        for status, headers, body in await asyncio.gather(*slow):
+            assert (status, headers[b"connection"]) == (408, b"close")
+            assert "0.2 s" in json.loads(body)["message"]
+        assert (await send(gate, *asked()))[0] == 200
+        assert (gate._reading, gate._bytes) == (0, 0)
+
+    run(story())
+
+
+def test_slow_clients_cannot_fill_the_memory():
+    async def story():
+        gate = Gate(echo, **{**LIMITS, "max_body": 10})
+        scope, messages = asked(b"x" * 18)
+        gone = asyncio.Event()
+        slow = [
+            asyncio.ensure_future(send(gate, scope, messages[:1], hangs_up=gone)) for _ in range(5)
+        ]
+        await asyncio.sleep(0.01)
+        assert (await send(gate, *asked()))[0] == 503
+        gone.set()
+        await asyncio.gather(*slow)
+        assert (await send(gate, *asked()))[0] == 200
+
+    run(story())
+
+
 def test_who_would_wait_too_long_is_refused(monkeypatch):
     async def story():
         app = Slow()
