@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlflow_safeflavor.artifact.scratch import scratch_folder
 from mlflow_safeflavor.errors import DownloadError
+from mlflow_safeflavor.load.fetch import fetch, store_of
 
 __all__ = ["keep", "located"]
 
@@ -19,7 +20,8 @@ def located(model_uri: str | Path, dst_path: str | Path | None = None) -> Iterat
 
     Args:
         model_uri: A folder, or a URI.
-        dst_path: Folder to download to, which stays.
+        dst_path: Folder to download to, which stays; files that are there already, with the bytes
+            that the manifest lists, are not fetched again.
 
     Raises:
         MlflowException: There is no such model, or a file of it could not be downloaded.
@@ -43,8 +45,10 @@ def _download(model_uri: str, folder: str | Path | None) -> Path:
     from mlflow.exceptions import MlflowException
 
     try:
-        path = download_artifacts(
-            artifact_uri=model_uri, dst_path=None if folder is None else str(folder)
+        path = (
+            download_artifacts(artifact_uri=model_uri)
+            if folder is None
+            else fetch(model_uri, Path(folder))
         )
     except MlflowException:
         raise
@@ -74,10 +78,7 @@ def _lies_here(model_uri: str) -> bool:
         repository = get_artifact_repository(model_uri)
     except (MlflowException, ImportError):  # the download fails with a better message
         return False
-    # models:/ and runs:/ wrap the repository of the store behind them, in one layer or more.
-    while (behind := getattr(repository, "repo", None)) is not None:
-        repository = behind
-    return isinstance(repository, LocalArtifactRepository)
+    return isinstance(store_of(repository), LocalArtifactRepository)
 
 
 def keep(download: ExitStack, owner: object) -> None:

@@ -1,15 +1,15 @@
-"""Progress of a long prediction, as a bar of tqdm's."""
+"""Progress of a long prediction or download, as a bar of tqdm's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-__all__ = ["Watch", "shown"]
+__all__ = ["Watch", "bar_of", "shown"]
 
 # Told how much of how much is done; None where the total is not known.
 Watch = Callable[["int", "int | None"], None]
@@ -34,7 +34,7 @@ def shown(wanted: bool | None) -> Iterator[Watch | None]:
     def watch(done: int, total: int | None) -> None:
         nonlocal bar
         if bar is None:  # the first call comes after half a second, which few predictions take
-            bar = _bar(total, wanted)
+            bar = bar_of("predict", total, wanted)
         bar.total = total
         bar.update(done - bar.n)
 
@@ -45,7 +45,15 @@ def shown(wanted: bool | None) -> Iterator[Watch | None]:
             bar.close()
 
 
-def _bar(total: int | None, wanted: bool | None) -> tqdm[None]:
+def bar_of(desc: str, total: int | None, wanted: bool | None, **looks: Any) -> tqdm[None]:
+    """A bar, with ``disable`` set where none is wanted.
+
+    Args:
+        desc: Word before it.
+        total: What it counts to; None where that is not known.
+        wanted: See ``shown``.
+        looks: More arguments of tqdm's, such as a unit.
+    """
     # Not at the top: servers show no bar. huggingface_hub, which tokenizers needs, brings tqdm.
     from tqdm.auto import tqdm
 
@@ -53,11 +61,12 @@ def _bar(total: int | None, wanted: bool | None) -> tqdm[None]:
         monitor_interval = 0  # else tqdm starts a thread that outlives the prediction
 
     return Bar(
-        desc="predict",
+        desc=desc,
         total=total,
         delay=0 if wanted else _PATIENCE,
         disable=None if wanted is None else False,
         leave=False,
         mininterval=0,
         miniters=1,  # else tqdm leaves out calls that come fast
+        **looks,
     )

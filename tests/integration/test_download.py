@@ -22,7 +22,7 @@ import mlflow_safeflavor
 from mlflow_safeflavor.artifact import weights_files
 from mlflow_safeflavor.artifact.scratch import scratch_folder
 from mlflow_safeflavor.cli import main
-from mlflow_safeflavor.errors import DownloadError, SafeFlavorError
+from mlflow_safeflavor.errors import DownloadError, IntegrityError, SafeFlavorError
 from mlflow_safeflavor.load.download import located
 
 pytest_plugins = "saved_models"
@@ -203,3 +203,86 @@ def test_a_model_of_this_disk_is_read_where_it_lies(temporary, saved, tracking):
         assert (copied / "MLmodel").exists()
     left = [path.name for path in temporary.iterdir() if path != folder]
     assert left == [], left
+
+
+# Downloads that are killed.
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import test_download
+from mlflow.store.artifact import artifact_repository_registry as registry
+from mlflow_safeflavor.load.download import located
+uri, folder, moment = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+class Killing(test_download.Elsewhere):
+    begun = 0
+
+    def _download_file(self, remote_file_path, local_path):
+        Killing.begun += 1
+        if Killing.begun == moment:
+            content = (Path(self.behind.artifact_dir) / remote_file_path).read_bytes()
+            Path(local_path).write_bytes(content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._download_file(remote_file_path, local_path)
+
+registry._artifact_repository_registry.register("elsewhere", Killing)
+with located(uri, folder):
+    pass
+"""
+
+
+@pytest.fixture
+def bytes_of(temporary, monkeypatch):
+    """Sizes of the files that were downloaded, by name."""
+    sizes: dict[str, int] = {}
+    get = Elsewhere._download_file
+
+    def counted(self, remote_file_path, local_path):
+        get(self, remote_file_path, local_path)
+        sizes[remote_file_path] = Path(local_path).stat().st_size
+
+    monkeypatch.setattr(Elsewhere, "_download_file", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
+def test_a_download_that_was_killed_goes_on_and_gives_the_same_bits(
+    temporary, saved, tmp_path, bytes_of, part
+):
+    whole = [path.stat().st_size for path in saved.rglob("*") if path.is_file()]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, _helpers()))}
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, f"elsewhere:{saved}", tmp_path / "to"]
+    done = subprocess.run(
+        [*map(str, command), str(int(len(whole) * part))],
+        env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    model = mlflow_safeflavor.load_model(f"elsewhere:{saved}", tmp_path / "to")
+    assert model.report.bit_identical
+    assert 0 < sum(bytes_of.values()) < sum(whole)
+    assert len(bytes_of) <= len(whole) * (1 - part) + 5, "no more than is missing"
+    assert [path.name for path in (tmp_path / "to").iterdir()] == [saved.name], "of the killed one"
+
+
+def _helpers():
+    return [Path(__file__).parent, Path(__file__).parents[1]]
+
+
+def test_a_file_that_was_damaged_on_disk_is_fetched_again(temporary, saved, tmp_path, bytes_of):
+    mlflow_safeflavor.load_model(f"elsewhere:{saved}", tmp_path)
+    weights = tmp_path / saved.name / "safeflavor" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    bytes_of.clear()
+    assert mlflow_safeflavor.load_model(f"elsewhere:{saved}", tmp_path).report.bit_identical
+    names = {Path(name).name for name in bytes_of}
+    assert names == {"MLmodel", "manifest.json", "model.safetensors"}
+
+
+def test_what_is_none_of_the_artifact_is_refused_as_ever(temporary, saved, tmp_path):
+    (tmp_path / saved.name / "code").mkdir(parents=True)
+    (tmp_path / saved.name / "code" / "torch.py").write_text("")
+    with pytest.raises(IntegrityError, match=r"code/torch\.py: was not there"):
+        mlflow_safeflavor.load_model(f"elsewhere:{saved}", tmp_path)
