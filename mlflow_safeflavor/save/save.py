@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ from mlflow_safeflavor.module.structure import describe
 from mlflow_safeflavor.module.subject import Subject
 from mlflow_safeflavor.predict.model import LoadedModel, make_task
 from mlflow_safeflavor.predict.options import MODEL_CONFIG, require_known_options, run_time_options
+from mlflow_safeflavor.save.again import is_saved, log_saved
 from mlflow_safeflavor.save.answers import answering, write_parity
 from mlflow_safeflavor.save.code import write_code
 from mlflow_safeflavor.save.example import split_example, write_example
@@ -204,7 +206,8 @@ def log_model(
     """Save a model and log it to the active run, or to a new one.
 
     Args:
-        model: See ``save_model``.
+        model: See ``save_model``; or the folder of a saved model, which is logged as it is. If that
+            upload breaks off, the same call with ``model_id=…`` uploads what is missing.
         name: Name of the logged model, by default MLflow's; before MLflow 3, where models have
             none, its place below the run's artifacts, which has to be said.
         artifact_path: The same; what MLflow called it before.
@@ -219,15 +222,26 @@ def log_model(
         SafeFlavorError: One of its kinds; nothing is logged then.
     """
     require_arguments(kwargs, save_model, mlflow_compat.log_arguments(save_model))
-    return log(
-        sys.modules[__name__],
-        name,
-        artifact_path,
-        registered_model_name=registered_model_name,
-        await_registration_for=await_registration_for,
-        model=model,
+    given = {
+        "name": name,
+        "artifact_path": artifact_path,
+        "registered_model_name": registered_model_name,
+        "await_registration_for": await_registration_for,
         **kwargs,
-    )
+    }
+    if is_saved(model):
+        _require_none_of_a_save(kwargs)
+        return log_saved(Path(model), __name__, **given)
+    return log(sys.modules[__name__], model=model, **given)
+
+
+def _require_none_of_a_save(given: Mapping[str, Any]) -> None:
+    if wrong := sorted(given.keys() & inspect.signature(save_model).parameters.keys()):
+        raise InputError(
+            "A saved model is logged as it was saved",
+            where=", ".join(wrong),
+            hint="leave them out, or log the model itself",
+        )
 
 
 def _options(task: str, model_config: Mapping[str, Any], graph: str) -> dict[str, Any]:

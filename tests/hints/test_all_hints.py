@@ -29,7 +29,17 @@ _LACKING = (
 
 _HABITS = "integration/test_mlflow_habits.py::test_"
 
+_SAVED = "integration/test_log_saved.py::test_"
+
 ELSEWHERE = {
+    Site("save/again", "The upload of the model broke off",
+         'log_model("…", model_id="…") uploads what is missing'):
+        f"{_SAVED}an_upload_that_broke_off_goes_on_with_what_is_missing",
+    Site("save/again", "This is no upload that can go on", "leave model_id out"):
+        f"{_SAVED}it_does_not_go_on_with_another_model",
+    Site("save/save", "A saved model is logged as it was saved",
+         "leave them out, or log the model itself"):
+        f"{_SAVED}options_of_a_save_come_too_late",
     Site("module/devices", "There is no such device here",
          "unset MLFLOW_DEFAULT_PREDICTION_DEVICE"):
         f"{_HABITS}mlflows_variable_counts_for_both_ways_to_load",

@@ -288,28 +288,67 @@ def test_the_client_is_killed_in_an_upload(
 # Downloads that break off.
 
 
-@pytest.mark.parametrize("way", ["through the server", "direct"])
+@pytest.mark.parametrize("way", ["through the server", "direct", "of the run"])
 def test_a_download_that_is_cut(champion, client, to_tracking, to_s3, tmp_path, way):
-    uri = f"models:/{champion['direct']}" if way == "direct" else CHAMPION
+    direct = client.get_logged_model(champion["direct"])
+    uri = {
+        "through the server": CHAMPION,
+        "direct": f"models:/{direct.model_id}",
+        "of the run": f"runs:/{direct.source_run_id}/model",
+    }[way]
     proxy = to_tracking if way == "through the server" else to_s3
     before = proxy.passed["download"]
     whole = Path(mlflow.artifacts.download_artifacts(uri))
-    proxy.arm((proxy.passed["download"] - before) // 2, upload=False)
+    all_bytes = proxy.passed["download"] - before
+    proxy.arm(all_bytes // 2, upload=False)
     with pytest.raises(MlflowException) as caught:
         mlflow_safeflavor.load_model(uri, str(tmp_path))
     assert proxy.triggered.wait(30), repr(caught.value)
     proxy.mend()
     # What lies there is not taken for a model by anybody who finds it.
     assert any(tmp_path.rglob("*"))
+    there = tmp_path / "model" if way == "of the run" else tmp_path
     for load in (mlflow_safeflavor.load_model, mlflow.pyfunc.load_model):
         with pytest.raises(MlflowException):
-            load(str(tmp_path))
+            load(str(there))
     with pytest.raises(SafeFlavorError) as refused:
-        mlflow_safeflavor.load_model(str(tmp_path))
+        mlflow_safeflavor.load_model(str(there))
     assert_named(refused.value)
-    # Asked again, it comes whole, into the same folder.
+    # Asked again, the rest comes into the same folder.
+    before = proxy.passed["download"]
     assert mlflow_safeflavor.load_model(uri, str(tmp_path)).report.bit_identical
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
+    assert proxy.passed["download"] - before < all_bytes * 0.8
+    assert {path.name for path in there.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+GET = """
+import sys
+from mlflow_safeflavor.load.download import located
+with located(sys.argv[1], sys.argv[2]):
+    pass
+"""
+
+
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
+def test_the_client_is_killed_in_a_download(champion, client, to_tracking, tmp_path, part):
+    before = to_tracking.passed["download"]
+    mlflow.artifacts.download_artifacts(CHAMPION, dst_path=str(tmp_path / "whole"))
+    all_bytes = to_tracking.passed["download"] - before
+    command = [sys.executable, "-c", GET, CHAMPION, str(tmp_path / "to")]
+    with (tmp_path / "log").open("wb") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, "MLFLOW_TRACKING_URI": to_tracking.url},
+            stdout=output, stderr=output,
+        )  # fmt: skip
+        to_tracking.arm(int(all_bytes * part), upload=False, action=process.kill)
+        assert process.wait(timeout=120) == -9, (tmp_path / "log").read_text()
+    to_tracking.mend()
+    before = to_tracking.passed["download"]
+    assert mlflow_safeflavor.load_model(CHAMPION, tmp_path / "to").report.bit_identical
+    # Of what the proxy had passed on some was not yet written, and is lost with its file.
+    assert to_tracking.passed["download"] - before < all_bytes * min(1.2 - part / 2, 0.98)
+    names = {path.name for path in (tmp_path / "to").iterdir()}
+    assert names == {path.name for path in (tmp_path / "whole").iterdir()}
 
 
 def test_a_download_that_is_cut_once_comes_whole_at_the_second_try(

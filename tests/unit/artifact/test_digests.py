@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +76,33 @@ def test_offsets_that_cannot_be_are_refused(weights, offsets):
     with pytest.raises(IntegrityError, match="header is malformed") as caught:
         digests_of(weights)
     assert caught.value.where == "model.safetensors"
+
+
+STREAMED = """
+import resource, sys
+from pathlib import Path
+from mlflow_safeflavor.artifact.digests import digests_of
+from mlflow_safeflavor.artifact.plain_files import digest_of_plain
+path, used = Path(sys.argv[1]), int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+# Threads reserve their stacks and arenas; what is read has no room but a few buffers.
+resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 2**20,) * 2)
+Path("/proc/self/clear_refs").write_text("5")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+digests_of(path)
+digest_of_plain(path)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    path, size = tmp_path / "model.safetensors", 2**30
+    header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(8 + len(header) + size)  # sparse: it takes no room on the disk
+    done = subprocess.run(
+        [sys.executable, "-c", STREAMED, str(path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 50_000, "kilobytes, of a file of 1 GB"
