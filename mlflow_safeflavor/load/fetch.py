@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.manifest import read_manifest
-from mlflow_safeflavor.artifact.plain_files import digest_of_plain, reason_to_refuse
+from mlflow_safeflavor.artifact.plain_files import digest_of_plain
 from mlflow_safeflavor.artifact.scratch import scratch_folder
 from mlflow_safeflavor.errors import IntegrityError
 from mlflow_safeflavor.predict.progress import bar_of
@@ -129,13 +129,8 @@ def _is_whole(path: Path, facts: Mapping[str, Any]) -> bool:
 
     Multipart downloads give a file its size before its bytes, so that size alone proves nothing.
     """
-    with suppress(OSError, IntegrityError):
-        there = path.lstat()
-        return (
-            reason_to_refuse(there.st_mode) is None
-            and there.st_size == facts["size"]
-            and digest_of_plain(path) == facts["sha256"]
-        )
+    with suppress(OSError, IntegrityError):  # there is none, or it is a link or a pipe
+        return path.lstat().st_size == facts["size"] and digest_of_plain(path) == facts["sha256"]
     return False
 
 

@@ -60,8 +60,8 @@ def load_model(
     Args:
         model_uri: A folder, or any URI that MLflow resolves (``models:/name@champion``,
             ``runs:/…``).
-        dst_path: Folder to download to, which stays; by default a download is removed once the
-            model is loaded.
+        dst_path: Folder to download to, which stays, and where a download that broke off goes on;
+            by default a download is removed once the model is loaded.
         device: "auto", "cpu", "cuda:0", an index of an accelerator, or a ``torch.device``.
         dtype: Cast to this dtype after everything was compared; None keeps the saved one.
         device_map: Spread over several devices instead of one: "auto", "balanced", "sequential", or

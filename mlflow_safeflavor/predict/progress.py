@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,9 @@ def bar_of(desc: str, total: int | None, wanted: bool | None, **looks: Any) -> t
 
     class Bar(tqdm):  # type: ignore[misc]  # chosen when it is imported
         monitor_interval = 0  # else tqdm starts a thread that outlives the prediction
+        # tqdm's lock is one for the process, and Ctrl-C in the middle of drawing any bar leaves it
+        # with the thread that was interrupted: another thread would wait for ever.
+        _lock = threading.RLock()
 
     return Bar(
         desc=desc,

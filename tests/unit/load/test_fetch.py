@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact import artifact_repository_registry
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from tqdm import tqdm
 
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.manifest import write_manifest
@@ -149,6 +152,25 @@ def test_a_cut_leaves_whole_files_alone_and_the_next_goes_on(model, tmp_path, mo
     assert get(model, tmp_path / "to") == {*ALWAYS, SHARD}
 
 
+def test_after_ctrl_c_it_goes_on(model, tmp_path, monkeypatch):
+    over, ended = threading.Event(), threading.Event()
+
+    def interrupt(path):
+        if Path(path).stat().st_size == len(CONTENT[SHARD]) and not over.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+            over.wait(10)
+            ended.set()
+
+    monkeypatch.setattr(Store, "wrote", staticmethod(interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        fetch(f"counted:{model}", tmp_path / "to")
+    over.set()
+    assert ended.wait(10), "MLflow's thread goes on with its file"
+    there = tmp_path / "to" / "model"
+    assert not (there / SHARD).exists()
+    assert SHARD in get(model, tmp_path / "to") < {*CONTENT, *ALWAYS}
+
+
 @pytest.mark.parametrize("damage", ["{", None], ids=["damaged", "missing"])
 def test_without_a_manifest_all_of_it_comes(model, tmp_path, damage):
     get(model, tmp_path / "to")
@@ -200,6 +222,13 @@ def test_a_terminal_is_shown_bytes_and_their_rate(model, tmp_path, slow, monkeyp
     assert "/16.0k" in terminal.text
     assert "Downloading artifacts" not in terminal.text, "MLflow's bar, too"
     assert "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR" not in os.environ
+
+
+def test_a_lock_that_ctrl_c_left_behind_holds_up_nothing(model, tmp_path, slow, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.delenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", raising=False)
+    with tqdm.get_lock():  # as where tqdm was interrupted between taking it and giving it back
+        get(model, tmp_path / "to")
 
 
 def test_a_log_and_whoever_wants_no_bar_are_shown_none(model, tmp_path, slow, monkeypatch, capfd):
