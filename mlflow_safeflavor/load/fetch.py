@@ -45,7 +45,7 @@ def fetch(model_uri: str, folder: Path) -> Path:
     from mlflow.tracking.artifact_utils import _get_root_uri_and_artifact_path
 
     folder.mkdir(parents=True, exist_ok=True)
-    root, path = _get_root_uri_and_artifact_path(model_uri)
+    root, path = _get_root_uri_and_artifact_path(model_uri)  # type: ignore[no-untyped-call]  # MLflow's
     repository = _resuming(get_artifact_repository(root))
     return Path(repository.download_artifacts(artifact_path=path, dst_path=str(folder)))
 
@@ -130,7 +130,8 @@ def _is_whole(path: Path, facts: Mapping[str, Any]) -> bool:
     Multipart downloads give a file its size before its bytes, so that size alone proves nothing.
     """
     with suppress(OSError, IntegrityError):  # there is none, or it is a link or a pipe
-        return path.lstat().st_size == facts["size"] and digest_of_plain(path) == facts["sha256"]
+        if path.lstat().st_size == facts["size"]:
+            return bool(digest_of_plain(path) == facts["sha256"])
     return False
 
 

@@ -261,7 +261,8 @@ def test_a_download_that_was_killed_goes_on_and_gives_the_same_bits(
     model = mlflow_safeflavor.load_model(f"elsewhere:{saved}", tmp_path / "to")
     assert model.report.bit_identical
     assert 0 < sum(bytes_of.values()) < sum(whole)
-    assert len(bytes_of) <= len(whole) * (1 - part) + 5, "no more than is missing"
+    # MLflow gets up to 20 files at once, and all that were under way are lost.
+    assert len(bytes_of) <= len(whole) * (1 - part) + 25, "no more than is missing"
     assert [path.name for path in (tmp_path / "to").iterdir()] == [saved.name], "of the killed one"
 
 

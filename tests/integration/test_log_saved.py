@@ -87,7 +87,13 @@ def broken_off(folder, monkeypatch, at):
         with pytest.raises(DownloadError) as caught:
             mlflow_safeflavor.log_model(folder, "large")
     assert "closed by the store" in caught.value.message
-    return mlflow.last_logged_model().model_id, caught.value
+    return last_id(), caught.value
+
+
+def last_id():
+    model = mlflow.last_logged_model()
+    assert model is not None
+    return model.model_id
 
 
 def test_a_saved_model_is_logged_as_it_is(store, saved, monkeypatch):
@@ -149,7 +155,7 @@ def test_nor_with_one_that_is_whole_or_was_not_logged_from_a_folder(
             tiny_bert(), "object", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
         )
     with pytest.raises(InputError, match="no upload that can go on"):
-        mlflow_safeflavor.log_model(folder, "large", model_id=mlflow.last_logged_model().model_id)
+        mlflow_safeflavor.log_model(folder, "large", model_id=last_id())
 
 
 def test_what_is_not_as_it_was_saved_is_not_logged(store, sharded):
