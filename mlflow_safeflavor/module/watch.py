@@ -59,6 +59,8 @@ def _write_marks(tensor: torch.Tensor, mark: int) -> None:
         return
     flat = tensor.detach().view(-1)
     value = mark != FIRST_MARK if tensor.dtype == torch.bool else mark
-    # Some 4,096 places and the last: marking all of a large tensor would touch all of its pages.
-    flat[:: max(1, flat.numel() // 4096)] = value
+    # Some 4,096 places and the last, of a large tensor one in 64 kB: each touches a page, which is
+    # memory only from then on, and two of a large model may not fit beside it.
+    places = 4096 if tensor.nbytes < 1 << 23 else max(512, tensor.nbytes >> 16)
+    flat[:: max(1, flat.numel() // places)] = value
     flat[-1] = value
