@@ -22,10 +22,7 @@ import io
 import itertools
 import json
 import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -38,6 +35,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _common import machine, median_and_spread, minilm_folder, tokenizer
+from _server import Server, stat_of
 from PIL import Image
 
 HONEST, HOSTILE = 16, 4
@@ -220,36 +218,9 @@ def native(path: Path) -> Iterator[tuple[Ask, int]]:
 @contextlib.contextmanager
 def served(path: Path) -> Iterator[tuple[Ask, int]]:
     """``mlflow models serve`` on loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "models",
-        "serve",
-        "--env-manager",
-        "local",
-        "--model-uri",
-        str(path),
-    ]
-    path_variable = os.pathsep.join(
-        [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
-    )
-    process = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port)],
-        env={**os.environ, "PATH": path_variable},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        _wait(port, process)
-        yield asking(port), _largest(process.pid)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with Server(path) as server:
+        # The process that holds the model.
+        yield asking(server.port), max(server.group(), key=resident)
 
 
 def asking(port: int) -> Ask:
@@ -270,35 +241,6 @@ def asking(port: int) -> Ask:
     return ask
 
 
-def _wait(port: int, process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + 180
-    while time.monotonic() < until and process.poll() is None:
-        with contextlib.suppress(OSError):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            connection.request("GET", "/ping")
-            if connection.getresponse().status == 200:
-                return
-        time.sleep(0.2)
-    raise SystemExit("the server did not start")
-
-
-def _largest(parent: int) -> int:
-    """The process of a group that holds the model."""
-    group = [
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and _stat(int(entry.name))[2:3] == [str(parent)]
-    ]
-    return max(group, key=resident)
-
-
-def _stat(process: int) -> list[str]:
-    """Fields of ``/proc/PID/stat`` behind the name: state, parent, group, …."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return []
-
-
 def resident(process: int) -> int:
     """Bytes of memory of its own: without what is mapped from files."""
     with contextlib.suppress(OSError, StopIteration, ValueError):
@@ -309,7 +251,7 @@ def resident(process: int) -> int:
 
 def cpu_seconds(process: int) -> float:
     """Of all its threads, so far."""
-    fields = _stat(process)
+    fields = stat_of(process)
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
