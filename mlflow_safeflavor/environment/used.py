@@ -42,7 +42,7 @@ def find_used(opened: Opened, path: Sequence[str]) -> dict[str, Use]:
     """Canonical name → use, of every distribution that a rehearsal imported or read.
 
     Args:
-        opened: See ``rehearsal.rehearse``.
+        opened: See ``Rehearsal.load``.
         path: The ``sys.path`` of that process.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from mlflow_safeflavor.graph.onnx_file import Malformed
 from mlflow_safeflavor.graph.proof import TEXT, Arrays, Facts, Refusal, prove
 from mlflow_safeflavor.graph.trace import Forward, Inputs
 from mlflow_safeflavor.graph.weights import Extent, find_extents
-from mlflow_safeflavor.machine import available_cpus
+from mlflow_safeflavor.machine import available_cpus, give_back
 from mlflow_safeflavor.module.engine import ModuleEngine, tensors_of
 from mlflow_safeflavor.module.slots import Slot, find_slots
 from mlflow_safeflavor.predict.model import LoadedModel
@@ -99,17 +100,15 @@ def _proven(
             return {name: tensor.cpu().numpy() for name, tensor in forward(tensors).items()}
 
     plain = {name: tensor.cpu().numpy() for name, tensor in example.items()}
+    # Of several thread counts, since sums may be cut by them: whether bits hold is proven.
+    threads = sorted({1, 2, available_cpus()})
     facts = {}
     for name, runtime in runtimes.items():
         try:
-            # Of several thread counts, since sums may be cut by them: whether bits hold is proven.
-            sessions = [
-                runtime(graph, arrays, threads=threads)
-                for threads in sorted({1, 2, available_cpus()})
-            ]
-        except StructureError as error:  # an operator that the engine has no kernel for
-            raise Refusal(f"{error.what}: {error.found}") from error
-        facts[name] = prove(run, sessions, graph.inputs, plain, limit, seed=0)
+            opened = partial(_opened, runtime, graph, arrays)
+            facts[name] = prove(run, opened, threads, graph.inputs, plain, limit, seed=0)
+        finally:
+            give_back()  # what the sessions had packed, before there is the one that answers
     # Sizes that the module took in the proof. Of a size that had to be the same each time nothing
     # is known for others, so it is written into the graph; rows and lengths must not be such.
     seen = next(iter(facts.values())).sizes
@@ -119,6 +118,15 @@ def _proven(
             f"the module took no inputs of another number of {min(narrow)} to prove the graph on"
         )
     return _read(exported.content(fixed)), facts
+
+
+def _opened(
+    runtime: Callable[..., Session], graph: Graph, arrays: Mapping[str, np.ndarray], threads: int
+) -> Session:
+    try:
+        return runtime(graph, arrays, threads=threads)
+    except StructureError as error:  # an operator that the engine has no kernel for
+        raise Refusal(f"{error.what}: {error.found}") from error
 
 
 def _read(content: bytes) -> Graph:

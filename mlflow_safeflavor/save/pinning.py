@@ -24,7 +24,7 @@ from mlflow_safeflavor.errors import EnvironmentMismatchError
 from mlflow_safeflavor.module import user_code
 from mlflow_safeflavor.tasks.inputs.processor import requirements_of
 
-__all__ = ["Pinning", "needs_of"]
+__all__ = ["Pinning", "needs_of", "optional_modules"]
 
 _logger = logging.getLogger("mlflow.safeflavor")
 
@@ -47,21 +47,6 @@ class Pinning:
     ) -> None:
         self._layout, self._needs, self._hashes, self._wanted = layout, needs, hashes, wanted
         self._recorded: Environment | None = None
-
-    @property
-    def optional(self) -> list[str]:
-        """Modules that MLflow imports where they are installed, and the model does without."""
-        # Hidden from the rehearsal while MLflow is imported: libraries import pyarrow or scipy
-        # where they are installed, and would seem to need them. MLflow itself imports pyspark, half
-        # a gigabyte, to have its types.
-        if "graph" not in self._needs:
-            return ["pyspark"]
-        unneeded = closure_of(["mlflow"]) - closure_of(self._needs["graph"])
-        owners = importlib.metadata.packages_distributions().items()
-        return sorted(
-            {module for module, names in owners if {*map(canonicalize_name, names)} <= unneeded}
-            | {"pyspark"}
-        )
 
     def write(self, used: Mapping[str, Use] | None = None) -> Environment:
         """Write the files for the needs of the model's parts and for used distributions.
@@ -181,6 +166,25 @@ def needs_of(
         named = [name for name, needed in parts.items() if needed]
         needs["graph"] = [*GRAPH_ROOTS, *server_roots(), *named, *own, *processors]
     return needs
+
+
+def optional_modules(needs: Mapping[str, Sequence[str]]) -> list[str]:
+    """Modules that MLflow imports where they are installed, and a model with such needs does not.
+
+    Args:
+        needs: From ``needs_of``.
+    """
+    # Hidden from the rehearsal while MLflow is imported: libraries import pyarrow or scipy where
+    # they are installed, and would seem to need them. MLflow itself imports pyspark, half a
+    # gigabyte, to have its types.
+    if "graph" not in needs:
+        return ["pyspark"]
+    unneeded = closure_of(["mlflow"]) - closure_of(needs["graph"])
+    owners = importlib.metadata.packages_distributions().items()
+    return sorted(
+        {module for module, names in owners if {*map(canonicalize_name, names)} <= unneeded}
+        | {"pyspark"}
+    )
 
 
 def _require_versions(recorded: Environment, used: Mapping[str, Use]) -> None:

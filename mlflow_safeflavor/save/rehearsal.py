@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from mlflow_safeflavor.artifact.scratch import scratch_folder
 from mlflow_safeflavor.environment.used import Opened, way_to_bring
 from mlflow_safeflavor.errors import RehearsalError
 
-__all__ = ["rehearse"]
+__all__ = ["Rehearsal"]
 
 _TIMEOUT = 1800  # seconds; a model of several GB on a slow disk takes minutes
 _HINT = (
@@ -40,47 +42,76 @@ _OFFLINE = {
 _PROGRAM = Path(__file__).with_name("rehearsal_program.py")
 
 
-def rehearse(
-    staged: Path,
-    engines: Sequence[str] = ("auto",),
-    *,
-    hidden: Collection[str] = (),
-    allow_pickle: bool = False,
-) -> tuple[Opened, list[str]]:
-    """Load ``staged`` through pyfunc in a process that shares only the installed packages.
+class Rehearsal:
+    """A clean process for ``staged``, which ends at the latest with this context.
 
-    Its interpreter is isolated (``-I``), its environment stripped, its working and home folders are
-    empty, the hub is offline. A connection beyond loopback is an error, and so is to read a file
-    that belongs neither to the model nor to a distribution: it would not be there in a container.
-    Loading replays the golden rows.
+    It shares only the installed packages: its interpreter is isolated (``-I``), its environment
+    stripped, its working and home folders are empty, the hub is offline. A connection beyond
+    loopback is an error, and so is to read a file that belongs neither to the model nor to a
+    distribution: it would not be there in a container.
 
     Args:
         staged: Folder of the artifact.
-        engines: Engines to load it with, one after the other.
-        hidden: Modules that cannot be imported while MLflow is.
         allow_pickle: Whether the process may unpickle.
-
-    Returns:
-        Files by the engine that was the first to open them, and the ``sys.path`` of that process.
-
-    Raises:
-        RehearsalError: It could not be loaded there, or answered differently.
     """
-    with scratch_folder("rehearsal") as folder, _lifeline() as lifeline:
-        answer = folder / "answer.json"
-        command = [sys.executable, "-I", str(_PROGRAM), os.fspath(staged)]
-        command += [" ".join(engines), str(answer), " ".join(hidden)]
+
+    def __init__(self, staged: Path, *, allow_pickle: bool = False) -> None:
+        self._staged, self._allow_pickle = staged, allow_pickle
+        self._left = ExitStack()
+
+    def __enter__(self) -> Rehearsal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._left.close()
+
+    def start(self, hidden: Collection[str] = ()) -> None:
+        """Start the process, which imports MLflow while the artifact is still being written.
+
+        Args:
+            hidden: Modules that cannot be imported while MLflow is.
+        """
+        folder = self._left.enter_context(scratch_folder("rehearsal"))
+        self._answer = folder / "answer.json"
+        # A pipe whose end ends the process together with this one: the kernel closes it however
+        # this process ends, by SIGKILL as well.
+        reads, self._lifeline = os.pipe()
+        for descriptor in (reads, self._lifeline):
+            self._left.callback(os.close, descriptor)
+        command = [sys.executable, "-I", str(_PROGRAM), os.fspath(self._staged)]
+        self._process = subprocess.Popen(
+            [*command, str(self._answer), " ".join(hidden)],
+            cwd=folder,
+            env=_environ(str(folder), self._allow_pickle),
+            stdin=reads,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        self._left.callback(_end, self._process)
+
+    def load(self, engines: Sequence[str] = ("auto",)) -> tuple[Opened, list[str]]:
+        """Load the artifact there through pyfunc, which replays the golden rows.
+
+        Args:
+            engines: Engines to load it with, one after the other.
+
+        Returns:
+            Files by the engine that was the first to open them, and the ``sys.path`` of that
+            process.
+
+        Raises:
+            RehearsalError: It could not be loaded there, or answered differently.
+        """
+        os.write(self._lifeline, f"{' '.join(engines)}\n".encode())
         try:
-            process = subprocess.run(
-                command,
-                cwd=folder,
-                env=_environ(str(folder), allow_pickle),
-                stdin=lifeline,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_TIMEOUT,
-            )
+            _, errors = self._process.communicate(timeout=_TIMEOUT)
         except subprocess.TimeoutExpired:
             raise RehearsalError(
                 "The clean process did not finish loading the model",
@@ -88,13 +119,23 @@ def rehearse(
                 hint=_HINT,
             ) from None
         # The answer counts, not the exit status: code that exits early may exit with 0.
-        if not answer.exists():
+        if not self._answer.exists():
             raise RehearsalError(
                 "The clean process died while loading the model",
-                found=f"exit status {process.returncode}; {process.stderr[-2000:].strip()}",
+                found=f"exit status {self._process.returncode}; {errors[-2000:].strip()}",
                 hint=_HINT,
             )
-        told = json.loads(answer.read_text(encoding="utf-8"))
+        return _require_loaded(json.loads(self._answer.read_text(encoding="utf-8")))
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process that was never told to load, or that hangs."""
+    with process:  # closes its pipes, and waits
+        process.kill()
+
+
+def _require_loaded(told: Mapping[str, Any]) -> tuple[Opened, list[str]]:
+    """What the clean process opened, and its ``sys.path``, if nothing failed there."""
     if problem := told["problem"]:
         # Libraries catch a refusal and fail with words of their own: what was refused says more.
         refused = [
@@ -124,15 +165,3 @@ def _environ(scratch: str, allow_pickle: bool) -> dict[str, str]:
         # Else setuptools' distutils is imported in place of Python's own, and pinned for it.
         environ["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"
     return environ
-
-
-@contextmanager
-def _lifeline() -> Iterator[int]:
-    """A pipe without writes, whose end ends the clean process together with this one."""
-    # The kernel closes it however this process ends, by SIGKILL as well.
-    reads, writes = os.pipe()
-    try:
-        yield reads
-    finally:
-        os.close(reads)
-        os.close(writes)

@@ -1,10 +1,11 @@
 """Program of the rehearsal's clean process: a load that may use nothing of this machine alone.
 
-    python -I rehearsal_program.py MODEL ENGINES ANSWER HIDDEN
+    python -I rehearsal_program.py MODEL ANSWER HIDDEN
 
-The answer holds the error, if there was one, and the opened files with their readers, from which
-the pins are told. Run by its path, and ``guard`` with it: it imports nothing of this package, since
-the model brings its own.
+It imports MLflow at once, and loads the model when standard input names the engines. The answer
+holds the error, if there was one, and the opened files with their readers, from which the pins are
+told. Run by its path, and ``guard`` with it: it imports nothing of this package, since the model
+brings its own.
 """
 
 from __future__ import annotations
@@ -12,24 +13,31 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import queue
 import sys
 import threading
 from types import FrameType
 from typing import Any
 
 
-def end_with_parent() -> None:
-    """End this process with the one that started it: its end of standard input then closes."""
+def listen() -> queue.SimpleQueue[str]:
+    """What the process that started this one says, which ends this one with itself.
+
+    Its end of standard input then closes.
+    """
     # Standard input of all others is empty: a question of some library gets an end of file.
     lifeline, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def wait() -> None:
-        os.read(lifeline, 1)
+    def read() -> None:
+        while line := os.read(lifeline, 4096):  # shorter than what a pipe takes in one piece
+            said.put(line.decode())
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=read, daemon=True).start()
+    return said
 
 
 class Witness:
@@ -96,8 +104,15 @@ class Witness:
 _OPENS = {"open": 0, "import": 1, "ctypes.dlopen": 0}
 
 
-def main(model: str, engines: str, answer: str, hidden: str) -> None:
-    """Load the model with each of the engines, and write the outcome to ``answer`` as JSON."""
+def main(said: queue.SimpleQueue[str], model: str, answer: str, hidden: str) -> None:
+    """Load the model with each of the engines, and write the outcome to ``answer`` as JSON.
+
+    Args:
+        said: Gives the engines once the model is complete.
+        model: Its folder.
+        answer: File to write.
+        hidden: Modules that cannot be imported while MLflow is.
+    """
     scratch, guards, witness = (
         os.path.dirname(answer),
         _guards(),
@@ -121,7 +136,8 @@ def main(model: str, engines: str, answer: str, hidden: str) -> None:
 
         for name in hidden.split():
             del sys.modules[name]
-        for engine in engines.split():
+        # Nothing else beforehand: what a load imports tells the pins of its engine.
+        for engine in said.get().split():
             # Another dtype that is stored as an option is the module's, or OpenVINO's.
             dtype = {"dtype": ""} if engine == "onnx" else {}
             mlflow.pyfunc.load_model(model, model_config={"engine": engine, **dtype})
@@ -157,5 +173,8 @@ def _guards() -> Any:
 
 
 if __name__ == "__main__":
-    end_with_parent()
-    main(*sys.argv[1:])
+    main(listen(), *sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # To take down torch and transformers, object by object, takes longer than to load the model.
+    os._exit(0)

@@ -18,12 +18,13 @@ from mlflow_safeflavor import mlflow_compat
 from mlflow_safeflavor.arguments import checked, require_arguments
 from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.spec import AS_IS
+from mlflow_safeflavor.artifact.spec import AS_IS, ModelSpec
 from mlflow_safeflavor.artifact.staging import staging
 from mlflow_safeflavor.checkpoints.damage import require_undamaged
-from mlflow_safeflavor.environment.used import Use, find_used
+from mlflow_safeflavor.environment.used import find_used
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.graph.engine import runtime_of
+from mlflow_safeflavor.machine import give_back
 from mlflow_safeflavor.module import user_code
 from mlflow_safeflavor.module.dtypes import announced_cast, dtypes_of, input_dtype, serving_dtype
 from mlflow_safeflavor.module.engine import ModuleEngine
@@ -40,8 +41,8 @@ from mlflow_safeflavor.save.example import split_example, write_example
 from mlflow_safeflavor.save.given import source_of
 from mlflow_safeflavor.save.graph import store_graph
 from mlflow_safeflavor.save.logged import log
-from mlflow_safeflavor.save.pinning import Pinning, needs_of
-from mlflow_safeflavor.save.rehearsal import rehearse as rehearse_load
+from mlflow_safeflavor.save.pinning import Pinning, needs_of, optional_modules
+from mlflow_safeflavor.save.rehearsal import Rehearsal
 from mlflow_safeflavor.save.signature import defaults_of, signature_of
 from mlflow_safeflavor.save.write import seal, write_module, write_task
 from mlflow_safeflavor.tasks.base import Task
@@ -159,7 +160,11 @@ def save_model(
     serving = serving_dtype(dtype, found)
     cast_from = announced_cast(dtype, source.stored or found, serving)
     # Forwards may write to the module's buffers: that is put back, after a refusal as well.
-    with kept_module(source.module), staging(path) as stage:
+    with (
+        kept_module(source.module),
+        staging(path) as stage,
+        Rehearsal(stage, allow_pickle=allow_pickle) as rehearsal,
+    ):
         layout = Layout(stage)
         spec = write_task(source, serving, cast_from, input_columns, options, defaults, layout)
         bound = make_task(spec, layout, source.hooks, spec.model_config)
@@ -167,13 +172,19 @@ def save_model(
         rows = [*examples, *bound.golden_rows()]
         subject = _described(subject, graph, init_args, allow_pickle, bound, rows)
         require_undamaged(subject, on_damage)  # before gigabytes are written
+        subject = replace(subject, skeleton=None)  # as large as the module, and compared by now
         spec, inventory, casts = write_module(subject, source.hooks, spec, allow_pickle, layout)
         write_code(code_paths, layout)
+        if rehearse:  # its imports take seconds, of another core while the graph is proven
+            hoped = needs_of(source, _graph_engines(spec, graph), code_paths)
+            rehearsal.start(optional_modules(hoped))
         with answering(subject, inventory, casts, bound, spec, layout) as served:
             bound.config = _measured(bound, served.engine, input_example, asked)
             models = _by_engine(served, inventory, rows, graph)
             answers, spec = write_parity(models, rows, spec, layout)
         engines = [model.engine.name for model in models]
+        del models, served  # sessions with packed weights, before the rehearsal has its own
+        give_back()
         pinning = Pinning(
             layout,
             needs_of(source, engines, code_paths),
@@ -188,7 +199,7 @@ def save_model(
         write_example(mlmodel, input_example, asked, bound, layout)
         signature = signature_of(bound, input_example, answers[: len(examples)], signature)
         seal(mlmodel, spec, signature, metadata, layout)
-        used = _rehearsed(stage, engines, pinning.optional, allow_pickle) if rehearse else None
+        used = find_used(*rehearsal.load(engines)) if rehearse else None
         if pinning.finish(used):  # files have changed that the manifest lists
             seal(mlmodel, spec, signature, metadata, layout)
 
@@ -311,11 +322,11 @@ def _by_engine(
     return [*map(served.answered_by, graphs), *([] if graph == "only" else [served])]
 
 
-def _rehearsed(
-    staged: Path, engines: Sequence[str], hidden: Sequence[str], allow_pickle: bool
-) -> dict[str, Use]:
-    """The distributions that a load in a clean process used."""
-    return find_used(*rehearse_load(staged, engines, hidden=hidden, allow_pickle=allow_pickle))
+def _graph_engines(spec: ModelSpec, graph: str) -> list[str]:
+    """Engines that will run the graph of a model, if it can be proven."""
+    if graph == "no" or spec.dtype != "float32":
+        return []
+    return ["onnx", *(["openvino"] if spec.model_config["engine"] == "openvino" else [])]
 
 
 def _forward(

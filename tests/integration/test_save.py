@@ -65,7 +65,7 @@ def stored_dtypes(path):
 
 
 @pytest.mark.parametrize(
-    "step", ["write_module", "write_code", "write_parity", "seal", "rehearse_load"]
+    "step", ["write_module", "write_code", "write_parity", "seal", "find_used"]
 )
 def test_a_save_that_fails_leaves_nothing_at_the_path_nor_beside_it(
     save_tiny, tmp_path, monkeypatch, step
