@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import time
+from pathlib import Path
 
 import pytest
 from artifacts import edit_json
@@ -11,7 +14,7 @@ import mlflow_safeflavor
 from mlflow_safeflavor.artifact.manifest import write_manifest
 from mlflow_safeflavor.errors import ParityError, RehearsalError
 from mlflow_safeflavor.predict import golden
-from mlflow_safeflavor.save import rehearsal, write
+from mlflow_safeflavor.save import rehearsal, save, write
 
 pytest_plugins = "saved_models"
 pytestmark = pytest.mark.slow
@@ -103,20 +106,26 @@ PROBE = """flavors:
 """
 
 
+def write_probe(root, code):
+    (root / "code").mkdir(parents=True)
+    (root / "MLmodel").write_text(PROBE.format(python=platform.python_version()))
+    indented = "".join(f"    {line}\n" for line in code.splitlines())
+    model = "type('Model', (), {'predict': print})()"
+    (root / "code" / "probe.py").write_text(
+        f"def _load_pyfunc(path):\n{indented}    return {model}\n"
+    )
+
+
 @pytest.fixture
 def rehearsed(tmp_path):
     """Rehearse an artifact whose loader runs the given code."""
 
     def run(code):
         root = tmp_path / "probe"
-        (root / "code").mkdir(parents=True)
-        (root / "MLmodel").write_text(PROBE.format(python=platform.python_version()))
-        indented = "".join(f"    {line}\n" for line in code.splitlines())
-        model = "type('Model', (), {'predict': print})()"
-        (root / "code" / "probe.py").write_text(
-            f"def _load_pyfunc(path):\n{indented}    return {model}\n"
-        )
-        rehearsal.rehearse(root)
+        with rehearsal.Rehearsal(root) as clean:
+            clean.start()
+            write_probe(root, code)
+            clean.load()
 
     return run
 
@@ -246,3 +255,79 @@ def test_a_process_that_hangs_is_no_success(rehearsed, monkeypatch):
 def test_leaving_early_is_no_success(rehearsed, code):
     with pytest.raises(RehearsalError):
         rehearsed(code)
+
+
+# The process is started before there is anything to load, and may never be told to.
+
+
+def test_mlflow_is_imported_while_the_model_is_still_written(tmp_path):
+    with rehearsal.Rehearsal(tmp_path / "probe") as clean:
+        clean.start(["pyspark"])
+        library = f"{os.sep}mlflow{os.sep}pyfunc{os.sep}"
+        maps = Path(f"/proc/{clean._process.pid}/status")
+        deadline, idle = time.monotonic() + 60, ""
+        # asleep, with all that MLflow brings in memory
+        while time.monotonic() < deadline and not ("S (sleeping)" in idle and _has_mlflow(idle)):
+            time.sleep(0.1)
+            idle = maps.read_text()
+        assert _has_mlflow(idle), "waits with nothing imported"
+        write_probe(tmp_path / "probe", "import os")
+        opened, _ = clean.load(["auto", "module"])
+    assert any(library in file for file in opened["auto"]), "its files belong to the first load"
+    assert not any(library in file for file in opened["module"])
+
+
+def _has_mlflow(status):
+    """Whether a process has grown beyond a bare interpreter, which has some 10 MB."""
+    resident = next((line for line in status.splitlines() if line.startswith("VmRSS")), "VmRSS: 0")
+    return int(resident.split()[1]) > 60_000
+
+
+@pytest.mark.parametrize("graph", ["no", "auto"])
+def test_a_save_that_fails_takes_the_process_along(
+    tmp_path, tiny_bert, tiny_tokenizer, monkeypatch, graph
+):
+    started = []
+    start = rehearsal.Rehearsal.start
+
+    def noted(self, *args):
+        start(self, *args)
+        started.append(self)
+
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(rehearsal.Rehearsal, "start", noted)
+    monkeypatch.setattr(save, "write_parity", fail)
+    with pytest.raises(OSError, match="No space left"):
+        mlflow_safeflavor.save_model(
+            tiny_bert(), tmp_path / "store" / "model", tokenizer=tiny_tokenizer, graph=graph
+        )
+    (clean,) = started
+    assert clean._process.returncode is not None
+    assert not clean._answer.parent.exists()
+    require_nothing_published(tmp_path)
+
+
+def test_a_process_that_was_never_told_to_load_ends_with_its_parent(tmp_path, clean_process):
+    printed = clean_process(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from mlflow_safeflavor.save.rehearsal import Rehearsal\n"
+        "clean = Rehearsal(Path(sys.argv[1]))\n"
+        "clean.start()\n"
+        "print('PID', clean._process.pid, flush=True)\n"
+        "os._exit(0)",
+        str(tmp_path / "probe"),
+    ).stdout
+    process, deadline = Path("/proc", printed.split("PID ")[1].strip()), time.monotonic() + 60
+    while _runs(process) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _runs(process)
+
+
+def _runs(process):
+    try:
+        return "Z (zombie)" not in (process / "status").read_text()
+    except OSError:
+        return False
