@@ -14,61 +14,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _common import machine, minilm_classifier, save_ours, save_peer
+from _server import Server
 
 PATIENCE = 60.0
 """Seconds after which a client gives up."""
 _WORDS = "the quick brown fox jumps over three lazy dogs and sleeps "
 
 
-@contextlib.contextmanager
-def served(model: Path, variables: Mapping[str, str]) -> Iterator[int]:
-    """The port of a server of one worker."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
-    command += ["-m", str(model), "--port", str(port), "--workers", "1"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **variables, "PATH": path},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
-            for _ in range(600):
-                with contextlib.suppress(OSError):
-                    if asyncio.run(_ask(port, "GET", "/ping", b""))[0] == 200:
-                        break
-                time.sleep(0.2)
-            yield port
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-async def _ask(port: int, method: str, path: str, body: bytes) -> tuple[int, float]:
+async def _ask(port: int, body: bytes) -> tuple[int, float]:
     """Status of an answer, 0 for none, and the seconds it took."""
-    head = f"{method} {path} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n"
+    head = "POST /invocations HTTP/1.1\r\nHost: here\r\nConnection: close\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
 
     async def exchange() -> bytes:
@@ -95,7 +62,7 @@ async def capacity(port: int, body: bytes, seconds: float) -> float:
     async def caller() -> None:
         nonlocal done
         while time.perf_counter() < end:
-            status, _ = await _ask(port, "POST", "/invocations", body)
+            status, _ = await _ask(port, body)
             if status != 200:
                 raise SystemExit(f"the server answered {status} while it had time")
             done += 1
@@ -109,11 +76,11 @@ async def burst(port: int, body: bytes, rate: float, seconds: float) -> dict[str
     start, sent = time.perf_counter(), []
     for i in range(int(rate * seconds)):
         await asyncio.sleep(start + i / rate - time.perf_counter())
-        sent.append(asyncio.create_task(_ask(port, "POST", "/invocations", body)))
+        sent.append(asyncio.create_task(_ask(port, body)))
     took = time.perf_counter() - start
     answers = await asyncio.gather(*sent)
     whole = time.perf_counter() - start
-    status, after = await _ask(port, "POST", "/invocations", body)
+    status, after = await _ask(port, body)
     good = sorted(seconds for status, seconds in answers if status == 200)
     refused = [seconds for status, seconds in answers if status == 503]
     return {
@@ -150,7 +117,8 @@ def main() -> None:
             peer = save_peer(model, "text-classification", Path(folder, "peer"))
             cases["mlflow.transformers"] = (peer, {})
         for name, (path, variables) in cases.items():
-            with served(path, variables) as port:
+            with Server(path, environ=variables) as server:
+                port = server.port
                 able = asyncio.run(capacity(port, body, 5))
                 found[name] = {
                     "capacity": able,
