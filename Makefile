@@ -22,7 +22,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZ
 # Rooms that are imported without torch, as their unit tests are.
 LIGHT := $(addprefix tests/unit/,artifact environment graph predict server tasks)
 
-.PHONY: help venv test unit coverage light test-here test-docker matrix sweep graphs check bench demo codebuggy stack stack-down clean
+.PHONY: help venv test unit coverage light test-here test-docker matrix sweep graphs check bench soak demo codebuggy stack stack-down clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -83,6 +83,9 @@ bench: $(STAMP)  ## time loading, predictions and threads, side by side with MLf
 	@$(OFFLINE) $(BIN)/python benchmarks/load.py
 	@$(OFFLINE) $(BIN)/python benchmarks/predict.py
 	@$(OFFLINE) $(BIN)/python benchmarks/threads.py
+
+soak: $(STAMP)  ## serve MiniLM under load, kills and bad requests: MINUTES=30; ARGS='--workers 4 --plot soak.svg'
+	@$(OFFLINE) $(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),30) $(ARGS)
 
 clean:  ## remove all that make made
 	rm -rf $(VENV) .demo .nox .stack build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -395,13 +395,13 @@ FAULTS = (*_REFUSED, *_SENT)
 def answer_commands(
     connection: Connection, port: int, questions: Sequence[Question], max_body: int, seed: int
 ) -> None:
-    """Do what is sent, until None is: a method of ``Callers`` and its arguments; in a process.
+    """Do what is sent, until this process is ended: a method of ``Callers`` and its arguments.
 
     What ``at_once`` has sent is told by None before its answer.
     """
     callers = Callers(port, questions, max_body, seed)
-    while command := connection.recv():
-        name, *arguments = command
+    while True:
+        name, *arguments = connection.recv()
         if name == "at_once":
             arguments.append(lambda: connection.send(None))
         connection.send(asyncio.run(getattr(callers, name)(*arguments)))

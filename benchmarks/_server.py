@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,8 +97,14 @@ class Server:
                 if self.get("/ping", self.port)[0] == 200:
                     return
             time.sleep(0.2)
-        said = self.log.read_text(errors="replace")[-3000:] if self.log else ""
-        raise SystemExit(f"the server did not start\n{said}")
+        raise SystemExit(f"no server: {self.process.poll()}\n{self.said()}")
+
+    def said(self) -> str:
+        """The end of its log, without lines of requests."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log else []
+        return "\n".join(
+            [line for line in lines if "queue_ms" not in line and "POST" not in line][-40:]
+        )
 
     @staticmethod
     def get(path: str, port: int) -> tuple[int, str]:
@@ -119,9 +125,9 @@ class Server:
     def workers(self) -> list[int]:
         """Processes that answer, the oldest first."""
         found = [
-            (int(stat_of(child)[19]), child)
+            (int(fields[19]), child)
             for child in _children(self.server)
-            if b"spawn_main" in _read(f"/proc/{child}/cmdline")
+            if b"spawn_main" in _read(f"/proc/{child}/cmdline") and (fields := stat_of(child))
         ]
         return [child for _, child in sorted(found)]
 
@@ -138,13 +144,16 @@ class Server:
         return self.started & {*self.workers()}
 
     def kill(self, worker: int) -> set[int]:
-        """Kill a worker; returns its clients' ports."""
-        # Stopped first: else it could take a connection, or end a request, after they are told.
+        """Kill a worker, and wait until it has ended; returns its clients' ports."""
+        # Stopped first, all of its threads: else it could take a connection after they are told.
         os.kill(worker, signal.SIGSTOP)
-        try:
-            return {*self.clients(worker)}
-        finally:
-            os.kill(worker, signal.SIGKILL)
+        tasks = Path(f"/proc/{worker}/task")
+        _wait_for(lambda: all(_state(task / "stat") in "TZ" for task in tasks.iterdir()))
+        clients = {*self.clients(worker)}
+        os.kill(worker, signal.SIGKILL)
+        # Its connections are open until its memory is given back.
+        _wait_for(lambda: _state(Path(f"/proc/{worker}/stat")) in "Z")
+        return clients
 
     def clients(self, worker: int) -> dict[int, int]:
         """Port of each client that a worker has accepted → bytes that it has not read yet."""
@@ -170,7 +179,10 @@ class Server:
         status, until = None, time.monotonic() + seconds
         while time.monotonic() < until:
             if self.process.poll() is not None and status is None:
-                done, how = os.waitpid(server, os.WNOHANG)
+                try:
+                    done, how = os.waitpid(server, os.WNOHANG)
+                except ChildProcessError:  # its command has waited for it
+                    done, how = server, 0
                 status = os.waitstatus_to_exitcode(how) if done else None
             if status is not None and not self.group():
                 break
@@ -195,7 +207,24 @@ def memory_of(process: int) -> dict[str, int]:
 
 def stat_of(process: int) -> list[str]:
     """Fields of ``/proc/PID/stat`` behind the name: state, parent, group, …; none once it ended."""
-    return _read(f"/proc/{process}/stat").decode(errors="replace").rpartition(")")[2].split()
+    return _fields(Path(f"/proc/{process}/stat"))
+
+
+def _fields(stat: Path) -> list[str]:
+    return _read(str(stat)).decode(errors="replace").rpartition(")")[2].split()
+
+
+def _state(stat: Path) -> str:
+    """A letter, such as T for stopped and Z for ended; "" where it is not even that any more."""
+    return "".join(_fields(stat)[:1])
+
+
+def _wait_for(done: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not done():
+        if time.monotonic() > until:
+            raise SystemExit("a worker could not be killed")
+        time.sleep(0.001)
 
 
 def _children(parent: int) -> list[int]:

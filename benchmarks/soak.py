@@ -21,9 +21,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -141,9 +140,11 @@ def calling(port: int, questions: Sequence[Question], seed: int) -> Iterator[Con
     )
     process.start()
     there.close()  # so that its end is seen here
-    yield here
-    here.send(None)
-    process.join()
+    try:
+        yield here
+    finally:
+        process.terminate()
+        process.join()
 
 
 def run(
@@ -183,8 +184,8 @@ def wait_until_ready(server: Server, workers: int) -> None:
     """Wait until all workers have loaded the model."""
     until = time.monotonic() + 180
     while len(server.ready()) < workers:
-        if time.monotonic() > until:
-            raise SystemExit(f"{workers} workers did not start: {server.workers()}")
+        if (status := server.process.poll()) is not None or time.monotonic() > until:
+            raise SystemExit(f"not all workers started ({status}):\n{server.said()}")
         time.sleep(0.2)
 
 
@@ -230,13 +231,15 @@ class Watch:
         if gone := ({*self._known} & self._server.started) - {*workers} - self._killed:
             self._seen.problems.append(f"workers ended by themselves: {sorted(gone)}")
         self._known = workers
-        victims = [worker for worker in workers if worker not in {self._oldest, *self._killed}]
+        # Of those that answer: no request is with one that still loads.
+        victims = sorted(self._server.ready() - {self._oldest, *self._killed})
         if self._kills and now >= self._kills[0] and victims:
-            self._kills.pop(0)
             victim = self._draw.choice(victims)
-            ports = self._server.kill(victim)
-            self._killed.add(victim)
-            self._seen.kills.append(Kill(now, time.monotonic(), ports))
+            with suppress(OSError):  # it has just ended by itself, which is found at the next look
+                ports = self._server.kill(victim)
+                self._kills.pop(0)
+                self._killed.add(victim)
+                self._seen.kills.append(Kill(now, time.monotonic(), ports))
 
     def _read_memory(self, now: float) -> None:
         whole = len(self._server.ready()) == self._count
@@ -269,12 +272,12 @@ def scrape(port: int) -> dict[str, float]:
     status, text = Server.get("/metrics", port)
     if status != 200:
         raise LookupError(f"status {status}: {text[:500]}")
-    found: Counter[str] = Counter()
+    found: dict[str, float] = {}
     for line in text.splitlines():
         if not line.startswith("#"):
-            name, _, value = line.rpartition(" ")
-            found[name.partition("{")[0]] += float(value)  # type: ignore[assignment]
-    return dict(found)
+            name, value = line.partition("{")[0].split()[0], line.rpartition(" ")[2]
+            found[name] = found.get(name, 0.0) + float(value)
+    return found
 
 
 def end_while_asked(
