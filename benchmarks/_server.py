@@ -147,12 +147,11 @@ class Server:
         """Kill a worker, and wait until it has ended; returns its clients' ports."""
         # Stopped first, all of its threads: else it could take a connection after they are told.
         os.kill(worker, signal.SIGSTOP)
-        tasks = Path(f"/proc/{worker}/task")
-        _wait_for(lambda: all(_state(task / "stat") in "TZ" for task in tasks.iterdir()))
+        _wait_for(lambda: _states(worker) <= {"T", "Z"})
         clients = {*self.clients(worker)}
         os.kill(worker, signal.SIGKILL)
-        # Its connections are open until its memory is given back.
-        _wait_for(lambda: _state(Path(f"/proc/{worker}/stat")) in "Z")
+        # Until the last thread has ended its connections are open, and callers may use them.
+        _wait_for(lambda: _states(worker) <= {"Z"})
         return clients
 
     def clients(self, worker: int) -> dict[int, int]:
@@ -214,9 +213,13 @@ def _fields(stat: Path) -> list[str]:
     return _read(str(stat)).decode(errors="replace").rpartition(")")[2].split()
 
 
-def _state(stat: Path) -> str:
-    """A letter, such as T for stopped and Z for ended; "" where it is not even that any more."""
-    return "".join(_fields(stat)[:1])
+def _states(process: int) -> set[str]:
+    """Letters of its threads, such as T for stopped; a first thread that has ended is Z."""
+    found = set[str]()
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            found |= {*_fields(thread / "stat")[:1]}
+    return found
 
 
 def _wait_for(done: Callable[[], bool]) -> None:

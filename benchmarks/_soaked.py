@@ -76,9 +76,8 @@ def settle(seen: Seen) -> Counter[tuple[str, str]]:
         outcome = one.outcome if one.outcome != "silent" else _why_silent(one, seen)
         found[one.kind, outcome] += 1
         if outcome in ("wrong", "lost"):
-            seen.problems.append(
-                f"{outcome}, {one.kind}, at {one.due - seen.start:.1f} s: {one.why}"
-            )
+            began, ended = (moment - seen.start for moment in (one.began, one.ended))
+            seen.problems.append(f"{outcome}, {one.kind}, {began:.2f}–{ended:.2f} s: {one.why}")
     return found
 
 
