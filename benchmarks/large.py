@@ -5,8 +5,8 @@
 A Qwen2 of random weights in bfloat16 goes through an MLflow tracking server to SeaweedFS (S3) and
 comes back, in a process for each part. Peak memory is resident (VmHWM), mapped files included, and
 is told in multiples of "the model and its largest file"; what of it is private is sampled. Memory
-and disk need three times the model. Everything is removed afterwards. What was seen is in
-docs/benchmarks.md.
+needs twice the model, and the disk three times. Everything is removed afterwards. What was seen is
+in docs/benchmarks.md.
 """
 
 from __future__ import annotations
