@@ -56,7 +56,7 @@ def test_the_weights_are_held_once_more_and_no_more(tiny_tokenizer, tmp_path, cl
     _, small, large = json.loads(printed.split("FOUND")[1])
     more = large["size"] - small["size"]
     assert more > 80  # MB
-    # Twice while the constructor is called again, for the doctor; less in the proof, whose session
-    # packs them. 3.5 times where one is kept for each number of threads, and the skeleton beside.
+    # Twice while the constructor is called again, for the doctor; in the proof the session packs
+    # most of them, once for each session that is kept.
     assert large["peak"] - small["peak"] < 2.4 * more, (small, large)
     assert large["left"] - small["left"] < 0.3 * more, (small, large)
