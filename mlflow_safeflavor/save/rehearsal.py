@@ -52,12 +52,10 @@ class Rehearsal:
 
     Args:
         staged: Folder of the artifact.
-        allow_pickle: Whether the process may unpickle.
     """
 
-    def __init__(self, staged: Path, *, allow_pickle: bool = False) -> None:
-        self._staged, self._allow_pickle = staged, allow_pickle
-        self._left = ExitStack()
+    def __init__(self, staged: Path) -> None:
+        self._staged, self._left = staged, ExitStack()
 
     def __enter__(self) -> Rehearsal:
         return self
@@ -70,11 +68,12 @@ class Rehearsal:
     ) -> None:
         self._left.close()
 
-    def start(self, hidden: Collection[str] = ()) -> None:
+    def start(self, hidden: Collection[str] = (), *, allow_pickle: bool = False) -> None:
         """Start the process, which imports MLflow while the artifact is still being written.
 
         Args:
             hidden: Modules that cannot be imported while MLflow is.
+            allow_pickle: Whether the process may unpickle.
         """
         folder = self._left.enter_context(scratch_folder("rehearsal"))
         self._answer = folder / "answer.json"
@@ -87,7 +86,7 @@ class Rehearsal:
         self._process = subprocess.Popen(
             [*command, str(self._answer), " ".join(hidden)],
             cwd=folder,
-            env=_environ(str(folder), self._allow_pickle),
+            env=_environ(str(folder), allow_pickle),
             stdin=reads,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

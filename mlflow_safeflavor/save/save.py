@@ -160,24 +160,19 @@ def save_model(
     serving = serving_dtype(dtype, found)
     cast_from = announced_cast(dtype, source.stored or found, serving)
     # Forwards may write to the module's buffers: that is put back, after a refusal as well.
-    with (
-        kept_module(source.module),
-        staging(path) as stage,
-        Rehearsal(stage, allow_pickle=allow_pickle) as rehearsal,
-    ):
+    with kept_module(source.module), staging(path) as stage, Rehearsal(stage) as rehearsal:
         layout = Layout(stage)
         spec = write_task(source, serving, cast_from, input_columns, options, defaults, layout)
         bound = make_task(spec, layout, source.hooks, spec.model_config)
         examples = [] if input_example is None else bound.rows(input_example)
         rows = [*examples, *bound.golden_rows()]
         subject = _described(subject, graph, init_args, allow_pickle, bound, rows)
-        require_undamaged(subject, on_damage)  # before gigabytes are written
-        subject = replace(subject, skeleton=None)  # as large as the module, and compared by now
+        subject = _undamaged(subject, on_damage)  # before gigabytes are written
         spec, inventory, casts = write_module(subject, source.hooks, spec, allow_pickle, layout)
         write_code(code_paths, layout)
         if rehearse:  # its imports take seconds, of another core while the graph is proven
-            hoped = needs_of(source, _graph_engines(spec, graph), code_paths)
-            rehearsal.start(optional_modules(hoped))
+            needs = needs_of(source, _graph_engines(spec, graph), code_paths)
+            rehearsal.start(optional_modules(needs), allow_pickle=allow_pickle)
         with answering(subject, inventory, casts, bound, spec, layout) as served:
             bound.config = _measured(bound, served.engine, input_example, asked)
             models = _by_engine(served, inventory, rows, graph)
@@ -298,6 +293,12 @@ def _described(
         return replace(subject, structure={"kind": "graph", "class": name})
     forward = _forward(task, rows, subject)
     return describe(subject, init_args=init_args, allow_pickle=allow_pickle, forward=forward)
+
+
+def _undamaged(subject: Subject, on_damage: str) -> Subject:
+    """The subject without its skeleton, which is as large as the module, and was compared."""
+    require_undamaged(subject, on_damage)
+    return replace(subject, skeleton=None)
 
 
 def _measured(

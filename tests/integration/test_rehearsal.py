@@ -290,8 +290,8 @@ def test_a_save_that_fails_takes_the_process_along(
     started = []
     start = rehearsal.Rehearsal.start
 
-    def noted(self, *args):
-        start(self, *args)
+    def noted(self, *args, **given):
+        start(self, *args, **given)
         started.append(self)
 
     def fail(*args):
