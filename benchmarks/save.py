@@ -167,7 +167,9 @@ def bert(megabytes: int) -> Any:
 
 def show_growth(sizes: list[int], folder: Path, rounds: int) -> None:
     """Print how the parts that grow do so with the weights."""
-    print("\n| layers, and all weights | trace and translate, CPU s | prove | the rest | sum |")
+    print(
+        "\n| weights of the layers, and all | trace and translate, CPU s | prove | the rest | sum |"
+    )
     print("|---|---|---|---|---|")
     save_by_step(bert(1), folder, rehearse=False)  # the imports
     for size in sizes:
