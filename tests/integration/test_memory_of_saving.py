@@ -57,6 +57,6 @@ def test_the_weights_are_held_once_more_and_no_more(tiny_tokenizer, tmp_path, cl
     more = large["size"] - small["size"]
     assert more > 80  # MB
     # Twice while the constructor is called again, for the doctor; in the proof the session packs
-    # most of them, once for each session that is kept.
-    assert large["peak"] - small["peak"] < 2.4 * more, (small, large)
+    # most of them, once for each session that is kept: 2.5, and 3 left, where two were.
+    assert large["peak"] - small["peak"] < 2.2 * more, (small, large)
     assert large["left"] - small["left"] < 0.3 * more, (small, large)
