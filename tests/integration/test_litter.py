@@ -268,12 +268,16 @@ def test_the_clean_process_ends_with_the_one_that_saves(tmp_path, number):
     (tmp_path / "probe" / "code" / "probe.py").write_text(code)
     flavor = "flavors:\n  python_function:\n    loader_module: probe\n    code: code\n"
     (tmp_path / "probe" / "MLmodel").write_text(flavor)
-    rehearse = (
-        "import sys; from pathlib import Path; from mlflow_safeflavor.save.rehearsal import "
-        "rehearse"
-    )
+    rehearse = """if True:
+        import sys
+        from pathlib import Path
+        from mlflow_safeflavor.save.rehearsal import Rehearsal
+        with Rehearsal(Path(sys.argv[1])) as rehearsal:
+            rehearsal.start()
+            rehearsal.load()
+    """
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{rehearse}; rehearse(Path(sys.argv[1]))", str(tmp_path / "probe")],
+        [sys.executable, "-c", rehearse, str(tmp_path / "probe")],
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
     )
     try:
