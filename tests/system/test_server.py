@@ -44,13 +44,13 @@ def scraped(port):
 
 
 def until(condition, what, seconds=60.0):
-    """The first truth that ``condition`` gives; an OSError is none."""
+    """The first truth that ``condition`` gives; none while processes come and go."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
             if found := condition():
                 return found
-        except OSError:
+        except (OSError, KeyError, http.client.HTTPException, psutil.Error):
             pass
         time.sleep(0.1)
     pytest.fail(f"{what}: not within {seconds} s")
