@@ -124,7 +124,8 @@ class Gate:
         await answer.refuse(
             503,
             f"{there} requests are at the model already, and a new one would be answered in about "
-            f"{seconds:.0f} s (max_queue {self._max_queue}, max_wait {self._max_wait:g} s)",
+            f"{seconds:.0f} s (max_queue {self._max_queue}, max_wait {self._max_wait:g} s; bodies "
+            f"on their way together {_BODIES} times max_body)",
             max(1, math.ceil(seconds)),
         )
         return True

@@ -6,6 +6,8 @@ When it ends, the next one takes the port.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import threading
 import time
@@ -25,6 +27,8 @@ __all__ = ["METRICS", "Metrics", "count_in", "place_of"]
 METRICS = "MLFLOW_SAFEFLAVOR_METRICS"
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus-client when it is imported
 _AGAIN = 1.0  # seconds between two tries to get the port
+
+_logger = logging.getLogger("mlflow.safeflavor")
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _PIECES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -143,7 +147,11 @@ class Metrics:
                 try:
                     start_http_server(port, host, registry)
                     return
-                except OSError:  # another worker has it
+                except OSError as error:
+                    # Another worker has it. All else stays as it is, however often it is tried.
+                    if error.errno != errno.EADDRINUSE:
+                        _logger.error("safeflavor: no metrics at %s:%s: %s", host, port, error)
+                        return
                     time.sleep(_AGAIN)
 
         threading.Thread(target=take_over, name="safeflavor-metrics", daemon=True).start()

@@ -1,10 +1,11 @@
 """Where metrics are served; what they count is seen in ``tests/system/test_server.py``."""
 
 import os
+import time
 
 import pytest
 
-from mlflow_safeflavor.server.metrics import place_of
+from mlflow_safeflavor.server.metrics import Metrics, place_of
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,16 @@ def test_a_folder_that_somebody_else_may_write(tmp_path, monkeypatch, kind):
         folder.chmod(0o777)
     with pytest.raises(InputError, match="not this user's alone"):
         shared.shared_folder()
+
+
+def test_a_place_that_can_never_be_had_is_told(tmp_path, caplog):
+    """Of one that another worker has, nothing is said: it comes when that ends."""
+    pytest.importorskip("prometheus_client")
+    metrics = Metrics.__new__(Metrics)
+    metrics._folder = tmp_path
+    with caplog.at_level("ERROR"):
+        metrics.serve("192.0.2.1", 9090)  # an address of nobody's
+        until = time.monotonic() + 20
+        while not caplog.records and time.monotonic() < until:
+            time.sleep(0.01)
+    assert "no metrics at 192.0.2.1:9090" in caplog.text
