@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,7 +54,7 @@ def traced(
         for name, tensor in example.items()
     }
     try:
-        with torch.no_grad(), quiet(), _bounded_sizes():
+        with torch.no_grad(), quiet(), _bounded_sizes(), _free_lengths(module):
             program = torch.export.export(
                 Forward(module), (dict(example),), dynamic_shapes=(dims,), strict=False
             )
@@ -66,6 +68,30 @@ def traced(
     if changed.buffers_to_mutate or changed.user_inputs_to_mutate:
         raise Refusal("the forward changes its buffers or inputs")
     return program
+
+
+@contextmanager
+def _free_lengths(module: torch.nn.Module) -> Iterator[None]:
+    """Let ``len(tensor)`` in the code of a module and its parts be a size that stays free."""
+    homes = {cls.__module__ for part in module.modules() for cls in type(part).__mro__}
+    # Those of torch are written for free sizes; a ``len`` of somebody's own is left alone.
+    names = [
+        vars(sys.modules[home])
+        for home in homes - {"builtins"}
+        if not home.startswith("torch.") and "len" not in vars(sys.modules.get(home, builtins))
+    ]
+    for known in names:
+        known["len"] = _length
+    try:
+        yield
+    finally:
+        for known in names:
+            del known["len"]
+
+
+def _length(of: Any) -> Any:
+    # Python makes a number of whatever ``__len__`` returns, and so the tracer fixes the size.
+    return of.shape[0] if isinstance(of, torch.Tensor) and of.dim() else len(of)
 
 
 # Of one size, from those of the inputs; audio models with seven convolutions need some twenty.

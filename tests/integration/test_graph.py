@@ -545,6 +545,13 @@ class Windows(nn.Module):
         )
 
 
+class Measures(nn.Module):
+    """Asks how many rows there are as Python does."""
+
+    def forward(self, x):
+        return {"y": x.flatten().reshape(len(x), 1, -1), "parts": x.sum() / len([x, x])}
+
+
 class Twice(nn.Module):
     """Gives its input, a weight, and one tensor under two names."""
 
@@ -582,6 +589,21 @@ def test_forwards_without_a_graph(cls, reason):
 def test_parts_of_a_free_size(cut):
     graph, _ = record(Parts(cut), torch.randn(3, 4), torch.randn(5, 4))
     assert [known.shape[0] for known in graph.inputs] == ["rows"]
+
+
+def test_the_length_of_a_tensor_stays_free():
+    graph, facts = record(Measures(), torch.randn(3, 4), torch.randn(2, 4))
+    assert [known.shape for known in graph.inputs] == [("rows", "x_1")]
+    assert facts["onnx"].sizes["rows"] >= {1, 2, 7, 32}
+    assert "len" not in globals()
+
+
+def test_a_len_of_somebodys_own_is_left_alone(monkeypatch):
+    own = Measures.forward.__globals__
+    monkeypatch.setitem(own, "len", lambda of: 3)
+    with pytest.raises(recording.Refusal, match="the graph fails"):
+        record(Measures(), torch.randn(3, 4), torch.randn(3, 2))
+    assert own["len"]([]) == 3
 
 
 def test_angles_that_are_the_same_in_all_rows():

@@ -16,9 +16,7 @@ from PIL import Image
 from transformers import pipeline
 
 import mlflow_safeflavor
-from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import InputError, StructureError
-from mlflow_safeflavor.graph.file import reason_against
 from mlflow_safeflavor.tasks.table import infer_task
 
 SIDE = {"height": 64, "width": 64}
@@ -178,18 +176,12 @@ def test_the_task_of_a_class():
         assert infer_task(f"{name}ForObjectDetection", "pixel_values") == "object-detection"
 
 
-# The tracer finds one number of rows alone in their forward.
-NO_GRAPH = ("RTDetr",)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_through_mlflow_as_a_graph_or_with_the_reason_why_there_is_none(save, name):
-    path = save(name, graph="auto", params={"threshold": 0.3})
+def test_through_mlflow_as_a_graph(save, name):
+    path = save(name, graph="require", params={"threshold": 0.3})
     served = mlflow.pyfunc.load_model(str(path))
-    assert served._model_impl.model.engine.name == ("module" if name in NO_GRAPH else "onnx")
-    if name in NO_GRAPH:
-        assert "one size of pixel_values only" in str(reason_against(Layout(path)))
+    assert served._model_impl.model.engine.name == "onnx"
     module = load(path, model_config={"engine": "module"})
     wanted = [*module.predict(IMAGES)["objects"]]
     texts = [base64.b64encode(encoded(image)).decode() for image in IMAGES]
