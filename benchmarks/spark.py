@@ -5,7 +5,8 @@ model, and `mlflow_safeflavor.spark.score`, on the same rows and weights.
 
 Each measures in a Spark of its own on this machine: the first pass over the rows warms up, the
 second is timed. They take turns, round by round. Memory is the proportional set size of Spark's
-Python workers, in all, after the second pass. What was seen is in docs/benchmarks.md.
+Python workers, in all, after the second pass. The roof is what one core would do if products with
+the weights were all there is to a forward. What was seen is in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,7 +37,16 @@ os.environ.pop("OMP_NUM_THREADS", None)
 # This folder last: nothing may take this file for a library of its name.
 sys.path.append(sys.path.pop(0))
 
-from _common import machine, median_and_spread, minilm_classifier, ratio, save_ours, save_peer
+from _common import (
+    machine,
+    median_and_spread,
+    minilm_classifier,
+    ratio,
+    roofs,
+    save_ours,
+    save_peer,
+    tokenizer,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -59,9 +71,8 @@ def measure(who: str, folder: str, rows: int, cores: int) -> dict[str, float]:
         .config("spark.ui.showConsoleProgress", "false")
         .getOrCreate()
     )
-    # Lengths as of natural texts: most are short, few are long.
-    texts = [" ".join(WORDS[j % len(WORDS)] for j in range(3 + (i * i) % 61)) for i in range(rows)]
-    table = spark.createDataFrame(pd.DataFrame({"text": texts})).repartition(4 * cores).cache()
+    table = spark.createDataFrame(pd.DataFrame({"text": texts_of(rows)}))
+    table = table.repartition(4 * cores).cache()
     table.count()
     if who == WHO[2]:
         scored = score(table, folder)
@@ -75,6 +86,26 @@ def measure(who: str, folder: str, rows: int, cores: int) -> dict[str, float]:
     memory = sum(map(pss_of_worker, psutil.Process().children(recursive=True)))
     spark.stop()
     return {"seconds": seconds, "megabytes": memory / 1e6}
+
+
+def texts_of(rows: int) -> list[str]:
+    """Lengths as of natural texts: most are short, few are long."""
+    return [" ".join(WORDS[j % len(WORDS)] for j in range(3 + (i * i) % 61)) for i in range(rows)]
+
+
+def roof(rows: int) -> tuple[float, float]:
+    """GFLOP/s of one core, and rows a second if products with the weights were all.
+
+    In a process of its own: it ties itself to one core.
+    """
+    import torch
+
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    tokens = tokenizer()(texts_of(rows))["input_ids"]
+    layers = minilm_classifier().bert.encoder.modules()
+    weights = sum(layer.weight.numel() for layer in layers if isinstance(layer, torch.nn.Linear))
+    most = max(roofs().values())
+    return most, most * 1e9 * rows / (2 * weights * sum(map(len, tokens)))
 
 
 def pss_of_worker(process: Any) -> int:
@@ -130,6 +161,9 @@ def main() -> None:
                     one = in_a_process(who, folders[who], given.rows, count)
                     found.setdefault((who, count), []).append(one)
     show(found, given.rows)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        gigaflops, fastest = pool.submit(roof, given.rows).result()
+    console.print(f"roof of one core: {gigaflops:.0f} GFLOP/s, {fastest:.0f} rows/s")
 
 
 def show(found: dict[tuple[str, int], list[dict[str, Any]]], rows: int) -> None:
