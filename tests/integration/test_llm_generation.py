@@ -34,28 +34,31 @@ def save(path, task, *, generation=None, **options):
     return path
 
 
-@pytest.fixture(params=[CHAT, COMPLETIONS])
+@pytest.fixture(scope="module", params=[CHAT, COMPLETIONS])
 def task(request):
     return request.param
 
 
-@pytest.fixture
-def saved(tmp_path, task):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, task):
     # Beside the 52 tokens of a golden chat there is room for no more than 44.
-    return save(tmp_path / "model", task, params={"model": "tiny", "max_tokens": 12})
+    return save(
+        tmp_path_factory.mktemp("saved") / "model", task, params={"model": "tiny", "max_tokens": 12}
+    )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def both(saved):
     """The model natively, and through pyfunc."""
     return mlflow_safeflavor.load_model(saved), mlflow.pyfunc.load_model(str(saved))
 
 
-@pytest.fixture
-def plain(tmp_path, task):
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, task):
     """Texts of the same model under ``text-generation``."""
     columns = {"messages": "messages"} if task == CHAT else {"text": "text"}
-    path = save(tmp_path / "plain", "text-generation", input_columns=columns, params={})
+    path = tmp_path_factory.mktemp("plain") / "model"
+    save(path, "text-generation", input_columns=columns, params={})
     loaded = mlflow_safeflavor.load_model(path)
 
     def texts(asked=None, **params):
