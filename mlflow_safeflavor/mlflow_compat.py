@@ -30,7 +30,7 @@ __all__ = [
     "inferred_signature",
     "log_arguments",
     "log_metrics",
-    "log_place",
+    "log_name",
     "read_mlmodel",
     "request_schema",
     "require_schema",
@@ -84,7 +84,8 @@ def rows_schema(arrays: Mapping[str, np.ndarray]) -> Schema | None:
     """Answers that are arrays with one entry for each row, of any number of dimensions."""
     columns: dict[str, Any] = {}
     for name, array in arrays.items():
-        columns[name] = DataType.from_numpy_type(array.dtype)  # type: ignore[no-untyped-call]  # MLflow's
+        # MLflow's own function has no types.
+        columns[name] = DataType.from_numpy_type(array.dtype)  # type: ignore[no-untyped-call]
         for _ in array.shape[1:]:
             columns[name] = Array(columns[name])
     return answer_of(columns)
@@ -193,7 +194,7 @@ def log_arguments(save: Callable[..., Any]) -> set[str]:
     return names - {"artifact_path", "flavor", "kwargs", "mlflow_model", "model", "path"}
 
 
-def log_place(name: str | None, artifact_path: str | None) -> dict[str, str | None]:
+def log_name(name: str | None, artifact_path: str | None) -> dict[str, str | None]:
     """Arguments of ``Model.log``: a model's own name since MLflow 3, before that a place in a run.
 
     Raises:

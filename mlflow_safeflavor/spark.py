@@ -312,7 +312,7 @@ def _answered(
 
 
 def _reason(error: SafeFlavorError) -> str:
-    """The error without its place, which is row 0 of a request that nobody made."""
+    """The error without its place: row 0 of a request of one row, made here."""
     facts = {"wanted": error.wanted, "found": error.found}
     return "; ".join(
         [error.what, *(f"{name}: {fact}" for name, fact in facts.items() if fact is not None)]

@@ -49,7 +49,8 @@ def _host() -> str:
 
 
 _NAME = re.compile(
-    r".+-(?P<host>[0-9a-f]{8})-[a-z0-9_]{8}\.(?P<kind>download|staging|rehearsal|lock|tokenizer|log)"
+    r".+-(?P<host>[0-9a-f]{8})-[a-z0-9_]{8}"
+    r"\.(?P<kind>download|staging|rehearsal|lock|tokenizer|log)"
 )
 
 

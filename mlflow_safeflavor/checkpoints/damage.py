@@ -160,7 +160,7 @@ def _find_broken_ties(module: torch.nn.Module) -> Iterator[str]:
 
 
 def _find_unwritten(slot: Slot, drawn: bool) -> Iterator[str]:
-    """Signs of memory that nobody wrote.
+    """Signs of unwritten memory: NaN, infinities, huge or tiny values, one constant.
 
     Args:
         slot: Its tensor is judged by value.

@@ -125,7 +125,8 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
     try:
         # Mapped: a tensor takes memory when it is read, and a dropped one never.
         with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
+            names = opened.keys()  # of no dict: it cannot be iterated
+            return {key: opened.get_tensor(key) for key in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise IntegrityError(
             "A safetensors file cannot be read", where=file, found=error, hint=_HINT

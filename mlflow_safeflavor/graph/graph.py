@@ -1,4 +1,4 @@
-"""A checked forward: what it takes, what it gives, and what it does in between."""
+"""A checked forward: its inputs, its outputs, and the nodes between them."""
 
 from __future__ import annotations
 

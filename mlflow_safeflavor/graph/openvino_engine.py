@@ -48,7 +48,8 @@ def _imported() -> Any:
     with _importing:
         if "openvino" not in sys.modules:
             there = sys.modules.pop("openvino_telemetry", None)
-            sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # which rules an import out
+            # None rules an import out.
+            sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
             try:
                 importlib.import_module("openvino")
             finally:

@@ -20,9 +20,9 @@ __all__ = [
     "ENVIRONMENT_LABEL",
     "arrays_asking",
     "asks_environment",
-    "describe_process",
-    "describe_recorded",
     "labelled_row",
+    "process_facts",
+    "recorded_facts",
     "told_environment",
 ]
 
@@ -89,7 +89,7 @@ def told_environment(predictions: Any) -> dict[str, Any] | None:
 # The facts
 
 
-def describe_process(
+def process_facts(
     pins: Iterable[str], *, device: str, budget: Budget | None = None
 ) -> dict[str, Any]:
     """Facts about this process, as JSON.
@@ -113,7 +113,7 @@ def describe_process(
     }
 
 
-def describe_recorded(environment: Environment, loader_version: str) -> dict[str, Any]:
+def recorded_facts(environment: Environment, loader_version: str) -> dict[str, Any]:
     """Facts about the environment that the model was saved in, in the same shape."""
     return {"environment": environment.to_json(), "loader_version": loader_version}
 

@@ -52,7 +52,8 @@ def serve() -> None:
     os.chdir(os.path.dirname(MODEL))
     # In place of this process, so that it is the one that gets the signals of `docker stop`.
     # Through a shell, because MLflow 2.9.2 wrote its command for one: it has a variable in it.
-    os.execvpe("sh", ["sh", "-c", f"exec {command}"], environ)  # noqa: S606, S607  (nothing of anybody else's is in it)
+    # Nothing in it comes from a model or a request.
+    os.execvpe("sh", ["sh", "-c", f"exec {command}"], environ)  # noqa: S606, S607
 
 
 def _missing_gpu() -> str | None:

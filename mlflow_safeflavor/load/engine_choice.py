@@ -101,7 +101,7 @@ def needed_environment(
     dtype: str | torch.dtype | None,
     device_map: str | Mapping[str, Any] | None,
 ) -> Environment:
-    """The recorded environment; of it what the graph needs, where that will surely answer."""
+    """The recorded environment, cut to the graph's needs where the graph will surely answer."""
     # Where torch and transformers are not installed a graph is served all the same: their absence
     # is no difference then.
     asked = chosen["engine"]

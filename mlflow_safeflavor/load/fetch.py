@@ -45,7 +45,8 @@ def fetch(model_uri: str, folder: Path) -> Path:
     from mlflow.tracking.artifact_utils import _get_root_uri_and_artifact_path
 
     folder.mkdir(parents=True, exist_ok=True)
-    root, path = _get_root_uri_and_artifact_path(model_uri)  # type: ignore[no-untyped-call]  # MLflow's
+    # MLflow's own function has no types.
+    root, path = _get_root_uri_and_artifact_path(model_uri)  # type: ignore[no-untyped-call]
     repository = _resuming(get_artifact_repository(root))
     return Path(repository.download_artifacts(artifact_path=path, dst_path=str(folder)))
 

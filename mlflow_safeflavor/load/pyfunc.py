@@ -17,7 +17,7 @@ from mlflow_safeflavor.errors import AnswerError
 from mlflow_safeflavor.load.about_process import (
     ENVIRONMENT_LABEL,
     asks_environment,
-    describe_process,
+    process_facts,
 )
 from mlflow_safeflavor.load.load import load_folder
 from mlflow_safeflavor.load.once import in_spark_task, once
@@ -28,7 +28,7 @@ from mlflow_safeflavor.predict.options import (
     tells_environment,
 )
 from mlflow_safeflavor.server.attach import attach, prepare
-from mlflow_safeflavor.tasks.inputs.records import unfold_columns
+from mlflow_safeflavor.tasks.inputs.tables import unfold_columns
 
 if TYPE_CHECKING:
     from mlflow_safeflavor.predict.model import LoadedModel
@@ -120,6 +120,6 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
 
 
 def facts_of(model: LoadedModel, budget: threads.Budget | None = None) -> dict[str, Any]:
-    """Facts about the process that a loaded model runs in; see ``describe_process``."""
+    """Facts about the process that a loaded model runs in; see ``process_facts``."""
     pins = Environment.read(model.files).distributions
-    return describe_process(pins, device=model.report.device, budget=budget)
+    return process_facts(pins, device=model.report.device, budget=budget)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mlflow_safeflavor.predict.deadline import Deadline
-from mlflow_safeflavor.predict.progress import Watch
+from mlflow_safeflavor.predict.progress import Progress
 from mlflow_safeflavor.predict.request import current_request
 from mlflow_safeflavor.predict.scheduler import Scheduler
 from mlflow_safeflavor.predict.ticket import Ticket
@@ -28,7 +28,7 @@ def predict_rows(
     params: Mapping[str, Any] | None = None,
     *,
     timeout: float | None = None,
-    watch: Watch | None = None,
+    tell: Progress | None = None,
 ) -> tuple[list[dict[str, Any]], list[RowOutput]]:
     """Answers and raw outputs, one of each for each row, in order; see ``answer_rows``.
 
@@ -38,9 +38,9 @@ def predict_rows(
         rows: Rows by field.
         params: Per-request params.
         timeout: Seconds; None or 0 for as long as it takes.
-        watch: See ``answer_rows``.
+        tell: See ``answer_rows``.
     """
-    found = list(answer_rows(task, scheduler, rows, params, Deadline(timeout), watch))
+    found = list(answer_rows(task, scheduler, rows, params, Deadline(timeout), tell))
     return [answer for answer, _ in found], [output for _, output in found]
 
 
@@ -50,7 +50,7 @@ def answer_rows(
     rows: Sequence[Row],
     params: Mapping[str, Any] | None,
     deadline: Deadline,
-    watch: Watch | None = None,
+    tell: Progress | None = None,
 ) -> Iterator[tuple[dict[str, Any], RowOutput]]:
     """Answer and raw output of each row, in order. Safe from many threads.
 
@@ -63,7 +63,7 @@ def answer_rows(
         rows: Rows by field, as ``task.rows`` makes them; at least one.
         params: Per-request params; missing ones take their defaults.
         deadline: Of the request.
-        watch: Called now and then with the number of rows that are answered, and of all.
+        tell: Called now and then with the number of rows that are answered, and of all.
 
     Raises:
         InputError: A row or param cannot be answered, or asks for more than a cap allows; names it.
@@ -90,7 +90,7 @@ def answer_rows(
             outputs = _joined(
                 task,
                 features,
-                scheduler.run(ticket, deadline, _of_all(watch, done, features, rows)),
+                scheduler.run(ticket, deadline, _of_all(tell, done, features, rows)),
             )
             asked = rows[done : done + len(features)]
             answers = task.decode(asked, features, outputs, checked, first=done)
@@ -137,9 +137,9 @@ def _joined(
 
 
 def _of_all(
-    watch: Watch | None, before: int, part: Sequence[Features], rows: Sequence[Row]
-) -> Watch | None:
-    """A watch that is told pieces of one part and tells rows of the whole request."""
-    if watch is None:
+    tell: Progress | None, before: int, part: Sequence[Features], rows: Sequence[Row]
+) -> Progress | None:
+    """Told of pieces of one part, it tells of rows of the whole request."""
+    if tell is None:
         return None
-    return lambda done, pieces: watch(before + len(part) * done // (pieces or 1), len(rows))
+    return lambda done, pieces: tell(before + len(part) * done // (pieces or 1), len(rows))

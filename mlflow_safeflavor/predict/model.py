@@ -18,7 +18,7 @@ from mlflow_safeflavor.module.guarded import guarded
 from mlflow_safeflavor.predict.answers import answer_rows
 from mlflow_safeflavor.predict.deadline import Deadline
 from mlflow_safeflavor.predict.deltas import stream_row
-from mlflow_safeflavor.predict.progress import Watch, shown
+from mlflow_safeflavor.predict.progress import Progress, shown
 from mlflow_safeflavor.predict.report import LoadReport
 from mlflow_safeflavor.predict.scheduler import Scheduler
 from mlflow_safeflavor.predict.stream import parquet_chunks, stream
@@ -216,8 +216,8 @@ class LoadedModel:
             return self._stream(*parquet_chunks(data), params, timeout, progress)
         if isinstance(data, Iterator):
             return self._stream(data, None, params, timeout, progress)
-        with traced(self.spec.task, self.engine.name), shown(progress) as watch:
-            return self._predict(data, params, Deadline(timeout), watch)
+        with traced(self.spec.task, self.engine.name), shown(progress) as tell:
+            return self._predict(data, params, Deadline(timeout), tell)
 
     def predict_stream(
         self,
@@ -249,7 +249,7 @@ class LoadedModel:
         data: Any,
         params: Mapping[str, Any] | None,
         deadline: Deadline,
-        watch: Watch | None = None,
+        tell: Progress | None = None,
     ) -> Any:
         try:
             params = self.task.asked_in(data, params)
@@ -257,7 +257,7 @@ class LoadedModel:
             answers = [
                 answer
                 for answer, _ in answer_rows(
-                    self.task, self.scheduler, rows, params, deadline, watch
+                    self.task, self.scheduler, rows, params, deadline, tell
                 )
             ]
             return self.task.result(answers, data)
@@ -282,9 +282,9 @@ class LoadedModel:
         timeout: float | None,
         progress: bool | None,
     ) -> Iterator[Any]:
-        with shown(progress) as watch:
+        with shown(progress) as tell:
             yield from stream(
-                lambda chunk: self._predict_chunk(chunk, params, timeout), chunks, total, watch
+                lambda chunk: self._predict_chunk(chunk, params, timeout), chunks, total, tell
             )
 
     def _predict_chunk(

@@ -113,7 +113,7 @@ def asked_options(
 def run_time_options(
     asked: Mapping[str, Any], stored: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Every option's value: what was asked for over what was stored over the defaults.
+    """Every option's value: the asked one, else the stored one, else the default.
 
     Raises:
         InputError: A value is not of its option's kind, or ``model_config`` has an unknown key.

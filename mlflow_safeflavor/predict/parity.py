@@ -55,7 +55,7 @@ class ParityReport:
         atol: Absolute tolerance, in units of the outputs.
         rtol: Relative tolerance.
         environments: Side ("saved", "here", "server") → what it runs on, as
-            ``about_process.describe_process`` has it; None for a server that does not tell. Sides
+            ``about_process.process_facts`` has it; None for a server that does not tell. Sides
             that took no part are not there.
     """
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-__all__ = ["Watch", "bar_of", "shown"]
+__all__ = ["Progress", "bar_of", "shown"]
 
 # Told how much of how much is done; None where the total is not known.
-Watch = Callable[["int", "int | None"], None]
+Progress = Callable[["int", "int | None"], None]
 
 # Seconds before anything is shown.
 _PATIENCE = 2.0
 
 
 @contextmanager
-def shown(wanted: bool | None) -> Iterator[Watch | None]:
+def shown(wanted: bool | None) -> Iterator[Progress | None]:
     """A function to be told how much of how much is done; None where no bar is wanted.
 
     Args:
@@ -32,7 +32,7 @@ def shown(wanted: bool | None) -> Iterator[Watch | None]:
         return
     bar: tqdm[None] | None = None
 
-    def watch(done: int, total: int | None) -> None:
+    def tell(done: int, total: int | None) -> None:
         nonlocal bar
         if bar is None:  # the first call comes after half a second, which few predictions take
             bar = bar_of("predict", total, wanted)
@@ -40,7 +40,7 @@ def shown(wanted: bool | None) -> Iterator[Watch | None]:
         bar.update(done - bar.n)
 
     try:
-        yield watch
+        yield tell
     finally:
         if bar is not None:
             bar.close()

@@ -18,7 +18,7 @@ from mlflow_safeflavor.errors import OverloadedError
 from mlflow_safeflavor.predict.deadline import Deadline
 from mlflow_safeflavor.predict.forwards import run_here, serve
 from mlflow_safeflavor.predict.permits import Permits
-from mlflow_safeflavor.predict.progress import Watch
+from mlflow_safeflavor.predict.progress import Progress
 from mlflow_safeflavor.predict.state import Observer, State, stop
 from mlflow_safeflavor.predict.ticket import Ticket
 from mlflow_safeflavor.tasks.base import Task
@@ -159,27 +159,27 @@ class Scheduler:
         return ticket
 
     def run(
-        self, ticket: Ticket, deadline: Deadline, watch: Watch | None = None
+        self, ticket: Ticket, deadline: Deadline, tell: Progress | None = None
     ) -> list[RowOutput]:
         """Wait until a ticket is answered. A caller that gives up costs no further forward.
 
         Args:
             ticket: From ``submit``.
             deadline: Of its request.
-            watch: Told the number of pieces answered, and of all.
+            tell: Told the number of pieces answered, and of all.
 
         Raises:
             DeadlineError: It is too late.
         """
         try:
-            looks = watch is not None or deadline.is_watched
+            looks = tell is not None or deadline.is_watched
             while not ticket.wait(deadline.left(_WATCH if looks else None)):
                 if deadline.passed:
                     raise deadline.missed(
                         f"{len(ticket.outputs)} of {len(ticket.pieces)} pieces were answered"
                     )
-                if watch is not None:
-                    watch(len(ticket.outputs), len(ticket.pieces))
+                if tell is not None:
+                    tell(len(ticket.outputs), len(ticket.pieces))
         finally:
             ticket.abandoned = True
         return ticket.result()

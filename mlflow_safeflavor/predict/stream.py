@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.predict.progress import Watch
+from mlflow_safeflavor.predict.progress import Progress
 
 __all__ = ["parquet_chunks", "stream"]
 
@@ -23,7 +23,7 @@ _IN_FLIGHT = 2
 
 
 def stream(
-    predict: Callable[[Any], Any], chunks: Iterable[Any], total: int | None, watch: Watch | None
+    predict: Callable[[Any], Any], chunks: Iterable[Any], total: int | None, tell: Progress | None
 ) -> Iterator[Any]:
     """Answers of each chunk, in order, as soon as they are there.
 
@@ -31,7 +31,7 @@ def stream(
         predict: Answers one chunk; called from two threads.
         chunks: What ``predict`` takes; read no further ahead than it is answered.
         total: Rows of all chunks; None if unknown.
-        watch: Told the number of rows answered so far, and ``total``.
+        tell: Told the number of rows answered so far, and ``total``.
     """
     pool, waiting, done = (
         ThreadPoolExecutor(_IN_FLIGHT, "safeflavor-stream"),
@@ -45,8 +45,8 @@ def stream(
             while waiting and (chunk is None or len(waiting) == _IN_FLIGHT):
                 answers = waiting.popleft().result()
                 done += len(answers) if isinstance(answers, pd.DataFrame) else 1
-                if watch is not None:
-                    watch(done, total)
+                if tell is not None:
+                    tell(done, total)
                 yield answers
     finally:
         # A caller that stops iterating waits for the chunks that run, and for no others.

@@ -28,7 +28,8 @@ _NOTE = "LOADER.txt"
 def write_code(code_paths: Sequence[str | Path] | None, layout: Layout) -> None:
     """Write the loader and the user's code below ``code/``."""
     # MLflow's own copier, so that a path means here what it means in its other flavors.
-    _validate_and_copy_code_paths([os.fspath(path) for path in code_paths or ()], layout.root)  # type: ignore[no-untyped-call]  # MLflow's
+    paths = [os.fspath(path) for path in code_paths or ()]
+    _validate_and_copy_code_paths(paths, layout.root)  # type: ignore[no-untyped-call]
     target = layout.code / LOADER_MODULE
     # The loader's files would be written among those of another release.
     if target.exists():

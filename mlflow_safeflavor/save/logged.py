@@ -29,13 +29,13 @@ def log(
     flavor: ModuleType, name: str | None, artifact_path: str | None = None, **arguments: Any
 ) -> ModelInfo:
     """Log with a flavor's ``save_model``, which gets ``arguments``."""
-    place = mlflow_compat.log_place(name, artifact_path)
+    named = mlflow_compat.log_name(name, artifact_path)
     # Since MLflow 3 these are texts about a logged model; here they are defaults of the model's
     # params.
     own = {"params": arguments.pop("params")} if "params" in arguments else {}
     agreed = ("pickle",) if arguments.get("allow_pickle") else ()
     with noting(flavor, own) as noted, agreed_to(agreed):
-        info: ModelInfo = Model.log(**place, flavor=noted, **arguments)
+        info: ModelInfo = Model.log(**named, flavor=noted, **arguments)
         return info
 
 

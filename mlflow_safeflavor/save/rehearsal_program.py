@@ -21,7 +21,7 @@ from typing import Any
 
 
 def listen() -> queue.SimpleQueue[str]:
-    """What the process that started this one says, which ends this one with itself.
+    """Lines of the process that started this one; its end ends this one.
 
     Its end of standard input then closes.
     """

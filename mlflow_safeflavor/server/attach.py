@@ -13,7 +13,7 @@ from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 from mlflow_safeflavor.predict.options import is_set
 from mlflow_safeflavor.server.gate import App, Gate, Told
 from mlflow_safeflavor.server.lines import LOG_REQUESTS, write_line
-from mlflow_safeflavor.server.metrics import METRICS, Metrics, count_in, place_of
+from mlflow_safeflavor.server.metrics import METRICS, Metrics, address_of, count_in
 from mlflow_safeflavor.server.shared import shared_folder
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def prepare(environ: Mapping[str, str] = os.environ) -> None:
             if environ.get(name):
                 _logger.warning("safeflavor: %s needs MLflow's server on FastAPI", name)
     elif text := environ.get(METRICS):
-        place_of(text)
+        address_of(text)
         count_in(shared_folder())
 
 
@@ -58,14 +58,15 @@ def attach(model: LoadedModel, environ: Mapping[str, str] = os.environ) -> None:
     if text := environ.get(METRICS):
         metrics = Metrics(model)
         told.append(metrics.request)
-        host, port = place_of(text)
+        host, port = address_of(text)
         serves = lambda: metrics.serve(host, port)  # noqa: E731
     limits = {name: model.options[name] for name in ("max_queue", "max_wait", "max_body")}
 
     def gated(app: App) -> App:
         if serves is not None:
             serves()  # not before: until it answers, a worker is none
-        timeout = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()  # type: ignore[no-untyped-call]  # MLflow's
+        # MLflow's own variables have no types.
+        timeout = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()  # type: ignore[no-untyped-call]
         return Gate(app, **limits, timeout=timeout, told=told)
 
     _around_next_app(gated)

@@ -22,7 +22,7 @@ from mlflow_safeflavor.predict.request import Request
 if TYPE_CHECKING:
     from mlflow_safeflavor.predict.model import LoadedModel
 
-__all__ = ["METRICS", "Metrics", "count_in", "place_of"]
+__all__ = ["METRICS", "Metrics", "address_of", "count_in"]
 
 METRICS = "MLFLOW_SAFEFLAVOR_METRICS"
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus-client when it is imported
@@ -35,7 +35,7 @@ _PIECES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def count_in(folder: Path) -> None:
-    """Have prometheus-client count in a folder that all workers share, and nobody else."""
+    """Have prometheus-client count in a folder of this server's workers alone."""
     # It looks once, when it is imported, which code of a model may do.
     os.environ[_FOLDER] = str(folder)
 
@@ -158,7 +158,7 @@ class Metrics:
 
 
 class _Workers:
-    """Memory of the workers that live; what counted of those that ended as living is removed."""
+    """Memory of the living workers; gauges of those that ended are removed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -199,7 +199,7 @@ def _memory_of(process: str) -> dict[str, int]:
     }
 
 
-def place_of(text: str) -> tuple[str, int]:
+def address_of(text: str) -> tuple[str, int]:
     """Host and port of ``PORT``, which is this machine's alone, or ``HOST:PORT``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The folder that the workers of one server share, and nobody else."""
+"""A folder of the workers of one server alone."""
 
 from __future__ import annotations
 

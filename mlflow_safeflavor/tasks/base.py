@@ -14,8 +14,8 @@ from mlflow.models import ModelSignature
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.features import Features, RowOutput
 from mlflow_safeflavor.tasks.inputs.caps import Caps
-from mlflow_safeflavor.tasks.inputs.records import count_rows
 from mlflow_safeflavor.tasks.inputs.rows import Row, rows_of
+from mlflow_safeflavor.tasks.inputs.tables import count_rows
 from mlflow_safeflavor.tasks.inputs.texts import require_clean
 from mlflow_safeflavor.tasks.inputs.wording import format_cell
 from mlflow_safeflavor.tasks.kind import TaskKind

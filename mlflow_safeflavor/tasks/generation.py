@@ -1,4 +1,4 @@
-"""What all tasks that write text share: token by token, and when to stop."""
+"""Base of the tasks that write text: token by token, and when to stop."""
 
 from __future__ import annotations
 

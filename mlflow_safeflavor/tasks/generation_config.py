@@ -1,4 +1,4 @@
-"""What a save records of a model that writes text: its generation config, its defaults."""
+"""Generation config and defaults of a model that writes text, as a save records them."""
 
 from __future__ import annotations
 

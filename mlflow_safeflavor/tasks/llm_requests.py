@@ -25,9 +25,9 @@ def fields_of(data: Any, names: Collection[str]) -> dict[str, Any]:
         InputError: Two rows want another value; names row and column.
     """
     found: dict[str, Any] = {}
-    for i, record in enumerate(_records(data, names)):
-        for name in names & record.keys():
-            value = record[name]
+    for i, row in enumerate(_rows_of(data, names)):
+        for name in names & row.keys():
+            value = row[name]
             value = value.tolist() if isinstance(value, np.ndarray) else value
             if is_missing(value):  # MLflow's schema has a cell for a field that was not sent
                 continue
@@ -42,7 +42,7 @@ def fields_of(data: Any, names: Collection[str]) -> dict[str, Any]:
     return found
 
 
-def _records(data: Any, names: Collection[str]) -> Sequence[Mapping[str, Any]]:
+def _rows_of(data: Any, names: Collection[str]) -> Sequence[Mapping[str, Any]]:
     if isinstance(data, pd.DataFrame):
         there = [name for name in data.columns if name in names]
         return data[there].to_dict("records") if there else []
@@ -66,8 +66,8 @@ def flat_texts(data: Any, column: str) -> Any:
     """Rows of any shape, and each text of a list that takes the place of one."""
     if isinstance(data, pd.DataFrame) and list(data.columns) == [column]:
         data = {column: data.iloc[:, 0].tolist()}
-    elif isinstance(data, list) and all(_has_alone(record, column) for record in data):
-        data = {column: [record[column] for record in data]}
+    elif isinstance(data, list) and all(_has_alone(row, column) for row in data):
+        data = {column: [row[column] for row in data]}
     cells = data.get(column) if _has_alone(data, column) else None
     # A list in the place of a text is a whole request of OpenAI's API, or a row of one.
     if isinstance(cells, (list, tuple, np.ndarray)):
@@ -75,8 +75,8 @@ def flat_texts(data: Any, column: str) -> Any:
     return data
 
 
-def _has_alone(record: Any, column: str) -> bool:
-    return isinstance(record, Mapping) and list(record) == [column]
+def _has_alone(row: Any, column: str) -> bool:
+    return isinstance(row, Mapping) and list(row) == [column]
 
 
 def _texts(cell: Any, i: int, column: str) -> Sequence[Any]:

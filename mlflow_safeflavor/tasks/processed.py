@@ -110,7 +110,7 @@ class ProcessedTask(Task):
         return sum(array.nbytes for array in features.values())
 
     def features(self, readable: Any, where: str) -> Features:
-        """What the processor makes of what ``read`` gave.
+        """Features that the processor makes of an image or sound from ``read``.
 
         Raises:
             InputError: The processor refuses it; names ``where``.

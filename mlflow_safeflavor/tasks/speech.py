@@ -1,4 +1,4 @@
-"""What all models that write down speech share: windows of long sounds, and a decoder."""
+"""Base of the tasks that write down speech: windows of long sounds, and a decoder."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from mlflow.models import ModelSignature
@@ -18,9 +18,6 @@ from mlflow_safeflavor.tasks.inputs.rows import Row
 from mlflow_safeflavor.tasks.inputs.texts import require_texts
 from mlflow_safeflavor.tasks.inputs.wording import format_cell
 from mlflow_safeflavor.tasks.params import Param, param_schema
-
-if TYPE_CHECKING:
-    pass
 from mlflow_safeflavor.tasks.text_params import MAX_LENGTH, TRUNCATION
 
 __all__ = ["GOLDEN_PAIRS", "GOLDEN_TEXTS", "SPANS", "TextTask", "groups"]

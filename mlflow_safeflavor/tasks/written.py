@@ -1,4 +1,4 @@
-"""Texts of written tokens: whole ones, and what is settled of one that still grows."""
+"""Texts of written tokens: whole ones, and the settled part of one that still grows."""
 
 from __future__ import annotations
 

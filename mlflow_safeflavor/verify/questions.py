@@ -1,4 +1,4 @@
-"""What a server is asked, and what it should answer: golden rows, and rows of the user's."""
+"""Requests to a server and the answers wanted: golden rows, and rows of the user's."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def of_golden(golden: Golden, spec: ModelSpec, declared: Collection[str]) -> Ite
             request = _of_arrays(golden.inputs(index), spec)
             yield Question(request, [answer], by_row=False, start=index)
         return
-    rows, answers = _records(golden, spec)
+    rows, answers = _recorded(golden, spec)
     # MLflow drops params that it does not declare, with a warning in the server's log.
     asked = task_class(spec.task).golden(spec.task_config)
     params = {name: value for name, value in asked.items() if name in declared}
@@ -107,7 +107,7 @@ def of_rows(model: LoadedModel, frame: pd.DataFrame, schema: Schema) -> Iterator
 def about_environment(golden: Golden, spec: ModelSpec) -> dict[str, Any] | None:
     """The request that asks a server what it runs on; None where there is no room for it."""
     if spec.input_columns:
-        row = _records(golden, spec)[0][0]
+        row = _recorded(golden, spec)[0][0]
         return labelled_row(list(row), list(row.values()))
     arrays = arrays_asking({name: np.asarray(value) for name, value in golden.inputs(0).items()})
     return None if arrays is None else _of_arrays(arrays, spec)
@@ -122,7 +122,7 @@ def _of_arrays(arrays: Mapping[str, np.ndarray], spec: ModelSpec) -> dict[str, A
     return request_of_arrays(array if form == "array" else arrays)
 
 
-def _records(golden: Golden, spec: ModelSpec) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _recorded(golden: Golden, spec: ModelSpec) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Golden rows by column name, and their answers."""
     try:
         task = task_class(spec.task)

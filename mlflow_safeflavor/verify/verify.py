@@ -16,7 +16,7 @@ from mlflow_safeflavor.artifact.spec import ModelSpec
 from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.errors import InputError, SafeFlavorError
 from mlflow_safeflavor.graph.file import reason_against
-from mlflow_safeflavor.load.about_process import describe_recorded, told_environment
+from mlflow_safeflavor.load.about_process import recorded_facts, told_environment
 from mlflow_safeflavor.load.download import located
 from mlflow_safeflavor.load.load import keep_if_needed, load_folder
 from mlflow_safeflavor.load.options import LoadOptions
@@ -179,7 +179,7 @@ def _by_row(server: Endpoint, found: Any, count: int) -> list[Any]:
 
 def _recorded(layout: Layout, spec: ModelSpec) -> dict[str, Any]:
     """What the model was saved with."""
-    return describe_recorded(Environment.read(layout), spec.loader_version)
+    return recorded_facts(Environment.read(layout), spec.loader_version)
 
 
 def _told(server: Endpoint, request: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -42,7 +42,7 @@ def bad(model, data, params=None):
 # Rows.
 
 
-@follows("tasks/inputs/records", "Rows cannot be read from this type", "pass a DataFrame with …")
+@follows("tasks/inputs/tables", "Rows cannot be read from this type", "pass a DataFrame with …")
 @follows(
     "tasks/inputs/columns",
     "A column is missing",

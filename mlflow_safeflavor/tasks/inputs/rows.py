@@ -9,7 +9,7 @@ import numpy as np
 
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.inputs.columns import named_columns, require_columns
-from mlflow_safeflavor.tasks.inputs.records import records_of
+from mlflow_safeflavor.tasks.inputs.tables import read_table
 from mlflow_safeflavor.tasks.inputs.wording import format_cell, format_value, is_missing
 
 __all__ = ["Row", "rows_of"]
@@ -52,22 +52,22 @@ def rows_of(
     """
     columns = named_columns(columns, data)
     needed = [columns[field] for field in columns if required is None or field in required]
-    records = records_of(data, list(columns.values()), needed)
-    if not records:
+    given = read_table(data, list(columns.values()), needed)
+    if not given:
         raise InputError(
             "There are no rows to predict",
             wanted="at least one row",
             found=f"an empty {type(data).__name__}",
         )
-    return [_row(i, record, columns, needed, missing) for i, record in enumerate(records)]
+    return [_row(i, row, columns, needed, missing) for i, row in enumerate(given)]
 
 
 def _row(
-    i: int, record: Mapping[Any, Any], columns: Mapping[str, Any], needed: list[Any], missing: bool
+    i: int, given: Mapping[Any, Any], columns: Mapping[str, Any], needed: list[Any], missing: bool
 ) -> Row:
     # Row by row: dicts of a list may each lack another column.
-    require_columns(list(record), list(columns.values()), needed, row=i)
-    row = {field: _unboxed(record[column]) for field, column in columns.items() if column in record}
+    require_columns(list(given), list(columns.values()), needed, row=i)
+    row = {field: _unboxed(given[column]) for field, column in columns.items() if column in given}
     for field, value in row.items():
         if not missing and is_missing(value):
             raise InputError(

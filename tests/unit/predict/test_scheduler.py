@@ -340,11 +340,11 @@ def test_progress_is_told(model):
     seen = []
     rows = [{"text": "abc"}] * 3
 
-    def watch(done, total):
+    def tell(done, total):
         seen.append((done, total))
         model.task.open.set()
 
-    predict_rows(model.task, model.scheduler, rows, watch=watch)
+    predict_rows(model.task, model.scheduler, rows, tell=tell)
     assert seen[0] == (0, 3)
 
 
@@ -352,7 +352,7 @@ def test_a_deadline_holds_while_progress_is_told(model):
     model.task.open.clear()
     rows = [{"text": "abc"}]
     with pytest.raises(DeadlineError):
-        predict_rows(model.task, model.scheduler, rows, timeout=0.5, watch=lambda done, total: None)
+        predict_rows(model.task, model.scheduler, rows, timeout=0.5, tell=lambda done, total: None)
 
 
 def test_a_model_that_nobody_holds_is_freed_with_its_thread():

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mlflow_safeflavor.server.metrics import Metrics, place_of
+from mlflow_safeflavor.server.metrics import Metrics, address_of
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from mlflow_safeflavor.server.metrics import Metrics, place_of
     ],
 )
 def test_places(text, place):
-    assert place_of(text) == place
+    assert address_of(text) == place
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners")

@@ -10,8 +10,8 @@ from mlflow.models.utils import _enforce_schema
 from mlflow.types import ColSpec, DataType, Schema
 
 from mlflow_safeflavor.errors import InputError
-from mlflow_safeflavor.tasks.inputs.records import unfold_columns
 from mlflow_safeflavor.tasks.inputs.rows import rows_of
+from mlflow_safeflavor.tasks.inputs.tables import unfold_columns
 from mlflow_safeflavor.tasks.inputs.texts import require_texts
 
 ONE = {"text": "review"}

@@ -1,4 +1,4 @@
-"""Records by column name, from any shape that users hold data in."""
+"""Rows by column name, from any shape that users hold data in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.tasks.inputs.columns import require_columns
 from mlflow_safeflavor.tasks.inputs.wording import format_cell, format_value, named_in_words
 
-__all__ = ["count_rows", "records_of", "unfold_columns"]
+__all__ = ["count_rows", "read_table", "unfold_columns"]
 
 _ACCEPTED = "a DataFrame, Series, list, dict, numpy array or a single text"
 
@@ -51,8 +51,8 @@ def unfold_columns(data: Any) -> Any:
     return dict(zip(names, cells, strict=True)) if unfolded else data
 
 
-def records_of(data: Any, names: list[Any], needed: list[Any]) -> list[Mapping[Any, Any]]:
-    """One record a row. Raises ``InputError``."""
+def read_table(data: Any, names: list[Any], needed: list[Any]) -> list[Mapping[Any, Any]]:
+    """Each row as a dict by column name. Raises ``InputError``."""
     if isinstance(data, pd.DataFrame):
         return _from_frame(data, names, needed)
     if isinstance(data, Mapping):
@@ -141,7 +141,7 @@ def _from_array(array: np.ndarray, names: list[Any]) -> list[Mapping[Any, Any]]:
 
 
 def _from_list(data: Sequence[Any], names: list[Any]) -> list[Mapping[Any, Any]]:
-    """Records of a list, whose rows are all of row 0's kind: dicts, sequences, or values."""
+    """Rows of a list, which are all of row 0's kind: dicts, sequences, or values."""
     first = data[0] if data else None
     if isinstance(first, Mapping):
         return [_same_shape(i, item, Mapping, "a dict", names) for i, item in enumerate(data)]
