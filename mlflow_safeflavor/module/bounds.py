@@ -145,13 +145,20 @@ class _Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, and take back what it has not raised yet."""
+        """End the thread, and let what it has not raised yet come here."""
         self._over.set()
         self._thread.join()
-        # Only where there may be something: CPython 3.11 would look for it at every call of the
-        # process from then on, and hang where calls are traced (by coverage, by a debugger).
-        if self.reason is not None:
-            _raise_in(self._watched, None)
+        if self.reason is None:
+            return
+        # Raised, not taken back: CPython only stops looking for an exception at every call of the
+        # process when one has come, and 3.11 hangs in the next call that is traced (by coverage, by
+        # a debugger) while it looks for one that is not there.
+        try:
+            _raise_in(self._watched, _TooMuch)  # in place of one that is on its way
+            while True:
+                time.sleep(0)
+        except _TooMuch:
+            pass
 
     def _look(self, wait: float) -> None:
         while not self._over.wait(wait):
@@ -171,10 +178,9 @@ class _Watchdog:
         return None
 
 
-def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Raise in a thread at its next step; None takes back an exception not raised yet."""
-    kind = ctypes.py_object(error) if error is not None else None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), kind)
+def _raise_in(thread: int, error: type[BaseException]) -> None:
+    """Raise in a thread at its next step."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))
 
 
 def _seconds_of(thread: int) -> Callable[[], float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import mlflow
@@ -20,7 +21,9 @@ from torch.nn import functional
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import SafeFlavorError, StructureError
+from mlflow_safeflavor.module import build as building
 from mlflow_safeflavor.module.attributes import find_differences
+from mlflow_safeflavor.module.bounds import within
 from mlflow_safeflavor.module.build import build
 from mlflow_safeflavor.module.inventory import take_inventory
 from mlflow_safeflavor.module.layers import describe_layers, is_tree, make_layers
@@ -157,7 +160,9 @@ def test_a_tree_of_anything_else_is_malformed(tree):
     {"class": "MultiheadAttention", "arguments": {"embed_dim": 2, "num_heads": 0}, "modules": []},
     {"class": "Sequential", "arguments": {}, "modules": [["a.b", LEAF]]},
 ], ids=lambda tree: f"{tree['class']}-{len(tree['modules'])}")  # fmt: skip
-def test_a_tree_that_asks_for_more_than_is_stored_is_refused(tree):
+def test_a_tree_that_asks_for_more_than_is_stored_is_refused(tree, monkeypatch):
+    # A twentieth of the time that a build may take: a million copies of a layer take all of it.
+    monkeypatch.setattr(building, "within", partial(within, most_seconds=1.5))
     assert is_tree(tree)
     inventory, _ = take_inventory(find_slots(nn.Linear(2, 2)))
     described = {"kind": "torch", "class": "torch.nn:Module", "tree": tree}
