@@ -20,7 +20,7 @@ from attacks import (
 )
 from attacks.hostile import ATTACKS, MAY_IMPORT, Attack, Target
 from click.testing import CliRunner
-from unit.graph.test_onnx_graph import needs_openvino
+from unit.graph.test_check import needs_openvino
 from writers import byte_tokenizer, writer
 
 import mlflow_safeflavor

@@ -113,6 +113,17 @@ def test_unit_tests_of_light_rooms_import_neither():
     assert done.stdout.endswith("\n[]\n")
 
 
+def test_unit_tests_are_named_for_files_of_their_room():
+    """One that is about a part of a file has more behind the name: `test_layers_of_torch.py`."""
+    package = Path(mlflow_safeflavor.__file__).parent
+    strangers = []
+    for test in UNIT.glob("*/test_*.py"):
+        names = [file.stem for file in (package / test.parent.name).rglob("*.*")]
+        said = test.stem.removeprefix("test_") + "_"
+        strangers += [] if any(said.startswith(f"{name}_") for name in names) else [test.name]
+    assert strangers == []
+
+
 def test_no_file_is_longer_than_one_subject_takes():
     files = Path(mlflow_safeflavor.__file__).parent.rglob("*.py")
     assert [file.name for file in files if len(file.read_text().splitlines()) > 350] == []

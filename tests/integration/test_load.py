@@ -56,6 +56,13 @@ def served(path, **options):
     return mlflow.pyfunc.load_model(str(path), **options)._model_impl.model
 
 
+def verified(path, model_config=None):
+    """What ``verify_model`` finds, with the engine of ``model_config``."""
+    report = mlflow_safeflavor.verify_model(str(path), engine=(model_config or {}).get("engine"))
+    assert report.ok
+    return report
+
+
 @pytest.mark.parametrize("collects", [True, False])
 def test_the_garbage_collector_is_paused_and_left_as_it_was(saved, tmp_path, monkeypatch, collects):
     """Also where loading fails half-way."""
@@ -96,7 +103,7 @@ def counted(monkeypatch, function):
     return calls
 
 
-@pytest.mark.parametrize("how", [load, served])
+@pytest.mark.parametrize("how", [load, served, verified])
 def test_run_time_options_are_read_once_a_load(saved, monkeypatch, how):
     """Each reading asks the environment, and two could differ."""
     how(saved)  # so that all that looks at them is imported
@@ -144,7 +151,7 @@ READ = ("manifest.json", "environment.json", "tensors.json", "structure.json", "
 
 
 @pytest.mark.parametrize("engine", ["onnx", "module"])
-@pytest.mark.parametrize("how", [load, served])
+@pytest.mark.parametrize("how", [load, served, verified])
 def test_every_file_is_opened_once_a_load_and_its_json_parsed_once(
     saved_with_graph, tmp_path, monkeypatch, readings, engine, how
 ):
@@ -156,7 +163,7 @@ def test_every_file_is_opened_once_a_load_and_its_json_parsed_once(
     names = {*READ, "graph.json", golden}
     assert {Path(name).name for name in parsed} >= names
     assert {name: count for name, count in parsed.items() if count != 1} == {}
-    ours = [path / "MLmodel"] if how is load else []
+    ours = [] if how is served else [path / "MLmodel"]
     ours += (path / "safeflavor").rglob("*.json")
     assert {file.name: opened[str(file)] for file in ours if opened[str(file)] != 1} == {}
 

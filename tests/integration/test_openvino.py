@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from integration.test_graph import TEXTS, X, bert, make_private, near, same
 from onnx import helper
 from packaging.utils import canonicalize_name
-from unit.graph.test_onnx_graph import made, needs_openvino
+from unit.graph.test_check import made, needs_openvino
 
 import mlflow_safeflavor
 from mlflow_safeflavor import cli

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parents[3]
+HERE = Path(__file__).parents[2]
 
 
 def test_the_file_is_up_to_date(tmp_path):
