@@ -86,11 +86,11 @@ def everything(model, predict):
     return found
 
 for load in (native, pyfunc):
+    fresh = everything(*load(str(base)))
     for change in (rewrite, truncate, empty, replace, delete, copy_over, reload):
         print(json.dumps({"load": load.__name__, "change": change.__name__}), flush=True)
         path = Path(scratch) / f"{load.__name__}-{change.__name__}" / "model"
         shutil.copytree(base, path)
-        fresh = everything(*load(str(base)))
         model, predict = load(str(path))
         before = str(predict(text))
         change(path, Path(other))

@@ -118,6 +118,7 @@ def given(folders, tiny_bert, tiny_tokenizer):
         "model": tiny_bert(),
         "tokenizer": tiny_tokenizer,
         "rehearse": False,
+        "graph": "no",
         "code_paths": [str(folders / "helper.py")],
         "signature": infer_signature(EXAMPLE, params={"top_k": 1}),
         "input_example": EXAMPLE,

@@ -59,14 +59,19 @@ def test_a_default_that_the_call_was_meant_for_is_given_at_save(
 ):
     """What the hint says."""
     info = log_model(
-        tiny_bert(), "model", tokenizer=tiny_tokenizer, params={"top_k": 2}, rehearse=False
+        tiny_bert(),
+        "model",
+        tokenizer=tiny_tokenizer,
+        params={"top_k": 2},
+        rehearse=False,
+        graph="no",
     )
     model = mlflow.pyfunc.load_model(info.model_uri)
     assert model.predict(ROWS).equals(load_model(info.model_uri).predict(ROWS, {"top_k": 2}))
 
 
 def test_edited_requirements_name_the_call(tracking, tiny_bert, tiny_tokenizer):
-    given = {"tokenizer": tiny_tokenizer, "rehearse": False, "torch_index": None}
+    given = {"tokenizer": tiny_tokenizer, "rehearse": False, "graph": "no", "torch_index": None}
     info = log_model(tiny_bert(), "model", **given)
     if not hasattr(mlflow.models, "update_model_requirements"):
         pytest.skip("this MLflow has no such call")

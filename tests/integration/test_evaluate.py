@@ -58,7 +58,8 @@ def test_a_classifier_behind_a_function(tracking, saved, table):
 
 
 def test_a_regressor_by_its_uri(tracking, tiny_bert, tiny_tokenizer, tmp_path):
-    save_model(tiny_bert(num_labels=1), tmp_path / "m", tokenizer=tiny_tokenizer, rehearse=False)
+    given = {"tokenizer": tiny_tokenizer, "rehearse": False, "graph": "no"}
+    save_model(tiny_bert(num_labels=1), tmp_path / "m", **given)
     scores = load_model(tmp_path / "m").predict(TEXTS)["score"]
     table = pd.DataFrame({"text": TEXTS, "target": scores + 0.5})
     found = mlflow.models.evaluate(

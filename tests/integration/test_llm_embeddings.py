@@ -18,9 +18,19 @@ TEXTS = ["the cat sat on the mat", "a", "dog " * 60]
 TOKENS = [8, 3, 32]  # what the tokenizer of the fixture makes of them, cut to 32
 
 
+# Saved once for all tests, none of which changes what it is handed.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("llm")
+
+
 @pytest.fixture
-def saved(tmp_path, tiny_tokenizer):
-    path = tmp_path / "model"
+def saved(folder, tiny_tokenizer):
+    path = folder / "model"
+    if path.exists():
+        return path
     options = {"tokenizer": tiny_tokenizer, "task": TASK, "params": {"model": "tiny"}}
     options["model_config"] = {"normalize": True, "prompts": {"query": "find the "}}
     mlflow_safeflavor.save_model(
@@ -30,13 +40,14 @@ def saved(tmp_path, tiny_tokenizer):
 
 
 @pytest.fixture
-def wanted(tmp_path, tiny_tokenizer):
+def wanted(folder, tiny_tokenizer):
     """Embeddings of the same model by the task ``feature-extraction``, and of others by name."""
-    path = tmp_path / "plain"
+    path = folder / "plain"
     options = {"tokenizer": tiny_tokenizer, "model_config": {"normalize": True}}
-    mlflow_safeflavor.save_model(
-        tiny_model("Bert", "Model"), path, rehearse=False, graph="no", **options
-    )
+    if not path.exists():
+        mlflow_safeflavor.save_model(
+            tiny_model("Bert", "Model"), path, rehearse=False, graph="no", **options
+        )
     loaded = mlflow_safeflavor.load_model(path)
     return lambda texts=TEXTS, **params: loaded.predict(texts, params)["embedding"].tolist()
 
@@ -133,7 +144,7 @@ def test_sentence_transformers_is_asked_by_mlflows_own_words(tmp_path, tiny_toke
 
 
 @pytest.mark.serve
-def test_clients_of_openai_read_what_a_server_answers(serve, saved, wanted):
+def test_clients_of_openai_read_what_a_server_answers(serve, saved, wanted, tmp_path):
     with serve(saved, env={"OMP_NUM_THREADS": "1"}) as server:
         answer = server.invoke({"input": TEXTS, "model": "mine", "encoding_format": "float"})
         require_answer(answer.json(), wanted(), sum(TOKENS), "mine")
@@ -148,13 +159,15 @@ def test_clients_of_openai_read_what_a_server_answers(serve, saved, wanted):
         for bad in ({"input": [[5, 6]]}, {"input": "a", "dimensions": 40}, {"input": []}):
             refused = server.invoke(bad)
             assert refused.status == 400, refused.text
-        report = mlflow_safeflavor.verify_model(saved, endpoint=server.url, rows=rows_file(saved))
+        report = mlflow_safeflavor.verify_model(
+            saved, endpoint=server.url, rows=rows_file(tmp_path)
+        )
         assert report.bit_identical
         require_clients(server.url, wanted)
 
 
-def rows_file(saved):
-    path = saved.parent / "rows.csv"
+def rows_file(folder):
+    path = folder / "rows.csv"
     pd.DataFrame({"input": TEXTS}).to_csv(path, index=False)
     return path
 

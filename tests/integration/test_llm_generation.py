@@ -34,17 +34,23 @@ def save(path, task, *, generation=None, **options):
     return path
 
 
+# Saved once for all tests of a task, none of which changes what it is handed.
+
+
 @pytest.fixture(scope="module", params=[CHAT, COMPLETIONS])
 def task(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory, task):
+def folder(tmp_path_factory, task):
+    return tmp_path_factory.mktemp("llm")
+
+
+@pytest.fixture(scope="module")
+def saved(folder, task):
     # Beside the 52 tokens of a golden chat there is room for no more than 44.
-    return save(
-        tmp_path_factory.mktemp("saved") / "model", task, params={"model": "tiny", "max_tokens": 12}
-    )
+    return save(folder / "model", task, params={"model": "tiny", "max_tokens": 12})
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +60,10 @@ def both(saved):
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory, task):
+def plain(folder, task):
     """Texts of the same model under ``text-generation``."""
     columns = {"messages": "messages"} if task == CHAT else {"text": "text"}
-    path = tmp_path_factory.mktemp("plain") / "model"
-    save(path, "text-generation", input_columns=columns, params={})
+    path = save(folder / "plain", "text-generation", input_columns=columns, params={})
     loaded = mlflow_safeflavor.load_model(path)
 
     def texts(asked=None, **params):
@@ -202,7 +207,7 @@ def test_what_cannot_be_asked_is_named(both, task, wrong, named):
         both[0].predict(ASKED[task], wrong)
 
 
-def test_rows_of_one_request_agree(both, task):
+def test_rows_of_one_request_agree(both, task, tmp_path):
     rows = [{**ASKED[task], "max_tokens": most} for most in (3, 4)]
     for model in both:
         with pytest.raises(InputError, match="row 1, column 'max_tokens'"):
@@ -211,12 +216,12 @@ def test_rows_of_one_request_agree(both, task):
     with pytest.raises(InputError, match="row 1, column 'max_tokens'"):
         loaded.predict(rows)
     with pytest.raises(InputError, match="input_columns"):
-        save(loaded.folder.parent / "other", task, input_columns={"text": "question"})
+        save(tmp_path / "other", task, input_columns={"text": "question"})
 
 
-def test_several_prompts_are_one_answer(tmp_path):
-    loaded = mlflow_safeflavor.load_model(save(tmp_path / "model", COMPLETIONS))
-    served = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+@pytest.mark.parametrize("task", [COMPLETIONS], indirect=True)
+def test_several_prompts_are_one_answer(both):
+    loaded, served = both
     prompts = ["the cat", "a", "in her"]
     alone = [loaded.predict({"prompt": prompt, "max_tokens": 5}) for prompt in prompts]
     wanted = [(text_of(one["choices"][0]), one["choices"][0]["finish_reason"]) for one in alone]
@@ -240,11 +245,11 @@ def test_several_prompts_are_one_answer(tmp_path):
                 model.predict(bad)
 
 
-def test_a_template_and_a_chat_template(tmp_path):
+@pytest.mark.parametrize("task", [COMPLETIONS], indirect=True)
+def test_a_template_and_a_chat_template(both, tmp_path):
     path = save(tmp_path / "template", COMPLETIONS, prompt_template="Q: {prompt} A:")
     found = mlflow_safeflavor.load_model(path).predict({"prompt": "why?", "max_tokens": 5})
-    plain = mlflow_safeflavor.load_model(save(tmp_path / "plain", COMPLETIONS))
-    wanted = plain.predict({"prompt": "Q: why? A:", "max_tokens": 5})
+    wanted = both[0].predict({"prompt": "Q: why? A:", "max_tokens": 5})
     assert (found["choices"], found["usage"]) == (wanted["choices"], wanted["usage"])
     with pytest.raises(InputError, match="prompt_template"):
         save(tmp_path / "chat", CHAT, prompt_template="Q: {prompt} A:")
@@ -252,15 +257,16 @@ def test_a_template_and_a_chat_template(tmp_path):
         save(tmp_path / "none", CHAT, tokenizer=byte_tokenizer())
 
 
+@pytest.mark.parametrize("task", [CHAT], indirect=True)
 @pytest.mark.parametrize(
     "wrong", ["hello", [], ["hello"], [{"role": "user"}], [{"role": "user", "content": 1}]], ids=str
 )
-def test_what_is_no_chat_is_refused(tmp_path, wrong):
-    path = save(tmp_path / "model", CHAT)
+def test_what_is_no_chat_is_refused(both, wrong):
+    loaded, served = both
     with pytest.raises(InputError, match=r"column 'messages'|no rows"):
-        mlflow_safeflavor.load_model(path).predict({"messages": wrong})
+        loaded.predict({"messages": wrong})
     with pytest.raises(mlflow.exceptions.MlflowException, match=r"messages|no rows"):
-        mlflow.pyfunc.load_model(str(path)).predict({"messages": wrong})
+        served.predict({"messages": wrong})
 
 
 def test_schema_and_metadata_are_those_of_mlflow(saved, task):

@@ -108,7 +108,7 @@ def test_a_model_whose_folder_changed_is_not_pickled_or_loaded_again(
     content = pickle.dumps(model)
     shutil.rmtree(folder)
     if found == "another model":
-        save_model(tiny_bert(), folder, tokenizer=tiny_tokenizer, rehearse=False)
+        save_model(tiny_bert(), folder, tokenizer=tiny_tokenizer, rehearse=False, graph="no")
     for attempt in (lambda: pickle.dumps(model), lambda: pickle.loads(content)):
         with pytest.raises(IntegrityError) as caught:
             attempt()
@@ -143,6 +143,7 @@ def test_an_example_of_a_pickled_model_is_tried_without_a_warning(tracking, warn
         input_example={"input": torch.ones(2, 4).numpy()},
         allow_pickle=True,
         rehearse=False,
+        graph="no",
     )
     assert not [text for text in warned() if "Failed to validate serving input" in text]
     with pytest.raises(TrustError):
@@ -153,7 +154,9 @@ def test_an_example_of_a_pickled_model_is_tried_without_a_warning(tracking, warn
 def logs(tracking, tiny_bert, tiny_tokenizer):
     """Logs a tiny classifier with arguments of a test's; returns MLflow's ``ModelInfo``."""
     return lambda *args, **more: log_model(
-        tiny_bert(), *args, **{"tokenizer": tiny_tokenizer, "rehearse": False, **more}
+        tiny_bert(),
+        *args,
+        **{"tokenizer": tiny_tokenizer, "rehearse": False, "graph": "no", **more},
     )
 
 
@@ -172,11 +175,11 @@ def test_a_name_may_be_left_out(logs):
 
 def test_before_mlflow_3_a_name_may_not_be_left_out(monkeypatch):
     monkeypatch.setattr(Model, "log", lambda artifact_path, flavor, **rest: None)
-    assert mlflow_compat.log_place(None, "a") == {"artifact_path": "a"}
+    assert mlflow_compat.log_name(None, "a") == {"artifact_path": "a"}
     with pytest.raises(InputError, match="Before MLflow 3") as caught:
-        mlflow_compat.log_place(None, None)
+        mlflow_compat.log_name(None, None)
     assert caught.value.hint == 'pass name="model"'
-    assert mlflow_compat.log_place("model", None) == {"artifact_path": "model"}
+    assert mlflow_compat.log_name("model", None) == {"artifact_path": "model"}
 
 
 def test_an_example_may_come_with_params(logs, warned):

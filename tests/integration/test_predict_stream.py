@@ -26,9 +26,15 @@ def save(path, name="LlamaForCausalLM", tokenizer=None, **options):
     return path
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("stream") / "model")
+
+
 @pytest.fixture
-def loaded(tmp_path):
-    return mlflow_safeflavor.load_model(save(tmp_path / "model"))
+def loaded(saved):
+    """Of each test its own: some change its engine."""
+    return mlflow_safeflavor.load_model(saved)
 
 
 _ASKED = [

@@ -22,13 +22,20 @@ COMPILER = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h
 TEXTS = [f"the cat sat on {'the mat ' * (i % 7)}{i}" for i in range(40)]
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folder of the model, saved by the first test that asks for it."""
+    return tmp_path_factory.mktemp("stream") / "model"
+
+
 @pytest.fixture
-def model(tiny_bert, tiny_tokenizer, tmp_path):
-    bert = tiny_bert(num_labels=3, initializer_range=0.3)
-    mlflow_safeflavor.save_model(
-        bert, tmp_path / "model", tokenizer=tiny_tokenizer, rehearse=False, graph="no"
-    )
-    return mlflow_safeflavor.load_model(tmp_path / "model", model_config={"deterministic": True})
+def model(tiny_bert, tiny_tokenizer, saved):
+    if not saved.exists():
+        bert = tiny_bert(num_labels=3, initializer_range=0.3)
+        mlflow_safeflavor.save_model(
+            bert, saved, tokenizer=tiny_tokenizer, rehearse=False, graph="no"
+        )
+    return mlflow_safeflavor.load_model(saved, model_config={"deterministic": True})
 
 
 @pytest.fixture
