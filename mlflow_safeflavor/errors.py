@@ -71,7 +71,7 @@ class SafeFlavorError(MlflowException):
         where: The file, tensor, row, column or distribution it is about.
         wanted: The recorded or required value.
         found: The value instead.
-        hint: A way out, as a line to write or run where there is one.
+        hint: What to do, as a line to write or run where there is one.
     """
 
     # HTTP 400. MLflow's scoring server answers 500 with a full traceback, paths of the server and
