@@ -10,6 +10,7 @@ from typing import Any
 from mlflow_safeflavor.errors import InputError, SafeFlavorError
 from mlflow_safeflavor.module.failures import named_failure
 from mlflow_safeflavor.predict.deadline import Deadline
+from mlflow_safeflavor.predict.request import current_request
 from mlflow_safeflavor.predict.scheduler import Scheduler
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.features import RowOutput
@@ -61,6 +62,8 @@ def _parts(
     task: Task, scheduler: Scheduler, row: Row, params: Mapping[str, Any], timeout: float
 ) -> Iterator[Any]:
     deadline = Deadline(timeout)
+    if (request := current_request.get()) is not None:
+        request.rows += 1
     with scheduler.arriving() as arrival:
         (features,) = scheduler.permits.in_turns(task.encode([row], params), deadline)
         heard: queue.SimpleQueue[int | None] = queue.SimpleQueue()

@@ -22,7 +22,7 @@ from mlflow_safeflavor.predict.progress import Progress, shown
 from mlflow_safeflavor.predict.report import LoadReport
 from mlflow_safeflavor.predict.scheduler import Scheduler
 from mlflow_safeflavor.predict.stream import parquet_chunks, stream
-from mlflow_safeflavor.predict.tracing import traced
+from mlflow_safeflavor.predict.tracing import traced, traced_parts
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.inputs.caps import Caps
 from mlflow_safeflavor.tasks.inputs.columns import without_extra_columns
@@ -242,7 +242,8 @@ class LoadedModel:
             SafeFlavorError: As ``predict`` does; what no model could answer, at once.
         """
         timeout = self.options["timeout"] if timeout is None else timeout
-        return stream_row(self.task, self.scheduler, self._known(data), params, timeout)
+        parts = stream_row(self.task, self.scheduler, self._known(data), params, timeout)
+        return traced_parts(self.spec.task, self.engine.name, parts)
 
     def _predict(
         self,

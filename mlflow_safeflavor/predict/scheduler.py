@@ -21,6 +21,7 @@ from mlflow_safeflavor.predict.permits import Permits
 from mlflow_safeflavor.predict.progress import Progress
 from mlflow_safeflavor.predict.state import Observer, State, stop
 from mlflow_safeflavor.predict.ticket import Ticket
+from mlflow_safeflavor.predict.unfailing import unfailing
 from mlflow_safeflavor.tasks.base import Task
 from mlflow_safeflavor.tasks.engine import Engine
 from mlflow_safeflavor.tasks.features import Features, RowOutput
@@ -84,8 +85,8 @@ class Scheduler:
         self._state.forward_cost = tokens
 
     def observe(self, observer: Observer) -> None:
-        """Have every forward from now on told to ``observer``."""
-        self._state.observer = observer
+        """Have every forward from now on told to ``observer``; what it raises fails no request."""
+        self._state.observer = unfailing(observer, "what observes forwards")
 
     @contextmanager
     def arriving(self) -> Iterator[object]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextvars import copy_context
 from typing import Any
 
 import mlflow
@@ -13,9 +14,12 @@ import mlflow
 from mlflow_safeflavor.predict.options import is_set
 from mlflow_safeflavor.predict.request import Request, current_request
 
-__all__ = ["TRACE", "traced"]
+__all__ = ["TRACE", "traced", "traced_parts"]
 
 TRACE = "MLFLOW_SAFEFLAVOR_TRACE"
+
+_NUMBERS = ("rows", "pieces", "tokens", "forwards", "forward_seconds")
+_END: Any = object()
 
 
 @contextmanager
@@ -38,16 +42,36 @@ def traced(task: str, engine: str) -> Iterator[None]:
                 f"safeflavor {task}", "CHAIN", {"task": task, "engine": engine}
             ) as span,
         ):
-            yield
-            span.set_attributes(
-                {
-                    name: getattr(request, name)
-                    for name in ("rows", "pieces", "tokens", "forwards", "forward_seconds")
-                }
-            )
-            _add_parts(span, request)
+            try:
+                yield
+            finally:  # also of what failed, and of a stream that nobody read to its end
+                span.set_attributes({name: getattr(request, name) for name in _NUMBERS})
+                _add_parts(span, request)
     finally:
         current_request.reset(token)
+
+
+def traced_parts(task: str, engine: str, parts: Iterator[Any]) -> Iterator[Any]:
+    """Parts of an answer, within a span from when the first is asked for until the last is given.
+
+    Or until the caller stops listening.
+    """
+    if not _is_wanted():
+        yield from parts
+        return
+
+    def within() -> Generator[Any, None, None]:
+        with traced(task, engine):
+            yield from parts
+
+    # In a context of its own: between two parts the caller goes on in its own, where this span
+    # would else be the parent of whatever spans are opened meanwhile.
+    own, spanned = copy_context(), within()
+    try:
+        while (part := own.run(next, spanned, _END)) is not _END:
+            yield part
+    finally:
+        own.run(spanned.close)
 
 
 def _add_parts(span: Any, request: Request) -> None:

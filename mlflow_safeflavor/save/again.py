@@ -60,11 +60,14 @@ def log_saved(folder: Path, flavor_name: str, **arguments: Any) -> ModelInfo:
     except Exception as error:
         if flavor.model_id is None:
             raise
+        name = arguments.get("registered_model_name")
+        registered = f', registered_model_name="{name}"' if name else ""
         raise DownloadError(
             "The upload of the model broke off",
             where=folder,
             found=error.message if isinstance(error, MlflowException) else repr(error),
-            hint=f'log_model("{folder}", model_id="{flavor.model_id}") uploads what is missing',
+            hint=f'log_model("{folder}", model_id="{flavor.model_id}"{registered}) uploads what is '
+            "missing",
         ) from error
 
 

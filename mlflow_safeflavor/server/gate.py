@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from mlflow_safeflavor.predict.request import Request, current_request
+from mlflow_safeflavor.predict.unfailing import unfailing
 from mlflow_safeflavor.server.answer import Answer, Message, Receive, Send
 from mlflow_safeflavor.server.pace import Pace
 
@@ -55,7 +56,8 @@ class Gate:
         timeout: float,
         told: Sequence[Told] = (),
     ) -> None:
-        self._app, self._told, self._timeout = app, told, timeout
+        self._app, self._timeout = app, timeout
+        self._told = [unfailing(tell, "what is told of requests") for tell in told]
         self._max_queue, self._max_wait, self._max_body = max_queue, max_wait, max_body
         self._pace = Pace()
         self._reading = 0  # requests whose body is on its way

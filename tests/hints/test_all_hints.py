@@ -33,7 +33,7 @@ _SAVED = "integration/test_log_saved.py::test_"
 
 ELSEWHERE = {
     Site("save/again", "The upload of the model broke off",
-         'log_model("…", model_id="…") uploads what is missing'):
+         'log_model("…", model_id="…"…) uploads what is missing'):
         f"{_SAVED}an_upload_that_broke_off_goes_on_with_what_is_missing",
     Site("save/again", "This is no upload that can go on", "leave model_id out"):
         f"{_SAVED}it_does_not_go_on_with_another_model",
@@ -177,6 +177,7 @@ TELLS = {
     ("load/pyfunc", "safeflavor: %s"),
     ("load/pyfunc", "safeflavor: %s failed"),
     ("server/answer", "safeflavor: request %s cannot be read"),
+    ("predict/unfailing", "safeflavor: %s failed, and answers go on"),
     (
         "environment/lines",
         "%s is not installed here, so it stays as written and is not pinned any further",

@@ -193,3 +193,18 @@ def test_streams_and_tables_beside_each_other(loaded):
         )
     assert streams == wanted * 4
     assert all(table.result()["generated_text"].tolist() == wanted for table in tables)
+
+
+@pytest.mark.skipif(not hasattr(mlflow, "start_span_no_context"), reason="MLflow without tracing")
+def test_a_stream_is_a_span_of_the_callers_trace(loaded, tracking):
+    with mlflow.start_span("mine"):
+        parts = list(loaded.predict_stream("the cat", {"max_new_tokens": 5}))
+    assert parts
+    mlflow.flush_trace_async_logging()
+    (trace,) = mlflow.search_traces(return_type="list")
+    found = {span.name: span for span in trace.data.spans}
+    stream = found["safeflavor text-generation"]
+    assert stream.parent_id == found["mine"].span_id
+    told = {name: stream.attributes[name] for name in ("rows", "pieces", "forwards", "engine")}
+    assert told == {"rows": 1, "pieces": 1, "forwards": 1, "engine": "module"}
+    assert found["forwards"].parent_id == stream.span_id

@@ -417,3 +417,22 @@ def test_long_requests_come_up_more_seldom_than_short_ones_and_all_come_up():
     # in all.
     assert 0.2 < kinds.count("long") / len(kinds) < 0.4
     assert all(len(ticket.waiting) < 195 for ticket in long)
+
+
+def test_an_observer_that_fails_fails_no_request_and_is_told_on(caplog):
+    seen = []
+
+    def observer(costs, seconds):
+        seen.append(costs)
+        raise OSError("no space left")
+
+    model = Model(anywhere=True)
+    model.scheduler.observe(observer)
+    with caplog.at_level("ERROR"):
+        assert model.ask("abc") == [{"length": 3, "by": "en"}]
+        assert model.ask("ab", timeout=20) == [{"length": 2, "by": "en"}]  # in the model's thread
+    assert seen == [[3], [2]]
+    assert model.task.batches == [["abc"], ["ab"]], "no forward is run again"
+    [record] = caplog.records
+    assert "what observes forwards failed" in record.message
+    assert record.exc_info

@@ -10,7 +10,7 @@ import pytest
 
 from mlflow_safeflavor.errors import InputError
 from mlflow_safeflavor.predict.request import Request, current_request
-from mlflow_safeflavor.predict.tracing import TRACE, traced
+from mlflow_safeflavor.predict.tracing import TRACE, traced, traced_parts
 
 pytestmark = pytest.mark.skipif(
     not hasattr(mlflow, "start_span_no_context"), reason="MLflow without tracing"
@@ -85,6 +85,57 @@ def test_where_the_variable_asks(spans, monkeypatch):
     with traced("t", "module"):
         work()
     assert [span.name for span in spans][-1] == "safeflavor t"
+
+
+def written(count):
+    """A stream, whose forward begins with its first part."""
+    work(0.05)
+    yield from range(count)
+
+
+def test_a_stream_has_one_span_and_is_nobodys_parent(spans):
+    with mlflow.start_span("mine") as mine:
+        parts = traced_parts("text-generation", "module", written(3))
+        assert next(parts) == 0
+        assert mlflow.get_current_active_span().span_id == mine.span_id
+        assert current_request.get() is None
+        with mlflow.start_span("between"):
+            assert next(parts) == 1
+        assert list(parts) == [2]
+    names = [span.name for span in spans]
+    assert names == [
+        "between",
+        "before the first forward",
+        "forwards",
+        "safeflavor text-generation",
+        "mine",
+    ]
+    between, before, _, stream, _ = spans
+    assert f"{between.parent.span_id:016x}" == f"{stream.parent.span_id:016x}" == mine.span_id
+    assert before.parent.span_id == stream.context.span_id
+    assert stream.attributes["tokens"] == "7"
+    assert stream.start_time < between.start_time < between.end_time < stream.end_time
+
+
+def test_a_stream_that_nobody_reads_to_its_end_or_that_fails(spans, monkeypatch):
+    monkeypatch.setenv(TRACE, "true")
+    parts = traced_parts("left", "module", written(3))
+    next(parts)
+    parts.close()
+    with pytest.raises(ZeroDivisionError):
+        list(traced_parts("failed", "module", (1 // i for i in [1, 0])))
+    unread = traced_parts("unread", "module", written(3))
+    del unread
+    found = {span.name: span for span in spans if span.name.startswith("safeflavor")}
+    assert [*found] == ["safeflavor left", "safeflavor failed"]
+    assert found["safeflavor left"].attributes["forwards"] == "1"
+    assert found["safeflavor left"].status.status_code.name != "ERROR"
+    assert found["safeflavor failed"].status.status_code.name == "ERROR"
+
+
+def test_a_stream_that_nobody_traces(spans):
+    assert list(traced_parts("t", "module", written(3))) == [0, 1, 2]
+    assert spans == []
 
 
 def test_a_failure_is_the_spans(spans, monkeypatch):

@@ -89,6 +89,19 @@ def test_the_app_gets_the_body_and_its_answer_is_passed_on():
     assert not request.gone
 
 
+def test_who_is_told_and_fails_keeps_nobody_from_being_told(caplog):
+    told = []
+
+    def fail(request, status):
+        raise OSError("no space left")
+
+    gate = Gate(echo, **LIMITS, told=[fail, lambda request, status: told.append(status)])
+    with caplog.at_level("ERROR"):
+        assert [run(send(gate, *asked()))[0] for _ in range(2)] == [200, 200]
+    assert told == [200, 200]
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("name", ["4bf92f35-77b3", "a.b:c_D"])
 def test_a_request_keeps_the_name_that_it_came_with(name):
     _, headers, _ = run(send(Gate(echo, **LIMITS), *asked(x_request_id=name)))
