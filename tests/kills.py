@@ -1,6 +1,9 @@
 """Kills of save_model and log_model at random moments, then one more of each: what is left over?
 
-    python tests/kills.py FOLDER --kills 40 --seed 1
+    python tests/kills.py FOLDER --kills 40 --seed 1 [--machine]
+
+``--machine``: as when a machine dies, the log, its clean process and the tracking server that it
+logs to get SIGKILL at once, and the server is started again.
 
 Everything is imported once; each attempt is a fork. Prints one JSON object, and what happened as it
 goes to stderr.
@@ -14,22 +17,79 @@ import json
 import os
 import random
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
 
 
-class Attempts:
-    """Saves of one tiny model below ``folder``, each in a fork of this process."""
+class Server:
+    """MLflow's tracking server over a database that others may read, with its artifacts below."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, database: str) -> None:
+        self.folder, self.database = folder, database
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+        options = {
+            "port": self.port,
+            "workers": 1,
+            "backend-store-uri": self.database,
+            "artifacts-destination": self.folder / "artifacts",
+        }
+        command += [f"--{name}={value}" for name, value in options.items()]
+        temporary = self.folder / "tmp-of-server"  # what it leaves there is MLflow's
+        temporary.mkdir(exist_ok=True)
+        environ = {
+            **os.environ,
+            "TMPDIR": str(temporary),
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environ, start_new_session=True
+            )
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """SIGKILL to it and its workers."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Attempts:
+    """Saves of one tiny model below ``folder``, each in a fork of this process.
+
+    Args:
+        folder: Where models and the database go.
+        machine: Whether a kill hits all processes, a tracking server among them.
+    """
+
+    def __init__(self, folder: Path, machine: bool = False) -> None:
         self.folder = folder
         self.temporary = Path(tempfile.gettempdir())
-        self.uri = f"sqlite:///{folder / 'mlflow.db'}"
+        self.database = f"sqlite:///{folder / 'mlflow.db'}"
+        self.server = Server(folder, self.database) if machine else None
         torch.manual_seed(0)
         self.model = torch.nn.Sequential(
             torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
@@ -58,12 +118,23 @@ class Attempts:
                 os._exit(status)
         if killed_after is not None:
             time.sleep(killed_after)
-            os.kill(child, number)
+            self._kill(child, number)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         for note in self.temporary.glob("*.log/note.json"):
             with contextlib.suppress(ValueError, KeyError):
                 self.noted.add(json.loads(note.read_text())["model_id"])
         return status
+
+    def _kill(self, child: int, number: signal.Signals) -> None:
+        if self.server is None:
+            os.kill(child, number)
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):  # it had ended by itself
+            there = psutil.Process(child)
+            for process in [there, *there.children(recursive=True)]:
+                process.send_signal(signal.SIGKILL)
+        self.server.kill()
+        self.server.start()
 
     def _run(self, how: str, name: str, graph: str) -> None:
         given: dict[str, Any] = {
@@ -76,7 +147,7 @@ class Attempts:
             mlflow_safeflavor.save_model(self.model, self.folder / "store" / name, **given)
         else:
             os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "true"
-            mlflow.set_tracking_uri(self.uri)
+            mlflow.set_tracking_uri(self.database if self.server is None else self.server.url)
             with mlflow.start_run():
                 mlflow_safeflavor.log_model(self.model, name, registered_model_name=name, **given)
 
@@ -96,7 +167,8 @@ class Attempts:
         from mlflow_safeflavor.artifact.manifest import find_broken_files, read_manifest
         from mlflow_safeflavor.artifact.spec import read_spec
 
-        mlflow.set_tracking_uri(self.uri)
+        # Past the server: a connection of this process would be shared by its forks.
+        mlflow.set_tracking_uri(self.database)
         client = mlflow.MlflowClient()
         deadline = time.monotonic() + 5
         while self.rehearsing() and time.monotonic() < deadline:
@@ -150,12 +222,16 @@ def main() -> None:
     parser.add_argument(
         "--longest", type=float, default=8, help="seconds after which at the latest a kill comes"
     )
+    parser.add_argument("--machine", action="store_true", help="kill all processes at once")
     options = parser.parse_args()
-    attempts, draw = Attempts(options.folder), random.Random(options.seed)
+    attempts = Attempts(options.folder, options.machine)
+    draw = random.Random(options.seed)
     (options.folder / "store").mkdir()
     seen = {"beside": 0, "temporary": 0, "pending": 0}
     for i in range(options.kills):
         how, number = ("save", "log")[i % 2], draw.choice(SIGNALS)
+        if options.machine:
+            how, number = "log", signal.SIGKILL
         after, graph = draw.uniform(0, options.longest), draw.choice(["no", "only", "auto"])
         status = attempts.attempt(
             how, f"killed-{i}", graph=graph, killed_after=after, number=number
@@ -166,6 +242,8 @@ def main() -> None:
         print(f"{i} {how} {graph} {number.name} after {after:.2f} s: {status}", file=sys.stderr)
     assert [attempts.attempt("save", "last"), attempts.attempt("log", "last")] == [0, 0]
     found, counted = attempts.left_over()
+    if attempts.server is not None:
+        attempts.server.kill()
     print(
         json.dumps(
             {

@@ -244,12 +244,13 @@ def test_logging_that_ends_with_the_process_is_marked_failed_at_once(tracking, t
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_leave_nothing(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--machine"]], ids=["the process", "the machine"])
+def test_kills_at_random_moments_leave_nothing(tmp_path, options):
     kills, seed = int(os.environ.get("SAFEFLAVOR_KILLS", "2")), random.randrange(10**6)
     print("seed", seed)
     command = [sys.executable, Path(__file__).parents[1] / "kills.py", tmp_path / "kills"]
     done = subprocess.run(
-        [*map(str, command), "--kills", str(kills), "--seed", str(seed)],
+        [*map(str, command), "--kills", str(kills), "--seed", str(seed), *options],
         capture_output=True,
         text=True,
     )

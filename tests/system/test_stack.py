@@ -26,7 +26,7 @@ from mlflow.exceptions import MlflowException
 from parts import stop_everything
 
 import mlflow_safeflavor
-from mlflow_safeflavor.errors import IntegrityError, SafeFlavorError
+from mlflow_safeflavor.errors import DownloadError, IntegrityError, SafeFlavorError
 
 pytest_plugins = "stack_fixtures"
 pytestmark = pytest.mark.slow
@@ -255,6 +255,38 @@ def test_the_tracking_server_is_killed_in_an_upload(champion, log, client, parts
     assert client.get_model_version_by_alias(NAME, "champion").source.endswith(champion["model_id"])
 
 
+@pytest.mark.parametrize("killed", ["s3", "tracking"])
+def test_an_upload_from_a_folder_goes_on_once_the_server_is_there_again(
+    champion, client, parts, to_tracking, to_s3, tiny_bert, tiny_tokenizer, tmp_path, killed
+):
+    """As the hint says it, in the words that it says it in."""
+    mlflow_safeflavor.save_model(
+        tiny_bert(initializer_range=0.5), tmp_path / "saved", tokenizer=tiny_tokenizer,
+        input_columns=COLUMNS, rehearse=False, graph="no",
+    )  # fmt: skip
+    mlflow.set_experiment("proxied")
+    server, proxy = {"s3": (parts.s3, to_s3), "tracking": (parts.tracking, to_tracking)}[killed]
+    before, name = half_models(client), f"folder-{killed}"
+    proxy.arm(champion["upload"] // 2, upload=True, action=server.kill)
+    with pytest.raises(DownloadError) as caught:
+        mlflow_safeflavor.log_model(tmp_path / "saved", "model", registered_model_name=name)
+    assert proxy.triggered.wait(30)
+    assert not server.is_running()
+    parts.start()
+    proxy.mend()
+    half = require_nothing_of(name, client, before)
+    call, _, rest = str(caught.value.hint).partition(" uploads what is missing")
+    assert call.startswith("log_model(")
+    assert not rest
+    info = eval(call, {"log_model": mlflow_safeflavor.log_model})
+    assert info.model_id == half
+    assert client.get_logged_model(half).status == "READY"
+    assert mlflow_safeflavor.load_model(f"models:/{half}").report.bit_identical
+    (version,) = client.search_model_versions(f"name = '{name}'")
+    assert version.source.endswith(half)
+    assert mlflow_safeflavor.load_model(f"models:/{name}/1").report.bit_identical
+
+
 LOG = """
 import sys, mlflow, mlflow_safeflavor
 from transformers import AutoTokenizer, BertForSequenceClassification
@@ -319,6 +351,23 @@ def test_a_download_that_is_cut(champion, client, to_tracking, to_s3, tmp_path, 
     assert mlflow_safeflavor.load_model(uri, str(tmp_path)).report.bit_identical
     assert proxy.passed["download"] - before < all_bytes * 0.8
     assert {path.name for path in there.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_the_tracking_server_is_killed_in_a_download(
+    champion, client, parts, to_tracking, tmp_path
+):
+    to_tracking.arm(champion["upload"] // 2, upload=False, action=parts.tracking.kill)
+    with pytest.raises(MlflowException) as caught:
+        mlflow_safeflavor.load_model(CHAMPION, tmp_path / "to")
+    assert to_tracking.triggered.wait(30), repr(caught.value)
+    assert not parts.tracking.is_running()
+    # What came is not taken for a model.
+    with pytest.raises(SafeFlavorError) as refused:
+        mlflow_safeflavor.load_model(tmp_path / "to")
+    assert_named(refused.value)
+    parts.start()
+    to_tracking.mend()
+    assert mlflow_safeflavor.load_model(CHAMPION, tmp_path / "to").report.bit_identical
 
 
 GET = """
