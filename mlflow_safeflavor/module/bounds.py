@@ -154,8 +154,8 @@ class _Watchdog:
         # process when one has come, and 3.11 hangs in the next call that is traced (by coverage, by
         # a debugger) while it looks for one that is not there.
         try:
-            _raise_in(self._watched, _TooMuch)  # in place of one that is on its way
-            while True:
+            while True:  # whoever is called in between (a ``__del__``) may swallow one
+                _raise_in(self._watched, _TooMuch)  # in place of one that is on its way
                 time.sleep(0)
         except _TooMuch:
             pass
