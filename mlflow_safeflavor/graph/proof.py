@@ -8,6 +8,7 @@ recorded, since ONNX Runtime does not promise it.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -253,8 +254,8 @@ def _cut(padded: np.ndarray, bare: np.ndarray) -> np.ndarray:
 _ROWS = (1, 2, 7, 32)
 _LENGTHS = (1, 2, 3, 17, 64, 200)
 # Rows times tokens of one probe, so that the proof of a large model takes a minute and not an hour.
-# A single row may have more.
-_MOST_TOKENS = 2048
+# A single row may have more. So many numbers of a fixed size, a patch of an image, cost as a token.
+_MOST_TOKENS, _PATCH = 2048, 768
 _AT_RANDOM = 8
 _MOST_PROBES = 200
 
@@ -281,6 +282,7 @@ def _sizes(
                 around = dict.fromkeys((1, 2, size, size + 1, 2 * size))  # of 1 and 2, some twice
                 choices[name] = list(_ROWS if i == 0 else _lengths(limit) if text else around)
     rows = {known.shape[0] for known in inputs if known.shape}
+    fixed = [math.prod(n for n in known.shape if isinstance(n, int)) / _PATCH for known in inputs]
     combined: list[dict[str, int]] = [{}]
     for name, numbers in choices.items():
         combined = [{**one, name: number} for one in combined for number in numbers][:_MOST_PROBES]
@@ -289,7 +291,7 @@ def _sizes(
             {name: draw.randint(min(numbers), max(numbers)) for name, numbers in choices.items()}
             for _ in range(_AT_RANDOM)
         ]
-    yield from (one for one in combined if _affordable(one, rows))
+    yield from (one for one in combined if _affordable(one, rows, max(1, *fixed)))
 
 
 def _lengths(limit: int | None) -> list[int]:
@@ -298,11 +300,9 @@ def _lengths(limit: int | None) -> list[int]:
     )
 
 
-def _affordable(sizes: Mapping[str, int], rows: set[int | str]) -> bool:
-    product = 1
-    for size in sizes.values():
-        product *= size
-    return product <= _MOST_TOKENS or all(sizes.get(str(name), 1) == 1 for name in rows)
+def _affordable(sizes: Mapping[str, int], rows: set[int | str], fixed: float) -> bool:
+    tokens = fixed * math.prod(sizes.values())
+    return tokens <= _MOST_TOKENS or all(sizes.get(str(name), 1) == 1 for name in rows)
 
 
 def _values(

@@ -137,3 +137,19 @@ def test_no_size_around_the_examples_is_tried_twice(proven, size):
     _, asked = proven({1: flags, 2: flags}, flags, inputs, example)
     grid = [shape["x"][1] for shape in asked[2]][1:-8]  # without the example, and drawn ones
     assert grid == list(dict.fromkeys((1, 2, size, size + 1, 2 * size)))
+
+
+@pytest.mark.parametrize(("side", "most"), [(16, 32), (224, 10), (1100, 2)])
+def test_large_images_are_asked_few_at_a_time(proven, side, most):
+    """And those of the example, be they more."""
+
+    def mean(inputs):
+        return {"y": inputs["pixel_values"].mean((1, 2, 3))}
+
+    shape = (2, 3, side, side)
+    example = {"pixel_values": np.ones(shape, np.float32)}
+    inputs = [Input("pixel_values", "float32", ("rows", *shape[1:]))]
+    _, asked = proven({1: mean, 2: mean}, mean, inputs, example)
+    rows = {asked["pixel_values"][0] for asked in asked[2]}
+    assert {1, 2} <= rows
+    assert most >= max(rows) > most // 2
