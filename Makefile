@@ -19,10 +19,11 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 ML
 # One thread a test process: `-n $(JOBS)` already fills the cores, and sums come in one order.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-# Rooms that are imported without torch, as their unit tests are.
-LIGHT := $(addprefix tests/unit/,artifact environment graph predict server tasks)
+# What `make coverage` runs: the unit tests, and of the integration tests those that reach much in little time.
+MEASURED := tests/unit $(patsubst %,tests/integration/test_%.py,arguments audio cli download edits images load \
+	log_saved object_detection params parity_endpoint predict_stream prefetch tasks text_ranking used zero_shot_images)
 
-.PHONY: help venv test unit coverage light test-here test-docker matrix sweep graphs check bench soak demo codebuggy stack stack-down clean
+.PHONY: help venv test unit coverage measured test-here test-docker matrix sweep graphs check bench soak demo codebuggy stack stack-down clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -52,11 +53,11 @@ test: test-here test-docker  ## run the tests
 unit: $(STAMP)  ## tests of one room: make unit ROOM=predict
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -q -p no:cacheprovider -p no:anyio -m "not slow and not serve" tests/unit/$(ROOM) $(ARGS)
 
-coverage: $(STAMP)  ## branches of the light rooms that their unit tests take; fails below the floor in pyproject.toml
-	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -q --cov -n 0 -p no:cacheprovider -p no:anyio $(LIGHT)
+coverage: $(STAMP)  ## branches of the package that its unit tests and some others take; fails below the floor in pyproject.toml
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -q --cov -n $(JOBS) -p no:cacheprovider $(MEASURED) $(ARGS)
 
-light:  # what `make coverage` runs
-	@echo $(LIGHT)
+measured:  # what `make coverage` runs
+	@echo $(MEASURED)
 
 test-here: $(STAMP)
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "not docker" $(ARGS)
