@@ -1,6 +1,7 @@
 """Costly requests of a few bytes are refused before they run, and long ones let others in."""
 
 import base64
+import copy
 import io
 import itertools
 import threading
@@ -12,19 +13,34 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from integration.test_images import make_processor
 from PIL import Image
+from speakers import (
+    CTC,
+    ctc_model,
+    ctc_tokenizer,
+    whisper_extractor,
+    whisper_model,
+    whisper_tokenizer,
+)
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
+    ViTModel,
+    YolosConfig,
+    YolosForObjectDetection,
 )
 
 import mlflow_safeflavor
@@ -49,6 +65,16 @@ SMALL = {
     "intermediate_size": 16,
     "max_position_embeddings": 32,
 }
+SEES = {**SMALL, "image_size": 8, "patch_size": 4}
+TEXTS, GAPS, ZERO_SHOT = "text-classification", "fill-mask", "zero-shot-classification"
+TOKENS, QUESTIONS = "token-classification", "question-answering"
+WRITES, IMAGES = "text-generation", "image-classification"
+DETECTS, EMBEDS = "object-detection", "image-feature-extraction"
+PICKS, RANKS = "zero-shot-image-classification", "text-ranking"
+SPEECH, WHISPER = "automatic-speech-recognition", "Whisper"
+EMBEDDINGS, COMPLETIONS, CHAT = "llm/v1/embeddings", "llm/v1/completions", "llm/v1/chat"
+# Models of a task that another one has, too.
+TASK_OF = {WHISPER: SPEECH}
 
 
 class Models:
@@ -59,16 +85,35 @@ class Models:
 
     def __call__(self, task, **options):
         if task not in self.made:
-            made, given = self._made(task), {"tokenizer": self.tokenizer}
-            if task == "image-classification":
-                given = {"processor": ViTImageProcessor(size={"height": 8, "width": 8})}
-            path = self.folder / task
+            made, given = self._made(task), {"tokenizer": self._tokenizer(task)}
+            if task in self._processors():
+                given["processor"] = self._processors()[task]
+            if task in (IMAGES, EMBEDS, DETECTS):
+                del given["tokenizer"]
+            path = self.folder / task.replace("/", "-")
             mlflow_safeflavor.save_model(
-                made.eval(), path, task=task, rehearse=False, graph="no", **given
+                made.eval(), path, task=TASK_OF.get(task, task), rehearse=False, graph="no", **given
             )
             self.made[task] = path, mlflow_safeflavor.load_model(path)
         path, model = self.made[task]
         return mlflow_safeflavor.load_model(path, model_config=options) if options else model
+
+    def _tokenizer(self, task):
+        own = {SPEECH: ctc_tokenizer, WHISPER: whisper_tokenizer}
+        if task in own:
+            return own[task]()
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+        return tokenizer
+
+    def _processors(self):
+        size = {"height": 8, "width": 8}
+        return {
+            **dict.fromkeys((IMAGES, EMBEDS, PICKS), ViTImageProcessor(size=size)),
+            DETECTS: make_processor("Yolos", size=size),
+            SPEECH: CTC["Wav2Vec2, step by step"][2],
+            WHISPER: whisper_extractor(),
+        }
 
     def _made(self, task):
         torch.manual_seed(0)
@@ -76,6 +121,8 @@ class Models:
             "id2label": {0: "contradiction", 1: "entailment"},
             "label2id": {"contradiction": 0, "entailment": 1},
         }
+        writes = GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=1, n_head=2,
+            eos_token_id=3)  # fmt: skip
         make = {
             "fill-mask": lambda: BertForMaskedLM(BertConfig(**SMALL)),
             "text-classification": lambda: BertForSequenceClassification(BertConfig(**SMALL,
@@ -84,13 +131,17 @@ class Models:
                 **inference)),
             "token-classification": lambda: BertForTokenClassification(BertConfig(**SMALL)),
             "question-answering": lambda: BertForQuestionAnswering(BertConfig(**SMALL)),
-            "text-generation": lambda: GPT2LMHeadModel(
-                GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=1, n_head=2,
-                    eos_token_id=3)
-            ),
-            "image-classification": lambda: ViTForImageClassification(
-                ViTConfig(**{**SMALL, "image_size": 8, "patch_size": 4})
-            ),
+            **dict.fromkeys((WRITES, COMPLETIONS, CHAT), lambda: GPT2LMHeadModel(writes)),
+            IMAGES: lambda: ViTForImageClassification(ViTConfig(**SEES)),
+            EMBEDS: lambda: ViTModel(ViTConfig(**SEES)),
+            DETECTS: lambda: YolosForObjectDetection(YolosConfig(**{**SEES, "image_size": [8, 8]},
+                num_detection_tokens=3)),
+            PICKS: lambda: CLIPModel(CLIPConfig(text_config={**SMALL, "eos_token_id": 3},
+                vision_config=SEES, projection_dim=8)),
+            RANKS: lambda: BertForSequenceClassification(BertConfig(**SMALL, num_labels=1)),
+            SPEECH: ctc_model,
+            WHISPER: whisper_model,
+            EMBEDDINGS: lambda: BertModel(BertConfig(**SMALL)),
         }  # fmt: skip
         return make[task]()
 
@@ -124,10 +175,8 @@ def image_file(width, height, format="PNG"):
     return base64.b64encode(file.getvalue()).decode()
 
 
-TEXTS, GAPS, ZERO_SHOT = "text-classification", "fill-mask", "zero-shot-classification"
-TOKENS, QUESTIONS = "token-classification", "question-answering"
-WRITES, IMAGES = "text-generation", "image-classification"
 LABELS = [f"label {i}" for i in range(200)]
+MINUTE = to_wav(np.zeros(59 * 16_000, np.int16), 16_000)
 # name: task, options, data, params, cap
 TOO_MUCH: dict[str, tuple[Any, ...]] = {
     "all tokens in many "
@@ -167,6 +216,46 @@ TOO_MUCH: dict[str, tuple[Any, ...]] = {
     "one of megabytes": (WRITES, {}, ["a"], {"stop": ["x" * 300_000]}, "max_characters"),
     "writing with "
     "beams": (WRITES, {"max_answers": 1}, ["a"], {"num_beams": 64, "max_new_tokens": 20},
+        "max_answers"),
+    "many texts of a "
+    "prompt": (COMPLETIONS, {"max_answers": 1}, {"prompt": "a", "n": 64, "temperature": 1.0,
+        "max_tokens": 20}, {}, "max_answers"),
+    "texts to stop a "
+    "completion at": (COMPLETIONS, {}, {"prompt": "a", "stop": ["x"] * 9999}, {}, "max_pieces"),
+    "more prompts than "
+    "rows": (COMPLETIONS, {"max_rows": 5}, {"prompt": ["a"] * 6}, {}, "max_rows"),
+    "a message of megabytes": (CHAT, {}, {"messages": [{"role": "user",
+        "content": "x" * 9_000_000}]}, {}, "max_characters"),
+    "more texts than rows": (EMBEDDINGS, {"max_rows": 5}, {"input": ["a"] * 6}, {}, "max_rows"),
+    "a prompt of "
+    "megabytes": (EMBEDDINGS, {}, {"input": "a"}, {"prompt": "x" * 300_000}, "max_characters"),
+    "many passages": (RANKS, {}, [{"query": "a", "passages": ["x"] * 5000}], {}, "max_pieces"),
+    "passages of many "
+    "rows": (RANKS, {}, [{"query": "a", "passages": ["x"] * 50}] * 100, {}, "max_pieces"),
+    "a passage of "
+    "megabytes": (RANKS, {}, [{"query": "a", "passages": ["a", "x" * 9_000_000]}], {},
+        "max_characters"),
+    "images times "
+    "labels": (PICKS, {}, [image_file(8, 8)] * 200, {"candidate_labels": LABELS}, "max_pieces"),
+    "a template times labels of an image": (
+        PICKS, {}, [image_file(8, 8)],
+        {"candidate_labels": LABELS, "hypothesis_template": "{}" * 9999}, "max_characters",
+    ),
+    **{
+        f"an image's header, {task}": (task, {}, [image_file(6000, 6000)], params, "max_pixels")
+        for task, params in ((DETECTS, {}), (EMBEDS, {"pool": False}),
+            (PICKS, {"candidate_labels": ["a"]}))
+    },
+    **{
+        f"a sound by its header, {task}": (task, {"max_seconds": 9}, [MINUTE], {}, "max_seconds")
+        for task in (SPEECH, WHISPER)
+    },
+    "windows of a sound": (SPEECH, {}, [MINUTE], {"chunk_length_s": 0.1,
+        "stride_length_s": [0.04, 0.04]}, "max_pieces"),
+    "windows of speech": (WHISPER, {"max_pieces": 20}, [MINUTE], {"chunk_length_s": 0.5},
+        "max_pieces"),
+    "writing down with "
+    "beams": (WHISPER, {"max_answers": 1}, [MINUTE], {"num_beams": 64, "max_new_tokens": 36},
         "max_answers"),
     "labels to ignore": (TOKENS, {}, ["a"], {"ignore_labels": ["x"] * 9999}, "max_pieces"),
     "an image by its header": (IMAGES, {}, [image_file(6000, 6000)], {}, "max_pixels"),
@@ -217,6 +306,12 @@ FAR_TOO_LONG = {
     "not to be cut for each "
     "label": (ZERO_SHOT, {}, [_CATS], {"candidate_labels": ["a"], "truncation": False}),
     "not to be cut for writing": (WRITES, {}, [_CATS], {"truncation": False}),
+    "a prompt not to be cut": (COMPLETIONS, {}, {"prompt": _CATS}, {"truncation": False}),
+    "a chat": (CHAT, {}, {"messages": [{"role": "user", "content": _CATS}]}, {}),
+    "an embedding not to be cut": (EMBEDDINGS, {}, {"input": _CATS}, {"truncation": False}),
+    "a query": (RANKS, {}, [{"query": _CATS, "passages": ["a"]}], {"truncation": False}),
+    "a passage not to be "
+    "cut": (RANKS, {}, [{"query": "a", "passages": ["a", _CATS]}], {"truncation": False}),
 }  # fmt: skip
 
 
@@ -327,6 +422,23 @@ SURROGATES = {
     "a strategy": (TOKENS, ["a"], {"aggregation_strategy": "\ud800"}, "params, "
                                                                       "'aggregation_strategy'"),
     "base64": (IMAGES, ["\ud800"], {}, "row 0"),
+    "base64 of a sound": (SPEECH, ["\ud800"], {}, "row 0"),
+    "times of a sound": (SPEECH, [MINUTE], {"return_timestamps": "\ud800"}, "params, "
+                                                                          "'return_timestamps'"),
+    "a language": (WHISPER, [MINUTE], {"language": "\ud800"}, "params, 'language'"),
+    "labels of an "
+    "image": (PICKS, [image_file(8, 8)], {"candidate_labels": ["\ud800"]}, "params, "
+                                                                           "'candidate_labels'"),
+    "a query": (RANKS, [{"query": "\ud800", "passages": ["a"]}], {}, "row 0, column 'query'"),
+    "a passage": (
+        RANKS, [{"query": "a", "passages": ["a", "\ud800"]}], {},
+        "row 0, column 'passages', passage 1",
+    ),
+    "an input": (EMBEDDINGS, {"input": ["a", "\ud800"]}, {}, "row 1, column 'input'"),
+    "a prompt": (COMPLETIONS, {"prompt": ["a", "\ud800"]}, {}, "row 1, column 'prompt'"),
+    "a chat": (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, {}, "row 0, column "
+                                                                                "'messages'"),
+    "stop of a completion": (COMPLETIONS, {"prompt": "a", "stop": "\ud800"}, {}, "params, 'stop'"),
 }  # fmt: skip
 
 
