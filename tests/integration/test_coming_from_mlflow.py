@@ -1,10 +1,9 @@
-"""The table of ``docs/coming-from-mlflow.md``: every argument of the peers, and each row run."""
+"""Arguments of ``docs/coming-from-mlflow.md``: each of the peers has a row, and each row is run."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from artifacts import SAME_BATCHES, TEXTS
+from coming_page import table
 from mlflow.models import Model, infer_signature
 from packaging.version import Version
 from writers import byte_tokenizer, writer
@@ -25,7 +25,6 @@ from mlflow_safeflavor.errors import InputError, PlacementError, StructureError
 
 pytest_plugins = "saved_models"
 
-PAGE = Path(__file__).parents[2] / "docs/coming-from-mlflow.md"
 FLAVORS = ("transformers", "pytorch", "sentence_transformers")
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "save": save_model,
@@ -49,11 +48,7 @@ class Row(NamedTuple):
         return {(flavor, name) for flavor, names in parts for name in names.split(", ")}
 
 
-ROWS = [
-    Row(*(cell.strip().strip("`") for cell in line.strip("|\n ").split(" | ")))
-    for line in PAGE.read_text(encoding="utf-8").splitlines()
-    if re.match(r"\| `\w+` \|", line)
-]
+ROWS = [Row(cells[0].strip("`"), *cells[1:]) for cells in table("Arguments")]
 BY_NAME = {row.argument: row for row in ROWS}
 EXAMPLE = pd.DataFrame({"text": TEXTS})
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from pathlib import Path
 
 import mlflow
 import pandas as pd
@@ -77,11 +79,16 @@ def test_edited_requirements_name_the_call(tracking, tiny_bert, tiny_tokenizer):
         pytest.skip("this MLflow has no such call")
     uri = info.model_uri
     mlflow.models.update_model_requirements(uri, "add", ["wrapt==1.17.0"])
-    with pytest.raises(IntegrityError, match="requirements") as caught:
-        load_model(uri)
-    assert "mlflow.models.update_model_requirements" in str(caught.value.hint)
-    info = log_model(tiny_bert(), "model", **given, extra_pip_requirements=["wrapt==1.17.0"])
-    assert load_model(info.model_uri)
+    for load in (load_model, mlflow.pyfunc.load_model):
+        with pytest.raises(IntegrityError, match="requirements") as caught:
+            load(uri)
+        assert "mlflow.models.update_model_requirements" in str(caught.value.hint)
+    (hinted,) = re.findall(r"log the model again with (\w+)=\[…\]", str(caught.value.hint))
+    info = log_model(tiny_bert(), "model", **given, **{hinted: ["wrapt==1.17.0"]})
+    for load in (load_model, mlflow.pyfunc.load_model):
+        assert load(info.model_uri)
+    lines = Path(mlflow.pyfunc.get_model_dependencies(info.model_uri)).read_text().splitlines()
+    assert "wrapt==1.17.0" in lines  # pinned
 
 
 def test_added_libraries_name_the_call(edited, monkeypatch):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import mlflow
 import pandas as pd
 import pytest
 from artifacts import TEXTS
+from coming_page import table as page
 from mlflow.metrics import MetricValue, make_metric
 
 from mlflow_safeflavor import load_model, save_model
@@ -45,15 +48,18 @@ def test_a_metric_of_ones_own_on_a_column(tracking, saved, table):
 
 
 def test_a_classifier_behind_a_function(tracking, saved, table):
-    """MLflow's evaluator of classifiers reads no column of a model's answer."""
-    model = mlflow.pyfunc.load_model(str(saved))
-    found = mlflow.models.evaluate(
-        lambda rows: model.predict(rows)["label"].to_numpy(),
-        table,
-        targets="target",
-        model_type="classifier",
-        evaluator_config={**PLAIN, "label_list": ["LABEL_0", "LABEL_1"]},
-    )
+    """MLflow's evaluator of classifiers reads no column of a model's answer; the page says so."""
+    given = {
+        "targets": "target",
+        "model_type": "classifier",
+        "evaluator_config": {**PLAIN, "label_list": ["LABEL_0", "LABEL_1"]},
+    }
+    with pytest.raises((TypeError, ValueError), match=r"not supported|dimension"):
+        mlflow.models.evaluate(str(saved), table, predictions="label", **given)
+    (row,) = [how for call, _, how in page("Calls") if 'model_type="classifier"' in call]
+    hinted = re.findall("`([^`]+)`", row)
+    model = eval(hinted[1], {"mlflow": mlflow, "uri": str(saved)})
+    found = mlflow.models.evaluate(eval(hinted[0], {"model": model}), table, **given)
     assert found.metrics["accuracy_score"] == pytest.approx(2 / 3)
 
 
