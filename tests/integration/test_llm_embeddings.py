@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import inspect
+from typing import Any
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from architectures import tiny_model
 
 import mlflow_safeflavor
@@ -82,6 +85,24 @@ def test_every_shape_of_a_request_is_answered_as_openai_does(saved, wanted):
     # MLflow asks for the name that the signature says
     require_answer(loaded.predict(TEXTS), wanted(), sum(TOKENS))
     require_answer(loaded.predict("a"), wanted(["a"]), 3)
+
+
+@pytest.mark.parametrize("architecture", ["Bert", "Roberta", "DistilBert", "Albert"])
+def test_embeddings_are_those_of_the_model(tmp_path, tiny_tokenizer, architecture):
+    """The mean of what transformers' own model gives, text by text."""
+    module: Any = tiny_model(architecture, "Model")
+    taken = inspect.signature(module.forward).parameters
+    given = {"tokenizer": tiny_tokenizer, "task": TASK, "rehearse": False, "graph": "no"}
+    mlflow_safeflavor.save_model(module, tmp_path / "model", **given)
+    found = mlflow_safeflavor.load_model(tmp_path / "model").predict({"input": TEXTS})
+    vectors = []
+    for text in TEXTS:
+        read = tiny_tokenizer(text, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            made = module(**{name: read[name] for name in read if name in taken})
+        vectors.append(made.last_hidden_state[0].mean(0).numpy())
+    got = np.array([datum["embedding"] for datum in found["data"]])
+    assert got == pytest.approx(np.array(vectors), abs=1e-5)
 
 
 def test_params_of_openai_and_of_sentence_transformers(saved, wanted):

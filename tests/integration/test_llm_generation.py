@@ -9,7 +9,8 @@ from typing import Any
 import mlflow
 import pandas as pd
 import pytest
-from writers import byte_tokenizer, writer
+import torch
+from writers import DECODERS, byte_tokenizer, writer
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError, StructureError
@@ -26,9 +27,9 @@ ASKED: dict[str, dict[str, Any]] = {
 ENDS = {"eos_token_id": [2, *range(30, 50)]}
 
 
-def save(path, task, *, generation=None, **options):
+def save(path, task, *, name="LlamaForCausalLM", generation=None, **options):
     tokenizer = byte_tokenizer(bos=True, chat=True)
-    model = writer("LlamaForCausalLM", generation=ENDS if generation is None else generation)
+    model = writer(name, generation=ENDS if generation is None else generation)
     given = {"tokenizer": tokenizer, "params": {"model": "tiny"}, "rehearse": False, "graph": "no"}
     mlflow_safeflavor.save_model(model, path, task=task, **{**given, **options})
     return path
@@ -123,14 +124,37 @@ def test_the_answer_is_what_text_generation_writes(both, task, plain):
     )
 
 
-def test_usage_counts_what_the_model_read_and_wrote(both, task):
+def tokens_of(task):
+    """What the model reads of ``ASKED``, and the tokenizer."""
     tokenizer = byte_tokenizer(bos=True, chat=True)
     prompt = (
         tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
         if task == CHAT
         else ASKED[task]["prompt"]
     )
-    read = len(tokenizer(prompt, add_special_tokens=task == COMPLETIONS)["input_ids"])
+    return tokenizer(prompt, add_special_tokens=task == COMPLETIONS)["input_ids"], tokenizer
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_texts_are_those_that_transformers_generates(tmp_path, task, name):
+    path = save(tmp_path / "model", task, name=name, params={"max_tokens": 12})
+    loaded = mlflow_safeflavor.load_model(path)
+    ids, tokenizer = tokens_of(task)
+    module = writer(name, generation=ENDS)
+    for beams in (1, 3):
+        said = {"max_new_tokens": 30, "num_beams": beams, "pad_token_id": 0, "do_sample": False}
+        (written,) = module.generate(torch.tensor([ids]), **said)[:, len(ids) :]
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        reason = "stop" if {*written.tolist()} & {*ENDS["eos_token_id"]} else "length"
+        if reason == "length":  # the first part of a character is none
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        found = loaded.predict({**ASKED[task], "max_tokens": 30}, {"num_beams": beams})
+        (choice,) = found["choices"]
+        assert (text_of(choice), choice["finish_reason"]) == (text, reason)
+
+
+def test_usage_counts_what_the_model_read_and_wrote(both, task):
+    read = len(tokens_of(task)[0])
     for model in both:
         usage = model.predict({**ASKED[task], "max_tokens": 3})["usage"]
         assert usage == {

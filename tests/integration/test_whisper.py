@@ -190,6 +190,43 @@ def test_sampling_and_other_tokenizers_are_refused_at_save(tmp_path):
         )
 
 
+SHAPE = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "vocab_size": 60}  # fmt: skip
+OTHERS = {
+    "Speech2Text": SHAPE,
+    "Moonshine": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "encoder_num_hidden_layers": 1,
+        "decoder_num_hidden_layers": 1,
+        "encoder_num_attention_heads": 2,
+        "decoder_num_attention_heads": 2,
+        "vocab_size": 60,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_encoder_decoders_are_refused_by_name(tmp_path, name):
+    config = getattr(transformers, f"{name}Config")(**OTHERS[name])
+    other = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    parts = {"tokenizer": whisper_tokenizer(), "processor": whisper_extractor()}
+    with pytest.raises(StructureError, match="cannot be told") as caught:
+        mlflow_safeflavor.save_model(other, tmp_path / "model", **parts)
+    assert caught.value.where == type(other).__name__
+    with pytest.raises(StructureError, match="cannot do this task") as caught:
+        mlflow_safeflavor.save_model(other, tmp_path / "model", task=TASK, **parts)
+    assert type(other).__name__ in str(caught.value.where)
+    assert "WhisperForConditionalGeneration" in str(caught.value.wanted)
+
+
+def test_a_pipeline_that_asks_for_times_of_words_is_refused_by_name(tmp_path):
+    reference = whisper_pipeline(return_timestamps="word")
+    with pytest.raises(InputError, match="times of words are not supported"):
+        mlflow_safeflavor.save_model(reference, tmp_path / "model", rehearse=False, graph="no")
+
+
 def test_what_is_no_sound_is_refused_with_its_row(model):
     with pytest.raises(InputError, match="no file in base64") as caught:
         model.predict([sound(), b"no sound"])
