@@ -147,7 +147,8 @@ def _workers(environ: Mapping[str, str], root: Path) -> int:
     its parent's; without one, by the variable that MLflow's container start reads.
     """
     for _, command in _processes(root):
-        if any(os.path.basename(part) in _SERVERS for part in command[:3]):
+        # Also of an image of ours: python -c … uvicorn.
+        if any(os.path.basename(part) in _SERVERS for part in command[:4]):
             return _workers_option(command) or _positive(environ.get("WEB_CONCURRENCY", "")) or 1
     return _positive(environ.get("MLFLOW_MODELS_WORKERS", "")) or 1
 

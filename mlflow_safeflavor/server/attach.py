@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 
 from mlflow_safeflavor.predict.options import is_set
@@ -38,7 +39,11 @@ def prepare(environ: Mapping[str, str] = os.environ) -> None:
         for name in _VARIABLES:
             if environ.get(name):
                 _logger.warning("safeflavor: %s needs MLflow's server on FastAPI", name)
-    elif text := environ.get(METRICS):
+        return
+    # Workers that are forked after their imports would all draw the same numbers; Python's own
+    # generator is seeded anew by a fork.
+    np.random.seed()
+    if text := environ.get(METRICS):
         address_of(text)
         count_in(shared_folder())
 

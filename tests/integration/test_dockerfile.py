@@ -510,8 +510,10 @@ def test_the_server_is_mlflows(monkeypatch, environ, workers):
     )
     assert program == command[0] == "sh"
     assert command[1] == "-c"
-    assert shlex.split(command[2]) == [
-        *("exec", "uvicorn", "--host", "0.0.0.0", "--port", "8080", "--workers", str(workers)),
+    words = shlex.split(command[2])
+    assert words[:3] == ["exec", sys.executable, "-c"]
+    assert words[4:] == [
+        *("uvicorn", "--host", "0.0.0.0", "--port", "8080", "--workers", str(workers)),
         "mlflow.pyfunc.scoring_server.app:app",
     ]
     assert "file:///opt/ml/model" in variables.values()

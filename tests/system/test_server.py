@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 from artifacts import TEXTS
+
+import mlflow_safeflavor
 
 pytest.importorskip("prometheus_client")
 pytest_plugins = "saved_models"
@@ -194,3 +198,69 @@ def test_what_was_accepted_is_answered_before_the_end(serve, saved_with_graph):
         assert not any(worker.is_running() for worker in workers)
         with pytest.raises(ConnectionError):
             post(server, ROWS, **JSON)
+
+
+# The command of an image of our own, which has workers forked after their imports.
+
+IN_AN_IMAGE = """
+import sys
+from mlflow_safeflavor.load import container
+container.MODEL, container.PORT = sys.argv[1], int(sys.argv[2])
+container.serve()
+"""
+
+
+@pytest.fixture
+def imaged(tmp_path):
+    """``imaged(folder)``: the server that an image would be, with two workers, and its port."""
+    started = []
+
+    def start(folder):
+        port = free_port()
+        environ = {**os.environ, **WORKERS}
+        with (tmp_path / "log").open("wb") as log:
+            command = [sys.executable, "-c", IN_AN_IMAGE, str(folder), str(port)]
+            started.append(subprocess.Popen(command, env=environ, stdout=log, stderr=log))
+        return started[-1], port
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def forked_of(process):
+    """Workers of such a server, by id."""
+    return {
+        child.pid: child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "forkserver" in child.parent().cmdline()[-1] and "forkserver" in child.cmdline()[-1]
+    }
+
+
+def rows_of(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("POST", "/invocations", json.dumps(ROWS), JSON)
+        return json.loads(connection.getresponse().read())["predictions"]
+    finally:
+        connection.close()
+
+
+def test_workers_of_an_image_are_forked_after_their_imports(imaged, saved_with_graph, tmp_path):
+    wanted = mlflow_safeflavor.load_model(saved_with_graph).predict(TEXTS).to_dict(orient="records")
+    process, port = imaged(saved_with_graph)
+    until(lambda: (tmp_path / "log").read_text().count("startup complete") == 2, "two workers", 120)
+    assert "2 workers: 1 threads by OMP_NUM_THREADS" in (tmp_path / "log").read_text()
+    workers = until(lambda: len(forked_of(process)) == 2 and forked_of(process), "two workers")
+    [parent] = {worker.ppid() for worker in workers.values()}
+    assert parent != process.pid
+    assert rows_of(port) == wanted
+    killed = next(iter(workers))
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: {*forked_of(process)} - {*workers}, "a new worker")
+    until(lambda: (tmp_path / "log").read_text().count("startup complete") == 3, "a new worker")
+    assert [rows_of(port) for _ in range(8)] == [wanted] * 8
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    until(lambda: not any(worker.is_running() for worker in workers.values()), "the end")
