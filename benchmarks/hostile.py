@@ -14,11 +14,9 @@ within 5 %.
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import gc
 import http.client
-import io
 import itertools
 import json
 import os
@@ -34,162 +32,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _common import machine, median_and_spread, minilm_folder, tokenizer
+from _common import machine, median_and_spread
+from _hostile import ALLOWED, GOOD, REFUSED, Request, save
 from _server import Server, stat_of
-from PIL import Image
 
 HONEST, HOSTILE = 16, 4
 """Callers at a time."""
 REQUESTS = 200
 """Hostile ones in a run."""
-
-_WORDS = "the quick brown fox jumps over 3 lazy dogs "
-_LONG = _WORDS * 2300  # 100 kB
-
-
-@dataclass(frozen=True)
-class Request:
-    """Rows and params, or a raw body, which only a server can be sent; and the right status.
-
-    A status of 0 is any but 200: MLflow refuses these by itself, before a model is asked.
-    """
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    params: dict[str, Any] = field(default_factory=dict)
-    status: int = 400
-    raw: bytes | None = None
-
-    @property
-    def body(self) -> bytes:
-        """As JSON; half a surrogate pair stays one."""
-        return (
-            self.raw or json.dumps({"dataframe_records": self.rows, "params": self.params}).encode()
-        )
-
-
-def _texts(*texts: str, status: int = 400, **params: Any) -> Request:
-    return Request([{"text": text} for text in texts], params, status)
-
-
-def _image(side: int) -> str:
-    file = io.BytesIO()
-    Image.new("RGB", (side, side)).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-_LABELS = [f"label {i}" for i in range(200)]
-_EVERY = {
-    "no column": Request([{}]),
-    "a number for a text": Request([{"text": 1.5}]),
-    "cut JSON": Request(raw=b'{"dataframe_records": [{"text": "a', status=0),
-    "100,000 lists in each other": Request(
-        raw=b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", status=0
-    ),
-}
-_TEXTS = {
-    **_EVERY,
-    "a text of 9 MB": _texts("x" * 9_000_000),
-    "more rows than the cap": _texts(*["a"] * 100_001),
-    "half a surrogate pair": _texts("\ud800"),
-}
-GOOD: dict[str, Request] = {
-    "fill-mask": _texts("the [MASK] sat on the mat", status=200),
-    "zero-shot-classification": _texts(_WORDS, candidate_labels=["cat", "dog"], status=200),
-    "token-classification": _texts(_WORDS, aggregation_strategy="simple", status=200),
-    "question-answering": Request([{"question": "who jumps?", "context": _WORDS}], {}, 200),
-    "image-classification": Request([{"image": _image(64)}], {}, 200),
-}
-REFUSED: dict[str, dict[str, Request]] = {
-    "fill-mask": {
-        **_TEXTS,
-        "60 gaps, all tokens": _texts("[MASK] " * 60, top_k=1_000_000),
-        "200 rows of 60 gaps": _texts(*["[MASK] " * 60] * 200, top_k=200),
-        "10,000 targets": _texts("[MASK]", targets=["cat"] * 10_000),
-        "half a surrogate pair in targets": _texts("[MASK]", targets=["\ud800"]),
-    },
-    "zero-shot-classification": {
-        **_TEXTS,
-        "200 rows, 200 labels": _texts(*["a cat"] * 200, candidate_labels=_LABELS),
-        "a template of 10,000 "
-        "gaps": _texts("a", candidate_labels=_LABELS, hypothesis_template="{}" * 10_000),
-        "half a surrogate pair in labels": _texts("a", candidate_labels=["\ud800"]),
-        "100 kB, and not to be cut": _texts(_LONG, candidate_labels=["cat"], truncation=False),
-    },
-    "token-classification": {
-        **_TEXTS,
-        "100 kB, windows that share nearly "
-        "all": _texts(_LONG, stride=509, aggregation_strategy="simple"),
-        "100 kB, and not to be cut": _texts(_LONG, truncation=False),
-        "10,000 labels to ignore": _texts("a", ignore_labels=["O"] * 10_000),
-    },
-    "question-answering": {
-        **_EVERY,
-        "a text of 9 MB": Request([{"question": "who?", "context": "x" * 9_000_000}]),
-        "half a surrogate pair": Request([{"question": "who?", "context": "\ud800"}]),
-        "100 kB, windows that share nearly "
-        "all": Request([{"question": "who?", "context": _LONG}], {"doc_stride": 378}),
-        "a question of 100 kB": Request([{"question": _LONG, "context": "who?"}]),
-        "all spans": Request([{"question": "who?", "context": _LONG}],
-            {"top_k": 10**6, "max_answer_len": 384}),
-    },
-    "image-classification": {
-        **_EVERY,
-        "36 megapixels": Request([{"image": _image(6000)}]),
-        "no image": Request([{"image": base64.b64encode(b"GIF89a").decode()}]),
-    },
-}  # fmt: skip
-ALLOWED: dict[str, dict[str, Request]] = {
-    "fill-mask": {"60 gaps, 130 tokens": _texts("[MASK] " * 60, top_k=130, status=200)},
-    "zero-shot-classification": {
-        "100 kB, 200 labels": _texts(_LONG, candidate_labels=_LABELS, max_length=32, status=200),
-    },
-    "token-classification": {
-        "100 kB in windows": _texts(_LONG, stride=64, aggregation_strategy="simple", status=200),
-    },
-    "question-answering": {
-        "100 kB": Request([{"question": "who?", "context": _LONG}], {"top_k": 100}, 200)
-    },
-    "image-classification": {"25 megapixels": Request([{"image": _image(5000)}], {}, 200)},
-}
-
-
-def save(task: str, folder: Path) -> Path:
-    """MiniLM's encoder with a seeded head for the task; for images a small ViT."""
-    import torch
-    import transformers
-
-    import mlflow_safeflavor
-
-    path = folder / task
-    torch.manual_seed(0)
-    if task == "image-classification":
-        config = transformers.ViTConfig(
-            image_size=64, hidden_size=192, num_hidden_layers=6, num_attention_heads=3
-        )
-        vit = transformers.ViTForImageClassification(config).eval()
-        processor = transformers.ViTImageProcessor(size={"height": 64, "width": 64})
-        mlflow_safeflavor.save_model(vit, path, processor=processor, rehearse=False, graph="no")
-        return path
-    classes = {
-        "fill-mask": "BertForMaskedLM",
-        "zero-shot-classification": "BertForSequenceClassification",
-        "token-classification": "BertForTokenClassification",
-        "question-answering": "BertForQuestionAnswering",
-    }
-    model = (
-        getattr(transformers, classes[task])
-        .from_pretrained(minilm_folder(), dtype=torch.float32)
-        .eval()
-    )
-    if task.startswith("zero"):
-        model.config.id2label, model.config.label2id = (
-            {0: "no", 1: "entailment"},
-            {"no": 0, "entailment": 1},
-        )
-    mlflow_safeflavor.save_model(
-        model, path, task=task, tokenizer=tokenizer(), rehearse=False, graph="no"
-    )
-    return path
 
 
 # Targets: something that is asked, and whose memory and CPU time can be read.

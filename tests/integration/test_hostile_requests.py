@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -120,40 +119,43 @@ def test_nothing_that_is_sent_breaks_a_server(serve, saved):
         )
 
 
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["fill-mask", "zero-shot-classification"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        "fill-mask",
+        "zero-shot-classification",
+        "zero-shot-image-classification",
+        "text-ranking",
+        "automatic-speech-recognition",
+        "llm/v1/chat",
+    ],
+)
 def test_hostile_requests_beside_honest_callers_have_the_right_statuses(
     serve, tmp_path, minilm_folder, task
 ):
-    import transformers
-
-    import mlflow_safeflavor
-
-    config: dict[str, Any] = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-    }
-    if task == "fill-mask":
-        model = transformers.BertForMaskedLM(transformers.BertConfig(**config))
-    else:
-        config |= {"id2label": {0: "no", 1: "entailment"}, "label2id": {"no": 0, "entailment": 1}}
-        model = transformers.BertForSequenceClassification(transformers.BertConfig(**config))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder)
-    mlflow_safeflavor.save_model(
-        model.eval(), tmp_path / "m", task=task, tokenizer=tokenizer, rehearse=False, graph="no"
-    )
     benchmark = _benchmark()
-    with serve(
-        tmp_path / "m", env={"OMP_NUM_THREADS": "1", "MLFLOW_SAFEFLAVOR_TIMEOUT": "60"}
-    ) as server:
+    path = benchmark.save(task, tmp_path, **TINY)
+    with serve(path, env={"OMP_NUM_THREADS": "1", "MLFLOW_SAFEFLAVOR_TIMEOUT": "60"}) as server:
         ask = benchmark.asking(int(server.url.rpartition(":")[2]))
         requests = {**benchmark.REFUSED[task], **benchmark.ALLOWED[task]}
         seen = benchmark.run(ask, benchmark.GOOD[task], requests, 0, 2 * len(requests))
         assert benchmark.wrong_statuses(seen, requests) == {}
         assert seen.statuses.keys() == {"honest", *requests}
         assert server.process.poll() is None
+
+
+def test_each_task_of_the_benchmark_has_requests_of_all_three_kinds():
+    benchmark = _benchmark()
+    assert benchmark.GOOD.keys() == benchmark.REFUSED.keys() == benchmark.ALLOWED.keys()
 
 
 def _benchmark():
