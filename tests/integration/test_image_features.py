@@ -141,7 +141,7 @@ def test_a_projection_to_the_space_of_texts(save):
     module = make("CLIPVisionModelWithProjection", projection_dim=12)
     with torch.no_grad():
         wanted = module(**tensors(IMAGES)).image_embeds.numpy()
-    model = mlflow_safeflavor.load_model(save(module), trust={"code"})  # not proven by the sweep
+    model = mlflow_safeflavor.load_model(save(module))
     assert embeddings(model) == pytest.approx(wanted, abs=1e-4)
 
 

@@ -22,9 +22,35 @@ WIDTH, HEADS, HEAD_DIM, LAYERS, EXPERTS, IMAGE, POSITIONS = 64, 4, 16, 2, 4, 32,
 MOST_PARAMETERS = 20_000_000
 
 
+# Encoders of texts or images alone, which tasks serve and no ``MODEL_*_MAPPING`` lists; by the type
+# of the whole model.
+_PARTS = {
+    "align": "AlignTextModel AlignVisionModel",
+    "altclip": "AltCLIPTextModel AltCLIPVisionModel",
+    "blip": "BlipTextModel BlipVisionModel",
+    "blip-2": "Blip2TextModelWithProjection Blip2VisionModel Blip2VisionModelWithProjection",
+    "chinese_clip": "ChineseCLIPTextModel ChineseCLIPVisionModel",
+    "clap": "ClapTextModel ClapTextModelWithProjection",
+    "clip": "CLIPTextModelWithProjection CLIPVisionModelWithProjection",
+    "clipseg": "CLIPSegTextModel CLIPSegVisionModel",
+    "flava": "FlavaImageModel FlavaTextModel",
+    "git": "GitVisionModel",
+    "groupvit": "GroupViTTextModel GroupViTVisionModel",
+    "longt5": "LongT5EncoderModel",
+    "metaclip_2": "MetaClip2TextModel MetaClip2TextModelWithProjection MetaClip2VisionModel "
+    "MetaClip2VisionModelWithProjection",
+    "owlv2": "Owlv2TextModel Owlv2VisionModel",
+    "owlvit": "OwlViTTextModel OwlViTVisionModel",
+    "siglip": "SiglipTextModel",
+    "siglip2": "Siglip2TextModel",
+    "switch_transformers": "SwitchTransformersEncoderModel",
+    "xclip": "XCLIPTextModel XCLIPVisionModel",
+}
+
+
 def architectures() -> dict[str, str]:
-    """Class name → model type, for each class in transformers' ``MODEL_*_MAPPING``, sorted."""
-    found: dict[str, str] = {}
+    """Class name → model type, for ``_PARTS`` and each class in ``MODEL_*_MAPPING``, sorted."""
+    found = {name: model_type for model_type, names in _PARTS.items() for name in names.split()}
     for table, content in vars(modeling_auto).items():
         if table.startswith("MODEL_") and table.endswith("_NAMES"):
             for model_type, names in content.items():
@@ -59,6 +85,7 @@ def _shrunk(config_class: type, class_name: str, rule: Any) -> Any:
     plain = copy.deepcopy(default.to_dict())
     plain = _walk(plain, rule, _SpecialIds())
     plain = {key: value for key, value in plain.items() if key not in _DERIVED}
+    _join_parts(plain)
     config: Any = config_class.from_dict(plain)  # type: ignore[attr-defined]  # a config of transformers
     if "CausalLM" in class_name or "LMHead" in class_name or class_name.endswith("ForDecoder"):
         _as_decoder(config)
@@ -75,6 +102,18 @@ _DERIVED = frozenset(
         "dtype",
     )
 )
+
+
+def _join_parts(plain: dict[str, Any]) -> None:
+    """Let RT-DETR and its like take as many channels as their backbone and encoder give."""
+    backbone = plain.get("backbone_config") or {}
+    sizes = backbone.get("stage_out_channels") or backbone.get("hidden_sizes")
+    for key, given in (
+        ("encoder_in_channels", sizes),
+        ("decoder_in_channels", [plain.get("encoder_hidden_dim")] * 9),
+    ):
+        if given and isinstance(plain.get(key), list):
+            plain[key] = given[-len(plain[key]) :]
 
 
 def _as_decoder(config: Any) -> None:
@@ -272,6 +311,8 @@ def _walk(value: dict[str, Any], rule: Any, ids: _SpecialIds) -> dict[str, Any]:
             )
         elif isinstance(item, dict) and item.get("model_type") == "timm_backbone":
             small[key] = _backbone(item)
+        elif isinstance(item, dict) and item.get("model_type") == "hgnet_v2":
+            small[key] = {**item, **_HGNET}
         elif isinstance(item, dict) and key not in ("id2label", "label2id"):
             small[key] = _walk(item, rule, ids)
         elif isinstance(item, list) and _is_layerwise(key, item, whole):
@@ -455,7 +496,7 @@ def _short(key: str, item: int) -> int:
     )
 
 
-# --- composed models, whose default config is empty
+# --- composed models, whose default config is empty, and those whose widths follow from each other
 
 
 def _backbone(item: dict[str, Any]) -> dict[str, Any]:
@@ -468,6 +509,16 @@ def _backbone(item: dict[str, Any]) -> dict[str, Any]:
         "out_features": [f"stage{i}" for i in item.get("out_indices") or [4]],
         "out_indices": None,
     }
+
+
+# One width, since each of its lists is of another length.
+_HGNET = {
+    "stem_channels": [3, 16, 16],
+    **{f"stage_{name}_channels": [16] * 4 for name in ("in", "mid", "out")},
+    "stage_num_blocks": [1] * 4,
+    "stage_numb_of_layers": [2] * 4,
+    "hidden_sizes": [16] * 4,
+}
 
 
 def _part(config_class: type, rule: Any, **changes: Any) -> Any:
@@ -509,7 +560,33 @@ def _dual_encoder(rule: Any) -> Any:
     )
 
 
+# Widths of EfficientNet follow from one factor, the last one from that of its end.
+_EFFICIENT = {"width_coefficient": 0.1, "depth_coefficient": 0.1}
+
+
+def _efficient(name: str, last: int) -> Any:
+    return lambda rule: getattr(transformers, name)(image_size=IMAGE, hidden_dim=last, **_EFFICIENT)
+
+
+def _align(rule: Any) -> Any:
+    return transformers.AlignConfig(
+        text_config=_part(transformers.AlignTextConfig, rule).to_dict(),
+        vision_config=_efficient("AlignVisionConfig", 32)(rule).to_dict(),
+        projection_dim=32,
+    )
+
+
+def _swin_2(rule: Any) -> Any:
+    return transformers.Swinv2Config(
+        image_size=IMAGE, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
+    )
+
+
 _COMPOSED = {
+    "AlignConfig": _align,
+    "AlignVisionConfig": _efficient("AlignVisionConfig", 32),
+    "EfficientNetConfig": _efficient("EfficientNetConfig", 128),
+    "Swinv2Config": _swin_2,
     "EncoderDecoderConfig": _encoder_decoder,
     "SpeechEncoderDecoderConfig": _speech_encoder_decoder,
     "VisionEncoderDecoderConfig": _vision_encoder_decoder,
