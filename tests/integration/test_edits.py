@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pandas as pd
@@ -84,7 +85,8 @@ def test_edited_requirements_name_the_call(tracking, tiny_bert, tiny_tokenizer):
             load(uri)
         assert "mlflow.models.update_model_requirements" in str(caught.value.hint)
     (hinted,) = re.findall(r"log the model again with (\w+)=\[…\]", str(caught.value.hint))
-    info = log_model(tiny_bert(), "model", **given, **{hinted: ["wrapt==1.17.0"]})
+    more: dict[str, Any] = {hinted: ["wrapt==1.17.0"]}
+    info = log_model(tiny_bert(), "model", **given, **more)
     for load in (load_model, mlflow.pyfunc.load_model):
         assert load(info.model_uri)
     lines = Path(mlflow.pyfunc.get_model_dependencies(info.model_uri)).read_text().splitlines()
