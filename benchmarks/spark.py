@@ -50,7 +50,7 @@ from _common import (
 from rich.console import Console
 from rich.table import Table
 
-WHO = ("mlflow.transformers", "ours, spark_udf", "ours, score")
+WHO = ("mlflow.transformers", "ours, spark_udf", "ours, score", "ours, score, one import")
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps"]
 
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -65,16 +65,18 @@ def measure(who: str, folder: str, rows: int, cores: int) -> dict[str, float]:
 
     from mlflow_safeflavor.spark import score
 
-    spark = (
+    builder = (
         SparkSession.builder.master(f"local[{cores}]")
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
-        .getOrCreate()
     )
+    if who == WHO[3]:
+        builder = builder.config("spark.python.daemon.module", "mlflow_safeflavor.spark")
+    spark = builder.getOrCreate()
     table = spark.createDataFrame(pd.DataFrame({"text": texts_of(rows)}))
     table = table.repartition(4 * cores).cache()
     table.count()
-    if who == WHO[2]:
+    if who in WHO[2:]:
         scored = score(table, folder)
     else:
         udf = mlflow.pyfunc.spark_udf(spark, folder, result_type="string")
@@ -114,7 +116,7 @@ def pss_of_worker(process: Any) -> int:
 
     try:
         command = process.cmdline()
-        return process.memory_full_info().pss if "pyspark.daemon" in command else 0
+        return process.memory_full_info().pss if "pyspark.worker" in command else 0
     except psutil.Error:  # gone, or not yet reaped
         return 0
 
@@ -152,6 +154,7 @@ def main() -> None:
             WHO[0]: save_peer(model, "text-classification", Path(scratch) / "theirs"),
             WHO[1]: (ours := save_ours(model, Path(scratch) / "ours")),
             WHO[2]: ours,
+            WHO[3]: ours,
         }
         cores = [int(part) for part in given.cores.split(",")]
         found: dict[tuple[str, int], list[dict[str, Any]]] = {}

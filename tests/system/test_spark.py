@@ -266,3 +266,26 @@ def test_a_cluster_that_loses_an_executor_loses_no_row(
             assert rows_of(there) == wanted
         finally:
             made.stop()
+
+
+def test_workers_that_are_forked_after_their_imports(saved_with_graph, environ, spark, session):
+    """Of a daemon that has imported this package, as ``docs/spark.md`` says."""
+    from pyspark.sql.pandas.functions import pandas_udf
+
+    spark.stop()
+    made = session("local[2]", **{"spark.python.daemon.module": "mlflow_safeflavor.spark"})
+    try:
+        wanted = natively(saved_with_graph, TEXTS).to_dict(orient="records")
+        assert rows_of(score(table_of(made), saved_with_graph)) == wanted
+
+        def forked(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
+            command = psutil.Process(os.getppid()).cmdline()
+            for batch in batches:
+                yield pd.Series([command[-2]] * len(batch))
+
+        forked.__annotations__ = {"batches": Iterator[pd.Series], "return": Iterator[pd.Series]}
+        udf: Any = pandas_udf(forked, "string")  # type: ignore[call-overload]  # told by annotations
+        answers = made.range(0, 80, 1, 8).select(udf("id").alias("told")).collect()
+        assert {row["told"] for row in answers} == {"mlflow_safeflavor.spark"}
+    finally:
+        made.stop()

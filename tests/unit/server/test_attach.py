@@ -4,6 +4,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
@@ -52,6 +53,20 @@ def test_of_several_models_the_first_one_has_the_gate(in_server):
     attach(MODEL, {})
     attach(MODEL, {})
     assert isinstance(fastapi.FastAPI().build_middleware_stack(), Gate)
+
+
+def test_forked_workers_do_not_draw_the_same_numbers(in_server):
+    """As of a fork: the state of numpy's generator is that of every other worker."""
+    state = np.random.get_state()
+    try:
+        drawn = []
+        for _ in range(2):
+            np.random.set_state(state)
+            prepare({})
+            drawn.append(np.random.random())
+        assert drawn[0] != drawn[1]
+    finally:
+        np.random.set_state(state)
 
 
 @pytest.mark.parametrize("place", ["everywhere", "0", "70000", "host:", ":x", "-1"])
