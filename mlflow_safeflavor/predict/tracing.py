@@ -51,7 +51,7 @@ def traced(task: str, engine: str) -> Iterator[None]:
         current_request.reset(token)
 
 
-def traced_parts(task: str, engine: str, parts: Iterator[Any]) -> Iterator[Any]:
+def traced_parts(task: str, engine: str, parts: Iterator[Any]) -> Generator[Any, None, None]:
     """Parts of an answer, within a span from when the first is asked for until the last is given.
 
     Or until the caller stops listening.
