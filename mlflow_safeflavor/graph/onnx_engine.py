@@ -75,11 +75,6 @@ _WITH_PACKED_WEIGHTS = {
 _SPIN = 50
 
 
-# After each run the arena gives back what nothing uses. Else it keeps a region for each shape of a
-# batch: MiniLM's grew by 50 MB within some hundred texts, and by 20 with this, in the same time.
-_SHRINK = "memory.enable_memory_arena_shrinkage"
-
-
 class Session:
     """A graph with its weights, ready to run.
 
@@ -125,8 +120,6 @@ class Session:
         nbytes = sum(array.nbytes for array in self._weights.values())
         shared = None if packed is None else packed.open(self._map, self._save, nbytes)
         self._session = shared or self._pack()
-        self._run = onnxruntime.RunOptions()
-        self._run.add_run_config_entry(_SHRINK, "cpu:0")
         if shared:
             self._weights = {}
 
@@ -139,9 +132,7 @@ class Session:
             # Forwards that run keep the old session until they end; its packed weights go with it.
             self._session, self._weights = shared, {}
             give_back()
-        found = self._session.run(
-            None, {f"input.{name}": array for name, array in inputs.items()}, self._run
-        )
+        found = self._session.run(None, {f"input.{name}": array for name, array in inputs.items()})
         return dict(zip(self.graph.outputs, found, strict=True))
 
     def _pack(self, saved: Path | None = None) -> Any:
