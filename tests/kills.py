@@ -189,11 +189,8 @@ class Attempts:
             "beside": [
                 path.name for path in (self.folder / "store").iterdir() if path.name.startswith(".")
             ],
-            # ".ses": ONNX Runtime writes it whenever it is imported.
             "temporary": sorted(
-                str(path)
-                for path in self.temporary.rglob("*")
-                if path not in empty and path.name != ".ses"
+                str(path) for path in self.temporary.rglob("*") if path not in empty
             ),
             "broken": [
                 x

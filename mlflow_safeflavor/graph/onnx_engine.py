@@ -12,13 +12,14 @@ side by side see ``packed_weights``.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import StructureError
@@ -27,6 +28,27 @@ from mlflow_safeflavor.graph.packed_weights import PackedWeights
 from mlflow_safeflavor.machine import available_memory, give_back
 
 __all__ = ["RUNTIME", "Session"]
+
+
+_NO_REPORTS = "ORT_DISABLE_TELEMETRY"
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    # Since release 1.32 ONNX Runtime tells its makers what sessions do, by an id of the machine
+    # that it keeps in the home folder, unless this is set while it is imported. Who wants that
+    # sets it to 0.
+    before = os.environ.get(_NO_REPORTS)
+    os.environ.setdefault(_NO_REPORTS, "1")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_REPORTS]
+
+
+with _unreported():
+    import onnxruntime
 
 RUNTIME = f"onnxruntime {onnxruntime.__version__}"
 
