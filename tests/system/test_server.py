@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -231,11 +232,12 @@ def imaged(tmp_path):
 
 def forked_of(process):
     """Workers of such a server, by id."""
-    return {
-        child.pid: child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "forkserver" in child.parent().cmdline()[-1] and "forkserver" in child.cmdline()[-1]
-    }
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error, IndexError, AttributeError):  # one that ends meanwhile
+            if all("forkserver" in some.cmdline()[-1] for some in (child, child.parent())):
+                found[child.pid] = child
+    return found
 
 
 def rows_of(port):
