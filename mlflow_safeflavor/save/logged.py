@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -72,6 +74,7 @@ def noting(flavor: ModuleType, own: Mapping[str, Any]) -> Iterator[NotedFlavor]:
     with scratch_folder("log") as notes:
         _fail_abandoned()
         noted = NotedFlavor(flavor, notes, own)
+        searched = {*sys.path}
         try:
             yield noted
         # MLflow itself marks a model whose logging an Exception ends, but not for those that end
@@ -81,6 +84,10 @@ def noting(flavor: ModuleType, own: Mapping[str, Any]) -> Iterator[NotedFlavor]:
                 with suppress(Exception):
                     _fail(noted.model_id)
             raise
+        finally:
+            # MLflow tries the example, with the code of a folder that is gone then. Each such entry
+            # makes each later log slower, as MLflow looks there for the distributions of the pins.
+            sys.path[:] = [path for path in sys.path if path in searched or os.path.exists(path)]
 
 
 def _fail_abandoned() -> None:

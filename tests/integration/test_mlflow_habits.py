@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import shutil
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -166,6 +167,13 @@ def test_artifact_path_is_what_name_was_called(logs):
     with pytest.raises(InputError, match="under one name"):
         logs("model", artifact_path="model")
     assert logs("model")
+
+
+def test_logs_leave_no_folders_to_search_for_modules(logs):
+    """MLflow tries the example by the code of a folder that is gone when the log is done."""
+    before = [*sys.path]
+    logs(name="model", input_example=ROWS)
+    assert sys.path == before
 
 
 @pytest.mark.skipif(not IS_3, reason="before MLflow 3 models have no names")
