@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import logging
 import sys
 import warnings
@@ -75,18 +74,19 @@ def _free_lengths(module: torch.nn.Module) -> Iterator[None]:
     """Let ``len(tensor)`` in the code of a module and its parts be a size that stays free."""
     homes = {cls.__module__ for part in module.modules() for cls in type(part).__mro__}
     # Those of torch are written for free sizes; a ``len`` of somebody's own is left alone.
-    names = [
+    spaces = [
         vars(sys.modules[home])
-        for home in homes - {"builtins"}
-        if not home.startswith("torch.") and "len" not in vars(sys.modules.get(home, builtins))
+        for home in homes & sys.modules.keys()
+        if not home.startswith("torch.")
     ]
-    for known in names:
-        known["len"] = _length
+    ours = [space for space in spaces if "len" not in space]
+    for space in ours:
+        space["len"] = _length
     try:
         yield
     finally:
-        for known in names:
-            del known["len"]
+        for space in ours:
+            del space["len"]
 
 
 def _length(of: Any) -> Any:
