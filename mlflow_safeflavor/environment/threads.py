@@ -101,6 +101,10 @@ def limit_threads(requested: int = 0) -> Budget:
     return replace(budget, spin_count=SPIN_COUNT)
 
 
+# In a command line of MLflow's server, and in that of an image of our own (``load/image.py``).
+_MARKS = ("mlflow.pyfunc.scoring_server", "container.serve()")
+
+
 def is_scoring_server(root: Path = machine.ROOT) -> bool:
     """Whether this process is MLflow's scoring server or a worker of it."""
     # By the command line of it or an ancestor: workers of uvicorn are started by multiprocessing,
@@ -113,7 +117,7 @@ def server_process(root: Path = machine.ROOT) -> str | None:
     found = [
         process
         for process, command in _processes(root)
-        if any("mlflow.pyfunc.scoring_server" in part for part in command)
+        if any(mark in part for part in command for mark in _MARKS)
     ]
     return found[-1] if found else None
 
@@ -144,11 +148,10 @@ def _workers(environ: Mapping[str, str], root: Path) -> int:
     """Server processes that share this machine or container with this one, itself included.
 
     Told by the server's command line, which is this process's own where there is one worker, else
-    its parent's; without one, by the variable that MLflow's container start reads.
+    its parent's; without one, by the variable that the start of a container reads.
     """
     for _, command in _processes(root):
-        # Also of an image of ours: python -c … uvicorn.
-        if any(os.path.basename(part) in _SERVERS for part in command[:4]):
+        if any(os.path.basename(part) in _SERVERS for part in command[:3]):
             return _workers_option(command) or _positive(environ.get("WEB_CONCURRENCY", "")) or 1
     return _positive(environ.get("MLFLOW_MODELS_WORKERS", "")) or 1
 

@@ -255,7 +255,7 @@ _ROWS = (1, 2, 7, 32)
 _LENGTHS = (1, 2, 3, 17, 64, 200)
 # Rows times tokens of one probe, so that the proof of a large model takes a minute and not an hour.
 # A single row may have more. So many numbers of a fixed size, a patch of an image, cost as a token.
-_MOST_TOKENS, _PATCH = 2048, 768
+_MOST_TOKENS, _PATCH = 1024, 768
 _AT_RANDOM = 8
 _MOST_PROBES = 200
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import shlex
+import signal
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 from mlflow_safeflavor.errors import PlacementError
@@ -17,24 +23,6 @@ __all__ = ["check", "serve"]
 MODEL = "/opt/ml/model"
 PORT = 8080
 
-# uvicorn starts each worker anew, which is mostly imports. Here its workers are forks of a process
-# that has imported what all of them need: four took 70 % of the CPU time and 80 % of the memory.
-# uvicorn has no seam for it; with a release without these names workers start as ever. Not among
-# what is imported: onnxruntime, which starts a thread if it is to report to its makers, and torch,
-# which reads its number of threads.
-_UVICORN = """\
-import multiprocessing, sys
-from uvicorn import main
-forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["mlflow.pyfunc.scoring_server", "fastapi", "uvicorn.server"])
-try:
-    from uvicorn import _subprocess
-    _subprocess.spawn = forks
-except ImportError:
-    pass
-main(sys.argv[2:], "uvicorn")
-"""
-
 
 def check() -> None:
     """Load the model with every check, and replay its golden rows."""
@@ -45,7 +33,7 @@ def check() -> None:
 
 
 def serve() -> None:
-    """Become MLflow's scoring server.
+    """Be MLflow's scoring server.
 
     ``MLFLOW_MODELS_WORKERS`` is the number of workers; by default one for each core that affinity
     and quota allow, on a GPU one.
@@ -65,16 +53,62 @@ def serve() -> None:
     command, environ = scoring_server.get_cmd(
         model_uri=MODEL, port=PORT, host=everywhere, nworkers=workers
     )
-    sys.stdout.flush()  # exec drops what is buffered
     # uvicorn imports from its working folder before any other, and that may be one that others
     # write to.
     os.chdir(os.path.dirname(MODEL))
-    if command.startswith("uvicorn "):
-        command = f"{shlex.join([sys.executable, '-c', _UVICORN])} {command}"
+    program, *arguments = shlex.split(command)
+    if program == "uvicorn":
+        # What is imported here is imported once: another process would do it all again.
+        os.environ.update(environ, MLFLOW_MODELS_WORKERS=str(workers))
+        # MLflow's look at the pins reads the metadata of all that is installed. Our own load compares
+        # every distribution with what was recorded, and in an image a difference is an error.
+        scoring_server.load_model = partial(scoring_server.load_model, suppress_warnings=True)
+        if not on_gpu:  # no driver survives a fork, and it was asked above
+            _fork_workers()
+        _serve_from_here(arguments)
+        return
+    sys.stdout.flush()  # exec drops what is buffered
     # In place of this process, so that it is the one that gets the signals of `docker stop`.
     # Through a shell, because MLflow 2.9.2 wrote its command for one: it has a variable in it.
     # Nothing in it comes from a model or a request.
     os.execvpe("sh", ["sh", "-c", f"exec {command}"], environ)  # noqa: S606, S607
+
+
+def _fork_workers() -> None:
+    """Have uvicorn fork its workers from this process, with all that they need imported."""
+    # It starts each anew, which is mostly imports, and has no seam for another way: with a release
+    # without these names workers start as ever.
+    try:
+        from uvicorn import _subprocess
+    except ImportError:
+        return
+    _subprocess.spawn = multiprocessing.get_context("fork")  # type: ignore[assignment]
+    # Else one that is told to end before it serves would only note that, as the parent does.
+    os.register_at_fork(after_in_child=_end_by_signals)
+    # Left out is torch, which reads its number of threads when it is imported.
+    for name in (
+        "mlflow_safeflavor.load.pyfunc",
+        "mlflow_safeflavor.load.engines",
+        "mlflow_safeflavor.graph.onnx_engine",
+        "tokenizers",
+    ):
+        with suppress(ImportError):  # of the runtime, in an image without graphs
+            import_module(name)
+
+
+def _end_by_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _serve_from_here(arguments: Sequence[str]) -> None:
+    """Run uvicorn in this process."""
+    # The model's own code comes first only once MLflow puts it there: it may have the name of
+    # something that the server imports.
+    sys.path.pop(0)
+    import uvicorn
+
+    uvicorn.main(arguments, "uvicorn")
 
 
 def _missing_gpu() -> str | None:

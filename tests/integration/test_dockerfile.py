@@ -10,7 +10,6 @@ import ctypes
 import dataclasses
 import hashlib
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import mlflow
 import pytest
 from artifacts import edit_json, edit_mlmodel, reseal, rewrite
 from click.testing import CliRunner
+from mlflow.pyfunc import scoring_server
 
 import mlflow_safeflavor
 from mlflow_safeflavor import generate_dockerfile
@@ -494,29 +494,41 @@ def test_a_damaged_record_is_refused(model, tmp_path):
         generate_dockerfile(str(model), tmp_path / "image")
 
 
-@pytest.mark.parametrize(("environ", "workers"), [({}, 3), ({"MLFLOW_MODELS_WORKERS": "2"}, 2)])
-def test_the_server_is_mlflows(monkeypatch, environ, workers):
+@pytest.fixture
+def started(monkeypatch):
+    """What ``serve`` starts, in order, on a machine of three cores; nothing of it is done."""
     started = []
-    monkeypatch.delenv("MLFLOW_MODELS_WORKERS", raising=False)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "chdir", lambda folder: started.append(folder))
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    os.environ.pop("MLFLOW_MODELS_WORKERS", None)
+    monkeypatch.setattr(os, "chdir", started.append)
     monkeypatch.setattr(os, "execvpe", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(container, "_fork_workers", lambda: started.append("forks"))
+    monkeypatch.setattr(container, "_serve_from_here", started.append)
     monkeypatch.setattr(container, "available_cpus", lambda: 3)
+    return started
+
+
+@pytest.mark.parametrize(("environ", "workers"), [({}, 3), ({"MLFLOW_MODELS_WORKERS": "2"}, 2)])
+def test_the_server_is_mlflows(started, environ, workers):
+    os.environ |= environ
     container.serve()
-    folder, (program, command, variables) = started
-    assert folder == "/opt/ml", (
-        "a folder that only root writes to: uvicorn imports from where it is started"
-    )
-    assert program == command[0] == "sh"
-    assert command[1] == "-c"
-    words = shlex.split(command[2])
-    assert words[:3] == ["exec", sys.executable, "-c"]
-    assert words[4:] == [
-        *("uvicorn", "--host", "0.0.0.0", "--port", "8080", "--workers", str(workers)),
-        "mlflow.pyfunc.scoring_server.app:app",
+    assert started == [
+        "/opt/ml",  # only root writes there: uvicorn imports from where it is started
+        "forks",
+        [
+            *("--host", "0.0.0.0", "--port", "8080", "--workers", str(workers)),
+            "mlflow.pyfunc.scoring_server.app:app",
+        ],
     ]
-    assert "file:///opt/ml/model" in variables.values()
+    assert os.environ["MLFLOW_MODELS_WORKERS"] == str(workers)
+    assert "file:///opt/ml/model" in os.environ.values()
+
+
+def test_the_server_of_an_early_mlflow_takes_the_place_of_this_process(started, monkeypatch):
+    command = "gunicorn ${GUNICORN_CMD_ARGS} -- mlflow.pyfunc.scoring_server.wsgi:app"
+    monkeypatch.setattr(scoring_server, "get_cmd", lambda **given: (command, {"a": "b"}))
+    container.serve()
+    assert started[1:] == [("sh", ["sh", "-c", f"exec {command}"], {"a": "b"})]
 
 
 class Driver:
@@ -537,32 +549,23 @@ class Driver:
 
 
 @pytest.fixture
-def served(monkeypatch):
-    """``served(driver, **environ)``.
+def workers(started, monkeypatch):
+    """``workers(driver, **environ)``: how many a container has on a host with that driver."""
 
-    The command that the container becomes, on a host with that driver.
-    """
-
-    def serve(driver, **environ):
-        started = []
-
+    def count(driver, **environ):
         def load(name):
             assert name == "libcuda.so.1"
             if driver is None:
                 raise OSError(f"{name}: cannot open shared object file")
             return driver
 
-        monkeypatch.delenv("MLFLOW_MODELS_WORKERS", raising=False)
-        for name, value in environ.items():
-            monkeypatch.setenv(name, value)
         monkeypatch.setattr(ctypes, "CDLL", load)
-        monkeypatch.setattr(container, "available_cpus", lambda: 3)
-        monkeypatch.setattr(os, "chdir", lambda folder: None)
-        monkeypatch.setattr(os, "execvpe", lambda *arguments: started.append(arguments))
+        os.environ.pop("MLFLOW_MODELS_WORKERS", None)
+        os.environ |= environ
         container.serve()
-        return started[0][1][2]
+        return started[-1][started[-1].index("--workers") + 1]
 
-    return serve
+    return count
 
 
 @pytest.mark.parametrize(
@@ -575,16 +578,16 @@ def served(monkeypatch):
     ],
     ids=["none", "no device", "other error", "hidden"],
 )
-def test_a_container_for_a_gpu_says_what_it_is_missing(served, driver, found):
+def test_a_container_for_a_gpu_says_what_it_is_missing(workers, driver, found):
     with pytest.raises(SystemExit) as caught:
-        served(driver, MLFLOW_SAFEFLAVOR_DEVICE="cuda")
+        workers(driver, MLFLOW_SAFEFLAVOR_DEVICE="cuda")
     assert found in str(caught.value)
     assert "docker run --gpus all" in str(caught.value)
-    assert "--workers 3" in served(driver, MLFLOW_SAFEFLAVOR_DEVICE="cpu"), "the hint"
+    assert workers(driver, MLFLOW_SAFEFLAVOR_DEVICE="cpu") == "3", "the hint"
 
 
-def test_on_a_gpu_one_worker_has_the_weights(served):
-    assert "--workers 1 " in served(Driver(), MLFLOW_SAFEFLAVOR_DEVICE="cuda")
-    assert "--workers 2 " in served(
-        Driver(), MLFLOW_SAFEFLAVOR_DEVICE="cuda", MLFLOW_MODELS_WORKERS="2"
-    )
+def test_on_a_gpu_one_worker_has_the_weights(workers, started):
+    assert workers(Driver(), MLFLOW_SAFEFLAVOR_DEVICE="cuda") == "1"
+    two = workers(Driver(), MLFLOW_SAFEFLAVOR_DEVICE="cuda", MLFLOW_MODELS_WORKERS="2")
+    assert two == "2"
+    assert "forks" not in started, "the driver that was asked would not survive"

@@ -168,6 +168,7 @@ def test_the_log_line_says_what_was_found_and_chosen(machine):
     ([["python", "-c", "spawn_main()"],
         ["python", "/bin/uvicorn", "mlflow.pyfunc.scoring_server.app:app"]], True),
     ([["gunicorn", "-w", "3", "mlflow.pyfunc.scoring_server.wsgi:app"]], True),
+    ([["python", "-c", "import sys; from somewhere import container; container.serve()"]], True),
     ([["uvicorn", "my.own:app"]], False),
     ([["python", "train.py"], ["bash"]], False),
     ([], False),
