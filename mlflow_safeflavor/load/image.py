@@ -64,9 +64,9 @@ ENV PATH=/opt/venv/bin:$PATH \\
 # Nobody but root writes here: servers import from the folder they are started in.
 WORKDIR /opt/ml
 COPY model /opt/ml/model
-# Digests, every tensor and the golden rows: a damaged model fails the build.
-RUN python -c "{imports}; container.check()" && rm -rf /tmp/.cache \\
- && python -m compileall -q /opt/ml/model/code/mlflow_safeflavor
+# Digests, every tensor and the golden rows: a damaged model fails the build. The model's code is
+# compiled by the way, as no worker may do it later.
+RUN PYTHONDONTWRITEBYTECODE= python -c "{imports}; container.check()" && rm -rf /tmp/.cache
 {device}USER {user}
 EXPOSE 8080
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s \\

@@ -27,6 +27,7 @@ from mlflow_safeflavor.module.engine import ModuleEngine, tensors_of
 from mlflow_safeflavor.module.slots import Slot, find_slots
 from mlflow_safeflavor.predict.model import LoadedModel
 from mlflow_safeflavor.tasks.base import Task
+from mlflow_safeflavor.tasks.image import ImageTask
 from mlflow_safeflavor.tasks.inputs.rows import Row
 
 __all__ = ["Refusal", "examples_of", "record", "store_graph"]
@@ -39,6 +40,7 @@ def record(
     examples: Sequence[Inputs],
     *,
     limit: int | None = None,
+    one_size: bool = False,
     runtimes: Mapping[str, Callable[..., Session]] | None = None,
 ) -> tuple[Graph, dict[str, Facts]]:
     """Export a module's forward, and prove that the graph answers as the module does.
@@ -49,6 +51,7 @@ def record(
         extents: Where those are in files of weights, by path.
         examples: Inputs of its forward, as the task makes them; at least one.
         limit: Most tokens of a text.
+        one_size: Whether images always come in the size that they have in the examples.
         runtimes: Engine → function that makes its sessions; by default ONNX Runtime's.
 
     Returns:
@@ -62,7 +65,7 @@ def record(
     if len({tuple(sorted(inputs)) for inputs in examples}) != 1:
         raise Refusal("the forward is not always called with the same arguments")
     reasons = []
-    for example, free in product(_candidates(examples), _freedoms(examples)):
+    for example, free in product(_candidates(examples), _freedoms(examples, one_size)):
         try:
             exported = export(module, slots, extents, examples, example, free)
             return _proven(
@@ -184,6 +187,17 @@ def _equally_wide(examples: Sequence[Inputs]) -> list[Inputs]:
     ]
 
 
+def _has_one_size(task: Task) -> bool:
+    """Whether the processor makes images of all shapes equally large, as most do."""
+    if not isinstance(task, ImageTask):
+        return False
+    # High, wide and square ones.
+    params = task.check_params(task.golden(task.config))
+    made = task.uncapped.encoded(task.golden_rows(), params)
+    images = [features["pixel_values"] for features in made if "pixel_values" in features]
+    return len({image.shape for image in images}) == 1
+
+
 def _candidates(examples: Sequence[Inputs]) -> Iterator[Inputs]:
     """Inputs to trace with, the best first."""
     largest = max(examples, key=lambda inputs: sum(tensor.numel() for tensor in inputs.values()))
@@ -195,8 +209,11 @@ def _candidates(examples: Sequence[Inputs]) -> Iterator[Inputs]:
     yield largest
 
 
-def _freedoms(examples: Sequence[Inputs]) -> list[Mapping[str, set[int]]]:
-    """Dimensions to be free, by input: all; then rows, lengths and those seen to differ."""
+def _freedoms(examples: Sequence[Inputs], one_size: bool) -> list[Mapping[str, set[int]]]:
+    """Dimensions to be free, by input: all, unless they have one size; then those that must be.
+
+    Which are rows, lengths and those seen to differ.
+    """
     every = {name: set(range(tensor.dim())) for name, tensor in examples[0].items()}
     some = {
         name: {
@@ -206,7 +223,7 @@ def _freedoms(examples: Sequence[Inputs]) -> list[Mapping[str, set[int]]]:
         }
         for name, dims in every.items()
     }
-    return [every] if some == every else [every, some]
+    return [some] if one_size or some == every else [every, some]
 
 
 def store_graph(
@@ -233,7 +250,15 @@ def store_graph(
         # Looked for again, after the forwards: one may have put other tensors into the module.
         slots = find_slots(model.module)
         extents, limit = find_extents(inventory, layout), getattr(model.task, "limit", None)
-        graph, facts = record(model.module, slots, extents, inputs, limit=limit, runtimes=runtimes)
+        graph, facts = record(
+            model.module,
+            slots,
+            extents,
+            inputs,
+            limit=limit,
+            one_size=_has_one_size(model.task),
+            runtimes=runtimes,
+        )
     except Refusal as refusal:
         if required:
             raise StructureError(

@@ -17,7 +17,9 @@ from PIL import Image
 from transformers import pipeline
 
 import mlflow_safeflavor
+from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import InputError, StructureError
+from mlflow_safeflavor.graph.file import read_graph
 from mlflow_safeflavor.tasks.table import infer_task
 
 SEEN = {**TRANSFORMER, "image_size": 32, "patch_size": 8}
@@ -175,6 +177,20 @@ def test_an_answer_that_is_no_number_names_the_row(save):
         task.decoded([{}, {}], [{}, {}], found, task.check_params({}))
     with pytest.raises(InputError, match=r"not an image[\s\S]*row 1"):
         model.predict([pixels(), 3])
+
+
+KEEPS_SHAPE = {"size": {"shortest_edge": 32}, "do_center_crop": False}
+
+
+@pytest.mark.parametrize(("processor", "free"), [
+    (("ViT", {"size": SMALL}), False), (("CLIP", KEEPS_SHAPE), True),
+], ids=["one size", "any size"])  # fmt: skip
+def test_a_graph_takes_the_sizes_that_the_processor_makes(save, processor, free):
+    name, settings = processor
+    given = {"processor": make_processor(name, **settings), "input_example": IMAGES[1:2]}
+    graph = read_graph(Layout(save(make("ResNetModel"), graph="require", **given)))
+    [pixel_values] = graph.inputs
+    assert [isinstance(size, str) for size in pixel_values.shape] == [True, False, free, free]
 
 
 @pytest.mark.slow
