@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import multiprocessing
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from typing import Any
 
-from mlflow_safeflavor.errors import PlacementError
+from mlflow_safeflavor.errors import InputError, PlacementError
 from mlflow_safeflavor.machine import available_cpus
 
 __all__ = ["check", "serve"]
@@ -39,7 +41,8 @@ def serve() -> None:
     and quota allow, on a GPU one.
 
     Raises:
-        SystemExit: The image was made for a GPU, and there is none; says what is missing.
+        SystemExit: The image was made for a GPU, and there is none, or the number is none; says
+            what is missing.
     """
     from mlflow.pyfunc import scoring_server
 
@@ -48,10 +51,12 @@ def serve() -> None:
         raise SystemExit(str(_without_gpu(missing)))
     # MLflow's own image starts a worker for each core of the host, whatever --cpus says. On a GPU
     # each worker would have the weights there once more.
-    workers = int(os.environ.get("MLFLOW_MODELS_WORKERS") or (1 if on_gpu else available_cpus()))
+    workers = os.environ.get("MLFLOW_MODELS_WORKERS") or str(1 if on_gpu else available_cpus())
+    if not workers.isdecimal() or not int(workers):
+        raise SystemExit(str(_without_workers(workers)))
     everywhere: Any = "0.0.0.0"  # noqa: S104  (a container's own; MLflow's annotation says int)
     command, environ = scoring_server.get_cmd(
-        model_uri=MODEL, port=PORT, host=everywhere, nworkers=workers
+        model_uri=MODEL, port=PORT, host=everywhere, nworkers=int(workers)
     )
     # uvicorn imports from its working folder before any other, and that may be one that others
     # write to.
@@ -59,10 +64,9 @@ def serve() -> None:
     program, *arguments = shlex.split(command)
     if program == "uvicorn":
         # What is imported here is imported once: another process would do it all again.
-        os.environ.update(environ, MLFLOW_MODELS_WORKERS=str(workers))
-        # MLflow's look at the pins reads the metadata of all that is installed. Our own load compares
-        # every distribution with what was recorded, and in an image a difference is an error.
-        scoring_server.load_model = partial(scoring_server.load_model, suppress_warnings=True)
+        os.environ.update(environ, MLFLOW_MODELS_WORKERS=workers)
+        # Nothing else of MLflow's can be told how to load.
+        scoring_server.load_model = partial(_loaded, scoring_server.load_model)
         if not on_gpu:  # no driver survives a fork, and it was asked above
             _fork_workers()
         _serve_from_here(arguments)
@@ -72,6 +76,15 @@ def serve() -> None:
     # Through a shell, because MLflow 2.9.2 wrote its command for one: it has a variable in it.
     # Nothing in it comes from a model or a request.
     os.execvpe("sh", ["sh", "-c", f"exec {command}"], environ)  # noqa: S606, S607
+
+
+def _without_workers(found: str) -> InputError:
+    return InputError(
+        "A server needs workers",
+        where="MLFLOW_MODELS_WORKERS",
+        wanted="a whole number from 1",
+        found=found,
+    )
 
 
 def _fork_workers() -> None:
@@ -101,6 +114,29 @@ def _end_by_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+# Whether a worker has ever been up, and whether one failed before; memory that forks share.
+_UP, _FAILED = 0, 1
+_seen = mmap.mmap(-1, 2)
+_NEVER_STARTED = 3  # exit status of a worker in whose place uvicorn starts no other
+
+
+def _loaded(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """MLflow's load in a worker, whose failure ends the server if none has ever been up."""
+    try:
+        # MLflow's look at the pins reads the metadata of all that is installed. Our own load
+        # compares every distribution with what was recorded; in an image a difference is an error.
+        model = load(*args, **kwargs, suppress_warnings=True)
+    except Exception:
+        if _seen[_UP]:
+            raise
+        # Else uvicorn would start it again for ever.
+        traceback.print_exc()
+        _seen[_FAILED] = 1
+        sys.exit(_NEVER_STARTED)
+    _seen[_UP] = 1
+    return model
+
+
 def _serve_from_here(arguments: Sequence[str]) -> None:
     """Run uvicorn in this process."""
     # The model's own code comes first only once MLflow puts it there: it may have the name of
@@ -108,7 +144,10 @@ def _serve_from_here(arguments: Sequence[str]) -> None:
     sys.path.pop(0)
     import uvicorn
 
-    uvicorn.main(arguments, "uvicorn")
+    try:
+        uvicorn.main(arguments, "uvicorn")
+    except SystemExit as ended:  # with 0 also where all of its workers failed
+        sys.exit(ended.code or _seen[_FAILED])
 
 
 def _missing_gpu() -> str | None:

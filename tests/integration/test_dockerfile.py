@@ -524,6 +524,15 @@ def test_the_server_is_mlflows(started, environ, workers):
     assert "file:///opt/ml/model" in os.environ.values()
 
 
+@pytest.mark.parametrize("workers", ["0", "-1", "many", "1.5"])
+def test_a_number_of_workers_that_is_none_is_said(started, workers):
+    os.environ["MLFLOW_MODELS_WORKERS"] = workers
+    with pytest.raises(SystemExit, match="MLFLOW_MODELS_WORKERS") as caught:
+        container.serve()
+    assert f"found: {workers}" in str(caught.value)
+    assert not started
+
+
 def test_the_server_of_an_early_mlflow_takes_the_place_of_this_process(started, monkeypatch):
     command = "gunicorn ${GUNICORN_CMD_ARGS} -- mlflow.pyfunc.scoring_server.wsgi:app"
     monkeypatch.setattr(scoring_server, "get_cmd", lambda **given: (command, {"a": "b"}))

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from artifacts import TEXTS
+from artifacts import TEXTS, rewrite
 
 import mlflow_safeflavor
 
@@ -278,9 +279,9 @@ def imaged(tmp_path):
     """``imaged(folder)``: the server that an image would be, with two workers, and its port."""
     started = []
 
-    def start(folder):
+    def start(folder, **variables):
         port = free_port()
-        environ = {**os.environ, **WORKERS}
+        environ = {**os.environ, **WORKERS, **variables}
         with (tmp_path / "log").open("wb") as log:
             command = [sys.executable, "-c", IN_AN_IMAGE, str(folder), str(port)]
             started.append(subprocess.Popen(command, env=environ, stdout=log, stderr=log))
@@ -316,6 +317,9 @@ def test_workers_of_an_image_are_forked_after_their_imports(imaged, saved_with_g
     until(lambda: (tmp_path / "log").read_text().count("startup complete") == 2, "two workers", 120)
     assert "2 workers: 1 threads by OMP_NUM_THREADS" in (tmp_path / "log").read_text()
     workers = until(lambda: len(forked_of(process)) == 2 and forked_of(process), "two workers")
+    # A fork has none of the other threads, and their locks for ever; pyarrow's is ready for that.
+    names = {task.read_text().strip() for task in Path(f"/proc/{process.pid}").glob("task/*/comm")}
+    assert names - {"jemalloc_bg_thd"} == {Path(sys.executable).name}
     assert rows_of(port) == wanted
     killed = next(iter(workers))
     os.kill(killed, signal.SIGKILL)
@@ -325,3 +329,15 @@ def test_workers_of_an_image_are_forked_after_their_imports(imaged, saved_with_g
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     until(lambda: not any(worker.is_running() for worker in workers.values()), "the end")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_model_that_does_not_load_ends_the_server_of_an_image(
+    imaged, saved_with_graph, tmp_path, workers
+):
+    copied = tmp_path / "damaged"
+    shutil.copytree(saved_with_graph, copied)
+    rewrite(copied / "safeflavor" / "model.safetensors", b"damaged")
+    process, _ = imaged(copied, MLFLOW_MODELS_WORKERS=workers)
+    assert process.wait(60) not in (0, None)
+    assert "IntegrityError" in (tmp_path / "log").read_text()
