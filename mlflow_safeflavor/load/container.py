@@ -9,7 +9,6 @@ import os
 import shlex
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -117,7 +116,7 @@ def _end_by_signals() -> None:
 # Whether a worker has ever been up, and whether one failed before; memory that forks share.
 _UP, _FAILED = 0, 1
 _seen = mmap.mmap(-1, 2)
-_NEVER_STARTED = 3  # exit status of a worker in whose place uvicorn starts no other
+_server = os.getpid()
 
 
 def _loaded(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -127,12 +126,11 @@ def _loaded(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # compares every distribution with what was recorded; in an image a difference is an error.
         model = load(*args, **kwargs, suppress_warnings=True)
     except Exception:
-        if _seen[_UP]:
-            raise
-        # Else uvicorn would start it again for ever.
-        traceback.print_exc()
-        _seen[_FAILED] = 1
-        sys.exit(_NEVER_STARTED)
+        if not _seen[_UP] and os.getpid() != _server:
+            # Else uvicorn would start it again for ever.
+            _seen[_FAILED] = 1
+            os.kill(_server, signal.SIGTERM)
+        raise
     _seen[_UP] = 1
     return model
 
@@ -146,7 +144,7 @@ def _serve_from_here(arguments: Sequence[str]) -> None:
 
     try:
         uvicorn.main(arguments, "uvicorn")
-    except SystemExit as ended:  # with 0 also where all of its workers failed
+    except SystemExit as ended:  # with 0 also where a worker failed
         sys.exit(ended.code or _seen[_FAILED])
 
 
