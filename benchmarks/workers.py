@@ -105,9 +105,14 @@ def main() -> None:
         for count, starts in by_count.items():
             seconds, cpu, memory = (list(values) for values in zip(*starts, strict=True))
             times, low, high = ratio(seconds, one)
-            columns = (median_and_spread(seconds, digits=1), f"{times:.2f} ({low:.2f}–{high:.2f})")
-            columns += (median_and_spread(cpu, digits=1), median_and_spread(memory))
-            table.add_row(name, str(count), *columns)
+            table.add_row(
+                name,
+                str(count),
+                median_and_spread(seconds, digits=1),
+                f"{times:.2f} ({low:.2f}–{high:.2f})",
+                median_and_spread(cpu, digits=1),
+                median_and_spread(memory),
+            )
     print(machine())
     Console(width=140).print(table)
     if asked.json:

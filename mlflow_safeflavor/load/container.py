@@ -64,8 +64,9 @@ def serve() -> None:
     if program == "uvicorn":
         # What is imported here is imported once: another process would do it all again.
         os.environ.update(environ, MLFLOW_MODELS_WORKERS=workers)
-        # Nothing else of MLflow's can be told how to load.
-        scoring_server.load_model = partial(_loaded, scoring_server.load_model)
+        # MLflow has no seam there either.
+        load = scoring_server.load_model  # type: ignore[attr-defined]
+        scoring_server.load_model = partial(_loaded, load)  # type: ignore[attr-defined]
         if not on_gpu:  # no driver survives a fork, and it was asked above
             _fork_workers()
         _serve_from_here(arguments)
