@@ -30,6 +30,8 @@ Told = Callable[[Request, int], None]
 _CLIENT_GONE = 499
 # Bodies of the largest size that may be on their way at a time; slow clients could fill the memory.
 _BODIES = 4
+# Times the largest size that a body may have whose sender gets an answer.
+_DROPPED = 4
 _NAME = re.compile(rb"[\w.:-]{1,128}")
 
 
@@ -133,26 +135,28 @@ class Gate:
         return True
 
     async def _body(self, scope: Message, receive: Receive) -> bytes | _Gone | None:
-        """The whole body; None where it is too long, which is not read to its end."""
+        """The whole body; None where it is too long, of which no more than the limit is held."""
         # It is held anyway: the app wants it whole.
+        most = self._max_body or math.inf
         told = int(dict(scope["headers"]).get(b"content-length", 0))
-        if self._max_body and told > self._max_body:
-            return None
-        parts, size, more = [], 0, True
+        parts, size, held, more = [], 0, 0, True
         try:
-            while more:
+            # Of one that is too long the rest is dropped, for a while: whoever still sends when the
+            # connection is closed never reads the answer.
+            while more and max(told, size) <= _DROPPED * most:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return _Gone()
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                self._bytes += len(parts[-1])
-                if self._max_body and size > self._max_body:
-                    return None
+                part = message.get("body", b"")
+                size += len(part)
+                if max(told, size) <= most:
+                    parts.append(part)
+                    held += len(part)
+                    self._bytes += len(part)
                 more = message.get("more_body", False)
         finally:
-            self._bytes -= size
-        return b"".join(parts)
+            self._bytes -= held
+        return b"".join(parts) if max(told, size) <= most else None
 
 
 class _Gone:

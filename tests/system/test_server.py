@@ -185,7 +185,7 @@ def test_a_burst_is_refused_in_part_and_the_rest_is_answered(serve, saved_with_g
                 assert int(headers["retry-after"]) >= 1
                 assert "max_queue 3" in json.loads(text)["message"]
         # Before the model is asked.
-        status, _, text = post(server, b"x" * 1_000_001, **JSON)
+        status, _, text = post(server, b"x" * 3_000_000, **JSON)
         assert (status, json.loads(text)["error_code"]) == (413, "INVALID_PARAMETER_VALUE")
         status, _, text = post(server, ROWS)
         assert (status, "Content-Type" in json.loads(text)["message"]) == (415, True)

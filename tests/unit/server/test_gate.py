@@ -149,6 +149,30 @@ def test_a_body_that_is_too_long(headers):
     assert answered[b"connection"] == b"close"
 
 
+@pytest.mark.parametrize(("size", "read"), [(44, 44), (45, 0), (4_500, 0)])
+@pytest.mark.parametrize("told", [True, False])
+def test_whoever_sends_a_body_that_is_too_long_reads_the_answer(size, read, told):
+    """Nearly always: far too long ones are not read to their end."""
+    left = [b"x" * 5] * (size // 5) + [b"x" * (size % 5)]
+    gate = Gate(echo, **{**LIMITS, "max_body": 11})
+
+    async def receive():
+        assert gate._bytes <= 11
+        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+
+    scope, _ = asked(**({"content_length": size} if told else {}))
+    sent = []
+
+    async def respond(message):
+        sent.append(message)
+
+    run(gate(scope, receive, respond))
+    assert sent[0]["status"] == 413
+    came = size - sum(map(len, left))
+    assert came == read if told else read <= came < 4 * 11 + 6
+    assert gate._bytes == 0
+
+
 def test_a_request_without_a_content_type():
     async def app(*_):
         pytest.fail("asked")
