@@ -75,8 +75,22 @@ class Answer:
             self.complete = True  # from here on the server says "disconnect" to whoever listens
         await self._send(message)
 
-    async def refuse(self, status: int, why: str, retry_after: int | None = None) -> None:
-        """Answer in the words of MLflow's errors, without the app."""
+    async def refuse(
+        self,
+        status: int,
+        why: str,
+        retry_after: int | None = None,
+        *,
+        then: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Answer in the words of MLflow's errors, without the app.
+
+        Args:
+            status: Of HTTP.
+            why: For the client.
+            retry_after: Seconds.
+            then: Run when all of it was sent, before the connection may end.
+        """
         self.status = status
         code = "TEMPORARILY_UNAVAILABLE" if status == 503 else "INVALID_PARAMETER_VALUE"
         headers = [(b"content-type", b"application/json")]
@@ -85,15 +99,21 @@ class Answer:
         if status in (408, 413):  # the rest of its body is not wanted
             headers.append((b"connection", b"close"))
         content = json.dumps({"error_code": code, "message": why}).encode()
-        await self._finish({"type": _START, "status": status, "headers": headers}, content)
+        await self._finish({"type": _START, "status": status, "headers": headers}, content, then)
 
-    async def _finish(self, start: Message, body: bytes) -> None:
+    async def _finish(
+        self, start: Message, body: bytes, then: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         headers = [(name, value) for name, value in start["headers"] if name != b"content-length"]
         headers.append((b"content-length", b"%d" % len(body)))
         if start["status"] == 503 and not any(name == b"retry-after" for name, _ in headers):
             headers.append((b"retry-after", b"1"))
         self.complete = True
         await self._send(self._named({**start, "headers": headers}))
+        if then is not None:
+            await self._send({"type": _BODY, "body": body, "more_body": True})
+            await then()
+            body = b""
         await self._send({"type": _BODY, "body": body})
 
     def _named(self, start: Message) -> Message:

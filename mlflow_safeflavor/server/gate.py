@@ -13,7 +13,9 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import NamedTuple
 
 from mlflow_safeflavor.predict.request import Request, current_request
 from mlflow_safeflavor.predict.unfailing import unfailing
@@ -30,8 +32,9 @@ Told = Callable[[Request, int], None]
 _CLIENT_GONE = 499
 # Bodies of the largest size that may be on their way at a time; slow clients could fill the memory.
 _BODIES = 4
-# Times the largest size that a body may have whose sender gets an answer.
-_DROPPED = 4
+# What is read after an answer of 413: times the largest size, seconds in all, and seconds without
+# anything.
+_DROPPED, _LINGER, _IDLE = 4, 30.0, 2.0
 _NAME = re.compile(rb"[\w.:-]{1,128}")
 
 
@@ -105,8 +108,9 @@ class Gate:
             return
         finally:
             self._reading -= 1
-        if body is None:
-            await answer.refuse(413, f"A request may have {self._max_body} bytes (max_body)")
+        if isinstance(body, _TooLong):
+            why = f"A request may have {self._max_body} bytes (max_body)"
+            await answer.refuse(413, why, then=partial(self._drop, receive) if body.more else None)
         elif isinstance(body, _Gone):
             answer.status = _CLIENT_GONE
         elif not await self._refused(answer):
@@ -134,29 +138,42 @@ class Gate:
         )
         return True
 
-    async def _body(self, scope: Message, receive: Receive) -> bytes | _Gone | None:
-        """The whole body; None where it is too long, of which no more than the limit is held."""
+    async def _body(self, scope: Message, receive: Receive) -> bytes | _Gone | _TooLong:
+        """The whole body, if it is not too long."""
         # It is held anyway: the app wants it whole.
-        most = self._max_body or math.inf
         told = int(dict(scope["headers"]).get(b"content-length", 0))
-        parts, size, held, more = [], 0, 0, True
+        if self._max_body and told > self._max_body:
+            return _TooLong(more=True)
+        parts, size, more = [], 0, True
         try:
-            # Of one that is too long the rest is dropped, for a while: whoever still sends when the
-            # connection is closed never reads the answer.
-            while more and max(told, size) <= _DROPPED * most:
+            while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return _Gone()
-                part = message.get("body", b"")
-                size += len(part)
-                if max(told, size) <= most:
-                    parts.append(part)
-                    held += len(part)
-                    self._bytes += len(part)
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                self._bytes += len(parts[-1])
                 more = message.get("more_body", False)
+                if self._max_body and size > self._max_body:
+                    return _TooLong(more)
         finally:
-            self._bytes -= held
-        return b"".join(parts) if max(told, size) <= most else None
+            self._bytes -= size
+        return b"".join(parts)
+
+    async def _drop(self, receive: Receive) -> None:
+        """Read on for a while: whoever still sends when the connection ends reads no answer."""
+        size, end, more = 0, time.monotonic() + _LINGER, True
+        with suppress(asyncio.TimeoutError):
+            while more and size <= _DROPPED * self._max_body and time.monotonic() < end:
+                message = await asyncio.wait_for(receive(), _IDLE)
+                size += len(message.get("body", b""))
+                more = message.get("more_body", False)
+
+
+class _TooLong(NamedTuple):
+    """In place of a body: it is longer than the limit; ``more``: the rest is still to come."""
+
+    more: bool
 
 
 class _Gone:
