@@ -16,7 +16,7 @@ import time
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -284,12 +284,16 @@ def imaged(tmp_path):
         environ = {**os.environ, **WORKERS, **variables}
         with (tmp_path / "log").open("wb") as log:
             command = [sys.executable, "-c", IN_AN_IMAGE, str(folder), str(port)]
-            started.append(subprocess.Popen(command, env=environ, stdout=log, stderr=log))
+            process = subprocess.Popen(
+                command, env=environ, stdout=log, stderr=log, start_new_session=True
+            )
+            started.append(process)
         return started[-1], port
 
     yield start
     for process in started:
-        process.kill()
+        with suppress(ProcessLookupError):  # its workers outlive it
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
