@@ -75,7 +75,7 @@ def start(command: list[str], workers: int) -> Start:
             memory = sum(memory_of(process.pid)["Pss"] for process in processes) / 1e6
             return took, cpu, memory
         finally:
-            for process in [*server.children(recursive=True), server]:
+            for process in [server, *server.children(recursive=True)]:  # or it replaces them
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             server.wait()

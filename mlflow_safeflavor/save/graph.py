@@ -210,9 +210,9 @@ def _candidates(examples: Sequence[Inputs]) -> Iterator[Inputs]:
 
 
 def _freedoms(examples: Sequence[Inputs], one_size: bool) -> list[Mapping[str, set[int]]]:
-    """Dimensions to be free, by input: all, unless they have one size; then those that must be.
+    """Dimensions to be free, by input, one choice after the other.
 
-    Which are rows, lengths and those seen to differ.
+    All, unless images have one size; then rows, lengths and those seen to differ.
     """
     every = {name: set(range(tensor.dim())) for name, tensor in examples[0].items()}
     some = {

@@ -182,7 +182,8 @@ def test_who_sends_no_more_than_was_too_long_is_not_waited_for(monkeypatch):
     gate = Gate(echo, **{**LIMITS, "max_body": 11})
 
     async def story():
-        return await send(gate, scope, messages[:1], hangs_up=asyncio.Event())
+        asked = send(gate, scope, messages[:1], hangs_up=asyncio.Event())
+        return await asyncio.wait_for(asked, 5)
 
     assert run(story())[0] == 413
 
