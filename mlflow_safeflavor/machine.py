@@ -23,6 +23,7 @@ __all__ = [
     "available_cpus",
     "available_memory",
     "cores",
+    "cpu_features",
     "default_device",
     "give_back",
     "is_plainly_cpu",
@@ -44,6 +45,18 @@ def available_cpus(root: Path = ROOT) -> int:
 def cores() -> int:
     """Cores that affinity allows this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_features() -> str:
+    """The CPU's instructions, which decide which kernels run and how weights are packed for them.
+
+    Empty where the system tells none.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def quota(root: Path) -> float | None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from mlflow_safeflavor.artifact import host_cache
 from mlflow_safeflavor.artifact.weights_files import HeldFile, boot
+from mlflow_safeflavor.machine import cpu_features
 
 __all__ = ["PackedWeights"]
 
@@ -43,7 +44,7 @@ class PackedWeights:
     """
 
     def __init__(self, content: bytes, weights: Sequence[HeldFile], runtime: str) -> None:
-        here = (boot(), _cpu(), runtime, *(file.facts for file in weights))
+        here = (boot(), cpu_features(), runtime, *(file.facts for file in weights))
         self._name = f"packed-{hashlib.sha256(repr(here).encode() + content).hexdigest()[:32]}"
         # A file that is no private copy may be changed by others (small ones have no copy: they are
         # packed in less time than it takes to ask). Without a name of this start of the machine
@@ -122,12 +123,3 @@ class PackedWeights:
                     "safeflavor: packed weights are not shared: %s", str(error).partition("\n")[0]
                 )
                 return None
-
-
-def _cpu() -> str:
-    """The CPU's instructions, which decide how weights are packed."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

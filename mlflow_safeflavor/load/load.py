@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +111,7 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
             name = choose_engine(saved, chosen, **options.place)
             _import(name)
         from mlflow_safeflavor.load.engines import bind, open_engine
+        from mlflow_safeflavor.load.outcome import Outcome, entry_of
         from mlflow_safeflavor.load.replay import naming_failures, replay
 
         with _timed(seconds, "digest"):
@@ -130,10 +131,12 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
         with naming_failures(saved.layout.name_of(saved.layout.recorded(name)[0])):
             model = bind(engine, hooks, saved, chosen)
             with _timed(seconds, "replay"):
-                replayed = replay(model, options.dtype) if options.replays else None
-    report = _report(saved, weights, options.hashes)
+                asks = {**chosen, "dtype": options.dtype}
+                entry = entry_of(saved, name, asks, differences) if options.believes else None
+                outcome = replay(model, options.dtype, entry) if options.replays else Outcome()
     report = replace(
-        report if replayed is None else report.proven_by(replayed),
+        _report(saved, weights, options.hashes),
+        **asdict(outcome),
         environment=tuple(map(str, differences)),
         device=_where(engine, options.device_map),
         engine=name,

@@ -53,6 +53,12 @@ class LoadOptions:
         return self.verify == "rehash"
 
     @property
+    def believes(self) -> bool:
+        """Whether the outcome of a replay by another process of this host counts."""
+        # As long as files and environment are the same for sure.
+        return self.hashes and not self.rehashes and self.environment != "ignore"
+
+    @property
     def place(self) -> dict[str, Any]:
         """Where the weights go and in which dtype; ``load_model`` says what each takes."""
         return {"device": self.device, "dtype": self.dtype, "device_map": self.device_map}

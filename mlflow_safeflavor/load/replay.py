@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mlflow_safeflavor.errors import AnswerError, InputError, ParityError, SafeFlavorError
 from mlflow_safeflavor.load.engine_choice import casts
+from mlflow_safeflavor.load.outcome import Outcome, kept
 from mlflow_safeflavor.predict import batching
 from mlflow_safeflavor.predict.golden import read_golden
 from mlflow_safeflavor.predict.model import LoadedModel
-from mlflow_safeflavor.predict.parity import ParityReport
 from mlflow_safeflavor.predict.replay import replay as golden_replay
 from mlflow_safeflavor.predict.replay import require_parity
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["naming_failures", "replay"]
 
 
-def replay(model: LoadedModel, dtype: str | torch.dtype | None) -> ParityReport:
+def replay(
+    model: LoadedModel, dtype: str | torch.dtype | None, entry: str | None = None
+) -> Outcome:
     """Answer the golden rows again, and refuse a model that answers otherwise.
 
     Measures ``forward_cost``, too, where none is stored, or only that of the CPU it was saved on.
@@ -29,17 +32,21 @@ def replay(model: LoadedModel, dtype: str | torch.dtype | None) -> ParityReport:
     Args:
         model: The loaded model.
         dtype: Dtype that it was cast to, as ``load_model`` takes it.
+        entry: Where this host keeps the outcome; with one, only the first row is answered again.
 
     Raises:
         ParityError: Its answers are not the recorded ones.
     """
     recorded = read_golden(model.files, model.engine.name)
     cast = casts(model.spec, dtype)
-    result = golden_replay(model, recorded, cast or "")
-    # A module that was cast on request answers otherwise by intent. OpenVINO in bfloat16 does, too,
-    # but within a tolerance of its own.
-    if not cast or model.engine.name == "openvino":
-        require_parity(result, recorded.where)
+    with kept(entry) as there:
+        asked = replace(recorded, rows=recorded.rows[:1]) if there.outcome else recorded
+        result = golden_replay(model, asked, cast or "")
+        # A module that was cast on request answers otherwise by intent. OpenVINO in bfloat16 does,
+        # too, but within a tolerance of its own.
+        if not cast or model.engine.name == "openvino":
+            require_parity(result, recorded.where)
+        outcome = there.outcome = there.outcome or Outcome.of(result)
     if batching.measures_forward_cost(model.scheduler.forward_cost, model.engine.on_cpu):
         rows = [
             model.task.from_record(row, recorded.inputs(i)) for i, row in enumerate(recorded.rows)
@@ -47,7 +54,7 @@ def replay(model: LoadedModel, dtype: str | torch.dtype | None) -> ParityReport:
         model.scheduler.forward_cost = batching.measure_forward_cost(
             model.task, model.engine, rows, model.options["max_batch_tokens"]
         )
-    return result
+    return replace(outcome, answered_now=len(result.rows))
 
 
 @contextmanager
