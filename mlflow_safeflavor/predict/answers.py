@@ -73,7 +73,7 @@ def answer_rows(
     # Before anything else reads a text: a cap bounds work only where it comes before the work.
     task.require_clean(rows, params)
     if (request := current_request.get()) is not None:
-        request.rows += len(rows)
+        request.ask(len(rows))
     checked = task.check_params(params)
     parts = _parts(task, scheduler.permits.in_turns(task.encode(rows, checked), deadline))
     waiting = deque[tuple[list[Features], Ticket]]()

@@ -63,7 +63,7 @@ def _parts(
 ) -> Iterator[Any]:
     deadline = Deadline(timeout)
     if (request := current_request.get()) is not None:
-        request.rows += 1
+        request.ask(1)
     with scheduler.arriving() as arrival:
         (features,) = scheduler.permits.in_turns(task.encode([row], params), deadline)
         heard: queue.SimpleQueue[int | None] = queue.SimpleQueue()

@@ -284,9 +284,10 @@ class LoadedModel:
         progress: bool | None,
     ) -> Iterator[Any]:
         with shown(progress) as tell:
-            yield from stream(
+            answers = stream(
                 lambda chunk: self._predict_chunk(chunk, params, timeout), chunks, total, tell
             )
+            yield from traced_parts(self.spec.task, self.engine.name, answers)
 
     def _predict_chunk(
         self, chunk: Any, params: Mapping[str, Any] | None, timeout: float | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ class Request:
     forwards: int = 0
     forward_seconds: float = 0.0
     began: float | None = None
+    # Of an iterator, two threads answer a chunk each.
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def over(self) -> bool:
@@ -50,6 +53,11 @@ class Request:
         """Time from its arrival to its first forward; until now where there was none."""
         return (time.monotonic() if self.began is None else self.began) - self.arrived
 
+    def ask(self, rows: int) -> None:
+        """Count rows that are asked."""
+        with self._lock:
+            self.rows += rows
+
     def add(self, costs: list[int], began: float, seconds: float) -> None:
         """Count a forward.
 
@@ -58,12 +66,13 @@ class Request:
             began: When it began.
             seconds: Time that it took.
         """
-        if self.began is None:
-            self.began = began
-        self.pieces += len(costs)
-        self.tokens += sum(costs)
-        self.forwards += 1
-        self.forward_seconds += seconds
+        with self._lock:
+            if self.began is None:
+                self.began = began
+            self.pieces += len(costs)
+            self.tokens += sum(costs)
+            self.forwards += 1
+            self.forward_seconds += seconds
 
 
 # A variable of the context: threads that asyncio and MLflow start for a request inherit it, while

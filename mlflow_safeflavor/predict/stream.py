@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def stream(
     try:
         for chunk in _then_none(chunks):
             if chunk is not None:
-                waiting.append(pool.submit(predict, chunk))
+                # With the caller's span, which is a variable of the context.
+                waiting.append(pool.submit(copy_context().run, predict, chunk))
             while waiting and (chunk is None or len(waiting) == _IN_FLIGHT):
                 answers = waiting.popleft().result()
                 done += len(answers) if isinstance(answers, pd.DataFrame) else 1

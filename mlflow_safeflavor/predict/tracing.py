@@ -52,9 +52,9 @@ def traced(task: str, engine: str) -> Iterator[None]:
 
 
 def traced_parts(task: str, engine: str, parts: Iterator[Any]) -> Generator[Any, None, None]:
-    """Parts of an answer, within a span from when the first is asked for until the last is given.
+    """Parts of an answer, or answers to chunks, within one span.
 
-    Or until the caller stops listening.
+    From when the first is asked for until the last is given, or the caller stops listening.
     """
     if not _is_wanted():
         yield from parts

@@ -10,6 +10,7 @@ import sysconfig
 import threading
 from pathlib import Path
 
+import mlflow
 import pandas as pd
 import pytest
 import tqdm.auto
@@ -80,6 +81,26 @@ def test_a_bad_chunk_is_an_error_where_it_stands(model, table):
 
 def test_no_chunks_no_answers(model):
     assert list(model.predict(iter([]))) == []
+
+
+@pytest.mark.skipif(not hasattr(mlflow, "start_span_no_context"), reason="MLflow without tracing")
+def test_all_chunks_are_one_span_of_the_callers_trace(model, table, tracking):
+    asked = [table[i : i + 5] for i in range(0, 40, 5)]
+    with mlflow.start_span("mine"):
+        for _ in model.predict(iter(asked)):
+            with mlflow.start_span("between"):
+                pass
+    mlflow.flush_trace_async_logging()
+    (trace,) = mlflow.search_traces(return_type="list")
+    mine, stream = (
+        [span for span in trace.data.spans if span.name == name]
+        for name in ("mine", "safeflavor text-classification")
+    )
+    assert [span.parent_id for span in stream] == [mine[0].span_id]
+    assert stream[0].attributes["rows"] == stream[0].attributes["pieces"] == len(TEXTS)
+    assert stream[0].attributes["forwards"] >= 1
+    between = [span.parent_id for span in trace.data.spans if span.name == "between"]
+    assert between == [mine[0].span_id] * len(asked)
 
 
 def test_a_parquet_file_is_answered_with_the_rows_numbers(model, table, tmp_path, monkeypatch):
