@@ -2,8 +2,8 @@
 
     python benchmarks/workers.py [--workers 4] [--rounds 5] [--json FILE]
 
-In turn: ``mlflow models serve`` of mlflow.transformers' model and of ours (MiniLM, engine onnx),
-and the entry point of an image of ours, here without a container. Seconds; CPU seconds and memory
+In turn: ``mlflow models serve`` of mlflow.transformers' model, of ours (MiniLM, engine onnx) and of
+one that loads nothing, and the entry point of an image of ours, here without a container. Seconds; CPU seconds and memory
 (PSS) of all processes; and how many times the time of one worker it is.
 """
 
@@ -25,6 +25,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent))
 from _common import machine, median_and_spread, minilm_classifier, ratio, save_ours, save_peer
 from _server import free_port, memory_of
+from by_hand import save_nothing
 from rich.console import Console
 from rich.table import Table
 
@@ -44,10 +45,12 @@ def commands(folder: Path) -> dict[str, list[str]]:
     model = minilm_classifier()
     ours = str(save_ours(model, folder / "ours"))
     peer = str(save_peer(model, "text-classification", folder / "peer"))
+    nothing = str(save_nothing(folder / "nothing"))
     serve = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
     return {
         "mlflow.transformers, mlflow models serve": [*serve, "--model-uri", peer, "--port"],
         "ours, mlflow models serve": [*serve, "--model-uri", ours, "--port"],
+        "loads nothing, mlflow models serve": [*serve, "--model-uri", nothing, "--port"],
         "ours, its image's entry point": [sys.executable, "-c", _IMAGE, ours],
     }
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -264,6 +266,25 @@ def test_slow_clients_cannot_fill_the_memory():
         assert (await send(gate, *asked()))[0] == 200
 
     run(story())
+
+
+def test_as_many_requests_run_at_a_time_as_share_a_batch(monkeypatch):
+    there = threading.Barrier(16)
+    intervals: list[float] = []
+    monkeypatch.setattr(sys, "setswitchinterval", intervals.append)
+
+    async def waiting(scope, receive, respond):
+        if scope["type"] == "http":
+            await asyncio.to_thread(there.wait, 10)
+            await echo(scope, receive, respond)
+
+    async def story():
+        gate = Gate(waiting, **LIMITS)
+        await gate({"type": "lifespan"}, None, None)
+        return await asyncio.gather(*(send(gate, *asked()) for _ in range(16)))
+
+    assert [status for status, *_ in run(story())] == [200] * 16
+    assert intervals == [0.001]
 
 
 def test_who_would_wait_too_long_is_refused(monkeypatch):
