@@ -3,8 +3,8 @@
     python benchmarks/workers.py [--workers 4] [--rounds 5] [--json FILE]
 
 In turn: ``mlflow models serve`` of mlflow.transformers' model, of ours (MiniLM, engine onnx) and of
-one that loads nothing, and the entry point of an image of ours, here without a container. Seconds; CPU seconds and memory
-(PSS) of all processes; and how many times the time of one worker it is.
+one that loads nothing, and the entry point of an image of ours, here without a container. Seconds;
+CPU seconds and memory (PSS) of all processes; and how many times the time of one worker it is.
 """
 
 from __future__ import annotations
