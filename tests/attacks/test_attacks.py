@@ -20,6 +20,7 @@ from attacks import (
 )
 from attacks.hostile import ATTACKS, MAY_IMPORT, Attack, Target
 from click.testing import CliRunner
+from forks import forks
 from unit.graph.test_check import needs_openvino
 from writers import byte_tokenizer, writer
 
@@ -276,7 +277,7 @@ def test_every_command_that_looks_at_a_graph_refuses_it(attack, prepare, tmp_pat
 
 
 IMPORTED = """
-import json, os, resource, signal, sys
+import json, resource, sys
 import mlflow.pyfunc, mlflow_safeflavor.load.load, mlflow_safeflavor.module.structure, transformers
 import mlflow_safeflavor.predict.model
 import transformers.models.bert.modeling_bert
@@ -290,10 +291,9 @@ LOADS = (
     lambda path: mlflow.pyfunc.load_model(path, suppress_warnings=True),
 )
 """
-FORKS = """
-def attacked(root, which):
+LOAD = """
+def job(root, which):
     bound()
-    signal.alarm(120)  # ends what hangs, also outside of Python
     for load in LOADS[: 1 if which == "native" else 2]:
         try:
             load(root)
@@ -302,43 +302,13 @@ def attacked(root, which):
             print(type(error).__name__, flush=True)
         except Exception as error:
             print(f"any: {type(error).__name__}", flush=True)
-
-for line in sys.stdin:
-    if (child := os.fork()) == 0:
-        attacked(*json.loads(line))
-        os._exit(0)
-    print("END", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def bounded(tmp_path_factory):
-    """``bounded(root, which)``: how loads end in a process of their own, with 3 GB and 120 s.
-
-    Each is a fork of one process, since the imports take longer than all attacks. Lines, the last
-    of which is ``END`` and the exit status; and what went to stderr.
-    """
-    log = tmp_path_factory.mktemp("bounded") / "stderr"
-    command = [sys.executable, "-W", "ignore", "-c", IMPORTED + FORKS]
-    with log.open("w") as stderr, subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
-    ) as process:  # fmt: skip
-
-        def run(root: Path, which: str) -> tuple[list[str], str]:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            before = log.stat().st_size
-            process.stdin.write(json.dumps([str(root), which]) + "\n")
-            process.stdin.flush()
-            lines = []
-            for line in process.stdout:
-                lines.append(line.rstrip("\n"))
-                if line.startswith("END "):
-                    break
-            said = log.read_text()[before:]
-            assert lines, said
-            return lines, said
-
+    """``bounded(root, which)``: how loads end in a process of their own, with 3 GB and 120 s."""
+    with forks(IMPORTED + LOAD, tmp_path_factory.mktemp("bounded") / "stderr") as run:
         yield run
 
 
@@ -346,11 +316,10 @@ def bounded(tmp_path_factory):
 @pytest.mark.parametrize("attack", HEAVY, ids=names(HEAVY))
 def test_attack_on_time_or_memory_in_a_bounded_process(attack, prepare, bounded):
     target = prepare(attack)
-    (*found, end), said = bounded(target.root, "native" if attack.pyfunc is None else "both")
-    assert end == "END 0", (found, end, said)
+    ended = bounded(str(target.root), "native" if attack.pyfunc is None else "both")
     wanted = [attack.native] if attack.pyfunc is None else [attack.native, attack.pyfunc]
-    assert len(found) == len(wanted), (found, said)
-    assert all(map(as_expected, found, wanted)), (found, said)
+    assert (ended.status, len(ended.lines)) == (0, len(wanted)), ended
+    assert all(map(as_expected, ended.lines, wanted)), ended
     assert not target.canary.exists()
 
 
