@@ -50,7 +50,8 @@ def forks(code: str, log: Path) -> Iterator[Callable[..., Ended]]:
         asks, answers = process.stdin, process.stdout or iter(())
 
         def run(*given: str, seconds: int = 120) -> Ended:
-            before, lines = log.stat().st_size, []
+            before = log.stat().st_size
+            lines: list[str] = []
             asks.write(json.dumps([seconds, given]) + "\n")
             asks.flush()
             for line in answers:
