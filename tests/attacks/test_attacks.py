@@ -20,6 +20,7 @@ from attacks import (
 )
 from attacks.hostile import ATTACKS, MAY_IMPORT, Attack, Target
 from click.testing import CliRunner
+from forks import forks
 from unit.graph.test_check import needs_openvino
 from writers import byte_tokenizer, writer
 
@@ -275,57 +276,62 @@ def test_every_command_that_looks_at_a_graph_refuses_it(attack, prepare, tmp_pat
     assert not (tmp_path / "image").exists()
 
 
-BOUNDED = """
-import resource, sys
+IMPORTED = """
+import json, resource, sys
 import mlflow.pyfunc, mlflow_safeflavor.load.load, mlflow_safeflavor.module.structure, transformers
 import mlflow_safeflavor.predict.model
 import transformers.models.bert.modeling_bert
 from mlflow_safeflavor.errors import SafeFlavorError
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**30,) * 2)
-natively = mlflow_safeflavor.load.load.load_model
-for load in (natively, lambda p: mlflow.pyfunc.load_model(p, suppress_warnings=True)):
-    try:
-        load(sys.argv[1])
-        print("loads")
-    except SafeFlavorError as error:
-        print(type(error).__name__)
-    except Exception as error:
-        print(f"any: {type(error).__name__}")
-    if sys.argv[2] == "native":
-        break
+
+def bound():
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**30,) * 2)
+LOADS = (
+    mlflow_safeflavor.load.load.load_model,
+    lambda path: mlflow.pyfunc.load_model(path, suppress_warnings=True),
+)
 """
+LOAD = """
+def job(root, which):
+    bound()
+    for load in LOADS[: 1 if which == "native" else 2]:
+        try:
+            load(root)
+            print("loads", flush=True)
+        except SafeFlavorError as error:
+            print(type(error).__name__, flush=True)
+        except Exception as error:
+            print(f"any: {type(error).__name__}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def bounded(tmp_path_factory):
+    """``bounded(root, which)``: how loads end in a process of their own, with 3 GB and 120 s."""
+    with forks(IMPORTED + LOAD, tmp_path_factory.mktemp("bounded") / "stderr") as run:
+        yield run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attack", HEAVY, ids=names(HEAVY))
-def test_attack_on_time_or_memory_in_a_bounded_process(attack, prepare):
+def test_attack_on_time_or_memory_in_a_bounded_process(attack, prepare, bounded):
     target = prepare(attack)
-    which = "native" if attack.pyfunc is None else "both"
-    done = subprocess.run(
-        [sys.executable, "-c", BOUNDED, str(target.root), which],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    found = done.stdout.split("\n")[:-1]
-    assert as_expected(found[0] if found else "nothing", attack.native), done.stdout + done.stderr
-    if attack.pyfunc is not None:
-        assert as_expected(found[1] if len(found) > 1 else "nothing", attack.pyfunc), (
-            done.stdout + done.stderr
-        )
+    ended = bounded(str(target.root), "native" if attack.pyfunc is None else "both")
+    wanted = [attack.native] if attack.pyfunc is None else [attack.native, attack.pyfunc]
+    assert (ended.status, len(ended.lines)) == (0, len(wanted)), ended
+    assert all(map(as_expected, ended.lines, wanted)), ended
     assert not target.canary.exists()
 
 
 ALL_BOUNDED = """
-import json, time
+import time
 from mlflow_safeflavor.graph import onnx_engine
 onnx_engine.available_memory = lambda: 2**31  # as in a container
 measured = {}
-natively = mlflow_safeflavor.load.load.load_model
+bound()
 for name in sys.argv[1:]:
     measured[name] = []
-    for load in (natively, lambda p: mlflow.pyfunc.load_model(p, suppress_warnings=True)):
+    for load in LOADS:
         begin = time.process_time()
         try:
             load(name)
@@ -350,9 +356,9 @@ def test_bombs_in_one_bounded_process(saved, saved_with_graph, others, tmp_path)
                 tmp_path / "canary",
             )
         )
-    code = BOUNDED.partition("for load in")[0] + ALL_BOUNDED
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *(attack.name for attack in BOMBS)],
+        [sys.executable, "-W", "ignore", "-c", IMPORTED + ALL_BOUNDED,
+            *(attack.name for attack in BOMBS)],
         capture_output=True, text=True, timeout=300, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

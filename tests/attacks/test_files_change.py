@@ -11,11 +11,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import forks
 
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact import weights_files
@@ -24,15 +25,13 @@ from mlflow_safeflavor.load import saved as reading
 
 pytest_plugins = "saved_models"
 CHILD = '''
-import json, os, shutil, subprocess, sys
+import json, os, shutil, subprocess
 from pathlib import Path
-import mlflow.pyfunc, mlflow_safeflavor
+import mlflow.pyfunc, mlflow_safeflavor, torch, transformers.models.bert.modeling_bert
 from mlflow_safeflavor.artifact import weights_files
 from mlflow_safeflavor.errors import SafeFlavorError
 from mlflow_safeflavor.load.pyfunc import facts_of
 
-base, other, scratch, engine, small = sys.argv[1:]
-weights_files._SMALL = int(small)
 text = [{"text": "the cat sat on the mat"}, {"text": "a dog"}]
 
 def files_of(folder, there):
@@ -63,10 +62,10 @@ def reload(folder, there):
     mlflow.artifacts.download_artifacts(str(there), dst_path=str(folder.parent))
     copy_over(folder, there)
 
-def native(path):
+def native(path, engine):
     model = mlflow_safeflavor.load_model(path, model_config={"engine": engine})
     return model, model.predict
-def pyfunc(path):
+def pyfunc(path, engine):
     model = mlflow.pyfunc.load_model(path, model_config={"engine": engine}, suppress_warnings=True)
     return model._model_impl.model, model.predict
 
@@ -85,17 +84,20 @@ def everything(model, predict):
             found[name] = type(error).__name__
     return found
 
-for load in (native, pyfunc):
-    fresh = everything(*load(str(base)))
-    for change in (rewrite, truncate, empty, replace, delete, copy_over, reload):
-        print(json.dumps({"load": load.__name__, "change": change.__name__}), flush=True)
-        path = Path(scratch) / f"{load.__name__}-{change.__name__}" / "model"
-        shutil.copytree(base, path)
-        model, predict = load(str(path))
-        before = str(predict(text))
-        change(path, Path(other))
-        print(json.dumps({"before": before, "fresh": fresh, "after": everything(model, predict),
-                          "weights": model.report.weights}), flush=True)
+def job(base, other, scratch, engine, kind):
+    weights_files._SMALL = {"memory": 10**7}.get(kind, -1)
+    os.environ["MLFLOW_SAFEFLAVOR_CACHE"] = "off" if kind == "file" else f"{scratch}/cache"
+    for load in (native, pyfunc):
+        fresh = everything(*load(base, engine))
+        for change in (rewrite, truncate, empty, replace, delete, copy_over, reload):
+            print(json.dumps({"load": load.__name__, "change": change.__name__}), flush=True)
+            path = Path(scratch) / f"{load.__name__}-{change.__name__}" / "model"
+            shutil.copytree(base, path)
+            model, predict = load(str(path), engine)
+            before = str(predict(text))
+            change(path, Path(other))
+            print(json.dumps({"before": before, "fresh": fresh, "after": everything(model, predict),
+                              "weights": model.report.weights}), flush=True)
 '''
 
 
@@ -122,26 +124,24 @@ def other(others, tiny_bert, tiny_tokenizer) -> Path:
     return path
 
 
-def ask(base: Path, other: Path, scratch: Path, engine: str, kind: str) -> list[dict[str, Any]]:
-    """What a process says of each change, in turn."""
-    env = {
-        **os.environ,
-        "MLFLOW_SAFEFLAVOR_CACHE": "off" if kind == "file" else str(scratch / "cache"),
-    }
-    small = {"memory": 10**7}.get(kind, -1)
-    command = [sys.executable, "-c", CHILD, str(base), str(other), str(scratch), engine, str(small)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (
-        f"{done.returncode} after {done.stdout[-300:]}\n{done.stderr[-3000:]}"
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return [{**what, **found} for what, found in zip(lines[::2], lines[1::2], strict=True)]
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory) -> Iterator[Callable[..., list[dict[str, Any]]]]:
+    """``ask(base, other, scratch, engine, kind)``: what a process says of each change, in turn."""
+    with forks(CHILD, tmp_path_factory.mktemp("asked") / "stderr") as run:
+
+        def ask(*given: object) -> list[dict[str, Any]]:
+            ended = run(*map(str, given), seconds=300)
+            assert ended.status == 0, ended
+            lines = [json.loads(line) for line in ended.lines if line.startswith("{")]
+            return [{**what, **found} for what, found in zip(lines[::2], lines[1::2], strict=True)]
+
+        yield ask
 
 
 @pytest.mark.parametrize("engine", ["module", "onnx"])
 @pytest.mark.parametrize("kind", ["memory", "copy", "file"])
 def test_whatever_happens_to_the_files_of_a_loaded_model(
-    saved_with_graph, other, tmp_path, engine, kind
+    saved_with_graph, other, tmp_path, ask, engine, kind
 ):
     found = ask(saved_with_graph, other, tmp_path, engine, kind)
     assert len(found) == 14

@@ -20,6 +20,14 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def spark(session):
+    """Spark with one worker: what each imports takes longer than these rows."""
+    made = session("local[1]")
+    yield made
+    made.stop()
+
+
 @pytest.fixture
 def table(spark):
     return spark.createDataFrame(

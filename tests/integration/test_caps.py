@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import functools
 import io
 import itertools
 import threading
@@ -169,6 +170,7 @@ def models(tmp_path_factory):
     return Models(tmp_path_factory.mktemp("caps"), tokenizer)
 
 
+@functools.cache  # a large one takes half a second, while tests are collected
 def image_file(width, height, format="PNG"):
     file = io.BytesIO()
     Image.new("RGB", (width, height)).save(file, format)

@@ -109,7 +109,9 @@ def test_nothing_that_is_sent_breaks_a_server(serve, saved):
                 assert word in quoted or word not in answer.text, answer.text[:2000]
 
         until = time.monotonic() + SECONDS
-        while time.monotonic() < until:
+        send()
+        # In CI hypothesis draws in each round what it drew in the first.
+        while time.monotonic() < until and not settings().derandomize:
             send()
         assert server.invoke(GOOD) == before
         assert server.process.poll() is None

@@ -35,13 +35,14 @@ def resnet():
 
 def rt_detr():
     backbone = transformers.RTDetrResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1], layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
+        embedding_size=8, hidden_sizes=[8, 8, 16], depths=[1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3"],
     )  # fmt: skip
+    # Two levels, so one step up and one down between them; each more takes seconds to trace.
     return {**SHAPE, "backbone_config": backbone, "backbone": None, "encoder_hidden_dim": 16,
-        "use_pretrained_backbone": False, "encoder_in_channels": [8, 8, 16], "num_denoising": 0,
-        "decoder_in_channels": [16, 16, 16], "num_feature_levels": 3,
-        "decoder_n_points": 2}  # fmt: skip
+        "use_pretrained_backbone": False, "encoder_in_channels": [8, 16], "num_denoising": 0,
+        "feat_strides": [8, 16], "encode_proj_layers": [1], "decoder_in_channels": [16, 16],
+        "num_feature_levels": 2, "decoder_n_points": 2}  # fmt: skip
 
 
 # Class prefix → config.
@@ -55,7 +56,7 @@ MODELS = {
         "num_detection_tokens": 7, "num_labels": 4},
     "RTDetr": rt_detr,
     # Whose heads are tied to that of the first layer.
-    "RTDetrV2": lambda: {**rt_detr(), "decoder_layers": 2},
+    "RTDetrV2": lambda: {**rt_detr(), "decoder_layers": 2, "decoder_n_levels": 2},
 }  # fmt: skip
 # Those whose processor has another's name.
 PROCESSORS = {"RTDetrV2": "RTDetr"}
