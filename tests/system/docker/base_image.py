@@ -36,6 +36,10 @@ _CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 _IS_DEBIANS = sys.base_prefix == "/usr"
 _LEFT_OUT = ("site-packages", "test", "tests", "idlelib", "turtledemo", "config-*", "*.a")
 
+# As Debian's slim images are made.
+_NO_FILES = [f"/usr/share/{name}/*" for name in ("doc", "info", "locale", "man")]
+# And as Python's: what is imported is compiled by whoever may write there.
+_NO_COMPILED = "; find /usr /opt -name __pycache__ -prune -exec rm -rf {} +"
 # Run in the new system; the import proves that every library is there which the interpreter was
 # linked against.
 _CHECK = f"""
@@ -125,13 +129,15 @@ def _make_system(folder: Path) -> Path:
     script = folder / "script"
     script.write_text(
         "set -e; export PATH=/usr/local/bin:$PATH; ldconfig; "
-        f"{_DEBIANS_PIP if _IS_DEBIANS else _PIP}{_CHECK}"
+        f"{_DEBIANS_PIP if _IS_DEBIANS else _PIP}{_CHECK}{_NO_COMPILED}"
     )
     packages = [
         *_PACKAGES,
         *(["python3", "python3-pip", "python-is-python3"] if _IS_DEBIANS else []),
     ]
     command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(packages)}"]
+    command += [f"--dpkgopt=path-exclude={pattern}" for pattern in _NO_FILES]
+    command += ["--dpkgopt=path-include=/usr/share/doc/*/copyright"]
     command += [
         f'--customize-hook=cp -a "{folder}/files/." "$1"',
         f'--customize-hook=chroot "$1" sh <"{script}"',
@@ -166,7 +172,6 @@ def _copy_interpreter(prefix: Path) -> None:
     (prefix / "bin").mkdir(parents=True)
     shutil.copyfile(source / "bin" / _PYTHON, prefix / "bin" / _PYTHON)
     (prefix / "bin" / _PYTHON).chmod(0o755)
-    # Times are kept, and so the compiled modules stay valid.
     shutil.copytree(
         source / "lib" / _PYTHON,
         prefix / "lib" / _PYTHON,

@@ -280,7 +280,7 @@ def test_as_many_requests_run_at_a_time_as_share_a_batch(monkeypatch):
 
     async def story():
         gate = Gate(waiting, **LIMITS)
-        await gate({"type": "lifespan"}, None, None)
+        assert await send(gate, {"type": "lifespan"}, []) == (None, {}, b"")
         return await asyncio.gather(*(send(gate, *asked()) for _ in range(16)))
 
     assert [status for status, *_ in run(story())] == [200] * 16
