@@ -40,14 +40,16 @@ _DOCKERFILE = """\
 ARG PYTHON_IMAGE={base_image}
 
 # Changes only when the pins do: retraining the model does not install anything anew.
-# Compiled with all cores, as pip does not, and without the tests that come along; that some files
-# are templates, and no Python, is no failure.
+# Without the tests that come with numpy and pandas (28 MB). Compiled with all cores, as pip does
+# not, and no tests; that some files are templates, and no Python, is no failure.
 FROM ${{PYTHON_IMAGE}} AS environment
 COPY environment /build
 WORKDIR /build
 RUN python -m venv --without-pip /opt/venv \\
  && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-compile \\
       --only-binary :all:{hashes} -r requirements.txt \\
+ && find /opt/venv/lib/*/site-packages/numpy /opt/venv/lib/*/site-packages/pandas \\
+      -name tests -prune -exec rm -rf {{}} + \\
  && {{ /opt/venv/bin/python -m compileall -qq -j 0 -x '/tests?/' /opt/venv/lib || true; }}
 
 FROM ${{PYTHON_IMAGE}}
