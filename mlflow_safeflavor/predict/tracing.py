@@ -76,6 +76,9 @@ def traced_parts(task: str, engine: str, parts: Iterator[Any]) -> Generator[Any,
 
 def _add_parts(span: Any, request: Request) -> None:
     """Spans below that of a prediction, from times that were noted meanwhile."""
+    # MLflow's span of nothing: this trace was not sampled, or tracing is off or cannot begin.
+    if span.start_time_ns is None:
+        return
     now, clock = time.time_ns(), time.monotonic()
 
     def moment(monotonic: float) -> int:

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def spans(monkeypatch):
-    """Spans that end, in order."""
+def spans(monkeypatch, tracking):
+    """Spans that end, in order; in a store of this test's own, which all could not make at once."""
     from mlflow.tracing.processor.base_mlflow import BaseMlflowSpanProcessor
 
     ended = []
@@ -146,6 +146,23 @@ def test_a_failure_is_the_spans(spans, monkeypatch):
         raise InputError("no row")
     [span] = [span for span in spans if span.name == "safeflavor t"]
     assert span.status.status_code.name == "ERROR"
+    assert current_request.get() is None
+
+
+@pytest.mark.parametrize("why", ["off", "fails"])
+def test_a_trace_that_is_not_taken_costs_no_answer(spans, monkeypatch, why):
+    monkeypatch.setenv(TRACE, "true")
+    if why == "fails":
+        monkeypatch.setattr("mlflow.tracing.fluent.provider.start_span_in_context", 0, raising=True)
+    else:
+        mlflow.tracing.disable()
+    try:
+        with traced("t", "module"):
+            work()
+        assert list(traced_parts("t", "module", written(3))) == [0, 1, 2]
+    finally:
+        mlflow.tracing.enable()
+    assert spans == []
     assert current_request.get() is None
 
 
