@@ -201,14 +201,6 @@ def start(engine: Engine, image: str) -> float:
         return time.perf_counter() - begin
 
 
-def _wheels_in_base(engine: Engine) -> float:
-    """MB of wheels in a stand-in for the base image, from which pip installs; Python's has none."""
-    facts = engine.inspect("image", TAG) or {}
-    if "mlflow-safeflavor-base" not in (facts["Config"]["Labels"] or {}):
-        return 0.0
-    return sum(wheel.stat().st_size for wheel in wheels_of_installed()) / 1e6
-
-
 def compare(engine: Engine, torch_index: str, arguments: argparse.Namespace) -> Iterator[Row]:
     """Our image, and that of the other flavor, a row of the table at a time."""
     with TemporaryDirectory() as folder:
@@ -219,16 +211,15 @@ def compare(engine: Engine, torch_index: str, arguments: argparse.Namespace) -> 
         if "images" in arguments.only:
             yield row("first build", ([built[name][0]] for name in WHO), "s")
             sizes = [size_of(engine, images[name]) for name in WHO]
-            below, wheels = size_of(engine, TAG), _wheels_in_base(engine)
+            below = size_of(engine, TAG)
             yield row("size of the image", ([size] for size in sizes), "MB", goal=0.27)
             yield row(
                 f"without its base of {below:.0f} MB", ([size - below] for size in sizes), "MB"
             )
-            if wheels:
-                yield row(
-                    f"without {wheels:.0f} MB of wheels that the stand-in brings",
-                    ([size - wheels] for size in sizes), "MB", goal=0.27,
-                )  # fmt: skip
+            if torch_index != "auto":  # a stand-in for the base; Python's has no wheels
+                wheels = sum(wheel.stat().st_size for wheel in wheels_of_installed()) / 1e6
+                without = ([size - wheels] for size in sizes)
+                yield row(f"without its {wheels:.0f} MB of wheels", without, "MB", goal=0.27)
         if "starts" in arguments.only:
             ready: dict[str, list[float]] = {name: [] for name in WHO}
             # the first reads the image from disk, and does not count

@@ -23,7 +23,16 @@ try:
 except ImportError:  # Windows: no lock and no cache
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["VARIABLE", "cache_folder", "entry", "has_room", "in_use", "is_used", "sweep"]
+__all__ = [
+    "VARIABLE",
+    "cache_folder",
+    "entry",
+    "has_room",
+    "in_use",
+    "is_fresh",
+    "is_used",
+    "sweep",
+]
 
 # Environment variable: another folder, or "off".
 VARIABLE = "MLFLOW_SAFEFLAVOR_CACHE"
@@ -31,6 +40,7 @@ VARIABLE = "MLFLOW_SAFEFLAVOR_CACHE"
 _MOST_BYTES = 20 * 10**9  # of all entries together
 _SPARE_BYTES = 10**9  # left free on the disk
 _UNUSED = 30 * 86400.0  # seconds
+_FRESH = 7 * 86400.0  # seconds
 _LIFELESS = 1.0  # seconds to wait for a lock whose holder shows no sign of life
 _PATIENCE = 60.0  # seconds to wait for one that does
 _LOCK = ".lock"
@@ -112,6 +122,14 @@ def in_use(folder: Path) -> int:
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return descriptor
+
+
+def is_fresh(path: Path) -> bool:
+    """Whether a file is there and was written within a week; some changes no time stamp shows."""
+    try:
+        return 0 <= time.time() - path.lstat().st_mtime < _FRESH  # below 0 the clock was set back
+    except OSError:
+        return False
 
 
 def is_used(folder: Path) -> bool:

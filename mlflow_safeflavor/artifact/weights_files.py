@@ -39,7 +39,6 @@ __all__ = ["HeldFile", "boot", "hold", "require_unchanged"]
 # Bytes; up to this a copy in each process costs little memory, and less time than a file would.
 _SMALL = 16 * 10**6
 _SETTLED = 2.0  # seconds; a file changed more recently could change again without a new time stamp
-_HASHED_AGAIN = 7 * 86400.0  # seconds; for what no time stamp shows
 _FICLONE = 0x40049409  # ioctl that lets two files share blocks: btrfs, XFS, …
 # Links and pipes are refused, as in ``plain_files``.
 _PLAIN = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
@@ -241,11 +240,7 @@ class _Entry:
         return self.folder / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.hashed"
 
     def _is_marked(self, file: HeldFile) -> bool:
-        try:
-            age = time.time() - self._mark_of(file).lstat().st_mtime
-        except OSError:
-            return False
-        return not self.rehash and 0 <= age < _HASHED_AGAIN  # below 0 the clock was set back
+        return not self.rehash and host_cache.is_fresh(self._mark_of(file))
 
     def _mark(self, file: HeldFile) -> None:
         # Time stamps are coarse: two writes within one tick of the kernel look like one.

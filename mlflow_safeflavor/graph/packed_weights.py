@@ -15,10 +15,8 @@ import hashlib
 import logging
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ from mlflow_safeflavor.machine import cpu_features
 __all__ = ["PackedWeights"]
 
 _FILE = "packed.onnx"
-_MOST_AGE = 7 * 86400.0  # seconds
 
 _logger = logging.getLogger("mlflow.safeflavor")
 
@@ -73,10 +70,9 @@ class PackedWeights:
                     self._awaited = None if root is None else root / self._name / _FILE
                     return None
                 path = folder / _FILE
-                with suppress(FileNotFoundError):
-                    # Unlinked, not overwritten: a process that has mapped it keeps its pages.
-                    if time.time() - path.stat().st_mtime > _MOST_AGE:
-                        path.unlink()
+                # Unlinked, not overwritten: a process that has mapped it keeps its pages.
+                if not host_cache.is_fresh(path):
+                    path.unlink(missing_ok=True)
                 alone = not path.exists() and not host_cache.is_used(folder)
                 # Held as long as this object lives: the next process sees that it is not alone.
                 weakref.finalize(self, os.close, host_cache.in_use(folder))

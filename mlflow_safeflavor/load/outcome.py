@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from typing import Any
 from mlflow_safeflavor.artifact import host_cache
 from mlflow_safeflavor.artifact.manifest import read_manifest
 from mlflow_safeflavor.artifact.weights_files import boot
+from mlflow_safeflavor.environment.threads import find_budget
 from mlflow_safeflavor.load.saved import Saved
 from mlflow_safeflavor.machine import cpu_features
 from mlflow_safeflavor.predict.parity import ParityReport
@@ -26,7 +26,6 @@ from mlflow_safeflavor.predict.parity import ParityReport
 __all__ = ["Kept", "Outcome", "entry_of", "kept"]
 
 _FILE = "outcome.json"
-_MOST_AGE = 7 * 86400.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,9 @@ def entry_of(
     own = saved.layout.code.resolve() in Path(__file__).resolve().parents
     if engine == "module" or saved.spec.runs or not own or not boot():
         return None
-    here = (boot(), cpu_features(), engine, sorted(chosen.items()), [*map(str, differences)])
+    threads = find_budget(chosen["num_threads"]).threads
+    computes = (boot(), cpu_features(), engine, threads)
+    here = (*computes, sorted(chosen.items()), [*map(str, differences)])
     content = read_manifest(saved.layout)["sha256"], saved.layout.read_bytes(saved.layout.mlmodel)
     return f"replay-{hashlib.sha256(repr((here, content)).encode()).hexdigest()[:32]}"
 
@@ -95,6 +96,7 @@ def kept(name: str | None) -> Iterator[Kept]:
 def _read(path: Path) -> Outcome | None:
     # Cut short by a crash, or junk: as if it were not there.
     with suppress(OSError, ValueError, TypeError):
-        if 0 <= time.time() - path.stat().st_mtime < _MOST_AGE:  # below 0 the clock was set back
-            return Outcome(**json.loads(path.read_text(encoding="utf-8")))
+        if host_cache.is_fresh(path):
+            found = Outcome(**json.loads(path.read_text(encoding="utf-8")))
+            return found if found.golden_rows > 0 else None
     return None

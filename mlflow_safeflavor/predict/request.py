@@ -41,7 +41,7 @@ class Request:
     forward_seconds: float = 0.0
     began: float | None = None
     # Of an iterator, two threads answer a chunk each.
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     @property
     def over(self) -> bool:

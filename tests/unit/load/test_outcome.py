@@ -52,7 +52,9 @@ def test_nothing_is_kept_without_a_name(cache):
     assert not list(cache.iterdir())
 
 
-@pytest.mark.parametrize("junk", ["", "{", "[]", '{"rows": 1}', '"4"'])
+@pytest.mark.parametrize(
+    "junk", ["", "{", "{}", "[]", '{"rows": 1}', '{"golden_rows": "4"}', '"4"']
+)
 def test_junk_counts_as_nothing(cache, junk):
     replayed()
     [file] = cache.glob("replay-1/*")
