@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import logging
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -35,16 +36,22 @@ class Times:
     cpu: list[float] = field(default_factory=list)
 
 
+# Seconds before each turn: idle threads of the candidate before may wait busily for some 50 ms.
+_PAUSE = 0.1
+
+
 def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
-    """Run every candidate once a round: A B A B …, so that a noisy minute hits all of them.
+    """Run every candidate once a round, in an order drawn anew: a noisy minute hits all of them.
 
     The first round warms up and is not counted. What a candidate returns is freed off the clock.
     A candidate that returns what it has :class:`Spent` has timed itself.
     """
     times = {name: Times() for name in candidates}
     for turn in range(rounds + 1):
-        for name, run in candidates.items():
+        for name in random.Random(turn).sample([*candidates], len(candidates)):
+            run = candidates[name]
             gc.collect()
+            time.sleep(_PAUSE)
             cpu, wall = time.process_time(), time.perf_counter()
             result: Any = run()
             spent = Spent(time.perf_counter() - wall, time.process_time() - cpu)

@@ -72,14 +72,14 @@ class Graph:
         ] = {}  # name of a free size → its length in the first input that has it
         for known in self.inputs:
             array = inputs[known.name]
-            shape, dtype = tuple(array.shape), str(array.dtype)
-            right = dtype == known.dtype and len(shape) == len(known.shape)
+            shape = tuple(array.shape)
+            right = array.dtype == known.dtype and len(shape) == len(known.shape)
             for size, wanted in zip(shape, known.shape, strict=False):
                 right &= size == (
                     sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
                 )
             if not right:
-                return f"{known.name} {dtype}{list(shape)}, not {format_input(known)}"
+                return f"{known.name} {array.dtype}{list(shape)}, not {format_input(known)}"
         return None
 
     def require_rows(self, inputs: Mapping[str, Any]) -> None:

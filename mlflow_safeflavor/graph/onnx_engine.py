@@ -89,12 +89,13 @@ _WITH_PACKED_WEIGHTS = {
 }
 
 
-# Microseconds that an idle thread waits busily for the next node before it sleeps.
+# Microseconds that an idle thread waits busily for the next node before it sleeps, and how many
+# pauses at most it makes between two looks.
 #
-# A row of 12 tokens of MiniLM on two cores took 6.0 ms without any, 4.5 with these, 4.4 with ONNX
-# Runtime's own much longer wait; beside ten busy processes 19, 22 and 35 ms: a spinning thread
-# takes a core from a process that could use it.
-_SPIN = 50
+# Of MiniLM on two cores, one row of 12 tokens after a pause took 5.6 ms with 50, 4.9 with 200, 4.4
+# with 500 and 4.3 with ONNX Runtime's own wait, some 20 ms, in which a core does nothing else.
+# Beside a process that wants a core a row of 128 tokens took 43, 47, 50 and 60 ms.
+_SPIN, _PAUSES = 400, 8
 
 
 class Session:
@@ -209,6 +210,7 @@ class Session:
         # Not from the arena, which keeps until the end of the process what it once had.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN))
+        options.add_session_config_entry("session.intra_op.spin_backoff_max", str(_PAUSES))
         return options
 
 

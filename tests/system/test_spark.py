@@ -19,7 +19,9 @@ import mlflow
 import numpy as np
 import pandas as pd
 import psutil
+import pyarrow as pa
 import pytest
+from deltalake import DeltaTable, write_deltalake
 
 import mlflow_safeflavor
 from mlflow_safeflavor.errors import InputError, TrustError
@@ -78,6 +80,22 @@ def test_other_columns_are_what_they_were(spark, saved_with_graph, tmp_path):
     assert sorted(there.drop("p").collect()) == sorted(table.collect())
     wanted = natively(saved_with_graph, ["the cat", "a mat"]).to_dict(orient="records")
     assert rows_of(there, "p") == wanted
+
+
+def test_a_delta_table_in_and_out(spark, saved_with_graph, tmp_path):
+    """Written and read by delta-rs: Spark's own connector is a jar, no Python package."""
+    there, scored = str(tmp_path / "in"), str(tmp_path / "out")
+    half = len(TEXTS) // 2
+    for ids in (range(half), range(half, len(TEXTS))):
+        new = pa.table({"id": [*ids], "text": [TEXTS[i] for i in ids]})
+        write_deltalake(there, new, mode="append")
+        found = score(spark.createDataFrame(DeltaTable(there).to_pyarrow_table()), saved_with_graph)
+        write_deltalake(scored, found.toArrow(), mode="overwrite")
+    wanted = natively(saved_with_graph, TEXTS).to_dict(orient="records")
+    for version, count in ((0, half), (1, len(TEXTS))):
+        rows = DeltaTable(scored, version=version).to_pyarrow_table().sort_by("id").to_pylist()
+        assert [row["text"] for row in rows] == TEXTS[:count]
+        assert [row["prediction"] for row in rows] == wanted[:count]
 
 
 def test_rows_that_cannot_be_answered_have_a_reason(spark, saved):
