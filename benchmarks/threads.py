@@ -1,55 +1,97 @@
-"""How long idle OpenMP threads should spin.
+"""How long idle threads should wait busily before they sleep: torch's, and ONNX Runtime's.
 
-A forward of MiniLM, on an idle machine and beside another busy process.
+A forward of MiniLM on an idle machine, one forward after the other and each after a pause, and
+beside another busy process.
 
-    python benchmarks/threads.py [--rounds 9]
+    python benchmarks/threads.py [--engine torch | onnx] [--rounds 9]
 
 Each setting is a process of its own, since OpenMP reads its variables once; all are asked in turn,
-round by round. What was seen is in docs/benchmarks.md;
-`mlflow_safeflavor.environment.threads.SPIN_COUNT` is what was chosen.
+round by round. What was seen is in docs/benchmarks.md; `environment.threads.SPIN_COUNT` and
+`graph.onnx_engine._SPIN` are what was chosen.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
+import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from _common import machine
+import by_hand
+from _common import machine, median_and_spread, minilm_classifier, ratio, tokenizer
 from rich.console import Console
 from rich.table import Table
 
 from mlflow_safeflavor.environment.threads import SPIN_COUNT
 
 TOKENS = (12, 182, 512)
-SETTINGS: dict[str, dict[str, str]] = {
-    "default": {},
-    "100000": {"GOMP_SPINCOUNT": "100000"},
-    str(SPIN_COUNT): {"GOMP_SPINCOUNT": str(SPIN_COUNT)},
-    "1000": {"GOMP_SPINCOUNT": "1000"},
-    "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "one thread": {"OMP_NUM_THREADS": "1"},
+SETTINGS: dict[str, dict[str, dict[str, str]]] = {
+    "torch": {
+        "default": {},
+        "100000": {"GOMP_SPINCOUNT": "100000"},
+        str(SPIN_COUNT): {"GOMP_SPINCOUNT": str(SPIN_COUNT)},
+        "1000": {"GOMP_SPINCOUNT": "1000"},
+        "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+        "one thread": {"OMP_NUM_THREADS": "1"},
+    },
+    "onnx": {
+        "default": {},
+        **{
+            f"{spin} µs": {"spin_duration_us": str(spin), "spin_backoff_max": "8"}
+            for spin in (1000, 400, 200, 50)
+        },
+        "not at all": {"allow_spinning": "0"},
+        "one thread": {"OMP_NUM_THREADS": "1"},
+    },
 }
+# Neighbour → seconds before each forward, and whether another process is busy.
+NEIGHBOURS = {"idle": (0.0, False), "after 5 ms": (0.005, False), "busy": (0.0, True)}
 
-# Answers each line "TOKENS REPEATS" with the median milliseconds of so many forwards.
-ASKED = """
-import statistics, sys, time, torch
+# Defines a forward of so many tokens.
+ENGINES = {
+    "torch": """
+import torch
 from _common import minilm_folder
 from transformers import AutoModel
 model = AutoModel.from_pretrained(minilm_folder(), dtype=torch.float32).eval()
+def forward(tokens):
+    with torch.inference_mode():
+        model(torch.full((1, tokens), 2000))
+""",
+    "onnx": """
+import os
+import numpy, onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = int(os.environ["OMP_NUM_THREADS"])
+for name in ("allow_spinning", "spin_duration_us", "spin_backoff_max"):
+    if name in os.environ:
+        options.add_session_config_entry(f"session.intra_op.{name}", os.environ[name])
+session = onnxruntime.InferenceSession(os.environ["GRAPH"], options)
+def forward(tokens):
+    values = {"input_ids": 2000, "attention_mask": 1, "token_type_ids": 0}
+    names = [known.name for known in session.get_inputs()]
+    session.run(None, {name: numpy.full((1, tokens), values[name]) for name in names})
+""",
+}
+# Answers each line "TOKENS REPEATS PAUSE" with the median milliseconds of so many forwards.
+ASKED = """
+import statistics, sys, time
 print("ready", flush=True)
 for line in sys.stdin:
-    tokens, repeats = map(int, line.split())
-    ids, times = torch.randint(5, 30000, (1, tokens)), []
-    with torch.inference_mode():
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            model(ids)
-            times.append((time.perf_counter() - start) * 1e3)
+    tokens, repeats, pause = line.split()
+    times = []
+    for _ in range(int(repeats) + 1):
+        time.sleep(float(pause))
+        start = time.perf_counter()
+        forward(int(tokens))
+        times.append((time.perf_counter() - start) * 1e3)
     print(statistics.median(times[1:]), flush=True)
 """
 
@@ -82,31 +124,33 @@ def _read_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline()
 
 
-def measure(rounds: int, repeats: int) -> dict[tuple[str, str, int], list[float]]:
+def measure(
+    engine: str, rounds: int, repeats: int, graph: Path
+) -> dict[tuple[str, str, int], list[float]]:
     """Milliseconds by neighbour, setting and tokens, one a round.
 
     Only one process is asked at a time.
     """
     found: dict[tuple[str, str, int], list[float]] = {}
-    cores = str(len(os.sched_getaffinity(0)))
+    always = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "GRAPH": str(graph)}
     with ExitStack() as stack:
         processes = {
-            name: stack.enter_context(_process(ASKED, **{"OMP_NUM_THREADS": cores, **environ}))
-            for name, environ in SETTINGS.items()
+            name: stack.enter_context(_process(ENGINES[engine] + ASKED, **{**always, **environ}))
+            for name, environ in SETTINGS[engine].items()
         }
         for process in processes.values():
             _read_line(process)
-        for neighbour in ("idle", "busy"):
+        for neighbour, (pause, busy) in NEIGHBOURS.items():
             with ExitStack() as beside:
-                if neighbour == "busy":
+                if busy:
                     beside.enter_context(_process("while True: pass"))
-                for _ in range(rounds):
-                    for tokens in TOKENS:
-                        for name, process in processes.items():
-                            print(tokens, repeats, file=process.stdin, flush=True)
-                            found.setdefault((neighbour, name, tokens), []).append(
-                                float(_read_line(process))
-                            )
+                for turn, tokens in product(range(rounds), TOKENS):
+                    for name in random.Random(turn).sample([*processes], len(processes)):
+                        time.sleep(0.1)  # threads of the one before may still wait busily
+                        print(tokens, repeats, pause, file=processes[name].stdin, flush=True)
+                        found.setdefault((neighbour, name, tokens), []).append(
+                            float(_read_line(processes[name]))
+                        )
     return found
 
 
@@ -115,25 +159,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--engine", choices=sorted(SETTINGS), default="torch")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--repeats", type=int, default=10, help="forwards in one round")
-    arguments = parser.parse_args()
-    found = measure(arguments.rounds, arguments.repeats)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    given = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        graph = Path(folder) / "model" / "model.onnx"
+        if given.engine == "onnx":
+            by_hand.save(minilm_classifier(), tokenizer(), graph.parent)
+        found = measure(given.engine, given.rounds, given.repeats, graph)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    table = Table("spinning", *(f"{n}, {t} tokens" for n in ("idle", "busy") for t in TOKENS))
-    for name in SETTINGS:
+    table = Table("waits", *(f"{n}, {t} tokens" for n in NEIGHBOURS for t in TOKENS))
+    for name in SETTINGS[given.engine]:
         cells = []
-        for neighbour in ("idle", "busy"):
-            for tokens in TOKENS:
-                times = found[neighbour, name, tokens]
-                against = statistics.median(times) / statistics.median(
-                    found[neighbour, "default", tokens]
-                )
-                cells.append(
-                    f"{statistics.median(times):.1f} ms ({min(times):.1f}–{max(times):.1f}), "
-                    f"{against:.2f}×"
-                )
+        for neighbour, tokens in product(NEIGHBOURS, TOKENS):
+            times = found[neighbour, name, tokens]
+            against = ratio(times, found[neighbour, "default", tokens])[0]
+            cells.append(f"{median_and_spread(times, digits=1)} ms, {against:.2f}×")
         table.add_row(name, *cells)
     console.print(table)
 

@@ -117,7 +117,7 @@ def given(folders, tiny_bert, tiny_tokenizer):
         "code_paths": [str(folders / "helper.py")],
         "signature": infer_signature(EXAMPLE, params={"top_k": 1}),
         "input_example": EXAMPLE,
-        "extra_pip_requirements": ["wrapt==1.17.0"],
+        "extra_pip_requirements": ["tinydb==4.8.2"],
         "metadata": {"a": 1},
     }
 
@@ -187,8 +187,8 @@ def _model_id(given):
 
 
 def _conda(given, folder):
-    conda = {"dependencies": ["python=3.11", {"pip": ["wrapt==1.17.0"]}]}
-    return "wrapt==1.17.0" in _saved_with(given, folder, conda_env=conda)
+    conda = {"dependencies": ["python=3.11", {"pip": ["tinydb==4.8.2"]}]}
+    return "tinydb==4.8.2" in _saved_with(given, folder, conda_env=conda)
 
 
 # Argument → whether it did what it says, given what was logged, what to save, and a new folder.
@@ -207,9 +207,9 @@ WORKS = {
         load_model(logged["folder"]).report.golden_rows > len(EXAMPLE)
     ),
     "pip_requirements": lambda logged, given, new: (
-        "wrapt==1.17.0" in _saved_with(given, new, pip_requirements=["wrapt==1.17.0"])
+        "tinydb==4.8.2" in _saved_with(given, new, pip_requirements=["tinydb==4.8.2"])
     ),
-    "extra_pip_requirements": lambda logged, given, new: "wrapt==1.17.0" in _pins(logged["folder"]),
+    "extra_pip_requirements": lambda logged, given, new: "tinydb==4.8.2" in _pins(logged["folder"]),
     "conda_env": lambda logged, given, new: _conda(given, new),
     "metadata": lambda logged, given, new: logged["info"].metadata == {"a": 1},
     "prompt_template": lambda logged, given, new: _template(new),

@@ -79,18 +79,18 @@ def test_edited_requirements_name_the_call(tracking, tiny_bert, tiny_tokenizer):
     if not hasattr(mlflow.models, "update_model_requirements"):
         pytest.skip("this MLflow has no such call")
     uri = info.model_uri
-    mlflow.models.update_model_requirements(uri, "add", ["wrapt==1.17.0"])
+    mlflow.models.update_model_requirements(uri, "add", ["tinydb==4.8.2"])
     for load in (load_model, mlflow.pyfunc.load_model):
         with pytest.raises(IntegrityError, match="requirements") as caught:
             load(uri)
         assert "mlflow.models.update_model_requirements" in str(caught.value.hint)
     (hinted,) = re.findall(r"log the model again with (\w+)=\[…\]", str(caught.value.hint))
-    more: dict[str, Any] = {hinted: ["wrapt==1.17.0"]}
+    more: dict[str, Any] = {hinted: ["tinydb==4.8.2"]}
     info = log_model(tiny_bert(), "model", **given, **more)
     for load in (load_model, mlflow.pyfunc.load_model):
         assert load(info.model_uri)
     lines = Path(mlflow.pyfunc.get_model_dependencies(info.model_uri)).read_text().splitlines()
-    assert "wrapt==1.17.0" in lines  # pinned
+    assert "tinydb==4.8.2" in lines  # pinned
 
 
 def test_added_libraries_name_the_call(edited, monkeypatch):
