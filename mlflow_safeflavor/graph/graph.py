@@ -90,8 +90,10 @@ class Graph:
         """
         # ONNX's Gather takes negative indices, from the end: torch refuses what this would answer.
         for name, rows in self.lookups.items():
-            least, most = int(inputs[name].min(initial=0)), int(inputs[name].max(initial=0))
-            if least < 0 or most >= rows:
+            indices = inputs[name]
+            # As unsigned, a negative number is larger than any table.
+            if indices.view(f"u{indices.itemsize}").max(initial=0) >= rows:
+                least, most = int(indices.min()), int(indices.max())
                 raise IndexError(
                     f"{name} has {least if least < 0 else most}, which is no row of a table of "
                     f"{rows}"

@@ -47,7 +47,7 @@ def next_batch(state: State, tickets: Sequence[Ticket]) -> list[tuple[Ticket, in
         for place in reversed(range(len(pool))):  # backwards, so that each ticket keeps its order
             if place not in chosen:
                 pool[place][0].waiting.appendleft(pool[place][1])
-    cost = Counter[Ticket]()
+    cost: Counter[Ticket] = Counter()
     for ticket, i in batch:
         cost[ticket] += ticket.costs[i]
     state.spent += state.forward_cost + cost.total()

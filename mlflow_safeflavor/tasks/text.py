@@ -266,9 +266,11 @@ class TextTask(Task):
         return tables, mask.astype(bool)
 
     def _filled(self, rows: Sequence[Any], fill: int) -> np.ndarray:
-        longest = max(map(len, rows))
-        left = self.config["padding_side"] == "left"
         # (rows, longest); int64, which torch's embedding and the graph's Gather take.
+        longest = max(map(len, rows))
+        if longest * len(rows) == sum(map(len, rows)):
+            return np.array(rows, dtype=np.int64)
+        left = self.config["padding_side"] == "left"
         table: np.ndarray = np.full((len(rows), longest), fill, dtype=np.int64)
         for line, row in zip(table, rows, strict=True):
             start = longest - len(row) if left else 0
