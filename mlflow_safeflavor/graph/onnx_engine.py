@@ -92,9 +92,10 @@ _WITH_PACKED_WEIGHTS = {
 # Microseconds that an idle thread waits busily for the next node before it sleeps, and how many
 # pauses at most it makes between two looks.
 #
-# Of MiniLM on two cores, one row of 12 tokens after a pause took 5.6 ms with 50, 4.9 with 200, 4.4
-# with 500 and 4.3 with ONNX Runtime's own wait, some 20 ms, in which a core does nothing else.
-# Beside a process that wants a core a row of 128 tokens took 43, 47, 50 and 60 ms.
+# Of MiniLM on two cores, one row of 12 tokens after a pause took 6.0 ms with 50, 4.8 with 200, 4.3
+# with these and 4.0 with ONNX Runtime's own wait, some 20 ms, in which a core does nothing else.
+# Beside a process that wants a core a row of 182 tokens took 47, 60, 55 and 74 ms
+# (benchmarks/threads.py --engine onnx).
 _SPIN, _PAUSES = 400, 8
 
 

@@ -269,7 +269,8 @@ class TextTask(Task):
         # (rows, longest); int64, which torch's embedding and the graph's Gather take.
         longest = max(map(len, rows))
         if longest * len(rows) == sum(map(len, rows)):
-            return np.array(rows, dtype=np.int64)
+            even: np.ndarray = np.array(rows, dtype=np.int64)
+            return even
         left = self.config["padding_side"] == "left"
         table: np.ndarray = np.full((len(rows), longest), fill, dtype=np.int64)
         for line, row in zip(table, rows, strict=True):
