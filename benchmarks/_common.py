@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,8 +36,12 @@ class Times:
     cpu: list[float] = field(default_factory=list)
 
 
-# Seconds before each turn: idle threads of the candidate before may wait busily for some 50 ms.
-_PAUSE = 0.1
+def in_turn(names: Iterable[str], turn: int) -> Iterator[str]:
+    """The candidates of a round, in an order drawn for it: what one leaves falls to all others."""
+    there = [*names]
+    for name in random.Random(turn).sample(there, len(there)):
+        time.sleep(0.1)  # idle threads of the one before may wait busily for some 50 ms
+        yield name
 
 
 def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
@@ -48,10 +52,9 @@ def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int) -> di
     """
     times = {name: Times() for name in candidates}
     for turn in range(rounds + 1):
-        for name in random.Random(turn).sample([*candidates], len(candidates)):
+        for name in in_turn(candidates, turn):
             run = candidates[name]
             gc.collect()
-            time.sleep(_PAUSE)
             cpu, wall = time.process_time(), time.perf_counter()
             result: Any = run()
             spent = Spent(time.perf_counter() - wall, time.process_time() - cpu)

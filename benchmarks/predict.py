@@ -51,6 +51,7 @@ import pandas as pd
 from _common import (
     Spent,
     alternate,
+    in_turn,
     machine,
     median_and_spread,
     minilm_classifier,
@@ -244,8 +245,9 @@ def callers(models: Models, rounds: int) -> Iterator[Row]:
         "many": (lambda text: models.ours.predict(frame([text])), 64),
     }
     found: dict[str, list[tuple[float, list[float]]]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, (predict, threads) in runs.items():
+    for turn in range(rounds):
+        for name in in_turn(runs, turn):
+            predict, threads = runs[name]
             found[name].append(_ask_from_threads(predict, texts, threads))
     rate = {name: [rate for rate, _ in results] for name, results in found.items()}
     slowest = {
@@ -401,9 +403,8 @@ def http(models: Models, rounds: int) -> Iterator[Row]:
     with ExitStack() as running:
         ports = {name: running.enter_context(served(path)) for name, path in paths.items()}
         for turn, count in product(range(rounds + 1), (1, 16)):
-            # In an order drawn anew, and behind requests of its own: threads of the one before that
-            # still wait busily, and cores that fell asleep, are nobody's fault.
-            for name in random.Random(turn).sample([*ports], len(ports)):
+            # Behind requests of its own: cores that fell asleep are nobody's fault.
+            for name in in_turn(ports, turn):
                 asyncio.run(_ask_over_http(ports[name], requests[:24], count))
                 asked = requests[: max(96, 24 * count)]
                 rate = asyncio.run(_ask_over_http(ports[name], asked, count))

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import product
@@ -25,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import by_hand
-from _common import machine, median_and_spread, minilm_classifier, ratio, tokenizer
+from _common import in_turn, machine, median_and_spread, minilm_classifier, ratio, tokenizer
 from rich.console import Console
 from rich.table import Table
 
@@ -145,8 +143,7 @@ def measure(
                 if busy:
                     beside.enter_context(_process("while True: pass"))
                 for turn, tokens in product(range(rounds), TOKENS):
-                    for name in random.Random(turn).sample([*processes], len(processes)):
-                        time.sleep(0.1)  # threads of the one before may still wait busily
+                    for name in in_turn(processes, turn):
                         print(tokens, repeats, pause, file=processes[name].stdin, flush=True)
                         found.setdefault((neighbour, name, tokens), []).append(
                             float(_read_line(processes[name]))
