@@ -71,7 +71,7 @@ def measure(who: str, folder: str, rows: int, cores: int) -> dict[str, float]:
         .config("spark.ui.showConsoleProgress", "false")
     )
     if who == WHO[3]:
-        builder = builder.config("spark.python.daemon.module", "mlflow_safeflavor.spark")
+        builder = builder.config("spark.python.daemon.module", "mlflow_safeflavor.spark_daemon")
     spark = builder.getOrCreate()
     table = spark.createDataFrame(pd.DataFrame({"text": texts_of(rows)}))
     table = table.repartition(4 * cores).cache()

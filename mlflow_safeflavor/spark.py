@@ -328,18 +328,3 @@ def _table(answers: Any, fields: Sequence[str]) -> pd.DataFrame:
     if not {*fields} <= {*answers.columns}:  # one value, whose column has a name of the task's
         answers = answers.iloc[:, :1].set_axis([*fields], axis=1)
     return answers[[*fields]].reset_index(drop=True)
-
-
-# ``spark.python.daemon.module``: Spark's workers are forks of its daemon, which by itself has
-# imported nothing. What is imported here all of them share.
-if __name__ == "__main__":
-    import gc
-
-    import pyspark.worker
-    from pyspark.daemon import manager
-
-    from mlflow_safeflavor import spark  # noqa: F401  (by its name, which is what workers unpickle)
-
-    # Else a worker's collector would write to each page, which then is its own.
-    gc.freeze()
-    manager()

@@ -10,12 +10,11 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 from mlflow_safeflavor.errors import InputError, PlacementError
+from mlflow_safeflavor.load.forks import share_with_forks
 from mlflow_safeflavor.machine import available_cpus
 
 __all__ = ["check", "serve"]
@@ -98,15 +97,7 @@ def _fork_workers() -> None:
     _subprocess.spawn = multiprocessing.get_context("fork")  # type: ignore[assignment]
     # Else one that is told to end before it serves would only note that, as the parent does.
     os.register_at_fork(after_in_child=_end_by_signals)
-    # Left out is torch, which reads its number of threads when it is imported.
-    for name in (
-        "mlflow_safeflavor.load.pyfunc",
-        "mlflow_safeflavor.load.engines",
-        "mlflow_safeflavor.graph.onnx_engine",
-        "tokenizers",
-    ):
-        with suppress(ImportError):  # of the runtime, in an image without graphs
-            import_module(name)
+    share_with_forks()
 
 
 def _end_by_signals() -> None:
