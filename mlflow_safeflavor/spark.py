@@ -180,7 +180,8 @@ def _columns_of(
 def _spread(df: DataFrame, partitions: int | None) -> DataFrame:
     """The table cut into tasks: a file of Parquet is often one, at which one core would work."""
     cores = df.sparkSession.sparkContext.defaultParallelism
-    if partitions is None and df.rdd.getNumPartitions() < cores:
+    # A stream has partitions only while it runs.
+    if partitions is None and not df.isStreaming and df.rdd.getNumPartitions() < cores:
         partitions = cores
     return df if partitions is None else df.repartition(partitions)
 

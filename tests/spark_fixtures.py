@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -23,6 +24,15 @@ def _session(master: str, **settings: str) -> SparkSession:
         "spark.sql.shuffle.partitions": "4",
         **settings,
     }
+    if jars := os.environ.get("SAFEFLAVOR_DELTA_JARS"):
+        # For all tests: jars are the JVM's, which sessions of a process share.
+        settings |= {
+            "spark.jars": jars,
+            "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+            "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+            # Of a table's log, 50 by default.
+            "spark.databricks.delta.snapshotPartitions": "2",
+        }
     for name, value in settings.items():
         builder = builder.config(name, value)
     made = builder.getOrCreate()

@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,28 +60,29 @@ class PyfuncModel:
         """One row out for each row in; see ``LoadedModel.predict``."""
         if self.facts is not None and asks_environment(model_input):
             return {ENVIRONMENT_LABEL: dict(self.facts)}
-        with self._failures_logged():
+        try:
             return self.model.predict(self._data(model_input), params, progress=False)
+        except AnswerError:
+            self._log_failure()
+            raise
 
     def predict_stream(
         self, model_input: Any, params: Mapping[str, Any] | None = None
     ) -> Iterator[Any]:
         """The answer to one row in parts; see ``LoadedModel.predict_stream``."""
-        with self._failures_logged():
+        try:
             yield from self.model.predict_stream(self._data(model_input), params)
+        except AnswerError:
+            self._log_failure()
+            raise
 
     def _data(self, model_input: Any) -> Any:
         return unfold_columns(model_input) if self.model.task.folds else model_input
 
-    @contextmanager
-    def _failures_logged(self) -> Iterator[None]:
-        try:
-            yield
+    def _log_failure(self) -> None:
         # Its cause may hold rows or paths: it goes to the log, where the server's owner looks, and
         # not over HTTP.
-        except AnswerError:
-            _logger.exception("safeflavor: %s failed", self.model.spec.task)
-            raise
+        _logger.exception("safeflavor: %s failed", self.model.spec.task)
 
 
 def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
 from mlflow_safeflavor.predict.deadline import Deadline
@@ -34,18 +33,6 @@ class Permits:
     def __init__(self, count: int) -> None:
         self._free, self._waiting, self._lock = count, deque[threading.Event](), threading.Lock()
 
-    @contextmanager
-    def taken(self, deadline: Deadline) -> Iterator[None]:
-        """A permit, once it is this caller's turn.
-
-        Raises ``DeadlineError`` where that is too late.
-        """
-        self._take(deadline)
-        try:
-            yield
-        finally:
-            self._give()
-
     def in_turns(self, work: Iterable[T | None], deadline: Deadline) -> Iterator[T]:
         """Items of ``work``, made a few milliseconds at a time; in between, others take turns.
 
@@ -53,11 +40,15 @@ class Permits:
             work: Does its work while it is iterated; None where it can be interrupted but has
                 nothing yet.
             deadline: Of the request.
+
+        Raises:
+            DeadlineError: It is too late before its turn comes.
         """
         steps, going = iter(work), True
         while going:
             made: list[T] = []
-            with self.taken(deadline):
+            self._take(deadline)
+            try:
                 end, going = time.monotonic() + _TURN, False
                 for item in steps:
                     if item is not None:
@@ -65,6 +56,8 @@ class Permits:
                     if time.monotonic() >= end:
                         going = True
                         break
+            finally:
+                self._give()
             yield from made
 
     def _take(self, deadline: Deadline) -> None:

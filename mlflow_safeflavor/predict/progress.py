@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,17 +19,18 @@ Progress = Callable[["int", "int | None"], None]
 _PATIENCE = 2.0
 
 
-@contextmanager
-def shown(wanted: bool | None) -> Iterator[Progress | None]:
+def shown(wanted: bool | None) -> AbstractContextManager[Progress | None]:
     """A function to be told how much of how much is done; None where no bar is wanted.
 
     Args:
         wanted: None for a terminal or a notebook only, and only if it takes longer than two
             seconds.
     """
-    if wanted is False:
-        yield None
-        return
+    return nullcontext() if wanted is False else _shown(wanted)
+
+
+@contextmanager
+def _shown(wanted: bool | None) -> Iterator[Progress]:
     bar: tqdm[None] | None = None
 
     def tell(done: int, total: int | None) -> None:

@@ -43,11 +43,17 @@ class Ticket:
         self.outputs: dict[int, RowOutput] = {}
         self.error: BaseException | None = None
         self.abandoned = False
-        self._over = threading.Event()
+        self.over = False
+        # Held until then. An event, which is made of a condition, costs a request more than all
+        # else here, and as much of it while others want the interpreter.
+        self._pending = threading.Lock()
+        self._pending.acquire()
 
     def wait(self, seconds: float | None) -> bool:
         """Whether it is answered, or has failed, within so many seconds."""
-        return self._over.wait(seconds)
+        if not self.over and self._pending.acquire(timeout=-1 if seconds is None else seconds):
+            self._pending.release()  # for who asks again
+        return self.over
 
     def result(self) -> list[RowOutput]:
         """One output a piece, in order. Raises what the model raised."""
@@ -76,6 +82,8 @@ class Ticket:
         self._end()
 
     def _end(self) -> None:
-        self._over.set()
+        if not self.over:
+            self.over = True
+            self._pending.release()
         if self.heard is not None:
             self.heard(None)

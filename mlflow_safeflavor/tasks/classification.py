@@ -157,12 +157,10 @@ def scores_of(
 
 
 def _answer(names: Sequence[str], scores: np.ndarray, top_k: int) -> dict[str, Any]:
-    # Stable, so that of equal scores the first label wins, as in transformers.
-    order = np.argsort(-scores, kind="stable")
-    labels = [names[i] for i in order]
-    ranked = scores[order].tolist()
-    best = {"label": labels[0], "score": ranked[0]}
+    # Of equal scores the first label wins, as in transformers.
+    first = int(scores.argmax())
+    best = {"label": names[first], "score": scores[first].item()}
     if top_k == 1:
         return best
-    kept = len(labels) if top_k == -1 else top_k
-    return {**best, "labels": labels[:kept], "scores": ranked[:kept]}
+    kept = np.argsort(-scores, kind="stable")[: len(names) if top_k == -1 else top_k]
+    return {**best, "labels": [names[i] for i in kept], "scores": scores[kept].tolist()}

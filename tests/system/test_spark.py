@@ -40,7 +40,7 @@ TEXTS = [" ".join(WORDS[: 1 + i % 6]) for i in range(200)]
 
 
 def table_of(spark, texts=TEXTS, name="text"):
-    return spark.createDataFrame(pd.DataFrame({"id": range(len(texts)), name: texts}))
+    return spark.createDataFrame([*enumerate(texts)], f"id long, {name} string")
 
 
 def plain(value):
@@ -83,6 +83,21 @@ def test_other_columns_are_what_they_were(spark, saved_with_graph, tmp_path):
     assert rows_of(there, "p") == wanted
 
 
+def test_a_stream_that_goes_on(spark, saved_with_graph, tmp_path):
+    """Each row once, over two runs; ``isStreaming`` tables have no partitions to count."""
+    half, there = len(TEXTS) // 2, str(tmp_path / "in")
+    for ids in (range(half), range(half, len(TEXTS))):
+        rows = spark.createDataFrame([(i, TEXTS[i]) for i in ids], "id long, text string")
+        rows.write.mode("append").parquet(there)
+        source = spark.readStream.schema(rows.schema).parquet(there)
+        stream = score(source, saved_with_graph).writeStream.trigger(availableNow=True)
+        stream = stream.option("checkpointLocation", str(tmp_path / "checkpoint"))
+        stream.start(str(tmp_path / "out"), format="parquet").awaitTermination()
+    found = spark.read.parquet(str(tmp_path / "out"))
+    assert rows_of(found, "id") == [*range(len(TEXTS))]
+    assert rows_of(found) == natively(saved_with_graph, TEXTS).to_dict(orient="records")
+
+
 def test_a_delta_table_in_and_out(spark, saved_with_graph, tmp_path):
     """Written and read by delta-rs: Spark's own connector is a jar, no Python package."""
     there, scored = str(tmp_path / "in"), str(tmp_path / "out")
@@ -97,6 +112,56 @@ def test_a_delta_table_in_and_out(spark, saved_with_graph, tmp_path):
         rows = DeltaTable(scored, version=version).to_pyarrow_table().sort_by("id").to_pylist()
         assert [row["text"] for row in rows] == TEXTS[:count]
         assert [row["prediction"] for row in rows] == wanted[:count]
+
+
+@pytest.mark.skipif(
+    "SAFEFLAVOR_DELTA_JARS" not in os.environ, reason="SAFEFLAVOR_DELTA_JARS names no jars"
+)
+def test_a_delta_table_by_sparks_own_connector(spark, saved_with_graph, tmp_path):
+    """Versions, MERGE, a stream that goes on, reasons: each row once, with the bits of the host."""
+    there, scored, reasoned, streamed = (str(tmp_path / name) for name in ("in", "out", "r", "s"))
+    half, table = len(TEXTS) // 2, "id long, text string"
+
+    def read(path, **options):
+        return spark.read.format("delta").options(**options).load(path)
+
+    def append(rows):
+        rows = spark.createDataFrame(rows, table)
+        rows.write.format("delta").mode("append").save(there)
+        source = spark.readStream.format("delta").load(there)
+        stream = score(source, saved_with_graph, on_error="null", partitions=2).writeStream
+        stream = stream.option("checkpointLocation", str(tmp_path / "checkpoint"))
+        stream = stream.format("delta").trigger(availableNow=True)
+        stream.start(streamed).awaitTermination()
+
+    append([*enumerate(TEXTS[:half])])
+    score(read(there), saved_with_graph).write.format("delta").save(scored)
+    append([*enumerate(TEXTS)][half:])
+    score(read(there), saved_with_graph).createOrReplaceTempView("found")
+    spark.sql(
+        f"MERGE INTO delta.`{scored}` s USING found f ON s.id = f.id "
+        "WHEN MATCHED THEN UPDATE SET * WHEN NOT MATCHED THEN INSERT *"
+    )
+    wanted = natively(saved_with_graph, TEXTS).to_dict(orient="records")
+    for version, count in ((0, half), (1, len(TEXTS))):
+        then = read(there, versionAsOf=version)
+        for found in (score(then, saved_with_graph), read(scored, versionAsOf=version)):
+            assert rows_of(found, "id") == [*range(count)]
+            assert rows_of(found, "text") == TEXTS[:count]
+            assert rows_of(found) == wanted[:count]
+
+    append([(len(TEXTS), None)])
+    score(read(there), saved_with_graph, on_error="null").write.format("delta").save(reasoned)
+    for path in (reasoned, streamed):
+        found = read(path)
+        assert rows_of(found, "id") == [*range(len(TEXTS) + 1)]
+        assert rows_of(found) == [*wanted, None]
+        *none, reason = rows_of(found, "prediction_reason")
+        assert not any(none)
+        assert reason.startswith("A value is missing; wanted: a value")
+        # delta-rs agrees about what Spark's connector wrote.
+        rows = DeltaTable(path).to_pyarrow_table().sort_by("id").to_pylist()
+        assert [row["prediction"] for row in rows] == [*wanted, None]
 
 
 def test_rows_that_cannot_be_answered_have_a_reason(spark, saved):

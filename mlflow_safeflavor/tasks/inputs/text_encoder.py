@@ -47,6 +47,7 @@ class TextEncoder:
         # truncates, and rows are cut afterwards, by the same rules.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._special = [self._tokenizer.num_special_tokens_to_add(pair) for pair in (False, True)]
         try:
             self.input_names = tuple(config["model_input_names"])
             self.max_length: int | None = config["model_max_length"]
@@ -176,7 +177,7 @@ class TextEncoder:
 
     def special_tokens(self, *, pair: bool) -> int:
         """Number of special tokens added to a text, or to a pair."""
-        return int(self._tokenizer.num_special_tokens_to_add(pair))
+        return int(self._special[pair])
 
     # And back.
 
