@@ -85,7 +85,7 @@ class GraphEngine:
         self._rebuild = rebuild
         self._weights = weights
         self._rebuilt: ModuleEngine | None = None
-        self._lock = threading.Lock()
+        self._lock, self._module_lock = threading.Lock(), threading.Lock()
 
     @property
     def module(self) -> torch.nn.Module:
@@ -103,7 +103,7 @@ class GraphEngine:
         # Another optional argument, dtype or size than was recorded: the module takes it.
         if misfit := graph.misfit(arrays):
             if self._rebuild is not None:
-                return _apart(lambda: self.fallback()(inputs))
+                return self._apart(lambda: self.fallback()(inputs))
             raise StructureError(
                 "The model was stored as a graph, which does not take this input",
                 where="forward",
@@ -135,16 +135,16 @@ class GraphEngine:
 
     def generate(self, inputs: Mapping[str, np.ndarray], generation: Generation) -> Any:
         """Let the module write; see ``Engine.generate``."""
-        return _apart(lambda: self.fallback().generate(inputs, generation))
+        return self._apart(lambda: self.fallback().generate(inputs, generation))
 
+    def _apart(self, run: Callable[[], T]) -> T:
+        """Run in a thread of its own, out of reach of the caller's contexts of torch.
 
-def _apart(run: Callable[[], T]) -> T:
-    """Run in a thread of its own, out of reach of the caller's contexts of torch.
-
-    Those are its device, autocast and number of threads.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(run).result()
+        Those are its device, autocast and number of threads.
+        """
+        # One at a time, as where the module answers everything.
+        with self._module_lock, ThreadPoolExecutor(1) as thread:
+            return thread.submit(run).result()
 
 
 def _fitted(array: np.ndarray, dtype: str) -> np.ndarray:

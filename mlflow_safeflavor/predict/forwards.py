@@ -1,4 +1,4 @@
-"""Forwards of a model, one at a time."""
+"""Forwards of a model, each in the thread of a caller or of the model's own."""
 
 from __future__ import annotations
 
@@ -23,41 +23,62 @@ def run_here(state: State, ticket: Ticket) -> None:
     """Run all of a request in the thread of its caller."""
     try:
         while ticket.waiting:
-            _run_batch(state, next_batch(state, [ticket]))
+            with state.arrived:
+                batch = next_batch(state, [ticket])
+            _run_batch(state, batch)
     finally:
-        # Also after Ctrl-C: while ``running`` is set, no other request gets a forward.
+        # Also after Ctrl-C: as long as this counts, another request lacks a forward.
         with state.arrived:
-            state.running = False
+            state.running -= 1
             if state.tickets:
                 state.arrived.notify()
 
 
 def serve(state: State) -> None:
-    """Run all that waits, in the model's own thread, until the state is stopped."""
+    """Run what waits, in a thread of the model's own, until the state is stopped."""
     # Torch has a number of threads for each thread that computes; a session counts its own.
     if not state.anywhere:
         use_threads(state.num_threads)
-    while True:
-        with state.arrived:
+    batch = list[tuple[Ticket, int]]()
+    while batch := _next(state, batch):
+        try:
+            _run_batch(state, batch)
+        # A task's bug must leave no caller waiting for ever, and this thread running: there is no
+        # other that takes its place.
+        except BaseException as error:
+            for ticket, _ in batch:
+                ticket.fail(named_failure(error))
+
+
+def _next(state: State, done: list[tuple[Ticket, int]]) -> list[tuple[Ticket, int]]:
+    """The next batch, once there is one and it may run; none once the state is stopped.
+
+    Args:
+        state: Of the model.
+        done: The batch before, which has been run; emptied, as the next may come much later.
+    """
+    with state.arrived:
+        if done:
+            state.running -= 1
+        for ticket, _ in done:
+            ticket.running = False
+        done.clear()
+        while not state.stopped:
             state.tickets[:] = [
                 ticket for ticket in state.tickets if ticket.waiting and not ticket.abandoned
             ]
-            while (state.running or not state.tickets) and not state.stopped:
-                state.arrived.wait()
-            if state.stopped:
-                return
-            state.running = True
-            tickets = list(state.tickets)
-        try:
-            _run_batch(state, next_batch(state, tickets))
-        # A task's bug must leave no caller waiting for ever, and this thread running: it is the
-        # only one.
-        except BaseException as error:
-            for ticket in tickets:
-                ticket.fail(named_failure(error))
-        # Without the lock: the tickets that were run are still listed, so no caller runs its own.
-        state.running = False
-        tickets.clear()  # until the next request, which may come much later
+            # A table of many batches shall not have all forwards, nor anybody answer it twice.
+            idle = [ticket for ticket in state.tickets if not ticket.running]
+            if idle and state.running < state.abreast:
+                batch = next_batch(state, idle)
+                state.running += 1
+                for ticket, _ in batch:
+                    ticket.running = True
+                if len(idle) > 1:
+                    state.arrived.notify()  # what is left may go beside this
+                return batch
+            state.arrived.wait()
+    return []
 
 
 def _run_batch(state: State, batch: Sequence[tuple[Ticket, int]]) -> None:

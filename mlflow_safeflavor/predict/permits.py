@@ -47,7 +47,7 @@ class Permits:
         steps, going = iter(work), True
         while going:
             made: list[T] = []
-            self._take(deadline)
+            self.take(deadline)
             try:
                 end, going = time.monotonic() + _TURN, False
                 for item in steps:
@@ -57,10 +57,11 @@ class Permits:
                         going = True
                         break
             finally:
-                self._give()
+                self.give()
             yield from made
 
-    def _take(self, deadline: Deadline) -> None:
+    def take(self, deadline: Deadline) -> None:
+        """Wait for a permit. Raises ``DeadlineError`` where it is too late for one."""
         if deadline.passed:
             raise deadline.missed()
         with self._lock:
@@ -73,7 +74,7 @@ class Permits:
         except BaseException:
             # Ctrl-C may come when the permit was just handed over: kept, it would be lost for good.
             if not self._withdrawn(turn):
-                self._give()
+                self.give()
             raise
         if self._withdrawn(turn):
             raise deadline.missed()
@@ -86,7 +87,8 @@ class Permits:
             self._waiting.remove(turn)
             return True
 
-    def _give(self) -> None:
+    def give(self) -> None:
+        """Give a permit back."""
         with self._lock:
             if self._waiting:
                 # Handed over, not freed: a caller that asks in this moment would be served first.

@@ -1,9 +1,10 @@
-"""Scheduler: requests of many callers at one model, one forward at a time.
+"""Scheduler: requests of many callers at one model, one or two forwards at a time.
 
 A caller that finds the model free runs its own request; no request waits to be merged. Requests
-that come meanwhile are run by a thread of the model's own: before each forward, all that wait are
-cut into the batches that cost least, and the one of the request whose turn it is is run. One
-forward at a time, because it uses every core already: two would only take them from each other.
+that come meanwhile are run by threads of the model's own: before each forward, all that wait are
+cut into the batches that cost least, and the one of the request whose turn it is is run. A forward
+uses every core: a second one beside it fills the gaps before and after, in which the interpreter
+belongs to somebody else. No request has both.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Scheduler:
         num_threads: Torch's threads in a forward; 0 for as many as the process's other threads get.
         anywhere: Whether any thread may run a forward. Torch keeps contexts and the number of
             threads for each thread, so that its forwards belong into one that is the model's own.
+        abreast: Most forwards at a time; more than 1 only with ``anywhere``.
     """
 
     def __init__(
@@ -60,12 +62,13 @@ class Scheduler:
         max_queue: int = 0,
         num_threads: int = 0,
         anywhere: bool = False,
+        abreast: int = 1,
     ) -> None:
         self.max_queue = max_queue
         self.task = task
         budget = task.batch_budget(max_batch_tokens)
         self._state = State(
-            task, engine, budget, forward_cost, deterministic, num_threads, anywhere
+            task, engine, budget, forward_cost, deterministic, num_threads, anywhere, abreast
         )
         # The state, not the scheduler: a finalizer that held that would keep it for ever.
         weakref.finalize(self, stop, self._state)
@@ -143,17 +146,14 @@ class Scheduler:
             ticket.turn = state.spent  # with 0 a new request would come before all that wait
             # Inside its own forward a caller cannot leave when its deadline passes, and a table of
             # several batches would let no other request between.
-            here = few and patient and state.anywhere and not state.running and not state.tickets
+            free = state.running < state.abreast and not state.tickets
+            here = few and patient and state.anywhere and free
             if here:
-                state.running = True
+                state.running += 1
             else:
                 state.tickets.append(ticket)
-                if state.thread is None:  # at the first request that waits, and after a fork
-                    # A daemon: Python joins all others before it runs the finalizer that ends it.
-                    state.thread = threading.Thread(
-                        target=serve, args=(state,), name="safeflavor-model", daemon=True
-                    )
-                    state.thread.start()
+                if not state.threads:  # at the first request that waits, and after a fork
+                    _start(state)
                 state.arrived.notify()
         if here:
             run_here(state, ticket)
@@ -184,3 +184,12 @@ class Scheduler:
         finally:
             ticket.abandoned = True
         return ticket.result()
+
+
+def _start(state: State) -> None:
+    """Start the model's threads, one for each forward that may run beside others."""
+    for _ in range(state.abreast):
+        # Daemons: Python joins all others before it runs the finalizer that ends these.
+        thread = threading.Thread(target=serve, args=(state,), name="safeflavor-model", daemon=True)
+        state.threads.append(thread)
+        thread.start()

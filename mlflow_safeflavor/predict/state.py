@@ -22,10 +22,10 @@ Observer = Callable[[Sequence[int], float], None]
 
 @dataclass(eq=False)
 class State:
-    """Requests at a model, and the thread that runs them.
+    """Requests at a model, and the threads that run them.
 
-    The thread holds this and not the scheduler, which could else never be freed, nor its model. The
-    thread that sets ``running`` runs forwards, and it alone takes from what waits; the others add.
+    The threads hold this and not the scheduler, which could else never be freed, nor its model. All
+    that changes is changed under the lock of ``arrived``.
     """
 
     task: Task
@@ -35,15 +35,16 @@ class State:
     deterministic: bool
     num_threads: int
     anywhere: bool
+    abreast: int
     permits: Permits = field(default_factory=lambda: Permits(available_cpus()))
     arrived: threading.Condition = field(default_factory=threading.Condition)
     arriving: set[object] = field(default_factory=set)
     tickets: list[Ticket] = field(default_factory=list)
     spent: int = 0  # cost of all forwards so far, in tokens
     went_on: bool = False  # whether the last forward was for a request served before
-    running: bool = False
+    running: int = 0  # forwards
     stopped: bool = False
-    thread: threading.Thread | None = None
+    threads: list[threading.Thread] = field(default_factory=list)
     observer: Observer | None = None
 
     def __post_init__(self) -> None:
@@ -51,30 +52,26 @@ class State:
 
 
 def stop(state: State) -> None:
-    """End the model's thread, after the forward that it runs."""
+    """End the model's threads, after the forwards that they run."""
     with state.arrived:
         state.stopped = True
-        state.arrived.notify()
+        state.arrived.notify_all()
     # At the end of the process a forward must not be cut off inside torch. The last reference to a
-    # model may go in its own thread, which cannot join itself.
-    if state.thread not in (None, threading.current_thread()):
-        state.thread.join(timeout=10)
+    # model may go in a thread of its own, which cannot join itself.
+    for thread in state.threads:
+        if thread is not threading.current_thread():
+            thread.join(timeout=10)
 
 
-# A fork takes along neither the thread nor the requests that it was about to run; and a lock that
+# A fork takes along neither the threads nor the requests that it was about to run; and a lock that
 # another thread holds at that moment stays locked in the child for ever, so it is made anew.
 _STATES: weakref.WeakSet[State] = weakref.WeakSet()
 
 
 def _forget_after_fork() -> None:
     for state in list(_STATES):
-        state.arrived, state.arriving, state.tickets, state.thread = (
-            threading.Condition(),
-            set(),
-            [],
-            None,
-        )
-        state.running = False
+        state.arrived, state.arriving = threading.Condition(), set()
+        state.tickets, state.threads, state.running = [], [], 0
         state.permits = Permits(available_cpus())
 
 

@@ -40,6 +40,7 @@ class Ticket:
         self.waiting = deque(sorted(range(len(pieces)), key=lambda i: -costs[i]))
         self.turn = 0
         self.served = False
+        self.running = False  # some of its pieces are in a forward
         self.outputs: dict[int, RowOutput] = {}
         self.error: BaseException | None = None
         self.abandoned = False

@@ -510,7 +510,7 @@ def test_pairs_made_of_two_texts_are_those_of_the_tokenizer(models):
 
 
 def test_places_are_given_in_the_order_of_arrival_and_turns_are_short():
-    permits, order, hold = Permits(1), [], threading.Event()
+    permits, order = Permits(1), []
 
     def slow(name, steps):
         for i in range(steps):
@@ -520,14 +520,14 @@ def test_places_are_given_in_the_order_of_arrival_and_turns_are_short():
     def ask(name, steps):
         order.extend(permits.in_turns(slow(name, steps), Deadline()))
 
-    with permits.taken(Deadline()):
-        threads = []
-        for name, steps in (("long", 5), ("b", 1), ("c", 1)):
-            threads.append(threading.Thread(target=ask, args=(name, steps)))
-            threads[-1].start()
-            while len(permits._waiting) < len(threads):
-                time.sleep(0.001)
-        hold.set()
+    permits.take(Deadline())
+    threads = []
+    for name, steps in (("long", 5), ("b", 1), ("c", 1)):
+        threads.append(threading.Thread(target=ask, args=(name, steps)))
+        threads[-1].start()
+        while len(permits._waiting) < len(threads):
+            time.sleep(0.001)
+    permits.give()
     for thread in threads:
         thread.join(20)
     assert order.index("b0") < order.index("long1")
@@ -538,15 +538,12 @@ def test_places_are_given_in_the_order_of_arrival_and_turns_are_short():
 
 def test_a_deadline_counts_the_wait_for_a_place():
     permits = Permits(1)
-    with permits.taken(Deadline()):
-        with (
-            pytest.raises(DeadlineError, match=r"within 0\.05 seconds"),
-            permits.taken(Deadline(0.05)),
-        ):
-            pytest.fail("there is no place")
-        assert not permits._waiting
-    with permits.taken(Deadline(5)):
-        pass
+    permits.take(Deadline())
+    with pytest.raises(DeadlineError, match=r"within 0\.05 seconds"):
+        permits.take(Deadline(0.05))
+    assert not permits._waiting
+    permits.give()
+    permits.take(Deadline(5))
 
 
 @pytest.mark.parametrize("part", ["encode", "decode"])
