@@ -5,8 +5,8 @@ Ours, mlflow.transformers', a hand-written ONNX Runtime pyfunc, and the bare mod
     python benchmarks/predict.py [--rounds 5] [--only throughput,single,callers,http,limit] [--json
     FILE] [--plot FILE]
 
-All candidates run in turn in one process, servers one after the other on the same cores as the
-clients. What the tables mean, and what was seen, is in docs/benchmarks.md.
+All candidates run in turn: tables in one process, one row and callers in a process for each model,
+servers on the same cores as the clients. What was seen, and what it means: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import product
@@ -48,6 +47,7 @@ import by_hand
 import mlflow
 import numpy as np
 import pandas as pd
+from _asker import Asked, Asker, asker
 from _common import (
     Spent,
     alternate,
@@ -186,49 +186,41 @@ def throughput(models: Models, rounds: int) -> Iterator[Row]:
             yield row("the same, by the module in bfloat16", done["half"], done["peer"], "rows/s")
 
 
+@contextmanager
+def askers(models: Models) -> Iterator[dict[str, Asker]]:
+    """Each model in a process of its own."""
+    with ExitStack() as running:
+        start = running.enter_context
+        yield {
+            "ours": start(asker(models.ours_path)),
+            "peer": start(asker(models.peer_path)),
+            "hand": start(asker(models.hand_path)),
+            "openvino": start(asker(models.ours_path, engine="openvino")),
+        }
+
+
 def single(models: Models, rounds: int) -> Iterator[Row]:
     """One row, 40 calls a round, behind 20 that warm up."""
-    for tokens, peer in ((12, 3.0), (128, 2.2)):
-        data = frame(texts_of([tokens]))
+    with askers(models) as asked:
+        for tokens, peer in ((12, 3.0), (128, 2.2)):
+            texts = texts_of([tokens]) * 40
 
-        def many(predict: Callable[[object], object], data: object = data) -> Spent:
-            for turn in range(60):
-                if turn == 20:
-                    cpu, wall = time.process_time(), time.perf_counter()
-                predict(data)
-            return Spent(time.perf_counter() - wall, time.process_time() - cpu)
+            def many(one: Asker, texts: Sequence[str] = texts) -> Spent:
+                found = one.ask(texts)
+                return Spent(found.wall, found.cpu)
 
-        runs = {
-            "ours": partial(many, models.ours.predict),
-            "peer": partial(many, models.peer.predict),
-            "hand": partial(many, models.hand.predict),
-            "openvino": partial(many, models.openvino.predict),
-        }
-        times = alternate(runs, max(rounds, 9))
-        ms = {name: [seconds / 40 * 1e3 for seconds in found.wall] for name, found in times.items()}
-        what = f"one row of {tokens} tokens"
-        yield row(what, ms["ours"], ms["peer"], "ms", at_most=1 / peer)
-        yield row(
-            f"{what}, against the one by hand", ms["ours"], ms["hand"], "ms", at_most=1 / 0.95
-        )
-        yield row("the same, in OpenVINO", ms["openvino"], ms["peer"], "ms")
-
-
-def _ask_from_threads(
-    predict: Callable[[str], object], texts: Sequence[str], threads: int
-) -> tuple[float, list[float]]:
-    """Requests a second, and the seconds of each."""
-
-    def ask(text: str) -> float:
-        begun = time.perf_counter()
-        predict(text)
-        return time.perf_counter() - begun
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(ask, texts[:threads]))
-        begun = time.perf_counter()
-        latencies = list(pool.map(ask, texts))
-        return len(texts) / (time.perf_counter() - begun), latencies
+            runs = {name: partial(many, one) for name, one in asked.items()}
+            times = alternate(runs, max(rounds, 9))
+            ms = {
+                name: [seconds / 40 * 1e3 for seconds in found.wall]
+                for name, found in times.items()
+            }
+            what = f"one row of {tokens} tokens"
+            yield row(what, ms["ours"], ms["peer"], "ms", at_most=1 / peer)
+            yield row(
+                f"{what}, against the one by hand", ms["ours"], ms["hand"], "ms", at_most=1 / 0.95
+            )
+            yield row("the same, in OpenVINO", ms["openvino"], ms["peer"], "ms")
 
 
 def p99(latencies: list[float]) -> float:
@@ -236,23 +228,18 @@ def p99(latencies: list[float]) -> float:
 
 
 def callers(models: Models, rounds: int) -> Iterator[Row]:
-    """One row a request, from many threads of this process."""
+    """One row a request, from many threads of the model's process."""
     texts = texts_of(natural_lengths(384))
-    runs: dict[str, tuple[Callable[[str], object], int]] = {
-        "ours": (lambda text: models.ours.predict(frame([text])), 16),
-        "peer": (lambda text: models.peer.predict(frame([text])), 16),
-        "hand": (lambda text: models.hand.predict(frame([text])), 16),
-        "many": (lambda text: models.ours.predict(frame([text])), 64),
-    }
-    found: dict[str, list[tuple[float, list[float]]]] = {name: [] for name in runs}
-    for turn in range(rounds):
-        for name in in_turn(runs, turn):
-            predict, threads = runs[name]
-            found[name].append(_ask_from_threads(predict, texts, threads))
-    rate = {name: [rate for rate, _ in results] for name, results in found.items()}
-    slowest = {
-        name: [p99(latencies) for _, latencies in results] for name, results in found.items()
-    }
+    found: dict[str, list[Asked]] = {}
+    with askers(models) as asked:
+        runs = {name: (asked[name], 16) for name in ("ours", "peer", "hand")}
+        runs["many"] = (asked["ours"], 64)
+        for turn in range(rounds):
+            for name in in_turn(runs, turn):
+                one, threads = runs[name]
+                found.setdefault(name, []).append(one.ask(texts, threads=threads, warm=threads))
+    rate = {name: [len(texts) / run.wall for run in done] for name, done in found.items()}
+    slowest = {name: [p99(run.latencies) for run in done] for name, done in found.items()}
     yield row("16 callers in process", rate["ours"], rate["peer"], "requests/s", at_least=4.8)
     yield row(
         "16 callers, against the one by hand",
