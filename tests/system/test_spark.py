@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import signal
 import socket
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
+import zipimport
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -350,6 +353,23 @@ def test_a_cluster_that_loses_an_executor_loses_no_row(
             assert rows_of(there) == wanted
         finally:
             made.stop()
+
+
+def test_an_archive_is_read_once_by_a_daemon_and_its_workers(tmp_path, monkeypatch):
+    """Its list of files is 22 MB for Spark's own, which each task would read anew."""
+    from mlflow_safeflavor.spark_daemon import _forget_archives
+
+    archive = tmp_path / "archive.zip"
+    with zipfile.ZipFile(archive, "w") as made:
+        for name in ("archived_here", "archived_too"):
+            made.writestr(f"{name}.py", f"NAME = {name!r}")
+    monkeypatch.syspath_prepend(str(archive))
+    importlib.import_module("archived_here")
+    assert str(archive) in sys.path_importer_cache
+    _forget_archives()
+    monkeypatch.setattr(zipimport, "_read_directory", lambda path: pytest.fail(f"read {path}"))
+    importlib.invalidate_caches()  # as a worker does for each task
+    assert importlib.import_module("archived_too").NAME == "archived_too"
 
 
 def test_workers_that_are_forked_after_their_imports(saved_with_graph, environ, spark, session):
