@@ -21,7 +21,7 @@ LOADER_MODULE = "mlflow_safeflavor"
 
 _PACKAGE = Path(__file__).parents[1]
 # Rooms that no load and no prediction runs: a sixth of the package, which each model would carry.
-_LEFT_OUT = ("checkpoints", "cli.py", "save", "spark.py", "verify")
+_LEFT_OUT = ("checkpoints", "cli.py", "save", "spark.py", "spark_daemon.py", "verify")
 _NOTE = "LOADER.txt"
 
 

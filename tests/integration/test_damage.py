@@ -60,7 +60,7 @@ VENDORED = [
     file
     for file in sorted(PACKAGE.rglob("*.py"))
     if file.relative_to(PACKAGE).parts[0]
-    not in ("checkpoints", "cli.py", "save", "spark.py", "verify")
+    not in ("checkpoints", "cli.py", "save", "spark.py", "spark_daemon.py", "verify")
 ]
 CODE = [f"code/mlflow_safeflavor/{file.relative_to(PACKAGE).as_posix()}" for file in VENDORED]
 FILES = [
