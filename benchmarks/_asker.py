@@ -1,4 +1,4 @@
-"""A model in a process of its own, asked one row a request; with the side that starts it.
+"""A model in a process of its own, that is asked for rows; with the side that starts it.
 
     python benchmarks/_asker.py MODEL '{"engine": "openvino"}'
 
@@ -34,11 +34,11 @@ class Asker:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def ask(self, texts: Sequence[str], *, threads: int = 1, warm: int = 20) -> Asked:
-        """Have these texts asked by so many threads, behind the first few, which do not count."""
+    def ask(self, requests: Sequence[Sequence[str]], *, threads: int = 1, warm: int = 20) -> Asked:
+        """Have tables of texts asked by so many threads, behind a few of them, uncounted."""
         assert self._process.stdin
         assert self._process.stdout
-        print(json.dumps([[*texts], threads, warm]), file=self._process.stdin, flush=True)
+        print(json.dumps([[*requests], threads, warm]), file=self._process.stdin, flush=True)
         return Asked(*json.loads(self._process.stdout.readline()))
 
 
@@ -64,20 +64,20 @@ def _answer_all(path: str, config: Mapping[str, Any]) -> None:
 
     predict = mlflow.pyfunc.load_model(path, model_config=dict(config) or None).predict
 
-    def timed(text: str) -> float:
+    def timed(texts: list[str]) -> float:
         begun = time.perf_counter()
-        predict(pd.DataFrame({"text": [text]}))
+        predict(pd.DataFrame({"text": texts}))
         return time.perf_counter() - begun
 
     print("loaded", flush=True)
     for line in sys.stdin:
-        texts, threads, warm = json.loads(line)
+        requests, threads, warm = json.loads(line)
         with ThreadPoolExecutor(threads) as pool:
             # One thread is this one: another's turn at the interpreter is not what is asked.
             each = pool.map if threads > 1 else map
-            list(each(timed, texts[:warm]))
+            list(each(timed, requests[:warm]))
             cpu, wall = time.process_time(), time.perf_counter()
-            latencies = list(each(timed, texts))
+            latencies = list(each(timed, requests))
             spent = time.perf_counter() - wall, time.process_time() - cpu
         print(json.dumps([*spent, latencies]), flush=True)
 

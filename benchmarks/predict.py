@@ -5,8 +5,8 @@ Ours, mlflow.transformers', a hand-written ONNX Runtime pyfunc, and the bare mod
     python benchmarks/predict.py [--rounds 5] [--only throughput,single,callers,http,limit] [--json
     FILE] [--plot FILE]
 
-All candidates run in turn: tables in one process, one row and callers in a process for each model,
-servers on the same cores as the clients. What was seen, and what it means: docs/benchmarks.md.
+All candidates run in turn, each in a process of its own on the same cores as who asks. What was
+seen, and what it means: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import product
@@ -133,50 +133,44 @@ def rates(times: list[float], count: int) -> list[float]:
 
 
 class Models:
-    """Saved and loaded once, by both flavors."""
+    """Saved once by both flavors and by hand, and each asked in a process of its own.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: For what is saved.
+        running: Ends the processes.
+    """
+
+    def __init__(self, folder: Path, running: ExitStack) -> None:
         module = minilm_classifier()
-        self.module = module
         self.ours_path = save_ours(module, folder / "ours")
-        self.half_path = save_ours(module, folder / "half", "bfloat16")
         self.peer_path = save_peer(module, "text-classification", folder / "peer")
         self.hand_path = by_hand.save(module, tokenizer(), folder / "hand")
         self.nothing_path = by_hand.save_nothing(folder / "nothing")
-        self.native = mlflow_safeflavor.load_model(str(self.ours_path))
-        self.ours = mlflow.pyfunc.load_model(str(self.ours_path))
-        self.half = mlflow.pyfunc.load_model(str(self.half_path))
-        self.peer = mlflow.pyfunc.load_model(str(self.peer_path))
-        self.hand = mlflow.pyfunc.load_model(str(self.hand_path))
-        self.openvino = mlflow.pyfunc.load_model(
-            str(self.ours_path), model_config={"engine": "openvino"}
-        )
-
-
-def frame(texts: Sequence[str]) -> pd.DataFrame:
-    return pd.DataFrame({"text": texts})
+        half = save_ours(module, folder / "half", "bfloat16")
+        self.asked = {
+            "ours": running.enter_context(asker(self.ours_path)),
+            "half": running.enter_context(asker(half)),
+            "peer": running.enter_context(asker(self.peer_path)),
+            "hand": running.enter_context(asker(self.hand_path)),
+            "openvino": running.enter_context(asker(self.ours_path, engine="openvino")),
+        }
 
 
 # --- what is compared ----------------------------------------------------------------------------
 
 
 def throughput(models: Models, rounds: int) -> Iterator[Row]:
+    """A table a request."""
     cases = (
         ("512 texts of natural lengths", natural_lengths(512), 4.6, 1.0),
         ("256 short texts, up to 16 tokens", between(256, 4, 16), 9.5, 0.95),
         ("48 long texts, 180 tokens or more", between(48, 180, 400), 1.4, 0.95),
     )
     for what, lengths, peer, hand in cases:
-        data = frame(texts_of(lengths))
-        runs = {
-            "ours": partial(models.ours.predict, data),
-            "half": partial(models.half.predict, data),
-            "peer": partial(models.peer.predict, data),
-            "hand": partial(models.hand.predict, data),
-            "openvino": partial(models.openvino.predict, data),
+        done = {
+            name: rates(wall, len(lengths))
+            for name, wall in _alternate(models.asked, [texts_of(lengths)], rounds, warm=0).items()
         }
-        times = alternate(runs, rounds)
-        done = {name: rates(found.wall, len(data)) for name, found in times.items()}
         yield row(what, done["ours"], done["peer"], "rows/s", at_least=peer)
         yield row(
             f"{what}, against the one by hand", done["ours"], done["hand"], "rows/s", at_least=hand
@@ -186,41 +180,31 @@ def throughput(models: Models, rounds: int) -> Iterator[Row]:
             yield row("the same, by the module in bfloat16", done["half"], done["peer"], "rows/s")
 
 
-@contextmanager
-def askers(models: Models) -> Iterator[dict[str, Asker]]:
-    """Each model in a process of its own."""
-    with ExitStack() as running:
-        start = running.enter_context
-        yield {
-            "ours": start(asker(models.ours_path)),
-            "peer": start(asker(models.peer_path)),
-            "hand": start(asker(models.hand_path)),
-            "openvino": start(asker(models.ours_path, engine="openvino")),
-        }
+def _alternate(
+    asked: Mapping[str, Asker], requests: Sequence[Sequence[str]], rounds: int, *, warm: int
+) -> dict[str, list[float]]:
+    """Seconds that each model took for these requests, round by round."""
+
+    def ask(one: Asker) -> Spent:
+        found = one.ask(requests, warm=warm)
+        return Spent(found.wall, found.cpu)
+
+    times = alternate({name: partial(ask, one) for name, one in asked.items()}, rounds)
+    return {name: found.wall for name, found in times.items()}
 
 
 def single(models: Models, rounds: int) -> Iterator[Row]:
     """One row, 40 calls a round, behind 20 that warm up."""
-    with askers(models) as asked:
-        for tokens, peer in ((12, 3.0), (128, 2.2)):
-            texts = texts_of([tokens]) * 40
-
-            def many(one: Asker, texts: Sequence[str] = texts) -> Spent:
-                found = one.ask(texts)
-                return Spent(found.wall, found.cpu)
-
-            runs = {name: partial(many, one) for name, one in asked.items()}
-            times = alternate(runs, max(rounds, 9))
-            ms = {
-                name: [seconds / 40 * 1e3 for seconds in found.wall]
-                for name, found in times.items()
-            }
-            what = f"one row of {tokens} tokens"
-            yield row(what, ms["ours"], ms["peer"], "ms", at_most=1 / peer)
-            yield row(
-                f"{what}, against the one by hand", ms["ours"], ms["hand"], "ms", at_most=1 / 0.95
-            )
-            yield row("the same, in OpenVINO", ms["openvino"], ms["peer"], "ms")
+    for tokens, peer in ((12, 3.0), (128, 2.2)):
+        requests = [texts_of([tokens])] * 40
+        walls = _alternate(models.asked, requests, max(rounds, 9), warm=20)
+        ms = {name: [seconds / 40 * 1e3 for seconds in wall] for name, wall in walls.items()}
+        what = f"one row of {tokens} tokens"
+        yield row(what, ms["ours"], ms["peer"], "ms", at_most=1 / peer)
+        yield row(
+            f"{what}, against the one by hand", ms["ours"], ms["hand"], "ms", at_most=1 / 0.95
+        )
+        yield row("the same, in OpenVINO", ms["openvino"], ms["peer"], "ms")
 
 
 def p99(latencies: list[float]) -> float:
@@ -229,16 +213,15 @@ def p99(latencies: list[float]) -> float:
 
 def callers(models: Models, rounds: int) -> Iterator[Row]:
     """One row a request, from many threads of the model's process."""
-    texts = texts_of(natural_lengths(384))
+    requests = [[text] for text in texts_of(natural_lengths(384))]
     found: dict[str, list[Asked]] = {}
-    with askers(models) as asked:
-        runs = {name: (asked[name], 16) for name in ("ours", "peer", "hand")}
-        runs["many"] = (asked["ours"], 64)
-        for turn in range(rounds):
-            for name in in_turn(runs, turn):
-                one, threads = runs[name]
-                found.setdefault(name, []).append(one.ask(texts, threads=threads, warm=threads))
-    rate = {name: [len(texts) / run.wall for run in done] for name, done in found.items()}
+    runs = {name: (models.asked[name], 16) for name in ("ours", "peer", "hand")}
+    runs["many"] = (models.asked["ours"], 64)
+    for turn in range(rounds):
+        for name in in_turn(runs, turn):
+            one, threads = runs[name]
+            found.setdefault(name, []).append(one.ask(requests, threads=threads, warm=threads))
+    rate = {name: [len(requests) / run.wall for run in done] for name, done in found.items()}
     slowest = {name: [p99(run.latencies) for run in done] for name, done in found.items()}
     yield row("16 callers in process", rate["ours"], rate["peer"], "requests/s", at_least=4.8)
     yield row(
@@ -267,10 +250,12 @@ def limit(models: Models, rounds: int) -> Iterator[Row]:
     """
     from mlflow_safeflavor.predict.batching import cut_into_batches
 
+    native = mlflow_safeflavor.load_model(str(models.ours_path))
+    ours = mlflow.pyfunc.load_model(str(models.ours_path))
     lengths = natural_lengths(1024)
-    data, options = frame(texts_of(lengths)), models.native.options
+    data = pd.DataFrame({"text": texts_of(lengths)})
     batches = cut_into_batches(
-        lengths, options["max_batch_tokens"], models.native.scheduler.forward_cost
+        lengths, native.options["max_batch_tokens"], native.scheduler.forward_cost
     )
     packed = []
     for batch in batches:
@@ -286,9 +271,9 @@ def limit(models: Models, rounds: int) -> Iterator[Row]:
 
     def bare() -> None:
         for inputs in packed:
-            models.native.engine(inputs)
+            native.engine(inputs)
 
-    times = alternate({"ours": lambda: models.ours.predict(data), "bare": bare}, rounds)
+    times = alternate({"ours": lambda: ours.predict(data), "bare": bare}, rounds)
     done = sum(inputs["input_ids"].size for inputs in packed)
     yield row(
         "tokens a second, against bare forwards of perfectly packed batches",
@@ -510,12 +495,9 @@ def main() -> None:
         + ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in most.items())
     )
     rows: list[Row] = []
-    with TemporaryDirectory() as folder:
-        models = Models(Path(folder))
-        console.print(
-            f"a forward costs as much as {models.native.scheduler.forward_cost} tokens; "
-            f"{cpu.find_budget()}"
-        )
+    console.print(str(cpu.find_budget()))
+    with TemporaryDirectory() as folder, ExitStack() as running:
+        models = Models(Path(folder), running)
         for part in arguments.only.split(","):
             rows += PARTS[part](models, arguments.rounds)
     show(rows)
