@@ -1,12 +1,12 @@
 """Predictions side by side.
 
-Ours, mlflow.transformers', a hand-written ONNX Runtime pyfunc, and the bare module.
+Ours, mlflow.transformers', a hand-written ONNX Runtime pyfunc, and bare forwards.
 
     python benchmarks/predict.py [--rounds 5] [--only throughput,single,callers,http,limit] [--json
     FILE] [--plot FILE]
 
-All candidates run in turn, each in a process of its own on the same cores as who asks. What was
-seen, and what it means: docs/benchmarks.md.
+All candidates run in turn, each in a process of its own on the same cores as who asks; bare
+forwards in this one. What was seen, and what it means: docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Spark's own has imported nothing, so that each of its workers imports everything
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from zipimport import zipimporter
 
 from pyspark.daemon import manager
@@ -25,6 +26,9 @@ def _forget_archives() -> None:
 
 
 if __name__ == "__main__":
-    share_with_forks("pyspark.worker", "pyarrow.pandas_compat", "mlflow_safeflavor.spark")
+    # What its workers run, by the names that they ask for: one that is missing ends the daemon.
+    for name in ("pyspark.worker", "pyarrow.pandas_compat", "mlflow_safeflavor.spark"):
+        import_module(name)
+    share_with_forks()
     _forget_archives()
     manager()

@@ -18,9 +18,9 @@ _NEEDED = (
 )
 
 
-def share_with_forks(*modules: str) -> None:
-    """Import what a load and an answer need, and these, for all forks of this process."""
-    for name in (*_NEEDED, *modules):
+def share_with_forks() -> None:
+    """Import what a load and an answer need, for all forks of this process; after all else."""
+    for name in _NEEDED:
         with suppress(ImportError):  # of the runtime, where there are no graphs
             import_module(name)
     # Else a fork's collector would write to each page, which then is the fork's own.

@@ -70,7 +70,12 @@ def _next(state: State, done: list[tuple[Ticket, int]]) -> list[tuple[Ticket, in
             # A table of many batches shall not have all forwards, nor anybody answer it twice.
             idle = [ticket for ticket in state.tickets if not ticket.running]
             if idle and state.running < state.abreast:
-                batch = next_batch(state, idle)
+                try:
+                    batch = next_batch(state, idle)
+                except BaseException as error:  # as in ``serve``
+                    for ticket in idle:
+                        ticket.fail(named_failure(error))
+                    continue
                 state.running += 1
                 for ticket, _ in batch:
                     ticket.running = True

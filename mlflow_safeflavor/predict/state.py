@@ -24,8 +24,8 @@ Observer = Callable[[Sequence[int], float], None]
 class State:
     """Requests at a model, and the threads that run them.
 
-    The threads hold this and not the scheduler, which could else never be freed, nor its model. All
-    that changes is changed under the lock of ``arrived``.
+    The threads hold this and not the scheduler, which could else never be freed, nor its model.
+    Tickets are listed and taken, and forwards counted, under the lock of ``arrived``.
     """
 
     task: Task

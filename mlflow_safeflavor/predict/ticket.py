@@ -45,8 +45,7 @@ class Ticket:
         self.error: BaseException | None = None
         self.abandoned = False
         self.over = False
-        # Held until then. An event, which is made of a condition, costs a request more than all
-        # else here, and as much of it while others want the interpreter.
+        # Held until then. An event is a condition, in Python that each request would run.
         self._pending = threading.Lock()
         self._pending.acquire()
 

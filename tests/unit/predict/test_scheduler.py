@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlflow_safeflavor.errors import AnswerError, DeadlineError, InputError, OverloadedError
+from mlflow_safeflavor.errors import (
+    AnswerError,
+    DeadlineError,
+    InputError,
+    OverloadedError,
+    SafeFlavorError,
+)
 from mlflow_safeflavor.predict.answers import predict_rows
 from mlflow_safeflavor.predict.deadline import Deadline
 from mlflow_safeflavor.predict.scheduler import Scheduler
@@ -412,6 +418,20 @@ def test_a_forked_process_answers_and_the_parent_still_does(anywhere):
     assert child.exitcode == 0
     model.task.open.set()
     assert waits.result(20)[0]["length"] == 5
+
+
+@pytest.mark.parametrize("anywhere", [True, False])
+def test_a_batch_that_cannot_be_cut_fails_who_waits_and_not_who_comes_next(monkeypatch, anywhere):
+    model = Model(anywhere=anywhere)
+
+    def broken(*args):
+        monkeypatch.undo()
+        raise MemoryError("no batch")
+
+    monkeypatch.setattr("mlflow_safeflavor.predict.forwards.next_batch", broken)
+    with pytest.raises(SafeFlavorError, match="no batch"):
+        model.ask("a", timeout=20)
+    assert model.ask("after", timeout=20)[0]["length"] == 5
 
 
 def test_long_requests_come_up_more_seldom_than_short_ones_and_all_come_up():

@@ -23,9 +23,8 @@ def test_a_ticket_ends_once_and_may_be_waited_for_again():
     assert ticket.wait(None)
     assert ticket.wait(0)
     assert ticket.result() == outputs
-    ticket.fail(
-        ZeroDivisionError("after its end")
-    )  # as of a batch that failed when it had answered
+    # As where the rest of a batch failed.
+    ticket.fail(ZeroDivisionError("after its end"))
     assert ticket.wait(0)
 
 
