@@ -11,13 +11,13 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Asked", "Asker", "asker"]
+__all__ = ["Asked", "Asker", "Here", "asker"]
 
 
 class Asked(NamedTuple):
@@ -42,6 +42,17 @@ class Asker:
         return Asked(*json.loads(self._process.stdout.readline()))
 
 
+class Here(Asker):
+    """A model in this process, beside others, which share threads, memory and the interpreter."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self._predict = _loaded(str(path), config)
+
+    def ask(self, requests: Sequence[Sequence[str]], *, threads: int = 1, warm: int = 20) -> Asked:
+        """See ``Asker``."""
+        return _answered(self._predict, requests, threads, warm)
+
+
 @contextmanager
 def asker(path: Path, **config: Any) -> Iterator[Asker]:
     """A process with this model, loaded by MLflow."""
@@ -57,29 +68,40 @@ def asker(path: Path, **config: Any) -> Iterator[Asker]:
         process.stdin.close()
 
 
-def _answer_all(path: str, config: Mapping[str, Any]) -> None:
-    """The side that answers, until nobody asks any more."""
+def _loaded(path: str, config: Mapping[str, Any]) -> Callable[[Any], Any]:
     import mlflow
+
+    predict: Callable[[Any], Any] = mlflow.pyfunc.load_model(
+        path, model_config=dict(config) or None
+    ).predict
+    return predict
+
+
+def _answered(
+    predict: Callable[[Any], Any], requests: Sequence[Sequence[str]], threads: int, warm: int
+) -> Asked:
     import pandas as pd
 
-    predict = mlflow.pyfunc.load_model(path, model_config=dict(config) or None).predict
-
-    def timed(texts: list[str]) -> float:
+    def timed(texts: Sequence[str]) -> float:
         begun = time.perf_counter()
         predict(pd.DataFrame({"text": texts}))
         return time.perf_counter() - begun
 
+    with ThreadPoolExecutor(threads) as pool:
+        # One thread is this one: another's turn at the interpreter is not what is asked.
+        each = pool.map if threads > 1 else map
+        list(each(timed, requests[:warm]))
+        cpu, wall = time.process_time(), time.perf_counter()
+        latencies = list(each(timed, requests))
+        return Asked(time.perf_counter() - wall, time.process_time() - cpu, latencies)
+
+
+def _answer_all(path: str, config: Mapping[str, Any]) -> None:
+    """The side that answers, until nobody asks any more."""
+    predict = _loaded(path, config)
     print("loaded", flush=True)
     for line in sys.stdin:
-        requests, threads, warm = json.loads(line)
-        with ThreadPoolExecutor(threads) as pool:
-            # One thread is this one: another's turn at the interpreter is not what is asked.
-            each = pool.map if threads > 1 else map
-            list(each(timed, requests[:warm]))
-            cpu, wall = time.process_time(), time.perf_counter()
-            latencies = list(each(timed, requests))
-            spent = time.perf_counter() - wall, time.process_time() - cpu
-        print(json.dumps([*spent, latencies]), flush=True)
+        print(json.dumps([*_answered(predict, *json.loads(line))]), flush=True)
 
 
 if __name__ == "__main__":

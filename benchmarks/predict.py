@@ -2,11 +2,12 @@
 
 Ours, mlflow.transformers', a hand-written ONNX Runtime pyfunc, and bare forwards.
 
-    python benchmarks/predict.py [--rounds 5] [--only throughput,single,callers,http,limit] [--json
-    FILE] [--plot FILE]
+    python benchmarks/predict.py [--rounds 5] [--only throughput,single,callers,http,limit]
+    [--together] [--json FILE] [--plot FILE]
 
-All candidates run in turn, each in a process of its own on the same cores as who asks; bare
-forwards in this one. What was seen, and what it means: docs/benchmarks.md.
+All candidates run in turn, each in a process of its own on the same cores as who asks (with
+--together all in this one); bare forwards in this one. What was seen, and what it means:
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ import by_hand
 import mlflow
 import numpy as np
 import pandas as pd
-from _asker import Asked, Asker, asker
+from _asker import Asked, Asker, Here, asker
 from _common import (
     Spent,
     alternate,
@@ -138,9 +139,13 @@ class Models:
     Args:
         folder: For what is saved.
         running: Ends the processes.
+        together: Whether they are asked in this process instead.
     """
 
-    def __init__(self, folder: Path, running: ExitStack) -> None:
+    def __init__(self, folder: Path, running: ExitStack, together: bool) -> None:
+        def ask(path: Path, **config: Any) -> Asker:
+            return Here(path, config) if together else running.enter_context(asker(path, **config))
+
         module = minilm_classifier()
         self.ours_path = save_ours(module, folder / "ours")
         self.peer_path = save_peer(module, "text-classification", folder / "peer")
@@ -148,11 +153,11 @@ class Models:
         self.nothing_path = by_hand.save_nothing(folder / "nothing")
         half = save_ours(module, folder / "half", "bfloat16")
         self.asked = {
-            "ours": running.enter_context(asker(self.ours_path)),
-            "half": running.enter_context(asker(half)),
-            "peer": running.enter_context(asker(self.peer_path)),
-            "hand": running.enter_context(asker(self.hand_path)),
-            "openvino": running.enter_context(asker(self.ours_path, engine="openvino")),
+            "ours": ask(self.ours_path),
+            "half": ask(half),
+            "peer": ask(self.peer_path),
+            "hand": ask(self.hand_path),
+            "openvino": ask(self.ours_path, engine="openvino"),
         }
 
 
@@ -485,6 +490,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, separated by commas")
+    parser.add_argument(
+        "--together", action="store_true", help="all models in one process, which slows each other"
+    )
     parser.add_argument("--json", type=Path, help="write all figures there, too")
     parser.add_argument("--plot", type=Path, help="draw the ratios into this file (.svg or .png)")
     arguments = parser.parse_args()
@@ -497,7 +505,7 @@ def main() -> None:
     rows: list[Row] = []
     console.print(str(cpu.find_budget()))
     with TemporaryDirectory() as folder, ExitStack() as running:
-        models = Models(Path(folder), running)
+        models = Models(Path(folder), running, arguments.together)
         for part in arguments.only.split(","):
             rows += PARTS[part](models, arguments.rounds)
     show(rows)

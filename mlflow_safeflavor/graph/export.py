@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mlflow_safeflavor.graph import rewrites
+from mlflow_safeflavor.graph import rewrites, shortcuts
 from mlflow_safeflavor.graph.proof import Refusal
 from mlflow_safeflavor.graph.trace import (
     Forward,
@@ -139,6 +139,7 @@ def _simplify(model: Any, slots: Sequence[Slot]) -> None:
     optimizer.optimize_ir(model, output_size_limit=_MOST_FOLDED, should_fold=should_fold)
     onnx_fusions.fuse(model)
     rewrites.fit_kernels(model)
+    shortcuts.take_shortcuts(model)
 
 
 def _weights(
@@ -174,6 +175,7 @@ def _written(
     if len(graph.outputs) != len(outputs) or len(graph.inputs) != len(inputs):
         raise Refusal("the traced forward gives other outputs, or takes other inputs")
     _make_outputs_own(graph)
+    _free_names(graph, weights)
     for value, (path, extent) in weights.items():
         value.const_value = ir.ExternalTensor(
             extent.file, extent.start, extent.length, value.const_value.dtype,
@@ -207,6 +209,15 @@ def _written(
     if own > _MOST_OWN:
         raise Refusal(f"{own} bytes of constants that are no tensors of the module")
     return proto
+
+
+def _free_names(graph: Any, weights: Mapping[Any, tuple[str, Extent]]) -> None:
+    """Take the paths of tensors from all other values: a module may call a parameter "add"."""
+    paths = {path for path, _ in weights.values()}
+    made = (value for node in graph for value in node.outputs)
+    for value in [*made, *graph.initializers.values()]:
+        if value not in weights and value.name in paths:
+            value.name = f"/{value.name}"
 
 
 def _make_outputs_own(graph: Any) -> None:

@@ -35,8 +35,8 @@ def _raise_masks(graph: Any) -> None:
     lowest, next_to = (
         ir.val(name, const_value=ir.tensor(np.array(number), name=name))
         for name, number in (
-            ("lowest", _LOWEST),
-            ("next_to_lowest", np.nextafter(_LOWEST, np.float32(0))),
+            ("/lowest", _LOWEST),
+            ("/next_to_lowest", np.nextafter(_LOWEST, np.float32(0))),
         )
     )
     raised: dict[Any, Any] = {}  # one for all layers that share a mask

@@ -564,6 +564,20 @@ class Twice(nn.Module):
         return {"x": x, "weight": self.weight, "y": y, "again": y}
 
 
+class Calls(nn.Module):
+    """Calls its parameters what the exporter calls results."""
+
+    def __init__(self):
+        super().__init__()
+        self.add = nn.Parameter(torch.arange(4.0))
+        self.linear = nn.Parameter(torch.arange(16.0).reshape(4, 4))
+        self.val_0 = nn.Parameter(torch.ones(4) * 3)
+
+    def forward(self, x):
+        y = nn.functional.linear(x + self.add, self.linear) * self.val_0
+        return {"y": y, "z": y[:, 1:3]}
+
+
 def record(module, *examples, limit=None):
     module = module.eval().requires_grad_(False)
     rows = [x if isinstance(x, dict) else {"x": x} for x in examples]
@@ -642,6 +656,48 @@ def test_outputs_that_are_something_else_already():
         "x": [[1.0] * 4] * 2, "weight": [0.0, 1.0, 2.0, 3.0], "y": [[2.0] * 4] * 2,
         "again": [[2.0] * 4] * 2
     }  # fmt: skip
+
+
+def test_parameters_that_are_called_as_results_are(tmp_path):
+    example, module = {"x": np.ones((2, 4), np.float32)}, Calls()
+    mlflow_safeflavor.save_model(
+        module, tmp_path / "m", task="raw", input_example=example, graph="only", rehearse=False
+    )
+    loaded = mlflow_safeflavor.load_model(tmp_path / "m")
+    assert isinstance(loaded.engine, GraphEngine)
+    assert loaded.engine.session.graph.weights.keys() == {"add", "linear", "val_0"}
+    with torch.inference_mode():
+        wanted = module(torch.from_numpy(example["x"]))
+    assert np.array_equal(loaded.predict(example)["y"], wanted["y"])
+
+
+def read_by(head, tokenizer, **given):
+    """Nodes of a tiny BERT, and those behind its last attention."""
+    encoded = tokenizer(TEXTS[:2], padding=True, return_tensors="pt")
+    shorter = {name: ids[:, :5] for name, ids in encoded.items()}
+    graph, facts = record(bert(head, **given), dict(encoded), shorter)
+    assert facts["onnx"].batch
+    assert facts["onnx"].padding
+    operators = [operator for operator, *_ in graph.nodes]
+    last = len(operators) - operators[::-1].index("Attention")
+    return graph.nodes, operators[last:]
+
+
+def test_heads_are_neither_turned_nor_copied(tiny_tokenizer):
+    nodes, _ = read_by("ForTokenClassification", tiny_tokenizer)
+    turned = [taken for operator, taken, _ in nodes if operator in ("Transpose", "Reshape")]
+    assert all(name.endswith(".weight") for (name, *_) in turned)
+
+
+def test_behind_attention_a_classifier_of_texts_computes_one_token(tiny_tokenizer):
+    _, behind = read_by("ForSequenceClassification", tiny_tokenizer)
+    # Of what attention gives and of what is added to it, before any product; and where it was.
+    assert behind.count("Gather") == 2
+    assert behind.index("Gather") < behind.index("MatMul")
+    for head in ("Model", "ForTokenClassification"):
+        _, behind = read_by(head, tiny_tokenizer)
+        assert behind.count("Gather") == (head == "Model")
+        assert "Gather" not in behind[: behind.index("MatMul")]
 
 
 def test_other_answers_are_found(monkeypatch):

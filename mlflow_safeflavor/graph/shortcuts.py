@@ -1,0 +1,207 @@
+"""Rewrites of the exported model that leave out work which no output needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["take_shortcuts"]
+
+# Each element of the result is made of those at its own place, as far as inputs are not broadcast.
+_ELEMENTWISE = frozenset(
+    (
+        *("Abs", "Add", "Cast", "Clip", "Cos", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid"),
+        *("HardSwish", "Identity", "LeakyRelu", "Log", "Max", "Min", "Mish", "Mul", "Neg", "Pow"),
+        *("Reciprocal", "Relu", "Selu", "Sigmoid", "Sin", "Softplus", "Softsign", "Sqrt", "Sub"),
+        *("Sum", "Tanh", "Where"),
+    )
+)
+
+# Of a constant; no tensor of a module has such a name.
+_FIRST = "/first"
+
+
+def take_shortcuts(model: Any) -> None:
+    """Rewrite a model, so that it gives the same outputs in less time."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    _join_heads(model.graph)
+    _select_early(model.graph)
+    RemoveUnusedNodesPass()(model)
+
+
+def _join_heads(graph: Any) -> None:
+    """Let Attention take its heads side by side, as products of matrices give and take them.
+
+    (rows, length, heads · size), and not cut and turned to (rows, heads, length, size), which
+    copies each argument and the result.
+    """
+    import onnx_ir as ir
+
+    for node in graph:
+        # More inputs or outputs are caches of keys and values, which no forward has.
+        if not _is(node, "Attention") or len(node.inputs) > 4 or len(node.outputs) > 1:
+            continue
+        cuts, joined = [_cut(value) for value in node.inputs[:3]], _joined(node.outputs[0])
+        if None in cuts or joined is None:
+            continue
+        for i, cut in enumerate(cuts):
+            node.replace_input_with(i, cut.inputs[0])
+        heads = [cut.outputs[0].shape[2] for cut in cuts]
+        node.attributes.add(ir.AttrInt64("q_num_heads", heads[0]))
+        node.attributes.add(ir.AttrInt64("kv_num_heads", heads[1]))
+        node.outputs[0].shape = joined.shape
+        ir.convenience.replace_all_uses_with(joined, node.outputs[0], replace_graph_outputs=True)
+
+
+def _cut(value: Any) -> Any:
+    """The Reshape that cuts heads before they are turned; None for any other value."""
+    turn = value.producer()
+    cut = turn.inputs[0].producer() if turn and _turns(turn) else None
+    if cut is None or not _is(cut, "Reshape"):
+        return None
+    return cut if _joins(cut.inputs[0].shape, cut.outputs[0].shape) else None
+
+
+def _joined(value: Any) -> Any:
+    """What heads are turned and joined to, where nothing else takes them; None for others."""
+    turn = _only_taker(value)
+    join = _only_taker(turn.outputs[0]) if turn and _turns(turn) else None
+    if join is None or not _is(join, "Reshape"):
+        return None
+    return join.outputs[0] if _joins(join.outputs[0].shape, join.inputs[0].shape) else None
+
+
+def _joins(joined: Any, cut: Any) -> bool:
+    """Whether (rows, length, heads · size) is the shape of what (rows, length, heads, size) is."""
+    if joined is None or cut is None or (joined.rank(), cut.rank()) != (3, 4):
+        return False
+    known = all(isinstance(size, int) for size in (joined[2], cut[2], cut[3]))
+    return known and joined[2] == cut[2] * cut[3] and _equal(joined[:2], cut[:2])
+
+
+def _equal(left: Iterable[Any], right: Iterable[Any]) -> bool:
+    # A size that nothing is known of equals no other, which those of onnx_ir do.
+    return all(
+        a == b and (isinstance(a, int) or a.value is not None)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def _turns(node: Any) -> bool:
+    perm = node.attributes.get("perm") if _is(node, "Transpose") else None
+    return perm is not None and [*perm.as_ints()] == [0, 2, 1, 3]
+
+
+def _only_taker(value: Any) -> Any:
+    takers = [node for node, _ in value.uses()]
+    return takers[0] if len(takers) == 1 and not value.is_graph_output() else None
+
+
+def _select_early(graph: Any) -> None:
+    """Compute what only the first token needs for that token alone.
+
+    Classifiers look at the first token of the last layer. Its neighbours matter to attention, and
+    to nothing behind it: there three of four products of that layer are.
+    """
+    for node in [*graph]:
+        # Of an axis that is broadcast the first is the only one: no size need be known.
+        if not _is(node, "Gather") or _number(node.inputs[1]) != 0:
+            continue
+        if (shape := node.inputs[0].shape) is None:
+            continue
+        inside, taken = _before(graph, node, _attribute(node, "axis", 0) % shape.rank())
+        # Only products are worth a node more.
+        if any(_is(one, "MatMul") for one in inside):
+            _select(graph, inside, taken)
+
+
+def _before(
+    graph: Any, selecting: Any, axis: int
+) -> tuple[dict[Any, int], dict[tuple[Any, int], int]]:
+    """The nodes whose output nothing takes but what selects its first place.
+
+    Returns:
+        These nodes with that axis of their output, and all inputs of which the first place is
+        enough, by node and number, with the axis.
+    """
+    inside: dict[Any, int] = {}
+    taken = {(selecting, 0): axis}
+    for node in reversed([*graph]):
+        value = node.outputs[0]
+        axes = {taken.get((use.node, use.idx)) for use in value.uses()}
+        at = axes.pop() if len(axes) == 1 else None
+        if at is None or value.is_graph_output() or len(node.outputs) > 1:
+            continue
+        if own := _same_place(node, at):
+            inside[node] = at
+            taken.update({(node, i): there for i, there in own.items()})
+    return inside, taken
+
+
+def _select(graph: Any, inside: Mapping[Any, int], taken: Mapping[tuple[Any, int], int]) -> None:
+    """Select the first place of what goes into the nodes ``inside``."""
+    import onnx_ir as ir
+
+    if _FIRST not in graph.initializers:
+        graph.register_initializer(ir.val(_FIRST, const_value=ir.tensor([0], name=_FIRST)))
+    first = graph.initializers[_FIRST]
+    selected: dict[tuple[Any, int], Any] = {}
+    for (node, i), axis in taken.items():
+        value = node.inputs[i]
+        if value.producer() in inside:
+            continue
+        if (value, axis) not in selected:
+            tape = ir.tape.Tape()
+            made = tape.op("Gather", [value, first], {"axis": axis})
+            made.type, made.shape = value.type, _narrow(value.shape, axis)
+            # Right behind what gives it, or before all where nothing does.
+            if value.producer() is None:
+                graph.insert_before(graph[0], tape.nodes)
+            else:
+                graph.insert_after(value.producer(), tape.nodes)
+            selected[value, axis] = made
+        node.replace_input_with(i, selected[value, axis])
+    for node, axis in inside.items():
+        node.outputs[0].shape = _narrow(node.outputs[0].shape, axis)
+
+
+def _same_place(node: Any, axis: int) -> Mapping[int, int]:
+    """Number of each input that a place of the output's axis is made of → that axis of the input.
+
+    Empty where a place of the output is made of others, too, or where nobody knows.
+    """
+    shapes: list[Any] = [value and value.shape for value in (*node.inputs, *node.outputs)]
+    if node.domain or None in shapes:
+        return {}
+    *ranks, rank = [shape.rank() for shape in shapes]
+    if node.op_type in _ELEMENTWISE:
+        # Aligned at the end; without the axis, or with one place of it, they are broadcast.
+        own = {i: axis - rank + ranks[i] for i in range(len(ranks))}
+        return {i: at for i, at in own.items() if at >= 0 and shapes[i][at] != 1}
+    if node.op_type in ("LayerNormalization", "RMSNormalization"):
+        return {0: axis} if axis < _attribute(node, "axis", -1) % rank else {}
+    if node.op_type == "MatMul":
+        return {0: axis} if ranks[1] == 2 and axis < rank - 1 else {}
+    return {}
+
+
+def _narrow(shape: Any, axis: int) -> Any:
+    import onnx_ir as ir
+
+    return ir.Shape([1 if i == axis else size for i, size in enumerate(shape)])
+
+
+def _number(value: Any) -> Any:
+    """The number that a value is; None where it is none that is known."""
+    known = None if value is None else value.const_value
+    return known.numpy().item() if known is not None and len(known.shape) == 0 else None
+
+
+def _attribute(node: Any, name: str, default: int) -> int:
+    found = node.attributes.get(name)
+    return default if found is None else int(found.as_int())
+
+
+def _is(node: Any, name: str) -> bool:
+    return not node.domain and node.op_type == name
