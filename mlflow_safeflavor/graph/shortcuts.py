@@ -102,7 +102,7 @@ def _select_early(graph: Any) -> None:
     """Compute what only the first token needs for that token alone.
 
     Classifiers look at the first token of the last layer. Its neighbours matter to attention, and
-    to nothing behind it: there three of four products of that layer are.
+    to nothing behind it: there three quarters of that layer's products are.
     """
     for node in [*graph]:
         # Of an axis that is broadcast the first is the only one: no size need be known.
