@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["take_shortcuts"]
@@ -42,14 +42,16 @@ def _join_heads(graph: Any) -> None:
         # More inputs or outputs are caches of keys and values, which no forward has.
         if not _is(node, "Attention") or len(node.inputs) > 4 or len(node.outputs) > 1:
             continue
-        cuts, joined = [_cut(value) for value in node.inputs[:3]], _joined(node.outputs[0])
-        if None in cuts or joined is None:
+        cuts = [_cut(value) for value in node.inputs[:3]]
+        if None in cuts:
+            continue
+        (rows, _, queries, _), (_, _, keys, _), (*_, size) = (cut.outputs[0].shape for cut in cuts)
+        if (joined := _joined(node.outputs[0], rows, queries, size)) is None:
             continue
         for i, cut in enumerate(cuts):
             node.replace_input_with(i, cut.inputs[0])
-        heads = [cut.outputs[0].shape[2] for cut in cuts]
-        node.attributes.add(ir.AttrInt64("q_num_heads", heads[0]))
-        node.attributes.add(ir.AttrInt64("kv_num_heads", heads[1]))
+        node.attributes.add(ir.AttrInt64("q_num_heads", queries))
+        node.attributes.add(ir.AttrInt64("kv_num_heads", keys))
         node.outputs[0].shape = joined.shape
         ir.convenience.replace_all_uses_with(joined, node.outputs[0], replace_graph_outputs=True)
 
@@ -63,10 +65,16 @@ def _cut(value: Any) -> Any:
     return cut if _joins(cut.inputs[0].shape, cut.outputs[0].shape) else None
 
 
-def _joined(value: Any) -> Any:
+def _joined(value: Any, rows: Any, heads: int, size: int) -> Any:
     """What heads are turned and joined to, where nothing else takes them; None for others."""
-    turn = _only_taker(value)
-    join = _only_taker(turn.outputs[0]) if turn and _turns(turn) else None
+    taker = _only_taker(value)
+    # The exporter cannot tell that a length is a length, and so writes that it is.
+    if taker and _is(taker, "Reshape"):
+        shape = taker.outputs[0].shape
+        if shape is None or [*shape][1::2] != [heads, size] or not _equal(shape[0], rows):
+            return None
+        taker = _only_taker(taker.outputs[0])
+    join = _only_taker(taker.outputs[0]) if taker and _turns(taker) else None
     if join is None or not _is(join, "Reshape"):
         return None
     return join.outputs[0] if _joins(join.outputs[0].shape, join.inputs[0].shape) else None
@@ -77,15 +85,13 @@ def _joins(joined: Any, cut: Any) -> bool:
     if joined is None or cut is None or (joined.rank(), cut.rank()) != (3, 4):
         return False
     known = all(isinstance(size, int) for size in (joined[2], cut[2], cut[3]))
-    return known and joined[2] == cut[2] * cut[3] and _equal(joined[:2], cut[:2])
+    # With all other sizes the lengths are equal, too, in whatever words they are told.
+    return known and joined[2] == cut[2] * cut[3] and _equal(joined[0], cut[0])
 
 
-def _equal(left: Iterable[Any], right: Iterable[Any]) -> bool:
+def _equal(one: Any, other: Any) -> bool:
     # A size that nothing is known of equals no other, which those of onnx_ir do.
-    return all(
-        a == b and (isinstance(a, int) or a.value is not None)
-        for a, b in zip(left, right, strict=True)
-    )
+    return bool(one == other) and (isinstance(one, int) or one.value is not None)
 
 
 def _turns(node: Any) -> bool:

@@ -40,8 +40,10 @@ def a_model(nodes, outputs):
             "zero": 0,
             "last": -1,
             "cut": [0, 0, HEADS, WIDTH // HEADS],
-            "cut rows": [0, 0, WIDTH // HEADS, HEADS],
             "join": [0, 0, WIDTH],
+            "as it is": [0, 0, 0, 0],
+            "mixed": [0, 5, HEADS, WIDTH // HEADS],
+            "join mixed": [0, HEADS, 5 * WIDTH // HEADS],
         }.items()
     ]
     graph = helper.make_graph(
@@ -173,41 +175,49 @@ def test_an_output_on_the_way_is_whole():
     ]  # fmt: skip
 
 
-def attention(cuts=("cut", "cut", "cut"), perm=(0, 2, 1, 3), back=(0, 2, 1, 3)):
-    """Heads that are cut, turned, and joined again."""
+def attention(perm=(0, 2, 1, 3), between=None):
+    """Heads that are cut, turned, and joined again, ``between`` in another shape."""
     nodes = []
-    for name, cut in zip("qkv", cuts, strict=True):
+    for name in "qkv":
         nodes.append(node("MatMul", ["x", "matrix"], f"{name} product"))
-        nodes.append(node("Reshape", [f"{name} product", cut], f"{name} cut"))
+        nodes.append(node("Reshape", [f"{name} product", "cut"], f"{name} cut"))
         nodes.append(node("Transpose", [f"{name} cut"], name, perm=perm))
-    return [
-        *nodes,
-        node("Attention", ["q", "k", "v"], "heads"),
-        node("Transpose", ["heads"], "turned", perm=back),
-    ]
+    nodes.append(node("Attention", ["q", "k", "v"], "heads"))
+    if between:
+        nodes.append(node("Reshape", ["heads", between], "reshaped"))
+    last = nodes[-1].output[0]
+    return [*nodes, node("Transpose", [last], "turned", perm=perm if not between else (0, 2, 1, 3))]
 
 
 JOIN = node("Reshape", ["turned", "join"], "y")
 
 
-def test_heads_side_by_side():
-    model = a_model([*attention(), JOIN], ["y"])
+@pytest.mark.parametrize("between", [None, "as it is"])
+@pytest.mark.parametrize("words", [None, "n // 2 + 1"])
+def test_heads_side_by_side(between, words):
+    model = a_model([*attention(between=between), JOIN], ["y"])
+    # A length that is told in other words behind the cut, as that of an image's patches is.
+    for value in model.graph.value_info:
+        if words and "cut" in value.name:
+            value.type.tensor_type.shape.dim[1].dim_param = words
     other = shortened(model)
     assert operators(other) == ["MatMul"] * 3 + ["Attention"]
     heads = {made.name: made.i for made in other.graph.node[-1].attribute}
     assert (heads["q_num_heads"], heads["kv_num_heads"]) == (HEADS, HEADS)
     # The constants that cut and joined them are gone, too.
-    assert not {"cut", "join"} & {tensor.name for tensor in other.graph.initializer}
+    assert not {"cut", "join", "as it is"} & {tensor.name for tensor in other.graph.initializer}
     require_same_bits(model, other)
 
 
 @pytest.mark.parametrize("nodes", [
-    pytest.param([*attention(perm=(0, 1, 2, 3), back=(0, 1, 2, 3)), JOIN], id="not turned"),
+    pytest.param([*attention(perm=(0, 1, 2, 3)), JOIN], id="not turned"),
+    pytest.param([*attention(between="mixed"),
+        node("Reshape", ["turned", "join mixed"], "y")], id="mixed"),
     pytest.param([*attention(), node("Relu", ["turned"], "y")], id="not joined"),
     pytest.param([*attention(), JOIN, node("Relu", ["heads"], "more")], id="taken as they are"),
 ])  # fmt: skip
 def test_heads_that_stay(nodes):
-    model = a_model(nodes, ["y", *(["more"] if len(nodes) > 12 else [])])
+    model = a_model(nodes, ["y", *(["more"] if nodes[-1].output[0] == "more" else [])])
     other = shortened(model)
     assert operators(other) == operators(model)
     require_same_bits(model, other)
