@@ -42,18 +42,30 @@ def _join_heads(graph: Any) -> None:
         # More inputs or outputs are caches of keys and values, which no forward has.
         if not _is(node, "Attention") or len(node.inputs) > 4 or len(node.outputs) > 1:
             continue
-        cuts = [_cut(value) for value in node.inputs[:3]]
+        ways = [_way(node, i) for i in range(3)]
+        cuts = [_cut(one.inputs[i]) for one, i in ways]
         if None in cuts:
             continue
         (rows, _, queries, _), (_, _, keys, _), (*_, size) = (cut.outputs[0].shape for cut in cuts)
         if (joined := _joined(node.outputs[0], rows, queries, size)) is None:
             continue
-        for i, cut in enumerate(cuts):
-            node.replace_input_with(i, cut.inputs[0])
+        for (one, i), cut in zip(ways, cuts, strict=True):
+            one.replace_input_with(i, cut.inputs[0])
+            if one is not node:
+                one.attributes.add(ir.AttrInt64("num_heads", cut.outputs[0].shape[2]))
+                one.outputs[0].shape = cut.inputs[0].shape
         node.attributes.add(ir.AttrInt64("q_num_heads", queries))
         node.attributes.add(ir.AttrInt64("kv_num_heads", keys))
         node.outputs[0].shape = joined.shape
         ir.convenience.replace_all_uses_with(joined, node.outputs[0], replace_graph_outputs=True)
+
+
+def _way(attention: Any, i: int) -> tuple[Any, int]:
+    """The node and input by which heads come to attention, which may be those of rotary angles."""
+    rotary = attention.inputs[i].producer()
+    if rotary and _is(rotary, "RotaryEmbedding") and len(rotary.inputs) == 3:
+        return (rotary, 0) if _only_taker(rotary.outputs[0]) else (attention, i)
+    return attention, i
 
 
 def _cut(value: Any) -> Any:
