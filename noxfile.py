@@ -121,7 +121,9 @@ def without_transformers(session: nox.Session) -> None:
 def light(session: nox.Session) -> None:
     """What needs no torch, on the Pythons that torch may not be at hand for."""
     _configure(session)
-    session.install(*_requirements_without("torch", "transformers"), "pytest>=8.2")
+    session.install(
+        *_requirements_without("torch", "transformers"), "pytest>=8.2", "hypothesis>=6.100"
+    )
     session.install("--no-deps", "--editable", ".")
     _test(session, *LIGHT)
 
