@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["fit_kernels"]
+__all__ = ["fit_kernels", "is_operator"]
 
 _LOWEST = np.finfo(np.float32).min
 
@@ -41,7 +41,7 @@ def _raise_masks(graph: Any) -> None:
     )
     raised: dict[Any, Any] = {}  # one for all layers that share a mask
     for node in graph:
-        mask = node.inputs[3] if _is(node, "Attention") and len(node.inputs) > 3 else None
+        mask = node.inputs[3] if is_operator(node, "Attention") and len(node.inputs) > 3 else None
         if mask is None or mask.dtype != ir.DataType.FLOAT:
             continue
         if mask not in raised:
@@ -89,9 +89,9 @@ def _broadcast(graph: Any) -> None:
 
 def _in_full(node: Any) -> Iterator[tuple[int, int, Any, int]]:
     """Number of an input, its axis, and the input and axis that it must be as long as."""
-    if _is(node, "RotaryEmbedding") and len(node.inputs) == 3:
+    if is_operator(node, "RotaryEmbedding") and len(node.inputs) == 3:
         yield from ((i, 0, node.inputs[0], 0) for i in (1, 2))
-    elif _is(node, "Attention") and len(node.inputs) > 3 and node.inputs[3] is not None:
+    elif is_operator(node, "Attention") and len(node.inputs) > 3 and node.inputs[3] is not None:
         yield 3, -2, node.inputs[0], 2
 
 
@@ -103,5 +103,6 @@ def _shape(value: Any) -> Any:
     return value.shape
 
 
-def _is(node: Any, name: str) -> bool:
+def is_operator(node: Any, name: str) -> bool:
+    """Whether a node is that operator of the standard."""
     return not node.domain and node.op_type == name

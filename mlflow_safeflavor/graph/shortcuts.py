@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlflow_safeflavor.graph.rewrites import is_operator
+
 __all__ = ["take_shortcuts"]
 
 # Each element of the result is made of those at its own place, as far as inputs are not broadcast.
@@ -40,7 +42,7 @@ def _join_heads(graph: Any) -> None:
 
     for node in graph:
         # More inputs or outputs are caches of keys and values, which no forward has.
-        if not _is(node, "Attention") or len(node.inputs) > 4 or len(node.outputs) > 1:
+        if not is_operator(node, "Attention") or len(node.inputs) > 4 or len(node.outputs) > 1:
             continue
         ways = [_way(node, i) for i in range(3)]
         cuts = [_cut(one.inputs[i]) for one, i in ways]
@@ -63,7 +65,7 @@ def _join_heads(graph: Any) -> None:
 def _way(attention: Any, i: int) -> tuple[Any, int]:
     """The node and input by which heads come to attention, which may be those of rotary angles."""
     rotary = attention.inputs[i].producer()
-    if rotary and _is(rotary, "RotaryEmbedding") and len(rotary.inputs) == 3:
+    if rotary and is_operator(rotary, "RotaryEmbedding") and len(rotary.inputs) == 3:
         return (rotary, 0) if _only_taker(rotary.outputs[0]) else (attention, i)
     return attention, i
 
@@ -72,7 +74,7 @@ def _cut(value: Any) -> Any:
     """The Reshape that cuts heads before they are turned; None for any other value."""
     turn = value.producer()
     cut = turn.inputs[0].producer() if turn and _turns(turn) else None
-    if cut is None or not _is(cut, "Reshape"):
+    if cut is None or not is_operator(cut, "Reshape"):
         return None
     return cut if _joins(cut.inputs[0].shape, cut.outputs[0].shape) else None
 
@@ -81,13 +83,13 @@ def _joined(value: Any, rows: Any, heads: int, size: int) -> Any:
     """What heads are turned and joined to, where nothing else takes them; None for others."""
     taker = _only_taker(value)
     # The exporter cannot tell that a length is a length, and so writes that it is.
-    if taker and _is(taker, "Reshape"):
+    if taker and is_operator(taker, "Reshape"):
         shape = taker.outputs[0].shape
         if shape is None or [*shape][1::2] != [heads, size] or not _equal(shape[0], rows):
             return None
         taker = _only_taker(taker.outputs[0])
     join = _only_taker(taker.outputs[0]) if taker and _turns(taker) else None
-    if join is None or not _is(join, "Reshape"):
+    if join is None or not is_operator(join, "Reshape"):
         return None
     return join.outputs[0] if _joins(join.outputs[0].shape, join.inputs[0].shape) else None
 
@@ -107,7 +109,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _turns(node: Any) -> bool:
-    perm = node.attributes.get("perm") if _is(node, "Transpose") else None
+    perm = node.attributes.get("perm") if is_operator(node, "Transpose") else None
     return perm is not None and [*perm.as_ints()] == [0, 2, 1, 3]
 
 
@@ -124,13 +126,13 @@ def _select_early(graph: Any) -> None:
     """
     for node in [*graph]:
         # Of an axis that is broadcast the first is the only one: no size need be known.
-        if not _is(node, "Gather") or _number(node.inputs[1]) != 0:
+        if not is_operator(node, "Gather") or _number(node.inputs[1]) != 0:
             continue
         if (shape := node.inputs[0].shape) is None:
             continue
         inside, taken = _before(graph, node, _attribute(node, "axis", 0) % shape.rank())
         # Only products are worth a node more.
-        if any(_is(one, "MatMul") for one in inside):
+        if any(is_operator(one, "MatMul") for one in inside):
             _select(graph, inside, taken)
 
 
@@ -219,7 +221,3 @@ def _number(value: Any) -> Any:
 def _attribute(node: Any, name: str, default: int) -> int:
     found = node.attributes.get(name)
     return default if found is None else int(found.as_int())
-
-
-def _is(node: Any, name: str) -> bool:
-    return not node.domain and node.op_type == name

@@ -671,11 +671,11 @@ def test_parameters_that_are_called_as_results_are(tmp_path):
     assert np.array_equal(loaded.predict(example)["y"], wanted["y"])
 
 
-def read_by(head, tokenizer, **given):
+def read_by(head, tokenizer):
     """Nodes of a tiny BERT, and those behind its last attention."""
     encoded = tokenizer(TEXTS[:2], padding=True, return_tensors="pt")
     shorter = {name: ids[:, :5] for name, ids in encoded.items()}
-    graph, facts = record(bert(head, **given), dict(encoded), shorter)
+    graph, facts = record(bert(head), dict(encoded), shorter)
     assert facts["onnx"].batch
     assert facts["onnx"].padding
     operators = [operator for operator, *_ in graph.nodes]
