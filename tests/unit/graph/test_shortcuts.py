@@ -93,7 +93,8 @@ def operators(model):
     return [made.op_type for made in model.graph.node]
 
 
-# A chain of nodes, each taking the value before, or an earlier one beside it.
+# A chain of nodes, each taking the value before, or an earlier one beside it. A norm over places is
+# not among them: ONNX Runtime 1.23 adds a residual to it by a kernel that refuses its axis.
 STEPS = {
     "product": lambda x, y: ("MatMul", [x, "matrix"], {}),
     "stack": lambda x, y: ("MatMul", [x, "matrices"], {}),
@@ -104,7 +105,6 @@ STEPS = {
     "square": lambda x, y: ("Mul", [x, x], {}),
     "gelu": lambda x, y: ("Gelu", [x], {}),
     "norm": lambda x, y: ("LayerNormalization", [x, "scale", "bias"], {}),
-    "norm over places": lambda x, y: ("LayerNormalization", [x, "table", "table"], {"axis": 1}),
     "softmax over places": lambda x, y: ("Softmax", [x], {"axis": 1}),
 }
 
@@ -155,6 +155,8 @@ def test_a_layer_behind_which_one_token_is_read():
     pytest.param([*LAYER, select("e", "last")], id="another token"),
     pytest.param([*LAYER, select("e", axis=2)], id="another axis"),
     pytest.param([*LAYER, node("ReduceMean", ["e"], "selected", keepdims=0)], id="all tokens"),
+    pytest.param([*LAYER, node("LayerNormalization", ["e", "table", "table"], "f", axis=1),
+        select("f")], id="a norm over places"),
     pytest.param([node("Gelu", ["x"], "y"), select("y")], id="no product"),
     pytest.param([node("MatMul", ["x", "matrices"], "y"), select("y", axis=0)], id="a stack"),
     pytest.param([*LAYER, node("Shape", ["e"], "size"), select("e"),
