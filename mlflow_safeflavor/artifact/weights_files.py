@@ -51,6 +51,7 @@ class HeldFile:
     """A file of weights, open for as long as this object lives.
 
     Attributes:
+        name: Its path on the disk, which another file may have by now.
         path: To map it from; means this very file also after its name is gone.
         kind: "memory", "copy" or "file"; see above.
         where: Its name in messages.
@@ -59,7 +60,7 @@ class HeldFile:
     # The descriptor is mapped, not the name: by then another file may have that.
     def __init__(self, descriptor: int, kind: str, where: str, path: Path, *others: int) -> None:
         by_descriptor = Path(f"/proc/self/fd/{descriptor}")
-        self.path = by_descriptor if by_descriptor.exists() else path
+        self.name, self.path = path.absolute(), by_descriptor if by_descriptor.exists() else path
         self.kind, self.where = kind, where
         self.descriptor, self.facts = descriptor, _facts_of(descriptor)
         for held in (descriptor, *others):
@@ -74,6 +75,13 @@ class HeldFile:
     def is_sparse(self) -> bool:
         """Whether less than half of its size is allocated, so that a copy would take more."""
         return os.fstat(self.descriptor).st_blocks * 512 < self.size // 2
+
+    def has_name(self) -> bool:
+        """Whether what opens its name opens this very file; a copy in memory has none."""
+        try:
+            return _facts_of(self.name) == self.facts
+        except OSError:
+            return False
 
     def changed(self) -> bool:
         """Whether the file was written to since it was opened."""
@@ -93,12 +101,17 @@ class HeldFile:
                 start += count
 
 
-def require_unchanged(files: Iterable[HeldFile]) -> None:
-    """Raise if mapped bytes of a loaded model may differ from those that were checked."""
+def require_unchanged(files: Iterable[HeldFile], *, names: bool = False) -> None:
+    """Raise if mapped bytes may differ from those that were compared.
+
+    Args:
+        files: Files of weights.
+        names: They were opened by their names, which must still be theirs.
+    """
     for file in files:
-        if file.changed():
+        if file.changed() or (names and not file.has_name()):
             raise IntegrityError(
-                "A file of weights was changed after the model was loaded from it",
+                "A file of weights was changed since it was compared with what was saved",
                 where=file.where,
                 wanted="a file that nobody writes to, or room for a private copy of it",
                 hint="load the model again; see MLFLOW_SAFEFLAVOR_CACHE in docs/limits.md",
@@ -145,10 +158,10 @@ def _find_wrong(file: HeldFile, recorded: FileDigests) -> list[str]:
     return list(find_wrong_digests(recorded, digests_of(file.descriptor, file.where), file.where))
 
 
-def _facts_of(descriptor: int) -> tuple[int, ...]:
+def _facts_of(file: int | Path) -> tuple[int, ...]:
     """Facts of a file that change with its content."""
     # The times of status changes (ctime) among them: utime can restore the others, and this none.
-    facts = os.fstat(descriptor)
+    facts = os.stat(file)
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
@@ -158,7 +171,7 @@ def _in_memory(file: HeldFile) -> HeldFile | None:
         return None
     descriptor = os.memfd_create("safeflavor-weights", os.MFD_CLOEXEC)
     file.copy_to(descriptor)
-    return HeldFile(descriptor, "memory", file.where, file.path)
+    return HeldFile(descriptor, "memory", file.where, file.name)
 
 
 # --- private copies ------------------------------------------------------------------------------

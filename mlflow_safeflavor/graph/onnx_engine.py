@@ -1,9 +1,8 @@
 """A graph in ONNX Runtime: arrays in, arrays out, and no torch.
 
-A session gets the checked bytes of the graph and the weights as arrays that were mapped and
-compared already, so it opens no file of the artifact. Its memory comes from one arena of this
-process with an upper bound, so that a graph that asks for more is an error and not the end of the
-process.
+A session gets the checked bytes of the graph, and maps the files of weights whose bytes were
+compared; where these have no name, it gets arrays. Its memory comes from one arena of this process
+with an upper bound, so that a graph that asks for more is an error and not the end of the process.
 
 It packs what it multiplies with, about half of a transformer's weights, into memory of its own,
 since packed ones are faster for short texts and give other last bits: never without. For processes
@@ -22,8 +21,10 @@ from typing import Any
 import numpy as np
 
 from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
+from mlflow_safeflavor.artifact.weights_files import HeldFile, require_unchanged
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.graph.graph import Graph
+from mlflow_safeflavor.graph.onnx_file import parse_model, write_model
 from mlflow_safeflavor.graph.packed_weights import PackedWeights
 from mlflow_safeflavor.machine import available_memory, give_back
 
@@ -84,6 +85,7 @@ def _limit_memory() -> int:
 # products all the same.
 _GREEDY = ("ConstantFolding", "ConvBNFusion", "ConvMulFusion")
 
+_FOLDER = "session.model_external_initializers_file_folder_path"
 _WITH_PACKED_WEIGHTS = {
     "session.save_external_prepacked_constant_initializers": "1",
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
@@ -110,11 +112,15 @@ class Session:
         weights: Name → array, of the dtype and shape that the graph says; kept alive as long as
             they are used, and never written.
         threads: Of one run. They sleep soon when they have nothing to do; see ``_SPIN``.
+        files: Files of weights by the names that the graph has for them, to be mapped by ONNX
+            Runtime itself. Of arrays it makes a copy, as long as it makes a session, which takes
+            twice the time and the memory.
         packed: Where this host keeps the packed weights, if it may.
 
     Raises:
         StructureError: ONNX Runtime has no kernel for a node, or its nodes do not fit each other or
             the memory.
+        IntegrityError: Another file has taken the name of one of ``files``.
     """
 
     name, dtype = "onnx", "float32"
@@ -130,11 +136,12 @@ class Session:
         weights: Mapping[str, np.ndarray],
         *,
         threads: int,
+        files: Mapping[str, HeldFile] | None = None,
         packed: PackedWeights | None = None,
     ) -> None:
         most = _limit_memory()
         self.graph = graph
-        self._threads, self._packed = threads, packed
+        self._threads, self._files, self._packed = threads, files or {}, packed
         self._weights = {name: weights[name] for name in graph.weights}
         # Fusions may copy a constant into each node that uses it, while the session is made.
         if graph.reused > most:
@@ -172,22 +179,51 @@ class Session:
             )
             for name, value in _WITH_PACKED_WEIGHTS.items():
                 options.add_session_config_entry(name, value)
-        values = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(array)
-            for name, array in self._weights.items()
-        }
+        files = self._files.values()
+        by_name = bool(files) and all(file.has_name() for file in files)
         try:
-            options.add_external_initializers(list(values), list(values.values()))
-            for name, value in values.items():  # or what is not packed would be copied
-                options.add_initializer(name, value)
-            return onnxruntime.InferenceSession(
-                self.graph.content,
+            # Options point to shared values without holding them.
+            values = {} if by_name else self._share(options)
+            session = onnxruntime.InferenceSession(
+                self._name(options) if by_name else self.graph.content,
                 options,
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=list(_GREEDY),
             )
         except Exception as error:  # it has a class for each of its codes
             raise _refused(str(error).strip().partition("\n")[0][:400]) from error
+        del values
+        if by_name:
+            require_unchanged(files, names=True)
+        return session
+
+    def _name(self, options: onnxruntime.SessionOptions) -> bytes:
+        """Let ONNX Runtime find the files of weights; the model with their places in it."""
+        folder = Path(os.path.commonpath([file.name.parent for file in self._files.values()]))
+        options.add_session_config_entry(_FOLDER, str(folder))
+        places = {
+            name: file.name.relative_to(folder).as_posix() for name, file in self._files.items()
+        }
+        if all(name == place for name, place in places.items()):
+            return self.graph.content
+        # Copies of several files have a folder each.
+        model = parse_model(self.graph.content)
+        for tensor in model["graph"]["initializer"]:
+            for pair in tensor["external_data"]:
+                if pair["key"] == "location":
+                    pair["value"] = places[pair["value"]]
+        return write_model(model)
+
+    def _share(self, options: onnxruntime.SessionOptions) -> dict[str, onnxruntime.OrtValue]:
+        """Give ONNX Runtime the weights as arrays; these, which must outlive the options."""
+        values = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array)
+            for name, array in self._weights.items()
+        }
+        options.add_external_initializers(list(values), list(values.values()))
+        for name, value in values.items():  # or what is not packed would stay copied
+            options.add_initializer(name, value)
+        return values
 
     def _save(self, path: Path) -> None:
         """Write the graph as it is run, and beside it its weights, packed."""

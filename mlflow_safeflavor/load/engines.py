@@ -94,11 +94,13 @@ def _open_graph(
     graph, arrays = open_graph(saved.inventory.files, saved.layout)
     runtime = runtime_of(name, casts(saved.spec, dtype))
     # OpenVINO packs weights in a format of its own, which workers cannot share.
-    if name == "onnx" and shares:
+    if name == "onnx":
         from mlflow_safeflavor.graph.onnx_engine import RUNTIME
         from mlflow_safeflavor.graph.packed_weights import PackedWeights
 
-        runtime = partial(runtime, packed=PackedWeights(graph.content, weights, RUNTIME))
+        files = dict(zip(saved.inventory.files, weights, strict=True))
+        packed = PackedWeights(graph.content, weights, RUNTIME) if shares else None
+        runtime = partial(runtime, files=files, packed=packed)
     session = runtime(graph, arrays, threads=find_budget(chosen["num_threads"]).threads)
     kept = keeps_bits(saved.layout, session.name, session.dtype)
     return GraphEngine(session, module, weights, keeps_bits=kept), _hooks_of(saved, trust)

@@ -6,6 +6,7 @@ import gc
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -95,6 +96,22 @@ def load_model(
     return model
 
 
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Pause Python's garbage collector during a load."""
+    # Imports make hundreds of thousands of objects that stay; going through them again and again
+    # was seen to take a sixth of the time with torch, and 100 of 580 ms without. For the whole
+    # process: there is no such switch for a thread.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@_without_collecting()
 def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
     """Load an artifact from a local folder; native loading, pyfunc and rehearsals all come here."""
     seconds: dict[str, float] = {}
@@ -106,17 +123,21 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
         recorded = needed_environment(saved, chosen, **options.place)
         differences = require_same(recorded, policy=options.environment)
     # From here on a failure may come from other versions of a library: its hint names them.
-    with naming_versions(recorded):
-        with _timed(seconds, "import"), _without_collecting():
-            name = choose_engine(saved, chosen, **options.place)
+    with naming_versions(recorded), ThreadPoolExecutor(1) as beside:
+        name = choose_engine(saved, chosen, **options.place)
+        # Before gigabytes are hashed for nothing.
+        _require_dtype(saved.inventory, saved.spec)
+        # Hashing lets go of the interpreter, which imports meanwhile.
+        hashing = beside.submit(_weights_of, saved, options.hashes, options.rehashes)
+        with _timed(seconds, "import"):
             _import(name)
-        from mlflow_safeflavor.load.engines import bind, open_engine
-        from mlflow_safeflavor.load.outcome import Outcome, entry_of
-        from mlflow_safeflavor.load.replay import naming_failures, replay
+            from mlflow_safeflavor.load.engines import bind, open_engine
+            from mlflow_safeflavor.load.outcome import Outcome, entry_of
+            from mlflow_safeflavor.load.replay import naming_failures, replay
 
         with _timed(seconds, "digest"):
-            weights = _weights_of(saved, hashes=options.hashes, rehash=options.rehashes)
-        with _timed(seconds, "rebuild"), _without_collecting():
+            weights = hashing.result()
+        with _timed(seconds, "rebuild"):
             engine, hooks = open_engine(
                 name,
                 saved,
@@ -174,12 +195,10 @@ def _import(engine: str) -> None:
         runtime_of(engine)
 
 
-def _weights_of(saved: Saved, *, hashes: bool, rehash: bool) -> list[HeldFile]:
+def _weights_of(saved: Saved, hashes: bool, rehash: bool) -> list[HeldFile]:
     """The files of weights, hashed, and held so that the hashed bytes are the ones in use."""
     from mlflow_safeflavor.artifact.inventory_file import hold_weights
 
-    # Before gigabytes are hashed for nothing.
-    _require_dtype(saved.inventory, saved.spec)
     weights, wrong = hold_weights(saved.inventory, saved.layout, hashes=hashes, rehash=rehash)
     require_none(wrong, "Weights are not the ones that were saved")
     return weights
@@ -191,20 +210,6 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     start = time.perf_counter()
     yield  # a step that raises has no time: there is no report then
     seconds[step] = time.perf_counter() - start
-
-
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    """Pause Python's garbage collector while torch and transformers are imported."""
-    # They make hundreds of thousands of objects that stay; going through them again and again was
-    # seen to take a sixth of the time. For the whole process: there is no such switch for a thread.
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _require_dtype(inventory: Inventory, spec: ModelSpec) -> None:

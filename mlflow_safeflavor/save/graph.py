@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from mlflow_safeflavor.artifact.inventory_file import Inventory
+from mlflow_safeflavor.artifact.inventory_file import Inventory, hold_weights
 from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.errors import StructureError
 from mlflow_safeflavor.graph.check import read
@@ -235,7 +235,9 @@ def store_graph(
         Its engines, the one that serves by default first.
     """
     layout = Layout(model.folder)
-    runtimes = {"onnx": runtime_of("onnx")}
+    written, _ = hold_weights(inventory, layout, hashes=False)
+    files = dict(zip(inventory.files, written, strict=True))
+    runtimes: dict[str, Callable[..., Session]] = {"onnx": partial(runtime_of("onnx"), files=files)}
     # ONNX Runtime is proven as well: who loads the model may not trust OpenVINO with it. A module
     # cannot stand in for an engine that was asked for.
     if model.spec.model_config["engine"] == "openvino":

@@ -791,7 +791,7 @@ def test_too_many_rows_and_requests(saved):
 
 @follows(
     "artifact/weights_files",
-    "A file of weights was changed after the model was loaded from it",
+    "A file of weights was changed since it was compared with what was saved",
     "load the model again; see MLFLOW_SAFEFLAVOR_CACHE in docs/limits.md",
 )
 def test_weights_that_change_under_a_model(saved, copied, tmp_path, monkeypatch):

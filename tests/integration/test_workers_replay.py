@@ -6,7 +6,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from integration.test_packed_weights import bert_classifier
+from integration.test_sessions import bert_classifier
 
 from mlflow_safeflavor import save_model
 

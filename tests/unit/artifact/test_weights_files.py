@@ -123,7 +123,7 @@ def test_otherwise_it_is_the_artifacts_own_and_a_change_is_an_error(
     assert (file.kind, problems) == ("file", [])
     require_unchanged([file])
     flip_last(weights, times=True)
-    with pytest.raises(IntegrityError, match="changed after the model was loaded") as refused:
+    with pytest.raises(IntegrityError, match="changed since it was compared") as refused:
         require_unchanged([file])
     assert refused.value.where == "model.safetensors"
     assert not list(cache.glob("*/model.safetensors"))

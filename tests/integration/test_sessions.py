@@ -1,9 +1,15 @@
-"""Packed weights: one file for all servers of a model on a host, with the bits of a session."""
+"""Weights of a session: mapped from their files, and packed once for all servers on a host.
+
+The bits are the same in every way.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +25,10 @@ from torch import nn
 
 import mlflow_safeflavor
 from mlflow_safeflavor.artifact import host_cache, weights_files
+from mlflow_safeflavor.artifact.weights_files import HeldFile
+from mlflow_safeflavor.errors import IntegrityError
+from mlflow_safeflavor.graph.onnx_engine import Session
+from mlflow_safeflavor.module import tensors
 
 TEXTS = ["the cat sat on the mat", "a dog", "red tree under green tree " * 5]
 
@@ -47,10 +57,11 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def saved(root, tiny_tokenizer):
-    """``saved(name)``: an artifact, made once."""
+    """``saved(name)``: an artifact, made once; ``files`` are about those of its weights."""
 
-    def save(name: str) -> Path:
-        if not (root / name).exists():
+    def save(name: str, files: int = 1) -> Path:
+        folder = root / f"{name}-{files}"
+        if not folder.exists():
             torch.manual_seed(0)
             given: dict[str, Any] = {"rehearse": False, "graph": "require"}
             if name == "texts":
@@ -62,8 +73,12 @@ def saved(root, tiny_tokenizer):
             else:
                 module = Mixes()
                 given |= {"task": "raw", "input_example": rows(name), "graph": "only"}
-            mlflow_safeflavor.save_model(module, root / name, **given)
-        return root / name
+            nbytes = sum(parameter.nbytes for parameter in module.parameters())
+            with pytest.MonkeyPatch.context() as patch:
+                if files > 1:
+                    patch.setattr(tensors, "SHARD_BYTES", nbytes // files + 1)
+                mlflow_safeflavor.save_model(module, folder, **given)
+        return folder
 
     return save
 
@@ -115,6 +130,146 @@ def files(cache: Path) -> list[Path]:
 
 def is_mapped(path: Path) -> bool:
     return f"{path}\n" in Path("/proc/self/maps").read_text()
+
+
+# --- mapped --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(monkeypatch) -> list[Session]:
+    """Sessions that got arrays."""
+    found, share = [], Session._share
+
+    def seen(self, options):
+        found.append(self)
+        return share(self, options)
+
+    monkeypatch.setattr(Session, "_share", seen)
+    return found
+
+
+@pytest.mark.parametrize("where", ["cache", "artifact", "relative", "link"])
+@pytest.mark.parametrize(
+    ("name", "files"), [("texts", 1), ("texts", 3), ("mixes", 1), ("mixes", 3)]
+)
+def test_mapped_by_name_or_given_as_arrays(
+    saved, cache, shared, tmp_path, monkeypatch, name, files, where
+):
+    folder = saved(name, files)
+    shared.clear()
+    assert len([*folder.glob("safeflavor/model*.safetensors")]) >= files
+    if where != "cache":
+        monkeypatch.setenv(host_cache.VARIABLE, "off")
+    if where == "link":
+        (tmp_path / "link").symlink_to(folder)
+        folder = tmp_path / "link"
+    if where == "relative":
+        monkeypatch.chdir(folder.parent)
+        folder = Path(folder.name)
+    model = load(folder)
+    monkeypatch.chdir(tmp_path)
+    assert not shared
+    own = bits(model.predict(rows(name)))
+    monkeypatch.setattr(HeldFile, "has_name", lambda self: False)
+    other = load(saved(name, files))
+    assert shared == [other.engine.session]
+    assert bits(other.predict(rows(name))) == own
+
+
+def test_a_small_file_is_a_copy_in_memory(saved, shared):
+    """A copy that has no name."""
+    folder = saved("texts")
+    shared.clear()
+    model = load(folder)
+    assert shared == [model.engine.session]
+
+
+@pytest.mark.parametrize("where", ["cache", "artifact"])
+def test_a_file_that_took_the_name_meanwhile(saved, cache, tmp_path, monkeypatch, where):
+    folder = Path(shutil.copytree(saved("mixes"), tmp_path / "artifact"))
+    if where == "artifact":
+        monkeypatch.setenv(host_cache.VARIABLE, "off")
+    name = Session._name
+
+    def swap(self, options):
+        (file,) = self._files.values()
+        assert file.kind == ("copy" if where == "cache" else "file")
+        other = file.name.with_name("other")
+        shutil.copy(file.name, other)
+        os.replace(other, file.name)
+        return name(self, options)
+
+    monkeypatch.setattr(Session, "_name", swap)
+    with pytest.raises(IntegrityError, match="changed since it was compared"):
+        load(folder)
+    monkeypatch.undo()
+    assert load(folder).predict(rows("mixes"))
+
+
+def test_a_copy_that_somebody_removed_is_still_used(saved, cache, shared, monkeypatch):
+    hold = weights_files.hold
+
+    def removed(*given, **options):
+        found = hold(*given, **options)
+        found[0].name.unlink()
+        return found
+
+    folder = saved("mixes")
+    shared.clear()
+    monkeypatch.setattr("mlflow_safeflavor.artifact.inventory_file.hold", removed)
+    model = load(folder)
+    own = bits(model.predict(rows("mixes")))
+    assert shared == [model.engine.session]
+    monkeypatch.undo()
+    assert bits(load(folder).predict(rows("mixes"))) == own
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import numpy as np
+import mlflow_safeflavor
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+model = mlflow_safeflavor.load_model(sys.argv[1])
+before = peak()
+model = mlflow_safeflavor.load_model(sys.argv[2])
+model.predict({"ids": np.zeros((1, 3), np.int64)})
+print(model.report.engine, peak() - before)
+"""
+
+
+class Table(nn.Module):
+    """Rows of a table, which nothing packs."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.table = nn.Embedding(rows, 1024)
+
+    def forward(self, ids):
+        return {"y": self.table(ids).sum(1)}
+
+
+def test_opening_takes_no_copy(tmp_path):
+    """A table of 82 MB, of which a forward reads three rows."""
+    for count in (10, 20_000):
+        mlflow_safeflavor.save_model(
+            Table(count), tmp_path / str(count), task="raw", rehearse=False, graph="only",
+            input_example={"ids": np.zeros((1, 3), np.int64)},
+        )  # fmt: skip
+    environ = {**os.environ, host_cache.VARIABLE: str(tmp_path / "cache")}
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "10"), str(tmp_path / "20000")]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    engine, kilobytes = done.stdout.split()
+    assert engine == "onnx"
+    assert int(kilobytes) < 40_000
+
+
+# --- packed --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["texts", "images", "mixes"])
