@@ -395,7 +395,7 @@ def workers(cache: Path) -> None:
 
 
 def sessions(rounds: int, folder: Path) -> None:
-    """Opening a graph: with weights packed for this session, and with those of another process."""
+    """Opening a graph: with its weights as arrays, as files, and packed by another process."""
     from mlflow_safeflavor.artifact import inventory_file
     from mlflow_safeflavor.artifact.layout import Layout
     from mlflow_safeflavor.graph.file import open_graph
@@ -405,15 +405,22 @@ def sessions(rounds: int, folder: Path) -> None:
     layout = Layout(folder)
     inventory = inventory_file.read_inventory(layout)
     weights, _ = inventory_file.hold_weights(inventory, layout)
+    files = dict(zip(inventory.files, weights, strict=True))
     graph, arrays = open_graph(inventory.files, layout)
 
     def shared() -> Session:
-        return Session(
-            graph, arrays, threads=1, packed=PackedWeights(graph.content, weights, RUNTIME)
-        )
+        packed = PackedWeights(graph.content, weights, RUNTIME)
+        return Session(graph, arrays, threads=1, files=files, packed=packed)
 
     company = [shared() for _ in range(2)]
-    times = alternate({"own": lambda: Session(graph, arrays, threads=1), "shared": shared}, rounds)
+    times = alternate(
+        {
+            "arrays": lambda: Session(graph, arrays, threads=1),
+            "files": lambda: Session(graph, arrays, threads=1, files=files),
+            "shared": shared,
+        },
+        rounds,
+    )
     report(
         f"A session of ONNX Runtime, {sum(array.nbytes for array in arrays.values()) / 1e6:.0f} "
         "MB of weights",
@@ -425,7 +432,8 @@ def sessions(rounds: int, folder: Path) -> None:
                 median_and_spread(times[name].cpu, 1e3, 0),
             )
             for name, what in (
-                ("own", "packed for it alone"),
+                ("arrays", "arrays, packed for it alone"),
+                ("files", "mapped from their files, packed for it alone"),
                 ("shared", "mapped, packed by another process"),
             )
         ],

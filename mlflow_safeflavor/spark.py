@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from mlflow_safeflavor.arguments import checked
-from mlflow_safeflavor.artifact.manifest import read_manifest
 from mlflow_safeflavor.artifact.scratch import scratch_folder
 from mlflow_safeflavor.errors import AnswerError, InputError, SafeFlavorError
 from mlflow_safeflavor.load.download import located
@@ -194,8 +193,7 @@ def _with_reason(fields: StructType) -> StructType:
 
 def _ship(spark: SparkSession, saved: Saved) -> str:
     """Give Spark the model for its executors; the name of the archive, which tells the model."""
-    digest = read_manifest(saved.layout)["sha256"]
-    name = f"safeflavor-{digest}.zip"
+    name = f"safeflavor-{saved.digest}.zip"
     if name not in {Path(file).name for file in spark.sparkContext.listFiles}:
         # Spark reads it from here whenever an executor starts.
         folder = _shipped.enter_context(scratch_folder("download"))

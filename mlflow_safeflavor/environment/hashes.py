@@ -21,7 +21,7 @@ from mlflow_safeflavor.environment.recorded import Environment
 from mlflow_safeflavor.environment.wheels import Wheel, folder_of, wheels_in
 from mlflow_safeflavor.errors import EnvironmentMismatchError
 
-__all__ = ["lock", "lock_file", "missing_wheel", "wheels_for"]
+__all__ = ["lock", "lock_file", "missing_wheel", "uv_settings", "wheels_for"]
 
 _TIMEOUT = 600  # seconds
 # Settings of pip → uv's variables: uv reads no pip.conf.
@@ -32,7 +32,13 @@ _AS_UV_SAYS = {
 }
 
 
-def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None) -> Pins:
+def lock(
+    pins: Pins,
+    *,
+    python: str,
+    installed: Mapping[str, str] | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> Pins:
     """Resolve pins with uv, from wheels alone, and add the hashes of all that may be installed.
 
     Where a folder named by the pins holds a wheel of a pinned version, that wheel counts, and never
@@ -45,6 +51,7 @@ def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None)
         python: Version to resolve for, like "3.11.7".
         installed: Canonical name → SHA-256 of the wheel that was installed when the model was
             saved, where that is known; no other may be installed.
+        settings: From ``uv_settings``, where they are known.
 
     Raises:
         EnvironmentMismatchError: uv is not installed, or finds no wheels for the pins, or others
@@ -52,8 +59,8 @@ def lock(pins: Pins, *, python: str, installed: Mapping[str, str] | None = None)
     """
     if pins.are_locked:
         return pins
+    environ = uv_settings() if settings is None else settings
     with scratch_folder("lock") as folder:
-        environ = _settings(folder)
         Path(folder, "pyproject.toml").write_text(
             _project(pins, installed or {}, environ), encoding="utf-8"
         )
@@ -105,12 +112,14 @@ def lock_file(layout: Layout, recorded: Environment) -> None:
     Raises:
         EnvironmentMismatchError: See ``lock``.
     """
+    settings = uv_settings()
     for path in (layout.requirements, layout.root / ONNX_REQUIREMENTS):
         if path.exists():
             locked = lock(
                 read_pins(layout, path.name),
                 python=recorded.python,
                 installed=recorded.wheel_digests,
+                settings=settings,
             )
             lines = [*locked.options, *map(str, locked.pins)]
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -205,9 +214,9 @@ def _uv() -> str:
     )
 
 
-def _settings(folder: Path) -> dict[str, str]:
+def uv_settings() -> dict[str, str]:
     """Variables for uv: pip's settings, overruled by this process's own, with absolute folders."""
-    environ = {**_pip_settings(folder), **os.environ}
+    environ = {**_pip_settings(), **os.environ}
     if links := environ.get("UV_FIND_LINKS"):
         # uv runs in a folder of its own, where relative ones would name others.
         absolute = (
@@ -217,18 +226,19 @@ def _settings(folder: Path) -> dict[str, str]:
     return environ
 
 
-def _pip_settings(folder: Path) -> Mapping[str, str]:
+def _pip_settings() -> Mapping[str, str]:
     """Where pip is configured to look, as uv's variables.
 
     pip takes the best of all its indexes; uv asks those beside the default one first, and then no
     other that has the name: a build of a private name on a public index is not taken.
     """
-    # In the scratch folder: with -m Python imports from the working folder, which may be a
-    # downloaded model with a pip.py.
+    # In a scratch folder: with -m Python imports from the working folder, which may be a downloaded
+    # model with a pip.py.
     command = [sys.executable, "-m", "pip", "config", "list"]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
-    )
+    with scratch_folder("lock") as folder:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
+        )
     settings: dict[str, str] = {}
     for line in done.stdout.splitlines():
         name, _, value = line.partition("=")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,7 +14,7 @@ from mlflow_safeflavor.artifact.layout import Layout
 from mlflow_safeflavor.artifact.plain_files import digest_of_plain, open_plain
 from mlflow_safeflavor.artifact.staging import staging
 from mlflow_safeflavor.artifact.trust import require_agreed, require_known
-from mlflow_safeflavor.environment.hashes import lock, missing_wheel, wheels_for
+from mlflow_safeflavor.environment.hashes import lock, missing_wheel, uv_settings, wheels_for
 from mlflow_safeflavor.environment.pins import CONSTRAINTS, ONNX_REQUIREMENTS, Pin, Pins, read_pins
 from mlflow_safeflavor.environment.wheels import folder_of
 from mlflow_safeflavor.errors import EnvironmentMismatchError, InputError
@@ -68,7 +69,8 @@ WORKDIR /opt/ml
 COPY model /opt/ml/model
 # Digests, every tensor and the golden rows: a damaged model fails the build. The model's code is
 # compiled by the way, as no worker may do it later.
-RUN PYTHONDONTWRITEBYTECODE= python -c "{imports}; container.check()" && rm -rf /tmp/.cache
+RUN PYTHONDONTWRITEBYTECODE= MLFLOW_SAFEFLAVOR_CACHE=off \\
+    python -c "{imports}; container.check()" && rm -rf /tmp/.cache
 {device}USER {user}
 EXPOSE 8080
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s \\
@@ -130,7 +132,9 @@ def generate_dockerfile(
     _require_sane(target, user, engine, base_image)
     require_known(trust)
     # The image's user must be able to read what root copies, whatever modes this process gives.
-    with staging(output_dir, umask=0o022) as stage:
+    with staging(output_dir, umask=0o022) as stage, ThreadPoolExecutor(1) as beside:
+        # pip takes as long to tell them as the model to be copied.
+        settings = beside.submit(uv_settings) if hashes else None
         with located(model_uri) as folder:
             # From here on only the copy is read, whose bytes were compared.
             saved = copy_saved(Layout(folder), stage / "model")
@@ -146,8 +150,13 @@ def generate_dockerfile(
         )
         installed = environment.wheel_digests
         _require_target(pins.versions, target)
-        if hashes:
-            pins = lock(pins, python=environment.python, installed=installed)
+        if settings is not None:
+            pins = lock(
+                pins,
+                python=environment.python,
+                installed=installed,
+                settings=settings.result(),
+            )
             # Once more: locking adds what the pins require, such as nvidia-*.
             _require_target(pins.versions, target)
         _write_environment(pins, installed, stage / "environment")

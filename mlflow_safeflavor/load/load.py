@@ -163,7 +163,7 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
         engine=name,
         seconds=seconds,
     )
-    return reloadable(replace(model, report=report), load_folder, options)
+    return reloadable(replace(model, report=report), saved.digest, load_folder, options)
 
 
 def _where(engine: Engine, device_map: object) -> str:

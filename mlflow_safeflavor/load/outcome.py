@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_safeflavor.artifact import host_cache
-from mlflow_safeflavor.artifact.manifest import read_manifest
 from mlflow_safeflavor.artifact.weights_files import boot
 from mlflow_safeflavor.environment.threads import find_budget
 from mlflow_safeflavor.load.saved import Saved
@@ -65,7 +64,7 @@ def entry_of(
     threads = find_budget(chosen["num_threads"]).threads
     computes = (boot(), cpu_features(), engine, threads)
     here = (*computes, sorted(chosen.items()), [*map(str, differences)])
-    content = read_manifest(saved.layout)["sha256"], saved.layout.read_bytes(saved.layout.mlmodel)
+    content = saved.digest, saved.layout.read_bytes(saved.layout.mlmodel)
     return f"replay-{hashlib.sha256(repr((here, content)).encode()).hexdigest()[:32]}"
 
 

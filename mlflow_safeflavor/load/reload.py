@@ -63,8 +63,10 @@ class Reload:
 
 
 def reloadable(
-    model: LoadedModel, load: Callable[[Path, LoadOptions], LoadedModel], options: LoadOptions
+    model: LoadedModel,
+    manifest: str,
+    load: Callable[[Path, LoadOptions], LoadedModel],
+    options: LoadOptions,
 ) -> LoadedModel:
-    """The same loaded model, which can be pickled."""
-    manifest = read_manifest(model.files)["sha256"]
+    """The same loaded model, which can be pickled; ``manifest`` is the digest of its manifest."""
     return replace(model, reload=Reload(load, model.folder.absolute(), manifest, options))

@@ -30,6 +30,7 @@ class Saved:
         spec: Its entry in ``MLmodel``.
         environment: The environment that it was saved in.
         files: Name → SHA-256 and size.
+        digest: Of the manifest, and so of everything but what MLflow may add to ``MLmodel``.
         tolerated: Differences from what was saved that change no answer, in words.
     """
 
@@ -37,6 +38,7 @@ class Saved:
     spec: ModelSpec
     environment: Environment
     files: Mapping[str, Mapping[str, Any]]
+    digest: str
     tolerated: tuple[str, ...] = ()
 
     @cached_property
@@ -83,7 +85,8 @@ def read_saved(
     if trust is not None:
         require_no_shadows(layout.code)
     tolerated = tuple(find_tolerated(layout, manifest, mlmodel=guarded))
-    return Saved(layout, spec, Environment.read(layout), files, tolerated)
+    environment = Environment.read(layout)
+    return Saved(layout, spec, environment, files, manifest["sha256"], tolerated)
 
 
 def copy_saved(layout: Layout, target: Path) -> Saved:

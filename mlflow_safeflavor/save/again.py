@@ -13,7 +13,6 @@ from mlflow.models.model import ModelInfo
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from mlflow_safeflavor.artifact.layout import Layout
-from mlflow_safeflavor.artifact.manifest import read_manifest
 from mlflow_safeflavor.errors import DownloadError, InputError, SafeFlavorError
 from mlflow_safeflavor.load.saved import Saved, read_saved
 from mlflow_safeflavor.mlflow_compat import read_mlmodel
@@ -46,11 +45,10 @@ def log_saved(folder: Path, flavor_name: str, **arguments: Any) -> ModelInfo:
         DownloadError: The upload broke off; says how it goes on.
     """
     saved = read_saved(folder, weights=True)
-    digest = read_manifest(saved.layout)["sha256"]
     # Before MLflow is told: whatever fails inside its call is marked as failed, whole or not.
     begun = arguments.get("model_id")
-    uploaded = set() if begun is None else _uploaded(begun, saved, digest)
-    flavor: Any = _SavedFlavor(saved, digest, uploaded, flavor_name)
+    uploaded = set() if begun is None else _uploaded(begun, saved)
+    flavor: Any = _SavedFlavor(saved, uploaded, flavor_name)
     try:
         # What MLflow would try is a load of the folder, in which weights may be left out.
         return log(flavor, **arguments, validate_serving_input=False)
@@ -71,19 +69,19 @@ def log_saved(folder: Path, flavor_name: str, **arguments: Any) -> ModelInfo:
         ) from error
 
 
-def _uploaded(model_id: str, saved: Saved, digest: str) -> set[str]:
+def _uploaded(model_id: str, saved: Saved) -> set[str]:
     """Files of weights that the store of a logged model has already.
 
     A store shows a file once it is whole, or a part of it, of another size.
     """
     model = MlflowClient().get_logged_model(model_id)
     begun, layout = model.tags.get(_TAG), saved.layout
-    if str(model.status) == "READY" or begun != digest:
+    if str(model.status) == "READY" or begun != saved.digest:
         raise InputError(
             "This is no upload that can go on",
             where=f"model_id {model_id!r}",
             wanted=f"a model whose upload from {layout.root} broke off",
-            found=f"{model.status}, of {'this' if begun == digest else 'another'} model",
+            found=f"{model.status}, of {'this' if begun == saved.digest else 'another'} model",
             hint="leave model_id out",
         )
     store = get_artifact_repository(model.artifact_location)
@@ -98,17 +96,17 @@ def _uploaded(model_id: str, saved: Saved, digest: str) -> set[str]:
 class _SavedFlavor:
     """A flavor as ``Model.log`` calls it, with a model that is saved already."""
 
-    def __init__(self, saved: Saved, digest: str, uploaded: set[str], name: str) -> None:
+    def __init__(self, saved: Saved, uploaded: set[str], name: str) -> None:
         self.__name__ = name
         self.model_id: str | None = None
-        self._saved, self._digest, self._uploaded = saved, digest, uploaded
+        self._saved, self._uploaded = saved, uploaded
 
     def save_model(self, path: str, mlflow_model: Any, **_: object) -> None:
         """Link what is to be uploaded below ``path``, and write ``MLmodel`` there."""
         layout = self._saved.layout
         model_id = getattr(mlflow_model, "model_id", None)  # since MLflow 3
         if model_id is not None:
-            MlflowClient().set_logged_model_tags(model_id, {_TAG: self._digest})
+            MlflowClient().set_logged_model_tags(model_id, {_TAG: self._saved.digest})
         for name in {*self._saved.files, layout.name_of(layout.manifest)} - self._uploaded:
             (Path(path) / name).parent.mkdir(parents=True, exist_ok=True)
             _link(layout.root / name, Path(path) / name)
