@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import shutil
 import sys
@@ -83,6 +84,55 @@ def test_the_garbage_collector_is_paused_and_left_as_it_was(saved, tmp_path, mon
     finally:
         gc.enable()
     assert seen == [False, False]
+
+
+def test_weights_are_hashed_while_libraries_are_imported(saved, monkeypatch):
+    story = importlib.import_module("mlflow_safeflavor.load.load")
+    imports, hashes = story._import, story._weights_of
+    begun, imported = threading.Event(), threading.Event()
+
+    def imports_once_hashing(engine):
+        assert begun.wait(60)
+        imports(engine)
+        imported.set()
+
+    def hashes_once_imported(*given):
+        begun.set()
+        assert imported.wait(60)
+        return hashes(*given)
+
+    monkeypatch.setattr(story, "_import", imports_once_hashing)
+    monkeypatch.setattr(story, "_weights_of", hashes_once_imported)
+    assert load(saved).report.hashed_bytes > 0
+
+
+def test_of_a_failed_import_and_wrong_weights_the_import_is_told(saved, tmp_path, monkeypatch):
+    """After hashing has ended: nothing of a load goes on behind it."""
+    story = importlib.import_module("mlflow_safeflavor.load.load")
+    broken = Path(shutil.copytree(saved, tmp_path / "broken"))
+    weights = next(broken.rglob("model.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    hashes, ended = story._weights_of, []
+
+    def fails(engine):
+        raise ImportError("a library")
+
+    def noting(*given):
+        try:
+            return hashes(*given)
+        finally:
+            ended.append(threading.current_thread())
+
+    monkeypatch.setattr(story, "_weights_of", noting)
+    with pytest.raises(IntegrityError, match="Weights are not"):
+        load(broken)
+    monkeypatch.setattr(story, "_import", fails)
+    with pytest.raises(ImportError, match="a library"):
+        load(broken)
+    assert len(ended) == 2
+    assert not any(thread.is_alive() for thread in ended)
 
 
 # What is read
