@@ -185,7 +185,7 @@ class Session:
             # Options point to shared values without holding them.
             values = {} if by_name else self._share(options)
             session = onnxruntime.InferenceSession(
-                self._name(options) if by_name else self.graph.content,
+                self._locate(options) if by_name else self.graph.content,
                 options,
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=list(_GREEDY),
@@ -197,7 +197,7 @@ class Session:
             require_unchanged(files, names=True)
         return session
 
-    def _name(self, options: onnxruntime.SessionOptions) -> bytes:
+    def _locate(self, options: onnxruntime.SessionOptions) -> bytes:
         """Let ONNX Runtime find the files of weights; the model with their places in it."""
         folder = Path(os.path.commonpath([file.name.parent for file in self._files.values()]))
         options.add_session_config_entry(_FOLDER, str(folder))

@@ -123,20 +123,21 @@ def load_folder(root: Path, options: LoadOptions) -> LoadedModel:
         recorded = needed_environment(saved, chosen, **options.place)
         differences = require_same(recorded, policy=options.environment)
     # From here on a failure may come from other versions of a library: its hint names them.
-    with naming_versions(recorded), ThreadPoolExecutor(1) as beside:
+    with naming_versions(recorded):
         name = choose_engine(saved, chosen, **options.place)
         # Before gigabytes are hashed for nothing.
         _require_dtype(saved.inventory, saved.spec)
         # Hashing lets go of the interpreter, which imports meanwhile.
-        hashing = beside.submit(_weights_of, saved, options.hashes, options.rehashes)
-        with _timed(seconds, "import"):
-            _import(name)
-            from mlflow_safeflavor.load.engines import bind, open_engine
-            from mlflow_safeflavor.load.outcome import Outcome, entry_of
-            from mlflow_safeflavor.load.replay import naming_failures, replay
+        with ThreadPoolExecutor(1) as beside:
+            hashing = beside.submit(_weights_of, saved, options.hashes, options.rehashes)
+            with _timed(seconds, "import"):
+                _import(name)
+                from mlflow_safeflavor.load.engines import bind, open_engine
+                from mlflow_safeflavor.load.outcome import Outcome, entry_of
+                from mlflow_safeflavor.load.replay import naming_failures, replay
 
-        with _timed(seconds, "digest"):
-            weights = hashing.result()
+            with _timed(seconds, "digest"):
+                weights = hashing.result()
         with _timed(seconds, "rebuild"):
             engine, hooks = open_engine(
                 name,

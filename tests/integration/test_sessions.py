@@ -189,7 +189,7 @@ def test_a_file_that_took_the_name_meanwhile(saved, cache, tmp_path, monkeypatch
     folder = Path(shutil.copytree(saved("mixes"), tmp_path / "artifact"))
     if where == "artifact":
         monkeypatch.setenv(host_cache.VARIABLE, "off")
-    name = Session._name
+    locate = Session._locate
 
     def swap(self, options):
         (file,) = self._files.values()
@@ -197,9 +197,9 @@ def test_a_file_that_took_the_name_meanwhile(saved, cache, tmp_path, monkeypatch
         other = file.name.with_name("other")
         shutil.copy(file.name, other)
         os.replace(other, file.name)
-        return name(self, options)
+        return locate(self, options)
 
-    monkeypatch.setattr(Session, "_name", swap)
+    monkeypatch.setattr(Session, "_locate", swap)
     with pytest.raises(IntegrityError, match="changed since it was compared"):
         load(folder)
     monkeypatch.undo()
