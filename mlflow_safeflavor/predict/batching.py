@@ -40,23 +40,24 @@ def cut_into_batches(
     """
     order = sorted(range(len(costs)), key=lambda i: -costs[i])
     # At least 1: any number of pieces that cost 0 would fit into one batch.
-    lengths = np.array([max(1, costs[i]) for i in order], dtype=np.int64)
+    lengths = [max(1, costs[i]) for i in order]
     # Of batches that cost the same the fewest: a batch costs one more, where everything else counts
     # n + 1 times.
-    unit = len(order) + 1
+    n, unit = len(order), len(order) + 1
+    each = 1 + unit * forward_cost
+    padded, counts = unit * np.array(lengths, dtype=np.int64), np.arange(n, 0, -1)
     # best[i]: least cost of the first i pieces; before[i]: where the last batch of these begins.
     best: np.ndarray = np.zeros(unit, dtype=np.int64)
     before = [0] * unit
     low = 0
-    for i in range(1, len(order) + 1):
+    for end in range(1, unit):
         # lengths[low] is the longest of the batch, to which the others are padded. ``low`` only
         # grows, since a batch that begins there is too large for later ends, too.
-        while low < i - 1 and (i - low) * lengths[low] > max_batch_tokens:
+        while low < end - 1 and (end - low) * lengths[low] > max_batch_tokens:
             low += 1
-        starts = np.arange(low, i)
-        totals = best[low:i] + 1 + unit * (forward_cost + (i - starts) * lengths[low:i])
-        chosen = i - 1 - int(totals[::-1].argmin())  # the last one, so that full batches come first
-        best[i], before[i] = totals[chosen - low], chosen
+        totals = best[low:end] + counts[n - end + low :] * padded[low:end]
+        last = int(totals[::-1].argmin())  # the last one, so that full batches come first
+        best[end], before[end] = totals[-1 - last] + each, end - 1 - last
     batches: list[list[int]] = []
     end = len(order)
     while end:
