@@ -8,11 +8,14 @@ while a module is constructed, the size of each operator's result is bounded bef
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlflow_safeflavor.module.bounds import sheltered
 
 __all__ = ["Allowance", "TooMuch"]
 
@@ -47,8 +50,8 @@ class Allowance(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with self:  # composed operators are bounded call by call
-            result = func.decompose(*args, **kwargs)
+        # Composed operators are bounded call by call.
+        result = self.call(func.decompose, *args, **kwargs)
         if result is not NotImplemented:
             return result
         # A bound from the arguments costs microseconds. Only where it is beyond the allowance does
@@ -62,6 +65,27 @@ class Allowance(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if _storage(tensor) not in known and not tensor.is_meta:
                 self._hold(tensor)
         return result
+
+    def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function within the allowance."""
+        # Not by ``with``: interrupted in its __exit__ (see ``bounds``), torch would go on to ask
+        # this mode about everything that this thread does.
+        thread, entered = threading.get_ident(), False
+        try:
+            sheltered.add(thread)
+            self.__enter__()  # type: ignore[no-untyped-call]
+            entered = True
+            sheltered.discard(thread)
+            return function(*args, **kwargs)
+        finally:
+            try:
+                sheltered.add(thread)
+            finally:  # also where the interruption comes just before the line above
+                try:
+                    if entered:
+                        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                finally:
+                    sheltered.discard(thread)
 
     def _require(self, nbytes: int) -> None:
         if nbytes > self.left:

@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from mlflow_safeflavor.artifact.inventory_file import Inventory
 from mlflow_safeflavor.artifact.plain_files import FETCH_AGAIN
 from mlflow_safeflavor.errors import StructureError
 
-__all__ = ["find_unexplained", "require_explained", "within"]
+__all__ = ["find_unexplained", "require_explained", "sheltered", "within"]
 
 Result = TypeVar("Result")
 
@@ -73,6 +73,10 @@ def require_explained(config: Mapping[str, Any] | None, inventory: Inventory, wh
             found=f"{value:,}" if value.bit_length() < 100 else "a number of more than 30 digits",
             hint=FETCH_AGAIN,
         )
+
+
+# Threads that must not be interrupted now, by identity: they change what outlives the call.
+sheltered: set[int] = set()
 
 
 class _TooMuch(BaseException):
@@ -162,11 +166,12 @@ class _Watchdog:
 
     def _look(self, wait: float) -> None:
         while not self._over.wait(wait):
+            raised = False
             self.reason = self.reason or self._found()
             # Again after each wait: a library's bare ``except`` may have swallowed the last one.
             if self.reason is not None and not self._over.is_set():
-                _raise_in(self._watched, _TooMuch)
-            wait = self.NEXT_LOOK if self.reason is None else self.UNWINDING
+                raised = _raise_in(self._watched, _TooMuch, but=sheltered)
+            wait = self.UNWINDING if raised else self.NEXT_LOOK
 
     def _found(self) -> str | None:
         seconds, objects, used = self._begin
@@ -178,9 +183,12 @@ class _Watchdog:
         return None
 
 
-def _raise_in(thread: int, error: type[BaseException]) -> None:
-    """Raise in a thread at its next step."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))
+def _raise_in(thread: int, error: type[BaseException], but: Collection[int] = ()) -> bool:
+    """Raise in a thread at its next step, unless it is in ``but``; whether it was raised."""
+    call = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    identity, raised = ctypes.c_ulong(thread), ctypes.py_object(error)
+    # In one expression, and ctypes holds the interpreter: no thread runs between look and call.
+    return thread not in but and bool(call(identity, raised))
 
 
 def _seconds_of(thread: int) -> Callable[[], float]:

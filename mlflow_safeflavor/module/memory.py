@@ -71,8 +71,7 @@ class _Constructing(TorchFunctionMode):
                 raise _too_much(f"a tensor of shape {list(result.shape)}")
         else:
             try:
-                with self.allowance:
-                    result = func(*args, **kwargs)
+                result = self.allowance.call(func, *args, **kwargs)
             except TooMuch as error:
                 raise _too_much(f"{name} {error}") from None
         if name in self._ALLOCATORS:
@@ -195,6 +194,8 @@ def real_memory(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_build_lock)  # torch's default dtype is the process's
         stack.enter_context(kept_random_state())
+        # Which a constructor that is interrupted may leave as it was inside.
+        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
         before = torch.get_default_dtype()
         if dtype != before and inventory is not None:
             stack.enter_context(_DefaultDtype(dtype))
